@@ -1,0 +1,39 @@
+# make demo: a virtual environment, an install, a text crammed, decoded and certified.
+# make test: the same environment plus test tools; lint, types and the whole suite.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Pinned to the letter: some registries keep the small CPU build under exactly this version.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "$(TORCH)" $$($(BIN)/python tests/requirements.py)
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/memvec cram examples/letter.txt --output demo/letter.mem --force
+	$(BIN)/memvec verify demo/letter.mem
+	$(BIN)/memvec decode demo/letter.mem > demo/letter.txt
+	cmp examples/letter.txt demo/letter.txt && echo "demo/letter.txt is examples/letter.txt, byte for byte."
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .coverage

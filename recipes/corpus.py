@@ -1,0 +1,132 @@
+"""Text in, token ids out: the corpus, its tokenizer, and what one training step is made of.
+
+Notable:
+- a corpus is a parquet file with a `text` column (`novel` and `split` are used when present) or a
+  folder of .txt files; without `split`, a hash of each text's name holds 1 in 16 out;
+- the tokenizer is byte-level BPE without normaliser, prefix space or added tokens, so that every
+  UTF-8 text comes back byte for byte;
+- what step n trains on depends on (seed, n) alone: a run that is stopped and resumed, and the
+  plain twin, see the same ordinary tokens in the same order.
+
+Used by `pocket.py`; nothing to run here.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BOS, EOS = 0, 1
+
+
+def read_texts(path: Path) -> pd.DataFrame:
+    """One row per text: name, split ("train" or "valid"), text."""
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        # newline="" keeps CRLF as it is
+        texts = [open(f, encoding="utf-8", newline="").read() for f in files]
+        frame = pd.DataFrame({"name": [f.stem for f in files], "text": texts})
+    else:
+        frame = pd.read_parquet(path)
+        if "text" not in frame:
+            raise SystemExit(f"--corpus {path}: no column 'text'; it has {list(frame.columns)}")
+        frame["name"] = frame["novel"] if "novel" in frame else frame.index.astype(str)
+    if "split" not in frame:
+        digests = [hashlib.sha256(str(name).encode()).digest()[0] for name in frame["name"]]
+        frame["split"] = ["valid" if digest < 16 else "train" for digest in digests]
+    for split in ("train", "valid"):
+        if not (frame["split"] == split).any():
+            raise SystemExit(f"--corpus {path}: no text in split '{split}'; give more texts")
+    return frame[["name", "split", "text"]]
+
+
+def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def prepare(corpus: Path, work: Path, vocab_size: int):
+    """Tokenizer and token streams, made once and kept in `work`.
+
+    Returns the tokenizer and {"train", "valid"}: ids (N,), texts joined by </s>.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    vocabulary = work / "tokenizer.json"
+    streams = {split: work / f"{split}.npy" for split in ("train", "valid")}
+    if not all(path.exists() for path in (vocabulary, *streams.values())):
+        frame = read_texts(corpus)
+        tokenizer = train_tokenizer(frame[frame["split"] == "train"]["text"], vocab_size)
+        tokenizer.save(str(vocabulary))
+        for split, path in streams.items():
+            pieces = []
+            for text in frame[frame["split"] == split]["text"]:
+                # 100 000 characters at a time: the encodings of a novel take a hundred times
+                # its size in memory
+                spans = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+                for encoding in tokenizer.encode_batch_fast(spans):
+                    pieces.append(np.array(encoding.ids, dtype=np.uint16))
+                pieces.append(np.array([EOS], dtype=np.uint16))
+            aside = path.with_suffix(".part.npy")
+            np.save(aside, np.concatenate(pieces))
+            os.replace(aside, path)
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    return tokenizer, {
+        split: torch.from_numpy(np.load(path).astype(np.int64)) for split, path in streams.items()
+    }
+
+
+def generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def windows(stream, count: int, length: int, rng) -> torch.Tensor:
+    """`count` spans (count, length) from random places of the stream (N,)."""
+    starts = torch.randint(len(stream) - length, (count, 1), generator=rng)
+    return stream[starts + torch.arange(length)]
+
+
+def ordinary_batch(stream, tokens: int, length: int, rng) -> torch.Tensor:
+    """Crops (B, length) with B·length ≈ tokens; half of them start with <s>."""
+    crops = windows(stream, tokens // length, length, rng)
+    started = torch.rand(len(crops), generator=rng) < 0.5
+    crops[started] = torch.cat(
+        (torch.full((int(started.sum()), 1), BOS), crops[started, :-1]), dim=1
+    )
+    return crops
+
+
+def passage_batch(stream, count: int, length: int, odd_share: float, vocab_size: int, rng):
+    """Passages (B, T) from random places, and how many of the last ones are odd.
+
+    Odd passages, so that text unlike the corpus crams too: a third uniformly random tokens, a
+    third tokens of the corpus drawn one by one, a third passages with their tokens shuffled.
+    """
+    passages = windows(stream, count, length, rng)
+    odd = int(count * odd_share) // 3
+    first, second, third = count - 3 * odd, count - 2 * odd, count - odd
+    passages[first:second] = torch.randint(2, vocab_size, (odd, length), generator=rng)
+    passages[second:third] = stream[
+        torch.randint(len(stream), (odd, length), generator=rng)
+    ]
+    order = torch.rand(odd, length, generator=rng).argsort(1)
+    passages[third:] = passages[third:].gather(1, order)
+    return passages, 3 * odd

@@ -1,0 +1,161 @@
+"""The training-time twin of transformers' LlamaForCausalLM: same arithmetic, same tensor names.
+
+Notable:
+- parameter names are those of transformers, so `state_dict()` is the checkpoint it loads;
+- it takes input vectors (B, S, D), never token ids, and returns hidden states: passages are
+  encoded and decoded by calling it twice;
+- nothing but linear maps, norms, rotary positions and causal attention, so that torch.compile
+  fuses it well on a CPU.
+
+Used by `pocket.py`; nothing to run here.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The architecture, in the words of a transformers Llama config."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 384
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    intermediate_size: int = 1024
+    max_position_embeddings: int = 512
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    def config(self):
+        """The same shape as a transformers LlamaConfig."""
+        from transformers import LlamaConfig
+
+        fields = asdict(self)
+        theta = fields.pop("rope_theta")
+        return LlamaConfig(
+            **fields,
+            num_key_value_heads=self.num_attention_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=None,
+            dtype="bfloat16",
+        )
+
+
+@torch.compile(dynamic=True)
+def normalise(x, weight, eps: float):
+    """RMS norm in float32, back in the dtype of x."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return normalise(x, self.weight, self.eps)
+
+
+@torch.compile(dynamic=True)
+def rotate(x, cos, sin, scale: float):
+    """Rotary positions, halves convention of transformers. x (B, H, S, d), cos and sin (S, d/2)."""
+    a, b = (x * scale).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        width = shape.hidden_size
+        self.heads = shape.num_attention_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, cos, sin):
+        B, S, D = x.shape
+        q, k, v = (
+            proj(x).view(B, S, self.heads, D // self.heads).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Written out: the CPU flash kernel's backward costs 8 times as much at S = 40.
+        q = rotate(q, cos, sin, (D // self.heads) ** -0.5)
+        scores = q @ rotate(k, cos, sin, 1.0).transpose(-1, -2)
+        future = torch.full((S, S), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+        mixed = (scores + future).softmax(-1) @ v
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, S, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        width, inner = shape.hidden_size, shape.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape)
+        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Input vectors (B, S, D) → last hidden states after the final norm (B, S, D)."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.shape = shape
+        self.model = Trunk(shape)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = 0.02
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= (2 * shape.num_hidden_layers) ** 0.5
+                nn.init.normal_(parameter, std=std)
+        half = shape.hidden_size // shape.num_attention_heads // 2
+        rates = shape.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.outer(torch.arange(shape.max_position_embeddings).double(), rates)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    @property
+    def embedding(self):
+        """(V, D): input embedding and, tied, the output head."""
+        return self.model.embed_tokens.weight
+
+    def forward(self, x):
+        S = x.shape[1]
+        cos, sin = self.cos[:S], self.sin[:S]
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
+        return self.model.norm(x)

@@ -1,0 +1,354 @@
+"""Make the built-in model `pocket`: a small Llama trained to give back what it was told.
+
+One command, from the repository root, on any machine with two cores:
+
+    python recipes/pocket.py                          # train and export
+    python recipes/pocket.py --corpus my_texts/       # from a folder of .txt files
+    python recipes/pocket.py --twin                   # afterwards: the plain twin, for comparison
+    python recipes/evaluate.py                        # the numbers of the card
+
+Notable:
+- three parts. *Trunk*: ordinary text. *Memory*: each step mixes ordinary text with passages that
+  the model encodes into K of its own input vectors and gives back from them alone. *Decay*: as
+  memory, the learning rate going linearly to zero. The rate is flat before the decay, so a run can
+  be cut short: stop it, and start it again with fewer --steps; it resumes where it was;
+- passages grow with success: each K has a target length that rises while the model gives such
+  passages back and falls while it does not;
+- Muon for the matrices of the layers, AdamW for embedding, norms and encoder; float32 weights,
+  bfloat16 products (autocast);
+- what a step trains on depends on the seed and the step's number alone, so a run is repeatable up
+  to the order of float sums.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = {
+    # threads that spin at barriers stall each other as soon as the machine has other work: a
+    # product of two 384 x 384 matrices took 20 times as long beside one busy process
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "1000",
+    # glibc gives large blocks back to the kernel after each step and takes them again in the
+    # next: half of the time on this kind of work
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+if __name__ == "__main__" and not ENVIRONMENT.keys() <= os.environ.keys():
+    # read when a process starts: setting them later has no effect
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**ENVIRONMENT, **os.environ})
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from corpus import generator, ordinary_batch, passage_batch, prepare
+from llama import Llama, Shape
+
+
+@dataclass(frozen=True)
+class Recipe:
+    trunk_steps: int = 350
+    """Steps of ordinary text before the memory task begins."""
+    steps: int = 2000
+    """Steps in all, trunk and decay included."""
+    decay_share: float = 0.2
+    """Share of the steps, at the end, over which the learning rate goes to zero."""
+    warmup_steps: int = 40
+    trunk_tokens: int = 4096
+    """Ordinary tokens per step while there is no memory task."""
+    text_tokens: int = 2048
+    """Ordinary tokens per step beside the memory task."""
+    memory_tokens: int = 4096
+    """Positions per step of the memory task, encoder and decoder pass together."""
+    lr_matrices: float = 2e-3
+    lr_rest: float = 3e-3
+    lr_encoder: float = 1e-3
+    max_vectors: int = 4
+    first_target: float = 7.0
+    """Target length, in tokens, that each K starts with."""
+    rise_above: float = 0.92
+    fall_below: float = 0.75
+    """Teacher-forced accuracy near the target length that moves the target up or down."""
+    shortest: float = 0.5
+    longest: float = 1.4
+    """Passage lengths are drawn between these multiples of the target."""
+    noise: float = 0.04
+    """Gaussian noise on the vectors, as a share of their RMS, so that near misses decode too."""
+    odd_share: float = 0.1
+    """Share of passages that are not running text."""
+    seed: int = 0
+    checkpoint_every: int = 100
+
+
+class Encoder(nn.Module):
+    """Reads K [mem] vectors off the model's own hidden states behind a passage."""
+
+    def __init__(self, width: int, max_vectors: int):
+        super().__init__()
+        self.summary = nn.Parameter(0.05 * torch.randn(max_vectors, width))
+        self.map = nn.Linear(width, width)
+        # starts small and close to what an embedding looks like; its size is then learnt
+        nn.init.zeros_(self.map.bias)
+        with torch.no_grad():
+            self.map.weight.copy_(0.1 * torch.eye(width))
+
+    def forward(self, model: Llama, embedded, K: int):
+        """embedded (B, T, D) → [mem] vectors (B, K, D)."""
+        B, T, _ = embedded.shape
+        summary = self.summary[:K].to(embedded.dtype).expand(B, K, -1)
+        return self.map(model(torch.cat((embedded, summary), dim=1))[:, T:])
+
+
+def embed(model: Llama, ids):
+    """(B, T) → (B, T, D) in the dtype of the residual stream."""
+    return F.embedding(ids, model.embedding).bfloat16()
+
+
+def text_loss(model: Llama, ids):
+    """Mean cross-entropy, nats per token, of crops ids (B, T)."""
+    hidden = model(embed(model, ids)[:, :-1])
+    logits = F.linear(hidden, model.embedding)
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def memory_loss(model: Llama, encoder: Encoder, ids, K: int, noise: float, rng):
+    """Passages ids (B, T) through K vectors and back: mean loss, right arg-maxes (B, T)."""
+    embedded = embed(model, ids)
+    vectors = encoder(model, embedded, K)
+    rms = vectors.detach().float().pow(2).mean().sqrt()
+    vectors = vectors + noise * rms * torch.randn(vectors.shape, generator=rng)
+    inputs = torch.cat((vectors.to(embedded.dtype), embedded[:, :-1]), dim=1)
+    logits = F.linear(model(inputs)[:, K - 1 :], model.embedding)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+    return loss, logits.detach().argmax(-1) == ids
+
+
+@dataclass
+class Run:
+    """All that a checkpoint holds: model, encoder, optimisers, step, target lengths."""
+
+    recipe: Recipe
+    shape: Shape
+
+    def __post_init__(self):
+        torch.manual_seed(self.recipe.seed)
+        self.model = Llama(self.shape)
+        self.encoder = Encoder(self.shape.hidden_size, self.recipe.max_vectors)
+        matrices = [p for p in self.model.model.layers.parameters() if p.dim() == 2]
+        inside = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in inside]
+        self.optimizers = [
+            torch.optim.Muon(
+                matrices, lr=self.recipe.lr_matrices, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(
+                [
+                    {"params": rest, "lr": self.recipe.lr_rest},
+                    {"params": [self.encoder.summary], "lr": self.recipe.lr_rest},
+                    {"params": self.encoder.map.parameters(), "lr": self.recipe.lr_encoder},
+                ],
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+                fused=True,
+            ),
+        ]
+        self.base_rates = [[g["lr"] for g in opt.param_groups] for opt in self.optimizers]
+        self.step = 0
+        self.tokens = {"text": 0, "memory": 0}
+        self.targets = {K: self.recipe.first_target for K in range(1, self.recipe.max_vectors + 1)}
+        self.accuracy = dict.fromkeys(self.targets, 0.0)
+        self.seconds = 0.0
+
+    def save(self, path: Path):
+        state = {
+            "model": self.model.state_dict(),
+            "encoder": self.encoder.state_dict(),
+            "optimizers": [opt.state_dict() for opt in self.optimizers],
+            "progress": (self.step, self.tokens, self.targets, self.accuracy, self.seconds),
+            "shape": dataclasses.asdict(self.shape),
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+        aside = path.with_suffix(".part")
+        torch.save(state, aside)
+        os.replace(aside, path)
+
+    def load(self, path: Path):
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.encoder.load_state_dict(state["encoder"])
+        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        self.step, self.tokens, self.targets, self.accuracy, self.seconds = state["progress"]
+
+    def set_rates(self):
+        """Warm up, stay, then decay linearly to zero at the last step."""
+        recipe = self.recipe
+        left = (recipe.steps - self.step) / (recipe.decay_share * recipe.steps)
+        factor = min((self.step + 1) / recipe.warmup_steps, 1.0, left)
+        for opt, rates in zip(self.optimizers, self.base_rates, strict=True):
+            for group, rate in zip(opt.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        return factor
+
+    def train_step(self, stream, memory: bool) -> dict:
+        """One step on the training stream (N,); what the log says about it."""
+        recipe, step = self.recipe, self.step
+        seen = {"lr": self.set_rates()}
+        in_trunk = step < recipe.trunk_steps
+        with torch.autocast("cpu", torch.bfloat16):
+            rng = generator(recipe.seed, "text", step)
+            budget = recipe.trunk_tokens if in_trunk else recipe.text_tokens
+            # attention costs as the square of the length: long crops in every fourth step only
+            crops = ordinary_batch(stream, budget, 512 if step % 4 == 3 else 256, rng)
+            loss = text_loss(self.model, crops)
+        loss.backward()
+        seen["text"] = loss.item()
+        self.tokens["text"] += crops.numel()
+        if memory and not in_trunk:
+            seen |= self.memory_step(stream, generator(recipe.seed, "memory", step))
+        for opt in self.optimizers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        self.step += 1
+        return seen
+
+    def memory_step(self, stream, rng) -> dict:
+        """Adds the gradients of one batch of passages; moves the target length of its K."""
+        recipe = self.recipe
+        several = torch.rand((), generator=rng) < 0.5
+        K = int(torch.randint(2, recipe.max_vectors + 1, (), generator=rng)) if several else 1
+        target = self.targets[K]
+        span = recipe.longest - recipe.shortest
+        share = recipe.shortest + span * float(torch.rand((), generator=rng))
+        T = min(max(round(share * target), 4), 64 * K)
+        count = recipe.memory_tokens // (2 * (T + K))
+        ids, odd = passage_batch(
+            stream, count, T, recipe.odd_share, self.shape.vocab_size, rng
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, right = memory_loss(self.model, self.encoder, ids, K, recipe.noise, rng)
+        loss.backward()
+        self.tokens["memory"] += ids.numel()
+        accuracy = right[: count - odd].float().mean().item()
+        if abs(share - 1) < 0.2:
+            self.accuracy[K] += 0.2 * (accuracy - self.accuracy[K])
+            if accuracy > recipe.rise_above:
+                self.targets[K] = min(target * 1.02, 64.0 * K)
+            elif accuracy < recipe.fall_below:
+                self.targets[K] = max(target / 1.02, 4.0)
+        return {"memory": loss.item(), f"K{K}": accuracy, f"T{K}": T}
+
+
+@torch.no_grad()
+def valid_loss(model: Llama, stream, crops: int = 32, length: int = 256) -> float:
+    """Nats per token on fixed crops of held-out text."""
+    ids = ordinary_batch(stream, crops * length, length, generator(0, "valid", 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        return sum(text_loss(model, part).item() for part in ids.split(8)) / (len(ids) / 8)
+
+
+def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
+    log = open(work / f"{name}.jsonl", "a", buffering=1)
+    sums: dict[str, list] = {}
+    last = time.monotonic()
+    while run.step < run.recipe.steps:
+        for key, value in run.train_step(streams["train"], memory).items():
+            sums.setdefault(key, []).append(value)
+        now = time.monotonic()
+        run.seconds, last = run.seconds + now - last, now
+        if run.step % 10 == 0:
+            record = {"step": run.step, "seconds": round(run.seconds, 1), **run.tokens}
+            record = {f"tokens_{k}" if k in run.tokens else k: v for k, v in record.items()}
+            record |= {key: round(sum(v) / len(v), 4) for key, v in sums.items()}
+            record["targets"] = [round(v, 1) for v in run.targets.values()]
+            record["accuracy"] = [round(v, 3) for v in run.accuracy.values()]
+            print(json.dumps(record), file=log)
+            sums = {}
+        if run.step % run.recipe.checkpoint_every == 0 or run.step == run.recipe.steps:
+            loss = valid_loss(run.model, streams["valid"])
+            print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
+            run.save(work / f"{name}.pt")
+        if run.step == run.recipe.trunk_steps and memory:
+            run.save(work / "trunk.pt")
+
+
+def export(run: Run, tokenizer, folder: Path) -> None:
+    """A folder that transformers loads, with the encoder beside the model."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.bfloat16() for k, v in run.model.state_dict().items()}
+    model = LlamaForCausalLM(run.shape.config()).bfloat16()
+    model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
+    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=0, eos_token_id=1)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    save_file(
+        {k: v.bfloat16().contiguous() for k, v in run.encoder.state_dict().items()},
+        folder / "encoder.safetensors",
+        metadata={
+            "format": "memvec-encoder",
+            "version": "1",
+            "max_vectors": str(run.recipe.max_vectors),
+        },
+    )
+
+
+def arguments():
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet",
+        help="parquet file with a text column, or a folder of .txt files",
+    )
+    parser.add_argument("--work", type=Path, default=root / ".runs/pocket",
+                        help="token streams, checkpoints and logs; a run resumes from here")
+    parser.add_argument("--out", type=Path, default=root / "src/memvec/pocket",
+                        help="where the finished model goes")
+    parser.add_argument("--twin", action="store_true",
+                        help="train the plain twin from the trunk: same text, no memory task")
+    parser.add_argument("--export-only", action="store_true",
+                        help="export the last checkpoint as it stands, without training")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    for field in dataclasses.fields(Recipe):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type,
+                            default=field.default)
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
+    tokenizer, streams = prepare(args.corpus, args.work, Shape.vocab_size)
+    run = Run(recipe, Shape())
+    name = "twin" if args.twin else "pocket"
+    if (args.work / f"{name}.pt").exists():
+        run.load(args.work / f"{name}.pt")
+    elif args.twin:
+        run.load(args.work / "trunk.pt")
+    print(f"{name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+          f"step {run.step} of {recipe.steps}, {len(streams['train']):,} training tokens")
+    if not args.export_only:
+        train(run, streams, args.work, name, memory=not args.twin)
+    if not args.twin or args.export_only:
+        export(run, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""memvec crams text into a few input vectors of a frozen language model and gets it back exactly.
+
+The public catalogue; everything else is reachable by its module. Nothing heavy is imported until a
+name is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from memvec.codec import cram, decode
+    from memvec.cramming.certify import measure
+    from memvec.cramming.engine import Engine
+    from memvec.cramming.recipe import Recipe
+    from memvec.errors import MemvecError, NotExactError
+    from memvec.lm import FrozenLM, load_lm
+    from memvec.vectors import MemVectors
+
+_WHERE = {
+    "load_lm": "memvec.lm",
+    "FrozenLM": "memvec.lm",
+    "cram": "memvec.codec",
+    "decode": "memvec.codec",
+    "MemVectors": "memvec.vectors",
+    "measure": "memvec.cramming.certify",
+    "Engine": "memvec.cramming.engine",
+    "Recipe": "memvec.cramming.recipe",
+    "MemvecError": "memvec.errors",
+    "NotExactError": "memvec.errors",
+}
+
+__all__ = [
+    "Engine",
+    "FrozenLM",
+    "MemVectors",
+    "MemvecError",
+    "NotExactError",
+    "Recipe",
+    "cram",
+    "decode",
+    "load_lm",
+    "measure",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'memvec' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

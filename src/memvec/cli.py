@@ -1,0 +1,335 @@
+"""The command `memvec`: verbs, options, tables and exit codes.
+
+Exit codes: 0 done and exact; 2 something a person must change (one sentence on stderr); 3 not
+exact; 130 interrupted. Nothing heavy is imported before a verb runs, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memvec import __version__
+from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+    from memvec.vectors import MemVectors
+
+app = typer.Typer(
+    name="memvec",
+    help="Cram text into a few input vectors of a frozen language model, and get it back exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class Storage(StrEnum):
+    """Dtypes in which vectors can be kept."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _field(name: str) -> str:
+    return str(Recipe.__dataclass_fields__[name].metadata["help"])
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Hub id, local folder, or the built-in 'pocket'.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hub model.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")]
+DtypeOption = Annotated[
+    str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite; try foreign vectors.")]
+FileArgument = Annotated[str, typer.Argument(help="A file of [mem] vectors.")]
+
+
+def _examples(*lines: str) -> str:
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"memvec {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    epilog=_examples(
+        "memvec cram letter.txt", "cat notes.md | memvec cram - --vectors 2 --json -o notes.mem"
+    )
+)
+def cram(
+    file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    model: ModelOption = "pocket",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: FILE's name + .mem.safetensors.")
+    ] = None,
+    vectors: Annotated[int, typer.Option(help="[mem] vectors per passage (K).")] = 1,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens per passage; default: as many as fit by information.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = "default",
+    margin: Annotated[float | None, typer.Option(help=_field("margin"))] = None,
+    steps: Annotated[int | None, typer.Option(help=_field("steps"))] = None,
+    start: Annotated[str | None, typer.Option(help=_field("start"))] = None,
+    start_rule: Annotated[str | None, typer.Option(help=_field("start_rule"))] = None,
+    seed: Annotated[int | None, typer.Option(help=_field("seed"))] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other field of the recipe, e.g. --set temperature=0.5."),
+    ] = None,
+    storage: Annotated[
+        Storage, typer.Option(help="Dtype of the stored vectors.")
+    ] = Storage.float32,
+    seats: Annotated[
+        int | None, typer.Option(help="Passages crammed at once; default: fitted.")
+    ] = None,
+    keep_text: Annotated[bool, typer.Option(help="Put the text itself in the file too.")] = False,
+    encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
+    max_bytes: Annotated[int, typer.Option(help="Largest text taken.")] = 4_000_000,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Cram a text into [mem] vectors, certify that it decodes exactly, and save them."""
+    changes: dict[str, Any] = {
+        "margin": margin,
+        "steps": steps,
+        "start": start,
+        "start_rule": start_rule,
+        "seed": seed,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for item in set_ or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise MemvecError(f"--set takes name=value, not '{item}'.")
+        changes[name.strip()] = value.strip()
+    recipe = Recipe.of(preset, **changes)
+    if vectors < 1:
+        raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
+    if tokens is not None and tokens < 1:
+        raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
+    if seats is not None and seats < 1:
+        raise MemvecError(f"--seats must be at least 1, not {seats}.")
+    target = output or Path(f"{'stdin' if file == '-' else Path(file).stem}.mem.safetensors")
+    if output is None and file != "-":
+        target = Path(file).with_name(target.name)
+    _check_target(target, force)
+
+    from memvec import codec, display
+    from memvec.journal import Journal
+    from memvec.passages.documents import peek, read_document
+
+    peek(file)  # before the model loads: a wrong name should not cost seconds
+    lm = _load(model, revision, device, dtype)
+    document = read_document(lm, file, encoding=encoding, largest=max_bytes)
+    settings = {
+        "model": lm.description(),
+        "recipe": recipe.record(),
+        "vectors": vectors,
+        "storage": storage.value,
+        "version": __version__,
+    }
+    journal = Journal(target.with_name(target.name + ".partial"), settings)
+    if len(journal):
+        display.say(f"Going on: {len(journal)} passages of an earlier run are finished.")
+    try:
+        with display.progress(f"{file} with {lm.name}") as show:
+            mem = codec.cram(
+                lm,
+                [document],
+                vectors=vectors,
+                tokens=tokens,
+                recipe=recipe,
+                seats=seats,
+                storage=storage.value,
+                keep_text=keep_text,
+                journal=journal,
+                on_status=show,
+            )
+        saved = mem.save(target, force=force)
+    except BaseException as error:
+        finished = len(journal)
+        journal.close(delete=finished == 0)
+        if isinstance(error, KeyboardInterrupt):
+            display.say(
+                f"Interrupted. {finished} finished passages are kept in {journal.path}; "
+                "the same command goes on from there."
+            )
+        raise
+    journal.close(delete=mem.exact)
+    bits = mem.summary()["lm_bits"]
+    account = codec.account(mem, lm, bits)
+    if json:
+        typer.echo(display.to_json({"file": str(saved), **mem.summary(), "bytes": account}))
+    else:
+        display.summary(mem, saved, account)
+    _exit_unless_exact(mem)
+
+
+@app.command(epilog=_examples("memvec decode letter.mem", "memvec decode letter.mem > letter.txt"))
+def decode(
+    file: FileArgument,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the model named in the file.")
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Default: as crammed.")] = None,
+    force: ForceOption = False,
+) -> None:
+    """Write the exact bytes that were crammed to standard output, or nothing and an error."""
+    mem, lm = _open(file, model, revision, device, dtype)
+    for data in mem.documents(lm, force=force):
+        sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+@app.command(
+    epilog=_examples("memvec verify letter.mem", "memvec verify letter.mem --dtype bfloat16")
+)
+def verify(
+    file: FileArgument,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the model named in the file.")
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Default: as crammed.")] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
+    from memvec import codec, display
+
+    mem, lm = _open(file, model, revision, device, dtype)
+    certificate, exact = codec.verify(mem, lm, force=force)
+    if certificate["exact"]:
+        mem.documents(lm, force=force)  # the bytes too, not only the tokens
+    if json:
+        typer.echo(display.to_json({**certificate, "each": exact}))
+    else:
+        display.certificate(mem, certificate, exact)
+    if not certificate["exact"]:
+        raise typer.Exit(3)
+
+
+@app.command(epilog=_examples("memvec inspect letter.mem", "memvec inspect letter.mem --json"))
+def inspect(file: FileArgument, json: JsonOption = False) -> None:
+    """Show what is in a file: model, passages, tokens per vector, bits, margins, certificate."""
+    from memvec import display
+    from memvec.vectors import MemVectors
+
+    mem = MemVectors.load(file)
+    if json:
+        found = {**mem.summary(), **mem.header.model_dump(mode="json")}
+        typer.echo(display.to_json(found))
+    else:
+        display.inspect(mem, file)
+
+
+@app.command(epilog=_examples("memvec doctor", "memvec doctor --model EleutherAI/pythia-160m"))
+def doctor(
+    model: ModelOption = "pocket",
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Check in seconds that a model can be crammed here, and how fast."""
+    from memvec import display
+    from memvec.doctor import examine
+
+    report = examine(model, revision=revision, device=device, dtype=dtype)
+    if json:
+        typer.echo(display.to_json(report))
+    else:
+        display.doctor(report)
+    if not report["can_be_crammed"]:
+        raise typer.Exit(2)
+
+
+def _load(name: str, revision: str | None, device: str, dtype: str) -> FrozenLM:
+    from memvec import display
+    from memvec.lm import load_lm
+
+    lm = load_lm(name, revision=revision, device=device, dtype=dtype)
+    d = lm.description()
+    display.say(
+        f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']} on {d['device']}, "
+        f"{d['attention']} attention, one-pass encoder: {'yes' if lm.encoder else 'no'}"
+    )
+    return lm
+
+
+def _open(
+    file: str, model: str | None, revision: str | None, device: str, dtype: str | None
+) -> tuple[MemVectors, FrozenLM]:
+    """A file and the model it was made with, in the dtype it was certified in."""
+    from memvec.vectors import MemVectors
+
+    mem = MemVectors.load(file)
+    made_with = mem.header.model
+    name = model or str(made_with.get("name"))
+    if model is None and revision is None:
+        revision = made_with.get("revision")
+    return mem, _load(name, revision, device, dtype or str(made_with.get("dtype", "auto")))
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.exists() and not force:
+        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
+    if not target.parent.is_dir():
+        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+    try:  # a cram may take hours: find out now whether its end can be written
+        probe = target.with_name(f".{target.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MemvecError(f"{target.parent} cannot be written to: {error.strerror}.") from None
+
+
+def _exit_unless_exact(mem: MemVectors) -> None:
+    from memvec import codec, display
+
+    if not mem.exact:
+        for sentence in codec.failures(mem):
+            display.say(sentence)
+        raise typer.Exit(3)
+
+
+def main() -> None:
+    """Entry point: errors become one sentence and an exit code; Ctrl-C becomes 130."""
+    try:
+        app()
+    except MemvecError as error:
+        typer.echo(f"memvec: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `memvec decode x | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""The codec, end to end: texts in, [mem] vectors out, certified; and back.
+
+texts -> documents -> passages (cut by information) -> engine -> outcomes
+      -> passages that did not fit are halved and crammed again
+      -> MemVectors -> one whole decode as a user will do it -> certificate
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memvec import metrics
+from memvec.cramming.certify import Outcome
+from memvec.cramming.engine import Engine, Progress
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.start import ids_hash
+from memvec.decoding import BATCH
+from memvec.environment import environment
+from memvec.errors import MemvecError, did_you_mean
+from memvec.journal import Journal
+from memvec.lm import DTYPES, FrozenLM
+from memvec.passages.cut import Cutter, surprisals
+from memvec.passages.documents import Document
+from memvec.passages.passage import Passage
+from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
+
+FILL = (
+    0.7  # share of a vector's measured bits that passages are cut to: full vectors cost more steps
+)
+PROBED = 8  # passages on which an unknown model's bits per vector are estimated
+PROBE_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a cram of documents stands, for whoever shows it."""
+
+    stage: str  # 'measuring', 'cramming' or 'certifying'
+    tokens: int  # of all documents
+    done: int  # tokens of finished passages
+    vectors: int  # vectors finished
+    split: int  # passages that did not fit and were halved
+    engine: Progress | None = None
+
+
+def cram(
+    lm: FrozenLM,
+    texts: Sequence[str | bytes | Document],
+    *,
+    vectors: int = 1,
+    tokens: int | None = None,
+    recipe: Recipe | None = None,
+    seats: int | None = None,
+    storage: str = "float32",
+    keep_text: bool = False,
+    journal: Journal | None = None,
+    on_status: Callable[[Status], None] | None = None,
+) -> MemVectors:
+    """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's seats.
+
+    `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
+    `storage` is the dtype in which vectors are kept and certified. `keep_text` puts the text in the
+    file too. `journal` remembers finished passages across interruptions.
+
+    A passage that does not become exact within the recipe's budget is halved and crammed again,
+    down to one token per vector; what still fails is in the result, with `exact` false. Raises
+    MemvecError for bad input.
+    """
+    recipe = recipe or Recipe()
+    if storage not in DTYPES:
+        raise MemvecError(f"unknown storage '{storage}': {did_you_mean(storage, DTYPES)}")
+    if not texts:
+        raise MemvecError("there is no text to cram.")
+    documents = [
+        text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
+        for i, text in enumerate(texts)
+    ]
+    return _Cramming(
+        lm, documents, vectors, tokens, recipe, seats, DTYPES[storage], journal, on_status
+    ).run(keep_text)
+
+
+def decode(mem: MemVectors, lm: FrozenLM, *, force: bool = False) -> list[str]:
+    """The texts that were crammed, exactly. Raises NotExactError rather than return a wrong one."""
+    found = mem.documents(lm, force=force)
+    return [
+        data.decode(record.encoding)
+        for data, record in zip(found, mem.header.documents, strict=True)
+    ]
+
+
+def verify(
+    mem: MemVectors, lm: FrozenLM, *, force: bool = False
+) -> tuple[dict[str, Any], list[bool]]:
+    """Decode everything freely, as a user will; the certificate, and what each passage did."""
+    decoded = mem.decode_passages(lm, force=force)
+    exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]
+    device = lm.description()
+    certificate = {
+        "exact": all(exact),
+        "passages": len(exact),
+        "exact_passages": sum(exact),
+        "decoded_in": device["dtype"],
+        "device": device["device"],
+        "attention": device["attention"],
+        "batch": BATCH,
+        **{k: environment()[k] for k in ("torch", "transformers", "date")},
+    }
+    return certificate, exact
+
+
+def default_seats(lm: FrozenLM, tokens: int) -> int:
+    """Seats that fill the machine without filling its memory (see docs/log.md).
+
+    An activation estimate: about 16 numbers of the hidden size per token and layer stay alive
+    between forward and backward, a quarter of the free memory is ours.
+    """
+    config = lm.config.get_text_config()
+    layers = int(getattr(config, "num_hidden_layers", 12))
+    hidden = int(getattr(config, "hidden_size", lm.width))
+    number = torch.finfo(lm.dtype).bits // 8
+    each = 16 * layers * hidden * number * max(tokens, 1)
+    if lm.device.type == "cuda":
+        free = torch.cuda.mem_get_info(lm.device)[0]
+    else:
+        free = _free_memory()
+    return max(1, min(32, int(free / 4 / each)))
+
+
+def _free_memory() -> int:
+    try:
+        with Path("/proc/meminfo").open() as info:
+            kibibytes = next(line for line in info if line.startswith("MemAvailable")).split()[1]
+        return int(kibibytes) * 1024
+    except (OSError, StopIteration):
+        return 4 * 2**30
+
+
+class _Cramming:
+    """One call of `cram`: the documents, the engine and what has come out of it so far."""
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        documents: list[Document],
+        K: int,
+        tokens: int | None,
+        recipe: Recipe,
+        seats: int | None,
+        storage: torch.dtype,
+        journal: Journal | None,
+        on_status: Callable[[Status], None] | None,
+    ) -> None:
+        self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
+        self.recipe, self.storage, self.journal, self.on_status = (
+            recipe,
+            storage,
+            journal,
+            on_status,
+        )
+        self.engine = Engine(
+            lm, recipe, vectors=K, seats=seats or 1, storage=storage, on_progress=self._progress
+        )
+        self._seats = seats
+        self.total = sum(len(d.ids) for d in documents)
+        self.done: dict[tuple[int, int], Outcome] = {}
+        self.split = 0
+        self.stage = "measuring"
+        self._tell()
+
+    def run(self, keep_text: bool) -> MemVectors:
+        passages = self._passages()
+        self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)))
+        self.stage = "cramming"
+        todo: list[Passage] = []
+        for passage in passages:
+            todo += self._known(passage)
+        for outcome in self.engine.run(todo):
+            if self.journal is not None:
+                self.journal.put(outcome)
+            for passage in self._take(outcome):
+                for unknown in self._known(passage):
+                    self.engine.push(unknown)
+        return self._certified(keep_text)
+
+    # ------------------------------------------------------------------ passages in
+
+    def _passages(self) -> list[Passage]:
+        least = self.engine.given + 1
+        for d in self.documents:
+            if len(d.ids) < least:
+                raise MemvecError(f"{d.name} is too short for the start rule 'first-token'.")
+        most = self.engine.most_tokens()
+        if most is not None and most < least:
+            raise MemvecError(
+                f"--vectors {self.K} leaves no room for text in {self.lm.name}'s context of "
+                f"{self.lm.context} tokens."
+            )
+        if self.tokens is not None:
+            cutter = Cutter(self.lm, tokens=self.tokens, most=most)
+        else:
+            bits = FILL * self.K * self._bits_per_vector(most)
+            cutter = Cutter(self.lm, bits=bits, most=most)
+        return [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
+
+    def _bits_per_vector(self, most: int | None) -> float:
+        """Measured for the model (its folder's memvec.json), else estimated on these documents."""
+        table = self.lm.facts.get("bits_per_vector", {})
+        known = [float(table[k]) for k in sorted(table, key=int) if int(k) <= self.K]
+        if known:
+            return known[-1]
+        ids = max((d.ids for d in self.documents), key=len)
+        length = min(len(ids), most or 10**9, 128 * self.K)
+        room = len(ids) - length
+        starts = sorted({room * i // PROBED for i in range(PROBED)})
+        probes = [Passage(tuple(ids[at : at + length])) for at in starts]
+        recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
+        engine = Engine(
+            self.lm,
+            recipe,
+            vectors=self.K,
+            seats=min(len(probes), self._seats or default_seats(self.lm, length)),
+            storage=self.storage,
+        )
+        reached = []
+        for outcome in engine.run(p for p in probes if len(p) > engine.given):
+            n = max(outcome.metrics.horizon, 1)
+            reached.append(float(surprisals(self.lm, outcome.passage.ids[:n]).sum()) / self.K)
+        return math.fsum(reached) / len(reached)
+
+    def _known(self, passage: Passage) -> list[Passage]:
+        """What is left of a passage: nothing if the journal has it, else itself or its parts."""
+        outcome = self.journal.get(passage) if self.journal is not None else None
+        if outcome is None:
+            return [passage]
+        return [left for part in self._take(outcome) for left in self._known(part)]
+
+    def _take(self, outcome: Outcome) -> list[Passage]:
+        """Keep an exact outcome, or halve a passage that did not fit: the halves are to do."""
+        passage = outcome.passage
+        halves = passage.halves() if len(passage) > 1 else ()
+        shortest = max(self.K, self.engine.given + 1)
+        if outcome.exact or not halves or min(map(len, halves)) < shortest:
+            self.done[passage.document, passage.offset] = outcome
+            halves = ()
+        else:
+            self.split += 1
+        self._tell()
+        return list(halves)
+
+    # ------------------------------------------------------------------ result out
+
+    def _certified(self, keep_text: bool) -> MemVectors:
+        """The result, decoded once more in the order and batches in which a user will."""
+        self.stage = "certifying"
+        self._tell()
+        for _ in range(3):
+            mem = self._result(keep_text)
+            certificate, exact = verify(mem, self.lm)
+            fallen = [o for o, e in zip(self._in_order(), exact, strict=True) if o.exact and not e]
+            if not fallen:
+                break
+            # Another batch shape flipped an arg-max: ask these passages for a larger margin.
+            for o in fallen:
+                self.engine.push_again(o)
+            for outcome in self.engine.run():
+                self.done[outcome.passage.document, outcome.passage.offset] = outcome
+        return mem.with_certificate(certificate, exact)
+
+    def _in_order(self) -> list[Outcome]:
+        return [self.done[key] for key in sorted(self.done)]
+
+    def _result(self, keep_text: bool) -> MemVectors:
+        outcomes = self._in_order()
+        given = self.engine.given
+        passages = [
+            PassageRecord(
+                sha256=ids_hash(o.passage.ids),
+                first=o.passage.ids[0] if given else None,
+                exact=o.exact,
+                status=o.status,
+                margin_asked=o.margin_asked,
+                steps=o.steps,
+                spent=o.spent,
+                seconds=o.seconds,
+                **asdict(o.metrics),
+            )
+            for o in outcomes
+        ]
+        documents = [
+            DocumentRecord(
+                name=d.name,
+                sha256=d.sha256,
+                size=d.size,
+                encoding=d.encoding,
+                edits=list(d.edits),
+                passages=sum(1 for o in outcomes if o.passage.document == i),
+                text=self._text(d) if keep_text else None,
+            )
+            for i, d in enumerate(self.documents)
+        ]
+        header = Header(
+            model=self.lm.description(),
+            start_rule=self.engine.start_rule,
+            recipe=self.recipe.record(),
+            environment=environment(),
+            documents=documents,
+            passages=passages,
+        )
+        return MemVectors(torch.stack([o.vectors for o in outcomes]), header)
+
+    def _text(self, document: Document) -> str:
+        from memvec.passages.documents import apply_edits
+
+        return apply_edits(self.lm.text(document.ids), document.edits)
+
+    # ------------------------------------------------------------------ news
+
+    def _progress(self, progress: Progress) -> None:
+        self._tell(progress)
+
+    def _tell(self, progress: Progress | None = None) -> None:
+        if self.on_status is not None:
+            done = sum(len(o.passage) for o in self.done.values())
+            vectors = self.K * len(self.done)
+            self.on_status(Status(self.stage, self.total, done, vectors, self.split, progress))
+
+
+def account(mem: MemVectors, lm: FrozenLM, lm_bits: float) -> dict[str, int]:
+    """Honest bytes of what was crammed: text, vectors with edits, real compressors beside them."""
+    text = b"".join(mem.documents(lm)) if mem.exact else b""
+    edits = int(mem.summary()["edit_bytes"])
+    return metrics.byte_account(text, mem.size + edits, lm_bits)
+
+
+def failures(mem: MemVectors) -> Iterable[str]:
+    """A sentence for each passage that is not exact."""
+    for i, p in enumerate(mem.passages):
+        if not p.exact:
+            why = {
+                "done": "its decoding disagrees",
+                "budget": f"{p.steps} steps were not enough",
+                "not-finite": "the loss was not finite",
+            }[p.status]
+            yield (
+                f"passage {i} ({p.tokens} tokens) came back only up to token {p.horizon}: {why}."
+            )

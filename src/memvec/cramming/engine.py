@@ -1,0 +1,350 @@
+"""The engine: seats in which passages are crammed together, independent of each other.
+
+A passage sits in a seat until it is done or given up; then the next waiting one takes its place, so
+the batch stays full and nobody waits for the slowest. One step for all seats:
+
+    vectors -> states (model, gradients to the vectors) -> score (loss, margins, gradient at states)
+            -> what was measured is compared with the best so far and kept if better
+            -> the optimiser moves the passages that are not done
+
+Measure, then move: the vectors of a finished passage are the very ones that were measured, rounded
+to the storage dtype already. Finished passages leave for certification (free-running decoding) in
+groups; one that fails returns to a seat and is asked for a larger margin.
+
+Seats share nothing but a batch: losses are summed, moments and step counts are per seat, and seeds
+come from token ids. At a fixed batch shape a passage's vectors are bit-equal whoever sits beside
+it; `fixed_shapes=True` keeps the shape fixed to the end, otherwise empty seats are dropped and
+columns that nobody counts are left out, which changes rounding only.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memvec.cramming.certify import Finished, Outcome, Status, certify
+from memvec.cramming.coordinates import COORDINATES, as_stored
+from memvec.cramming.objective import score
+from memvec.cramming.optimizer import OPTIMIZERS
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.schedule import SCHEDULES
+from memvec.cramming.start import start_vectors
+from memvec.decoding import BATCH
+from memvec.errors import MemvecError
+from memvec.lm import FrozenLM, StartRule
+from memvec.metrics import horizon
+from memvec.passages.passage import Passage
+
+SMALLEST_RAISE = 0.1  # logits; margin asked after a failed certification from margin 0
+COLUMNS = 32  # the forward pass is as long as the longest counted part, rounded up to this
+
+
+@dataclass
+class Job:
+    """A passage on its way: waiting, seated or returned. Carries what it has spent so far."""
+
+    passage: Passage
+    margin: float
+    vectors: Tensor | None = None  # (K, D); None: start from the recipe's start
+    steps: int = 0
+    spent: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How the running batch stands, for whoever shows it."""
+
+    seated: int
+    waiting: int
+    horizon: float  # mean leading right tokens over the seats
+    steps: int  # engine steps so far
+    tokens: int  # forward-backward tokens so far
+
+
+class Waiting:
+    """Waiting jobs, longest first, so that neighbours have similar lengths."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Job]] = []
+        self._order = itertools.count()
+
+    def push(self, job: Job) -> None:
+        """Add a job."""
+        heapq.heappush(self._heap, (-len(job.passage), next(self._order), job))
+
+    def pop(self) -> Job:
+        """Take the longest one, the earliest of equals."""
+        return heapq.heappop(self._heap)[-1]
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+class Engine:
+    """Crams passages with K vectors each, up to `seats` at once.
+
+    `storage` is the dtype in which vectors will be kept and are certified. `poll` is how many steps
+    pass between looks at who is done (a look makes the device wait). Raises MemvecError for
+    settings that cannot work with the model.
+    """
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        recipe: Recipe | None = None,
+        *,
+        vectors: int = 1,
+        seats: int = 32,
+        storage: torch.dtype = torch.float32,
+        fixed_shapes: bool = False,
+        poll: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        if vectors < 1:
+            raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
+        if seats < 1:
+            raise MemvecError(f"--seats must be at least 1, not {seats}.")
+        self.lm, self.recipe, self.K, self.seats = lm, recipe or Recipe(), vectors, seats
+        self.storage, self.fixed_shapes, self.on_progress = storage, fixed_shapes, on_progress
+        self.start_rule = resolve_start_rule(lm, self.recipe)
+        self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
+        self.poll = poll or (1 if lm.device.type == "cpu" else 8)
+        self.coordinates = COORDINATES[self.recipe.coordinates]()
+        self.optimizer = OPTIMIZERS[self.recipe.optimizer](self.recipe)
+        self.schedule = SCHEDULES[self.recipe.schedule]
+        self.waiting = Waiting()
+        self.jobs: list[Job] = []
+        self.state: dict[str, Tensor] = {}
+        self.width = 0  # predicted columns of the forward pass now
+        self.steps = self.tokens = 0
+
+    # ------------------------------------------------------------------ what a caller uses
+
+    def push(self, passage: Passage) -> None:
+        """Add a passage, also while `run` is under way. Raises MemvecError if it cannot fit."""
+        most = self.most_tokens()
+        if most is not None and len(passage) > most:
+            raise MemvecError(
+                f"a passage of {len(passage)} tokens and {self.K} vectors does not fit the "
+                f"context of {self.lm.name} ({self.lm.context}): at most {most} tokens."
+            )
+        if len(passage) <= self.given:
+            raise MemvecError("with the start rule 'first-token' a passage needs two tokens.")
+        self.waiting.push(Job(passage, self.recipe.margin))
+
+    def push_again(self, outcome: Outcome) -> None:
+        """Return a passage that was exact here and not elsewhere: on, with twice the margin."""
+        margin = max(2 * outcome.margin_asked, SMALLEST_RAISE)
+        self.waiting.push(
+            Job(
+                outcome.passage,
+                margin,
+                outcome.vectors.float(),
+                outcome.steps + 1,  # a retry is never free, so it cannot go on for ever
+                outcome.spent,
+                outcome.seconds,
+            )
+        )
+
+    def most_tokens(self) -> int | None:
+        """Longest passage that fits the model's context behind the vectors."""
+        if self.lm.context is None:
+            return None
+        return self.lm.context - self.K - (self.start_rule == "bos")
+
+    def run(self, passages: Iterable[Passage] = ()) -> Iterator[Outcome]:
+        """Cram everything that waits; yields each outcome as soon as it is certified.
+
+        A caller may `push` further passages (the halves of one that did not fit) between yields.
+        """
+        for passage in passages:
+            self.push(passage)
+        finished: list[Finished] = []
+        while self.jobs or self.waiting or finished:
+            self._seat_waiting()
+            if self.jobs:
+                began = time.perf_counter()
+                for _ in range(self.poll):
+                    self.step()
+                self._share_time(time.perf_counter() - began)
+                finished += self._unseat()
+                self._report()
+            if len(finished) >= BATCH or not (self.jobs or self.waiting):
+                for outcome in certify(self.lm, finished, self.start_rule, self.storage):
+                    wrong = outcome.status == "done" and not outcome.exact
+                    if wrong and outcome.steps < self.recipe.steps:
+                        self.push_again(outcome)  # decoding disagrees with the margins
+                    else:
+                        yield outcome
+                finished = []
+
+    # ------------------------------------------------------------------ one step for all seats
+
+    def step(self) -> None:
+        """Measure all seats, keep what is better, move those that are not done."""
+        s, recipe = self.state, self.recipe
+        width = self.width
+        parameters = s["parameters"].requires_grad_()
+        with torch.enable_grad():
+            vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
+            ids = s["ids"][:, : width + self.given]
+            states = self.lm.states(vectors, ids, self.start_rule)
+        counted = self.schedule(s["best"], s["length"], self.K, recipe).clamp_max(width)
+        column = torch.arange(width, device=counted.device)
+        within = column < s["length"][:, None]
+        found = score(self.lm.head, states, ids[:, self.given :], column < counted[:, None], recipe)
+        # Measure ...
+        right = (found.margin >= s["margin"][:, None]) & (found.margin > 0)
+        leading = torch.minimum(horizon(right | ~within), s["length"])
+        reached = (right & within).sum(-1) if recipe.schedule == "whole" else leading
+        better = reached > s["best"]
+        s["best"] = torch.where(better, reached, s["best"])
+        s["vectors"] = torch.where(better[:, None, None], vectors.detach(), s["vectors"])
+        s["stale"] = torch.where(better, 0, s["stale"] + 1)
+        s["done"] |= (leading >= s["length"]) & (s["length"] <= width)
+        s["failed"] |= ~torch.isfinite(found.loss)
+        spent_up = (s["steps"] >= recipe.steps) | (s["stale"] > recipe.patience)
+        s["stopped"] |= s["done"] | s["failed"] | spent_up
+        # ... then move.
+        moving = ~s["stopped"]
+        (gradient,) = torch.autograd.grad(states, parameters, found.gradient)
+        parameters = parameters.detach()
+        optimizer_state = {name[4:]: t for name, t in s.items() if name.startswith("opt.")}
+        self.optimizer.step(parameters, gradient, optimizer_state, moving)
+        s["parameters"] = parameters
+        cost = width + self.K - 1 + (self.start_rule != "vectors")
+        s["steps"] += moving
+        s["spent"] += cost * moving
+        self.steps += 1
+        self.tokens += cost * len(self.jobs)
+
+    # ------------------------------------------------------------------ seats
+
+    def _seat_waiting(self) -> None:
+        """Give empty seats to waiting passages; set the width of the next forward passes."""
+        newcomers = [
+            self.waiting.pop() for _ in range(min(self.seats - len(self.jobs), len(self.waiting)))
+        ]
+        if newcomers:
+            columns = max(len(job.passage) for job in newcomers + self.jobs)
+            fresh = self._fresh(newcomers, columns)
+            if self.jobs:
+                self.state["ids"] = _widen(self.state["ids"], columns)
+                fresh = {key: torch.cat([self.state[key], fresh[key]]) for key in fresh}
+            self.state, self.jobs = fresh, self.jobs + newcomers
+        if self.jobs:
+            s = self.state
+            longest = s["ids"].shape[1] - self.given
+            counted = self.schedule(s["best"], s["length"], self.K, self.recipe)
+            # Between looks the counted part may grow by as much as the look-ahead a step.
+            need = int(counted.max()) + (self.poll - 1) * self.recipe.look_ahead * self.K
+            self.width = (
+                longest if self.fixed_shapes else min(longest, -(-need // COLUMNS) * COLUMNS)
+            )
+
+    def _fresh(self, jobs: list[Job], columns: int) -> dict[str, Tensor]:
+        """The state of newly seated jobs."""
+        lm, n, device = self.lm, len(jobs), self.lm.device
+        ids = torch.zeros(n, columns, dtype=torch.long)
+        for row, job in zip(ids, jobs, strict=True):
+            row[: len(job.passage)] = torch.tensor(job.passage.ids)
+            if job.vectors is None:
+                job.vectors = start_vectors(lm, job.passage.ids, self.K, self.recipe)
+        vectors = torch.stack([job.vectors for job in jobs if job.vectors is not None]).to(device)
+        parameters = self.coordinates.parameters(vectors.float())
+        length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
+        count = torch.zeros(n, dtype=torch.long, device=device)
+        flag = torch.zeros(n, dtype=torch.bool, device=device)
+        state = {
+            "ids": ids.to(device),
+            "length": length,
+            "margin": torch.tensor([job.margin for job in jobs], device=device),
+            "parameters": parameters,
+            "vectors": vectors.float(),  # the best measured so far, as stored
+            "best": count - 1,  # less than anything that is measured
+            "stale": count.clone(),
+            "steps": torch.tensor([job.steps for job in jobs], device=device),
+            "spent": torch.tensor([job.spent for job in jobs], device=device),
+            "done": flag.clone(),
+            "failed": flag.clone(),
+            "stopped": flag.clone(),
+        }
+        return state | {f"opt.{k}": t for k, t in self.optimizer.fresh(parameters).items()}
+
+    def _unseat(self) -> list[Finished]:
+        """Take the stopped passages out, with the vectors that were measured for them."""
+        stopped = self.state["stopped"].tolist()
+        if not any(stopped):
+            return []
+        s = {
+            key: self.state[key].cpu()
+            for key in ("parameters", "vectors", "done", "failed", "steps", "spent")
+        }
+        current = as_stored(self.coordinates.vectors(s["parameters"]), self.storage)
+        finished = []
+        for i, job in enumerate(self.jobs):
+            if stopped[i]:
+                # A done passage has not moved since it was measured; others keep their best.
+                vectors = current[i] if s["done"][i] else s["vectors"][i]
+                job.vectors, job.steps, job.spent = (
+                    vectors.clone(),
+                    int(s["steps"][i]),
+                    int(s["spent"][i]),
+                )
+                status: Status = (
+                    "done" if s["done"][i] else "not-finite" if s["failed"][i] else "budget"
+                )
+                finished.append(
+                    Finished(
+                        job.passage,
+                        job.vectors,
+                        status,
+                        job.margin,
+                        job.steps,
+                        job.spent,
+                        job.seconds,
+                    )
+                )
+        stay = [i for i, gone in enumerate(stopped) if not gone]
+        self.jobs = [self.jobs[i] for i in stay]
+        index = torch.tensor(stay, dtype=torch.long, device=self.lm.device)
+        self.state = {key: tensor.index_select(0, index) for key, tensor in self.state.items()}
+        return finished
+
+    def _share_time(self, seconds: float) -> None:
+        for job in self.jobs:
+            job.seconds += seconds / len(self.jobs)
+
+    def _report(self) -> None:
+        if self.on_progress is not None:
+            best = (
+                self.state["best"].clamp_min(0).float().mean() if self.jobs else torch.tensor(0.0)
+            )
+            self.on_progress(
+                Progress(len(self.jobs), len(self.waiting), float(best), self.steps, self.tokens)
+            )
+
+
+def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
+    """The start rule that applies to this model ('paper' depends on its tokenizer)."""
+    rule: StartRule
+    if recipe.start_rule == "paper":
+        rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
+    else:
+        rule = recipe.start_rule
+    if rule == "bos" and lm.bos_id is None:
+        raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
+    return rule
+
+
+def _widen(ids: Tensor, columns: int) -> Tensor:
+    return (
+        torch.nn.functional.pad(ids, (0, columns - ids.shape[1])) if columns > ids.shape[1] else ids
+    )

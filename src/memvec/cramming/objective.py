@@ -1,0 +1,93 @@
+"""What is minimised: a loss per position from its logits and its true token.
+
+An objective is a function of the scores of the true token and of all the others, no more; counting
+positions, averaging over a passage and chunking over memory are done once, in `score`. Each passage
+has its own mean and passages are summed, so that none of them feels another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memvec import metrics
+from memvec.cramming.recipe import Recipe
+
+# (logits, true token ids, recipe) -> loss of each position
+Objective = Callable[[Float[Tensor, "n V"], Int[Tensor, " n"], Recipe], Float[Tensor, " n"]]
+
+CHUNK = 2**25  # logits held at once: 128 MiB in float32, a few times that while they are scored
+
+
+def cross_entropy(
+    logits: Float[Tensor, "n V"], ids: Int[Tensor, " n"], recipe: Recipe
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of logits / T, times T so that gradients keep their size.
+
+    T = 1 is the paper's loss (section 3). A smaller T stops paying for tokens that are already
+    safely right and leaves the vector free for the others (docs/log.md).
+    """
+    T = recipe.temperature
+    return torch.nn.functional.cross_entropy(logits / T, ids, reduction="none") * T
+
+
+def margin(
+    logits: Float[Tensor, "n V"], ids: Int[Tensor, " n"], recipe: Recipe
+) -> Float[Tensor, " n"]:
+    """softplus((asked - margin) / T) T: pays for the best wrong token only."""
+    T = recipe.temperature
+    missing = 2 * recipe.margin + T - metrics.margins(logits[None], ids[None])[0]
+    return torch.nn.functional.softplus(missing / T) * T
+
+
+OBJECTIVES: dict[str, Objective] = {"cross-entropy": cross_entropy, "margin": margin}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one step measured: loss per passage (B), margin per position (B, T), and the gradient
+    of the summed losses at the states (B, T, H)."""
+
+    loss: Float[Tensor, " B"]
+    margin: Float[Tensor, "B T"]
+    gradient: Float[Tensor, "B T H"]
+
+
+def score(
+    head: Callable[[Tensor], Tensor],
+    states: Float[Tensor, "B T H"],
+    ids: Int[Tensor, "B T"],
+    counted: Bool[Tensor, "B T"],
+    recipe: Recipe,
+) -> Score:
+    """Loss and margins of a batch, and the gradient at the states, a few rows of logits at a time.
+
+    The head is frozen and the loss is a sum over positions, so the gradient of each chunk is final
+    as soon as its logits are: no (B, T, V) tensor outlives its chunk, whatever V is.
+    """
+    B, T, H = states.shape
+    flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
+    weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1)).reshape(-1)
+    objective = OBJECTIVES[recipe.objective]
+    losses = torch.empty(B * T, device=states.device)
+    found = torch.empty(B * T, device=states.device)
+    gradient = torch.empty_like(flat)
+    with torch.no_grad():
+        V = head(flat[:1]).shape[-1]
+    rows = max(1, CHUNK // V)
+    for at in range(0, B * T, rows):
+        here = slice(at, at + rows)
+        with torch.enable_grad():
+            part = flat[here].requires_grad_()
+            logits = head(part).float()
+            loss = objective(logits, truth[here], recipe)
+            (gradient[here],) = torch.autograd.grad((loss * weight[here]).sum(), part)
+        losses[here] = loss.detach()
+        found[here] = metrics.margins(logits.detach()[None], truth[here][None])[0]
+    return Score(
+        (losses * weight).reshape(B, T).sum(-1), found.reshape(B, T), gradient.reshape(B, T, H)
+    )

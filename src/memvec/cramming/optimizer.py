@@ -1,0 +1,56 @@
+"""How it is moved: Adam for B passages at once, each with its own moments and its own step count.
+
+One stacked parameter and the *sum* of per-passage losses make B separate runs out of one; what a
+library optimiser lacks is a step count per passage (a newcomer's bias correction starts at 1 while
+its neighbours are at 500) and moments that leave with the passage, so those are here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memvec.cramming.recipe import Recipe
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) over the first axis of a stacked parameter; AdamW with decay.
+
+    `state` tensors have the passages as their first axis, so the engine can seat, compact and
+    retire passages without knowing what they mean.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.weight_decay = recipe.weight_decay if recipe.optimizer == "adamw" else 0.0
+
+    def fresh(self, parameters: Tensor) -> dict[str, Tensor]:
+        """Empty state for parameters (B, ...)."""
+        return {
+            "mean": torch.zeros_like(parameters),
+            "square": torch.zeros_like(parameters),
+            "count": torch.zeros(len(parameters), device=parameters.device),
+        }
+
+    @torch.no_grad()
+    def step(
+        self, parameters: Tensor, gradient: Tensor, state: dict[str, Tensor], moving: Tensor
+    ) -> None:
+        """Move `parameters` (B, ...) in place where `moving` (B) is true; others stay."""
+        beta1, beta2 = self.recipe.beta1, self.recipe.beta2
+        shape = (-1,) + (1,) * (parameters.dim() - 1)
+        on = moving.reshape(shape)
+        state["count"].add_(moving)
+        # lerp with weight 0 leaves a passage that has finished exactly as it was measured.
+        state["mean"].lerp_(gradient, (1 - beta1) * on.to(gradient.dtype))
+        state["square"].lerp_(gradient.square(), (1 - beta2) * on.to(gradient.dtype))
+        count = state["count"].clamp_min(1).reshape(shape)
+        mean = state["mean"] / (1 - beta1**count)
+        scale = (state["square"] / (1 - beta2**count)).sqrt_().add_(1e-8)
+        change = mean.div_(scale)
+        if self.weight_decay:
+            change.add_(parameters, alpha=self.weight_decay)
+        parameters.sub_(change.mul_(self.recipe.lr).masked_fill_(~on, 0))
+
+
+OPTIMIZERS = {"adam": Adam, "adamw": Adam}

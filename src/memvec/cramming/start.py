@@ -1,0 +1,61 @@
+"""Where the vectors of a passage begin; everything random comes from its own token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.lm import FrozenLM
+
+
+def ids_hash(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
+    return hashlib.sha256(torch.tensor(list(ids), dtype=torch.int32).numpy().tobytes()).hexdigest()
+
+
+def passage_seed(ids: Sequence[int], seed: int) -> int:
+    """A seed that depends on the passage and the recipe's seed, never on order or seat."""
+    return (
+        int.from_bytes(hashlib.sha256(f"{ids_hash(ids)} {seed}".encode()).digest()[:8], "big") >> 1
+    )
+
+
+def noise(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Noise as large as the embeddings: randn x embedding std (Kuratov et al., train.py)."""
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    return torch.randn(K, lm.width, generator=generator) * lm.embedding_std
+
+
+@torch.no_grad()
+def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Mean embedding of each K-th of the passage, with a little noise to part equal passages."""
+    rows = lm.embed(torch.tensor([list(ids)], device=lm.device))[0].float().cpu()
+    bounds = [len(ids) * k // K for k in range(K + 1)]
+    spans = (slice(a, max(b, a + 1)) for a, b in itertools.pairwise(bounds))
+    return torch.stack([rows[span].mean(0) for span in spans]) + 0.1 * noise(lm, ids, K, recipe)
+
+
+def encoder(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """The vectors that the model's one-pass encoder gives the passage."""
+    if lm.encoder is None:
+        raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
+    return lm.encoder.encode(lm, torch.tensor([list(ids)], device=lm.device), K)[0].cpu()
+
+
+Start = Callable[[FrozenLM, Sequence[int], int, Recipe], Float[Tensor, "K D"]]
+STARTS: dict[str, Start] = {"noise": noise, "embeddings": embeddings, "encoder": encoder}
+
+
+def start_vectors(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """First vectors of a passage under the recipe, float32 on the CPU."""
+    name = recipe.start
+    if name == "auto":
+        name = "encoder" if lm.encoder is not None else "noise"
+    return STARTS[name](lm, ids, K, recipe)

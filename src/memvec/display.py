@@ -1,0 +1,222 @@
+"""What a person sees: tables, one progress line, sentences. All but results go to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from memvec.codec import Status
+from memvec.vectors import MemVectors
+from memvec.vectors import pretty_json as to_json
+
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+__all__ = ["certificate", "doctor", "inspect", "progress", "say", "summary", "to_json"]
+
+
+def say(sentence: str) -> None:
+    """One line on stderr."""
+    err.print(sentence, style="dim", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[Status], None]]:
+    """A bar on a terminal; elsewhere a plain line every ten seconds."""
+    if not err.is_terminal:
+        yield _plain(title)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bars:
+        task = bars.add_task(title, total=None)
+
+        def show(status: Status) -> None:
+            bars.update(task, description=_line(status), completed=status.done, total=status.tokens)
+
+        yield show
+
+
+def _plain(title: str) -> Callable[[Status], None]:
+    began = last = time.monotonic()
+
+    def show(status: Status) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY:
+            last = now
+            left = ""
+            if status.done:
+                seconds = (now - began) * (status.tokens - status.done) / status.done
+                left = f", about {seconds:.0f} s left"
+            say(f"{title}: {_line(status)}, {status.done}/{status.tokens} tokens{left}")
+
+    return show
+
+
+def _line(status: Status) -> str:
+    if status.engine is None or status.stage != "cramming":
+        return status.stage
+    e = status.engine
+    split = f", {status.split} split" if status.split else ""
+    return f"cramming {e.seated} passages ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
+
+
+def summary(mem: MemVectors, path: Path, account: Mapping[str, int]) -> None:
+    """The table that ends `memvec cram`."""
+    s = mem.summary()
+    table = _table(f"{path}")
+    _figures(table, s)
+    table.add_row("bytes", _bytes(account))
+    table.add_row("certificate", _verdict(s["exact"], s["exact_passages"], s["passages"]))
+    out.print(table)
+
+
+def inspect(mem: MemVectors, file: str) -> None:
+    """What is in a file."""
+    s, header = mem.summary(), mem.header
+    table = _table(file)
+    model = header.model
+    table.add_row(
+        "model", f"{model.get('name')} ({model.get('dtype')}, revision {model.get('revision')})"
+    )
+    table.add_row("weights", str(model.get("weights"))[:16])
+    names = ", ".join(d.name for d in header.documents[:3])
+    more = " ..." if len(header.documents) > 3 else ""
+    table.add_row("documents", f"{len(header.documents)}: {names}{more}")
+    _figures(table, s)
+    table.add_row(
+        "bytes", f"text {s['text_bytes']}, vectors {s['vector_bytes']}, edits {s['edit_bytes']}"
+    )
+    recipe = header.recipe
+    table.add_row(
+        "recipe",
+        ", ".join(
+            f"{k} {recipe[k]}"
+            for k in ("objective", "temperature", "schedule", "lr")
+            if k in recipe
+        ),
+    )
+    e = header.environment
+    table.add_row("made with", f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}")
+    table.add_row(
+        "text in the file", "yes" if any(d.text is not None for d in header.documents) else "no"
+    )
+    if header.certificate is None:
+        table.add_row("certificate", "none")
+    else:
+        c = header.certificate
+        verdict = _verdict(bool(c.get("exact")), c.get("exact_passages"), c.get("passages"))
+        table.add_row(
+            "certificate", f"{verdict}; {c.get('decoded_in')} on {c.get('device')}, {c.get('date')}"
+        )
+    out.print(table)
+
+
+def certificate(mem: MemVectors, found: Mapping[str, Any], exact: list[bool]) -> None:
+    """The table of `memvec verify`: a row for each passage, the failing ones marked."""
+    table = Table(title=f"{sum(exact)} of {len(exact)} passages exact", title_justify="left")
+    for column in ("passage", "tokens", "vectors", "margin", "bits", "decodes"):
+        table.add_column(column, justify="right")
+    shown = (
+        list(range(len(exact)))
+        if len(exact) <= 40
+        else [i for i, e in enumerate(exact) if not e][:40]
+    )
+    for i in shown:
+        p = mem.passages[i]
+        verdict = "[green]exact[/green]" if exact[i] else "[red]WRONG[/red]"
+        table.add_row(
+            str(i),
+            str(p.tokens),
+            str(mem.vectors.shape[1]),
+            f"{p.margin:.2f}",
+            f"{p.information_gain:.0f}",
+            verdict,
+        )
+    out.print(table)
+    if len(exact) > len(shown):
+        out.print(f"({len(exact) - len(shown)} more passages are not listed)")
+    out.print(
+        f"decoded freely in {found['decoded_in']} on {found['device']} "
+        f"({found['attention']} attention, torch {found['torch']}): "
+        + _verdict(found["exact"], found["exact_passages"], found["passages"])
+    )
+
+
+def doctor(report: Mapping[str, Any]) -> None:
+    """The findings of `memvec doctor`."""
+    table = _table(f"{report['model']}")
+    for check in report["checks"]:
+        mark = "[green]yes[/green]" if check["ok"] else "[red]NO[/red]"
+        table.add_row(check["name"], f"{mark}  {check['detail']}")
+    for name, value in report["facts"].items():
+        table.add_row(name, str(value))
+    out.print(table)
+    out.print(
+        "[green]This model can be crammed here.[/green]"
+        if report["can_be_crammed"]
+        else f"[red]This model cannot be crammed here:[/red] {report['reason']}"
+    )
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _figures(table: Table, s: Mapping[str, Any]) -> None:
+    error = s["tokens_per_vector_error"]
+    spread = "" if math.isnan(error) else f" ± {error:.1f}"
+    table.add_row(
+        "passages",
+        f"{s['passages']}, {s['vectors_per_passage']} vectors each, D {s['width']}, {s['storage']}",
+    )
+    table.add_row(
+        "tokens",
+        f"{s['tokens']}, {s['tokens_per_vector']:.1f}{spread} per vector (n = {s['passages']})",
+    )
+    table.add_row(
+        "information gain",
+        f"{s['information_gain_bits']:.0f} bits, {s['bits_per_vector']:.0f} per vector, "
+        f"{s['bits_per_dimension']:.2f} per dimension",
+    )
+    table.add_row(
+        "utilisation",
+        f"{100 * s['bit_utilisation']:.1f} % of bits, "
+        f"{100 * s['token_utilisation']:.1f} % of tokens",
+    )
+    table.add_row("smallest margin", f"{s['margin']:.2f} logits; start rule {s['start_rule']}")
+    table.add_row(
+        "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"
+    )
+
+
+def _bytes(account: Mapping[str, int]) -> str:
+    return (
+        f"text {account['text']}, vectors {account['vectors']}; xz {account['xz']}, "
+        f"zstd {account['zstd']}, arithmetic coding {account['arithmetic']}"
+    )
+
+
+def _verdict(exact: bool, right: Any, total: Any) -> str:
+    if exact:
+        return f"[green]exact[/green] ({right} of {total} passages decode freely)"
+    return f"[red]NOT exact[/red] ({right} of {total} passages decode freely)"

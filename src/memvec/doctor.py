@@ -1,0 +1,192 @@
+"""Can this model be crammed here? Each check compares what memvec does with what the model does.
+
+The cheap ones run at every load (`refuse_if_unfit`); `memvec doctor` shows them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+# Two orders of the same sums differ by about this share of the logits' spread, per dtype.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was compared, whether it holds, and the figure or reason."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def checks(lm: FrozenLM) -> Iterator[Check]:
+    """The checks that a model must pass to be served, cheapest first."""
+    yield _guard("takes free input vectors", _own_logits, lm)
+    yield _guard("right padding changes nothing", _padding, lm)
+    yield _guard("is causal", _causal, lm)
+    yield _guard("vectors reach every later token", _effect, lm)
+    yield _guard("cached decoding agrees", _cache, lm)
+
+
+def refuse_if_unfit(lm: FrozenLM) -> None:
+    """Raise MemvecError with the first check that fails."""
+    for check in checks(lm):
+        if not check.ok:
+            raise MemvecError(f"{lm.name} cannot be crammed: '{check.name}' fails, {check.detail}.")
+
+
+def examine(
+    name: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Everything `memvec doctor` shows of a model, as a dictionary.
+
+    Ends with a round trip: a few tokens are crammed, saved in memory and decoded. A model that does
+    not load or fails a check gives `can_be_crammed` False and the reason.
+    """
+    from memvec.lm import load_lm
+
+    report: dict[str, Any] = {"model": name, "checks": [], "facts": {}, "reason": None}
+    began = time.perf_counter()
+    try:
+        lm = load_lm(name, revision=revision, device=device, dtype=dtype, check=False)
+    except MemvecError as error:
+        report["checks"].append(asdict(Check("loads", False, str(error))))
+        return report | {"can_be_crammed": False, "reason": str(error)}
+    seconds = time.perf_counter() - began
+    report["checks"].append(asdict(Check("loads", True, f"{seconds:.1f} s")))
+    found = list(checks(lm))
+    if all(check.ok for check in found):
+        found.append(_guard("gives a passage back", _round_trip, lm))
+    report["checks"] += [asdict(check) for check in found]
+    report["facts"] = {
+        "width D": lm.width,
+        "vocabulary V": lm.vocab_size,
+        "context": lm.context or "unlimited",
+        "dtype": f"{lm.description()['dtype']} on {lm.device}",
+        "attention": lm.description()["attention"],
+        "BOS": "none"
+        if lm.bos_id is None
+        else f"token {lm.bos_id}, added by the tokenizer: "
+        + ("yes" if lm.tokenizer is not None and lm.adds_bos else "no"),
+        "embedding std": f"{lm.embedding_std:.4g}",
+        "logits": "only where needed" if lm.has_split_head else "whole model each time",
+        "one-pass encoder": "yes" if lm.encoder is not None else "no",
+    }
+    failed = [check for check in found if not check.ok]
+    if not failed:
+        report["facts"]["speed"] = f"{speed(lm):.0f} tokens per second, forward and backward"
+    reason = f"'{failed[0].name}' fails, {failed[0].detail}" if failed else None
+    return report | {"can_be_crammed": not failed, "reason": reason}
+
+
+def speed(lm: FrozenLM, tokens: int = 64, seats: int = 16, seconds: float = 2.0) -> float:
+    """Tokens per second of a forward and backward-to-input pass, `seats` passages at once."""
+    tokens = min(tokens, (lm.context or tokens + 1) - 1)
+    ids = _ids(lm, tokens).expand(seats, -1)
+    vectors = torch.zeros(seats, 1, lm.width, device=lm.device, requires_grad=True)
+    done, start = 0, time.perf_counter()
+    while done < 2 or (time.perf_counter() - start < seconds and done < 50):
+        loss = lm.logits(vectors, ids).logsumexp(-1).sum()
+        float(torch.autograd.grad(loss, vectors)[0].sum())  # waits for the device
+        done += 1
+    return done * seats * tokens / (time.perf_counter() - start)
+
+
+def _guard(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: FrozenLM) -> Check:
+    try:
+        ok, detail = check(lm)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        reason = str(error).strip() or type(error).__name__
+        return Check(name, False, f"the model refuses: {reason.splitlines()[0]}")
+    return Check(name, ok, detail)
+
+
+def _ids(lm: FrozenLM, n: int) -> Tensor:
+    rows = int(lm.embedding.weight.shape[0])  # type: ignore[index,union-attr]
+    return (torch.arange(n, device=lm.device) * 104729 % rows)[None]
+
+
+def _agree(lm: FrozenLM, ours: Tensor, truth: Tensor) -> tuple[bool, str]:
+    """Largest difference, in units of the truth's standard deviation, against the dtype's noise."""
+    if not bool(torch.isfinite(truth).all()):
+        return False, "its logits are not finite"
+    difference = float((ours - truth).abs().max() / truth.std().clamp_min(1e-6))
+    limit = TOLERANCE[lm.dtype]
+    return difference <= limit, f"largest difference {difference:.1e} of a std (limit {limit:g})"
+
+
+@torch.no_grad()
+def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
+    """Tokens embedded by us and handed in as vectors give the model's own logits."""
+    ids = _ids(lm, 7)
+    as_vectors = lm.embed(ids[:, :3])
+    ours = lm.logits(as_vectors, ids[:, 3:])
+    return _agree(lm, ours, lm.own_logits(ids)[:, 2:-1])
+
+
+@torch.no_grad()
+def _padding(lm: FrozenLM) -> tuple[bool, str]:
+    ids = _ids(lm, 9)
+    vectors = lm.embed(ids[:, :2])
+    return _agree(lm, lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6]))
+
+
+@torch.no_grad()
+def _causal(lm: FrozenLM) -> tuple[bool, str]:
+    ids = _ids(lm, 8)
+    changed = ids.clone()
+    changed[:, -1] = ids[0, 0]
+    ok, detail = _agree(lm, lm.own_logits(changed)[:, :-1], lm.own_logits(ids)[:, :-1])
+    return ok, detail if ok else "a later token changes an earlier prediction"
+
+
+def _effect(lm: FrozenLM) -> tuple[bool, str]:
+    ids = _ids(lm, 6)
+    # A free vector, not an embedding row: some models single rows out (padding is zeroed).
+    noise = torch.randn(1, 1, lm.width, generator=torch.Generator().manual_seed(0))
+    vectors = (noise.to(lm.device) * lm.embedding_std).requires_grad_()
+    with torch.enable_grad():
+        logits = lm.logits(vectors, ids)
+        first, last = (
+            torch.autograd.grad(logits[0, i].logsumexp(-1), vectors, retain_graph=i == 0)[0].norm()
+            for i in (0, -1)
+        )
+    if not (torch.isfinite(first) and torch.isfinite(last)):
+        return False, "the gradient at the vector is not finite"
+    sizes = f"gradient norm {float(first):.1e} at the first token, {float(last):.1e} at token 6"
+    return bool(first > 0 and last > 0), sizes
+
+
+@torch.no_grad()
+def _cache(lm: FrozenLM) -> tuple[bool, str]:
+    from memvec.decoding import cached_logits
+
+    ids = _ids(lm, 7)
+    vectors = lm.embed(ids[:, :2]).float()
+    return _agree(lm, cached_logits(lm, vectors, ids[:, 2:]), lm.logits(vectors, ids[:, 2:]))
+
+
+def _round_trip(lm: FrozenLM) -> tuple[bool, str]:
+    """Two tokens in one vector, crammed and decoded freely: the whole way, small."""
+    from memvec.cramming.engine import Engine
+    from memvec.cramming.recipe import Recipe
+    from memvec.passages.passage import Passage
+
+    ids = tuple(_ids(lm, 5)[0, 3:].tolist())
+    (outcome,) = Engine(lm, Recipe(steps=400), seats=1).run([Passage(ids)])
+    return (
+        outcome.exact,
+        f"2 tokens in one vector, {outcome.metrics.horizon} decoded, {outcome.steps} steps",
+    )

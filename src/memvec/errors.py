@@ -1,0 +1,25 @@
+"""What memvec says when something is wrong: one sentence, and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MemvecError(Exception):
+    """Something a person can act on: what is wrong, where, and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class NotExactError(MemvecError):
+    """The text did not come back, or could not be crammed to the last token. Exit code 3."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or the whole list."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."

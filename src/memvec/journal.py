@@ -1,0 +1,99 @@
+"""What is finished already: a crash-safe list of passages beside the file that is being made.
+
+SQLite does the hard part. A row is written the moment a passage is certified, so a run that is
+killed loses only what sits in its seats. Rows are keyed by everything that decides a passage's
+vectors; a row from other settings or another text is simply never asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memvec.cramming.certify import Outcome, PassageMetrics
+from memvec.cramming.start import ids_hash
+from memvec.errors import MemvecError
+from memvec.passages.passage import Passage
+
+
+class Journal:
+    """Finished passages of one output file. `settings` is what else decides the vectors."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self._settings = json.dumps(settings, sort_keys=True, default=str)
+        try:
+            self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS passages "
+                "(key TEXT PRIMARY KEY, vectors BLOB NOT NULL, record TEXT NOT NULL)"
+            )
+            self._db.execute("BEGIN EXCLUSIVE")  # the lock stays with this process until it closes
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise MemvecError(
+                    f"another memvec is writing {path.stem}: wait for it, or name another file "
+                    "with -o."
+                ) from None
+            raise MemvecError(f"{path} cannot be written: {error}.") from None
+        except sqlite3.DatabaseError as error:
+            raise MemvecError(f"{path} is damaged ({error}): delete it and start again.") from None
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM passages").fetchone()[0])
+
+    def get(self, passage: Passage) -> Outcome | None:
+        """The outcome of this passage under these settings, if it is known."""
+        row = self._db.execute(
+            "SELECT vectors, record FROM passages WHERE key = ?", (self._key(passage),)
+        ).fetchone()
+        if row is None:
+            return None
+        record = json.loads(row[1])
+        shape, dtype = record.pop("shape"), getattr(torch, record.pop("dtype"))
+        numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(shape)
+        return Outcome(
+            passage=passage,
+            vectors=numbers.to(dtype),
+            metrics=PassageMetrics(**record.pop("metrics")),
+            **record,
+        )
+
+    def put(self, outcome: Outcome) -> None:
+        """Write an outcome; it is on disk when this returns. MemvecError on a full disk."""
+        record = {
+            key: getattr(outcome, key)
+            for key in ("status", "margin_asked", "steps", "spent", "seconds", "exact")
+        }
+        record["metrics"] = asdict(outcome.metrics)
+        record["shape"] = list(outcome.vectors.shape)
+        record["dtype"] = str(outcome.vectors.dtype).removeprefix("torch.")
+        numbers = outcome.vectors.float().contiguous().numpy().tobytes()
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)",
+                (self._key(outcome.passage), numbers, json.dumps(record)),
+            )
+        except sqlite3.OperationalError as error:
+            raise MemvecError(f"{self.path} cannot be written: {error}.") from None
+
+    def close(self, *, delete: bool = False) -> None:
+        """Close; `delete` removes the file, once what it holds is safe elsewhere."""
+        self._db.close()
+        if delete:
+            for suffix in ("", "-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def _key(self, passage: Passage) -> str:
+        return hashlib.sha256(f"{self._settings} {ids_hash(passage.ids)}".encode()).hexdigest()

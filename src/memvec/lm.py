@@ -1,0 +1,461 @@
+"""FrozenLM: a causal language model of Hugging Face, loaded once, frozen and checked.
+
+Everything else in memvec sees a model through this class only:
+
+    (vectors, tokens) -> states -> logits        gradients flow to the vectors, never to the weights
+    tokens <-> text
+
+A model is used the way its authors wrote it: we hand it `inputs_embeds` without an attention mask
+(right padding needs none in a causal model) and, where the model lets us, take the last hidden
+states and apply its output head ourselves, so that logits exist only where they are needed. Both
+liberties are checked against the model's own forward at load (see `memvec.doctor`), and a model
+that fails is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memvec.encoder import OnePassEncoder
+from memvec.errors import MemvecError, did_you_mean
+from memvec.memory import keep_freed_memory
+
+StartRule = Literal["vectors", "bos", "first-token"]
+START_RULES: tuple[StartRule, ...] = get_args(StartRule)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POCKET = Path(__file__).parent / "pocket"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identifies a model's weights, whatever dtype they are loaded in.
+
+    `weights` is the SHA-256 of the configuration and of the embedding matrix rounded to bfloat16;
+    `probe` holds a few logits of a fixed prompt, compared with a tolerance because kernels differ.
+    """
+
+    weights: str
+    probe: tuple[float, ...]
+
+    def matches(self, other: Fingerprint) -> bool:
+        """True if both come from the same model (probe logits within 2 % of their size + 0.1)."""
+        return (
+            self.weights == other.weights
+            and len(self.probe) == len(other.probe)
+            and all(
+                abs(a - b) <= 0.1 + 0.02 * abs(a)
+                for a, b in zip(self.probe, other.probe, strict=True)
+            )
+        )
+
+
+class FrozenLM:
+    """A frozen causal LM and its tokenizer.
+
+    Build one with `load_lm`; the constructor takes a loaded model and tokenizer, for tests and for
+    models made in memory. `tokenizer` may be None when only token ids are used.
+
+    Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
+    `embedding_std`, `embedding_mean` (D), `fingerprint`, `encoder` (None for most models), `facts`
+    (the model folder's memvec.json: measured bits per vector).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str = "in-memory",
+        revision: str | None = None,
+        folder: Path | None = None,
+        check: bool = True,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.config: Any = model.config
+        text_config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        self.embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        if self.embedding is None or not hasattr(self.embedding, "weight"):
+            raise MemvecError(f"{name} has no input embedding matrix, so it takes no vectors.")
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
+        self.context = _context_length(text_config)
+        self.bos_id = _start_token(text_config, tokenizer)
+        # Statistics as the model sees them: what is handed in as inputs_embeds.
+        with torch.no_grad():
+            rows = weight[: min(len(weight), 50_000)].float()
+            self.embedding_std = float(rows.std())
+            self.embedding_mean = rows.mean(0)
+        self._body, self._head = _split(model, self.embedding)
+        self.vocab_size = int(self.logits(None, self._probe_ids()).shape[-1])
+        if check:
+            from memvec.doctor import refuse_if_unfit
+
+            refuse_if_unfit(self)
+        self.fingerprint = self._fingerprint()
+        self.facts: dict[str, Any] = {}
+        self.encoder: OnePassEncoder | None = None
+        if folder is not None:
+            self._read_extras(folder)
+
+    # ------------------------------------------------------------------ tokens and text
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, with no special token added."""
+        ids: list[int] = self._need_tokenizer()(
+            text, add_special_tokens=False, verbose=False, return_attention_mask=False
+        )["input_ids"]
+        return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids; for some tokenizers not quite the text that was tokenized."""
+        text: str = self._need_tokenizer().decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    @property
+    def adds_bos(self) -> bool:
+        """True if the tokenizer itself puts a BOS in front of a text (Llama 3, OPT)."""
+        ids = self._need_tokenizer()("a")["input_ids"]
+        return bool(self.bos_id is not None and ids and ids[0] == self.bos_id)
+
+    @property
+    def has_split_head(self) -> bool:
+        """True if states and logits come apart, so that logits exist only where they are needed."""
+        return self._body is not None
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise MemvecError(f"{self.name} was loaded without a tokenizer: give token ids.")
+        return self.tokenizer
+
+    # ------------------------------------------------------------------ vectors to logits
+
+    def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
+        """Embeddings of token ids, as they are handed to the model."""
+        embedded: Tensor = self.embedding(ids)
+        return embedded
+
+    def inputs(
+        self,
+        vectors: Float[Tensor, "B K D"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule = "vectors",
+    ) -> Float[Tensor, "B N D"]:
+        """What stands before each predicted token: [vectors, (BOS,) t_1 ... t_{T-1}].
+
+        `start` says what follows the vectors: nothing ('vectors': token 1 is predicted from the
+        last vector), the model's BOS ('bos'), or the passage's first token ('first-token': tokens
+        2 to T are predicted). Without vectors, 'vectors' is meaningless and BOS is used.
+        """
+        parts = [] if vectors is None else [vectors.to(self.dtype)]
+        if start == "bos":
+            if self.bos_id is None:
+                raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
+            parts.append(self.embed(ids.new_full((len(ids), 1), self.bos_id)))
+        parts.append(self.embed(ids[:, :-1]))
+        return torch.cat(parts, dim=1)
+
+    def states(
+        self,
+        vectors: Float[Tensor, "B K D"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule = "vectors",
+    ) -> Float[Tensor, "B N H"]:
+        """Hidden states at the predicting positions, N = T (T - 1 for 'first-token').
+
+        `head` turns them into logits. For a model whose head we may not take apart these are the
+        logits already, and `head` leaves them as they are.
+        """
+        predicted = ids.shape[1] - (start == "first-token")
+        return self._run(self.inputs(vectors, ids, start), keep=predicted)
+
+    def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
+        """Logits in float32 from hidden states."""
+        return self._head(states).float()
+
+    def logits(
+        self,
+        vectors: Float[Tensor, "B K D"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule = "vectors",
+    ) -> Float[Tensor, "B N V"]:
+        """Logits in float32 of the predicted tokens (the reference path)."""
+        if vectors is None:
+            start = "first-token" if self.bos_id is None else "bos"
+        return self.head(self.states(vectors, ids, start))
+
+    def own_logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """The model's own forward on real tokens: the truth our logits are checked against."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits.float()
+
+    def hidden(self, inputs: Float[Tensor, "B N D"], keep: int) -> Float[Tensor, "B keep H"]:
+        """Last hidden states (after the final norm) of free inputs; None of the head's work.
+
+        Raises MemvecError for a model whose head cannot be taken apart.
+        """
+        if self._body is None:
+            raise MemvecError(f"{self.name} does not give its hidden states apart from its logits.")
+        return self._run(inputs, keep)
+
+    def _run(self, inputs: Tensor, keep: int) -> Tensor:
+        out: Tensor
+        if self._body is not None:
+            out = self._body(inputs_embeds=inputs, use_cache=False)[0][:, -keep:]
+        else:
+            out = self.model(inputs_embeds=inputs, use_cache=False).logits[:, -keep:]
+        return out
+
+    def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
+        """The tokens that are given between the vectors and the first predicted token."""
+        if start == "bos":
+            if self.bos_id is None:
+                raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
+            return ids.new_full((len(ids), 1), self.bos_id)
+        return ids[:, : int(start == "first-token")]
+
+    # ------------------------------------------------------------------ what identifies it
+
+    def description(self) -> dict[str, Any]:
+        """Everything about the model that could change a number (design rule 6)."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weights": self.fingerprint.weights,
+            "probe": list(self.fingerprint.probe),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "attention": getattr(self.config, "_attn_implementation", None) or "none",
+            "width": self.width,
+            "vocabulary": self.vocab_size,
+        }
+
+    def _probe_ids(self) -> Int[Tensor, "1 8"]:
+        rows = int(self.embedding.weight.shape[0])  # type: ignore[index,union-attr]
+        return (torch.arange(1, 9, device=self.device) * 7919 % rows)[None]
+
+    @torch.no_grad()
+    def _fingerprint(self) -> Fingerprint:
+        config = self.config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(volatile, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        last = self.own_logits(self._probe_ids())[0, -1]
+        probe = last[:: max(1, len(last) // 8)][:8]
+        return Fingerprint(digest.hexdigest(), tuple(round(float(x), 3) for x in probe))
+
+    def _read_extras(self, folder: Path) -> None:
+        facts = folder / "memvec.json"
+        if facts.is_file():
+            self.facts = json.loads(facts.read_text())
+        weights = folder / "encoder.safetensors"
+        if weights.is_file():
+            self.encoder = OnePassEncoder.load(weights, self.width).to(self.device, self.dtype)
+
+
+def load_lm(
+    name: str = "pocket",
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    check: bool = True,
+) -> FrozenLM:
+    """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
+
+    `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
+    on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2').
+
+    Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
+    a causal LM that cannot be served exactly.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in ("auto", *DTYPES):
+        raise MemvecError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise MemvecError(f"unknown device '{device}': use auto, cpu or cuda:0.") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise MemvecError("this machine has no usable GPU: use --device cpu.")
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "bfloat16"
+    if where.type == "cpu":
+        keep_freed_memory()
+    local = _local_folder(name)
+    source = str(local) if local is not None else name
+    with _loading(name), _quiet():
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _refuse_other_tasks(name, config)
+        kernel = {"attn_implementation": attention} if attention else {}
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True, **kernel
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    if missing := sorted(info["missing_keys"]):
+        raise MemvecError(
+            f"{name} has no weights for {len(missing)} tensors of a causal LM "
+            f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
+        )
+    return FrozenLM(
+        model.to(where),
+        tokenizer,
+        name=name,
+        revision=revision or getattr(config, "_commit_hash", None),
+        folder=local,
+        check=check,
+    )
+
+
+def _local_folder(name: str) -> Path | None:
+    """The model's folder, or None for a Hub id. 'pocket' is a folder of the package."""
+    folder = POCKET if name == "pocket" else Path(name).expanduser()
+    looks_local = name == "pocket" or name.startswith((".", "/", "~")) or folder.exists()
+    if not looks_local:
+        return None
+    if not (folder / "config.json").is_file():
+        raise MemvecError(f"no model in {folder}: there is no config.json.")
+    return folder
+
+
+def _refuse_other_tasks(name: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    made_for = ", ".join(getattr(config, "architectures", None) or ["?"])
+    if getattr(config, "is_encoder_decoder", False):
+        raise MemvecError(
+            f"{name} is an encoder-decoder ({made_for}); memvec needs a decoder-only causal LM."
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "MaskedLM" in made_for:
+        raise MemvecError(f"{name} is a {config.model_type} ({made_for}), not a causal LM.")
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one sentence each."""
+    try:
+        yield
+    except MemvecError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip()
+        first = reason.splitlines()[0] if reason else type(error).__name__
+        if isinstance(error, ImportError):
+            raise MemvecError(f"{name} needs a package that is missing: {first}") from error
+        if any(word in reason for word in ("couldn't connect", "offline", "Connection", "resolve")):
+            raise MemvecError(
+                f"{name} is not a folder here and the Hub could not be reached: "
+                "check the name and the network, or give a local folder."
+            ) from error
+        if "is not a valid model identifier" in reason or "Repository Not Found" in reason:
+            raise MemvecError(
+                f"{name} is neither a folder nor a model on the Hub: check the name "
+                "(private models need a login)."
+            ) from error
+        if "no file named" in reason or "does not appear to have a file named" in reason:
+            raise MemvecError(
+                f"{name} has no weights that transformers can load: {first}"
+            ) from error
+        raise MemvecError(f"{name} could not be loaded: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no load report while weights load; put back afterwards."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _context_length(config: Any) -> int | None:
+    """Longest input in positions; None for models without a limit (Mamba)."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        length = getattr(config, key, None)
+        if isinstance(length, int) and 0 < length < 10**9:
+            return length
+    return None
+
+
+def _start_token(config: Any, tokenizer: Any) -> int | None:
+    """The token that starts a text: BOS, else the end-of-text token that separates documents."""
+    candidates = [
+        getattr(tokenizer, "bos_token_id", None),
+        getattr(config, "bos_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+        getattr(config, "eos_token_id", None),
+    ]
+    for token in candidates:
+        if isinstance(token, list):
+            token = token[0] if token else None
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return token
+    return None
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def _split(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None, Head]:
+    """The model's body and a head that together equal its own forward, or (None, identity).
+
+    Families add a scale (Cohere, Granite) or a soft cap (Gemma 2) after the linear head; each
+    candidate is tried on a probe and taken only if the logits agree.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    linear = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(body, nn.Module) or body is model or linear is None:
+        return None, lambda states: states
+    config: Any = model.config
+    scale = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    heads: list[Head] = [linear]
+    if isinstance(scale, int | float):
+        heads.append(lambda states: linear(states) * scale)
+    if isinstance(divisor, int | float):
+        heads.append(lambda states: linear(states) / divisor)
+    if isinstance(cap, int | float):
+        heads.append(lambda states: torch.tanh(linear(states) / cap) * cap)
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    inputs = embedding(torch.arange(1, 6, device=weight.device)[None] % len(weight))
+    try:
+        states = body(inputs_embeds=inputs, use_cache=False)[0]
+        truth = model(inputs_embeds=inputs, use_cache=False).logits.float()
+        for head in heads:
+            if torch.allclose(head(states).float(), truth, rtol=1e-3, atol=1e-3):
+                return body, head
+    except (TypeError, RuntimeError, ValueError):  # the body asks for something else: use the whole
+        pass
+    return None, lambda states: states

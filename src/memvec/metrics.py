@@ -1,0 +1,98 @@
+"""The metrics of cramming, as pure functions of tensors and numbers.
+
+Definitions follow Kuratov et al., "Cramming 1568 Tokens into a Single Vector and Back Again" (ACL
+2025), section 3, with two corrections: information is in bits (the published figures are nats),
+and every sum runs over the same positions with and without vectors. Letters: B passages, K [mem]
+vectors, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+
+import torch
+import zstandard
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LN2 = math.log(2.0)
+
+
+def surprisal(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """-log2 p(t_i | ...), bits per token; the log-sum-exp is taken in float32 or wider."""
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    true = logits.gather(-1, ids[..., None])[..., 0]
+    return (logits.logsumexp(-1) - true) / LN2
+
+
+def margins(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """Logit of the true token minus the best other logit; > 0 where the arg-max is right."""
+    true = logits.gather(-1, ids[..., None])
+    others = logits.scatter(-1, ids[..., None], -torch.inf)
+    return (true - others.amax(-1, keepdim=True))[..., 0]
+
+
+def horizon(right: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Number of leading positions that are right."""
+    return right.long().cumprod(-1).sum(-1)
+
+
+def teacher_forced_accuracy(right: Bool[Tensor, " T"]) -> float:
+    """Share of positions whose arg-max is right when the true earlier tokens are given."""
+    return float(right.double().mean())
+
+
+def token_gain(right: Bool[Tensor, " T"], right_without: Bool[Tensor, " T"]) -> int:
+    """Positions right with the vectors minus positions right without them (section 3, eq. 3)."""
+    return int(right.sum() - right_without.sum())
+
+
+def information_gain(bits: Float[Tensor, " T"], bits_without: Float[Tensor, " T"]) -> float:
+    """H_LM - H_mem in bits over the same positions (section 3, eq. 4, divided by ln 2)."""
+    return float(bits_without.double().sum() - bits.double().sum())
+
+
+def theoretical_capacity(D: int, K: int, bits_per_number: int, V: int) -> float:
+    """Tokens that K vectors of D numbers could address: K D b / log2 V (section 3, eq. 5)."""
+    return K * D * bits_per_number / math.log2(V)
+
+
+def token_utilisation(gain: float, D: int, K: int, bits_per_number: int, V: int) -> float:
+    """Token gain over theoretical capacity, as the paper reports it (Figure 5)."""
+    return gain / theoretical_capacity(D, K, bits_per_number, V)
+
+
+def bit_utilisation(gain_bits: float, D: int, K: int, bits_per_number: int) -> float:
+    """Information gain over the vectors' own bits: the stricter share, all in bits."""
+    return gain_bits / (K * D * bits_per_number)
+
+
+def bits_per_dimension(gain_bits: float, D: int, K: int) -> float:
+    """Information gain per number of the vectors, bits."""
+    return gain_bits / (K * D)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (NaN for fewer than two values)."""
+    n = len(values)
+    mean = math.fsum(values) / n if n else math.nan
+    if n < 2:
+        return mean, math.nan
+    variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
+
+
+def byte_account(text: bytes, vector_bytes: int, lm_bits: float) -> dict[str, int]:
+    """Bytes of the text, of its vectors, and of what compresses it honestly.
+
+    `arithmetic` is what an arithmetic coder driven by the same model needs, H_LM / 8 (the paper's
+    Table 4 compares with it too); vectors are not a file compressor, and this shows it.
+    """
+    return {
+        "text": len(text),
+        "vectors": vector_bytes,
+        "xz": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+        "zstd": len(zstandard.ZstdCompressor(level=19).compress(text)),
+        "arithmetic": math.ceil(lm_bits / 8),
+    }

@@ -1,0 +1,89 @@
+"""Cut a document into passages by information, so that each one fits its vectors.
+
+A vector holds bits, not tokens: a dull page packs more tokens into it than a list of names. The
+cutter walks through the document, asks the frozen model how many bits each next token costs *from
+the start of the passage* (that is how it will be decoded), and ends the passage when the budget of
+its vectors is spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from memvec import metrics
+from memvec.errors import MemvecError
+from memvec.passages.passage import Passage
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+
+class Cutter:
+    """Cuts token ids into passages of at most `bits` bits, or of exactly `tokens` tokens.
+
+    `most` is the longest passage allowed (the model's context less the vectors).
+    """
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        *,
+        bits: float | None = None,
+        tokens: int | None = None,
+        most: int | None = None,
+    ) -> None:
+        if (bits is None) == (tokens is None):
+            raise ValueError("give either bits or tokens")
+        if tokens is not None and tokens < 1:
+            raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
+        if tokens is not None and most is not None and tokens > most:
+            raise MemvecError(f"--tokens {tokens} does not fit the context: at most {most}.")
+        self.lm, self.bits, self.tokens = lm, bits, tokens
+        self.most = most or 10**9
+
+    def cut(self, ids: Sequence[int], document: int = 0, least: int = 1) -> Iterator[Passage]:
+        """The passages of a document, lazily, front to back; none shorter than `least` but the
+        last, and the last one joins its neighbour if it would be."""
+        at, window = 0, 64
+        while at < len(ids):
+            if self.tokens is not None:
+                n = min(self.tokens, len(ids) - at)
+            else:
+                n, window = self._fitting(ids, at, window)
+            n = max(n, least)
+            if 0 < len(ids) - at - n < least:
+                n = len(ids) - at
+            yield Passage(tuple(ids[at : at + n]), document, at)
+            at += n
+
+    def _fitting(self, ids: Sequence[int], at: int, window: int) -> tuple[int, int]:
+        """Tokens from `at` whose bits fit the budget, and the window to score next time."""
+        assert self.bits is not None
+        while True:
+            window = min(window, self.most)
+            span = list(ids[at : at + window])
+            total = surprisals(self.lm, span).cumsum(0)
+            n = int((total <= self.bits).sum())
+            if n < len(span) or len(span) < window or window == self.most:
+                return max(n, 1), max(16, 2 * n)
+            window *= 2
+
+
+@torch.no_grad()
+def surprisals(lm: FrozenLM, ids: Sequence[int]) -> torch.Tensor:
+    """Bits of each token of a text under the model alone (T); the first one follows BOS.
+
+    For a model without a BOS the first token costs log2 V.
+    """
+    table = torch.tensor([list(ids)], device=lm.device)
+    if lm.bos_id is not None:
+        return metrics.surprisal(lm.logits(None, table), table)[0].double().cpu()
+    first = torch.tensor([math.log2(lm.vocab_size)], dtype=torch.float64)
+    if len(ids) == 1:
+        return first
+    rest = metrics.surprisal(lm.logits(None, table), table[:, 1:])[0].double().cpu()
+    return torch.cat([first, rest])

@@ -1,0 +1,170 @@
+"""Documents: bytes in, token ids out, and the same bytes back.
+
+Most tokenizers of today give a text back to the letter. Some do not: they normalise, add or drop a
+space, or have no token for a character. A document notices this by trying, and keeps the smallest
+list of edits that turns what the tokenizer gives back into the text. Edits are stored with the
+vectors and counted in their bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memvec.errors import MemvecError, NotExactError
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+LARGEST = 4_000_000  # bytes; more is a matter of days, so it has to be asked for
+CLOSE_LOOK = 4_000  # characters of a changed block that are compared one by one
+
+Edit = tuple[int, int, str]  # replace [start, end) of the tokenizer's text by this
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text as token ids, with what is needed to get its bytes back."""
+
+    ids: tuple[int, ...]
+    name: str
+    sha256: str
+    size: int  # bytes
+    encoding: str = "utf-8"
+    edits: tuple[Edit, ...] = ()
+
+    @classmethod
+    def of(
+        cls, lm: FrozenLM, text: str | bytes, *, name: str = "text", encoding: str = "utf-8"
+    ) -> Document:
+        """A document from a text. Raises MemvecError if it is empty or not in this encoding."""
+        data = text if isinstance(text, bytes) else _encode(text, encoding, name)
+        if not data:
+            raise MemvecError(f"{name} is empty: there is nothing to cram.")
+        decoded = _decode(data, encoding, name)
+        ids = lm.tokenize(decoded)
+        edits = tuple(edits_between(lm.text(ids), decoded))
+        if not ids:
+            raise MemvecError(f"the tokenizer of {lm.name} makes no tokens of {name}.")
+        return cls(tuple(ids), name, hashlib.sha256(data).hexdigest(), len(data), encoding, edits)
+
+    @property
+    def edit_bytes(self) -> int:
+        """What the edits cost: their text, and eight bytes for each position pair."""
+        return sum(8 + len(new.encode("utf-8")) for _, _, new in self.edits)
+
+
+def restore(
+    lm: FrozenLM, ids: Sequence[int], encoding: str, edits: Sequence[Edit], sha256: str, name: str
+) -> bytes:
+    """The document's bytes from its token ids; never anything else.
+
+    Raises NotExactError if the bytes do not hash to what was crammed.
+    """
+    text = apply_edits(lm.text(ids), edits)
+    data = text.encode(encoding, errors="surrogatepass" if encoding == "utf-8" else "strict")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise NotExactError(
+            f"the tokens of {name} came back but its bytes did not: is this the tokenizer that "
+            "it was crammed with?"
+        )
+    return data
+
+
+def edits_between(old: str, new: str) -> Iterator[Edit]:
+    """Edits that turn `old` into `new`, in order; none when they are equal."""
+    if old == new:
+        return
+    a, b = old.splitlines(keepends=True), new.splitlines(keepends=True)
+    starts = [0]
+    for line in a:
+        starts.append(starts[-1] + len(line))
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag == "equal":
+            continue
+        at, before, after = starts[i1], "".join(a[i1:i2]), "".join(b[j1:j2])
+        if len(before) > CLOSE_LOOK or len(after) > CLOSE_LOOK:
+            yield at, at + len(before), after
+            continue
+        inner = difflib.SequenceMatcher(None, before, after, autojunk=False)
+        for kind, k1, k2, m1, m2 in inner.get_opcodes():
+            if kind != "equal":
+                yield at + k1, at + k2, after[m1:m2]
+
+
+def apply_edits(text: str, edits: Sequence[Edit]) -> str:
+    """The text with edits made; positions are those of the text before any of them."""
+    parts, at = [], 0
+    for start, end, new in edits:
+        if not at <= start <= end <= len(text):
+            raise NotExactError("the file's edits do not fit the decoded text.")
+        parts += [text[at:start], new]
+        at = end
+    return "".join([*parts, text[at:]])
+
+
+def peek(path: str) -> None:
+    """Raise MemvecError for a file that can be seen to be unusable without a model."""
+    if path == "-":
+        return
+    file = Path(path)
+    if file.is_dir():
+        raise MemvecError(f"{path} is a directory: name a text file in it.")
+    if not file.exists():
+        raise MemvecError(f"there is no file {path}.")
+    if file.is_file() and file.stat().st_size == 0:
+        raise MemvecError(f"{path} is empty: there is nothing to cram.")
+
+
+def read_document(
+    lm: FrozenLM, path: str, *, encoding: str = "utf-8", largest: int = LARGEST
+) -> Document:
+    """A document from a file, or from standard input for '-'. MemvecError says what is wrong."""
+    if path == "-":
+        data, name = sys.stdin.buffer.read(largest + 1), "standard input"
+    else:
+        peek(path)
+        name = path
+        try:
+            with Path(path).open("rb") as stream:
+                data = stream.read(largest + 1)
+        except OSError as error:
+            raise MemvecError(f"{path} cannot be read: {error.strerror}.") from None
+    if len(data) > largest:
+        raise MemvecError(
+            f"{name} is larger than {largest / 1e6:g} MB, which would take very long to cram: "
+            "cut it, or allow it with --max-bytes."
+        )
+    return Document.of(lm, data, name=name, encoding=encoding)
+
+
+def _encode(text: str, encoding: str, name: str) -> bytes:
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise MemvecError(
+            f"{name} has characters that are not {encoding}: {error.reason}."
+        ) from None
+
+
+def _decode(data: bytes, encoding: str, name: str) -> str:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise MemvecError(
+            f"{name} is not {encoding} (byte {error.start}): name its encoding with --encoding, or "
+            "use --encoding latin-1, which takes any bytes."
+        ) from None
+    if text.encode(encoding) != data:  # utf-16 without a byte order mark, and the like
+        raise MemvecError(f"{name} does not survive --encoding {encoding}: use --encoding latin-1.")
+    return text

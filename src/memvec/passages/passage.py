@@ -1,0 +1,31 @@
+"""A passage: the token ids that one set of [mem] vectors must give back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memvec.errors import MemvecError
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids, the document they are part of, and the position of the first one in it."""
+
+    ids: tuple[int, ...]
+    document: int = 0
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            raise MemvecError("a passage needs at least one token.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def halves(self) -> tuple[Passage, Passage]:
+        """The passage in two, for when it does not fit its vectors."""
+        middle = len(self.ids) // 2
+        return (
+            Passage(self.ids[:middle], self.document, self.offset),
+            Passage(self.ids[middle:], self.document, self.offset + middle),
+        )

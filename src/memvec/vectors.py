@@ -1,0 +1,343 @@
+"""MemVectors: [mem] vectors with everything needed to decode and to believe them, in one file.
+
+The file is safetensors: one tensor `vectors` (P, K, D) in the storage dtype, and a JSON header that
+the classes below describe and validate. The text is not in it unless asked for. A digest over the
+header and the tensor's bytes finds every change; nothing is unpickled, and nothing is allocated
+that the file does not itself contain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from memvec import metrics
+from memvec.cramming.certify import Status
+from memvec.cramming.start import ids_hash
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError, NotExactError
+from memvec.lm import DTYPES, Fingerprint, FrozenLM, StartRule
+from memvec.passages.documents import restore
+
+if TYPE_CHECKING:
+    from typing import Self
+
+FORMAT = "memvec"
+FORMAT_VERSION = 1
+LONGEST = 1_000_000  # tokens of one passage; no model reads more, and a header cannot claim it
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+
+
+class PassageRecord(_Record):
+    """One passage: its length and hash, how it was crammed, and what was measured."""
+
+    tokens: int = Field(ge=1, le=LONGEST, description="tokens of the passage")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of its token ids")
+    first: int | None = Field(default=None, ge=0, description="given first token, if one is given")
+    exact: bool = Field(description="free-running decoding gave back every token")
+    status: Status = Field(description="why cramming ended")
+    margin_asked: float = Field(description="margin that every token had to reach, logits")
+    steps: int = Field(ge=0, description="optimiser steps")
+    spent: int = Field(ge=0, description="forward-backward tokens")
+    seconds: float = Field(ge=0, description="wall time, shared among the seats of each step")
+    predicted: int = Field(ge=0, description="tokens that came from the vectors")
+    horizon: int = Field(ge=0, description="leading tokens that decoding gave back")
+    accuracy: float = Field(description="teacher-forced accuracy")
+    margin: float = Field(description="smallest margin, logits")
+    lm_bits: float = Field(description="H_LM, bits")
+    mem_bits: float = Field(description="H_mem, bits")
+    information_gain: float = Field(description="H_LM - H_mem, bits")
+    token_gain: int = Field(description="tokens right with the vectors minus without")
+
+
+class DocumentRecord(_Record):
+    """One text: the passages it is made of, and what turns their tokens into its bytes."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of the text's bytes")
+    size: int = Field(ge=1, description="bytes")
+    encoding: str = "utf-8"
+    edits: list[tuple[int, int, str]] = Field(default_factory=list)
+    passages: int = Field(ge=1, description="number of passages, in order")
+    text: str | None = Field(default=None, description="the text itself, only if asked for")
+
+
+class Header(_Record):
+    """Everything but the numbers."""
+
+    format: Literal["memvec"] = "memvec"
+    version: Literal[1] = 1
+    model: dict[str, Any] = Field(description="FrozenLM.description()")
+    start_rule: Literal["vectors", "bos", "first-token"]
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    documents: list[DocumentRecord]
+    passages: list[PassageRecord]
+    certificate: dict[str, Any] | None = Field(
+        default=None, description="what the last whole decode of the stored vectors found"
+    )
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if sum(d.passages for d in self.documents) != len(self.passages):
+            raise ValueError("the documents do not add up to the passages")
+        return self
+
+
+class MemVectors:
+    """P sets of K [mem] vectors, `vectors` (P, K, D) in the storage dtype, and a header."""
+
+    def __init__(self, vectors: Tensor, header: Header) -> None:
+        if vectors.dim() != 3 or len(vectors) != len(header.passages):
+            raise MemvecError(
+                f"{len(header.passages)} passages need vectors of shape (P, K, D), "
+                f"got {tuple(vectors.shape)}."
+            )
+        self.vectors = vectors.detach().cpu().contiguous()
+        self.header = header
+
+    # ------------------------------------------------------------------ figures
+
+    @property
+    def passages(self) -> list[PassageRecord]:
+        """The record of each passage."""
+        return self.header.passages
+
+    @property
+    def exact(self) -> bool:
+        """True if every passage was decoded exactly from the stored vectors."""
+        return all(p.exact for p in self.passages)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the vectors themselves."""
+        return self.vectors.numel() * self.vectors.element_size()
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the whole: tokens and bits per vector, utilisation, bytes.."""
+        P, K, D = self.vectors.shape
+        V = int(self.header.model.get("vocabulary", 2))
+        width = 8 * self.vectors.element_size()
+        gain = math.fsum(p.information_gain for p in self.passages)
+        token_gain = sum(p.token_gain for p in self.passages)
+        per_vector = [p.tokens / K for p in self.passages]
+        mean, error = metrics.mean_and_error(per_vector)
+        return {
+            "model": self.header.model.get("name"),
+            "documents": len(self.header.documents),
+            "passages": P,
+            "vectors_per_passage": K,
+            "width": D,
+            "storage": str(self.vectors.dtype).removeprefix("torch."),
+            "start_rule": self.header.start_rule,
+            "tokens": sum(p.tokens for p in self.passages),
+            "tokens_per_vector": mean,
+            "tokens_per_vector_error": error,
+            "exact_passages": sum(p.exact for p in self.passages),
+            "exact": self.exact,
+            "accuracy": math.fsum(p.accuracy * p.predicted for p in self.passages)
+            / max(1, sum(p.predicted for p in self.passages)),
+            "margin": min((p.margin for p in self.passages), default=math.nan),
+            "lm_bits": math.fsum(p.lm_bits for p in self.passages),
+            "information_gain_bits": gain,
+            "token_gain": token_gain,
+            "bits_per_vector": gain / max(1, P * K),
+            "bits_per_dimension": metrics.bits_per_dimension(gain, D, max(1, P * K)),
+            "theoretical_capacity": metrics.theoretical_capacity(D, K, width, V),
+            "token_utilisation": metrics.token_utilisation(token_gain, D, max(1, P * K), width, V),
+            "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, P * K), width),
+            "text_bytes": sum(d.size for d in self.header.documents),
+            "vector_bytes": self.size,
+            "edit_bytes": sum(
+                8 + len(new.encode()) for d in self.header.documents for _, _, new in d.edits
+            ),
+            "steps": sum(p.steps for p in self.passages),
+            "spent": sum(p.spent for p in self.passages),
+            "seconds": math.fsum(p.seconds for p in self.passages),
+        }
+
+    # ------------------------------------------------------------------ back to text
+
+    def tokens(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
+        """Decode every passage freely and check it against its hash.
+
+        Raises MemvecError for vectors of another model (unless `force`), NotExactError if a passage
+        does not hash to what was crammed: wrong text is never returned as if it were right.
+        """
+        decoded = self.decode_passages(lm, force=force)
+        for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
+            if ids_hash(ids) != record.sha256:
+                told = f"its record says {record.horizon} of {record.predicted} tokens decode"
+                raise NotExactError(
+                    f"passage {i} did not come back: its tokens do not hash to what was crammed "
+                    f"({told}); 'memvec verify' shows which ones do."
+                )
+        return decoded
+
+    def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
+        """Token ids of every passage, decoded freely, right or wrong."""
+        self.check_model(lm, force=force)
+        longest = max((p.tokens for p in self.passages), default=0)
+        if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
+            raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
+        first: list[int] | None = None
+        rule: StartRule = self.header.start_rule
+        if rule == "first-token":
+            first = [p.first if p.first is not None else 0 for p in self.passages]
+        vectors = self.vectors.float()
+        return decode_ids(lm, vectors, [p.tokens for p in self.passages], start=rule, first=first)
+
+    def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
+        """The bytes of every document. Raises like `tokens`."""
+        passages = iter(self.tokens(lm, force=force))
+        found = []
+        for d in self.header.documents:
+            ids = [token for _ in range(d.passages) for token in next(passages)]
+            found.append(restore(lm, ids, d.encoding, d.edits, d.sha256, d.name))
+        return found
+
+    def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
+        """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
+        theirs = self.header.model
+        if self.vectors.shape[2] != lm.width:
+            raise MemvecError(
+                f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
+                f"{lm.width}: they were made for {theirs.get('name')}."
+            )
+        probe = tuple(float(x) for x in theirs.get("probe", ()))
+        made_for = Fingerprint(str(theirs.get("weights")), probe)
+        if not force and not made_for.matches(lm.fingerprint):
+            raise MemvecError(
+                f"these vectors were made for other weights (of {theirs.get('name')}) than "
+                f"those of {lm.name}: load that model, or try with --force."
+            )
+
+    # ------------------------------------------------------------------ the file
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the file: aside first, then fsync, then rename. Never leaves half a file.
+
+        Raises MemvecError if it exists (unless `force`) or cannot be written.
+        """
+        target = Path(path)
+        if target.exists() and not force:
+            raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
+        header = self.header.model_dump_json()
+        digest = _digest(header, self.vectors)
+        data = to_safetensors({"vectors": self.vectors}, {"memvec": header, "sha256": digest})
+        write_atomically(target, data)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MemVectors:
+        """Read and check a file. Raises MemvecError: missing, truncated, foreign or changed."""
+        file = existing_path(path)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if "memvec" not in metadata or set(opened.keys()) != {"vectors"}:
+                    raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
+                header = Header.model_validate_json(metadata["memvec"])
+                shape = opened.get_slice("vectors").get_shape()
+                if len(shape) != 3 or shape[0] != len(header.passages):
+                    raise MemvecError(
+                        f"{file} claims {len(header.passages)} passages and holds vectors of shape "
+                        f"{tuple(shape)}: it is damaged."
+                    )
+                vectors = opened.get_tensor("vectors")
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "header"
+            raise MemvecError(f"{file} has a damaged header ({where}: {first['msg']}).") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise MemvecError(
+                f"{file} is not a file of [mem] vectors, or is truncated: {error}."
+            ) from None
+        if vectors.dtype not in DTYPES.values():
+            raise MemvecError(f"{file} stores {vectors.dtype}, which memvec does not write.")
+        if _digest(metadata["memvec"], vectors) != metadata.get("sha256"):
+            raise MemvecError(
+                f"{file} was changed after it was written: its digest does not match."
+            )
+        if not bool(torch.isfinite(vectors.float()).all()):
+            raise MemvecError(f"{file} holds numbers that are not finite.")
+        return cls(vectors, header)
+
+    def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:
+        """The same vectors with what a whole decode of them found."""
+        passages = [
+            p.model_copy(update={"exact": e}) for p, e in zip(self.passages, exact, strict=True)
+        ]
+        header = self.header.model_copy(update={"certificate": certificate, "passages": passages})
+        return MemVectors(self.vectors, header)
+
+
+def existing_path(path: str | os.PathLike[str]) -> Path:
+    """The file a person means: `letter.mem` also finds `letter.mem.safetensors`."""
+    file = Path(path)
+    longer = file.with_name(file.name + ".safetensors")
+    if not file.exists() and longer.exists():
+        return longer
+    if not file.exists():
+        raise MemvecError(f"there is no file {file}.")
+    if file.is_dir():
+        raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
+    return file
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Write aside, fsync, rename. Raises MemvecError with the reason, the target untouched."""
+    aside: str | None = None
+    try:
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(aside).chmod(0o666 & ~_umask())
+        Path(aside).replace(target)
+    except OSError as error:
+        raise MemvecError(f"{target} cannot be written: {error.strerror}.") from None
+    finally:
+        if aside is not None:
+            Path(aside).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _digest(header: str, vectors: Tensor) -> str:
+    digest = hashlib.sha256(header.encode())
+    digest.update(vectors.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pretty_json(value: Any) -> str:
+    """JSON for people and machines; NaN becomes null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
