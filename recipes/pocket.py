@@ -56,7 +56,7 @@ from llama import Llama, Shape
 class Recipe:
     trunk_steps: int = 350
     """Steps of ordinary text before the memory task begins."""
-    steps: int = 2000
+    steps: int = 1700
     """Steps in all, trunk and decay included."""
     decay_share: float = 0.2
     """Share of the steps, at the end, over which the learning rate goes to zero."""
@@ -73,12 +73,15 @@ class Recipe:
     max_vectors: int = 4
     first_target: float = 7.0
     """Target length, in tokens, that each K starts with."""
-    rise_above: float = 0.92
-    fall_below: float = 0.75
+    rise_above: float = 0.88
+    fall_below: float = 0.7
     """Teacher-forced accuracy near the target length that moves the target up or down."""
     shortest: float = 0.5
     longest: float = 1.4
-    """Passage lengths are drawn between these multiples of the target."""
+    """Passage lengths are drawn between these multiples of the target ..."""
+    wide_from: int = 700
+    longest_wide: float = 3.0
+    """... and up to this one from this step on: long passages teach more, once short ones work."""
     noise: float = 0.04
     """Gaussian noise on the vectors, as a share of their RMS, so that near misses decode too."""
     odd_share: float = 0.1
@@ -225,7 +228,8 @@ class Run:
         several = torch.rand((), generator=rng) < 0.5
         K = int(torch.randint(2, recipe.max_vectors + 1, (), generator=rng)) if several else 1
         target = self.targets[K]
-        span = recipe.longest - recipe.shortest
+        longest = recipe.longest if self.step < recipe.wide_from else recipe.longest_wide
+        span = longest - recipe.shortest
         share = recipe.shortest + span * float(torch.rand((), generator=rng))
         T = min(max(round(share * target), 4), 64 * K)
         count = recipe.memory_tokens // (2 * (T + K))
@@ -237,12 +241,14 @@ class Run:
         loss.backward()
         self.tokens["memory"] += ids.numel()
         accuracy = right[: count - odd].float().mean().item()
-        if abs(share - 1) < 0.2:
+        # K > 1 comes up three times less often, so it takes steps three times as large
+        factor = 1.02 if K == 1 else 1.06
+        if share > 0.8 and accuracy > recipe.rise_above:
+            self.targets[K] = min(target * factor, 64.0 * K)
+        elif share < 1.2 and accuracy < recipe.fall_below:
+            self.targets[K] = max(target / factor, 4.0)
+        if 0.8 < share < 1.2:
             self.accuracy[K] += 0.2 * (accuracy - self.accuracy[K])
-            if accuracy > recipe.rise_above:
-                self.targets[K] = min(target * 1.02, 64.0 * K)
-            elif accuracy < recipe.fall_below:
-                self.targets[K] = max(target / 1.02, 4.0)
         return {"memory": loss.item(), f"K{K}": accuracy, f"T{K}": T}
 
 
