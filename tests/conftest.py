@@ -56,7 +56,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", GROUPED),
     "gemma": ("GemmaConfig", GROUPED),
     "gemma2": ("Gemma2Config", GROUPED | SLIDING | {"final_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3TextConfig", GROUPED | SLIDING),
+    "gemma3": ("Gemma3TextConfig", GROUPED | SLIDING | {"query_pre_attn_scalar": 8}),
     "phi": ("PhiConfig", MODEL),
     "stablelm": ("StableLmConfig", MODEL | {"num_key_value_heads": 2}),
     "falcon": ("FalconConfig", MODEL | {"alibi": False}),

@@ -233,7 +233,9 @@ class Engine:
             self.waiting.pop() for _ in range(min(self.seats - len(self.jobs), len(self.waiting)))
         ]
         if newcomers:
-            columns = max(len(job.passage) for job in newcomers + self.jobs)
+            columns = max(len(job.passage) for job in newcomers)
+            if self.jobs:  # the seats may still be as wide as a passage that has left
+                columns = max(columns, self.state["ids"].shape[1])
             fresh = self._fresh(newcomers, columns)
             if self.jobs:
                 self.state["ids"] = _widen(self.state["ids"], columns)
