@@ -11,12 +11,11 @@ from __future__ import annotations
 import time
 
 from common import arguments, median_and_spread, report
-from texts import passages_of
-
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
+from texts import passages_of
 
 
 def per_minute(

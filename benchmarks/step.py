@@ -10,9 +10,9 @@ seats, worst case over the lengths.
 from __future__ import annotations
 
 import torch
-from common import arguments, interleaved, median_and_spread, report
 from torch.nn.functional import cross_entropy
 
+from common import arguments, interleaved, median_and_spread, report
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.lm import FrozenLM, load_lm
@@ -32,7 +32,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args()
     lm = load_lm(options.model)
-    shapes = [(16, 32), (16, 64)] if options.quick else [(1, 32), (4, 32), (16, 32), (16, 64), (16, 128), (32, 64)]
+    shapes = (
+        [(16, 32), (16, 64)]
+        if options.quick
+        else [(1, 32), (4, 32), (16, 32), (16, 64), (16, 128), (32, 64)]
+    )
     rounds = 15 if options.quick else options.rounds
     rows, overheads = [], []
     for seats, T in shapes:
@@ -41,7 +45,7 @@ def main() -> None:
         engine = Engine(lm, recipe, seats=seats)
         for passage in passages(lm, seats, T):
             engine.push(passage)
-        engine._seat_waiting()
+        engine._seat_waiting(seats)
         ids = engine.state["ids"]
         vectors = engine.state["vectors"].clone().requires_grad_()
 

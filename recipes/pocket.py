@@ -326,6 +326,8 @@ def export(run: Run, tokenizer, folder: Path) -> None:
             "tokens": str(round(run.targets[1])),
         },
     )
+    for file in folder.glob("*.*"):
+        file.chmod(0o644)  # safetensors writes for the owner alone; a wheel is for all
 
 
 def arguments():
