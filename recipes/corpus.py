@@ -12,7 +12,6 @@ Used by `pocket.py`; nothing to run here.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,7 @@ def read_texts(path: Path) -> pd.DataFrame:
     """One row per text: name, split ("train" or "valid"), text."""
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
-        # newline="" keeps CRLF as it is
-        texts = [open(f, encoding="utf-8", newline="").read() for f in files]
+        texts = [f.read_bytes().decode() for f in files]  # bytes: CRLF stays as it is
         frame = pd.DataFrame({"name": [f.stem for f in files], "text": texts})
     else:
         frame = pd.read_parquet(path)
@@ -45,6 +43,7 @@ def read_texts(path: Path) -> pd.DataFrame:
 
 
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with <s> (0), </s> (1), all 256 bytes, and merges learnt from the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -86,7 +85,7 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
                 pieces.append(np.array([EOS], dtype=np.uint16))
             aside = path.with_suffix(".part.npy")
             np.save(aside, np.concatenate(pieces))
-            os.replace(aside, path)
+            aside.replace(path)
     tokenizer = Tokenizer.from_file(str(vocabulary))
     return tokenizer, {
         split: torch.from_numpy(np.load(path).astype(np.int64)) for split, path in streams.items()
@@ -94,6 +93,7 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    """Random numbers that depend on nothing but the three arguments."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -124,9 +124,7 @@ def passage_batch(stream, count: int, length: int, odd_share: float, vocab_size:
     odd = int(count * odd_share) // 3
     first, second, third = count - 3 * odd, count - 2 * odd, count - odd
     passages[first:second] = torch.randint(2, vocab_size, (odd, length), generator=rng)
-    passages[second:third] = stream[
-        torch.randint(len(stream), (odd, length), generator=rng)
-    ]
+    passages[second:third] = stream[torch.randint(len(stream), (odd, length), generator=rng)]
     order = torch.rand(odd, length, generator=rng).argsort(1)
     passages[third:] = passages[third:].gather(1, order)
     return passages, 3 * odd

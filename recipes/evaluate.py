@@ -76,7 +76,7 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
 
 def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
     """Cram n passages of T tokens; how many leading tokens decode from the stored vectors."""
-    from memvec import Engine
+    from memvec.cramming.engine import Engine
     from memvec.passages.cut import surprisals
     from memvec.passages.passage import Passage
 
@@ -108,24 +108,39 @@ def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
 
 
 def main():
+    """Measure what the command line asks for, and log it."""
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="pocket", help="'pocket', or a model folder")
-    parser.add_argument("--work", type=Path, default=root / ".runs/pocket",
-                        help="where pocket.py keeps the held-out token stream")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=root / ".runs/pocket",
+        help="where pocket.py keeps the held-out token stream",
+    )
     parser.add_argument("--log", type=Path, help="default: evaluate.jsonl in --work")
-    parser.add_argument("--parts", nargs="+", default=["loss", "one-pass", "horizon"],
-                        choices=["loss", "one-pass", "horizon"])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["loss", "one-pass", "horizon"],
+        choices=["loss", "one-pass", "horizon"],
+    )
     parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--start", default="auto", help="'encoder', 'noise' or 'auto'")
-    parser.add_argument("--set", nargs="*", default=["steps=400"], metavar="NAME=VALUE",
-                        help="changes to memvec's default recipe for the horizon")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=["steps=400"],
+        metavar="NAME=VALUE",
+        help="changes to memvec's default recipe for the horizon",
+    )
     args = parser.parse_args()
 
-    from memvec import Recipe, load_lm
+    from memvec import load_lm
+    from memvec.cramming.recipe import Recipe
 
     lm = load_lm(args.model, device="cpu")
     stream = torch.from_numpy(np.load(args.work / "valid.npy").astype(np.int64))
@@ -142,7 +157,7 @@ def main():
             for K in args.vectors:
                 yield horizon(lm, stream, K, min(96 * K, 448), args.passages, recipe)
 
-    with open(args.log or args.work / "evaluate.jsonl", "a") as log:
+    with (args.log or args.work / "evaluate.jsonl").open("a") as log:
         for row in rows():
             line = json.dumps({"model": args.model, **row})
             print(line, flush=True)

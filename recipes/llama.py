@@ -56,6 +56,8 @@ def normalise(x, weight, eps: float):
 
 
 class Norm(nn.Module):
+    """RMS norm with a learnt gain."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -73,6 +75,8 @@ def rotate(x, cos, sin, scale: float):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions, all heads with their own keys and values."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         width = shape.hidden_size
@@ -97,6 +101,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Gated MLP (SwiGLU)."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         width, inner = shape.hidden_size, shape.intermediate_size
@@ -109,6 +115,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the stream."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.self_attn = Attention(shape)
@@ -122,6 +130,8 @@ class Layer(nn.Module):
 
 
 class Trunk(nn.Module):
+    """What transformers keeps under `model.`: embedding, layers, final norm."""
+
     def __init__(self, shape: Shape):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)

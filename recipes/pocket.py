@@ -45,19 +45,22 @@ if __name__ == "__main__" and not ENVIRONMENT.keys() <= os.environ.keys():
     # read when a process starts: setting them later has no effect
     os.execve(sys.executable, [sys.executable, *sys.argv], {**ENVIRONMENT, **os.environ})
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
 
-from corpus import generator, ordinary_batch, passage_batch, prepare
-from llama import Llama, Shape
+from corpus import generator, ordinary_batch, passage_batch, prepare  # noqa: E402
+from export import export  # noqa: E402
+from llama import Llama, Shape  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """Every choice of the training run; each field is a flag of the command line."""
+
     trunk_steps: int = 350
     """Steps of ordinary text before the memory task begins."""
-    steps: int = 1750
+    steps: int = 1600
     """Steps in all, trunk and decay included."""
     decay_share: float = 0.2
     """Share of the steps, at the end, over which the learning rate goes to zero."""
@@ -72,8 +75,10 @@ class Recipe:
     lr_rest: float = 3e-3
     lr_encoder: float = 1e-3
     max_vectors: int = 4
-    """K is drawn from 1 to this: 1 in half of the steps, the others equally often."""
-    least_share: float = 0.6
+    """K is drawn from 1 to this."""
+    single_share: float = 0.35
+    """Share of steps with K = 1; the others are equally often."""
+    least_share: float = 0.8
     """The target length of K vectors is at least this much of K times that of one vector."""
     first_target: float = 7.0
     """Target length, in tokens, that each K starts with."""
@@ -157,9 +162,7 @@ class Run:
         inside = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
         self.optimizers = [
-            torch.optim.Muon(
-                matrices, lr=self.recipe.lr_matrices, adjust_lr_fn="match_rms_adamw"
-            ),
+            torch.optim.Muon(matrices, lr=self.recipe.lr_matrices, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(
                 [
                     {"params": rest, "lr": self.recipe.lr_rest},
@@ -191,7 +194,7 @@ class Run:
         }
         aside = path.with_suffix(".part")
         torch.save(state, aside)
-        os.replace(aside, path)
+        aside.replace(path)
 
     def load(self, path: Path):
         state = torch.load(path, weights_only=True)
@@ -236,7 +239,7 @@ class Run:
     def memory_step(self, stream, rng) -> dict:
         """Adds the gradients of one batch of passages; moves the target length of its K."""
         recipe = self.recipe
-        several = torch.rand((), generator=rng) < 0.5
+        several = torch.rand((), generator=rng) >= recipe.single_share
         K = int(torch.randint(2, recipe.max_vectors + 1, (), generator=rng)) if several else 1
         # K vectors are of use only for what one cannot hold
         target = max(self.targets[K], recipe.least_share * K * self.targets[1])
@@ -245,16 +248,14 @@ class Run:
         share = recipe.shortest + span * float(torch.rand((), generator=rng))
         T = K * min(max(round(share * target / K), 2 if K > 1 else 4), 64)
         count = recipe.memory_tokens // (2 * (T + K))
-        ids, odd = passage_batch(
-            stream, count, T, recipe.odd_share, self.shape.vocab_size, rng
-        )
+        ids, odd = passage_batch(stream, count, T, recipe.odd_share, self.shape.vocab_size, rng)
         with torch.autocast("cpu", torch.bfloat16):
             loss, right = memory_loss(self.model, self.encoder, ids, K, recipe.noise, rng)
         loss.backward()
         self.tokens["memory"] += ids.numel()
         accuracy = right[: count - odd].float().mean().item()
-        # K > 1 comes up three times less often, so it takes steps three times as large
-        factor = 1.02 if K == 1 else 1.06
+        # K > 1 come up less often, so they take larger steps
+        factor = 1.02 if K == 1 else 1.04
         if share > 0.8 and accuracy > recipe.rise_above:
             self.targets[K] = min(target * factor, 64.0 * K)
         elif share < 1.2 and accuracy < recipe.fall_below:
@@ -273,7 +274,8 @@ def valid_loss(model: Llama, stream, crops: int = 32, length: int = 256) -> floa
 
 
 def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
-    log = open(work / f"{name}.jsonl", "a", buffering=1)
+    """Train to the last step; one JSON line per ten steps, checkpoints that a next call resumes."""
+    log = (work / f"{name}.jsonl").open("a", buffering=1)
     sums: dict[str, list] = {}
     last = time.monotonic()
     while run.step < run.recipe.steps:
@@ -297,64 +299,47 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
             run.save(work / "trunk.pt")
 
 
-def export(run: Run, tokenizer, folder: Path) -> None:
-    """A folder that transformers loads, with the encoder beside the model."""
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.bfloat16() for k, v in run.model.state_dict().items()}
-    model = LlamaForCausalLM(run.shape.config()).bfloat16()
-    model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=0, eos_token_id=1)
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
-    # more vectors: the passage in as many equal parts, each encoded alone
-    save_file(
-        {k: v.bfloat16().contiguous() for k, v in run.encoder.state_dict().items()},
-        folder / "encoder.safetensors",
-        metadata={
-            "format": "memvec-encoder",
-            "version": "1",
-            "max_vectors": "1",
-            # leading tokens per vector worth encoding as a start for cramming: what it manages
-            "tokens": str(round(run.targets[1])),
-        },
-    )
-    for file in folder.glob("*.*"):
-        file.chmod(0o644)  # safetensors writes for the owner alone; a wheel is for all
-
-
 def arguments():
+    """The command line: paths, what to do, and every field of the recipe."""
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet",
+        "--corpus",
+        type=Path,
+        default=root.parent / "shared/corpus/novels.parquet",
         help="parquet file with a text column, or a folder of .txt files",
     )
-    parser.add_argument("--work", type=Path, default=root / ".runs/pocket",
-                        help="token streams, checkpoints and logs; a run resumes from here")
-    parser.add_argument("--out", type=Path, default=root / "src/memvec/pocket",
-                        help="where the finished model goes")
-    parser.add_argument("--twin", action="store_true",
-                        help="train the plain twin from the trunk: same text, no memory task")
-    parser.add_argument("--export-only", action="store_true",
-                        help="export the last checkpoint as it stands, without training")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=root / ".runs/pocket",
+        help="token streams, checkpoints and logs; a run resumes from here",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=root / "src/memvec/pocket", help="where the finished model goes"
+    )
+    parser.add_argument(
+        "--twin",
+        action="store_true",
+        help="train the plain twin from the trunk: same text, no memory task",
+    )
+    parser.add_argument(
+        "--export-only",
+        action="store_true",
+        help="export the last checkpoint as it stands, without training",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     for field in dataclasses.fields(Recipe):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type,
-                            default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=field.type, default=field.default
+        )
     return parser.parse_args()
 
 
 def main():
+    """Prepare the corpus, train from the last checkpoint on, export."""
     args = arguments()
     torch.set_num_threads(args.threads)
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
@@ -365,8 +350,10 @@ def main():
         run.load(args.work / f"{name}.pt")
     elif args.twin:
         run.load(args.work / "trunk.pt")
-    print(f"{name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
-          f"step {run.step} of {recipe.steps}, {len(streams['train']):,} training tokens")
+    print(
+        f"{name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+        f"step {run.step} of {recipe.steps}, {len(streams['train']):,} training tokens"
+    )
     if not args.export_only:
         train(run, streams, args.work, name, memory=not args.twin)
     if not args.twin or args.export_only:

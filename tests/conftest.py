@@ -11,6 +11,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network for a model is a wrong test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -35,6 +36,7 @@ MODEL = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+UNLIMITED = {k: v for k, v in MODEL.items() if k != "max_position_embeddings"}
 GROUPED = MODEL | {"num_key_value_heads": 2, "head_dim": 8}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 SLIDING = {"sliding_window": 16}
@@ -46,7 +48,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", MODEL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "opt-projected": ("OPTConfig", MODEL | {"ffn_dim": 48, "word_embed_proj_dim": 24}),
     "gpt2": ("GPT2Config", MODEL | GPT),
-    "mamba": ("MambaConfig", MODEL | {"state_size": 8}),
+    "mamba": ("MambaConfig", UNLIMITED | {"state_size": 8}),
     "gpt-neo": (
         "GPTNeoConfig",
         MODEL | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
@@ -74,7 +76,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("RwkvConfig", MODEL | {"attention_hidden_size": 32, "context_length": 128}),
     "falcon-h1": (
         "FalconH1Config",
-        GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+        GROUPED
+        | {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
     ),
     "jamba": (
         "JambaConfig",
@@ -182,6 +191,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lm.model.save_pretrained(path)
     lm.tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """As in daily use: no signature is checked, so that memvec's own sentences are heard."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # ---------------------------------------------------------------------- the command line

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 import torch
-from conftest import FAMILIES, QUICK, V, build, passages, tiny
 
+from conftest import FAMILIES, QUICK, V, build, passages, tiny
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe

@@ -130,6 +130,8 @@ def cram(
         raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
     if seats is not None and seats < 1:
         raise MemvecError(f"--seats must be at least 1, not {seats}.")
+    if file != "-" and Path(file).is_dir():
+        raise MemvecError(f"{file} is a directory: name a text file in it.")
     target = output or Path(f"{'stdin' if file == '-' else Path(file).stem}.mem.safetensors")
     if output is None and file != "-":
         target = Path(file).with_name(target.name)
@@ -177,8 +179,7 @@ def cram(
             )
         raise
     journal.close(delete=mem.exact)
-    bits = mem.summary()["lm_bits"]
-    account = codec.account(mem, lm, bits)
+    account = codec.account(mem, document.data(lm))
     if json:
         typer.echo(display.to_json({"file": str(saved), **mem.summary(), "bytes": account}))
     else:
@@ -296,6 +297,8 @@ def _open(
 
 
 def _check_target(target: Path, force: bool) -> None:
+    if target.is_dir():
+        raise MemvecError(f"{target} is a directory: name a file in it with -o.")
     if target.exists() and not force:
         raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
     if not target.parent.is_dir():
@@ -326,9 +329,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `memvec decode x | head`
-        sys.stderr.close()
-        sys.exit(0)
+    except OSError as error:  # a name that is too long, a disk that went away
+        typer.echo(f"memvec: {error.filename or 'a file'}: {error.strerror}.", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

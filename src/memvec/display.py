@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -93,12 +94,13 @@ def inspect(mem: MemVectors, file: str) -> None:
     table = _table(file)
     model = header.model
     table.add_row(
-        "model", f"{model.get('name')} ({model.get('dtype')}, revision {model.get('revision')})"
+        "model",
+        _safe(f"{model.get('name')} ({model.get('dtype')}, revision {model.get('revision')})"),
     )
-    table.add_row("weights", str(model.get("weights"))[:16])
+    table.add_row("weights", _safe(model.get("weights"))[:16])
     names = ", ".join(d.name for d in header.documents[:3])
     more = " ..." if len(header.documents) > 3 else ""
-    table.add_row("documents", f"{len(header.documents)}: {names}{more}")
+    table.add_row("documents", f"{len(header.documents)}: {_safe(names)}{more}")
     _figures(table, s)
     table.add_row(
         "bytes", f"text {s['text_bytes']}, vectors {s['vector_bytes']}, edits {s['edit_bytes']}"
@@ -106,14 +108,17 @@ def inspect(mem: MemVectors, file: str) -> None:
     recipe = header.recipe
     table.add_row(
         "recipe",
-        ", ".join(
-            f"{k} {recipe[k]}"
-            for k in ("objective", "temperature", "schedule", "lr")
-            if k in recipe
+        _safe(
+            ", ".join(
+                f"{k} {recipe[k]}"
+                for k in ("objective", "temperature", "schedule", "lr")
+                if k in recipe
+            )
         ),
     )
     e = header.environment
-    table.add_row("made with", f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}")
+    made = f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}"
+    table.add_row("made with", _safe(made))
     table.add_row(
         "text in the file", "yes" if any(d.text is not None for d in header.documents) else "no"
     )
@@ -122,9 +127,8 @@ def inspect(mem: MemVectors, file: str) -> None:
     else:
         c = header.certificate
         verdict = _verdict(bool(c.get("exact")), c.get("exact_passages"), c.get("passages"))
-        table.add_row(
-            "certificate", f"{verdict}; {c.get('decoded_in')} on {c.get('device')}, {c.get('date')}"
-        )
+        how = _safe(f"{c.get('decoded_in')} on {c.get('device')}, {c.get('date')}")
+        table.add_row("certificate", f"{verdict}; {how}")
     out.print(table)
 
 
@@ -164,19 +168,26 @@ def doctor(report: Mapping[str, Any]) -> None:
     table = _table(f"{report['model']}")
     for check in report["checks"]:
         mark = "[green]yes[/green]" if check["ok"] else "[red]NO[/red]"
-        table.add_row(check["name"], f"{mark}  {check['detail']}")
+        table.add_row(check["name"], f"{mark}  {_safe(check['detail'])}")
     for name, value in report["facts"].items():
-        table.add_row(name, str(value))
+        table.add_row(name, _safe(value))
     out.print(table)
     out.print(
         "[green]This model can be crammed here.[/green]"
         if report["can_be_crammed"]
-        else f"[red]This model cannot be crammed here:[/red] {report['reason']}"
+        else f"[red]This model cannot be crammed here:[/red] {_safe(report['reason'])}"
     )
 
 
+def _safe(text: object) -> str:
+    """A text of others: its markup is not obeyed, its control characters are not sent."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
+
+
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table = Table(
+        title=_safe(title), title_justify="left", show_header=False, box=None, padding=(0, 2)
+    )
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     return table
@@ -217,6 +228,7 @@ def _bytes(account: Mapping[str, int]) -> str:
 
 
 def _verdict(exact: bool, right: Any, total: Any) -> str:
+    right, total = _safe(right), _safe(total)
     if exact:
         return f"[green]exact[/green] ({right} of {total} passages decode freely)"
     return f"[red]NOT exact[/red] ({right} of {total} passages decode freely)"

@@ -33,7 +33,7 @@ class Journal:
             self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS passages "
                 "(key TEXT PRIMARY KEY, vectors BLOB NOT NULL, record TEXT NOT NULL)"
@@ -51,13 +51,12 @@ class Journal:
             raise MemvecError(f"{path} is damaged ({error}): delete it and start again.") from None
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT count(*) FROM passages").fetchone()[0])
+        return int(self._execute("SELECT count(*) FROM passages").fetchone()[0])
 
     def get(self, passage: Passage) -> Outcome | None:
         """The outcome of this passage under these settings, if it is known."""
-        row = self._db.execute(
-            "SELECT vectors, record FROM passages WHERE key = ?", (self._key(passage),)
-        ).fetchone()
+        query = "SELECT vectors, record FROM passages WHERE key = ?"
+        row = self._execute(query, self._key(passage)).fetchone()
         if row is None:
             return None
         record = json.loads(row[1])
@@ -80,13 +79,12 @@ class Journal:
         record["shape"] = list(outcome.vectors.shape)
         record["dtype"] = str(outcome.vectors.dtype).removeprefix("torch.")
         numbers = outcome.vectors.float().contiguous().numpy().tobytes()
-        try:
-            self._db.execute(
-                "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)",
-                (self._key(outcome.passage), numbers, json.dumps(record)),
-            )
-        except sqlite3.OperationalError as error:
-            raise MemvecError(f"{self.path} cannot be written: {error}.") from None
+        self._execute(
+            "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)",
+            self._key(outcome.passage),
+            numbers,
+            json.dumps(record),
+        )
 
     def close(self, *, delete: bool = False) -> None:
         """Close; `delete` removes the file, once what it holds is safe elsewhere."""
@@ -94,6 +92,14 @@ class Journal:
         if delete:
             for suffix in ("", "-wal", "-shm"):
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+    def _execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(query, values)
+        except sqlite3.OperationalError as error:  # a full disk, above all
+            raise MemvecError(f"{self.path} cannot be written or read: {error}.") from None
+        except sqlite3.DatabaseError as error:
+            raise MemvecError(f"{self.path} is damaged ({error}): delete it.") from None
 
     def _key(self, passage: Passage) -> str:
         return hashlib.sha256(f"{self._settings} {ids_hash(passage.ids)}".encode()).hexdigest()

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from memvec.encoder import OnePassEncoder
@@ -40,17 +41,24 @@ POCKET = Path(__file__).parent / "pocket"
 class Fingerprint:
     """Identifies a model's weights, whatever dtype they are loaded in.
 
-    `weights` is the SHA-256 of the configuration and of the embedding matrix rounded to bfloat16;
-    `probe` holds a few logits of a fixed prompt, compared with a tolerance because kernels differ.
+    `config` is the SHA-256 of the configuration, `weights` that of the embedding matrix rounded to
+    bfloat16; `probe` holds a few logits of a fixed prompt, compared with a tolerance because
+    kernels differ.
     """
 
+    config: str
     weights: str
     probe: tuple[float, ...]
+    dtype: str
 
     def matches(self, other: Fingerprint) -> bool:
-        """True if both come from the same model (probe logits within 2 % of their size + 0.1)."""
+        """True if both come from the same model (probe logits within 2 % of their size + 0.1).
+
+        Numbers that went through float16 round to other bfloat16s, so there the probe decides.
+        """
         return (
-            self.weights == other.weights
+            self.config == other.config
+            and (self.weights == other.weights or "float16" in (self.dtype, other.dtype))
             and len(self.probe) == len(other.probe)
             and all(
                 abs(a - b) <= 0.1 + 0.02 * abs(a)
@@ -101,7 +109,8 @@ class FrozenLM:
             self.embedding_std = float(rows.std())
             self.embedding_mean = rows.mean(0)
         self._body, self._head = _split(model, self.embedding)
-        self.vocab_size = int(self.logits(None, self._probe_ids()).shape[-1])
+        with torch.no_grad():
+            self.vocab_size = int(self.own_logits(self._probe_ids()).shape[-1])
         if check:
             from memvec.doctor import refuse_if_unfit
 
@@ -237,9 +246,10 @@ class FrozenLM:
         return {
             "name": self.name,
             "revision": self.revision,
+            "config": self.fingerprint.config,
             "weights": self.fingerprint.weights,
             "probe": list(self.fingerprint.probe),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.fingerprint.dtype,
             "device": self.device.type,
             "attention": getattr(self.config, "_attn_implementation", None) or "none",
             "width": self.width,
@@ -253,14 +263,26 @@ class FrozenLM:
     @torch.no_grad()
     def _fingerprint(self) -> Fingerprint:
         config = self.config.to_dict()
-        for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        # Saving and loading a model writes these; they say nothing about its weights.
+        for volatile in (
+            "_name_or_path",
+            "architectures",
+            "transformers_version",
+            "dtype",
+            "torch_dtype",
+        ):
             config.pop(volatile, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        described = json.dumps(config, sort_keys=True, default=str).encode()
         weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        rounded = weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
         last = self.own_logits(self._probe_ids())[0, -1]
         probe = last[:: max(1, len(last) // 8)][:8]
-        return Fingerprint(digest.hexdigest(), tuple(round(float(x), 3) for x in probe))
+        return Fingerprint(
+            hashlib.sha256(described).hexdigest(),
+            hashlib.sha256(rounded).hexdigest(),
+            tuple(round(float(x), 3) for x in probe),
+            str(self.dtype).removeprefix("torch."),
+        )
 
     def _read_extras(self, folder: Path) -> None:
         facts = folder / "memvec.json"
@@ -359,7 +381,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except MemvecError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip()
         first = reason.splitlines()[0] if reason else type(error).__name__
         if isinstance(error, ImportError):

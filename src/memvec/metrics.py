@@ -58,7 +58,7 @@ def theoretical_capacity(D: int, K: int, bits_per_number: int, V: int) -> float:
     return K * D * bits_per_number / math.log2(V)
 
 
-def token_utilisation(gain: float, D: int, K: int, bits_per_number: int, V: int) -> float:
+def token_utilisation(gain: float | int, D: int, K: int, bits_per_number: int, V: int) -> float:
     """Token gain over theoretical capacity, as the paper reports it (Figure 5)."""
     return gain / theoretical_capacity(D, K, bits_per_number, V)
 

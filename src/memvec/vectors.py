@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -77,6 +84,17 @@ class DocumentRecord(_Record):
     text: str | None = Field(default=None, description="the text itself, only if asked for")
 
 
+class _Identity(BaseModel):
+    """The part of `Header.model` that is read again; the rest is for people."""
+
+    name: str
+    config: str
+    weights: str
+    probe: list[float]
+    dtype: str
+    vocabulary: int = Field(ge=2)
+
+
 class Header(_Record):
     """Everything but the numbers."""
 
@@ -91,6 +109,12 @@ class Header(_Record):
     certificate: dict[str, Any] | None = Field(
         default=None, description="what the last whole decode of the stored vectors found"
     )
+
+    @field_validator("model")
+    @classmethod
+    def _identifies(cls, model: dict[str, Any]) -> dict[str, Any]:
+        _Identity.model_validate(model)
+        return model
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -133,7 +157,7 @@ class MemVectors:
         P, K, D = self.vectors.shape
         V = int(self.header.model.get("vocabulary", 2))
         width = 8 * self.vectors.element_size()
-        gain = math.fsum(p.information_gain for p in self.passages)
+        gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
         per_vector = [p.tokens / K for p in self.passages]
         mean, error = metrics.mean_and_error(per_vector)
@@ -150,10 +174,10 @@ class MemVectors:
             "tokens_per_vector_error": error,
             "exact_passages": sum(p.exact for p in self.passages),
             "exact": self.exact,
-            "accuracy": math.fsum(p.accuracy * p.predicted for p in self.passages)
+            "accuracy": sum(p.accuracy * p.predicted for p in self.passages)
             / max(1, sum(p.predicted for p in self.passages)),
             "margin": min((p.margin for p in self.passages), default=math.nan),
-            "lm_bits": math.fsum(p.lm_bits for p in self.passages),
+            "lm_bits": sum(p.lm_bits for p in self.passages),
             "information_gain_bits": gain,
             "token_gain": token_gain,
             "bits_per_vector": gain / max(1, P * K),
@@ -168,7 +192,7 @@ class MemVectors:
             ),
             "steps": sum(p.steps for p in self.passages),
             "spent": sum(p.spent for p in self.passages),
-            "seconds": math.fsum(p.seconds for p in self.passages),
+            "seconds": sum(p.seconds for p in self.passages),
         }
 
     # ------------------------------------------------------------------ back to text
@@ -198,7 +222,8 @@ class MemVectors:
         first: list[int] | None = None
         rule: StartRule = self.header.start_rule
         if rule == "first-token":
-            first = [p.first if p.first is not None else 0 for p in self.passages]
+            # A token that the model does not have (a forged file) is as wrong as any other.
+            first = [min(p.first or 0, lm.vocab_size - 1) for p in self.passages]
         vectors = self.vectors.float()
         return decode_ids(lm, vectors, [p.tokens for p in self.passages], start=rule, first=first)
 
@@ -219,8 +244,9 @@ class MemVectors:
                 f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
                 f"{lm.width}: they were made for {theirs.get('name')}."
             )
-        probe = tuple(float(x) for x in theirs.get("probe", ()))
-        made_for = Fingerprint(str(theirs.get("weights")), probe)
+        made_for = Fingerprint(
+            theirs["config"], theirs["weights"], tuple(theirs["probe"]), theirs["dtype"]
+        )
         if not force and not made_for.matches(lm.fingerprint):
             raise MemvecError(
                 f"these vectors were made for other weights (of {theirs.get('name')}) than "
@@ -254,7 +280,7 @@ class MemVectors:
                     raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
                 header = Header.model_validate_json(metadata["memvec"])
                 shape = opened.get_slice("vectors").get_shape()
-                if len(shape) != 3 or shape[0] != len(header.passages):
+                if len(shape) != 3 or shape[0] != len(header.passages) or 0 in shape:
                     raise MemvecError(
                         f"{file} claims {len(header.passages)} passages and holds vectors of shape "
                         f"{tuple(shape)}: it is damaged."
@@ -290,13 +316,13 @@ class MemVectors:
 def existing_path(path: str | os.PathLike[str]) -> Path:
     """The file a person means: `letter.mem` also finds `letter.mem.safetensors`."""
     file = Path(path)
+    if file.is_dir():
+        raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
     longer = file.with_name(file.name + ".safetensors")
     if not file.exists() and longer.exists():
         return longer
     if not file.exists():
         raise MemvecError(f"there is no file {file}.")
-    if file.is_dir():
-        raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
     return file
 
 

@@ -87,11 +87,11 @@ def certify(
     )
     measured = measure(lm, vectors, passages, start)
     given = int(start == "first-token")
-    for f, ids, figures in zip(finished, decoded, measured, strict=True):
+    for f, kept, ids, figures in zip(finished, vectors, decoded, measured, strict=True):
         error = first_error(ids, f.passage.ids)
         right = len(f.passage) - given if error is None else error - given
         yield Outcome(
-            **{**vars(f), "vectors": f.vectors.to(storage)},
+            **{**vars(f), "vectors": kept.to(storage)},  # a file holds finite numbers only
             exact=error is None and bool(torch.isfinite(f.vectors).all()),
             metrics=PassageMetrics(**{**figures, "horizon": right}),
         )

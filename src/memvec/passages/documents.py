@@ -54,6 +54,10 @@ class Document:
             raise MemvecError(f"the tokenizer of {lm.name} makes no tokens of {name}.")
         return cls(tuple(ids), name, hashlib.sha256(data).hexdigest(), len(data), encoding, edits)
 
+    def data(self, lm: FrozenLM) -> bytes:
+        """The text's bytes again, from the tokens and the edits."""
+        return restore(lm, self.ids, self.encoding, self.edits, self.sha256, self.name)
+
     @property
     def edit_bytes(self) -> int:
         """What the edits cost: their text, and eight bytes for each position pair."""
@@ -68,7 +72,10 @@ def restore(
     Raises NotExactError if the bytes do not hash to what was crammed.
     """
     text = apply_edits(lm.text(ids), edits)
-    data = text.encode(encoding, errors="surrogatepass" if encoding == "utf-8" else "strict")
+    try:
+        data = text.encode(encoding, errors="surrogatepass" if encoding == "utf-8" else "strict")
+    except (UnicodeEncodeError, LookupError) as error:
+        raise NotExactError(f"{name} cannot be written as {encoding}: {error}.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise NotExactError(
             f"the tokens of {name} came back but its bytes did not: is this the tokenizer that "

@@ -1,0 +1,386 @@
+"""The command: every verb, exit codes, one sentence for each kind of bad input."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import memvec
+from conftest import TRAINED_ON, reader
+from memvec import codec, display
+from memvec.codec import Status
+from memvec.cramming.engine import Progress
+from memvec.journal import Journal
+
+TEXT = "the lazy dog\r\n\té 👍\n\n"
+FAST = ["--vectors", 2, "--tokens", 2, "--steps", 600]
+
+
+@pytest.fixture
+def letter(tmp_path, monkeypatch):
+    """A text file in a folder of its own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letter.txt").write_bytes(TEXT.encode())
+    return tmp_path / "letter.txt"
+
+
+@pytest.fixture(scope="module")
+def stored(folder, tmp_path_factory):
+    """A file of vectors of `TEXT`, made by the library with the folder's model."""
+    from memvec.lm import load_lm
+
+    lm = load_lm(str(folder))
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=2)
+    assert mem.exact
+    return mem.save(tmp_path_factory.mktemp("stored") / "letter.mem.safetensors")
+
+
+def test_a_letter_there_and_back(command, folder, letter):
+    ran = command("cram", letter, "-m", folder, *FAST)
+    assert ran.code == 0
+    assert b"exact" in ran.out
+    assert sorted(p.name for p in letter.parent.iterdir()) == [
+        "letter.mem.safetensors",
+        "letter.txt",
+    ]
+    short = letter.with_name("letter.mem")
+    assert command("decode", short).out == TEXT.encode()
+    ran = command("verify", short)
+    assert ran.code == 0
+    assert b"WRONG" not in ran.out
+    ran = command("inspect", short)
+    assert ran.code == 0
+    assert b"certificate" in ran.out
+    assert command("cram", letter, "-m", folder, *FAST).code == 2
+    assert command("cram", letter, "-m", folder, *FAST, "--force").code == 0
+
+
+def test_json_for_machines(command, folder, letter):
+    ran = command("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--json", "--keep-text")
+    made = json.loads(ran.out)
+    assert (ran.code, made["exact"], made["file"]) == (0, True, "a.mem")
+    assert made["bytes"]["text"] == len(TEXT.encode())
+    checked = json.loads(command("verify", "a.mem", "--json").out)
+    assert checked["exact"] is True
+    assert checked["each"] == [True] * made["passages"]
+    seen = json.loads(command("inspect", "a.mem", "--json").out)
+    assert seen["documents"][0]["text"] == TEXT
+    assert len(seen["passages"]) == made["passages"]
+    report = json.loads(command("doctor", "-m", folder, "--json").out)
+    assert report["can_be_crammed"] is True
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_other_storages_and_recipes(command, folder, letter, storage):
+    ran = command(
+        *("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--storage", storage),
+        *("--margin", 0.4, "--seed", 3, "--start", "embeddings", "--start-rule", "bos"),
+        *("--set", "temperature=0.5", "--set", "look_ahead=2", "--seats", 3),
+    )
+    assert ran.code == 0
+    header = json.loads(command("inspect", "a.mem", "--json").out)
+    assert header["storage"] == storage
+    assert header["start_rule"] == "bos"
+    recipe = header["recipe"]
+    assert (recipe["margin"], recipe["seed"], recipe["temperature"]) == (0.4, 3, 0.5)
+    assert (recipe["start"], recipe["look_ahead"]) == ("embeddings", 2)
+    assert command("decode", "a.mem").out == TEXT.encode()
+
+
+def test_standard_input(command, folder, letter, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert command("cram", "-", "-m", folder, *FAST).code == 0
+    assert command("decode", "stdin.mem").out == TEXT.encode()
+
+
+def test_another_encoding(command, folder, letter):
+    letter.write_bytes("né\n".encode("latin-1"))
+    assert "--encoding latin-1" in command("cram", letter, "-m", folder, *FAST).sentence
+    assert command("cram", letter, "-m", folder, *FAST, "--encoding", "latin-1").code == 0
+    assert command("decode", "letter.mem").out == b"n\xe9\n"
+
+
+def test_a_name_with_markup_is_a_name(command, folder, letter):
+    """Square brackets are markup to rich, and quite usual in file names."""
+    folder_of_it = letter.with_name("a[")
+    folder_of_it.mkdir()
+    name = folder_of_it / "b] [red]x.txt"
+    name.write_text("the fox")
+    assert command("cram", name, "-m", folder, *FAST).code == 0
+    for verb in ("inspect", "verify"):
+        assert command(verb, name.with_suffix(".mem")).code == 0
+    shown = command("inspect", name.with_suffix(".mem")).out
+    assert b"a[/b] [red]x" in shown.replace(b"\n", b"")
+
+
+def test_not_exact_is_exit_code_3(command, folder, letter):
+    ran = command("cram", letter, "-m", folder, "--tokens", 6, "--steps", 0)
+    assert ran.code == 3
+    assert "came back only up to token" in ran.err
+    assert letter.with_name("letter.mem.safetensors").exists()
+    ran = command("verify", "letter.mem")
+    assert ran.code == 3
+    assert b"WRONG" in ran.out
+    ran = command("decode", "letter.mem")
+    assert (ran.code, ran.out) == (3, b"")
+    assert "did not come back" in ran.sentence
+    assert command("inspect", "letter.mem").code == 0
+
+
+def test_interrupted_is_exit_code_130_and_goes_on(command, folder, letter, monkeypatch):
+    put, finished = Journal.put, []
+
+    def interrupt(self, outcome):
+        put(self, outcome)
+        finished.append(outcome)
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "put", interrupt)
+    words = ["cram", letter, "-m", folder, *FAST, "--seats", 1]
+    ran = command(*words)
+    assert ran.code == 130
+    assert "Traceback" not in ran.err
+    assert "2 finished passages are kept" in ran.err
+    assert not letter.with_name("letter.mem.safetensors").exists()
+    ran = command(*words)
+    assert ran.code == 0
+    assert "2 passages of an earlier run are finished" in ran.err
+    assert command("decode", "letter.mem").out == TEXT.encode()
+    assert not list(letter.parent.glob("*.partial*"))
+
+
+def test_interrupted_before_anything_is_finished_leaves_nothing(
+    command, folder, letter, monkeypatch
+):
+    monkeypatch.setattr(codec, "cram", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command("cram", letter, "-m", folder).code == 130
+    assert [p.name for p in letter.parent.iterdir()] == ["letter.txt"]
+
+
+# ---------------------------------------------------------------------- bad input
+
+BAD = [
+    (["cram", "empty.txt"], "is empty"),
+    (["cram", "."], "is a directory"),
+    (["cram", "none.txt"], "there is no file none.txt"),
+    (["cram", "binary.txt"], "is not utf-8"),
+    (["cram", "letter.txt", "--max-bytes", 5], "larger than"),
+    (["cram", "letter.txt", "--encoding", "utf-9"], "unknown encoding"),
+    (["cram", "letter.txt", "-m", "nobody-at-all/nothing"], "could not be reached|neither"),
+    (["cram", "letter.txt", "-m", "."], "no config.json"),
+    (["cram", "letter.txt", "--vectors", 0], "--vectors must be at least 1"),
+    (["cram", "letter.txt", "--vectors", 500], "leaves no room"),
+    (["cram", "letter.txt", "--tokens", 0], "--tokens must be at least 1"),
+    (["cram", "letter.txt", "--tokens", 500], "does not fit the context"),
+    (["cram", "letter.txt", "--seats", 0], "--seats must be at least 1"),
+    (["cram", "letter.txt", "-o", "taken.mem"], "exists: use --force"),
+    (["cram", "letter.txt", "-o", "no/such/folder/a.mem"], "there is no folder"),
+    (["cram", "letter.txt", "-o", ".", "--force"], "is a (directory|folder)"),
+    (["cram", "letter.txt", "--preset", "papre"], "did you mean 'paper'"),
+    (["cram", "letter.txt", "--set", "lr"], "--set takes name=value"),
+    (["cram", "letter.txt", "--set", "lrr=1"], "did you mean 'lr'"),
+    (["cram", "letter.txt", "--set", "lr=x"], "--lr must be float"),
+    (["cram", "letter.txt", "--start", "encoder"], "no one-pass encoder"),
+    (["cram", "letter.txt", "--start", "nois"], "did you mean 'noise'"),
+    (["cram", "letter.txt", "--device", "gpu"], "unknown device"),
+    (["cram", "letter.txt", "--dtype", "float7"], "unknown dtype"),
+    (["cram", "n" * 300], "File name too long|there is no file"),
+    (["decode", "none.mem"], "there is no file none.mem"),
+    (["decode", "."], "is a directory"),
+    (["decode", "empty.txt"], "is not a file of"),
+    (["decode", "letter.txt"], "is not a file of"),
+    (["decode", "cut.mem"], "truncated"),
+    (["decode", "flipped.mem"], "digest|damaged|truncated"),
+    (["verify", "cut.mem"], "truncated"),
+    (["inspect", "cut.mem"], "truncated"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), BAD, ids=lambda x: str(x)[:40])
+def test_bad_input_is_one_sentence(command, untyped, folder, letter, stored, words, sentence):
+    here = letter.parent
+    (here / "empty.txt").touch()
+    (here / "binary.txt").write_bytes(b"\xff\x00\xfe")
+    (here / "taken.mem").write_bytes(b"mine")
+    good = stored.read_bytes()
+    (here / "cut.mem").write_bytes(good[: len(good) // 2])
+    (here / "flipped.mem").write_bytes(good[:-3] + bytes([good[-3] ^ 4]) + good[-2:])
+    before = {p.name: p.read_bytes() for p in here.iterdir()}
+    model = [] if "-m" in words or words[0] == "inspect" else ["-m", folder]
+    ran = command(*words, *model)
+    assert ran.code == 2, ran.err
+    assert ran.out == b""
+    assert "Traceback" not in ran.err
+    assert re.search(sentence, ran.sentence), ran.err
+    assert ran.sentence.startswith("memvec: ")
+    assert {p.name: p.read_bytes() for p in here.iterdir()} == before
+
+
+def test_vectors_of_another_model(command, folder, letter, stored, tmp_path):
+    other = tmp_path / "other"
+    lm = reader(seed=1)
+    lm.model.save_pretrained(other)
+    lm.tokenizer.save_pretrained(other)
+    for verb in ("decode", "verify"):
+        ran = command(verb, stored, "-m", other)
+        assert (ran.code, ran.out) == (2, b"")
+        assert "other weights" in ran.sentence
+    ran = command("decode", stored, "-m", other, "--force")
+    assert (ran.code, ran.out) == (3, b"")
+
+
+def test_a_full_disk_keeps_what_is_finished(command, folder, letter, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        ran = command("cram", letter, "-m", folder, *FAST)
+    assert ran.code == 2
+    assert "No space left on device" in ran.sentence
+    ran = command("cram", letter, "-m", folder, *FAST)
+    assert ran.code == 0
+    assert "of an earlier run are finished" in ran.err
+
+
+def test_a_folder_that_cannot_be_written(command, folder, letter, monkeypatch):
+    monkeypatch.setattr(
+        "pathlib.Path.touch", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Not allowed"))
+    )
+    ran = command("cram", letter, "-m", folder, "-o", letter.with_name("x.mem"))
+    assert ran.code == 2
+    assert "cannot be written to: Not allowed" in ran.sentence
+
+
+def test_two_at_once(command, folder, letter):
+    busy = Journal(letter.with_name("letter.mem.safetensors.partial"), {})
+    ran = command("cram", letter, "-m", folder, *FAST)
+    assert ran.code == 2
+    assert "another memvec is writing" in ran.sentence
+    busy.close()
+
+
+def test_doctor_of_no_model(command, tmp_path):
+    ran = command("doctor", "-m", tmp_path)
+    assert ran.code == 2
+    assert b"cannot be crammed here" in ran.out
+
+
+def test_version_and_help(command):
+    assert command("--version").out.decode() == f"memvec {memvec.__version__}\n"
+    for verb in ("cram", "decode", "verify", "inspect", "doctor"):
+        ran = command(verb, "--help")
+        assert ran.code == 0
+        assert b"Examples" in ran.out
+        assert ran.out.count(b"memvec " + verb.encode()) >= 2
+    assert command("crma").code == 2
+
+
+HEAVY = """
+import sys
+sys.argv = ["memvec", "--help"]
+import memvec.cli
+try:
+    memvec.cli.main()
+except SystemExit as end:
+    assert not end.code
+print("HEAVY", [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+
+
+def test_help_imports_nothing_heavy():
+    ran = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True)
+    assert ran.returncode == 0
+    assert ran.stdout.splitlines()[-1] == "HEAVY []"
+    assert "cram" in ran.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(folder, stored):
+    """`memvec decode x | head -c 0`."""
+    decoding = subprocess.Popen(
+        [sys.executable, "-m", "memvec.cli", "decode", stored],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    decoding.stdout.close()
+    complaints = decoding.stderr.read().decode()
+    decoding.stderr.close()
+    assert decoding.wait() in (0, 1)
+    assert "Traceback" not in complaints
+    assert "Exception" not in complaints
+
+
+def test_the_catalogue_is_what_it_says():
+    assert set(memvec.__all__) <= set(dir(memvec))
+    for name in memvec.__all__:
+        assert getattr(memvec, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        memvec.nothing  # noqa: B018
+
+
+# ---------------------------------------------------------------------- progress
+
+BUSY = Status("cramming", 100, 40, 3, 1, Progress(2, 5, 7.0, 30, 400))
+
+
+def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    with display.progress("it") as show:
+        show(BUSY)
+        assert capsys.readouterr().err == ""
+        now[0] = 10.5
+        show(BUSY)
+        line = capsys.readouterr().err
+        assert "cramming 2 passages (5 wait, 1 split), horizon 7, 40/100 tokens" in line
+        assert "about 16 s left" in line
+        show(BUSY)
+        assert capsys.readouterr().err == ""
+        now[0] = 30.0
+        show(Status("measuring", 100, 0, 0, 0))
+        assert "it: measuring, 0/100 tokens\n" in capsys.readouterr().err
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    from rich.console import Console
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(display, "err", console)
+    with display.progress("it") as show:
+        show(BUSY)
+    assert "cramming 2 passages" in screen.getvalue()
+    assert "40 %" in screen.getvalue()
+
+
+def test_a_long_certificate_lists_what_fails(capsys, stored):
+    from memvec.vectors import MemVectors
+
+    mem = MemVectors.load(stored)
+    n = 60
+    passages = [mem.passages[0]] * n
+    many = MemVectors(
+        mem.vectors[:1].repeat(n, 1, 1),
+        mem.header.model_copy(update={"passages": passages}),
+    )
+    certificate, _ = codec.verify(mem, reader(), force=True)
+    exact = [i != 50 for i in range(n)]
+    display.certificate(many, certificate, exact)
+    shown = capsys.readouterr().out
+    assert "59 of 60 passages exact" in shown
+    assert "59 more passages are not listed" in shown
+    assert shown.count("WRONG") == 1
+
+
+def test_the_trained_text_is_ordinary():
+    """The tiny tokenizer really merges: fewer tokens than bytes."""
+    lm = reader()
+    assert len(lm.tokenize(TRAINED_ON)) < len(TRAINED_ON.encode())

@@ -1,0 +1,341 @@
+"""Texts in, certified vectors out: splitting, journal, interruptions, and never a wrong text."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import QUICK, reader, tiny
+from memvec import codec
+from memvec.codec import Status
+from memvec.cramming import certify as certify_module
+from memvec.cramming import engine as engine_module
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError, NotExactError
+from memvec.journal import Journal
+from memvec.lm import START_RULES
+from memvec.passages.documents import Document
+from memvec.passages.passage import Passage
+from memvec.vectors import MemVectors
+
+TEXT = "the cat sat on the lazy dog, é\r\n"
+OPTIONS = {"vectors": 2, "tokens": 2, "recipe": QUICK}
+HASTY = Recipe(steps=150, patience=30)  # long passages are given up, and halved, soon
+
+
+# ---------------------------------------------------------------------- texts in, texts out
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+@pytest.mark.parametrize("rule", START_RULES)
+def test_several_texts_come_back(kind, rule, tmp_path):
+    lm, texts = reader(kind), ["the fox", "Dog, über\t👍\r\n", "x"]
+    if rule == "first-token":
+        texts = ["the fox", "Dog, über\t👍\r\n"]  # one token alone has nothing to predict
+    recipe = Recipe(steps=600, patience=600, start_rule=rule)
+    mem = codec.cram(lm, texts, vectors=2, tokens=2, recipe=recipe)
+    assert mem.exact
+    assert mem.header.certificate is not None
+    assert mem.header.certificate["exact"] is True
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert codec.decode(again, lm) == texts
+    assert again.header.start_rule == rule
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_storages_are_certified(storage):
+    mem = codec.cram(reader(), ["the fox"], storage=storage, **OPTIONS)
+    assert mem.exact
+    assert mem.vectors.dtype == getattr(torch, storage)
+    assert codec.decode(mem, reader()) == ["the fox"]
+
+
+def test_lengths_come_from_information_where_none_is_given(monkeypatch):
+    """Estimated on the text's own passages, or read from the model's folder."""
+    lm = reader()
+    estimated = codec.cram(lm, [TEXT], vectors=3, recipe=QUICK)
+    assert codec.decode(estimated, lm) == [TEXT]
+    monkeypatch.setattr(lm, "facts", {"bits_per_vector": {"1": 3.0, "4": 99.0}})
+    known = codec.cram(lm, [TEXT], vectors=3, recipe=QUICK)
+    assert codec.decode(known, lm) == [TEXT]
+    budget = codec.FILL * 3 * 3.0
+    assert all(p.tokens == 1 or p.lm_bits <= budget + 1e-3 for p in known.passages)
+    assert len(known.passages) >= len(estimated.passages)
+
+
+def test_a_passage_that_does_not_fit_is_halved_until_it_does():
+    lm, seen = reader(), []
+    mem = codec.cram(lm, [TEXT], vectors=1, tokens=8, recipe=HASTY, on_status=seen.append)
+    assert mem.exact
+    assert codec.decode(mem, lm) == [TEXT]
+    ids = lm.tokenize(TEXT)
+    assert len(mem.passages) > -(-len(ids) // 8)
+    assert sum(p.tokens for p in mem.passages) == len(ids)
+    assert seen[-1].split > 0
+    assert seen[-1].stage == "certifying"
+    assert seen[-1].done == seen[-1].tokens == len(ids)
+
+
+def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
+    """No steps at all: passages are halved to one token per vector, then reported."""
+    lm = reader()
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=8, recipe=Recipe(steps=0))
+    assert not mem.exact
+    assert min(p.tokens for p in mem.passages) >= 2
+    failed = [i for i, p in enumerate(mem.passages) if not p.exact]
+    sentences = list(codec.failures(mem))
+    assert len(sentences) == len(failed)
+    for i, sentence in zip(failed, sentences, strict=True):
+        assert sentence.startswith(f"passage {i} ")
+        assert "0 steps were not enough" in sentence
+    with pytest.raises(NotExactError):
+        codec.decode(mem, lm)
+
+
+def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monkeypatch, tmp_path):
+    lm, start = reader(), engine_module.start_vectors
+    sick = tuple(lm.tokenize(TEXT)[2:4])
+
+    def poisoned(lm, ids, K, recipe):
+        vectors = start(lm, ids, K, recipe)
+        return vectors * torch.nan if set(ids) & set(sick) else vectors
+
+    monkeypatch.setattr(engine_module, "start_vectors", poisoned)
+    mem = codec.cram(lm, [TEXT], **OPTIONS)
+    assert {p.status for p in mem.passages} == {"done", "not-finite"}
+    assert any("the loss was not finite" in sentence for sentence in codec.failures(mem))
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert [p.exact for p in again.passages] == [p.exact for p in mem.passages]
+    _, exact = codec.verify(again, lm)
+    assert exact == [p.exact for p in mem.passages]
+
+
+def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
+    """Certified alone but wrong in the batch a user decodes: a larger margin, then right."""
+    lm, verify, lies = reader(), codec.verify, []
+
+    def lying(mem, lm, **options):
+        certificate, exact = verify(mem, lm, **options)
+        if not lies:
+            lies.append(0)
+            return certificate | {"exact": False}, [False, *exact[1:]]
+        return certificate, exact
+
+    monkeypatch.setattr(codec, "verify", lying)
+    mem = codec.cram(lm, [TEXT], **OPTIONS)
+    assert lies
+    assert mem.exact
+    assert mem.passages[0].margin_asked == 1.0
+    assert {p.margin_asked for p in mem.passages[1:]} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "sentence"),
+    [
+        ([], {}, "no text to cram"),
+        ([""], {}, "text 0 is empty"),
+        (["a", b""], {}, "text 1 is empty"),
+        (["a"], {"storage": "int8"}, "unknown storage 'int8'"),
+        (["a"], {"vectors": 0}, "--vectors must be at least 1"),
+        (["a"], {"seats": -1}, "--seats must be at least 1"),
+        (["a"], {"tokens": 0}, "--tokens must be at least 1"),
+        (["a"], {"tokens": 128}, "does not fit the context"),
+        (["a"], {"vectors": 128}, "leaves no room for text"),
+        (["a"], {"recipe": Recipe(start_rule="first-token")}, "too short for the start rule"),
+    ],
+)
+def test_bad_input_is_a_sentence(texts, options, sentence):
+    with pytest.raises(MemvecError, match=sentence) as error:
+        codec.cram(reader(), texts, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_alone_need_no_tokenizer_but_text_does():
+    with pytest.raises(MemvecError, match="loaded without a tokenizer"):
+        codec.cram(tiny(), ["a"])
+
+
+@pytest.mark.parametrize(("free", "seats"), [(10**15, 32), (0, 1)])
+def test_seats_fit_the_memory(monkeypatch, free, seats):
+    monkeypatch.setattr(codec, "_free_memory", lambda: free)
+    assert codec.default_seats(reader(), 100) == seats
+
+
+def test_free_memory_is_known_or_assumed(monkeypatch):
+    assert codec._free_memory() > 2**20
+    monkeypatch.setattr(
+        "pathlib.Path.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no /proc"))
+    )
+    assert codec._free_memory() == 4 * 2**30
+
+
+# ---------------------------------------------------------------------- interruptions
+
+
+def journal(path: Path, **changes) -> Journal:
+    """The journal of a run of `OPTIONS`."""
+    return Journal(path, {"vectors": 2} | changes)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, tokens):
+    """Same vectors; what was finished is not crammed again, splits included."""
+    lm, path = reader(), tmp_path / "j"
+    options = {"vectors": 2, "tokens": tokens, "recipe": HASTY, "seats": 1}
+    whole = codec.cram(lm, [TEXT], **options)
+    record = journal(path)
+
+    def interrupt(_: Status):
+        if len(record) >= after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        codec.cram(lm, [TEXT], journal=record, on_status=interrupt, **options)
+    finished = len(record)
+    assert finished >= after
+    record.close()
+
+    again, crammed = journal(path), []
+    push = engine_module.Engine.push
+    monkeypatch.setattr(
+        engine_module.Engine, "push", lambda s, p: crammed.append(p.ids) or push(s, p)
+    )
+    resumed = codec.cram(lm, [TEXT], journal=again, **options)
+    assert torch.equal(resumed.vectors, whole.vectors)
+    assert [p.sha256 for p in resumed.passages] == [p.sha256 for p in whole.passages]
+    assert len(again) == finished + len(crammed)
+    assert codec.decode(resumed, lm) == [TEXT]
+    again.close(delete=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from memvec import codec
+from memvec.cramming.recipe import Recipe
+from memvec.journal import Journal
+from memvec.lm import load_lm
+
+record = Journal(Path(sys.argv[2]), {"vectors": 2})
+
+def kill(status):
+    if len(record) >= 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+recipe = Recipe(steps=600, patience=600)
+codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, seats=1, recipe=recipe,
+           journal=record, on_status=kill)
+"""
+
+
+def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path):
+    path = tmp_path / "j"
+    ran = subprocess.run(
+        [sys.executable, "-c", KILLED, folder, path, TEXT],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == -signal.SIGKILL
+    again = journal(path)
+    assert len(again) == 2
+    lm = reader()
+    ids = tuple(lm.tokenize(TEXT))
+    known = [again.get(Passage(ids[at : at + 2])) for at in range(0, len(ids), 2)]
+    assert sum(outcome is not None for outcome in known) == 2
+    mem = codec.cram(lm, [TEXT], journal=again, seats=1, **OPTIONS)
+    assert mem.exact
+    for outcome in known:
+        if outcome is not None:
+            assert any(torch.equal(outcome.vectors, vectors) for vectors in mem.vectors)
+    again.close()
+
+
+def test_two_writers_are_told_apart(tmp_path):
+    first = journal(tmp_path / "a.mem.partial")
+    with pytest.raises(MemvecError, match=r"another memvec is writing a\.mem"):
+        journal(tmp_path / "a.mem.partial")
+    first.close()
+    journal(tmp_path / "a.mem.partial").close(delete=True)
+
+
+def test_a_journal_of_other_settings_is_not_asked(tmp_path):
+    lm, record = reader(), journal(tmp_path / "j")
+    mem = codec.cram(lm, ["the fox"], journal=record, **OPTIONS)
+    passage = Passage(tuple(lm.tokenize("the fox")[:2]))
+    assert torch.equal(record.get(passage).vectors, mem.vectors[0])
+    assert record.get(passage).exact
+    assert record.get(Passage((5, 5))) is None
+    record.close()
+    other = journal(tmp_path / "j", vectors=3)
+    assert other.get(passage) is None
+    other.close()
+
+
+def test_a_damaged_or_unwritable_journal_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "j").write_bytes(b"not a database" * 1000)
+    with pytest.raises(MemvecError, match="is damaged"):
+        journal(tmp_path / "j")
+    with pytest.raises(MemvecError, match="cannot be written"):
+        journal(tmp_path / "no-such-folder" / "j")
+    record = journal(tmp_path / "k")
+    mem_outcomes = []
+    put = record.put
+    monkeypatch.setattr(record, "put", lambda outcome: mem_outcomes.append(outcome))
+    codec.cram(reader(), ["the fox"], journal=record, **OPTIONS)
+
+    class Full:
+        def execute(self, *_):
+            raise sqlite3.OperationalError("database or disk is full")
+
+    database = record._db
+    record._db = Full()
+    with pytest.raises(MemvecError, match="database or disk is full"):
+        put(mem_outcomes[0])
+    record._db = database
+    record.close()
+
+
+# ---------------------------------------------------------------------- never a wrong text
+
+
+def test_verify_and_decode_refuse_a_wrong_text(monkeypatch):
+    lm = reader()
+    mem = codec.cram(lm, [TEXT], **OPTIONS)
+    noisy = MemVectors(mem.vectors + torch.randn(mem.vectors.shape), mem.header)
+    certificate, exact = codec.verify(noisy, lm)
+    assert certificate["exact"] is False
+    assert not all(exact)
+    with pytest.raises(NotExactError):
+        codec.decode(noisy, lm)
+    with pytest.raises(NotExactError):
+        noisy.documents(lm, force=True)
+
+
+def test_the_account_compares_with_compressors():
+    lm = reader()
+    mem = codec.cram(lm, [TEXT], **OPTIONS)
+    account = codec.account(mem, TEXT.encode())
+    assert account["text"] == len(TEXT.encode())
+    assert account["vectors"] == mem.size
+    assert 0 < account["arithmetic"] < account["vectors"]
+
+
+def test_documents_may_be_made_beforehand():
+    lm = reader()
+    document = Document.of(lm, "né".encode("latin-1"), encoding="latin-1", name="note")
+    mem = codec.cram(lm, [document], **OPTIONS)
+    assert mem.documents(lm) == [b"n\xe9"]
+    assert codec.decode(mem, lm) == ["né"]
+    assert mem.header.documents[0].name == "note"
+
+
+def test_nothing_is_certified_where_nothing_is_finished():
+    assert list(certify_module.certify(tiny(), [], "vectors", torch.float32)) == []

@@ -1,0 +1,330 @@
+"""Loading, refusing and identifying models; what a frozen model answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from conftest import build, byte_tokenizer, passages, reader, tiny
+from memvec.doctor import checks, examine, speed
+from memvec.errors import MemvecError
+from memvec.lm import FrozenLM, load_lm
+
+SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
+BERT = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def says(name: object, sentence: str, **options) -> None:
+    """Loading it ends in one sentence."""
+    with pytest.raises(MemvecError, match=sentence) as error:
+        load_lm(str(name), **options)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def test_a_folder_loads_and_is_the_same_model(folder):
+    lm, again = load_lm(str(folder)), reader()
+    assert lm.fingerprint.matches(again.fingerprint)
+    assert lm.name == str(folder)
+    ids = torch.tensor([lm.tokenize("the fox")])
+    assert torch.equal(lm.own_logits(ids), again.own_logits(ids))
+    assert not lm.adds_bos
+    assert lm.description()["weights"] == again.description()["weights"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_fingerprint_does_not_depend_on_the_dtype(folder, dtype):
+    lm = load_lm(str(folder), dtype=dtype)
+    assert lm.dtype == getattr(torch, dtype)
+    assert lm.fingerprint.matches(reader().fingerprint)
+    assert reader().fingerprint.matches(lm.fingerprint)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.down_proj.weight"]
+)
+def test_the_fingerprint_knows_other_weights(folder, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights[name] = weights[name] * 1.5
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert not load_lm(str(copy)).fingerprint.matches(reader().fingerprint)
+
+
+def test_one_number_of_the_embedding_makes_another_model():
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 4] += 0.1
+    assert not FrozenLM(model).fingerprint.matches(tiny().fingerprint)
+
+
+def test_names_that_are_no_model(tmp_path):
+    says("nobody-at-all/nothing-here", "could not be reached|neither a folder nor a model")
+    says(tmp_path, r"there is no config\.json")
+    says("./no/such/folder", r"there is no config\.json")
+    says("~/no-such-folder", r"there is no config\.json")
+    says("two words / not a name", "neither a folder nor a model|could not be")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": "float8"}, "unknown dtype 'float8': did you mean"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+    ],
+)
+def test_devices_and_dtypes_that_are_not(folder, options, sentence):
+    says(folder, sentence, **options)
+
+
+def test_a_gpu_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    says(folder, "no usable GPU", device="cuda:0")
+    assert load_lm(str(folder)).device.type == "cpu"
+
+
+def test_folders_that_are_no_causal_lm(tmp_path):
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL))
+    t5.save_pretrained(tmp_path / "t5")
+    says(tmp_path / "t5", "is an encoder-decoder")
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
+    bert.save_pretrained(tmp_path / "bert")
+    says(tmp_path / "bert", r"is a bert \(BertForMaskedLM\), not a causal LM")
+    vit = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vit.save_pretrained(tmp_path / "vit")
+    says(tmp_path / "vit", "is a vit .*not a causal LM")
+
+
+def test_folders_with_something_missing(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "model.safetensors").unlink()
+    says(bare, "no weights that transformers can load")
+    headless = tmp_path / "headless"
+    shutil.copytree(folder, headless)
+    weights = load_file(headless / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, headless / "model.safetensors", {"format": "pt"})
+    says(headless, r"no weights for 1 tensors of a causal LM \(first: lm_head\.weight\)")
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    says(broken, "could not be loaded|no weights")
+    (broken / "config.json").write_text("{")
+    says(broken, "could not be loaded|not a valid JSON")
+    (broken / "config.json").write_text('{"model_type": "no-such-type"}')
+    says(broken, "could not be loaded|no-such-type")
+
+
+def test_extras_of_a_folder_are_read_and_checked(folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    (own / "memvec.json").write_text(json.dumps({"bits_per_vector": {"1": 9.0}}))
+    D = 64
+    tensors = {
+        "summary": torch.randn(2, D),
+        "map.weight": torch.randn(D, D),
+        "map.bias": torch.randn(D),
+    }
+    save_file(tensors, own / "encoder.safetensors", {"tokens": "3"})
+    lm = load_lm(str(own))
+    assert lm.facts["bits_per_vector"] == {"1": 9.0}
+    assert (lm.encoder.max_vectors, lm.encoder.tokens) == (2, 3)
+    save_file({k: v[..., :8].clone() for k, v in tensors.items()}, own / "encoder.safetensors")
+    says(own, "made for another model")
+    save_file({"x": torch.zeros(1)}, own / "encoder.safetensors")
+    says(own, "not an encoder")
+    (own / "encoder.safetensors").write_bytes(b"short")
+    says(own, "not an encoder")
+
+
+# ---------------------------------------------------------------------- the one-pass encoder
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+@pytest.mark.parametrize("K", [1, 2, 3, 5])
+def test_the_encoder_is_the_last_states_through_one_map(K, tokens):
+    """Against a loop over parts with the model's own body; above 2 vectors in equal parts."""
+    from memvec.encoder import OnePassEncoder
+
+    lm = tiny()
+    D, generator = lm.width, torch.Generator().manual_seed(0)
+    summary, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in [(2, D), (D, D), (D,)]
+    )
+    ids = torch.tensor([p.ids for p in passages(10, 10)])
+    found = OnePassEncoder(summary, weight, bias, tokens).encode(lm, ids, K)
+    assert found.shape == (2, K, D)
+    bounds = {1: [0, 1], 2: [0, 2], 3: [0, 2, 3], 5: [0, 2, 3, 5]}[K]
+    for b in range(2):
+        rows = []
+        for i in range(len(bounds) - 1):
+            first, last = bounds[i], bounds[i + 1]
+            part = ids[b, 10 * first // K : 10 * last // K]
+            part = part[: tokens * (last - first)] if tokens else part
+            inputs = torch.cat([lm.embedding.weight[part], summary[: last - first]])[None]
+            with torch.no_grad():
+                states = lm.model.model(inputs_embeds=inputs).last_hidden_state[0]
+            rows += [weight @ state + bias for state in states[-(last - first) :]]
+        torch.testing.assert_close(found[b], torch.stack(rows), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- what fits and what not
+
+
+class Wrong(nn.Module):
+    """A tiny Llama that does something else to its inputs or logits."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, build("llama")
+        self.config = self.inner.config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+    def forward(self, input_ids=None, inputs_embeds=None, past_key_values=None, use_cache=None):
+        if self.kind == "refuses vectors" and inputs_embeds is not None:
+            raise ValueError("inputs_embeds is not supported\nby this model")
+        free = inputs_embeds is not None
+        if not free:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self.kind == "scales tokens" and not free:
+            inputs_embeds = inputs_embeds * 3
+        if self.kind == "cuts gradients":
+            inputs_embeds = inputs_embeds.detach()
+        if self.kind == "looks ahead":
+            inputs_embeds = inputs_embeds + inputs_embeds[:, -1:] * (inputs_embeds.shape[1] > 1)
+        out = self.inner(
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache
+        )
+        if self.kind == "not finite":
+            out.logits = out.logits * torch.nan
+        if self.kind == "forgets" and past_key_values is not None:
+            out.logits = out.logits.flip(-1)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("scales tokens", "'takes free input vectors' fails, largest difference"),
+        ("looks ahead", "fails"),
+        ("cuts gradients", "'vectors reach every later token' fails"),
+        ("not finite", "its logits are not finite"),
+        ("forgets", "'cached decoding agrees' fails"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused(kind, sentence):
+    with pytest.raises(MemvecError, match=sentence) as error:
+        FrozenLM(Wrong(kind), name="wrong")
+    assert "wrong cannot be crammed: " in str(error.value)
+
+
+def test_a_model_that_refuses_free_vectors_is_refused():
+    with pytest.raises(MemvecError, match="inputs_embeds is not supported") as error:
+        FrozenLM(Wrong("refuses vectors"), name="wrong")
+    assert "\n" not in str(error.value)
+
+
+def test_a_sound_model_without_a_known_body_is_served_whole():
+    lm = FrozenLM(Wrong("nothing"), name="whole")
+    assert not lm.has_split_head
+    ids = torch.tensor([[3, 4, 5, 6]])
+    vectors = torch.randn(1, 2, lm.width)
+    torch.testing.assert_close(lm.logits(vectors, ids), tiny().logits(vectors, ids))
+    with pytest.raises(MemvecError, match="hidden states apart"):
+        lm.hidden(vectors, 1)
+
+
+def test_a_masked_lm_in_memory_is_refused():
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**BERT, is_decoder=False))
+    with pytest.raises(MemvecError, match="cannot be crammed"):
+        FrozenLM(model, name="bert")
+
+
+def test_a_model_without_an_embedding_matrix_is_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: None)
+    with pytest.raises(MemvecError, match="no input embedding matrix"):
+        FrozenLM(model, name="strange")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"bos_token_id": 5}, 5),
+        ({"bos_token_id": None, "eos_token_id": [7, 8]}, 7),
+        ({"bos_token_id": None, "eos_token_id": None}, None),
+    ],
+)
+def test_the_token_that_starts_a_text(changes, expected):
+    lm = FrozenLM(build("llama", **changes), name="it")
+    assert lm.bos_id == expected
+    assert lm.context == 128
+
+
+def test_a_tokenizer_that_adds_bos_is_noticed():
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer.__wrapped__(3)
+    lm = FrozenLM(build("llama", vocab_size=len(tokenizer)), tokenizer, name="it")
+    assert not lm.adds_bos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    assert lm.adds_bos
+    assert lm.tokenize("a") == lm.tokenize("a")[-1:]
+
+
+# ---------------------------------------------------------------------- doctor
+
+
+def test_the_doctor_passes_a_sound_folder(folder, monkeypatch):
+    monkeypatch.setattr("memvec.doctor.speed", lambda lm: speed(lm, tokens=4, seats=2, seconds=0.0))
+    report = examine(str(folder))
+    assert report["can_be_crammed"] is True
+    assert report["reason"] is None
+    assert {check["name"] for check in report["checks"]} >= {"loads", "gives a passage back"}
+    assert all(check["ok"] for check in report["checks"])
+    assert report["facts"]["width D"] == 64
+    assert report["facts"]["speed"].endswith("forward and backward")
+
+
+def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
+    report = examine(str(tmp_path))
+    assert report["can_be_crammed"] is False
+    assert "config.json" in report["reason"]
+    monkeypatch.setattr(
+        "memvec.lm.load_lm", lambda *_, **__: FrozenLM(Wrong("forgets"), check=False)
+    )
+    report = examine(str(folder))
+    assert report["can_be_crammed"] is False
+    assert report["reason"].startswith("'cached decoding agrees' fails")
+    assert "speed" not in report["facts"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "opt", "gpt2", "mamba"])
+def test_checks_hold_in_every_dtype(family, dtype):
+    lm = FrozenLM(build(family).to(getattr(torch, dtype)), name=family, check=False)
+    assert [check.name for check in checks(lm) if not check.ok] == []

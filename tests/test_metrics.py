@@ -1,0 +1,172 @@
+"""Every metric a second time, slowly: float64 loops in plain Python, in bits."""
+
+from __future__ import annotations
+
+import lzma
+import math
+import random
+
+import pytest
+import torch
+import zstandard
+
+from conftest import passages, tiny
+from memvec import metrics
+from memvec.cramming import certify as certify_module
+from memvec.cramming.certify import measure
+from memvec.lm import START_RULES
+
+B, T, V = 3, 8, 13
+SEEDS = range(5)
+
+
+def problem(seed: int, size: float = 3.0):
+    """Random logits (B, T, V) in float64 and true ids."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = size * torch.randn(B, T, V, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(0, V, (B, T), generator=generator)
+
+
+def slow_bits(row: list[float], true: int) -> float:
+    """-log2 softmax(row)[true]."""
+    top = max(row)
+    total = math.fsum(math.exp(x - top) for x in row)
+    return -math.log2(math.exp(row[true] - top) / total)
+
+
+def slow_margin(row: list[float], true: int) -> float:
+    """True logit minus the best other."""
+    return row[true] - max(x for i, x in enumerate(row) if i != true)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_surprisal_is_in_bits(seed, dtype):
+    logits, ids = problem(seed)
+    logits = logits.to(dtype)
+    found = metrics.surprisal(logits, ids)
+    for b in range(B):
+        for t in range(T):
+            slow = slow_bits(logits[b, t].tolist(), int(ids[b, t]))
+            assert float(found[b, t]) == pytest.approx(slow, rel=1e-4, abs=1e-5)
+
+
+def test_a_fair_coin_is_one_bit():
+    assert float(metrics.surprisal(torch.zeros(1, 1, 2), torch.tensor([[1]]))) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_margins_and_horizon(seed):
+    logits, ids = problem(seed)
+    ids[0] = logits[0].argmax(-1)  # one passage that is right throughout
+    ids[1, : seed + 1] = logits[1, : seed + 1].argmax(-1)
+    found = metrics.margins(logits, ids)
+    right = found > 0
+    for b in range(B):
+        leading = 0
+        for t in range(T):
+            slow = slow_margin(logits[b, t].tolist(), int(ids[b, t]))
+            assert float(found[b, t]) == pytest.approx(slow, abs=1e-9)
+            assert bool(right[b, t]) == (int(logits[b, t].argmax()) == int(ids[b, t]))
+        while leading < T and bool(right[b, leading]):
+            leading += 1
+        assert int(metrics.horizon(right)[b]) == leading
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gains(seed):
+    logits, ids = problem(seed)
+    without, _ = problem(seed + 100)
+    bits, base = metrics.surprisal(logits, ids)[0], metrics.surprisal(without, ids)[0]
+    right, right_without = (metrics.margins(x, ids)[0] > 0 for x in (logits, without))
+    pairs = [(logits[0, t].tolist(), without[0, t].tolist(), int(ids[0, t])) for t in range(T)]
+    gain = math.fsum(slow_bits(b, i) - slow_bits(a, i) for a, b, i in pairs)
+    assert metrics.information_gain(bits, base) == pytest.approx(gain, abs=1e-9)
+    tokens = sum((slow_margin(a, i) > 0) - (slow_margin(b, i) > 0) for a, b, i in pairs)
+    assert metrics.token_gain(right, right_without) == tokens
+    share = sum(slow_margin(a, i) > 0 for a, _, i in pairs) / T
+    assert metrics.teacher_forced_accuracy(right) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(("D", "K", "b", "size"), [(2048, 1, 16, 128256), (512, 4, 32, 4096)])
+def test_capacity_and_utilisation(D, K, b, size):
+    capacity = 0.0  # count the tokens that fit, one by one
+    while (capacity + 1) * math.log2(size) <= K * D * b:
+        capacity += 1
+    assert math.floor(metrics.theoretical_capacity(D, K, b, size)) == capacity
+    share = metrics.token_utilisation(100, D, K, b, size)
+    assert share == pytest.approx(100 / (K * D * b / math.log2(size)))
+    assert metrics.bit_utilisation(100.0, D, K, b) == pytest.approx(100 / (K * D * b))
+    assert metrics.bits_per_dimension(100.0, D, K) == pytest.approx(100 / (K * D))
+
+
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_mean_and_its_standard_error(n):
+    values = [random.Random(n).gauss(5, 2) for _ in range(n)]
+    mean, error = metrics.mean_and_error(values)
+    slow = sum(values) / n
+    assert mean == pytest.approx(slow)
+    deviation = math.sqrt(sum((x - slow) ** 2 for x in values) / (n - 1))
+    assert error == pytest.approx(deviation / math.sqrt(n))
+
+
+def test_no_error_without_two_values():
+    assert metrics.mean_and_error([3.0])[0] == 3.0
+    assert math.isnan(metrics.mean_and_error([3.0])[1])
+    assert all(math.isnan(x) for x in metrics.mean_and_error([]))
+
+
+@pytest.mark.parametrize("text", [b"", b"to be or not to be " * 50])
+def test_the_byte_account_can_be_decompressed(text):
+    account = metrics.byte_account(text, 4096, 100.5)
+    assert (account["text"], account["vectors"]) == (len(text), 4096)
+    assert account["arithmetic"] == 13  # 100.5 bits need 12.56 bytes
+    assert account["xz"] == len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    packed = zstandard.ZstdCompressor(level=19).compress(text)
+    assert account["zstd"] == len(packed)
+    assert zstandard.ZstdDecompressor().decompress(packed) == text
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_measure_is_a_loop_over_the_models_own_logits(monkeypatch, family, rule, bos, chunk):
+    """With vectors and without, over the same positions, passage by passage, token by token."""
+    if rule == "bos" and not bos:
+        pytest.skip("a model without a BOS has no such start rule")
+    lm, asked, given = tiny(family), passages(6, 3, 4, seed=3), int(rule == "first-token")
+    if not bos:
+        monkeypatch.setattr(lm, "bos_id", None)
+    monkeypatch.setattr(certify_module, "CHUNK", chunk)
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    found = measure(lm, vectors, asked, rule)
+
+    def next_token(parts: list[torch.Tensor]) -> list[float]:
+        inputs = torch.cat(parts)[None]
+        with torch.no_grad():
+            return lm.model(inputs_embeds=inputs).logits[0, -1].double().tolist()
+
+    for row, vector, passage in zip(found, vectors, asked, strict=True):
+        sums = {"lm": 0.0, "mem": 0.0}
+        right = {"lm": 0, "mem": 0}
+        margins = []
+        for t in range(given, len(passage)):
+            true, before = passage.ids[t], [lm.embedding.weight[i][None] for i in passage.ids[:t]]
+            start = [lm.embedding.weight[lm.bos_id][None]] if bos else []
+            mem = next_token([vector, *(start if rule == "bos" else []), *before])
+            alone = [*(start if rule != "first-token" else []), *before]
+            base = next_token(alone) if alone else None
+            sums["mem"] += slow_bits(mem, true)
+            sums["lm"] += math.log2(lm.vocab_size) if base is None else slow_bits(base, true)
+            margins.append(slow_margin(mem, true))
+            right["mem"] += margins[-1] > 0
+            right["lm"] += base is not None and slow_margin(base, true) > 0
+        n = len(passage) - given
+        assert (row["tokens"], row["predicted"]) == (len(passage), n)
+        assert row["lm_bits"] == pytest.approx(sums["lm"], rel=1e-4)
+        assert row["mem_bits"] == pytest.approx(sums["mem"], rel=1e-4)
+        assert row["information_gain"] == pytest.approx(sums["lm"] - sums["mem"], abs=1e-3)
+        assert row["token_gain"] == right["mem"] - right["lm"]
+        assert row["accuracy"] == pytest.approx(right["mem"] / n)
+        assert row["margin"] == pytest.approx(min(margins), abs=1e-4)

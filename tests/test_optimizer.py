@@ -1,0 +1,196 @@
+"""Adam for many passages at once is Adam for each of them; objectives and schedules, slowly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from memvec.cramming import objective as objective_module
+from memvec.cramming.coordinates import COORDINATES, as_stored
+from memvec.cramming.objective import OBJECTIVES, score
+from memvec.cramming.optimizer import OPTIMIZERS
+from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.schedule import SCHEDULES
+from memvec.errors import MemvecError
+
+B, K, D = 4, 2, 5
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.8), (0.0, 0.9)])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_stacked_adam_is_torchs_adam_for_each_passage(name, betas, decay):
+    """Passages move at different steps, so their step counts differ."""
+    random = torch.Generator().manual_seed(0)
+    recipe = Recipe(optimizer=name, lr=0.03, beta1=betas[0], beta2=betas[1], weight_decay=decay)
+    stacked = torch.randn(B, K, D, generator=random)
+    separate = [torch.nn.Parameter(row.clone()) for row in stacked]
+    options = {"lr": 0.03, "betas": betas}
+    if name == "adamw":
+        theirs = [torch.optim.AdamW([p], weight_decay=decay, **options) for p in separate]
+    else:
+        theirs = [torch.optim.Adam([p], **options) for p in separate]
+    ours = OPTIMIZERS[name](recipe)
+    state = ours.fresh(stacked)
+    for _ in range(30):
+        gradient = torch.randn(B, K, D, generator=random)
+        moving = torch.rand(B, generator=random) > 0.4
+        ours.step(stacked, gradient, state, moving)
+        for b in range(B):
+            if moving[b]:
+                separate[b].grad = gradient[b].clone()
+                theirs[b].step()
+    for b in range(B):
+        torch.testing.assert_close(stacked[b], separate[b].detach(), rtol=1e-4, atol=1e-5)
+    assert len(set(state["count"].tolist())) > 1
+
+
+def test_a_passage_that_stands_still_is_not_touched_at_all():
+    stacked = torch.randn(B, K, D, generator=torch.Generator().manual_seed(1))
+    adam = OPTIMIZERS["adamw"](Recipe(optimizer="adamw", weight_decay=0.1))
+    state = adam.fresh(stacked)
+    adam.step(stacked, torch.ones(B, K, D), state, torch.ones(B, dtype=torch.bool))
+    before = stacked.clone(), {name: tensor.clone() for name, tensor in state.items()}
+    moving = torch.tensor([True, False, True, False])
+    adam.step(stacked, torch.full((B, K, D), 3.0), state, moving)
+    for now, then in [(stacked, before[0]), *((state[n], before[1][n]) for n in state)]:
+        assert torch.equal(now[~moving], then[~moving])
+        assert not torch.equal(now[moving], then[moving])
+
+
+@pytest.mark.parametrize("look_ahead", [1, 4])
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_schedules(name, vectors, look_ahead):
+    best = torch.tensor([-1, 0, 3, 9, 10])
+    length = torch.tensor([10, 2, 10, 10, 10])
+    found = SCHEDULES[name](best, length, vectors, Recipe(look_ahead=look_ahead)).tolist()
+    for b, n, counted in zip(best.tolist(), length.tolist(), found, strict=True):
+        assert counted == (n if name == "whole" else min(n, max(b, 0) + look_ahead * vectors))
+
+
+def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:
+    """One position's loss in plain Python."""
+    T = recipe.temperature
+    if name == "cross-entropy":
+        return T * (math.log(math.fsum(math.exp(x / T) for x in row)) - row[true] / T)
+    best_other = max(x for i, x in enumerate(row) if i != true)
+    missing = 2 * recipe.margin + T - (row[true] - best_other)
+    return T * math.log1p(math.exp(missing / T))
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_objectives_position_by_position(name, temperature):
+    recipe = Recipe(objective=name, temperature=temperature, margin=0.7)
+    logits = 2 * torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([0, 8, 3, 3, 1, 5])
+    found = OBJECTIVES[name](logits, ids, recipe)
+    for i in range(6):
+        slow = slow_loss(name, logits[i].tolist(), int(ids[i]), recipe)
+        assert float(found[i]) == pytest.approx(slow, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows):
+    """Losses, margins and the gradient at the states, against one plain backward pass."""
+    H, V, T = 6, 11, 7
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, H, generator=random)
+    states = torch.randn(3, T, H, generator=random)
+    ids = torch.randint(0, V, (3, T), generator=random)
+    counted = torch.arange(T) < torch.tensor([[7], [3], [0]])
+    recipe = Recipe(objective=name)
+    monkeypatch.setattr(objective_module, "CHUNK", rows * V)
+    widest = []
+
+    def head(part):
+        widest.append(len(part))
+        return part @ weight.T
+
+    found = score(head, states, ids, counted, recipe)
+    assert max(widest) <= rows
+
+    whole = states.clone().requires_grad_()
+    logits = whole @ weight.T
+    total = torch.zeros(())
+    for b in range(3):
+        n = int(counted[b].sum())
+        if n:
+            loss = OBJECTIVES[name](logits[b, :n], ids[b, :n], recipe).mean()
+            assert float(found.loss[b]) == pytest.approx(float(loss.detach()), rel=1e-5)
+            total = total + loss
+    total.backward()
+    torch.testing.assert_close(found.gradient, whole.grad)
+    for b in range(3):
+        for t in range(T):
+            row = logits[b, t].detach().tolist()
+            true = row.pop(int(ids[b, t]))
+            assert float(found.margin[b, t]) == pytest.approx(true - max(row), abs=1e-5)
+    assert float(found.loss[2]) == 0.0
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_row_that_is_not_finite_spoils_no_other(name):
+    weight = torch.eye(4)
+    states = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(4))
+    ids, counted = torch.tensor([[0, 1, 2], [3, 2, 1]]), torch.ones(2, 3, dtype=torch.bool)
+    sound = score(lambda part: part @ weight, states, ids, counted, Recipe(objective=name))
+    spoilt = states.clone()
+    spoilt[0, 1] = torch.nan
+    found = score(lambda part: part @ weight, spoilt, ids, counted, Recipe(objective=name))
+    assert not torch.isfinite(found.loss[0])
+    assert torch.equal(found.loss[1], sound.loss[1])
+    assert torch.equal(found.gradient[1], sound.gradient[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
+    vectors = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    parameters = COORDINATES["direct"]().parameters(vectors)
+    stored = as_stored(COORDINATES["direct"]().vectors(parameters), dtype)
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, vectors.to(dtype).float())
+    (gradient,) = torch.autograd.grad((stored * torch.arange(8.0)).sum(), vectors)
+    assert torch.equal(gradient, torch.arange(8.0).expand(2, 1, 8))
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"objective": "cross entropy"}, "did you mean 'cross-entropy'"),
+        ({"schedule": "zzz"}, "known: growing, whole"),
+        ({"lr": 0}, "--lr must be at least"),
+        ({"lr": "fast"}, "--lr must be float, not 'fast'"),
+        ({"lr": float("nan")}, "--lr must be at least"),
+        ({"temperature": float("inf")}, "--temperature"),
+        ({"beta1": 1.0}, r"--beta1 must be in \[0, 1\)"),
+        ({"beta2": float("nan")}, r"--beta2 must be in \[0, 1\)"),
+        ({"steps": -1}, "--steps must be at least 0"),
+        ({"steps": "1.5"}, "--steps must be int"),
+        ({"patience": 0}, "--patience"),
+        ({"margin": -0.1}, "--margin"),
+        ({"look-ahead": 0}, "--look-ahead"),
+        ({"start_rule": "eos"}, "--start-rule"),
+        ({"learning_rate": 1}, "a recipe has no 'learning_rate'"),
+    ],
+)
+def test_a_recipe_says_what_is_wrong_with_it(untyped, changes, sentence):
+    with pytest.raises(MemvecError, match=sentence):
+        Recipe.of("default", **changes)
+
+
+def test_presets_are_recipes_with_changes(untyped):
+    with pytest.raises(MemvecError, match="did you mean 'paper'"):
+        Recipe.of("papre")
+    paper = Recipe.of("paper", steps="7")
+    assert paper.steps == 7
+    assert paper.record() == PRESETS["paper"].record() | {"steps": 7}
+    assert (paper.lr, paper.beta1, paper.beta2, paper.weight_decay) == (0.01, 0.9, 0.9, 0.01)
+    assert (paper.patience, PRESETS["paper"].steps, paper.margin) == (2000, 5000, 0.0)

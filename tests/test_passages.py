@@ -1,0 +1,269 @@
+"""Documents give their bytes back, and are cut into passages by information."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from conftest import reader, tiny
+from memvec.errors import MemvecError, NotExactError
+from memvec.passages.cut import Cutter, surprisals
+from memvec.passages.documents import (
+    CLOSE_LOOK,
+    Document,
+    apply_edits,
+    edits_between,
+    peek,
+    read_document,
+    restore,
+)
+from memvec.passages.passage import Passage
+
+TEXTS = {
+    "english": "The quick brown fox jumps over the lazy dog.",
+    "emoji": "a 👩‍👩‍👧‍👦 and a 🏳️‍🌈, e\u0301 and é",
+    "crlf": "one\r\ntwo\r\n\r\nthree\rfour\n",
+    "tabs": "\tdef f(x):\n\t\treturn  x\t# twice  \n",
+    "chinese": "敏捷的棕色狐狸跳过了懒狗。道可道，非常道。",
+    "ends with an empty line": "the cat\n\n",
+    "spaces only": "   \n \t ",
+    "special tokens": "<s> is not the start and </s> is not the end <s>",
+    "byte order mark": "\ufefftext",
+    "zero and controls": "a\x00b\x07\x85\u2028c\x0b\x0cd",
+    "arabic": "كان يا ما كان، في قديم الزمان",
+    "one letter": "x",
+    "code": 'for (int i = 0; i < n; ++i) { printf("%d\\n", i); }  // 100 %\n',
+}
+
+
+# ---------------------------------------------------------------------- bytes back
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_text_comes_back_to_the_byte(kind, name):
+    lm, text = reader(kind), TEXTS[name]
+    if (kind, name) == ("words", "spaces only"):  # a tokenizer of words makes nothing of them
+        with pytest.raises(MemvecError, match="makes no tokens"):
+            Document.of(lm, text, name=name)
+        return
+    document = Document.of(lm, text, name=name)
+    assert document.size == len(text.encode())
+    back = restore(lm, document.ids, "utf-8", document.edits, document.sha256, name)
+    assert back == text.encode()
+    assert (document.edit_bytes > 0) == bool(document.edits)
+
+
+@pytest.mark.parametrize("name", sorted(set(TEXTS) - {"special tokens"}))
+def test_a_byte_level_tokenizer_needs_no_edits(name):
+    assert Document.of(reader(), TEXTS[name]).edits == ()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le"])
+def test_encodings_come_back_to_the_byte(encoding):
+    lm, data = reader(), "\ufeffné à Zürich\r\n".lstrip("\ufeff").encode(encoding)
+    document = Document.of(lm, data, encoding=encoding)
+    found = restore(lm, document.ids, encoding, document.edits, document.sha256, "it")
+    assert found == data
+
+
+def test_any_bytes_are_latin_1():
+    lm, data = reader(), bytes(range(256))
+    document = Document.of(lm, data, encoding="latin-1")
+    assert restore(lm, document.ids, "latin-1", document.edits, document.sha256, "it") == data
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "sentence"),
+    [
+        ("", "utf-8", "is empty"),
+        (b"", "utf-8", "is empty"),
+        (b"\xff\xfe\x00", "utf-8", "--encoding latin-1"),
+        (b"abc", "utf-7000", "unknown encoding 'utf-7000'"),
+        ("né", "ascii", "has characters that are not ascii"),
+        ("\ud800", "utf-8", "has characters that are not utf-8"),
+        (b"a\x00b\x00", "utf-16", "does not survive --encoding utf-16"),
+    ],
+)
+def test_a_text_that_cannot_be_a_document(text, encoding, sentence):
+    with pytest.raises(MemvecError, match=sentence):
+        Document.of(reader(), text, encoding=encoding)
+
+
+def test_wrong_tokens_never_give_wrong_bytes():
+    lm = reader()
+    document = Document.of(lm, "the lazy dog")
+    wrong = [*document.ids[:-1], document.ids[-1] ^ 1]
+    with pytest.raises(NotExactError, match="its bytes did not"):
+        restore(lm, wrong, "utf-8", (), document.sha256, "it")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_edits_turn_one_text_into_another(seed):
+    random_ = random.Random(seed)
+    alphabet = "ab \n\r\t\u2028é👩"
+    old = "".join(random_.choice(alphabet) for _ in range(random_.randrange(60)))
+    letters = list(old)
+    for _ in range(random_.randrange(8)):
+        at = random_.randrange(len(letters) + 1)
+        letters[at : at + random_.randrange(4)] = random_.choices(alphabet, k=random_.randrange(4))
+    new = "".join(letters) if seed % 4 else old[::-1]
+    edits = list(edits_between(old, new))
+    assert apply_edits(old, edits) == new
+    assert bool(edits) == (old != new)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(edits))
+
+
+def test_a_large_change_is_one_edit_and_a_small_one_stays_small():
+    old = "x" * (CLOSE_LOOK + 1)
+    assert list(edits_between(old, "y")) == [(0, len(old), "y")]
+    pages = "".join(f"line {i}\n" for i in range(2000))
+    (edit,) = edits_between(pages, pages.replace("line 1234\n", "line 1x34\n"))
+    assert edit[2] == "x"
+
+
+@pytest.mark.parametrize("edits", [[(2, 1, "")], [(0, 99, "")], [(3, 4, ""), (1, 2, "")]])
+def test_edits_that_do_not_fit_are_refused(edits):
+    with pytest.raises(NotExactError, match="do not fit"):
+        apply_edits("abcdef", edits)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    lm = reader()
+    (tmp_path / "empty").touch()
+    (tmp_path / "large").write_bytes(b"a" * 101)
+    for path, sentence in [
+        (tmp_path, "is a directory"),
+        (tmp_path / "none", "there is no file"),
+        (tmp_path / "empty", "is empty"),
+        (tmp_path / "large", "larger than 0.0001 MB"),
+    ]:
+        with pytest.raises(MemvecError, match=sentence):
+            read_document(lm, str(path), largest=100)
+    with pytest.raises(MemvecError, match="is empty"):
+        peek(str(tmp_path / "empty"))
+    (tmp_path / "fits").write_bytes(b"a" * 100)
+    assert read_document(lm, str(tmp_path / "fits"), largest=100).size == 100
+
+
+def test_a_file_that_vanishes_or_may_not_be_read(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    monkeypatch.setattr("memvec.passages.documents.peek", lambda path: None)
+    monkeypatch.setattr(
+        "pathlib.Path.open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no permission"))
+    )
+    with pytest.raises(MemvecError, match=r"cannot be read: no permission\.$"):
+        read_document(reader(), str(file))
+
+
+# ---------------------------------------------------------------------- cutting
+
+
+def slow_surprisals(lm, ids):
+    """Bits of each token after BOS, one forward of the model's own per token."""
+    found = []
+    for t in range(len(ids)):
+        before = torch.tensor([[lm.bos_id, *ids[:t]]])
+        with torch.no_grad():
+            logits = lm.model(input_ids=before, use_cache=False).logits[0, -1].double()
+        found.append(float(-logits.log_softmax(-1)[ids[t]] / math.log(2)))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_surprisals_are_the_models_own(family, monkeypatch):
+    lm, ids = tiny(family), [5, 3, 3, 9, 20, 7]
+    found = surprisals(lm, ids)
+    assert found.tolist() == pytest.approx(slow_surprisals(lm, ids), rel=1e-4, abs=1e-4)
+    monkeypatch.setattr(lm, "bos_id", None)
+    without = surprisals(lm, ids)
+    assert float(without[0]) == pytest.approx(math.log2(lm.vocab_size))
+    assert len(without) == len(ids)
+    assert surprisals(lm, [4]).tolist() == pytest.approx([math.log2(lm.vocab_size)])
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 24, (n,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("most", [None, 10])
+@pytest.mark.parametrize("bits", [0.5, 20.0, 90.0, 100_000.0])
+def test_passages_are_as_long_as_their_bits_allow(bits, most, least):
+    lm, ids = tiny(), random_ids(100)
+    found = list(Cutter(lm, bits=bits, most=most or 100).cut(ids, 7, least))
+    assert [token for p in found for token in p.ids] == ids
+    assert [p.offset for p in found] == [0, *itertools.accumulate(len(p) for p in found)][:-1]
+    assert {p.document for p in found} == {7}
+    assert min(len(p) for p in found) >= least
+    for passage in found:
+        cost = float(surprisals(lm, passage.ids).sum())
+        assert len(passage) <= (most or 100) + least - 1
+        assert cost <= bits + 1e-6 or len(passage) <= max(1, 2 * least - 1)
+        end = passage.offset + len(passage)
+        if end < len(ids) and len(passage) < (most or 100):
+            assert float(surprisals(lm, [*passage.ids, ids[end]]).sum()) > bits - 1e-6
+
+
+@pytest.mark.parametrize("least", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 4, 7, 1000])
+@pytest.mark.parametrize("n", [5, 28, 29, 30])
+def test_passages_of_exactly_so_many_tokens(n, tokens, least):
+    ids = list(range(n))
+    found = list(Cutter(tiny(), tokens=tokens).cut(ids, least=least))
+    assert [token for p in found for token in p.ids] == ids
+    assert min(len(p) for p in found) >= least
+    assert {len(p) for p in found[:-1]} <= {max(tokens, least)}
+    assert len(found[-1]) < max(tokens, least) + least
+
+
+def test_cutting_is_lazy(monkeypatch):
+    lm, asked = tiny(), []
+    logits = lm.logits
+    monkeypatch.setattr(
+        lm, "logits", lambda vectors, ids: asked.append(ids.shape[1]) or logits(vectors, ids)
+    )
+    passages = Cutter(lm, bits=30.0, most=100).cut(random_ids(5000))
+    assert asked == []
+    first = next(passages)
+    assert sum(asked) <= 64
+    assert 1 <= len(first) < 64
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"tokens": 0}, "--tokens must be at least 1"), ({"tokens": 9, "most": 8}, "at most 8")],
+)
+def test_lengths_that_cannot_be_cut(options, sentence):
+    with pytest.raises(MemvecError, match=sentence):
+        Cutter(tiny(), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 1.0, "tokens": 1}])
+def test_bits_or_tokens_but_not_both(options):
+    with pytest.raises(ValueError, match="either bits or tokens"):
+        Cutter(tiny(), **options)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 11])
+def test_halves_are_the_passage(n):
+    passage = Passage(tuple(range(n)), 3, 40)
+    a, b = passage.halves()
+    assert a.ids + b.ids == passage.ids
+    assert (a.offset, b.offset) == (40, 40 + len(a))
+    assert abs(len(a) - len(b)) <= 1
+    assert {a.document, b.document} == {3}
+
+
+def test_no_passage_without_tokens():
+    with pytest.raises(MemvecError, match="at least one token"):
+        Passage(())

@@ -1,0 +1,348 @@
+"""The file: everything comes back, nothing leaks, no damaged byte goes unnoticed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as to_safetensors
+from safetensors.torch import save_file
+
+from conftest import QUICK, reader, tiny
+from memvec import codec, display
+from memvec.errors import MemvecError, NotExactError
+from memvec.vectors import MemVectors, existing_path, pretty_json
+
+TEXTS = ["the fox\r\n", "Zürich 👍"]
+
+
+@pytest.fixture(scope="module")
+def mem() -> MemVectors:
+    """Two texts in a tiny model."""
+    return codec.cram(reader(), TEXTS, vectors=2, tokens=2, recipe=QUICK)
+
+
+@pytest.fixture(scope="module")
+def good(mem, tmp_path_factory) -> bytes:
+    """The bytes of its file."""
+    return mem.save(tmp_path_factory.mktemp("mem") / "good.mem").read_bytes()
+
+
+def forged(mem: MemVectors, path: Path, vectors: torch.Tensor | None = None, **changes) -> Path:
+    """A file by someone who knows the format, digest and all, and means ill."""
+    header = json.loads(mem.header.model_dump_json())
+    for where, value in changes.items():
+        at, *keys = where.split("__")
+        target, key = header, at
+        for k in keys:
+            target, key = target[key], int(k) if k.isdigit() else k
+        target[key] = value
+    text = json.dumps(header)
+    vectors = mem.vectors if vectors is None else vectors
+    digest = hashlib.sha256(text.encode())
+    digest.update(vectors.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path.write_bytes(
+        to_safetensors({"vectors": vectors}, {"memvec": text, "sha256": digest.hexdigest()})
+    )
+    return path
+
+
+# ---------------------------------------------------------------------- round trip
+
+
+def test_everything_comes_back(mem, tmp_path):
+    assert mem.exact
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert torch.equal(again.vectors, mem.vectors)
+    assert again.header == mem.header
+    assert pretty_json(again.summary()) == pretty_json(mem.summary())
+    assert again.documents(reader()) == [text.encode() for text in TEXTS]
+    assert codec.decode(again, reader()) == TEXTS
+
+
+def test_the_text_is_not_in_the_file_unless_asked_for(tmp_path):
+    lm, text = reader(), "the lazy dog sat"
+    options = {"vectors": 2, "tokens": 2, "recipe": QUICK}
+    without = codec.cram(lm, [text], **options).save(tmp_path / "a").read_bytes()
+    within = codec.cram(lm, [text], keep_text=True, **options).save(tmp_path / "b").read_bytes()
+    assert text.encode() in within
+    for word in text.encode().split():
+        assert word not in without or word == b"the"  # 'other' is a word of the header too
+    ids = lm.tokenize(text)
+    assert json.dumps(ids)[1:-1].encode() not in without
+    assert MemVectors.load(tmp_path / "b").header.documents[0].text == text
+
+
+def test_the_summary_adds_up(mem):
+    s, P = mem.summary(), len(mem.passages)
+    K, D = mem.vectors.shape[1:]
+    gain = sum(p.lm_bits - p.mem_bits for p in mem.passages)
+    assert s["information_gain_bits"] == pytest.approx(gain)
+    assert s["bits_per_vector"] == pytest.approx(gain / (P * K))
+    assert s["bits_per_dimension"] == pytest.approx(gain / (P * K * D))
+    assert s["bit_utilisation"] == pytest.approx(gain / (P * K * D * 32))
+    assert s["theoretical_capacity"] == pytest.approx(K * D * 32 / math.log2(reader().vocab_size))
+    assert s["token_utilisation"] == pytest.approx(
+        s["token_gain"] / (P * s["theoretical_capacity"])
+    )
+    assert s["tokens_per_vector"] == pytest.approx(s["tokens"] / (P * K))
+    assert s["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert s["vector_bytes"] == P * K * D * 4 == mem.size
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    assert json.loads(pretty_json({"a": [math.nan, 1.5], "b": (math.inf,)})) == {
+        "a": [None, 1.5],
+        "b": [None],
+    }
+
+
+def test_the_short_name_finds_the_file(mem, tmp_path):
+    saved = mem.save(tmp_path / "letter.mem.safetensors")
+    assert existing_path(tmp_path / "letter.mem") == saved
+    assert MemVectors.load(tmp_path / "letter.mem").exact
+    with pytest.raises(MemvecError, match="there is no file"):
+        existing_path(tmp_path / "other.mem")
+    with pytest.raises(MemvecError, match="is a directory"):
+        existing_path(tmp_path)
+
+
+# ---------------------------------------------------------------------- written whole or not
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize("before", [None, b"an older file"])
+def test_a_write_that_fails_leaves_everything_as_it_was(mem, tmp_path, monkeypatch, call, before):
+    target = tmp_path / "a.mem"
+    if before is not None:
+        target.write_bytes(before)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(MemvecError, match=r"cannot be written: No space left on device\.$"):
+        mem.save(target, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["a.mem"])
+    assert before is None or target.read_bytes() == before
+
+
+def test_an_existing_file_is_not_overwritten_unasked(mem, tmp_path):
+    target = tmp_path / "a.mem"
+    target.write_bytes(b"mine")
+    with pytest.raises(MemvecError, match="use --force"):
+        mem.save(target)
+    assert target.read_bytes() == b"mine"
+    mem.save(target, force=True)
+    assert MemVectors.load(target).exact
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------------- damage
+
+
+def refused(data: bytes, path: Path) -> str:
+    """The sentence with which a file is refused; fails for any other exception or none."""
+    path.write_bytes(data)
+    with pytest.raises(MemvecError) as error:
+        MemVectors.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(good, tmp_path):
+    ends = {0, 1, 7, 8, 9, len(good) - 1, *range(0, len(good), len(good) // 60)}
+    assert all(refused(good[:end], tmp_path / "a.mem") for end in ends if end < len(good))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_changed_file_is_refused(good, tmp_path, seed):
+    """Flips of a bit, runs of noise, bytes lost, doubled or swapped."""
+    random_ = random.Random(seed)
+    data, at = bytearray(good), random_.randrange(len(good))
+    n = random_.randrange(1, 9)
+    match seed % 6:
+        case 0 | 1:
+            data[at] ^= 1 << random_.randrange(8)
+        case 2:
+            data[at : at + n] = random_.randbytes(len(data[at : at + n]))
+        case 3:
+            del data[at : at + n]
+        case 4:
+            data[at:at] = random_.randbytes(n)
+        case 5:
+            data[:8] = random_.randrange(2**64).to_bytes(8, "little")
+    if bytes(data) != good:
+        refused(bytes(data), tmp_path / "a.mem")
+
+
+def test_foreign_files_are_refused(tmp_path, mem, good):
+    path = tmp_path / "a.mem"
+    assert "truncated" in refused(b"", path)
+    refused(b"not a file of vectors at all, but long enough to have a header", path)
+    refused(b"\x80\x04\x95 pickle", path)
+    refused(bytes(8), path)
+    refused((2**63).to_bytes(8, "little") + good[8:], path)  # a header of eight exabytes
+    save_file({"vectors": torch.zeros(1, 1, 2)}, path)
+    with pytest.raises(MemvecError, match="not one of memvec's"):
+        MemVectors.load(path)
+    save_file({"x": torch.zeros(1)}, path, {"memvec": mem.header.model_dump_json()})
+    with pytest.raises(MemvecError, match="not one of memvec's"):
+        MemVectors.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 2},
+        {"format": "other"},
+        {"surprise": 1},
+        {"start_rule": "middle"},
+        {"passages": []},
+        {"documents": []},
+        {"documents__0__passages": 99},
+        {"documents__0__size": 0},
+        {"documents__0__sha256": "short"},
+        {"documents__0__edits": [[0, 1]]},
+        {"passages__0__tokens": 0},
+        {"passages__0__tokens": 10**7},
+        {"passages__0__tokens": "many"},
+        {"passages__0__status": "fine"},
+        {"passages__0__seconds": -1},
+        {"model": "llama"},
+        {"model": {}},
+        {"model__probe": ["x"]},
+        {"model__probe": 3},
+        {"model__probe": None},
+        {"model__weights": 7},
+        {"model__vocabulary": 1},
+        {"model__vocabulary": "many"},
+        {"model__name": None},
+        {"recipe": None},
+    ],
+    ids=str,
+)
+def test_a_header_that_says_too_much_is_refused(mem, tmp_path, changes):
+    with pytest.raises(MemvecError, match="damaged header"):
+        MemVectors.load(forged(mem, tmp_path / "a.mem", **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda v: v[:-1], "it is damaged"),
+        (lambda v: v[0], "it is damaged"),
+        (lambda v: v.flatten(), "it is damaged"),
+        (lambda v: v.double(), "which memvec does not write"),
+        (lambda v: v.long(), "which memvec does not write"),
+        (lambda v: v * math.nan, "not finite"),
+        (lambda v: v.index_fill(2, torch.tensor([0]), math.inf), "not finite"),
+        (lambda v: v[:, :0], "it is damaged"),
+        (lambda v: v[:, :, :0], "it is damaged"),
+    ],
+)
+def test_vectors_that_do_not_fit_the_header_are_refused(mem, tmp_path, change, sentence):
+    with pytest.raises(MemvecError, match=sentence):
+        MemVectors.load(forged(mem, tmp_path / "a.mem", change(mem.vectors)))
+
+
+def test_a_header_that_is_no_json_is_refused(mem, tmp_path):
+    for text in ("", "[", "null", "[" * 100_000, '{"passages": ' * 5000, "\u0000"):
+        path = tmp_path / "a.mem"
+        save_file({"vectors": mem.vectors}, path, {"memvec": text, "sha256": ""})
+        with pytest.raises(MemvecError):
+            MemVectors.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"documents__0__encoding": "no-such"},
+        {"documents__0__encoding": "hex"},
+        {"documents__0__encoding": "ascii", "documents__0__edits": [[0, 0, "é"]]},
+        {"documents__0__edits": [[5, 2, "x"]]},
+        {"documents__0__edits": [[-3, 2, "x"]]},
+        {"documents__0__edits": [[0, 10**30, "x"]]},
+        {"documents__0__name": "[bold]\x1b[2J"},
+        {"start_rule": "first-token", "passages__0__first": 10**9},
+        {"start_rule": "first-token"},
+        {"start_rule": "bos"},
+        {"passages__0__tokens": 1_000_000},
+        {"passages__0__tokens": 1},
+        {"model__surprise": []},
+        {"environment": {}},
+        {"recipe": {}},
+        {"certificate": {}},
+        {"passages__0__lm_bits": 1e308, "passages__1__lm_bits": 1e308},
+        {"certificate": {"exact": "no", "passages": "[x"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_forged_file_never_does_more_than_complain(mem, tmp_path, changes, force, capsys):
+    """The digest is right: only what is read is checked. One sentence, or the right text."""
+    path = forged(mem, tmp_path / "a.mem", **changes)
+    complaints, found = [], []
+    for use in (
+        lambda m: m.summary(),
+        lambda m: display.inspect(m, str(path)),
+        lambda m: pretty_json(m.header.model_dump(mode="json")),
+        lambda m: codec.verify(m, reader(), force=force),
+        lambda m: found.append(m.documents(reader(), force=force)),
+    ):
+        try:
+            use(MemVectors.load(path))
+        except MemvecError as error:
+            complaints.append(str(error))
+    assert all(len(text.splitlines()) == 1 for text in complaints)
+    assert found in ([], [[text.encode() for text in TEXTS]])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- another model
+
+
+def test_vectors_of_another_model_are_refused(mem):
+    other = reader(seed=1)
+    with pytest.raises(MemvecError, match="other weights"):
+        mem.documents(other)
+    with pytest.raises(NotExactError, match="did not come back"):
+        mem.documents(other, force=True)
+    with pytest.raises(MemvecError, match=r"64 numbers each and tiny-llama takes 32"):
+        mem.documents(tiny(), force=True)
+
+
+def test_a_passage_longer_than_the_context_is_refused(mem, tmp_path):
+    loaded = MemVectors.load(forged(mem, tmp_path / "a.mem", passages__0__tokens=128))
+    with pytest.raises(MemvecError, match="does not fit tiny-bytes's context"):
+        loaded.documents(reader())
+
+
+def test_wrong_text_is_never_returned(mem):
+    """Vectors of one passage in the place of another decode to the wrong one, and are refused."""
+    swapped = MemVectors(mem.vectors.roll(1, 0), mem.header)
+    with pytest.raises(NotExactError, match="passage 0 did not come back"):
+        swapped.documents(reader())
+    certificate, exact = codec.verify(swapped, reader())
+    assert certificate["exact"] is False
+    assert certificate["exact_passages"] == sum(exact) < len(exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 64), (2, 64)])
+def test_vectors_need_a_set_for_each_passage(mem, shape):
+    with pytest.raises(MemvecError, match=r"shape \(P, K, D\)"):
+        MemVectors(torch.zeros(shape), mem.header)
