@@ -16,7 +16,7 @@ from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.passages.sources import Source
 from memvec.study.cells import Cell
-from memvec.study.row import Finished
+from memvec.study.row import Finished, Text
 from memvec.study.work import cram_cell, find_passages
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Texts:
     """Passages with their texts, as the store keeps them."""
 
     found: list[Found]
-    texts: list[bytes | None]
+    texts: list[Text | None]
 
 
 class Pool(Protocol):
@@ -107,11 +107,12 @@ class Here:
         """Nothing to let go."""
 
 
-def text_of(lm: FrozenLM, found: Found) -> bytes | None:
-    """The passage's text in UTF-8; None without a tokenizer."""
+def text_of(lm: FrozenLM, found: Found) -> Text | None:
+    """The passage's text; None without a tokenizer."""
     if lm.tokenizer is None:
         return None
-    return lm.text(found.passage.ids).encode("utf-8", "surrogatepass")
+    ids = found.passage.ids
+    return Text(lm.text(ids).encode("utf-8", "surrogatepass"), [lm.text([token]) for token in ids])
 
 
 def in_units(cell: Cell, found: Sequence[Found], size: int, seats: int) -> Iterator[Unit]:

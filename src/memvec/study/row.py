@@ -60,3 +60,11 @@ class Finished:
             self.vectors.detach().cpu().contiguous(),
             self.positions.detach().cpu().to(torch.float32).contiguous(),
         )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A passage's text: its bytes in UTF-8, and what each token shows as."""
+
+    data: bytes
+    pieces: list[str]

@@ -30,7 +30,7 @@ from torch import Tensor
 from memvec.errors import MemvecError
 from memvec.passages.found import Found
 from memvec.study.cells import Planned
-from memvec.study.row import Finished, Row
+from memvec.study.row import Finished, Row, Text
 
 SCHEMA = "1"  # raised when tables or the vectors' files change
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -54,7 +54,7 @@ CREATE TABLE IF NOT EXISTS cells (
   description TEXT);
 CREATE TABLE IF NOT EXISTS passages (
   passage TEXT PRIMARY KEY, name TEXT NOT NULL, ids BLOB NOT NULL, before BLOB NOT NULL,
-  text BLOB);
+  text BLOB, pieces TEXT);
 CREATE TABLE IF NOT EXISTS rows (
   {_ROWS},
   offset INTEGER NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL,
@@ -70,7 +70,7 @@ SCHEMA_TEXT = {
     "meta": "schema version, name, text and folder of the last spec",
     "environments": "versions and machine a row was made with (JSON)",
     "cells": "settings of a cell (JSON), passages planned, the model's description (JSON)",
-    "passages": "token ids and the tokens before them (int32), text, where it came from",
+    "passages": "token ids and those before (int32), text (UTF-8), its tokens (JSON), origin",
     "rows": "one passage of one cell",
     "paths": "accuracy on the straight line between two restarts of a passage (JSON list)",
 }
@@ -181,13 +181,14 @@ class Store:
             "INSERT OR IGNORE INTO environments VALUES (?, ?)", (self._environment, text)
         )
 
-    def put_passages(self, found: Sequence[tuple[str, Found, bytes | None]]) -> None:
-        """Remember passages: (hash, passage, text)."""
+    def put_passages(self, found: Sequence[tuple[str, Found, Text | None]]) -> None:
+        """Remember passages: (hash, passage, its text)."""
         with self._transaction():
             for key, f, text in found:
+                words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
                 self.db.execute(
-                    "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?)",
-                    (key, f.name, _ids(f.passage.ids), _ids(f.before), text),
+                    "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
+                    (key, f.name, _ids(f.passage.ids), _ids(f.before), *words),
                 )
 
     def put(self, finished: Finished) -> None:
