@@ -22,6 +22,7 @@ $(VENV)/.tested: $(VENV)/.installed
 	touch $@
 
 demo: $(VENV)/.installed
+	mkdir -p demo
 	$(BIN)/memvec cram examples/letter.txt --output demo/letter.mem --force
 	$(BIN)/memvec verify demo/letter.mem
 	$(BIN)/memvec decode demo/letter.mem > demo/letter.txt

@@ -174,6 +174,7 @@ def _cache(lm: FrozenLM) -> tuple[bool, str]:
     from memvec.decoding import cached_logits
 
     ids = _ids(lm, 7)
+    ids = torch.cat([ids, ids.flip(1)])  # two: RWKV's one-token forward mixes a batch
     vectors = lm.embed(ids[:, :2]).float()
     return _agree(lm, cached_logits(lm, vectors, ids[:, 2:]), lm.logits(vectors, ids[:, 2:]))
 

@@ -9,7 +9,7 @@ the batch stays full and nobody waits for the slowest. One step for all seats:
 
 Measure, then move: the vectors of a finished passage are the very ones that were measured, rounded
 to the storage dtype already. Finished passages leave for certification (free-running decoding) in
-groups; one that fails returns to a seat and is asked for a larger margin.
+groups, keeping their seats until then; one that fails goes on with a larger margin.
 
 Seats share nothing but a batch: losses are summed, moments and step counts are per seat, and seeds
 come from token ids. At a fixed batch shape a passage's vectors are bit-equal whoever sits beside
@@ -168,7 +168,8 @@ class Engine:
             self.push(passage)
         finished: list[Finished] = []
         while self.jobs or self.waiting or finished:
-            self._seat_waiting()
+            # A passage keeps its seat until it is certified: killed now, a run loses no more.
+            self._seat_waiting(self.seats - len(finished))
             if self.jobs:
                 began = time.perf_counter()
                 for _ in range(self.poll):
@@ -176,7 +177,7 @@ class Engine:
                 self._share_time(time.perf_counter() - began)
                 finished += self._unseat()
                 self._report()
-            if len(finished) >= BATCH or not (self.jobs or self.waiting):
+            if len(finished) >= min(BATCH, -(-self.seats // 2)) or not self.jobs:
                 for outcome in certify(self.lm, finished, self.start_rule, self.storage):
                     wrong = outcome.status == "done" and not outcome.exact
                     if wrong and self._may_go_on(outcome):
@@ -235,13 +236,14 @@ class Engine:
 
     # ------------------------------------------------------------------ seats
 
-    def _seat_waiting(self) -> None:
-        """Give empty seats to waiting passages; set the width of the next forward passes."""
-        newcomers = [
-            self.waiting.pop() for _ in range(min(self.seats - len(self.jobs), len(self.waiting)))
-        ]
+    def _seat_waiting(self, seats: int) -> None:
+        """Fill up to `seats` seats with waiting passages; set the width of the next steps."""
+        free = min(seats - len(self.jobs), len(self.waiting))
+        newcomers = [self.waiting.pop() for _ in range(free)]
         if newcomers:
-            columns = max(len(job.passage) for job in newcomers + self.jobs)
+            columns = max(len(job.passage) for job in newcomers)
+            if self.jobs:  # the seats may still be as wide as a passage that has left
+                columns = max(columns, self.state["ids"].shape[1])
             fresh = self._fresh(newcomers, columns)
             if self.jobs:
                 self.state["ids"] = _widen(self.state["ids"], columns)

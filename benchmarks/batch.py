@@ -1,0 +1,69 @@
+"""Exact passages per minute: 32 passages of equal length in one batch against one seat.
+
+    python benchmarks/batch.py --quick
+
+Both sides run the same engine with the same recipe on the same passages, end to end, certification
+included; RESULT ratio is the median over rounds of the ratio of their exact passages per minute.
+"""
+
+from __future__ import annotations
+
+import time
+
+from common import arguments, median_and_spread, report
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.lm import FrozenLM, load_lm
+from memvec.passages.passage import Passage
+from texts import passages_of
+
+
+def per_minute(
+    lm: FrozenLM, passages: list[Passage], seats: int, steps: int
+) -> tuple[float, int, float, int]:
+    """Exact passages per minute, their number, seconds, and optimiser steps."""
+    engine = Engine(lm, Recipe.of("default", steps=steps), seats=seats)
+    began = time.perf_counter()
+    outcomes = list(engine.run(passages))
+    seconds = time.perf_counter() - began
+    exact = sum(outcome.exact for outcome in outcomes)
+    return 60 * exact / seconds, exact, seconds, sum(outcome.steps for outcome in outcomes)
+
+
+def main() -> None:
+    """Run both, taking turns, on the same passages."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--passages", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    rounds = 2 if options.quick else options.rounds
+    lm = load_lm(options.model)
+    texts = passages_of(lm, options.passages * (rounds + 1), options.tokens)
+    per_minute(lm, texts[-4:], 4, 5)  # first-use costs of kernels
+    rows, ratios = [], []
+    for r in range(rounds):
+        part = texts[r * options.passages : (r + 1) * options.passages]
+        rates = {}
+        for seats in (options.passages, 1) if r % 2 == 0 else (1, options.passages):
+            rate, exact, seconds, steps = per_minute(lm, part, seats, steps=300)
+            rates[seats] = rate
+            rows.append(
+                {
+                    "round": r,
+                    "seats": seats,
+                    "tokens": options.tokens,
+                    "passages": len(part),
+                    "exact": exact,
+                    "seconds": seconds,
+                    "steps": steps,
+                    "exact_per_minute": rate,
+                }
+            )
+        ratios.append(rates[options.passages] / rates[1])
+    median, low, high = median_and_spread(ratios)
+    report("batch", rows, options, ratio=median, low=low, high=high)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""How large must a margin be? Arg-max flips against the measured margin, per way to decode.
+
+    python benchmarks/margins.py --quick
+
+Passages are crammed until every margin is just above 0. Then the margin of every position is
+computed again in other ways in which the same vectors may be decoded: bfloat16 instead of float32,
+one passage at a time instead of 32, with the cache one token at a time instead of all at once. The
+change of a margin from one way to another is what a margin must cover. RESULT gives the largest
+change for float32 and for bfloat16, and the share of positions that flip there at margin 0.5.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common import arguments, report
+from memvec import metrics
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import cached_logits
+from memvec.lm import FrozenLM, load_lm
+from texts import passages_of
+
+
+@torch.no_grad()
+def margins(
+    lm: FrozenLM, vectors: torch.Tensor, ids: torch.Tensor, batch: int, cached: bool
+) -> torch.Tensor:
+    """Margins (P, T) computed in one of the ways in which vectors are decoded."""
+    found = []
+    for at in range(0, len(ids), batch):
+        v, t = vectors[at : at + batch].to(lm.device), ids[at : at + batch].to(lm.device)
+        logits = cached_logits(lm, v, t) if cached else lm.logits(v, t)
+        found.append(metrics.margins(logits, t).cpu())
+    return torch.cat(found)
+
+
+def main() -> None:
+    """Cram, then compare the ways."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--passages", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=12)
+    options = parser.parse_args()
+    n = 32 if options.quick else options.passages
+    lm = load_lm(options.model, dtype="float32")
+    recipe = Recipe.of("default", margin=0.0, steps=200 if options.quick else 1000)
+    engine = Engine(lm, recipe, seats=32)
+    done = [o for o in engine.run(passages_of(lm, n, options.tokens)) if o.exact]
+    vectors = torch.stack([o.vectors for o in done])
+    ids = torch.tensor([o.passage.ids for o in done])
+    base = margins(lm, vectors, ids, 32, cached=False)
+    rows, largest = [], {}
+    for dtype in ("float32", "bfloat16"):
+        other = lm if dtype == "float32" else load_lm(options.model, dtype=dtype)
+        for batch in (1, 32):
+            for cached in (False, True):
+                change = (margins(other, vectors, ids, batch, cached) - base).abs().flatten()
+                flips = {
+                    m: float((change >= base.flatten().clamp_min(m)).float().mean())
+                    for m in (0.0, 0.1, 0.25, 0.5, 1.0)
+                }
+                rows.append(
+                    {
+                        "dtype": dtype,
+                        "batch": batch,
+                        "cached": cached,
+                        "passages": len(done),
+                        "positions": len(change),
+                        "median_change": float(change.median()),
+                        "p99_change": float(change.quantile(0.99)),
+                        "largest_change": float(change.max()),
+                        **{f"flips_at_{m:g}": share for m, share in flips.items()},
+                    }
+                )
+                largest[dtype] = max(largest.get(dtype, 0.0), float(change.max()))
+    report(
+        "margins",
+        rows,
+        options,
+        float32=largest["float32"],
+        bfloat16=largest["bfloat16"],
+        flips_at_half=max(row["flips_at_0.5"] for row in rows),
+    )
+
+
+if __name__ == "__main__":
+    main()

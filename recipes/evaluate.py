@@ -1,0 +1,153 @@
+"""The numbers of the built-in model's card, on held-out novels.
+
+    python recipes/evaluate.py                                  # src/memvec/pocket
+    python recipes/evaluate.py --model .runs/pocket/twin --start noise
+
+Notable:
+- losses: fixed crops of 512 tokens, half of them behind <s>, float32;
+- one-pass encoder: passages given back by free-running greedy decoding from the encoder's vectors;
+- horizon: passages crammed by memvec under its default recipe but for the number of steps, then
+  decoded freely from the stored vectors. Passages are longer than anything that fits, so the
+  horizon is never cut off by the passage's end;
+- every mean comes with n and a 95 % interval (percentile bootstrap over passages).
+
+Writes what it measured, one JSON line per row, to --log and prints it.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from corpus import generator, ordinary_batch, windows
+
+
+def interval(values, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean of the values and its 95 % bootstrap interval."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return round(values.mean(), 3), round(low, 3), round(high, 3)
+
+
+@torch.no_grad()
+def losses(lm, stream, crops: int) -> dict:
+    """Ordinary text, held out: nats per token and bits per byte, with intervals over crops."""
+    ids = ordinary_batch(stream, crops * 512, 512, generator(0, "valid", 0))
+    nats = []
+    for part in ids.split(8):
+        logits = lm.model(part).logits[:, :-1].float()
+        true = part[:, 1:]
+        nats.append(F.cross_entropy(logits.transpose(1, 2), true, reduction="none").sum(1))
+    nats = torch.cat(nats)
+    size = sum(len(lm.text(row[1:].tolist()).encode()) for row in ids)
+    return {
+        "what": "loss",
+        "n": crops,
+        "nats_per_token": interval(nats / 511),
+        "bits_per_byte": round(nats.sum().item() / math.log(2) / size, 4),
+    }
+
+
+def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
+    """The encoder alone, without any cramming."""
+    from memvec.decoding import decode_ids
+
+    ids = windows(stream, n, T, generator(0, f"one-pass {T}", 0))
+    # all of the passage, whatever length the encoder is told to prefer as a start
+    tokens, lm.encoder.tokens = lm.encoder.tokens, 0
+    vectors = lm.encoder.encode(lm, ids, K)
+    lm.encoder.tokens = tokens
+    right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
+    return {
+        "what": "one-pass",
+        "K": K,
+        "T": T,
+        "n": n,
+        "free_running_tokens_right": interval(right.float().mean(1)),
+        "passages_exact": interval(right.all(1)),
+    }
+
+
+def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
+    """Cram n passages of T tokens; how many leading tokens decode from the stored vectors."""
+    from memvec import Engine
+    from memvec.passages.cut import surprisals
+    from memvec.passages.passage import Passage
+
+    began = time.perf_counter()
+    # the longer passages begin with the shorter ones, so that K can be compared
+    starts = windows(stream, n, 1024, generator(0, "horizon", 0))[:, :T]
+    passages = [Passage(tuple(row.tolist())) for row in starts]
+    engine = Engine(lm, recipe, vectors=K, seats=n)
+    reached, bits = [], []
+    for outcome in engine.run(passages):
+        h = outcome.metrics.horizon
+        reached.append(h / K)
+        bits.append(float(surprisals(lm, outcome.passage.ids[: max(h, 1)]).sum()) / K)
+    return {
+        "what": "horizon",
+        "K": K,
+        "T": T,
+        "n": n,
+        "start": recipe.start,
+        "steps": recipe.steps,
+        "temperature": recipe.temperature,
+        "lr": recipe.lr,
+        "tokens_per_vector": interval(reached),
+        "bits_per_vector": interval(bits),
+        "longest": max(reached) * K,
+        "shortest": min(reached) * K,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def main():
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="pocket", help="'pocket', or a model folder")
+    parser.add_argument("--work", type=Path, default=root / ".runs/pocket",
+                        help="where pocket.py keeps the held-out token stream")
+    parser.add_argument("--log", type=Path, help="default: evaluate.jsonl in --work")
+    parser.add_argument("--parts", nargs="+", default=["loss", "one-pass", "horizon"],
+                        choices=["loss", "one-pass", "horizon"])
+    parser.add_argument("--passages", type=int, default=16)
+    parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--start", default="auto", help="'encoder', 'noise' or 'auto'")
+    parser.add_argument("--set", nargs="*", default=["steps=400"], metavar="NAME=VALUE",
+                        help="changes to memvec's default recipe for the horizon")
+    args = parser.parse_args()
+
+    from memvec import Recipe, load_lm
+
+    lm = load_lm(args.model, device="cpu")
+    stream = torch.from_numpy(np.load(args.work / "valid.npy").astype(np.int64))
+    recipe = Recipe.of(**{"start": args.start, **dict(pair.split("=") for pair in args.set)})
+
+    def rows():
+        if "loss" in args.parts:
+            yield losses(lm, stream, 128)
+        if "one-pass" in args.parts and lm.encoder is not None:
+            for K in args.vectors:
+                for T in (8, 12, 16, 24, 32, 48):
+                    yield one_pass(lm, stream, K, T, 128)
+        if "horizon" in args.parts:
+            for K in args.vectors:
+                yield horizon(lm, stream, K, min(96 * K, 448), args.passages, recipe)
+
+    with open(args.log or args.work / "evaluate.jsonl", "a") as log:
+        for row in rows():
+            line = json.dumps({"model": args.model, **row})
+            print(line, flush=True)
+            print(line, file=log, flush=True)
+
+
+if __name__ == "__main__":
+    main()

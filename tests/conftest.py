@@ -1,0 +1,223 @@
+"""Tiny models of every architecture, a tiny tokenizer, and a folder that the command can load."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network for a model is a wrong test
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from memvec.cramming.recipe import Recipe
+from memvec.lm import FrozenLM
+from memvec.passages.passage import Passage
+
+V = 24  # few tokens: a random model then gives any short passage back to some vector
+STD = {"embedding": 0.2, "linear": 0.35, "head": 0.3}  # large: a vector must move the logits
+MODEL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+GROUPED = MODEL | {"num_key_value_heads": 2, "head_dim": 8}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+SLIDING = {"sliding_window": 16}
+
+# family -> (configuration class, its options)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GROUPED),
+    "gpt-neox": ("GPTNeoXConfig", MODEL),
+    "opt": ("OPTConfig", MODEL | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "opt-projected": ("OPTConfig", MODEL | {"ffn_dim": 48, "word_embed_proj_dim": 24}),
+    "gpt2": ("GPT2Config", MODEL | GPT),
+    "mamba": ("MambaConfig", MODEL | {"state_size": 8}),
+    "gpt-neo": (
+        "GPTNeoConfig",
+        MODEL | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    ),
+    "mistral": ("MistralConfig", GROUPED | SLIDING),
+    "qwen2": ("Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3Config", GROUPED),
+    "gemma": ("GemmaConfig", GROUPED),
+    "gemma2": ("Gemma2Config", GROUPED | SLIDING | {"final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3TextConfig", GROUPED | SLIDING | {"query_pre_attn_scalar": 8}),
+    "phi": ("PhiConfig", MODEL),
+    "stablelm": ("StableLmConfig", MODEL | {"num_key_value_heads": 2}),
+    "falcon": ("FalconConfig", MODEL | {"alibi": False}),
+    "bloom": ("BloomConfig", MODEL | {"n_head": 4, "n_layer": 2}),
+    "mpt": ("MptConfig", MODEL | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
+    "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "cohere": ("CohereConfig", GROUPED | {"logit_scale": 2.0}),
+    "olmo": ("OlmoConfig", GROUPED),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
+    "mamba2": (
+        "Mamba2Config",
+        MODEL | {"state_size": 8, "head_dim": 16, "num_heads": 4, "n_groups": 1, "chunk_size": 8},
+    ),
+    "rwkv": ("RwkvConfig", MODEL | {"attention_hidden_size": 32, "context_length": 128}),
+    "falcon-h1": (
+        "FalconH1Config",
+        GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    "jamba": (
+        "JambaConfig",
+        GROUPED
+        | {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "pad_token_id": 1,
+        },
+    ),
+}
+
+
+def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A tiny random model of a family; the same seed gives the same weights."""
+    name, options = FAMILIES[family]
+    config = getattr(transformers, name)(**(options | changes))
+    torch.manual_seed(seed)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    head: nn.Module = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(0, STD["embedding"])
+            elif isinstance(module, nn.Linear | Conv1D) and not (module is head and tied):
+                module.weight.normal_(0, STD["head" if module is head else "linear"])
+    return model.eval()
+
+
+@functools.cache
+def tiny(family: str = "llama", dtype: str = "float32", seed: int = 0) -> FrozenLM:
+    """A frozen tiny model, built once for all tests: they may look at it but not change it."""
+    model = build(family, seed).to(getattr(torch, dtype))
+    return FrozenLM(model, name=f"tiny-{family}")
+
+
+def passages(*lengths: int, seed: int = 0, vocabulary: int = V) -> list[Passage]:
+    """Random passages of these lengths, one document each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Passage(tuple(torch.randint(2, vocabulary, (n,), generator=generator).tolist()), i)
+        for i, n in enumerate(lengths)
+    ]
+
+
+# ---------------------------------------------------------------------- models that read text
+
+TRAINED_ON = "the quick brown fox jumps over the lazy dog and the cat sat on the mat " * 20
+SPECIAL = ["<s>", "</s>"]
+
+
+def fast(tokenizer: Tokenizer, **options: Any) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer as transformers wants it."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **options
+    )
+
+
+@functools.cache
+def byte_tokenizer(merges: int = 42) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE: gives every text back to the letter."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(SPECIAL) + merges,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TRAINED_ON], trainer)
+    return fast(tokenizer)
+
+
+@functools.cache
+def word_tokenizer(lowercase: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """Words only: lowers the case, drops white space, has no token for what it does not know."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    if lowercase:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["[UNK]", *SPECIAL], show_progress=False)
+    tokenizer.train_from_iterator([TRAINED_ON], trainer)
+    return fast(tokenizer, unk_token="[UNK]")
+
+
+@functools.cache
+def reader(kind: str = "bytes", seed: int = 0, **changes: Any) -> FrozenLM:
+    """A tiny Llama with a tokenizer: 'bytes' or 'words'."""
+    tokenizer = byte_tokenizer() if kind == "bytes" else word_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = build("llama", seed, **(sizes | ids | {"head_dim": 16} | changes))
+    return FrozenLM(model, tokenizer, name=f"tiny-{kind}")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and its tokenizer, saved as any Hugging Face model is."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    lm = reader()
+    lm.model.save_pretrained(path)
+    lm.tokenizer.save_pretrained(path)
+    return path
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+class Ran:
+    """What a run of the command left: exit code, standard output and error."""
+
+    def __init__(self, code: int, out: bytes, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def sentence(self) -> str:
+        """The last line on standard error, which is where a complaint stands."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Iterator[Callable[..., Ran]]:
+    """Run `memvec` in this process, through its own entry point."""
+    from memvec import cli
+
+    def run(*words: object) -> Ran:
+        capfdbinary.readouterr()
+        monkeypatch.setattr("sys.argv", ["memvec", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = capfdbinary.readouterr()
+        return Ran(code, captured.out, captured.err.decode())
+
+    return run  # type: ignore[return-value]
+
+
+QUICK = Recipe(steps=600, patience=600)

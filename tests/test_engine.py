@@ -1,0 +1,376 @@
+"""The seats: passages never touch, and what is kept is what was measured."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import QUICK, V, passages, reader, tiny
+
+from memvec import metrics
+from memvec.cramming import certify as certify_module
+from memvec.cramming import engine as engine_module
+from memvec.cramming.engine import Engine, Progress, resolve_start_rule
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.start import passage_seed, start_vectors
+from memvec.decoding import decode_ids, first_error
+from memvec.errors import MemvecError
+from memvec.lm import START_RULES
+from memvec.passages.passage import Passage
+
+FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
+ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
+
+
+def crammed(lm, asked, recipe=ENDLESS, **options):
+    """Outcome by passage ids."""
+    return {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
+
+
+# ---------------------------------------------------------------------- passages never touch
+
+
+@pytest.mark.parametrize("schedule", ["growing", "whole"])
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("family", FEW)
+def test_a_passages_vectors_do_not_depend_on_its_neighbours(family, fixed, vectors, schedule):
+    """Bit-equal at the same batch shape, whoever sits beside it and wherever it sits."""
+    lm, recipe = tiny(family), replace(ENDLESS, schedule=schedule)
+    me, *others = passages(6, 6, 6, 6, 6, seed=4)
+    found = []
+    for neighbours in itertools.combinations(others, 2):
+        for seat in range(3):
+            seated = list(neighbours)
+            seated.insert(seat, me)
+            options = {"vectors": vectors, "seats": 3, "fixed_shapes": fixed}
+            found.append(crammed(lm, seated, recipe, **options)[me.ids].vectors)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+def test_neighbours_of_other_lengths_do_not_matter_at_a_fixed_shape(rule):
+    lm, recipe = tiny(), replace(ENDLESS, start_rule=rule)
+    long, me, a, b = passages(9, 5, 3, 7, seed=5)
+    found = [
+        crammed(lm, seated, recipe, seats=3, fixed_shapes=True)[me.ids].vectors
+        for seated in ([long, me, a], [b, long, me], [long, b, me])
+    ]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("seats", [1, 2, 4, 16])
+def test_refilled_seats_give_what_each_passage_gets_alone(family, seats):
+    lm, recipe = tiny(family), replace(ENDLESS, lr=0.01)
+    asked = passages(7, 3, 5, 2, 7, 4, seed=6)
+    together = crammed(lm, asked, recipe, seats=seats)
+    assert len(together) == len(asked)
+    for passage in asked:
+        alone = crammed(lm, [passage], recipe, seats=1)[passage.ids]
+        assert together[passage.ids].steps == alone.steps == recipe.steps
+        torch.testing.assert_close(
+            together[passage.ids].vectors, alone.vectors, rtol=0, atol=1e-4
+        )
+
+
+def test_refilled_seats_end_exact_whatever_the_lengths():
+    """Short newcomers take the seats that long passages leave, and the other way round."""
+    lm, asked = tiny(), passages(2, 5, 3, 2, 4, 2, 3, 5, seed=7)
+    for seats in (2, 3):
+        outcomes = crammed(lm, asked, QUICK, vectors=2, seats=seats)
+        assert {o.exact for o in outcomes.values()} == {True}
+        assert {o.passage for o in outcomes.values()} == set(asked)
+
+
+def test_equal_passages_are_crammed_alike_and_seeds_differ():
+    lm, (passage,) = tiny(), passages(4)
+    twins = [passage, Passage(passage.ids, document=1)]
+    a, b = Engine(lm, ENDLESS, seats=2).run(twins)
+    assert torch.equal(a.vectors, b.vectors)
+    other = crammed(lm, [passage], replace(ENDLESS, seed=1))[passage.ids]
+    assert not torch.equal(a.vectors, other.vectors)
+    assert passage_seed(passage.ids, 0) != passage_seed(passage.ids, 1)
+    assert passage_seed(passage.ids, 0) != passage_seed(passage.ids[:-1], 0)
+
+
+def test_passages_pushed_between_outcomes_are_crammed_too():
+    lm, (long, *halves) = tiny(), passages(6, 3, 3)
+    engine, seen = Engine(lm, QUICK, vectors=2, seats=1), []
+    for outcome in engine.run([long]):
+        if not seen:
+            for half in halves:
+                engine.push(half)
+        seen.append(outcome.passage)
+    assert set(seen) == {long, *halves}
+
+
+@pytest.mark.parametrize("poll", [1, 3, 8])
+def test_looking_less_often_changes_nothing(poll):
+    lm, (passage,) = tiny(), passages(4, seed=8)
+    often = crammed(lm, [passage], QUICK, vectors=2, poll=1)[passage.ids]
+    seldom = crammed(lm, [passage], QUICK, vectors=2, poll=poll)[passage.ids]
+    assert often.status == seldom.status == "done"
+    assert (often.steps, often.spent) == (seldom.steps, seldom.spent)
+    assert torch.equal(often.vectors, seldom.vectors)
+
+
+def test_a_fixed_shape_stays_fixed(monkeypatch):
+    """The same (B, T) at every step, although passages leave one by one and nobody waits."""
+    lm, shapes = tiny(), set()
+    states = lm.states
+
+    def watched(vectors, ids, start):
+        shapes.add(tuple(ids.shape))
+        return states(vectors, ids, start)
+
+    monkeypatch.setattr(lm, "states", watched)
+    engine = Engine(lm, QUICK, vectors=2, seats=3, fixed_shapes=True)
+    engine_outcomes = []
+    for passage in passages(4, 2, 3, 2, seed=9):
+        engine.push(passage)
+    monkeypatch.setattr(engine_module, "certify", lambda *_: engine_outcomes.append(1) or [])
+    list(engine.run())
+    assert len(shapes) == 1
+
+
+# ---------------------------------------------------------------------- measured, then kept
+
+
+@pytest.mark.parametrize("schedule", ["growing", "whole"])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("length", "steps"), [(3, 600), (12, 40)])
+def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, storage, schedule):
+    """The kept vectors are those of the first best measurement, to the bit, not one step later."""
+    lm, (passage,) = tiny(), passages(length, seed=10)
+    recipe = Recipe(steps=steps, patience=600, schedule=schedule)
+    measured, reached = [], []
+    as_stored, score = engine_module.as_stored, engine_module.score
+
+    def watch_vectors(vectors, dtype):
+        stored = as_stored(vectors, dtype)
+        measured.append(stored.detach().clone())
+        return stored
+
+    def watch_score(*arguments):
+        found = score(*arguments)
+        right = found.margin >= recipe.margin
+        reached.append(int(right.sum() if schedule == "whole" else metrics.horizon(right)))
+        return found
+
+    monkeypatch.setattr(engine_module, "as_stored", watch_vectors)
+    monkeypatch.setattr(engine_module, "score", watch_score)
+    (outcome,) = Engine(lm, recipe, vectors=2, storage=storage).run([passage])
+    best = reached.index(max(reached))
+    assert torch.equal(outcome.vectors.float(), measured[best][0])
+    assert outcome.status == ("done" if length == 3 else "budget")
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_an_outcomes_figures_are_those_of_its_vectors(rule, vectors):
+    """Measured again from the stored vectors with nothing but the model's logits."""
+    lm, recipe = tiny(), Recipe(steps=40, start_rule=rule)
+    given = int(rule == "first-token")
+    for outcome in Engine(lm, recipe, vectors=vectors, seats=4).run(passages(2, 8, 4, seed=11)):
+        ids = torch.tensor([outcome.passage.ids])
+        logits = lm.logits(outcome.vectors[None], ids, rule)[0]
+        truth, m = ids[0, given:], outcome.metrics
+        n = len(truth)
+        true = logits[torch.arange(n), truth]
+        logits[torch.arange(n), truth] = -torch.inf
+        margin = true - logits.amax(-1)
+        assert m.margin == pytest.approx(float(margin.min()), abs=1e-4)
+        assert m.accuracy == pytest.approx(float((margin > 0).double().mean()))
+        first = [outcome.passage.ids[0]] if given else None
+        (decoded,) = decode_ids(lm, outcome.vectors[None], [n + given], start=rule, first=first)
+        error = first_error(decoded, outcome.passage.ids)
+        assert m.horizon == (n if error is None else error - given)
+        assert outcome.exact == (error is None)
+        if outcome.status == "done":
+            assert m.margin >= outcome.margin_asked - 1e-4
+
+
+def test_a_passage_that_does_not_fit_its_budget_is_reported_with_its_horizon():
+    lm, (passage,) = tiny(), passages(20, seed=12)
+    (outcome,) = Engine(lm, Recipe(steps=30)).run([passage])
+    assert (outcome.status, outcome.exact, outcome.steps) == ("budget", False, 30)
+    (decoded,) = decode_ids(lm, outcome.vectors[None], [20])
+    assert outcome.metrics.horizon == first_error(decoded, passage.ids) < 20
+    assert outcome.spent == 30 * 20  # forward-backward tokens: K - 1 + T each step
+
+
+def test_patience_ends_a_hopeless_passage():
+    lm, (passage,) = tiny(), passages(30, seed=12)
+    (outcome,) = Engine(lm, Recipe(steps=5000, patience=5)).run([passage])
+    assert outcome.status == "budget"
+    assert outcome.steps < 200
+
+
+def test_no_steps_at_all_measures_the_start():
+    lm, (passage,) = tiny(), passages(5, seed=13)
+    recipe = Recipe(steps=0)
+    (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
+    assert outcome.steps == outcome.spent == 0
+    assert torch.equal(outcome.vectors, start_vectors(lm, passage.ids, 2, recipe))
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("seat", [0, 1, 2])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("family", FEW)
+def test_numbers_that_are_not_finite_stay_in_their_seat(monkeypatch, family, poison, seat):
+    lm, asked, start = tiny(family), passages(5, 5, 5, seed=14), start_vectors
+    recipe = replace(ENDLESS, lr=0.01)
+    sound = crammed(lm, asked, recipe, seats=3)
+
+    def poisoned(lm, ids, K, recipe):
+        vectors = start(lm, ids, K, recipe)
+        return vectors * poison if ids == asked[seat].ids else vectors
+
+    monkeypatch.setattr(engine_module, "start_vectors", poisoned)
+    found = crammed(lm, asked, recipe, seats=3)
+    sick = found.pop(asked[seat].ids)
+    assert (sick.status, sick.exact, sick.steps) == ("not-finite", False, 0)
+    assert len(found) == 2
+    for ids, outcome in found.items():
+        assert (outcome.status, outcome.steps) == ("budget", recipe.steps)
+        torch.testing.assert_close(outcome.vectors, sound[ids].vectors, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("margin", "raised"), [(0.5, 1.0), (0.0, 0.1), (0.04, 0.1), (1.0, 2.0)])
+def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raised):
+    """With twice the margin, or a tenth of a logit where none was asked."""
+    lm, (passage,), lies = tiny(), passages(3, seed=15), []
+
+    def lying(*arguments, **options):
+        decoded = decode_ids(*arguments, **options)
+        if not lies:
+            lies.append([(token + 1) % V for token in decoded[0]])
+            return lies
+        return decoded
+
+    monkeypatch.setattr(certify_module, "decode_ids", lying)
+    recipe = replace(QUICK, margin=margin)
+    (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
+    assert lies
+    assert outcome.exact
+    assert outcome.margin_asked == pytest.approx(raised)
+    assert outcome.metrics.margin >= raised - 1e-4
+
+
+def test_a_decode_that_always_disagrees_comes_to_an_end(monkeypatch):
+    lm, (passage,) = tiny(), passages(2, seed=15)
+    monkeypatch.setattr(certify_module, "decode_ids", lambda *_, **__: [[0, 0]])
+    (outcome,) = Engine(lm, Recipe(steps=60), vectors=2).run([passage])
+    assert not outcome.exact
+    assert outcome.metrics.horizon == 0
+    assert outcome.margin_asked > 0.5
+
+
+def test_waiting_passages_hold_no_tensors():
+    lm, engine = tiny(), None
+    rows = []
+
+    def look(progress: Progress):
+        waiting = [job for *_, job in engine.waiting._heap]
+        assert all(job.vectors is None for job in waiting)
+        assert {len(tensor) for tensor in engine.state.values()} == {progress.seated}
+        rows.append((progress.seated, progress.waiting))
+
+    engine = Engine(lm, ENDLESS, seats=2, on_progress=look)
+    asked = passages(*[4] * 9, seed=16)
+    assert len(list(engine.run(asked))) == 9
+    assert max(seated for seated, _ in rows) == 2
+    assert rows[0] == (2, 7)
+    assert rows[-1] == (0, 0)
+
+
+@pytest.mark.parametrize("seats", [1, 3])
+def test_the_longest_wait_least(seats):
+    asked = passages(2, 6, 4, 3, 5, seed=17)
+    order = [len(o.passage) for o in Engine(tiny(), ENDLESS, seats=seats).run(asked)]
+    assert order == [6, 5, 4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe", "word"),
+    [
+        ({"vectors": 0}, {}, "--vectors"),
+        ({"vectors": -1}, {}, "--vectors"),
+        ({"seats": 0}, {}, "--seats"),
+    ],
+)
+def test_settings_that_cannot_work(options, recipe, word):
+    with pytest.raises(MemvecError, match=word):
+        Engine(tiny(), Recipe(**recipe), **options)
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_a_passage_may_fill_the_context_and_no_more(rule, vectors):
+    lm, recipe = tiny("gpt2"), Recipe(steps=1, start_rule=rule)
+    engine = Engine(lm, recipe, vectors=vectors)
+    most = engine.most_tokens()
+    (outcome,) = engine.run(passages(most))
+    assert outcome.metrics.tokens == most
+    with pytest.raises(MemvecError, match=f"context of tiny-gpt2 .128.: at most {most} tokens"):
+        engine.push(passages(most + 1)[0])
+
+
+def test_a_model_without_a_limit_takes_any_length():
+    engine = Engine(tiny("mamba"), Recipe(steps=0))
+    assert engine.most_tokens() is None
+    (outcome,) = engine.run(passages(200))
+    assert outcome.metrics.tokens == 200
+
+
+def test_start_rules_that_a_model_or_a_passage_cannot_follow(monkeypatch):
+    lm = tiny()
+    with pytest.raises(MemvecError, match="two tokens"):
+        list(Engine(lm, Recipe(start_rule="first-token")).run(passages(1)))
+    with pytest.raises(MemvecError, match="no one-pass encoder"):
+        list(Engine(lm, Recipe(start="encoder")).run(passages(3)))
+    monkeypatch.setattr(lm, "bos_id", None)
+    with pytest.raises(MemvecError, match="no BOS token"):
+        Engine(lm, Recipe(start_rule="bos"))
+    with pytest.raises(MemvecError, match="no BOS token"):
+        lm.logits(torch.zeros(1, 1, lm.width), torch.tensor([[1]]), "bos")
+    with pytest.raises(MemvecError, match="no BOS token"):
+        lm.start_ids(torch.tensor([[1]]), "bos")
+
+
+def test_the_papers_start_rule_depends_on_the_tokenizer(monkeypatch):
+    lm, recipe = reader(), Recipe.of("paper")
+    assert resolve_start_rule(lm, recipe) == "first-token"
+    monkeypatch.setattr(type(lm), "adds_bos", property(lambda _: True))
+    assert resolve_start_rule(lm, recipe) == "bos"
+
+
+@pytest.mark.parametrize("start", ["noise", "embeddings", "auto"])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_starts_depend_on_the_passage_only(start, vectors):
+    lm, recipe = tiny(), Recipe(start=start)
+    a, b = passages(5, 5, seed=18)
+    first, again, other = (start_vectors(lm, p.ids, vectors, recipe) for p in (a, a, b))
+    assert first.shape == (vectors, lm.width)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    (outcome,) = Engine(lm, replace(QUICK, start=start), vectors=3).run(passages(3, seed=18))
+    assert outcome.exact
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+def test_the_embedding_start_is_the_mean_of_each_part(vectors):
+    lm, ids = tiny(), passages(8, seed=19)[0].ids
+    recipe = Recipe(start="embeddings")
+    noise = start_vectors(lm, ids, vectors, Recipe(start="noise"))
+    found = start_vectors(lm, ids, vectors, recipe) - 0.1 * noise
+    part = 8 // vectors
+    for k in range(vectors):
+        rows = [lm.embedding.weight[token] for token in ids[k * part : (k + 1) * part]]
+        torch.testing.assert_close(found[k], torch.stack(rows).mean(0))

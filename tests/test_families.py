@@ -1,0 +1,160 @@
+"""Every architecture, every start rule: crammed to exact, saved, loaded, decoded."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from conftest import FAMILIES, QUICK, V, build, passages, tiny
+
+from memvec.cramming.certify import Outcome
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.start import ids_hash
+from memvec.decoding import cached_logits, decode_ids
+from memvec.environment import environment
+from memvec.errors import MemvecError
+from memvec.lm import START_RULES, FrozenLM
+from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
+
+REFUSED = {"rwkv"}  # its one-token forward mixes the passages of a batch (transformers 5.23)
+SERVED = sorted(set(FAMILIES) - REFUSED)
+FEW = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba"]
+STORAGES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def as_mem(lm: FrozenLM, outcomes: list[Outcome], rule: str) -> MemVectors:
+    """A file's content for passages that were never text."""
+    outcomes = sorted(outcomes, key=lambda o: o.passage.document)
+    records = [
+        PassageRecord(
+            sha256=ids_hash(o.passage.ids),
+            first=o.passage.ids[0] if rule == "first-token" else None,
+            exact=o.exact,
+            status=o.status,
+            margin_asked=o.margin_asked,
+            steps=o.steps,
+            spent=o.spent,
+            seconds=o.seconds,
+            **o.metrics.record(),
+        )
+        for o in outcomes
+    ]
+    nothing = hashlib.sha256(b"").hexdigest()
+    header = Header(
+        model=lm.description(),
+        start_rule=rule,
+        recipe=QUICK.record(),
+        environment=environment(),
+        documents=[DocumentRecord(name="ids", sha256=nothing, size=1, passages=len(records))],
+        passages=records,
+    )
+    return MemVectors(torch.stack([o.vectors for o in outcomes]), header)
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("family", SERVED)
+def test_a_passage_comes_back_from_the_file(family, rule, tmp_path):
+    lm, asked = tiny(family), passages(2, 3, 2)
+    engine = Engine(lm, Recipe.of(start_rule=rule, steps=600, patience=600), vectors=2, seats=2)
+    outcomes = list(engine.run(asked))
+    assert [o.exact for o in outcomes] == [True] * 3
+    as_mem(lm, outcomes, rule).save(tmp_path / "a.mem")
+    mem = MemVectors.load(tmp_path / "a.mem")
+    assert mem.exact
+    assert mem.tokens(lm) == [list(p.ids) for p in asked]
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("family", SERVED)
+def test_decoding_with_a_cache_is_decoding_without(family, rule):
+    lm = tiny(family)
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    first = [3, 4, 5] if rule == "first-token" else None
+    lengths = [9, 4, 7]
+    fast = decode_ids(lm, vectors, lengths, start=rule, first=first)
+    slow = decode_ids(lm, vectors, lengths, start=rule, first=first, cached=False)
+    assert fast == slow
+    assert [len(ids) for ids in fast] == lengths
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_cached_logits_are_the_logits(family):
+    lm = tiny(family)
+    ids = torch.tensor([p.ids for p in passages(7, 7, 7)])
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            cached_logits(lm, vectors, ids), lm.logits(vectors, ids), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_a_batch_crams_like_single_passages(family):
+    """Another batch shape changes rounding only: 20 steps agree to 1e-4."""
+    lm, recipe = tiny(family), Recipe(steps=20, margin=1000.0, lr=0.01)
+    together = list(Engine(lm, recipe, seats=3).run(passages(4, 3, 4)))
+    alone = [o for p in passages(4, 3, 4) for o in Engine(lm, recipe, seats=1).run([p])]
+    assert {o.steps for o in together + alone} == {20}
+    together.sort(key=lambda o: o.passage.document)
+    for a, b in zip(together, alone, strict=True):
+        assert a.passage == b.passage
+        torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("family", FEW)
+def test_every_storage_is_certified_as_stored(family, storage, dtype, tmp_path):
+    lm = tiny(family, dtype)
+    outcomes = list(Engine(lm, QUICK, vectors=2, seats=2, storage=storage).run(passages(2, 3)))
+    assert all(o.exact for o in outcomes)
+    assert {o.vectors.dtype for o in outcomes} == {storage}
+    as_mem(lm, outcomes, "vectors").save(tmp_path / "a.mem")
+    mem = MemVectors.load(tmp_path / "a.mem")
+    assert mem.vectors.dtype == storage
+    assert mem.tokens(lm) == [list(p.ids) for p in passages(2, 3)]
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_a_family_that_cannot_be_served_is_refused_with_the_reason(family):
+    with pytest.raises(MemvecError, match=r"cannot be crammed: 'cached decoding agrees' fails"):
+        FrozenLM(build(family), name=family)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_the_model_is_not_changed_by_cramming(family):
+    lm = tiny(family)
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
+    list(Engine(lm, Recipe(steps=5), seats=2).run(passages(3, 2)))
+    after = lm.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module.training for module in lm.model.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
+    assert hooks == sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules()
+    )
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_logits_are_the_models_own(family):
+    """Through the split head where there is one: soft caps and scales included."""
+    lm = tiny(family)
+    ids = torch.tensor([p.ids for p in passages(8, 8)])
+    with torch.no_grad():
+        own = lm.model(input_ids=ids, use_cache=False).logits
+        ours = lm.logits(lm.embed(ids[:, :3]), ids[:, 3:])
+    assert ours.shape == (2, 5, V)
+    torch.testing.assert_close(ours, own[:, 2:-1], rtol=1e-3, atol=1e-3)
+    assert lm.has_split_head
+
+
+def test_the_vector_is_as_wide_as_what_the_model_takes():
+    """OPT projects its inputs: a free vector is narrower than the hidden states."""
+    lm = tiny("opt-projected")
+    assert (lm.width, lm.config.hidden_size) == (24, 32)
+    (outcome,) = Engine(lm, Recipe(steps=2)).run(passages(2))
+    assert outcome.vectors.shape == (1, 24)
