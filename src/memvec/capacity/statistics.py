@@ -32,7 +32,7 @@ class Mean:
         return f"{self.mean:.1f}{spread} (n {self.n})"
 
 
-def mean_interval(values: Sequence[float]) -> Mean:
+def mean_interval(values: Sequence[float | int]) -> Mean:
     """The mean of values with its 95 % interval; NaN where n is too small to say."""
     data = np.asarray([v for v in values if v is not None], dtype=float)
     n = len(data)

@@ -13,19 +13,19 @@ never reached and C is only bounded from below: `reached` is false.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import optimize
 
 from memvec.capacity.protocol import Protocol
 
 REACHED = 0.1  # share of bits left that says a passage is above the threshold
 LEAST_ABOVE = 3  # passages above the threshold before C is called measured
 DRAWS = 400
+
+Floats = NDArray[np.float64]
 
 
 class Threshold(Protocol):
@@ -69,27 +69,32 @@ class Difference:
         return f"differs: {more} text holds more at 95 %"
 
 
-def fit_capacity(lm_bits: NDArray[np.float64], mem_bits: NDArray[np.float64]) -> float:
-    """C that minimises the squared residuals of mem_bits = max(0, lm_bits - C)."""
+def fit_capacity(lm_bits: Floats, mem_bits: Floats, weights: Floats | None = None) -> float:
+    """C that minimises the (weighted) squared residuals of mem_bits = max(0, lm_bits - C).
 
-    def loss(capacity: float) -> float:
-        return float(((mem_bits - np.maximum(0.0, lm_bits - capacity)) ** 2).sum())
+    Exact: between two neighbouring lm_bits the loss is a parabola in C, so its lowest point in
+    each gap is known from running sums, and the lowest of all is the answer.
+    """
+    order = np.argsort(lm_bits, kind="stable")
+    w = np.ones(len(order)) if weights is None else weights[order]
+    return _lowest(lm_bits[order], mem_bits[order], w)
 
-    top = float(lm_bits.max())
-    # Not convex in general: a grid finds the valley, a bounded search its floor.
-    grid = np.linspace(0.0, top, 129)
-    best = grid[int(np.argmin([loss(c) for c in grid]))]
-    step = top / 128
-    found = optimize.minimize_scalar(
-        loss, bounds=(max(0.0, best - step), min(top, best + step)), method="bounded"
-    )
-    return float(found.x)
+
+def _lowest(x: Floats, y: Floats, w: Floats) -> float:
+    """`fit_capacity` for x in ascending order."""
+    d = x - y  # the C that would put a point on the line
+    below = np.concatenate([[0.0], np.cumsum(w * y**2)])  # of the first k points
+    above = [np.concatenate([np.cumsum((w * d**p)[::-1])[::-1], [0.0]]) for p in range(3)]
+    edges = np.concatenate([[0.0], x, x[-1:]])
+    best = above[1] / np.maximum(above[0], 1e-300)
+    C = np.clip(best, edges[:-1], edges[1:])
+    loss = below + above[2] - 2 * C * above[1] + C**2 * above[0]
+    return float(C[int(np.argmin(loss))])
 
 
 def fit(rows: pd.DataFrame, seed: int = 0, draws: int = DRAWS) -> Fit:
     """Fit C to rows (columns lm_bits, mem_bits, passage_group)."""
-    bootstrap = _bootstrap(rows, seed, draws)
-    return _fit(rows, bootstrap)
+    return _fit(rows, _bootstrap(rows, seed, draws))
 
 
 def compare(natural: pd.DataFrame, random: pd.DataFrame, draws: int = DRAWS) -> Difference:
@@ -103,20 +108,7 @@ def compare(natural: pd.DataFrame, random: pd.DataFrame, draws: int = DRAWS) -> 
     return Difference(a, b, a.capacity - b.capacity, float(low), float(high), p)
 
 
-def split_kinds(
-    rows: pd.DataFrame, random_sources: Sequence[str] | Mapping[str, bool]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(natural rows, random rows)."""
-    names = (
-        [n for n, yes in random_sources.items() if yes]
-        if isinstance(random_sources, Mapping)
-        else list(random_sources)
-    )
-    drawn = rows["source"].isin(names)
-    return rows[~drawn], rows[drawn]
-
-
-def _fit(rows: pd.DataFrame, bootstrap: NDArray[np.float64]) -> Fit:
+def _fit(rows: pd.DataFrame, bootstrap: Floats) -> Fit:
     x, y = rows["lm_bits"].to_numpy(float), rows["mem_bits"].to_numpy(float)
     capacity = fit_capacity(x, y)
     residual = y - np.maximum(0.0, x - capacity)
@@ -133,16 +125,15 @@ def _fit(rows: pd.DataFrame, bootstrap: NDArray[np.float64]) -> Fit:
     )
 
 
-def _bootstrap(rows: pd.DataFrame, seed: int, draws: int) -> NDArray[np.float64]:
-    groups = [
-        (g["lm_bits"].to_numpy(float), g["mem_bits"].to_numpy(float))
-        for _, g in rows.groupby("passage_group")
-    ]
+def _bootstrap(rows: pd.DataFrame, seed: int, draws: int) -> Floats:
+    """C of resampled passages: each passage weighs as often as it was drawn."""
+    rows = rows.sort_values("lm_bits", kind="stable")
+    x, y = rows["lm_bits"].to_numpy(float), rows["mem_bits"].to_numpy(float)
+    group, names = pd.factorize(rows["passage_group"])
+    n = len(names)
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(draws):
-        chosen = rng.integers(0, len(groups), len(groups))
-        x = np.concatenate([groups[i][0] for i in chosen])
-        y = np.concatenate([groups[i][1] for i in chosen])
-        found.append(fit_capacity(x, y))
+        times = np.bincount(rng.integers(0, n, n), minlength=n).astype(float)
+        found.append(_lowest(x, y, times[group]))
     return np.asarray(found)

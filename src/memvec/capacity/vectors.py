@@ -51,6 +51,7 @@ def scaling(rows: pd.DataFrame) -> pd.DataFrame:
                 "bits_low": bits.low,
                 "bits_high": bits.high,
                 "censored": float(group["exact"].mean()),
+                "cut": float((group["status"] == "budget").mean()),
             }
         )
     table = pd.DataFrame(lines).sort_values("K").reset_index(drop=True)

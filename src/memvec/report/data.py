@@ -8,9 +8,42 @@ from typing import Any
 
 import pandas as pd
 
+from memvec.capacity.threshold import Difference, Fit, compare, fit
 from memvec.errors import MemvecError
 from memvec.study.export import read_rows
 from memvec.study.store import Store
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Rows of one model and K in the threshold plane, and what was fitted to them."""
+
+    model: str
+    K: int
+    rows: pd.DataFrame
+    all: Fit | None
+    natural: Fit | None
+    random: Fit | None
+    difference: Difference | None
+
+
+def thresholds(rows: pd.DataFrame) -> list[Threshold]:
+    """Fit every plane: all texts, natural and random ones, and their difference."""
+    found = []
+    for (model, K), group in rows.groupby(["model", "vectors"], sort=False):
+        natural, drawn = group[~group["random_text"]], group[group["random_text"]]
+        enough = [part["passage_group"].nunique() > 1 for part in (group, natural, drawn)]
+        difference = compare(natural, drawn) if enough[1] and enough[2] else None
+        if difference is not None:
+            one, two = difference.natural, difference.random
+        else:
+            one, two = (
+                fit(part) if yes else None
+                for part, yes in zip((natural, drawn), enough[1:], strict=True)
+            )
+        whole = fit(group) if enough[0] else None
+        found.append(Threshold(str(model), int(str(K)), group, whole, one, two, difference))
+    return found
 
 
 @dataclass(frozen=True)
@@ -24,16 +57,11 @@ class Data:
     models: dict[str, dict[str, Any]]
     environments: list[dict[str, Any]]
     planned: int
+    thresholds: list[Threshold]
 
     def of(self, *protocols: str) -> pd.DataFrame:
         """Rows of some protocols."""
         return self.rows[self.rows["protocol"].isin(protocols)]
-
-    @property
-    def random_sources(self) -> list[str]:
-        """Sources whose text is drawn by a program."""
-        drawn = self.rows[self.rows["random_text"]]
-        return sorted(drawn["source"].unique())
 
 
 def read_data(store: Store) -> Data:
@@ -50,7 +78,8 @@ def read_data(store: Store) -> Data:
         models.setdefault(str(model), json.loads(description))
     environments = [json.loads(r[0]) for r in store.db.execute("SELECT record FROM environments")]
     name, about = store.meta("name") or "study", store.meta("about") or ""
-    return Data(store, name, about, rows, models, environments, store.counts()[1])
+    planes = thresholds(rows[rows["protocol"].isin(("threshold", "paper"))])
+    return Data(store, name, about, rows, models, environments, store.counts()[1], planes)
 
 
 def short(model: str) -> str:

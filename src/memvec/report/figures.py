@@ -72,8 +72,10 @@ def draw(plot: Plot) -> Any:
 
 def _panel(ax: Any, panel: Panel) -> None:
     bars = [s for s in panel.series if s.mark == "bars"]
+    named = [i for i, s in enumerate(panel.series) if s.name]
     for i, s in enumerate(panel.series):
-        colour = COLOURS[i % len(COLOURS)]
+        # A series without a name goes with the one before it.
+        colour = COLOURS[(max([k for k in named if k <= i], default=i)) % len(COLOURS)]
         x, y = np.array(s.x, float), np.array(s.y, float)
         label = s.name or None
         if s.mark == "bars":

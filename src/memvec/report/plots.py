@@ -14,7 +14,6 @@ from memvec.capacity.exact import exact_result
 from memvec.capacity.geometry import POINTS, cosines, principal_components
 from memvec.capacity.paper import THRESHOLD, paper_result
 from memvec.capacity.statistics import mean_interval
-from memvec.capacity.threshold import fit
 from memvec.capacity.vectors import scaling
 from memvec.report import published
 from memvec.report.data import Data, short
@@ -126,19 +125,18 @@ def lengths(data: Data, *, beside: bool) -> Plot:
 def planes(data: Data) -> Plot:
     """Figures 3 and 6: bits without and with vectors."""
     panels = []
-    for (model, K), group in data.of("threshold", "paper").groupby(["model", "vectors"]):
+    for t in data.thresholds:
+        model, K, group, f = t.model, t.K, t.rows, t.all
         series = [
             _cloud(str(source), part, "lm_bits", "mem_bits")
             for source, part in group.groupby("source", sort=False)
         ]
         top = float(group["lm_bits"].max())
-        if group["passage_group"].nunique() > 1:
-            f = fit(group)
+        if f is not None:
             C = f.capacity
             name = f"max(0, H − C), C = {C:.0f} bits"
             series.append(Series(name, [0.0, C, top], [0.0, 0.0, max(0.0, top - C)], "line"))
-            for sign, edge in ((-1, f.low), (1, f.high)):
-                label = "95 % of C" if sign < 0 else ""
+            for label, edge in (("95 % of C", f.low), ("", f.high)):
                 ends = [0.0, 0.0, max(0.0, top - edge)]
                 series.append(Series(label, [0.0, edge, top], ends, "dashed"))
         passed = group[group["accuracy"] >= THRESHOLD]
@@ -146,7 +144,7 @@ def planes(data: Data) -> Plot:
             level = float(passed["mem_bits"].max())
             name = "most bits left at accuracy ≥ 0.99"
             series.append(Series(name, [0.0, top], [level, level], "dashed"))
-        title = f"{short(str(model))}, K = {K}"
+        title = f"{short(model)}, K = {K}"
         x, y = "bits without vectors, H", "bits left with vectors"
         panels.append(Panel(title, x, y, series))
     return Plot(

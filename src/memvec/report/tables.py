@@ -22,7 +22,7 @@ from memvec.capacity.exact import exact_result
 from memvec.capacity.geometry import cosines
 from memvec.capacity.paper import paper_result
 from memvec.capacity.statistics import Mean, mean_interval
-from memvec.capacity.threshold import LEAST_ABOVE, compare, fit, split_kinds
+from memvec.capacity.threshold import LEAST_ABOVE
 from memvec.capacity.vectors import scaling
 from memvec.report import published
 from memvec.report.data import Data, short
@@ -56,7 +56,7 @@ class Table:
         body = "\n".join(" & ".join(map(_tex, row)) + r" \\" for row in self.shown())
         return (
             "\\begin{table}\n\\centering\n"
-            f"\\begin{{tabular}}{{{"l" * len(self.columns)}}}\n\\toprule\n"
+            f"\\begin{{tabular}}{{{'l' * len(self.columns)}}}\n\\toprule\n"
             f"{head}\n\\midrule\n{body}\n"
             f"\\bottomrule\n\\end{{tabular}}\n\\caption{{{_tex(self.title)}. {_tex(self.note)}}}\n"
             f"\\label{{tab:{self.key}}}\n\\end{{table}}\n"
@@ -191,6 +191,7 @@ def vectors_table(data: Data) -> Table:
                     line["bits_per_vector"],
                     f"{100 * line['of_straight_line']:.0f} %",
                     f"{100 * line['censored']:.0f} %",
+                    f"{100 * line['cut']:.0f} %",
                     line["n"],
                 ]
             )
@@ -200,7 +201,7 @@ def vectors_table(data: Data) -> Table:
         "K vectors against the straight line",
         "Exact horizon and the information in it; the line is K times one vector's bits. Censored "
         "passages came back whole: their K could have held more.",
-        [*columns, "of the line", "censored", "n"],
+        [*columns, "of the line", "censored", "cut", "n"],
         rows,
     )
 
@@ -208,16 +209,14 @@ def vectors_table(data: Data) -> Table:
 def threshold_table(data: Data) -> Table:
     """C in bits, by model and kind of text, and the paper's claim put to the test."""
     rows: list[list[Cell]] = []
-    for (model, K), group in data.of("threshold", "paper").groupby(["model", "vectors"]):
-        natural, drawn = split_kinds(group, data.random_sources)
-        for name, part in (("all", group), ("natural", natural), ("random", drawn)):
-            if part["passage_group"].nunique() > 1:
-                f = fit(part)
+    for t in data.thresholds:
+        for name, f in (("all", t.all), ("natural", t.natural), ("random", t.random)):
+            if f is not None:
                 said = "" if f.reached else f"not reached: fewer than {LEAST_ABOVE} above"
                 rows.append(
                     [
-                        short(str(model)),
-                        int(str(K)),
+                        short(t.model),
+                        t.K,
                         name,
                         f.capacity,
                         f.low,
@@ -228,18 +227,18 @@ def threshold_table(data: Data) -> Table:
                         said,
                     ]
                 )
-        if min(natural["passage_group"].nunique(), drawn["passage_group"].nunique()) > 1:
-            d = compare(natural, drawn)
+        if t.difference is not None:
+            d = t.difference
             rows.append(
                 [
-                    short(str(model)),
-                    int(str(K)),
+                    short(t.model),
+                    t.K,
                     "natural − random",
                     d.difference,
                     d.low,
                     d.high,
                     None,
-                    len(group),
+                    len(t.rows),
                     None,
                     f"p = {d.p:.3f}; {d.verdict}",
                 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -40,6 +40,7 @@ class Texts:
     texts: list[Text | None]
 
 
+@runtime_checkable
 class Pool(Protocol):
     """What a run needs of its workers."""
 
