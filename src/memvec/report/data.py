@@ -34,6 +34,8 @@ def thresholds(rows: pd.DataFrame) -> list[Threshold]:
         natural, drawn = group[~group["random_text"]], group[group["random_text"]]
         enough = [part["passage_group"].nunique() > 1 for part in (group, natural, drawn)]
         difference = compare(natural, drawn) if enough[1] and enough[2] else None
+        one: Fit | None
+        two: Fit | None
         if difference is not None:
             one, two = difference.natural, difference.random
         else:

@@ -2,8 +2,8 @@
 
 Passages are handed out in units; a worker that is free takes the next one, so no device idles
 while units are left. Rows come back one by one as they are certified. A worker that dies gives the
-passages without rows back to the queue and is replaced, a few times; a unit that kills three
-workers ends the study with a sentence.
+passages without rows back to the queue and is replaced; after three deaths per worker the study
+ends with a sentence.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from memvec.study.work import cram_cell
 if TYPE_CHECKING:
     from memvec.lm import StartRule
 
-MOST_DEATHS = 3  # of workers on one unit, and of first loads
+MOST_DEATHS = 3  # per worker, before the study gives up
 REFILLS = 4  # a unit has at most this many times the seats of passages
 
 
@@ -129,14 +129,16 @@ class Remote:
         source, returned, deaths = iter(units), deque[Unit](), 0
         exhausted = False
         while True:
-            for seat in self.seats:
-                while seat.unit is None and (returned or not exhausted):
-                    unit = returned.popleft() if returned else next(source, None)
-                    if unit is None:
-                        exhausted = True
-                        break
-                    seat.unit, seat.got = unit, set()
-                    seat.rows = seat.actor.cram.options(num_returns="streaming").remote(unit)
+            for i in range(len(self.seats)):
+                if self.seats[i].unit is not None or (exhausted and not returned):
+                    continue
+                unit = returned.popleft() if returned else next(source, None)
+                if unit is None:
+                    exhausted = True
+                    continue
+                seat = self.seats[i]  # asking for the unit may have replaced a dead worker
+                seat.unit, seat.got = unit, set()
+                seat.rows = seat.actor.cram.options(num_returns="streaming").remote(unit)
             busy = [seat for seat in self.seats if seat.unit is not None]
             if not busy:
                 return
@@ -145,15 +147,18 @@ class Remote:
                 try:
                     finished: Finished = self.ray.get(next(seat.rows))
                 except StopIteration:
+                    # The stream of a killed worker may end without an error: count what came.
+                    left = _rest(seat)
                     seat.unit = None
+                    if left is not None:
+                        returned.append(left)
+                        deaths += 1
+                        self._give_up(deaths, "its stream ended early")
+                        self._replace(seat)
                 except self.ray.exceptions.RayActorError as error:
                     deaths += 1
                     left = _rest(seat)
-                    if deaths > MOST_DEATHS * self.count:
-                        raise MemvecError(
-                            f"{deaths} workers died, the last one on {left}: "
-                            f"{str(error).splitlines()[0]}"
-                        ) from error
+                    self._give_up(deaths, str(error).strip().splitlines()[0])
                     if left is not None:
                         returned.append(left)
                     self._replace(seat)
@@ -171,6 +176,13 @@ class Remote:
         self.seats = []
 
     # ------------------------------------------------------------------ inside
+
+    def _give_up(self, deaths: int, reason: str) -> None:
+        if deaths > MOST_DEATHS * self.count:
+            raise MemvecError(
+                f"{deaths} workers died, the last one with: {reason}; what is done is kept, the "
+                "same command goes on."
+            )
 
     def _hire(self) -> _Seat:
         self._made += 1

@@ -113,7 +113,13 @@ class _Run:
                 pool.close()
         self.what = "done"
         self._tell()
-        return self.status()
+        status = self.status()
+        if status.rows < status.planned:  # never called done before the store says so
+            raise MemvecError(
+                f"{status.planned - status.rows} of {status.planned} passages came back without a "
+                "row: run the same command again."
+            )
+        return status
 
     # ------------------------------------------------------------------ what is to do
 
