@@ -303,30 +303,27 @@ def count(file: Path) -> int:
 def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
     pytest.importorskip("ray")
     whole = everything(killed / "whole")
-    process = subprocess.Popen(
-        command(killed, "ray", "--workers", "2"),
-        env=ENV,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    end, struck = time.monotonic() + 300, 0
-    file = killed / "ray" / "study.sqlite"
-    while time.monotonic() < end and process.poll() is None:
-        if not struck and file.exists() and count(file) >= 1:
-            workers = cramming(process.pid)
-            if workers:
-                os.kill(workers[0], signal.SIGKILL)
-                struck = workers[0]
-        time.sleep(0.02)
-    assert process.wait(10) == 0, process.stderr and process.stderr.read().decode()
-    if process.stderr:
-        process.stderr.close()
+    file, struck = killed / "ray" / "study.sqlite", 0
+    with (killed / "ray.log").open("w") as log:
+        words = command(killed, "ray", "--workers", "2")
+        process = subprocess.Popen(words, env=ENV, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 590  # Ray takes its time on a busy machine
+            while time.monotonic() < end and process.poll() is None:
+                if not struck and count(file) >= 1 and (workers := cramming(process.pid)):
+                    struck = workers[0]
+                    os.kill(struck, signal.SIGKILL)
+                time.sleep(0.05)
+        finally:
+            process.kill()
+    said = (killed / "ray.log").read_text()
+    assert process.wait(30) == 0, said
     assert struck, "no worker was caught at work"
-    assert everything(killed / "ray").keys() == whole.keys()
     same = everything(killed / "ray")
+    assert same.keys() == whole.keys()
     for key, row in whole.items():
-        assert same[key][:9] == pytest.approx(row[:9])  # rounding may differ in the bits
-    assert sum(same[key][8] == row[8] for key, row in whole.items()) == len(whole)
+        assert same[key][:8] == row[:8]  # decisions, costs and vectors; bits of sums may round
+        assert same[key][8:] == pytest.approx(row[8:], abs=1e-3)
 
 
 def cramming(driver: int) -> list[int]:

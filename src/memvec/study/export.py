@@ -21,13 +21,15 @@ CELL_COLUMNS = {
     "random_text": "the source's text is drawn by a program",
 }
 
+_STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
+
 
 def read_rows(store: Store) -> pd.DataFrame:
     """All rows with their cells' columns, in the order of the spec."""
     cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
     own = ", ".join(f"rows.{name}" for name in COLUMNS)
     query = (
-        f"SELECT {cell}, {own}, rows.environment, rows.finished FROM rows JOIN cells USING (cell) "
+        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {own}, rows.environment, rows.finished FROM rows JOIN cells USING (cell) "
         "ORDER BY cells.position, rows.number"
     )
     frame = pd.read_sql_query(query, store.db)
@@ -50,6 +52,7 @@ def export_rows(folder: Path, target: Path) -> int:
     else:
         raise MemvecError(f"{target} must end in .csv or .parquet.")
     sentences = {**CELL_COLUMNS, **COLUMNS}
+    sentences["step_limit"] = "most steps a passage was given"
     sentences |= {"environment": "id of the environment record", "finished": "when, UTC"}
     Path(f"{target}.columns.json").write_text(json.dumps(sentences, indent=2), "utf-8")
     return len(frame)

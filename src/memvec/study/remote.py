@@ -239,6 +239,7 @@ def _start_ray(workers: int, address: str | None) -> Any:
                 configure_logging=False,
                 object_store_memory=200 * 2**20,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise MemvecError(f"Ray at {address or 'this machine'}: {error}") from None
+    except Exception as error:  # Ray says "the node timed out during startup" with a bare one
+        reason = str(error).strip().splitlines()[0]
+        raise MemvecError(f"Ray at {address or 'this machine'} does not start: {reason}") from error
     return ray
