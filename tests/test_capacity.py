@@ -48,7 +48,7 @@ def test_a_threshold_that_was_not_reached_is_not_claimed() -> None:
 
 
 def test_the_claim_is_tested_both_ways() -> None:
-    same = compare(plane(100, 50, 0), plane(100, 50, 1), draws=200)
+    same = compare(plane(100, 50, 4), plane(100, 50, 5), draws=200)
     assert same.low < 0 < same.high
     assert "no difference" in same.verdict
     other = compare(plane(130, 50, 0), plane(100, 50, 1), draws=200)

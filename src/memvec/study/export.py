@@ -29,7 +29,8 @@ def read_rows(store: Store) -> pd.DataFrame:
     cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
     own = ", ".join(f"rows.{name}" for name in COLUMNS)
     query = (
-        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {own}, rows.environment, rows.finished FROM rows JOIN cells USING (cell) "
+        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {own}, "
+        "rows.environment, rows.finished FROM rows JOIN cells USING (cell) "
         "ORDER BY cells.position, rows.number"
     )
     frame = pd.read_sql_query(query, store.db)

@@ -228,6 +228,7 @@ def _start_ray(workers: int, address: str | None) -> Any:
     if ray.is_initialized():
         return ray
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 are few on a busy machine
     try:
         if address is not None:
             ray.init(address=address, log_to_driver=False)
