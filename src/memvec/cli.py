@@ -16,6 +16,7 @@ import typer
 from memvec import __version__
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.errors import MemvecError
+from memvec.study.cli import app as study
 
 if TYPE_CHECKING:
     from memvec.lm import FrozenLM
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.add_typer(study, name="study")
 
 
 class Storage(StrEnum):

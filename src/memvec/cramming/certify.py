@@ -105,21 +105,8 @@ def measure(
     start: StartRule,
 ) -> list[dict[str, Any]]:
     """Teacher-forced measures of each passage, with its vectors and without."""
-    B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
-    ids = torch.zeros(B, longest, dtype=torch.long)
-    for row, passage in zip(ids, passages, strict=True):
-        row[: len(passage)] = torch.tensor(passage.ids)
-    ids = ids.to(lm.device)
-    bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
-    if start == "first-token" or lm.bos_id is not None:
-        base = lm.states(None, ids, "first-token" if start == "first-token" else "bos")
-        base_bits, base_margin = _positions(lm, base, ids[:, given:])
-    else:
-        # No token starts a text for this model: the first token costs log2 V without vectors.
-        base_bits, base_margin = _positions(lm, lm.states(None, ids, "first-token"), ids[:, 1:])
-        first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
-        base_bits = torch.cat([first.to(base_bits), base_bits], dim=1)
-        base_margin = torch.cat([torch.full_like(base_margin[:, :1], -1.0), base_margin], dim=1)
+    bits, margin, base_bits, base_margin = positions(lm, vectors, passages, start)
+    given = int(start == "first-token")
     rows = []
     for i, passage in enumerate(passages):
         n = len(passage) - given
@@ -137,6 +124,35 @@ def measure(
             }
         )
     return rows
+
+
+@torch.no_grad()
+def positions(
+    lm: FrozenLM,
+    vectors: Float[Tensor, "B K D"],
+    passages: Sequence[Passage],
+    start: StartRule,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Bits and margin of each predicted position with the vectors, then the same without them.
+
+    Rows of shorter passages are right-padded; what stands in the padding means nothing.
+    """
+    B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
+    ids = torch.zeros(B, longest, dtype=torch.long)
+    for row, passage in zip(ids, passages, strict=True):
+        row[: len(passage)] = torch.tensor(passage.ids)
+    ids = ids.to(lm.device)
+    bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
+    if start == "first-token" or lm.bos_id is not None:
+        base = lm.states(None, ids, "first-token" if start == "first-token" else "bos")
+        base_bits, base_margin = _positions(lm, base, ids[:, given:])
+    else:
+        # No token starts a text for this model: the first token costs log2 V without vectors.
+        base_bits, base_margin = _positions(lm, lm.states(None, ids, "first-token"), ids[:, 1:])
+        first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
+        base_bits = torch.cat([first.to(base_bits), base_bits], dim=1)
+        base_margin = torch.cat([torch.full_like(base_margin[:, :1], -1.0), base_margin], dim=1)
+    return bits, margin, base_bits, base_margin
 
 
 def _positions(

@@ -180,11 +180,15 @@ class Engine:
             if len(finished) >= min(BATCH, -(-self.seats // 2)) or not self.jobs:
                 for outcome in certify(self.lm, finished, self.start_rule, self.storage):
                     wrong = outcome.status == "done" and not outcome.exact
-                    if wrong and outcome.steps < self.recipe.steps:
+                    if wrong and self._may_go_on(outcome):
                         self.push_again(outcome)  # decoding disagrees with the margins
                     else:
                         yield outcome
                 finished = []
+
+    def _may_go_on(self, outcome: Outcome) -> bool:
+        budget = self.recipe.budget
+        return outcome.steps < self.recipe.steps and (not budget or outcome.spent < budget)
 
     # ------------------------------------------------------------------ one step for all seats
 
@@ -195,12 +199,14 @@ class Engine:
         parameters = s["parameters"].requires_grad_()
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
-            ids = s["ids"][:, : width + self.given]
-            states = self.lm.states(vectors, ids, self.start_rule)
+            ids = _with_ghosts(s["ids"][:, : width + self.given], self._ghosts())
+            states = self.lm.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
         counted = self.schedule(s["best"], s["length"], self.K, recipe).clamp_max(width)
         column = torch.arange(width, device=counted.device)
         within = column < s["length"][:, None]
-        found = score(self.lm.head, states, ids[:, self.given :], column < counted[:, None], recipe)
+        weighed = _with_ghosts(column < counted[:, None], self._ghosts())
+        found = score(self.lm.head, states, ids[:, self.given :], weighed, recipe)
+        found = found.without_ghosts(len(counted))
         # Measure ...
         right = (found.margin >= s["margin"][:, None]) & (found.margin > 0)
         leading = torch.minimum(horizon(right | ~within), s["length"])
@@ -212,6 +218,8 @@ class Engine:
         s["done"] |= (leading >= s["length"]) & (s["length"] <= width)
         s["failed"] |= ~torch.isfinite(found.loss)
         spent_up = (s["steps"] >= recipe.steps) | (s["stale"] > recipe.patience)
+        if recipe.budget:
+            spent_up |= s["spent"] >= recipe.budget
         s["stopped"] |= s["done"] | s["failed"] | spent_up
         # ... then move.
         moving = ~s["stopped"]
@@ -320,6 +328,10 @@ class Engine:
         self.state = {key: tensor.index_select(0, index) for key, tensor in self.state.items()}
         return finished
 
+    def _ghosts(self) -> int:
+        """Empty seats that are computed all the same, so that the batch keeps its shape."""
+        return self.seats - len(self.jobs) if self.fixed_shapes else 0
+
     def _share_time(self, seconds: float) -> None:
         for job in self.jobs:
             job.seconds += seconds / len(self.jobs)
@@ -344,6 +356,13 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     if rule == "bos" and lm.bos_id is None:
         raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
     return rule
+
+
+def _with_ghosts(rows: Tensor, ghosts: int) -> Tensor:
+    """Rows (B, ...) with `ghosts` rows of zeros behind them."""
+    if not ghosts:
+        return rows
+    return torch.cat([rows, rows.new_zeros(ghosts, *rows.shape[1:])])
 
 
 def _widen(ids: Tensor, columns: int) -> Tensor:

@@ -73,11 +73,15 @@ FUSED = {"cross-entropy": fused_cross_entropy}
 @dataclass(frozen=True)
 class Score:
     """What one step measured: loss per passage (B), margin per position (B, T), and the gradient
-    of the summed losses at the states (B, T, H)."""
+    of the summed losses at the states (N, T, H), N >= B."""
 
     loss: Float[Tensor, " B"]
     margin: Float[Tensor, "B T"]
-    gradient: Float[Tensor, "B T H"]
+    gradient: Float[Tensor, "N T H"]
+
+    def without_ghosts(self, B: int) -> Score:
+        """Loss and margins of the first B passages; the gradient keeps the shape of the states."""
+        return Score(self.loss[:B], self.margin[:B], self.gradient)
 
 
 def score(

@@ -53,6 +53,9 @@ class Recipe:
     )
     steps: int = _says(1500, "most steps for a passage")
     patience: int = _says(300, "steps without progress after which a passage is given up")
+    budget: int = _says(
+        0, "most forward-backward tokens for a passage, checked after each step; 0: no limit"
+    )
     seed: int = _says(0, "seed; each passage adds its own from its token ids")
 
     def __post_init__(self) -> None:
@@ -104,6 +107,7 @@ _LEAST: dict[str, float] = {
     "weight_decay": 0.0,
     "steps": 0,
     "patience": 1,
+    "budget": 0,
 }
 
 

@@ -1,0 +1,33 @@
+"""Random tokens: uniform over a tokenizer's ordinary tokens.
+
+Words of a dictionary are spelled with likely token sequences, so they overstate how many tokens
+fit (a limitation the paper states); uniform tokens cost the model about log2 V bits each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from memvec.passages.found import Found, rng
+from memvec.passages.passage import Passage
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+
+def ordinary_tokens(lm: FrozenLM) -> list[int]:
+    """Every token id but special ones and ids the tokenizer does not use."""
+    if lm.tokenizer is None:
+        return [i for i in range(lm.vocab_size) if i != lm.bos_id]
+    special = set(lm.tokenizer.all_special_ids)
+    return [i for i in range(min(lm.vocab_size, len(lm.tokenizer))) if i not in special]
+
+
+def random_token_passages(lm: FrozenLM, count: int, length: int, *, seed: int) -> Iterator[Found]:
+    """`count` passages of `length` uniform tokens; shorter ones begin longer ones."""
+    tokens = ordinary_tokens(lm)
+    for number in range(count):
+        draw = rng("random-tokens", seed, number)
+        ids = tuple(draw.choice(tokens) for _ in range(length))
+        yield Found(number, Passage(ids, number), f"random tokens #{number}")

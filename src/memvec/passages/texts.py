@@ -1,0 +1,60 @@
+"""Texts from anywhere a person keeps them: a folder, txt, jsonl, parquet, csv, standard input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from memvec.errors import MemvecError
+
+KINDS = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+
+
+def read_texts(
+    path: str, base: Path | None = None, column: str = "text", where: dict[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """(name, text) of every text, in a fixed order; '-' is standard input.
+
+    `base` is the folder relative paths start from (a spec's own folder). `where` keeps only the
+    table rows whose columns have these values, e.g. {'split': 'valid'}.
+    Raises MemvecError: nothing there, no such column, not a kind of file we read.
+    """
+    if path == "-":
+        found = [("standard input", sys.stdin.read())]
+    else:
+        file = Path(path).expanduser()
+        file = file if file.is_absolute() or base is None else base / file
+        if not file.exists():
+            raise MemvecError(f"source missing: there is no file or folder {file}.")
+        files = sorted(p for p in file.rglob("*") if p.suffix in KINDS) if file.is_dir() else [file]
+        found = [item for one in files for item in _read(one, column, where or {})]
+    found = [(name, text) for name, text in found if text.strip()]
+    if not found:
+        raise MemvecError(f"source empty: no texts in {path} (kinds read: {', '.join(KINDS)}).")
+    return found
+
+
+def _read(file: Path, column: str, where: dict[str, str]) -> list[tuple[str, str]]:
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8") as lines:
+            return _rows([json.loads(line) for line in lines if line.strip()], file, column, where)
+    if file.suffix in (".parquet", ".csv"):
+        try:
+            import pandas as pd
+        except ImportError:
+            raise MemvecError(f"reading {file.name} needs pip install 'memvec[study]'.") from None
+        frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        return _rows(frame.to_dict("records"), file, column, where)
+    return [(file.stem, file.read_text(encoding="utf-8"))]
+
+
+def _rows(
+    rows: list[dict[str, object]], file: Path, column: str, where: dict[str, str]
+) -> list[tuple[str, str]]:
+    if rows and column not in rows[0]:
+        raise MemvecError(
+            f"{file} has no column '{column}'; it has {', '.join(map(str, rows[0]))}."
+        )
+    kept = [row for row in rows if all(str(row.get(k)) == v for k, v in where.items())]
+    return [(f"{file.stem} row {i}", str(row[column])) for i, row in enumerate(kept)]

@@ -1,0 +1,122 @@
+"""Who does the work: this process, behind the interface that a pool of Ray actors has too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from memvec.capacity.geometry import straight_line
+from memvec.cramming.engine import Progress
+from memvec.environment import environment
+from memvec.passages.found import Found
+from memvec.passages.passage import Passage
+from memvec.passages.sources import Source
+from memvec.study.cells import Cell
+from memvec.study.row import Finished, Text
+from memvec.study.work import cram_cell, find_passages
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM, StartRule
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Passages of one cell that go to one worker together."""
+
+    cell: Cell
+    passages: tuple[Found, ...]
+    seats: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages with their texts, as the store keeps them."""
+
+    found: list[Found]
+    texts: list[Text | None]
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """What a run needs of its workers."""
+
+    def description(self) -> dict[str, Any]:
+        """The model they hold."""
+
+    def environment(self) -> dict[str, Any]:
+        """Where they run."""
+
+    def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
+        """A cell's passages."""
+
+    def cram(
+        self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[Finished]:
+        """Rows of all units, in any order."""
+
+    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
+        """Accuracy between two solutions."""
+
+    def unit_size(self, waiting: int, seats: int) -> int:
+        """Passages that go to one worker together."""
+
+    def close(self) -> None:
+        """Let the workers go."""
+
+
+class Here:
+    """This process is the only worker."""
+
+    def __init__(self, lm: FrozenLM) -> None:
+        self.lm = lm
+
+    def description(self) -> dict[str, Any]:
+        """The model it holds."""
+        return self.lm.description()
+
+    def environment(self) -> dict[str, Any]:
+        """This process."""
+        return environment()
+
+    def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
+        """A cell's passages."""
+        found = find_passages(self.lm, cell, source, count, base)
+        return Texts(found, [text_of(self.lm, f) for f in found])
+
+    def cram(
+        self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[Finished]:
+        """Rows of all units, one unit after the other."""
+        for unit in units:
+            yield from cram_cell(
+                self.lm, unit.cell, unit.passages, unit.seats, on_progress=on_progress
+            )
+
+    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
+        """Accuracy between two solutions."""
+        return straight_line(self.lm, passage, a, b, start)
+
+    def unit_size(self, waiting: int, seats: int) -> int:
+        """All of a cell: seats are refilled from it."""
+        return max(1, waiting)
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+def text_of(lm: FrozenLM, found: Found) -> Text | None:
+    """The passage's text; None without a tokenizer."""
+    if lm.tokenizer is None:
+        return None
+    ids = found.passage.ids
+    return Text(lm.text(ids).encode("utf-8", "surrogatepass"), [lm.text([token]) for token in ids])
+
+
+def in_units(cell: Cell, found: Sequence[Found], size: int, seats: int) -> Iterator[Unit]:
+    """Passages in units of `size`."""
+    for at in range(0, len(found), size):
+        yield Unit(cell, tuple(found[at : at + size]), seats)

@@ -1,0 +1,128 @@
+"""Sources: the same passages whatever else is asked for, and the paper's rules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import reader
+from memvec.errors import MemvecError
+from memvec.passages.chunks import chunk, sentences, split_by_rule
+from memvec.passages.random_tokens import ordinary_tokens
+from memvec.passages.sources import SOURCES, Files, RandomTokens, RandomWords, Sampled, Source
+from memvec.passages.texts import read_texts
+from studies import SENTENCES
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    (tmp_path / "book.txt").write_text(SENTENCES * 30, "utf-8")
+    (tmp_path / "words.txt").write_text("cat\ndog\nfox\nmat\n", "utf-8")
+    return tmp_path
+
+
+def every_source(base: Path) -> list[Source]:
+    return [
+        Files(name="f", path=str(base / "book.txt"), chunk_words=(30, 60)),
+        RandomWords(name="w", words=str(base / "words.txt")),
+        RandomTokens(name="t"),
+        Sampled(name="s"),
+    ]
+
+
+def test_a_passage_does_not_depend_on_what_else_is_asked_for(book: Path) -> None:
+    lm = reader()
+    for source in every_source(book):
+        many = list(source.passages(lm, 4, 12))
+        few = list(source.passages(lm, 2, 7))
+        for a, b in zip(few, many, strict=False):
+            assert b.passage.ids[:7] == a.passage.ids, source.name
+        assert [f.number for f in many] == [0, 1, 2, 3]
+        assert all(len(f.passage) == 12 for f in many)
+        assert len({f.passage.ids for f in many}) > 1
+        reseeded = source.model_copy(update={"seed": 1})
+        assert [f.passage.ids for f in reseeded.passages(lm, 4, 12)] != [
+            f.passage.ids for f in many
+        ]
+
+
+def test_the_suffix_rule_takes_the_second_half_of_the_sentences() -> None:
+    text = "One is here. Two is here. Three is here! Is four here? Five."
+    assert sentences(text) == [
+        "One is here.",
+        "Two is here.",
+        "Three is here!",
+        "Is four here?",
+        "Five.",
+    ]
+    assert split_by_rule(text, "suffix") == (
+        "One is here. Two is here.",
+        "Three is here! Is four here? Five.",
+    )
+    assert split_by_rule(text, "start") == ("", text)
+
+
+def test_context_is_what_stood_before(book: Path) -> None:
+    lm = reader()
+    (found,) = Files(path=str(book / "book.txt"), chunk_words=(30, 60)).passages(lm, 1, 8)
+    together = lm.text([*found.before, *found.passage.ids])
+    assert " ".join(together.split()) in " ".join((SENTENCES * 30).split())
+
+
+def test_chunks_have_their_words_and_their_sentences() -> None:
+    texts = [("a", SENTENCES * 30), ("b", SENTENCES * 40), ("short", "Too short.")]
+    for number in range(6):
+        name, text = chunk(texts, number, (100, 150))
+        assert not name.startswith("short")
+        assert 90 <= len(text.split()) <= 170
+        assert chunk(texts, number, (100, 150)) == (name, text)
+    with pytest.raises(MemvecError, match="no text has the 5000 words"):
+        chunk(texts, 0, (5000, 6000))
+
+
+def test_random_words_come_from_the_list_and_it_is_named(book: Path) -> None:
+    source = RandomWords(words="words.txt")
+    (found,) = source.passages(reader(), 1, 20, book)
+    text = reader().text(found.passage.ids)
+    assert set(text.split()[:-1]) <= {"cat", "dog", "fox", "mat"}
+    assert "4 words" in source.settings(book)["list"]
+    assert "wordfreq en, 100000 words" in RandomWords().settings()["list"]
+    drawn = RandomWords(words="words.txt", drawn_lengths=True).passages(reader(), 12, 20, book)
+    assert len({len(f.passage) for f in drawn}) > 4
+
+
+def test_random_tokens_are_ordinary_ones() -> None:
+    lm = reader()
+    tokens = ordinary_tokens(lm)
+    assert not set(tokens) & set(lm.tokenizer.all_special_ids)
+    assert len(tokens) == len(lm.tokenizer) - 2
+
+
+def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
+    import pandas as pd
+
+    rows = [{"body": "First text.", "part": "a"}, {"body": "Second text.", "part": "b"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv")
+    for kind in ("jsonl", "parquet", "csv"):
+        found = read_texts(f"x.{kind}", tmp_path, "body", {"part": "b"})
+        assert [text for _, text in found] == ["Second text."]
+    with pytest.raises(MemvecError, match="has no column 'text'; it has body, part"):
+        read_texts("x.jsonl", tmp_path)
+    with pytest.raises(MemvecError, match="source missing"):
+        read_texts("nothing.txt", tmp_path)
+    (tmp_path / "a.txt").write_text("A.")
+    assert len(read_texts(".", tmp_path, "body")) == 7
+
+
+def test_what_cannot_be_had_is_told(book: Path) -> None:
+    lm = reader()
+    with pytest.raises(MemvecError, match="3 passages were asked of a source with 1 texts"):
+        list(Files(path=str(book / "book.txt")).passages(lm, 3, 4))
+    with pytest.raises(MemvecError, match="tokens for a passage of 100000"):
+        list(Files(path=str(book / "book.txt")).passages(lm, 1, 100_000))
+    with pytest.raises(MemvecError, match="could not be read from the Hub"):
+        list(SOURCES["pg19"](name="p").passages(lm, 1, 4))

@@ -1,0 +1,347 @@
+"""Studies: the spec, the store, the run and the check."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import reader
+from memvec.capacity import PROTOCOLS
+from memvec.errors import MemvecError
+from memvec.study import check as check_module
+from memvec.study.cells import check_lengths, expand
+from memvec.study.check import check_study
+from memvec.study.export import export_rows
+from memvec.study.price import price, problems
+from memvec.study.run import run_study
+from memvec.study.spec import parse_spec, read_spec
+from memvec.study.store import COLUMNS, Store
+from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
+
+SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
+RUN = '[[runs]]\nprotocol = "exact"\nlengths = [8]\n'
+
+# ---------------------------------------------------------------------- specs
+
+WRONG = [
+    ("lenghts = [8]", "lenghts", "did you mean 'lengths'"),
+    ('protocol = "exacct"\nlengths = [8]', "exacct", "did you mean 'exact'"),
+    ('protocol = "exact"\nlengths = [8]\nsources = ["bok"]', "missing source 'bok'", "'book'"),
+    ('protocol = "exact"\nlengths = [8]\nmodels = ["tinny"]', "missing model 'tinny'", "'tiny'"),
+    ('protocol = "exact"\nlengths = [8]\npassages = 0', "zero passages", "at least 1"),
+    ('protocol = "exact"\nlengths = [0]', "lengths", "at least 1"),
+    ('protocol = "exact"\nlengths = [8]\ncontexts = [4]', "contexts", "context"),
+    ('protocol = "exact"\nlengths = "eight"', "lengths", "eight"),
+    ('protocol = "exact"', "needs 'lengths'", ""),
+    ('protocol = "geometry"\nlengths = [8]\nrecipe = { start = "encoder" }', "restarts", "start"),
+]
+
+
+@pytest.mark.parametrize(("text", "what", "hint"), WRONG)
+def test_a_wrong_spec_is_told_in_one_sentence(text: str, what: str, hint: str) -> None:
+    block = f"[[runs]]\n{text}" if "protocol" in text else f"{RUN}{text}"
+    with pytest.raises(MemvecError) as found:
+        parse_spec(HEAD + block, "spec")
+    sentence = str(found.value)
+    assert what in sentence
+    assert hint in sentence
+    assert "\n" not in sentence
+
+
+def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:
+    with pytest.raises(MemvecError, match=r"unknown kind 'pg91'.*did you mean 'pg19'"):
+        parse_spec(HEAD.replace("random-tokens", "pg91") + RUN, "spec")
+    with pytest.raises(MemvecError, match=r"unknown key 'pth' in sources .2.: did you mean 'path'"):
+        parse_spec(HEAD.replace("path =", "pth =") + RUN, "spec")
+    with pytest.raises(MemvecError, match="a recipe has no 'stepps': did you mean 'steps'"):
+        expand(parse_spec(HEAD + RUN + "recipe = { stepps = 4 }", "spec"))
+    with pytest.raises(MemvecError, match="is not TOML"):
+        parse_spec("name = ", "spec")
+
+
+def test_duplicate_cells_and_impossible_lengths_are_told() -> None:
+    with pytest.raises(MemvecError, match=r"repeats a cell.*in the spec twice"):
+        expand(parse_spec(HEAD + RUN + RUN, "spec"))
+    text = HEAD.replace('"tiny"', '"EleutherAI/pythia-160m"')
+    with pytest.raises(MemvecError, match=r"impossible length: 4096 tokens.*2048"):
+        check_lengths(expand(parse_spec(text + RUN.replace("[8]", "[4096]"), "spec")))
+
+
+def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path) -> None:
+    spec = spec_in(tmp_path, HEAD + RUN.replace("[8]", "[400]"))
+    with pytest.raises(MemvecError, match="impossible length: 400 tokens"):
+        run(spec, tmp_path, tmp_path / "s")
+
+
+def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
+    spec = parse_spec(HEAD + RUN, "spec")
+    assert "source missing" in problems(spec, expand(spec), tmp_path)[0]
+    with pytest.raises(MemvecError, match="source missing"):
+        run_study(spec, tmp_path / "s", maker, base=tmp_path)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
+def test_ready_specs_are_valid_and_priced_without_weights(path: Path) -> None:
+    spec = read_spec(path)
+    planned = expand(spec, path.parent)
+    check_lengths(planned)
+    assert not problems(spec, planned, path.parent)
+    for p in price(planned):
+        assert p.gpu_hours is not None
+        assert p.gpu_hours > 0
+
+
+def test_one_model_may_replace_all_others() -> None:
+    text = HEAD.replace("[[sources]]", '[[models]]\nname = "other"\n[[sources]]', 1)
+    text += RUN + 'models = ["tiny"]\n' + RUN + 'models = ["other"]\n'
+    cells = expand(parse_spec(text, "spec", "mine"))
+    assert {p.cell.model for p in cells} == {"mine"}
+    assert len(cells) == 2  # one for each source: the two runs had become one
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with every protocol."""
+    base = tmp_path_factory.mktemp("study")
+    run(spec_in(base), base, base / "out", EVERYTHING)
+    return base
+
+
+def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
+    with Store(done / "out") as store:
+        rows, planned = store.counts()
+        assert rows == planned == sum(p.passages for p in expand(spec_in(done), done))
+        assert {r[0] for r in store.db.execute("SELECT DISTINCT protocol FROM cells")} == {
+            *PROTOCOLS
+        }
+        for name in COLUMNS:
+            missing = store.db.execute(f"SELECT count(*) FROM rows WHERE {name} IS NULL")
+            assert missing.fetchone()[0] == 0, name
+        extras = [json.loads(r[0]) for r in store.db.execute("SELECT extra FROM rows")]
+        contexts = [e["context"] for e in extras if "context" in e]
+        assert all(set(c) == {"4", "8"} for c in contexts)  # 4000 do not fit
+        assert store.db.execute("SELECT count(*) FROM paths").fetchone()[0] == 4
+        record = json.loads(store.db.execute("SELECT record FROM environments").fetchone()[0])
+        assert {"torch", "transformers", "memvec", "model"} <= set(record)
+
+
+def test_running_again_adds_and_changes_nothing(done: Path) -> None:
+    before = everything(done / "out")
+    status = run(spec_in(done), done, done / "out")
+    assert status.rows_now == 0
+    assert everything(done / "out") == before
+
+
+def test_asking_for_more_goes_on_from_what_is_there(tmp_path: Path) -> None:
+    text = HEAD + RUN.replace("[8]", "[4]") + "recipe = { steps = 6 }\npassages = 2\n"
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
+    before = everything(tmp_path / "out")
+    more = text.replace("passages = 2", "passages = 5")
+    status = run(spec_in(tmp_path, more), tmp_path, tmp_path / "out")
+    after = everything(tmp_path / "out")
+    assert status.rows_now == 6
+    assert {key: after[key] for key in before} == before
+
+
+def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    found = check_study(done / "out")
+    assert found["wrong"] == []
+    assert found["rows"] == len(everything(done / "out"))
+    assert {"copy", "context", "needed_bits"} <= set(found["worst"])
+
+
+def test_the_check_sees_a_changed_row(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    run(spec_in(tmp_path, HEAD + RUN + "passages = 1\n"), tmp_path, tmp_path / "out")
+    for column in ("lm_bits", "mem_bits", "horizon_gain", "margin", "horizon", "token_gain"):
+        db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
+        db.execute(f"UPDATE rows SET {column} = {column} + 3")
+        db.commit()
+        wrong = check_study(tmp_path / "out")["wrong"]
+        assert any(f": {column} is stored" in sentence for sentence in wrong), column
+        db.execute(f"UPDATE rows SET {column} = {column} - 3")
+        db.commit()
+        db.close()
+    assert check_module.check_study(tmp_path / "out")["wrong"] == []
+
+
+def test_another_text_under_a_study_is_refused(tmp_path: Path) -> None:
+    text = HEAD + RUN + 'sources = ["book"]\npassages = 1\nrecipe = { steps = 2 }\n'
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
+    spec = spec_in(tmp_path, text.replace("passages = 1", "passages = 2"))
+    book = tmp_path / "book.txt"
+    book.write_text("A new book begins here. It is not the old one at all. " * 40, "utf-8")
+    with pytest.raises(MemvecError, match="gives another passage 0"):
+        run(spec, tmp_path, tmp_path / "out")
+
+
+def test_two_processes_on_one_study_one_is_refused(done: Path) -> None:
+    with (
+        Store(done / "out", write=True),
+        pytest.raises(MemvecError, match="another memvec is running"),
+    ):
+        Store(done / "out", write=True)
+    Store(done / "out", write=True).close()
+
+
+def test_stores_of_other_versions_or_programs_are_refused(tmp_path: Path) -> None:
+    Store(tmp_path, write=True).close()
+    db = sqlite3.connect(tmp_path / "study.sqlite")
+    db.execute("UPDATE meta SET value = '999' WHERE key = 'schema'")
+    db.commit()
+    with pytest.raises(MemvecError, match="of version 999"):
+        Store(tmp_path)
+    db.executescript("DROP TABLE meta; CREATE TABLE songs (name TEXT)")
+    db.close()
+    with pytest.raises(MemvecError, match="another program's database"):
+        Store(tmp_path)
+    (tmp_path / "study.sqlite").write_text("no database")
+    with pytest.raises(MemvecError, match="not a study's store"):
+        Store(tmp_path)
+    with pytest.raises(MemvecError, match="there is no study"):
+        Store(tmp_path / "nowhere")
+
+
+def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
+    for name in ("rows.csv", "rows.parquet"):
+        n = export_rows(done / "out", tmp_path / name)
+        frame = pd.read_csv(tmp_path / name) if "csv" in name else pd.read_parquet(tmp_path / name)
+        assert len(frame) == n == len(everything(done / "out"))
+        sentences = json.loads((tmp_path / f"{name}.columns.json").read_text())
+        assert set(frame) == set(sentences)
+
+
+# ---------------------------------------------------------------------- killed runs
+
+KILLED = (
+    HEAD.replace('"tiny"', '"MODEL"')
+    + """
+[[runs]]
+protocol = "exact"
+lengths = [6]
+passages = 6
+recipe = { steps = 40 }
+[[runs]]
+protocol = "paper"
+lengths = [4, 7]
+passages = 4
+recipe = { lr = 0.1, steps = 40 }
+"""
+)
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(base: Path, out: str, *more: str) -> list[str]:
+    words = ["study", "run", base / "s.toml", "-o", base / out, *more]
+    return [sys.executable, "-m", "memvec.cli", *map(str, words)]
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a spec for a model on disk, and its uninterrupted study in 'whole'."""
+    base = tmp_path_factory.mktemp("killed")
+    text = KILLED.replace("MODEL", str(folder))
+    spec_in(base, text)
+    (base / "s.toml").write_text(text)
+    subprocess.run(command(base, "whole"), check=True, env=ENV, capture_output=True)
+    return base
+
+
+def test_kill_9_loses_nothing_but_running_seats(killed: Path) -> None:
+    whole = everything(killed / "whole")
+    file = killed / "cut" / "study.sqlite"
+    for least in (1, 5):  # rows that must be there before the kill
+        process = subprocess.Popen(
+            command(killed, "cut"), env=ENV, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            if file.exists() and count(file) >= least:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = everything(killed / "cut")
+        assert all(whole[key] == row for key, row in kept.items())
+    # What a kill between the tensors and their row leaves behind is cut off again.
+    some = next((killed / "cut" / "vectors").glob("*.bin"))
+    with some.open("ab") as stream:
+        stream.write(b"half a vector")
+    ran = subprocess.run(command(killed, "cut", "--json"), env=ENV, capture_output=True, check=True)
+    status = json.loads(ran.stdout.splitlines()[-1])
+    assert status["rows_now"] == len(whole) - len(kept)
+    assert everything(killed / "cut") == whole
+
+
+def count(file: Path) -> int:
+    try:
+        db = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+        try:
+            return int(db.execute("SELECT count(*) FROM rows").fetchone()[0])
+        finally:
+            db.close()
+    except sqlite3.Error:
+        return 0
+
+
+def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
+    pytest.importorskip("ray")
+    whole = everything(killed / "whole")
+    file, struck = killed / "ray" / "study.sqlite", 0
+    with (killed / "ray.log").open("w") as log:
+        words = command(killed, "ray", "--workers", "2")
+        process = subprocess.Popen(words, env=ENV, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 590  # Ray takes its time on a busy machine
+            while time.monotonic() < end and process.poll() is None:
+                if not struck and count(file) >= 1 and (workers := cramming(process.pid)):
+                    struck = workers[0]
+                    os.kill(struck, signal.SIGKILL)
+                time.sleep(0.05)
+        finally:
+            process.kill()
+    said = (killed / "ray.log").read_text()
+    assert process.wait(30) == 0, said
+    assert struck, "no worker was caught at work"
+    same = everything(killed / "ray")
+    assert same.keys() == whole.keys()
+    for key, row in whole.items():
+        assert same[key][:8] == row[:8]  # decisions, costs and vectors; bits of sums may round
+        assert same[key][8:] == pytest.approx(row[8:], abs=1e-3)
+
+
+def cramming(driver: int) -> list[int]:
+    """Processes below `driver` that are Ray actors at work."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (entry / "cmdline").read_bytes()
+            if title.startswith(b"ray::Worker.cram") and driver in ancestors(int(entry.name)):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(pid)
+    return found
