@@ -112,7 +112,6 @@ def test_looking_less_often_changes_nothing(poll):
     assert torch.equal(often.vectors, seldom.vectors)
 
 
-@pytest.mark.xfail(reason="seats that nobody takes are dropped also with fixed_shapes=True")
 def test_a_fixed_shape_stays_fixed(monkeypatch):
     """The same (B, T) at every step, although passages leave one by one and nobody waits."""
     lm, shapes = tiny(), set()
