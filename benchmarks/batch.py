@@ -33,7 +33,7 @@ def per_minute(
 def main() -> None:
     """Run both, taking turns, on the same passages."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--passages", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

@@ -209,7 +209,7 @@ def test_no_steps_at_all_measures_the_start():
     recipe = Recipe(steps=0)
     (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
     assert outcome.steps == outcome.spent == 0
-    assert torch.equal(outcome.vectors, start_vectors(lm, passage.ids, 2, recipe))
+    assert torch.equal(outcome.vectors, start_vectors(lm, [passage.ids], 2, recipe)[0])
 
 
 # ---------------------------------------------------------------------- what goes wrong
@@ -222,9 +222,12 @@ def test_numbers_that_are_not_finite_stay_in_their_seat(monkeypatch, family, poi
     recipe = replace(ENDLESS, lr=0.01)
     sound = crammed(lm, asked, recipe, seats=3)
 
-    def poisoned(lm, ids, K, recipe):
-        vectors = start(lm, ids, K, recipe)
-        return vectors * poison if ids == asked[seat].ids else vectors
+    def poisoned(lm, everyone, K, recipe):
+        vectors = start(lm, everyone, K, recipe)
+        return [
+            v * poison if ids == asked[seat].ids else v
+            for ids, v in zip(everyone, vectors, strict=True)
+        ]
 
     monkeypatch.setattr(engine_module, "start_vectors", poisoned)
     found = crammed(lm, asked, recipe, seats=3)
@@ -350,7 +353,9 @@ def test_the_papers_start_rule_depends_on_the_tokenizer(monkeypatch):
 def test_starts_depend_on_the_passage_only(start, vectors):
     lm, recipe = tiny(), Recipe(start=start)
     a, b = passages(5, 5, seed=18)
-    first, again, other = (start_vectors(lm, p.ids, vectors, recipe) for p in (a, a, b))
+    first, again, other = start_vectors(lm, [a.ids, a.ids, b.ids], vectors, recipe)
+    (alone,) = start_vectors(lm, [b.ids], vectors, recipe)
+    assert torch.equal(alone, other)
     assert first.shape == (vectors, lm.width)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from memvec import codec, load_lm
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.start import start_vectors
 from memvec.doctor import examine
 from memvec.lm import POCKET
 from memvec.passages.passage import Passage
@@ -68,3 +70,12 @@ def test_its_encoder_is_a_better_start_than_noise(pocket):
         assert all(o.exact for o in outcomes)
         steps[start] = sum(o.steps for o in outcomes)
     assert steps["encoder"] < steps["noise"]
+
+
+def test_the_encoder_reads_passages_together_as_it_reads_them_alone(pocket):
+    """A batch of mixed lengths gives each passage its own vectors, in the order asked."""
+    ids = [pocket.tokenize(TEXT)[a:b] for a, b in ((0, 9), (3, 9), (1, 10), (2, 8))]
+    together = start_vectors(pocket, ids, 2, Recipe())
+    for part, found in zip(ids, together, strict=True):
+        (alone,) = start_vectors(pocket, [part], 2, Recipe())
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)

@@ -30,7 +30,7 @@ from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 
-FILL = 0.55  # share of a vector's measured bits to cut to: nearly full ones cost many steps
+FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps
 PROBED = 8  # passages on which an unknown model's bits per vector are estimated
 PROBE_STEPS = 200
 

@@ -265,8 +265,10 @@ class Engine:
         ids = torch.zeros(n, columns, dtype=torch.long)
         for row, job in zip(ids, jobs, strict=True):
             row[: len(job.passage)] = torch.tensor(job.passage.ids)
-            if job.vectors is None:
-                job.vectors = start_vectors(lm, job.passage.ids, self.K, self.recipe)
+        new = [job for job in jobs if job.vectors is None]
+        starts = start_vectors(lm, [job.passage.ids for job in new], self.K, self.recipe)
+        for job, start in zip(new, starts, strict=True):
+            job.vectors = start
         vectors = torch.stack([job.vectors for job in jobs if job.vectors is not None]).to(device)
         parameters = self.coordinates.parameters(vectors.float())
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)

@@ -53,9 +53,21 @@ Start = Callable[[FrozenLM, Sequence[int], int, Recipe], Float[Tensor, "K D"]]
 STARTS: dict[str, Start] = {"noise": noise, "embeddings": embeddings, "encoder": encoder}
 
 
-def start_vectors(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """First vectors of a passage under the recipe, float32 on the CPU."""
+def start_vectors(
+    lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe
+) -> list[Float[Tensor, "K D"]]:
+    """First vectors of passages under the recipe, float32 on the CPU.
+
+    The encoder reads passages of one length together; nothing else depends on who is beside whom.
+    """
     name = recipe.start
     if name == "auto":
         name = "encoder" if lm.encoder is not None else "noise"
-    return STARTS[name](lm, ids, K, recipe)
+    if name != "encoder" or lm.encoder is None:
+        return [STARTS[name](lm, ids, K, recipe) for ids in passages]
+    found: dict[int, Tensor] = {}
+    for T in sorted({len(ids) for ids in passages}):
+        alike = [i for i, ids in enumerate(passages) if len(ids) == T]
+        table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
+        found |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
+    return [found[i] for i in range(len(passages))]
