@@ -367,8 +367,8 @@ def test_starts_depend_on_the_passage_only(start, vectors):
 def test_the_embedding_start_is_the_mean_of_each_part(vectors):
     lm, ids = tiny(), passages(8, seed=19)[0].ids
     recipe = Recipe(start="embeddings")
-    noise = start_vectors(lm, ids, vectors, Recipe(start="noise"))
-    found = start_vectors(lm, ids, vectors, recipe) - 0.1 * noise
+    (noise,) = start_vectors(lm, [ids], vectors, Recipe(start="noise"))
+    found = start_vectors(lm, [ids], vectors, recipe)[0] - 0.1 * noise
     part = 8 // vectors
     for k in range(vectors):
         rows = [lm.embedding.weight[token] for token in ids[k * part : (k + 1) * part]]
