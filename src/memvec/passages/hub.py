@@ -13,7 +13,7 @@ def hub_texts(
         from datasets import load_dataset
     except ImportError:
         raise MemvecError(
-            f"source '{dataset}' needs the datasets library: pip install 'memvec[study]'."
+            f"source '{dataset}' needs the datasets library: pip install 'memvec[hub]'."
         ) from None
     try:
         table = load_dataset(dataset, split=split, revision=revision)
