@@ -194,7 +194,19 @@ def test_a_passage_that_does_not_fit_its_budget_is_reported_with_its_horizon():
     assert (outcome.status, outcome.exact, outcome.steps) == ("budget", False, 30)
     (decoded,) = decode_ids(lm, outcome.vectors[None], [20])
     assert outcome.metrics.horizon == first_error(decoded, passage.ids) < 20
-    assert outcome.spent == 30 * 20  # forward-backward tokens: K - 1 + T each step
+
+
+@pytest.mark.parametrize(("rule", "given"), [("vectors", 0), ("bos", 1), ("first-token", 1)])
+def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, given):
+    """Forward-backward tokens: what counts, and what stands before it besides the last vector."""
+    lm, (short, long) = tiny(), passages(6, 20, seed=12)
+    recipe = Recipe(steps=30, schedule="whole", margin=1e3, start_rule=rule)
+    for outcome in Engine(lm, recipe, vectors=2, seats=2).run([short, long]):
+        predicted = len(outcome.passage) - (rule == "first-token")
+        assert outcome.spent == 30 * (predicted + 1 + given)
+    growing = replace(recipe, schedule="growing", lr=1e-9)
+    (outcome,) = Engine(lm, growing, vectors=2, seats=2).run([long])
+    assert outcome.spent == 30 * (2 * growing.look_ahead + 1 + given)
 
 
 def test_patience_ends_a_hopeless_passage():

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from memvec import metrics
 from memvec.cramming import objective as objective_module
 from memvec.cramming.coordinates import COORDINATES, as_stored
-from memvec.cramming.objective import OBJECTIVES, score
+from memvec.cramming.objective import OBJECTIVES, score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.schedule import SCHEDULES
@@ -74,7 +75,7 @@ def test_schedules(name, vectors, look_ahead):
 def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:
     """One position's loss in plain Python."""
     T = recipe.temperature
-    if name == "cross-entropy":
+    if name != "margin":
         return T * (math.log(math.fsum(math.exp(x / T) for x in row)) - row[true] / T)
     best_other = max(x for i, x in enumerate(row) if i != true)
     missing = 2 * recipe.margin + T - (row[true] - best_other)
@@ -111,7 +112,9 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
         widest.append(len(part))
         return part @ weight.T
 
-    found = score(head, states, ids, counted, recipe)
+    found = score(head, states, ids, recipe)
+    asked = torch.full((3,), recipe.margin)
+    share = weights(counted, found.margin, asked, recipe)
     assert max(widest) <= rows
 
     whole = states.clone().requires_grad_()
@@ -120,29 +123,36 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     for b in range(3):
         n = int(counted[b].sum())
         if n:
-            loss = OBJECTIVES[name](logits[b, :n], ids[b, :n], recipe).mean()
-            assert float(found.loss[b]) == pytest.approx(float(loss.detach()), rel=1e-5)
+            losses = OBJECTIVES[name](logits[b, :n], ids[b, :n], recipe)
+            if name == "deficit":
+                lead = metrics.margins(logits[b : b + 1, :n].detach(), ids[b : b + 1, :n])[0]
+                lack = (recipe.margin - lead).clamp_min(0)
+                loss = (losses * lack).sum() / lack.sum()
+            else:
+                loss = losses.mean()
+            ours = float((found.loss[b] * share[b]).sum())
+            assert ours == pytest.approx(float(loss.detach()), rel=1e-5)
             total = total + loss
     total.backward()
-    torch.testing.assert_close(found.gradient, whole.grad)
+    torch.testing.assert_close(found.gradient * share[..., None], whole.grad)
     for b in range(3):
         for t in range(T):
             row = logits[b, t].detach().tolist()
             true = row.pop(int(ids[b, t]))
             assert float(found.margin[b, t]) == pytest.approx(true - max(row), abs=1e-5)
-    assert float(found.loss[2]) == 0.0
+    assert share[2].tolist() == [0.0] * T
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_a_row_that_is_not_finite_spoils_no_other(name):
     weight = torch.eye(4)
     states = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(4))
-    ids, counted = torch.tensor([[0, 1, 2], [3, 2, 1]]), torch.ones(2, 3, dtype=torch.bool)
-    sound = score(lambda part: part @ weight, states, ids, counted, Recipe(objective=name))
+    ids = torch.tensor([[0, 1, 2], [3, 2, 1]])
+    sound = score(lambda part: part @ weight, states, ids, Recipe(objective=name))
     spoilt = states.clone()
     spoilt[0, 1] = torch.nan
-    found = score(lambda part: part @ weight, spoilt, ids, counted, Recipe(objective=name))
-    assert not torch.isfinite(found.loss[0])
+    found = score(lambda part: part @ weight, spoilt, ids, Recipe(objective=name))
+    assert not torch.isfinite(found.loss[0].sum())
     assert torch.equal(found.loss[1], sound.loss[1])
     assert torch.equal(found.gradient[1], sound.gradient[1])
 
@@ -150,8 +160,8 @@ def test_a_row_that_is_not_finite_spoils_no_other(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
     vectors = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    parameters = COORDINATES["direct"]().parameters(vectors)
-    stored = as_stored(COORDINATES["direct"]().vectors(parameters), dtype)
+    direct = COORDINATES["direct"](Recipe(), 1, 8)
+    stored = as_stored(direct.vectors(direct.parameters(vectors)), dtype)
     assert stored.dtype == torch.float32
     assert torch.equal(stored, vectors.to(dtype).float())
     (gradient,) = torch.autograd.grad((stored * torch.arange(8.0)).sum(), vectors)

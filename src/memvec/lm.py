@@ -74,8 +74,8 @@ class FrozenLM:
     models made in memory. `tokenizer` may be None when only token ids are used.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
-    `embedding_std`, `embedding_mean` (D), `fingerprint`, `encoder` (None for most models), `facts`
-    (the model folder's memvec.json: measured bits per vector).
+    `embedding_std`, `fingerprint`, `encoder` (None for most models), `facts` (the model folder's
+    memvec.json: measured bits per vector).
     """
 
     def __init__(
@@ -103,11 +103,9 @@ class FrozenLM:
         self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
         self.context = _context_length(text_config)
         self.bos_id = _start_token(text_config, tokenizer)
-        # Statistics as the model sees them: what is handed in as inputs_embeds.
+        # As the model sees them: what is handed in as inputs_embeds.
         with torch.no_grad():
-            rows = weight[: min(len(weight), 50_000)].float()
-            self.embedding_std = float(rows.std())
-            self.embedding_mean = rows.mean(0)
+            self.embedding_std = float(weight[:50_000].float().std())
         self._body, self._head = _split(model, self.embedding)
         with torch.no_grad():
             self.vocab_size = int(self.own_logits(self._probe_ids()).shape[-1])

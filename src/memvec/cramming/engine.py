@@ -5,6 +5,7 @@ the batch stays full and nobody waits for the slowest. One step for all seats:
 
     vectors -> states (model, gradients to the vectors) -> score (loss, margins, gradient at states)
             -> what was measured is compared with the best so far and kept if better
+            -> what counts now, and how much, follows from what was measured
             -> the optimiser moves the passages that are not done
 
 Measure, then move: the vectors of a finished passage are the very ones that were measured, rounded
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from memvec.cramming.certify import Finished, Outcome, Status, certify
 from memvec.cramming.coordinates import COORDINATES, as_stored
-from memvec.cramming.objective import score
+from memvec.cramming.objective import score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedule import SCHEDULES
@@ -116,7 +117,7 @@ class Engine:
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
-        self.coordinates = COORDINATES[self.recipe.coordinates]()
+        self.coordinates = COORDINATES[self.recipe.coordinates](self.recipe, vectors, lm.width)
         self.optimizer = OPTIMIZERS[self.recipe.optimizer](self.recipe)
         self.schedule = SCHEDULES[self.recipe.schedule]
         self.waiting = Waiting()
@@ -201,14 +202,12 @@ class Engine:
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
             ids = _with_ghosts(s["ids"][:, : width + self.given], self._ghosts())
             states = self.lm.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
-        counted = self.schedule(s["best"], s["length"], self.K, recipe).clamp_max(width)
-        column = torch.arange(width, device=counted.device)
-        within = column < s["length"][:, None]
-        weighed = _with_ghosts(column < counted[:, None], self._ghosts())
-        found = score(self.lm.head, states, ids[:, self.given :], weighed, recipe)
-        found = found.without_ghosts(len(counted))
+        found = score(self.lm.head, states, ids[:, self.given :], recipe)
+        margin, loss = found.margin[: len(self.jobs)], found.loss[: len(self.jobs)]
         # Measure ...
-        right = (found.margin >= s["margin"][:, None]) & (found.margin > 0)
+        column = torch.arange(width, device=margin.device)
+        within = column < s["length"][:, None]
+        right = (margin >= s["margin"][:, None]) & (margin > 0)
         leading = torch.minimum(horizon(right | ~within), s["length"])
         reached = (right & within).sum(-1) if recipe.schedule == "whole" else leading
         better = reached > s["best"]
@@ -216,23 +215,28 @@ class Engine:
         s["vectors"] = torch.where(better[:, None, None], vectors.detach(), s["vectors"])
         s["stale"] = torch.where(better, 0, s["stale"] + 1)
         s["done"] |= (leading >= s["length"]) & (s["length"] <= width)
-        s["failed"] |= ~torch.isfinite(found.loss)
+        # ... say what counts now ...
+        counted = self.schedule(s["best"], s["length"], self.K, recipe).clamp_max(width)
+        weight = weights(column < counted[:, None], margin, s["margin"], recipe)
+        s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
         spent_up = (s["steps"] >= recipe.steps) | (s["stale"] > recipe.patience)
         if recipe.budget:
             spent_up |= s["spent"] >= recipe.budget
         s["stopped"] |= s["done"] | s["failed"] | spent_up
         # ... then move.
         moving = ~s["stopped"]
-        (gradient,) = torch.autograd.grad(states, parameters, found.gradient)
+        slope = found.gradient.mul_(_with_ghosts(weight, self._ghosts())[..., None])
+        (gradient,) = torch.autograd.grad(states, parameters, slope)
         parameters = parameters.detach()
         optimizer_state = {name[4:]: t for name, t in s.items() if name.startswith("opt.")}
         self.optimizer.step(parameters, gradient, optimizer_state, moving)
         s["parameters"] = parameters
-        cost = width + self.K - 1 + (self.start_rule != "vectors")
+        # A passage pays for what counts for it, as if it were alone: not for its neighbours' width.
+        given = self.K - 1 + (self.start_rule != "vectors")
         s["steps"] += moving
-        s["spent"] += cost * moving
+        s["spent"] += (counted + given) * moving
         self.steps += 1
-        self.tokens += cost * len(self.jobs)
+        self.tokens += (width + given) * len(self.jobs)
 
     # ------------------------------------------------------------------ seats
 
@@ -295,18 +299,12 @@ class Engine:
         stopped = self.state["stopped"].tolist()
         if not any(stopped):
             return []
-        s = {
-            key: self.state[key].cpu()
-            for key in ("parameters", "vectors", "done", "failed", "steps", "spent")
-        }
-        current = as_stored(self.coordinates.vectors(s["parameters"]), self.storage)
+        s = {key: self.state[key].cpu() for key in ("vectors", "done", "failed", "steps", "spent")}
         finished = []
         for i, job in enumerate(self.jobs):
             if stopped[i]:
-                # A done passage has not moved since it was measured; others keep their best.
-                vectors = current[i] if s["done"][i] else s["vectors"][i]
                 job.vectors, job.steps, job.spent = (
-                    vectors.clone(),
+                    s["vectors"][i].clone(),
                     int(s["steps"][i]),
                     int(s["spent"][i]),
                 )

@@ -1,8 +1,8 @@
 """What is minimised: a loss per position from its logits and its true token.
 
-An objective is a function of the scores of the true token and of all the others, no more; counting
-positions, averaging over a passage and chunking over memory are done once, in `score`. Each passage
-has its own mean and passages are summed, so that none of them feels another.
+An objective is a function of the scores of the true token and of all the others, no more; chunking
+over memory is done once, in `score`, and averaging over the positions that count in `weights`. Each
+passage has its own mean and passages are summed, so that none of them feels another.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ def margin(
 def fused_cross_entropy(
     logits: Float[Tensor, "n V"],
     ids: Int[Tensor, " n"],
-    weight: Float[Tensor, " n"],
     recipe: Recipe,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n V"]]:
-    """Loss, margin, and the gradient of the weighted loss at the logits, from one softmax.
+    """Loss, margin, and the gradient of the loss at the logits, from one softmax.
 
     The same figures as `cross_entropy` and `metrics.margins` give through autograd, with half of
     the passes over a tensor of V columns; all work is in the place of one buffer.
@@ -61,47 +60,64 @@ def fused_cross_entropy(
     true = buffer.gather(-1, here)
     best_other = buffer.scatter_(-1, here, -torch.inf).amax(-1, keepdim=True)
     gradient = buffer.scatter_(-1, here, true).exp_()
-    gradient.scatter_add_(-1, here, torch.full_like(true, -1.0)).mul_(weight[:, None])
+    gradient.scatter_add_(-1, here, torch.full_like(true, -1.0))
     return -true[:, 0] * T, (true - best_other)[:, 0] * T, gradient
 
 
-OBJECTIVES: dict[str, Objective] = {"cross-entropy": cross_entropy, "margin": margin}
+# 'deficit' is cross-entropy too: what differs is how much each position weighs.
+OBJECTIVES: dict[str, Objective] = {
+    "cross-entropy": cross_entropy,
+    "margin": margin,
+    "deficit": cross_entropy,
+}
 # Fast paths of objectives above, compared with them in the tests.
-FUSED = {"cross-entropy": fused_cross_entropy}
+FUSED = {"cross-entropy": fused_cross_entropy, "deficit": fused_cross_entropy}
+
+
+def weights(
+    counted: Bool[Tensor, "B T"],
+    margin: Float[Tensor, "B T"],
+    asked: Float[Tensor, " B"],
+    recipe: Recipe,
+) -> Float[Tensor, "B T"]:
+    """What each position weighs in its passage's loss; no gradient flows through it.
+
+    Alike, adding up to 1, over the positions that count; for 'deficit' in proportion to what their
+    margin lacks of the margin asked (Tarasov et al. 2026, the margin-aware loss).
+    """
+    if recipe.objective == "deficit":
+        share = (asked[:, None] - margin).clamp_min(0) * counted
+        return share / share.sum(-1, keepdim=True).clamp_min(1e-6)
+    return counted / counted.sum(-1, keepdim=True).clamp_min(1)
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one step measured: loss per passage (B), margin per position (B, T), and the gradient
-    of the summed losses at the states (N, T, H), N >= B."""
+    """What one step measured: loss and margin of each position, and the gradient of each position's
+    loss at its state."""
 
-    loss: Float[Tensor, " B"]
+    loss: Float[Tensor, "B T"]
     margin: Float[Tensor, "B T"]
-    gradient: Float[Tensor, "N T H"]
-
-    def without_ghosts(self, B: int) -> Score:
-        """Loss and margins of the first B passages; the gradient keeps the shape of the states."""
-        return Score(self.loss[:B], self.margin[:B], self.gradient)
+    gradient: Float[Tensor, "B T H"]
 
 
 def score(
     head: Callable[[Tensor], Tensor],
     states: Float[Tensor, "B T H"],
     ids: Int[Tensor, "B T"],
-    counted: Bool[Tensor, "B T"],
     recipe: Recipe,
     *,
     reference: bool = False,
 ) -> Score:
-    """Loss and margins of a batch, and the gradient at the states, a few rows of logits at a time.
+    """Losses, margins and gradients at the states of a batch, a few rows of logits at a time.
 
-    The head is frozen and the loss is a sum over positions, so the gradient of each chunk is final
-    as soon as its logits are: no (B, T, V) tensor outlives its chunk, whatever V is. `reference`
-    takes the slow path through autograd, to which the fused one must be equal.
+    The head is frozen and the loss is a weighted sum over positions, so the gradient of each chunk
+    is known, but for its weight, as soon as its logits are: no (B, T, V) tensor outlives its chunk,
+    whatever V is, and what weighs how much may depend on all margins. `reference` takes the slow
+    path through autograd, to which the fused one must be equal.
     """
     B, T, H = states.shape
     flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
-    weight = (counted / counted.sum(-1, keepdim=True).clamp_min(1)).reshape(-1)
     objective = OBJECTIVES[recipe.objective]
     fused = None if reference else FUSED.get(recipe.objective)
     losses = torch.empty(B * T, device=states.device)
@@ -117,13 +133,11 @@ def score(
             logits = head(part).float()
             if fused is None:
                 loss = objective(logits, truth[here], recipe)
-                (gradient[here],) = torch.autograd.grad((loss * weight[here]).sum(), part)
+                (gradient[here],) = torch.autograd.grad(loss.sum(), part)
                 margins = metrics.margins(logits.detach()[None], truth[here][None])[0]
             else:
-                loss, margins, slope = fused(logits.detach(), truth[here], weight[here], recipe)
+                loss, margins, slope = fused(logits.detach(), truth[here], recipe)
                 (gradient[here],) = torch.autograd.grad(logits, part, slope)
         losses[here] = loss.detach()
         found[here] = margins
-    return Score(
-        (losses * weight).reshape(B, T).sum(-1), found.reshape(B, T), gradient.reshape(B, T, H)
-    )
+    return Score(losses.reshape(B, T), found.reshape(B, T), gradient.reshape(B, T, H))

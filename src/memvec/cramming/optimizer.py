@@ -8,9 +8,24 @@ its neighbours are at 500) and moments that leave with the passage, so those are
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
+
+
+def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
+    """The rate of a passage's next move after it has moved so often.
+
+    A straight line from 0 over `warmup` moves, then half a cosine down to `lr_end` at move `decay`
+    (0: it stays), as transformers' cosine schedule with a least rate has it.
+    """
+    rate = torch.full_like(moved, recipe.lr)
+    if recipe.decay:
+        gone = (moved - recipe.warmup) / max(1, recipe.decay - recipe.warmup)
+        fall = 0.5 * (1 + torch.cos(torch.pi * gone.clamp(0, 1)))
+        rate = recipe.lr_end + (recipe.lr - recipe.lr_end) * fall
+    return rate * (moved / max(1, recipe.warmup)).clamp_max(1) if recipe.warmup else rate
 
 
 class Adam:
@@ -50,7 +65,8 @@ class Adam:
         change = mean.div_(scale)
         if self.weight_decay:
             change.add_(parameters, alpha=self.weight_decay)
-        parameters.sub_(change.mul_(self.recipe.lr).masked_fill_(~on, 0))
+        rate = learning_rate(count - 1, self.recipe)
+        parameters.sub_(change.mul_(rate).masked_fill_(~on, 0))
 
 
 OPTIMIZERS = {"adam": Adam, "adamw": Adam}

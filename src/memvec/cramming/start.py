@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM
@@ -42,15 +43,28 @@ def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Floa
     return torch.stack([rows[span].mean(0) for span in spans]) + 0.1 * noise(lm, ids, K, recipe)
 
 
-def encoder(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """The vectors that the model's one-pass encoder gives the passage."""
-    if lm.encoder is None:
-        raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
-    return lm.encoder.encode(lm, torch.tensor([list(ids)], device=lm.device), K)[0].cpu()
+def uniform(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Uniform in [0, 0.02), as progressive cramming was run (Tarasov et al. 2026, 'random0.02')."""
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    return 0.02 * torch.rand(K, lm.width, generator=generator)
+
+
+def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Where a fresh linear layer puts the first coefficients of low-dim coordinates."""
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    z, W = basis(recipe, K, lm.width)
+    bias = 2 * torch.rand(K, lm.width, generator=generator) - 1
+    vectors: Tensor = z @ W + bias / recipe.dimensions**0.5
+    return vectors
 
 
 Start = Callable[[FrozenLM, Sequence[int], int, Recipe], Float[Tensor, "K D"]]
-STARTS: dict[str, Start] = {"noise": noise, "embeddings": embeddings, "encoder": encoder}
+STARTS: dict[str, Start] = {
+    "noise": noise,
+    "embeddings": embeddings,
+    "uniform": uniform,
+    "linear": linear,
+}
 
 
 def start_vectors(
@@ -63,8 +77,10 @@ def start_vectors(
     name = recipe.start
     if name == "auto":
         name = "encoder" if lm.encoder is not None else "noise"
-    if name != "encoder" or lm.encoder is None:
+    if name != "encoder":
         return [STARTS[name](lm, ids, K, recipe) for ids in passages]
+    if lm.encoder is None:
+        raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
     found: dict[int, Tensor] = {}
     for T in sorted({len(ids) for ids in passages}):
         alike = [i for i, ids in enumerate(passages) if len(ids) == T]

@@ -1,0 +1,162 @@
+"""Published recipes against slow implementations for one passage, from their definitions.
+
+Kuratov et al. 2025, section 3 and 4; Tarasov et al. 2026, the method and the launcher of its
+progressive runs. Both use AdamW with betas 0.9 and weight decay 0.01; nothing here is shared with
+the package but the first vectors, and the matrix and coefficients that low-dim begins with.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import get_scheduler
+
+from conftest import passages, tiny
+from memvec.cramming.coordinates import COORDINATES, basis
+from memvec.cramming.engine import Engine
+from memvec.cramming.optimizer import learning_rate
+from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.start import start_vectors
+
+MOVES = 20
+D = 32
+
+
+def ours(recipe, passage, family):
+    """Vectors of the engine after each of the first moves."""
+    engine = Engine(tiny(family), recipe, seats=1)
+    engine.push(passage)
+    found = []
+    engine._seat_waiting(1)
+    for _ in range(MOVES):
+        engine.step()
+        found.append(engine.coordinates.vectors(engine.state["parameters"])[0].clone())
+    return found
+
+
+def kuratov(lm, ids, vector):
+    """The whole passage behind [vector, tokens]; what the vector itself predicts is thrown away."""
+    memory = torch.nn.Parameter(vector.clone())
+    optimizer = torch.optim.AdamW([memory], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
+    tokens = torch.tensor([ids])
+    found = []
+    for _ in range(MOVES):
+        inputs = torch.cat([memory[None], lm.embedding(tokens)], dim=1)
+        logits = lm.model(inputs_embeds=inputs).logits[:, 1:]
+        loss = cross_entropy(logits[0, :-1], tokens[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(memory.detach().clone())
+    return found
+
+
+def tarasov(lm, ids, vector, *, temperature=1.0, epsilon=0.0, reweigh=False, low_dim=None):
+    """Stages of one more token; a stage ends, without a step, when all its tokens are right."""
+    if low_dim is None:
+        memory = torch.nn.Parameter(vector.clone())
+        parameters, embedding = [memory], lambda: memory
+    else:
+        z, W = basis(low_dim, 1, D)
+        coefficients, layer = torch.nn.Parameter(z.clone()), torch.nn.Linear(len(z[0]), D)
+        with torch.no_grad():
+            layer.weight.copy_(W.T)
+            layer.bias.copy_((vector - z @ W)[0])
+        parameters = [coefficients, *layer.parameters()]
+
+        def embedding():
+            return layer(coefficients)
+
+    optimizer = torch.optim.AdamW(parameters, lr=0.5, betas=(0.9, 0.9), weight_decay=0.01)
+    rate = get_scheduler(
+        "cosine_with_min_lr", optimizer, 100, 10_000, scheduler_specific_kwargs={"min_lr": 1e-3}
+    )
+    tokens, stage, found, stages = torch.tensor(ids), 1, [], []
+    while len(found) < MOVES:
+        here = tokens[:stage]
+        inputs = torch.cat([embedding(), lm.embedding(here)])[None]
+        logits = lm.model(inputs_embeds=inputs).logits[0, :-1]
+        true = logits.gather(1, here[:, None])[:, 0]
+        others = logits.scatter(1, here[:, None], -torch.inf)
+        lead = (true - others.amax(1)).detach()
+        if bool((lead >= epsilon).all()):
+            stage += 1
+            continue
+        losses = cross_entropy(logits / temperature, here, reduction="none")
+        if reweigh:
+            deficit = (epsilon - lead).clamp_min(0)
+            loss = (losses * deficit).sum() / deficit.sum().clamp_min(1e-6)
+        else:
+            loss = losses.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        found.append(embedding().detach().clone())
+        stages.append(stage)
+    assert max(stages) > stages[0]  # or the stages were not looked at
+    return found
+
+
+PUBLISHED = {
+    "paper": kuratov,
+    "progressive": tarasov,
+    "temperature": lambda *a: tarasov(*a, temperature=0.25),
+    "margin": lambda *a: tarasov(*a, epsilon=0.5, reweigh=True),
+    "low-dim": lambda *a: tarasov(*a, low_dim=PRESETS["low-dim"]),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+@pytest.mark.parametrize("preset", sorted(PUBLISHED))
+def test_the_first_moves_are_the_publications(preset, family):
+    lm, (passage,) = tiny(family), passages(12, seed=30)
+    recipe = PRESETS[preset]
+    (start,) = start_vectors(lm, [passage.ids], 1, recipe)
+    theirs = PUBLISHED[preset](lm, passage.ids, start)
+    found = ours(recipe, passage, family)
+    for a, b in zip(found, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert float((found[-1] - start).abs().max()) > 0.05
+
+
+def test_every_published_preset_is_checked():
+    assert set(PUBLISHED) | {"default"} == set(PRESETS)
+
+
+def test_the_learning_rate_is_the_published_schedule():
+    recipe = Recipe(lr=0.5, warmup=10, decay=60, lr_end=1e-3)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    theirs = get_scheduler(
+        "cosine_with_min_lr", optimizer, 10, 60, scheduler_specific_kwargs={"min_lr": 1e-3}
+    )
+    for move in range(60):
+        (rate,) = theirs.get_last_lr()
+        assert float(learning_rate(torch.tensor([float(move)]), recipe)) == pytest.approx(
+            rate, abs=1e-7
+        )
+        optimizer.step()
+        theirs.step()
+    assert float(learning_rate(torch.tensor([1e6]), recipe)) == pytest.approx(1e-3)
+    assert learning_rate(torch.tensor([0.0, 7.0]), Recipe(lr=0.5)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", sorted(COORDINATES))
+@pytest.mark.parametrize("K", [1, 3])
+def test_coordinates_take_up_any_vectors(name, K):
+    vectors = torch.randn(2, K, D, generator=torch.Generator().manual_seed(6))
+    coordinates = COORDINATES[name](Recipe(dimensions=8), K, D)
+    found = coordinates.vectors(coordinates.parameters(vectors))
+    torch.testing.assert_close(found, vectors, rtol=0, atol=1e-6)
+
+
+def test_where_published_recipes_begin():
+    """Uniform in [0, 0.02); a linear layer's bias, uniform in +-1/sqrt(d), plus a little."""
+    lm, passage = tiny(), passages(5, seed=31)[0]
+    (uniform,) = start_vectors(lm, [passage.ids], 64, PRESETS["progressive"])
+    assert 0 <= float(uniform.min()) < 0.001 < 0.019 < float(uniform.max()) < 0.02
+    (linear,) = start_vectors(lm, [passage.ids], 64, PRESETS["low-dim"])
+    assert float(linear.std()) == pytest.approx((1 / 256 / 3 + 1e-4 / 9) ** 0.5, rel=0.2)
+    assert float(linear.mean()) == pytest.approx(0, abs=0.01)
