@@ -276,7 +276,7 @@ def test_doctor_of_no_model(command, tmp_path):
 
 def test_version_and_help(command):
     assert command("--version").out.decode() == f"memvec {memvec.__version__}\n"
-    for verb in ("cram", "decode", "verify", "inspect", "doctor"):
+    for verb in ("cram", "decode", "verify", "inspect", "export", "doctor"):
         ran = command(verb, "--help")
         assert ran.code == 0
         assert b"Examples" in ran.out

@@ -250,6 +250,49 @@ def inspect(file: FileArgument, json: JsonOption = False) -> None:
         display.inspect(mem, file)
 
 
+@app.command(
+    epilog=_examples(
+        "memvec export letter.mem --to transformers",
+        "memvec export letter.mem --to vllm --dtype bfloat16 -o letter.vllm",
+    )
+)
+def export(
+    file: FileArgument,
+    to: Annotated[str, typer.Option("--to", help="transformers, vllm, sglang, peft or npy.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder; default: FILE's name + .TO.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the model named in the file.")
+    ] = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype the target runs the model in; default: as crammed.")
+    ] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write the vectors for other software, certified in the type and layout that it reads."""
+    from memvec import display, interop
+    from memvec.errors import did_you_mean
+
+    if to not in interop.TARGETS:
+        raise MemvecError(f"unknown target '{to}': {did_you_mean(to, interop.TARGETS)}")
+    target = interop.TARGETS[to]
+    stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")
+    folder = output or Path(file).with_name(f"{stem}.{to}")
+    mem, lm = _open(file, model, revision, device, dtype or target.dtype)
+    manifest = interop.export(mem, lm, target, folder, force=force)
+    if json:
+        typer.echo(display.to_json({"folder": str(folder), **manifest}))
+    else:
+        display.say(
+            f"{folder}: {len(manifest['passages'])} passages for {target.says}, exact in "
+            f"{manifest['dtype']}."
+        )
+
+
 @app.command(epilog=_examples("memvec doctor", "memvec doctor --model EleutherAI/pythia-160m"))
 def doctor(
     model: ModelOption = "pocket",
