@@ -86,6 +86,12 @@ def cram(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens per passage; default: as many as fit by information.")
     ] = None,
+    one_step: Annotated[
+        bool,
+        typer.Option(
+            "--one-step", help="Two vectors a passage; one forward pass decodes all of its tokens."
+        ),
+    ] = False,
     preset: Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = "default",
     margin: Annotated[float | None, typer.Option(help=_field("margin"))] = None,
     steps: Annotated[int | None, typer.Option(help=_field("steps"))] = None,
@@ -128,6 +134,9 @@ def cram(
     recipe = Recipe.of(preset, **changes)
     if vectors < 1:
         raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
+    if one_step and vectors not in (1, 2):
+        raise MemvecError(f"--one-step takes two vectors a passage: leave out --vectors {vectors}.")
+    layout = "one-step" if one_step else "prefix"
     if tokens is not None and tokens < 1:
         raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
     if seats is not None and seats < 1:
@@ -150,6 +159,7 @@ def cram(
         "model": lm.description(),
         "recipe": recipe.record(),
         "vectors": vectors,
+        "layout": layout,
         "storage": storage.value,
         "version": __version__,
     }
@@ -166,6 +176,7 @@ def cram(
                 recipe=recipe,
                 seats=seats,
                 storage=storage.value,
+                layout=layout,
                 keep_text=keep_text,
                 journal=journal,
                 on_status=show,

@@ -25,6 +25,7 @@ from memvec.environment import environment
 from memvec.errors import MemvecError, did_you_mean
 from memvec.journal import Journal
 from memvec.lm import DTYPES, FrozenLM
+from memvec.onestep import laid_out
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
@@ -56,6 +57,7 @@ def cram(
     recipe: Recipe | None = None,
     seats: int | None = None,
     storage: str = "float32",
+    layout: str = "prefix",
     keep_text: bool = False,
     journal: Journal | None = None,
     on_status: Callable[[Status], None] | None = None,
@@ -65,6 +67,9 @@ def cram(
     `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
     `storage` is the dtype in which vectors are kept and certified. `keep_text` puts the text in the
     file too. `journal` remembers finished passages across interruptions.
+
+    `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
+    (memvec.onestep; `vectors` is then not looked at).
 
     A passage that does not become exact within the recipe's budget is halved and crammed again,
     down to one token per vector; what still fails is in the result, with `exact` false. Raises
@@ -79,6 +84,8 @@ def cram(
         text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
         for i, text in enumerate(texts)
     ]
+    lm = laid_out(lm, layout)
+    vectors = 2 if lm.layout == "one-step" else vectors
     return _Cramming(
         lm, documents, vectors, tokens, recipe, seats, DTYPES[storage], journal, on_status
     ).run(keep_text)
@@ -307,6 +314,7 @@ class _Cramming:
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
+            layout=self.lm.layout,
             recipe=self.recipe.record(),
             environment=environment(),
             documents=documents,

@@ -38,6 +38,10 @@ def decode_ids(
     `first` holds the given first tokens for the start rule 'first-token' (they are returned as
     part of the passage). `cached=False` is the slow reference path: one whole forward per token.
     """
+    if lm.layout == "one-step":
+        from memvec.onestep import decode_at_once
+
+        return decode_at_once(lm, vectors, lengths, start, batch)
     out: list[list[int]] = []
     for at in range(0, len(lengths), batch):
         rows = slice(at, at + batch)

@@ -214,7 +214,8 @@ def _figures(table: Table, s: Mapping[str, Any]) -> None:
         f"{100 * s['bit_utilisation']:.1f} % of bits, "
         f"{100 * s['token_utilisation']:.1f} % of tokens",
     )
-    table.add_row("smallest margin", f"{s['margin']:.2f} logits; start rule {s['start_rule']}")
+    read = f"start rule {s['start_rule']}" if s["layout"] == "prefix" else f"read {s['layout']}"
+    table.add_row("smallest margin", f"{s['margin']:.2f} logits; {read}")
     table.add_row(
         "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"
     )

@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -33,6 +33,8 @@ from memvec.memory import keep_freed_memory
 
 StartRule = Literal["vectors", "bos", "first-token"]
 START_RULES: tuple[StartRule, ...] = get_args(StartRule)
+Layout = Literal["prefix", "one-step"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POCKET = Path(__file__).parent / "pocket"
 
@@ -75,8 +77,11 @@ class FrozenLM:
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
     `embedding_std`, `fingerprint`, `encoder` (None for most models), `facts` (the model folder's
-    memvec.json: measured bits per vector).
+    memvec.json: measured bits per vector), `layout` (how vectors are read: 'prefix' here, in front
+    of a passage; memvec.onestep has the other one).
     """
+
+    layout: ClassVar[Layout] = "prefix"
 
     def __init__(
         self,
@@ -191,6 +196,10 @@ class FrozenLM:
         """
         predicted = ids.shape[1] - (start == "first-token")
         return self._run(self.inputs(vectors, ids, start), keep=predicted)
+
+    def inputs_before(self, K: int, start: StartRule) -> int:
+        """Inputs that a forward pass reads besides one for each predicted token."""
+        return K - 1 + (start != "vectors")
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""

@@ -35,7 +35,8 @@ from memvec.cramming.certify import Status
 from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
-from memvec.lm import DTYPES, Fingerprint, FrozenLM, StartRule
+from memvec.lm import DTYPES, Fingerprint, FrozenLM, Layout, StartRule
+from memvec.onestep import laid_out
 from memvec.passages.documents import restore
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ class Header(_Record):
     version: Literal[1] = 1
     model: dict[str, Any] = Field(description="FrozenLM.description()")
     start_rule: Literal["vectors", "bos", "first-token"]
+    layout: Layout = Field(
+        default="prefix",
+        description="how the model reads the vectors: in front of a passage, or (memvec.onestep) "
+        "two of them as [e, m, ..., m]",
+    )
     recipe: dict[str, Any]
     environment: dict[str, Any]
     documents: list[DocumentRecord]
@@ -118,6 +124,8 @@ class Header(_Record):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
+        if self.layout != "prefix" and self.start_rule != "vectors":
+            raise ValueError("one-step vectors are not followed by tokens")
         if sum(d.passages for d in self.documents) != len(self.passages):
             raise ValueError("the documents do not add up to the passages")
         return self
@@ -132,6 +140,8 @@ class MemVectors:
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
                 f"got {tuple(vectors.shape)}."
             )
+        if header.layout != "prefix" and vectors.shape[1] != 2:
+            raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
 
@@ -169,6 +179,7 @@ class MemVectors:
             "width": D,
             "storage": str(self.vectors.dtype).removeprefix("torch."),
             "start_rule": self.header.start_rule,
+            "layout": self.header.layout,
             "tokens": sum(p.tokens for p in self.passages),
             "tokens_per_vector": mean,
             "tokens_per_vector_error": error,
@@ -216,6 +227,7 @@ class MemVectors:
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """Token ids of every passage, decoded freely, right or wrong."""
         self.check_model(lm, force=force)
+        lm = laid_out(lm, self.header.layout)
         longest = max((p.tokens for p in self.passages), default=0)
         if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")

@@ -232,7 +232,7 @@ class Engine:
         self.optimizer.step(parameters, gradient, optimizer_state, moving)
         s["parameters"] = parameters
         # A passage pays for what counts for it, as if it were alone: not for its neighbours' width.
-        given = self.K - 1 + (self.start_rule != "vectors")
+        given = self.lm.inputs_before(self.K, self.start_rule)
         s["steps"] += moving
         s["spent"] += (counted + given) * moving
         self.steps += 1

@@ -72,6 +72,11 @@ def export(
 
 
 def _check(mem: MemVectors, lm: FrozenLM, target: Target, place: Path, force: bool) -> None:
+    if mem.header.layout != "prefix":
+        raise MemvecError(
+            f"one-step vectors are read in one forward pass, which no export is for: "
+            f"{target.name} generates token by token."
+        )
     mem.check_model(lm)
     dtype = str(lm.dtype).removeprefix("torch.")
     if target.dtype not in (None, dtype):

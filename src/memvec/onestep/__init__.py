@@ -1,0 +1,11 @@
+"""One-step decoding: two vectors, one forward pass, all tokens of a passage at once.
+
+Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation"
+(arXiv 2505.21189, EMNLP 2025): the frozen model reads [e, m, m, ..., m], as many inputs as the
+passage has tokens, and the output at position i is token i. Nothing is fed back, so nothing can be
+continued; a passage holds about half of what autoregressive decoding gets out of one vector.
+"""
+
+from memvec.onestep.reading import OneStep, decode_at_once, laid_out
+
+__all__ = ["OneStep", "decode_at_once", "laid_out"]

@@ -1,0 +1,184 @@
+"""One-step decoding: two vectors and one forward pass give a passage, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+from conftest import QUICK, FrozenLM, build, passages, reader, tiny
+from memvec import codec
+from memvec.cramming.certify import Outcome
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.interop import TARGETS, export
+from memvec.onestep import OneStep, laid_out
+from memvec.vectors import Header, MemVectors
+from test_families import as_mem
+
+FAMILIES = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba", "bloom", "gemma2", "falcon-h1"]
+ASKED = passages(4, 2, 3, 1)
+
+
+@functools.cache
+def crammed(family: str) -> list[Outcome]:
+    """One-step outcomes of a few passages, made once for all tests."""
+    engine = Engine(OneStep(tiny(family)), QUICK, vectors=2, seats=4)
+    return sorted(engine.run(ASKED), key=lambda o: o.passage.document)
+
+
+def as_one_step(family: str) -> MemVectors:
+    mem = as_mem(tiny(family), crammed(family), "vectors")
+    return MemVectors(mem.vectors, mem.header.model_copy(update={"layout": "one-step"}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_passage_comes_back_from_the_file_in_any_batch(family, tmp_path):
+    mem, lm = as_one_step(family), tiny(family)
+    assert mem.exact
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert again.header.layout == "one-step"
+    truth = [list(p.ids) for p in ASKED]
+    assert again.tokens(lm) == truth
+    one = OneStep(lm)
+    alone = [decode_ids(one, v[None], [len(t)])[0] for v, t in zip(mem.vectors, truth, strict=True)]
+    assert alone == truth
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "gemma2"])
+def test_the_model_s_own_forward_on_e_and_copies_of_m_says_the_same(family):
+    """Ids and bits computed a second way: one passage, one call of the whole model."""
+    model = tiny(family).model
+    for o in crammed(family):
+        e, m = o.vectors[:1], o.vectors[1:]
+        inputs = torch.cat([e, m.repeat(len(o.passage) - 1, 1)])[None]
+        with torch.no_grad():
+            logits = model(inputs_embeds=inputs, use_cache=False).logits[0].double()
+        ids = torch.tensor(o.passage.ids)
+        assert torch.equal(logits.argmax(-1), ids)
+        bits = -logits.log_softmax(-1)[torch.arange(len(ids)), ids].sum() / torch.tensor(2.0).log()
+        assert o.metrics.mem_bits == pytest.approx(float(bits), abs=1e-3)
+        others = logits.scatter(-1, ids[:, None], -torch.inf).amax(-1)
+        margin = (logits[torch.arange(len(ids)), ids] - others).min()
+        assert o.metrics.margin == pytest.approx(float(margin), abs=1e-3)
+        assert o.metrics.margin >= QUICK.margin - 1e-3
+
+
+def test_one_forward_pass_decodes_a_batch():
+    lm, calls = OneStep(FrozenLM(build("llama"), name="counted")), []
+    hook = lm.model.model.register_forward_hook(lambda *_: calls.append(1))
+    vectors = torch.stack([o.vectors for o in crammed("llama")])
+    decode_ids(lm, vectors, [len(p) for p in ASKED])
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_no_input_depends_on_a_token_and_none_is_spent_before_the_first():
+    lm, vectors = OneStep(tiny()), torch.stack([o.vectors for o in crammed("llama")])[:1]
+    a, b = (torch.full((1, 5), t) for t in (3, 9))
+    assert torch.equal(lm.states(vectors, a), lm.states(vectors, b))
+    assert lm.inputs(vectors, a).shape == (1, 5, lm.width)
+    single = next(o for o in crammed("llama") if len(o.passage) == 1)
+    assert single.spent == single.steps  # one input for one token
+
+
+def test_seats_are_independent_here_too():
+    lm = OneStep(tiny())
+    alone = [next(Engine(lm, QUICK, vectors=2, seats=1).run([p])) for p in ASKED[:2]]
+    for o, together in zip(alone, crammed("llama"), strict=False):
+        assert o.steps == together.steps
+        assert torch.allclose(o.vectors, together.vectors, atol=1e-3)
+
+
+def test_the_figures_without_vectors_are_the_same_as_ever():
+    ordinary = next(Engine(tiny(), QUICK, vectors=2, seats=1).run(ASKED[:1]))
+    one = crammed("llama")[0]
+    assert one.metrics.lm_bits == pytest.approx(ordinary.metrics.lm_bits, abs=1e-4)
+
+
+def test_a_view_leaves_the_model_as_it_was():
+    lm = reader()
+    view = laid_out(lm, "one-step")
+    assert (lm.layout, view.layout) == ("prefix", "one-step")
+    assert view.model is lm.model
+    assert laid_out(view, "one-step") is view
+    assert laid_out(lm, "prefix") is lm
+    vectors, ids = torch.zeros(1, 2, lm.width), torch.zeros(1, 3, dtype=torch.long)
+    assert lm.inputs(vectors, ids).shape[1] == 4
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_no_passage_is_longer_than_e_reaches(window):
+    """Where all layers see a sliding window, what e cannot reach is the same for every e."""
+    lm = FrozenLM(build("mistral", sliding_window=window), name="short-sighted")
+    one, reach = OneStep(lm), 2 * (window - 1) + 1
+    assert Engine(one, vectors=2).most_tokens() == reach
+    vectors = (torch.randn(1, 2, lm.width, generator=torch.manual_seed(0))).requires_grad_()
+    states = one.states(vectors, torch.zeros(1, reach + 1, dtype=torch.long))
+    for position, reached in ((reach - 1, True), (reach, False)):
+        (slope,) = torch.autograd.grad(states[0, position].sum(), vectors, retain_graph=True)
+        assert bool(slope[0, 0].any()) is reached
+    with pytest.raises(MemvecError, match=f"at most {reach} tokens"):
+        next(Engine(one, vectors=2).run(passages(reach + 1)))
+    assert OneStep(tiny("gemma2")).context == 128  # some of its layers see everything
+
+
+@pytest.mark.parametrize("rule", ["bos", "first-token"])
+def test_nothing_is_continued(rule):
+    lm = OneStep(tiny())
+    vectors = torch.stack([o.vectors for o in crammed("llama")])[:1]
+    with pytest.raises(MemvecError, match="continues no given tokens"):
+        decode_ids(lm, vectors, [3], start=rule, first=[5])
+    with pytest.raises(MemvecError, match="continues no given tokens"):
+        next(Engine(lm, Recipe(start_rule=rule), vectors=2).run(ASKED[:3]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_generates_token_by_token_is_refused(target, tmp_path):
+    with pytest.raises(MemvecError, match="one-step vectors are read in one forward pass"):
+        export(as_one_step("llama"), tiny(), TARGETS[target], tmp_path / "out")
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(MemvecError, match="did you mean 'one-step'"):
+        laid_out(tiny(), "onestep")
+    with pytest.raises(MemvecError, match="two vectors, e and m, not 1"):
+        next(Engine(OneStep(tiny()), vectors=1).run(ASKED))
+    header = as_one_step("llama").header
+    with pytest.raises(MemvecError, match="are two, e and m, not 3"):
+        MemVectors(torch.zeros(len(ASKED), 3, 32), header)
+    plain = header.model_dump_json()
+    with pytest.raises(ValueError, match="not followed by tokens"):
+        Header.model_validate_json(plain.replace('"start_rule":"vectors"', '"start_rule":"bos"'))
+    older = json.loads(plain)
+    del older["layout"]  # a file of before there were layouts
+    assert Header.model_validate(older).layout == "prefix"
+
+
+def test_the_command_crams_and_decodes(command, folder, tmp_path):
+    (tmp_path / "a.txt").write_text("the fox and the dog")
+    words = ["cram", tmp_path / "a.txt", "-m", folder, "--one-step", "-o", tmp_path / "a.mem"]
+    assert command(*words, "--vectors", "3").code == 2
+    options = ["--steps", 600, "--set", "patience=600", "--tokens", 2, "--json"]
+    ran = command(*words, *options)
+    assert ran.code == 0, ran.err
+    shown = json.loads(ran.out)
+    assert (shown["layout"], shown["vectors_per_passage"]) == ("one-step", 2)
+    assert command("decode", tmp_path / "a.mem").out == b"the fox and the dog"
+    assert command("verify", tmp_path / "a.mem").code == 0
+    assert "one-step" in command("inspect", tmp_path / "a.mem").out.decode()
+
+
+def test_lengths_come_from_what_one_step_holds(monkeypatch):
+    """Bits measured for vectors in front of a passage say nothing about these two."""
+    lm = reader()
+    monkeypatch.setattr(lm, "facts", {"bits_per_vector": {"1": 1e9}})
+    recipe = Recipe(steps=100, patience=40)
+    mem = codec.cram(lm, ["the cat sat on the mat"], layout="one-step", recipe=recipe)
+    assert mem.header.certificate is not None
+    assert codec.decode(mem, lm) == ["the cat sat on the mat"]
+    assert len(mem.passages) > 1
