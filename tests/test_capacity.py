@@ -24,8 +24,10 @@ def plane(C: float, n: int, seed: int, noise: float = 2.0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     H = rng.uniform(20, 300, n)
     left = np.maximum(0, H - C) + np.abs(rng.normal(0, noise, n))
+    names = [f"{seed} {i}" for i in range(n)]
+    accuracy = np.where(H > C, 0.7, 1.0)
     return pd.DataFrame(
-        {"lm_bits": H, "mem_bits": left, "passage_group": [f"{seed} {i}" for i in range(n)]}
+        {"lm_bits": H, "mem_bits": left, "accuracy": accuracy, "passage_group": names}
     )
 
 
@@ -45,6 +47,19 @@ def test_the_threshold_is_found_with_its_interval() -> None:
 def test_a_threshold_that_was_not_reached_is_not_claimed() -> None:
     assert not fit(plane(1000, 30, 0), draws=20).reached
     assert "undecided" in compare(plane(1000, 20, 0), plane(80, 20, 1), draws=20).verdict
+
+
+def test_bits_left_by_an_early_stop_are_not_a_threshold() -> None:
+    """Every passage comes back, with a tenth of its bits left: nothing was reached."""
+    rows = plane(1000, 40, 3)
+    rows["mem_bits"] = 0.15 * rows["lm_bits"]
+    found = fit(rows, draws=20)
+    assert not found.reached
+    assert found.capacity == pytest.approx(rows["lm_bits"].max())  # all that can be said
+    # The same among passages that did not come back does not move C either.
+    mixed = plane(150, 60, 3, noise=0.5)
+    mixed.loc[mixed["accuracy"] == 1, "mem_bits"] = 0.15 * mixed["lm_bits"]
+    assert fit(mixed, draws=20).capacity == pytest.approx(150, abs=3)
 
 
 def test_the_claim_is_tested_both_ways() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from conftest import reader
 from memvec.errors import MemvecError
+from memvec.passages import hub
 from memvec.passages.chunks import chunk, sentences, split_by_rule
 from memvec.passages.random_tokens import ordinary_tokens
 from memvec.passages.sources import SOURCES, Files, RandomTokens, RandomWords, Sampled, Source
@@ -126,3 +127,78 @@ def test_what_cannot_be_had_is_told(book: Path) -> None:
         list(Files(path=str(book / "book.txt")).passages(lm, 1, 100_000))
     with pytest.raises(MemvecError, match="could not be read from the Hub"):
         list(SOURCES["pg19"](name="p").passages(lm, 1, 4))
+
+
+# ---------------------------------------------------------------------- data sets of the Hub
+
+
+@pytest.fixture
+def chunk_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder laid out as the paper's chunk sets: split 'train', pandas' row number, 'text'."""
+    import datasets
+    import pandas as pd
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [f"{SENTENCES}This is chunk {i}. {SENTENCES}" for i in range(5)]
+    table = pd.DataFrame({"Unnamed: 0": range(6), "text": [*texts, None]})
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    table.to_csv(tmp_path / "chunks.csv", index=False)  # what `download_texts.sh` leaves
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["pg19", "fanfics"])
+def test_the_papers_chunk_sets_are_read_by_their_own_columns(chunk_set: Path, kind: str) -> None:
+    lm = reader()
+    from_set = SOURCES[kind](dataset=str(chunk_set / "set"))
+    from_csv = SOURCES[kind](path=str(chunk_set / "chunks.csv"))
+    for source in (from_set, from_csv):
+        found = list(source.passages(lm, 5, 12))
+        for i, one in enumerate(found):
+            # The paper's rule again: second half of the sentences, joined, first T tokens.
+            parts = sentences(f"{SENTENCES}This is chunk {i}. {SENTENCES}")
+            expected = lm.tokenize(" ".join(parts[len(parts) // 2 :]))[:12]
+            assert list(one.passage.ids) == expected
+        with pytest.raises(MemvecError, match="6 passages were asked of a source with 5 texts"):
+            list(source.passages(lm, 6, 12))  # the row without a text is none
+    assert SOURCES[kind](name="x").dataset.startswith("yurakuratov/")
+    with pytest.raises(MemvecError, match="has no column 'body'; it has Unnamed: 0, text"):
+        hub.hub_texts(str(chunk_set / "set"), column="body")
+    with pytest.raises(MemvecError, match="has no revision 'v1'"):
+        hub.hub_texts(str(chunk_set / "set"), revision="v1")
+
+
+def test_rows_of_a_hub_set_name_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    class Builder:
+        hash = "0123456789" * 4
+
+        def download_and_prepare(self) -> None: ...
+
+        def as_dataset(self, split: str) -> datasets.Dataset:
+            asked.append(split)
+            return datasets.Dataset.from_dict({"text": ["A.", "B."]})
+
+    def builder(name: str, revision: str | None) -> Builder:
+        asked.append((name, revision))
+        return Builder()
+
+    monkeypatch.setattr("datasets.load_dataset_builder", builder)
+    found = hub.hub_texts("owner/set", "validation", revision="main")
+    assert found == [("owner/set@012345678901 row 0", "A."), ("owner/set@012345678901 row 1", "B.")]
+    assert asked == [("owner/set", "main"), "validation"]
+
+
+def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "A."}\n{"text": ')
+    with pytest.raises(MemvecError, match=r"bad.jsonl line 2 is not JSON"):
+        read_texts("bad.jsonl", tmp_path)
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    with pytest.raises(MemvecError, match="line 1 is not an object"):
+        read_texts("list.jsonl", tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(MemvecError, match="is not UTF-8 text"):
+        read_texts("latin.txt", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,6 +22,7 @@ from memvec.study.cells import check_lengths, expand
 from memvec.study.check import check_study
 from memvec.study.export import export_rows
 from memvec.study.price import price, problems
+from memvec.study.row import Row
 from memvec.study.run import run_study
 from memvec.study.spec import parse_spec, read_spec
 from memvec.study.store import COLUMNS, Store
@@ -162,21 +164,75 @@ def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyP
     assert {"copy", "context", "needed_bits"} <= set(found["worst"])
 
 
-def test_the_check_sees_a_changed_row(
-    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_column_is_checked_in_one_of_three_ways() -> None:
+    kinds = (check_module.RECOMPUTED, check_module.BOUNDED, check_module.RECORDED)
+    assert sum(map(len, kinds)) == len(frozenset().union(*kinds))
+    assert frozenset().union(*kinds) == set(COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of two rows and a straight line, to falsify copies of."""
+    base = tmp_path_factory.mktemp("two")
+    text = HEAD + RUN.replace("exact", "geometry").replace("[8]", "[5]")
+    text += 'sources = ["random-tokens"]\npassages = 1\nseeds = [0, 1]\n'
+    run(spec_in(base, text + "recipe = { lr = 0.1, steps = 12 }\n"), base, base / "out")
+    return base / "out"
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_check_sees_a_falsified_column(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
     monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
-    run(spec_in(tmp_path, HEAD + RUN + "passages = 1\n"), tmp_path, tmp_path / "out")
-    for column in ("lm_bits", "mem_bits", "horizon_gain", "margin", "horizon", "token_gain"):
-        db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
-        db.execute(f"UPDATE rows SET {column} = {column} + 3")
-        db.commit()
-        wrong = check_study(tmp_path / "out")["wrong"]
-        assert any(f": {column} is stored" in sentence for sentence in wrong), column
-        db.execute(f"UPDATE rows SET {column} = {column} - 3")
+    shutil.copytree(two_rows, tmp_path / "out")
+    kind = Row.__annotations__[column]
+    changed = {
+        "int": f"{column} + 3",
+        "float": f"{column} + 3",
+        "bool": f"1 - {column}",
+        "str": f"{column} || 'x'",
+        "dict[str, Any]": """'{"needed_bits": 1.0, "copy": null}'""",
+    }[kind]
+    db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
+    db.execute(f"UPDATE rows SET {column} = {changed}")
+    db.commit()
+    db.close()
+    wrong = check_study(tmp_path / "out")["wrong"]
+    named = {"passage": "has no passage", "extra": "needed_bits is stored", "cell": "name a cell"}
+    named |= {"predicted": "does not hold the vectors"}  # it says where they end
+    if column in check_module.RECORDED and column != "cell":
+        assert any("changed after it was written" in s for s in wrong)
+    else:
+        assert any(named.get(column, f": {column} is stored as") in s for s in wrong), wrong
+
+
+def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    assert check_study(two_rows)["wrong"] == []
+    assert check_study(two_rows)["worst"]["paths"] < 1e-6
+    falsified = {
+        "UPDATE paths SET accuracy = replace(accuracy, substr(accuracy, 2, 3), '7.0')": "line is",
+        "UPDATE passages SET text = 'another'": "text is not that of its tokens",
+        "UPDATE cells SET length = 77": "length is stored as 77",
+        "UPDATE cells SET settings = replace(settings, ': 5', ': 6')": "settings are those of",
+    }
+    for i, (change, sentence) in enumerate(falsified.items()):
+        shutil.copytree(two_rows, tmp_path / str(i))
+        db = sqlite3.connect(tmp_path / str(i) / "study.sqlite")
+        assert db.execute(change).rowcount >= 1
         db.commit()
         db.close()
-    assert check_module.check_study(tmp_path / "out")["wrong"] == []
+        assert any(sentence in s for s in check_study(tmp_path / str(i))["wrong"]), sentence
+    for at, sentence in ((0, "does not hold the vectors"), (-8, "positions (margin without)")):
+        shutil.copytree(two_rows, tmp_path / sentence)
+        file = next((tmp_path / sentence / "vectors").glob("*.bin"))
+        data = bytearray(file.read_bytes())
+        data[at : at + 4] = b"\x00\x00\x00\x41"  # 8.0
+        file.write_bytes(data)
+        assert any(sentence in s for s in check_study(tmp_path / sentence)["wrong"]), sentence
 
 
 def test_another_text_under_a_study_is_refused(tmp_path: Path) -> None:

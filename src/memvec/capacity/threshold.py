@@ -5,9 +5,12 @@ below C nothing is left, above it a line of slope 1. C would then be the model's
 "independent of the kind of text", which the paper shows to the eye; here C is fitted for natural
 and for random text and the difference gets an interval.
 
+A passage whose accuracy is at least 0.99 counts as having nothing left: cramming stops at the first
+step at which every token is right, so the few bits it is left with say when it stopped, not what
+the vectors could not hold (taken as they are, they pull C down to the longest text that was tried).
 C minimises squared residuals. Intervals resample passages (a passage at several lengths is one
-draw), percentile method. Where no passage is left with more than a tenth of its bits the line was
-never reached and C is only bounded from below: `reached` is false.
+draw), percentile method. Where hardly a passage is beyond the threshold, C is only bounded from
+below by what was tried: `reached` is false.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from memvec.capacity.paper import THRESHOLD
 from memvec.capacity.protocol import Protocol
 
-REACHED = 0.1  # share of bits left that says a passage is above the threshold
-LEAST_ABOVE = 3  # passages above the threshold before C is called measured
+LEAST_ABOVE = 3  # passages beyond the threshold before C is called measured
 DRAWS = 400
 
 Floats = NDArray[np.float64]
@@ -93,7 +96,7 @@ def _lowest(x: Floats, y: Floats, w: Floats) -> float:
 
 
 def fit(rows: pd.DataFrame, seed: int = 0, draws: int = DRAWS) -> Fit:
-    """Fit C to rows (columns lm_bits, mem_bits, passage_group)."""
+    """Fit C to rows (columns lm_bits, mem_bits, accuracy, passage_group)."""
     return _fit(rows, _bootstrap(rows, seed, draws))
 
 
@@ -108,11 +111,17 @@ def compare(natural: pd.DataFrame, random: pd.DataFrame, draws: int = DRAWS) -> 
     return Difference(a, b, a.capacity - b.capacity, float(low), float(high), p)
 
 
+def bits_left(rows: pd.DataFrame) -> Floats:
+    """Bits left with vectors, none for a passage that came back (see above)."""
+    left: Floats = rows["mem_bits"].where(rows["accuracy"] < THRESHOLD, 0.0).to_numpy(float)
+    return left
+
+
 def _fit(rows: pd.DataFrame, bootstrap: Floats) -> Fit:
-    x, y = rows["lm_bits"].to_numpy(float), rows["mem_bits"].to_numpy(float)
+    x, y = rows["lm_bits"].to_numpy(float), bits_left(rows)
     capacity = fit_capacity(x, y)
     residual = y - np.maximum(0.0, x - capacity)
-    above = int((y > REACHED * x).sum())
+    above = int((rows["accuracy"] < THRESHOLD).sum())
     low, high = np.percentile(bootstrap, [2.5, 97.5])
     return Fit(
         capacity,
@@ -128,7 +137,7 @@ def _fit(rows: pd.DataFrame, bootstrap: Floats) -> Fit:
 def _bootstrap(rows: pd.DataFrame, seed: int, draws: int) -> Floats:
     """C of resampled passages: each passage weighs as often as it was drawn."""
     rows = rows.sort_values("lm_bits", kind="stable")
-    x, y = rows["lm_bits"].to_numpy(float), rows["mem_bits"].to_numpy(float)
+    x, y = rows["lm_bits"].to_numpy(float), bits_left(rows)
     group, names = pd.factorize(rows["passage_group"])
     n = len(names)
     rng = np.random.default_rng(seed)

@@ -37,8 +37,7 @@ def read_texts(
 
 def _read(file: Path, column: str, where: dict[str, str]) -> list[tuple[str, str]]:
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            return _rows([json.loads(line) for line in lines if line.strip()], file, column, where)
+        return _rows(_json_lines(file), file, column, where)
     if file.suffix in (".parquet", ".csv"):
         try:
             import pandas as pd
@@ -46,7 +45,27 @@ def _read(file: Path, column: str, where: dict[str, str]) -> list[tuple[str, str
             raise MemvecError(f"reading {file.name} needs pip install 'memvec[study]'.") from None
         frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
         return _rows(frame.to_dict("records"), file, column, where)
-    return [(file.stem, file.read_text(encoding="utf-8"))]
+    return [(file.stem, _utf8(file))]
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MemvecError(f"{file} is not UTF-8 text (byte {error.start}).") from None
+
+
+def _json_lines(file: Path) -> list[dict[str, object]]:
+    rows = []
+    for number, line in enumerate(_utf8(file).splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise MemvecError(f"{file} line {number} is not JSON: {error.msg}.") from None
+            if not isinstance(rows[-1], dict):
+                raise MemvecError(f"{file} line {number} is not an object with columns.")
+    return rows
 
 
 def _rows(
@@ -57,4 +76,6 @@ def _rows(
             f"{file} has no column '{column}'; it has {', '.join(map(str, rows[0]))}."
         )
     kept = [row for row in rows if all(str(row.get(k)) == v for k, v in where.items())]
-    return [(f"{file.stem} row {i}", str(row[column])) for i, row in enumerate(kept)]
+    # A row without a text (None, NaN) is not the text "None".
+    texts = [row.get(column) for row in kept]
+    return [(f"{file.stem} row {i}", t) for i, t in enumerate(texts) if isinstance(t, str)]

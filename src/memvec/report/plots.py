@@ -150,7 +150,8 @@ def planes(data: Data) -> Plot:
     return Plot(
         "planes",
         "The threshold plane (Figures 3 and 6)",
-        "One point per passage. Below C little is left, above it a line of slope 1.",
+        "One point per passage. Below C a passage comes back and little is left, above it stands a "
+        "line of slope 1; points at accuracy of at least 0.99 count as nothing left.",
         panels,
     )
 
@@ -233,6 +234,7 @@ def utilisation(data: Data, *, beside: bool) -> Plot:
             part = here[(here["model"] == model) & (here["vectors"] == here["vectors"].min())]
             if part.empty:
                 continue
+            part = part[part["length"] == part["length"].max()]
             facts, K = data.models[model], int(part["vectors"].iloc[0])
             D, V = int(facts["width"]), int(facts["vocabulary"])
             gain = mean_interval(part["horizon_token_gain"].tolist()).mean
@@ -242,7 +244,7 @@ def utilisation(data: Data, *, beside: bool) -> Plot:
             tokens.append((i, 100 * metrics.token_utilisation(gain, D, K, 16, V)))
             bits.append((i, 100 * metrics.bit_utilisation(information, D, K, 16)))
         limit = max([limit, *xs])
-        reached.append(Series(str(source), xs, ys, hover=[short(m) for m in models]))
+        reached.append(Series(str(source), xs, ys, hover=[short(models[i]) for i, _ in tokens]))
         for name, values in (("tokens", tokens), ("bits", bits)):
             share.append(
                 Series(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from importlib.resources import files
 from typing import Any
 
-LN2 = math.log(2.0)
+from memvec.metrics import LN2
 
 
 @functools.cache

@@ -1,11 +1,15 @@
-"""A slow, independent recomputation of every column from the stored vectors.
+"""A slow, independent recomputation of every column from the stored vectors, and a comparison.
 
-Nothing of the engine's or the certification's measurement is used: vectors and tokens go through
-the model's own forward as `inputs_embeds`, one passage at a time, one whole forward per decoded
-token; bits, margins and gains are summed in float64 with numpy.
+Three kinds of columns (a test sees that every column is of one of them):
+
+- recomputed from vectors and token ids (`recompute.py`);
+- costs that the recipe and the margin bound: the steps, the tokens of so many steps, the margin;
+- records of what happened, which nothing can recompute: these only the row's seal holds.
 
 Another order of the same sums flips an arg-max whose margin is about zero, so counts may differ by
 as many positions as have a margin below `TIE`; everything else must agree to `BITS` a token.
+Also compared: the bits and margins of every position, a cell's columns with its settings and key,
+a passage's text with its tokens, and the straight lines between restarts.
 """
 
 from __future__ import annotations
@@ -17,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from memvec.decoding import decode_ids, first_error
 from memvec.errors import MemvecError
+from memvec.study.cells import Cell
 from memvec.study.export import read_rows
+from memvec.study.recompute import Slow, line, recompute, start_rule
 from memvec.study.store import Store
 
 if TYPE_CHECKING:
@@ -30,14 +33,27 @@ if TYPE_CHECKING:
 
 TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05}  # logits
 BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # bits a token
+LINES = 200  # straight lines walked again, at most, when rows are sampled
 
-Floats = NDArray[np.float64]
+RECOMPUTED = frozenset(
+    (
+        *("passage", "tokens", "predicted", "exact", "horizon", "accuracy", "margin", "lm_bits"),
+        *("mem_bits", "information_gain", "token_gain", "lm_right", "horizon_gain"),
+        *("horizon_token_gain", "start_rule", "extra"),
+    )
+)
+BOUNDED = frozenset(["status", "margin_asked", "steps", "spent"])
+RECORDED = frozenset(["cell", "number", "seconds", "seats", "worker"])
 
 
 def check_study(
     folder: Path, *, model: str | None = None, sample: int = 0, device: str = "auto"
 ) -> dict[str, Any]:
-    """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences}."""
+    """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences}.
+
+    `sample`: so many rows spread over the study; 0: all. Raises MemvecError if the model is not
+    the study's.
+    """
     from memvec.lm import load_lm
 
     wrong: list[str] = []
@@ -45,115 +61,88 @@ def check_study(
     checked = 0
     with Store(folder) as store:
         frame = read_rows(store)
+        if strays := store.counts()[0] - len(frame):
+            wrong.append(f"{strays} rows name a cell that the study does not have.")
         if sample and sample < len(frame):
             frame = frame.iloc[np.linspace(0, len(frame) - 1, sample).astype(int)]
         for name, rows in frame.groupby("model", sort=False):
-            settings = json.loads(
-                store.db.execute(
-                    "SELECT description FROM cells WHERE cell=?", (rows.iloc[0]["cell"],)
-                ).fetchone()[0]
-            )
+            described, _ = _cell(store, str(rows.iloc[0]["cell"]))
             lm = load_lm(
                 model or str(name),
-                revision=settings["revision"] if model is None else None,
+                revision=described["revision"] if model is None else None,
                 device=device,
-                dtype=settings["dtype"],
+                dtype=described["dtype"],
             )
-            if lm.fingerprint.weights != settings["weights"]:
+            if lm.fingerprint.weights != described["weights"]:
                 raise MemvecError(f"{lm.name} has other weights than the study's {name}.")
-            for row in rows.to_dict("records"):
-                found = recompute(lm, store, row)
-                checked += 1
-                wrong += _compare(row, found, settings["dtype"], worst)
+            for key, group in rows.groupby("cell", sort=False):
+                _, cell = _cell(store, str(key))
+                wrong += _check_cell(store, str(key), cell)
+                for row in group.to_dict("records"):
+                    wrong += _check_row(lm, store, cell, row, described["dtype"], worst)
+                    checked += 1
+            wrong += _check_lines(lm, store, str(name), LINES if sample else 0, worst)
     return {"rows": checked, "worst": worst, "wrong": wrong}
 
 
-def recompute(lm: FrozenLM, store: Store, row: dict[str, Any]) -> dict[str, Any]:
-    """Every measured column of a row, from its vectors and its token ids."""
-    vectors, positions = store.tensors(row["cell"], row["number"])
-    _, ids, before = store.passage(row["passage"])
-    start, V = row["start_rule"], lm.vocab_size
-    given = int(start == "first-token")
-    n = len(ids) - given
-    middle = [lm.bos_id] if start == "bos" else []
-    table = _logits(lm, vectors.float(), [*middle, *ids])[-n - 1 : -1]
-    bits, margin = _bits_and_margins(table, ids[given:])
-    head = [lm.bos_id] if lm.bos_id is not None and start != "first-token" else []
-    own = _logits(lm, None, [*head, *ids])[:-1][-n:]
-    lm_bits, lm_margin = _bits_and_margins(own, ids[len(ids) - len(own) :])
-    if len(lm_bits) < n:  # no token starts a text: the first one costs log2 V
-        lm_bits = np.concatenate([[math.log2(V)], lm_bits])
-        lm_margin = np.concatenate([[-1.0], lm_margin])
-    first = [ids[0]] if given else None
-    decoded = decode_ids(
-        lm, vectors.float()[None], [len(ids)], start=start, first=first, cached=False
-    )[0]
-    error = first_error(decoded, ids)
-    h = n if error is None else error - given
-    right, base = margin > 0, lm_margin > 0
-    found: dict[str, Any] = {
-        "tokens": len(ids),
-        "predicted": n,
-        "exact": error is None,
-        "horizon": h,
-        "accuracy": float(right.mean()),
-        "margin": float(margin.min()),
-        "lm_bits": float(lm_bits.sum()),
-        "mem_bits": float(bits.sum()),
-        "information_gain": float(lm_bits.sum() - bits.sum()),
-        "token_gain": int(right.sum()) - int(base.sum()),
-        "lm_right": int(base.sum()),
-        "ties": int((np.abs(margin) < TIE[_dtype(lm)]).sum()),
-        "lm_ties": int((np.abs(lm_margin) < TIE[_dtype(lm)]).sum()),
-        "positions": float(np.abs(positions.numpy()[:2] - np.stack([lm_bits, bits])).max()),
-    }
-    h = int(row["horizon"])  # gains over the stored horizon, so that a flipped tie counts once
-    found["horizon_gain"] = float(lm_bits[:h].sum() - bits[:h].sum())
-    found["horizon_token_gain"] = int(right[:h].sum()) - int(base[:h].sum())
-    found["extra"] = _extras(lm, row, ids, before, given, lm_bits, lm_margin)
-    return found
+def _cell(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
+    """(what the model said of itself, the cell's settings)."""
+    description, settings = store.db.execute(
+        "SELECT description, settings FROM cells WHERE cell=?", (key,)
+    ).fetchone()
+    return json.loads(description), Cell(**json.loads(settings))
 
 
-def _extras(
+def _check_cell(store: Store, key: str, cell: Cell) -> list[str]:
+    """A cell's columns are its settings', and its key is their hash."""
+    wrong = [] if cell.key == key else [f"cell {key}: its settings are those of cell {cell.key}."]
+    names = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
+    kept = store.db.execute(f"SELECT {', '.join(names)} FROM cells WHERE cell=?", (key,)).fetchone()
+    for name, value in zip(names, kept, strict=True):
+        if value != getattr(cell, name):
+            wrong.append(
+                f"cell {key}: {name} is stored as {value} and its settings say "
+                f"{getattr(cell, name)}."
+            )
+    return wrong
+
+
+def _check_row(
     lm: FrozenLM,
+    store: Store,
+    cell: Cell,
     row: dict[str, Any],
-    ids: tuple[int, ...],
-    before: tuple[int, ...],
-    given: int,
-    lm_bits: Floats,
-    lm_margin: Floats,
-) -> dict[str, list[float]]:
-    """What protocols measured besides, as lists of numbers."""
-    from memvec.capacity.copy import BEFORE, BETWEEN
-
-    stored = json.loads(row["extra"])
-    found: dict[str, list[float]] = {}
-    head = [lm.bos_id] if lm.bos_id is not None else []
-    truth = ids[given:]
-
-    def after(prefix: list[int]) -> list[float]:
-        logits = _logits(lm, None, [*head, *prefix, *ids])[-len(truth) - 1 : -1]
-        bits, margin = _bits_and_margins(logits, truth)
-        return [float(bits.sum()), float((margin > 0).sum())]
-
-    for n in stored.get("context", {}):
-        found[f"context {n}"] = after(list(before[len(before) - int(n) :]))
-    if stored.get("copy"):
-        words = [lm.tokenize(w) if lm.tokenizer else [] for w in (BEFORE, BETWEEN)]
-        found["copy"] = after([*words[0], *ids, *words[1]])
-    if "needed_bits" in stored:
-        p = 2.0**-lm_bits
-        q = p * np.exp(-lm_margin)
-        needed = np.log2(q / (1 - p + q)) - np.log2(p)
-        found["needed_bits"] = [float(needed[lm_margin <= 0].sum())]
-    return found
+    dtype: str,
+    worst: dict[str, float],
+) -> list[str]:
+    """Sentences about one row; notes the largest difference of each column."""
+    place = f"cell {row['cell']} ({row['protocol']}, {row['source']}), passage {row['number']}"
+    try:
+        vectors, positions = store.tensors(row["cell"], row["number"])
+        _, ids, before = store.passage(row["passage"])
+    except MemvecError as error:
+        return [f"{place}: {error}"]
+    found = recompute(lm, cell, row, vectors, ids, before, TIE[dtype])
+    wrong = [f"{place}: {s}" for s in _compare(row, found, positions.numpy(), dtype, worst)]
+    if vectors.shape != (cell.vectors, lm.width) or not torch.isfinite(vectors.float()).all():
+        wrong.append(f"{place}: vectors are not {cell.vectors} x {lm.width} finite numbers.")
+    if not store.sealed(row["cell"], row["number"]):
+        wrong.append(f"{place}: the row was changed after it was written.")
+    if lm.tokenizer is not None:
+        text, pieces = store.db.execute(
+            "SELECT text, pieces FROM passages WHERE passage=?", (row["passage"],)
+        ).fetchone()
+        same = text == lm.text(ids).encode("utf-8", "surrogatepass")
+        if not same or json.loads(pieces) != [lm.text([i]) for i in ids]:
+            wrong.append(f"{place}: the passage's text is not that of its tokens.")
+    return wrong
 
 
 def _compare(
-    row: dict[str, Any], found: dict[str, Any], dtype: str, worst: dict[str, float]
+    row: dict[str, Any], found: Slow, positions: Any, dtype: str, worst: dict[str, float]
 ) -> list[str]:
-    """Sentences about columns that disagree; notes the largest difference of each column."""
-    n, ties, lm_ties = found["predicted"], found["ties"], found["lm_ties"]
+    """Sentences about columns that disagree."""
+    n, ties, lm_ties = int(found.columns["predicted"]), found.ties, found.lm_ties
     loose = BITS[dtype] * n
     allowed: dict[str, float] = {
         "tokens": 0,
@@ -173,25 +162,99 @@ def _compare(
     wrong = []
     for name, limit in allowed.items():
         stored = row[name]
-        gap = abs(float(stored) - float(found[name])) if stored is not None else math.inf
+        gap = abs(float(stored) - float(found.columns[name])) if stored is not None else math.inf
         if math.isfinite(gap):
             worst[name] = max(worst.get(name, 0.0), gap)
-        if gap > limit:
-            wrong.append(_sentence(row, name, stored, found[name]))
-    worst["positions"] = max(worst.get("positions", 0.0), found["positions"])
-    if found["positions"] > 50 * BITS[dtype]:
-        wrong.append(_sentence(row, "positions", "stored bits", found["positions"]))
-    kept = _flat(json.loads(row["extra"]))
-    if kept.keys() != found["extra"].keys():
-        wrong.append(_sentence(row, "extra", sorted(kept), sorted(found["extra"])))
-        return wrong
-    for name, values in found["extra"].items():
+        # Whatever ties do, a horizon lies within the passage and a whole one is exact.
+        possible = name != "horizon" or (0 <= stored <= n and (stored == n) == bool(row["exact"]))
+        if not gap <= limit or not possible:
+            wrong.append(_says(name, stored, found.columns[name]))
+    for name in ("passage", "start_rule"):
+        if row[name] != found.columns[name]:
+            wrong.append(_says(name, row[name], found.columns[name]))
+    return (
+        wrong
+        + _costs(row, found, dtype)
+        + _positions(found, positions, dtype, worst)
+        + _extra(row, found, n, loose, worst)
+    )
+
+
+def _costs(row: dict[str, Any], found: Slow, dtype: str) -> list[str]:
+    """What the recipe, the margin and the vectors allow of the costs and the status."""
+    wrong = []
+    for name, (least, most) in (("steps", found.steps), ("spent", found.spent)):
+        if not least <= row[name] <= most:
+            said = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            wrong.append(_says(name, row[name], said))
+    if not any(math.isclose(row["margin_asked"], m, rel_tol=1e-9) for m in found.margins):
+        wrong.append(_says("margin_asked", row["margin_asked"], f"one of {found.margins[:4]} ..."))
+    met = found.columns["margin"] >= row["margin_asked"] - TIE[dtype]
+    if row["status"] not in ("done", "budget", "not-finite") or (
+        row["status"] == "done" and not met
+    ):
+        wrong.append(_says("status", row["status"], "a passage whose margins are not met"))
+    return wrong
+
+
+def _positions(found: Slow, positions: Any, dtype: str, worst: dict[str, float]) -> list[str]:
+    """The stored bits and margins of every position."""
+    wrong = []
+    kinds = ((0, BITS[dtype] * 50), (1, BITS[dtype] * 50), (2, TIE[dtype]), (3, TIE[dtype]))
+    names = ("bits without vectors", "bits with", "margin with", "margin without")
+    for (i, limit), name in zip(kinds, names, strict=True):
+        gap = float(np.abs(positions[i] - found.positions[i]).max())
+        worst["positions"] = max(worst.get("positions", 0.0), gap)
+        if not gap <= limit:
+            wrong.append(f"positions ({name}) differ by {gap:.3g}.")
+    return wrong
+
+
+def _extra(
+    row: dict[str, Any], found: Slow, n: int, loose: float, worst: dict[str, float]
+) -> list[str]:
+    """What protocols measured besides."""
+    kept, wrong = _flat(json.loads(row["extra"])), []
+    if kept.keys() != found.extra.keys():
+        return [_says("extra", sorted(kept), sorted(found.extra))]
+    for name, values in found.extra.items():
         gaps = [abs(a - b) for a, b in zip(kept[name], values, strict=True)]
-        limits = [loose, n * 0.05 + 1]
         key = name.split()[0]
         worst[key] = max(worst.get(key, 0.0), gaps[0])
-        if any(gap > limit for gap, limit in zip(gaps, limits, strict=False)):
-            wrong.append(_sentence(row, name, kept[name], values))
+        limits = [loose, n * 0.05 + 1]
+        if any(not gap <= limit for gap, limit in zip(gaps, limits, strict=False)):
+            wrong.append(_says(name, kept[name], values))
+    return wrong
+
+
+def _check_lines(
+    lm: FrozenLM, store: Store, model: str, most: int, worst: dict[str, float]
+) -> list[str]:
+    """The straight lines between restarts, point by point."""
+    wrong = []
+    found = store.db.execute(
+        "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "
+        "WHERE model = ? ORDER BY position, second, number",
+        (model,),
+    ).fetchall()
+    for first, second, number, text in found[: most or None]:
+        place = f"cells {first} and {second}, passage {number}"
+        try:
+            _, ids, _ = store.passage(store.done(first).get(number, f"number {number}"))
+            a, b = (store.tensors(cell, number)[0] for cell in (first, second))
+        except MemvecError as error:
+            wrong.append(f"{place}: {error}")
+            continue
+        stored = json.loads(text)
+        start = start_rule(lm, _cell(store, first)[1])
+        again, near = line(lm, ids, a, b, start, len(stored))
+        n = len(ids) - (start == "first-token")
+        gaps = [abs(x - y) for x, y in zip(stored, again, strict=True)]
+        worst["paths"] = max(worst.get("paths", 0.0), *gaps)
+        if any(not gap <= k / n + 1e-6 for gap, k in zip(gaps, near, strict=True)):
+            wrong.append(
+                f"{place}: the straight line is stored as {stored} and recomputed as {again}."
+            )
     return wrong
 
 
@@ -206,38 +269,5 @@ def _flat(extra: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def _sentence(row: dict[str, Any], name: str, stored: Any, found: Any) -> str:
-    return (
-        f"cell {row['cell']} ({row['protocol']}, {row['source']}), passage {row['number']}: "
-        f"{name} is stored as {stored} and recomputed as {found}."
-    )
-
-
-@torch.no_grad()
-def _logits(lm: FrozenLM, vectors: Tensor | None, ids: list[int | None]) -> Floats:
-    """(K + N, V) logits of the model's own forward on [vectors, ids], float64."""
-    table = torch.tensor([[i for i in ids if i is not None]], device=lm.device)
-    if vectors is None:
-        out = lm.model(input_ids=table, use_cache=False)
-    else:
-        front = vectors.to(lm.device, lm.dtype)[None]
-        inputs = torch.cat([front, lm.embedding(table)], dim=1)
-        out = lm.model(inputs_embeds=inputs, use_cache=False)
-    logits: Floats = out.logits[0].double().cpu().numpy()
-    return logits
-
-
-def _bits_and_margins(logits: Floats, ids: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """Per position: -log2 p of the true token, and its logit minus the best other one."""
-    rows = np.arange(len(ids))
-    truth = np.asarray(ids)
-    top = logits.max(1, keepdims=True)
-    total = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
-    true = logits[rows, truth]
-    others = logits.copy()
-    others[rows, truth] = -np.inf
-    return (total - true) / math.log(2), true - others.max(1)
-
-
-def _dtype(lm: FrozenLM) -> str:
-    return str(lm.dtype).removeprefix("torch.")
+def _says(name: str, stored: Any, found: Any) -> str:
+    return f"{name} is stored as {stored} and recomputed as {found}."

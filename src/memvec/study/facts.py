@@ -1,7 +1,7 @@
 """Config facts of known models, so that a spec can be checked and priced without weights.
 
-From the models' published config.json files; parameters as published with the weights. A model
-that is a folder here is read from its own config.
+From the models' published config.json files; parameters as published with the weights. The
+built-in model, and any other folder, is read from its own config.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def facts_of(name: str) -> Facts | None:
     folder = POCKET if name == "pocket" else Path(name).expanduser()
     file = folder / "config.json"
     if not file.is_file():
-        return known.get(name)
+        return None
     config = json.loads(file.read_text("utf-8"))
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)

@@ -7,6 +7,9 @@
 A row is written when its passage is certified: tensors first (appended, fsync), then the row, in
 one transaction. A process killed between the two leaves bytes that no row names; the next writer
 cuts them off. One process writes at a time (a lock the kernel drops when it dies); any number read.
+
+`rows.seal` is a hash of everything else in the row, so that a value changed afterwards is seen even
+where nothing could recompute it (seconds, worker).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from memvec.passages.found import Found
 from memvec.study.cells import Planned
 from memvec.study.row import Finished, Row, Text
 
-SCHEMA = "1"  # raised when tables or the vectors' files change
+SCHEMA = "2"  # raised when tables or the vectors' files change
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 COLUMNS = {f.name: str(f.metadata["help"]) for f in fields(Row)}
@@ -58,7 +61,7 @@ CREATE TABLE IF NOT EXISTS passages (
 CREATE TABLE IF NOT EXISTS rows (
   {_ROWS},
   offset INTEGER NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL,
-  environment TEXT NOT NULL, finished TEXT NOT NULL,
+  environment TEXT NOT NULL, finished TEXT NOT NULL, seal TEXT NOT NULL,
   PRIMARY KEY (cell, number)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS paths (
   first TEXT NOT NULL, second TEXT NOT NULL, number INTEGER NOT NULL, accuracy TEXT NOT NULL,
@@ -206,19 +209,16 @@ class Store:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-            values = [_plain(getattr(row, name)) for name in COLUMNS]
-            marks = ",".join("?" * (len(values) + 5))
-            self.db.execute(
-                f"INSERT INTO rows VALUES ({marks})",
-                (
-                    *values,
-                    offset,
-                    len(data),
-                    hashlib.sha256(vectors).hexdigest(),
-                    self._environment,
-                    datetime.now(UTC).isoformat(timespec="seconds"),
-                ),
-            )
+            values = [
+                *(_plain(getattr(row, name)) for name in COLUMNS),
+                offset,
+                len(data),
+                hashlib.sha256(vectors).hexdigest(),
+                self._environment,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            ]
+            marks = ",".join("?" * (len(values) + 1))
+            self.db.execute(f"INSERT INTO rows VALUES ({marks})", (*values, _seal(values)))
         except (OSError, sqlite3.OperationalError) as error:
             raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
 
@@ -252,11 +252,14 @@ class Store:
 
         Raises MemvecError if the bytes are gone or are not the row's.
         """
-        offset, size, digest, predicted, K, storage = self.db.execute(
+        found = self.db.execute(
             "SELECT offset, size, digest, predicted, vectors, storage FROM rows JOIN cells "
             "USING (cell) WHERE cell=? AND number=?",
             (cell, number),
         ).fetchone()
+        if found is None:
+            raise MemvecError(f"{self.file} has no passage {number} of cell {cell}.")
+        offset, size, digest, predicted, K, storage = found
         file = self.vectors / f"{cell}.bin"
         try:
             with file.open("rb") as stream:
@@ -275,11 +278,21 @@ class Store:
         positions = torch.from_numpy(np.frombuffer(data[-tail:], dtype=np.float32).copy())
         return vectors, positions.reshape(4, -1)
 
+    def sealed(self, cell: str, number: int) -> bool:
+        """True if a row is as it was written."""
+        *values, seal = self.db.execute(
+            "SELECT * FROM rows WHERE cell=? AND number=?", (cell, number)
+        ).fetchone()
+        return bool(_seal(values) == seal)
+
     def passage(self, key: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """(name, token ids, tokens before) of a passage."""
-        name, ids, before = self.db.execute(
+        """(name, token ids, tokens before) of a passage. Raises MemvecError if it is not there."""
+        found = self.db.execute(
             "SELECT name, ids, before FROM passages WHERE passage=?", (key,)
         ).fetchone()
+        if found is None:
+            raise MemvecError(f"{self.file} has no passage {key}: damaged.")
+        name, ids, before = found
         return str(name), _from_bytes(ids), _from_bytes(before)
 
     # ------------------------------------------------------------------ inside
@@ -344,6 +357,14 @@ def _from_bytes(data: bytes) -> tuple[int, ...]:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _seal(values: Sequence[Any]) -> str:
+    """SHA-256 of a row's values as SQLite gives them back: NaN is NULL, REAL columns are floats."""
+    real = [f.type == "float" for f in fields(Row)] + [False] * (len(values) - len(COLUMNS))
+    plain = [float(v) if r and v is not None else v for v, r in zip(values, real, strict=True)]
+    plain = [None if isinstance(v, float) and v != v else v for v in plain]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
