@@ -315,7 +315,7 @@ class _Cramming:
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
             layout=self.lm.layout,
-            recipe=self.recipe.record(),
+            recipe=self.engine.recipe.record(),
             environment=environment(),
             documents=documents,
             passages=passages,
