@@ -135,9 +135,8 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     assert lies
     assert mem.exact
-    asked = mem.header.recipe["margin"]
-    assert mem.passages[0].margin_asked == pytest.approx(2 * asked)
-    assert {p.margin_asked for p in mem.passages[1:]} == {asked}
+    assert mem.passages[0].margin_asked == 1.0
+    assert {p.margin_asked for p in mem.passages[1:]} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +145,7 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
         ([], {}, "no text to cram"),
         ([""], {}, "text 0 is empty"),
         (["a", b""], {}, "text 1 is empty"),
-        (["a"], {"storage": "int8"}, "unknown storage 'int8'"),
+        (["a"], {"storage": "int3"}, "unknown storage 'int3'"),
         (["a"], {"vectors": 0}, "--vectors must be at least 1"),
         (["a"], {"seats": -1}, "--seats must be at least 1"),
         (["a"], {"tokens": 0}, "--tokens must be at least 1"),

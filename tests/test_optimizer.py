@@ -15,6 +15,7 @@ from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.schedule import SCHEDULES
 from memvec.errors import MemvecError
+from memvec.storage import storage_of
 
 B, K, D = 4, 2, 5
 
@@ -161,7 +162,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(name):
 def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
     vectors = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
     direct = COORDINATES["direct"](Recipe(), 1, 8)
-    stored = as_stored(direct.vectors(direct.parameters(vectors)), dtype)
+    stored = as_stored(direct.vectors(direct.parameters(vectors)), storage_of(dtype))
     assert stored.dtype == torch.float32
     assert torch.equal(stored, vectors.to(dtype).float())
     (gradient,) = torch.autograd.grad((stored * torch.arange(8.0)).sum(), vectors)

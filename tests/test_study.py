@@ -41,6 +41,7 @@ WRONG = [
     ('protocol = "exact"\nlengths = [8]\npassages = 0', "zero passages", "at least 1"),
     ('protocol = "exact"\nlengths = [0]', "lengths", "at least 1"),
     ('protocol = "exact"\nlengths = [8]\ncontexts = [4]', "contexts", "context"),
+    ('protocol = "exact"\nlengths = [8]\nrecipe = { corrections = 2 }', "corrections", "must be 0"),
     ('protocol = "exact"\nlengths = "eight"', "lengths", "eight"),
     ('protocol = "exact"', "needs 'lengths'", ""),
     ('protocol = "geometry"\nlengths = [8]\nrecipe = { start = "encoder" }', "restarts", "start"),

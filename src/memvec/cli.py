@@ -34,11 +34,13 @@ app.add_typer(study, name="study")
 
 
 class Storage(StrEnum):
-    """Dtypes in which vectors can be kept."""
+    """How vectors can be stored."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 def _field(name: str) -> str:
@@ -95,6 +97,7 @@ def cram(
     preset: Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = "default",
     margin: Annotated[float | None, typer.Option(help=_field("margin"))] = None,
     steps: Annotated[int | None, typer.Option(help=_field("steps"))] = None,
+    corrections: Annotated[int | None, typer.Option(help=_field("corrections"))] = None,
     start: Annotated[str | None, typer.Option(help=_field("start"))] = None,
     start_rule: Annotated[str | None, typer.Option(help=_field("start_rule"))] = None,
     seed: Annotated[int | None, typer.Option(help=_field("seed"))] = None,
@@ -103,7 +106,7 @@ def cram(
         typer.Option("--set", help="Any other field of the recipe, e.g. --set temperature=0.5."),
     ] = None,
     storage: Annotated[
-        Storage, typer.Option(help="Dtype of the stored vectors.")
+        Storage, typer.Option(help="How vectors are stored; integers have one scale per vector.")
     ] = Storage.float32,
     seats: Annotated[
         int | None, typer.Option(help="Passages crammed at once; default: fitted.")
@@ -121,6 +124,7 @@ def cram(
     changes: dict[str, Any] = {
         "margin": margin,
         "steps": steps,
+        "corrections": corrections,
         "start": start,
         "start_rule": start_rule,
         "seed": seed,

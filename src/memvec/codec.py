@@ -22,13 +22,14 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.start import ids_hash
 from memvec.decoding import BATCH
 from memvec.environment import environment
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError
 from memvec.journal import Journal
-from memvec.lm import DTYPES, FrozenLM
+from memvec.lm import FrozenLM
 from memvec.onestep import laid_out
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
+from memvec.storage import Storage, storage_of
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 
 FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps
@@ -65,8 +66,9 @@ def cram(
     """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's seats.
 
     `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
-    `storage` is the dtype in which vectors are kept and certified. `keep_text` puts the text in the
-    file too. `journal` remembers finished passages across interruptions.
+    `storage` is how vectors are stored and certified (a name of memvec.storage.STORAGES).
+    `keep_text` puts the text in the file too. `journal` remembers finished passages across
+    interruptions.
 
     `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
     (memvec.onestep; `vectors` is then not looked at).
@@ -76,8 +78,6 @@ def cram(
     MemvecError for bad input.
     """
     recipe = recipe or Recipe()
-    if storage not in DTYPES:
-        raise MemvecError(f"unknown storage '{storage}': {did_you_mean(storage, DTYPES)}")
     if not texts:
         raise MemvecError("there is no text to cram.")
     documents = [
@@ -87,7 +87,7 @@ def cram(
     lm = laid_out(lm, layout)
     vectors = 2 if lm.layout == "one-step" else vectors
     return _Cramming(
-        lm, documents, vectors, tokens, recipe, seats, DTYPES[storage], journal, on_status
+        lm, documents, vectors, tokens, recipe, seats, storage_of(storage), journal, on_status
     ).run(keep_text)
 
 
@@ -158,7 +158,7 @@ class _Cramming:
         tokens: int | None,
         recipe: Recipe,
         seats: int | None,
-        storage: torch.dtype,
+        storage: Storage,
         journal: Journal | None,
         on_status: Callable[[Status], None] | None,
     ) -> None:
@@ -295,6 +295,7 @@ class _Cramming:
                 steps=o.steps,
                 spent=o.spent,
                 seconds=o.seconds,
+                corrections=list(o.corrections),
                 **asdict(o.metrics),
             )
             for o in outcomes
@@ -315,7 +316,8 @@ class _Cramming:
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
             layout=self.lm.layout,
-            recipe=self.engine.recipe.record(),
+            packing=self.storage.packing,
+            recipe=self.recipe.record(),
             environment=environment(),
             documents=documents,
             passages=passages,
@@ -338,9 +340,10 @@ class _Cramming:
 
 
 def account(mem: MemVectors, text: bytes) -> dict[str, int]:
-    """Honest bytes of what was crammed: text, vectors with edits, real compressors beside them."""
+    """Honest bytes of what was crammed: text, vectors with corrections and edits, compressors."""
     s = mem.summary()
-    return metrics.byte_account(text, s["vector_bytes"] + s["edit_bytes"], s["lm_bits"])
+    size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
+    return metrics.byte_account(text, size, s["lm_bits"])
 
 
 def failures(mem: MemVectors) -> Iterable[str]:

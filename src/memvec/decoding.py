@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memvec.corrections import table
 from memvec.lm import FrozenLM, StartRule
 
 BATCH = 32  # passages decoded together; certification and users use the same number
@@ -30,18 +31,25 @@ def decode_ids(
     *,
     start: StartRule = "vectors",
     first: Sequence[int] | None = None,
+    corrections: Sequence[Iterable[tuple[int, int]]] | None = None,
     batch: int = BATCH,
     cached: bool = True,
 ) -> list[list[int]]:
     """Decode P passages greedily; returns their token ids, `lengths[p]` of them each.
 
     `first` holds the given first tokens for the start rule 'first-token' (they are returned as
-    part of the passage). `cached=False` is the slow reference path: one whole forward per token.
+    part of the passage). `corrections` lists (position, token id) for each passage: that token
+    takes the place of the model's own and is what the model reads next. `cached=False` is the slow
+    reference path: one whole forward per token.
     """
     if lm.layout == "one-step":
         from memvec.onestep import decode_at_once
 
-        return decode_at_once(lm, vectors, lengths, start, batch)
+        at_once = decode_at_once(lm, vectors, lengths, start, batch)
+        for ids, fixes in zip(at_once, corrections or [], strict=False):
+            for position, token in fixes:
+                ids[position] = token
+        return at_once
     out: list[list[int]] = []
     for at in range(0, len(lengths), batch):
         rows = slice(at, at + batch)
@@ -49,11 +57,13 @@ def decode_ids(
         prefix = lm.start_ids(given.to(lm.device), start)
         stepper = _cached_steps if cached else _uncached_steps
         wanted = max(lengths[rows]) - (start == "first-token")
-        tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, wanted))
+        listed = corrections[rows] if corrections else [()] * len(lengths[rows])
+        fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
+        tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
         if start == "first-token":
             tokens.insert(0, prefix[:, 0])
-        table = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
-        out += [row[:n] for row, n in zip(table, lengths[rows], strict=True)]
+        found = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
+        out += [row[:n] for row, n in zip(found, lengths[rows], strict=True)]
     return out
 
 
@@ -75,22 +85,26 @@ def cached_logits(
     return torch.stack(steps, dim=1)
 
 
-def _cached_steps(lm: FrozenLM, vectors: Tensor, prefix: Tensor, n: int) -> Iterator[Tensor]:
+def _cached_steps(lm: FrozenLM, vectors: Tensor, prefix: Tensor, fixed: Tensor) -> Iterator[Tensor]:
+    n = fixed.shape[1]
     if n < 1:
         return
     inputs = torch.cat([vectors.to(lm.dtype), lm.embed(prefix)], dim=1)
     logits, cache = _forward(lm, inputs_embeds=inputs)
     for i in range(n):
-        tokens = logits.argmax(-1)
+        tokens = torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
         yield tokens
         if i < n - 1:
             logits, cache = _forward(lm, cache, input_ids=tokens[:, None])
 
 
-def _uncached_steps(lm: FrozenLM, vectors: Tensor, prefix: Tensor, n: int) -> Iterator[Tensor]:
+def _uncached_steps(
+    lm: FrozenLM, vectors: Tensor, prefix: Tensor, fixed: Tensor
+) -> Iterator[Tensor]:
     inputs = torch.cat([vectors.to(lm.dtype), lm.embed(prefix)], dim=1)
-    for _ in range(n):
-        tokens = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -1].float().argmax(-1)
+    for i in range(fixed.shape[1]):
+        logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -1].float()
+        tokens = torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
         yield tokens
         inputs = torch.cat([inputs, lm.embed(tokens[:, None])], dim=1)
 

@@ -103,7 +103,9 @@ def inspect(mem: MemVectors, file: str) -> None:
     table.add_row("documents", f"{len(header.documents)}: {_safe(names)}{more}")
     _figures(table, s)
     table.add_row(
-        "bytes", f"text {s['text_bytes']}, vectors {s['vector_bytes']}, edits {s['edit_bytes']}"
+        "bytes",
+        f"text {s['text_bytes']}, vectors {s['vector_bytes']}, edits {s['edit_bytes']}, "
+        f"corrections {s['correction_bytes']}",
     )
     recipe = header.recipe
     table.add_row(
@@ -214,6 +216,10 @@ def _figures(table: Table, s: Mapping[str, Any]) -> None:
         f"{100 * s['bit_utilisation']:.1f} % of bits, "
         f"{100 * s['token_utilisation']:.1f} % of tokens",
     )
+    if s["corrections"]:
+        table.add_row(
+            "corrections", f"{s['corrections']} tokens listed, {s['correction_bytes']} bytes"
+        )
     read = f"start rule {s['start_rule']}" if s["layout"] == "prefix" else f"read {s['layout']}"
     table.add_row("smallest margin", f"{s['margin']:.2f} logits; {read}")
     table.add_row(

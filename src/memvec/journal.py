@@ -62,8 +62,10 @@ class Journal:
         record = json.loads(row[1])
         shape, dtype = record.pop("shape"), getattr(torch, record.pop("dtype"))
         numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(shape)
+        corrections = tuple((p, t) for p, t in record.pop("corrections", []))
         return Outcome(
             passage=passage,
+            corrections=corrections,
             vectors=numbers.to(dtype),
             metrics=PassageMetrics(**record.pop("metrics")),
             **record,
@@ -76,6 +78,7 @@ class Journal:
             for key in ("status", "margin_asked", "steps", "spent", "seconds", "exact")
         }
         record["metrics"] = asdict(outcome.metrics)
+        record["corrections"] = [list(pair) for pair in outcome.corrections]
         record["shape"] = list(outcome.vectors.shape)
         record["dtype"] = str(outcome.vectors.dtype).removeprefix("torch.")
         numbers = outcome.vectors.float().contiguous().numpy().tobytes()

@@ -53,17 +53,19 @@ def information_gain(bits: Float[Tensor, " T"], bits_without: Float[Tensor, " T"
     return float(bits_without.double().sum() - bits.double().sum())
 
 
-def theoretical_capacity(D: int, K: int, bits_per_number: int, V: int) -> float:
+def theoretical_capacity(D: int, K: int, bits_per_number: float | int, V: int) -> float:
     """Tokens that K vectors of D numbers could address: K D b / log2 V (section 3, eq. 5)."""
     return K * D * bits_per_number / math.log2(V)
 
 
-def token_utilisation(gain: float | int, D: int, K: int, bits_per_number: int, V: int) -> float:
+def token_utilisation(
+    gain: float | int, D: int, K: int, bits_per_number: float | int, V: int
+) -> float:
     """Token gain over theoretical capacity, as the paper reports it (Figure 5)."""
     return gain / theoretical_capacity(D, K, bits_per_number, V)
 
 
-def bit_utilisation(gain_bits: float, D: int, K: int, bits_per_number: int) -> float:
+def bit_utilisation(gain_bits: float, D: int, K: int, bits_per_number: float | int) -> float:
     """Information gain over the vectors' own bits: the stricter share, all in bits."""
     return gain_bits / (K * D * bits_per_number)
 

@@ -1,9 +1,10 @@
 """MemVectors: [mem] vectors with everything needed to decode and to believe them, in one file.
 
-The file is safetensors: one tensor `vectors` (P, K, D) in the storage dtype, and a JSON header that
-the classes below describe and validate. The text is not in it unless asked for. A digest over the
-header and the tensor's bytes finds every change; nothing is unpickled, and nothing is allocated
-that the file does not itself contain.
+The file is safetensors: the tensors of a storage (memvec.storage: `vectors` (P, K, D) as they are,
+or integer `codes` and `scales`), and a JSON header that the classes below describe and validate.
+The text is not in it unless asked for. A digest over the header and the tensors' bytes finds every
+change; nothing is unpickled, and nothing is allocated that the file does not itself contain (4-bit
+codes take eight times their size once they are numbers).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -30,14 +31,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from memvec import metrics
+from memvec import corrections, metrics
 from memvec.cramming.certify import Status
 from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
-from memvec.lm import DTYPES, Fingerprint, FrozenLM, Layout, StartRule
+from memvec.lm import Fingerprint, FrozenLM, Layout, StartRule
 from memvec.onestep import laid_out
 from memvec.passages.documents import restore
+from memvec.storage import STORAGES, PackingName, Storage
 
 if TYPE_CHECKING:
     from typing import Self
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
 FORMAT = "memvec"
 FORMAT_VERSION = 1
 LONGEST = 1_000_000  # tokens of one passage; no model reads more, and a header cannot claim it
+
+
+Position = Annotated[int, Field(ge=0, lt=LONGEST)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Record(BaseModel):
@@ -71,6 +77,16 @@ class PassageRecord(_Record):
     mem_bits: float = Field(description="H_mem, bits")
     information_gain: float = Field(description="H_LM - H_mem, bits")
     token_gain: int = Field(description="tokens right with the vectors minus without")
+    corrections: list[tuple[Position, TokenId]] = Field(
+        default_factory=list, description="positions, rising, and the token ids to put there"
+    )
+
+    @model_validator(mode="after")
+    def _corrects_itself(self) -> Self:
+        places = [position for position, _ in self.corrections]
+        if places != sorted(set(places)) or (places and places[-1] >= self.tokens):
+            raise ValueError("the corrections are not at rising positions of the passage")
+        return self
 
 
 class DocumentRecord(_Record):
@@ -108,6 +124,9 @@ class Header(_Record):
         description="how the model reads the vectors: in front of a passage, or (memvec.onestep) "
         "two of them as [e, m, ..., m]",
     )
+    packing: PackingName | None = Field(
+        default=None, description="integers that the numbers are stored as; none: as they are"
+    )
     recipe: dict[str, Any]
     environment: dict[str, Any]
     documents: list[DocumentRecord]
@@ -132,7 +151,11 @@ class Header(_Record):
 
 
 class MemVectors:
-    """P sets of K [mem] vectors, `vectors` (P, K, D) in the storage dtype, and a header."""
+    """P sets of K [mem] vectors, `vectors` (P, K, D), and a header.
+
+    The vectors are in the dtype they are stored in; those stored as integers are float32 here, the
+    very numbers that the integers stand for.
+    """
 
     def __init__(self, vectors: Tensor, header: Header) -> None:
         if vectors.dim() != 3 or len(vectors) != len(header.passages):
@@ -144,6 +167,12 @@ class MemVectors:
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
+        if header.packing is not None:
+            kept = self.vectors.float()
+            if not torch.equal(self.storage.rounded(kept), kept):
+                raise MemvecError(
+                    f"these vectors are not rounded to {header.packing}, as their header says."
+                )
 
     # ------------------------------------------------------------------ figures
 
@@ -159,14 +188,23 @@ class MemVectors:
 
     @property
     def size(self) -> int:
-        """Bytes of the vectors themselves."""
-        return self.vectors.numel() * self.vectors.element_size()
+        """Bytes of the vectors themselves as stored: packed codes and scales where there are."""
+        P, K, D = self.vectors.shape
+        return self.storage.size(P * K, D)
+
+    @property
+    def storage(self) -> Storage:
+        """How the vectors are stored. Raises MemvecError for a dtype that no file holds."""
+        name = self.header.packing or str(self.vectors.dtype).removeprefix("torch.")
+        if name not in STORAGES:
+            raise MemvecError(f"memvec does not store vectors as {name}.")
+        return STORAGES[name]
 
     def summary(self) -> dict[str, Any]:
         """The figures of the whole: tokens and bits per vector, utilisation, bytes.."""
         P, K, D = self.vectors.shape
         V = int(self.header.model.get("vocabulary", 2))
-        width = 8 * self.vectors.element_size()
+        width = 8 * self.size / max(1, self.vectors.numel())  # stored bits of a number
         gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
         per_vector = [p.tokens / K for p in self.passages]
@@ -177,7 +215,8 @@ class MemVectors:
             "passages": P,
             "vectors_per_passage": K,
             "width": D,
-            "storage": str(self.vectors.dtype).removeprefix("torch."),
+            "storage": self.storage.name,
+            "bits_per_number": width,
             "start_rule": self.header.start_rule,
             "layout": self.header.layout,
             "tokens": sum(p.tokens for p in self.passages),
@@ -201,6 +240,8 @@ class MemVectors:
             "edit_bytes": sum(
                 8 + len(new.encode()) for d in self.header.documents for _, _, new in d.edits
             ),
+            "corrections": sum(len(p.corrections) for p in self.passages),
+            "correction_bytes": corrections.size([p.corrections for p in self.passages]),
             "steps": sum(p.steps for p in self.passages),
             "spent": sum(p.spent for p in self.passages),
             "seconds": sum(p.seconds for p in self.passages),
@@ -237,7 +278,17 @@ class MemVectors:
             # A token that the model does not have (a forged file) is as wrong as any other.
             first = [min(p.first or 0, lm.vocab_size - 1) for p in self.passages]
         vectors = self.vectors.float()
-        return decode_ids(lm, vectors, [p.tokens for p in self.passages], start=rule, first=first)
+        return decode_ids(
+            lm,
+            vectors,
+            [p.tokens for p in self.passages],
+            start=rule,
+            first=first,
+            corrections=[
+                [(position, min(token, lm.vocab_size - 1)) for position, token in p.corrections]
+                for p in self.passages
+            ],
+        )
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
         """The bytes of every document. Raises like `tokens`."""
@@ -276,8 +327,9 @@ class MemVectors:
         if target.exists() and not force:
             raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
         header = self.header.model_dump_json()
-        digest = _digest(header, self.vectors)
-        data = to_safetensors({"vectors": self.vectors}, {"memvec": header, "sha256": digest})
+        tensors = self.storage.pack(self.vectors)
+        digest = _digest(header, tensors)
+        data = to_safetensors(tensors, {"memvec": header, "sha256": digest})
         write_atomically(target, data)
         return target
 
@@ -288,30 +340,43 @@ class MemVectors:
         try:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
-                if "memvec" not in metadata or set(opened.keys()) != {"vectors"}:
+                names = set(opened.keys())
+                if "memvec" not in metadata or names not in ({"vectors"}, {"codes", "scales"}):
                     raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
                 header = Header.model_validate_json(metadata["memvec"])
-                shape = opened.get_slice("vectors").get_shape()
+                if (header.packing is None) != (names == {"vectors"}):
+                    raise MemvecError(
+                        f"{file} claims the packing {header.packing} and does not hold it: it is "
+                        "damaged."
+                    )
+                first = "vectors" if header.packing is None else "codes"
+                shape = opened.get_slice(first).get_shape()
                 if len(shape) != 3 or shape[0] != len(header.passages) or 0 in shape:
                     raise MemvecError(
                         f"{file} claims {len(header.passages)} passages and holds vectors of shape "
                         f"{tuple(shape)}: it is damaged."
                     )
-                vectors = opened.get_tensor("vectors")
+                tensors = {name: opened.get_tensor(name) for name in sorted(names)}
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "header"
-            raise MemvecError(f"{file} has a damaged header ({where}: {first['msg']}).") from None
+            found = error.errors()[0]
+            where = ".".join(str(part) for part in found["loc"]) or "header"
+            raise MemvecError(f"{file} has a damaged header ({where}: {found['msg']}).") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise MemvecError(
                 f"{file} is not a file of [mem] vectors, or is truncated: {error}."
             ) from None
-        if vectors.dtype not in DTYPES.values():
-            raise MemvecError(f"{file} stores {vectors.dtype}, which memvec does not write.")
-        if _digest(metadata["memvec"], vectors) != metadata.get("sha256"):
+        dtype = str(tensors[first].dtype).removeprefix("torch.")
+        storage = STORAGES.get(header.packing or dtype)
+        if storage is None:
+            raise MemvecError(f"{file} stores {dtype}, which memvec does not write.")
+        if _digest(metadata["memvec"], tensors) != metadata.get("sha256"):
             raise MemvecError(
                 f"{file} was changed after it was written: its digest does not match."
             )
+        try:
+            vectors = storage.unpack(tensors)
+        except ValueError as error:
+            raise MemvecError(f"{file} {error}.") from None
         if not bool(torch.isfinite(vectors.float()).all()):
             raise MemvecError(f"{file} holds numbers that are not finite.")
         return cls(vectors, header)
@@ -362,9 +427,11 @@ def _umask() -> int:
     return mask
 
 
-def _digest(header: str, vectors: Tensor) -> str:
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
-    digest.update(vectors.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name in sorted(tensors):
+        flat = tensors[name].contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

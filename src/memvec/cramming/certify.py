@@ -15,10 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec import metrics
+from memvec.corrections import Corrections, pick
 from memvec.cramming.objective import CHUNK
 from memvec.decoding import decode_ids, first_error
 from memvec.lm import FrozenLM, StartRule
 from memvec.passages.passage import Passage
+from memvec.storage import Storage
 
 Status = Literal["done", "budget", "not-finite"]
 
@@ -28,7 +30,7 @@ class Finished:
     """A passage that left its seat: 'done' (every margin met), 'budget' or 'not-finite'."""
 
     passage: Passage
-    vectors: Tensor  # (K, D) float32, already rounded to the storage dtype
+    vectors: Tensor  # (K, D) float32, already rounded as they will be stored
     status: Status
     margin_asked: float
     steps: int
@@ -47,7 +49,7 @@ class PassageMetrics:
     predicted: int = field(metadata={"help": "tokens that had to come from the vectors"})
     horizon: int = field(metadata={"help": "leading tokens that free-running decoding gave back"})
     accuracy: float = field(metadata={"help": "teacher-forced accuracy"})
-    margin: float = field(metadata={"help": "smallest margin, logits"})
+    margin: float = field(metadata={"help": "smallest margin of tokens not corrected, logits"})
     lm_bits: float = field(metadata={"help": "H_LM: bits of the passage under the model alone"})
     mem_bits: float = field(metadata={"help": "H_mem: bits left with the vectors"})
     information_gain: float = field(metadata={"help": "H_LM - H_mem, bits"})
@@ -60,40 +62,60 @@ class PassageMetrics:
 
 @dataclass(frozen=True)
 class Outcome(Finished):
-    """A finished passage with its measures; `exact` is decided by free-running decoding alone."""
+    """A finished passage with its measures; `exact` is decided by free-running decoding alone.
+
+    Decoding puts the listed `corrections` in their places; there are none unless they were allowed.
+    """
 
     exact: bool
     metrics: PassageMetrics
+    corrections: Corrections = ()
 
 
 @torch.no_grad()
 def certify(
-    lm: FrozenLM, finished: Sequence[Finished], start: StartRule, storage: torch.dtype
+    lm: FrozenLM,
+    finished: Sequence[Finished],
+    start: StartRule,
+    storage: Storage,
+    corrections: int = 0,
 ) -> Iterator[Outcome]:
-    """Decode and measure finished passages in a batch, from the vectors as stored."""
+    """Decode and measure finished passages in a batch, from the vectors as stored.
+
+    Up to `corrections` tokens of each passage, those furthest below the margin asked, are listed.
+    """
     if not finished:
         return
-    # The very cast that a file makes; a reader sees these numbers and no others.
-    vectors = torch.stack([f.vectors.to(storage).float() for f in finished])
+    # The very rounding that a file makes; a reader sees these numbers and no others.
+    vectors = storage.rounded(torch.stack([f.vectors.float() for f in finished]))
     passages = [f.passage for f in finished]
     usable = torch.isfinite(vectors).flatten(1).all(1)
     vectors = torch.where(usable[:, None, None], vectors, 0.0)
+    given = int(start == "first-token")
+    found = positions(lm, vectors, passages, start)
+    listed = [
+        pick(row[: len(f.passage) - given], f.passage.ids, f.margin_asked, corrections)
+        for f, row in zip(finished, found[1], strict=True)
+    ]
     decoded = decode_ids(
         lm,
         vectors,
         [len(p) for p in passages],
         start=start,
         first=[p.ids[0] for p in passages] if start == "first-token" else None,
+        corrections=listed,
     )
-    measured = measure(lm, vectors, passages, start)
-    given = int(start == "first-token")
-    for f, kept, ids, figures in zip(finished, vectors, decoded, measured, strict=True):
+    measured = _figures(found, passages, start, listed)
+    for f, kept, ids, figures, fixed in zip(
+        finished, vectors, decoded, measured, listed, strict=True
+    ):
         error = first_error(ids, f.passage.ids)
         right = len(f.passage) - given if error is None else error - given
         yield Outcome(
-            **{**vars(f), "vectors": kept.to(storage)},  # a file holds finite numbers only
+            **{**vars(f), "vectors": kept.to(storage.dtype)},  # a file holds finite numbers only
             exact=error is None and bool(torch.isfinite(f.vectors).all()),
             metrics=PassageMetrics(**{**figures, "horizon": right}),
+            corrections=fixed,
         )
 
 
@@ -105,18 +127,30 @@ def measure(
     start: StartRule,
 ) -> list[dict[str, Any]]:
     """Teacher-forced measures of each passage, with its vectors and without."""
-    bits, margin, base_bits, base_margin = positions(lm, vectors, passages, start)
+    return _figures(positions(lm, vectors, passages, start), passages, start, [()] * len(passages))
+
+
+def _figures(
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    passages: Sequence[Passage],
+    start: StartRule,
+    listed: Sequence[Corrections],
+) -> list[dict[str, Any]]:
+    """The measures of `measure` from those of `positions`. Margins leave corrected tokens out."""
+    bits, margin, base_bits, base_margin = found
     given = int(start == "first-token")
     rows = []
     for i, passage in enumerate(passages):
         n = len(passage) - given
         right, right_without = margin[i, :n] > 0, base_margin[i, :n] > 0
+        fixed = {position - given for position, _ in listed[i]}
+        kept = [t for t in range(n) if t not in fixed]
         rows.append(
             {
                 "tokens": len(passage),
                 "predicted": n,
                 "accuracy": metrics.teacher_forced_accuracy(right),
-                "margin": float(margin[i, :n].min()),
+                "margin": float(margin[i, kept].min()),
                 "lm_bits": float(base_bits[i, :n].double().sum()),
                 "mem_bits": float(bits[i, :n].double().sum()),
                 "information_gain": metrics.information_gain(bits[i, :n], base_bits[i, :n]),

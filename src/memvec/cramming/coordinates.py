@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
+from memvec.storage import Storage
 
 
 class Coordinates(Protocol):
@@ -84,20 +85,20 @@ COORDINATES: dict[str, type[Coordinates]] = {"direct": Direct, "low-dim": LowDim
 
 
 class _Round(torch.autograd.Function):
-    """To a dtype and back, with the gradient passed straight through."""
+    """To what is stored and back, with the gradient passed straight through."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, dtype: torch.dtype) -> Tensor:
-        return vectors.to(dtype).to(vectors.dtype)
+    def forward(ctx: Any, vectors: Tensor, storage: Storage) -> Tensor:
+        return storage.rounded(vectors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0], None
 
 
-def as_stored(vectors: Float[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """What a reader of the file will see: rounded to the storage dtype, in float32."""
-    if dtype == vectors.dtype:
+def as_stored(vectors: Float[Tensor, "*shape"], storage: Storage) -> Float[Tensor, "*shape"]:
+    """What a reader of the file will see: rounded as it is stored, in float32."""
+    if storage.name == "float32":
         return vectors
-    rounded: Tensor = _Round.apply(vectors, dtype)  # type: ignore[no-untyped-call]
+    rounded: Tensor = _Round.apply(vectors, storage)  # type: ignore[no-untyped-call]
     return rounded

@@ -39,11 +39,11 @@ from memvec.cramming.start import start_vectors
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
-from memvec.metrics import horizon
 from memvec.passages.passage import Passage
+from memvec.storage import Storage, storage_of
 
-SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0
-COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
+SMALLEST_RAISE = 0.1  # logits; margin asked after a failed certification from margin 0
+COLUMNS = 32  # the forward pass is as long as the longest counted part, rounded up to this
 
 
 @dataclass
@@ -91,8 +91,8 @@ class Waiting:
 class Engine:
     """Crams passages with K vectors each, up to `seats` at once.
 
-    `storage` is the dtype in which vectors will be kept and are certified. `poll` is how many steps
-    pass between looks at who is done (a look makes the device wait). Raises MemvecError for
+    `storage` is how vectors will be stored and are certified (memvec.storage). `poll` is how many
+    steps pass between looks at who is done (a look makes the device wait). Raises MemvecError for
     settings that cannot work with the model.
     """
 
@@ -103,7 +103,7 @@ class Engine:
         *,
         vectors: int = 1,
         seats: int = 32,
-        storage: torch.dtype = torch.float32,
+        storage: str | torch.dtype | Storage = "float32",
         fixed_shapes: bool = False,
         poll: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -112,9 +112,9 @@ class Engine:
             raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
         if seats < 1:
             raise MemvecError(f"--seats must be at least 1, not {seats}.")
-        self.lm, self.K, self.seats = lm, vectors, seats
-        self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
-        self.storage, self.fixed_shapes, self.on_progress = storage, fixed_shapes, on_progress
+        self.lm, self.recipe, self.K, self.seats = lm, recipe or Recipe(), vectors, seats
+        self.storage = storage_of(storage)
+        self.fixed_shapes, self.on_progress = fixed_shapes, on_progress
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
@@ -143,7 +143,7 @@ class Engine:
 
     def push_again(self, outcome: Outcome) -> None:
         """Return a passage that was exact here and not elsewhere: on, with twice the margin."""
-        margin = max(2 * outcome.margin_asked, SMALLEST_RAISE * self.lm.logit_spread)
+        margin = max(2 * outcome.margin_asked, SMALLEST_RAISE)
         self.waiting.push(
             Job(
                 outcome.passage,
@@ -180,7 +180,10 @@ class Engine:
                 finished += self._unseat()
                 self._report()
             if len(finished) >= min(BATCH, -(-self.seats // 2)) or not self.jobs:
-                for outcome in certify(self.lm, finished, self.start_rule, self.storage):
+                certified = certify(
+                    self.lm, finished, self.start_rule, self.storage, self.recipe.corrections
+                )
+                for outcome in certified:
                     wrong = outcome.status == "done" and not outcome.exact
                     if wrong and self._may_go_on(outcome):
                         self.push_again(outcome)  # decoding disagrees with the margins
@@ -209,7 +212,8 @@ class Engine:
         column = torch.arange(width, device=margin.device)
         within = column < s["length"][:, None]
         right = (margin >= s["margin"][:, None]) & (margin > 0)
-        leading = torch.minimum(horizon(right | ~within), s["length"])
+        missed = ~right & within
+        leading = torch.minimum((missed.cumsum(-1) <= s["allowed"][:, None]).sum(-1), s["length"])
         reached = (right & within).sum(-1) if recipe.schedule == "whole" else leading
         better = reached > s["best"]
         s["best"] = torch.where(better, reached, s["best"])
@@ -282,6 +286,8 @@ class Engine:
         state = {
             "ids": ids.to(device),
             "length": length,
+            # Tokens that may be missed before the horizon ends: they will be listed.
+            "allowed": (length - 1).clamp_max(self.recipe.corrections),
             "margin": torch.tensor([job.margin for job in jobs], device=device),
             "parameters": parameters,
             "vectors": vectors.float(),  # the best measured so far, as stored

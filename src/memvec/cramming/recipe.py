@@ -17,7 +17,6 @@ OptimizerName = Literal["adam", "adamw"]
 ScheduleName = Literal["growing", "whole"]
 StartName = Literal["auto", "encoder", "noise", "embeddings", "uniform", "linear"]
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
-UnitName = Literal["spread", "logits"]
 
 
 def _says(default: Any, text: str) -> Any:
@@ -29,14 +28,9 @@ class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
     objective: ObjectiveName = _says("cross-entropy", "what is minimised")
-    temperature: float = _says(0.13, "logits are divided by this in the loss; the paper's: 1 logit")
+    temperature: float = _says(0.25, "logits are divided by this in the loss; 1 is the paper's")
     margin: float = _says(
-        0.28, "a token counts as right when its logit leads the best other one by this much"
-    )
-    unit: UnitName = _says(
-        "spread",
-        "what temperature and margin are counted in: 'spread', the standard deviation of the "
-        "model's logits over its vocabulary, so that one recipe fits all models; or 'logits'",
+        0.5, "a token counts as right when its logit leads the best other one by this much"
     )
     schedule: ScheduleName = _says(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
@@ -65,6 +59,9 @@ class Recipe:
     patience: int = _says(300, "steps without progress after which a passage is given up")
     budget: int = _says(
         0, "most forward-backward tokens for a passage, checked after each step; 0: no limit"
+    )
+    corrections: int = _says(
+        0, "tokens of a passage that may be listed in the file where the vectors miss them"
     )
     seed: int = _says(0, "seed; each passage adds its own from its token ids")
 
@@ -96,17 +93,6 @@ class Recipe:
             typed[name] = _convert(name, value, type(getattr(PRESETS[preset], name)))
         return replace(PRESETS[preset], **typed)
 
-    def in_logits(self, spread: float) -> Recipe:
-        """The same recipe for a model whose logits spread so far, with everything in logits."""
-        if self.unit == "logits":
-            return self
-        return replace(
-            self,
-            unit="logits",
-            temperature=self.temperature * spread,
-            margin=self.margin * spread,
-        )
-
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores."""
         return asdict(self)
@@ -119,10 +105,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(ScheduleName),
     "start": get_args(StartName),
     "start_rule": get_args(StartRuleName),
-    "unit": get_args(UnitName),
 }
 _LEAST: dict[str, float] = {
-    "temperature": 1e-6,
+    "temperature": 1e-3,
     "margin": 0.0,
     "look_ahead": 1,
     "dimensions": 1,
@@ -134,6 +119,7 @@ _LEAST: dict[str, float] = {
     "steps": 0,
     "patience": 1,
     "budget": 0,
+    "corrections": 0,
 }
 
 
@@ -156,7 +142,6 @@ def _convert(name: str, value: Any, kind: type) -> Any:
 # 10 000 in all; the first token is in the loss. The learning rate is 0.5 for Pythia and 0.1
 # elsewhere in its tables; in its sweep 0.5 or 1 is best for three of four models.
 _PROGRESSIVE = Recipe(
-    unit="logits",
     temperature=1.0,
     margin=0.0,
     schedule="growing",
@@ -183,7 +168,6 @@ PRESETS: dict[str, Recipe] = {
     "margin": replace(_PROGRESSIVE, objective="deficit", margin=0.5),
     # Kuratov et al., section 4 and the published train.py.
     "paper": Recipe(
-        unit="logits",
         temperature=1.0,
         margin=0.0,
         schedule="whole",

@@ -96,6 +96,11 @@ def _check(mem: MemVectors, lm: FrozenLM, target: Target, place: Path, force: bo
 
 def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
     record, rule = mem.passages[i], mem.header.start_rule
+    if record.corrections:
+        raise MemvecError(
+            f"passage {i} has corrections, which only 'memvec decode' puts in their places: cram "
+            "it without --corrections."
+        )
     given: tuple[int, ...] = ()
     if rule == "bos":
         if lm.bos_id is None:

@@ -186,5 +186,9 @@ def _check(spec: Spec, where: str) -> None:
                 raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
         if run.contexts is not None and "contexts" not in PROTOCOLS[run.protocol].options:
             raise MemvecError(f"{place} has no option 'contexts': it belongs to 'context'.")
+        if run.recipe.get("corrections"):
+            raise MemvecError(
+                f"{place}: a study measures what the vectors hold, so corrections must be 0."
+            )
         if run.protocol == "geometry" and run.recipe.get("start", "noise") == "encoder":
             raise MemvecError(f"{place}: restarts must differ, so start cannot be 'encoder'.")

@@ -16,7 +16,6 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.start import ids_hash
 from memvec.errors import MemvecError
-from memvec.lm import DTYPES
 from memvec.passages.found import Found
 from memvec.passages.sources import Source
 from memvec.study.cells import Cell
@@ -63,7 +62,7 @@ def cram_cell(
         recipe,
         vectors=cell.vectors,
         seats=seats,
-        storage=DTYPES[cell.storage],
+        storage=cell.storage,
         fixed_shapes=cell.fixed_shapes,
         on_progress=on_progress,
     )

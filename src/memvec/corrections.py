@@ -1,0 +1,71 @@
+"""Corrections: positions of a passage whose token is listed, because the vectors miss it.
+
+The last few tokens of a nearly full vector cost the most steps, or cannot be had at all; naming
+them outright costs two or three bytes each. Decoding feeds the listed token back in the place of
+the model's own, so that all that follows sees the true text; whatever is not listed must come from
+the vectors with margin, as ever. At least one token always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# (position in the passage, its token id), positions rising
+Corrections = tuple[tuple[int, int], ...]
+
+
+def most_allowed(asked: int, predicted: int) -> int:
+    """Corrections that a passage of this many predicted tokens may have: never all of them."""
+    return min(asked, predicted - 1)
+
+
+def pick(margins: Float[Tensor, " n"], ids: Sequence[int], asked: float, most: int) -> Corrections:
+    """Correct the positions that miss the margin asked, the worst ones first, `most` at most.
+
+    `margins` are teacher-forced, of the last n of the passage's `ids`. A margin of 0 is missed even
+    where 0 is asked: the arg-max is then a tie.
+    """
+    given = len(ids) - len(margins)
+    missed = [i for i, m in enumerate(margins.tolist()) if not (m >= asked and m > 0)]
+    worst = sorted(missed, key=lambda i: (float(margins[i]), i))[: most_allowed(most, len(margins))]
+    return tuple((given + i, ids[given + i]) for i in sorted(worst))
+
+
+def table(
+    corrections: Sequence[Iterable[tuple[int, int]]], columns: int, *, skip: int = 0
+) -> Int[Tensor, "B T"]:
+    """Token to put at each of `columns` positions behind the first `skip`, -1: the model's own."""
+    found = torch.full((len(corrections), columns), -1, dtype=torch.long)
+    for row, listed in zip(found, corrections, strict=True):
+        for position, token in listed:
+            if 0 <= position - skip < columns:
+                row[position - skip] = token
+    return found
+
+
+def size(passages: Sequence[Iterable[tuple[int, int]]]) -> int:
+    """Bytes of the corrections of a file's passages, as variable-length integers.
+
+    Per passage: v(count) + sum over its corrections of v(positions skipped since the last one)
+    + v(token id), where v(x) = ceil(bits of x / 7), at least 1 (LEB128). A file without a single
+    correction needs no such list: 0.
+    """
+    lists = [list(listed) for listed in passages]
+    if not any(lists):
+        return 0
+    total = 0
+    for listed in lists:
+        total += _bytes_of(len(listed))
+        last = -1
+        for position, token in listed:
+            total += _bytes_of(position - last - 1) + _bytes_of(token)
+            last = position
+    return total
+
+
+def _bytes_of(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))

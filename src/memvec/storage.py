@@ -1,0 +1,195 @@
+"""How the numbers of [mem] vectors are stored: float32, bfloat16, float16, int8 or int4.
+
+A storage says what a reader of the file will see (`rounded`), what the file holds (`pack`,
+`unpack`) and what that weighs (`size`). The engine optimises through `rounded`, certification
+decodes what `rounded` gives, and `unpack` of a file gives the same numbers to the bit: what was
+measured is what is stored.
+
+Integers are symmetric, with one scale per vector: number = code x scale, codes in -L..L with L 127
+(int8) or 7 (int4, two codes to a byte). The scale is the largest absolute number over L, kept as
+bfloat16, whose 8 significant bits make three things exact in float32: code x scale (15 bits), its
+division by the scale, and the largest code, which is always L (L times a relative error of 2^-9 is
+less than a half). Packing a vector that has been rounded therefore changes nothing, and a file
+whose numbers are not as `pack` makes them is a damaged one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.errors import MemvecError, did_you_mean
+
+SMALLEST_SCALE = torch.finfo(torch.bfloat16).smallest_normal  # below it a vector counts as zero
+
+
+PackingName = Literal["int8", "int4"]
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """One way to store vectors."""
+
+    @property
+    def name(self) -> str:
+        """Its name in STORAGES."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype in which unpacked vectors are held."""
+
+    @property
+    def packing(self) -> PackingName | None:
+        """The name, if integers stand for the numbers."""
+
+    def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        """The vectors as a reader will see them, in the dtype they came in (float32)."""
+
+    def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
+        """The tensors of a file, by name."""
+
+    def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
+        """The vectors in `dtype`. Raises ValueError for tensors that `pack` does not make."""
+
+    def size(self, vectors: int, D: int) -> int:
+        """Bytes of this many vectors of D numbers, scales included."""
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Floating-point numbers as they are, in one tensor `vectors` (P, K, D)."""
+
+    name: str
+    dtype: torch.dtype
+    packing: None = None
+
+    def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        """To the dtype and back."""
+        return vectors.to(self.dtype).to(vectors.dtype)
+
+    def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
+        """One tensor."""
+        return {"vectors": vectors.to(self.dtype).contiguous()}
+
+    def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
+        """The tensor, if it is of the dtype."""
+        vectors = tensors["vectors"]
+        if vectors.dtype != self.dtype:
+            raise ValueError(f"stores {vectors.dtype} for {self.name}, which memvec does not write")
+        return vectors
+
+    def size(self, vectors: int, D: int) -> int:
+        """Bytes of the numbers."""
+        return vectors * D * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Integer codes (P, K, D) and bfloat16 scales (P, K); 4-bit codes lie two to a byte.
+
+    A byte holds code + 8 of an even place in its low half and of the next place in its high half;
+    the half behind an odd D is 0, which no code is. Nothing about the shape is claimed elsewhere.
+    """
+
+    name: PackingName
+    bits: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def packing(self) -> PackingName:
+        """The name."""
+        return self.name
+
+    @property
+    def largest(self) -> int:
+        """L: codes are -L..L."""
+        return (1 << (self.bits - 1)) - 1
+
+    def _codes(
+        self, vectors: Float[Tensor, "*shape D"]
+    ) -> tuple[Float[Tensor, "*shape D"], Float[Tensor, "*shape 1"]]:
+        """Codes and scales, both in float32. A vector that is not finite has a NaN scale."""
+        scale = vectors.abs().amax(-1, keepdim=True) / self.largest
+        scale = scale.to(torch.bfloat16).float()
+        scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
+        scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+        codes = torch.where(scale == 0, 0.0, (vectors / scale).round())
+        # + 0.0 turns -0 into the 0 that a reader gets.
+        return codes.clamp(-self.largest, self.largest) + 0.0, scale
+
+    def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
+        """The nearest codes times the scale. Rounding twice is rounding once."""
+        codes, scale = self._codes(vectors)
+        return codes * scale
+
+    def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
+        """`codes` (P, K, D) int8, or (P, K, ceil(D / 2)) uint8 for 4 bits; `scales` (P, K)."""
+        numbers, scale = self._codes(vectors)
+        codes = numbers.to(torch.int8)
+        if self.bits == 4:
+            halves = (codes + 8).to(torch.uint8)
+            if halves.shape[-1] % 2:
+                halves = torch.nn.functional.pad(halves, (0, 1))
+            codes = halves[..., ::2] | halves[..., 1::2] << 4
+        return {
+            "codes": codes.contiguous(),
+            "scales": scale[..., 0].to(torch.bfloat16).contiguous(),
+        }
+
+    def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
+        """Codes times scales, after checking that `pack` gives back the very same tensors."""
+        codes, scales = tensors["codes"], tensors["scales"]
+        kind = torch.uint8 if self.bits == 4 else torch.int8
+        if (codes.dtype, scales.dtype) != (kind, torch.bfloat16):
+            raise ValueError(
+                f"stores {codes.dtype} and {scales.dtype} for {self.name}, "
+                "which memvec does not write"
+            )
+        if codes.dim() != 3 or scales.shape != codes.shape[:2] or 0 in codes.shape:
+            raise ValueError(
+                f"holds codes of shape {tuple(codes.shape)} and scales of shape "
+                f"{tuple(scales.shape)}: it is damaged"
+            )
+        if self.bits == 4:
+            halves = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+            if not bool(halves[..., -1].any()):
+                halves = halves[..., :-1]
+            numbers = halves.float() - 8
+        else:
+            numbers = codes.float()
+        vectors = numbers * scales.float()[..., None]
+        again = self.pack(vectors)
+        # Bytes are compared: a NaN scale is not equal to itself, and -0 is not a scale of ours.
+        if not all(
+            torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8))
+            for name in again
+        ):
+            raise ValueError(f"holds codes and scales that {self.name} does not make")
+        return vectors
+
+    def size(self, vectors: int, D: int) -> int:
+        """Bytes of the codes, the half byte behind an odd D included, and of the scales."""
+        return vectors * (-(-D * self.bits // 8) + torch.bfloat16.itemsize)
+
+
+STORAGES: dict[str, Storage] = {
+    "float32": Floats("float32", torch.float32),
+    "bfloat16": Floats("bfloat16", torch.bfloat16),
+    "float16": Floats("float16", torch.float16),
+    "int8": Integers("int8", 8),
+    "int4": Integers("int4", 4),
+}
+
+
+def storage_of(kind: str | torch.dtype | Storage) -> Storage:
+    """A storage by name, or by its torch dtype. Raises MemvecError for an unknown one."""
+    if not isinstance(kind, str | torch.dtype):
+        return kind
+    name = str(kind).removeprefix("torch.")
+    if name not in STORAGES:
+        raise MemvecError(f"unknown storage '{name}': {did_you_mean(name, STORAGES)}")
+    return STORAGES[name]

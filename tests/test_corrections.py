@@ -1,0 +1,193 @@
+"""Corrections: listed tokens are put in their places, counted in bytes, and certified."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import QUICK, V, passages, reader, tiny
+from memvec import codec
+from memvec.corrections import pick, size, table
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.interop import TARGETS, export
+from memvec.journal import Journal
+from memvec.lm import START_RULES
+from memvec.onestep import laid_out
+from memvec.vectors import MemVectors, PassageRecord
+from test_vectors import forged
+
+TEXT = "the cat sat on the lazy dog"
+
+
+def leb128(number: int) -> bytes:
+    """The plain encoder whose length `size` counts."""
+    out = bytearray()
+    while number >= 128:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sizes_are_those_of_the_written_integers(seed):
+    random_ = random.Random(seed)
+    lists = []
+    for _ in range(random_.randrange(1, 5)):
+        places = sorted(random_.sample(range(40_000), random_.randrange(0, 200)))
+        lists.append([(p, random_.randrange(2 ** random_.randrange(1, 20))) for p in places])
+    written = b""
+    for listed in lists:
+        written += leb128(len(listed))
+        for before, (position, token) in zip([(-1, 0), *listed], listed, strict=False):
+            written += leb128(position - before[0] - 1) + leb128(token)
+    assert size(lists) == (len(written) if any(lists) else 0)
+
+
+def test_nothing_listed_costs_nothing():
+    assert size([]) == size([[], []]) == 0
+    assert size([[], [(0, 127)], []]) == 1 + 3 + 1
+    assert size([[(128, 128)]]) == 1 + 2 + 2
+
+
+def test_the_worst_are_picked_and_one_token_is_always_left():
+    margins, ids = torch.tensor([2.0, 0.3, -1.0, 0.5, 0.0]), [10, 11, 12, 13, 14]
+    assert pick(margins, ids, 0.5, 0) == ()
+    assert pick(margins, ids, 0.5, 1) == ((2, 12),)
+    assert pick(margins, ids, 0.5, 2) == ((2, 12), (4, 14))
+    assert pick(margins, ids, 0.5, 9) == ((1, 11), (2, 12), (4, 14))
+    assert pick(margins, ids, 0.0, 9) == ((2, 12), (4, 14))  # a margin of 0 is a tie
+    assert len(pick(margins - 9, ids, 0.5, 9)) == 4
+    assert pick(margins[1:], ids, 0.5, 1) == ((2, 12),)  # the first token was given
+
+
+def test_the_table_puts_tokens_in_their_columns():
+    found = table([[(0, 5), (3, 7)], []], 4)
+    assert found.tolist() == [[5, -1, -1, 7], [-1] * 4]
+    assert table([[(0, 5), (3, 7)]], 3, skip=1).tolist() == [[-1, -1, 7]]
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_decoding_reads_the_corrected_token(family, rule):
+    """Against a loop with nothing but logits; the tokens behind a correction depend on it."""
+    lm, (passage,) = tiny(family), passages(8, seed=3)
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    fixed = [[(2, 5), (6, 9)], [], [(1, 3)]]
+    given, first = int(rule == "first-token"), [passage.ids[0]] * 3
+    expected = []
+    for v, listed in zip(vectors, fixed, strict=True):
+        ids = [passage.ids[0]] * given
+        while len(ids) < 8:
+            logits = lm.logits(v[None], torch.tensor([[*ids, 0]]), rule)[0, -1]
+            ids.append(dict(listed).get(len(ids), int(logits.argmax())))
+        expected.append(ids)
+    for cached in (True, False):
+        found = decode_ids(
+            lm, vectors, [8] * 3, start=rule, first=first, corrections=fixed, cached=cached
+        )
+        assert found == expected
+
+
+@pytest.mark.parametrize(("schedule", "storage"), [("growing", "int4"), ("whole", "float32")])
+def test_a_passage_that_vectors_alone_cannot_hold_is_finished(schedule, storage):
+    """As many steps, more tokens; and what is not listed is right with margin."""
+    lm, asked = tiny(), passages(10, 10, seed=4)
+    recipe = replace(QUICK, steps=150, schedule=schedule)
+    alone = list(Engine(lm, recipe, vectors=1, storage=storage).run(asked))
+    helped = list(Engine(lm, replace(recipe, corrections=7), vectors=1, storage=storage).run(asked))
+    assert not any(o.exact or o.corrections for o in alone)
+    for o in helped:
+        assert o.exact
+        assert o.status == "done"
+        assert 0 < len(o.corrections) <= 7
+        assert all(o.passage.ids[position] == token for position, token in o.corrections)
+        assert o.metrics.margin >= o.margin_asked - 1e-4
+        assert o.metrics.horizon == 10
+        for cached in (True, False):
+            options = {"corrections": [o.corrections], "cached": cached}
+            (found,) = decode_ids(lm, o.vectors.float()[None], [10], **options)
+            assert tuple(found) == o.passage.ids
+        (without,) = decode_ids(lm, o.vectors.float()[None], [10])
+        if any(o.passage.ids[at] != without[at] for at, _ in o.corrections):
+            assert tuple(without) != o.passage.ids
+
+
+def test_one_step_decoding_has_corrections_too():
+    lm, asked = laid_out(tiny(), "one-step"), passages(10, 10, seed=4)
+    recipe = replace(QUICK, steps=150, corrections=8)
+    for o in Engine(lm, recipe, vectors=2).run(asked):
+        assert (o.exact, bool(o.corrections)) == (True, True)
+        ids = [list(o.passage.ids)]
+        assert decode_ids(lm, o.vectors[None], [10], corrections=[o.corrections]) == ids
+        assert decode_ids(lm, o.vectors[None], [10]) != ids
+
+
+def test_the_file_holds_its_corrections(tmp_path):
+    lm = reader()
+    recipe = Recipe(steps=200, patience=200, corrections=2)
+    journal = Journal(tmp_path / "a.partial", {})
+    options = {"vectors": 1, "tokens": 4, "recipe": recipe}
+    mem = codec.cram(lm, [TEXT], journal=journal, **options)
+    assert mem.exact
+    listed = [p.corrections for p in mem.passages]
+    assert any(listed)
+    assert max(map(len, listed)) <= 2
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert again.header == mem.header
+    assert codec.decode(again, lm) == [TEXT]
+    s = again.summary()
+    assert s["corrections"] == sum(map(len, listed))
+    assert s["correction_bytes"] == size(listed) > 0
+    account = codec.account(again, TEXT.encode())
+    assert account["vectors"] == s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
+    with pytest.raises(MemvecError, match="has corrections, which only 'memvec decode'"):
+        export(mem, lm, TARGETS["npy"], tmp_path / "exported")
+    # Taken up from the journal alone, they are still there.
+    known = codec.cram(lm, [TEXT], journal=journal, **options)
+    journal.close()
+    assert [p.corrections for p in known.passages] == listed
+    # A correction that was tampered with is refused, or its passage does not hash.
+    i = next(i for i, each in enumerate(listed) if each)
+    (position, token), *_ = listed[i]
+    for other in ([position, (token + 1) % V], [position, 2**31 - 1]):
+        wrong = forged(mem, tmp_path / "b.mem", **{f"passages__{i}__corrections": [other]})
+        with pytest.raises(MemvecError, match=f"passage {i} did not come back"):
+            codec.decode(MemVectors.load(wrong), lm)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [[[-1, 0]], [[0, -1]], [[0, 2**31]], [[4, 0]], [[1, 0], [1, 0]], [[1, 0], [0, 0]], [[0]], [7]],
+    ids=str,
+)
+def test_corrections_that_are_not_in_the_passage_are_refused(tmp_path, listed):
+    record = {f.alias or n: f.default for n, f in PassageRecord.model_fields.items()}
+    record |= {"tokens": 4, "sha256": "0" * 64, "exact": True, "status": "done", "margin_asked": 0}
+    record |= {"steps": 0, "spent": 0, "seconds": 0, "predicted": 4, "horizon": 4, "accuracy": 1}
+    record |= {"margin": 1, "lm_bits": 1, "mem_bits": 1, "information_gain": 1, "token_gain": 1}
+    assert PassageRecord(**record | {"corrections": [[0, 3], [3, 1]]}).corrections
+    with pytest.raises(ValueError, match="corrections"):
+        PassageRecord(**record | {"corrections": listed})
+
+
+def test_on_the_command_line(command, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letter.txt").write_text(TEXT[:11])
+    options = ["-m", folder, "--tokens", 3, "--steps", 300]
+    ran = command("cram", "letter.txt", *options, "--corrections", 2, "--storage", "int8", "--json")
+    assert (ran.code, json.loads(ran.out)["storage"]) == (0, "int8")
+    assert command("decode", "letter.mem").out == TEXT[:11].encode()
+    seen = json.loads(command("inspect", "letter.mem", "--json").out)
+    assert seen["recipe"]["corrections"] == 2
+    assert seen["corrections"] > 0
+    shown = command("inspect", "letter.mem").out.decode()
+    assert f"{seen['corrections']} tokens listed, {seen['correction_bytes']} bytes" in shown
+    sentence = command("cram", "letter.txt", *options, "--corrections", -1, "--force").sentence
+    assert "--corrections must be at least 0" in sentence

@@ -1,0 +1,221 @@
+"""Fewer bits: what is stored is what was measured, packed bytes are counted, damage is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+
+from conftest import QUICK, passages, reader, tiny
+from memvec import codec
+from memvec.cramming.coordinates import as_stored
+from memvec.cramming.engine import Engine
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError, NotExactError
+from memvec.storage import STORAGES, storage_of
+from memvec.vectors import MemVectors
+
+PACKED = ["int8", "int4"]
+TEXT = "the cat sat on the lazy dog"
+
+
+def noise(*shape: int, size: float = 1.0) -> torch.Tensor:
+    return size * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+# ---------------------------------------------------------------------- rounding and packing
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-4, 1.0, 1e4, 1e36])
+@pytest.mark.parametrize("D", [1, 2, 7, 64])
+@pytest.mark.parametrize("name", STORAGES)
+def test_rounding_twice_is_rounding_once_and_packing_loses_nothing(name, D, size):
+    storage, vectors = STORAGES[name], noise(5, 3, D, size=min(size, 1e4 if "16" in name else size))
+    vectors[0, 0] = 0
+    rounded = storage.rounded(vectors)
+    assert torch.equal(storage.rounded(rounded), rounded)
+    tensors = storage.pack(rounded)
+    again = storage.unpack(tensors)
+    assert again.dtype == storage.dtype
+    assert torch.equal(again.float().view(torch.int32), (rounded + 0.0).view(torch.int32)) or (
+        storage.packing is None and torch.equal(again.float(), rounded)
+    )
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == storage.size(15, D)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_codes_are_the_nearest_ones(name):
+    """Against a search over all codes, and never further off than half a step."""
+    storage, vectors = STORAGES[name], noise(2, 3, 9)
+    scale = (vectors.abs().amax(-1, keepdim=True) / storage.largest).bfloat16().float()
+    codes = torch.arange(-storage.largest, storage.largest + 1.0)
+    distance = (vectors[..., None] - codes * scale[..., None]).abs()
+    assert torch.equal(storage.rounded(vectors), codes[distance.argmin(-1)] * scale)
+    largest = storage.pack(vectors)["codes"]
+    if name == "int8":
+        assert (largest.abs().amax(-1) == 127).all()
+
+
+def test_four_bit_codes_lie_two_to_a_byte():
+    tensors = STORAGES["int4"].pack(torch.tensor([[[-7.0, 3.0, 0.0]]]))
+    assert tensors["codes"].tolist() == [[[1 | 11 << 4, 8]]]
+    assert tensors["scales"].tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_numbers_that_are_not_finite_stay_so(name):
+    """So that nothing is called exact whose vectors were not finite."""
+    for bad in (torch.nan, torch.inf):
+        vectors = noise(1, 2, 4)
+        vectors[0, 1, 2] = bad
+        rounded = STORAGES[name].rounded(vectors)
+        assert torch.isfinite(rounded[0, 0]).all()
+        assert not torch.isfinite(rounded[0, 1]).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_rounding_to_integers_lets_gradients_through(name):
+    vectors = noise(2, 1, 8).requires_grad_()
+    stored = as_stored(vectors, STORAGES[name])
+    (gradient,) = torch.autograd.grad((stored * torch.arange(8.0)).sum(), vectors)
+    assert torch.equal(gradient, torch.arange(8.0).expand(2, 1, 8))
+
+
+def test_storages_have_names():
+    assert storage_of(torch.bfloat16) is storage_of("bfloat16") is STORAGES["bfloat16"]
+    with pytest.raises(MemvecError, match=r"unknown storage 'int2': did you mean 'int"):
+        storage_of("int2")
+    with pytest.raises(MemvecError, match="unknown storage 'int64'"):
+        storage_of(torch.int64)
+
+
+# ---------------------------------------------------------------------- exact as stored
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("name", STORAGES)
+def test_exact_however_it_is_decoded(name, K, tmp_path):
+    """Seven passages; from the file; with and without a cache; one by one and together."""
+    lm = reader("words")
+    asked = ["the cat sat", "Fox", "lazy dog", "on the mat", "dog and cat", "mat mat", "quick fox"]
+    mem = codec.cram(lm, asked, vectors=K, tokens=3, recipe=QUICK, storage=name)
+    assert mem.exact
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert torch.equal(again.vectors, mem.vectors)
+    assert again.header == mem.header
+    assert codec.decode(again, lm) == asked
+    truth = again.tokens(lm)
+    lengths = [p.tokens for p in again.passages]
+    for cached in (True, False):
+        for batch in (1, 7):
+            options = {"batch": batch, "cached": cached}
+            assert decode_ids(lm, again.vectors.float(), lengths, **options) == truth
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("family", ["gpt2", "mamba"])
+def test_what_is_kept_is_what_was_measured(family, name):
+    lm, storage = tiny(family), STORAGES[name]
+    for o in Engine(lm, QUICK, vectors=2, seats=2, storage=name).run(passages(2, 3)):
+        assert o.exact
+        assert o.vectors.dtype == torch.float32
+        assert torch.equal(storage.rounded(o.vectors), o.vectors)
+        assert o.metrics.margin >= o.margin_asked - 1e-4
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_passage_that_does_not_fit_its_bits_is_halved(name):
+    recipe = replace(QUICK, steps=60, patience=30)
+    mem = codec.cram(reader(), [TEXT[:13]], tokens=8, recipe=recipe, storage=name)
+    assert mem.exact
+    assert len(mem.passages) > -(-len(reader().tokenize(TEXT[:13])) // 8)
+    assert codec.decode(mem, reader()) == [TEXT[:13]]
+
+
+# ---------------------------------------------------------------------- the file
+
+
+@pytest.fixture(scope="module", params=PACKED)
+def mem(request) -> MemVectors:
+    return codec.cram(reader(), [TEXT], vectors=2, tokens=3, recipe=QUICK, storage=request.param)
+
+
+def test_packed_bytes_and_scales_are_counted(mem, tmp_path):
+    P, K, D = mem.vectors.shape
+    bits = 8 if mem.storage.name == "int8" else 4
+    s = mem.summary()
+    assert s["vector_bytes"] == mem.size == P * K * (D * bits // 8 + 2)
+    assert s["storage"] == mem.storage.name
+    assert s["bit_utilisation"] == pytest.approx(s["information_gain_bits"] / (8 * mem.size))
+    tensors = load_file(mem.save(tmp_path / "a.mem"))
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == mem.size
+
+
+def forged(mem: MemVectors, path, change, *, honest: bool = False):
+    """A file whose tensors were changed; `honest`: the digest still is that of the true ones."""
+    tensors, header = mem.storage.pack(mem.vectors), mem.header.model_dump_json()
+    digest = hashlib.sha256(header.encode())
+    true = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors = change(tensors)
+    for name, tensor in sorted((true if honest else tensors).items()):
+        assert name in ("codes", "scales")
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path.write_bytes(to_safetensors(tensors, {"memvec": header, "sha256": digest.hexdigest()}))
+    return path
+
+
+def scaled(factor):
+    return lambda t: t | {"scales": t["scales"] * factor}
+
+
+def test_a_changed_scale_is_refused_or_decodes_to_nothing(mem, tmp_path):
+    with pytest.raises(MemvecError, match="was changed after it was written"):
+        MemVectors.load(forged(mem, tmp_path / "a.mem", scaled(4), honest=True))
+    wrong = MemVectors.load(forged(mem, tmp_path / "b.mem", scaled(2**-40)))
+    with pytest.raises(NotExactError):
+        wrong.tokens(reader())
+    assert MemVectors.load(forged(mem, tmp_path / "c.mem", scaled(1))).tokens(reader())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (scaled(-1), "does not make"),
+        (scaled(0), "does not make"),
+        (scaled(torch.nan), "does not make"),
+        (scaled(torch.inf), "does not make"),
+        (lambda t: t | {"scales": t["scales"].float()}, "which memvec does not write"),
+        (lambda t: t | {"codes": t["codes"].float()}, "which memvec does not write"),
+        (lambda t: t | {"scales": t["scales"][:, :1].contiguous()}, "it is damaged"),
+        (lambda t: t | {"scales": t["scales"].flatten()}, "it is damaged"),
+        (lambda t: t | {"codes": t["codes"][:-1].contiguous()}, "it is damaged"),
+        (lambda t: t | {"codes": t["codes"][:, :, :0].contiguous()}, "it is damaged"),
+        (lambda t: t | {"codes": t["codes"][0].contiguous()}, "it is damaged"),
+        (lambda t: t | {"codes": torch.zeros_like(t["codes"])}, "does not make"),
+        (lambda t: t | {"codes": torch.full_like(t["codes"], 128 if _four(t) else -128)}, "make"),
+    ],
+)
+def test_tensors_that_memvec_does_not_write_are_refused(mem, tmp_path, change, sentence):
+    with pytest.raises(MemvecError, match=sentence) as refused:
+        MemVectors.load(forged(mem, tmp_path / "a.mem", change))
+    assert "\n" not in str(refused.value)
+
+
+def _four(tensors) -> bool:
+    return tensors["codes"].dtype == torch.uint8
+
+
+def test_a_packing_that_is_not_held_is_refused(mem, tmp_path):
+    with pytest.raises(MemvecError, match="not one of memvec's"):
+        MemVectors.load(forged(mem, tmp_path / "a.mem", lambda t: {"codes": t["codes"]}))
+    header = mem.header.model_copy(update={"packing": None}).model_dump_json()
+    tensors, path = mem.storage.pack(mem.vectors), tmp_path / "b.mem"
+    path.write_bytes(to_safetensors(tensors, {"memvec": header, "sha256": ""}))
+    with pytest.raises(MemvecError, match="claims the packing None"):
+        MemVectors.load(path)
+    with pytest.raises(MemvecError, match="are not rounded to"):
+        MemVectors(mem.vectors * 1.01 + 0.003, mem.header)
