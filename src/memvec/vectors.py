@@ -381,6 +381,25 @@ class MemVectors:
             raise MemvecError(f"{file} holds numbers that are not finite.")
         return cls(vectors, header)
 
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
+        """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""
+        from memvec import hub
+
+        return hub.save_pretrained(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> MemVectors:
+        """Vectors from such a folder or from the Hub: see `memvec.hub.from_pretrained`."""
+        from memvec import hub
+
+        return hub.from_pretrained(name, **options)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the vectors and a card: see `memvec.hub.push_to_hub`."""
+        from memvec import hub
+
+        return hub.push_to_hub(self, repository, **options)
+
     def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:
         """The same vectors with what a whole decode of them found."""
         passages = [

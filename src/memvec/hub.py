@@ -1,0 +1,279 @@
+"""[mem] vectors as a folder or a repository of the Hub: the file, and a card that says what it is.
+
+vectors.mem.safetensors   what `MemVectors.save` writes
+README.md                 the card: base model and its licence, certificate, how to decode, and
+                          that the vectors contain the text
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memvec.errors import MemvecError
+from memvec.lm import POCKET
+from memvec.vectors import MemVectors, write_atomically
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+FILE = "vectors.mem.safetensors"
+CARD = "README.md"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WARNING = (
+    "**These vectors contain the text.** Whoever has them and the base model reads it back word "
+    "for word: they are as confidential, and as copyrighted, as the text itself."
+)
+
+
+def save_pretrained(
+    mem: MemVectors,
+    folder: str | os.PathLike[str],
+    *,
+    repository: str | None = None,
+    licence: str | None = None,
+    base_licence: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the vectors and their card into a folder, which is made if need be.
+
+    `licence` is the one you give the vectors (an identifier of the Hub), `base_licence` the base
+    model's where it is not found beside the model. Raises MemvecError if vectors are there already
+    (unless `force`) or the folder cannot be written.
+    """
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemvecError(f"{place} cannot be made: {error.strerror}.") from None
+    mem.save(place / FILE, force=force)
+    text = card(mem, repository=repository, licence=licence, base_licence=base_licence)
+    write_atomically(place / CARD, text.encode("utf-8"))
+    return place
+
+
+def from_pretrained(
+    name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> MemVectors:
+    """Vectors from a folder that `save_pretrained` wrote, or from a repository of the Hub.
+
+    Raises MemvecError: no such folder or repository, no network, or a damaged file.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / FILE).is_file():
+            raise MemvecError(f"there are no [mem] vectors in {folder}: it has no {FILE}.")
+        return MemVectors.load(folder / FILE)
+    if not HUB_ID.fullmatch(str(name)):
+        raise MemvecError(f"there is no folder {folder}, and it is not a Hub id (user/name).")
+    from huggingface_hub import hf_hub_download
+
+    with _hub(str(name)):
+        file = hf_hub_download(str(name), FILE, revision=revision, token=token)
+    return MemVectors.load(file)
+
+
+def push_to_hub(
+    mem: MemVectors,
+    repository: str,
+    *,
+    private: bool | None = None,
+    licence: str | None = None,
+    base_licence: str | None = None,
+    token: str | None = None,
+    message: str = "[mem] vectors made with memvec",
+) -> str:
+    """Upload the vectors and their card; returns the commit's address.
+
+    The repository is made if it does not exist (`private` as the Hub's default, unless said).
+    Raises MemvecError, in one sentence: not a Hub id, no network, no permission.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise MemvecError(f"'{repository}' is not a Hub id: write user/name.")
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        if base_licence is None:
+            base_licence = licence_of(mem) or _licence_on_hub(api, mem)
+        save_pretrained(
+            mem, folder, repository=repository, licence=licence, base_licence=base_licence
+        )
+        with _hub(repository):
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=message
+            )
+    return str(commit.commit_url)
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def card(
+    mem: MemVectors,
+    *,
+    repository: str | None = None,
+    licence: str | None = None,
+    base_licence: str | None = None,
+) -> str:
+    """The card of a file, in Markdown. Nothing in it comes from the text that was crammed."""
+    s, header = mem.summary(), mem.header
+    name, on_hub = _base(mem)
+    meta = ["library_name: memvec", "tags:", "- mem-vectors"]
+    if on_hub:
+        meta += [f"base_model: {name}", "base_model_relation: adapter"]
+    if licence:
+        meta.append(f"license: {licence}")
+    found = base_licence or licence_of(mem)
+    where = repository or "FOLDER"
+    revision = header.model.get("revision")
+    rows = {
+        "base model": f"`{name}`" + (f", revision `{revision}`" if revision else ""),
+        "weights of the base model": f"SHA-256 of its embeddings `{header.model['weights'][:16]}…`",
+        "texts": f"{s['documents']}, {s['text_bytes']} bytes",
+        "passages": f"{s['passages']} of {s['vectors_per_passage']} vectors, D {s['width']}, "
+        f"{s['storage']}",
+        "read as": f"{s['layout']}, start rule `{s['start_rule']}`",
+        "tokens": f"{s['tokens']}, {s['tokens_per_vector']:.1f} per vector",
+        "information gain": f"{s['information_gain_bits']:.0f} bits, "
+        f"{s['bits_per_vector']:.0f} per vector",
+        "bytes of the vectors": f"{s['vector_bytes']}",
+        "the text itself is in the file too": "yes"
+        if any(d.text is not None for d in header.documents)
+        else "no",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    meta_block = "\n".join(["---", *meta, "---"])
+    return f"""{meta_block}
+
+# [mem] vectors of {name}
+
+{WARNING}
+
+Made with memvec: gradient descent moved these input vectors until the frozen model gives the text
+back from them.
+
+| | |
+|---|---|
+{table}
+
+## Certificate
+
+{_certificate(mem)}
+
+## How to decode
+
+```python
+import memvec
+
+mem = memvec.MemVectors.from_pretrained("{where}")
+lm = memvec.load_lm("{name}"{_arguments(header.model)})
+print(memvec.decode(mem, lm)[0])
+```
+
+or `memvec decode {FILE} > text`. What does not hash to what was crammed is an error, never a text.
+
+## Licence
+
+The base model's licence is {f"`{found}`" if found else "not known here: see the model's own page"}.
+{f"These vectors are published under `{licence}`." if licence else "No licence is given here."} The
+rights in the text are those of the text.
+"""
+
+
+def licence_of(mem: MemVectors) -> str | None:
+    """The licence in the base model's own card, if that lies on this machine."""
+    name = str(mem.header.model.get("name"))
+    folder = POCKET if name == "pocket" else Path(name).expanduser()
+    file: Any = folder / CARD
+    if not file.is_file() and HUB_ID.fullmatch(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(name, CARD, revision=mem.header.model.get("revision"))
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", Path(file).read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def _licence_on_hub(api: HfApi, mem: MemVectors) -> str | None:
+    name, on_hub = _base(mem)
+    if not on_hub:
+        return None
+    with _hub(name):
+        data: Any = api.model_info(name).card_data
+    found = data.get("license") if data is not None else None
+    return found if isinstance(found, str) else None
+
+
+def _base(mem: MemVectors) -> tuple[str, bool]:
+    """The base model's name for others, and whether it is one of the Hub.
+
+    Of a local folder only the last part is told: the rest says where somebody keeps their files.
+    """
+    name = str(mem.header.model.get("name"))
+    if name != "pocket" and (Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)):
+        return Path(name).name, False
+    return name, name != "pocket"
+
+
+def _arguments(model: dict[str, Any]) -> str:
+    revision = f', revision="{model["revision"]}"' if model.get("revision") else ""
+    return f'{revision}, dtype="{model["dtype"]}"'
+
+
+def _certificate(mem: MemVectors) -> str:
+    c = mem.header.certificate
+    if c is None:
+        return "None: these vectors were not decoded as a whole after they were made."
+    right, all_ = c.get("exact_passages"), c.get("passages")
+    verdict = "Exact" if c.get("exact") else "**Not exact**"
+    return (
+        f"{verdict}: {right} of {all_} passages came back, every token, by greedy decoding from "
+        f"the stored vectors alone; in {c.get('decoded_in')} on {c.get('device')}, "
+        f"{c.get('attention')} attention, batches of {c.get('batch')}, torch {c.get('torch')}, "
+        f"transformers {c.get('transformers')}, {c.get('date')}."
+    )
+
+
+@contextlib.contextmanager
+def _hub(name: str) -> Iterator[None]:
+    """Turn the ways in which the Hub refuses into one sentence each."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    # What its HTTP library raises when nobody answers; which library that is changes with versions.
+    unreachable: type[Exception] = HfHubHTTPError.__bases__[0]
+    try:
+        yield
+    except RepositoryNotFoundError:
+        raise MemvecError(
+            f"there is no repository {name} on the Hub that you may see: check the name, or log in."
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        raise MemvecError(
+            f"the Hub refused {name} ({status}): check that you are logged in and may write there."
+        ) from None
+    except (LocalEntryNotFoundError, ConnectionError, unreachable):
+        raise MemvecError(
+            f"the Hub could not be reached for {name}: check the network, or use a local folder."
+        ) from None
+    except EntryNotFoundError:
+        raise MemvecError(f"{name} has no {FILE}: it holds no [mem] vectors.") from None
+    except (HFValidationError, OSError) as error:
+        raise MemvecError(
+            f"the Hub could not serve {name}: {str(error).splitlines()[0]}."
+        ) from None

@@ -1,0 +1,205 @@
+"""Vectors as a folder and as a repository: the card tells the truth, and the network is asked
+for nothing here."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+
+from conftest import QUICK, reader
+from memvec import codec, hub
+from memvec.errors import MemvecError
+from memvec.vectors import MemVectors
+
+TEXT = "the lazy fox"
+# The HTTP library that this version of huggingface_hub uses.
+HTTP = sys.modules[huggingface_hub.errors.HfHubHTTPError.__bases__[0].__module__.split(".")[0]]
+
+
+@functools.cache
+def mem() -> MemVectors:
+    return codec.cram(reader(), [TEXT], vectors=2, tokens=2, recipe=QUICK)
+
+
+def named(name: str, **changes) -> MemVectors:
+    header = mem().header
+    model = header.model | {"name": name} | changes
+    return MemVectors(mem().vectors, header.model_copy(update={"model": model}))
+
+
+class FakeApi:
+    """Records what is uploaded; `fails` is raised by the next call."""
+
+    fails: Exception | None = None
+    seen: dict = {}  # noqa: RUF012
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def create_repo(self, repository, *, private, exist_ok):
+        if FakeApi.fails is not None:
+            raise FakeApi.fails
+        FakeApi.seen = {"repository": repository, "private": private, "exist_ok": exist_ok}
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, FakeApi.place)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def model_info(self, name):
+        return SimpleNamespace(card_data={"license": "llama3.2"})
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "fails", None)
+    monkeypatch.setattr(FakeApi, "place", tmp_path / "uploaded", raising=False)
+    return FakeApi
+
+
+# ---------------------------------------------------------------------- folders
+
+
+def test_a_folder_gives_the_text_back(tmp_path):
+    folder = mem().save_pretrained(tmp_path / "deep/letter")
+    again = MemVectors.from_pretrained(folder)
+    assert torch.equal(again.vectors, mem().vectors)
+    assert again.header == mem().header
+    assert codec.decode(again, reader()) == [TEXT]
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", hub.FILE]
+
+
+def test_vectors_are_not_overwritten_unasked(tmp_path):
+    mem().save_pretrained(tmp_path)
+    before = (tmp_path / hub.FILE).read_bytes()
+    with pytest.raises(MemvecError, match="exists"):
+        mem().save_pretrained(tmp_path)
+    assert (tmp_path / hub.FILE).read_bytes() == before
+    mem().save_pretrained(tmp_path, force=True)
+
+
+def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MemvecError, match=r"no \[mem\] vectors in"):
+        MemVectors.from_pretrained(tmp_path / "empty")
+    with pytest.raises(MemvecError, match=r"no folder .* not a Hub id"):
+        MemVectors.from_pretrained(tmp_path / "none")
+    with pytest.raises(MemvecError, match=r"the Hub could not be reached for somebody/letter") as e:
+        MemVectors.from_pretrained("somebody/letter")  # tests run offline
+    assert "\n" not in str(e.value)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MemvecError, match="cannot be made"):
+        mem().save_pretrained(tmp_path / "file/folder")
+
+
+def test_a_repository_is_downloaded(tmp_path, monkeypatch):
+    folder = mem().save_pretrained(tmp_path / "a")
+    asked = []
+
+    def download(name, file, *, revision, token):
+        asked.append((name, file, revision, token))
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    again = MemVectors.from_pretrained("somebody/letter", revision="abc")
+    assert again.header == mem().header
+    assert asked == [("somebody/letter", hub.FILE, "abc", None)]
+
+
+# ---------------------------------------------------------------------- the card
+
+
+def test_the_card_says_what_a_reader_must_know():
+    text = hub.card(named("org/model", revision="f00"), repository="me/letter", licence="cc0-1.0")
+    front = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1]
+    assert "base_model: org/model" in front
+    assert "license: cc0-1.0" in front
+    assert hub.WARNING in text
+    assert 'from_pretrained("me/letter")' in text
+    assert 'load_lm("org/model", revision="f00", dtype="float32")' in text
+    passages = len(mem().passages)
+    assert f"Exact: {passages} of {passages} passages came back" in text
+    assert "not known here" in text
+    assert TEXT not in text
+    bare = MemVectors(mem().vectors, mem().header.model_copy(update={"certificate": None}))
+    assert "were not decoded as a whole" in hub.card(bare)
+    fallen = mem().with_certificate(mem().header.certificate | {"exact": False}, [False] * passages)
+    assert "**Not exact**" in hub.card(fallen)
+
+
+def test_a_folder_of_somebody_is_not_told(tmp_path):
+    folder = tmp_path / "secret" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# tiny\nlicense: gpl\n")
+    text = hub.card(named(str(folder)))
+    assert "secret" not in text
+    assert "base_model:" not in text
+    assert "base model's licence is `mit`" in text
+    (folder / "README.md").write_text("# tiny\n\nlicense: gpl\n")
+    assert hub.licence_of(named(str(folder))) is None
+
+
+def test_the_built_in_model_has_its_licence():
+    assert hub.licence_of(named("pocket")) == "apache-2.0"
+    assert "base_model:" not in hub.card(named("pocket"))
+
+
+def test_the_card_s_code_runs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved = named(str(folder)).save_pretrained("letter")
+    code = re.search(r"```python\n(.*?)```", (saved / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace('"FOLDER"', '"letter"').replace('load_lm("tiny"', f'load_lm("{folder}"')
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == TEXT + "\n"
+
+
+# ---------------------------------------------------------------------- the Hub
+
+
+def test_pushing_uploads_the_vectors_and_their_card(api):
+    address = named("org/model").push_to_hub("me/letter", private=True, licence="cc0-1.0")
+    assert address == "https://hub/me/letter/commit/1"
+    assert api.seen == {"repository": "me/letter", "private": True, "exist_ok": True}
+    assert torch.equal(MemVectors.from_pretrained(api.place).vectors, mem().vectors)
+    assert "base model's licence is `llama3.2`" in (api.place / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (HTTP.ConnectError("no route"), "could not be reached"),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline"), "could not be reached"),
+        (huggingface_hub.errors.LocalTokenNotFoundError("no token\nlog in"), "no token"),
+        (
+            huggingface_hub.errors.HfHubHTTPError(
+                "no", response=HTTP.Response(403, request=HTTP.Request("POST", "https://hub"))
+            ),
+            r"refused me/letter \(403\)",
+        ),
+        (
+            huggingface_hub.errors.RepositoryNotFoundError(
+                "no", response=HTTP.Response(404, request=HTTP.Request("POST", "https://hub"))
+            ),
+            "no repository me/letter",
+        ),
+    ],
+)
+def test_the_hub_s_refusals_are_sentences(api, error, sentence, monkeypatch):
+    monkeypatch.setattr(FakeApi, "fails", error)
+    with pytest.raises(MemvecError, match=sentence) as told:
+        mem().push_to_hub("me/letter", base_licence="mit")
+    assert "\n" not in str(told.value)
+    assert not Path(api.place).exists()
+
+
+def test_a_name_that_is_no_repository_is_refused(api):
+    with pytest.raises(MemvecError, match="write user/name"):
+        mem().push_to_hub("letter")
