@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -62,10 +63,76 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
 
 
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """n, mean with its 95 % interval (percentile bootstrap), median, 10th and 90th percentile."""
+    data = np.asarray(values, dtype=float)
+    means = data[_picks(len(data))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    median, tenth, ninetieth = median_and_spread(list(values))
+    return {
+        "n": len(data),
+        "mean": float(data.mean()),
+        "low": float(low),
+        "high": float(high),
+        "median": median,
+        "p10": tenth,
+        "p90": ninetieth,
+    }
+
+
+def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of two means over the same passages, with its 95 % paired bootstrap interval.
+
+    Infinite where the second mean is 0.
+    """
+    a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    picks = _picks(len(a))
+    return _ratio(a, b, a[picks].mean(1), b[picks].mean(1))
+
+
+def ratio_of_separate_means(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """The same for means over different passages, drawn independently of each other."""
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    return _ratio(x, y, x[_picks(len(x))].mean(1), y[_picks(len(y), seed=1)].mean(1))
+
+
+def _ratio(a: Any, b: Any, means_a: Any, means_b: Any) -> tuple[float, float, float]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.nan_to_num(means_a / means_b, nan=1.0, posinf=np.inf)
+        low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
+        return float(a.mean() / b.mean()), float(low), float(high)
+
+
+def _picks(n: int, draws: int = 10_000, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(n, size=(draws, n))
+
+
+def save_figure(path: Path, draw: Callable[[Any], None], panels: int) -> None:
+    """A row of panels as SVG and PNG; `draw` gets the axes. Ends the program without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("figures need matplotlib: pip install 'memvec[benchmarks]'.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(4.2 * panels, 3.6), squeeze=False)
+    draw(axes[0])
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for ending in (".svg", ".png"):
+        figure.savefig(path.with_suffix(ending), dpi=150)
+    pyplot.close(figure)
+
+
 def report(
-    name: str, rows: list[dict[str, Any]], options: argparse.Namespace, **result: float
+    name: str,
+    rows: list[dict[str, Any]],
+    options: argparse.Namespace,
+    shown: list[dict[str, Any]] | None = None,
+    **result: float,
 ) -> None:
-    """Print a table (or JSON), write the long CSV, and end with the RESULT line."""
+    """Print a table of `shown` rows (all; as JSON all), write the long CSV, end with RESULT."""
     where = environment()
     machine = {
         "machine": where["gpu"] or platform.processor() or where["machine"],
@@ -82,9 +149,10 @@ def report(
         print(json.dumps(full, indent=1))
     else:
         table = Table(title=name, title_justify="left")
-        for column in rows[0]:
+        shown = rows if shown is None else shown
+        for column in shown[0]:
             table.add_column(column, justify="right")
-        for row in rows:
+        for row in shown:
             table.add_row(*(_cell(value) for value in row.values()))
         Console(width=140).print(table)
         print(f"{path.name} has {len(full)} rows: {machine}", file=sys.stderr)

@@ -1,22 +1,40 @@
-"""One engine step against bare forward + backward-to-input at the same shapes.
+"""One engine step against bare forward + backward-to-input at the same shapes: time and memory.
 
     python benchmarks/step.py --quick
 
-Bare means: the model's own forward on [vectors, tokens], cross-entropy of all positions, gradient
-at the vectors; no margins, no optimiser, no seats. RESULT overhead is the ratio of medians at 16
-seats, worst case over the lengths.
+Bare (the plain path) means: the model's own forward on [vectors, tokens], cross-entropy of all
+positions through autograd, gradient at the vectors; no margins, no optimiser, no seats. Three
+parts, each with time and peak memory:
+
+- the model itself at several seats × lengths. RESULT `overhead` is the ratio of median times at 16
+  seats, worst case over the lengths;
+- a random-weight model with vocabularies up to 128k at several seats × lengths (not with --quick);
+- V = 128k, T = 512, 4 seats: RESULT `memory_ratio` is the engine's peak over the plain path's.
+
+`mfu` is the share of this machine's matrix-product rate that a step reaches: 4 operations per
+weight and token (2 forward, 2 backward to the input; the weights get no gradient), over the best
+rate of square products, measured at the start. Peak memory is that above what stood before.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from common import arguments, interleaved, median_and_spread, report
+from memory import peak_memory
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
+from models import SHAPES, random_model
+
+WIDE = {"hidden_size": 256, "intermediate_size": 704}  # the tiny Llama of the sweep, widened
+LARGE = (4, 512, 131_072)  # seats, tokens, vocabulary of memory_ratio
 
 
 def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
@@ -26,55 +44,109 @@ def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
     return [Passage(tuple(row)) for row in ids.tolist()]
 
 
+def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
+    """One engine step with every seat taken and every position counted, and the plain path."""
+    # A margin nobody reaches, so that all seats stay occupied.
+    recipe = Recipe.of("default", schedule="whole", margin=1e9, steps=10**9, patience=10**9)
+    engine = Engine(lm, recipe, seats=seats)
+    for passage in passages(lm, seats, T):
+        engine.push(passage)
+    engine._seat_waiting(seats)
+    ids = engine.state["ids"]
+    vectors = engine.state["vectors"].clone().requires_grad_()
+
+    def bare() -> None:
+        inputs = torch.cat([vectors.to(lm.dtype), lm.embed(ids[:, :-1])], dim=1)
+        logits = lm.model(inputs_embeds=inputs, use_cache=False).logits.float()
+        loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+        torch.autograd.grad(loss, vectors)
+
+    return {"engine": engine.step, "bare": bare}
+
+
+def product_rate(lm: FrozenLM, n: int, rounds: int = 5) -> float:
+    """Operations per second of the best n × n matrix product in the model's dtype."""
+    a = torch.randn(n, n, device=lm.device).to(lm.dtype)
+    seconds = interleaved({"product": lambda: a @ a}, rounds, warmup=2)["product"]
+    return 2 * n**3 / min(seconds)
+
+
+def operations(lm: FrozenLM) -> int:
+    """Operations per token of forward and backward to the input: 4 per weight of a matrix.
+
+    The embedding counts only where it is the output head as well.
+    """
+    parameters = sum(p.numel() for p in lm.model.parameters() if p.dim() > 1)
+    tied = lm.model.get_output_embeddings().weight is lm.embedding.weight
+    return 4 * (parameters - (0 if tied else lm.embedding.weight.numel()))
+
+
+def measure(
+    lm: FrozenLM,
+    seats: int,
+    T: int,
+    rounds: int,
+    rate: float,
+    rows: list[dict[str, Any]],
+    warmup: int = 2,
+) -> dict[str, dict[str, float]]:
+    """Time and memory of both at one shape; appends a row each."""
+    pair = works(lm, seats, T)
+    seconds = interleaved(pair, rounds, warmup=warmup)
+    found = {}
+    for name, values in seconds.items():
+        median, low, high = median_and_spread(values)
+        found[name] = {"seconds": median, "peak": peak_memory(pair[name])}
+        rows.append(
+            {
+                "model": lm.name,
+                "seats": seats,
+                "tokens": T,
+                "vocabulary": lm.vocab_size,
+                "what": name,
+                "n": len(values),
+                "median_ms": 1e3 * median,
+                "low_ms": 1e3 * low,
+                "high_ms": 1e3 * high,
+                "tokens_per_s": seats * T / median,
+                "mfu": operations(lm) * seats * T / median / rate,
+                "peak_MiB": found[name]["peak"] / 2**20,
+            }
+        )
+    return found
+
+
 def main() -> None:
     """Time both, side by side, for several shapes."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
     options = parser.parse_args()
-    lm = load_lm(options.model)
-    shapes = (
-        [(16, 32), (16, 64)]
-        if options.quick
-        else [(1, 32), (4, 32), (16, 32), (16, 64), (16, 128), (32, 64)]
-    )
-    rounds = 15 if options.quick else options.rounds
-    rows, overheads = [], []
+    began = time.perf_counter()
+    lm = random_model(options.shape) if options.shape else load_lm(options.model)
+    quick = options.quick
+    shapes = [(16, 32), (16, 64)]
+    if not quick:
+        shapes = [(1, 32), (4, 32), *shapes, (16, 128), (32, 64)]
+    rate = product_rate(lm, 1024 if lm.device.type == "cpu" else 8192)
+    rows: list[dict[str, Any]] = []
+    overheads = []
     for seats, T in shapes:
-        # A margin nobody reaches: all seats stay occupied, every position counts.
-        recipe = Recipe.of("default", schedule="whole", margin=1e9, steps=10**9, patience=10**9)
-        engine = Engine(lm, recipe, seats=seats)
-        for passage in passages(lm, seats, T):
-            engine.push(passage)
-        engine._seat_waiting(seats)
-        ids = engine.state["ids"]
-        vectors = engine.state["vectors"].clone().requires_grad_()
-
-        def bare(vectors: torch.Tensor = vectors, ids: torch.Tensor = ids) -> None:
-            inputs = torch.cat([vectors.to(lm.dtype), lm.embed(ids[:, :-1])], dim=1)
-            logits = lm.model(inputs_embeds=inputs, use_cache=False).logits.float()
-            loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
-            torch.autograd.grad(loss, vectors)
-
-        seconds = interleaved({"engine": engine.step, "bare": bare}, rounds, warmup=3)
-        medians = {}
-        for name, values in seconds.items():
-            median, low, high = median_and_spread(values)
-            medians[name] = median
-            rows.append(
-                {
-                    "seats": seats,
-                    "tokens": T,
-                    "what": name,
-                    "n": len(values),
-                    "median_ms": 1e3 * median,
-                    "low_ms": 1e3 * low,
-                    "high_ms": 1e3 * high,
-                    "tokens_per_s": seats * T / median,
-                }
-            )
+        found = measure(lm, seats, T, 7 if quick else options.rounds, rate, rows)
         if seats == 16:
-            overheads.append(medians["engine"] / medians["bare"])
-    report("step", rows, options, overhead=max(overheads))
+            overheads.append(found["engine"]["seconds"] / found["bare"]["seconds"])
+    if not quick:
+        for vocabulary in (2048, 32_768, 131_072):
+            wide = random_model("tiny-llama", vocab_size=vocabulary, **WIDE)
+            for seats in (1, 4, 16):
+                for T in (32, 128):
+                    measure(wide, seats, T, max(3, options.rounds // 4), rate, rows)
+    seats, T, vocabulary = LARGE
+    large = random_model("tiny-llama", vocab_size=vocabulary, max_position_embeddings=1024)
+    found = measure(large, seats, T, 1 if quick else 3, rate, rows, warmup=1)
+    ratio = found["engine"]["peak"] / found["bare"]["peak"]
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {time.perf_counter() - began:.0f} s")
+    report("step", rows, options, overhead=max(overheads), memory_ratio=ratio)
 
 
 if __name__ == "__main__":

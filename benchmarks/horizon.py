@@ -1,0 +1,271 @@
+"""How far does a recipe get for what it costs? Mean exact horizon against tokens spent.
+
+    python benchmarks/horizon.py --quick
+    python benchmarks/horizon.py --cases pocket-natural --corpus novels.parquet
+
+The horizon of a passage is the number of leading tokens that meet the margin its recipe asks for
+and that free-running decoding gives back from the vectors as stored. The default is held to a
+margin of at least `--margin` 0.5 logits here, `margin` asks for 0.5 as published, and the other
+published recipes for 0. The cost is what the passage itself had to forward and back
+until then, in tokens: what counted at each step, plus the vectors. Passages are longer than anybody
+gets; `at_end` counts those that were not.
+
+The paper's recipe crams passages of fixed length, so for each passage its longest length has to be
+searched, and the search is part of its cost: lengths of 2, 4, 8 ... predicted tokens, each begun
+afresh and given up by the recipe's own rule, until one fails; then bisection between the longest
+that was completed and the shortest that failed. Its horizon at a cost is the longest length that
+was completed and decoded freely by then.
+
+`progressive`, `temperature`, `low-dim` and `margin` run at both learning rates of their
+publication (and low-dim at both of its sizes); the best of all of them in a case, seen afterwards,
+is the one that the default is compared with. RESULT has the smallest ratios of mean horizons over
+the cases, default to paper (`ratio`) and default to that best one (`ratio_published`), each with
+its 95 % paired bootstrap interval over passages (`_low`, `_high`), and `apart`: 1 if in each case
+the intervals of the means do not overlap.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import arguments, ratio_of_means, report, save_figure, summary
+from memvec.cramming.certify import Outcome
+from memvec.cramming.engine import Engine, Job
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids, first_error
+from memvec.lm import FrozenLM, load_lm
+from memvec.passages.passage import Passage
+from models import random_model
+from texts import passages_of, random_tokens, random_words
+
+PUBLISHED = {
+    **{
+        f"{preset} lr {lr}": Recipe.of(preset, lr=lr)
+        for preset in ("progressive", "temperature", "margin")
+        for lr in (0.1, 0.5)
+    },
+    "low-dim 256 lr 0.1": Recipe.of("low-dim", lr=0.1),
+    "low-dim 256 lr 0.5": Recipe.of("low-dim", lr=0.5),
+    "low-dim 32 lr 0.1": Recipe.of("low-dim", lr=0.1, dimensions=32),
+}
+CHECKPOINTS = 12  # evenly spaced costs at which horizons are measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a kind of text; `tokens` is the length of its passages, `budget` the cost that
+    a passage may reach, in forward-backward tokens."""
+
+    load: Callable[[], FrozenLM]
+    text: Callable[[FrozenLM, int, int, Path | None], list[Passage]]
+    tokens: int
+    passages: int
+    budget: int
+
+
+def _natural(lm: FrozenLM, n: int, T: int, corpus: Path | None) -> list[Passage]:
+    return passages_of(lm, n, T, corpus=corpus)
+
+
+def _random(lm: FrozenLM, n: int, T: int, corpus: Path | None) -> list[Passage]:
+    return random_tokens(lm, n, T)
+
+
+CASES = {
+    "pocket-natural": Case(load_lm, _natural, 128, 12, 24_000),
+    "pocket-words": Case(load_lm, lambda lm, n, T, _: random_words(lm, n, T), 96, 12, 16_000),
+    "pythia-160m": Case(lambda: random_model("pythia-160m"), _random, 96, 4, 10_000),
+    "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
+    "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
+}
+QUICK = {"pocket-natural": (3, 2500), "tiny-gpt2": (6, 1200)}  # passages, budget
+QUICK_PUBLISHED = ("progressive lr 0.5", "temperature lr 0.5")
+
+
+def growing(
+    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
+) -> list[list[int]]:
+    """Horizon of each passage at each cost, from the best vectors that it had by then."""
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), seats=len(passages))
+    for passage in passages:
+        engine.push(passage)
+    engine._seat_waiting(len(passages))
+    order = [job.passage.document for job in engine.jobs]
+    vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
+    while True:
+        before = engine.state["vectors"], engine.state["best"]
+        engine.step()
+        s = engine.state
+        spent, stopped = s["spent"].tolist(), s["stopped"].tolist()
+        for row, document in enumerate(order):
+            for at, cost in enumerate(costs):
+                # The step that goes past a cost was not paid for at that cost.
+                if (document, at) not in vectors and (spent[row] > cost or stopped[row]):
+                    best, reach = before if spent[row] > cost else (s["vectors"], s["best"])
+                    vectors[document, at] = best[row].clone(), int(reach[row])
+        if all(stopped):
+            break
+        engine._seat_waiting(len(passages))
+    keys = sorted(vectors)
+    stack = torch.stack([vectors[key][0] for key in keys])
+    truth = [passages[document].ids for document, _ in keys]
+    decoded = decode_ids(lm, stack, [len(ids) for ids in truth], start=engine.start_rule)
+    horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
+    for (document, at), ids, true in zip(keys, decoded, truth, strict=True):
+        error = first_error(ids, true)
+        right = len(true) if error is None else error
+        horizons[document][at] = max(0, min(right, vectors[document, at][1]))
+    return horizons
+
+
+@dataclass
+class Search:
+    """Where the search for a passage's longest length stands, in predicted tokens."""
+
+    completed: int = 0
+    failed: int | None = None
+
+    def next_length(self, most: int) -> int | None:
+        """Double until a length fails, then bisect; None when nothing is left to try."""
+        if self.failed is None:
+            length = max(2, 2 * self.completed)
+            return None if self.completed == most else min(length, most)
+        middle = (self.completed + self.failed) // 2
+        return middle if middle > self.completed else None
+
+
+def fixed(
+    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
+) -> list[list[int]]:
+    """The same for a recipe of fixed lengths: doubling, then bisection, all of it paid for."""
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), seats=len(passages))
+    searches = [Search() for _ in passages]
+    history: list[list[tuple[int, int]]] = [[] for _ in passages]
+
+    def go_on(document: int, spent: int) -> None:
+        passage, given = passages[document], engine.given
+        length = searches[document].next_length(len(passage) - given)
+        if length is not None and spent < costs[-1]:
+            cut = Passage(passage.ids[: length + given], document)
+            engine.waiting.push(Job(cut, engine.recipe.margin, spent=spent))
+
+    def note(outcome: Outcome) -> None:
+        document, length = outcome.passage.document, len(outcome.passage) - engine.given
+        if outcome.exact:
+            searches[document].completed = length
+            history[document].append((outcome.spent, length))
+        else:
+            searches[document].failed = length
+        go_on(document, outcome.spent)
+
+    for document in range(len(passages)):
+        go_on(document, 0)
+    for outcome in engine.run():
+        note(outcome)
+    return [
+        [max([length for spent, length in row if spent <= cost], default=0) for cost in costs]
+        for row in history
+    ]
+
+
+def rows_of(
+    case: str, label: str, recipe: Recipe, costs: list[int], horizons: list[list[int]], T: int
+) -> list[dict[str, Any]]:
+    """One row per cost: what the passages had reached by then."""
+    return [
+        {
+            "case": case,
+            "recipe": label,
+            "margin": recipe.margin,
+            "spent": cost,
+            **summary([row[at] for row in horizons]),
+            "at_end": sum(row[at] >= T - 1 for row in horizons),
+        }
+        for at, cost in enumerate(costs)
+    ]
+
+
+def compare(last: dict[str, dict[str, list[int]]]) -> dict[str, float]:
+    """The RESULT line from each case's horizons at the full budget."""
+    result: dict[str, float] = {}
+    apart = 1.0
+    for horizons in last.values():
+        ours = horizons["default"]
+        published = {k: v for k, v in horizons.items() if k not in ("default", "paper")}
+        best = max(published.values(), key=sum)
+        for name, theirs in (("ratio", horizons["paper"]), ("ratio_published", best)):
+            ratio, low, high = ratio_of_means(ours, theirs)
+            if ratio < result.get(name, float("inf")):
+                result |= {name: ratio, f"{name}_low": low, f"{name}_high": high}
+            apart = min(apart, float(summary(ours)["low"] > summary(theirs)["high"]))
+    return result | {"apart": apart}
+
+
+def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """A panel per case: mean horizon and its interval against tokens spent."""
+    for axis, case in zip(axes, dict.fromkeys(row["case"] for row in rows), strict=True):
+        here = [row for row in rows if row["case"] == case]
+        for label in dict.fromkeys(row["recipe"] for row in here):
+            line = [row for row in here if row["recipe"] == label]
+            spent = [row["spent"] for row in line]
+            style = {"default": "-", "paper": "--"}.get(label, ":")
+            axis.plot(spent, [row["mean"] for row in line], style, label=label)
+            axis.fill_between(
+                spent, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15
+            )
+        axis.set_title(f"{case} (n {here[0]['n']})", fontsize=9)
+        axis.set_xlabel("forward-backward tokens spent per passage")
+        axis.set_ylabel("mean exact horizon, tokens")
+        axis.set_ylim(bottom=0)
+    axes[-1].legend(fontsize=6)
+
+
+def main() -> None:
+    """Run the recipes side by side in each case."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; --quick: two")
+    parser.add_argument("--corpus", type=Path, help="parquet of texts for the natural case")
+    parser.add_argument("--passages", type=int, help="passages per case")
+    parser.add_argument("--margin", type=float, default=0.5, help="the default's least, in logits")
+    parser.add_argument("--budget", type=int, help="tokens spent per passage")
+    parser.add_argument(
+        "--published", nargs="+", choices=PUBLISHED, help="default: all; --quick: two"
+    )
+    options = parser.parse_args()
+    labels = options.published or (QUICK_PUBLISHED if options.quick else tuple(PUBLISHED))
+    rows: list[dict[str, Any]] = []
+    last: dict[str, dict[str, list[int]]] = {}
+    for name in options.cases or (QUICK if options.quick else CASES):
+        case = CASES[name]
+        n, budget = QUICK.get(name, (2, 600)) if options.quick else (case.passages, case.budget)
+        n, budget = options.passages or n, options.budget or budget
+        lm = load_lm(options.model) if name.startswith("pocket") else case.load()
+        texts = case.text(lm, n, case.tokens, options.corpus)
+        passages = [Passage(passage.ids, i) for i, passage in enumerate(texts)]
+        costs = [round(budget * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
+        # Everybody may spend the whole budget: the default's own limits are for daily use.
+        default = Recipe(steps=10**6, patience=10**6).in_logits(lm.logit_spread)
+        recipes = {"default": replace(default, margin=max(options.margin, default.margin))}
+        recipes |= {label: PUBLISHED[label] for label in labels}
+        recipes["paper"] = Recipe.of("paper")
+        last[name] = {}
+        for label, recipe in recipes.items():
+            cram = fixed if label == "paper" else growing
+            horizons = cram(lm, recipe, passages, costs)
+            rows += rows_of(name, label, recipe, costs, horizons, case.tokens)
+            last[name][label] = [row[-1] for row in horizons]
+            print(f"{name}, {label}: {rows[-1]['mean']:.1f} tokens", file=sys.stderr, flush=True)
+    save_figure(options.out / "horizon", lambda axes: draw(axes, rows), len(last))
+    full = {row["case"]: row["spent"] for row in rows}  # costs rise, so the last one stays
+    ends = [row for row in rows if row["spent"] == full[row["case"]]]
+    report("horizon", rows, options, shown=ends, **compare(last))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Peak memory of a piece of work, above what stood before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def peak_memory(work: Callable[[], Any]) -> int:
+    """Bytes: torch's own count on a GPU, else the process's resident memory as Linux keeps it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not CLEAR.exists():
+        raise SystemExit(f"peak memory needs a GPU or Linux, not {sys.platform}.")
+    # memvec tells the allocator to keep freed memory (memvec.memory): give it back first, or work
+    # that fits into it would seem to need none.
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _kilobytes("VmRSS")
+    CLEAR.write_text("5")  # the peak begins again from here
+    work()
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def _kilobytes(name: str) -> int:
+    (line,) = (row for row in STATUS.read_text().splitlines() if row.startswith(name + ":"))
+    return int(line.split()[1])

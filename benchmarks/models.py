@@ -1,0 +1,102 @@
+"""Models made in memory, with random weights: shapes of published models, and tiny ones.
+
+A random-weight model can be crammed (docs/log.md) if its weights are large enough for a vector to
+move the logits: all matrices are normal with standard deviation 1/sqrt(D).
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from memvec.lm import FrozenLM
+from memvec.memory import keep_freed_memory
+
+# name -> (configuration class, its options)
+SHAPES = {
+    "pythia-160m": (
+        "GPTNeoXConfig",
+        {
+            "vocab_size": 50_304,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+        },
+    ),
+    "pythia-1.4b": (
+        "GPTNeoXConfig",
+        {
+            "vocab_size": 50_304,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 2048,
+            "rotary_pct": 0.25,
+        },
+    ),
+    "llama-3.2-1b": (
+        "LlamaConfig",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny-llama": (
+        "LlamaConfig",
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "intermediate_size": 176,
+            "max_position_embeddings": 512,
+        },
+    ),
+    "tiny-gpt2": (
+        "GPT2Config",
+        {"vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    ),
+    "tiny-qwen3": (
+        "Qwen3Config",
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 176,
+            "max_position_embeddings": 512,
+        },
+    ),
+}
+
+
+def random_model(name: str, *, device: str = "auto", seed: int = 0, **changes: int) -> FrozenLM:
+    """A model of that shape, its weights from the seed; bfloat16 on a GPU, float32 on a CPU."""
+    kind, options = SHAPES[name]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_freed_memory()
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    config = getattr(transformers, kind)(**(special | options | changes))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    std = model.get_input_embeddings().weight.shape[1] ** -0.5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, std)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return FrozenLM(model.to(device, dtype), name=f"random {name}")

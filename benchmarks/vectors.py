@@ -1,0 +1,99 @@
+"""Does a vector hold as much beside others as alone? Horizon per vector for K = 1 ... 16.
+
+    python benchmarks/vectors.py --quick
+
+Passages that grow with K, longer than anybody gets, under the default recipe; horizons are decoded
+freely from the vectors as stored. Twice: with an equal number of steps for every K, and until the
+passage has not gone on for `--patience` steps ('convergence'). RESULT `per_vector` is the horizon
+per vector at the largest K over that at K = 1 at convergence, `per_vector_steps` the same after
+equal steps; each with its 95 % bootstrap interval (the passages of different K are different ones
+of the same text, so the two means are drawn apart).
+
+`--quick` is a tiny random-weight model with K up to 4, and its RESULT is for that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import arguments, ratio_of_separate_means, report, save_figure, summary
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.lm import FrozenLM, load_lm
+from models import SHAPES, random_model
+from texts import passages_of, random_tokens
+
+FOREVER = 10**6
+
+
+def horizons(lm: FrozenLM, recipe: Recipe, K: int, T: int, options: Any) -> list[float]:
+    """Horizon per vector of each passage."""
+    texts = random_tokens if lm.tokenizer is None else passages_of
+    engine = Engine(lm, recipe, vectors=K, seats=min(options.seats, options.passages))
+    outcomes = list(engine.run(texts(lm, options.passages, T)))
+    return [outcome.metrics.horizon / K for outcome in outcomes]
+
+
+def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Horizon per vector against K."""
+    for until in dict.fromkeys(row["until"] for row in rows):
+        line = [row for row in rows if row["until"] == until]
+        error = [[r["mean"] - r["low"] for r in line], [r["high"] - r["mean"] for r in line]]
+        axes[0].errorbar(
+            [r["vectors"] for r in line], [r["mean"] for r in line], error, marker="o", label=until
+        )
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xlabel("vectors")
+    axes[0].set_ylabel("exact horizon per vector, tokens")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend()
+
+
+def main() -> None:
+    """Every K, both ways to stop."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
+    parser.add_argument("--vectors", type=int, nargs="+", default=(1, 2, 4, 8, 16))
+    parser.add_argument("--tokens", type=int, default=60, help="passage length per vector")
+    parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--seats", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--patience", type=int, default=300)
+    options = parser.parse_args()
+    if options.quick:
+        options.shape, options.vectors, options.tokens = "tiny-llama", (1, 2, 4), 12
+        options.passages, options.steps, options.patience = 4, 100, 100
+    lm = random_model(options.shape) if options.shape else load_lm(options.model)
+    ways = {
+        f"{options.steps} steps": Recipe(steps=options.steps, patience=FOREVER),
+        "convergence": Recipe(steps=FOREVER, patience=options.patience),
+    }
+    rows, found = [], {}
+    for K in options.vectors:
+        for until, recipe in ways.items():
+            T = min(options.tokens * K, (lm.context or FOREVER) - K)
+            found[until, K] = horizons(lm, recipe, K, T, options)
+            rows.append(
+                {
+                    "model": lm.name,
+                    "vectors": K,
+                    "until": until,
+                    "tokens": T,
+                    **summary(found[until, K]),
+                    "at_end": sum(h * K >= T for h in found[until, K]),
+                }
+            )
+    save_figure(options.out / "vectors", lambda axes: draw(axes, rows), 1)
+    result: dict[str, float] = {}
+    for until, name in zip(ways, ("per_vector_steps", "per_vector"), strict=True):
+        most, one = found[until, max(options.vectors)], found[until, min(options.vectors)]
+        result[name], result[f"{name}_low"], result[f"{name}_high"] = ratio_of_separate_means(
+            most, one
+        )
+    if options.quick:
+        print(f"--quick: {lm.name}, {max(options.vectors)} vectors at most, {options.steps} steps")
+    report("vectors", rows, options, **result)
+
+
+if __name__ == "__main__":
+    main()
