@@ -82,7 +82,8 @@ def test_other_storages_and_recipes(command, folder, letter, storage):
     ran = command(
         *("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--storage", storage),
         *("--margin", 0.4, "--seed", 3, "--start", "embeddings", "--start-rule", "bos"),
-        *("--set", "temperature=0.5", "--set", "look_ahead=2", "--seats", 3),
+        *("--set", "temperature=0.5", "--set", "unit=logits", "--set", "look_ahead=2"),
+        *("--seats", 3),
     )
     assert ran.code == 0
     header = json.loads(command("inspect", "a.mem", "--json").out)

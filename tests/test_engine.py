@@ -151,7 +151,7 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
 
     def watch_score(*arguments):
         found = score(*arguments)
-        right = found.margin >= recipe.margin
+        right = found.margin >= recipe.in_logits(lm.logit_spread).margin
         reached.append(int(right.sum() if schedule == "whole" else metrics.horizon(right)))
         return found
 
@@ -251,9 +251,10 @@ def test_numbers_that_are_not_finite_stay_in_their_seat(monkeypatch, family, poi
         torch.testing.assert_close(outcome.vectors, sound[ids].vectors, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("margin", "raised"), [(0.5, 1.0), (0.0, 0.1), (0.04, 0.1), (1.0, 2.0)])
-def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raised):
-    """With twice the margin, or a tenth of a logit where none was asked."""
+@pytest.mark.parametrize("unit", ["spread", "logits"])
+@pytest.mark.parametrize(("margin", "raised"), [(0.5, 1.0), (0.0, 0.05), (0.02, 0.05), (1.0, 2.0)])
+def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raised, unit):
+    """With twice the margin, or a twentieth of the logits' spread where none was asked."""
     lm, (passage,), lies = tiny(), passages(3, seed=15), []
 
     def lying(*arguments, **options):
@@ -264,9 +265,10 @@ def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raise
         return decoded
 
     monkeypatch.setattr(certify_module, "decode_ids", lying)
-    recipe = replace(QUICK, margin=margin)
+    recipe = replace(QUICK, margin=margin, unit=unit)
     (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
     assert lies
+    raised *= lm.logit_spread if unit == "spread" or raised == 0.05 else 1
     assert outcome.exact
     assert outcome.margin_asked == pytest.approx(raised)
     assert outcome.metrics.margin >= raised - 1e-4
@@ -278,7 +280,7 @@ def test_a_decode_that_always_disagrees_comes_to_an_end(monkeypatch):
     (outcome,) = Engine(lm, Recipe(steps=60), vectors=2).run([passage])
     assert not outcome.exact
     assert outcome.metrics.horizon == 0
-    assert outcome.margin_asked > 0.5
+    assert outcome.margin_asked > Recipe().margin * lm.logit_spread
 
 
 def test_waiting_passages_hold_no_tensors():

@@ -317,7 +317,7 @@ class _Cramming:
             start_rule=self.engine.start_rule,
             layout=self.lm.layout,
             packing=self.storage.packing,
-            recipe=self.recipe.record(),
+            recipe=self.engine.recipe.record(),
             environment=environment(),
             documents=documents,
             passages=passages,

@@ -76,9 +76,10 @@ class FrozenLM:
     models made in memory. `tokenizer` may be None when only token ids are used.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
-    `embedding_std`, `fingerprint`, `encoder` (None for most models), `facts` (the model folder's
-    memvec.json: measured bits per vector), `layout` (how vectors are read: 'prefix' here, in front
-    of a passage; memvec.onestep has the other one).
+    `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
+    a fixed probe: the unit of a recipe's temperature and margin), `fingerprint`, `encoder` (None
+    for most models), `facts` (the model folder's memvec.json: measured bits per vector), `layout`
+    (how vectors are read: 'prefix' here, in front of a passage; memvec.onestep has the other one).
     """
 
     layout: ClassVar[Layout] = "prefix"
@@ -113,7 +114,10 @@ class FrozenLM:
             self.embedding_std = float(weight[:50_000].float().std())
         self._body, self._head = _split(model, self.embedding)
         with torch.no_grad():
-            self.vocab_size = int(self.own_logits(self._probe_ids()).shape[-1])
+            logits = self.own_logits(self._probe_ids())[0].float()
+        self.vocab_size = int(logits.shape[-1])
+        # Vocabulary columns that a model masks are no part of how far its logits spread.
+        self.logit_spread = float(torch.stack([row[row > -1e4].std() for row in logits]).mean())
         if check:
             from memvec.doctor import refuse_if_unfit
 

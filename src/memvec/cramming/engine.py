@@ -42,8 +42,8 @@ from memvec.lm import FrozenLM, StartRule
 from memvec.passages.passage import Passage
 from memvec.storage import Storage, storage_of
 
-SMALLEST_RAISE = 0.1  # logits; margin asked after a failed certification from margin 0
-COLUMNS = 32  # the forward pass is as long as the longest counted part, rounded up to this
+SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0
+COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 
 
 @dataclass
@@ -112,7 +112,8 @@ class Engine:
             raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
         if seats < 1:
             raise MemvecError(f"--seats must be at least 1, not {seats}.")
-        self.lm, self.recipe, self.K, self.seats = lm, recipe or Recipe(), vectors, seats
+        self.lm, self.K, self.seats = lm, vectors, seats
+        self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress
         self.start_rule = resolve_start_rule(lm, self.recipe)
@@ -143,7 +144,7 @@ class Engine:
 
     def push_again(self, outcome: Outcome) -> None:
         """Return a passage that was exact here and not elsewhere: on, with twice the margin."""
-        margin = max(2 * outcome.margin_asked, SMALLEST_RAISE)
+        margin = max(2 * outcome.margin_asked, SMALLEST_RAISE * self.lm.logit_spread)
         self.waiting.push(
             Job(
                 outcome.passage,

@@ -17,6 +17,7 @@ OptimizerName = Literal["adam", "adamw"]
 ScheduleName = Literal["growing", "whole"]
 StartName = Literal["auto", "encoder", "noise", "embeddings", "uniform", "linear"]
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
+UnitName = Literal["spread", "logits"]
 
 
 def _says(default: Any, text: str) -> Any:
@@ -28,9 +29,14 @@ class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
     objective: ObjectiveName = _says("cross-entropy", "what is minimised")
-    temperature: float = _says(0.25, "logits are divided by this in the loss; 1 is the paper's")
+    temperature: float = _says(0.13, "logits are divided by this in the loss; the paper's: 1 logit")
     margin: float = _says(
-        0.5, "a token counts as right when its logit leads the best other one by this much"
+        0.28, "a token counts as right when its logit leads the best other one by this much"
+    )
+    unit: UnitName = _says(
+        "spread",
+        "what temperature and margin are counted in: 'spread', the standard deviation of the "
+        "model's logits over its vocabulary, so that one recipe fits all models; or 'logits'",
     )
     schedule: ScheduleName = _says(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
@@ -93,6 +99,17 @@ class Recipe:
             typed[name] = _convert(name, value, type(getattr(PRESETS[preset], name)))
         return replace(PRESETS[preset], **typed)
 
+    def in_logits(self, spread: float) -> Recipe:
+        """The same recipe for a model whose logits spread so far, with everything in logits."""
+        if self.unit == "logits":
+            return self
+        return replace(
+            self,
+            unit="logits",
+            temperature=self.temperature * spread,
+            margin=self.margin * spread,
+        )
+
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores."""
         return asdict(self)
@@ -105,9 +122,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(ScheduleName),
     "start": get_args(StartName),
     "start_rule": get_args(StartRuleName),
+    "unit": get_args(UnitName),
 }
 _LEAST: dict[str, float] = {
-    "temperature": 1e-3,
+    "temperature": 1e-6,
     "margin": 0.0,
     "look_ahead": 1,
     "dimensions": 1,
@@ -142,6 +160,7 @@ def _convert(name: str, value: Any, kind: type) -> Any:
 # 10 000 in all; the first token is in the loss. The learning rate is 0.5 for Pythia and 0.1
 # elsewhere in its tables; in its sweep 0.5 or 1 is best for three of four models.
 _PROGRESSIVE = Recipe(
+    unit="logits",
     temperature=1.0,
     margin=0.0,
     schedule="growing",
@@ -168,6 +187,7 @@ PRESETS: dict[str, Recipe] = {
     "margin": replace(_PROGRESSIVE, objective="deficit", margin=0.5),
     # Kuratov et al., section 4 and the published train.py.
     "paper": Recipe(
+        unit="logits",
         temperature=1.0,
         margin=0.0,
         schedule="whole",
