@@ -161,7 +161,7 @@ def test_extras_of_a_folder_are_read_and_checked(folder, tmp_path):
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
 def test_the_encoder_is_the_last_states_through_one_map(K, tokens):
     """Against a loop over parts with the model's own body; above 2 vectors in equal parts."""
-    from memvec.encoder import OnePassEncoder
+    from memvec.encoders.summary import SummaryEncoder
 
     lm = tiny()
     D, generator = lm.width, torch.Generator().manual_seed(0)
@@ -169,7 +169,7 @@ def test_the_encoder_is_the_last_states_through_one_map(K, tokens):
         torch.randn(*shape, generator=generator) for shape in [(2, D), (D, D), (D,)]
     )
     ids = torch.tensor([p.ids for p in passages(10, 10)])
-    found = OnePassEncoder(summary, weight, bias, tokens).encode(lm, ids, K)
+    found = SummaryEncoder(summary, weight, bias, tokens).encode(lm, ids, K)
     assert found.shape == (2, K, D)
     bounds = {1: [0, 1], 2: [0, 2], 3: [0, 2, 3], 5: [0, 2, 3, 5]}[K]
     for b in range(2):

@@ -15,6 +15,7 @@ import typer
 
 from memvec import __version__
 from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.encoders.cli import app as encoders
 from memvec.errors import MemvecError
 from memvec.study.cli import app as study
 
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(study, name="study")
+app.add_typer(encoders, name="encoder")
 
 
 class Storage(StrEnum):
@@ -99,6 +101,9 @@ def cram(
     steps: Annotated[int | None, typer.Option(help=_field("steps"))] = None,
     corrections: Annotated[int | None, typer.Option(help=_field("corrections"))] = None,
     start: Annotated[str | None, typer.Option(help=_field("start"))] = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="Start from an encoder of memvec encoder train.")
+    ] = None,
     start_rule: Annotated[str | None, typer.Option(help=_field("start_rule"))] = None,
     seed: Annotated[int | None, typer.Option(help=_field("seed"))] = None,
     set_: Annotated[
@@ -157,7 +162,7 @@ def cram(
     from memvec.passages.documents import peek, read_document
 
     peek(file)  # before the model loads: a wrong name should not cost seconds
-    lm = _load(model, revision, device, dtype)
+    lm = _load(model, revision, device, dtype, encoder)
     document = read_document(lm, file, encoding=encoding, largest=max_bytes)
     settings = {
         "model": lm.description(),
@@ -329,11 +334,13 @@ def doctor(
         raise typer.Exit(2)
 
 
-def _load(name: str, revision: str | None, device: str, dtype: str) -> FrozenLM:
+def _load(
+    name: str, revision: str | None, device: str, dtype: str, encoder: Path | None = None
+) -> FrozenLM:
     from memvec import display
     from memvec.lm import load_lm
 
-    lm = load_lm(name, revision=revision, device=device, dtype=dtype)
+    lm = load_lm(name, revision=revision, device=device, dtype=dtype, encoder=encoder)
     d = lm.description()
     display.say(
         f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']} on {d['device']}, "

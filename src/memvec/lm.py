@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from memvec.encoder import OnePassEncoder
+from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError, did_you_mean
 from memvec.memory import keep_freed_memory
 
@@ -116,8 +116,7 @@ class FrozenLM:
         with torch.no_grad():
             logits = self.own_logits(self._probe_ids())[0].float()
         self.vocab_size = int(logits.shape[-1])
-        # Vocabulary columns that a model masks are no part of how far its logits spread.
-        self.logit_spread = float(torch.stack([row[row > -1e4].std() for row in logits]).mean())
+        self.logit_spread = _spread(logits)
         if check:
             from memvec.doctor import refuse_if_unfit
 
@@ -265,6 +264,7 @@ class FrozenLM:
             "attention": getattr(self.config, "_attn_implementation", None) or "none",
             "width": self.width,
             "vocabulary": self.vocab_size,
+            "encoder": self.encoder.identity if self.encoder else None,
         }
 
     def _probe_ids(self) -> Int[Tensor, "1 8"]:
@@ -301,7 +301,16 @@ class FrozenLM:
             self.facts = json.loads(facts.read_text())
         weights = folder / "encoder.safetensors"
         if weights.is_file():
-            self.encoder = OnePassEncoder.load(weights, self.width).to(self.device, self.dtype)
+            self.read_encoder(weights)
+
+    def read_encoder(self, path: Path) -> None:
+        """Start passages from the one-pass encoder in a file (memvec.encoders.files).
+
+        Raises MemvecError if it is none, or was made for another model.
+        """
+        from memvec.encoders.files import load_encoder
+
+        self.encoder = load_encoder(path, self)
 
 
 def load_lm(
@@ -311,12 +320,14 @@ def load_lm(
     device: str = "auto",
     dtype: str = "auto",
     attention: str | None = None,
+    encoder: str | Path | None = None,
     check: bool = True,
 ) -> FrozenLM:
     """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
 
     `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
     on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2').
+    `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
 
     Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
     a causal LM that cannot be served exactly.
@@ -352,7 +363,7 @@ def load_lm(
             f"{name} has no weights for {len(missing)} tensors of a causal LM "
             f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
         )
-    return FrozenLM(
+    lm = FrozenLM(
         model.to(where),
         tokenizer,
         name=name,
@@ -360,6 +371,15 @@ def load_lm(
         folder=local,
         check=check,
     )
+    if encoder is not None:
+        lm.read_encoder(Path(encoder).expanduser())
+    return lm
+
+
+def _spread(logits: Float[Tensor, "n V"]) -> float:
+    """Mean over positions of the standard deviation over the columns that are not masked."""
+    kept = [row[row > -1e4] for row in logits]  # a model that is refused may have none
+    return sum(float(row.std()) for row in kept if len(row) > 1) / len(kept) or 1.0
 
 
 def _local_folder(name: str) -> Path | None:

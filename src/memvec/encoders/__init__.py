@@ -1,0 +1,1 @@
+"""One-pass encoders beside a frozen LM: what they are, their files, their training."""

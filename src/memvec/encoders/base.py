@@ -1,0 +1,53 @@
+"""What every one-pass encoder does: K [mem] vectors of a passage in one forward pass.
+
+Used as a start for cramming, and measured beside it: an encoder is what the papers on cramming ask
+for (Kuratov et al. 2025, limitations), and what cramming is an upper bound of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+
+class OnePassEncoder(ABC):
+    """Reads passages of one length, gives K [mem] vectors each.
+
+    `tokens`: leading tokens per vector worth encoding (0: the whole passage); beyond them an
+    encoder that was never right is a worse start than one that leaves them out. `max_vectors`: the
+    most it gives at once; for more, the passage is encoded in equal parts, in order.
+    """
+
+    tokens: int = 0
+    max_vectors: int = 1
+    identity: str = "in-memory"  # hash of its file: where vectors start can change them
+
+    @abstractmethod
+    def to(self, device: torch.device, dtype: torch.dtype) -> OnePassEncoder:
+        """The same encoder on a device, in the frozen LM's dtype."""
+
+    @abstractmethod
+    def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        """K <= max_vectors vectors for each whole passage; differentiable in the encoder."""
+
+    @torch.no_grad()
+    def encode(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        """K vectors for each passage, in one forward pass per part. In float32."""
+        parts = -(-K // self.max_vectors)
+        bounds = [round(i * K / parts) for i in range(parts + 1)]
+        T = ids.shape[1]
+        vectors = []
+        for first, last in itertools.pairwise(bounds):
+            part = ids[:, T * first // K : max(T * last // K, T * first // K + 1)]
+            if self.tokens:
+                part = part[:, : self.tokens * (last - first)]
+            vectors.append(self.read(lm, part, last - first).float())
+        return torch.cat(vectors, dim=1)

@@ -1,0 +1,114 @@
+"""An encoder beside cramming, in one table: what one pass gives back, and what it saves.
+
+Per length: how many held-out passages one pass gives back exactly (free-running decoding), and how
+many steps cramming needs from the encoder's vectors and from noise. Below them the two ends of the
+scale that the paper opens: tokens per vector without loss in one pass, and by cramming.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.lm import FrozenLM
+from memvec.metrics import horizon
+from memvec.passages.passage import Passage
+
+
+@dataclass(frozen=True)
+class AtLength:
+    """One length of passages, `n` of them, one vector each. Steps are medians over all n; a passage
+    that was never exact counts with the most steps there were."""
+
+    tokens: int
+    n: int
+    one_pass_exact: float  # share of passages
+    one_pass_horizon: float  # mean leading tokens that come back
+    encoder_exact: float  # share, after cramming from the encoder's vectors
+    encoder_steps: float
+    noise_exact: float
+    noise_steps: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All lengths, and the two ends: lossless tokens per vector in one pass, and by cramming."""
+
+    rows: tuple[AtLength, ...]
+    one_pass_lossless: int  # longest length measured at which half of the passages are exact; 0
+    crammed_horizon: float  # mean tokens per vector, default recipe from the encoder's vectors
+    crammed_interval: float  # 95 % half width of that mean
+    crammed_n: int
+
+    def record(self) -> dict[str, Any]:
+        """As plain numbers."""
+        return asdict(self)
+
+
+def compare(
+    lm: FrozenLM,
+    passages: Int[Tensor, "n T"],
+    lengths: Sequence[int],
+    recipe: Recipe | None = None,
+    seats: int = 32,
+) -> Comparison:
+    """Measure lm.encoder beside cramming on passages, cut to each of the lengths (tokens).
+
+    Raises MemvecError if the model has no encoder or a length is longer than the passages.
+    """
+    if lm.encoder is None:
+        raise MemvecError(
+            f"{lm.name} has no one-pass encoder: train one with memvec encoder train."
+        )
+    recipe = recipe or Recipe()
+    if not lengths or max(lengths) > passages.shape[1]:
+        raise MemvecError(f"lengths must be from 1 to {passages.shape[1]} tokens.")
+    rows = tuple(_at(lm, passages[:, :T], recipe, seats) for T in sorted(set(lengths)))
+    reached = [
+        float(o.metrics.horizon)
+        for o in _cram(lm, passages, replace(recipe, start="encoder"), seats)
+    ]
+    spread = statistics.stdev(reached) / len(reached) ** 0.5 if len(reached) > 1 else float("nan")
+    return Comparison(
+        rows,
+        max((row.tokens for row in rows if row.one_pass_exact >= 0.5), default=0),
+        statistics.mean(reached),
+        1.96 * spread,
+        len(reached),
+    )
+
+
+def _at(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, seats: int) -> AtLength:
+    n, T = ids.shape
+    assert lm.encoder is not None
+    vectors = lm.encoder.encode(lm, ids.to(lm.device), 1)
+    right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
+    found = {}
+    for start in ("encoder", "noise"):
+        outcomes = _cram(lm, ids, replace(recipe, start=start), seats)  # type: ignore[arg-type]
+        exact = [o.exact for o in outcomes]
+        steps = [o.steps if o.exact else recipe.steps for o in outcomes]
+        found[start] = (sum(exact) / n, statistics.median(steps))
+    return AtLength(
+        T,
+        n,
+        float(right.all(1).float().mean()),
+        float(horizon(right).float().mean()),
+        *found["encoder"],
+        *found["noise"],
+    )
+
+
+def _cram(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, seats: int) -> list[Any]:
+    passages = [Passage(tuple(row.tolist()), i) for i, row in enumerate(ids)]
+    return list(Engine(lm, recipe, vectors=1, seats=seats).run(passages))

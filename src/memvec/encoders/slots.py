@@ -1,0 +1,93 @@
+"""The slot encoder: a transformer of its own beside a frozen LM it was trained for.
+
+It reads the LM's embeddings of a passage together with S learned slots, in both directions; what
+stands at the slots afterwards are the vectors. The LM itself is not changed and not run: the
+baseline of the encoders that compress a context into slots (ICAE, Ge et al. 2024: K slots,
+reconstruction through the frozen LM), with a small encoder instead of an adapted copy of the LM.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memvec.encoders.base import OnePassEncoder
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+
+def positions(T: int, width: int, device: torch.device) -> Float[Tensor, "T width"]:
+    """Sines and cosines of T positions (Vaswani et al. 2017), for passages of any length."""
+    rates = torch.exp(
+        torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / max(width, 1))
+    )
+    angles = torch.arange(T, device=device)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
+class SlotNetwork(nn.Module):
+    """Embedded passages (B, T, D) to vectors (B, K, D), K <= S slots."""
+
+    def __init__(self, width: int, *, hidden: int, layers: int, heads: int, slots: int) -> None:
+        super().__init__()
+        self.shape = {"hidden": hidden, "layers": layers, "heads": heads, "slots": slots}
+        self.into = nn.Linear(width, hidden)
+        self.slots = nn.Parameter(0.02 * torch.randn(slots, hidden))
+        layer = nn.TransformerEncoderLayer(
+            hidden,
+            heads,
+            4 * hidden,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        # nested tensors are of no use here: passages of one batch are of one length
+        self.layers = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
+        )
+        self.out = nn.Linear(hidden, width)
+        # The size of an embedding in the LM, whose inputs the vectors are to be: set by `scaled`.
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(()))
+
+    mean: Tensor
+    std: Tensor
+
+    def scaled(self, mean: Tensor, std: float) -> SlotNetwork:
+        """The same network, which knows where the LM's embeddings lie and how large they are."""
+        self.mean.copy_(mean)
+        self.std.fill_(std)
+        return self
+
+    def forward(self, embedded: Float[Tensor, "B T D"], K: int) -> Float[Tensor, "B K D"]:
+        read = self.into((embedded.float() - self.mean) / self.std)
+        read = read + positions(read.shape[1], read.shape[2], read.device)
+        slots = self.slots[:K].expand(len(read), -1, -1)
+        seen: Tensor = self.layers(torch.cat([slots, read], dim=1))[:, :K]
+        vectors: Tensor = self.out(seen) * self.std + self.mean
+        return vectors
+
+
+class SlotEncoder(OnePassEncoder):
+    """A slot network with what a reader of its vectors needs. It stays in float32."""
+
+    def __init__(self, network: SlotNetwork, tokens: int = 0) -> None:
+        self.network, self.tokens = network.eval(), tokens
+        self.max_vectors = int(network.shape["slots"])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SlotEncoder:
+        return SlotEncoder(self.network.to(device).eval().requires_grad_(False), self.tokens)
+
+    def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        vectors: Tensor = self.network(lm.embed(ids), K)
+        return vectors
+
+    def settings(self) -> dict[str, Any]:
+        """What its file says of its shape."""
+        return dict(self.network.shape)

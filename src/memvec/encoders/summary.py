@@ -1,0 +1,44 @@
+"""The summary encoder: the frozen LM reads a passage, then summary embeddings, and is its encoder.
+
+Its last hidden states at the summary embeddings go through one linear map and are the vectors. It
+needs an LM that was trained together with it (recipes/pocket.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.encoders.base import OnePassEncoder
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
+
+
+class SummaryEncoder(OnePassEncoder):
+    """Summary embeddings (S, D), and a linear map (D, D) with bias (D)."""
+
+    def __init__(
+        self,
+        summary: Float[Tensor, "S D"],
+        weight: Float[Tensor, "D D"],
+        bias: Float[Tensor, " D"],
+        tokens: int = 0,
+    ) -> None:
+        self.summary, self.weight, self.bias = summary, weight, bias
+        self.tokens = tokens
+        self.max_vectors = len(summary)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SummaryEncoder:
+        summary, weight, bias = (
+            t.to(device, dtype) for t in (self.summary, self.weight, self.bias)
+        )
+        return SummaryEncoder(summary, weight, bias, self.tokens)
+
+    def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        summary = self.summary[:K].expand(len(ids), -1, -1)
+        hidden = lm.hidden(torch.cat([lm.embed(ids), summary], dim=1), keep=K)
+        return hidden @ self.weight.T + self.bias

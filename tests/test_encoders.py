@@ -1,0 +1,260 @@
+"""One-pass encoders: training beside a frozen model, files, and the start they give."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import QUICK, build, byte_tokenizer, tiny
+from memvec.cramming.engine import Engine
+from memvec.encoders.files import load_encoder, save_encoder
+from memvec.encoders.measure import compare
+from memvec.encoders.slots import SlotEncoder, SlotNetwork
+from memvec.encoders.training import GRID, Plan, Training
+from memvec.errors import MemvecError
+from memvec.lm import load_lm
+from memvec.passages.passage import Passage
+
+SMALL = Plan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
+
+
+def stream(lm, n=4000, seed=0):
+    """Token ids with something to learn: half of the tokens follow from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, lm.vocab_size, (n,), generator=generator)
+    ids[1::2] = (ids[::2] + 1).clamp_max(lm.vocab_size - 1)
+    return ids
+
+
+def network_of(lm, seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = {"hidden": 16, "layers": 1, "heads": 2, "slots": 2} | changes
+    network = SlotNetwork(lm.width, **shape)
+    return network.scaled(lm.embedding.weight.mean(0), lm.embedding_std)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt-projected", "mamba"])
+def test_training_moves_the_encoder_and_nothing_else(family):
+    lm = tiny(family)
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    training = Training(lm, stream(lm), SMALL)
+    start = {k: v.clone() for k, v in training.network.state_dict().items()}
+    encoder = training.run()
+    for key, value in lm.model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.grad is None
+    moved = {k for k, v in encoder.network.state_dict().items() if not torch.equal(v, start[k])}
+    assert moved == start.keys() - {"mean", "std"}
+    assert encoder.tokens in GRID
+
+
+def test_the_loss_gradient_is_that_of_plain_cross_entropy():
+    """One training step's gradient against autograd through logits of the whole batch."""
+    lm, plan = tiny(), replace(SMALL, slots=1)
+    training, seen = Training(lm, stream(lm), plan), {}
+    training.optimizer.step = lambda: seen.update(
+        {k: p.grad.clone() for k, p in training.network.named_parameters()}
+    )
+    given = training._windows
+    training._windows = lambda *a: seen.setdefault("ids", given(*a))
+    torch.nn.utils.clip_grad_norm_, clip = (lambda *_: None), torch.nn.utils.clip_grad_norm_
+    try:
+        training._train_step()
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    ids = seen.pop("ids")
+    logits = lm.logits(training.network(lm.embed(ids), 1), ids)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    names, parameters = zip(*training.network.named_parameters(), strict=True)
+    for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_training_learns():
+    """More of the passage comes back in one pass after training than before."""
+    lm = tiny()
+    plan = Plan(steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2)
+    losses = []
+    Training(lm, stream(lm), plan).run(on_progress=lambda now: losses.append(now.loss_bits))
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
+    lm, partial = tiny(), tmp_path / "e.partial"
+    monkeypatch.setattr("memvec.encoders.training.CHECKPOINT_EVERY", 1)
+    whole = Training(lm, stream(lm), SMALL).run()
+
+    def interrupt(now):
+        if now.step > stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Training(lm, stream(lm), SMALL).run(partial, interrupt)
+    steps = []
+    again = Training(lm, stream(lm), SMALL).run(partial, lambda now: steps.append(now.step))
+    assert steps == list(range(stop + 1, SMALL.steps + 1))
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    assert whole.tokens == again.tokens
+    for other in (replace(SMALL, lr=0.01), replace(SMALL, steps=9)):
+        with pytest.raises(MemvecError, match="another model, text or settings"):
+            Training(lm, stream(lm), other).run(partial)
+    with pytest.raises(MemvecError, match="another model, text or settings"):
+        Training(lm, stream(lm, seed=1), SMALL).run(partial)
+    partial.write_bytes(b"not a checkpoint")
+    with pytest.raises(MemvecError, match="cannot be read"):
+        Training(lm, stream(lm), SMALL).run(partial)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"steps": 0}, "--steps"), ({"hidden": 30, "heads": 4}, "no multiple"), ({"lr": 2.0}, "--lr")],
+)
+def test_plans_that_cannot_be_are_refused(changes, says):
+    with pytest.raises(MemvecError, match=says):
+        Plan(**changes)
+
+
+def test_too_little_text_and_a_loss_that_is_not_finite():
+    lm = tiny()
+    with pytest.raises(MemvecError, match="too few"):
+        Training(lm, stream(lm, 100), SMALL)
+    training = Training(lm, stream(lm), SMALL)
+    with torch.no_grad():
+        training.network.slots.fill_(float("nan"))
+    with pytest.raises(MemvecError, match="not finite at step 1"):
+        training.run()
+
+
+# ---------------------------------------------------------------------- the vectors it gives
+
+
+@pytest.fixture
+def letter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letter.txt").write_bytes(b"The boats came in, one by one.\n")
+    return tmp_path / "letter.txt"
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, K, tokens):
+    lm = tiny()
+    encoder = SlotEncoder(network_of(lm), tokens)
+    ids = stream(lm, 40).view(4, 10)
+    together = encoder.encode(lm, ids, K)
+    assert together.shape == (4, K, lm.width)
+    alone = torch.cat([encoder.encode(lm, row[None], K) for row in ids])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-6)
+    file = tmp_path / "encoder.safetensors"
+    save_encoder(file, encoder, lm, {"steps": 1})
+    again = load_encoder(file, lm)
+    assert (again.tokens, again.max_vectors) == (tokens, 2)
+    torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=1e-6)
+    assert len(again.identity) == 16
+
+
+def test_its_files_are_checked(tmp_path):
+    lm, file = tiny(), tmp_path / "encoder.safetensors"
+    save_encoder(file, SlotEncoder(network_of(lm)), lm)
+    sound = file.read_bytes()
+    with pytest.raises(MemvecError, match="was trained for tiny-llama, not for"):
+        load_encoder(file, tiny(seed=1))
+    for damage in (b"", sound[: len(sound) // 2], b"\xff" * 64):
+        file.write_bytes(damage)
+        with pytest.raises(MemvecError, match="not an encoder that memvec can read"):
+            load_encoder(file, lm)
+    file.write_bytes(sound)
+    tensors = load_file(file)
+    shape = json.dumps({"hidden": 16, "layers": 1, "heads": 2, "slots": 2})
+
+    def written(tensors, **metadata):
+        save_file(tensors, file, {"kind": "slots", "shape": shape} | metadata)
+        return file
+
+    huge = json.dumps({"hidden": 16_000, "layers": 200, "heads": 2, "slots": 2})
+    for metadata, says in [
+        ({"shape": huge}, "claims more than it holds"),
+        ({"shape": shape.replace("16", "999999")}, "claims 999999 hidden"),
+        ({"shape": "{}"}, "cannot|can read"),
+        ({"shape": "no json"}, "can read"),
+        ({"tokens": "many"}, "can read"),
+        ({"shape": shape.replace("2}", "3}")}, "does not fit"),
+    ]:
+        with pytest.raises(MemvecError, match=says):
+            load_encoder(written(tensors, **metadata), lm)
+    with pytest.raises(MemvecError, match=r"no (map.bias|summary)"):
+        load_encoder(written({"map.weight": torch.zeros(2, 2)}, kind="summary"), lm)
+
+
+def test_cramming_starts_from_it_and_compares(tmp_path):
+    """The measured start is the encoder's; a good start needs fewer steps than noise does."""
+    lm = tiny()
+    ids = stream(lm, 8).view(4, 2)
+    # the best start there is: vectors that were crammed, handed out by the encoder
+    crammed = {
+        o.passage.ids: o.vectors
+        for o in Engine(lm, QUICK).run([Passage(tuple(r.tolist()), i) for i, r in enumerate(ids)])
+    }
+
+    class Remembers(SlotEncoder):
+        def read(self, lm, ids, K):
+            return torch.stack([crammed[tuple(row.tolist())] for row in ids])
+
+    lm.encoder = Remembers(network_of(lm))
+    try:
+        found = compare(lm, ids, [2], QUICK, seats=4)
+    finally:
+        lm.encoder = None
+    (row,) = found.rows
+    assert (row.tokens, row.n, row.one_pass_exact, row.one_pass_horizon) == (2, 4, 1.0, 2.0)
+    assert (row.encoder_exact, row.encoder_steps) == (1.0, 0)
+    assert (row.noise_exact, row.noise_steps > 0) == (1.0, True)
+    assert (found.one_pass_lossless, found.crammed_horizon, found.crammed_n) == (2, 2.0, 4)
+    with pytest.raises(MemvecError, match="no one-pass encoder"):
+        compare(lm, ids, [2], QUICK)
+
+
+def test_from_the_command_line(command, tmp_path, letter):
+    """Train beside a folder's model, measure, cram from it, decode without it."""
+    folder = tmp_path / "model"
+    tokenizer = byte_tokenizer()
+    model = build("llama", 0, vocab_size=len(tokenizer), hidden_size=64, head_dim=16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("The boats came in one by one, and nobody on the quay counted them. " * 90)
+    small = ("--steps", 3, "--hidden", 16, "--layers", 1, "--heads", 2, "--positions", 64)
+    train = ("encoder", "train", "-m", folder, "--text", text, *small)
+    assert command(*train).code == 0
+    assert load_lm(str(folder)).encoder is not None
+    assert command(*train).code == 2
+    assert "exists" in command(*train).err
+    beside = tmp_path / "beside.safetensors"
+    (folder / "encoder.safetensors").rename(beside)
+    measured = command(
+        *("encoder", "measure", "-m", folder, "--encoder", beside, "--text", text, "--json"),
+        *("--lengths", "2,3", "--longest", 6, "--passages", 2, "--steps", 60),
+    )
+    assert measured.code == 0
+    rows = json.loads(measured.out)["rows"]
+    assert [row["tokens"] for row in rows] == [2, 3]
+    ran = command("cram", letter, "-m", folder, "--encoder", beside, "--tokens", 2, "-o", "a.mem")
+    assert ran.code == 0
+    header = json.loads(command("inspect", "a.mem", "--json").out)
+    assert header["model"]["encoder"] == load_encoder(beside, load_lm(str(folder))).identity
+    assert command("decode", "a.mem").out == letter.read_bytes()
+    for wrong, says in [
+        (("encoder", "train", "-m", folder, "--text", tmp_path / "none.txt"), "no file"),
+        (("encoder", "measure", "-m", folder, "--text", text), "no one-pass encoder"),
+        (("encoder", "measure", "-m", folder, "--text", text, "--lengths", "a"), "numbers"),
+        (("cram", letter, "-m", folder, "--encoder", letter, "-o", "b.mem"), "not an encoder"),
+    ]:
+        ran = command(*wrong)
+        assert (ran.code, ran.out) == (2, b"")
+        assert says in ran.err
