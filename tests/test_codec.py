@@ -23,6 +23,7 @@ from memvec.journal import Journal
 from memvec.lm import START_RULES
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
+from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 
 TEXT = "the cat sat on the lazy dog, é\r\n"
@@ -342,4 +343,4 @@ def test_documents_may_be_made_beforehand():
 
 
 def test_nothing_is_certified_where_nothing_is_finished():
-    assert list(certify_module.certify(tiny(), [], "vectors", torch.float32)) == []
+    assert list(certify_module.certify(tiny(), [], "vectors", storage_of("float32"))) == []
