@@ -56,14 +56,16 @@ def test_nothing_listed_costs_nothing():
     assert size([[(128, 128)]]) == 1 + 2 + 2
 
 
-def test_the_worst_are_picked_and_one_token_is_always_left():
+def test_wrong_ones_are_picked_first_and_one_token_is_always_left():
     margins, ids = torch.tensor([2.0, 0.3, -1.0, 0.5, 0.0]), [10, 11, 12, 13, 14]
     assert pick(margins, ids, 0.5, 0) == ()
     assert pick(margins, ids, 0.5, 1) == ((2, 12),)
     assert pick(margins, ids, 0.5, 2) == ((2, 12), (4, 14))
     assert pick(margins, ids, 0.5, 9) == ((1, 11), (2, 12), (4, 14))
     assert pick(margins, ids, 0.0, 9) == ((2, 12), (4, 14))  # a margin of 0 is a tie
+    assert pick(margins - 9, ids, 0.5, 3) == ((0, 10), (1, 11), (2, 12))  # all wrong: the front
     assert len(pick(margins - 9, ids, 0.5, 9)) == 4
+    assert pick(margins.clamp_min(0.1), ids, 0.5, 1) == ((2, 12),)  # none wrong: the weakest
     assert pick(margins[1:], ids, 0.5, 1) == ((2, 12),)  # the first token was given
 
 

@@ -24,15 +24,17 @@ def most_allowed(asked: int, predicted: int) -> int:
 
 
 def pick(margins: Float[Tensor, " n"], ids: Sequence[int], asked: float, most: int) -> Corrections:
-    """Correct the positions that miss the margin asked, the worst ones first, `most` at most.
+    """Correct positions that miss the margin asked, `most` at most.
 
-    `margins` are teacher-forced, of the last n of the passage's `ids`. A margin of 0 is missed even
-    where 0 is asked: the arg-max is then a tie.
+    Wrong ones come first, front to back (where there are too many, that makes the longest horizon),
+    then the weakest of the right ones. `margins` are teacher-forced, of the last n of the passage's
+    `ids`. A margin of 0 is missed even where 0 is asked: the arg-max is then a tie.
     """
-    given = len(ids) - len(margins)
-    missed = [i for i, m in enumerate(margins.tolist()) if not (m >= asked and m > 0)]
-    worst = sorted(missed, key=lambda i: (float(margins[i]), i))[: most_allowed(most, len(margins))]
-    return tuple((given + i, ids[given + i]) for i in sorted(worst))
+    given, found = len(ids) - len(margins), margins.tolist()
+    missed = [i for i, m in enumerate(found) if not (m >= asked and m > 0)]
+    missed.sort(key=lambda i: (1, found[i], i) if found[i] > 0 else (0, 0.0, i))
+    listed = sorted(missed[: most_allowed(most, len(found))])
+    return tuple((given + i, ids[given + i]) for i in listed)
 
 
 def table(
