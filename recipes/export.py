@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 def export(run, tokenizer, folder: Path) -> None:
     """A folder that transformers loads, with the encoder beside the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.bfloat16() for k, v in run.model.state_dict().items()}
+    weights = {k: v.cpu().bfloat16() for k, v in run.model.state_dict().items()}
     model = LlamaForCausalLM(run.shape.config()).bfloat16()
     model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
     model.generation_config = GenerationConfig(do_sample=False, bos_token_id=0, eos_token_id=1)
@@ -30,7 +30,7 @@ def export(run, tokenizer, folder: Path) -> None:
     ).save_pretrained(folder)
     # more vectors: the passage in as many equal parts, each encoded alone
     save_file(
-        {k: v.bfloat16().contiguous() for k, v in run.encoder.state_dict().items()},
+        {k: v.cpu().bfloat16().contiguous() for k, v in run.encoder.state_dict().items()},
         folder / "encoder.safetensors",
         metadata={
             "format": "memvec-encoder",

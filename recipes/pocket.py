@@ -5,6 +5,7 @@ One command, from the repository root, on any machine with two cores:
     python recipes/pocket.py                          # train and export
     python recipes/pocket.py --corpus my_texts/       # from a folder of .txt files
     python recipes/pocket.py --twin                   # afterwards: the plain twin, for comparison
+    python recipes/pocket.py --device cuda --hidden-size 512 ...     # another shape, on a GPU
     python recipes/evaluate.py                        # the numbers of the card
 
 Notable:
@@ -41,9 +42,16 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "268435456",
 }
-if __name__ == "__main__" and not ENVIRONMENT.keys() <= os.environ.keys():
-    # read when a process starts: setting them later has no effect
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**ENVIRONMENT, **os.environ})
+
+
+def in_environment():
+    """Start this program again with ENVIRONMENT, which is read only when a process starts."""
+    if not ENVIRONMENT.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**ENVIRONMENT, **os.environ})
+
+
+if __name__ == "__main__":
+    in_environment()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -141,7 +149,7 @@ def memory_loss(model: Llama, encoder: Encoder, ids, K: int, noise: float, rng):
     embedded = embed(model, ids)
     vectors = encoder(model, embedded, K)
     rms = vectors.detach().float().pow(2).mean().sqrt()
-    vectors = vectors + noise * rms * torch.randn(vectors.shape, generator=rng)
+    vectors = vectors + noise * rms * torch.randn(vectors.shape, generator=rng).to(vectors)
     inputs = torch.cat((vectors.to(embedded.dtype), embedded[:, :-1]), dim=1)
     logits = F.linear(model(inputs)[:, K - 1 :], model.embedding)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
@@ -154,11 +162,13 @@ class Run:
 
     recipe: Recipe
     shape: Shape
+    device: str = "cpu"
 
     def __post_init__(self):
         torch.manual_seed(self.recipe.seed)
-        self.model = Llama(self.shape)
-        self.encoder = Encoder(self.shape.hidden_size)
+        # made on the CPU, so that a seed means the same weights everywhere
+        self.model = Llama(self.shape).to(self.device)
+        self.encoder = Encoder(self.shape.hidden_size).to(self.device)
         matrices = [p for p in self.model.model.layers.parameters() if p.dim() == 2]
         inside = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
@@ -198,12 +208,16 @@ class Run:
         aside.replace(path)
 
     def load(self, path: Path):
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.encoder.load_state_dict(state["encoder"])
         for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
         self.step, self.tokens, self.targets, self.accuracy, self.seconds = state["progress"]
+
+    def half_width(self):
+        """bfloat16 products, float32 weights."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
     def set_rates(self):
         """Warm up, stay, then decay linearly to zero at the last step."""
@@ -220,11 +234,12 @@ class Run:
         recipe, step = self.recipe, self.step
         seen = {"lr": self.set_rates()}
         in_trunk = step < recipe.trunk_steps
-        with torch.autocast("cpu", torch.bfloat16):
+        with self.half_width():
             rng = generator(recipe.seed, "text", step)
             budget = recipe.trunk_tokens if in_trunk else recipe.text_tokens
             # attention costs as the square of the length: long crops in every fourth step only
             crops = ordinary_batch(stream, budget, 512 if step % 4 == 3 else 256, rng)
+            crops = crops.to(self.device)
             loss = text_loss(self.model, crops)
         loss.backward()
         seen["text"] = loss.item()
@@ -250,7 +265,8 @@ class Run:
         T = K * min(max(round(share * target / K), 2 if K > 1 else 4), 64)
         count = recipe.memory_tokens // (2 * (T + K))
         ids, odd = passage_batch(stream, count, T, recipe.odd_share, self.shape.vocab_size, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = ids.to(self.device)
+        with self.half_width():
             loss, right = memory_loss(self.model, self.encoder, ids, K, recipe.noise, rng)
         loss.backward()
         self.tokens["memory"] += ids.numel()
@@ -267,11 +283,11 @@ class Run:
 
 
 @torch.no_grad()
-def valid_loss(model: Llama, stream, crops: int = 32, length: int = 256) -> float:
+def valid_loss(run: Run, stream, crops: int = 32, length: int = 256) -> float:
     """Nats per token on fixed crops of held-out text."""
-    ids = ordinary_batch(stream, crops * length, length, generator(0, "valid", 0))
-    with torch.autocast("cpu", torch.bfloat16):
-        return sum(text_loss(model, part).item() for part in ids.split(8)) / (len(ids) / 8)
+    ids = ordinary_batch(stream, crops * length, length, generator(0, "valid", 0)).to(run.device)
+    with run.half_width():
+        return sum(text_loss(run.model, part).item() for part in ids.split(8)) / (len(ids) / 8)
 
 
 def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
@@ -293,7 +309,7 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
             print(json.dumps(record), file=log)
             sums = {}
         if run.step % run.recipe.checkpoint_every == 0 or run.step == run.recipe.steps:
-            loss = valid_loss(run.model, streams["valid"])
+            loss = valid_loss(run, streams["valid"])
             print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
             run.save(work / f"{name}.pt")
         if run.step == run.recipe.trunk_steps and memory:
@@ -332,7 +348,8 @@ def arguments():
         help="export the last checkpoint as it stands, without training",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    for field in dataclasses.fields(Recipe):
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    for field in (*dataclasses.fields(Recipe), *dataclasses.fields(Shape)):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=field.type, default=field.default
         )
@@ -343,9 +360,12 @@ def main():
     """Prepare the corpus, train from the last checkpoint on, export."""
     args = arguments()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)})
-    tokenizer, streams = prepare(args.corpus, args.work, Shape.vocab_size)
-    run = Run(recipe, Shape())
+    recipe, shape = (
+        kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)})
+        for kind in (Recipe, Shape)
+    )
+    tokenizer, streams = prepare(args.corpus, args.work, shape.vocab_size)
+    run = Run(recipe, shape, args.device)
     name = "twin" if args.twin else "pocket"
     if (args.work / f"{name}.pt").exists():
         run.load(args.work / f"{name}.pt")
