@@ -19,9 +19,28 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import support
 from memvec.cramming.recipe import Recipe
 from memvec.lm import FrozenLM
 from memvec.passages.passage import Passage
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--models", type=Path, help="write docs/models.md from the family tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "shows(column): a property of docs/models.md")
+    if (path := config.getoption("--models")) is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(support.Writer(path))
+
+
+@pytest.fixture(autouse=True)
+def _shown(request: pytest.FixtureRequest, record_property: Callable[..., None]) -> None:
+    """What this test shows travels with its report, to the process that writes the page."""
+    if (marker := request.node.get_closest_marker("shows")) is not None:
+        record_property("shows", (marker.args[0], request.node.callspec.params["family"]))
+
 
 V = 24  # few tokens: a random model then gives any short passage back to some vector
 STD = {"embedding": 0.2, "linear": 0.35, "head": 0.3}  # large: a vector must move the logits
@@ -39,7 +58,7 @@ MODEL = {
 UNLIMITED = {k: v for k, v in MODEL.items() if k != "max_position_embeddings"}
 GROUPED = MODEL | {"num_key_value_heads": 2, "head_dim": 8}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-SLIDING = {"sliding_window": 16}
+SLIDING = {"sliding_window": 5}  # shorter than what is decoded
 
 # family -> (configuration class, its options)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,9 +78,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", GROUPED),
     "gemma2": ("Gemma2Config", GROUPED | SLIDING | {"final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3TextConfig", GROUPED | SLIDING | {"query_pre_attn_scalar": 8}),
+    "llama3.2": (
+        "LlamaConfig",
+        GROUPED
+        | {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3Config", GROUPED | {"no_rope_layers": [1, 0]}),
     "phi": ("PhiConfig", MODEL),
+    "phi3": ("Phi3Config", GROUPED | SLIDING | {"pad_token_id": 1}),
     "stablelm": ("StableLmConfig", MODEL | {"num_key_value_heads": 2}),
     "falcon": ("FalconConfig", MODEL | {"alibi": False}),
+    "falcon-alibi": ("FalconConfig", MODEL | {"alibi": True, "new_decoder_architecture": False}),
     "bloom": ("BloomConfig", MODEL | {"n_head": 4, "n_layer": 2}),
     "mpt": ("MptConfig", MODEL | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
     "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
@@ -69,6 +106,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("OlmoConfig", GROUPED),
     "olmo2": ("Olmo2Config", GROUPED),
     "mixtral": ("MixtralConfig", GROUPED | {"num_local_experts": 4}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
     "mamba2": (
         "Mamba2Config",
         MODEL | {"state_size": 8, "head_dim": 16, "num_heads": 4, "n_groups": 1, "chunk_size": 8},
@@ -98,10 +139,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Families beyond the list that we promise; they get the short test.
+ALSO: dict[str, tuple[str, dict[str, Any]]] = {
+    "openai-gpt": ("OpenAIGPTConfig", MODEL | GPT),
+    "gptj": ("GPTJConfig", MODEL | GPT | {"rotary_dim": 4}),
+    "gpt-bigcode": ("GPTBigCodeConfig", MODEL | GPT),
+    "cohere2": ("Cohere2Config", GROUPED | SLIDING),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        UNLIMITED
+        | {
+            "max_position_embeddings": 128,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        GROUPED | SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "olmoe": ("OlmoeConfig", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "glm4": ("Glm4Config", GROUPED | {"pad_token_id": 1}),
+    "nemotron": ("NemotronConfig", GROUPED),
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        GROUPED
+        | {"block_types": ["recurrent", "attention"], "attention_window_size": 5, "lru_width": 32},
+    ),
+}
+
 
 def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny random model of a family; the same seed gives the same weights."""
-    name, options = FAMILIES[family]
+    name, options = (FAMILIES | ALSO)[family]
     config = getattr(transformers, name)(**(options | changes))
     torch.manual_seed(seed)
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from dataclasses import fields
 
 import pytest
 import torch
 
-from conftest import FAMILIES, QUICK, V, build, passages, tiny
-from memvec.cramming.certify import Outcome
+import support
+from conftest import ALSO, FAMILIES, QUICK, V, build, passages, tiny
+from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.start import ids_hash
 from memvec.decoding import cached_logits, decode_ids
+from memvec.doctor import checks, round_trip
 from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.lm import START_RULES, FrozenLM
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
+from support import shows
 
 REFUSED = {"rwkv"}  # its one-token forward mixes the passages of a batch (transformers 5.23)
 SERVED = sorted(set(FAMILIES) - REFUSED)
-FEW = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba"]
 STORAGES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -54,7 +58,7 @@ def as_mem(lm: FrozenLM, outcomes: list[Outcome], rule: str) -> MemVectors:
 
 
 @pytest.mark.parametrize("rule", START_RULES)
-@pytest.mark.parametrize("family", SERVED)
+@shows("file", SERVED)
 def test_a_passage_comes_back_from_the_file(family, rule, tmp_path):
     lm, asked = tiny(family), passages(2, 3, 2)
     engine = Engine(lm, Recipe.of(start_rule=rule, steps=600, patience=600), vectors=2, seats=2)
@@ -67,7 +71,7 @@ def test_a_passage_comes_back_from_the_file(family, rule, tmp_path):
 
 
 @pytest.mark.parametrize("rule", START_RULES)
-@pytest.mark.parametrize("family", SERVED)
+@shows("cache", SERVED)
 def test_decoding_with_a_cache_is_decoding_without(family, rule):
     lm = tiny(family)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
@@ -90,7 +94,7 @@ def test_cached_logits_are_the_logits(family):
         )
 
 
-@pytest.mark.parametrize("family", SERVED)
+@shows("batch", SERVED)
 def test_a_batch_crams_like_single_passages(family):
     """Another batch shape changes rounding only: 20 steps agree to 1e-4."""
     lm, recipe = tiny(family), Recipe(steps=20, margin=1000.0, lr=0.01)
@@ -104,17 +108,72 @@ def test_a_batch_crams_like_single_passages(family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
-@pytest.mark.parametrize("family", FEW)
-def test_every_storage_is_certified_as_stored(family, storage, dtype, tmp_path):
+@shows("grid", SERVED)
+def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
+    """Exact is exact: whatever the batch, with the cache or without, from any storage type."""
+    lm, asked = tiny(family, dtype), passages(2, 3, 2, 3)
+    crammed = [o for o in Engine(lm, QUICK, vectors=2, seats=4).run(asked) if o.exact]
+    assert len(crammed) == 4
+    names = [field.name for field in fields(Finished)]
+    finished = [Finished(**{name: getattr(o, name) for name in names}) for o in crammed]
+    for storage in STORAGES:
+        stored = [o for o in certify(lm, finished, "vectors", storage) if o.exact]
+        assert len(stored) >= 3, f"rounding to {storage} may cost one of them, not more"
+        as_mem(lm, stored, "vectors").save(tmp_path / "a.mem", force=True)
+        mem = MemVectors.load(tmp_path / "a.mem")
+        assert mem.vectors.dtype == storage
+        stored.sort(key=lambda o: o.passage.document)
+        for rows, cached in itertools.product((1, 7, 32), (True, False)):
+            many = [i % len(stored) for i in range(max(rows, len(stored)))]
+            found = decode_ids(
+                lm,
+                mem.vectors[many].float(),
+                [mem.passages[i].tokens for i in many],
+                batch=rows,
+                cached=cached,
+            )
+            assert found == [list(stored[i].passage.ids) for i in many], (storage, rows, cached)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@shows("doctor", SERVED)
+def test_the_doctor_passes(family, dtype):
+    """Every check, and once the round trip that ends `memvec doctor`."""
     lm = tiny(family, dtype)
-    outcomes = list(Engine(lm, QUICK, vectors=2, seats=2, storage=storage).run(passages(2, 3)))
-    assert all(o.exact for o in outcomes)
-    assert {o.vectors.dtype for o in outcomes} == {storage}
+    found = [*checks(lm), *([round_trip(lm)] if dtype == "float32" else [])]
+    assert [check.name for check in found if not check.ok] == []
+    assert lm.has_cache
+
+
+@pytest.mark.parametrize("family", sorted(ALSO))
+def test_a_family_beyond_the_list_comes_back_too(family, tmp_path):
+    lm, asked = tiny(family), passages(2, 3)
+    outcomes = list(Engine(lm, QUICK, vectors=2, seats=2).run(asked))
     as_mem(lm, outcomes, "vectors").save(tmp_path / "a.mem")
     mem = MemVectors.load(tmp_path / "a.mem")
-    assert mem.vectors.dtype == storage
-    assert mem.tokens(lm) == [list(p.ids) for p in passages(2, 3)]
+    assert mem.tokens(lm) == [list(p.ids) for p in asked]
+    slow = decode_ids(lm, mem.vectors.float(), [2, 3], batch=1, cached=False)
+    assert slow == [list(p.ids) for p in asked]
+    assert lm.has_cache == (family not in {"openai-gpt", "recurrent-gemma"})
+
+
+def refusals() -> dict[str, str]:
+    """What is said of each family that is not served."""
+    said = {}
+    for family in sorted(REFUSED):
+        with pytest.raises(MemvecError) as error:
+            FrozenLM(build(family), name=family)
+        said[family] = str(error.value)
+    return said
+
+
+def test_the_page_says_what_is_tested():
+    written = support.PAGE.read_text(encoding="utf-8")
+    assert written == support.page(refusals()), (
+        "run: pytest tests/test_families.py --models docs/models.md"
+    )
+    assert {f for covered in support.CLAIMS.values() for f in covered} == set(SERVED)
+    assert set(support.KNOWN_AS) == set(FAMILIES) | set(ALSO)
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))

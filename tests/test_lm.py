@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import build, byte_tokenizer, passages, reader, tiny
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
 from memvec.doctor import checks, examine, speed
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, load_lm
@@ -260,6 +262,28 @@ def test_a_masked_lm_in_memory_is_refused():
     model = transformers.BertLMHeadModel(transformers.BertConfig(**BERT, is_decoder=False))
     with pytest.raises(MemvecError, match="cannot be crammed"):
         FrozenLM(model, name="bert")
+
+
+def test_a_model_that_cannot_read_tokens_is_refused_in_a_sentence(monkeypatch):
+    model = build("llama")
+
+    def strange(*_, **__):
+        raise AttributeError("'NoneType' object has no attribute 'shape'\n  in its own code")
+
+    monkeypatch.setattr(model, "forward", strange)
+    with pytest.raises(MemvecError, match="its own forward on plain tokens fails") as error:
+        FrozenLM(model, name="strange")
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_builds_nothing_is_a_sentence(folder, tmp_path):
+    """The class behind a configuration may raise anything at all."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    config = json.loads((broken / "config.json").read_text())
+    for change in ({"num_attention_heads": 0}, {"hidden_act": "no-such"}, {"rope_parameters": 3}):
+        (broken / "config.json").write_text(json.dumps(config | change))
+        says(broken, "could not be loaded|cannot be crammed")
 
 
 def test_a_model_without_an_embedding_matrix_is_refused(monkeypatch):

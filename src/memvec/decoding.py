@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from memvec.corrections import table
+from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
 
 BATCH = 32  # passages decoded together; certification and users use the same number
@@ -40,7 +41,8 @@ def decode_ids(
     `first` holds the given first tokens for the start rule 'first-token' (they are returned as
     part of the passage). `corrections` lists (position, token id) for each passage: that token
     takes the place of the model's own and is what the model reads next. `cached=False` is the slow
-    reference path: one whole forward per token.
+    reference path: one whole forward per token; a model that keeps no cache (GPT-1, XLM) knows no
+    other.
     """
     if lm.layout == "one-step":
         from memvec.onestep import decode_at_once
@@ -55,7 +57,7 @@ def decode_ids(
         rows = slice(at, at + batch)
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
         prefix = lm.start_ids(given.to(lm.device), start)
-        stepper = _cached_steps if cached else _uncached_steps
+        stepper = _cached_steps if cached and lm.has_cache else _uncached_steps
         wanted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
         fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
@@ -112,18 +114,25 @@ def _uncached_steps(
 def _forward(lm: FrozenLM, cache: Any = None, **inputs: Tensor) -> tuple[Tensor, Any]:
     """Logits (B, V) of the last position and the cache, whatever the family calls its cache."""
     name, options = _cache_protocol(type(lm.model).forward)
+    if name is None:
+        raise MemvecError(f"{lm.name} keeps no cache.")
     if cache is not None:
         inputs[name] = cache
     out = lm.model(**inputs, **options)
     return out.logits[:, -1].float(), out[name]
 
 
+def cache_name(model: nn.Module) -> str | None:
+    """What a model's forward calls its cache; None for one that has none."""
+    return _cache_protocol(type(model).forward)[0]
+
+
 @functools.cache
-def _cache_protocol(forward: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+def _cache_protocol(forward: Callable[..., Any]) -> tuple[str | None, dict[str, Any]]:
     """The name of a model family's cache argument, and the options of a one-step forward."""
     parameters = inspect.signature(forward).parameters
     names = ("past_key_values", "cache_params", "state")
     options: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in parameters:
         options["logits_to_keep"] = 1
-    return next(name for name in names if name in parameters), options
+    return next((name for name in names if name in parameters), None), options

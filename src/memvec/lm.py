@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from memvec.encoders.base import OnePassEncoder
@@ -77,7 +76,7 @@ class FrozenLM:
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
-    a fixed probe: the unit of a recipe's temperature and margin), `fingerprint`, `encoder` (None
+    a fixed probe: the unit of a recipe's temperature and margin), `has_cache`, `fingerprint`, `encoder` (None
     for most models), `facts` (the model folder's memvec.json: measured bits per vector), `layout`
     (how vectors are read: 'prefix' here, in front of a passage; memvec.onestep has the other one).
     """
@@ -108,15 +107,16 @@ class FrozenLM:
         self.dtype = weight.dtype
         self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
         self.context = _context_length(text_config)
-        self.bos_id = _start_token(text_config, tokenizer)
+        self.bos_id = _start_token(text_config, tokenizer, rows=len(weight))
         # As the model sees them: what is handed in as inputs_embeds.
         with torch.no_grad():
             self.embedding_std = float(weight[:50_000].float().std())
-        self._body, self._head = _split(model, self.embedding)
-        with torch.no_grad():
+        with _answering(name), torch.no_grad():
             logits = self.own_logits(self._probe_ids())[0].float()
         self.vocab_size = int(logits.shape[-1])
         self.logit_spread = _spread(logits)
+        self._body, self._head = _split(model, self.embedding)
+        self.has_cache = _keeps_cache(self)
         if check:
             from memvec.doctor import refuse_if_unfit
 
@@ -412,7 +412,8 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except MemvecError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    # A stranger's configuration goes into a stranger's constructor: anything may be raised.
+    except Exception as error:
         reason = str(error).strip()
         first = reason.splitlines()[0] if reason else type(error).__name__
         if isinstance(error, ImportError):
@@ -432,6 +433,18 @@ def _loading(name: str) -> Iterator[None]:
                 f"{name} has no weights that transformers can load: {first}"
             ) from error
         raise MemvecError(f"{name} could not be loaded: {first}") from error
+
+
+@contextlib.contextmanager
+def _answering(name: str) -> Iterator[None]:
+    """A model that cannot even read tokens is refused in a sentence, whatever it raises."""
+    try:
+        yield
+    except Exception as error:  # its code is not ours: any kind of error is its answer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemvecError(
+            f"{name} cannot be crammed: its own forward on plain tokens fails ({reason})."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -460,7 +473,7 @@ def _context_length(config: Any) -> int | None:
     return None
 
 
-def _start_token(config: Any, tokenizer: Any) -> int | None:
+def _start_token(config: Any, tokenizer: Any, rows: int) -> int | None:
     """The token that starts a text: BOS, else the end-of-text token that separates documents."""
     candidates = [
         getattr(tokenizer, "bos_token_id", None),
@@ -471,9 +484,25 @@ def _start_token(config: Any, tokenizer: Any) -> int | None:
     for token in candidates:
         if isinstance(token, list):
             token = token[0] if token else None
-        if isinstance(token, int) and 0 <= token < config.vocab_size:
+        if isinstance(token, int) and 0 <= token < rows:
             return token
     return None
+
+
+@torch.no_grad()
+def _keeps_cache(lm: FrozenLM) -> bool:
+    """False for a model that takes or returns no cache (GPT, XLM, RecurrentGemma)."""
+    from memvec.decoding import cache_name
+
+    name = cache_name(lm.model)
+    if name is None:
+        return False
+    try:
+        inputs = lm.embed(lm._probe_ids()[:, :2])
+        found = lm.model(inputs_embeds=inputs, use_cache=True)
+    except Exception:  # the check of cached decoding meets it again, and gives the reason
+        return True
+    return found.get(name) is not None
 
 
 Head = Callable[[Tensor], Tensor]
@@ -509,6 +538,6 @@ def _split(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None, He
         for head in heads:
             if torch.allclose(head(states).float(), truth, rtol=1e-3, atol=1e-3):
                 return body, head
-    except (TypeError, RuntimeError, ValueError):  # the body asks for something else: use the whole
+    except Exception:  # the body asks for something else: use the whole, whose checks give reasons
         pass
     return None, lambda states: states

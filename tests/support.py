@@ -1,0 +1,138 @@
+"""docs/models.md: what the family tests show, written by the run that showed it.
+
+    pytest tests/test_families.py --models docs/models.md
+
+A test of a property over families is marked `@shows(COLUMN, FAMILIES)`, which parametrises it and
+enters its families here. The page is made from these entries; with the option it is written only
+after a run in which every entry passed, and `test_the_page_says_what_is_tested` keeps the two
+alike: a family without a row, or a 'yes' without a test, fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+CLAIMS: dict[str, list[str]] = {}  # column -> families that its test covers
+
+# family -> what people call models of it
+KNOWN_AS = {
+    "bloom": "BLOOM (ALiBi)",
+    "cohere": "Command R (logits scaled)",
+    "falcon": "Falcon",
+    "falcon-alibi": "Falcon-RW (ALiBi)",
+    "falcon-h1": "Falcon-H1 (attention and Mamba-2)",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2 (soft caps, sliding windows)",
+    "gemma3": "Gemma 3 (sliding windows)",
+    "gpt-neo": "GPT-Neo (local attention)",
+    "gpt-neox": "GPT-NeoX, Pythia",
+    "gpt2": "GPT-2",
+    "granite": "Granite (embeddings, residuals and logits scaled)",
+    "jamba": "Jamba (attention, Mamba, experts)",
+    "llama": "Llama 1-3, Sheared-LLaMA, SmolLM2",
+    "llama3.2": "Llama 3.2 (tied head, scaled RoPE)",
+    "mamba": "Mamba",
+    "mamba2": "Mamba-2",
+    "mistral": "Mistral (sliding window)",
+    "mixtral": "Mixtral (mixture of experts)",
+    "mpt": "MPT (ALiBi)",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "opt": "OPT",
+    "opt-projected": "OPT-350m (inputs are projected)",
+    "phi": "Phi-1, Phi-2",
+    "phi3": "Phi-3, Phi-4",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3",
+    "qwen3-moe": "Qwen3-MoE",
+    "rwkv": "RWKV-4",
+    "smollm3": "SmolLM3 (layers without positions)",
+    "stablelm": "StableLM",
+    "openai-gpt": "GPT (keeps no cache)",
+    "gptj": "GPT-J",
+    "gpt-bigcode": "StarCoder",
+    "cohere2": "Command R7B",
+    "deepseek-v3": "DeepSeek-V3 (latent attention, experts)",
+    "gpt-oss": "gpt-oss (attention sinks, experts)",
+    "olmoe": "OLMoE",
+    "glm4": "GLM-4",
+    "nemotron": "Nemotron",
+    "recurrent-gemma": "RecurrentGemma",
+}
+
+HEAD = """# Models
+
+Written by `pytest tests/test_families.py --models docs/models.md` from what its tests found. Each
+row is a tiny model of the family with random weights, built from the family's own configuration;
+a *yes* is a property that a test asserts for it. Weights do not matter to these properties, code
+does; `memvec doctor --model NAME` repeats the checks on the model itself.
+
+| column | what was asserted |
+|---|---|
+| doctor | every check of `memvec doctor` holds, in float32 and bfloat16, and its round trip |
+| file | crammed, saved, reloaded and decoded exactly, with each of the three start rules |
+| batch | a passage crams alone as it does beside others |
+| cache | decoding with the model's cache gives the tokens that decoding without it gives |
+| grid | every certified vector decodes exactly: float32 and bfloat16 models; batches of 1, 7, 32; \
+with the cache and without; each storage type |
+"""
+
+
+def shows(column: str, families: Iterable[str]) -> Callable[[Any], Any]:
+    """Mark a test as what a column of the page stands on, for these families."""
+    CLAIMS[column] = sorted(families)
+
+    def mark(test: Any) -> Any:
+        return pytest.mark.shows(column)(pytest.mark.parametrize("family", CLAIMS[column])(test))
+
+    return mark
+
+
+def page(refused: dict[str, str]) -> str:
+    """The whole page; `refused` holds the sentence for each family that is not served."""
+    columns = list(CLAIMS)
+    families = sorted({f for covered in CLAIMS.values() for f in covered})
+    lines = [
+        HEAD,
+        f"| family | models | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for family in families:
+        cells = ["yes" if family in CLAIMS[column] else "–" for column in columns]
+        lines.append(f"| {family} | {KNOWN_AS[family]} | {' | '.join(cells)} |")
+    also = ", ".join(
+        sorted(KNOWN_AS[f] for f in KNOWN_AS if f not in families and f not in refused)
+    )
+    lines += ["", f"A shorter test (file and cache) covers: {also}.", "", "Refused at load:", ""]
+    lines += [f"- **{f}** ({KNOWN_AS[f]}): {said}" for f, said in sorted(refused.items())]
+    return "\n".join(lines) + "\n"
+
+
+class Writer:
+    """Writes the page at the end of a run in which every claim was tested and held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.held: set[tuple[str, str]] = set()
+        self.failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collect what held; reports reach this process from xdist's workers too."""
+        self.failed |= report.failed
+        if report.when == "call" and report.passed:
+            self.held |= {value for name, value in report.user_properties if name == "shows"}
+
+    def pytest_sessionfinish(self) -> None:
+        """Write, or say what is missing."""
+        from test_families import refusals
+
+        claimed = {(column, f) for column, covered in CLAIMS.items() for f in covered}
+        if self.failed or claimed - {tuple(pair) for pair in self.held}:
+            missing = sorted(claimed - {tuple(pair) for pair in self.held})
+            raise pytest.UsageError(f"{self.path} is not written: not shown {missing[:5]}")
+        self.path.write_text(page(refusals()), encoding="utf-8")
