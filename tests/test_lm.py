@@ -12,8 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import build, byte_tokenizer, passages, reader, tiny
-from memvec.cramming.engine import Engine
-from memvec.cramming.recipe import Recipe
 from memvec.doctor import checks, examine, speed
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, load_lm
