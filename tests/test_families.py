@@ -20,6 +20,7 @@ from memvec.doctor import checks, round_trip
 from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.lm import START_RULES, FrozenLM
+from memvec.storage import storage_of
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from support import shows
 
@@ -111,14 +112,14 @@ def test_a_batch_crams_like_single_passages(family):
 @shows("grid", SERVED)
 def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
     """Exact is exact: whatever the batch, with the cache or without, from any storage type."""
-    lm, asked = tiny(family, dtype), passages(2, 3, 2, 3)
-    crammed = [o for o in Engine(lm, QUICK, vectors=2, seats=4).run(asked) if o.exact]
-    assert len(crammed) == 4
+    lm, asked = tiny(family, dtype), passages(2, 3)
+    crammed = [o for o in Engine(lm, QUICK, vectors=2, seats=2).run(asked) if o.exact]
+    assert len(crammed) == 2
     names = [field.name for field in fields(Finished)]
     finished = [Finished(**{name: getattr(o, name) for name in names}) for o in crammed]
     for storage in STORAGES:
-        stored = [o for o in certify(lm, finished, "vectors", storage) if o.exact]
-        assert len(stored) >= 3, f"rounding to {storage} may cost one of them, not more"
+        stored = [o for o in certify(lm, finished, "vectors", storage_of(storage)) if o.exact]
+        assert stored, f"rounding to {storage} may cost one of them, not more"
         as_mem(lm, stored, "vectors").save(tmp_path / "a.mem", force=True)
         mem = MemVectors.load(tmp_path / "a.mem")
         assert mem.vectors.dtype == storage
