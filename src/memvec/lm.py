@@ -76,9 +76,10 @@ class FrozenLM:
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
-    a fixed probe: the unit of a recipe's temperature and margin), `has_cache`, `fingerprint`, `encoder` (None
-    for most models), `facts` (the model folder's memvec.json: measured bits per vector), `layout`
-    (how vectors are read: 'prefix' here, in front of a passage; memvec.onestep has the other one).
+    a fixed probe: the unit of a recipe's temperature and margin), `has_cache` (False: each decoded
+    token repeats the whole forward), `fingerprint`, `encoder` (None for most models), `facts` (the
+    model folder's memvec.json: measured bits per vector), `layout` (how vectors are read: 'prefix'
+    here, in front of a passage; memvec.onestep has the other one).
     """
 
     layout: ClassVar[Layout] = "prefix"
