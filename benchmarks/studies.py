@@ -1,15 +1,17 @@
 """Does a study stay as fast when it grows? Synthetic rows into a store, then a report.
 
     python benchmarks/studies.py 100 1000 10000 100000
+    python benchmarks/studies.py --quick               # under 50 seconds on two cores
 
-Prints one CSV line per size: milliseconds and bytes per row, peak memory, seconds until the page
-(tables and page, no matplotlib figures) is written. No model is loaded.
+One line per size: milliseconds a row takes to be on disk (median of all rows and of the last tenth:
+flat means equal), the part of it that is waiting for the disk, bytes per row, peak memory of the
+process so far, seconds until the page (tables and page, no matplotlib figures) is written, and the
+page's size. No model is loaded. The RESULT line compares the largest size with the smallest.
 """
 
 import contextlib
 import io
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import arguments, report
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.report.report import write_report
@@ -85,50 +88,69 @@ def row(cell, number, rng):
     )
 
 
-def main():
-    """Print a line for each size."""
-    sizes = [int(word) for word in sys.argv[1:]] or [100, 1000, 10_000]
-    print("rows,cells,ms_per_row,ms_per_row_last_tenth,bytes_per_row,report_s,page_kB,peak_MiB")
-    for size in sizes:
-        passages = min(size // 4, PASSAGES)
-        seeds = list(range(size // (4 * passages)))
-        text = SPEC.format(seeds=seeds, passages=passages)
-        planned = expand(parse_spec(text, "synthetic"))
-        rng = np.random.default_rng(0)
-        with tempfile.TemporaryDirectory() as folder, Store(Path(folder), write=True) as store:
-            store.plan(planned, {"random-tokens"}, {"name": "synthetic"})
-            store.set_environment({})
-            known = [
-                (
-                    f"p{i}",
-                    Found(i, Passage((i + 1,) * T), "synthetic"),
-                    Text(b"word " * T, ["w"] * T),
-                )
-                for i in range(passages)
-            ]
-            store.put_passages(known)
-            description = {"weights": "w", "width": D, "vocabulary": 4096, "revision": None}
-            times = []
-            for p in planned:
-                store.describe(p.cell.key, description)
-                for number in range(passages):
-                    finished = row(p.cell.key, number, rng)
-                    began = time.perf_counter()
-                    store.put(finished)
-                    times.append(time.perf_counter() - began)
-            used = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-            began = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                page = write_report(Path(folder), Path(folder) / "report", figures=False)
-            report = time.perf_counter() - began
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            last = times[-max(1, len(times) // 10) :]
-            print(
-                f"{len(times)},{len(planned)},{1e3 * np.median(times):.3f},"
-                f"{1e3 * np.median(last):.3f},{used / len(times):.0f},{report:.1f},"
-                f"{page.stat().st_size / 1000:.0f},{peak:.0f}",
-                flush=True,
-            )
+def measure(size: int) -> dict[str, float]:
+    """Fill a store with `size` rows and report it."""
+    passages = min(size // 4, PASSAGES)
+    seeds = list(range(size // (4 * passages)))
+    planned = expand(parse_spec(SPEC.format(seeds=seeds, passages=passages), "synthetic"))
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder), write=True) as store:
+        store.plan(planned, {"random-tokens"}, {"name": "synthetic"})
+        store.set_environment({})
+        known = [
+            (f"p{i}", Found(i, Passage((i + 1,) * T), "synthetic"), Text(b"word " * T, ["w"] * T))
+            for i in range(passages)
+        ]
+        store.put_passages(known)
+        description = {"weights": "w", "width": D, "vocabulary": 4096, "revision": None}
+        times, waits = [], []
+        for p in planned:
+            store.describe(p.cell.key, description)
+            for number in range(passages):
+                finished = row(p.cell.key, number, rng)
+                began, busy = time.perf_counter(), time.process_time()
+                store.put(finished)
+                times.append(time.perf_counter() - began)
+                waits.append(times[-1] - (time.process_time() - busy))
+        used = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+        began, busy = time.perf_counter(), time.process_time()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            page = write_report(Path(folder), Path(folder) / "report", figures=False)
+        report_s, report_cpu_s = time.perf_counter() - began, time.process_time() - busy
+        last = slice(-max(1, len(times) // 10), None)
+        return {
+            "rows": len(times),
+            "cells": len(planned),
+            "ms_per_row": 1e3 * float(np.median(times)),
+            "ms_last_tenth": 1e3 * float(np.median(times[last])),
+            "ms_waiting": 1e3 * float(np.median(waits)),
+            "cpu_ms_per_row": 1e3 * (sum(times) - sum(waits)) / len(times),
+            "bytes_per_row": used / len(times),
+            "report_s": report_s,
+            "report_cpu_s": report_cpu_s,
+            "page_kB": page.stat().st_size / 1000,
+            "peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+
+def main() -> None:
+    """Measure each size."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("sizes", nargs="*", type=int, help="rows; at least 4 each")
+    options = parser.parse_args()
+    sizes = options.sizes or ([100, 1000, 4000] if options.quick else [100, 1000, 10_000])
+    rows = [measure(size) for size in sizes]
+    report(
+        "studies",
+        rows,
+        options,
+        largest=rows[-1]["rows"],
+        cpu_ms_per_row=rows[-1]["cpu_ms_per_row"],
+        times_the_smallest=rows[-1]["cpu_ms_per_row"] / rows[0]["cpu_ms_per_row"],
+        bytes_per_row=rows[-1]["bytes_per_row"],
+        report_s=rows[-1]["report_s"],
+        page_kB=rows[-1]["page_kB"],
+    )
 
 
 if __name__ == "__main__":

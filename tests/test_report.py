@@ -34,7 +34,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 BOTH = {"vectors", "utilisation", "context", "copy", "upper-bound", "geometry"}
 TABLES = {"exact", "table1", "threshold", "bytes", "cost"} | BOTH
-FIGURES = {"lengths", "planes", "survival", "accuracy"} | BOTH
+FIGURES = {"lengths", "planes", "survival", "accuracy", "per-token", "boxes"} | BOTH
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,8 @@ def plot_data(plot: Plot) -> pd.DataFrame:
                         "y": y,
                         "low": s.low[i] if s.low else np.nan,
                         "high": s.high[i] if s.high else np.nan,
+                        "least": s.least[i] if s.least else np.nan,
+                        "most": s.most[i] if s.most else np.nan,
                     }
                 )
     return pd.DataFrame(lines)
@@ -88,6 +90,20 @@ def _panel(ax: Any, panel: Panel) -> None:
                 color=colour,
             )
             continue
+        if s.mark == "boxes" and s.low and s.high and s.least and s.most:
+            keys = ("med", "q1", "q3", "whislo", "whishi")
+            five = zip(s.y, s.low, s.high, s.least, s.most, strict=True)
+            ax.bxp(
+                [dict(zip(keys, one, strict=True)) for one in five],
+                positions=x,
+                showfliers=False,
+                widths=0.5,
+                boxprops={"color": colour},
+                medianprops={"color": colour},
+                whiskerprops={"color": colour},
+                capprops={"color": colour},
+            )
+            continue
         if panel.names:  # side by side rather than on top of each other
             x = x + (i - (len(panel.series) - 1) / 2) * 0.08
         if s.mark == "points":
@@ -113,5 +129,5 @@ def _panel(ax: Any, panel: Panel) -> None:
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    if any(s.name for s in panel.series):
+    if any(s.name and s.mark != "boxes" for s in panel.series):
         ax.legend(fontsize=7, frameon=False)

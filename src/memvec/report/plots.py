@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,13 +20,16 @@ from memvec.report import published
 from memvec.report.data import Data, short
 from memvec.report.tables import paths, solutions
 
-Mark = Literal["points", "line", "bars", "dashed"]
+Mark = Literal["points", "line", "bars", "dashed", "boxes"]
 MOST_POINTS = 1500  # of a cloud; more neither shows nor fits a page
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points with optional intervals and a text for each."""
+    """Points with optional intervals and a text for each.
+
+    Of boxes, y is the median, low and high the quartiles, least and most the whiskers' ends.
+    """
 
     name: str
     x: list[float]
@@ -34,6 +38,8 @@ class Series:
     low: list[float] | None = None
     high: list[float] | None = None
     hover: list[str] | None = None
+    least: list[float] | None = None
+    most: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Plot:
 
 def all_plots(data: Data, *, beside: bool) -> list[Plot]:
     """Every figure the study has rows for."""
+    from memvec.report.entropy import boxes, per_token, predictors
+
     made = (
         lengths(data, beside=beside),
         planes(data),
@@ -67,6 +75,9 @@ def all_plots(data: Data, *, beside: bool) -> list[Plot]:
         over_vectors(data, beside=beside),
         utilisation(data, beside=beside),
         accuracy(data, beside=beside),
+        per_token(data, beside=beside),
+        boxes(data),
+        predictors(data),
         context(data),
         copied(data),
         upper_bound(data),
@@ -286,9 +297,12 @@ def accuracy(data: Data, *, beside: bool) -> Plot:
             name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
             if part.groupby("length")["tokens"].nunique().max() > 1:
                 ordered = part.sort_values("tokens")
-                rolling = ordered["accuracy"].rolling(11, center=True, min_periods=1).mean()
-                x, y = ordered["tokens"].astype(float).tolist(), rolling.tolist()
-                series.append(Series(f"{name}, rolling 11", x, y, "line"))
+                rolling = ordered["accuracy"].rolling(11, center=True, min_periods=1)
+                mean, sd = rolling.mean(), rolling.std().fillna(0.0)
+                x = ordered["tokens"].astype(float).tolist()
+                series.append(Series(f"{name}, rolling 11", x, mean.tolist(), "line"))
+                for label, edge in ((f"{name}, ± sd", mean - sd), ("", (mean + sd).clip(upper=1))):
+                    series.append(Series(label, x, edge.tolist(), "dashed"))
                 continue
             x, y, low, high, hover = [], [], [], [], []
             for length, cell in part.groupby("length"):
@@ -406,16 +420,17 @@ def geometry(data: Data) -> Plot:
         panels.append(Panel(title, "cosine", "density", series))
         where, share = principal_components(vectors)
         numbers = list(dict.fromkeys(labels.tolist()))[:10]
-        clouds = [
-            Series(
-                f"passage {number}",
-                where[labels == number, 0].tolist(),
-                where[labels == number, 1].tolist(),
-            )
-            for number in numbers
-        ]
-        x, y = (f"component {i + 1} ({100 * share[i]:.0f} %)" for i in range(2))
-        panels.append(Panel("PCA of all solutions", x, y, clouds))
+        for i, j in itertools.combinations(range(where.shape[1]), 2):
+            clouds = [
+                Series(
+                    f"passage {number}",
+                    where[labels == number, i].tolist(),
+                    where[labels == number, j].tolist(),
+                )
+                for number in numbers
+            ]
+            x, y = (f"component {k + 1} ({100 * share[k]:.0f} %)" for k in (i, j))
+            panels.append(Panel(f"PCA, components {i + 1} and {j + 1}", x, y, clouds))
         lines = np.array(list(paths(data, group)))
         if len(lines):
             t = np.linspace(0, 1, POINTS).tolist()

@@ -25,7 +25,7 @@ import torch
 from memvec.errors import MemvecError
 from memvec.study.cells import Cell
 from memvec.study.export import read_rows
-from memvec.study.recompute import Slow, line, recompute, start_rule
+from memvec.study.recompute import SPREAD, Slow, line, recompute, start_rule
 from memvec.study.store import Store
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _costs(row: dict[str, Any], found: Slow, dtype: str) -> list[str]:
         if not least <= row[name] <= most:
             said = f"{least:g}" if least == most else f"{least:g} to {most:g}"
             wrong.append(_says(name, row[name], said))
-    if not any(math.isclose(row["margin_asked"], m, rel_tol=1e-9) for m in found.margins):
+    if not any(math.isclose(row["margin_asked"], m, rel_tol=SPREAD) for m in found.margins):
         wrong.append(_says("margin_asked", row["margin_asked"], f"one of {found.margins[:4]} ..."))
     met = found.columns["margin"] >= row["margin_asked"] - TIE[dtype]
     if row["status"] not in ("done", "budget", "not-finite") or (

@@ -17,7 +17,7 @@ from memvec.study.facts import Facts, facts_of
 from memvec.study.spec import Spec
 
 GPU_FLOPS = 120e12  # sustained on an A100 in bfloat16: 40 % of its peak, an assumption
-CPU_FLOPS = 30e9  # two cores, small model, an assumption
+CPU_FLOPS = 100e9  # two cores with AVX-512: 64 GFLOP/s a core for pocket, 16 seats of 64 tokens
 OPERATIONS = 4  # per parameter and forward-backward token
 NUMBERS_KEPT = 16  # of the hidden size, per token and layer, between forward and backward
 

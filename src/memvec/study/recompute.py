@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from memvec.lm import FrozenLM
 
 Floats = NDArray[np.float64]
-RAISE = 0.1  # logits: the least margin asked after a failed certification
+RAISE = 0.05  # of the logits' spread: the least margin asked after a failed certification
+SPREAD = 1e-3  # relative: the spread is measured, on whichever machine
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def recompute(
     wrong = [i for i, (a, b) in enumerate(zip(decoded, ids[given:], strict=True)) if a != b]
     right, base = margin > 0, lm_margin > 0
     h = int(row["horizon"])  # gains over the stored horizon, so that a flipped tie counts once
-    margins = tuple(_margins(float(cell.recipe["margin"])))
+    margins = tuple(_margins(cell.recipe, lm.logit_spread))
     retries = _retries(margins, row["margin_asked"])
     columns = {
         "passage": hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),
@@ -159,17 +160,20 @@ def bits_and_margins(table: Floats, ids: tuple[int, ...]) -> tuple[Floats, Float
     return (total - true) / math.log(2), true - others.max(1)
 
 
-def _margins(first: float) -> list[float]:
-    """The margin asked, and what it becomes each time decoding disagrees."""
-    found = [first]
+def _margins(recipe: dict[str, Any], spread: float) -> list[float]:
+    """The margin asked, in logits, and what it becomes each time decoding disagrees.
+
+    Recipes count margins in the spread of the model's logits, unless they say logits.
+    """
+    found = [float(recipe["margin"]) * (1.0 if recipe.get("unit") == "logits" else spread)]
     while len(found) < 24:
-        found.append(max(2 * found[-1], RAISE))
+        found.append(max(2 * found[-1], RAISE * spread))
     return found
 
 
 def _retries(margins: tuple[float, ...], asked: float) -> int:
     """How often a passage was sent back, from the margin it ended with (0 for an alien one)."""
-    return next((i for i, m in enumerate(margins) if math.isclose(m, asked, rel_tol=1e-9)), 0)
+    return next((i for i, m in enumerate(margins) if math.isclose(m, asked, rel_tol=SPREAD)), 0)
 
 
 def _spent(cell: Cell, moves: int, n: int, K: int, start: str) -> tuple[int, int]:
