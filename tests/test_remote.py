@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.study.cells import expand
 from memvec.study.pool import Unit, in_units
-from memvec.study.remote import Remote, _Seat
+from memvec.study.remote import Remote, _Seat, together
 from memvec.study.row import Finished
 from memvec.study.spec import parse_spec
 from studies import HEAD
@@ -58,6 +59,9 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Remote:
     made.count = len(actors)
     made.seats = [_Seat(f"ray-{i}", actor) for i, actor in enumerate(actors)]
     made._made = made._deaths = 0
+    made._asked = None
+    told = {f"ray-{i}": Progress(2, i, 3.0 + 4 * i, 10, 100) for i in range(len(actors))}
+    made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: told))
     made._hire = lambda: _Seat("spare", spare())  # type: ignore[method-assign]
     return made
 
@@ -99,3 +103,17 @@ def test_workers_that_keep_dying_end_the_study() -> None:
     assert made.unit_size(100, 8) == 32
     assert made.unit_size(3, 8) == 2
     made.close()
+
+
+def test_the_horizon_of_all_workers_is_shown() -> None:
+    """The mean over the seats of those at work; who has left is not counted."""
+    healthy = Actor(99, "done")
+    made = pool(healthy, Actor(99, "done"), spare=lambda: healthy)
+    seen: list[Progress] = []
+    list(made.cram(units(4, 2), seen.append))
+    assert {p.horizon for p in seen} <= {3.0, 5.0, 7.0}  # one, both, the other
+    assert 5.0 in {p.horizon for p in seen}
+    assert together([]) is None
+    assert together([Progress(1, 0, 2.0, 5, 50), Progress(3, 4, 6.0, 7, 70)]) == Progress(
+        4, 4, 5.0, 12, 120
+    )

@@ -9,6 +9,7 @@ ends with a sentence.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,19 +33,40 @@ if TYPE_CHECKING:
 
 MOST_DEATHS = 3  # per worker, before the study gives up
 REFILLS = 4  # a unit has at most this many times the seats of passages
+TELL_EVERY = 1.0  # seconds between a worker's news
+
+
+class News:
+    """A small actor that keeps the last progress of each worker, for whoever shows it.
+
+    Workers are busy while they cram, so they tell it and the driver asks it, not them.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Progress] = {}
+
+    def tell(self, name: str, progress: Progress) -> None:
+        """A worker's progress."""
+        self.latest[name] = progress
+
+    def all(self) -> dict[str, Progress]:
+        """Everybody's."""
+        return self.latest
 
 
 class Worker:
     """Lives in an actor: a model on its device."""
 
-    def __init__(self, model: ModelSpec, device: str, threads: int, name: str) -> None:
+    def __init__(
+        self, model: ModelSpec, device: str, threads: int, name: str, news: Any = None
+    ) -> None:
         import torch
 
         from memvec.lm import load_lm
 
         if threads:
             torch.set_num_threads(threads)
-        self.name = name
+        self.name, self.news, self.told = name, news, 0.0
         lm = load_lm(model.name, revision=model.revision, device=device, dtype=model.dtype)
         self.here = Here(lm)
 
@@ -58,7 +80,19 @@ class Worker:
 
     def cram(self, unit: Unit) -> Iterator[Finished]:
         """Rows of a unit, streamed."""
-        yield from cram_cell(self.here.lm, unit.cell, unit.passages, unit.seats, worker=self.name)
+        yield from cram_cell(
+            self.here.lm,
+            unit.cell,
+            unit.passages,
+            unit.seats,
+            worker=self.name,
+            on_progress=self._tell,
+        )
+
+    def _tell(self, progress: Progress) -> None:
+        if self.news is not None and time.monotonic() - self.told > TELL_EVERY:
+            self.told = time.monotonic()
+            self.news.tell.remote(self.name, progress)
 
     def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
         """Accuracy between two solutions."""
@@ -96,6 +130,8 @@ class Remote:
         cores = os.cpu_count() or 1
         self.threads = 0 if self.gpu else max(1, cores // self.count)
         self._made = self._deaths = 0
+        self.news = self.ray.remote(num_cpus=0)(News).remote()
+        self._asked: Any = None
         self.seats = [self._hire() for _ in range(self.count)]
         self._description, self._environment = self._first(lambda actor: actor.facts.remote())
 
@@ -142,7 +178,9 @@ class Remote:
             busy = [seat for seat in self.seats if seat.unit is not None]
             if not busy:
                 return
-            ready, _ = self.ray.wait([s.rows for s in busy], num_returns=1, timeout=5.0)
+            ready, _ = self.ray.wait([s.rows for s in busy], num_returns=1, timeout=TELL_EVERY)
+            if on_progress is not None and (news := self._news()) is not None:
+                on_progress(news)
             for seat in [s for s in busy if any(s.rows is r for r in ready)]:
                 try:
                     finished: Finished = self.ray.get(next(seat.rows))
@@ -174,8 +212,28 @@ class Remote:
         for seat in self.seats:
             self.ray.kill(seat.actor)
         self.seats = []
+        if self.news is not None:
+            self.ray.kill(self.news)
 
     # ------------------------------------------------------------------ inside
+
+    def _news(self) -> Progress | None:
+        """What the workers that are busy said last, as one; None while nothing new is known."""
+        if self.news is None:
+            return None
+        if self._asked is None:
+            self._asked = self.news.all.remote()
+        try:
+            ready, _ = self.ray.wait([self._asked], timeout=0)
+            if not ready:
+                return None
+            latest: dict[str, Progress] = self.ray.get(self._asked)
+        except self.ray.exceptions.RayActorError:
+            self.news = None  # the study goes on without news
+            return None
+        self._asked = None
+        names = [seat.name for seat in self.seats if seat.unit is not None]
+        return together([latest[name] for name in names if name in latest])
 
     def _give_up(self, deaths: int, reason: str) -> None:
         if deaths > MOST_DEATHS * self.count:
@@ -188,7 +246,7 @@ class Remote:
         self._made += 1
         name = f"ray-{self._made}"
         remote = self.ray.remote(max_restarts=0, num_gpus=int(self.gpu), num_cpus=1)(Worker)
-        return _Seat(name, remote.remote(self.model, self.device, self.threads, name))
+        return _Seat(name, remote.remote(self.model, self.device, self.threads, name, self.news))
 
     def _replace(self, seat: _Seat) -> None:
         self.seats[self.seats.index(seat)] = self._hire()
@@ -211,6 +269,20 @@ class Remote:
                 cause = getattr(error, "cause", None)
                 raise (cause if isinstance(cause, MemvecError) else error) from None
         raise MemvecError(f"workers die at start: {reason[-1] if reason else 'no reason given'}")
+
+
+def together(told: list[Progress]) -> Progress | None:
+    """Several workers' progress as one: sums, and the mean horizon over all their seats."""
+    seated = sum(p.seated for p in told)
+    if not seated:
+        return None
+    return Progress(
+        seated,
+        sum(p.waiting for p in told),
+        sum(p.horizon * p.seated for p in told) / seated,
+        sum(p.steps for p in told),
+        sum(p.tokens for p in told),
+    )
 
 
 def _rest(seat: _Seat) -> Unit | None:
