@@ -62,9 +62,14 @@ class Difference:
     p: float
 
     @property
+    def decided(self) -> bool:
+        """True if both kinds of text went beyond the threshold: else a C is a bound only."""
+        return self.natural.reached and self.random.reached
+
+    @property
     def verdict(self) -> str:
         """What the interval says, in a sentence."""
-        if not (self.natural.reached and self.random.reached):
+        if not self.decided:
             return "undecided: one kind of text never filled the vectors"
         if self.low <= 0 <= self.high:
             return "no difference between natural and random text at 95 %"

@@ -19,6 +19,7 @@ def draw_all(plots: list[Plot], folder: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
+    mpl.rcParams["svg.fonttype"] = "none"  # text as text: smaller, and searchable
     folder.mkdir(parents=True, exist_ok=True)
     for plot in plots:
         plot_data(plot).to_csv(folder / f"{plot.key}.csv", index=False)
@@ -27,7 +28,7 @@ def draw_all(plots: list[Plot], folder: Path) -> None:
             # No date in the file: the same study draws the same bytes.
             metadata = {"Date": None} if kind == "svg" else None
             metadata = {"CreationDate": None} if kind == "pdf" else metadata
-            figure.savefig(folder / f"{plot.key}.{kind}", dpi=150, metadata=metadata)
+            figure.savefig(folder / f"{plot.key}.{kind}", dpi=120, metadata=metadata)
         import matplotlib.pyplot as plt
 
         plt.close(figure)

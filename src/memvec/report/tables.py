@@ -249,7 +249,7 @@ def threshold_table(data: Data) -> Table:
                     len(t.rows),
                     None,
                     None,
-                    f"p = {d.p:.3f}; {d.verdict}",
+                    f"p = {d.p:.3f}; {d.verdict}" if d.decided else d.verdict,
                 ]
             )
     columns = ["model", "K", "text", "C, bits", "low", "high", "rms, bits", "n", "passages"]
