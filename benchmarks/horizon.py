@@ -84,8 +84,8 @@ CASES = {
     "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
     "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
 }
-QUICK = {"pocket-natural": (3, 2500), "tiny-gpt2": (6, 1200)}  # passages, budget
-QUICK_PUBLISHED = ("progressive lr 0.5", "temperature lr 0.5")
+QUICK = {"pocket-natural": (3, 1000), "tiny-gpt2": (6, 1200)}  # passages, budget
+QUICK_PUBLISHED = ("temperature lr 0.5",)
 
 
 def growing(
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.5, help="the default's least, in logits")
     parser.add_argument("--budget", type=int, help="tokens spent per passage")
     parser.add_argument(
-        "--published", nargs="+", choices=PUBLISHED, help="default: all; --quick: two"
+        "--published", nargs="+", choices=PUBLISHED, help="default: all; --quick: one"
     )
     options = parser.parse_args()
     labels = options.published or (QUICK_PUBLISHED if options.quick else tuple(PUBLISHED))
