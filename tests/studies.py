@@ -71,6 +71,12 @@ lengths = [4]
 passages = 2
 recipe = { lr = 0.1, steps = 8 }
 [[runs]]
+protocol = "one-step"
+lengths = [2, 4]
+vectors = [2]
+passages = 2
+recipe = { lr = 0.1, steps = 12 }
+[[runs]]
 protocol = "geometry"
 sources = ["random-tokens"]
 lengths = [3]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 import json
 
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import QUICK, FrozenLM, build, passages, reader, tiny
 from memvec import codec
+from memvec.capacity.one_step import one_step_result
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine
+from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.interop import TARGETS, export
 from memvec.onestep import OneStep, laid_out
+from memvec.onestep.shared import Shared
 from memvec.vectors import Header, MemVectors
 from test_families import as_mem
 
@@ -182,3 +186,91 @@ def test_lengths_come_from_what_one_step_holds(monkeypatch):
     assert mem.header.certificate is not None
     assert codec.decode(mem, lm) == ["the cat sat on the mat"]
     assert len(mem.passages) > 1
+
+
+# ---------------------------------------------------------------------- one m for all
+
+
+def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
+    lm, texts = reader(), ["the fox and", "the dog"]
+    mem = codec.cram(lm, texts, layout="one-step-shared", tokens=2, recipe=QUICK)
+    P, D = len(mem.passages), lm.width
+    assert mem.exact
+    assert P > 2
+    assert mem.size == (P + 1) * D * 4
+    assert mem.summary()["vectors"] == P + 1
+    assert torch.equal(mem.vectors[:, 1], mem.vectors[:1, 1].expand(P, -1))
+    file = mem.save(tmp_path / "a.mem")
+    assert load_file(file)["vectors"].shape == (P + 1, 1, D)
+    again = MemVectors.load(file)
+    assert torch.equal(again.vectors, mem.vectors)
+    assert again.header.layout == "one-step-shared"
+    assert codec.decode(again, lm) == texts
+
+
+def test_a_shared_m_couples_passages_and_seats_only_group_them():
+    """Coupled by design: another neighbour is another result; how many sit together is not."""
+    lm = OneStep(tiny())
+    options = {"storage": torch.float32}
+    jobs = [Job(p, QUICK.margin) for p in ASKED]
+    together = Shared(lm, QUICK, seats=4, **options).run(jobs)
+    fewer = Shared(lm, QUICK, seats=4, **options).run([Job(p, QUICK.margin) for p in ASKED[:2]])
+    assert all(o.exact and o.status == "done" for o in (*together, *fewer))
+    assert [o.passage for o in together] == ASKED
+    assert len({o.steps for o in together}) == 1  # none is finished before all are
+    assert not torch.allclose(together[0].vectors, fewer[0].vectors, atol=1e-2)
+    short = Recipe(steps=10)  # rounding grows with the steps
+    moved = [
+        Shared(lm, short, seats=seats, **options).run([Job(p, 0.5) for p in ASKED])
+        for seats in (1, 4)
+    ]
+    for a, b in zip(*moved, strict=True):
+        assert torch.allclose(a.vectors, b.vectors, atol=1e-3)
+
+
+def test_what_one_m_cannot_hold_is_halved():
+    lm, text = reader(), "Dog, 42 zebras"
+    hasty = Recipe(steps=60, patience=20)
+    mem = codec.cram(lm, [text], layout="one-step-shared", tokens=64, recipe=hasty)
+    assert len(mem.passages) > 1
+    assert sum(p.tokens for p in mem.passages) == len(lm.tokenize(text))
+    assert mem.exact == all(p.exact for p in mem.passages)
+    if mem.exact:
+        assert codec.decode(mem, lm) == [text]
+
+
+def test_a_header_cannot_claim_a_shared_m():
+    mem = as_one_step("llama")
+    header = mem.header.model_copy(update={"layout": "one-step-shared"})
+    with pytest.raises(MemvecError, match="do not share one m"):
+        MemVectors(mem.vectors, header)
+
+
+def test_the_command_shares_m(command, folder, tmp_path):
+    (tmp_path / "a.txt").write_text("the fox")
+    words = ["cram", tmp_path / "a.txt", "-m", folder, "--tokens", 2, "--shared-m"]
+    options = ["--steps", 600, "--set", "patience=600", "-o", tmp_path / "a.mem"]
+    assert "--one-step" in command(*words, *options).sentence
+    ran = command(*words, *options, "--one-step")
+    assert ran.code == 0, ran.err
+    assert command("decode", tmp_path / "a.mem").out == b"the fox"
+
+
+# ---------------------------------------------------------------------- the protocol
+
+
+def test_the_published_rule_is_a_maximum_and_ours_is_not():
+    rows = pd.DataFrame(
+        [
+            {"length": n, "tokens": n, "accuracy": a, "exact": a == 1.0}
+            for n, each in ((4, (1.0, 1.0)), (8, (1.0, 0.995)), (16, (0.5, 1.0)), (32, (0.9, 0.2)))
+            for a in each
+        ]
+    )
+    result = one_step_result(rows)
+    assert (result.longest, result.always) == (16, 4)
+    assert [n.length for n in result.lengths] == [4, 8, 16, 32]
+    assert [n.exact[0] for n in result.lengths] == [1.0, 0.5, 0.5, 0.0]
+    assert result.lengths[3].accuracy.mean == pytest.approx(0.55)
+    nothing = one_step_result(rows[rows["length"] == 32])
+    assert (nothing.longest, nothing.always) == (None, None)

@@ -18,6 +18,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.optimizer import learning_rate
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.start import start_vectors
+from memvec.onestep import OneStep
 
 MOVES = 20
 D = 32
@@ -50,6 +51,34 @@ def kuratov(lm, ids, vector):
         optimizer.step()
         found.append(memory.detach().clone())
     return found
+
+
+def mezentsev(lm, ids, vectors):
+    """[e, m, m ... m], one output for each token, the mean loss of all of them."""
+    pair = torch.nn.Parameter(vectors.clone())
+    optimizer = torch.optim.AdamW([pair], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
+    found = []
+    for _ in range(MOVES):
+        inputs = torch.cat([pair[:1], pair[1:].repeat(len(ids) - 1, 1)])[None]
+        loss = cross_entropy(lm.model(inputs_embeds=inputs).logits[0], torch.tensor(ids))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(pair.detach().clone())
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_one_step_as_published(family):
+    passage, recipe = passages(12)[0], PRESETS["one-step"]
+    lm = OneStep(tiny(family))
+    engine = Engine(lm, recipe, vectors=2, seats=1)
+    engine.push(passage)
+    engine._seat_waiting(1)
+    (first,) = start_vectors(lm, [passage.ids], 2, recipe)
+    for theirs in mezentsev(tiny(family), passage.ids, first):
+        engine.step()
+        assert torch.allclose(engine.state["parameters"][0], theirs, atol=2e-4)
 
 
 def tarasov(lm, ids, vector, *, temperature=1.0, epsilon=0.0, reweigh=False, low_dim=None):
@@ -122,7 +151,7 @@ def test_the_first_moves_are_the_publications(preset, family):
 
 
 def test_every_published_preset_is_checked():
-    assert set(PUBLISHED) | {"default"} == set(PRESETS)
+    assert set(PUBLISHED) | {"default", "one-step"} == set(PRESETS)
 
 
 def test_the_learning_rate_is_the_published_schedule():

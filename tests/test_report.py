@@ -33,7 +33,7 @@ from studies import EVERYTHING, run, spec_in
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 BOTH = {"vectors", "utilisation", "context", "copy", "upper-bound", "geometry"}
-TABLES = {"exact", "table1", "threshold", "bytes", "cost"} | BOTH
+TABLES = {"exact", "table1", "one-step", "threshold", "bytes", "cost"} | BOTH
 FIGURES = {"lengths", "planes", "survival", "accuracy", "per-token", "boxes"} | BOTH
 
 

@@ -96,6 +96,14 @@ def cram(
             "--one-step", help="Two vectors a passage; one forward pass decodes all of its tokens."
         ),
     ] = False,
+    shared_m: Annotated[
+        bool,
+        typer.Option(
+            "--shared-m",
+            help="With --one-step: all passages share one of their two vectors and are crammed "
+            "together, so they depend on each other, and an interrupted run starts again.",
+        ),
+    ] = False,
     preset: Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = "default",
     margin: Annotated[float | None, typer.Option(help=_field("margin"))] = None,
     steps: Annotated[int | None, typer.Option(help=_field("steps"))] = None,
@@ -145,7 +153,9 @@ def cram(
         raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
     if one_step and vectors not in (1, 2):
         raise MemvecError(f"--one-step takes two vectors a passage: leave out --vectors {vectors}.")
-    layout = "one-step" if one_step else "prefix"
+    if shared_m and not one_step:
+        raise MemvecError("--shared-m is for --one-step: give both.")
+    layout = ("one-step-shared" if shared_m else "one-step") if one_step else "prefix"
     if tokens is not None and tokens < 1:
         raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
     if seats is not None and seats < 1:

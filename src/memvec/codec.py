@@ -17,7 +17,7 @@ import torch
 
 from memvec import metrics
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Progress
+from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.start import ids_hash
 from memvec.decoding import BATCH
@@ -25,7 +25,8 @@ from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.lm import FrozenLM
-from memvec.onestep import laid_out
+from memvec.onestep import OneStep, laid_out, laid_out_as
+from memvec.onestep.shared import Shared
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
@@ -71,7 +72,8 @@ def cram(
     interruptions.
 
     `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
-    (memvec.onestep; `vectors` is then not looked at).
+    (memvec.onestep; `vectors` is then not looked at). With 'one-step-shared' all passages share one
+    of the two: then they are crammed together, depend on each other, and no journal is kept.
 
     A passage that does not become exact within the recipe's budget is halved and crammed again,
     down to one token per vector; what still fails is in the result, with `exact` false. Raises
@@ -87,7 +89,16 @@ def cram(
     lm = laid_out(lm, layout)
     vectors = 2 if lm.layout == "one-step" else vectors
     return _Cramming(
-        lm, documents, vectors, tokens, recipe, seats, storage_of(storage), journal, on_status
+        lm,
+        documents,
+        vectors,
+        tokens,
+        recipe,
+        seats,
+        storage_of(storage),
+        journal,
+        on_status,
+        layout,
     ).run(keep_text)
 
 
@@ -161,8 +172,10 @@ class _Cramming:
         storage: Storage,
         journal: Journal | None,
         on_status: Callable[[Status], None] | None,
+        layout: str,
     ) -> None:
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
+        self.layout = layout
         self.recipe, self.storage, self.journal, self.on_status = (
             recipe,
             storage,
@@ -183,6 +196,9 @@ class _Cramming:
         passages = self._passages()
         self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)))
         self.stage = "cramming"
+        if self.layout == "one-step-shared":
+            self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
+            return self._certified(keep_text)
         todo: list[Passage] = []
         for passage in passages:
             todo += self._known(passage)
@@ -193,6 +209,29 @@ class _Cramming:
                 for unknown in self._known(passage):
                     self.engine.push(unknown)
         return self._certified(keep_text)
+
+    def _cram_shared(self, jobs: list[Job]) -> None:
+        """All passages together, because they share m; again with the halves of those that fail."""
+        while jobs:
+            self.done.clear()
+            crammed = self._shared().run(jobs)
+            jobs, halved = [], False
+            for outcome in crammed:
+                halves = self._take(outcome)
+                halved = halved or bool(halves)
+                jobs += [Job(h, self.engine.recipe.margin) for h in halves] or [Job.again(outcome)]
+            if not halved:
+                return
+
+    def _shared(self) -> Shared:
+        assert isinstance(self.lm, OneStep)
+        return Shared(
+            self.lm,
+            self.engine.recipe,
+            seats=self.engine.seats,
+            storage=self.storage,
+            on_progress=self._progress,
+        )
 
     # ------------------------------------------------------------------ passages in
 
@@ -210,7 +249,8 @@ class _Cramming:
         if self.tokens is not None:
             cutter = Cutter(self.lm, tokens=self.tokens, most=most)
         else:
-            bits = FILL * self.K * self._bits_per_vector(most)
+            share = FILL / 2 if self.layout == "one-step-shared" else FILL
+            bits = share * self.K * self._bits_per_vector(most)
             cutter = Cutter(self.lm, bits=bits, most=most)
         return [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
 
@@ -273,11 +313,19 @@ class _Cramming:
             if not fallen or not attempts_left:
                 break
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
-            for o in fallen:
-                self.engine.push_again(o)
-            for outcome in self.engine.run():
+            for outcome in self._again(fallen):
                 self.done[outcome.passage.document, outcome.passage.offset] = outcome
         return mem.with_certificate(certificate, exact)
+
+    def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
+        """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
+        if self.layout != "one-step-shared":
+            for outcome in fallen:
+                self.engine.push_again(outcome)
+            return self.engine.run()
+        which, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
+        jobs = [Job.again(o, raised=spread if id(o) in which else None) for o in self._in_order()]
+        return self._shared().run(jobs)
 
     def _in_order(self) -> list[Outcome]:
         return [self.done[key] for key in sorted(self.done)]
@@ -315,7 +363,7 @@ class _Cramming:
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
-            layout=self.lm.layout,
+            layout=laid_out_as(self.layout),
             packing=self.storage.packing,
             recipe=self.engine.recipe.record(),
             environment=environment(),

@@ -32,7 +32,7 @@ from memvec.memory import keep_freed_memory
 
 StartRule = Literal["vectors", "bos", "first-token"]
 START_RULES: tuple[StartRule, ...] = get_args(StartRule)
-Layout = Literal["prefix", "one-step"]
+Layout = Literal["prefix", "one-step", "one-step-shared"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POCKET = Path(__file__).parent / "pocket"

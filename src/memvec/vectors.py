@@ -37,7 +37,7 @@ from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.lm import Fingerprint, FrozenLM, Layout, StartRule
-from memvec.onestep import laid_out
+from memvec.onestep import from_rows, laid_out, row_count, to_rows
 from memvec.passages.documents import restore
 from memvec.storage import STORAGES, PackingName, Storage
 
@@ -122,7 +122,7 @@ class Header(_Record):
     layout: Layout = Field(
         default="prefix",
         description="how the model reads the vectors: in front of a passage, or (memvec.onestep) "
-        "two of them as [e, m, ..., m]",
+        "two of them as [e, m, ..., m], with an m of each passage or one that all share",
     )
     packing: PackingName | None = Field(
         default=None, description="integers that the numbers are stored as; none: as they are"
@@ -165,6 +165,8 @@ class MemVectors:
             )
         if header.layout != "prefix" and vectors.shape[1] != 2:
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
+        if header.layout == "one-step-shared" and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
+            raise MemvecError("these vectors do not share one m, as their header says.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
         if header.packing is not None:
@@ -189,8 +191,13 @@ class MemVectors:
     @property
     def size(self) -> int:
         """Bytes of the vectors themselves as stored: packed codes and scales where there are."""
-        P, K, D = self.vectors.shape
-        return self.storage.size(P * K, D)
+        rows = self.stored
+        return self.storage.size(rows.shape[0] * rows.shape[1], rows.shape[2])
+
+    @property
+    def stored(self) -> Tensor:
+        """The rows that a file holds: an m that all passages share is there once."""
+        return to_rows(self.vectors, self.header.layout)
 
     @property
     def storage(self) -> Storage:
@@ -204,16 +211,18 @@ class MemVectors:
         """The figures of the whole: tokens and bits per vector, utilisation, bytes.."""
         P, K, D = self.vectors.shape
         V = int(self.header.model.get("vocabulary", 2))
-        width = 8 * self.size / max(1, self.vectors.numel())  # stored bits of a number
+        width = 8 * self.size / max(1, self.stored.numel())  # stored bits of a number
         gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
-        per_vector = [p.tokens / K for p in self.passages]
+        held = self.stored.shape[0] * self.stored.shape[1]  # vectors; a shared one counts once
+        per_vector = [p.tokens * P / max(1, held) for p in self.passages]
         mean, error = metrics.mean_and_error(per_vector)
         return {
             "model": self.header.model.get("name"),
             "documents": len(self.header.documents),
             "passages": P,
             "vectors_per_passage": K,
+            "vectors": held,
             "width": D,
             "storage": self.storage.name,
             "bits_per_number": width,
@@ -230,11 +239,11 @@ class MemVectors:
             "lm_bits": sum(p.lm_bits for p in self.passages),
             "information_gain_bits": gain,
             "token_gain": token_gain,
-            "bits_per_vector": gain / max(1, P * K),
-            "bits_per_dimension": metrics.bits_per_dimension(gain, D, max(1, P * K)),
+            "bits_per_vector": gain / max(1, held),
+            "bits_per_dimension": metrics.bits_per_dimension(gain, D, max(1, held)),
             "theoretical_capacity": metrics.theoretical_capacity(D, K, width, V),
-            "token_utilisation": metrics.token_utilisation(token_gain, D, max(1, P * K), width, V),
-            "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, P * K), width),
+            "token_utilisation": metrics.token_utilisation(token_gain, D, max(1, held), width, V),
+            "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, held), width),
             "text_bytes": sum(d.size for d in self.header.documents),
             "vector_bytes": self.size,
             "edit_bytes": sum(
@@ -327,7 +336,7 @@ class MemVectors:
         if target.exists() and not force:
             raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
         header = self.header.model_dump_json()
-        tensors = self.storage.pack(self.vectors)
+        tensors = self.storage.pack(self.stored)
         digest = _digest(header, tensors)
         data = to_safetensors(tensors, {"memvec": header, "sha256": digest})
         write_atomically(target, data)
@@ -351,7 +360,8 @@ class MemVectors:
                     )
                 first = "vectors" if header.packing is None else "codes"
                 shape = opened.get_slice(first).get_shape()
-                if len(shape) != 3 or shape[0] != len(header.passages) or 0 in shape:
+                rows = row_count(len(header.passages), header.layout)
+                if len(shape) != 3 or shape[0] != rows or 0 in shape:
                     raise MemvecError(
                         f"{file} claims {len(header.passages)} passages and holds vectors of shape "
                         f"{tuple(shape)}: it is damaged."
@@ -379,7 +389,7 @@ class MemVectors:
             raise MemvecError(f"{file} {error}.") from None
         if not bool(torch.isfinite(vectors.float()).all()):
             raise MemvecError(f"{file} holds numbers that are not finite.")
-        return cls(vectors, header)
+        return cls(from_rows(vectors, header.layout), header)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""

@@ -4,6 +4,7 @@ from memvec.capacity.context import Context
 from memvec.capacity.copy import Copy
 from memvec.capacity.exact import Exact
 from memvec.capacity.geometry import Geometry
+from memvec.capacity.one_step import OneStep
 from memvec.capacity.paper import Paper
 from memvec.capacity.protocol import Protocol
 from memvec.capacity.threshold import Threshold
@@ -16,6 +17,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Paper(),
         Exact(),
         Vectors(),
+        OneStep(),
         Threshold(),
         Context(),
         Copy(),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM, StartRule
+    from memvec.lm import FrozenLM, Layout, StartRule
     from memvec.passages.found import Found
 
 
@@ -24,6 +24,7 @@ class Protocol:
     preset: ClassVar[str] = "paper"  # the recipe a run starts from
     changes: ClassVar[Mapping[str, Any]] = {}  # what the protocol changes in it
     options: ClassVar[Mapping[str, Any]] = {}  # its own options and their defaults
+    layout: ClassVar[Layout] = "prefix"  # how the model reads the vectors (memvec.onestep)
     extras: ClassVar[Mapping[str, str]] = {}  # what `extra` adds to a row, with a sentence each
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:

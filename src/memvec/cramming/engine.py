@@ -57,6 +57,16 @@ class Job:
     spent: int = 0
     seconds: float = 0.0
 
+    @classmethod
+    def again(cls, outcome: Outcome, *, raised: float | None = None) -> Job:
+        """A passage that goes on from where it was; with twice the margin if `raised`, which is the
+        model's logit spread."""
+        margin = outcome.margin_asked
+        if raised is not None:
+            margin = max(2 * margin, SMALLEST_RAISE * raised)
+        vectors = outcome.vectors.float()
+        return cls(outcome.passage, margin, vectors, outcome.steps, outcome.spent, outcome.seconds)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -144,17 +154,9 @@ class Engine:
 
     def push_again(self, outcome: Outcome) -> None:
         """Return a passage that was exact here and not elsewhere: on, with twice the margin."""
-        margin = max(2 * outcome.margin_asked, SMALLEST_RAISE * self.lm.logit_spread)
-        self.waiting.push(
-            Job(
-                outcome.passage,
-                margin,
-                outcome.vectors.float(),
-                outcome.steps + 1,  # a retry is never free, so it cannot go on for ever
-                outcome.spent,
-                outcome.seconds,
-            )
-        )
+        job = Job.again(outcome, raised=self.lm.logit_spread)
+        job.steps += 1  # a retry is never free, so it cannot go on for ever
+        self.waiting.push(job)
 
     def most_tokens(self) -> int | None:
         """Longest passage that fits the model's context behind the vectors."""

@@ -15,7 +15,7 @@ ObjectiveName = Literal["cross-entropy", "margin", "deficit"]
 CoordinatesName = Literal["direct", "low-dim"]
 OptimizerName = Literal["adam", "adamw"]
 ScheduleName = Literal["growing", "whole"]
-StartName = Literal["auto", "encoder", "noise", "embeddings", "uniform", "linear"]
+StartName = Literal["auto", "encoder", "noise", "embeddings", "uniform", "linear", "normal"]
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
 UnitName = Literal["spread", "logits"]
 
@@ -200,5 +200,20 @@ PRESETS: dict[str, Recipe] = {
         start_rule="paper",
         steps=5000,
         patience=2000,
+    ),
+    # Mezentsev & Oseledets 2025 (arXiv 2505.21189), section 4, for `--one-step`.
+    "one-step": Recipe(
+        unit="logits",
+        temperature=1.0,
+        margin=0.0,
+        schedule="whole",
+        optimizer="adamw",
+        lr=0.01,
+        beta1=0.9,
+        beta2=0.9,
+        weight_decay=0.01,
+        start="normal",
+        steps=5000,
+        patience=5000,
     ),
 }

@@ -49,6 +49,12 @@ def uniform(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[T
     return 0.02 * torch.rand(K, lm.width, generator=generator)
 
 
+def normal(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Standard normal, as one-step decoding was run (Mezentsev & Oseledets 2025)."""
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    return torch.randn(K, lm.width, generator=generator)
+
+
 def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
     """Where a fresh linear layer puts the first coefficients of low-dim coordinates."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
@@ -64,6 +70,7 @@ STARTS: dict[str, Start] = {
     "embeddings": embeddings,
     "uniform": uniform,
     "linear": linear,
+    "normal": normal,
 }
 
 

@@ -7,6 +7,15 @@ continued; in the paper's tables two vectors hold about half of the tokens that 
 back token by token.
 """
 
-from memvec.onestep.reading import OneStep, decode_at_once, laid_out
+from memvec.onestep.reading import OneStep, decode_at_once, laid_out, laid_out_as
+from memvec.onestep.rows import from_rows, row_count, to_rows
 
-__all__ = ["OneStep", "decode_at_once", "laid_out"]
+__all__ = [
+    "OneStep",
+    "decode_at_once",
+    "from_rows",
+    "laid_out",
+    "laid_out_as",
+    "row_count",
+    "to_rows",
+]

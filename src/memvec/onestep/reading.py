@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.errors import MemvecError, did_you_mean
-from memvec.lm import LAYOUTS, FrozenLM, StartRule
+from memvec.lm import LAYOUTS, FrozenLM, Layout, StartRule
 
 
 class OneStep(FrozenLM):
@@ -65,11 +65,17 @@ class OneStep(FrozenLM):
 
 def laid_out(lm: FrozenLM, layout: str) -> FrozenLM:
     """The model as vectors of this layout need it. Raises MemvecError for an unknown layout."""
-    if layout not in LAYOUTS:
-        raise MemvecError(f"unknown layout '{layout}': {did_you_mean(layout, LAYOUTS)}")
-    if layout == "prefix" or isinstance(lm, OneStep):
+    if laid_out_as(layout) == "prefix" or isinstance(lm, OneStep):
         return lm
     return OneStep(lm)
+
+
+def laid_out_as(layout: str) -> Layout:
+    """A layout by its name. Raises MemvecError for an unknown one."""
+    for known in LAYOUTS:
+        if layout == known:
+            return known
+    raise MemvecError(f"unknown layout '{layout}': {did_you_mean(layout, LAYOUTS)}")
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import pandas as pd
 from memvec import metrics
 from memvec.capacity.exact import exact_result
 from memvec.capacity.geometry import cosines
+from memvec.capacity.one_step import one_step_result
 from memvec.capacity.paper import paper_result
 from memvec.capacity.statistics import Mean, mean_interval
 from memvec.capacity.threshold import LEAST_ABOVE
@@ -86,6 +87,7 @@ def all_tables(data: Data, *, beside: bool) -> list[Table]:
         exact_table(data),
         table1(data, beside=beside),
         vectors_table(data),
+        one_step_table(data),
         threshold_table(data),
         utilisation_table(data),
         context_table(data, beside=beside),
@@ -202,6 +204,37 @@ def vectors_table(data: Data) -> Table:
         "Exact horizon and the information in it; the line is K times one vector's bits. Censored "
         "passages came back whole: their K could have held more.",
         [*columns, "of the line", "censored", "cut", "n"],
+        rows,
+    )
+
+
+def one_step_table(data: Data) -> Table:
+    """Lengths that one forward pass gives back."""
+    rows: list[list[Cell]] = []
+    for (model, source, _), group in _groups(data.of("one-step")):
+        result = one_step_result(group)
+        for at in result.lengths:
+            share, low, high = at.exact
+            rows.append(
+                [
+                    short(model),
+                    source,
+                    at.length,
+                    f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]",
+                    at.accuracy.mean,
+                    at.accuracy.n,
+                    result.always,
+                    result.longest,
+                ]
+            )
+    columns = ["model", "source", "length", "exact", "accuracy", "n", "always exact", "longest"]
+    return Table(
+        "one-step",
+        "One-step decoding: two vectors, one forward pass",
+        "Exact: share of passages given back to the last token, with its 95 % interval. Always "
+        "exact: the length up to which all were. Longest: the published figure, the longest single "
+        "passage with an accuracy of at least 0.99, a maximum over passages.",
+        columns,
         rows,
     )
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memvec.capacity import PROTOCOLS
 from memvec.study.cells import Cell
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def recompute(
     n = len(ids) - given
     front = vectors.float()
     middle = [lm.bos_id] if start == "bos" else []
-    table = logits(lm, front, [*middle, *ids])[-n - 1 : -1]
+    at_once = PROTOCOLS[cell.protocol].layout == "one-step"
+    if at_once:
+        table = one_step_logits(lm, front, n)
+    else:
+        table = logits(lm, front, [*middle, *ids])[-n - 1 : -1]
     bits, margin = bits_and_margins(table, ids[given:])
     head = [lm.bos_id] if lm.bos_id is not None and start != "first-token" else []
     own = logits(lm, None, [*head, *ids])[:-1][-n:]
@@ -65,7 +70,10 @@ def recompute(
     if len(lm_bits) < n:  # no token starts a text: the first one costs log2 V
         lm_bits = np.concatenate([[math.log2(lm.vocab_size)], lm_bits])
         lm_margin = np.concatenate([[-1.0], lm_margin])
-    decoded = greedy(lm, front, [*middle, *ids[:given]], n)
+    if at_once:
+        decoded = [int(token) for token in table.argmax(1)]
+    else:
+        decoded = greedy(lm, front, [*middle, *ids[:given]], n)
     wrong = [i for i, (a, b) in enumerate(zip(decoded, ids[given:], strict=True)) if a != b]
     right, base = margin > 0, lm_margin > 0
     h = int(row["horizon"])  # gains over the stored horizon, so that a flipped tie counts once
@@ -91,7 +99,7 @@ def recompute(
     return Slow(
         columns,
         (retries, int(cell.recipe["steps"])),
-        _spent(cell, int(row["steps"]) - retries, n, K, start),
+        _spent(cell, int(row["steps"]) - retries, n, K, 0 if at_once else K - 1, start),
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
         _extras(lm, json.loads(row["extra"]), ids, before, given, lm_bits, lm_margin),
@@ -141,6 +149,15 @@ def logits(lm: FrozenLM, vectors: Tensor | None, ids: list[int | None]) -> Float
     return found
 
 
+@torch.no_grad()
+def one_step_logits(lm: FrozenLM, vectors: Tensor, n: int) -> Floats:
+    """(n, V) logits of the model's own forward on [e, m, ..., m], float64."""
+    pair = vectors.to(lm.device, lm.dtype)
+    inputs = torch.stack([pair[min(i, 1)] for i in range(n)])[None]
+    found: Floats = lm.model(inputs_embeds=inputs, use_cache=False).logits[0].double().cpu().numpy()
+    return found
+
+
 def greedy(lm: FrozenLM, vectors: Tensor, prefix: list[int | None], n: int) -> list[int]:
     """n tokens by arg-max after [vectors, prefix], a whole forward for each."""
     found: list[int] = []
@@ -176,15 +193,15 @@ def _retries(margins: tuple[float, ...], asked: float) -> int:
     return next((i for i, m in enumerate(margins) if math.isclose(m, asked, rel_tol=SPREAD)), 0)
 
 
-def _spent(cell: Cell, moves: int, n: int, K: int, start: str) -> tuple[int, int]:
+def _spent(cell: Cell, moves: int, n: int, K: int, before: int, start: str) -> tuple[int, int]:
     """Least and most forward-backward tokens of so many moves.
 
     A move costs the positions that counted (all n, or with a growing horizon at least the
-    look-ahead), and the vectors and the start token before them.
+    look-ahead), and the vectors (`before`) and the start token that stand before them.
     """
     growing = cell.recipe["schedule"] == "growing"
     least = min(n, int(cell.recipe["look_ahead"]) * K) if growing else n
-    beside = K - 1 + (start != "vectors")
+    beside = before + (start != "vectors")
     return moves * (least + beside), moves * (n + beside)
 
 

@@ -25,7 +25,15 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.passages.sources import SOURCES, AnySource, Source
 
 ProtocolName = Literal[
-    "paper", "exact", "vectors", "threshold", "context", "copy", "upper-bound", "geometry"
+    "paper",
+    "exact",
+    "vectors",
+    "threshold",
+    "context",
+    "copy",
+    "upper-bound",
+    "geometry",
+    "one-step",
 ]
 Storage = Literal["float32", "bfloat16", "float16"]
 
@@ -184,6 +192,8 @@ def _check(spec: Spec, where: str) -> None:
         for field, values in (("lengths", run.lengths), ("vectors", run.vectors)):
             if min(values) < 1:
                 raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
+        if PROTOCOLS[run.protocol].layout != "prefix" and run.vectors != (2,):
+            raise MemvecError(f"{place} has two vectors, e and m: write vectors = [2].")
         if run.contexts is not None and "contexts" not in PROTOCOLS[run.protocol].options:
             raise MemvecError(f"{place} has no option 'contexts': it belongs to 'context'.")
         if run.recipe.get("corrections"):

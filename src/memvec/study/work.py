@@ -16,6 +16,7 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.start import ids_hash
 from memvec.errors import MemvecError
+from memvec.onestep import laid_out
 from memvec.passages.found import Found
 from memvec.passages.sources import Source
 from memvec.study.cells import Cell
@@ -57,6 +58,7 @@ def cram_cell(
 ) -> Iterator[Finished]:
     """Rows of a cell's passages, each as soon as it is certified."""
     recipe = cell.made_recipe()
+    lm = laid_out(lm, PROTOCOLS[cell.protocol].layout)
     engine = Engine(
         lm,
         recipe,

@@ -1,0 +1,197 @@
+"""One m for all passages of a file: P passages in P + 1 vectors, crammed together.
+
+The paper shares m among texts and keeps an e for each (Mezentsev & Oseledets, section 4.3: about
+half of the tokens for half of the vectors). This is the one place where passages touch: m feels all
+of them, so each e depends on every other passage of the file, and none is finished before all are.
+That is by design, it is in the record (`layout` 'one-step-shared'), and it costs two habits: an
+interrupted run starts again, and adding a passage changes every vector.
+
+All passages move in every step, a group of `seats` at a time; the gradient at m is the sum over all
+of them. It ends when every margin of every passage is met in the same step, or by the recipe's
+steps and patience; then the vectors of the step that gave back most tokens are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.certify import Finished, Outcome, Status, certify
+from memvec.cramming.coordinates import as_stored
+from memvec.cramming.engine import COLUMNS, Job, Progress, resolve_start_rule
+from memvec.cramming.objective import score, weights
+from memvec.cramming.optimizer import OPTIMIZERS
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.schedule import SCHEDULES
+from memvec.cramming.start import start_vectors
+from memvec.errors import MemvecError
+from memvec.metrics import horizon
+from memvec.onestep.reading import OneStep
+from memvec.storage import Storage, storage_of
+
+RAISES = 4  # times that margins are raised because decoding disagrees with them
+
+
+class Shared:
+    """Crams passages into an e each and one m. Raises MemvecError for what cannot be crammed so."""
+
+    def __init__(
+        self,
+        lm: OneStep,
+        recipe: Recipe,
+        *,
+        seats: int,
+        storage: str | torch.dtype | Storage,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        recipe = recipe.in_logits(lm.logit_spread)
+        if recipe.coordinates != "direct":
+            raise MemvecError("a shared m is moved directly: leave out --set coordinates.")
+        resolve_start_rule(lm, recipe)
+        if recipe.corrections:
+            raise MemvecError("a shared m takes no corrections: leave out --corrections.")
+        self.lm, self.recipe, self.seats = lm, recipe, seats
+        self.storage = storage_of(storage)
+        self.on_progress = on_progress
+        self.steps = self.tokens = 0
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Cram the jobs' passages together; those with vectors go on from them. Same order."""
+        jobs, spread = list(jobs), self.lm.logit_spread
+        for raises in range(RAISES + 1):
+            finished = self._cram(jobs)
+            outcomes = list(certify(self.lm, finished, "vectors", self.storage))
+            wrong = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
+            if not wrong or raises == RAISES:
+                break
+            jobs = [
+                Job.again(o, raised=spread if i in wrong else None) for i, o in enumerate(outcomes)
+            ]
+        return outcomes
+
+    def _cram(self, jobs: list[Job]) -> list[Finished]:
+        recipe, device = self.recipe, self.lm.device
+        began = time.perf_counter()
+        own, shared = (t.to(device) for t in self._start(jobs))
+        lengths = [len(job.passage) for job in jobs]
+        ids = torch.zeros(len(jobs), max(lengths), dtype=torch.long)
+        for row, job in zip(ids, jobs, strict=True):
+            row[: len(job.passage)] = torch.tensor(job.passage.ids)
+        ids, length = ids.to(device), torch.tensor(lengths, device=device)
+        asked = torch.tensor([job.margin for job in jobs], device=device)
+        order = sorted(range(len(jobs)), key=lambda i: -lengths[i])
+        groups = [
+            torch.tensor(order[at : at + self.seats], device=device)
+            for at in range(0, len(order), self.seats)
+        ]
+        optimizer = OPTIMIZERS[recipe.optimizer](recipe)
+        moments = [optimizer.fresh(own), optimizer.fresh(shared)]
+        best = torch.zeros_like(length)
+        spent = torch.tensor([job.spent for job in jobs], device=device)
+        kept, most, stale, steps = (own.clone(), shared.clone()), -1, 0, 0
+        status: Status = "budget"
+        while True:
+            slopes = [torch.zeros_like(own), torch.zeros_like(shared)]
+            leading, counted = torch.zeros_like(length), torch.zeros_like(length)
+            finite = True
+            for group in groups:
+                found = self._measure(group, own, shared, ids, length, asked, best)
+                leading[group], counted[group], slope, slope_shared, sound = found
+                slopes[0][group] = slope
+                slopes[1] += slope_shared
+                finite = finite and sound
+            best = torch.maximum(best, leading)
+            total = int(leading.sum())
+            if total > most:
+                kept, most, stale = (own.clone(), shared.clone()), total, 0
+            else:
+                stale += 1
+            self._report(leading, len(jobs))
+            if not finite:
+                status = "not-finite"
+                break
+            if total == sum(lengths):
+                status = "done"
+                break
+            over = bool(recipe.budget) and int(spent.max()) >= recipe.budget
+            if steps >= recipe.steps or stale > recipe.patience or over:
+                break
+            for parameters, slope, state in zip((own, shared), slopes, moments, strict=True):
+                moving = torch.ones(len(parameters), dtype=torch.bool, device=device)
+                optimizer.step(parameters, slope, state, moving)
+            steps += 1
+            spent += counted
+            self.steps += 1
+            self.tokens += int(counted.sum())
+        vectors = torch.cat([kept[0], kept[1].expand(len(jobs), -1, -1)], dim=1)
+        vectors = as_stored(vectors, self.storage).cpu()
+        seconds = (time.perf_counter() - began) / len(jobs)
+        return [
+            Finished(
+                job.passage,
+                vectors[i].clone(),
+                status,
+                job.margin,
+                job.steps + steps,
+                int(spent[i]),
+                job.seconds + seconds,
+            )
+            for i, job in enumerate(jobs)
+        ]
+
+    def _start(self, jobs: list[Job]) -> tuple[Float[Tensor, "P 1 D"], Float[Tensor, "1 1 D"]]:
+        """First e of each passage and first m; the seed of m derives from all passages' ids."""
+        new = [job for job in jobs if job.vectors is None]
+        starts = iter(start_vectors(self.lm, [job.passage.ids for job in new], 2, self.recipe))
+        rows = [next(starts) if job.vectors is None else job.vectors for job in jobs]
+        known = [job.vectors for job in jobs if job.vectors is not None]
+        if known:
+            shared = known[0]
+        else:
+            every = [token for job in jobs for token in job.passage.ids]
+            shared = start_vectors(self.lm, [every], 2, self.recipe)[0]
+        return torch.stack([row[:1] for row in rows]).float(), shared[None, 1:].float().clone()
+
+    def _measure(
+        self,
+        group: Tensor,
+        own: Float[Tensor, "P 1 D"],
+        shared: Float[Tensor, "1 1 D"],
+        ids: Tensor,
+        length: Tensor,
+        asked: Tensor,
+        best: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+        """Leading right tokens and counted tokens of a group's passages, the gradients at their e
+        and at m, and whether the loss is finite."""
+        recipe, schedule = self.recipe, SCHEDULES[self.recipe.schedule]
+        length, asked, best = length[group], asked[group], best[group]
+        need = int(schedule(best, length, 2, recipe).max())
+        width = min(int(length.max()), -(-need // COLUMNS) * COLUMNS)
+        e = own[group].requires_grad_()
+        m = shared.clone().requires_grad_()
+        truth = ids[group, :width]
+        with torch.enable_grad():
+            both = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
+            states = self.lm.states(as_stored(both, self.storage), truth)
+        found = score(self.lm.head, states, truth, recipe)
+        column = torch.arange(width, device=length.device)
+        within = column < length[:, None]
+        right = (found.margin >= asked[:, None]) & (found.margin > 0)
+        leading = torch.minimum(horizon(right | ~within), length)
+        leading = leading.clamp_max(width)
+        counted = schedule(torch.maximum(best, leading), length, 2, recipe).clamp_max(width)
+        weight = weights(column < counted[:, None], found.margin, asked, recipe)
+        sound = bool(torch.isfinite((found.loss * weight).sum()))
+        slope = found.gradient.mul_(weight[..., None])
+        at_e, at_m = torch.autograd.grad(states, (e, m), slope)
+        return leading, counted, at_e, at_m, sound
+
+    def _report(self, leading: Tensor, seated: int) -> None:
+        if self.on_progress is not None:
+            mean = float(leading.float().mean())
+            self.on_progress(Progress(seated, 0, mean, self.steps, self.tokens))
