@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memvec.corrections import table
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
+from memvec.memory import forget_freed_memory, out_of_memory
 
 BATCH = 32  # passages decoded together; certification and users use the same number
 
@@ -42,7 +43,7 @@ def decode_ids(
     part of the passage). `corrections` lists (position, token id) for each passage: that token
     takes the place of the model's own and is what the model reads next. `cached=False` is the slow
     reference path: one whole forward per token; a model that keeps no cache (GPT-1, XLM) knows no
-    other.
+    other. Where memory runs out, the batch is halved and decoding goes on.
     """
     if lm.layout == "one-step":
         from memvec.onestep import decode_at_once
@@ -53,15 +54,24 @@ def decode_ids(
                 ids[position] = token
         return at_once
     out: list[list[int]] = []
-    for at in range(0, len(lengths), batch):
-        rows = slice(at, at + batch)
+    while len(out) < len(lengths):
+        rows = slice(len(out), len(out) + batch)
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
         prefix = lm.start_ids(given.to(lm.device), start)
         stepper = _cached_steps if cached and lm.has_cache else _uncached_steps
         wanted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
         fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
-        tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
+        tokens: list[Tensor] | None = None
+        try:
+            tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or batch == 1:
+                raise
+        if tokens is None:  # outside of the except clause, which holds on to what it failed with
+            batch = max(1, min(batch, len(lengths[rows])) // 2)
+            forget_freed_memory()
+            continue
         if start == "first-token":
             tokens.insert(0, prefix[:, 0])
         found = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.big import loading_options, recomputed
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError, did_you_mean
 from memvec.memory import keep_freed_memory
@@ -93,7 +94,11 @@ class FrozenLM:
         revision: str | None = None,
         folder: Path | None = None,
         check: bool = True,
+        quantize: str | None = None,
+        checkpointing: bool = False,
+        offload: bool = False,
     ) -> None:
+        self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -207,7 +212,7 @@ class FrozenLM:
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""
-        return self._head(states).float()
+        return self._head(states).float().to(self.device)
 
     def logits(
         self,
@@ -223,7 +228,7 @@ class FrozenLM:
     def own_logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """The model's own forward on real tokens: the truth our logits are checked against."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits.float()
+        return logits.float().to(self.device)
 
     def hidden(self, inputs: Float[Tensor, "B N D"], keep: int) -> Float[Tensor, "B keep H"]:
         """Last hidden states (after the final norm) of free inputs; None of the head's work.
@@ -236,11 +241,23 @@ class FrozenLM:
 
     def _run(self, inputs: Tensor, keep: int) -> Tensor:
         out: Tensor
-        if self._body is not None:
-            out = self._body(inputs_embeds=inputs, use_cache=False)[0][:, -keep:]
-        else:
-            out = self.model(inputs_embeds=inputs, use_cache=False).logits[:, -keep:]
-        return out
+        with self._sparing():
+            if self._body is not None:
+                out = self._body(inputs_embeds=inputs, use_cache=False)[0][:, -keep:]
+            else:
+                out = self.model(inputs_embeds=inputs, use_cache=False).logits[:, -keep:]
+        return out.to(self.device)  # the last layer may live on another one
+
+    @contextlib.contextmanager
+    def _sparing(self) -> Iterator[None]:
+        """Memory paid for with time while gradients are asked for; nothing otherwise."""
+        with contextlib.ExitStack() as stack:
+            if torch.is_grad_enabled() and self.checkpointing:
+                stack.enter_context(recomputed(self.model))
+            if torch.is_grad_enabled() and self.offload:
+                on_gpu = self.device.type == "cuda"
+                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=on_gpu))
+            yield
 
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
         """The tokens that are given between the vectors and the first predicted token."""
@@ -266,6 +283,7 @@ class FrozenLM:
             "width": self.width,
             "vocabulary": self.vocab_size,
             "encoder": self.encoder.identity if self.encoder else None,
+            **({"quantize": self.quantize} if self.quantize else {}),
         }
 
     def _probe_ids(self) -> Int[Tensor, "1 8"]:
@@ -323,12 +341,21 @@ def load_lm(
     attention: str | None = None,
     encoder: str | Path | None = None,
     check: bool = True,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+    checkpointing: bool = False,
+    offload: bool = False,
 ) -> FrozenLM:
     """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
 
     `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
     on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2').
     `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
+
+    For big models: `device_map` ('auto', or transformers' dictionary) spreads layers over devices;
+    `quantize` '8bit' or '4bit' keeps linear weights in few bits (vectors are then for exactly this
+    model, and decode with it only); `checkpointing` computes each layer twice instead of keeping
+    its activations, and `offload` keeps them in the computer's memory.
 
     Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
     a causal LM that cannot be served exactly.
@@ -349,6 +376,7 @@ def load_lm(
         dtype = "float32" if where.type == "cpu" else "bfloat16"
     if where.type == "cpu":
         keep_freed_memory()
+    big = loading_options(device_map, quantize, DTYPES[dtype])
     local = _local_folder(name)
     source = str(local) if local is not None else name
     with _loading(name), _quiet():
@@ -356,7 +384,12 @@ def load_lm(
         _refuse_other_tasks(name, config)
         kernel = {"attn_implementation": attention} if attention else {}
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True, **kernel
+            source,
+            revision=revision,
+            dtype=DTYPES[dtype],
+            output_loading_info=True,
+            **kernel,
+            **big,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     if missing := sorted(info["missing_keys"]):
@@ -365,12 +398,15 @@ def load_lm(
             f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
         )
     lm = FrozenLM(
-        model.to(where),
+        model if big else model.to(where),
         tokenizer,
         name=name,
         revision=revision or getattr(config, "_commit_hash", None),
         folder=local,
         check=check,
+        quantize=quantize,
+        checkpointing=checkpointing,
+        offload=offload,
     )
     if encoder is not None:
         lm.read_encoder(Path(encoder).expanduser())

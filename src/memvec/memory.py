@@ -27,3 +27,20 @@ def keep_freed_memory() -> bool:
         return False
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST_INT, M_TOP_PAD: 256 * 2**20}
     return all(mallopt(option, value) == 1 for option, value in settings.items())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for what a device or the system says when a tensor finds no room."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def forget_freed_memory() -> None:
+    """Let a GPU's allocator give back what a failed step left in pieces."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -39,6 +39,7 @@ from memvec.cramming.start import start_vectors
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
+from memvec.memory import forget_freed_memory, out_of_memory
 from memvec.passages.passage import Passage
 from memvec.storage import Storage, storage_of
 
@@ -178,21 +179,78 @@ class Engine:
             if self.jobs:
                 began = time.perf_counter()
                 for _ in range(self.poll):
-                    self.step()
+                    if not self._fits(self.step):
+                        self._halve_seats()
+                        break
                 self._share_time(time.perf_counter() - began)
                 finished += self._unseat()
                 self._report()
             if len(finished) >= min(BATCH, -(-self.seats // 2)) or not self.jobs:
-                certified = certify(
-                    self.lm, finished, self.start_rule, self.storage, self.recipe.corrections
-                )
-                for outcome in certified:
+                for outcome in self._certified(finished):
                     wrong = outcome.status == "done" and not outcome.exact
                     if wrong and self._may_go_on(outcome):
                         self.push_again(outcome)  # decoding disagrees with the margins
                     else:
                         yield outcome
                 finished = []
+
+    # ------------------------------------------------------------------ too little memory
+
+    def _fits(self, work: Callable[[], None]) -> bool:
+        """Do it; False if memory ran out. What had been measured by then stays measured."""
+        try:
+            work()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _halve_seats(self) -> None:
+        """Go on with half of the seats; the passages of the others wait again, where they are.
+
+        Raises MemvecError if a single passage does not fit.
+        """
+        if len(self.jobs) <= 1:
+            longest = max((len(job.passage) for job in self.jobs), default=0)
+            raise MemvecError(
+                f"one passage of {longest} tokens does not fit in the memory of {self.lm.device}: "
+                "use fewer --tokens, or load_lm(..., checkpointing=True)."
+            )
+        self.seats = stay = len(self.jobs) // 2
+        s, leaving = self.state, self.jobs[stay:]
+        s["parameters"] = s["parameters"].detach()
+        vectors = self.coordinates.vectors(s["parameters"][stay:]).detach().cpu()
+        for i, job in enumerate(leaving):
+            job.vectors = vectors[i].clone()
+            job.steps, job.spent = int(s["steps"][stay + i]), int(s["spent"][stay + i])
+            self.waiting.push(job)
+        self.jobs = self.jobs[:stay]
+        self.state = {key: tensor[:stay] for key, tensor in s.items()}
+        forget_freed_memory()
+
+    def _certified(self, finished: list[Finished]) -> Iterator[Outcome]:
+        """Certify together, or in halves where memory runs out."""
+        outcomes: list[Outcome] = []
+
+        def together() -> None:
+            found = certify(
+                self.lm, finished, self.start_rule, self.storage, self.recipe.corrections
+            )
+            outcomes.extend(found)
+
+        if self._fits(together):
+            yield from outcomes
+            return
+        forget_freed_memory()
+        if len(finished) == 1:
+            raise MemvecError(
+                f"one passage of {len(finished[0].passage)} tokens cannot be decoded in the memory "
+                f"of {self.lm.device}: use fewer --tokens."
+            )
+        half = len(finished) // 2
+        yield from self._certified(finished[:half])
+        yield from self._certified(finished[half:])
 
     def _may_go_on(self, outcome: Outcome) -> bool:
         budget = self.recipe.budget

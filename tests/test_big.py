@@ -1,0 +1,167 @@
+"""Big models: less memory for the same numbers, loading options, and an estimate that holds."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import transformers
+
+from conftest import QUICK, build, passages, tiny
+from memvec.big import layers_of, recomputed, saved_bytes
+from memvec.cramming.engine import Engine
+from memvec.errors import MemvecError
+from memvec.estimate import estimate, facts_of_config, layer_bytes, most_seats, seconds
+from memvec.lm import FrozenLM, load_lm
+
+LLAMA_8B = transformers.LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+)
+FAMILIES = ["llama", "gpt-neox", "gpt2", "gemma2", "mixtral", "falcon-h1", "opt-projected"]
+
+
+def gradient(lm: FrozenLM) -> tuple[torch.Tensor, int]:
+    """The gradient at two vectors in front of 24 tokens, and the bytes kept for it."""
+    ids = torch.tensor([p.ids for p in passages(24, 24)])
+    vectors = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(0))
+    vectors.requires_grad_()
+    with saved_bytes() as kept:
+        states = lm.states(vectors, ids)
+    return torch.autograd.grad(states.square().sum(), vectors)[0], kept()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computing_layers_again_gives_the_same_gradient(family):
+    plain, spared = tiny(family), FrozenLM(build(family), name=family, checkpointing=True)
+    truth, whole = gradient(plain)
+    found, kept = gradient(spared)
+    assert torch.equal(found, truth)
+    assert kept < 0.6 * whole
+    assert not any("forward" in vars(layer) for layer in layers_of(spared.model))
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_offloading_gives_the_same_gradient(family):
+    found, _ = gradient(FrozenLM(build(family), name=family, offload=True))
+    assert torch.equal(found, gradient(tiny(family))[0])
+
+
+def test_passages_come_back_with_little_memory():
+    lm = FrozenLM(build("llama"), name="both", checkpointing=True, offload=True)
+    asked = passages(2, 3)
+    plain = list(Engine(tiny(), QUICK, vectors=2, seats=2).run(asked))
+    spared = list(Engine(lm, QUICK, vectors=2, seats=2).run(asked))
+    for a, b in zip(plain, spared, strict=True):
+        assert b.exact
+        assert torch.equal(a.vectors, b.vectors)
+
+
+def test_a_model_without_known_layers_says_so(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr("memvec.big.layers_of", lambda _: [])
+    with pytest.raises(MemvecError, match="not marked for checkpointing"), recomputed(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"quantize": "3bit"}, "unknown quantize '3bit'"),
+        ({"quantize": "8bit"}, r"quantize='8bit' needs the package .*memvec\[big\]"),
+        ({"quantize": "4bit"}, r"quantize='4bit' needs the package .*memvec\[big\]"),
+        ({"device_map": "auto"}, r"device_map needs the package accelerate.*memvec\[big\]"),
+    ],
+)
+def test_what_is_missing_is_named(folder, monkeypatch, options, sentence):
+    there = importlib.util.find_spec
+    gone = ("accelerate", "bitsandbytes", "torchao")
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name in gone else there(name, *a)
+    )
+    with pytest.raises(MemvecError, match=sentence):
+        load_lm(str(folder), **options)
+
+
+def test_a_device_map_loads_the_same_model(folder):
+    pytest.importorskip("accelerate")
+    lm = load_lm(str(folder), device_map={"": "cpu"}, dtype="float32")
+    again = load_lm(str(folder), dtype="float32")
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(lm.own_logits(ids), again.own_logits(ids))
+    assert lm.fingerprint.matches(again.fingerprint)
+
+
+# ---------------------------------------------------------------------- the estimate
+
+
+def sized(kind: str) -> transformers.PretrainedConfig:
+    """Large enough for one part not to drown in another, small enough for a test."""
+    common = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    }
+    if kind == "llama":
+        return transformers.LlamaConfig(**common, intermediate_size=176, num_key_value_heads=2)
+    if kind == "qwen2":
+        return transformers.Qwen2Config(**common, intermediate_size=224, num_key_value_heads=4)
+    return transformers.GPTNeoXConfig(**common, intermediate_size=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt-neox"])
+def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
+    """The slope in layers: everything else is the same for a model of fewer layers."""
+    config, kept = sized(kind), {}
+    B, T = 4, 128
+    for layers in (2, 6):
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention"] * layers
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        inputs = torch.randn(B, T, config.hidden_size, dtype=dtype, requires_grad=True)
+        with saved_bytes() as count:
+            out = model.requires_grad_(False).base_model(inputs_embeds=inputs, use_cache=False)[0]
+        kept[layers] = count()
+        del out
+    measured = (kept[6] - kept[2]) / (4 * B * T)
+    facts = facts_of_config(config, torch.finfo(dtype).bits // 8)
+    assert layer_bytes(facts) == pytest.approx(measured, rel=0.15)
+
+
+def test_parameters_are_added_up():
+    for kind in ("llama", "gpt-neox", "qwen2"):
+        config = sized(kind)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        counted = sum(p.numel() for p in model.parameters())
+        assert facts_of_config(config, 4).parameters == pytest.approx(counted, rel=0.05)
+
+
+def test_8b_at_1568_tokens_fits_16_seats_in_80_gb_with_checkpointing_only():
+    facts = facts_of_config(LLAMA_8B, 2)
+    assert facts.parameters == pytest.approx(8.03e9, rel=0.01)
+    spared = estimate(facts, seats=16, tokens=1568, checkpointing=True)
+    plain = estimate(facts, seats=16, tokens=1568)
+    assert spared.total < 80e9 < plain.total
+    assert spared.weights == pytest.approx(16.06e9, rel=0.01)
+    # By hand: 25,088 positions x (32 layer inputs of 8 KiB + one layer in full).
+    assert spared.activations > 25_088 * 32 * 8192
+    free = 80e9 - spared.weights
+    assert most_seats(facts, free=free, tokens=1568, checkpointing=True) >= 16
+    assert most_seats(facts, free=free, tokens=1568) < 16
+    assert most_seats(facts, free=0.0, tokens=1568) == 1
+    assert "GiB at the peak" in spared.sentence()
+
+
+def test_time_is_operations_over_speed():
+    facts = facts_of_config(LLAMA_8B, 2)
+    assert seconds(facts, tokens=100.0, steps=10.0, flops=facts.parameters) == pytest.approx(4000)

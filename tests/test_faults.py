@@ -1,0 +1,170 @@
+"""What goes wrong around a cram: memory, interrupts, a second process. Nothing finished is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import QUICK, build, passages, reader
+from memvec import codec
+from memvec.cramming.engine import Engine
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.journal import Journal
+from memvec.lm import FrozenLM
+from memvec.vectors import MemVectors
+
+TEXT = "the cat sat on the lazy dog"
+OPTIONS = {"vectors": 2, "tokens": 2, "recipe": QUICK}
+
+
+class Cramped:
+    """A model on a device with room for `rows` passages; more are out of memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception) -> None:
+        self.rows, self.failures, self.batches = rows, 0, []
+        model = build("llama")
+        forward = type(model.model).forward
+
+        def cramped(body, *args, **kwargs):
+            given = kwargs.get("inputs_embeds")
+            given = kwargs.get("input_ids") if given is None else given
+            self.batches.append(len(given))
+            if len(given) > self.rows:
+                self.failures += 1
+                raise error
+            return forward(body, *args, **kwargs)
+
+        self.lm = FrozenLM(model, name="cramped")
+        monkeypatch.setattr(type(model.model), "forward", cramped)
+
+
+NO_ROOM = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", NO_ROOM, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_out_of_memory_halves_the_seats_and_goes_on(monkeypatch, rows, error):
+    cramped, asked = Cramped(monkeypatch, rows, error), passages(2, 3, 2, 2, 3, 2, 2)
+    engine = Engine(cramped.lm, QUICK, vectors=2, seats=7)
+    outcomes = list(engine.run(asked))
+    assert cramped.failures > 0
+    assert engine.seats == rows
+    assert sorted(o.passage.document for o in outcomes) == list(range(7))
+    assert all(o.exact for o in outcomes)
+    vectors = torch.stack([o.vectors for o in outcomes])
+    found = decode_ids(cramped.lm, vectors, [len(o.passage) for o in outcomes])
+    assert found == [list(o.passage.ids) for o in outcomes]
+
+
+def test_a_passage_that_never_fits_is_a_sentence(monkeypatch):
+    cramped = Cramped(monkeypatch, 0, NO_ROOM[0])
+    with pytest.raises(MemvecError, match="one passage of 3 tokens does not fit") as error:
+        list(Engine(cramped.lm, QUICK, vectors=2, seats=4).run(passages(3, 3, 3)))
+    assert "\n" not in str(error.value)
+
+
+def test_out_of_memory_later_keeps_what_was_measured(monkeypatch):
+    """Room is lost in the middle: passages go on from where they were, with their steps."""
+    cramped = Cramped(monkeypatch, 4, NO_ROOM[0])
+    engine = Engine(cramped.lm, QUICK, vectors=2, seats=4)
+
+    def shrink(progress):
+        if progress.steps == 3:
+            cramped.rows = 1
+
+    engine.on_progress = shrink
+    outcomes = list(engine.run(passages(3, 3, 3, 3)))
+    assert cramped.failures > 0
+    assert all(o.exact for o in outcomes)
+    assert all(o.steps >= 3 for o in outcomes)
+
+
+def test_other_errors_of_the_device_are_not_memory(monkeypatch):
+    cramped = Cramped(monkeypatch, 0, RuntimeError("an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        list(Engine(cramped.lm, QUICK, seats=2).run(passages(2, 2)))
+
+
+# ---------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize("before", [None, b"an older file"])
+def test_an_interrupt_during_save_leaves_the_old_file_or_none(tmp_path, monkeypatch, call, before):
+    mem = codec.cram(reader(), ["the"], **OPTIONS)
+    target = tmp_path / "a.mem"
+    if before is not None:
+        target.write_bytes(before)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            mem.save(target, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["a.mem"])
+    assert before is None or target.read_bytes() == before
+    assert MemVectors.load(mem.save(target, force=True)).exact
+
+
+def test_an_interrupt_during_save_keeps_what_is_finished(command, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letter.txt").write_text(TEXT)
+    words = ["cram", "letter.txt", "-m", folder, "--vectors", 2, "--tokens", 2, "--steps", 600]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        ran = command(*words)
+    assert ran.code == 130
+    assert "the same command goes on from there" in ran.err
+    assert not list(tmp_path.glob("letter.mem.safetensors"))
+    pushed = []
+    push = Engine.push
+    monkeypatch.setattr(Engine, "push", lambda self, p: pushed.append(p) or push(self, p))
+    assert command(*words).code == 0
+    assert pushed == []  # nothing is crammed twice
+    assert command("decode", "letter.mem").out == TEXT.encode()
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from memvec.journal import Journal
+journal = Journal(Path(sys.argv[1]), {})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_on_one_output(tmp_path):
+    """The second one is told, whichever process is first; a dead one holds nothing."""
+    path = tmp_path / "a.mem.partial"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(MemvecError, match=r"another memvec is writing a\.mem"):
+        Journal(path, {})
+    other.kill()
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    Journal(path, {}).close(delete=True)
