@@ -204,7 +204,7 @@ def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, 
     for outcome in Engine(lm, recipe, vectors=2, seats=2).run([short, long]):
         predicted = len(outcome.passage) - (rule == "first-token")
         assert outcome.spent == 30 * (predicted + 1 + given)
-    growing = replace(recipe, schedule="growing", lr=1e-9)
+    growing = replace(recipe, schedule="growing", lr=1e-9, narrow_after=0)
     (outcome,) = Engine(lm, growing, vectors=2, seats=2).run([long])
     assert outcome.spent == 30 * (2 * growing.look_ahead + 1 + given)
 

@@ -25,7 +25,7 @@ from memvec.vectors import Header, MemVectors
 from test_families import as_mem
 
 FAMILIES = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba", "bloom", "gemma2", "falcon-h1"]
-ASKED = passages(4, 2, 3, 1)
+ASKED = passages(3, 2, 3, 1)
 
 
 @functools.cache

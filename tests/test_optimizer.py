@@ -13,7 +13,7 @@ from memvec.cramming.coordinates import COORDINATES, as_stored
 from memvec.cramming.objective import OBJECTIVES, score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import PRESETS, Recipe
-from memvec.cramming.schedule import SCHEDULES
+from memvec.cramming.schedule import SCHEDULES, look_ahead
 from memvec.errors import MemvecError
 from memvec.storage import storage_of
 
@@ -62,15 +62,35 @@ def test_a_passage_that_stands_still_is_not_touched_at_all():
         assert not torch.equal(now[moving], then[moving])
 
 
-@pytest.mark.parametrize("look_ahead", [1, 4])
-@pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_schedules(name, vectors, look_ahead):
+def test_schedules(name):
     best = torch.tensor([-1, 0, 3, 9, 10])
+    ahead = torch.tensor([1, 4, 4, 4, 2])
     length = torch.tensor([10, 2, 10, 10, 10])
-    found = SCHEDULES[name](best, length, vectors, Recipe(look_ahead=look_ahead)).tolist()
-    for b, n, counted in zip(best.tolist(), length.tolist(), found, strict=True):
-        assert counted == (n if name == "whole" else min(n, max(b, 0) + look_ahead * vectors))
+    found = SCHEDULES[name](best, ahead, length).tolist()
+    for b, a, n, counted in zip(*(t.tolist() for t in (best, ahead, length)), found, strict=True):
+        assert counted == (n if name == "whole" else min(n, max(b, 0) + a))
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("K", [1, 3])
+def test_the_look_ahead_narrows_where_nothing_is_gained_and_widens_where_something_is(after, K):
+    """Against a loop over passages and steps with a plain rule."""
+    recipe = Recipe(look_ahead=4, narrow_after=after)
+    gains = torch.rand(60, 5, generator=torch.Generator().manual_seed(K)) < 0.15
+    ahead, stale = torch.full((5,), 4 * K), torch.zeros(5, dtype=torch.long)
+    slow, idle = [4 * K] * 5, [0] * 5
+    for better in gains:
+        stale = torch.where(better, 0, stale + 1)
+        ahead = look_ahead(ahead, better, stale, K, recipe)
+        for i in range(5):
+            idle[i] = 0 if better[i] else idle[i] + 1
+            if after and better[i]:
+                slow[i] = min(4 * K, slow[i] + K)
+            elif after and idle[i] % after == 0:
+                slow[i] = max(1, slow[i] // 2)
+        assert ahead.tolist() == slow
+    assert (ahead == 4 * K).all() == (after == 0)
 
 
 def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:

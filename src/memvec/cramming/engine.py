@@ -34,7 +34,7 @@ from memvec.cramming.coordinates import COORDINATES, as_stored
 from memvec.cramming.objective import score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.schedule import SCHEDULES
+from memvec.cramming.schedule import SCHEDULES, look_ahead
 from memvec.cramming.start import start_vectors
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
@@ -282,7 +282,8 @@ class Engine:
         s["stale"] = torch.where(better, 0, s["stale"] + 1)
         s["done"] |= (leading >= s["length"]) & (s["length"] <= width)
         # ... say what counts now ...
-        counted = self.schedule(s["best"], s["length"], self.K, recipe).clamp_max(width)
+        s["ahead"] = look_ahead(s["ahead"], better, s["stale"], self.K, recipe)
+        counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)
         weight = weights(column < counted[:, None], margin, s["margin"], recipe)
         s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
         spent_up = (s["steps"] >= recipe.steps) | (s["stale"] > recipe.patience)
@@ -322,8 +323,8 @@ class Engine:
         if self.jobs:
             s = self.state
             longest = s["ids"].shape[1] - self.given
-            counted = self.schedule(s["best"], s["length"], self.K, self.recipe)
-            # Between looks the counted part may grow by as much as the look-ahead a step.
+            counted = self.schedule(s["best"], s["ahead"], s["length"])
+            # Room for what may count before the next look; what comes sooner waits for it.
             need = int(counted.max()) + (self.poll - 1) * self.recipe.look_ahead * self.K
             self.width = (
                 longest if self.fixed_shapes else min(longest, -(-need // COLUMNS) * COLUMNS)
@@ -354,6 +355,7 @@ class Engine:
             "vectors": vectors.float(),  # the best measured so far, as stored
             "best": count - 1,  # less than anything that is measured
             "stale": count.clone(),
+            "ahead": count + self.recipe.look_ahead * self.K,
             "steps": torch.tensor([job.steps for job in jobs], device=device),
             "spent": torch.tensor([job.spent for job in jobs], device=device),
             "done": flag.clone(),

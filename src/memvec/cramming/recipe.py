@@ -41,7 +41,10 @@ class Recipe:
     schedule: ScheduleName = _says(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
     )
-    look_ahead: int = _says(4, "tokens counted past the leading right ones, per vector")
+    look_ahead: int = _says(4, "most tokens counted past the leading right ones, per vector")
+    narrow_after: int = _says(
+        20, "steps without progress after which the look-ahead is halved; 0: it stays"
+    )
     coordinates: CoordinatesName = _says("direct", "what is moved")
     dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")
     optimizer: OptimizerName = _says("adam", "how it is moved")
@@ -128,6 +131,7 @@ _LEAST: dict[str, float] = {
     "temperature": 1e-6,
     "margin": 0.0,
     "look_ahead": 1,
+    "narrow_after": 0,
     "dimensions": 1,
     "lr": 1e-9,
     "warmup": 0,
@@ -165,6 +169,7 @@ _PROGRESSIVE = Recipe(
     margin=0.0,
     schedule="growing",
     look_ahead=1,
+    narrow_after=0,
     optimizer="adamw",
     lr=0.5,
     warmup=100,

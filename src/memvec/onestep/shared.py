@@ -170,7 +170,8 @@ class Shared:
         and at m, and whether the loss is finite."""
         recipe, schedule = self.recipe, SCHEDULES[self.recipe.schedule]
         length, asked, best = length[group], asked[group], best[group]
-        need = int(schedule(best, length, 2, recipe).max())
+        ahead = torch.full_like(best, 2 * recipe.look_ahead)
+        need = int(schedule(best, ahead, length).max())
         width = min(int(length.max()), -(-need // COLUMNS) * COLUMNS)
         e = own[group].requires_grad_()
         m = shared.clone().requires_grad_()
@@ -184,7 +185,7 @@ class Shared:
         right = (found.margin >= asked[:, None]) & (found.margin > 0)
         leading = torch.minimum(horizon(right | ~within), length)
         leading = leading.clamp_max(width)
-        counted = schedule(torch.maximum(best, leading), length, 2, recipe).clamp_max(width)
+        counted = schedule(torch.maximum(best, leading), ahead, length).clamp_max(width)
         weight = weights(column < counted[:, None], found.margin, asked, recipe)
         sound = bool(torch.isfinite((found.loss * weight).sum()))
         slope = found.gradient.mul_(weight[..., None])

@@ -200,7 +200,9 @@ def _spent(cell: Cell, moves: int, n: int, K: int, before: int, start: str) -> t
     look-ahead), and the vectors (`before`) and the start token that stand before them.
     """
     growing = cell.recipe["schedule"] == "growing"
-    least = min(n, int(cell.recipe["look_ahead"]) * K) if growing else n
+    # a look-ahead that narrows ends at one token
+    ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * K
+    least = min(n, ahead) if growing else n
     beside = before + (start != "vectors")
     return moves * (least + beside), moves * (n + beside)
 
