@@ -130,10 +130,10 @@ def test_what_is_kept_is_what_was_measured(family, name):
 @pytest.mark.parametrize("name", PACKED)
 def test_a_passage_that_does_not_fit_its_bits_is_halved(name):
     recipe = replace(QUICK, steps=60, patience=30)
-    mem = codec.cram(reader(), [TEXT[:13]], tokens=8, recipe=recipe, storage=name)
+    mem = codec.cram(reader(), [TEXT[:30]], tokens=16, recipe=recipe, storage=name)
     assert mem.exact
-    assert len(mem.passages) > -(-len(reader().tokenize(TEXT[:13])) // 8)
-    assert codec.decode(mem, reader()) == [TEXT[:13]]
+    assert len(mem.passages) > -(-len(reader().tokenize(TEXT[:30])) // 16)
+    assert codec.decode(mem, reader()) == [TEXT[:30]]
 
 
 # ---------------------------------------------------------------------- the file
