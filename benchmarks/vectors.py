@@ -9,7 +9,7 @@ per vector at the largest K over that at K = 1 at convergence, `per_vector_steps
 equal steps; each with its 95 % bootstrap interval (the passages of different K are different ones
 of the same text, so the two means are drawn apart).
 
-`--quick` is a tiny random-weight model with K up to 4, and its RESULT is for that.
+`--quick` is a tiny random-weight model with K = 1 and 16, and its RESULT is for that.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--patience", type=int, default=300)
     options = parser.parse_args()
     if options.quick:
-        options.shape, options.vectors, options.tokens = "tiny-llama", (1, 2, 4), 12
-        options.passages, options.steps, options.patience = 4, 100, 100
+        options.shape, options.vectors, options.tokens = "tiny-llama", (1, 16), 12
+        options.passages, options.steps, options.patience = 4, 200, 200
     lm = random_model(options.shape) if options.shape else load_lm(options.model)
     ways = {
         f"{options.steps} steps": Recipe(steps=options.steps, patience=FOREVER),
