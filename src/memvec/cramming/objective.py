@@ -20,7 +20,7 @@ from memvec.cramming.recipe import Recipe
 # (logits, true token ids, recipe) -> loss of each position
 Objective = Callable[[Float[Tensor, "n V"], Int[Tensor, " n"], Recipe], Float[Tensor, " n"]]
 
-CHUNK = 2**25  # logits held at once: 128 MiB in float32, a few times that while they are scored
+CHUNK = 2**24  # logits held at once: 64 MiB in float32, a few times that while they are scored
 
 
 def cross_entropy(
