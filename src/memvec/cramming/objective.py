@@ -21,6 +21,9 @@ from memvec.cramming.recipe import Recipe
 Objective = Callable[[Float[Tensor, "n V"], Int[Tensor, " n"], Recipe], Float[Tensor, " n"]]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in float32, a few times that while they are scored
+# Smaller probabilities have no say in a gradient; below exp(-87) they are denormal float32 numbers,
+# which make a CPU's products with the head so slow that a step takes twice as long (docs/log.md).
+LEAST_LOG = -60.0
 
 
 def cross_entropy(
@@ -59,7 +62,7 @@ def fused_cross_entropy(
     buffer = torch.log_softmax(logits / T, dim=-1)
     true = buffer.gather(-1, here)
     best_other = buffer.scatter_(-1, here, -torch.inf).amax(-1, keepdim=True)
-    gradient = buffer.scatter_(-1, here, true).exp_()
+    gradient = buffer.scatter_(-1, here, true).clamp_(min=LEAST_LOG).exp_()
     gradient.scatter_add_(-1, here, torch.full_like(true, -1.0))
     return -true[:, 0] * T, (true - best_other)[:, 0] * T, gradient
 

@@ -41,9 +41,11 @@ class Recipe:
     schedule: ScheduleName = _says(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
     )
-    look_ahead: int = _says(4, "most tokens counted past the leading right ones, per vector")
+    look_ahead: int = _says(8, "tokens counted past the leading right ones at first, per vector")
     narrow_after: int = _says(
-        20, "steps without progress after which the look-ahead is halved; 0: it stays"
+        20,
+        "steps without progress after which the look-ahead is halved, as progress widens it by a "
+        "token per vector; 0: it stays",
     )
     coordinates: CoordinatesName = _says("direct", "what is moved")
     dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")

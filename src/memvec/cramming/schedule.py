@@ -45,11 +45,10 @@ def look_ahead(
     """The next look-ahead: half of it after so many steps without progress, K more after progress.
 
     Far sight is what a passage needs as long as its vectors have room; when they are nearly full,
-    tokens that they cannot hold yet lead them astray (docs/log.md). It stays between 1 and
-    `recipe.look_ahead` times K.
+    tokens that they cannot hold yet lead them astray (docs/log.md).
     """
     if not recipe.narrow_after:
         return ahead
     stuck = (stale > 0) & (stale % recipe.narrow_after == 0)
     narrowed = torch.where(stuck, (ahead // 2).clamp_min(1), ahead)
-    return torch.where(better, (ahead + K).clamp_max(recipe.look_ahead * K), narrowed)
+    return torch.where(better, ahead + K, narrowed)

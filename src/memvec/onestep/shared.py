@@ -170,7 +170,7 @@ class Shared:
         and at m, and whether the loss is finite."""
         recipe, schedule = self.recipe, SCHEDULES[self.recipe.schedule]
         length, asked, best = length[group], asked[group], best[group]
-        ahead = torch.full_like(best, 2 * recipe.look_ahead)
+        ahead = torch.full_like(best, recipe.look_ahead)  # for the one vector of its own
         need = int(schedule(best, ahead, length).max())
         width = min(int(length.max()), -(-need // COLUMNS) * COLUMNS)
         e = own[group].requires_grad_()
