@@ -9,7 +9,8 @@ parts, each with time and peak memory:
 - the model itself at several seats × lengths. RESULT `overhead` is the ratio of median times at 16
   seats, worst case over the lengths;
 - a random-weight model with vocabularies up to 128k at several seats × lengths (not with --quick);
-- V = 128k, T = 512, 4 seats: RESULT `memory_ratio` is the engine's peak over the plain path's.
+- V = 128k, T = 512, 4 seats: RESULT `memory_ratio` is the engine's peak over the plain path's;
+- 16 seats with 16 and with 16 384 passages in line: RESULT `waiting` is the ratio of the peaks.
 
 `mfu` is the share of this machine's matrix-product rate that a step reaches: 4 operations per
 weight and token (2 forward, 2 backward to the input; the weights get no gradient), over the best
@@ -35,6 +36,7 @@ from models import SHAPES, random_model
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704}  # the tiny Llama of the sweep, widened
 LARGE = (4, 512, 131_072)  # seats, tokens, vocabulary of memory_ratio
+LINES = (16, 16_384)  # passages in line, for `waiting`
 
 
 def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
@@ -62,6 +64,21 @@ def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
         torch.autograd.grad(loss, vectors)
 
     return {"engine": engine.step, "bare": bare}
+
+
+def waiting(lm: FrozenLM, n: int, seats: int = 16, T: int = 32) -> int:
+    """Peak bytes of putting n passages in line, seating the first ones and three steps."""
+    line = passages(lm, n, T)
+
+    def work() -> None:
+        engine = Engine(lm, Recipe(), seats=seats)
+        for passage in line:
+            engine.push(passage)
+        engine._seat_waiting(seats)
+        for _ in range(3):
+            engine.step()
+
+    return peak_memory(work)
 
 
 def product_rate(lm: FrozenLM, n: int, rounds: int = 5) -> float:
@@ -141,12 +158,13 @@ def main() -> None:
             for seats in (1, 4, 16):
                 for T in (32, 128):
                     measure(wide, seats, T, max(3, options.rounds // 4), rate, rows)
+    few, many = (waiting(lm, n) for n in LINES)
     seats, T, vocabulary = LARGE
     large = random_model("tiny-llama", vocab_size=vocabulary, max_position_embeddings=1024)
     found = measure(large, seats, T, 1 if quick else 3, rate, rows, warmup=1)
     ratio = found["engine"]["peak"] / found["bare"]["peak"]
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {time.perf_counter() - began:.0f} s")
-    report("step", rows, options, overhead=max(overheads), memory_ratio=ratio)
+    report("step", rows, options, overhead=max(overheads), memory_ratio=ratio, waiting=many / few)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ does; `memvec doctor --model NAME` repeats the checks on the model itself.
 | batch | a passage crams alone as it does beside others |
 | cache | decoding with the model's cache gives the tokens that decoding without it gives |
 | grid | every certified vector decodes exactly: float32 and bfloat16 models; batches of 1, 7, 32; \
-with the cache and without; stored in float32, bfloat16, float16 |
+with the cache and without; stored in float32, bfloat16, float16, int8, int4 |
 """
 
 

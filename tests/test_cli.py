@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import memvec
 from conftest import TRAINED_ON, reader
@@ -75,6 +76,26 @@ def test_json_for_machines(command, folder, letter):
     assert len(seen["passages"]) == made["passages"]
     report = json.loads(command("doctor", "-m", folder, "--json").out)
     assert report["can_be_crammed"] is True
+
+
+@pytest.mark.parametrize("option", ["checkpointing", "offload=true", "device_map=cpu"])
+def test_loading_options_change_the_way_not_the_vectors(command, folder, letter, option):
+    if option.startswith("device_map"):
+        pytest.importorskip("accelerate")
+    one = ["cram", letter, "-m", folder, *FAST, "-o"]
+    assert command(*one, "plain.mem").code == 0
+    assert command(*one, "big.mem", "--load", option).code == 0
+    plain, big = (memvec.MemVectors.load(f"{name}.mem") for name in ("plain", "big"))
+    assert torch.allclose(plain.vectors, big.vectors, atol=1e-4)
+    assert command("decode", "big.mem", "--load", option).out == TEXT.encode()
+    assert command("doctor", "-m", folder, "--load", option).code == 0
+
+
+@pytest.mark.parametrize("option", ["chekpointing", "device_map", "offload=perhaps", "quantize="])
+def test_unknown_loading_options_are_a_sentence(command, folder, letter, option):
+    ran = command("cram", letter, "-m", folder, "--load", option)
+    assert ran.code == 2
+    assert "--load" in ran.err
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from memvec.cramming.engine import Progress
+from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.study.cells import expand
 from memvec.study.pool import Unit, in_units
-from memvec.study.remote import Remote, _Seat, together
-from memvec.study.row import Finished
 from memvec.study.spec import parse_spec
+from memvec.vectors import MemVectors
+from memvec.workers import Batch, Crew, Workers, _Seat, together
 from studies import HEAD
 from test_report import alike
 
@@ -30,28 +35,31 @@ class Actor:
 
     def __init__(self, rows: int, end: str) -> None:
         self.rows, self.end = rows, end
-        self.cram = SimpleNamespace(
-            options=lambda **_: SimpleNamespace(remote=lambda unit: self.stream(unit))
+        self.stream = SimpleNamespace(
+            options=lambda **_: SimpleNamespace(remote=lambda unit: self.results(unit))
         )
 
-    def stream(self, unit: Unit) -> Any:
-        """Rows of the unit, then its end."""
-        for found in unit.passages[: self.rows]:
-            yield alike(unit.cell.key, found.number, 1, "exact")
+    def results(self, unit: Unit | Batch) -> Any:
+        """(key, result) for the unit's passages, then its end."""
+        for item in unit.passages[: self.rows]:
+            if isinstance(item, Found):
+                yield item.number, alike(unit.cell.key, item.number, 1, "exact")
+            else:
+                yield (item.document, item.offset), item
         if self.end == "error" and self.rows < len(unit.passages):
             yield DiedError("killed")
 
 
-def get(item: Finished | Exception) -> Finished:
+def get(item: Any) -> Any:
     """Ray's get: errors in a reference are raised."""
     if isinstance(item, Exception):
         raise item
     return item
 
 
-def pool(*actors: Actor, spare: Callable[[], Actor]) -> Remote:
-    """A pool of scripted actors; the dead are replaced by `spare()`."""
-    made = object.__new__(Remote)
+def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
+    """Scripted actors; the dead are replaced by `spare()`."""
+    made = object.__new__(Workers)
     errors = SimpleNamespace(RayActorError=DiedError, RayTaskError=ZeroDivisionError)
     made.ray = SimpleNamespace(
         wait=lambda rows, **_: (rows, []), get=get, exceptions=errors, kill=lambda _: None
@@ -64,6 +72,12 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Remote:
     made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: told))
     made._hire = lambda: _Seat("spare", spare())  # type: ignore[method-assign]
     return made
+
+
+def one_by_one(things: Iterable[Unit]) -> Callable[[], Unit | None]:
+    """Each unit when it is asked for, then None."""
+    left = iter(things)
+    return lambda: next(left, None)
 
 
 def units(n: int, size: int) -> list[Unit]:
@@ -79,7 +93,7 @@ def units(n: int, size: int) -> list[Unit]:
 def test_a_dead_workers_passages_come_from_another(end: str, rows: int) -> None:
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
-    numbers = [f.row.number for f in made.cram(units(11, 3), None)]
+    numbers = [f.row.number for f in made.stream(one_by_one(units(11, 3)), None)]
     assert sorted(numbers) == list(range(11))
 
 
@@ -92,16 +106,16 @@ def test_a_worker_that_dies_while_a_unit_is_being_made_loses_nothing() -> None:
             made._replace(made.seats[0])  # what a failed call to it does
             yield unit
 
-    numbers = [f.row.number for f in made.cram(slowly(), None)]
+    numbers = [f.row.number for f in made.stream(one_by_one(slowly()), None)]
     assert sorted(numbers) == list(range(6))
 
 
 def test_workers_that_keep_dying_end_the_study() -> None:
     made = pool(Actor(0, "error"), spare=lambda: Actor(0, "error"))
     with pytest.raises(MemvecError, match="workers died, the last one with: killed"):
-        list(made.cram(units(6, 3), None))
-    assert made.unit_size(100, 8) == 32
-    assert made.unit_size(3, 8) == 2
+        list(made.stream(one_by_one(units(6, 3)), None))
+    assert made.share(100, 8) == 32
+    assert made.share(3, 8) == 2
     made.close()
 
 
@@ -110,10 +124,50 @@ def test_the_horizon_of_all_workers_is_shown() -> None:
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(99, "done"), spare=lambda: healthy)
     seen: list[Progress] = []
-    list(made.cram(units(4, 2), seen.append))
+    list(made.stream(one_by_one(units(4, 2)), seen.append))
     assert {p.horizon for p in seen} <= {3.0, 5.0, 7.0}  # one, both, the other
     assert 5.0 in {p.horizon for p in seen}
     assert together([]) is None
     assert together([Progress(1, 0, 2.0, 5, 50), Progress(3, 4, 6.0, 7, 70)]) == Progress(
         4, 4, 5.0, 12, 120
     )
+
+
+@pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
+def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end: str) -> None:
+    """A document's passages over two workers, one of which may die; halves come in between."""
+    healthy = Actor(99, "done")
+    made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
+    crew = Crew(made, Batch((), Recipe(), 1, 2, "float32", "prefix"))
+    seen = []
+    for passage in crew.run(Passage((2,) * (1 + i % 4), 0, 10 * i) for i in range(9)):
+        seen.append((passage.offset, len(passage)))  # scripted actors give the passage itself
+        if len(passage) == 4:
+            for half in passage.halves():
+                crew.push(half)
+    whole = [(10 * i, 1 + i % 4) for i in range(9)]
+    halves = [(10 * i + j, 2) for i in range(9) if i % 4 == 3 for j in (0, 2)]
+    assert sorted(seen) == sorted(whole + halves)
+
+
+def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
+    """The command with Ray: the same passages as alone, exact, and the bytes come back."""
+    pytest.importorskip("ray")
+    text = "the lazy dog\r\n\té 👍\n\n" * 2
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["-m", str(folder), "--vectors", "2", "--tokens", "2", "--steps", "600"]
+
+    def memvec(*words: str) -> bytes:
+        line = [sys.executable, "-m", "memvec.cli", *words]
+        return subprocess.run(
+            line, env=environment, stdout=subprocess.PIPE, check=True, timeout=300
+        ).stdout
+
+    file, stored = str(tmp_path / "a.txt"), str(tmp_path / "two.mem")
+    memvec("cram", file, *options, "-o", stored, "--workers", "2")
+    memvec("cram", file, *options, "-o", str(tmp_path / "one.mem"))
+    assert memvec("decode", stored) == text.encode()
+    two, one = (MemVectors.load(tmp_path / f"{name}.mem") for name in ("two", "one"))
+    assert [p.sha256 for p in two.passages] == [p.sha256 for p in one.passages]
+    assert two.exact

@@ -389,7 +389,7 @@ def cramming(driver: int) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             title = (entry / "cmdline").read_bytes()
-            if title.startswith(b"ray::Worker.cram") and driver in ancestors(int(entry.name)):
+            if title.startswith(b"ray::Worker.stream") and driver in ancestors(int(entry.name)):
                 found.append(int(entry.name))
         except OSError:
             continue

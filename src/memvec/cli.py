@@ -57,6 +57,13 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")]
 DtypeOption = Annotated[
     str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")
 ]
+LoadOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--load",
+        help="For big models: device_map=auto, quantize=8bit or 4bit, checkpointing, offload.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite; try foreign vectors.")]
 FileArgument = Annotated[str, typer.Argument(help="A file of [mem] vectors.")]
@@ -124,44 +131,44 @@ def cram(
     seats: Annotated[
         int | None, typer.Option(help="Passages crammed at once; default: fitted.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Cram with this many Ray workers (memvec[ray]), one per device.")
+    ] = 0,
+    on: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster: one worker per device of it.")
+    ] = None,
     keep_text: Annotated[bool, typer.Option(help="Put the text itself in the file too.")] = False,
     encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
     max_bytes: Annotated[int, typer.Option(help="Largest text taken.")] = 4_000_000,
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    load: LoadOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Cram a text into [mem] vectors, certify that it decodes exactly, and save them."""
-    changes: dict[str, Any] = {
-        "margin": margin,
-        "steps": steps,
-        "corrections": corrections,
-        "start": start,
-        "start_rule": start_rule,
-        "seed": seed,
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
-    for item in set_ or []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise MemvecError(f"--set takes name=value, not '{item}'.")
-        changes[name.strip()] = value.strip()
-    recipe = Recipe.of(preset, **changes)
-    if vectors < 1:
-        raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
+    recipe = _recipe(
+        preset,
+        set_,
+        margin=margin,
+        steps=steps,
+        corrections=corrections,
+        start=start,
+        start_rule=start_rule,
+        seed=seed,
+    )
+    _check_sizes(vectors, tokens, seats)
     if one_step and vectors not in (1, 2):
         raise MemvecError(f"--one-step takes two vectors a passage: leave out --vectors {vectors}.")
     if shared_m and not one_step:
         raise MemvecError("--shared-m is for --one-step: give both.")
     layout = ("one-step-shared" if shared_m else "one-step") if one_step else "prefix"
-    if tokens is not None and tokens < 1:
-        raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
-    if seats is not None and seats < 1:
-        raise MemvecError(f"--seats must be at least 1, not {seats}.")
-    if file != "-" and Path(file).is_dir():
-        raise MemvecError(f"{file} is a directory: name a text file in it.")
+    if workers < 0:
+        raise MemvecError(f"--workers must be at least 0, not {workers}.")
+    if shared_m and (workers or on):
+        raise MemvecError("--shared-m crams all passages together: leave out --workers and --on.")
+    _check_file(file)
     target = output or Path(f"{'stdin' if file == '-' else Path(file).stem}.mem.safetensors")
     if output is None and file != "-":
         target = Path(file).with_name(target.name)
@@ -172,7 +179,7 @@ def cram(
     from memvec.passages.documents import peek, read_document
 
     peek(file)  # before the model loads: a wrong name should not cost seconds
-    lm = _load(model, revision, device, dtype, encoder)
+    lm = _load(model, revision, device, dtype, load, encoder)
     document = read_document(lm, file, encoding=encoding, largest=max_bytes)
     settings = {
         "model": lm.description(),
@@ -185,7 +192,14 @@ def cram(
     journal = Journal(target.with_name(target.name + ".partial"), settings)
     if len(journal):
         display.say(f"Going on: {len(journal)} passages of an earlier run are finished.")
+    crew = None
     try:
+        if workers or on:
+            from memvec.workers import Loading, Workers
+
+            kept = lm.description()["dtype"]
+            loading = Loading(model, revision, kept, encoder, _loading_options(load))
+            crew = Workers(loading, workers=workers, address=on, device=device)
         with display.progress(f"{file} with {lm.name}") as show:
             mem = codec.cram(
                 lm,
@@ -198,6 +212,7 @@ def cram(
                 layout=layout,
                 keep_text=keep_text,
                 journal=journal,
+                workers=crew,
                 on_status=show,
             )
         saved = mem.save(target, force=force)
@@ -210,6 +225,9 @@ def cram(
                 "the same command goes on from there."
             )
         raise
+    finally:
+        if crew is not None:
+            crew.close()
     journal.close(delete=mem.exact)
     account = codec.account(mem, document.data(lm))
     if json:
@@ -217,6 +235,66 @@ def cram(
     else:
         display.summary(mem, saved, account)
     _exit_unless_exact(mem)
+
+
+@app.command(epilog=_examples("memvec plan book.txt", "memvec plan book.txt --vectors 4 --json"))
+def plan(
+    file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
+    model: ModelOption = "pocket",
+    vectors: Annotated[int, typer.Option(help="[mem] vectors per passage (K).")] = 1,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens per passage; default: as many as fit by information.")
+    ] = None,
+    sample: Annotated[int, typer.Option(help="Passages to cram, spread over the text.")] = 32,
+    preset: Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")] = "default",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the recipe, e.g. --set steps=500."),
+    ] = None,
+    storage: Annotated[Storage, typer.Option(help="How vectors would be stored.")] = (
+        Storage.float32
+    ),
+    seats: Annotated[
+        int | None, typer.Option(help="Passages crammed at once; default: fitted.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the places that are looked at.")] = 0,
+    encoding: Annotated[str, typer.Option(help="Encoding of the text.")] = "utf-8",
+    max_bytes: Annotated[int, typer.Option(help="Largest text taken.")] = 4_000_000,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    load: LoadOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say how many vectors, bytes and minutes a text will take, by cramming a sample of it."""
+    recipe = _recipe(preset, set_)
+    _check_sizes(vectors, tokens, seats)
+    _check_file(file)
+
+    from memvec import display
+    from memvec.passages.documents import peek, read_document
+    from memvec.plan import plan as plan_of
+
+    peek(file)
+    lm = _load(model, revision, device, dtype, load)
+    document = read_document(lm, file, encoding=encoding, largest=max_bytes)
+    with display.progress(f"a sample of {file} with {lm.name}") as show:
+        found = plan_of(
+            lm,
+            document,
+            vectors=vectors,
+            tokens=tokens,
+            recipe=recipe,
+            seats=seats,
+            storage=storage.value,
+            sample=sample,
+            seed=seed,
+            on_status=show,
+        )
+    if json:
+        typer.echo(display.to_json({"file": file, "model": lm.name, **found.record()}))
+    else:
+        display.planned(found, file, storage.value)
 
 
 @app.command(epilog=_examples("memvec decode letter.mem", "memvec decode letter.mem > letter.txt"))
@@ -228,10 +306,11 @@ def decode(
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str | None, typer.Option(help="Default: as crammed.")] = None,
+    load: LoadOption = None,
     force: ForceOption = False,
 ) -> None:
     """Write the exact bytes that were crammed to standard output, or nothing and an error."""
-    mem, lm = _open(file, model, revision, device, dtype)
+    mem, lm = _open(file, model, revision, device, dtype, load)
     for data in mem.documents(lm, force=force):
         sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
@@ -248,13 +327,14 @@ def verify(
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str | None, typer.Option(help="Default: as crammed.")] = None,
+    load: LoadOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
     from memvec import codec, display
 
-    mem, lm = _open(file, model, revision, device, dtype)
+    mem, lm = _open(file, model, revision, device, dtype, load)
     certificate, exact = codec.verify(mem, lm, force=force)
     if certificate["exact"]:
         mem.documents(lm, force=force)  # the bytes too, not only the tokens
@@ -300,6 +380,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype the target runs the model in; default: as crammed.")
     ] = None,
+    load: LoadOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -312,7 +393,7 @@ def export(
     target = interop.TARGETS[to]
     stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")
     folder = output or Path(file).with_name(f"{stem}.{to}")
-    mem, lm = _open(file, model, revision, device, dtype or target.dtype)
+    mem, lm = _open(file, model, revision, device, dtype or target.dtype, load)
     manifest = interop.export(mem, lm, target, folder, force=force)
     if json:
         typer.echo(display.to_json({"folder": str(folder), **manifest}))
@@ -329,13 +410,15 @@ def doctor(
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    load: LoadOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check in seconds that a model can be crammed here, and how fast."""
     from memvec import display
     from memvec.doctor import examine
 
-    report = examine(model, revision=revision, device=device, dtype=dtype)
+    options = _loading_options(load)
+    report = examine(model, revision=revision, device=device, dtype=dtype, **options)
     if json:
         typer.echo(display.to_json(report))
     else:
@@ -344,13 +427,36 @@ def doctor(
         raise typer.Exit(2)
 
 
+def _loading_options(options: list[str] | None) -> dict[str, Any]:
+    """Keyword arguments of `load_lm` from --load."""
+    found: dict[str, Any] = {}
+    for item in options or []:
+        name, _, value = item.partition("=")
+        if name in ("checkpointing", "offload"):
+            if value not in ("", "true", "false"):
+                raise MemvecError(f"--load {name} is on, or {name}=false, not '{value}'.")
+            found[name] = value != "false"
+        elif name in ("device_map", "quantize") and value:
+            found[name] = value
+        else:
+            known = ["device_map=auto", "quantize=4bit", "checkpointing", "offload"]
+            raise MemvecError(f"--load takes {', '.join(known)}, not '{item}'.")
+    return found
+
+
 def _load(
-    name: str, revision: str | None, device: str, dtype: str, encoder: Path | None = None
+    name: str,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    load: list[str] | None,
+    encoder: Path | None = None,
 ) -> FrozenLM:
     from memvec import display
     from memvec.lm import load_lm
 
-    lm = load_lm(name, revision=revision, device=device, dtype=dtype, encoder=encoder)
+    options = _loading_options(load)
+    lm = load_lm(name, revision=revision, device=device, dtype=dtype, encoder=encoder, **options)
     d = lm.description()
     display.say(
         f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']} on {d['device']}, "
@@ -360,7 +466,12 @@ def _load(
 
 
 def _open(
-    file: str, model: str | None, revision: str | None, device: str, dtype: str | None
+    file: str,
+    model: str | None,
+    revision: str | None,
+    device: str,
+    dtype: str | None,
+    load: list[str] | None,
 ) -> tuple[MemVectors, FrozenLM]:
     """A file and the model it was made with, in the dtype it was certified in."""
     from memvec.vectors import MemVectors
@@ -370,7 +481,33 @@ def _open(
     name = model or str(made_with.get("name"))
     if model is None and revision is None:
         revision = made_with.get("revision")
-    return mem, _load(name, revision, device, dtype or str(made_with.get("dtype", "auto")))
+    kept = dtype or str(made_with.get("dtype", "auto"))
+    bits = made_with.get("quantize")  # decoding needs the same weights
+    if bits and not any(item.startswith("quantize=") for item in load or []):
+        load = [*(load or []), f"quantize={bits}"]
+    return mem, _load(name, revision, device, kept, load)
+
+
+def _recipe(preset: str, others: list[str] | None, **named: Any) -> Recipe:
+    """A preset with the options that were given, those of --set last."""
+    changes = {name: value for name, value in named.items() if value is not None}
+    for item in others or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise MemvecError(f"--set takes name=value, not '{item}'.")
+        changes[name.strip()] = value.strip()
+    return Recipe.of(preset, **changes)
+
+
+def _check_file(file: str) -> None:
+    if file != "-" and Path(file).is_dir():
+        raise MemvecError(f"{file} is a directory: name a text file in it.")
+
+
+def _check_sizes(vectors: int, tokens: int | None, seats: int | None) -> None:
+    for name, value in (("vectors", vectors), ("tokens", tokens), ("seats", seats)):
+        if value is not None and value < 1:
+            raise MemvecError(f"--{name} must be at least 1, not {value}.")
 
 
 def _check_target(target: Path, force: bool) -> None:

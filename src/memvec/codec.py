@@ -23,6 +23,7 @@ from memvec.cramming.start import ids_hash
 from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
+from memvec.estimate import estimate, facts_of, most_seats
 from memvec.journal import Journal
 from memvec.lm import FrozenLM
 from memvec.onestep import OneStep, laid_out, laid_out_as
@@ -32,6 +33,7 @@ from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import Storage, storage_of
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
+from memvec.workers import Batch, Crew, Workers
 
 FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps
 PROBED = 8  # passages on which an unknown model's bits per vector are estimated
@@ -48,6 +50,7 @@ class Status:
     vectors: int  # vectors finished
     split: int  # passages that did not fit and were halved
     engine: Progress | None = None
+    memory: str = ""  # what the seats are expected to take, once they are known
 
 
 def cram(
@@ -62,6 +65,7 @@ def cram(
     layout: str = "prefix",
     keep_text: bool = False,
     journal: Journal | None = None,
+    workers: Workers | None = None,
     on_status: Callable[[Status], None] | None = None,
 ) -> MemVectors:
     """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's seats.
@@ -69,7 +73,8 @@ def cram(
     `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
     `storage` is how vectors are stored and certified (a name of memvec.storage.STORAGES).
     `keep_text` puts the text in the file too. `journal` remembers finished passages across
-    interruptions.
+    interruptions. `workers` (memvec.workers) cram the passages on other devices; `lm` then cuts the
+    texts and makes the certificate.
 
     `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
     (memvec.onestep; `vectors` is then not looked at). With 'one-step-shared' all passages share one
@@ -88,7 +93,7 @@ def cram(
     ]
     lm = laid_out(lm, layout)
     vectors = 2 if lm.layout == "one-step" else vectors
-    return _Cramming(
+    return Cramming(
         lm,
         documents,
         vectors,
@@ -99,6 +104,7 @@ def cram(
         journal,
         on_status,
         layout,
+        workers,
     ).run(keep_text)
 
 
@@ -131,22 +137,15 @@ def verify(
     return certificate, exact
 
 
-def default_seats(lm: FrozenLM, tokens: int) -> int:
-    """Seats that fill the machine without filling its memory (see docs/log.md).
-
-    An activation estimate: about 16 numbers of the hidden size per token and layer stay alive
-    between forward and backward, a quarter of the free memory is ours.
-    """
-    config = lm.config.get_text_config()
-    layers = int(getattr(config, "num_hidden_layers", 12))
-    hidden = int(getattr(config, "hidden_size", lm.width))
-    number = torch.finfo(lm.dtype).bits // 8
-    each = 16 * layers * hidden * number * max(tokens, 1)
+def default_seats(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
+    """Seats that fill the machine without filling its memory (see docs/log.md): at most 32, with
+    activations in a quarter of the free memory (memvec.estimate)."""
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0]
     else:
         free = _free_memory()
-    return max(1, min(32, int(free / 4 / each)))
+    most = most_seats(facts_of(lm), free=free / 4, tokens=max(1, tokens), vectors=vectors)
+    return min(32, most)
 
 
 def _free_memory() -> int:
@@ -158,8 +157,12 @@ def _free_memory() -> int:
         return 4 * 2**30
 
 
-class _Cramming:
-    """One call of `cram`: the documents, the engine and what has come out of it so far."""
+class Cramming:
+    """One call of `cram`: the documents, the engine and what has come out of it so far.
+
+    `done` has the outcomes that stay, `spent` the forward-backward tokens of everything tried, by
+    document, offset and length.
+    """
 
     def __init__(
         self,
@@ -170,10 +173,12 @@ class _Cramming:
         recipe: Recipe,
         seats: int | None,
         storage: Storage,
-        journal: Journal | None,
-        on_status: Callable[[Status], None] | None,
-        layout: str,
+        journal: Journal | None = None,
+        on_status: Callable[[Status], None] | None = None,
+        layout: str = "prefix",
+        workers: Workers | None = None,
     ) -> None:
+        self.workers = workers
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
         self.layout = layout
         self.recipe, self.storage, self.journal, self.on_status = (
@@ -188,27 +193,47 @@ class _Cramming:
         self._seats = seats
         self.total = sum(len(d.ids) for d in documents)
         self.done: dict[tuple[int, int], Outcome] = {}
+        self.spent: dict[tuple[int, int, int], int] = {}
         self.split = 0
-        self.stage = "measuring"
+        self.stage, self.memory = "measuring", ""
         self._tell()
 
     def run(self, keep_text: bool) -> MemVectors:
-        passages = self._passages()
-        self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)))
-        self.stage = "cramming"
+        """All of it."""
+        cutter, least = self.cutter()
+        passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
+        self.sit(passages)
         if self.layout == "one-step-shared":
             self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
-            return self._certified(keep_text)
-        todo: list[Passage] = []
-        for passage in passages:
-            todo += self._known(passage)
-        for outcome in self.engine.run(todo):
+        else:
+            self.cram(passages)
+        mem, _ = self.certified(keep_text)
+        return mem
+
+    def sit(self, passages: Sequence[Passage]) -> None:
+        """As many seats as these passages allow, unless the caller said how many."""
+        self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)), self.K)
+        self.stage = "cramming"
+        seats, longest = self.engine.seats, max(map(len, passages))
+        expected = estimate(facts_of(self.lm), seats=seats, tokens=longest, vectors=self.K)
+        self.memory = f"{seats} seats of up to {longest} tokens: {expected.sentence()}"
+        self._tell()
+
+    def cram(self, passages: Iterable[Passage]) -> None:
+        """Passages to outcomes in `done`, halved where they do not fit."""
+        todo = [left for passage in passages for left in self._known(passage)]
+        engine = self.engine if self.workers is None else self._crew(self.workers)
+        for outcome in engine.run(todo):
             if self.journal is not None:
                 self.journal.put(outcome)
             for passage in self._take(outcome):
                 for unknown in self._known(passage):
-                    self.engine.push(unknown)
-        return self._certified(keep_text)
+                    engine.push(unknown)
+
+    def _crew(self, workers: Workers) -> Crew:
+        e = self.engine
+        batch = Batch((), self.recipe, self.K, e.seats, self.storage.name, self.lm.layout)
+        return Crew(workers, batch, self._progress)
 
     def _cram_shared(self, jobs: list[Job]) -> None:
         """All passages together, because they share m; again with the halves of those that fail."""
@@ -235,7 +260,8 @@ class _Cramming:
 
     # ------------------------------------------------------------------ passages in
 
-    def _passages(self) -> list[Passage]:
+    def cutter(self) -> tuple[Cutter, int]:
+        """What cuts the documents, and the shortest passage it may make."""
         least = self.engine.given + 1
         for d in self.documents:
             if len(d.ids) < least:
@@ -247,12 +273,10 @@ class _Cramming:
                 f"{self.lm.context} tokens."
             )
         if self.tokens is not None:
-            cutter = Cutter(self.lm, tokens=self.tokens, most=most)
-        else:
-            share = FILL / 2 if self.layout == "one-step-shared" else FILL
-            bits = share * self.K * self._bits_per_vector(most)
-            cutter = Cutter(self.lm, bits=bits, most=most)
-        return [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
+            return Cutter(self.lm, tokens=self.tokens, most=most), least
+        share = FILL / 2 if self.layout == "one-step-shared" else FILL
+        bits = share * self.K * self._bits_per_vector(most)
+        return Cutter(self.lm, bits=bits, most=most), least
 
     def _bits_per_vector(self, most: int | None) -> float:
         """Measured for the model (its folder's memvec.json), else estimated on these documents."""
@@ -270,7 +294,7 @@ class _Cramming:
             self.lm,
             recipe,
             vectors=self.K,
-            seats=min(len(probes), self._seats or default_seats(self.lm, length)),
+            seats=min(len(probes), self._seats or default_seats(self.lm, length, self.K)),
             storage=self.storage,
         )
         reached = []
@@ -289,6 +313,7 @@ class _Cramming:
     def _take(self, outcome: Outcome) -> list[Passage]:
         """Keep an exact outcome, or halve a passage that did not fit: the halves are to do."""
         passage = outcome.passage
+        self.spent[passage.document, passage.offset, len(passage)] = outcome.spent
         halves = passage.halves() if len(passage) > 1 else ()
         shortest = max(self.K, self.engine.given + 1)
         if outcome.exact or not halves or min(map(len, halves)) < shortest:
@@ -301,8 +326,9 @@ class _Cramming:
 
     # ------------------------------------------------------------------ result out
 
-    def _certified(self, keep_text: bool) -> MemVectors:
-        """The result, decoded once more in the order and batches in which a user will."""
+    def certified(self, keep_text: bool) -> tuple[MemVectors, list[bool]]:
+        """The result, decoded once more in the order and batches in which a user will, and which
+        passages came back."""
         self.stage = "certifying"
         self._tell()
         for attempts_left in (3, 2, 1, 0):
@@ -315,7 +341,7 @@ class _Cramming:
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
             for outcome in self._again(fallen):
                 self.done[outcome.passage.document, outcome.passage.offset] = outcome
-        return mem.with_certificate(certificate, exact)
+        return mem.with_certificate(certificate, exact), exact
 
     def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
@@ -384,7 +410,9 @@ class _Cramming:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
             vectors = self.K * len(self.done)
-            self.on_status(Status(self.stage, self.total, done, vectors, self.split, progress))
+            self.on_status(
+                Status(self.stage, self.total, done, vectors, self.split, progress, self.memory)
+            )
 
 
 def account(mem: MemVectors, text: bytes) -> dict[str, int]:

@@ -14,7 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memvec.capacity.statistics import Mean
 from memvec.codec import Status
+from memvec.plan import Plan
 from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
 
@@ -23,7 +25,7 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-__all__ = ["certificate", "doctor", "inspect", "progress", "say", "summary", "to_json"]
+__all__ = ["certificate", "doctor", "inspect", "planned", "progress", "say", "summary", "to_json"]
 
 
 def say(sentence: str) -> None:
@@ -46,8 +48,10 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
     )
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task(title, total=None)
+        say_memory = _once()
 
         def show(status: Status) -> None:
+            say_memory(status.memory)
             bars.update(task, description=_line(status), completed=status.done, total=status.tokens)
 
         yield show
@@ -55,9 +59,11 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
 
 def _plain(title: str) -> Callable[[Status], None]:
     began = last = time.monotonic()
+    say_memory = _once()
 
     def show(status: Status) -> None:
         nonlocal last
+        say_memory(status.memory)
         now = time.monotonic()
         if now - last >= PLAIN_EVERY:
             last = now
@@ -68,6 +74,19 @@ def _plain(title: str) -> Callable[[Status], None]:
             say(f"{title}: {_line(status)}, {status.done}/{status.tokens} tokens{left}")
 
     return show
+
+
+def _once() -> Callable[[str], None]:
+    """Says the first sentence that is not empty."""
+    said = False
+
+    def tell(sentence: str) -> None:
+        nonlocal said
+        if sentence and not said:
+            said = True
+            say(sentence)
+
+    return tell
 
 
 def _line(status: Status) -> str:
@@ -86,6 +105,40 @@ def summary(mem: MemVectors, path: Path, account: Mapping[str, int]) -> None:
     table.add_row("bytes", _bytes(account))
     table.add_row("certificate", _verdict(s["exact"], s["exact_passages"], s["passages"]))
     out.print(table)
+
+
+def planned(found: Plan, file: str, storage: str) -> None:
+    """The table of `memvec plan`: every total with its 95 % interval."""
+    table = _table(f"{file}: what cramming all of it will take")
+    table.add_row("text", f"{found.text_bytes} bytes, {found.tokens} tokens")
+    table.add_row(
+        "sample",
+        f"{found.sampled} passages, {found.sampled_tokens} tokens, crammed in "
+        f"{found.sampled_seconds:.0f} s"
+        + (f"; {found.inexact} did not become exact" if found.inexact else ""),
+    )
+    table.add_row("tokens per vector", _range(found.tokens_per_vector, 1))
+    table.add_row("bits per vector", _range(found.bits_per_vector, 0))
+    table.add_row("vectors", _range(found.vectors, 0))
+    table.add_row("bytes of vectors", f"{_range(found.vector_bytes, 0)} in {storage}")
+    t = found.seconds
+    low, high = (_duration(max(0.0, s)) for s in (t.low, t.high))
+    table.add_row("time", f"{_duration(t.mean)}, {low} to {high}")
+    out.print(table)
+
+
+def _range(found: Mean, digits: int) -> str:
+    if math.isnan(found.low):
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f}, {found.low:.{digits}f} to {found.high:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def inspect(mem: MemVectors, file: str) -> None:

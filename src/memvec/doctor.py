@@ -48,19 +48,25 @@ def refuse_if_unfit(lm: FrozenLM) -> None:
 
 
 def examine(
-    name: str, *, revision: str | None = None, device: str = "auto", dtype: str = "auto"
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    **options: Any,
 ) -> dict[str, Any]:
     """Everything `memvec doctor` shows of a model, as a dictionary.
 
     Ends with a round trip: a few tokens are crammed, saved in memory and decoded. A model that does
-    not load or fails a check gives `can_be_crammed` False and the reason.
+    not load or fails a check gives `can_be_crammed` False and the reason. `options` are those of
+    `load_lm` for big models.
     """
     from memvec.lm import load_lm
 
     report: dict[str, Any] = {"model": name, "checks": [], "facts": {}, "reason": None}
     began = time.perf_counter()
     try:
-        lm = load_lm(name, revision=revision, device=device, dtype=dtype, check=False)
+        lm = load_lm(name, revision=revision, device=device, dtype=dtype, check=False, **options)
     except MemvecError as error:
         report["checks"].append(asdict(Check("loads", False, str(error))))
         return report | {"can_be_crammed": False, "reason": str(error)}

@@ -10,9 +10,12 @@ passing parts (logits, gradients on their way) are not measured yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memvec.cramming.objective import CHUNK
+
+if TYPE_CHECKING:
+    from memvec.lm import FrozenLM
 
 OPERATIONS = 4  # per parameter and forward-backward token: weights get no gradient
 LOGITS_COPIES = 4  # of a chunk of logits at once: divided, exponentiated, masked, the head's own
@@ -96,6 +99,12 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
         width=first("word_embed_proj_dim", default=hidden),
         number=number,
     )
+
+
+def facts_of(lm: FrozenLM) -> Facts:
+    """Facts of a loaded model: its parameters and their dtype as they are."""
+    parameters = float(sum(p.numel() for p in lm.model.parameters()))
+    return facts_of_config(lm.config, lm.dtype.itemsize, parameters)
 
 
 def layer_bytes(f: Facts) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -30,6 +30,24 @@ class Unit:
     cell: Cell
     passages: tuple[Found, ...]
     seats: int
+
+    def keys(self) -> set[Hashable]:
+        """The numbers of its passages."""
+        return {found.number for found in self.passages}
+
+    def without(self, done: set[Hashable]) -> Unit:
+        """The rest of it."""
+        left = tuple(found for found in self.passages if found.number not in done)
+        return replace(self, passages=left)
+
+    def work(
+        self, lm: FrozenLM, worker: str, on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[tuple[Hashable, Finished]]:
+        """Rows, each as soon as its passage is certified."""
+        for finished in cram_cell(
+            lm, self.cell, self.passages, self.seats, worker=worker, on_progress=on_progress
+        ):
+            yield finished.row.number, finished
 
 
 @dataclass(frozen=True)
@@ -92,9 +110,7 @@ class Here:
     ) -> Iterator[Finished]:
         """Rows of all units, one unit after the other."""
         for unit in units:
-            yield from cram_cell(
-                self.lm, unit.cell, unit.passages, unit.seats, on_progress=on_progress
-            )
+            yield from (row for _, row in unit.work(self.lm, "local", on_progress))
 
     def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
         """Accuracy between two solutions."""

@@ -1,0 +1,103 @@
+"""`memvec plan`: what a sample says about the whole must be what the whole then takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from conftest import QUICK, reader
+from memvec import codec
+from memvec.capacity.statistics import Mean
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.passages.documents import Document
+from memvec.plan import plan
+
+TEXT = "the cat sat on the lazy dog while the fox ran over the hill and the cow ate the grass. " * 6
+WORDS = "the lazy dog sat on the cat"
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_short_text_is_measured_whole(vectors, storage):
+    lm = reader()
+    options = {"vectors": vectors, "tokens": 2, "recipe": QUICK, "storage": storage}
+    found = plan(lm, Document.of(lm, WORDS), **options)
+    mem = codec.cram(lm, [WORDS], **options)
+    assert found.sampled_tokens == found.tokens
+    for total, truth in (
+        (found.vectors, vectors * len(mem.passages)),
+        (found.vector_bytes, mem.summary()["vector_bytes"]),
+    ):
+        assert (total.mean, total.low, total.high) == (pytest.approx(truth),) * 3
+    assert 0 < found.seconds.mean < 600
+    assert found.inexact == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_equal_passages_leave_no_doubt(tokens):
+    """Passages of a fixed length that all fit: the sample gives the count to a passage."""
+    lm = reader()
+    document = Document.of(lm, TEXT)
+    found = plan(lm, document, vectors=2, tokens=tokens, recipe=QUICK, sample=6)
+    assert found.sampled == 6
+    assert found.sampled_tokens == 6 * tokens < found.tokens == len(document.ids)
+    assert found.vectors.mean == pytest.approx(2 * found.tokens / tokens)
+    assert found.vectors.sd == pytest.approx(0)
+    assert found.tokens_per_vector.mean == pytest.approx(tokens / 2)
+    assert found.seconds.low <= found.seconds.mean <= found.seconds.high
+
+
+def test_what_does_not_fit_counts_with_all_its_halves():
+    """With a handful of steps passages are halved down to single tokens, as in a cram."""
+    lm = reader()
+    document = Document.of(lm, WORDS)
+    options = {"vectors": 1, "tokens": 8, "recipe": Recipe(steps=3)}
+    found = plan(lm, document, **options)
+    mem = codec.cram(lm, [WORDS], **options)
+    assert found.vectors.mean == pytest.approx(len(mem.passages))
+    assert found.inexact == sum(not p.exact for p in mem.passages)
+
+
+def test_the_same_seed_looks_at_the_same_places():
+    lm = reader()
+    document = Document.of(lm, TEXT)
+    options = {"vectors": 2, "recipe": Recipe(steps=30), "sample": 4}
+    one, two, other = (plan(lm, document, seed=seed, **options) for seed in (0, 0, 1))
+    assert (one.vectors, one.bits_per_vector) == (two.vectors, two.bits_per_vector)
+    assert one.bits_per_vector != other.bits_per_vector
+
+
+def test_the_command(command, folder, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    options = ["-m", folder, "--vectors", 2, "--tokens", 2, "--sample", 4, "--set", "steps=600"]
+    found = json.loads(command("plan", text, *options, "--json").out)
+    assert Mean(**found["vectors"]).mean == pytest.approx(found["tokens"])
+    shown = command("plan", text, *options)
+    assert shown.code == 0
+    assert all(word in shown.out.decode() for word in ("tokens per vector", "vectors", "time"))
+    assert not list(tmp_path.glob("*.mem*"))  # a plan writes nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--sample", 1], "--sample must be at least 2"),
+        (["--vectors", 0], "--vectors must be at least 1"),
+        (["--tokens", 9999], "does not fit the context"),
+        (["--preset", "papr"], "unknown preset 'papr'"),
+    ],
+)
+def test_bad_input_is_a_sentence(command, folder, tmp_path, changes, sentence):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    ran = command("plan", tmp_path / "a.txt", "-m", folder, *changes)
+    assert ran.code == 2
+    assert sentence in ran.err
+
+
+def test_small_samples_are_refused_in_python_too():
+    lm = reader()
+    with pytest.raises(MemvecError, match="--sample"):
+        plan(lm, Document.of(lm, TEXT), sample=0)
