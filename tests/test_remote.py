@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from memvec import codec
 from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
+from memvec.lm import load_lm
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.study.cells import expand
@@ -156,18 +158,12 @@ def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
     text = "the lazy dog\r\n\té 👍\n\n" * 2
     (tmp_path / "a.txt").write_bytes(text.encode())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    file, stored = str(tmp_path / "a.txt"), tmp_path / "two.mem"
     options = ["-m", str(folder), "--vectors", "2", "--tokens", "2", "--steps", "600"]
-
-    def memvec(*words: str) -> bytes:
-        line = [sys.executable, "-m", "memvec.cli", *words]
-        return subprocess.run(
-            line, env=environment, stdout=subprocess.PIPE, check=True, timeout=300
-        ).stdout
-
-    file, stored = str(tmp_path / "a.txt"), str(tmp_path / "two.mem")
-    memvec("cram", file, *options, "-o", stored, "--workers", "2")
-    memvec("cram", file, *options, "-o", str(tmp_path / "one.mem"))
-    assert memvec("decode", stored) == text.encode()
-    two, one = (MemVectors.load(tmp_path / f"{name}.mem") for name in ("two", "one"))
+    line = [sys.executable, "-m", "memvec.cli", "cram", file, *options, "-o", str(stored)]
+    subprocess.run([*line, "--workers", "2"], env=environment, check=True, timeout=300)
+    lm, two = load_lm(str(folder)), MemVectors.load(stored)
+    assert codec.decode(two, lm) == [text]
+    one = codec.cram(lm, [text], vectors=2, tokens=2, recipe=Recipe(steps=600))
     assert [p.sha256 for p in two.passages] == [p.sha256 for p in one.passages]
     assert two.exact
