@@ -26,6 +26,8 @@ demo: $(VENV)/.installed
 	$(BIN)/memvec cram examples/letter.txt --output demo/letter.mem --force
 	$(BIN)/memvec verify demo/letter.mem
 	$(BIN)/memvec decode demo/letter.mem > demo/letter.txt
+	$(BIN)/memvec cram examples/sentence.txt --tokens 64 --output demo/sentence.mem --force
+	$(BIN)/memvec cram examples/paragraph.txt --vectors 4 --tokens 120 --output demo/paragraph.mem --force
 	cmp examples/letter.txt demo/letter.txt && echo "demo/letter.txt is examples/letter.txt, byte for byte."
 
 lint: $(VENV)/.tested

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -357,13 +358,15 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     with display.progress("it") as show:
-        show(BUSY)
-        assert capsys.readouterr().err == ""
-        now[0] = 10.5
+        show(replace(BUSY, stage="measuring"))
+        now[0] = 9.0
+        show(replace(BUSY, memory="2 seats: 1 GiB.", done=20))  # 20 of an earlier run
+        assert capsys.readouterr().err == "2 seats: 1 GiB.\n"
+        now[0] = 19.5
         show(BUSY)
         line = capsys.readouterr().err
         assert "cramming 2 passages (5 wait, 1 split), horizon 7, 40/100 tokens" in line
-        assert "about 16 s left" in line
+        assert "about 32 s left" in line  # 20 tokens took 10.5 s, 60 are left
         show(BUSY)
         assert capsys.readouterr().err == ""
         now[0] = 30.0

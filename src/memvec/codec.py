@@ -214,9 +214,11 @@ class Cramming:
         """As many seats as these passages allow, unless the caller said how many."""
         self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)), self.K)
         self.stage = "cramming"
-        seats, longest = self.engine.seats, max(map(len, passages))
+        seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
         expected = estimate(facts_of(self.lm), seats=seats, tokens=longest, vectors=self.K)
-        self.memory = f"{seats} seats of up to {longest} tokens: {expected.sentence()}"
+        self.memory = (
+            f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {expected.sentence()}."
+        )
         self._tell()
 
     def cram(self, passages: Iterable[Passage]) -> None:

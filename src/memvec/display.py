@@ -58,18 +58,23 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
 
 
 def _plain(title: str) -> Callable[[Status], None]:
-    began = last = time.monotonic()
+    last, before = time.monotonic(), 0
+    began: float | None = None
     say_memory = _once()
 
     def show(status: Status) -> None:
-        nonlocal last
+        nonlocal last, began, before
         say_memory(status.memory)
+        if (
+            began is None and status.stage == "cramming"
+        ):  # before it, other work
+            began, before = time.monotonic(), status.done
         now = time.monotonic()
         if now - last >= PLAIN_EVERY:
             last = now
             left = ""
-            if status.done:
-                seconds = (now - began) * (status.tokens - status.done) / status.done
+            if began is not None and status.done > before:
+                seconds = (now - began) * (status.tokens - status.done) / (status.done - before)
                 left = f", about {seconds:.0f} s left"
             say(f"{title}: {_line(status)}, {status.done}/{status.tokens} tokens{left}")
 

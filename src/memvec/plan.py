@@ -4,7 +4,8 @@ The sample is stratified: the document is cut into equal parts and a passage is 
 place of each, cut by the same rule as `cram` cuts and crammed by the same engine, halves of what
 does not fit included. A place costs 1 / tokens vectors per token there, so the mean of vectors /
 tokens over places, times the document's tokens, is what the whole will need; seconds likewise, from
-each passage's forward-backward tokens and the rate of full seats. Intervals are 95 % (Student's t)
+each passage's forward-backward tokens, the rate of full seats, and what seating, certifying and
+cutting took. Intervals are 95 % (Student's t)
 over the places. The sample of a short document is all of it: then the plan is a measurement.
 """
 
@@ -81,31 +82,35 @@ def plan(
         lm, [document], vectors, tokens, recipe or Recipe(), seats, storage_of(storage), None, clock
     )
     places, cutting = _places(work, document, sample, seed)
+    beside = time.perf_counter()
     work.sit(places)
     work.cram(places)
     certifying = time.perf_counter()
+    # Seating and certifying of a piece, whether it stayed or was halved.
+    beside = max(0.0, certifying - beside - work.engine.seconds) / max(1, len(work.spent))
     mem, _ = work.certified(keep_text=False)
     certifying = (time.perf_counter() - certifying) / sum(map(len, places))
 
     rate = clock.seconds_per_token()
     padded = work.engine.tokens / max(1, sum(work.spent.values()))
-    pieces, spent, bits = [], [], []
+    pieces, lasted, bits = [], [], []
     for place in places:
         here = range(place.offset, _end(place))
         mine = [outcome for (_, at), outcome in work.done.items() if at in here]
         pieces.append(float(vectors * len(mine)))
-        spent.append(float(sum(n for (_, at, _), n in work.spent.items() if at in here)))
+        tried = [n for (_, at, _), n in work.spent.items() if at in here]
+        lasted.append(sum(tried) * padded * rate + len(tried) * beside)
         bits.append(sum(outcome.metrics.lm_bits for outcome in mine))
     total, lengths = len(document.ids), [len(place) for place in places]
     complete = sum(lengths) == total
 
-    def whole(costs: list[float], each: float = 1.0, beside: float = 0.0) -> Mean:
-        """The document's total of something that places cost, `each` of it, and so much a token."""
+    def whole(costs: list[float], each: float = 1.0, per_token: float = 0.0) -> Mean:
+        """The document's total of what places cost, `each` of it, and so much for every token."""
         if complete:
-            sum_ = math.fsum(costs) * each + total * beside
+            sum_ = math.fsum(costs) * each + total * per_token
             return Mean(sum_, sum_, sum_, 0.0, len(costs))
         shares = zip(costs, lengths, strict=True)
-        return mean_interval([total * (cost / n * each + beside) for cost, n in shares])
+        return mean_interval([total * (cost / n * each + per_token) for cost, n in shares])
 
     return Plan(
         tokens=total,
@@ -118,7 +123,7 @@ def plan(
         bits_per_vector=mean_interval([b / k for b, k in zip(bits, pieces, strict=True)]),
         vectors=whole(pieces),
         vector_bytes=whole(pieces, each=mem.storage.size(vectors, lm.width) / vectors),
-        seconds=whole(spent, each=padded * rate, beside=cutting + certifying),
+        seconds=whole(lasted, per_token=cutting + certifying),
     )
 
 
@@ -155,7 +160,7 @@ class _Clock:
 
     def __init__(self, on_status: Callable[[Status], None] | None) -> None:
         self.on_status = on_status
-        self.last: tuple[float, int, int] | None = None  # when, engine tokens, seats
+        self.last = (0.0, 0)  # seconds in steps, tokens
         self.laps: list[tuple[int, float, int]] = []  # seats, seconds, tokens
 
     def __call__(self, status: Status) -> None:
@@ -163,11 +168,10 @@ class _Clock:
             self.on_status(status)
         if status.engine is None or status.stage != "cramming":
             return
-        now = time.perf_counter()
-        if self.last is not None:
-            then, tokens, seats = self.last
-            self.laps.append((seats, now - then, status.engine.tokens - tokens))
-        self.last = (now, status.engine.tokens, status.engine.seated)
+        e = status.engine
+        then, tokens = self.last
+        self.laps.append((e.seated, e.seconds - then, e.tokens - tokens))
+        self.last = (e.seconds, e.tokens)
 
     def seconds_per_token(self) -> float:
         """Seconds of a computed token while seats were taken; 0 if nothing was crammed."""

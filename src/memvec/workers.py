@@ -287,6 +287,7 @@ def together(told: list[Progress]) -> Progress | None:
         sum(p.horizon * p.seated for p in told) / seated,
         sum(p.steps for p in told),
         sum(p.tokens for p in told),
+        sum(p.seconds for p in told),
     )
 
 

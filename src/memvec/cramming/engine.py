@@ -78,6 +78,7 @@ class Progress:
     horizon: float  # mean leading right tokens over the seats
     steps: int  # engine steps so far
     tokens: int  # forward-backward tokens so far
+    seconds: float = 0.0  # in engine steps so far; seating and certifying not counted
 
 
 class Waiting:
@@ -138,6 +139,7 @@ class Engine:
         self.state: dict[str, Tensor] = {}
         self.width = 0  # predicted columns of the forward pass now
         self.steps = self.tokens = 0
+        self.seconds = 0.0
 
     # ------------------------------------------------------------------ what a caller uses
 
@@ -403,6 +405,7 @@ class Engine:
         return self.seats - len(self.jobs) if self.fixed_shapes else 0
 
     def _share_time(self, seconds: float) -> None:
+        self.seconds += seconds
         for job in self.jobs:
             job.seconds += seconds / len(self.jobs)
 
@@ -411,9 +414,8 @@ class Engine:
             best = (
                 self.state["best"].clamp_min(0).float().mean() if self.jobs else torch.tensor(0.0)
             )
-            self.on_progress(
-                Progress(len(self.jobs), len(self.waiting), float(best), self.steps, self.tokens)
-            )
+            now = (self.steps, self.tokens, self.seconds)
+            self.on_progress(Progress(len(self.jobs), len(self.waiting), float(best), *now))
 
 
 def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
