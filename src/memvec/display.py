@@ -65,9 +65,7 @@ def _plain(title: str) -> Callable[[Status], None]:
     def show(status: Status) -> None:
         nonlocal last, began, before
         say_memory(status.memory)
-        if (
-            began is None and status.stage == "cramming"
-        ):  # before it, other work
+        if began is None and status.stage == "cramming":  # before it, other work
             began, before = time.monotonic(), status.done
         now = time.monotonic()
         if now - last >= PLAIN_EVERY:

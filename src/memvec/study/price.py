@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memvec.capacity import PROTOCOLS
+from memvec.cramming.objective import CHUNK
+from memvec.estimate import LOGITS_COPIES
 from memvec.study.cells import Planned, too_long
 from memvec.study.facts import Facts, facts_of
 from memvec.study.spec import Spec
@@ -83,4 +85,4 @@ def _memory(p: Planned, facts: Facts) -> float:
     tokens = PROTOCOLS[c.protocol].tokens(c.length, c.vectors, "vectors") + c.vectors
     weights = 2 * facts.parameters
     activations = p.seats * tokens * facts.layers * facts.hidden * NUMBERS_KEPT * 2
-    return weights + activations + 3 * 4 * 2**25
+    return weights + activations + LOGITS_COPIES * 4 * CHUNK
