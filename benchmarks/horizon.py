@@ -84,7 +84,7 @@ CASES = {
     "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
     "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
 }
-QUICK = {"pocket-natural": (3, 800), "pocket-words": (3, 500)}  # passages, budget
+QUICK = {"pocket-natural": (3, 600), "pocket-words": (3, 400)}  # passages, budget
 SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
 QUICK_PUBLISHED = ("low-dim 256 lr 0.1",)  # the best of them for few tokens (docs/log.md)
 

@@ -158,11 +158,11 @@ def main() -> None:
             for seats in (1, 4, 16):
                 for T in (32, 128):
                     measure(wide, seats, T, max(3, options.rounds // 4), rate, rows)
-    few, many = (waiting(lm, n) for n in LINES)
     seats, T, vocabulary = LARGE
     large = random_model("tiny-llama", vocab_size=vocabulary, max_position_embeddings=1024)
     found = measure(large, seats, T, 1 if quick else 3, rate, rows, warmup=1)
     ratio = found["engine"]["peak"] / found["bare"]["peak"]
+    few, many = (waiting(lm, n) for n in LINES)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {time.perf_counter() - began:.0f} s")
     report("step", rows, options, overhead=max(overheads), memory_ratio=ratio, waiting=many / few)
 

@@ -62,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.shape, options.vectors, options.tokens = "tiny-llama", (1, 16), 12
-        options.passages, options.steps, options.patience = 4, 150, 100
+        options.passages, options.steps, options.patience = 3, 100, 100
     lm = random_model(options.shape) if options.shape else load_lm(options.model)
     ways = {
         f"{options.steps} steps": Recipe(steps=options.steps, patience=FOREVER),
