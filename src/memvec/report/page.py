@@ -39,7 +39,14 @@ def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path)
         "overview": overview(data),
         "plots": [asdict(p) for p in plots],
         "tables": [
-            {"key": t.key, "title": t.title, "note": t.note, "columns": t.columns, "rows": t.rows}
+            {
+                "key": t.key,
+                "title": t.title,
+                "note": t.note,
+                "columns": t.columns,
+                "rows": t.rows,
+                "shown": t.shown(),
+            }
             for t in tables
         ],
         "cells": cell_rows(data),
