@@ -168,7 +168,10 @@ def cram(
         raise MemvecError(f"--workers must be at least 0, not {workers}.")
     if shared_m and (workers or on):
         raise MemvecError("--shared-m crams all passages together: leave out --workers and --on.")
-    _check_file(file)
+
+    from memvec.passages.documents import peek, read_document
+
+    peek(file)  # before the model loads: a wrong name should not cost seconds
     target = output or Path(f"{'stdin' if file == '-' else Path(file).stem}.mem.safetensors")
     if output is None and file != "-":
         target = Path(file).with_name(target.name)
@@ -176,9 +179,7 @@ def cram(
 
     from memvec import codec, display
     from memvec.journal import Journal
-    from memvec.passages.documents import peek, read_document
 
-    peek(file)  # before the model loads: a wrong name should not cost seconds
     lm = _load(model, revision, device, dtype, load, encoder)
     document = read_document(lm, file, encoding=encoding, largest=max_bytes)
     settings = {
@@ -269,7 +270,6 @@ def plan(
     """Say how many vectors, bytes and minutes a text will take, by cramming a sample of it."""
     recipe = _recipe(preset, set_)
     _check_sizes(vectors, tokens, seats)
-    _check_file(file)
 
     from memvec import display
     from memvec.passages.documents import peek, read_document
@@ -497,11 +497,6 @@ def _recipe(preset: str, others: list[str] | None, **named: Any) -> Recipe:
             raise MemvecError(f"--set takes name=value, not '{item}'.")
         changes[name.strip()] = value.strip()
     return Recipe.of(preset, **changes)
-
-
-def _check_file(file: str) -> None:
-    if file != "-" and Path(file).is_dir():
-        raise MemvecError(f"{file} is a directory: name a text file in it.")
 
 
 def _check_sizes(vectors: int, tokens: int | None, seats: int | None) -> None:
