@@ -6,9 +6,11 @@
 The horizon of a passage is the number of leading tokens that meet the margin its recipe asks for
 and that free-running decoding gives back from the vectors as stored. The default is held to a
 margin of at least `--margin` 0.5 logits here, `margin` asks for 0.5 as published, and the other
-published recipes for 0. The cost is what the passage itself had to forward and back
-until then, in tokens: what counted at each step, plus the vectors. Passages are longer than anybody
-gets; `at_end` counts those that were not.
+published recipes for 0 (`--same-margin`: for the default's). The cost is what the passage itself
+had to forward and back until then, in tokens: what counted at each step, plus the vectors; and for
+the published recipes half as much for the forward pass that ends each of their stages of one token
+(their step is measured first and taken only if the stage goes on). Passages are longer than
+anybody gets; `at_end` counts those that were not.
 
 The paper's recipe crams passages of fixed length, so for each passage its longest length has to be
 searched, and the search is part of its cost: lengths of 2, 4, 8 ... predicted tokens, each begun
@@ -35,7 +37,7 @@ from typing import Any
 import torch
 
 from common import arguments, ratio_of_means, report, save_figure, summary
-from memvec.cramming.certify import Outcome
+from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids, first_error
@@ -54,6 +56,7 @@ PUBLISHED = {
     "low-dim 256 lr 0.5": Recipe.of("low-dim", lr=0.5),
     "low-dim 32 lr 0.1": Recipe.of("low-dim", lr=0.1, dimensions=32),
 }
+ROUNDING = 1e-3  # logits: the same sums in another batch shape
 CHECKPOINTS = 12  # evenly spaced costs at which horizons are measured
 
 
@@ -84,44 +87,62 @@ CASES = {
     "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
     "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
 }
-QUICK = {"pocket-natural": (3, 600), "pocket-words": (3, 400)}  # passages, budget
+QUICK = {"pocket-natural": (4, 800), "pocket-words": (4, 500)}  # passages, budget
 SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
 QUICK_PUBLISHED = ("low-dim 256 lr 0.1",)  # the best of them for few tokens (docs/log.md)
 
 
 def growing(
-    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
+    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int], staged: bool
 ) -> list[list[int]]:
-    """Horizon of each passage at each cost, from the best vectors that it had by then."""
+    """Horizon of each passage at each cost, from the best vectors that it had by then.
+
+    `staged`: the recipe grows by stages of one token, each of which ends with a forward pass that
+    finds all of it right and is followed by no backward pass: half of what a step costs.
+    """
     engine = Engine(lm, replace(recipe, budget=costs[-1]), seats=len(passages))
     for passage in passages:
         engine.push(passage)
     engine._seat_waiting(len(passages))
     order = [job.passage.document for job in engine.jobs]
+    before = lm.inputs_before(engine.K, engine.start_rule)
     vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
+    ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
     while True:
-        before = engine.state["vectors"], engine.state["best"]
+        last = engine.state["vectors"], engine.state["best"]
         engine.step()
         s = engine.state
         spent, stopped = s["spent"].tolist(), s["stopped"].tolist()
-        for row, document in enumerate(order):
+        stages = zip(last[1].clamp_min(0).tolist(), s["best"].tolist(), strict=True)
+        for row, (old, new) in enumerate(stages):
+            if staged:
+                ended[row] += sum(stage + before for stage in range(old + 1, new + 1)) / 2
+            paid = spent[row] + ended[row]
             for at, cost in enumerate(costs):
                 # The step that goes past a cost was not paid for at that cost.
-                if (document, at) not in vectors and (spent[row] > cost or stopped[row]):
-                    best, reach = before if spent[row] > cost else (s["vectors"], s["best"])
-                    vectors[document, at] = best[row].clone(), int(reach[row])
+                if (order[row], at) not in vectors and (paid > cost or stopped[row]):
+                    best, reach = last if paid > cost else (s["vectors"], s["best"])
+                    vectors[order[row], at] = best[row].clone(), int(reach[row])
         if all(stopped):
             break
         engine._seat_waiting(len(passages))
     keys = sorted(vectors)
     stack = torch.stack([vectors[key][0] for key in keys])
-    truth = [passages[document].ids for document, _ in keys]
-    decoded = decode_ids(lm, stack, [len(ids) for ids in truth], start=engine.start_rule)
+    # No vectors hold more than they reached by the margins.
+    asked = [
+        Passage(passages[key[0]].ids[: max(1, vectors[key][1])], passages[key[0]].document)
+        for key in keys
+    ]
+    decoded = decode_ids(lm, stack, [len(p) for p in asked], start=engine.start_rule)
+    margins = positions(lm, stack, asked, engine.start_rule)[1]
     horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
-    for (document, at), ids, true in zip(keys, decoded, truth, strict=True):
-        error = first_error(ids, true)
-        right = len(true) if error is None else error
-        horizons[document][at] = max(0, min(right, vectors[document, at][1]))
+    for (document, at), ids, passage, margin in zip(keys, decoded, asked, margins, strict=True):
+        error = first_error(ids, passage.ids)
+        right = len(passage) if error is None else error
+        # Steps may have been taken in another dtype: the margin is that of the model's own.
+        enough = (margin >= engine.recipe.margin - ROUNDING) & (margin > 0)
+        sure = int(enough[: len(passage)].int().cumprod(0).sum())
+        horizons[document][at] = max(0, min(right, sure, vectors[document, at][1]))
     return horizons
 
 
@@ -236,6 +257,9 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="parquet of texts for the natural case")
     parser.add_argument("--passages", type=int, help="passages per case")
     parser.add_argument("--margin", type=float, default=0.5, help="the default's least, in logits")
+    parser.add_argument(
+        "--same-margin", action="store_true", help="the default's margin for the published, too"
+    )
     parser.add_argument("--budget", type=int, help="tokens spent per passage")
     parser.add_argument(
         "--published", nargs="+", choices=PUBLISHED, help="default: all; --quick: one"
@@ -255,12 +279,17 @@ def main() -> None:
         # Everybody may spend the whole budget: the default's own limits are for daily use.
         default = Recipe(steps=10**6, patience=10**6).in_logits(lm.logit_spread)
         recipes = {"default": replace(default, margin=max(options.margin, default.margin))}
-        recipes |= {label: PUBLISHED[label] for label in labels}
+        least = recipes["default"].margin if options.same_margin else 0.0
+        for label in labels:
+            recipe = PUBLISHED[label]
+            recipes[label] = replace(recipe, margin=max(recipe.margin, least))
         recipes["paper"] = Recipe.of("paper")
         last[name] = {}
         for label, recipe in recipes.items():
-            cram = fixed if label == "paper" else growing
-            horizons = cram(lm, recipe, passages, costs)
+            if label == "paper":
+                horizons = fixed(lm, recipe, passages, costs)
+            else:
+                horizons = growing(lm, recipe, passages, costs, staged=label in PUBLISHED)
             rows += rows_of(name, label, recipe, costs, horizons, case.tokens)
             last[name][label] = [row[-1] for row in horizons]
             print(f"{name}, {label}: {rows[-1]['mean']:.1f} tokens", file=sys.stderr, flush=True)

@@ -55,8 +55,10 @@ def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
     lm, recipe, costs = tiny(), Recipe(steps=10**6, patience=10**6), [60, 240]
     recipe = recipe.in_logits(lm.logit_spread)
     (passage,) = passages(24, seed=33)
-    found = growing(lm, recipe, [passage], costs)[0]
+    found = growing(lm, recipe, [passage], costs, staged=False)[0]
+    dearer = growing(lm, recipe, [passage], costs, staged=True)[0]
     assert found == sorted(found)
+    assert all(a <= b for a, b in zip(dearer, found, strict=True))
     assert 0 < found[-1] < 24
     for cost, horizon in zip(costs, found, strict=True):
         engine = Engine(lm, Recipe(steps=10**6, patience=10**6, budget=cost), seats=1)

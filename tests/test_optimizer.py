@@ -17,7 +17,7 @@ from memvec.cramming.objective import (
     score,
     weights,
 )
-from memvec.cramming.optimizer import OPTIMIZERS
+from memvec.cramming.optimizer import OPTIMIZERS, Adam
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.schedule import SCHEDULES, look_ahead
 from memvec.errors import MemvecError
@@ -32,7 +32,8 @@ B, K, D = 4, 2, 5
 def test_stacked_adam_is_torchs_adam_for_each_passage(name, betas, decay):
     """Passages move at different steps, so their step counts differ."""
     random = torch.Generator().manual_seed(0)
-    recipe = Recipe(optimizer=name, lr=0.03, beta1=betas[0], beta2=betas[1], weight_decay=decay)
+    rates = {"lr": 0.03, "beta1": betas[0], "beta1_rise": 0.0, "beta2": betas[1]}
+    recipe = Recipe(optimizer=name, weight_decay=decay, **rates)
     stacked = torch.randn(B, K, D, generator=random)
     separate = [torch.nn.Parameter(row.clone()) for row in stacked]
     options = {"lr": 0.03, "betas": betas}
@@ -80,23 +81,47 @@ def test_schedules(name):
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("K", [1, 3])
-def test_the_look_ahead_narrows_where_nothing_is_gained_and_widens_where_something_is(after, K):
+def test_what_counts_stays_until_all_of_it_is_right(after, K):
     """Against a loop over passages and steps with a plain rule."""
     recipe = Recipe(look_ahead=4, narrow_after=after)
-    gains = torch.rand(60, 5, generator=torch.Generator().manual_seed(K)) < 0.15
+    draw = torch.Generator().manual_seed(K)
+    gains = torch.randint(1, 7, (60, 5), generator=draw) * (torch.rand(60, 5, generator=draw) < 0.2)
     ahead, stale = torch.full((5,), 4 * K), torch.zeros(5, dtype=torch.long)
-    slow, idle = [4 * K] * 5, [0] * 5
-    for better in gains:
-        stale = torch.where(better, 0, stale + 1)
-        ahead = look_ahead(ahead, better, stale, K, recipe)
+    stage, best = ahead.clone(), torch.zeros(5, dtype=torch.long)
+    slow_best, target, size, idle = [0] * 5, [4 * K] * 5, [4 * K] * 5, [0] * 5
+    for gained in gains:
+        stale = torch.where(gained > 0, 0, stale + 1)
+        ahead, stage = look_ahead(ahead, stage, gained, stale, recipe)
+        best += gained
         for i in range(5):
-            idle[i] = 0 if better[i] else idle[i] + 1
-            if after and better[i]:
-                slow[i] += K
-            elif after and idle[i] % after == 0:
-                slow[i] = max(1, slow[i] // 2)
-        assert ahead.tolist() == slow
-    assert (ahead == 4 * K).all() == (after == 0)
+            slow_best[i] += int(gained[i])
+            idle[i] = 0 if gained[i] else idle[i] + 1
+            if after and idle[i] and idle[i] % after == 0:
+                size[i] = max(1, size[i] // 2)
+                target[i] = slow_best[i] + max(1, (target[i] - slow_best[i]) // 2)
+            if target[i] <= slow_best[i]:
+                target[i] = slow_best[i] + size[i]
+        assert (best + ahead).tolist() == target
+    assert (stage == 4 * K).all() == (after == 0)
+
+
+@pytest.mark.parametrize("rise", [0.0, 0.25, 0.4])
+def test_the_mean_gradient_against_its_definition(rise):
+    """A weighted mean of all gradients so far, with weights that add up to one."""
+    recipe = Recipe(lr=1.0, beta1=0.9, beta1_rise=rise, beta2=0.0)
+    adam, parameters = Adam(recipe), torch.zeros(1, 1, 2)
+    state = adam.fresh(parameters)
+    gradients = torch.randn(40, 1, 1, 2, generator=torch.Generator().manual_seed(7))
+    weights = []
+    for t, gradient in enumerate(gradients):
+        decay = min(0.9, 1 - 1 / (1 + 0.8 * t**rise)) if rise and t else 0.0 if rise else 0.9
+        weights = [w * decay for w in weights] + [1 - decay]
+        share = torch.tensor(weights) / sum(weights)
+        mean = (share[:, None, None, None] * gradients[: t + 1]).sum(0)
+        before = parameters.clone()
+        adam.step(parameters, gradient, state, torch.tensor([True]))
+        torch.testing.assert_close(before - parameters, mean / gradient.abs(), rtol=1e-4, atol=1e-4)
+    assert sum(weights) == pytest.approx(1.0 if rise else 1 - 0.9**40)
 
 
 def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:

@@ -215,7 +215,8 @@ class Cramming:
         self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)), self.K)
         self.stage = "cramming"
         seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
-        expected = estimate(facts_of(self.lm), seats=seats, tokens=longest, vectors=self.K)
+        facts = facts_of(self.lm, rounded=self.engine.fast is not self.lm)
+        expected = estimate(facts, seats=seats, tokens=longest, vectors=self.K)
         self.memory = (
             f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {expected.sentence()}."
         )

@@ -9,7 +9,7 @@ passing parts (logits, gradients on their way) are not measured yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from memvec.cramming.objective import CHUNK
@@ -36,6 +36,7 @@ class Facts:
     vocabulary: int
     width: int  # D
     number: int
+    rounded: bool = False  # a bfloat16 copy of the weights stands beside them (memvec.precision)
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,15 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     )
 
 
-def facts_of(lm: FrozenLM) -> Facts:
-    """Facts of a loaded model: its parameters and their dtype as they are."""
+def facts_of(lm: FrozenLM, rounded: bool = False) -> Facts:
+    """Facts of a loaded model: its parameters and their dtype as they are.
+
+    `rounded` if steps are computed with a bfloat16 copy of them. Activations are counted as those
+    of the model itself all the same: an upper bound.
+    """
     parameters = float(sum(p.numel() for p in lm.model.parameters()))
-    return facts_of_config(lm.config, lm.dtype.itemsize, parameters)
+    facts = facts_of_config(lm.config, lm.dtype.itemsize, parameters)
+    return replace(facts, rounded=rounded)
 
 
 def layer_bytes(f: Facts) -> float:
@@ -133,7 +139,7 @@ def estimate(
     ends = f.hidden * (4 + 3 * f.number)  # the last norm, its output, its gradient, the inputs
     rows = min(N, max(1, CHUNK // max(1, f.vocabulary)))
     return Estimate(
-        weights=f.parameters * f.number,
+        weights=f.parameters * (f.number + 2 * f.rounded),
         activations=float(N * (kept + passing + ends)),
         logits=rows * f.vocabulary * (4.0 * LOGITS_COPIES),
         state=float(STATE_COPIES * 4 * seats * vectors * f.width),

@@ -15,6 +15,7 @@ that fails is refused with the reason.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from memvec.big import loading_options, recomputed
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError, did_you_mean
 from memvec.memory import keep_freed_memory
+from memvec.precision import widen_attention
 
 StartRule = Literal["vectors", "bos", "first-token"]
 START_RULES: tuple[StartRule, ...] = get_args(StartRule)
@@ -267,6 +269,17 @@ class FrozenLM:
             return ids.new_full((len(ids), 1), self.bos_id)
         return ids[:, : int(start == "first-token")]
 
+    def computed_by(self, model: nn.Module) -> FrozenLM:
+        """This model, with everything but its identity computed by another module of its kind.
+
+        For a copy of the weights in another dtype (memvec.precision).
+        """
+        other = copy.copy(self)
+        other.model, other.embedding = model, model.get_input_embeddings()  # type: ignore[operator]
+        other.dtype = other.embedding.weight.dtype  # type: ignore[assignment]
+        other._body, other._head = _split(model, other.embedding)
+        return other
+
     # ------------------------------------------------------------------ what identifies it
 
     def description(self) -> dict[str, Any]:
@@ -349,7 +362,8 @@ def load_lm(
     """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
 
     `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
-    on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2').
+    on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
+    default: the model's, in float32 where a CPU's kernel for the dtype is slow (memvec.precision).
     `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
 
     For big models: `device_map` ('auto', or transformers' dictionary) spreads layers over devices;
@@ -397,6 +411,8 @@ def load_lm(
             f"{name} has no weights for {len(missing)} tensors of a causal LM "
             f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
         )
+    if where.type == "cpu" and DTYPES[dtype] != torch.float32 and attention is None:
+        widen_attention(model)
     lm = FrozenLM(
         model if big else model.to(where),
         tokenizer,

@@ -24,7 +24,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
 from memvec.memory import forget_freed_memory, out_of_memory
 from memvec.passages.passage import Passage
+from memvec.precision import for_steps
 from memvec.storage import Storage, storage_of
 
 SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0
@@ -126,6 +127,9 @@ class Engine:
             raise MemvecError(f"--seats must be at least 1, not {seats}.")
         self.lm, self.K, self.seats = lm, vectors, seats
         self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
+        self.fast = for_steps(lm, self.recipe.compute)  # what steps are computed with
+        # As it was done, for the record.
+        self.recipe = replace(self.recipe, compute="model" if self.fast is lm else "bfloat16")
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress
         self.start_rule = resolve_start_rule(lm, self.recipe)
@@ -268,8 +272,8 @@ class Engine:
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
             ids = _with_ghosts(s["ids"][:, : width + self.given], self._ghosts())
-            states = self.lm.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
-        found = score(self.lm.head, states, ids[:, self.given :], recipe)
+            states = self.fast.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
+        found = score(self.fast.head, states, ids[:, self.given :], recipe)
         margin, loss = found.margin[: len(self.jobs)], found.loss[: len(self.jobs)]
         # Measure ...
         column = torch.arange(width, device=margin.device)
@@ -279,12 +283,14 @@ class Engine:
         leading = torch.minimum((missed.cumsum(-1) <= s["allowed"][:, None]).sum(-1), s["length"])
         reached = (right & within).sum(-1) if recipe.schedule == "whole" else leading
         better = reached > s["best"]
+        gained = (reached - s["best"].clamp_min(0)).clamp_min(0)
         s["best"] = torch.where(better, reached, s["best"])
         s["vectors"] = torch.where(better[:, None, None], vectors.detach(), s["vectors"])
         s["stale"] = torch.where(better, 0, s["stale"] + 1)
-        s["done"] |= (leading >= s["length"]) & (s["length"] <= width)
+        arrived = (leading >= s["length"]) & (s["length"] <= width)
+        s["done"] |= arrived if self.fast is self.lm else self._confirmed(arrived)
         # ... say what counts now ...
-        s["ahead"] = look_ahead(s["ahead"], better, s["stale"], self.K, recipe)
+        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, s["stale"], recipe)
         counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)
         weight = weights(column < counted[:, None], margin, s["margin"], recipe)
         s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
@@ -306,6 +312,36 @@ class Engine:
         s["spent"] += (counted + given) * moving
         self.steps += 1
         self.tokens += (width + given) * len(self.jobs)
+
+    @torch.no_grad()
+    def _confirmed(self, arrived: Tensor) -> Tensor:
+        """Which of the arrived passages (B) have their margins in the model's own dtype, too.
+
+        The others go on from the same vectors, and are asked for a little more than they lacked.
+        """
+        rows = arrived.nonzero()[:, 0]
+        if not len(rows):
+            return arrived
+        if self.fixed_shapes:  # whose margins, too, owe nothing to how many arrive together
+            rows = torch.arange(len(arrived), device=arrived.device)
+        s = self.state
+        ids, length = s["ids"][rows], s["length"][rows]
+        padded = _with_ghosts(ids, self._ghosts())
+        states = self.lm.states(
+            _with_ghosts(s["vectors"][rows], self._ghosts()), padded, self.start_rule
+        )
+        found = score(self.lm.head, states, padded[:, self.given :], self.recipe)
+        margin = found.margin[: len(rows)]
+        within = torch.arange(margin.shape[1], device=margin.device) < length[:, None]
+        ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
+        least = ranked.gather(1, s["allowed"][rows][:, None])[:, 0]
+        asked = s["asked"][rows]
+        confirmed = (least >= asked) & (least > 0)
+        short = arrived[rows] & ~confirmed
+        more = 1.25 * (asked - least) + 0.01 * self.lm.logit_spread
+        s["margin"][rows] += torch.where(short, more, 0.0)
+        s["best"][rows] -= short.long()
+        return arrived.index_fill(0, rows[short], False)
 
     # ------------------------------------------------------------------ seats
 
@@ -352,12 +388,15 @@ class Engine:
             "length": length,
             # Tokens that may be missed before the horizon ends: they will be listed.
             "allowed": (length - 1).clamp_max(self.recipe.corrections),
+            "asked": torch.tensor([job.margin for job in jobs], device=device),
+            # The same; steps in another dtype than the model's may have to ask for a little more.
             "margin": torch.tensor([job.margin for job in jobs], device=device),
             "parameters": parameters,
             "vectors": vectors.float(),  # the best measured so far, as stored
             "best": count - 1,  # less than anything that is measured
             "stale": count.clone(),
             "ahead": count + self.recipe.look_ahead * self.K,
+            "stage": count + self.recipe.look_ahead * self.K,
             "steps": torch.tensor([job.steps for job in jobs], device=device),
             "spent": torch.tensor([job.spent for job in jobs], device=device),
             "done": flag.clone(),

@@ -28,6 +28,20 @@ def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "
     return rate * (moved / max(1, recipe.warmup)).clamp_max(1) if recipe.warmup else rate
 
 
+RISE = 0.8
+
+
+def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
+    """Decay of the mean gradient in a passage's next move after it has moved so often.
+
+    A mean over about 1 + 0.8 t^beta1_rise gradients: short while the vector travels, long when it
+    has to find its way between many tokens (docs/log.md). The first mean is the first gradient.
+    """
+    if not recipe.beta1_rise:
+        return torch.full_like(moved, recipe.beta1)
+    return (1 - 1 / (1 + RISE * moved**recipe.beta1_rise)).clamp_max(recipe.beta1)
+
+
 class Adam:
     """Adam (Kingma & Ba 2015) over the first axis of a stacked parameter; AdamW with decay.
 
@@ -55,12 +69,14 @@ class Adam:
         beta1, beta2 = self.recipe.beta1, self.recipe.beta2
         shape = (-1,) + (1,) * (parameters.dim() - 1)
         on = moving.reshape(shape)
+        decay = first_decay(state["count"], self.recipe).reshape(shape)
         state["count"].add_(moving)
         # lerp with weight 0 leaves a passage that has finished exactly as it was measured.
-        state["mean"].lerp_(gradient, (1 - beta1) * on.to(gradient.dtype))
+        state["mean"].lerp_(gradient, (1 - decay) * on.to(gradient.dtype))
         state["square"].lerp_(gradient.square(), (1 - beta2) * on.to(gradient.dtype))
         count = state["count"].clamp_min(1).reshape(shape)
-        mean = state["mean"] / (1 - beta1**count)
+        # A decay that rises from 0 leaves no share of the mean to what was there before.
+        mean = state["mean"] / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
         scale = (state["square"] / (1 - beta2**count)).sqrt_().add_(1e-8)
         change = mean.div_(scale)
         if self.weight_decay:

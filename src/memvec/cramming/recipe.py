@@ -18,6 +18,7 @@ ScheduleName = Literal["growing", "whole"]
 StartName = Literal["auto", "encoder", "noise", "embeddings", "uniform", "linear", "normal"]
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
 UnitName = Literal["spread", "logits"]
+ComputeName = Literal["auto", "model", "bfloat16"]
 
 
 def _says(default: Any, text: str) -> Any:
@@ -29,7 +30,7 @@ class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
     objective: ObjectiveName = _says("cross-entropy", "what is minimised")
-    temperature: float = _says(0.13, "logits are divided by this in the loss; the paper's: 1 logit")
+    temperature: float = _says(0.2, "logits are divided by this in the loss; the paper's: 1 logit")
     margin: float = _says(
         0.28, "a token counts as right when its logit leads the best other one by this much"
     )
@@ -41,20 +42,25 @@ class Recipe:
     schedule: ScheduleName = _says(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
     )
-    look_ahead: int = _says(8, "tokens counted past the leading right ones at first, per vector")
+    look_ahead: int = _says(
+        8, "tokens per vector that come to count together, once all that counted are right"
+    )
     narrow_after: int = _says(
-        20,
-        "steps without progress after which the look-ahead is halved, as progress widens it by a "
-        "token per vector; 0: it stays",
+        20, "steps without progress after which the look-ahead is halved; 0: it stays"
     )
     coordinates: CoordinatesName = _says("direct", "what is moved")
     dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")
     optimizer: OptimizerName = _says("adam", "how it is moved")
-    lr: float = _says(0.1, "learning rate")
+    lr: float = _says(0.2, "learning rate")
     warmup: int = _says(0, "moves over which the learning rate rises from 0")
     decay: int = _says(0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays")
     lr_end: float = _says(1e-3, "learning rate after `decay` moves")
-    beta1: float = _says(0.8, "decay of the mean gradient")
+    beta1: float = _says(0.95, "decay of the mean gradient")
+    beta1_rise: float = _says(
+        0.4,
+        "after t moves the mean gradient's decay is 1 - 1 / (1 + 0.8 t^this), until it is beta1: "
+        "the first moves follow their own gradient; 0: beta1 from the first move",
+    )
     beta2: float = _says(0.8, "decay of the mean squared gradient")
     weight_decay: float = _says(0.0, "decoupled weight decay (adamw)")
     start: StartName = _says(
@@ -65,6 +71,12 @@ class Recipe:
         "vectors",
         "what follows the vectors: nothing, the model's BOS, the passage's first token; 'paper': "
         "BOS if the tokenizer adds one, else the first token",
+    )
+    compute: ComputeName = _says(
+        "auto",
+        "what steps are computed in: 'model', the model's own dtype; 'bfloat16', a rounded copy of "
+        "its weights; 'auto': bfloat16 for float32 models on a CPU that has products of it. What "
+        "is exact is decided in the model's own dtype",
     )
     steps: int = _says(1500, "most steps for a passage")
     patience: int = _says(300, "steps without progress after which a passage is given up")
@@ -128,6 +140,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "start": get_args(StartName),
     "start_rule": get_args(StartRuleName),
     "unit": get_args(UnitName),
+    "compute": get_args(ComputeName),
 }
 _LEAST: dict[str, float] = {
     "temperature": 1e-6,
@@ -139,6 +152,7 @@ _LEAST: dict[str, float] = {
     "warmup": 0,
     "decay": 0,
     "lr_end": 0.0,
+    "beta1_rise": 0.0,
     "weight_decay": 0.0,
     "steps": 0,
     "patience": 1,
@@ -178,9 +192,11 @@ _PROGRESSIVE = Recipe(
     decay=10_000,
     lr_end=1e-3,
     beta1=0.9,
+    beta1_rise=0.0,
     beta2=0.9,
     weight_decay=0.01,
     start="uniform",
+    compute="model",
     steps=10_000,
     patience=1000,
 )
@@ -201,10 +217,12 @@ PRESETS: dict[str, Recipe] = {
         optimizer="adamw",
         lr=0.01,
         beta1=0.9,
+        beta1_rise=0.0,
         beta2=0.9,
         weight_decay=0.01,
         start="noise",
         start_rule="paper",
+        compute="model",
         steps=5000,
         patience=2000,
     ),
@@ -217,9 +235,11 @@ PRESETS: dict[str, Recipe] = {
         optimizer="adamw",
         lr=0.01,
         beta1=0.9,
+        beta1_rise=0.0,
         beta2=0.9,
         weight_decay=0.01,
         start="normal",
+        compute="model",
         steps=5000,
         patience=5000,
     ),

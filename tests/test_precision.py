@@ -1,0 +1,151 @@
+"""Steps in bfloat16: the model stays as it is, and so does what exact means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import FAMILIES, QUICK, passages, tiny
+from memvec import precision
+from memvec.cramming.engine import Engine
+from memvec.cramming.objective import score
+from memvec.cramming.recipe import PRESETS
+from memvec.decoding import decode_ids
+from memvec.lm import load_lm
+from memvec.onestep import OneStep
+
+HALF = replace(QUICK, compute="bfloat16")
+SERVED = [family for family in FAMILIES if family != "rwkv"]  # refused: tests/test_families.py
+SOME = ["llama", "opt-projected", "mamba", "gemma2", "mixtral"]
+
+
+def crammed(lm, asked, recipe=HALF, **options):
+    return {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("family", SOME)
+def test_what_is_done_has_its_margins_in_float32(family, storage):
+    lm, asked = tiny(family), passages(4, 3, 5, 2, seed=11)
+    engine = Engine(lm, HALF, vectors=2, seats=3, storage=storage)
+    assert engine.fast is not lm
+    assert engine.recipe.compute == "bfloat16"
+    outcomes = list(engine.run(asked))
+    done = [o for o in outcomes if o.status == "done"]
+    assert len(done) >= 3
+    for outcome in done:
+        assert outcome.exact
+        # the certificate was measured in another batch shape: equal up to rounding
+        assert outcome.metrics.margin >= engine.recipe.margin - 1e-3
+        decoded = decode_ids(lm, outcome.vectors[None].float(), [len(outcome.passage)])
+        assert tuple(decoded[0]) == outcome.passage.ids
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_the_model_itself_is_not_touched(family):
+    lm = tiny(family)
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    kernel = lm.config._attn_implementation
+    fast = precision.for_steps(lm, "bfloat16")
+    if fast is lm:
+        pytest.skip("its rounded copy does not agree with it, and is not used")
+    assert fast.dtype == torch.bfloat16
+    assert lm.dtype == torch.float32
+    assert lm.config._attn_implementation == kernel
+    after = lm.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert precision.for_steps(lm, "bfloat16").model is fast.model  # rounded once
+
+
+def test_rounded_copies_agree_for_nearly_all_families():
+    agree = [f for f in SERVED if precision.for_steps(tiny(f), "bfloat16") is not tiny(f)]
+    assert len(agree) >= 0.8 * len(SERVED)
+
+
+def test_auto_rounds_large_float32_models_only(monkeypatch):
+    small, pocket = tiny(), load_lm()
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    assert precision.for_steps(small, "auto") is small
+    assert precision.for_steps(pocket, "auto").dtype == torch.bfloat16
+    assert precision.for_steps(pocket, "model") is pocket
+    half = load_lm(dtype="bfloat16")
+    assert precision.for_steps(half, "bfloat16") is half
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    assert precision.for_steps(pocket, "auto") is pocket
+
+
+def test_a_copy_that_disagrees_is_not_used(monkeypatch):
+    lm = tiny("qwen2")
+    vars(lm.model).pop("_memvec_rounded", None)
+    monkeypatch.setattr(precision, "LARGEST_DIFFERENCE", -1.0)
+    engine = Engine(lm, HALF)
+    vars(lm.model).pop("_memvec_rounded", None)
+    assert engine.fast is lm
+    assert engine.recipe.compute == "model"
+
+
+def test_published_recipes_compute_in_the_models_own_dtype():
+    for name, recipe in PRESETS.items():
+        assert recipe.compute == ("auto" if name == "default" else "model"), name
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
+    lm, recipe = tiny(), replace(HALF, steps=30)
+    me, a, b, c = passages(5, 4, 6, 3, seed=12)
+    found = [
+        crammed(lm, seated, recipe, vectors=vectors, seats=3, fixed_shapes=True)[me.ids]
+        for seated in ([me, a, b], [b, me, c], [c, a, me])
+    ]
+    assert all(torch.equal(found[0].vectors, other.vectors) for other in found[1:])
+    assert len({other.steps for other in found}) == 1
+
+
+def test_one_step_vectors_too():
+    lm, asked = OneStep(tiny()), passages(2, 3, seed=13)
+    engine = Engine(lm, replace(HALF, steps=300), vectors=2, seats=2)
+    assert isinstance(engine.fast, OneStep)
+    outcomes = list(engine.run(asked))
+    assert all(o.exact for o in outcomes if o.status == "done")
+
+
+def test_margins_that_hold_in_bfloat16_only_are_asked_for_more():
+    """A passage whose rounded margins suffice and whose own do not stays in its seat."""
+    lm, (passage,) = tiny(), passages(3, seed=14)
+    engine = Engine(lm, replace(HALF, margin=0.2), vectors=2, seats=1)
+    engine.push(passage)
+    engine._seat_waiting(1)
+    s = engine.state
+    states = lm.states(s["vectors"], s["ids"], engine.start_rule)
+    least = score(lm.head, states, s["ids"], engine.recipe).margin.min()
+    s["asked"] = s["margin"] = (least + 0.3)[None]
+    s["best"] = s["length"].clone()
+    asked = s["margin"].clone()
+    assert not engine._confirmed(torch.tensor([True])).any()
+    assert float(s["margin"] - asked) > 0.3
+    assert int(s["best"]) == len(passage) - 1
+    s["asked"] = (least - 0.3).clamp_min(0)[None]
+    assert bool(engine._confirmed(torch.tensor([True])).any()) == bool(least > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_attention_is_attention(dtype):
+    """The model with it answers as closely to float32 as the model without, or closer."""
+    truth = tiny("llama")
+    model = type(truth.model)(truth.model.config.__class__(**truth.model.config.to_dict()))
+    model.load_state_dict(truth.model.state_dict())
+    model = model.eval().to(dtype)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits.float()
+        precision.widen_attention(model)
+        assert model.config._attn_implementation == precision.ATTENTION
+        wide = model(input_ids=ids).logits.float()
+    reference = truth.own_logits(ids)
+    assert (wide - reference).abs().mean() <= 1.2 * (plain - reference).abs().mean()
+    inputs = truth.embed(ids).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(inputs_embeds=inputs).logits.sum(), inputs)
+    assert torch.isfinite(gradient).all()
