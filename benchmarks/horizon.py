@@ -139,7 +139,6 @@ def growing(
     for (document, at), ids, passage, margin in zip(keys, decoded, asked, margins, strict=True):
         error = first_error(ids, passage.ids)
         right = len(passage) if error is None else error
-        # Steps may have been taken in another dtype: the margin is that of the model's own.
         enough = (margin >= engine.recipe.margin - ROUNDING) & (margin > 0)
         sure = int(enough[: len(passage)].int().cumprod(0).sum())
         horizons[document][at] = max(0, min(right, sure, vectors[document, at][1]))
@@ -277,7 +276,9 @@ def main() -> None:
         passages = [Passage(passage.ids, i) for i, passage in enumerate(texts)]
         costs = [round(budget * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
         # Everybody may spend the whole budget: the default's own limits are for daily use.
-        default = Recipe(steps=10**6, patience=10**6).in_logits(lm.logit_spread)
+        # In the model's own dtype, like the published: a margin is one on the way, too.
+        default = Recipe(steps=10**6, patience=10**6, compute="model")
+        default = default.in_logits(lm.logit_spread)
         recipes = {"default": replace(default, margin=max(options.margin, default.margin))}
         least = recipes["default"].margin if options.same_margin else 0.0
         for label in labels:
