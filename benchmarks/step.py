@@ -48,8 +48,8 @@ def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
 
 def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
     """One engine step with every seat taken and every position counted, and the plain path."""
-    # A margin nobody reaches, so that all seats stay occupied.
-    recipe = Recipe.of("default", schedule="whole", margin=1e9, steps=10**9, patience=10**9)
+    # A margin nobody reaches, so that all seats stay occupied; both in the model's own dtype.
+    recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute="model")
     engine = Engine(lm, recipe, seats=seats)
     for passage in passages(lm, seats, T):
         engine.push(passage)
@@ -71,7 +71,7 @@ def waiting(lm: FrozenLM, n: int, seats: int = 16, T: int = 32) -> int:
     line = passages(lm, n, T)
 
     def work() -> None:
-        engine = Engine(lm, Recipe(), seats=seats)
+        engine = Engine(lm, Recipe(compute="model"), seats=seats)
         for passage in line:
             engine.push(passage)
         engine._seat_waiting(seats)
