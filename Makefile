@@ -1,6 +1,6 @@
 # make demo: a virtual environment, an install, a text crammed, decoded and certified.
 # make test: the same environment plus test tools; lint, types and the whole suite.
-# make coverage: the same again, with the lines that no test reaches (a fifth slower).
+# make coverage: the same again, with the lines that no test reaches.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -79,10 +79,10 @@ def test_auto_rounds_large_float32_models_only(monkeypatch):
 
 def test_a_copy_that_disagrees_is_not_used(monkeypatch):
     lm = tiny("qwen2")
-    vars(lm.model).pop("_memvec_rounded", None)
+    precision.COPIES.pop(lm.model, None)
     monkeypatch.setattr(precision, "LARGEST_DIFFERENCE", -1.0)
     engine = Engine(lm, HALF)
-    vars(lm.model).pop("_memvec_rounded", None)
+    precision.COPIES.pop(lm.model, None)
     assert engine.fast is lm
     assert engine.recipe.compute == "model"
 

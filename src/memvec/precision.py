@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from memvec.doctor import TOLERANCE
 
 if TYPE_CHECKING:
     from memvec.lm import FrozenLM
 
 ATTENTION = "memvec_float32"  # the name under which transformers knows `attention`
 WORTH_IT = 4_000_000  # parameters; below, a step is made of other things than products
-LARGEST_DIFFERENCE = 0.15  # of the logits' spread, between the rounded model and its original
+LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # of the logits' spread, to the original
+COPIES: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
 
 
 def multiplies_bfloat16() -> bool:
-    """True if this CPU has instructions for products of bfloat16 matrices."""
+    """True if this CPU has instructions for products of bfloat16 matrices, and torch says so."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    says = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every torch we run on
+    return says is not None and bool(says())
 
 
 def attention(
@@ -81,15 +86,16 @@ def _rounded(lm: FrozenLM) -> nn.Module | None:
 
     Buffers stay as they are: positions' frequencies lose too much.
     """
-    kept: dict[str, nn.Module | None] = vars(lm.model).setdefault("_memvec_rounded", {})
-    if "model" not in kept:
-        model = copy.deepcopy(lm.model)
-        vars(model).pop("_memvec_rounded", None)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+    if lm.model not in COPIES:
+        # What deepcopy finds here it takes for copied: no second float32 model on the way.
+        rounded = {
+            id(parameter): nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
+            for parameter in lm.model.parameters()
+        }
+        model = copy.deepcopy(lm.model, rounded)
         widen_attention(model)
-        kept["model"] = model if _agrees(lm, lm.computed_by(model)) else None
-    return kept["model"]
+        COPIES[lm.model] = model if _agrees(lm, lm.computed_by(model)) else None
+    return COPIES[lm.model]
 
 
 @torch.no_grad()
