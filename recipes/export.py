@@ -11,14 +11,14 @@ Used by `pocket.py`; nothing to run here.
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 
 def export(run, tokenizer, folder: Path) -> None:
     """A folder that transformers loads, with the encoder beside the model."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.cpu().bfloat16() for k, v in run.model.state_dict().items()}
-    model = LlamaForCausalLM(run.shape.config()).bfloat16()
+    model = AutoModelForCausalLM.from_config(run.shape.config()).bfloat16()
     model.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
     model.generation_config = GenerationConfig(do_sample=False, bos_token_id=0, eos_token_id=1)
     model.save_pretrained(folder)

@@ -1,9 +1,11 @@
-"""The training-time twin of transformers' LlamaForCausalLM: same arithmetic, same tensor names.
+"""The training-time twin of transformers' Llama and OLMo 2: same arithmetic, same tensor names.
 
 Notable:
 - parameter names are those of transformers, so `state_dict()` is the checkpoint it loads;
 - it takes input vectors (B, S, D), never token ids, and returns hidden states: passages are
   encoded and decoded by calling it twice;
+- Llama normalises what each part of a layer reads (norm "before"), OLMo 2 what it adds to the
+  stream, and queries and keys as well (norm "after");
 - nothing but linear maps, norms, rotary positions and causal attention, so that torch.compile
   fuses it well on a CPU.
 
@@ -19,7 +21,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Shape:
-    """The architecture, in the words of a transformers Llama config."""
+    """The architecture, in the words of a transformers config; `norm` is 'before' or 'after'."""
 
     vocab_size: int = 2048
     hidden_size: int = 384
@@ -29,14 +31,16 @@ class Shape:
     max_position_embeddings: int = 512
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    norm: str = "before"
 
     def config(self):
-        """The same shape as a transformers LlamaConfig."""
-        from transformers import LlamaConfig
+        """The same shape as a transformers configuration: LlamaConfig or Olmo2Config."""
+        from transformers import LlamaConfig, Olmo2Config
 
         fields = asdict(self)
         theta = fields.pop("rope_theta")
-        return LlamaConfig(
+        kind = Olmo2Config if fields.pop("norm") == "after" else LlamaConfig
+        return kind(
             **fields,
             num_key_value_heads=self.num_attention_heads,
             rope_parameters={"rope_type": "default", "rope_theta": theta},
@@ -85,13 +89,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        if shape.norm == "after":
+            self.q_norm = Norm(width, shape.rms_norm_eps)
+            self.k_norm = Norm(width, shape.rms_norm_eps)
 
     def forward(self, x, cos, sin):
         B, S, D = x.shape
-        q, k, v = (
-            proj(x).view(B, S, self.heads, D // self.heads).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, S, self.heads, D // self.heads).transpose(1, 2) for t in (q, k, v))
         # Written out: the CPU flash kernel's backward costs 8 times as much at S = 40.
         q = rotate(q, cos, sin, (D // self.heads) ** -0.5)
         scores = q @ rotate(k, cos, sin, 1.0).transpose(-1, -2)
@@ -129,13 +136,29 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class LayerNormAfter(nn.Module):
+    """Attention and MLP, each added to the stream behind a norm."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape)
+        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_feedforward_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, x, cos, sin):
+        x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
 class Trunk(nn.Module):
     """What transformers keeps under `model.`: embedding, layers, final norm."""
 
     def __init__(self, shape: Shape):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        kind = LayerNormAfter if shape.norm == "after" else Layer
+        self.layers = nn.ModuleList(kind(shape) for _ in range(shape.num_hidden_layers))
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from conftest import QUICK, build, passages, tiny
+from memvec import MemVectors, cram
 from memvec.big import layers_of, recomputed, saved_bytes
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
@@ -96,6 +97,27 @@ def test_a_device_map_loads_the_same_model(folder):
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(lm.own_logits(ids), again.own_logits(ids))
     assert lm.fingerprint.matches(again.fingerprint)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_few_bits_cram_and_come_back(folder, tmp_path, bits, dtype):
+    """Batched, stored, read again with the same weights; another model's weights are refused."""
+    pytest.importorskip("torchao")
+    plain = load_lm(str(folder), dtype=dtype)
+    lm = load_lm(str(folder), dtype=dtype, quantize=bits)
+    ids = torch.tensor([[3, 4, 5]])
+    assert not torch.equal(lm.own_logits(ids), plain.own_logits(ids))
+    together = list(Engine(lm, QUICK, vectors=2, seats=3).run(passages(2, 3, 4)))
+    alone = list(Engine(lm, QUICK, vectors=2, seats=1).run(passages(2, 3, 4)))
+    assert all(outcome.exact for outcome in (*together, *alone))
+    mem = cram(lm, "ab", vectors=4, recipe=QUICK)
+    path = mem.save(tmp_path / "few.mem")
+    again = load_lm(str(folder), dtype=dtype, quantize=bits)
+    assert MemVectors.load(path).documents(again) == [b"ab"]
+    with pytest.raises(MemvecError, match="were made for"):
+        MemVectors.load(path).documents(plain)
 
 
 # ---------------------------------------------------------------------- the estimate

@@ -360,7 +360,7 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
     with display.progress("it") as show:
         show(replace(BUSY, stage="measuring"))
         now[0] = 9.0
-        show(replace(BUSY, memory="2 seats: 1 GiB.", done=20))  # 20 of an earlier run
+        show(replace(BUSY, expected="2 seats: 1 GiB.", done=20))  # 20 of an earlier run
         assert capsys.readouterr().err == "2 seats: 1 GiB.\n"
         now[0] = 19.5
         show(BUSY)

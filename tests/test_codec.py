@@ -14,9 +14,10 @@ import torch
 
 from conftest import QUICK, reader, tiny
 from memvec import codec
-from memvec.codec import Status
+from memvec.codec import Status, cram, decode
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
@@ -226,6 +227,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from memvec import codec
+from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.journal import Journal
 from memvec.lm import load_lm
@@ -344,3 +346,41 @@ def test_documents_may_be_made_beforehand():
 
 def test_nothing_is_certified_where_nothing_is_finished():
     assert list(certify_module.certify(tiny(), [], "vectors", storage_of("float32"))) == []
+
+
+def test_a_text_alone_is_one_text():
+    lm = reader()
+    assert decode(cram(lm, "abc", recipe=QUICK, vectors=2), lm) == ["abc"]
+    assert decode(cram(lm, b"abc", recipe=QUICK, vectors=2), lm) == ["abc"]
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
+    told = []
+    work = codec.Cramming(
+        reader(),
+        [Document.of(reader(), "abcdef")],
+        2,
+        3,
+        QUICK,
+        2,
+        storage_of("float32"),
+        on_status=told.append,
+        workers=object() if workers else None,
+    )
+    work.sit([Passage((1, 2, 3)), Passage((4, 5, 6))])
+    said = told[-1].expected
+    assert said.startswith("2 seats of up to 3 tokens: about ")
+    assert ("A step takes about" in said) is not workers
+    assert work.engine.steps == 0
+
+
+def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
+    engine = Engine(reader(), QUICK)
+    assert engine.trial(4, 2) > 0
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine.fast, "states", full)
+    assert engine.trial(4, 2) == 0.0

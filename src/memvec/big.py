@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from memvec.errors import MemvecError, did_you_mean
 
 Quantize = Literal["8bit", "4bit"]
+GROUP = 32  # neighbouring weights of a row that share a scale, in 4 bits
 
 
 def loading_options(
@@ -40,24 +41,31 @@ def loading_options(
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:
-    """Weights of linear layers in few bits; computation in `dtype`."""
+    """Weights of linear layers in few bits; computation in `dtype`.
+
+    Only the weights are rounded, never what flows between layers: a passage must not depend on what
+    else is in its batch. torchao does that everywhere; bitsandbytes where it alone is installed.
+    """
     import transformers
 
-    if importlib.util.find_spec("bitsandbytes") is None and importlib.util.find_spec("torchao"):
-        from torchao import quantization
+    if importlib.util.find_spec("torchao") is None:
+        for package in ("bitsandbytes", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                _need("torchao", f"quantize='{quantize}'")
+        if quantize == "8bit":
+            # Threshold 0: otherwise columns in which any token of the batch is an outlier are
+            # computed apart, and a token changes what the tokens before it predict.
+            return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
 
-        kinds = {
-            "8bit": quantization.Int8WeightOnlyConfig,
-            "4bit": quantization.Int4WeightOnlyConfig,
-        }
-        return transformers.TorchAoConfig(kinds[quantize]())
-    for package in ("bitsandbytes", "accelerate"):
-        _need(package, f"quantize='{quantize}'")
     if quantize == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
+    return transformers.TorchAoConfig(groups)
 
 
 def _need(package: str, option: str) -> None:

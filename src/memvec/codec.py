@@ -23,7 +23,7 @@ from memvec.cramming.start import ids_hash
 from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
-from memvec.estimate import estimate, facts_of, most_seats
+from memvec.estimate import duration, estimate, facts_of, most_seats
 from memvec.journal import Journal
 from memvec.lm import FrozenLM
 from memvec.onestep import OneStep, laid_out, laid_out_as
@@ -36,6 +36,7 @@ from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from memvec.workers import Batch, Crew, Workers
 
 FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps
+TRIAL = 8  # passages of the step that is timed before the start
 PROBED = 8  # passages on which an unknown model's bits per vector are estimated
 PROBE_STEPS = 200
 
@@ -50,12 +51,12 @@ class Status:
     vectors: int  # vectors finished
     split: int  # passages that did not fit and were halved
     engine: Progress | None = None
-    memory: str = ""  # what the seats are expected to take, once they are known
+    expected: str = ""  # memory and time that the seats will take, once they are known
 
 
 def cram(
     lm: FrozenLM,
-    texts: Sequence[str | bytes | Document],
+    texts: str | bytes | Document | Sequence[str | bytes | Document],
     *,
     vectors: int = 1,
     tokens: int | None = None,
@@ -69,6 +70,8 @@ def cram(
     on_status: Callable[[Status], None] | None = None,
 ) -> MemVectors:
     """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's seats.
+
+    A `str`, `bytes` or Document alone is one text.
 
     `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
     `storage` is how vectors are stored and certified (a name of memvec.storage.STORAGES).
@@ -85,6 +88,8 @@ def cram(
     MemvecError for bad input.
     """
     recipe = recipe or Recipe()
+    if isinstance(texts, str | bytes | Document):
+        texts = [texts]
     if not texts:
         raise MemvecError("there is no text to cram.")
     documents = [
@@ -195,7 +200,7 @@ class Cramming:
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}
         self.split = 0
-        self.stage, self.memory = "measuring", ""
+        self.stage, self.expected = "measuring", ""
         self._tell()
 
     def run(self, keep_text: bool) -> MemVectors:
@@ -213,14 +218,29 @@ class Cramming:
     def sit(self, passages: Sequence[Passage]) -> None:
         """As many seats as these passages allow, unless the caller said how many."""
         self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)), self.K)
+        if self.on_status is not None:
+            self.expected = self._expected(passages)
         self.stage = "cramming"
+        self._tell()
+
+    def _expected(self, passages: Sequence[Passage]) -> str:
+        """What the seats will take: memory from the configuration, time from a trial step.
+
+        How many steps a passage needs is what cramming finds out (`memvec plan` does, on a sample).
+        """
         seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
         facts = facts_of(self.lm, rounded=self.engine.fast is not self.lm)
-        expected = estimate(facts, seats=seats, tokens=longest, vectors=self.K)
-        self.memory = (
-            f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {expected.sentence()}."
+        memory = estimate(facts, seats=seats, tokens=longest, vectors=self.K)
+        found = f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {memory.sentence()}."
+        if self.workers is not None or self.layout == "one-step-shared":
+            return found
+        each = self.engine.trial(longest, min(seats, TRIAL)) * max(1.0, seats / TRIAL)
+        fills = sum(map(len, passages)) / longest / seats
+        ten = 10 * each * max(1.0, fills)
+        return (
+            f"{found} A step takes about {duration(each)}: every 10 steps that passages need on "
+            f"average, {duration(ten)} in all."
         )
-        self._tell()
 
     def cram(self, passages: Iterable[Passage]) -> None:
         """Passages to outcomes in `done`, halved where they do not fit."""
@@ -414,7 +434,7 @@ class Cramming:
             done = sum(len(o.passage) for o in self.done.values())
             vectors = self.K * len(self.done)
             self.on_status(
-                Status(self.stage, self.total, done, vectors, self.split, progress, self.memory)
+                Status(self.stage, self.total, done, vectors, self.split, progress, self.expected)
             )
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from memvec.capacity.statistics import Mean
 from memvec.codec import Status
+from memvec.estimate import duration
 from memvec.plan import Plan
 from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
@@ -48,10 +49,10 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
     )
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task(title, total=None)
-        say_memory = _once()
+        say_expected = _once()
 
         def show(status: Status) -> None:
-            say_memory(status.memory)
+            say_expected(status.expected)
             bars.update(task, description=_line(status), completed=status.done, total=status.tokens)
 
         yield show
@@ -60,11 +61,11 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
 def _plain(title: str) -> Callable[[Status], None]:
     last, before = time.monotonic(), 0
     began: float | None = None
-    say_memory = _once()
+    say_expected = _once()
 
     def show(status: Status) -> None:
         nonlocal last, began, before
-        say_memory(status.memory)
+        say_expected(status.expected)
         if began is None and status.stage == "cramming":  # before it, other work
             began, before = time.monotonic(), status.done
         now = time.monotonic()
@@ -125,8 +126,8 @@ def planned(found: Plan, file: str, storage: str) -> None:
     table.add_row("vectors", _range(found.vectors, 0))
     table.add_row("bytes of vectors", f"{_range(found.vector_bytes, 0)} in {storage}")
     t = found.seconds
-    low, high = (_duration(max(0.0, s)) for s in (t.low, t.high))
-    table.add_row("time", f"{_duration(t.mean)}, {low} to {high}")
+    low, high = (duration(max(0.0, s)) for s in (t.low, t.high))
+    table.add_row("time", f"{duration(t.mean)}, {low} to {high}")
     out.print(table)
 
 
@@ -134,14 +135,6 @@ def _range(found: Mean, digits: int) -> str:
     if math.isnan(found.low):
         return f"{found.mean:.{digits}f}"
     return f"{found.mean:.{digits}f}, {found.low:.{digits}f} to {found.high:.{digits}f}"
-
-
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "?"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def inspect(mem: MemVectors, file: str) -> None:

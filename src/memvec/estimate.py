@@ -9,6 +9,7 @@ passing parts (logits, gradients on their way) are not measured yet.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,14 @@ class Estimate:
         return self.weights + self.activations + self.logits + self.state
 
     def sentence(self) -> str:
-        """For people, in GiB."""
-        parts = (self.weights, self.activations, self.logits + self.state)
-        weights, activations, rest = (f"{part / 2**30:.1f}" for part in parts)
+        """For people, in GiB, or MiB where that is little."""
+        unit, name = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
+        digits = 1 if name == "GiB" else 0
+        parts = (self.total, self.weights, self.activations, self.logits + self.state)
+        total, weights, activations, rest = (f"{part / unit:.{digits}f}" for part in parts)
         return (
-            f"about {self.total / 2**30:.1f} GiB at the peak: weights {weights}, activations "
-            f"{activations}, logits and optimiser {rest}"
+            f"about {total} {name} at the peak: weights {weights}, activations {activations}, "
+            f"logits and optimiser {rest}"
         )
 
 
@@ -156,3 +159,12 @@ def most_seats(f: Facts, *, free: float, tokens: int, vectors: int = 1, **option
 def seconds(f: Facts, *, tokens: float, steps: float, flops: float) -> float:
     """Time of `steps` steps over `tokens` tokens in all, at `flops` operations per second."""
     return OPERATIONS * f.parameters * tokens * steps / flops
+
+
+def duration(seconds: float) -> str:
+    """For people: seconds, minutes or hours."""
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

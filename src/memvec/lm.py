@@ -18,6 +18,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,8 +375,6 @@ def load_lm(
     Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
     a causal LM that cannot be served exactly.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     if dtype not in ("auto", *DTYPES):
         raise MemvecError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
     if device == "auto":
@@ -390,10 +389,13 @@ def load_lm(
         dtype = "float32" if where.type == "cpu" else "bfloat16"
     if where.type == "cpu":
         keep_freed_memory()
-    big = loading_options(device_map, quantize, DTYPES[dtype])
+    with _quiet():
+        big = loading_options(device_map, quantize, DTYPES[dtype])
     local = _local_folder(name)
     source = str(local) if local is not None else name
     with _loading(name), _quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
         config = AutoConfig.from_pretrained(source, revision=revision)
         _refuse_other_tasks(name, config)
         kernel = {"attn_implementation": attention} if attention else {}
@@ -502,19 +504,22 @@ def _answering(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no load report while weights load; put back afterwards."""
-    from transformers.utils import logging
+    """No progress bars and no remarks while weights load; all put back afterwards.
 
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    What is wrong is raised. The remarks are those of packages that transformers imports because
+    they are there (torchao, on kernels for other machines), and its report on weights.
+    """
+    from transformers.utils import logging as reports
+
+    bars, disabled = reports.is_progress_bar_enabled(), logging.root.manager.disable
+    reports.disable_progress_bar()
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logging.disable(disabled)
         if bars:
-            logging.enable_progress_bar()
+            reports.enable_progress_bar()
 
 
 def _context_length(config: Any) -> int | None:

@@ -171,6 +171,28 @@ class Engine:
             return None
         return self.lm.context - self.K - (self.start_rule == "bos")
 
+    def trial(self, tokens: int, seats: int) -> float:
+        """Seconds of a step of `seats` passages of `tokens` tokens: one is made, and dropped.
+
+        0 if memory runs out for it: then the run itself will find out how much fits.
+        """
+        vectors = torch.zeros(seats, self.K, self.lm.width, device=self.lm.device)
+        ids = torch.zeros(seats, tokens, dtype=torch.long, device=self.lm.device)
+
+        def once() -> None:
+            inputs = vectors.requires_grad_()
+            with torch.enable_grad():
+                states = self.fast.states(inputs, ids, self.start_rule)
+            found = score(self.fast.head, states, ids[:, self.given :], self.recipe)
+            torch.autograd.grad(states, inputs, found.gradient)[0].sum().item()  # waits for it
+
+        if not self._fits(once):  # the first one also warms up
+            forget_freed_memory()
+            return 0.0
+        began = time.perf_counter()
+        self._fits(once)
+        return time.perf_counter() - began
+
     def run(self, passages: Iterable[Passage] = ()) -> Iterator[Outcome]:
         """Cram everything that waits; yields each outcome as soon as it is certified.
 

@@ -1,0 +1,267 @@
+"""What shapes capacity: small models at equal training compute, crammed while they are trained.
+
+    python recipes/shapes.py                        # all of shapes.toml
+    python recipes/shapes.py --only base deep       # some
+    python recipes/shapes.py --table                # what is measured so far
+
+Notable:
+- any family of transformers, from its configuration; every model gets the same floating-point
+  operations (6 x parameters x tokens), not the same steps;
+- crammed before training, at a tenth and three tenths of it and at its end, on the same held-out
+  passages: how far ordinary training takes capacity away, and what gives it back;
+- the memory task is that of `pocket.py` with one vector: a passage is read into an input vector by
+  the model itself and given back from it.
+
+Writes shapes.jsonl and shapes.md into --work; a model that is measured is not trained again.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import pocket  # first: it sets the environment that libraries read when they load
+from corpus import generator, ordinary_batch, passage_batch, prepare
+from evaluate import horizon
+
+MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # share of the training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model of the table; what the fields mean is said in shapes.toml."""
+
+    family: str
+    flops: float
+    tokens_per_step: int
+    context: int
+    lr: float
+    warmup: int
+    bos_share: float
+    copy_share: float
+    memory_from: float
+    seed: int
+    config: dict = field(default_factory=dict)
+
+
+def read(path: Path) -> dict[str, Plan]:
+    """Every model's plan, what it leaves out taken from [base]."""
+    tables = tomllib.loads(path.read_text())
+    base = tables["base"]
+    plans = {}
+    for name, table in tables.items():
+        own = table.get("config", {})
+        # another family has other words for the same things
+        config = own if table.get("family", "OLMo").startswith(("GPT2", "OPT")) else {}
+        config = (
+            {"vocab_size": base["config"]["vocab_size"], **config}
+            if config
+            else base["config"] | own
+        )
+        try:
+            plans[name] = Plan(**{**base, **table, "config": config})
+        except TypeError as error:
+            raise SystemExit(f"{path.name}: [{name}]: {error}") from None
+    return plans
+
+
+class Trained(nn.Module):
+    """A model of transformers and, for the memory task, what reads a vector off it."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        import transformers
+
+        torch.manual_seed(plan.seed)
+        config = getattr(transformers, plan.family)(
+            **plan.config, bos_token_id=0, eos_token_id=1, pad_token_id=None
+        )
+        self.lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        width = self.lm.get_input_embeddings().embedding_dim
+        self.summary = nn.Parameter(0.05 * torch.randn(1, 1, width))
+        self.map = nn.Linear(width, width)
+        nn.init.zeros_(self.map.bias)
+        with torch.no_grad():
+            self.map.weight.copy_(0.1 * torch.eye(width))
+
+    def text_loss(self, ids):
+        """Mean cross-entropy in nats of crops ids (B, T)."""
+        logits = self.lm(ids[:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def memory_loss(self, ids, noise: float, rng):
+        """Passages ids (B, T) through one vector and back: mean loss, share of tokens right."""
+        embedded = self.lm.get_input_embeddings()(ids)
+        read = torch.cat((embedded, self.summary.to(embedded).expand(len(ids), 1, -1)), dim=1)
+        vectors = self.map(self.lm.base_model(inputs_embeds=read)[0][:, -1:])
+        rms = vectors.detach().float().pow(2).mean().sqrt()
+        vectors = vectors + noise * rms * torch.randn(vectors.shape, generator=rng)
+        inputs = torch.cat((vectors.to(embedded), embedded[:, :-1]), dim=1)
+        logits = self.lm(inputs_embeds=inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+        return loss, (logits.detach().argmax(-1) == ids).float().mean().item()
+
+
+def crops_of(stream, plan: Plan, tokens: int, rng) -> torch.Tensor:
+    """Ordinary crops (B, context), as the plan wants them."""
+    crops = ordinary_batch(stream, tokens, plan.context, rng)
+    if plan.bos_share == 0:
+        begins = crops[:, 0] == 0
+        crops[begins, :-1] = crops[begins, 1:].clone()  # its last token stands there twice
+    copied = torch.rand(len(crops), generator=rng) < plan.copy_share
+    half = plan.context // 2
+    crops[copied, half : 2 * half] = crops[copied, :half]
+    return crops
+
+
+@torch.no_grad()
+def valid_loss(trained: Trained, stream) -> float:
+    """Nats per token on fixed crops of held-out text, 128 tokens each."""
+    ids = ordinary_batch(stream, 64 * 128, 128, generator(0, "valid", 0))
+    return sum(trained.text_loss(part).item() for part in ids.split(16)) / 4
+
+
+def measure(trained: Trained, tokenizer, stream, args) -> dict:
+    """Valid loss and the horizon of one vector, as the model is now."""
+    from memvec import load_lm
+    from memvec.cramming.recipe import Recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        trained.lm.save_pretrained(folder)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+        ).save_pretrained(folder)
+        lm = load_lm(folder, device="cpu", dtype="float32")
+        recipe = Recipe.of(steps=args.cram_steps, start="noise")
+        row = horizon(lm, stream, 1, 64, args.passages, recipe)
+    return {
+        "valid": round(valid_loss(trained, stream), 4),
+        "width": lm.width,
+        "horizon": row["tokens_per_vector"],
+        "bits": row["bits_per_vector"],
+        "bits_per_dimension": [round(b / lm.width, 3) for b in row["bits_per_vector"]],
+    }
+
+
+def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
+    """Train one model, and measure it on the way."""
+    trained = Trained(plan)
+    N = sum(p.numel() for p in trained.lm.parameters())
+    steps = max(10, round(plan.flops * args.scale / (6 * N) / plan.tokens_per_step))
+    opt = torch.optim.AdamW(
+        trained.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    began, tokens, target, accuracy, rows = time.monotonic(), 0, 7.0, 0.0, []
+    stops = {round(share * steps): share for share in MEASURED_AT}
+    for step in range(steps + 1):
+        if step in stops:
+            row = {"model": name, "step": step, "of": steps, "share": stops[step], "tokens": tokens}
+            row |= {"parameters": N, "n": args.passages, "cram_steps": args.cram_steps}
+            row |= measure(trained, tokenizer, streams["valid"], args)
+            row |= {"encoder_length": round(target, 1), "encoder_accuracy": round(accuracy, 3)}
+            rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
+            print(json.dumps(rows[-1]), flush=True)
+        if step == steps:
+            break
+        rate = plan.lr * min((step + 1) / plan.warmup, 1.0, (steps - step) / (0.2 * steps))
+        for group in opt.param_groups:
+            group["lr"] = rate
+        memory = step >= plan.memory_from * steps
+        budget = plan.tokens_per_step // (2 if memory else 1)
+        crops = crops_of(streams["train"], plan, budget, generator(plan.seed, "text", step))
+        with torch.autocast("cpu", torch.bfloat16):
+            trained.text_loss(crops).backward()
+        tokens += crops.numel()
+        if memory:
+            rng = generator(plan.seed, "memory", step)
+            share = 0.5 + 2.5 * float(torch.rand((), generator=rng))
+            T = min(max(round(share * target), 4), 64)
+            # encoder and decoder each go over the passage
+            ids, _ = passage_batch(
+                streams["train"], max(1, budget // (2 * T + 2)), T, 0.1, 2048, rng
+            )
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, right = trained.memory_loss(ids, 0.04, rng)
+            loss.backward()
+            if share > 0.8 and right > 0.88:
+                target = min(target * 1.02, 64.0)
+            elif share < 1.2 and right < 0.7:
+                target = max(target / 1.02, 4.0)
+            if 0.8 < share < 1.2:
+                accuracy += 0.2 * (right - accuracy)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """One line per model: horizons and bits per dimension on the way, loss at the end."""
+    shares = [f"{share:.0%}" for share in MEASURED_AT]
+    lines = [
+        "| model | parameters | D | tokens read | valid loss | "
+        + " | ".join(f"tokens held at {share}" for share in shares)
+        + " | bits per dimension |",
+        "|---|---|---|---|---|" + "---|" * (len(shares) + 1),
+    ]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = sorted((r for r in rows if r["model"] == name), key=lambda r: r["share"])
+        last = own[-1]
+        held = " | ".join(f"{r['horizon'][0]:.1f}" for r in own[:-1])
+        lines.append(
+            f"| {name} | {last['parameters'] / 1e6:.1f} M | {last['width']} "
+            f"| {last['tokens'] / 1e6:.2f} M | {last['valid']:.2f} | {held} "
+            + "| {:.1f} [{:.1f}, {:.1f}] ".format(*last["horizon"])
+            + "| {:.2f} [{:.2f}, {:.2f}] |".format(*last["bits_per_dimension"])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    """Train and measure what the command line asks for."""
+    root = Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--spec", type=Path, default=Path(__file__).with_suffix(".toml"))
+    parser.add_argument("--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet")
+    parser.add_argument("--work", type=Path, default=root / ".runs/shapes")
+    parser.add_argument("--only", nargs="*", help="names of models; default: all")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the training compute")
+    parser.add_argument("--passages", type=int, default=16)
+    parser.add_argument("--cram-steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--table", action="store_true", help="print what is measured, train nothing"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    plans = read(args.spec)
+    names = args.only or list(plans)
+    if unknown := set(names) - plans.keys():
+        raise SystemExit(f"--only {min(unknown)}: {args.spec.name} has {', '.join(plans)}")
+    tokenizer, streams = prepare(args.corpus, args.work, 2048)
+    done = args.work / "shapes.jsonl"
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    measured = {row["model"] for row in rows}
+    for name in [] if args.table else names:
+        if name not in measured:
+            rows += (found := run(name, plans[name], tokenizer, streams, args))
+            with done.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in found))
+    (args.work / "shapes.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    pocket.in_environment()
+    main()
