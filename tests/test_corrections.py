@@ -192,4 +192,4 @@ def test_on_the_command_line(command, folder, tmp_path, monkeypatch):
     shown = command("inspect", "letter.mem").out.decode()
     assert f"{seen['corrections']} tokens listed, {seen['correction_bytes']} bytes" in shown
     sentence = command("cram", "letter.txt", *options, "--corrections", -1, "--force").sentence
-    assert "--corrections must be at least 0" in sentence
+    assert "the recipe's corrections must be at least 0" in sentence

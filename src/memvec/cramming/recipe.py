@@ -92,15 +92,19 @@ class Recipe:
         for item in fields(self):
             value, allowed = getattr(self, item.name), _CHOICES.get(item.name)
             if allowed and value not in allowed:
-                hint = did_you_mean(str(value), allowed)
-                raise MemvecError(f"--{_flag(item.name)} cannot be '{value}': {hint}")
+                choices = ", ".join(allowed)
+                raise MemvecError(
+                    f"the recipe's {item.name} cannot be '{value}': it is one of {choices}."
+                )
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if not value >= least or value == float("inf"):
-                raise MemvecError(f"--{_flag(name)} must be at least {least:g}, not {value}.")
+                raise MemvecError(f"the recipe's {name} must be at least {least:g}, not {value}.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise MemvecError(f"--{name} must be in [0, 1), not {getattr(self, name)}.")
+                raise MemvecError(
+                    f"the recipe's {name} must be in [0, 1), not {getattr(self, name)}."
+                )
 
     @classmethod
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:
@@ -161,15 +165,11 @@ _LEAST: dict[str, float] = {
 }
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _convert(name: str, value: Any, kind: type) -> Any:
     try:
         return kind(value)
     except (TypeError, ValueError):
-        raise MemvecError(f"--{_flag(name)} must be {kind.__name__}, not '{value}'.") from None
+        raise MemvecError(f"the recipe's {name} must be {kind.__name__}, not '{value}'.") from None
 
 
 # Published recipes, to the letter except that the vectors kept are the measured ones and nothing is

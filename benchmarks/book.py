@@ -1,0 +1,78 @@
+"""Memory of `memvec cram` over a long text: the peak of the process for a short and a long part.
+
+    python benchmarks/book.py --quick                      # of examples/harbour.txt
+    python benchmarks/book.py --text book.txt --bytes 20000 320000
+
+Each part is crammed by the command in a process of its own, at the same number of seats, decoded,
+and compared byte for byte. RESULT peak_ratio is the peak of the longest part over that of the
+shortest; text_ratio how many times as long the text is.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import arguments, report
+from memvec.vectors import MemVectors
+from texts import PROSE
+
+
+def crammed(text: bytes, model: str, seats: int) -> dict[str, Any]:
+    """Cram and decode in processes of their own; what the first one took at its peak.
+
+    The peak is that of the largest child so far, so parts are to be given in rising order.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "text.txt"), Path(folder, "text.mem")
+        source.write_bytes(text)
+        memvec = [sys.executable, "-c", "from memvec.cli import main; main()"]
+        options = ["--model", model, "--seats", str(seats), "--output", str(target)]
+        began = time.perf_counter()
+        subprocess.run([*memvec, "cram", str(source), *options], check=True, capture_output=True)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        decode = [*memvec, "decode", str(target), "--model", model]
+        found = subprocess.run(decode, check=True, capture_output=True).stdout
+        mem = MemVectors.load(target)
+    if found != text:
+        raise SystemExit(f"{len(text)} bytes did not come back.")
+    return {
+        "bytes": len(text),
+        "tokens": sum(p.tokens for p in mem.passages),
+        "passages": len(mem.passages),
+        "vector_bytes": mem.vectors.numel() * 4,
+        "seconds": seconds,
+        "peak_mib": peak / 1024,
+    }
+
+
+def main() -> None:
+    """Parts from the start of the text, shortest first."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--text", type=Path, default=PROSE)
+    parser.add_argument("--bytes", type=int, nargs="+", default=[2000, 10_000])
+    parser.add_argument("--seats", type=int, default=16)
+    options = parser.parse_args()
+    whole = options.text.read_text(encoding="utf-8")
+    sizes = [1000, 4000] if options.quick else sorted(options.bytes)
+    if len(sizes) < 2:
+        parser.error("--bytes takes at least two sizes.")
+    rows = [crammed(whole[:size].encode(), options.model, options.seats) for size in sizes]
+    first, last = rows[0], rows[-1]
+    report(
+        "book",
+        rows,
+        options,
+        peak_ratio=last["peak_mib"] / first["peak_mib"],
+        text_ratio=last["bytes"] / first["bytes"],
+    )
+
+
+if __name__ == "__main__":
+    main()
