@@ -29,7 +29,7 @@ import pocket  # first: it sets the environment that libraries read when they lo
 from corpus import prepare
 from evaluate import horizon
 from export import export
-from llama import Shape
+from decoder import Shape
 
 FIELDS = {f.name for kind in (pocket.Recipe, Shape) for f in dataclasses.fields(kind)}
 SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")

@@ -59,7 +59,7 @@ from torch import nn  # noqa: E402
 
 from corpus import generator, ordinary_batch, passage_batch, prepare  # noqa: E402
 from export import export  # noqa: E402
-from llama import Llama, Shape  # noqa: E402
+from decoder import Decoder, Shape  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
         with torch.no_grad():
             self.map.weight.copy_(0.1 * torch.eye(width))
 
-    def forward(self, model: Llama, embedded, K: int):
+    def forward(self, model: Decoder, embedded, K: int):
         """embedded (B, T, D), T a multiple of K → [mem] vectors (B, K, D)."""
         B, T, D = embedded.shape
         parts = embedded.reshape(B * K, T // K, D)
@@ -132,19 +132,19 @@ class Encoder(nn.Module):
         return self.map(model(torch.cat((parts, summary), dim=1))[:, -1]).view(B, K, D)
 
 
-def embed(model: Llama, ids):
+def embed(model: Decoder, ids):
     """(B, T) → (B, T, D) in the dtype of the residual stream."""
     return F.embedding(ids, model.embedding).bfloat16()
 
 
-def text_loss(model: Llama, ids):
+def text_loss(model: Decoder, ids):
     """Mean cross-entropy, nats per token, of crops ids (B, T)."""
     hidden = model(embed(model, ids)[:, :-1])
     logits = F.linear(hidden, model.embedding)
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def memory_loss(model: Llama, encoder: Encoder, ids, K: int, noise: float, rng):
+def memory_loss(model: Decoder, encoder: Encoder, ids, K: int, noise: float, rng):
     """Passages ids (B, T) through K vectors and back: mean loss, right arg-maxes (B, T)."""
     embedded = embed(model, ids)
     vectors = encoder(model, embedded, K)
@@ -167,7 +167,7 @@ class Run:
     def __post_init__(self):
         torch.manual_seed(self.recipe.seed)
         # made on the CPU, so that a seed means the same weights everywhere
-        self.model = Llama(self.shape).to(self.device)
+        self.model = Decoder(self.shape).to(self.device)
         self.encoder = Encoder(self.shape.hidden_size).to(self.device)
         matrices = [p for p in self.model.model.layers.parameters() if p.dim() == 2]
         inside = {id(p) for p in matrices}

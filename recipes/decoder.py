@@ -162,7 +162,7 @@ class Trunk(nn.Module):
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """Input vectors (B, S, D) → last hidden states after the final norm (B, S, D)."""
 
     def __init__(self, shape: Shape):
