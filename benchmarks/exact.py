@@ -35,7 +35,7 @@ from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
-POCKET_HORIZON = 45  # tokens, one vector, natural text, 400 steps (README)
+POCKET_HORIZON = 79  # tokens, one vector, natural text, 400 steps (README)
 PAPER = PRESETS["paper"]
 
 

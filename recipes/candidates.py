@@ -27,9 +27,9 @@ import torch
 
 import pocket  # first: it sets the environment that libraries read when they load
 from corpus import prepare
+from decoder import Shape
 from evaluate import horizon
 from export import export
-from decoder import Shape
 
 FIELDS = {f.name for kind in (pocket.Recipe, Shape) for f in dataclasses.fields(kind)}
 SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")
@@ -113,7 +113,7 @@ def measure(name: str, folder: Path, fields: dict, args, streams) -> list[dict]:
     recipe = Recipe.of(steps=args.cram_steps, start="noise")
     rows = []
     for K in args.vectors:
-        row = horizon(lm, streams["valid"], K, min(96 * K, 448), args.passages, recipe)
+        row = horizon(lm, streams["valid"], K, min(160 * K, 448), args.passages, recipe)
         rows.append(
             {
                 "candidate": name,

@@ -31,7 +31,7 @@ class Shape:
     max_position_embeddings: int = 512
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    norm: str = "before"
+    norm: str = "after"
 
     def config(self):
         """The same shape as a transformers configuration: LlamaConfig or Olmo2Config."""

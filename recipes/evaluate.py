@@ -155,7 +155,7 @@ def main():
                     yield one_pass(lm, stream, K, T, 128)
         if "horizon" in args.parts:
             for K in args.vectors:
-                yield horizon(lm, stream, K, min(96 * K, 448), args.passages, recipe)
+                yield horizon(lm, stream, K, min(160 * K, 448), args.passages, recipe)
 
     with (args.log or args.work / "evaluate.jsonl").open("a") as log:
         for row in rows():

@@ -1,4 +1,4 @@
-"""Make the built-in model `pocket`: a small Llama trained to give back what it was told.
+"""Make the built-in model `pocket`: a small OLMo 2 trained to give back what it was told.
 
 One command, from the repository root, on any machine with two cores:
 
@@ -58,17 +58,17 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from corpus import generator, ordinary_batch, passage_batch, prepare  # noqa: E402
-from export import export  # noqa: E402
 from decoder import Decoder, Shape  # noqa: E402
+from export import export  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Every choice of the training run; each field is a flag of the command line."""
 
-    trunk_steps: int = 350
+    trunk_steps: int = 200
     """Steps of ordinary text before the memory task begins."""
-    steps: int = 1600
+    steps: int = 1500
     """Steps in all, trunk and decay included."""
     decay_share: float = 0.2
     """Share of the steps, at the end, over which the learning rate goes to zero."""
@@ -96,7 +96,7 @@ class Recipe:
     shortest: float = 0.5
     longest: float = 1.4
     """Passage lengths are drawn between these multiples of the target ..."""
-    wide_from: int = 700
+    wide_from: int = 500
     longest_wide: float = 3.0
     """... and up to this one from this step on: long passages teach more, once short ones work."""
     noise: float = 0.04

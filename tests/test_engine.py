@@ -209,6 +209,25 @@ def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, 
     assert outcome.spent == 30 * (2 * growing.look_ahead + 1 + given)
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_long_passages_move_boldly_and_short_ones_once_they_are_stuck(after):
+    recipe = Recipe(look_ahead=2, narrow_after=after, margin=1e3, temperature=1.0)  # no progress
+    engine = Engine(tiny(), recipe, seats=2)
+    for passage in passages(12, 13, seed=15):
+        engine.push(passage)
+    engine._seat_waiting(2)
+    assert [len(job.passage) for job in engine.jobs] == [13, 12]
+    seen = []
+    for _ in range(5):
+        engine.step()
+        seen.append((engine.state["bold"].tolist(), engine.state["stage"].tolist()))
+    # The first step finds nothing right, which is more than nothing measured.
+    assert [bold[1] for bold, _ in seen] == [bool(after) and i >= 3 for i in range(5)]
+    assert all(bold[0] for bold, _ in seen)
+    # Only who moves boldly already has its stages halved when it is stuck.
+    assert seen[-1][1] == ([1, 2] if after else [2, 2])
+
+
 def test_patience_ends_a_hopeless_passage():
     lm, (passage,) = tiny(), passages(30, seed=12)
     (outcome,) = Engine(lm, Recipe(steps=5000, patience=3)).run([passage])

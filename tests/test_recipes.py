@@ -40,7 +40,7 @@ def test_what_is_trained_is_what_transformers_computes(norm, family):
 
 
 def test_every_small_model_can_be_made_and_trained():
-    """Its configuration is one, its losses have gradients, and passages may be as long as planned."""
+    """Its configuration is one, and both of its losses reach every parameter."""
     import shapes
 
     plans = shapes.read(FOLDER / "shapes.toml")

@@ -35,7 +35,8 @@ from memvec.storage import Storage, storage_of
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from memvec.workers import Batch, Crew, Workers
 
-FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps
+FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps.
+# A model's folder may know better (`fill` in memvec.json): an encoder makes short passages cheap.
 TRIAL = 8  # passages of the step that is timed before the start
 PROBED = 8  # passages on which an unknown model's bits per vector are estimated
 PROBE_STEPS = 200
@@ -297,7 +298,8 @@ class Cramming:
             )
         if self.tokens is not None:
             return Cutter(self.lm, tokens=self.tokens, most=most), least
-        share = FILL / 2 if self.layout == "one-step-shared" else FILL
+        share = float(self.lm.facts.get("fill", FILL))
+        share = share / 2 if self.layout == "one-step-shared" else share
         bits = share * self.K * self._bits_per_vector(most)
         return Cutter(self.lm, bits=bits, most=most), least
 

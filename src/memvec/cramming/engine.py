@@ -45,6 +45,7 @@ from memvec.precision import for_steps
 from memvec.storage import Storage, storage_of
 
 SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0
+LONG = 6  # first stages; longer passages are moved by large steps from the beginning
 COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 
 
@@ -312,7 +313,10 @@ class Engine:
         arrived = (leading >= s["length"]) & (s["length"] <= width)
         s["done"] |= arrived if self.fast is self.lm else self._confirmed(arrived)
         # ... say what counts now ...
-        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, s["stale"], recipe)
+        stale = torch.where(s["bold"], s["stale"], 0) if recipe.lr_stuck else s["stale"]
+        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, recipe)
+        if recipe.narrow_after:
+            s["bold"] |= s["stale"] >= recipe.narrow_after
         counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)
         weight = weights(column < counted[:, None], margin, s["margin"], recipe)
         s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
@@ -326,7 +330,7 @@ class Engine:
         (gradient,) = torch.autograd.grad(states, parameters, slope)
         parameters = parameters.detach()
         optimizer_state = {name[4:]: t for name, t in s.items() if name.startswith("opt.")}
-        self.optimizer.step(parameters, gradient, optimizer_state, moving)
+        self.optimizer.step(parameters, gradient, optimizer_state, moving, s["bold"])
         s["parameters"] = parameters
         # A passage pays for what counts for it, as if it were alone: not for its neighbours' width.
         given = self.lm.inputs_before(self.K, self.start_rule)
@@ -423,6 +427,8 @@ class Engine:
             "spent": torch.tensor([job.spent for job in jobs], device=device),
             "done": flag.clone(),
             "failed": flag.clone(),
+            # Moved by large steps: a passage that is stuck, or longer than small ones lead to.
+            "bold": length > LONG * self.recipe.look_ahead * self.K,
             "stopped": flag.clone(),
         }
         return state | {f"opt.{k}": t for k, t in self.optimizer.fresh(parameters).items()}

@@ -52,6 +52,12 @@ class Recipe:
     dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")
     optimizer: OptimizerName = _says("adam", "how it is moved")
     lr: float = _says(0.2, "learning rate")
+    lr_stuck: float = _says(
+        12.8,
+        "learning rate of a passage from its first `narrow_after` steps without progress on, and "
+        "of long ones (6 look-aheads) throughout: what a small vector cannot hold, a large one "
+        "may; 0: lr for all",
+    )
     warmup: int = _says(0, "moves over which the learning rate rises from 0")
     decay: int = _says(0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays")
     lr_end: float = _says(1e-3, "learning rate after `decay` moves")
@@ -153,6 +159,7 @@ _LEAST: dict[str, float] = {
     "narrow_after": 0,
     "dimensions": 1,
     "lr": 1e-9,
+    "lr_stuck": 0.0,
     "warmup": 0,
     "decay": 0,
     "lr_end": 0.0,
@@ -188,6 +195,7 @@ _PROGRESSIVE = Recipe(
     narrow_after=0,
     optimizer="adamw",
     lr=0.5,
+    lr_stuck=0.0,
     warmup=100,
     decay=10_000,
     lr_end=1e-3,
@@ -216,6 +224,7 @@ PRESETS: dict[str, Recipe] = {
         schedule="whole",
         optimizer="adamw",
         lr=0.01,
+        lr_stuck=0.0,
         beta1=0.9,
         beta1_rise=0.0,
         beta2=0.9,
@@ -234,6 +243,7 @@ PRESETS: dict[str, Recipe] = {
         schedule="whole",
         optimizer="adamw",
         lr=0.01,
+        lr_stuck=0.0,
         beta1=0.9,
         beta1_rise=0.0,
         beta2=0.9,
