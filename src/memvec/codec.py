@@ -236,6 +236,8 @@ class Cramming:
         if self.workers is not None or self.layout == "one-step-shared":
             return found
         each = self.engine.trial(longest, min(seats, TRIAL)) * max(1.0, seats / TRIAL)
+        if not each:  # too little memory even for that many seats
+            return found
         fills = sum(map(len, passages)) / longest / seats
         ten = 10 * each * max(1.0, fills)
         return (

@@ -129,8 +129,12 @@ class Engine:
         self.lm, self.K, self.seats = lm, vectors, seats
         self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.fast = for_steps(lm, self.recipe.compute)  # what steps are computed with
-        # As it was done, for the record.
-        self.recipe = replace(self.recipe, compute="model" if self.fast is lm else "bfloat16")
+        # As it was done, for the record. Large steps are for vectors that stand in front of tokens.
+        self.recipe = replace(
+            self.recipe,
+            compute="model" if self.fast is lm else "bfloat16",
+            lr_stuck=self.recipe.lr_stuck if lm.layout == "prefix" else 0.0,
+        )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress
         self.start_rule = resolve_start_rule(lm, self.recipe)
