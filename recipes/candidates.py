@@ -147,29 +147,40 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def arguments(description: str, program: Path) -> argparse.ArgumentParser:
+    """A parser with the flags of every program that trains the models of a .toml beside it."""
+    root = program.resolve().parents[1]
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--spec", type=Path, default=program.with_suffix(".toml"))
+    parser.add_argument("--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet")
+    parser.add_argument("--work", type=Path, default=root / ".runs" / program.stem)
+    parser.add_argument("--only", nargs="*", help="names of tables in --spec; default: all")
+    parser.add_argument("--passages", type=int, default=16)
+    return parser
+
+
+def asked(args, known) -> list[str]:
+    """The names that --only gives, or all; ends the program at one that --spec does not have."""
+    if unknown := set(args.only or ()) - set(known):
+        raise SystemExit(f"--only {min(unknown)}: {args.spec.name} has {', '.join(known)}")
+    return args.only or list(known)
+
+
 def main():
     """Train and measure what the command line asks for."""
-    root = Path(__file__).resolve().parents[1]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--spec", type=Path, default=Path(__file__).with_suffix(".toml"))
-    parser.add_argument("--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet")
-    parser.add_argument("--work", type=Path, default=root / ".runs/candidates")
-    parser.add_argument("--only", nargs="*", help="names of candidates; default: all")
+    parser = arguments(__doc__, Path(__file__))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=float, default=1.0, help="of the tokens of a step")
     parser.add_argument("--minutes", type=float, default=0.0, help="of training, each; 0: [base]")
     parser.add_argument("--measure-only", action="store_true")
-    parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--cram-steps", type=int, default=400)
     args = parser.parse_args()
 
     candidates = read(args.spec, args.scale)
-    names = args.only or list(candidates)
-    if unknown := set(names) - candidates.keys():
-        raise SystemExit(f"--only {min(unknown)}: {args.spec.name} has {', '.join(candidates)}")
+    names = asked(args, candidates)
     tokenizer, streams = prepare(args.corpus, args.work, Shape.vocab_size)
     for name in names:
         folder = args.work / name / "model"

@@ -15,7 +15,6 @@ Notable:
 Writes shapes.jsonl and shapes.md into --work; a model that is measured is not trained again.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -28,7 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import pocket  # first: it sets the environment that libraries read when they load
+import pocket
+from candidates import arguments, asked
 from corpus import generator, ordinary_batch, passage_batch, prepare
 from evaluate import horizon
 
@@ -59,13 +59,9 @@ def read(path: Path) -> dict[str, Plan]:
     plans = {}
     for name, table in tables.items():
         own = table.get("config", {})
-        # another family has other words for the same things
-        config = own if table.get("family", "OLMo").startswith(("GPT2", "OPT")) else {}
-        config = (
-            {"vocab_size": base["config"]["vocab_size"], **config}
-            if config
-            else base["config"] | own
-        )
+        config = base["config"] | own
+        if table.get("family", "").startswith(("GPT2", "OPT")):  # other words for the same things
+            config = {"vocab_size": base["config"]["vocab_size"], **own}
         try:
             plans[name] = Plan(**{**base, **table, "config": config})
         except TypeError as error:
@@ -86,11 +82,7 @@ class Trained(nn.Module):
         )
         self.lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         width = self.lm.get_input_embeddings().embedding_dim
-        self.summary = nn.Parameter(0.05 * torch.randn(1, 1, width))
-        self.map = nn.Linear(width, width)
-        nn.init.zeros_(self.map.bias)
-        with torch.no_grad():
-            self.map.weight.copy_(0.1 * torch.eye(width))
+        self.encoder = pocket.Encoder(width)
 
     def text_loss(self, ids):
         """Mean cross-entropy in nats of crops ids (B, T)."""
@@ -100,8 +92,7 @@ class Trained(nn.Module):
     def memory_loss(self, ids, noise: float, rng):
         """Passages ids (B, T) through one vector and back: mean loss, share of tokens right."""
         embedded = self.lm.get_input_embeddings()(ids)
-        read = torch.cat((embedded, self.summary.to(embedded).expand(len(ids), 1, -1)), dim=1)
-        vectors = self.map(self.lm.base_model(inputs_embeds=read)[0][:, -1:])
+        vectors = self.encoder(lambda x: self.lm.base_model(inputs_embeds=x)[0], embedded, K=1)
         rms = vectors.detach().float().pow(2).mean().sqrt()
         vectors = vectors + noise * rms * torch.randn(vectors.shape, generator=rng)
         inputs = torch.cat((vectors.to(embedded), embedded[:, :-1]), dim=1)
@@ -227,16 +218,8 @@ def table(rows: list[dict]) -> str:
 
 def main():
     """Train and measure what the command line asks for."""
-    root = Path(__file__).resolve().parents[1]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--spec", type=Path, default=Path(__file__).with_suffix(".toml"))
-    parser.add_argument("--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet")
-    parser.add_argument("--work", type=Path, default=root / ".runs/shapes")
-    parser.add_argument("--only", nargs="*", help="names of models; default: all")
+    parser = arguments(__doc__, Path(__file__))
     parser.add_argument("--scale", type=float, default=1.0, help="of the training compute")
-    parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--cram-steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -246,9 +229,7 @@ def main():
     torch.set_num_threads(args.threads)
 
     plans = read(args.spec)
-    names = args.only or list(plans)
-    if unknown := set(names) - plans.keys():
-        raise SystemExit(f"--only {min(unknown)}: {args.spec.name} has {', '.join(plans)}")
+    names = asked(args, plans)
     tokenizer, streams = prepare(args.corpus, args.work, 2048)
     done = args.work / "shapes.jsonl"
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []

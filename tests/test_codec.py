@@ -227,7 +227,6 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from memvec import codec
-from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.journal import Journal
 from memvec.lm import load_lm
