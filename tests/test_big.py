@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from memvec import MemVectors, cram
 from memvec.big import layers_of, recomputed, saved_bytes
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
-from memvec.estimate import estimate, facts_of_config, layer_bytes, most_seats, seconds
+from memvec.estimate import (
+    estimate,
+    facts_of_config,
+    kept_bytes,
+    layer_bytes,
+    most_seats,
+    seconds,
+)
 from memvec.lm import FrozenLM, load_lm
 
 LLAMA_8B = transformers.LlamaConfig(
@@ -123,41 +131,59 @@ def test_weights_in_few_bits_cram_and_come_back(folder, tmp_path, bits, dtype):
 # ---------------------------------------------------------------------- the estimate
 
 
-def sized(kind: str) -> transformers.PretrainedConfig:
+def sized(kind: str, layers: int = 6) -> transformers.PretrainedConfig:
     """Large enough for one part not to drown in another, small enough for a test."""
     common = {
         "vocab_size": 64,
         "hidden_size": 64,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
     }
+    gated = common | {"intermediate_size": 176, "num_key_value_heads": 2}
+    if kind == "gpt2":
+        return transformers.GPT2Config(**common)
+    if kind == "gpt-neox":
+        return transformers.GPTNeoXConfig(**common, intermediate_size=256)
     if kind == "llama":
-        return transformers.LlamaConfig(**common, intermediate_size=176, num_key_value_heads=2)
+        return transformers.LlamaConfig(**gated)
     if kind == "qwen2":
-        return transformers.Qwen2Config(**common, intermediate_size=224, num_key_value_heads=4)
-    return transformers.GPTNeoXConfig(**common, intermediate_size=256)
+        return transformers.Qwen2Config(**gated, layer_types=["full_attention"] * layers)
+    return {"olmo2": transformers.Olmo2Config, "qwen3": transformers.Qwen3Config}[kind](**gated)
+
+
+SIZED = ["llama", "qwen2", "qwen3", "olmo2", "gpt-neox", "gpt2"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt-neox"])
+@pytest.mark.parametrize("kind", SIZED)
 def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
     """The slope in layers: everything else is the same for a model of fewer layers."""
-    config, kept = sized(kind), {}
-    B, T = 4, 128
+    kept = {}
     for layers in (2, 6):
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = ["full_attention"] * layers
-        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-        inputs = torch.randn(B, T, config.hidden_size, dtype=dtype, requires_grad=True)
-        with saved_bytes() as count:
-            out = model.requires_grad_(False).base_model(inputs_embeds=inputs, use_cache=False)[0]
-        kept[layers] = count()
-        del out
-    measured = (kept[6] - kept[2]) / (4 * B * T)
-    facts = facts_of_config(config, torch.finfo(dtype).bits // 8)
-    assert layer_bytes(facts) == pytest.approx(measured, rel=0.15)
+        model = transformers.AutoModelForCausalLM.from_config(sized(kind, layers)).to(dtype).eval()
+        kept[layers] = kept_bytes(FrozenLM(model, name=kind))
+    facts = facts_of_config(sized(kind), torch.finfo(dtype).bits // 8)
+    assert layer_bytes(facts) == pytest.approx((kept[6] - kept[2]) / 4, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", SIZED)
+def test_a_step_takes_the_memory_that_was_estimated(kind, dtype, checkpointing, monkeypatch):
+    """Whole steps of an engine, by torch's own count, from the loaded model and its options."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from memory import peak_tensors
+    from peak import guesses, works
+
+    model = transformers.AutoModelForCausalLM.from_config(sized(kind)).to(dtype).eval()
+    lm = FrozenLM(model, name=kind, checkpointing=checkpointing)
+    step = works(lm, seats=8, T=96)["step"]
+    step()  # what the first one sets up is nobody's
+    assert guesses(lm, seats=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
 
 
 def test_parameters_are_added_up():
@@ -175,8 +201,9 @@ def test_8b_at_1568_tokens_fits_16_seats_in_80_gb_with_checkpointing_only():
     plain = estimate(facts, seats=16, tokens=1568)
     assert spared.total < 80e9 < plain.total
     assert spared.weights == pytest.approx(16.06e9, rel=0.01)
-    # By hand: 25,088 positions x (32 layer inputs of 8 KiB + one layer in full).
-    assert spared.activations > 25_088 * 32 * 8192
+    # By hand: 25,088 positions x (32 layer inputs of 8 KiB); on top, one layer in full.
+    assert spared.activations == 25_088 * 32 * 8192
+    assert spared.passing > 25_088 * layer_bytes(facts)
     free = 80e9 - spared.weights
     assert most_seats(facts, free=free, tokens=1568, checkpointing=True) >= 16
     assert most_seats(facts, free=free, tokens=1568) < 16

@@ -150,7 +150,13 @@ def default_seats(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
         free = torch.cuda.mem_get_info(lm.device)[0]
     else:
         free = _free_memory()
-    most = most_seats(facts_of(lm), free=free / 4, tokens=max(1, tokens), vectors=vectors)
+    most = most_seats(
+        facts_of(lm),
+        free=free / 4,
+        tokens=max(1, tokens),
+        vectors=vectors,
+        checkpointing=lm.checkpointing,
+    )
     return min(32, most)
 
 
@@ -230,8 +236,9 @@ class Cramming:
         How many steps a passage needs is what cramming finds out (`memvec plan` does, on a sample).
         """
         seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
-        facts = facts_of(self.lm, rounded=self.engine.fast is not self.lm)
-        memory = estimate(facts, seats=seats, tokens=longest, vectors=self.K)
+        sizes = {"seats": seats, "tokens": longest, "vectors": self.K}
+        facts = facts_of(self.lm, self.engine.fast)
+        memory = estimate(facts, **sizes, checkpointing=self.lm.checkpointing)
         found = f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {memory.sentence()}."
         if self.workers is not None or self.layout == "one-step-shared":
             return found

@@ -1,10 +1,13 @@
 """What a cram will take, from a model's configuration: memory part by part, and time.
 
-Activations are counted, not guessed: what autograd keeps of one token and layer of a transformer
-whose weights are frozen. A product with a frozen matrix keeps nothing; what stays are the inputs of
-the norms (in float32, as RMSNorm computes), queries, keys, values and output of attention, and the
-MLP up to its last matrix. A test holds the layers against what autograd keeps, within 15 %; the
-passing parts (logits, gradients on their way) are not measured yet.
+Activations are counted, not guessed: of a loaded model, what autograd really keeps of a token; of a
+configuration, what it keeps of one token and layer of a transformer whose weights are frozen. A
+product with a frozen matrix keeps nothing; what stays are the inputs of the norms (in float32, as
+RMSNorm computes), queries, keys, values and output of attention, and the MLP up to its last matrix.
+On top of what is kept stand first the logits, then the gradients on their way: never both.
+
+Bytes are those of tensors, which `benchmarks/peak.py` compares with what torch counts. A process on
+a CPU holds more than its tensors, by as much as its allocator keeps for the next step.
 """
 
 from __future__ import annotations
@@ -13,13 +16,23 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from memvec.big import saved_bytes
 from memvec.cramming.objective import CHUNK
 
 if TYPE_CHECKING:
     from memvec.lm import FrozenLM
 
 OPERATIONS = 4  # per parameter and forward-backward token: weights get no gradient
-LOGITS_COPIES = 4  # of a chunk of logits at once: divided, exponentiated, masked, the head's own
+LOGITS_COPIES = 3  # of a chunk of logits at once: the head's own, divided, exponentiated
+# MLPs whose activation transformers writes out: intermediate tensors that autograd keeps.
+WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
+BOTH_ENDS = ("gemma2", "gemma3", "gemma3_text")
+QUERIES_AND_KEYS = ("olmo2", "olmo3", "qwen3", "qwen3_moe", "gemma3", "gemma3_text")
+FUSED = ("gpt_neox",)  # queries, keys and values are one tensor, which the values hold on to
+MEASURED = (32, 96)  # tokens: what the longer one keeps beyond the shorter is kept per token
 STATE_COPIES = 8  # of a seat's vectors: parameters, best, gradient, moments and the update
 
 
@@ -37,32 +50,44 @@ class Facts:
     vocabulary: int
     width: int  # D
     number: int
-    rounded: bool = False  # a bfloat16 copy of the weights stands beside them (memvec.precision)
+    norms: int = 0  # channels of a layer's stream that pass through norms; RMSNorm's in float32
+    normed: int = 0  # channels of queries and keys that do
+    fused: bool = False
+    inside: int = 1  # tensors as wide as the MLP that its activation keeps
+    weights: float = 0.0  # bytes of them, as they are; 0: parameters x number
+    kept: float | None = None  # bytes that all layers keep of a token, where that was measured
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of each part at the peak of a step, and what they add up to."""
+    """Bytes of each part of a step, and what they add up to at its peak."""
 
     weights: float
-    activations: float
-    logits: float
-    state: float
+    activations: float  # kept from the forward pass to the backward pass
+    logits: float  # while they are scored
+    passing: float  # gradients on their way back, and a layer computed again
+    state: float  # what the seats hold
+
+    @property
+    def step(self) -> float:
+        """What a step needs on top of weights and seats: logits are gone when gradients move."""
+        return self.activations + max(self.logits, self.passing)
 
     @property
     def total(self) -> float:
-        """All parts together."""
-        return self.weights + self.activations + self.logits + self.state
+        """All parts at the peak."""
+        return self.weights + self.step + self.state
 
     def sentence(self) -> str:
         """For people, in GiB, or MiB where that is little."""
         unit, name = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
         digits = 1 if name == "GiB" else 0
-        parts = (self.total, self.weights, self.activations, self.logits + self.state)
-        total, weights, activations, rest = (f"{part / unit:.{digits}f}" for part in parts)
+        rest = self.total - self.weights - self.activations
+        parts = (self.total, self.weights, self.activations, rest)
+        total, weights, activations, more = (f"{part / unit:.{digits}f}" for part in parts)
         return (
             f"about {total} {name} at the peak: weights {weights}, activations {activations}, "
-            f"logits and optimiser {rest}"
+            f"logits or gradients, and optimiser {more}"
         )
 
 
@@ -84,8 +109,13 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     keys = first("num_key_value_heads", default=heads) * head
     inner = first("intermediate_size", "ffn_dim", "n_inner", "d_ff", default=4 * hidden)
     # SiLU is what gated MLPs use; GELU and ReLU stand in plain ones (Gemma's is the exception).
-    activation = str(getattr(c, "hidden_activation", None) or getattr(c, "hidden_act", ""))
-    gated = "silu" in activation or "gemma" in str(getattr(c, "model_type", ""))
+    kind = str(getattr(c, "model_type", ""))
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next((str(v) for n in names if (v := getattr(c, n, None))), "")
+    gated = "silu" in activation or "gemma" in kind
+    # Two norms a layer; four in models that also normalise behind; some normalise queries and keys.
+    norms = hidden * (4 if kind in BOTH_ENDS else 2)
+    normed = heads * head + keys if kind in QUERIES_AND_KEYS else 0
     vocabulary = first("vocab_size")
     if parameters is None:
         each = 2 * hidden * heads * head + 2 * hidden * keys + (2 + gated) * hidden * inner
@@ -102,26 +132,57 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
         vocabulary=vocabulary,
         width=first("word_embed_proj_dim", default=hidden),
         number=number,
+        norms=norms,
+        normed=normed,
+        fused=kind in FUSED,
+        inside=WRITTEN_OUT.get(activation, 1),
     )
 
 
-def facts_of(lm: FrozenLM, rounded: bool = False) -> Facts:
-    """Facts of a loaded model: its parameters and their dtype as they are.
+def facts_of(lm: FrozenLM, fast: FrozenLM | None = None) -> Facts:
+    """Facts of a loaded model: its weights as they are, and what it keeps of a token, measured.
 
-    `rounded` if steps are computed with a bfloat16 copy of them. Activations are counted as those
-    of the model itself all the same: an upper bound.
+    `fast` is the rounded copy that steps are computed with, if there is one (memvec.precision).
     """
-    parameters = float(sum(p.numel() for p in lm.model.parameters()))
-    facts = facts_of_config(lm.config, lm.dtype.itemsize, parameters)
-    return replace(facts, rounded=rounded)
+    steps = fast or lm
+    parameters = {id(p): p for model in (lm.model, steps.model) for p in model.parameters()}
+    own = float(sum(p.numel() for p in lm.model.parameters()))
+    facts = facts_of_config(lm.config, steps.dtype.itemsize, own)
+    weights = float(sum(map(_bytes, parameters.values())))
+    return replace(facts, weights=weights, kept=kept_bytes(steps))
+
+
+def _bytes(parameter: Tensor) -> int:
+    """Of one tensor; of its parts where it is made of some, as weights in few bits are."""
+    parts = getattr(parameter, "__tensor_flatten__", None)
+    if parts is None:
+        return parameter.nbytes
+    return sum(getattr(parameter, name).nbytes for name in parts()[0])
+
+
+def kept_bytes(lm: FrozenLM) -> float | None:
+    """Bytes that a model keeps of one token between forward and backward, as it is loaded.
+
+    None where vectors do not stand in front of tokens (one-step layouts).
+    """
+    if lm.layout != "prefix":
+        return None
+    found = []
+    for tokens in MEASURED:
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=lm.device)
+        vectors = torch.zeros(1, 1, lm.width, device=lm.device, requires_grad=True)
+        with torch.enable_grad(), saved_bytes() as kept:
+            lm.states(vectors, ids)
+        found.append(kept())
+    return (found[1] - found[0]) / (MEASURED[1] - MEASURED[0])
 
 
 def layer_bytes(f: Facts) -> float:
     """Bytes that one layer keeps of one token between forward and backward."""
-    norms = 2 * 4 * f.hidden if f.gated else 2 * f.number * f.hidden
-    # Queries and keys stay twice, before and after their rotation; values and the output once.
-    attention = f.number * (3 * f.attention + 3 * f.keys)
-    mlp = f.number * f.inner * (3 if f.gated else 1)
+    norms = (f.norms + f.normed) * (4 if f.gated else f.number)
+    # Queries and keys after their rotation, values, and the output of attention.
+    attention = f.number * ((2 + f.fused) * f.attention + 2 * f.keys)
+    mlp = f.number * f.inner * (2 * f.gated + f.inside)
     return float(norms + attention + mlp)
 
 
@@ -134,26 +195,32 @@ def estimate(
     """
     N = seats * (tokens + vectors - 1)
     each = layer_bytes(f)
-    kept = f.layers * each
-    if checkpointing:
-        kept = f.layers * f.number * f.hidden + each
-    # While a layer's gradient is formed, gradients of its MLP and of its input stand beside it.
-    passing = f.number * ((2 + f.gated) * f.inner + 2 * f.hidden)
-    ends = f.hidden * (4 + 3 * f.number)  # the last norm, its output, its gradient, the inputs
+    kept = f.layers * (f.number * f.hidden if checkpointing else each) if f.kept is None else f.kept
+    # The last norm, its output and their gradients; later the gradients of a layer's MLP and input,
+    # or of its keys, values and normed queries.
+    ends = f.hidden * (20 + 4 * f.number)
+    mlp = f.number * ((2 * f.gated + f.inside) * f.inner + 2 * f.hidden)
+    attention = f.number * 2 * f.keys + 8 * min(f.normed, f.attention)
+    back = max(mlp, attention) + each * checkpointing
     rows = min(N, max(1, CHUNK // max(1, f.vocabulary)))
+    states = 3 * N * f.hidden * f.number  # and their gradients
     return Estimate(
-        weights=f.parameters * (f.number + 2 * f.rounded),
-        activations=float(N * (kept + passing + ends)),
-        logits=rows * f.vocabulary * (4.0 * LOGITS_COPIES),
+        weights=f.weights or f.parameters * f.number,
+        activations=float(N * kept),
+        logits=rows * f.vocabulary * 4.0 * LOGITS_COPIES + states,
+        passing=float(N * max(back, ends)),
         state=float(STATE_COPIES * 4 * seats * vectors * f.width),
     )
 
 
-def most_seats(f: Facts, *, free: float, tokens: int, vectors: int = 1, **options: bool) -> int:
+def most_seats(
+    f: Facts, *, free: float, tokens: int, vectors: int = 1, checkpointing: bool = False
+) -> int:
     """Most seats whose peak, weights apart, stays in `free` bytes; at least 1."""
-    one = estimate(f, seats=1, tokens=tokens, vectors=vectors, **options)
-    each = one.activations + one.state
-    return max(1, int((free - one.logits) / each))
+    one = estimate(f, seats=1, tokens=tokens, vectors=vectors, checkpointing=checkpointing)
+    most = CHUNK * 4.0 * LOGITS_COPIES  # of logits, at any number of seats
+    each = one.activations + one.passing + one.state
+    return max(1, int((free - most) / each))
 
 
 def seconds(f: Facts, *, tokens: float, steps: float, flops: float) -> float:

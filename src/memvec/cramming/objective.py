@@ -129,8 +129,9 @@ def score(
     with torch.no_grad():
         V = head(flat[:1]).shape[-1]
     rows = max(1, CHUNK // V)
-    for at in range(0, B * T, rows):
-        here = slice(at, at + rows)
+
+    def chunk(here: slice) -> None:
+        # A function of its own, so that nothing of one chunk is alive during the next.
         with torch.enable_grad():
             part = flat[here].requires_grad_()
             logits = head(part).float()
@@ -143,4 +144,7 @@ def score(
                 (gradient[here],) = torch.autograd.grad(logits, part, slope)
         losses[here] = loss.detach()
         found[here] = margins
+
+    for at in range(0, B * T, rows):
+        chunk(slice(at, at + rows))
     return Score(losses.reshape(B, T), found.reshape(B, T), gradient.reshape(B, T, H))

@@ -1,0 +1,119 @@
+"""Is the estimate of memory right? Measured peak of a step, part by part, over what was estimated.
+
+    python benchmarks/peak.py --quick
+
+Three parts of one step at several shapes, each measured alone: the model's forward pass and the
+gradient back to the vectors (`activations`), losses and gradients at the states (`logits`), and the
+whole step of an engine whose seats stand already (`step`). Compared are bytes of tensors, as torch
+counts them; `process_MiB` is how far the process grew, which on a CPU is more, by what its
+allocator holds back for the next step. RESULT has the smallest and the largest ratio of measured to
+estimated bytes of a part, over all shapes, and the largest of process to tensors for whole steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from common import arguments, report
+from memory import peak_memory, peak_tensors
+from memvec.cramming.engine import Engine
+from memvec.cramming.objective import score
+from memvec.cramming.recipe import Recipe
+from memvec.estimate import estimate, facts_of
+from memvec.lm import FrozenLM, load_lm
+from models import random_model
+from step import passages
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+
+
+def engine_of(lm: FrozenLM, seats: int, T: int) -> Engine:
+    """An engine whose seats are taken by passages of T tokens, all of which count."""
+    recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute="model")
+    engine = Engine(lm, recipe, seats=seats)
+    for passage in passages(lm, seats, T):
+        engine.push(passage)
+    engine._seat_waiting(seats)
+    return engine
+
+
+def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], Any]]:
+    """The parts of a step, each to be measured alone."""
+    engine = engine_of(lm, seats, T)
+    ids, vectors = engine.state["ids"], engine.state["vectors"].clone().requires_grad_()
+    states = lm.states(vectors, ids, engine.start_rule).detach()
+
+    def forward_backward() -> None:
+        with torch.enable_grad():
+            found = lm.states(vectors, ids, engine.start_rule)
+        torch.autograd.grad(found, vectors, torch.ones_like(found))
+
+    return {
+        "activations": forward_backward,
+        "logits": lambda: score(lm.head, states, ids, engine.recipe),
+        "step": engine.step,
+    }
+
+
+def guesses(lm: FrozenLM, seats: int, T: int) -> dict[str, float]:
+    """What is estimated for each part, in bytes."""
+    sizes = {"seats": seats, "tokens": T}
+    guess = estimate(facts_of(lm), **sizes, checkpointing=lm.checkpointing)
+    return {
+        "activations": guess.activations + guess.passing,
+        "logits": guess.logits,
+        "step": guess.step,
+    }
+
+
+def main() -> None:
+    """Every shape, with and without checkpointing."""
+    parser = arguments(__doc__ or "")
+    options = parser.parse_args()
+    lms = {
+        "pocket": lambda checkpointing: load_lm(options.model, checkpointing=checkpointing),
+        "llama, V 32k": lambda c: spared(random_model("tiny-llama", vocab_size=32_768, **WIDE), c),
+        "pythia-160m": lambda c: spared(random_model("pythia-160m"), c),
+    }
+    shapes = [(16, 128), (32, 256)]
+    if options.quick:
+        lms.pop("pythia-160m")
+        shapes = shapes[:1]
+    rows = []
+    for name, load in lms.items():
+        for checkpointing in (False, True):
+            lm = load(checkpointing)
+            for seats, T in shapes:
+                guess = guesses(lm, seats, T)
+                for part, work in works(lm, seats, T).items():
+                    work()  # what the first one sets up is nobody's
+                    tensors, process = peak_tensors(work), peak_memory(work)
+                    rows.append(
+                        {
+                            "model": name,
+                            "checkpointing": checkpointing,
+                            "seats": seats,
+                            "tokens": T,
+                            "part": part,
+                            "estimated_MiB": guess[part] / 2**20,
+                            "tensors_MiB": tensors / 2**20,
+                            "ratio": tensors / guess[part],
+                            "process_MiB": process / 2**20,
+                        }
+                    )
+    ratios = [row["ratio"] for row in rows]
+    process = max(r["process_MiB"] / r["tensors_MiB"] for r in rows if r["part"] == "step")
+    report("peak", rows, options, ratio_min=min(ratios), ratio_max=max(ratios), process=process)
+
+
+def spared(lm: FrozenLM, checkpointing: bool) -> FrozenLM:
+    """The same with checkpointed layers, if asked."""
+    lm.checkpointing = checkpointing
+    return lm
+
+
+if __name__ == "__main__":
+    main()
