@@ -149,8 +149,8 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
         measured.append(stored.detach().clone())
         return stored
 
-    def watch_score(*arguments):
-        found = score(*arguments)
+    def watch_score(*arguments, **options):
+        found = score(*arguments, **options)
         right = found.margin >= recipe.in_logits(lm.logit_spread).margin
         reached.append(int(right.sum() if schedule == "whole" else metrics.horizon(right)))
         return found
@@ -211,7 +211,9 @@ def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, 
 
 @pytest.mark.parametrize("after", [0, 3])
 def test_long_passages_move_boldly_and_short_ones_once_they_are_stuck(after):
-    recipe = Recipe(look_ahead=2, narrow_after=after, margin=1e3, temperature=1.0)  # no progress
+    recipe = Recipe(  # without progress
+        look_ahead=2, narrow_after=after, stuck_after=after, margin=1e3, temperature=1.0
+    )
     engine = Engine(tiny(), recipe, seats=2)
     for passage in passages(12, 13, seed=15):
         engine.push(passage)

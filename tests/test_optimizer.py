@@ -19,7 +19,7 @@ from memvec.cramming.objective import (
 )
 from memvec.cramming.optimizer import OPTIMIZERS, Adam
 from memvec.cramming.recipe import PRESETS, Recipe
-from memvec.cramming.schedule import SCHEDULES, look_ahead
+from memvec.cramming.schedule import SCHEDULES, cooled, look_ahead
 from memvec.errors import MemvecError
 from memvec.storage import storage_of
 
@@ -87,11 +87,12 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
     draw = torch.Generator().manual_seed(K)
     gains = torch.randint(1, 7, (60, 5), generator=draw) * (torch.rand(60, 5, generator=draw) < 0.2)
     ahead, stale = torch.full((5,), 4 * K), torch.zeros(5, dtype=torch.long)
-    stage, best = ahead.clone(), torch.zeros(5, dtype=torch.long)
+    stage, best, narrowest = ahead.clone(), torch.zeros(5, dtype=torch.long), 4 * K
     slow_best, target, size, idle = [0] * 5, [4 * K] * 5, [4 * K] * 5, [0] * 5
     for gained in gains:
         stale = torch.where(gained > 0, 0, stale + 1)
-        ahead, stage = look_ahead(ahead, stage, gained, stale, recipe)
+        ahead, stage = look_ahead(ahead, stage, gained, stale, 4 * K, recipe)
+        narrowest = min(narrowest, int(stage.min()))
         best += gained
         for i in range(5):
             slow_best[i] += int(gained[i])
@@ -100,9 +101,19 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
                 size[i] = max(1, size[i] // 2)
                 target[i] = slow_best[i] + max(1, (target[i] - slow_best[i]) // 2)
             if target[i] <= slow_best[i]:
+                size[i] = min(4 * K, size[i] + K) if after else size[i]
                 target[i] = slow_best[i] + size[i]
         assert (best + ahead).tolist() == target
-    assert (stage == 4 * K).all() == (after == 0)
+        assert stage.tolist() == size
+    assert (narrowest == 4 * K) == (after == 0)
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_a_stuck_passage_cools_down_to_a_third_and_no_further(after):
+    recipe = Recipe(temperature=0.6, stuck_after=after)
+    stale = torch.tensor([0, 4, 5, 6, 65, 1000])
+    slow = [0.6, 0.6, 0.6, 0.6 * 60 / 61, 0.3, 0.2] if after else [0.6] * 6
+    assert cooled(stale, recipe).tolist() == pytest.approx(slow)
 
 
 @pytest.mark.parametrize("rise", [0.0, 0.25, 0.4])
@@ -158,7 +169,8 @@ def test_objectives_position_by_position(name, temperature):
     recipe = Recipe(objective=name, temperature=temperature, margin=0.7)
     logits = 2 * torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     ids = torch.tensor([0, 8, 3, 3, 1, 5])
-    found = OBJECTIVES[name](logits, ids, recipe)
+    warm = torch.full((6,), temperature)
+    found = OBJECTIVES[name](logits, ids, warm, recipe)
     for i in range(6):
         slow = slow_loss(name, logits[i].tolist(), int(ids[i]), recipe)
         assert float(found[i]) == pytest.approx(slow, rel=1e-5, abs=1e-6)
@@ -167,14 +179,14 @@ def test_objectives_position_by_position(name, temperature):
 @pytest.mark.parametrize("spread", [1.0, 10.0, 100.0])
 def test_gradients_of_the_loss_have_no_denormal_numbers(spread):
     """They halve the speed of a CPU; what replaces them is too small to be felt."""
-    recipe = Recipe(temperature=0.25)
+    recipe, warm = Recipe(), torch.full((50,), 0.25)
     logits = spread * torch.randn(50, 300, generator=torch.Generator().manual_seed(4))
     ids = torch.arange(50)
-    _, _, gradient = fused_cross_entropy(logits, ids, recipe)
+    _, _, gradient = fused_cross_entropy(logits, ids, warm)
     size = gradient.abs()
     assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()
     whole = logits.clone().requires_grad_()
-    (slow,) = torch.autograd.grad(cross_entropy(whole, ids, recipe).sum(), whole)
+    (slow,) = torch.autograd.grad(cross_entropy(whole, ids, warm, recipe).sum(), whole)
     assert torch.allclose(gradient, slow, atol=1e-6)
 
 
@@ -196,7 +208,8 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
         widest.append(len(part))
         return part @ weight.T
 
-    found = score(head, states, ids, recipe)
+    warm = torch.tensor([0.3, 0.1, 2.0])  # each passage its own
+    found = score(head, states, ids, recipe, temperature=warm)
     asked = torch.full((3,), recipe.margin)
     share = weights(counted, found.margin, asked, recipe)
     assert max(widest) <= rows
@@ -207,7 +220,7 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     for b in range(3):
         n = int(counted[b].sum())
         if n:
-            losses = OBJECTIVES[name](logits[b, :n], ids[b, :n], recipe)
+            losses = OBJECTIVES[name](logits[b, :n], ids[b, :n], warm[b].expand(n), recipe)
             if name == "deficit":
                 lead = metrics.margins(logits[b : b + 1, :n].detach(), ids[b : b + 1, :n])[0]
                 lack = (recipe.margin - lead).clamp_min(0)

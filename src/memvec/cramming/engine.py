@@ -34,7 +34,7 @@ from memvec.cramming.coordinates import COORDINATES, as_stored
 from memvec.cramming.objective import score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.schedule import SCHEDULES, look_ahead
+from memvec.cramming.schedule import SCHEDULES, cooled, look_ahead
 from memvec.cramming.start import start_vectors
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
@@ -300,7 +300,8 @@ class Engine:
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
             ids = _with_ghosts(s["ids"][:, : width + self.given], self._ghosts())
             states = self.fast.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
-        found = score(self.fast.head, states, ids[:, self.given :], recipe)
+        warm = _with_ghosts(cooled(s["stale"], recipe), self._ghosts(), recipe.temperature)
+        found = score(self.fast.head, states, ids[:, self.given :], recipe, temperature=warm)
         margin, loss = found.margin[: len(self.jobs)], found.loss[: len(self.jobs)]
         # Measure ...
         column = torch.arange(width, device=margin.device)
@@ -318,9 +319,10 @@ class Engine:
         s["done"] |= arrived if self.fast is self.lm else self._confirmed(arrived)
         # ... say what counts now ...
         stale = torch.where(s["bold"], s["stale"], 0) if recipe.lr_stuck else s["stale"]
-        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, recipe)
-        if recipe.narrow_after:
-            s["bold"] |= s["stale"] >= recipe.narrow_after
+        most = recipe.look_ahead * self.K
+        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, most, recipe)
+        if recipe.stuck_after:
+            s["bold"] |= s["stale"] >= recipe.stuck_after
         counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)
         weight = weights(column < counted[:, None], margin, s["margin"], recipe)
         s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
@@ -501,11 +503,11 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     return rule
 
 
-def _with_ghosts(rows: Tensor, ghosts: int) -> Tensor:
-    """Rows (B, ...) with `ghosts` rows of zeros behind them."""
+def _with_ghosts(rows: Tensor, ghosts: int, value: float = 0.0) -> Tensor:
+    """Rows (B, ...) with `ghosts` rows of one value behind them."""
     if not ghosts:
         return rows
-    return torch.cat([rows, rows.new_zeros(ghosts, *rows.shape[1:])])
+    return torch.cat([rows, rows.new_full((ghosts, *rows.shape[1:]), value)])
 
 
 def _widen(ids: Tensor, columns: int) -> Tensor:

@@ -17,8 +17,10 @@ from torch import Tensor
 from memvec import metrics
 from memvec.cramming.recipe import Recipe
 
-# (logits, true token ids, recipe) -> loss of each position
-Objective = Callable[[Float[Tensor, "n V"], Int[Tensor, " n"], Recipe], Float[Tensor, " n"]]
+# (logits, true token ids, temperature, recipe) -> loss of each position
+Objective = Callable[
+    [Float[Tensor, "n V"], Int[Tensor, " n"], Float[Tensor, " n"], Recipe], Float[Tensor, " n"]
+]
 
 CHUNK = 2**24  # logits held at once: 64 MiB in float32, a few times that while they are scored
 # Smaller probabilities have no say in a gradient; below exp(-87) they are denormal float32 numbers,
@@ -27,44 +29,48 @@ LEAST_LOG = -60.0
 
 
 def cross_entropy(
-    logits: Float[Tensor, "n V"], ids: Int[Tensor, " n"], recipe: Recipe
+    logits: Float[Tensor, "n V"],
+    ids: Int[Tensor, " n"],
+    temperature: Float[Tensor, " n"],
+    recipe: Recipe,
 ) -> Float[Tensor, " n"]:
     """Cross-entropy of logits / T, times T so that gradients keep their size.
 
     T = 1 is the paper's loss (section 3). A smaller T stops paying for tokens that are already
     safely right and leaves the vector free for the others (docs/log.md).
     """
-    T = recipe.temperature
-    return torch.nn.functional.cross_entropy(logits / T, ids, reduction="none") * T
+    divided = logits / temperature[:, None]
+    return torch.nn.functional.cross_entropy(divided, ids, reduction="none") * temperature
 
 
 def margin(
-    logits: Float[Tensor, "n V"], ids: Int[Tensor, " n"], recipe: Recipe
+    logits: Float[Tensor, "n V"],
+    ids: Int[Tensor, " n"],
+    temperature: Float[Tensor, " n"],
+    recipe: Recipe,
 ) -> Float[Tensor, " n"]:
     """softplus((asked - margin) / T) T: pays for the best wrong token only."""
-    T = recipe.temperature
-    missing = 2 * recipe.margin + T - metrics.margins(logits[None], ids[None])[0]
-    return torch.nn.functional.softplus(missing / T) * T
+    missing = 2 * recipe.margin + temperature - metrics.margins(logits[None], ids[None])[0]
+    return torch.nn.functional.softplus(missing / temperature) * temperature
 
 
 def fused_cross_entropy(
     logits: Float[Tensor, "n V"],
     ids: Int[Tensor, " n"],
-    recipe: Recipe,
+    temperature: Float[Tensor, " n"],
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n V"]]:
     """Loss, margin, and the gradient of the loss at the logits, from one softmax.
 
     The same figures as `cross_entropy` and `metrics.margins` give through autograd, with half of
     the passes over a tensor of V columns; all work is in the place of one buffer.
     """
-    T = recipe.temperature
     here = ids[:, None]
-    buffer = torch.log_softmax(logits / T, dim=-1)
+    buffer = torch.log_softmax(logits / temperature[:, None], dim=-1)
     true = buffer.gather(-1, here)
     best_other = buffer.scatter_(-1, here, -torch.inf).amax(-1, keepdim=True)
     gradient = buffer.scatter_(-1, here, true).clamp_(min=LEAST_LOG).exp_()
     gradient.scatter_add_(-1, here, torch.full_like(true, -1.0))
-    return -true[:, 0] * T, (true - best_other)[:, 0] * T, gradient
+    return -true[:, 0] * temperature, (true - best_other)[:, 0] * temperature, gradient
 
 
 # 'deficit' is cross-entropy too: what differs is how much each position weighs.
@@ -110,19 +116,24 @@ def score(
     ids: Int[Tensor, "B T"],
     recipe: Recipe,
     *,
+    temperature: Float[Tensor, " B"] | None = None,
     reference: bool = False,
 ) -> Score:
     """Losses, margins and gradients at the states of a batch, a few rows of logits at a time.
 
     The head is frozen and the loss is a weighted sum over positions, so the gradient of each chunk
     is known, but for its weight, as soon as its logits are: no (B, T, V) tensor outlives its chunk,
-    whatever V is, and what weighs how much may depend on all margins. `reference` takes the slow
-    path through autograd, to which the fused one must be equal.
+    whatever V is, and what weighs how much may depend on all margins. `temperature` is each
+    passage's, the recipe's where it is not given. `reference` takes the slow path through autograd,
+    to which the fused one must be equal.
     """
     B, T, H = states.shape
     flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
     objective = OBJECTIVES[recipe.objective]
     fused = None if reference else FUSED.get(recipe.objective)
+    if temperature is None:
+        temperature = torch.full((B,), recipe.temperature, device=states.device)
+    warm = temperature.repeat_interleave(T)
     losses = torch.empty(B * T, device=states.device)
     found = torch.empty(B * T, device=states.device)
     gradient = torch.empty_like(flat)
@@ -136,11 +147,11 @@ def score(
             part = flat[here].requires_grad_()
             logits = head(part).float()
             if fused is None:
-                loss = objective(logits, truth[here], recipe)
+                loss = objective(logits, truth[here], warm[here], recipe)
                 (gradient[here],) = torch.autograd.grad(loss.sum(), part)
                 margins = metrics.margins(logits.detach()[None], truth[here][None])[0]
             else:
-                loss, margins, slope = fused(logits.detach(), truth[here], recipe)
+                loss, margins, slope = fused(logits.detach(), truth[here], warm[here])
                 (gradient[here],) = torch.autograd.grad(logits, part, slope)
         losses[here] = loss.detach()
         found[here] = margins

@@ -30,7 +30,7 @@ class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
     objective: ObjectiveName = _says("cross-entropy", "what is minimised")
-    temperature: float = _says(0.2, "logits are divided by this in the loss; the paper's: 1 logit")
+    temperature: float = _says(0.3, "logits are divided by this in the loss; the paper's: 1 logit")
     margin: float = _says(
         0.28, "a token counts as right when its logit leads the best other one by this much"
     )
@@ -46,7 +46,14 @@ class Recipe:
         8, "tokens per vector that come to count together, once all that counted are right"
     )
     narrow_after: int = _says(
-        20, "steps without progress after which the look-ahead is halved; 0: it stays"
+        12,
+        "steps without progress after which the look-ahead is halved, to widen again by a token "
+        "with each that comes right; 0: it stays",
+    )
+    stuck_after: int = _says(
+        20,
+        "steps without progress after which a passage is stuck: the temperature falls, to a third "
+        "at least, until there is progress, and from now on it moves at lr_stuck; 0: never",
     )
     coordinates: CoordinatesName = _says("direct", "what is moved")
     dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")
@@ -54,9 +61,8 @@ class Recipe:
     lr: float = _says(0.2, "learning rate")
     lr_stuck: float = _says(
         12.8,
-        "learning rate of a passage from its first `narrow_after` steps without progress on, and "
-        "of long ones (6 look-aheads) throughout: what a small vector cannot hold, a large one "
-        "may; 0: lr for all",
+        "learning rate of a passage once it has been stuck, and of long ones (6 look-aheads) "
+        "throughout: what a small vector cannot hold, a large one may; 0: lr for all",
     )
     warmup: int = _says(0, "moves over which the learning rate rises from 0")
     decay: int = _says(0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays")
@@ -67,7 +73,7 @@ class Recipe:
         "after t moves the mean gradient's decay is 1 - 1 / (1 + 0.8 t^this), until it is beta1: "
         "the first moves follow their own gradient; 0: beta1 from the first move",
     )
-    beta2: float = _says(0.8, "decay of the mean squared gradient")
+    beta2: float = _says(0.7, "decay of the mean squared gradient")
     weight_decay: float = _says(0.0, "decoupled weight decay (adamw)")
     start: StartName = _says(
         "auto",
@@ -157,6 +163,7 @@ _LEAST: dict[str, float] = {
     "margin": 0.0,
     "look_ahead": 1,
     "narrow_after": 0,
+    "stuck_after": 0,
     "dimensions": 1,
     "lr": 1e-9,
     "lr_stuck": 0.0,
@@ -193,6 +200,7 @@ _PROGRESSIVE = Recipe(
     schedule="growing",
     look_ahead=1,
     narrow_after=0,
+    stuck_after=0,
     optimizer="adamw",
     lr=0.5,
     lr_stuck=0.0,
@@ -222,6 +230,7 @@ PRESETS: dict[str, Recipe] = {
         temperature=1.0,
         margin=0.0,
         schedule="whole",
+        stuck_after=0,
         optimizer="adamw",
         lr=0.01,
         lr_stuck=0.0,
@@ -241,6 +250,7 @@ PRESETS: dict[str, Recipe] = {
         temperature=1.0,
         margin=0.0,
         schedule="whole",
+        stuck_after=0,
         optimizer="adamw",
         lr=0.01,
         lr_stuck=0.0,

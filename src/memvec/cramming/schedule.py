@@ -1,11 +1,11 @@
-"""Which leading part of a passage counts now: a pure function of how far it is right already."""
+"""Which leading part of a passage counts now, and how sharply: pure functions of its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
@@ -40,6 +40,7 @@ def look_ahead(
     stage: Int[Tensor, " B"],
     gained: Int[Tensor, " B"],
     stale: Int[Tensor, " B"],
+    most: int,
     recipe: Recipe,
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
     """The next look-ahead, and the size of the next stage, after `gained` more leading tokens.
@@ -47,11 +48,30 @@ def look_ahead(
     What counts stays the same until all of it is right; then a stage more counts. Tokens that have
     to come right together do so sooner than one behind the other. After so many steps without
     progress both are halved: where vectors are nearly full, tokens that they cannot hold yet lead
-    them astray (docs/log.md).
+    them astray (docs/log.md). A stage that is done makes the next one longer by a token per vector,
+    up to the first one's size, `most`.
     """
-    left = ahead - gained
+    left, wider = ahead - gained, most // recipe.look_ahead
     if recipe.narrow_after:
         stuck = (stale > 0) & (stale % recipe.narrow_after == 0)
         left = torch.where(stuck, (left // 2).clamp_min(1), left)
-        stage = torch.where(stuck, (stage // 2).clamp_min(1), stage)
+        narrower = torch.where(stuck, (stage // 2).clamp_min(1), stage)
+        stage = torch.where(left > 0, narrower, (narrower + wider).clamp_max(most))
     return torch.where(left > 0, left, stage), stage
+
+
+COOL_OVER = 60  # stuck steps over which the temperature falls to a half
+COLDEST = 1 / 3  # of the recipe's temperature
+
+
+def cooled(stale: Int[Tensor, " B"], recipe: Recipe) -> Float[Tensor, " B"]:
+    """Each passage's temperature: the recipe's, and less while it is stuck (docs/log.md).
+
+    A high one spreads the loss over what is nearly right and moves vectors far; where a vector is
+    nearly full, only the worst tokens should move it.
+    """
+    temperature = torch.full(stale.shape, recipe.temperature, device=stale.device)
+    if not recipe.stuck_after:
+        return temperature
+    stuck = (stale - recipe.stuck_after).clamp_min(0)
+    return temperature * (1 / (1 + stuck / COOL_OVER)).clamp_min(COLDEST)
