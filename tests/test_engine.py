@@ -220,12 +220,17 @@ def test_long_passages_move_boldly_and_short_ones_once_they_are_stuck(after):
     engine._seat_waiting(2)
     assert [len(job.passage) for job in engine.jobs] == [13, 12]
     seen = []
+    size = engine.state["parameters"].square().mean(-1).sqrt()[:, 0]
+    assert float(size[0]) == pytest.approx(recipe.lr_stuck)
+    assert float(size[1]) < 1
     for _ in range(5):
         engine.step()
         seen.append((engine.state["bold"].tolist(), engine.state["stage"].tolist()))
     # The first step finds nothing right, which is more than nothing measured.
     assert [bold[1] for bold, _ in seen] == [bool(after) and i >= 3 for i in range(5)]
     assert all(bold[0] for bold, _ in seen)
+    small = engine.state["parameters"].square().mean(-1).sqrt()[1, 0] < recipe.lr_stuck / 2
+    assert bool(small) == (not after)
     # Only who moves boldly already has its stages halved when it is stuck.
     assert seen[-1][1] == ([1, 2] if after else [2, 2])
 

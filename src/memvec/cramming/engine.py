@@ -321,8 +321,8 @@ class Engine:
         stale = torch.where(s["bold"], s["stale"], 0) if recipe.lr_stuck else s["stale"]
         most = recipe.look_ahead * self.K
         s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, most, recipe)
-        if recipe.stuck_after:
-            s["bold"] |= s["stale"] >= recipe.stuck_after
+        newly = ~s["bold"] & (s["stale"] >= recipe.stuck_after) & bool(recipe.stuck_after)
+        s["bold"] |= newly
         counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)
         weight = weights(column < counted[:, None], margin, s["margin"], recipe)
         s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
@@ -334,7 +334,7 @@ class Engine:
         moving = ~s["stopped"]
         slope = found.gradient.mul_(_with_ghosts(weight, self._ghosts())[..., None])
         (gradient,) = torch.autograd.grad(states, parameters, slope)
-        parameters = parameters.detach()
+        parameters = self._enlarged(parameters.detach(), newly)
         optimizer_state = {name[4:]: t for name, t in s.items() if name.startswith("opt.")}
         self.optimizer.step(parameters, gradient, optimizer_state, moving, s["bold"])
         s["parameters"] = parameters
@@ -344,6 +344,20 @@ class Engine:
         s["spent"] += (counted + given) * moving
         self.steps += 1
         self.tokens += (width + given) * len(self.jobs)
+
+    @torch.no_grad()
+    def _enlarged(self, parameters: Tensor, rows: Tensor) -> Tensor:
+        """Parameters with the vectors of some rows (B) as large as the steps that they will take.
+
+        Along their own direction: what they hold stays theirs (docs/log.md).
+        """
+        if not self.recipe.lr_stuck:
+            return parameters
+        vectors = self.coordinates.vectors(parameters)
+        size = vectors.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+        large = self.coordinates.parameters(vectors * (self.recipe.lr_stuck / size).clamp_min(1))
+        rows = rows.reshape(-1, *(1 for _ in parameters.shape[1:]))
+        return torch.where(rows, large, parameters)
 
     @torch.no_grad()
     def _confirmed(self, arrived: Tensor) -> Tensor:
@@ -411,8 +425,10 @@ class Engine:
         for job, start in zip(new, starts, strict=True):
             job.vectors = start
         vectors = torch.stack([job.vectors for job in jobs if job.vectors is not None]).to(device)
-        parameters = self.coordinates.parameters(vectors.float())
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
+        # Moved by large steps: a passage that is stuck, or longer than small ones lead to.
+        bold = length > LONG * self.recipe.look_ahead * self.K
+        parameters = self._enlarged(self.coordinates.parameters(vectors.float()), bold)
         count = torch.zeros(n, dtype=torch.long, device=device)
         flag = torch.zeros(n, dtype=torch.bool, device=device)
         state = {
@@ -433,8 +449,7 @@ class Engine:
             "spent": torch.tensor([job.spent for job in jobs], device=device),
             "done": flag.clone(),
             "failed": flag.clone(),
-            # Moved by large steps: a passage that is stuck, or longer than small ones lead to.
-            "bold": length > LONG * self.recipe.look_ahead * self.K,
+            "bold": bold,
             "stopped": flag.clone(),
         }
         return state | {f"opt.{k}": t for k, t in self.optimizer.fresh(parameters).items()}

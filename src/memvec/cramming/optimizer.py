@@ -29,7 +29,6 @@ def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "
 
 
 RISE = 0.8
-BOLD_AFTER = 8  # moves over which a new passage comes to `lr_stuck`, if it starts with that
 
 
 def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
@@ -73,8 +72,7 @@ class Adam:
     ) -> None:
         """Move `parameters` (B, ...) in place where `moving` (B) is true; others stay.
 
-        Passages that are `bold` (B) move at `lr_stuck` instead of the learning rate; new ones come
-        to it over their first moves, so that a good start counts for something.
+        Passages that are `bold` (B) move at `lr_stuck` instead of the learning rate.
         """
         beta1, beta2 = self.recipe.beta1, self.recipe.beta2
         shape = (-1,) + (1,) * (parameters.dim() - 1)
@@ -93,9 +91,7 @@ class Adam:
             change.add_(parameters, alpha=self.weight_decay)
         rate = learning_rate(count - 1, self.recipe)
         if bold is not None and self.recipe.lr_stuck:
-            risen = ((count - 1) / BOLD_AFTER).clamp_max(1)
-            more = rate + (self.recipe.lr_stuck - rate) * risen
-            rate = torch.where(bold.reshape(shape), more, rate)
+            rate = torch.where(bold.reshape(shape), self.recipe.lr_stuck, rate)
         parameters.sub_(change.mul_(rate).masked_fill_(~on, 0))
 
 

@@ -61,8 +61,9 @@ class Recipe:
     lr: float = _says(0.2, "learning rate")
     lr_stuck: float = _says(
         12.8,
-        "learning rate of a passage once it has been stuck, and of long ones (6 look-aheads) "
-        "throughout: what a small vector cannot hold, a large one may; 0: lr for all",
+        "learning rate, and least size (RMS), of a passage's vectors once it has been stuck, and "
+        "of long ones (6 look-aheads) throughout: what a small vector cannot hold, a large one "
+        "may; 0: lr for all",
     )
     warmup: int = _says(0, "moves over which the learning rate rises from 0")
     decay: int = _says(0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays")
