@@ -150,10 +150,11 @@ def default_seats(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
         free = torch.cuda.mem_get_info(lm.device)[0]
     else:
         free = _free_memory()
+    tokens = max(1, tokens)
     most = most_seats(
-        facts_of(lm),
+        facts_of(lm, tokens),
         free=free / 4,
-        tokens=max(1, tokens),
+        tokens=tokens,
         vectors=vectors,
         checkpointing=lm.checkpointing,
     )
@@ -237,7 +238,7 @@ class Cramming:
         """
         seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
         sizes = {"seats": seats, "tokens": longest, "vectors": self.K}
-        facts = facts_of(self.lm, self.engine.fast)
+        facts = facts_of(self.lm, longest, self.engine.fast)
         memory = estimate(facts, **sizes, checkpointing=self.lm.checkpointing)
         found = f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {memory.sentence()}."
         if self.workers is not None or self.layout == "one-step-shared":

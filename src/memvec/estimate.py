@@ -32,7 +32,7 @@ WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
 BOTH_ENDS = ("gemma2", "gemma3", "gemma3_text")
 QUERIES_AND_KEYS = ("olmo2", "olmo3", "qwen3", "qwen3_moe", "gemma3", "gemma3_text")
 FUSED = ("gpt_neox",)  # queries, keys and values are one tensor, which the values hold on to
-MEASURED = (32, 96)  # tokens: what the longer one keeps beyond the shorter is kept per token
+MEASURED = 256  # most tokens of the passage with which `kept` is measured
 STATE_COPIES = 8  # of a seat's vectors: parameters, best, gradient, moments and the update
 
 
@@ -139,17 +139,18 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     )
 
 
-def facts_of(lm: FrozenLM, fast: FrozenLM | None = None) -> Facts:
+def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     """Facts of a loaded model: its weights as they are, and what it keeps of a token, measured.
 
-    `fast` is the rounded copy that steps are computed with, if there is one (memvec.precision).
+    `tokens` is how long passages will be: attention that is written out keeps more of each in long
+    ones. `fast` is the rounded copy that steps are computed with, where there is one.
     """
     steps = fast or lm
     parameters = {id(p): p for model in (lm.model, steps.model) for p in model.parameters()}
     own = float(sum(p.numel() for p in lm.model.parameters()))
     facts = facts_of_config(lm.config, steps.dtype.itemsize, own)
     weights = float(sum(map(_bytes, parameters.values())))
-    return replace(facts, weights=weights, kept=kept_bytes(steps))
+    return replace(facts, weights=weights, kept=kept_bytes(steps, tokens))
 
 
 def _bytes(parameter: Tensor) -> int:
@@ -160,21 +161,23 @@ def _bytes(parameter: Tensor) -> int:
     return sum(getattr(parameter, name).nbytes for name in parts()[0])
 
 
-def kept_bytes(lm: FrozenLM) -> float | None:
-    """Bytes that a model keeps of one token between forward and backward, as it is loaded.
+def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
+    """Bytes that a model keeps of one token of a passage, of `tokens` at most 256, between forward
+    and backward, as it is loaded.
 
     None where vectors do not stand in front of tokens (one-step layouts).
     """
     if lm.layout != "prefix":
         return None
+    T = max(2, min(tokens, MEASURED))
     found = []
-    for tokens in MEASURED:
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=lm.device)
+    for t in (T // 2, T):  # what any passage keeps, however short, is none of its tokens'
+        ids = torch.zeros(1, t, dtype=torch.long, device=lm.device)
         vectors = torch.zeros(1, 1, lm.width, device=lm.device, requires_grad=True)
         with torch.enable_grad(), saved_bytes() as kept:
             lm.states(vectors, ids)
         found.append(kept())
-    return (found[1] - found[0]) / (MEASURED[1] - MEASURED[0])
+    return (found[1] - found[0]) / (T - T // 2)
 
 
 def layer_bytes(f: Facts) -> float:
