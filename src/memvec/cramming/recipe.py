@@ -30,7 +30,7 @@ class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
     objective: ObjectiveName = _says("cross-entropy", "what is minimised")
-    temperature: float = _says(0.3, "logits are divided by this in the loss; the paper's: 1 logit")
+    temperature: float = _says(0.2, "logits are divided by this in the loss; the paper's: 1 logit")
     margin: float = _says(
         0.28, "a token counts as right when its logit leads the best other one by this much"
     )
