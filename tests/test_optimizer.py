@@ -113,7 +113,12 @@ def test_a_stuck_passage_cools_down_to_a_third_and_no_further(after):
     recipe = Recipe(temperature=0.6, stuck_after=after)
     stale = torch.tensor([0, 4, 5, 6, 65, 1000])
     slow = [0.6, 0.6, 0.6, 0.6 * 60 / 61, 0.3, 0.2] if after else [0.6] * 6
-    assert cooled(stale, recipe).tolist() == pytest.approx(slow)
+    assert cooled(stale, torch.full((6,), 0.5), recipe).tolist() == pytest.approx(slow)
+    # A large margin would not be felt any more: no colder than a fifth of it, nor warmer than ever.
+    for margin in (1.5, 9.0):
+        least = max(0.2, min(0.6, margin / 5))
+        found = cooled(stale, torch.full((6,), margin), recipe).tolist()
+        assert found == pytest.approx([max(least, value) for value in slow])
 
 
 @pytest.mark.parametrize("rise", [0.0, 0.25, 0.4])

@@ -300,7 +300,8 @@ class Engine:
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
             ids = _with_ghosts(s["ids"][:, : width + self.given], self._ghosts())
             states = self.fast.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
-        warm = _with_ghosts(cooled(s["stale"], recipe), self._ghosts(), recipe.temperature)
+        warm = cooled(s["stale"], s["margin"], recipe)
+        warm = _with_ghosts(warm, self._ghosts(), recipe.temperature)
         found = score(self.fast.head, states, ids[:, self.given :], recipe, temperature=warm)
         margin, loss = found.margin[: len(self.jobs)], found.loss[: len(self.jobs)]
         # Measure ...

@@ -62,16 +62,20 @@ def look_ahead(
 
 COOL_OVER = 60  # stuck steps over which the temperature falls to a half
 COLDEST = 1 / 3  # of the recipe's temperature
+FELT = 1 / 5  # of the margin asked; at a lower temperature nothing pulls towards such a margin
 
 
-def cooled(stale: Int[Tensor, " B"], recipe: Recipe) -> Float[Tensor, " B"]:
+def cooled(
+    stale: Int[Tensor, " B"], margin: Float[Tensor, " B"], recipe: Recipe
+) -> Float[Tensor, " B"]:
     """Each passage's temperature: the recipe's, and less while it is stuck (docs/log.md).
 
     A high one spreads the loss over what is nearly right and moves vectors far; where a vector is
-    nearly full, only the worst tokens should move it.
+    nearly full, only the worst tokens should move it. `margin` is what is asked of each passage.
     """
     temperature = torch.full(stale.shape, recipe.temperature, device=stale.device)
     if not recipe.stuck_after:
         return temperature
     stuck = (stale - recipe.stuck_after).clamp_min(0)
-    return temperature * (1 / (1 + stuck / COOL_OVER)).clamp_min(COLDEST)
+    least = torch.maximum(COLDEST * temperature, FELT * margin.to(temperature))
+    return torch.minimum(temperature, torch.maximum(temperature / (1 + stuck / COOL_OVER), least))
