@@ -19,30 +19,18 @@ import torch
 
 from common import arguments, report
 from memory import peak_memory, peak_tensors
-from memvec.cramming.engine import Engine
 from memvec.cramming.objective import score
-from memvec.cramming.recipe import Recipe
 from memvec.estimate import estimate, facts_of
 from memvec.lm import FrozenLM, load_lm
 from models import random_model
-from step import passages
+from step import occupied
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 
 
-def engine_of(lm: FrozenLM, seats: int, T: int) -> Engine:
-    """An engine whose seats are taken by passages of T tokens, all of which count."""
-    recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute="model")
-    engine = Engine(lm, recipe, seats=seats)
-    for passage in passages(lm, seats, T):
-        engine.push(passage)
-    engine._seat_waiting(seats)
-    return engine
-
-
 def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], Any]]:
     """The parts of a step, each to be measured alone."""
-    engine = engine_of(lm, seats, T)
+    engine = occupied(lm, seats, T)
     ids, vectors = engine.state["ids"], engine.state["vectors"].clone().requires_grad_()
     states = lm.states(vectors, ids, engine.start_rule).detach()
 
@@ -74,9 +62,9 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     options = parser.parse_args()
     lms = {
-        "pocket": lambda checkpointing: load_lm(options.model, checkpointing=checkpointing),
-        "llama, V 32k": lambda c: spared(random_model("tiny-llama", vocab_size=32_768, **WIDE), c),
-        "pythia-160m": lambda c: spared(random_model("pythia-160m"), c),
+        "pocket": lambda: load_lm(options.model),
+        "llama, V 32k": lambda: random_model("tiny-llama", vocab_size=32_768, **WIDE),
+        "pythia-160m": lambda: random_model("pythia-160m"),
     }
     shapes = [(16, 128), (32, 256)]
     if options.quick:
@@ -84,8 +72,9 @@ def main() -> None:
         shapes = shapes[:1]
     rows = []
     for name, load in lms.items():
+        lm = load()
         for checkpointing in (False, True):
-            lm = load(checkpointing)
+            lm.checkpointing = checkpointing
             for seats, T in shapes:
                 guess = guesses(lm, seats, T)
                 for part, work in works(lm, seats, T).items():
@@ -107,12 +96,6 @@ def main() -> None:
     ratios = [row["ratio"] for row in rows]
     process = max(r["process_MiB"] / r["tensors_MiB"] for r in rows if r["part"] == "step")
     report("peak", rows, options, ratio_min=min(ratios), ratio_max=max(ratios), process=process)
-
-
-def spared(lm: FrozenLM, checkpointing: bool) -> FrozenLM:
-    """The same with checkpointed layers, if asked."""
-    lm.checkpointing = checkpointing
-    return lm
 
 
 if __name__ == "__main__":

@@ -46,14 +46,20 @@ def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
     return [Passage(tuple(row)) for row in ids.tolist()]
 
 
-def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
-    """One engine step with every seat taken and every position counted, and the plain path."""
-    # A margin nobody reaches, so that all seats stay occupied; both in the model's own dtype.
+def occupied(lm: FrozenLM, seats: int, T: int) -> Engine:
+    """An engine with every seat taken by T tokens, all of which count; in the model's own dtype."""
+    # A margin nobody reaches, so that all seats stay occupied.
     recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute="model")
     engine = Engine(lm, recipe, seats=seats)
     for passage in passages(lm, seats, T):
         engine.push(passage)
     engine._seat_waiting(seats)
+    return engine
+
+
+def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
+    """One engine step with every seat taken and every position counted, and the plain path."""
+    engine = occupied(lm, seats, T)
     ids = engine.state["ids"]
     vectors = engine.state["vectors"].clone().requires_grad_()
 

@@ -91,7 +91,7 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
     slow_best, target, size, idle = [0] * 5, [4 * K] * 5, [4 * K] * 5, [0] * 5
     for gained in gains:
         stale = torch.where(gained > 0, 0, stale + 1)
-        ahead, stage = look_ahead(ahead, stage, gained, stale, 4 * K, recipe)
+        ahead, stage = look_ahead(ahead, stage, gained, stale, K, recipe)
         narrowest = min(narrowest, int(stage.min()))
         best += gained
         for i in range(5):

@@ -320,8 +320,7 @@ class Engine:
         s["done"] |= arrived if self.fast is self.lm else self._confirmed(arrived)
         # ... say what counts now ...
         stale = torch.where(s["bold"], s["stale"], 0) if recipe.lr_stuck else s["stale"]
-        most = recipe.look_ahead * self.K
-        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, most, recipe)
+        s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, self.K, recipe)
         newly = ~s["bold"] & (s["stale"] >= recipe.stuck_after) & bool(recipe.stuck_after)
         s["bold"] |= newly
         counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)

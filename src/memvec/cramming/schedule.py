@@ -40,7 +40,7 @@ def look_ahead(
     stage: Int[Tensor, " B"],
     gained: Int[Tensor, " B"],
     stale: Int[Tensor, " B"],
-    most: int,
+    K: int,
     recipe: Recipe,
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
     """The next look-ahead, and the size of the next stage, after `gained` more leading tokens.
@@ -48,15 +48,15 @@ def look_ahead(
     What counts stays the same until all of it is right; then a stage more counts. Tokens that have
     to come right together do so sooner than one behind the other. After so many steps without
     progress both are halved: where vectors are nearly full, tokens that they cannot hold yet lead
-    them astray (docs/log.md). A stage that is done makes the next one longer by a token per vector,
-    up to the first one's size, `most`.
+    them astray (docs/log.md). A stage that is done makes the next one longer by a token for each of
+    the K vectors, up to the first one's size.
     """
-    left, wider = ahead - gained, most // recipe.look_ahead
+    left, first = ahead - gained, recipe.look_ahead * K
     if recipe.narrow_after:
         stuck = (stale > 0) & (stale % recipe.narrow_after == 0)
         left = torch.where(stuck, (left // 2).clamp_min(1), left)
         narrower = torch.where(stuck, (stage // 2).clamp_min(1), stage)
-        stage = torch.where(left > 0, narrower, (narrower + wider).clamp_max(most))
+        stage = torch.where(left > 0, narrower, (narrower + K).clamp_max(first))
     return torch.where(left > 0, left, stage), stage
 
 
