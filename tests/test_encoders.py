@@ -34,7 +34,7 @@ def network_of(lm, seed=0, **changes):
     torch.manual_seed(seed)
     shape = {"hidden": 16, "layers": 1, "heads": 2, "slots": 2} | changes
     network = SlotNetwork(lm.width, **shape)
-    return network.scaled(lm.embedding.weight.mean(0), lm.embedding_std)
+    return network.scaled(lm.embedding.weight.mean(0), lm.embedding_std, 3.0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt-projected", "mamba"])
@@ -48,7 +48,7 @@ def test_training_moves_the_encoder_and_nothing_else(family):
         assert torch.equal(value, before[key])
         assert value.grad is None
     moved = {k for k, v in encoder.network.state_dict().items() if not torch.equal(v, start[k])}
-    assert moved == start.keys() - {"mean", "std"}
+    assert moved == start.keys() - {"mean", "std", "size"}
     assert encoder.tokens in GRID
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.start import passage_seed, start_vectors
 from memvec.decoding import decode_ids, first_error
+from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.lm import START_RULES
 from memvec.passages.passage import Passage
@@ -209,30 +211,78 @@ def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, 
     assert outcome.spent == 30 * (2 * growing.look_ahead + 1 + given)
 
 
+class Guess(OnePassEncoder):
+    """Vectors of one size for every passage, worth `tokens` tokens each."""
+
+    def __init__(self, size, tokens):
+        self.size, self.tokens = size, tokens
+
+    def to(self, device, dtype):
+        return self
+
+    def read(self, lm, ids, K):
+        return self.size * torch.ones(len(ids), K, lm.width)
+
+
 @pytest.mark.parametrize("after", [0, 3])
-def test_long_passages_move_boldly_and_short_ones_once_they_are_stuck(after):
+@pytest.mark.parametrize("size", [0.5, 3.0])
+def test_vectors_are_large_but_near_an_encoders_start_until_stuck(after, size):
     recipe = Recipe(  # without progress
         look_ahead=2, narrow_after=after, stuck_after=after, margin=1e3, temperature=1.0
     )
-    engine = Engine(tiny(), recipe, seats=2)
+    lm = copy(tiny())
+    lm.encoder = Guess(size, 6)
+    engine = Engine(lm, recipe, seats=2)
     for passage in passages(12, 13, seed=15):
         engine.push(passage)
     engine._seat_waiting(2)
     assert [len(job.passage) for job in engine.jobs] == [13, 12]
     seen = []
-    size = engine.state["parameters"].square().mean(-1).sqrt()[:, 0]
-    assert float(size[0]) == pytest.approx(recipe.lr_stuck)
-    assert float(size[1]) < 1
+    found = engine.state["parameters"].square().mean(-1).sqrt()[:, 0]
+    assert found.tolist() == pytest.approx([recipe.lr_large, size])
+    assert engine.state["faster"][1] == max(1, size)
     for _ in range(5):
         engine.step()
-        seen.append((engine.state["bold"].tolist(), engine.state["stage"].tolist()))
+        seen.append((engine.state["large"].tolist(), engine.state["stage"].tolist()))
     # The first step finds nothing right, which is more than nothing measured.
-    assert [bold[1] for bold, _ in seen] == [bool(after) and i >= 3 for i in range(5)]
-    assert all(bold[0] for bold, _ in seen)
-    small = engine.state["parameters"].square().mean(-1).sqrt()[1, 0] < recipe.lr_stuck / 2
+    assert [large[1] for large, _ in seen] == [bool(after) and i >= 3 for i in range(5)]
+    assert all(large[0] for large, _ in seen)
+    small = engine.state["parameters"].square().mean(-1).sqrt()[1, 0] < recipe.lr_large / 2
     assert bool(small) == (not after)
-    # Only who moves boldly already has its stages halved when it is stuck.
+    # Only who is large already has its stages halved when it is stuck.
     assert seen[-1][1] == ([1, 2] if after else [2, 2])
+
+
+@pytest.mark.parametrize("start", ["auto", "noise"])
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_which_passages_begin_with_large_vectors(start, tokens):
+    lm, texts = copy(tiny()), passages(3, 8, 9, seed=16)
+    for encoder in (None, Guess(0.5, tokens)):
+        lm.encoder = encoder
+        engine = Engine(lm, Recipe(start=start), seats=3)
+        for passage in texts:
+            engine.push(passage)
+        engine._seat_waiting(3)
+        near = encoder is not None and start == "auto"
+        for job, large in zip(engine.jobs, engine.state["large"].tolist(), strict=True):
+            assert large == (not near or (bool(tokens) and len(job.passage) > 2 * tokens))
+    published = Engine(lm, Recipe.of("progressive"), seats=3)
+    published.push(texts[0])
+    published._seat_waiting(1)
+    assert float(published.state["parameters"].abs().max()) < 0.02
+
+
+def test_a_passage_seated_again_stays_large():
+    lm, (passage,) = copy(tiny()), passages(5, seed=17)
+    lm.encoder = Guess(0.5, 6)
+    recipe = Recipe(margin=1e3, steps=30, stuck_after=5)
+    engine = Engine(lm, recipe)
+    (outcome,) = engine.run([passage])
+    for vectors, large in ((outcome.vectors, False), (outcome.vectors * 100, True)):
+        engine.push_again(replace(outcome, vectors=vectors, exact=False))
+        engine._seat_waiting(1)
+        assert engine.state["large"].tolist() == [large]
+        engine.jobs, engine.state = [], {}
 
 
 def test_patience_ends_a_hopeless_passage():
@@ -242,12 +292,16 @@ def test_patience_ends_a_hopeless_passage():
     assert outcome.steps < 200
 
 
-def test_no_steps_at_all_measures_the_start():
+@pytest.mark.parametrize("large", [0.0, 12.8])
+def test_no_steps_at_all_measures_the_start(large):
     lm, (passage,) = tiny(), passages(5, seed=13)
-    recipe = Recipe(steps=0)
+    recipe = Recipe(steps=0, lr_large=large)
     (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
     assert outcome.steps == outcome.spent == 0
-    assert torch.equal(outcome.vectors, start_vectors(lm, [passage.ids], 2, recipe)[0])
+    start = start_vectors(lm, [passage.ids], 2, recipe)[0]
+    if large:
+        start *= large / start.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(outcome.vectors, start, rtol=1e-6 * bool(large), atol=0)
 
 
 # ---------------------------------------------------------------------- what goes wrong

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ from memvec.precision import for_steps
 from memvec.storage import Storage, storage_of
 
 SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0
-LONG = 6  # first stages; longer passages are moved by large steps from the beginning
+NEAR = 2  # times what an encoder is worth: longer passages it does not put near what they need
 COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 
 
@@ -133,7 +134,7 @@ class Engine:
         self.recipe = replace(
             self.recipe,
             compute="model" if self.fast is lm else "bfloat16",
-            lr_stuck=self.recipe.lr_stuck if lm.layout == "prefix" else 0.0,
+            lr_large=self.recipe.lr_large if lm.layout == "prefix" else 0.0,
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress
@@ -143,6 +144,7 @@ class Engine:
         self.coordinates = COORDINATES[self.recipe.coordinates](self.recipe, vectors, lm.width)
         self.optimizer = OPTIMIZERS[self.recipe.optimizer](self.recipe)
         self.schedule = SCHEDULES[self.recipe.schedule]
+        self.jump = self.recipe.lr_large / self.recipe.lr if self.recipe.lr_large else 1.0
         self.waiting = Waiting()
         self.jobs: list[Job] = []
         self.state: dict[str, Tensor] = {}
@@ -319,10 +321,10 @@ class Engine:
         arrived = (leading >= s["length"]) & (s["length"] <= width)
         s["done"] |= arrived if self.fast is self.lm else self._confirmed(arrived)
         # ... say what counts now ...
-        stale = torch.where(s["bold"], s["stale"], 0) if recipe.lr_stuck else s["stale"]
+        stale = torch.where(s["large"], s["stale"], 0) if recipe.lr_large else s["stale"]
         s["ahead"], s["stage"] = look_ahead(s["ahead"], s["stage"], gained, stale, self.K, recipe)
-        newly = ~s["bold"] & (s["stale"] >= recipe.stuck_after) & bool(recipe.stuck_after)
-        s["bold"] |= newly
+        newly = ~s["large"] & (s["stale"] >= recipe.stuck_after) & bool(recipe.stuck_after)
+        s["large"] |= newly
         counted = self.schedule(s["best"], s["ahead"], s["length"]).clamp_max(width)
         weight = weights(column < counted[:, None], margin, s["margin"], recipe)
         s["failed"] |= ~torch.isfinite((loss * weight).sum(-1))
@@ -335,8 +337,9 @@ class Engine:
         slope = found.gradient.mul_(_with_ghosts(weight, self._ghosts())[..., None])
         (gradient,) = torch.autograd.grad(states, parameters, slope)
         parameters = self._enlarged(parameters.detach(), newly)
+        s["faster"] = torch.where(newly, self.jump, s["faster"])
         optimizer_state = {name[4:]: t for name, t in s.items() if name.startswith("opt.")}
-        self.optimizer.step(parameters, gradient, optimizer_state, moving, s["bold"])
+        self.optimizer.step(parameters, gradient, optimizer_state, moving, s["faster"])
         s["parameters"] = parameters
         # A passage pays for what counts for it, as if it were alone: not for its neighbours' width.
         given = self.lm.inputs_before(self.K, self.start_rule)
@@ -349,13 +352,14 @@ class Engine:
     def _enlarged(self, parameters: Tensor, rows: Tensor) -> Tensor:
         """Parameters with the vectors of some rows (B) as large as the steps that they will take.
 
-        Along their own direction: what they hold stays theirs (docs/log.md).
+        Along their own direction: what they hold stays theirs (docs/log.md). As they are, where the
+        recipe has no rate for large ones.
         """
-        if not self.recipe.lr_stuck:
+        if not self.recipe.lr_large:
             return parameters
         vectors = self.coordinates.vectors(parameters)
         size = vectors.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
-        large = self.coordinates.parameters(vectors * (self.recipe.lr_stuck / size).clamp_min(1))
+        large = self.coordinates.parameters(vectors * (self.recipe.lr_large / size).clamp_min(1))
         rows = rows.reshape(-1, *(1 for _ in parameters.shape[1:]))
         return torch.where(rows, large, parameters)
 
@@ -421,14 +425,18 @@ class Engine:
         for row, job in zip(ids, jobs, strict=True):
             row[: len(job.passage)] = torch.tensor(job.passage.ids)
         new = [job for job in jobs if job.vectors is None]
+        again = torch.tensor([job.vectors is not None for job in jobs], device=device)
         starts = start_vectors(lm, [job.passage.ids for job in new], self.K, self.recipe)
         for job, start in zip(new, starts, strict=True):
             job.vectors = start
         vectors = torch.stack([job.vectors for job in jobs if job.vectors is not None]).to(device)
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
-        # Moved by large steps: a passage that is stuck, or longer than small ones lead to.
-        bold = length > LONG * self.recipe.look_ahead * self.K
-        parameters = self._enlarged(self.coordinates.parameters(vectors.float()), bold)
+        size = vectors.float().square().mean((1, 2)).sqrt()
+        # Small steps are for vectors that an encoder put near where they have to be. One that
+        # comes back large was made so when its passage was stuck.
+        large = length > self._near()
+        large |= again & (size >= self.recipe.lr_large / 2)
+        parameters = self._enlarged(self.coordinates.parameters(vectors.float()), large)
         count = torch.zeros(n, dtype=torch.long, device=device)
         flag = torch.zeros(n, dtype=torch.bool, device=device)
         state = {
@@ -449,10 +457,19 @@ class Engine:
             "spent": torch.tensor([job.spent for job in jobs], device=device),
             "done": flag.clone(),
             "failed": flag.clone(),
-            "bold": bold,
+            "large": large,
+            "faster": torch.where(large, self.jump, size.clamp_min(1)),
             "stopped": flag.clone(),
         }
         return state | {f"opt.{k}": t for k, t in self.optimizer.fresh(parameters).items()}
+
+    def _near(self) -> float:
+        """Length (tokens) up to which the recipe's start is near what a passage needs; 0: never."""
+        encoder = self.lm.encoder
+        recipe = self.recipe
+        if encoder is None or recipe.start not in ("auto", "encoder") or not recipe.lr_large:
+            return 0.0
+        return float(NEAR * encoder.tokens * self.K) or math.inf  # 0: worth encoding at any length
 
     def _unseat(self) -> list[Finished]:
         """Take the stopped passages out, with the vectors that were measured for them."""

@@ -68,11 +68,11 @@ class Adam:
         gradient: Tensor,
         state: dict[str, Tensor],
         moving: Tensor,
-        bold: Tensor | None = None,
+        faster: Tensor | None = None,
     ) -> None:
         """Move `parameters` (B, ...) in place where `moving` (B) is true; others stay.
 
-        Passages that are `bold` (B) move at `lr_stuck` instead of the learning rate.
+        `faster` (B): how many times the learning rate each passage moves at; once, if not given.
         """
         beta1, beta2 = self.recipe.beta1, self.recipe.beta2
         shape = (-1,) + (1,) * (parameters.dim() - 1)
@@ -90,8 +90,8 @@ class Adam:
         if self.weight_decay:
             change.add_(parameters, alpha=self.weight_decay)
         rate = learning_rate(count - 1, self.recipe)
-        if bold is not None and self.recipe.lr_stuck:
-            rate = torch.where(bold.reshape(shape), self.recipe.lr_stuck, rate)
+        if faster is not None:
+            rate = rate * faster.reshape(shape)
         parameters.sub_(change.mul_(rate).masked_fill_(~on, 0))
 
 

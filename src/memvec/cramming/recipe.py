@@ -53,17 +53,20 @@ class Recipe:
     stuck_after: int = _says(
         20,
         "steps without progress after which a passage is stuck: the temperature falls, to a third "
-        "at least, until there is progress, and from now on it moves at lr_stuck; 0: never",
+        "at least, until there is progress, and from now on its vectors are large; 0: never",
     )
     coordinates: CoordinatesName = _says("direct", "what is moved")
     dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")
     optimizer: OptimizerName = _says("adam", "how it is moved")
-    lr: float = _says(0.2, "learning rate")
-    lr_stuck: float = _says(
+    lr: float = _says(
+        0.1,
+        "learning rate; beside lr_large, that of vectors which an encoder put near where they have "
+        "to be, in proportion to their size (RMS) where that is more than 1",
+    )
+    lr_large: float = _says(
         12.8,
-        "learning rate, and least size (RMS), of a passage's vectors once it has been stuck, and "
-        "of long ones (6 look-aheads) throughout: what a small vector cannot hold, a large one "
-        "may; 0: lr for all",
+        "learning rate, and least size (RMS), of all other vectors, and of those once their "
+        "passage has been stuck: a large vector gets there sooner and holds more; 0: lr for all",
     )
     warmup: int = _says(0, "moves over which the learning rate rises from 0")
     decay: int = _says(0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays")
@@ -167,7 +170,7 @@ _LEAST: dict[str, float] = {
     "stuck_after": 0,
     "dimensions": 1,
     "lr": 1e-9,
-    "lr_stuck": 0.0,
+    "lr_large": 0.0,
     "warmup": 0,
     "decay": 0,
     "lr_end": 0.0,
@@ -204,7 +207,7 @@ _PROGRESSIVE = Recipe(
     stuck_after=0,
     optimizer="adamw",
     lr=0.5,
-    lr_stuck=0.0,
+    lr_large=0.0,
     warmup=100,
     decay=10_000,
     lr_end=1e-3,
@@ -234,7 +237,7 @@ PRESETS: dict[str, Recipe] = {
         stuck_after=0,
         optimizer="adamw",
         lr=0.01,
-        lr_stuck=0.0,
+        lr_large=0.0,
         beta1=0.9,
         beta1_rise=0.0,
         beta2=0.9,
@@ -254,7 +257,7 @@ PRESETS: dict[str, Recipe] = {
         stuck_after=0,
         optimizer="adamw",
         lr=0.01,
-        lr_stuck=0.0,
+        lr_large=0.0,
         beta1=0.9,
         beta1_rise=0.0,
         beta2=0.9,

@@ -52,6 +52,7 @@ def train(
     heads: Annotated[int, typer.Option(help="Attention heads of the encoder.")] = 4,
     positions: Annotated[int, typer.Option(help="Positions of the model per step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    size: Annotated[float, typer.Option(help="Size of the vectors it begins with.")] = 12.8,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     where: WhereOption = None,
     column: ColumnOption = "text",
@@ -76,6 +77,7 @@ def train(
         heads=heads,
         positions=positions,
         lr=lr,
+        size=size,
         seed=seed,
     )
     target = out or (Path(model) if Path(model).is_dir() else Path()) / "encoder.safetensors"

@@ -52,17 +52,21 @@ class SlotNetwork(nn.Module):
             layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
         )
         self.out = nn.Linear(hidden, width)
-        # The size of an embedding in the LM, whose inputs the vectors are to be: set by `scaled`.
+        # Where the LM's embeddings lie, and how large vectors are to be: set by `scaled`.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(()))
+        self.register_buffer("size", torch.ones(()))
 
     mean: Tensor
     std: Tensor
+    size: Tensor
 
-    def scaled(self, mean: Tensor, std: float) -> SlotNetwork:
-        """The same network, which knows where the LM's embeddings lie and how large they are."""
+    def scaled(self, mean: Tensor, std: float, size: float) -> SlotNetwork:
+        """The same network, for embeddings of that mean (D) and standard deviation; `size` is what
+        one at its last layer is in a vector (about the RMS of untrained vectors)."""
         self.mean.copy_(mean)
         self.std.fill_(std)
+        self.size.fill_(size)
         return self
 
     def forward(self, embedded: Float[Tensor, "B T D"], K: int) -> Float[Tensor, "B K D"]:
@@ -70,7 +74,7 @@ class SlotNetwork(nn.Module):
         read = read + positions(read.shape[1], read.shape[2], read.device)
         slots = self.slots[:K].expand(len(read), -1, -1)
         seen: Tensor = self.layers(torch.cat([slots, read], dim=1))[:, :K]
-        vectors: Tensor = self.out(seen) * self.std + self.mean
+        vectors: Tensor = self.out(seen) * self.size + self.mean
         return vectors
 
 

@@ -26,6 +26,7 @@ from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM
 from memvec.metrics import horizon
+from memvec.precision import for_steps
 
 CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -46,6 +47,8 @@ class Plan:
     positions: int = 2048
     """Positions of the frozen LM per step."""
     lr: float = 1e-3
+    size: float = 12.8
+    """Of the vectors it begins with: a large one stands through all layers (docs/log.md)."""
     warmup: int = 50
     first_target: float = 2.0
     longest: float = 2.0
@@ -58,6 +61,8 @@ class Plan:
                 raise MemvecError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.hidden % self.heads:
             raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
+        if not self.size > 0:
+            raise MemvecError(f"--size must be more than 0, not {self.size}.")
         if not 0 < self.lr < 1:
             raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
 
@@ -86,6 +91,7 @@ class Training:
         if not lm.has_split_head:
             raise MemvecError(f"{lm.name} does not give its hidden states: no encoder for it.")
         self.lm, self.plan = lm, plan
+        self.fast = for_steps(lm, "auto")  # what the loss goes back through
         cut = int(len(stream) * (1 - HELD_OUT))
         self.text, self.held_out = stream[:cut], stream[cut:]
         if len(self.held_out) < 4 * GRID[0] + 64:
@@ -101,7 +107,7 @@ class Training:
         mean = lm.embedding.weight.detach()[:50_000].float().mean(0)  # type: ignore[union-attr,operator,index]
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots")}
         self.network = SlotNetwork(lm.width, **shape).to(lm.device)
-        self.network.scaled(mean, lm.embedding_std)
+        self.network.scaled(mean, lm.embedding_std, plan.size)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.01
         )
@@ -140,7 +146,7 @@ class Training:
 
     def _train_step(self) -> tuple[float, float]:
         """One step; mean bits per token and teacher-forced accuracy."""
-        plan, lm = self.plan, self.lm
+        plan, lm = self.plan, self.fast
         draw = self._generator("step", self.step)
         K = int(torch.randint(1, plan.slots + 1, (), generator=draw))
         share = 0.5 + (plan.longest - 0.5) * float(torch.rand((), generator=draw))
