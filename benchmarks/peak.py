@@ -49,7 +49,7 @@ def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], Any]]:
 def guesses(lm: FrozenLM, seats: int, T: int) -> dict[str, float]:
     """What is estimated for each part, in bytes."""
     sizes = {"seats": seats, "tokens": T}
-    guess = estimate(facts_of(lm, T), **sizes, checkpointing=lm.checkpointing)
+    guess = estimate(facts_of(lm, T), **sizes)
     return {
         "activations": guess.activations + guess.passing,
         "logits": guess.logits,

@@ -315,7 +315,8 @@ def test_a_damaged_or_unwritable_journal_is_a_sentence(tmp_path, monkeypatch):
 def test_verify_and_decode_refuse_a_wrong_text(monkeypatch):
     lm = reader()
     mem = codec.cram(lm, [TEXT], **OPTIONS)
-    noisy = MemVectors(mem.vectors + torch.randn(mem.vectors.shape), mem.header)
+    noise = torch.randn(mem.vectors.shape) * mem.vectors.std()
+    noisy = MemVectors(mem.vectors + noise, mem.header)
     certificate, exact = codec.verify(noisy, lm)
     assert certificate["exact"] is False
     assert not all(exact)

@@ -151,14 +151,7 @@ def default_seats(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
     else:
         free = _free_memory()
     tokens = max(1, tokens)
-    most = most_seats(
-        facts_of(lm, tokens),
-        free=free / 4,
-        tokens=tokens,
-        vectors=vectors,
-        checkpointing=lm.checkpointing,
-    )
-    return min(32, most)
+    return min(32, most_seats(facts_of(lm, tokens), free=free / 4, tokens=tokens, vectors=vectors))
 
 
 def _free_memory() -> int:
@@ -239,7 +232,7 @@ class Cramming:
         seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
         sizes = {"seats": seats, "tokens": longest, "vectors": self.K}
         facts = facts_of(self.lm, longest, self.engine.fast)
-        memory = estimate(facts, **sizes, checkpointing=self.lm.checkpointing)
+        memory = estimate(facts, **sizes)
         found = f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {memory.sentence()}."
         if self.workers is not None or self.layout == "one-step-shared":
             return found

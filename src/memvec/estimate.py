@@ -56,6 +56,7 @@ class Facts:
     inside: int = 1  # tensors as wide as the MLP that its activation keeps
     weights: float = 0.0  # bytes of them, as they are; 0: parameters x number
     kept: float | None = None  # bytes that all layers keep of a token, where that was measured
+    checkpointing: bool = False  # a layer keeps its input only, and is computed again
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     own = float(sum(p.numel() for p in lm.model.parameters()))
     facts = facts_of_config(lm.config, steps.dtype.itemsize, own)
     weights = float(sum(map(_bytes, parameters.values())))
-    return replace(facts, weights=weights, kept=kept_bytes(steps, tokens))
+    kept = kept_bytes(steps, tokens)
+    return replace(facts, weights=weights, kept=kept, checkpointing=lm.checkpointing)
 
 
 def _bytes(parameter: Tensor) -> int:
@@ -189,22 +191,19 @@ def layer_bytes(f: Facts) -> float:
     return float(norms + attention + mlp)
 
 
-def estimate(
-    f: Facts, *, seats: int, tokens: int, vectors: int = 1, checkpointing: bool = False
-) -> Estimate:
-    """Peak bytes of a step with `seats` passages of `tokens` tokens and K = `vectors`.
-
-    With `checkpointing` a layer keeps its input only, and one layer at a time is computed again.
-    """
+def estimate(f: Facts, *, seats: int, tokens: int, vectors: int = 1) -> Estimate:
+    """Peak bytes of a step with `seats` passages of `tokens` tokens and K = `vectors`."""
     N = seats * (tokens + vectors - 1)
     each = layer_bytes(f)
-    kept = f.layers * (f.number * f.hidden if checkpointing else each) if f.kept is None else f.kept
+    kept = f.kept
+    if kept is None:
+        kept = f.layers * (f.number * f.hidden if f.checkpointing else each)
     # The last norm, its output and their gradients; later the gradients of a layer's MLP and input,
     # or of its keys, values and normed queries.
     ends = f.hidden * (20 + 4 * f.number)
     mlp = f.number * ((2 * f.gated + f.inside) * f.inner + 2 * f.hidden)
     attention = f.number * 2 * f.keys + 8 * min(f.normed, f.attention)
-    back = max(mlp, attention) + each * checkpointing
+    back = max(mlp, attention) + each * f.checkpointing
     rows = min(N, max(1, CHUNK // max(1, f.vocabulary)))
     states = 3 * N * f.hidden * f.number  # and their gradients
     return Estimate(
@@ -216,11 +215,9 @@ def estimate(
     )
 
 
-def most_seats(
-    f: Facts, *, free: float, tokens: int, vectors: int = 1, checkpointing: bool = False
-) -> int:
+def most_seats(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> int:
     """Most seats whose peak, weights apart, stays in `free` bytes; at least 1."""
-    one = estimate(f, seats=1, tokens=tokens, vectors=vectors, checkpointing=checkpointing)
+    one = estimate(f, seats=1, tokens=tokens, vectors=vectors)
     most = CHUNK * 4.0 * LOGITS_COPIES  # of logits, at any number of seats
     each = one.activations + one.passing + one.state
     return max(1, int((free - most) / each))
