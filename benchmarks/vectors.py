@@ -7,7 +7,8 @@ freely from the vectors as stored. Twice: with an equal number of steps for ever
 passage has not gone on for `--patience` steps ('convergence'). RESULT `per_vector` is the horizon
 per vector at the largest K over that at K = 1 at convergence, `per_vector_steps` the same after
 equal steps; each with its 95 % bootstrap interval (the passages of different K are different ones
-of the same text, so the two means are drawn apart).
+of the same text, so the two means are drawn apart). K whose passages do not fit the model's context
+are left out, and named.
 
 `--quick` is a tiny random-weight model with K = 1 and 16, and its RESULT is for that.
 """
@@ -54,7 +55,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
     parser.add_argument("--vectors", type=int, nargs="+", default=(1, 2, 4, 8, 16))
-    parser.add_argument("--tokens", type=int, default=60, help="passage length per vector")
+    parser.add_argument("--tokens", type=int, default=120, help="passage length per vector")
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--seats", type=int, default=8)
     parser.add_argument("--steps", type=int, default=400)
@@ -69,9 +70,15 @@ def main() -> None:
         "convergence": Recipe(steps=FOREVER, patience=options.patience),
     }
     rows, found = [], {}
-    for K in options.vectors:
+    context = lm.context or FOREVER
+    fitting = [K for K in options.vectors if (options.tokens + 1) * K <= context]
+    for K in sorted(set(options.vectors) - set(fitting)):
+        print(f"{K} vectors with {options.tokens} tokens each do not fit {context} positions")
+    if not fitting:
+        parser.error("nothing fits the model's context: fewer --tokens")
+    for K in fitting:
         for until, recipe in ways.items():
-            T = min(options.tokens * K, (lm.context or FOREVER) - K)
+            T = options.tokens * K
             found[until, K] = horizons(lm, recipe, K, T, options)
             rows.append(
                 {
@@ -86,12 +93,12 @@ def main() -> None:
     save_figure(options.out / "vectors", lambda axes: draw(axes, rows), 1)
     result: dict[str, float] = {}
     for until, name in zip(ways, ("per_vector_steps", "per_vector"), strict=True):
-        most, one = found[until, max(options.vectors)], found[until, min(options.vectors)]
+        most, one = found[until, max(fitting)], found[until, min(fitting)]
         result[name], result[f"{name}_low"], result[f"{name}_high"] = ratio_of_separate_means(
             most, one
         )
     if options.quick:
-        print(f"--quick: {lm.name}, {max(options.vectors)} vectors at most, {options.steps} steps")
+        print(f"--quick: {lm.name}, {max(fitting)} vectors at most, {options.steps} steps")
     report("vectors", rows, options, **result)
 
 
