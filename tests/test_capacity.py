@@ -12,12 +12,12 @@ import torch
 from memvec.capacity.exact import exact_result
 from memvec.capacity.geometry import cosines, principal_components
 from memvec.capacity.paper import paper_result
-from memvec.capacity.statistics import mean_interval, share_interval
 from memvec.capacity.threshold import compare, fit, fit_capacity
 from memvec.capacity.upper_bound import needed_bits
 from memvec.capacity.vectors import scaling
 from memvec.metrics import margins, surprisal
 from memvec.report.published import bits, published, table1
+from memvec.statistics import mean_interval, share_interval
 
 
 def plane(C: float, n: int, seed: int, noise: float = 2.0) -> pd.DataFrame:

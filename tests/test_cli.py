@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,6 +326,53 @@ def test_help_imports_nothing_heavy():
     assert ran.returncode == 0
     assert ran.stdout.splitlines()[-1] == "HEAVY []"
     assert "cram" in ran.stdout
+
+
+BARE = """
+import json, sys
+absent = set(json.loads(sys.argv[1]))
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in absent else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = map(Without, sys.meta_path)
+import memvec.cli
+for words in json.loads(sys.argv[2]):
+    sys.argv = ["memvec", *words]
+    try:
+        memvec.cli.main()
+    except SystemExit as end:
+        print("CODE", words[0], end.code or 0, flush=True)
+"""
+
+
+def test_a_bare_install_has_all_it_needs(folder, letter):
+    """Every verb but `study`, with the packages of all extras out of sight."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"].values()
+    absent = [re.match(r"[\w-]+", name)[0] for names in extras for name in names]
+    verbs = (
+        ["cram", "letter.txt", "-m", str(folder), *map(str, FAST)],
+        ["verify", "letter.mem"],
+        ["inspect", "letter.mem"],
+        ["export", "letter.mem", "--to", "npy"],
+        ["plan", "letter.txt", "-m", str(folder), *map(str, FAST[:4])],
+        ["doctor", "-m", str(folder)],
+        ["decode", "letter.mem"],
+        ["study", "ls"],
+    )
+    words = [sys.executable, "-c", BARE, json.dumps(absent), json.dumps(verbs)]
+    ran = subprocess.run(words, capture_output=True)
+    said = ran.stderr.decode()
+    codes = re.findall(rb"CODE (\w+) (\d)", ran.stdout)
+    asked = [(verb[0].encode(), b"2" if verb[0] == "study" else b"0") for verb in verbs]
+    assert codes == asked, said
+    assert TEXT.encode() + b"CODE decode 0" in ran.stdout
+    assert "memvec[study]" in said
+    assert "Traceback" not in said
 
 
 def test_a_reader_that_goes_away_is_no_error(folder, stored):

@@ -66,7 +66,7 @@ LoadOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite; try foreign vectors.")]
-FileArgument = Annotated[str, typer.Argument(help="A file of [mem] vectors.")]
+FileArgument = Annotated[str, typer.Argument(help=r"A file of \[mem] vectors.")]
 
 
 def _examples(*lines: str) -> str:
@@ -93,7 +93,7 @@ def cram(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Default: FILE's name + .mem.safetensors.")
     ] = None,
-    vectors: Annotated[int, typer.Option(help="[mem] vectors per passage (K).")] = 1,
+    vectors: Annotated[int, typer.Option(help=r"\[mem] vectors per passage (K).")] = 1,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens per passage; default: as many as fit by information.")
     ] = None,
@@ -147,7 +147,7 @@ def cram(
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Cram a text into [mem] vectors, certify that it decodes exactly, and save them."""
+    r"""Cram a text into \[mem] vectors, certify that it decodes exactly, and save them."""
     recipe = _recipe(
         preset,
         set_,
@@ -242,7 +242,7 @@ def cram(
 def plan(
     file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")],
     model: ModelOption = "pocket",
-    vectors: Annotated[int, typer.Option(help="[mem] vectors per passage (K).")] = 1,
+    vectors: Annotated[int, typer.Option(help=r"\[mem] vectors per passage (K).")] = 1,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens per passage; default: as many as fit by information.")
     ] = None,

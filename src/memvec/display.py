@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.capacity.statistics import Mean
 from memvec.codec import Status
 from memvec.estimate import duration
 from memvec.plan import Plan
+from memvec.statistics import Mean
 from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
 

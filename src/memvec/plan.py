@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from memvec.capacity.statistics import Mean, mean_interval
 from memvec.codec import Cramming, Status
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -25,6 +24,7 @@ from memvec.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.found import rng
 from memvec.passages.passage import Passage
+from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 
 SAMPLE = 32  # passages

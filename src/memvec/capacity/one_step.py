@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from memvec.capacity.protocol import Protocol
-from memvec.capacity.statistics import Mean, mean_interval, share_interval
+from memvec.statistics import Mean, mean_interval, share_interval
 
 THRESHOLD = 0.99
 

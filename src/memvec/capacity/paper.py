@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from memvec.capacity.protocol import Protocol
-from memvec.capacity.statistics import Mean, mean_interval
+from memvec.statistics import Mean, mean_interval
 
 if TYPE_CHECKING:
     from memvec.lm import StartRule

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from memvec.capacity.statistics import mean_interval
 from memvec.report import published
 from memvec.report.data import Data, short
 from memvec.report.plots import Panel, Plot, Series
+from memvec.statistics import mean_interval
 
 MOST_BOXES = 24  # lengths in a panel
 

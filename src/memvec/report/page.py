@@ -17,11 +17,11 @@ import numpy as np
 
 from memvec import __version__
 from memvec.capacity.exact import exact_result
-from memvec.capacity.statistics import mean_interval
 from memvec.errors import MemvecError
 from memvec.report.data import Data, short
 from memvec.report.plots import Plot
 from memvec.report.tables import Table
+from memvec.statistics import mean_interval
 from memvec.vectors import write_atomically
 
 EXPLORED = 48  # passages in the explorer

@@ -14,11 +14,11 @@ from memvec import metrics
 from memvec.capacity.exact import exact_result
 from memvec.capacity.geometry import POINTS, cosines, principal_components
 from memvec.capacity.paper import THRESHOLD, paper_result
-from memvec.capacity.statistics import mean_interval
 from memvec.capacity.vectors import scaling
 from memvec.report import published
 from memvec.report.data import Data, short
 from memvec.report.tables import paths, solutions
+from memvec.statistics import mean_interval
 
 Mark = Literal["points", "line", "bars", "dashed", "boxes"]
 MOST_POINTS = 1500  # of a cloud; more neither shows nor fits a page

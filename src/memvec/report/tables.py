@@ -22,11 +22,11 @@ from memvec.capacity.exact import exact_result
 from memvec.capacity.geometry import cosines
 from memvec.capacity.one_step import one_step_result
 from memvec.capacity.paper import paper_result
-from memvec.capacity.statistics import Mean, mean_interval
 from memvec.capacity.threshold import LEAST_ABOVE
 from memvec.capacity.vectors import scaling
 from memvec.report import published
 from memvec.report.data import Data, short
+from memvec.statistics import Mean, mean_interval
 
 Cell = str | float | int | None
 

@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-NEEDED = ("matplotlib", "pandas", "scipy")
+NEEDED = ("matplotlib", "pandas")
 
 SpecArgument = Annotated[Path, typer.Argument(help="A spec: a TOML file.")]
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of a study.")]

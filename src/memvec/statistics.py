@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ def mean_interval(values: Sequence[float | int]) -> Mean:
     mean = float(data.mean())
     if n == 1:
         return Mean(mean, math.nan, math.nan, math.nan, 1)
+    from scipy import stats  # takes half a second, which not every command has to wait for
+
     sd = float(data.std(ddof=1))
     half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     return Mean(mean, mean - half, mean + half, sd, n)
@@ -50,5 +51,7 @@ def share_interval(hits: int, n: int) -> tuple[float, float, float]:
     """A share with its 95 % Wilson interval: (share, low, high)."""
     if n == 0:
         return math.nan, math.nan, math.nan
+    from scipy import stats
+
     interval = stats.binomtest(hits, n).proportion_ci(method="wilson")
     return hits / n, float(interval.low), float(interval.high)
