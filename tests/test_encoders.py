@@ -113,7 +113,12 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"steps": 0}, "--steps"), ({"hidden": 30, "heads": 4}, "no multiple"), ({"lr": 2.0}, "--lr")],
+    [
+        ({"steps": 0}, "--steps"),
+        ({"hidden": 30, "heads": 4}, "no multiple"),
+        ({"lr": 2.0}, "--lr"),
+        ({"size": float("inf")}, "--size"),
+    ],
 )
 def test_plans_that_cannot_be_are_refused(changes, says):
     with pytest.raises(MemvecError, match=says):

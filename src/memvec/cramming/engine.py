@@ -36,7 +36,7 @@ from memvec.cramming.objective import score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedule import SCHEDULES, cooled, look_ahead
-from memvec.cramming.start import start_vectors
+from memvec.cramming.start import start_of, start_vectors
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
@@ -466,8 +466,9 @@ class Engine:
     def _near(self) -> float:
         """Length (tokens) up to which the recipe's start is near what a passage needs; 0: never."""
         encoder = self.lm.encoder
-        recipe = self.recipe
-        if encoder is None or recipe.start not in ("auto", "encoder") or not recipe.lr_large:
+        if encoder is None or start_of(self.lm, self.recipe) != "encoder":
+            return 0.0
+        if not self.recipe.lr_large:
             return 0.0
         return float(NEAR * encoder.tokens * self.K) or math.inf  # 0: worth encoding at any length
 

@@ -74,6 +74,13 @@ STARTS: dict[str, Start] = {
 }
 
 
+def start_of(lm: FrozenLM, recipe: Recipe) -> str:
+    """The start that applies to this model: 'auto' is its encoder if it has one, else noise."""
+    if recipe.start != "auto":
+        return recipe.start
+    return "encoder" if lm.encoder is not None else "noise"
+
+
 def start_vectors(
     lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe
 ) -> list[Float[Tensor, "K D"]]:
@@ -81,9 +88,7 @@ def start_vectors(
 
     The encoder reads passages of one length together; nothing else depends on who is beside whom.
     """
-    name = recipe.start
-    if name == "auto":
-        name = "encoder" if lm.encoder is not None else "noise"
+    name = start_of(lm, recipe)
     if name != "encoder":
         return [STARTS[name](lm, ids, K, recipe) for ids in passages]
     if lm.encoder is None:

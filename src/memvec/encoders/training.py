@@ -61,8 +61,8 @@ class Plan:
                 raise MemvecError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         if self.hidden % self.heads:
             raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
-        if not self.size > 0:
-            raise MemvecError(f"--size must be more than 0, not {self.size}.")
+        if not 0 < self.size < float("inf"):
+            raise MemvecError(f"--size must be a number above 0, not {self.size}.")
         if not 0 < self.lr < 1:
             raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
 
