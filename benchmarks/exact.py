@@ -10,17 +10,20 @@ loading the model twice for each passage, which that code does as well, is left 
 passages stand for all on their side, because most of their time goes into passages that never
 finish; their rate is the exact ones among them per minute of the whole.
 
-Lengths are 30, 60 and 90 % of `--horizon`, the mean exact horizon of the model (README). RESULT has
-`ratio`, the smallest ratio of rates over the lengths at which they finish anything, and
-`ratio_hard`, that at the longest length at which they finish at least one passage in eight. Lengths
-that they never finish are in the table, without a ratio. `--quick` takes 30 and 37 %, and gives
-their side 2 passages of at most 400 steps.
+The models are `pocket` with running prose and R256, random weights with random tokens; `--model` or
+`--shape` takes another one alone. Lengths are 30, 60 and 90 % of the model's mean exact horizon
+(`--horizon`). RESULT has `ratio`, the smallest ratio of rates over the lengths at which they finish
+anything, and `ratio_hard`, the largest over the models of that at the longest length at which they
+finish at least one passage in eight. Lengths that they never finish are named, and have no ratio.
+`--quick` takes lengths that two passages of theirs finish in seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -35,7 +38,10 @@ from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
-POCKET_HORIZON = 77  # tokens, one vector, natural text, 400 steps (README)
+# Mean exact horizon, tokens: one vector, 400 steps (README), 800 steps (docs/log.md).
+HORIZONS = {"pocket": 77, "r256": 20}
+SHARES = (0.3, 0.6, 0.9)
+QUICK_SHARES = {"pocket": (0.3,), "r256": (0.3, 0.6)}
 PAPER = PRESETS["paper"]
 
 
@@ -71,73 +77,91 @@ def as_published(lm: FrozenLM, passage: Passage, steps: int) -> tuple[bool, int]
     return tuple(decoded) == passage.ids, taken
 
 
+def rates(
+    lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Both sides over the same passages: a row of ours and a row of the paper's."""
+    seats = min(32, len(passages))
+    list(Engine(lm, Recipe(steps=2), seats=seats).run(passages))
+    as_published(lm, passages[-1], 2)  # first-use costs of kernels are nobody's
+    engine = Engine(lm, Recipe(), seats=seats)
+    began = time.perf_counter()
+    outcomes = list(engine.run(passages))
+    seconds = time.perf_counter() - began
+    exact = sum(outcome.exact for outcome in outcomes)
+    ours = 60 * exact / seconds
+    each, finished, moves = [], 0, []
+    for passage in passages[: options.theirs]:
+        began = time.perf_counter()
+        right, steps = as_published(lm, passage, options.steps)
+        each.append(time.perf_counter() - began)
+        finished += right
+        moves.append(steps)
+    theirs = 60 * finished / sum(each)
+    return [
+        {
+            "side": "ours",
+            "n": len(passages),
+            "exact": exact,
+            "exact_per_minute": ours,
+            "median_steps": median_and_spread([o.steps for o in outcomes])[0],
+            "median_s": seconds / len(passages),
+            "low_s": math.nan,
+            "high_s": math.nan,
+            "ratio": ours / theirs if theirs else math.nan,
+        },
+        {
+            "side": "paper",
+            "n": len(each),
+            "exact": finished,
+            "exact_per_minute": theirs,
+            "median_steps": median_and_spread(moves)[0],
+            **dict(zip(("median_s", "low_s", "high_s"), median_and_spread(each), strict=True)),
+            "ratio": math.nan,
+        },
+    ]
+
+
 def main() -> None:
-    """Both sides at each length."""
+    """Both sides at each length of each model."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
-    parser.add_argument("--horizon", type=float, default=POCKET_HORIZON)
-    parser.add_argument("--shares", type=float, nargs="+", default=(0.3, 0.6, 0.9))
+    parser.set_defaults(model=None)
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model")
+    parser.add_argument("--horizon", type=float, help="of another model: its mean, in tokens")
+    parser.add_argument("--shares", type=float, nargs="+", help="lengths as shares of the horizon")
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--theirs", type=int, default=16, help="passages on the paper's side")
     parser.add_argument("--steps", type=int, default=PAPER.steps, help="most steps of the paper's")
     options = parser.parse_args()
     if options.quick:
         options.passages, options.theirs, options.steps = 16, 2, 400
-        options.shares = (0.3, 0.37)
-    lm = random_model(options.shape) if options.shape else load_lm(options.model)
-    rows, ratios, hard = [], [], math.nan
-    for share in options.shares:
-        T = max(2, round(share * options.horizon))
-        texts = random_tokens if options.shape else passages_of
-        passages = texts(lm, options.passages, T)
-        list(Engine(lm, Recipe(steps=2), seats=min(32, options.passages)).run(passages))
-        as_published(lm, passages[-1], 2)  # first-use costs of kernels are nobody's
-        engine = Engine(lm, Recipe(), seats=min(32, options.passages))
-        began = time.perf_counter()
-        outcomes = list(engine.run(passages))
-        seconds = time.perf_counter() - began
-        exact = sum(outcome.exact for outcome in outcomes)
-        ours = 60 * exact / seconds
-        each, finished, moves = [], 0, []
-        for passage in passages[: options.theirs]:
-            began = time.perf_counter()
-            right, steps = as_published(lm, passage, options.steps)
-            each.append(time.perf_counter() - began)
-            finished += right
-            moves.append(steps)
-        theirs = 60 * finished / sum(each)
-        common = {"tokens": T, "share_of_horizon": share}
-        rows += [
-            {
-                **common,
-                "side": "ours",
-                "n": len(passages),
-                "exact": exact,
-                "exact_per_minute": ours,
-                "median_steps": median_and_spread([o.steps for o in outcomes])[0],
-                "median_s": seconds / len(passages),
-                "low_s": math.nan,
-                "high_s": math.nan,
-                "ratio": ours / theirs if theirs else math.nan,
-            },
-            {
-                **common,
-                "side": "paper",
-                "n": len(each),
-                "exact": finished,
-                "exact_per_minute": theirs,
-                "median_steps": median_and_spread(moves)[0],
-                **dict(zip(("median_s", "low_s", "high_s"), median_and_spread(each), strict=True)),
-                "ratio": math.nan,
-            },
-        ]
-        if finished:
-            ratios.append(ours / theirs)
-            if finished >= len(each) / 8:
-                hard = ours / theirs  # lengths rise: the last one is the hardest
-        else:
-            print(f"{T} tokens: the paper's recipe finishes none of {len(each)} passages")
-    report("exact", rows, options, ratio=min(ratios, default=math.nan), ratio_hard=hard)
+    rows: list[dict[str, Any]] = []
+    hard: list[float] = []
+    for name in [m for m in (options.model, options.shape) if m] or list(HORIZONS):
+        horizon = options.horizon or HORIZONS.get(name)
+        if horizon is None:
+            parser.error(f"no horizon is known for {name}: give --horizon, in tokens")
+        lm = random_model(name) if name in SHAPES else load_lm(name)
+        texts = random_tokens if lm.tokenizer is None else passages_of
+        shares = options.shares or (QUICK_SHARES.get(name, SHARES) if options.quick else SHARES)
+        hardest = math.nan
+        for share in sorted(shares):
+            T = max(2, round(share * horizon))
+            both = rates(lm, texts(lm, options.passages, T), options)
+            rows += [{"model": name, "tokens": T, "share_of_horizon": share, **r} for r in both]
+            ours, theirs = both
+            if not theirs["exact"]:
+                print(f"{name}, {T} tokens: the paper's recipe finishes none of {theirs['n']}")
+            elif theirs["exact"] >= theirs["n"] / 8:
+                hardest = ours["ratio"]  # lengths rise: the last one is the hardest
+        hard.append(hardest)
+    report(
+        "exact",
+        rows,
+        options,
+        ratio=min((r["ratio"] for r in rows if not math.isnan(r["ratio"])), default=math.nan),
+        ratio_hard=max((h for h in hard if not math.isnan(h)), default=math.nan),
+    )
 
 
 if __name__ == "__main__":

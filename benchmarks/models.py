@@ -52,6 +52,17 @@ SHAPES = {
             "tie_word_embeddings": True,
         },
     ),
+    "r256": (  # untrained, it holds about one bit per dimension (docs/capacity.md)
+        "LlamaConfig",
+        {
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "intermediate_size": 704,
+            "max_position_embeddings": 1024,
+        },
+    ),
     "tiny-llama": (
         "LlamaConfig",
         {
