@@ -168,7 +168,7 @@ def test_its_files_are_checked(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
     save_encoder(file, SlotEncoder(network_of(lm)), lm)
     sound = file.read_bytes()
-    with pytest.raises(MemvecError, match="was trained for tiny-llama, not for"):
+    with pytest.raises(MemvecError, match="was trained for other weights"):
         load_encoder(file, tiny(seed=1))
     for damage in (b"", sound[: len(sound) // 2], b"\xff" * 64):
         file.write_bytes(damage)

@@ -27,7 +27,7 @@ from memvec.estimate import duration, estimate, facts_of, most_seats
 from memvec.journal import Journal
 from memvec.lm import FrozenLM
 from memvec.onestep import OneStep, laid_out, laid_out_as
-from memvec.onestep.shared import Shared
+from memvec.onestep.shared import Shared, without_parts
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
@@ -185,6 +185,8 @@ class Cramming:
         workers: Workers | None = None,
     ) -> None:
         self.workers = workers
+        if layout == "one-step-shared":
+            recipe = without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
         self.layout = layout
         self.recipe, self.storage, self.journal, self.on_status = (

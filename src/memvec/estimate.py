@@ -176,7 +176,7 @@ def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
     for t in (T // 2, T):  # what any passage keeps, however short, is none of its tokens'
         ids = torch.zeros(1, t, dtype=torch.long, device=lm.device)
         vectors = torch.zeros(1, 1, lm.width, device=lm.device, requires_grad=True)
-        with torch.enable_grad(), saved_bytes() as kept:
+        with torch.enable_grad(), saved_bytes(lm.model) as kept:
             lm.states(vectors, ids)
         found.append(kept())
     return (found[1] - found[0]) / (T - T // 2)

@@ -28,10 +28,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memvec.big import loading_options, recomputed
+from memvec.big import loading_options, offloaded, recomputed
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError, did_you_mean
-from memvec.memory import keep_freed_memory
+from memvec.memory import keep_freed_memory, out_of_memory
 from memvec.precision import widen_attention
 
 StartRule = Literal["vectors", "bos", "first-token"]
@@ -40,6 +40,7 @@ Layout = Literal["prefix", "one-step", "one-step-shared"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POCKET = Path(__file__).parent / "pocket"
+UNKNOWN_DEVICE = "unknown device '{}': use auto, cpu or cuda:0."
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,7 @@ class FrozenLM:
             if torch.is_grad_enabled() and self.checkpointing:
                 stack.enter_context(recomputed(self.model))
             if torch.is_grad_enabled() and self.offload:
-                on_gpu = self.device.type == "cuda"
-                stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=on_gpu))
+                stack.enter_context(offloaded(self.model, pin=self.device.type == "cuda"))
             yield
 
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
@@ -382,7 +382,9 @@ def load_lm(
     try:
         where = torch.device(device)
     except RuntimeError:
-        raise MemvecError(f"unknown device '{device}': use auto, cpu or cuda:0.") from None
+        raise MemvecError(UNKNOWN_DEVICE.format(device)) from None
+    if where.type not in ("cpu", "cuda"):
+        raise MemvecError(UNKNOWN_DEVICE.format(device))
     if where.type == "cuda" and not torch.cuda.is_available():
         raise MemvecError("this machine has no usable GPU: use --device cpu.")
     if dtype == "auto":
@@ -390,7 +392,7 @@ def load_lm(
     if where.type == "cpu":
         keep_freed_memory()
     with _quiet():
-        big = loading_options(device_map, quantize, DTYPES[dtype])
+        big = loading_options(device_map, quantize, DTYPES[dtype], where)
     local = _local_folder(name)
     source = str(local) if local is not None else name
     with _loading(name), _quiet():
@@ -408,6 +410,8 @@ def load_lm(
             **big,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if not big:
+            model = model.to(where)
     if missing := sorted(info["missing_keys"]):
         raise MemvecError(
             f"{name} has no weights for {len(missing)} tensors of a causal LM "
@@ -416,7 +420,7 @@ def load_lm(
     if where.type == "cpu" and DTYPES[dtype] != torch.float32 and attention is None:
         widen_attention(model)
     lm = FrozenLM(
-        model if big else model.to(where),
+        model,
         tokenizer,
         name=name,
         revision=revision or getattr(config, "_commit_hash", None),
@@ -471,6 +475,11 @@ def _loading(name: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip()
         first = reason.splitlines()[0] if reason else type(error).__name__
+        if out_of_memory(error):
+            raise MemvecError(
+                f"{name} does not fit in the memory of the device: use device_map='auto' or "
+                "quantize (on the command line: --load device_map=auto, --load quantize=4bit)."
+            ) from error
         if isinstance(error, ImportError):
             raise MemvecError(f"{name} needs a package that is missing: {first}") from error
         if any(word in reason for word in ("couldn't connect", "offline", "Connection", "resolve")):

@@ -44,8 +44,6 @@ from memvec.storage import STORAGES, PackingName, Storage
 if TYPE_CHECKING:
     from typing import Self
 
-FORMAT = "memvec"
-FORMAT_VERSION = 1
 LONGEST = 1_000_000  # tokens of one passage; no model reads more, and a header cannot claim it
 
 
@@ -54,7 +52,10 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+    # A passage whose loss was not finite has figures that are not: "NaN", which JSON can hold.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings"
+    )
 
 
 class PassageRecord(_Record):
@@ -66,7 +67,9 @@ class PassageRecord(_Record):
     exact: bool = Field(description="free-running decoding gave back every token")
     status: Status = Field(description="why cramming ended")
     margin_asked: float = Field(description="margin that every token had to reach, logits")
-    steps: int = Field(ge=0, description="optimiser steps")
+    steps: int = Field(
+        ge=0, description="optimiser steps, and one for each return from certification"
+    )
     spent: int = Field(ge=0, description="forward-backward tokens")
     seconds: float = Field(ge=0, description="wall time, shared among the seats of each step")
     predicted: int = Field(ge=0, description="tokens that came from the vectors")

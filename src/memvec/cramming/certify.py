@@ -182,10 +182,13 @@ def positions(
         base_bits, base_margin = _positions(lm, base, ids[:, given:])
     else:
         # No token starts a text for this model: the first token costs log2 V without vectors.
-        base_bits, base_margin = _positions(lm, lm.states(None, ids, "first-token"), ids[:, 1:])
+        base_bits = base_margin = bits.new_empty(B, 0)
+        if longest > 1:
+            states = lm.states(None, ids, "first-token")
+            base_bits, base_margin = _positions(lm, states, ids[:, 1:])
         first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
-        base_bits = torch.cat([first.to(base_bits), base_bits], dim=1)
-        base_margin = torch.cat([torch.full_like(base_margin[:, :1], -1.0), base_margin], dim=1)
+        base_bits = torch.cat([first, base_bits], dim=1)
+        base_margin = torch.cat([torch.full_like(first, -1.0), base_margin], dim=1)
     return bits, margin, base_bits, base_margin
 
 

@@ -190,7 +190,9 @@ class Engine:
             inputs = vectors.requires_grad_()
             with torch.enable_grad():
                 states = self.fast.states(inputs, ids, self.start_rule)
-            found = score(self.fast.head, states, ids[:, self.given :], self.recipe)
+            found = score(
+                self.fast.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
+            )
             torch.autograd.grad(states, inputs, found.gradient)[0].sum().item()  # waits for it
 
         if not self._fits(once):  # the first one also warms up
@@ -255,13 +257,13 @@ class Engine:
         self.seats = stay = len(self.jobs) // 2
         s, leaving = self.state, self.jobs[stay:]
         s["parameters"] = s["parameters"].detach()
-        vectors = self.coordinates.vectors(s["parameters"][stay:]).detach().cpu()
+        vectors = s["vectors"][stay:].cpu()  # the best that were measured: nothing is lost
         for i, job in enumerate(leaving):
             job.vectors = vectors[i].clone()
             job.steps, job.spent = int(s["steps"][stay + i]), int(s["spent"][stay + i])
             self.waiting.push(job)
         self.jobs = self.jobs[:stay]
-        self.state = {key: tensor[:stay] for key, tensor in s.items()}
+        self.state = {key: tensor[:stay].clone() for key, tensor in s.items()}
         forget_freed_memory()
 
     def _certified(self, finished: list[Finished]) -> Iterator[Outcome]:
@@ -304,7 +306,14 @@ class Engine:
             states = self.fast.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
         warm = cooled(s["stale"], s["margin"], recipe)
         warm = _with_ghosts(warm, self._ghosts(), recipe.temperature)
-        found = score(self.fast.head, states, ids[:, self.given :], recipe, temperature=warm)
+        found = score(
+            self.fast.head,
+            states,
+            ids[:, self.given :],
+            recipe,
+            temperature=warm,
+            V=self.lm.vocab_size,
+        )
         margin, loss = found.margin[: len(self.jobs)], found.loss[: len(self.jobs)]
         # Measure ...
         column = torch.arange(width, device=margin.device)
@@ -380,7 +389,9 @@ class Engine:
         states = self.lm.states(
             _with_ghosts(s["vectors"][rows], self._ghosts()), padded, self.start_rule
         )
-        found = score(self.lm.head, states, padded[:, self.given :], self.recipe)
+        found = score(
+            self.lm.head, states, padded[:, self.given :], self.recipe, V=self.lm.vocab_size
+        )
         margin = found.margin[: len(rows)]
         within = torch.arange(margin.shape[1], device=margin.device) < length[:, None]
         ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
@@ -426,7 +437,9 @@ class Engine:
             row[: len(job.passage)] = torch.tensor(job.passage.ids)
         new = [job for job in jobs if job.vectors is None]
         again = torch.tensor([job.vectors is not None for job in jobs], device=device)
-        starts = start_vectors(lm, [job.passage.ids for job in new], self.K, self.recipe)
+        starts = start_vectors(
+            lm, [job.passage.ids for job in new], self.K, self.recipe, alone=self.fixed_shapes
+        )
         for job, start in zip(new, starts, strict=True):
             job.vectors = start
         vectors = torch.stack([job.vectors for job in jobs if job.vectors is not None]).to(device)

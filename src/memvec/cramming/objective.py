@@ -49,7 +49,8 @@ def margin(
     temperature: Float[Tensor, " n"],
     recipe: Recipe,
 ) -> Float[Tensor, " n"]:
-    """softplus((asked - margin) / T) T: pays for the best wrong token only."""
+    """softplus((m - margin) / T) T with m = 2 x the recipe's margin + T: pays for the best wrong
+    token only."""
     missing = 2 * recipe.margin + temperature - metrics.margins(logits[None], ids[None])[0]
     return torch.nn.functional.softplus(missing / temperature) * temperature
 
@@ -117,6 +118,7 @@ def score(
     recipe: Recipe,
     *,
     temperature: Float[Tensor, " B"] | None = None,
+    V: int | None = None,
     reference: bool = False,
 ) -> Score:
     """Losses, margins and gradients at the states of a batch, a few rows of logits at a time.
@@ -124,8 +126,8 @@ def score(
     The head is frozen and the loss is a weighted sum over positions, so the gradient of each chunk
     is known, but for its weight, as soon as its logits are: no (B, T, V) tensor outlives its chunk,
     whatever V is, and what weighs how much may depend on all margins. `temperature` is each
-    passage's, the recipe's where it is not given. `reference` takes the slow path through autograd,
-    to which the fused one must be equal.
+    passage's, the recipe's where it is not given. `V` saves asking the head for it. `reference`
+    takes the slow path through autograd, to which the fused one must be equal.
     """
     B, T, H = states.shape
     flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
@@ -137,8 +139,9 @@ def score(
     losses = torch.empty(B * T, device=states.device)
     found = torch.empty(B * T, device=states.device)
     gradient = torch.empty_like(flat)
-    with torch.no_grad():
-        V = head(flat[:1]).shape[-1]
+    if V is None:
+        with torch.no_grad():
+            V = int(head(flat[:1]).shape[-1])
     rows = max(1, CHUNK // V)
 
     def chunk(here: slice) -> None:

@@ -116,6 +116,8 @@ class Recipe:
             value = getattr(self, name)
             if not value >= least or value == float("inf"):
                 raise MemvecError(f"the recipe's {name} must be at least {least:g}, not {value}.")
+        if abs(self.seed) >= 2**63:
+            raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise MemvecError(
@@ -185,8 +187,11 @@ _LEAST: dict[str, float] = {
 
 def _convert(name: str, value: Any, kind: type) -> Any:
     try:
-        return kind(value)
-    except (TypeError, ValueError):
+        found = kind(value)
+        if kind is int and isinstance(value, float) and found != value:
+            raise ValueError
+        return found
+    except (TypeError, ValueError, OverflowError):
         raise MemvecError(f"the recipe's {name} must be {kind.__name__}, not '{value}'.") from None
 
 

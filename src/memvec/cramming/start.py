@@ -82,20 +82,28 @@ def start_of(lm: FrozenLM, recipe: Recipe) -> str:
 
 
 def start_vectors(
-    lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe
+    lm: FrozenLM,
+    passages: Sequence[Sequence[int]],
+    K: int,
+    recipe: Recipe,
+    *,
+    alone: bool = False,
 ) -> list[Float[Tensor, "K D"]]:
     """First vectors of passages under the recipe, float32 on the CPU.
 
-    The encoder reads passages of one length together; nothing else depends on who is beside whom.
+    The encoder reads passages of one length together, where the size of a batch changes the last
+    digits of a product, or each `alone`; nothing else depends on who is beside whom.
     """
     name = start_of(lm, recipe)
     if name != "encoder":
         return [STARTS[name](lm, ids, K, recipe) for ids in passages]
     if lm.encoder is None:
         raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
+    batches: dict[int, list[int]] = {}
+    for i, ids in enumerate(passages):
+        batches.setdefault(i if alone else len(ids), []).append(i)
     found: dict[int, Tensor] = {}
-    for T in sorted({len(ids) for ids in passages}):
-        alike = [i for i, ids in enumerate(passages) if len(ids) == T]
+    for alike in batches.values():
         table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
         found |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
     return [found[i] for i in range(len(passages))]

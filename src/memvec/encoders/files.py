@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,13 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}") from error
+    from memvec.lm import Fingerprint  # which imports this package
+
     try:
-        made_for = json.loads(metadata.get("model", "{}"))
+        model = json.loads(metadata.get("model", "null"))
+        made_for = model and Fingerprint(
+            model["config"], model["weights"], tuple(map(float, model["probe"])), model["dtype"]
+        )
         tokens = int(metadata.get("tokens", 0))
         if metadata.get("kind", "summary") == "slots":
             shape = {name: int(json.loads(metadata["shape"])[name]) for name in LARGEST}
@@ -47,10 +53,10 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
             shape = {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error!r}") from None
-    if made_for and made_for.get("weights") != lm.fingerprint.weights:
+    if made_for and not made_for.matches(lm.fingerprint):
         raise MemvecError(
-            f"{path} was trained for {made_for.get('name', 'another model')}, not for {lm.name}: "
-            "train one for this model with memvec encoder train."
+            f"{path} was trained for other weights (of {model.get('name')}) than those of "
+            f"{lm.name}: train one for this model with memvec encoder train."
         )
     encoder: OnePassEncoder = (
         _slots(path, tensors, shape, lm) if shape else _summary(path, tensors, lm)
@@ -72,7 +78,7 @@ def save_encoder(
         "shape": json.dumps(encoder.settings()),
         "tokens": str(encoder.tokens),
         "max_vectors": str(encoder.max_vectors),
-        "model": json.dumps({"name": lm.name, "weights": lm.fingerprint.weights}),
+        "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about or {}),
     }
     from memvec.vectors import write_atomically  # which imports the model's module

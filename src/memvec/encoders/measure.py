@@ -73,6 +73,11 @@ def compare(
     recipe = recipe or Recipe()
     if not lengths or max(lengths) > passages.shape[1]:
         raise MemvecError(f"lengths must be from 1 to {passages.shape[1]} tokens.")
+    if lm.context is not None and max(lengths) > lm.context - 1:
+        raise MemvecError(
+            f"a vector and {max(lengths)} tokens do not fit the context of {lm.name}: at most "
+            f"{lm.context - 1}."
+        )
     rows = tuple(_at(lm, passages[:, :T], recipe, seats) for T in sorted(set(lengths)))
     reached = [
         float(o.metrics.horizon)

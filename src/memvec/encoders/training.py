@@ -8,6 +8,7 @@ the encoder. Passages grow with success, so that the encoder meets what it nearl
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import time
 from collections.abc import Callable
@@ -114,6 +115,11 @@ class Training:
         self.step, self.target, self.seconds = 0, plan.first_target, 0.0
         room = (lm.context or GRID[-1] + plan.slots) - plan.slots
         self.longest = min(GRID[-1], room // plan.slots, len(self.held_out) // (2 * plan.slots))
+        if self.longest < 1:
+            raise MemvecError(
+                f"--slots {plan.slots} leave no room for text in {lm.name}'s context, or the text "
+                "is too short for them: use fewer."
+            )
 
     # ------------------------------------------------------------------ the loop
 
@@ -156,7 +162,7 @@ class Training:
             group["lr"] = plan.lr * self._rate()
         vectors = self.network(lm.embed(ids), K)
         states = lm.states(vectors, ids, "vectors")
-        found = score(lm.head, states, ids, CROSS_ENTROPY)
+        found = score(lm.head, states, ids, CROSS_ENTROPY, V=lm.vocab_size)
         loss = float(found.loss.mean()) / torch.log(torch.tensor(2.0)).item()
         if not loss < float("inf"):
             raise MemvecError(
@@ -207,15 +213,17 @@ class Training:
         return stream[starts + torch.arange(T)].to(self.lm.device)
 
     def _save(self, partial: Path) -> None:
-        aside = partial.with_name(partial.name + ".part")
         state = {
             "identity": self.identity,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": [self.step, self.target, self.seconds],
         }
-        torch.save(state, aside)
-        aside.replace(partial)
+        from memvec.vectors import write_atomically  # which imports the model's module
+
+        held = io.BytesIO()
+        torch.save(state, held)
+        write_atomically(partial, held.getvalue())
 
     def _load(self, partial: Path) -> None:
         try:

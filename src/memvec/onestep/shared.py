@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -29,11 +30,21 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedule import SCHEDULES
 from memvec.cramming.start import start_vectors
 from memvec.errors import MemvecError
+from memvec.memory import forget_freed_memory, out_of_memory
 from memvec.metrics import horizon
 from memvec.onestep.reading import OneStep
 from memvec.storage import Storage, storage_of
 
 RAISES = 4  # times that margins are raised because decoding disagrees with them
+
+
+def without_parts(recipe: Recipe) -> Recipe:
+    """The recipe without what a shared m has no use for, so that a record says what was done.
+
+    Steps are computed by the model itself, and no passage's vectors are enlarged, cooled or
+    narrowed alone: m belongs to all.
+    """
+    return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0)
 
 
 class Shared:
@@ -48,7 +59,7 @@ class Shared:
         storage: str | torch.dtype | Storage,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        recipe = recipe.in_logits(lm.logit_spread)
+        recipe = without_parts(recipe.in_logits(lm.logit_spread))
         if recipe.coordinates != "direct":
             raise MemvecError("a shared m is moved directly: leave out --set coordinates.")
         resolve_start_rule(lm, recipe)
@@ -60,11 +71,37 @@ class Shared:
         self.steps = self.tokens = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Cram the jobs' passages together; those with vectors go on from them. Same order."""
-        jobs, spread = list(jobs), self.lm.logit_spread
+        """Cram the jobs' passages together; those with vectors go on from them. Same order.
+
+        Where memory runs out they start again, with half as many in a forward pass. Raises
+        MemvecError if one alone does not fit.
+        """
+        while True:
+            try:
+                return self._run(list(jobs))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            if self.seats == 1:
+                longest = max(len(job.passage) for job in jobs)
+                raise MemvecError(
+                    f"one passage of {longest} tokens does not fit in the memory of "
+                    f"{self.lm.device}: use fewer --tokens."
+                )
+            self.seats = min(self.seats, len(jobs)) // 2 or 1
+            forget_freed_memory()
+
+    def _run(self, jobs: list[Job]) -> list[Outcome]:
+        spread = self.lm.logit_spread
         for raises in range(RAISES + 1):
             finished = self._cram(jobs)
-            outcomes = list(certify(self.lm, finished, "vectors", self.storage))
+            outcomes = [
+                outcome
+                for at in range(0, len(finished), self.seats)
+                for outcome in certify(
+                    self.lm, finished[at : at + self.seats], "vectors", self.storage
+                )
+            ]
             wrong = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
             if not wrong or raises == RAISES:
                 break
@@ -179,7 +216,7 @@ class Shared:
         with torch.enable_grad():
             both = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
             states = self.lm.states(as_stored(both, self.storage), truth)
-        found = score(self.lm.head, states, truth, recipe)
+        found = score(self.lm.head, states, truth, recipe, V=self.lm.vocab_size)
         column = torch.arange(width, device=length.device)
         within = column < length[:, None]
         right = (found.margin >= asked[:, None]) & (found.margin > 0)
