@@ -199,6 +199,9 @@ BAD = [
     (["cram", "binary.txt"], "is not utf-8"),
     (["cram", "letter.txt", "--max-bytes", 5], "larger than"),
     (["cram", "letter.txt", "--encoding", "utf-9"], "unknown encoding"),
+    (["cram", "letter.txt", "--encoding", "base64"], "unknown encoding"),
+    (["cram", "letter.txt", "-m", "~nobody-here/x"], "no such home folder"),
+    (["cram", "letter.txt", "-m", "pocket", "--revision", "v1"], "only models of the Hub"),
     (["cram", "letter.txt", "-m", "nobody-at-all/nothing"], "could not be reached|neither"),
     (["cram", "letter.txt", "-m", "."], "no config.json"),
     (["cram", "letter.txt", "--vectors", 0], "--vectors must be at least 1"),
@@ -247,6 +250,42 @@ def test_bad_input_is_one_sentence(command, untyped, folder, letter, stored, wor
     assert re.search(sentence, ran.sentence), ran.err
     assert ran.sentence.startswith("memvec: ")
     assert {p.name: p.read_bytes() for p in here.iterdir()} == before
+
+
+def test_a_closed_standard_input_is_a_sentence(command, folder, letter, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert "standard input is closed" in command("cram", "-", "-m", folder).sentence
+
+
+def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
+    name = os.fsdecode(b"letter-\xff.txt")
+    Path(name).write_bytes(TEXT.encode())
+    assert "name the file to write with -o" in command("cram", name, "-m", folder, *FAST).sentence
+    assert command("cram", name, "-m", folder, *FAST, "-o", "a.mem").code == 0
+    assert command("decode", "a.mem").out == TEXT.encode()
+    assert command("inspect", "a.mem", "--json").code == 0
+
+
+def test_only_what_these_settings_finished_is_gone_on_with(command, folder, letter, monkeypatch):
+    put = Journal.put
+
+    def interrupted(journal, outcome):
+        put(journal, outcome)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "put", interrupted)
+        assert command("cram", letter, "-m", folder, *FAST).code == 130
+        other = command("cram", letter, "-m", folder, *FAST, "--margin", 0.9)
+    assert "Going on" not in other.err
+    ran = command("cram", letter, "-m", folder, *FAST)
+    assert "Going on: 1 passages" in ran.err
+    assert command("decode", "letter.mem").out == TEXT.encode()
+
+
+def test_as_a_module_of_python():
+    ran = subprocess.run([sys.executable, "-m", "memvec", "--version"], capture_output=True)
+    assert (ran.returncode, ran.stdout.decode().split()[-1]) == (0, memvec.__version__)
 
 
 def test_vectors_of_another_model(command, folder, letter, stored, tmp_path):

@@ -105,8 +105,8 @@ def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monke
     lm, start = reader(), engine_module.start_vectors
     sick = tuple(lm.tokenize(TEXT)[2:4])
 
-    def poisoned(lm, everyone, K, recipe):
-        vectors = start(lm, everyone, K, recipe)
+    def poisoned(lm, everyone, K, recipe, **options):
+        vectors = start(lm, everyone, K, recipe, **options)
         return [
             v * torch.nan if set(ids) & set(sick) else v
             for ids, v in zip(everyone, vectors, strict=True)

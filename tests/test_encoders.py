@@ -16,7 +16,7 @@ from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.training import GRID, Plan, Training
 from memvec.errors import MemvecError
-from memvec.lm import load_lm
+from memvec.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
 
 SMALL = Plan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
@@ -129,6 +129,9 @@ def test_too_little_text_and_a_loss_that_is_not_finite():
     lm = tiny()
     with pytest.raises(MemvecError, match="too few"):
         Training(lm, stream(lm, 100), SMALL)
+    for slots in (60, 200):
+        with pytest.raises(MemvecError, match=f"--slots {slots} leave no room"):
+            Training(lm, stream(lm), replace(SMALL, slots=slots))
     training = Training(lm, stream(lm), SMALL)
     with torch.no_grad():
         training.network.slots.fill_(float("nan"))
@@ -162,6 +165,15 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, K, tokens):
     assert (again.tokens, again.max_vectors) == (tokens, 2)
     torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=1e-6)
     assert len(again.identity) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_encoder_reads_for_its_model_in_any_dtype(tmp_path, dtype):
+    lm, file = tiny(), tmp_path / "encoder.safetensors"
+    save_encoder(file, SlotEncoder(network_of(lm)), lm)
+    half = FrozenLM(build("llama").to(dtype), name="half")
+    found = load_encoder(file, half).encode(half, stream(lm, 20).view(2, 10), 2)
+    assert torch.isfinite(found).all()
 
 
 def test_its_files_are_checked(tmp_path):

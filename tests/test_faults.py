@@ -11,11 +11,14 @@ import torch
 
 from conftest import QUICK, build, passages, reader
 from memvec import codec
-from memvec.cramming.engine import Engine
+from memvec.cramming.engine import Engine, Job
+from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.lm import FrozenLM
+from memvec.onestep import OneStep
+from memvec.onestep.shared import Shared
 from memvec.vectors import MemVectors
 
 TEXT = "the cat sat on the lazy dog"
@@ -86,6 +89,38 @@ def test_out_of_memory_later_keeps_what_was_measured(monkeypatch):
     assert cramped.failures > 0
     assert all(o.exact for o in outcomes)
     assert all(o.steps >= 3 for o in outcomes)
+
+
+def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
+    """Room is lost at the last step of passages that will not be done."""
+    steps = 40
+    cramped = Cramped(monkeypatch, 4, NO_ROOM[0])
+    recipe = Recipe(steps=steps, margin=0.0)
+    engine, measured = Engine(cramped.lm, recipe, seats=4), {}
+
+    def shrink(progress):
+        for job, best in zip(engine.jobs, engine.state["best"].tolist(), strict=True):
+            measured[job.passage.document] = best
+        if progress.steps == steps:
+            cramped.rows = 1
+
+    engine.on_progress = shrink
+    outcomes = list(engine.run(passages(24, 24, 24, 24)))
+    assert cramped.failures > 0
+    assert min(measured.values()) > 0
+    for outcome in outcomes:
+        assert outcome.metrics.horizon >= measured[outcome.passage.document]
+
+
+def test_passages_that_share_a_vector_start_again_with_less_room(monkeypatch):
+    cramped = Cramped(monkeypatch, 1, NO_ROOM[0])
+    jobs = [Job(p, QUICK.margin) for p in passages(2, 2, 2)]
+    found = Shared(OneStep(cramped.lm), QUICK, seats=3, storage="float32").run(jobs)
+    assert cramped.failures > 0
+    assert all(o.exact for o in found)
+    cramped.rows = 0
+    with pytest.raises(MemvecError, match="one passage of 2 tokens does not fit"):
+        Shared(OneStep(cramped.lm), QUICK, seats=3, storage="float32").run(jobs)
 
 
 def test_other_errors_of_the_device_are_not_memory(monkeypatch):

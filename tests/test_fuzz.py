@@ -133,7 +133,8 @@ def forged(good: bytes, count: int) -> Iterator[bytes]:
             else:
                 container[key] = chance.choice(LIES)
         text = json.dumps(lied)
-        digest = hashlib.sha256(text.encode() + numbers).hexdigest()
+        said = f"vectors torch.float32 {header['vectors']['shape']}"
+        digest = hashlib.sha256((text + said).encode() + numbers).hexdigest()
         meta = {"__metadata__": {"memvec": text, "sha256": digest}, "vectors": header["vectors"]}
         yield joined(meta, numbers)
 

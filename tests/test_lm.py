@@ -87,6 +87,7 @@ def test_names_that_are_no_model(tmp_path):
         ({"dtype": "float8"}, "unknown dtype 'float8': did you mean"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": "meta"}, "unknown device 'meta'"),
     ],
 )
 def test_devices_and_dtypes_that_are_not(folder, options, sentence):

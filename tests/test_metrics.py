@@ -130,12 +130,18 @@ def test_the_byte_account_can_be_decompressed(text):
 @pytest.mark.parametrize("chunk", [1, 10**9])
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("longest", [1, 6])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_measure_is_a_loop_over_the_models_own_logits(monkeypatch, family, rule, bos, chunk):
+def test_measure_is_a_loop_over_the_models_own_logits(
+    monkeypatch, family, longest, rule, bos, chunk
+):
     """With vectors and without, over the same positions, passage by passage, token by token."""
     if rule == "bos" and not bos:
         pytest.skip("a model without a BOS has no such start rule")
-    lm, asked, given = tiny(family), passages(6, 3, 4, seed=3), int(rule == "first-token")
+    lm, given = tiny(family), int(rule == "first-token")
+    asked = passages(6, 3, 4, seed=3)
+    if longest == 1:
+        asked = passages(1 + given, 1 + given, 1 + given, seed=3)
     if not bos:
         monkeypatch.setattr(lm, "bos_id", None)
     monkeypatch.setattr(certify_module, "CHUNK", chunk)

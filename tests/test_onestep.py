@@ -208,6 +208,8 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     assert torch.equal(again.vectors, mem.vectors)
     assert again.header.layout == "one-step-shared"
     assert codec.decode(again, lm) == texts
+    did = again.header.recipe  # what one m has no use for was not done, and is not said
+    assert (did["compute"], did["lr_large"], did["stuck_after"]) == ("model", 0.0, 0)
 
 
 def test_a_shared_m_couples_passages_and_seats_only_group_them():

@@ -79,3 +79,6 @@ def test_the_encoder_reads_passages_together_as_it_reads_them_alone(pocket):
     for part, found in zip(ids, together, strict=True):
         (alone,) = start_vectors(pocket, [part], 2, Recipe())
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
+    each = start_vectors(pocket, ids, 2, Recipe(), alone=True)
+    for part, found in zip(ids, each, strict=True):
+        assert torch.equal(found, start_vectors(pocket, [part], 2, Recipe(), alone=True)[0])

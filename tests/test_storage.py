@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import pytest
@@ -17,7 +16,7 @@ from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.storage import STORAGES, storage_of
-from memvec.vectors import MemVectors
+from memvec.vectors import MemVectors, _digest
 
 PACKED = ["int8", "int4"]
 TEXT = "the cat sat on the lazy dog"
@@ -158,13 +157,10 @@ def test_packed_bytes_and_scales_are_counted(mem, tmp_path):
 def forged(mem: MemVectors, path, change, *, honest: bool = False):
     """A file whose tensors were changed; `honest`: the digest still is that of the true ones."""
     tensors, header = mem.storage.pack(mem.vectors), mem.header.model_dump_json()
-    digest = hashlib.sha256(header.encode())
     true = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors = change(tensors)
-    for name, tensor in sorted((true if honest else tensors).items()):
-        assert name in ("codes", "scales")
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path.write_bytes(to_safetensors(tensors, {"memvec": header, "sha256": digest.hexdigest()}))
+    digest = _digest(header, true if honest else tensors)
+    path.write_bytes(to_safetensors(tensors, {"memvec": header, "sha256": digest}))
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -12,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 
 from conftest import QUICK, reader, tiny
 from memvec import codec, display
 from memvec.errors import MemvecError, NotExactError
-from memvec.vectors import MemVectors, existing_path, pretty_json
+from memvec.vectors import MemVectors, _digest, existing_path, pretty_json
 
 TEXTS = ["the fox\r\n", "Zürich 👍"]
 
@@ -46,11 +46,8 @@ def forged(mem: MemVectors, path: Path, vectors: torch.Tensor | None = None, **c
         target[key] = value
     text = json.dumps(header)
     vectors = mem.vectors if vectors is None else vectors
-    digest = hashlib.sha256(text.encode())
-    digest.update(vectors.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path.write_bytes(
-        to_safetensors({"vectors": vectors}, {"memvec": text, "sha256": digest.hexdigest()})
-    )
+    tensors = {"vectors": vectors}
+    path.write_bytes(to_safetensors(tensors, {"memvec": text, "sha256": _digest(text, tensors)}))
     return path
 
 
@@ -65,6 +62,30 @@ def test_everything_comes_back(mem, tmp_path):
     assert pretty_json(again.summary()) == pretty_json(mem.summary())
     assert again.documents(reader()) == [text.encode() for text in TEXTS]
     assert codec.decode(again, reader()) == TEXTS
+
+
+def test_figures_that_are_not_finite_come_back(mem, tmp_path):
+    """Those of a passage whose loss was not finite."""
+    sick = mem.passages[0].model_copy(update={"margin": math.nan, "mem_bits": math.inf})
+    header = mem.header.model_copy(update={"passages": [sick, *mem.passages[1:]]})
+    file = MemVectors(mem.vectors, header).save(tmp_path / "a.mem")
+    (first, *others) = MemVectors.load(file).passages
+    assert math.isnan(first.margin)
+    assert first.mem_bits == math.inf
+    assert others == mem.passages[1:]
+    with safe_open(file, framework="pt") as opened:
+        json.loads(opened.metadata()["memvec"], parse_constant=pytest.fail)
+
+
+def test_the_digest_covers_what_the_numbers_are(mem, tmp_path):
+    """The same bytes, said to be of another type and shape."""
+    file = tmp_path / "a.mem"
+    other = mem.vectors.view(torch.bfloat16)
+    metadata = {"memvec": mem.header.model_dump_json()}
+    metadata["sha256"] = _digest(metadata["memvec"], {"vectors": mem.vectors})
+    file.write_bytes(to_safetensors({"vectors": other}, metadata))
+    with pytest.raises(MemvecError, match="digest does not match"):
+        MemVectors.load(file)
 
 
 def test_the_text_is_not_in_the_file_unless_asked_for(tmp_path):

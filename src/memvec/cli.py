@@ -6,6 +6,7 @@ exact; 130 interrupted. Nothing heavy is imported before a verb runs, so `--help
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -65,7 +66,10 @@ LoadOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite; try foreign vectors.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+ForeignOption = Annotated[
+    bool, typer.Option("--force", help="Try vectors that were made for other weights.")
+]
 FileArgument = Annotated[str, typer.Argument(help=r"A file of \[mem] vectors.")]
 
 
@@ -307,7 +311,7 @@ def decode(
     device: DeviceOption = "auto",
     dtype: Annotated[str | None, typer.Option(help="Default: as crammed.")] = None,
     load: LoadOption = None,
-    force: ForceOption = False,
+    force: ForeignOption = False,
 ) -> None:
     """Write the exact bytes that were crammed to standard output, or nothing and an error."""
     mem, lm = _open(file, model, revision, device, dtype, load)
@@ -328,16 +332,17 @@ def verify(
     device: DeviceOption = "auto",
     dtype: Annotated[str | None, typer.Option(help="Default: as crammed.")] = None,
     load: LoadOption = None,
-    force: ForceOption = False,
+    force: ForeignOption = False,
     json: JsonOption = False,
 ) -> None:
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
     from memvec import codec, display
 
     mem, lm = _open(file, model, revision, device, dtype, load)
-    certificate, exact = codec.verify(mem, lm, force=force)
+    decoded = mem.decode_passages(lm, force=force)
+    certificate, exact = codec.certificate_of(mem, lm, decoded)
     if certificate["exact"]:
-        mem.documents(lm, force=force)  # the bytes too, not only the tokens
+        mem.restored(lm, decoded)  # the bytes too, not only the tokens
     if json:
         typer.echo(display.to_json({**certificate, "each": exact}))
     else:
@@ -506,6 +511,10 @@ def _check_sizes(vectors: int, tokens: int | None, seats: int | None) -> None:
 
 
 def _check_target(target: Path, force: bool) -> None:
+    if str(target).encode("utf-8", "replace").decode() != str(target):
+        raise MemvecError(  # the safetensors library could not read it again
+            f"{os.fsencode(target)!r} is no name in UTF-8: name the file to write with -o."
+        )
     if target.is_dir():
         raise MemvecError(f"{target} is a directory: name a file in it with -o.")
     if target.exists() and not force:
@@ -539,7 +548,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # a name that is too long, a disk that went away
-        typer.echo(f"memvec: {error.filename or 'a file'}: {error.strerror}.", err=True)
+        typer.echo(f"memvec: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
         sys.exit(2)
 
 

@@ -134,7 +134,8 @@ def planned(found: Plan, file: str, storage: str) -> None:
 def _range(found: Mean, digits: int) -> str:
     if math.isnan(found.low):
         return f"{found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f}, {found.low:.{digits}f} to {found.high:.{digits}f}"
+    low = max(0.0, found.low)  # few passages: a symmetric interval may reach below nothing
+    return f"{found.mean:.{digits}f}, {low:.{digits}f} to {found.high:.{digits}f}"
 
 
 def inspect(mem: MemVectors, file: str) -> None:

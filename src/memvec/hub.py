@@ -251,7 +251,9 @@ def _hub(name: str) -> Iterator[None]:
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     # What its HTTP library raises when nobody answers; which library that is changes with versions.
@@ -262,6 +264,10 @@ def _hub(name: str) -> Iterator[None]:
         raise MemvecError(
             f"there is no repository {name} on the Hub that you may see: check the name, or log in."
         ) from None
+    except RevisionNotFoundError:
+        raise MemvecError(f"{name} has no such revision on the Hub.") from None
+    except RemoteEntryNotFoundError:
+        raise MemvecError(f"{name} has no {FILE}: it holds no [mem] vectors.") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise MemvecError(

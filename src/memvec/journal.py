@@ -2,7 +2,7 @@
 
 SQLite does the hard part. A row is written the moment a passage is certified, so a run that is
 killed loses only what sits in its seats. Rows are keyed by everything that decides a passage's
-vectors; a row from other settings or another text is simply never asked for.
+vectors; a row from other settings or another text is simply never asked for, nor counted.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self._settings = json.dumps(settings, sort_keys=True, default=str)
+        told = json.dumps(settings, sort_keys=True, default=str)
+        self._settings = hashlib.sha256(told.encode()).hexdigest()
         try:
             self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(
-                "CREATE TABLE IF NOT EXISTS passages "
-                "(key TEXT PRIMARY KEY, vectors BLOB NOT NULL, record TEXT NOT NULL)"
+                "CREATE TABLE IF NOT EXISTS finished (settings TEXT NOT NULL, ids TEXT NOT NULL, "
+                "vectors BLOB NOT NULL, record TEXT NOT NULL, PRIMARY KEY (settings, ids))"
             )
             self._db.execute("BEGIN EXCLUSIVE")  # the lock stays with this process until it closes
             self._db.execute("COMMIT")
@@ -51,12 +52,13 @@ class Journal:
             raise MemvecError(f"{path} is damaged ({error}): delete it and start again.") from None
 
     def __len__(self) -> int:
-        return int(self._execute("SELECT count(*) FROM passages").fetchone()[0])
+        query = "SELECT count(*) FROM finished WHERE settings = ?"
+        return int(self._execute(query, self._settings).fetchone()[0])
 
     def get(self, passage: Passage) -> Outcome | None:
         """The outcome of this passage under these settings, if it is known."""
-        query = "SELECT vectors, record FROM passages WHERE key = ?"
-        row = self._execute(query, self._key(passage)).fetchone()
+        query = "SELECT vectors, record FROM finished WHERE settings = ? AND ids = ?"
+        row = self._execute(query, self._settings, ids_hash(passage.ids)).fetchone()
         if row is None:
             return None
         record = json.loads(row[1])
@@ -83,8 +85,9 @@ class Journal:
         record["dtype"] = str(outcome.vectors.dtype).removeprefix("torch.")
         numbers = outcome.vectors.float().contiguous().numpy().tobytes()
         self._execute(
-            "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)",
-            self._key(outcome.passage),
+            "INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)",
+            self._settings,
+            ids_hash(outcome.passage.ids),
             numbers,
             json.dumps(record),
         )
@@ -103,6 +106,3 @@ class Journal:
             raise MemvecError(f"{self.path} cannot be written or read: {error}.") from None
         except sqlite3.DatabaseError as error:
             raise MemvecError(f"{self.path} is damaged ({error}): delete it.") from None
-
-    def _key(self, passage: Passage) -> str:
-        return hashlib.sha256(f"{self._settings} {ids_hash(passage.ids)}".encode()).hexdigest()

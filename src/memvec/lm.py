@@ -395,6 +395,8 @@ def load_lm(
         big = loading_options(device_map, quantize, DTYPES[dtype], where)
     local = _local_folder(name)
     source = str(local) if local is not None else name
+    if local is not None and revision is not None:
+        raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
     with _loading(name), _quiet():
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -443,7 +445,10 @@ def _spread(logits: Float[Tensor, "n V"]) -> float:
 
 def _local_folder(name: str) -> Path | None:
     """The model's folder, or None for a Hub id. 'pocket' is a folder of the package."""
-    folder = POCKET if name == "pocket" else Path(name).expanduser()
+    try:
+        folder = POCKET if name == "pocket" else Path(name).expanduser()
+    except RuntimeError:
+        raise MemvecError(f"no model in {name}: there is no such home folder.") from None
     looks_local = name == "pocket" or name.startswith((".", "/", "~")) or folder.exists()
     if not looks_local:
         return None

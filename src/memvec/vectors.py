@@ -304,8 +304,11 @@ class MemVectors:
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
         """The bytes of every document. Raises like `tokens`."""
-        passages = iter(self.tokens(lm, force=force))
-        found = []
+        return self.restored(lm, self.tokens(lm, force=force))
+
+    def restored(self, lm: FrozenLM, tokens: Sequence[list[int]]) -> list[bytes]:
+        """The bytes of every document from the passages' tokens. MemvecError if they are others."""
+        passages, found = iter(tokens), []
         for d in self.header.documents:
             ids = [token for _ in range(d.passages) for token in next(passages)]
             found.append(restore(lm, ids, d.encoding, d.edits, d.sha256, d.name))
@@ -463,6 +466,7 @@ def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         flat = tensors[name].contiguous().flatten()
+        digest.update(f"{name} {flat.dtype} {list(tensors[name].shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

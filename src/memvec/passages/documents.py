@@ -8,9 +8,9 @@ vectors and counted in their bytes.
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,10 +134,12 @@ def read_document(
 ) -> Document:
     """A document from a file, or from standard input for '-'. MemvecError says what is wrong."""
     if path == "-":
+        if sys.stdin is None:
+            raise MemvecError("standard input is closed: name a file.")
         data, name = sys.stdin.buffer.read(largest + 1), "standard input"
     else:
         peek(path)
-        name = path
+        name = os.fsencode(path).decode("utf-8", "replace")  # a record holds UTF-8 only
         try:
             with Path(path).open("rb") as stream:
                 data = stream.read(largest + 1)
@@ -162,11 +164,9 @@ def _encode(text: str, encoding: str, name: str) -> bytes:
 
 def _decode(data: bytes, encoding: str, name: str) -> str:
     try:
-        codecs.lookup(encoding)
-    except LookupError:
-        raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
-    try:
         text = data.decode(encoding)
+    except LookupError:  # or one that does not encode text
+        raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
     except UnicodeDecodeError as error:
         raise MemvecError(
             f"{name} is not {encoding} (byte {error.start}): name its encoding with --encoding, or "
