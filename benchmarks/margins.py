@@ -6,7 +6,8 @@ Passages are crammed until every margin is just above 0. Then the margin of ever
 computed again in other ways in which the same vectors may be decoded: bfloat16 instead of float32,
 one passage at a time instead of 32, with the cache one token at a time instead of all at once. The
 change of a margin from one way to another is what a margin must cover. RESULT gives the largest
-change for float32 and for bfloat16, and the share of positions that flip there at margin 0.5.
+change for float32 and for bfloat16 in logits, the default recipe's margin, and the largest share of
+positions that flip in any way at that margin (`flips`) and at half a logit (`flips_at_half`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import cached_logits
 from memvec.lm import FrozenLM, load_lm
-from texts import passages_of
+from models import SHAPES, random_model
+from texts import passages_of, random_tokens
 
 
 @torch.no_grad()
@@ -38,26 +40,35 @@ def margins(
 def main() -> None:
     """Cram, then compare the ways."""
     parser = arguments(__doc__ or "")
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=12)
     options = parser.parse_args()
     n = 32 if options.quick else options.passages
-    lm = load_lm(options.model, dtype="float32")
+
+    def loaded(dtype: str) -> FrozenLM:
+        if options.shape:
+            return random_model(options.shape, dtype=getattr(torch, dtype))
+        return load_lm(options.model, dtype=dtype)
+
+    lm = loaded("float32")
+    texts = random_tokens if lm.tokenizer is None else passages_of
     recipe = Recipe.of("default", margin=0.0, steps=200 if options.quick else 1000)
     engine = Engine(lm, recipe, seats=32)
-    done = [o for o in engine.run(passages_of(lm, n, options.tokens)) if o.exact]
+    done = [o for o in engine.run(texts(lm, n, options.tokens)) if o.exact]
     vectors = torch.stack([o.vectors for o in done])
     ids = torch.tensor([o.passage.ids for o in done])
     base = margins(lm, vectors, ids, 32, cached=False)
+    default = Recipe().in_logits(lm.logit_spread).margin
     rows, largest = [], {}
     for dtype in ("float32", "bfloat16"):
-        other = lm if dtype == "float32" else load_lm(options.model, dtype=dtype)
+        other = lm if dtype == "float32" else loaded(dtype)
         for batch in (1, 32):
             for cached in (False, True):
                 change = (margins(other, vectors, ids, batch, cached) - base).abs().flatten()
                 flips = {
                     m: float((change >= base.flatten().clamp_min(m)).float().mean())
-                    for m in (0.0, 0.1, 0.25, 0.5, 1.0)
+                    for m in (0.0, 0.1, 0.25, 0.5, 1.0, default)
                 }
                 rows.append(
                     {
@@ -69,7 +80,9 @@ def main() -> None:
                         "median_change": float(change.median()),
                         "p99_change": float(change.quantile(0.99)),
                         "largest_change": float(change.max()),
-                        **{f"flips_at_{m:g}": share for m, share in flips.items()},
+                        **{f"flips_at_{m:g}": flips[m] for m in (0.0, 0.1, 0.25, 0.5, 1.0)},
+                        "default_margin": default,
+                        "flips_at_default": flips[default],
                     }
                 )
                 largest[dtype] = max(largest.get(dtype, 0.0), float(change.max()))
@@ -79,6 +92,8 @@ def main() -> None:
         options,
         float32=largest["float32"],
         bfloat16=largest["bfloat16"],
+        default_margin=default,
+        flips=max(row["flips_at_default"] for row in rows),
         flips_at_half=max(row["flips_at_0.5"] for row in rows),
     )
 

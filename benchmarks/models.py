@@ -94,7 +94,14 @@ SHAPES = {
 }
 
 
-def random_model(name: str, *, device: str = "auto", seed: int = 0, **changes: int) -> FrozenLM:
+def random_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **changes: int,
+) -> FrozenLM:
     """A model of that shape, its weights from the seed; bfloat16 on a GPU, float32 on a CPU."""
     kind, options = SHAPES[name]
     if device == "auto":
@@ -109,5 +116,6 @@ def random_model(name: str, *, device: str = "auto", seed: int = 0, **changes: i
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, std)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return FrozenLM(model.to(device, dtype), name=f"random {name}")
