@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,20 @@ from conftest import reader
 from memvec.errors import MemvecError
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
-from memvec.report.data import read_data
+from memvec.report.data import read_data, recipe_names
 from memvec.report.figures import draw_all
 from memvec.report.page import write_page
 from memvec.report.plots import all_plots
 from memvec.report.report import FORMATS, write_report
 from memvec.report.tables import Table, all_tables, show
+from memvec.statistics import mean_interval
 from memvec.study.cells import expand
+from memvec.study.export import read_rows
 from memvec.study.pool import text_of
 from memvec.study.row import Finished, Row
+from memvec.study.spec import parse_spec
 from memvec.study.store import Store
-from studies import EVERYTHING, run, spec_in
+from studies import EVERYTHING, HEAD, run, spec_in
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -68,6 +72,97 @@ def test_the_tables_numbers_are_the_stores(study: Path) -> None:
             ).fetchall()
             assert float(row[3]) == pytest.approx(np.mean(values))
             assert int(row[6]) == len(values)
+
+
+ONE_CELL = """
+[[runs]]
+protocol = "exact"
+sources = ["random-tokens"]
+lengths = [4]
+passages = 3
+"""
+
+
+def tables_of(folder: Path) -> dict[str, Table]:
+    """Every table of a study, by key."""
+    with Store(folder) as store:
+        return {t.key: t for t in all_tables(read_data(store), beside=False)}
+
+
+def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) -> None:
+    for steps, passages in ((1, 3), (4, 3), (4, 2)):
+        text = HEAD + ONE_CELL.replace("= 3", f"= {passages}") + f"recipe = {{ steps = {steps} }}"
+        run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+        (row,) = tables_of(tmp_path / "out")["exact"].rows
+        assert (row[1], row[6]) == ("random-tokens", passages)
+        with Store(tmp_path / "out") as store:
+            assert store.counts() == (passages, passages)
+            (cell,) = set(read_data(store).rows["cell"])
+            assert (
+                f'"steps": {steps},'
+                in store.db.execute("SELECT settings FROM cells WHERE cell=?", (cell,)).fetchone()[
+                    0
+                ]
+            )
+            planned = read_rows(store)["planned"].tolist()
+    assert planned == [True, True, False, False, False, False]  # none was thrown away
+
+
+def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
+    one = ONE_CELL + "recipe = { steps = 1 }"
+    text = HEAD + one + one.replace("1", "4") + one.replace('exact"', 'paper"')
+    text += one.replace('exact"', 'threshold"').replace("1", "4")
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+    tables = tables_of(tmp_path / "out")
+    for key in ("exact", "bytes"):
+        shown = [row[1] for row in tables[key].rows if row[1] != "book"]
+        assert shown[:2] == ["random-tokens, steps 1", "random-tokens, steps 4"]
+    assert [row[6] for row in tables["exact"].rows] == [3, 3]
+    # 'paper' and 'threshold' share a plane, and these two differ by their steps.
+    rows = tables["threshold"].rows
+    assert [row[2] for row in rows] == [
+        f"{t}, steps {n}" for n in (1, 4) for t in ("all", "random")
+    ]
+    assert {row[7] for row in rows} == {3}
+
+
+def test_a_recipe_that_differs_in_everything_is_numbered(tmp_path: Path) -> None:
+    text = HEAD + ONE_CELL + ONE_CELL + 'recipe = { preset = "paper" }'
+    with Store(tmp_path, write=True) as store:
+        store.plan(expand(parse_spec(text, "test")), set(), {})
+        assert [*recipe_names(store).values()] == ["recipe 1", "recipe 2"]
+
+
+def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Path) -> None:
+    text = EVERYTHING.replace("seeds = [0, 1, 2]\n", "")
+    text = text.replace("passages = ", "seeds = [0, 1, 2]\npassages = ")
+    spec = spec_in(tmp_path, text)
+    planned = [p for p in expand(spec, tmp_path) if p.cell.source == "random-tokens"]
+    with Store(tmp_path / "out", write=True) as store:
+        store.plan(planned, {"random-tokens"}, {"name": "restarts"})
+        store.set_environment({})
+        for p in planned:
+            store.describe(p.cell.key, reader().description())
+            for number in range(p.passages):
+                ids = (2, 3, 4 + number)
+                store.put_passages([(f"h{number}", Found(number, Passage(ids), "x"), None)])
+                made = alike(p.cell.key, number, p.cell.vectors, p.cell.protocol)
+                whole = p.cell.seed == 0
+                row = replace(
+                    made.row, passage=f"h{number}", horizon=1 + p.cell.seed + number, exact=whole
+                )
+                store.put(replace(made, row=row))
+    tables = tables_of(tmp_path / "out")
+    (exact,) = tables["exact"].rows
+    assert exact[6] == 4
+    expected = mean_interval([2, 3, 4, 5])  # 1 + number + the mean seed
+    assert exact[3:6] == pytest.approx([expected.mean, expected.low, expected.high])
+    assert exact[10].startswith("100 %")  # each has a restart that came back whole
+    assert [row[3] for row in tables["one-step"].rows] == ["0 % [0, 66]"] * 2
+    for key, n in (("vectors", 2), ("copy", 2), ("upper-bound", 2), ("utilisation", None)):
+        assert {row[-1] for row in tables[key].rows} <= ({n} if n else {2, 4}), key
+    assert {row[8] for row in tables["threshold"].rows} == {3}
+    assert [row[-1] for row in tables["geometry"].rows] == [6]  # which is about restarts
 
 
 def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study: Path) -> None:

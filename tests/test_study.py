@@ -157,6 +157,23 @@ def test_asking_for_more_goes_on_from_what_is_there(tmp_path: Path) -> None:
     assert {key: after[key] for key in before} == before
 
 
+def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas as pd
+
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    for steps in (1, 2):
+        text = f"{HEAD}{RUN}sources = ['random-tokens']\npassages = 2\nrecipe.steps = {steps}\n"
+        run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
+    with Store(tmp_path / "out") as store:
+        assert store.counts() == (2, 2)
+    assert check_study(tmp_path / "out")["rows"] == 2
+    assert export_rows(tmp_path / "out", tmp_path / "rows.csv") == 4
+    frame = pd.read_csv(tmp_path / "rows.csv")
+    assert frame["planned"].tolist() == [step == 2 for step in frame["step_limit"]]
+
+
 def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
     found = check_study(done / "out")

@@ -72,7 +72,7 @@ def overview(data: Data) -> list[dict[str, str]]:
         }
     ]
     exact = data.of("exact")
-    for (model, source, K), group in exact.groupby(["model", "source", "vectors"], sort=False):
+    for (model, source, K), group in exact.groupby(["model", "series", "vectors"], sort=False):
         r = exact_result(group)
         cards.append(
             {
@@ -87,7 +87,7 @@ def overview(data: Data) -> list[dict[str, str]]:
 
 def cell_rows(data: Data) -> list[list[Any]]:
     """One line per cell for the sortable table."""
-    keys = ["protocol", "model", "source", "length", "vectors", "seed"]
+    keys = ["protocol", "model", "series", "length", "vectors", "seed"]
     found = []
     for key, g in data.rows.groupby([*keys, "cell"], sort=False):
         horizon = mean_interval(g["horizon"].tolist())

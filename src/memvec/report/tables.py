@@ -153,7 +153,7 @@ def table1(data: Data, *, beside: bool) -> Table:
             r.token_gain.n,
         ]
         if beside:
-            known = published.table1(model, source) if K == 1 else None
+            known = published.table1(model, str(group["source"].iloc[0])) if K == 1 else None
             row += (
                 [None] * 4
                 if known is None
@@ -179,7 +179,7 @@ def vectors_table(data: Data) -> Table:
     """Figure 4 in numbers."""
     rows: list[list[Cell]] = []
     found = data.of("vectors")
-    for (model, source), group in found.groupby(["model", "source"], sort=False):
+    for (model, source), group in found.groupby(["model", "series"], sort=False):
         for line in scaling(group).to_dict("records"):
             rows.append(
                 [
@@ -243,7 +243,7 @@ def threshold_table(data: Data) -> Table:
     """C in bits, by model and kind of text, and the paper's claim put to the test."""
     rows: list[list[Cell]] = []
     for t in data.thresholds:
-        drawn = t.rows["random_text"]
+        drawn, recipe = t.rows["random_text"], f", {t.recipe}" if t.recipe else ""
         parts = (
             ("all", t.all, t.rows),
             ("natural", t.natural, t.rows[~drawn]),
@@ -257,7 +257,7 @@ def threshold_table(data: Data) -> Table:
                     [
                         short(t.model),
                         t.K,
-                        name,
+                        f"{name}{recipe}",
                         f.capacity,
                         f.low,
                         f.high,
@@ -274,7 +274,7 @@ def threshold_table(data: Data) -> Table:
                 [
                     short(t.model),
                     t.K,
-                    "natural − random",
+                    f"natural − random{recipe}",
                     d.difference,
                     d.low,
                     d.high,
@@ -302,7 +302,7 @@ def utilisation_table(data: Data) -> Table:
     """Figure 5 in numbers."""
     rows: list[list[Cell]] = []
     for (model, source, protocol, K, _storage), group in data.of("exact", "vectors").groupby(
-        ["model", "source", "protocol", "vectors", "storage"], sort=False
+        ["model", "series", "protocol", "vectors", "storage"], sort=False
     ):
         facts = data.models.get(str(model))
         if facts is None:
@@ -341,7 +341,7 @@ def context_table(data: Data, *, beside: bool) -> Table:
     """A vector against real context."""
     rows: list[list[Cell]] = []
     for (model, source, length), group in data.of("context").groupby(
-        ["model", "source", "length"], sort=False
+        ["model", "series", "length"], sort=False
     ):
         entries: dict[str, list[float]] = {"none": group["lm_bits"].tolist()}
         for extra in group["extra"]:
@@ -374,7 +374,7 @@ def copy_table(data: Data) -> Table:
     """A vector against the text itself in context."""
     rows: list[list[Cell]] = []
     for (model, source, length), group in data.of("copy").groupby(
-        ["model", "source", "length"], sort=False
+        ["model", "series", "length"], sort=False
     ):
         copies = [json.loads(e)["copy"] for e in group["extra"]]
         kept = [c is not None for c in copies]
@@ -411,7 +411,7 @@ def copy_table(data: Data) -> Table:
 def upper_bound_table(data: Data) -> Table:
     """Bits needed against bits removed."""
     rows: list[list[Cell]] = []
-    for (model, source), group in data.of("upper-bound").groupby(["model", "source"], sort=False):
+    for (model, source), group in data.of("upper-bound").groupby(["model", "series"], sort=False):
         needed = np.array([json.loads(e)["needed_bits"] for e in group["extra"]])
         H, gain = group["lm_bits"].to_numpy(), group["information_gain"].to_numpy()
         rows.append(
@@ -439,8 +439,8 @@ def upper_bound_table(data: Data) -> Table:
 def geometry_table(data: Data) -> Table:
     """Cosines within and between passages, and the dip on the straight line."""
     rows: list[list[Cell]] = []
-    for (model, source, length), group in data.of("geometry").groupby(
-        ["model", "source", "length"], sort=False
+    for (model, source, length), group in data.restarts().groupby(
+        ["model", "series", "length"], sort=False
     ):
         vectors, labels = solutions(data, group)
         within, between = cosines(vectors, labels)
@@ -475,7 +475,7 @@ def geometry_table(data: Data) -> Table:
 def bytes_table(data: Data, *, beside: bool) -> Table:
     """Table 4: honest bytes."""
     rows: list[list[Cell]] = []
-    for (model, source), group in data.rows.groupby(["model", "source"], sort=False):
+    for (model, source), group in data.rows.groupby(["model", "series"], sort=False):
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
         longest = longest.head(200)
         keys = longest["passage"].tolist()
@@ -556,7 +556,7 @@ def interval(m: Mean) -> str:
 
 
 def _groups(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], pd.DataFrame]]:
-    for (model, source, K), group in rows.groupby(["model", "source", "vectors"], sort=False):
+    for (model, source, K), group in rows.groupby(["model", "series", "vectors"], sort=False):
         yield (str(model), str(source), int(str(K))), group
 
 

@@ -230,7 +230,7 @@ def ls(
             query = (
                 "SELECT protocol, model, source, length, vectors AS K, seed, planned, "
                 "(SELECT count(*) FROM rows WHERE rows.cell = cells.cell) AS done "
-                "FROM cells ORDER BY position"
+                "FROM cells ORDER BY planned = 0, position"
             )
             cursor = store.db.execute(query)
             names = [d[0] for d in cursor.description]

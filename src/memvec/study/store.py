@@ -72,7 +72,8 @@ CREATE TABLE IF NOT EXISTS paths (
 SCHEMA_TEXT = {
     "meta": "schema version, name, text and folder of the last spec",
     "environments": "versions and machine a row was made with (JSON)",
-    "cells": "settings of a cell (JSON), passages planned, the model's description (JSON)",
+    "cells": "settings of a cell (JSON), passages the last spec plans (0: it has no such cell), "
+    "the model's description (JSON)",
     "passages": "token ids and those before (int32), text (UTF-8), its tokens (JSON), origin",
     "rows": "one passage of one cell",
     "paths": "accuracy on the straight line between two restarts of a passage (JSON list)",
@@ -138,8 +139,9 @@ class Store:
     def plan(
         self, planned: Sequence[Planned], random_sources: set[str], spec: dict[str, str]
     ) -> None:
-        """Write what the spec asks for; cells of an earlier spec stay."""
+        """Write what the spec asks for; cells of an earlier spec stay, with nothing planned."""
         with self._transaction():
+            self.db.execute("UPDATE cells SET planned=0")
             for key, value in spec.items():
                 self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
             for position, p in enumerate(planned):
@@ -242,8 +244,10 @@ class Store:
         return {int(n): str(p) for n, p in rows}
 
     def counts(self) -> tuple[int, int]:
-        """(rows, planned rows)."""
-        rows = self.db.execute("SELECT count(*) FROM rows").fetchone()[0]
+        """(rows that the last spec asks for, all that it asks for)."""
+        rows = self.db.execute(
+            "SELECT count(*) FROM rows JOIN cells USING (cell) WHERE number < planned"
+        ).fetchone()[0]
         planned = self.db.execute("SELECT coalesce(sum(planned), 0) FROM cells").fetchone()[0]
         return int(rows), int(planned)
 
