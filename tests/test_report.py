@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import subprocess
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +28,10 @@ from memvec.report.plots import all_plots
 from memvec.report.report import FORMATS, write_report
 from memvec.report.tables import Table, all_tables, show
 from memvec.statistics import mean_interval
-from memvec.study.cells import expand
+from memvec.study.cells import Cell, expand
 from memvec.study.export import read_rows
 from memvec.study.pool import text_of
-from memvec.study.row import Finished, Row
+from memvec.study.row import Finished, Row, Text
 from memvec.study.spec import parse_spec
 from memvec.study.store import Store
 from studies import EVERYTHING, HEAD, run, spec_in
@@ -114,9 +116,7 @@ def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
     text += one.replace('exact"', 'threshold"').replace("1", "4")
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
     tables = tables_of(tmp_path / "out")
-    for key in ("exact", "bytes"):
-        shown = [row[1] for row in tables[key].rows if row[1] != "book"]
-        assert shown[:2] == ["random-tokens, steps 1", "random-tokens, steps 4"]
+    assert [row[1] for row in tables["exact"].rows] == [f"random-tokens, steps {n}" for n in (1, 4)]
     assert [row[6] for row in tables["exact"].rows] == [3, 3]
     # 'paper' and 'threshold' share a plane, and these two differ by their steps.
     rows = tables["threshold"].rows
@@ -124,6 +124,79 @@ def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
         f"{t}, steps {n}" for n in (1, 4) for t in ("all", "random")
     ]
     assert {row[7] for row in rows} == {3}
+
+
+def made_up(folder: Path, text: str, **columns: Callable[[Cell, int], object]) -> dict[str, Table]:
+    """Tables of a study whose rows are `alike` but for these columns; extra as JSON's objects."""
+    planned = expand(parse_spec(text, "test"))
+    with Store(folder, write=True) as store:
+        store.plan(planned, {"random-tokens"}, {"name": "made up"})
+        store.set_environment({})
+        for p in planned:
+            store.describe(p.cell.key, reader().description())
+            for number in range(p.passages):
+                name = f"{p.cell.length} {number}"
+                found = Found(number, Passage((2, 3, 4 + number)), name)
+                store.put_passages([(name, found, Text(name.encode() * 9, ["x"] * 3))])
+                made = alike(p.cell.key, number, p.cell.vectors, p.cell.protocol)
+                changes = {key: value(p.cell, number) for key, value in columns.items()}
+                row = replace(made.row, passage=name, **changes)
+                store.put(replace(made, row=row))
+    return tables_of(folder)
+
+
+def block(protocol: str, more: str) -> str:
+    head = f'[[runs]]\nprotocol = "{protocol}"\nsources = ["random-tokens"]\npassages = 2\n'
+    return head + more
+
+
+@pytest.mark.parametrize("protocol", ["context", "copy", "upper-bound", "geometry"])
+def test_lengths_and_numbers_of_vectors_have_rows_of_their_own(
+    tmp_path: Path, protocol: str
+) -> None:
+    more = "lengths = [3, 5]\nvectors = [1, 2]\nseeds = [0, 1]\n"
+    table = made_up(tmp_path, HEAD + block(protocol, more))[protocol]
+    at = [table.columns.index(name) for name in ("length", "K")]
+    found = [tuple(row[i] for i in at) for row in table.rows]
+    assert list(dict.fromkeys(found)) == [(3, 1), (3, 2), (5, 1), (5, 2)]
+    assert {row[table.columns.index("n")] for row in table.rows if "n" in table.columns} <= {2}
+
+
+def test_context_removes_bits_of_the_passages_that_have_it(tmp_path: Path) -> None:
+    """Only the hard passage has 64 tokens before it, and they leave half of its bits."""
+    table = made_up(
+        tmp_path,
+        HEAD + block("context", "lengths = [3]\nvectors = [1, 2]\n"),
+        lm_bits=lambda _, number: 100.0 if number else 10.0,
+        mem_bits=lambda cell, _: float(cell.vectors),
+        extra=lambda _, number: {"context": {"64": [50.0, 1]} if number else {}},
+    )["context"]
+    found = {(row[3], row[4]): (row[5], row[8], row[9]) for row in table.rows}
+    for K in (1, 2):
+        assert found[K, "none"] == (55, 0, 2)
+        assert found[K, "64 tokens"] == (50, 50, 1)
+        assert found[K, f"{K} vector{'s' * (K > 1)}"] == (K, pytest.approx(100 - 100 * K / 55), 2)
+
+
+def test_bytes_are_those_of_texts_that_came_back(tmp_path: Path) -> None:
+    text = block("exact", "lengths = [3, 5]\nvectors = [1, 4]\n")
+    text = HEAD + text + block("paper", "lengths = [3]\n")
+    table = made_up(
+        tmp_path,
+        text,
+        exact=lambda cell, number: cell.protocol == "exact" and number == 0,
+        horizon=lambda *_: 2,
+    )["bytes"]
+    found = {(row[2], row[3]): row for row in table.rows}
+    assert set(found) == {("exact", 1), ("exact", 4), ("paper", 1)}
+    size = len("5 0" * 9)
+    for K in (1, 4):
+        row = found["exact", K]
+        assert row[4:7] == [2, "50 % [9, 91]", size]
+        assert row[-1] == pytest.approx(size / (K * reader().width * 4))
+        assert row[7] == pytest.approx(size / len(zlib.compress(b"5 0" * 9, 9)))
+        assert row[-2] == pytest.approx(size / (24 / 8))  # lm_bits of `alike`
+    assert found["paper", 1][4:] == [2, "0 % [0, 66]", 0, *[None] * 6]
 
 
 def test_a_recipe_that_differs_in_everything_is_numbered(tmp_path: Path) -> None:
@@ -135,33 +208,20 @@ def test_a_recipe_that_differs_in_everything_is_numbered(tmp_path: Path) -> None
 
 def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Path) -> None:
     text = EVERYTHING.replace("seeds = [0, 1, 2]\n", "")
-    text = text.replace("passages = ", "seeds = [0, 1, 2]\npassages = ")
-    spec = spec_in(tmp_path, text)
-    planned = [p for p in expand(spec, tmp_path) if p.cell.source == "random-tokens"]
-    with Store(tmp_path / "out", write=True) as store:
-        store.plan(planned, {"random-tokens"}, {"name": "restarts"})
-        store.set_environment({})
-        for p in planned:
-            store.describe(p.cell.key, reader().description())
-            for number in range(p.passages):
-                ids = (2, 3, 4 + number)
-                store.put_passages([(f"h{number}", Found(number, Passage(ids), "x"), None)])
-                made = alike(p.cell.key, number, p.cell.vectors, p.cell.protocol)
-                whole = p.cell.seed == 0
-                row = replace(
-                    made.row, passage=f"h{number}", horizon=1 + p.cell.seed + number, exact=whole
-                )
-                store.put(replace(made, row=row))
-    tables = tables_of(tmp_path / "out")
-    (exact,) = tables["exact"].rows
+    tables = made_up(
+        tmp_path,
+        text.replace("passages = ", "seeds = [0, 1, 2]\npassages = "),
+        horizon=lambda cell, number: 1 + cell.seed + number,
+        exact=lambda cell, _: cell.seed == 0,
+    )
+    exact, _ = tables["exact"].rows
     assert exact[6] == 4
     expected = mean_interval([2, 3, 4, 5])  # 1 + number + the mean seed
     assert exact[3:6] == pytest.approx([expected.mean, expected.low, expected.high])
     assert exact[10].startswith("100 %")  # each has a restart that came back whole
-    assert [row[3] for row in tables["one-step"].rows] == ["0 % [0, 66]"] * 2
-    for key, n in (("vectors", 2), ("copy", 2), ("upper-bound", 2), ("utilisation", None)):
-        assert {row[-1] for row in tables[key].rows} <= ({n} if n else {2, 4}), key
-    assert {row[8] for row in tables["threshold"].rows} == {3}
+    assert [row[3] for row in tables["one-step"].rows] == ["0 % [0, 66]"] * 4
+    for key, n in (("vectors", {2}), ("copy", {2}), ("upper-bound", {2}), ("utilisation", {2, 4})):
+        assert {row[-1] for row in tables[key].rows} == n, key
     assert [row[-1] for row in tables["geometry"].rows] == [6]  # which is about restarts
 
 

@@ -156,7 +156,7 @@ def planes(data: Data) -> Plot:
             level = float(passed["mem_bits"].max())
             name = "most bits left at accuracy ≥ 0.99"
             series.append(Series(name, [0.0, top], [level, level], "dashed"))
-        title = f"{short(model)}, K = {K}" + (f", {t.recipe}" if t.recipe else "")
+        title = _title(model, K, t.recipe)
         x, y = "bits without vectors, H", "bits left with vectors"
         panels.append(Panel(title, x, y, series))
     return Plot(
@@ -332,13 +332,14 @@ def context(data: Data) -> Plot:
     for (model, source, length), group in data.of("context").groupby(
         ["model", "series", "length"], sort=False
     ):
-        left: dict[int, list[float]] = {0: group["lm_bits"].tolist()}
-        for extra in group["extra"]:
+        by_K = group.groupby("vectors", sort=False)
+        _, same = next(iter(by_K))  # without vectors, K makes no difference
+        left: dict[int, list[float]] = {0: same["lm_bits"].tolist()}
+        for extra in same["extra"]:
             for n, (b, _) in json.loads(extra)["context"].items():
                 left.setdefault(int(n), []).append(float(b))
         means = {n: mean_interval(v) for n, v in sorted(left.items())}
         xs = [float(n) for n in means]
-        with_vector = mean_interval(group["mem_bits"].tolist())
         series = [
             Series(
                 "real preceding tokens",
@@ -348,8 +349,10 @@ def context(data: Data) -> Plot:
                 [m.low for m in means.values()],
                 [m.high for m in means.values()],
             ),
-            Series("with vectors", [xs[0], xs[-1]], [with_vector.mean] * 2, "dashed"),
         ]
+        for K, part in by_K:
+            ends = [mean_interval(part["mem_bits"].tolist()).mean] * 2
+            series.append(Series(f"K = {K}", [xs[0], xs[-1]], ends, "dashed"))
         title = f"{short(str(model))}, {source}, {length} tokens"
         panels.append(Panel(title, "real tokens given", "bits left", series))
     caption = "A vector is worth more than any amount of ordinary context."
@@ -359,7 +362,9 @@ def context(data: Data) -> Plot:
 def copied(data: Data) -> Plot:
     """Bits removed by a vector and by the text itself."""
     panels = []
-    for (model, recipe), group in data.of("copy").groupby(["model", "recipe"], sort=False):
+    for (model, K, recipe), group in data.of("copy").groupby(
+        ["model", "vectors", "recipe"], sort=False
+    ):
         copies = [json.loads(e)["copy"] for e in group["extra"]]
         kept = [c is not None for c in copies]
         part = group[kept].copy()
@@ -371,7 +376,7 @@ def copied(data: Data) -> Plot:
             _cloud("copy in context", part, "lm_bits", "copy_gain"),
             _diagonal(part["lm_bits"]),
         ]
-        title = f"{short(str(model))}" + (f", {recipe}" if recipe else "")
+        title = _title(str(model), int(str(K)), str(recipe))
         panels.append(Panel(title, "bits without either, H", "bits removed", series))
     caption = "On the dashed line nothing is left to guess."
     return Plot("copy", "A vector against the text itself in context", caption, panels)
@@ -380,7 +385,9 @@ def copied(data: Data) -> Plot:
 def upper_bound(data: Data) -> Plot:
     """Bits needed and removed, with straight fits."""
     panels = []
-    for (model, recipe), group in data.of("upper-bound").groupby(["model", "recipe"], sort=False):
+    for (model, K, recipe), group in data.of("upper-bound").groupby(
+        ["model", "vectors", "recipe"], sort=False
+    ):
         part = group.copy()
         part["needed"] = [json.loads(e)["needed_bits"] for e in part["extra"]]
         series = []
@@ -391,7 +398,7 @@ def upper_bound(data: Data) -> Plot:
                 ends = [float(part["lm_bits"].min()), float(part["lm_bits"].max())]
                 label = f"{slope:.2f} H {level:+.0f}"
                 series.append(Series(label, ends, [slope * x + level for x in ends], "dashed"))
-        title = f"{short(str(model))}" + (f", {recipe}" if recipe else "")
+        title = _title(str(model), int(str(K)), str(recipe))
         panels.append(Panel(title, "bits without vectors, H", "bits", series))
     return Plot(
         "upper-bound",
@@ -404,8 +411,8 @@ def upper_bound(data: Data) -> Plot:
 def geometry(data: Data) -> Plot:
     """Figures 7 and 8, and PCA."""
     panels = []
-    for (model, source, length), group in data.restarts().groupby(
-        ["model", "series", "length"], sort=False
+    for (model, source, length, K), group in data.restarts().groupby(
+        ["model", "series", "length", "vectors"], sort=False
     ):
         vectors, labels = solutions(data, group)
         if len(vectors) < 3:
@@ -419,7 +426,7 @@ def geometry(data: Data) -> Plot:
                 middle = ((edges[1:] + edges[:-1]) / 2).tolist()
                 label = f"{name} (n {len(values)})"
                 series.append(Series(label, middle, density.tolist(), "line"))
-        title = f"{short(str(model))}, {source}, {length} tokens"
+        title = f"{short(str(model))}, {source}, {length} tokens, K = {K}"
         panels.append(Panel(title, "cosine", "density", series))
         where, share = principal_components(vectors)
         numbers = list(dict.fromkeys(labels.tolist()))[:10]
@@ -447,6 +454,10 @@ def geometry(data: Data) -> Plot:
         "Solutions of one passage are alike without being near; between them accuracy dips.",
         panels,
     )
+
+
+def _title(model: str, K: int, recipe: str) -> str:
+    return f"{short(model)}, K = {K}" + (f", {recipe}" if recipe else "")
 
 
 def _cloud(name: str, rows: pd.DataFrame, x: str, y: str) -> Series:
