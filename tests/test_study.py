@@ -253,14 +253,38 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         assert any(sentence in s for s in check_study(tmp_path / sentence)["wrong"]), sentence
 
 
-def test_another_text_under_a_study_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [("passages = 1", "passages = 2"), ("[8]", "[8, 12]"), ("[8]", "[5]")]
+)
+def test_another_text_under_a_study_is_refused(tmp_path: Path, more: tuple[str, str]) -> None:
     text = HEAD + RUN + 'sources = ["book"]\npassages = 1\nrecipe = { steps = 2 }\n'
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
-    spec = spec_in(tmp_path, text.replace("passages = 1", "passages = 2"))
+    spec = spec_in(tmp_path, text.replace(*more))
+    if "passages" not in more[0]:  # with the old text it would go on
+        shutil.copytree(tmp_path / "out", tmp_path / "same")
+        assert run(spec, tmp_path, tmp_path / "same").rows_now == 1
     book = tmp_path / "book.txt"
     book.write_text("A new book begins here. It is not the old one at all. " * 40, "utf-8")
     with pytest.raises(MemvecError, match="gives another passage 0"):
         run(spec, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "other", [{"dtype": "bfloat16"}, {"attention": "flash"}, {"quantize": "4bit"}, {"weights": "w"}]
+)
+def test_a_model_that_computes_otherwise_is_refused(
+    done: Path, tmp_path: Path, other: dict[str, str]
+) -> None:
+    shutil.copytree(done / "out", tmp_path / "out")
+    with Store(tmp_path / "out", write=True) as store:
+        (cell,) = store.db.execute("SELECT cell FROM cells").fetchone()
+        store.describe(cell, reader().description())
+        ((name, value),) = other.items()
+        with pytest.raises(MemvecError, match=name) as found:
+            store.describe(cell, {**reader().description(), **other})
+        assert "another folder." in str(found.value)
+        if name != "weights":
+            assert f"has {name} {value} here" in str(found.value)
 
 
 def test_two_processes_on_one_study_one_is_refused(done: Path) -> None:

@@ -166,17 +166,43 @@ class Store:
                 )
 
     def describe(self, cell: str, description: dict[str, Any]) -> None:
-        """Record the model a cell ran with; raise MemvecError if it ran with other weights."""
+        """Record the model a cell ran with; raise MemvecError if it ran with another.
+
+        Another is one with other weights, or that computes with them in another way.
+        """
         known = self.db.execute("SELECT description FROM cells WHERE cell=?", (cell,)).fetchone()[0]
         if known is None:
             text = json.dumps(description, sort_keys=True, default=str)
             self.db.execute("UPDATE cells SET description=? WHERE cell=?", (text, cell))
             return
-        if json.loads(known)["weights"] != description["weights"]:
+        before = json.loads(known)
+        if before["weights"] != description["weights"]:
             raise MemvecError(
                 f"{description['name']} has other weights than the rows in {self.folder} were made "
                 "with: use another folder."
             )
+        for name in ("dtype", "quantize", "attention"):
+            old, new = before.get(name), description.get(name)
+            if old != new:
+                raise MemvecError(
+                    f"{description['name']} has {name} {new} here, and the rows in {self.folder} "
+                    f"were made with {name} {old}: go on where they were made, or use another "
+                    "folder."
+                )
+
+    def known_passages(self, cell: str) -> dict[int, tuple[int, ...]]:
+        """Token ids of the passages that this cell's model was given of its source, by number.
+
+        The longest where there are several. Cells of an earlier spec count: they may come back.
+        """
+        query = (
+            "SELECT DISTINCT number, ids FROM cells AS this "
+            "JOIN cells USING (model, source) JOIN rows ON rows.cell = cells.cell "
+            "JOIN passages USING (passage) WHERE this.cell = ? AND "
+            "json_extract(this.settings, '$.source_settings') = "
+            "json_extract(cells.settings, '$.source_settings') ORDER BY length(ids)"
+        )
+        return {int(n): _from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
 
     def set_environment(self, record: dict[str, Any]) -> None:
         """The environment of the rows that follow."""
