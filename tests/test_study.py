@@ -20,6 +20,7 @@ from memvec.errors import MemvecError
 from memvec.study import check as check_module
 from memvec.study.cells import check_lengths, expand
 from memvec.study.check import check_study
+from memvec.study.cli import ls
 from memvec.study.export import export_rows
 from memvec.study.price import price, problems
 from memvec.study.row import Row
@@ -312,6 +313,32 @@ def test_stores_of_other_versions_or_programs_are_refused(tmp_path: Path) -> Non
         Store(tmp_path)
     with pytest.raises(MemvecError, match="there is no study"):
         Store(tmp_path / "nowhere")
+
+
+def test_a_store_is_found_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "a#b?c%20.study"
+    Store(folder, write=True).close()
+    with Store(folder) as store:
+        assert store.counts() == (0, 0)
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            store.db.execute("DELETE FROM meta")
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_file_without_a_store_does_not_hide_the_other_studies(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done / "out", tmp_path / "whole")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "study.sqlite").touch()
+    with pytest.raises(MemvecError, match=r"study.sqlite is empty"):
+        Store(tmp_path / "empty")
+    ls(tmp_path, json=True)
+    said = capsys.readouterr()
+    assert [study["name"] for study in json.loads(said.out)] == ["small"]
+    assert "study.sqlite is empty" in " ".join(said.err.split())
+    assert (tmp_path / "empty" / "study.sqlite").stat().st_size == 0
+    Store(tmp_path / "empty", write=True).close()  # what a kill at the very start left
 
 
 def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:

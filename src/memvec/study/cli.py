@@ -221,7 +221,7 @@ def ls(
     """List studies, or the cells of one."""
     from rich.table import Table
 
-    from memvec.display import out
+    from memvec.display import out, say
     from memvec.study.store import Store
 
     rows: list[dict[str, Any]] = []
@@ -237,16 +237,19 @@ def ls(
             rows = [dict(zip(names, row, strict=True)) for row in cursor]
     else:
         for file in sorted(folder.glob("*/study.sqlite")):
-            with Store(file.parent) as store:
-                done, planned = store.counts()
-                rows.append(
-                    {
-                        "study": str(file.parent),
-                        "name": store.meta("name"),
-                        "done": done,
-                        "planned": planned,
-                    }
-                )
+            try:
+                with Store(file.parent) as store:
+                    done, planned = store.counts()
+                    rows.append(
+                        {
+                            "study": str(file.parent),
+                            "name": store.meta("name"),
+                            "done": done,
+                            "planned": planned,
+                        }
+                    )
+            except MemvecError as error:  # the other studies can be listed all the same
+                say(str(error))
     if json:
         typer.echo(jsonlib.dumps(rows, indent=2))
         return

@@ -106,9 +106,8 @@ class Store:
                 self.db.executescript(_TABLES)
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
             else:
-                self.db = sqlite3.connect(
-                    f"file:{self.file}?mode=ro", uri=True, isolation_level=None, timeout=10
-                )
+                where = self.file.resolve().as_uri() + "?mode=ro"  # a name may hold # or ?
+                self.db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=10)
                 self._check_version()
         except sqlite3.DatabaseError as error:
             self.close()
@@ -351,8 +350,10 @@ class Store:
 
     def _check_version(self) -> None:
         tables = {r[0] for r in self.db.execute("SELECT name FROM sqlite_master")}
-        if not tables:
+        if not tables and self.write:
             return
+        if not tables:
+            raise MemvecError(f"{self.file} is empty: no study was begun there; run one.")
         if "meta" not in tables:
             raise MemvecError(f"{self.file} is another program's database, not a study's store.")
         found = self.meta("schema")
