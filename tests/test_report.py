@@ -23,7 +23,7 @@ from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.report.data import read_data, recipe_names
 from memvec.report.figures import draw_all
-from memvec.report.page import write_page
+from memvec.report.page import overview, write_page
 from memvec.report.plots import all_plots
 from memvec.report.report import FORMATS, write_report
 from memvec.report.tables import Table, all_tables, show
@@ -286,9 +286,12 @@ def test_the_page_renders_in_a_browser(study: Path, tmp_path: Path) -> None:
 def test_text_in_a_passage_cannot_leave_its_place(study: Path) -> None:
     with Store(study / "out") as store:
         data = read_data(store)
-        object.__setattr__(data, "about", "</script><script>alert(1)</script>")
-        page = write_page(data, [], [], study / "evil.html")
-    assert "</script><script>alert" not in page.read_text("utf-8")
+        for about in ("</script><script>alert(1)</script>", "<!-- a <script>", "<ScRiPt <!--"):
+            object.__setattr__(data, "about", about)
+            html = write_page(data, [], [], study / "evil.html").read_text("utf-8")
+            embedded = re.search(r'id="data">(.*?)</script>', html, re.S)[1]  # type: ignore[index]
+            assert "<" not in embedded
+            assert json.loads(embedded)["about"] == about
 
 
 def test_a_study_without_rows_is_told(tmp_path: Path) -> None:
@@ -313,6 +316,9 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
         tables, plots = all_tables(data, beside=False), all_plots(data, beside=False)
         draw_all(plots, tmp_path / "figures")
         assert write_page(data, tables, plots, tmp_path / "index.html").stat().st_size > 10_000
+        cards = [card["label"] for card in overview(data) if card["label"].startswith("exact")]
+    assert len(cards) == 2
+    assert all("; n 1, 23 bits" in card and "nan" not in card for card in cards)
 
 
 def alike(cell: str, number: int, K: int, protocol: str) -> Finished:
