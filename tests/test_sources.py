@@ -202,3 +202,14 @@ def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(MemvecError, match="is not UTF-8 text"):
         read_texts("latin.txt", tmp_path)
+    for name, data in (
+        ("latin.csv", b"text\ncaf\xe9\n"),
+        ("empty.csv", b""),
+        ("ragged.csv", b"text\na,b\nc,d,e,f\n"),
+        ("empty.parquet", b""),
+        ("text.parquet", b"no table at all, only a text"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(MemvecError, match=f"{name} is not a {name.split('.')[1]} table") as one:
+            read_texts(name, tmp_path)
+        assert "\n" not in str(one.value)

@@ -103,6 +103,17 @@ def test_ready_specs_are_valid_and_priced_without_weights(path: Path) -> None:
         assert p.gpu_hours > 0
 
 
+def test_files_that_are_no_spec_and_no_config_are_told(tmp_path: Path) -> None:
+    (tmp_path / "bin.dat").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(MemvecError, match=r"bin.dat is not UTF-8 text: a spec is a TOML file"):
+        read_spec(tmp_path / "bin.dat")
+    spec = parse_spec(HEAD.replace('"tiny"', f'"{tmp_path}"') + RUN, "spec")
+    for config in (b'{"hidden_size": ', b"[]", b"\xff", b'{"hidden_size": "wide"}'):
+        (tmp_path / "config.json").write_bytes(config)
+        with pytest.raises(MemvecError, match=r"config.json is not a model's config"):
+            price(expand(spec))
+
+
 def test_one_model_may_replace_all_others() -> None:
     text = HEAD.replace("[[sources]]", '[[models]]\nname = "other"\n[[sources]]', 1)
     text += RUN + 'models = ["tiny"]\n' + RUN + 'models = ["other"]\n'
@@ -197,6 +208,21 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text += 'sources = ["random-tokens"]\npassages = 1\nseeds = [0, 1]\n'
     run(spec_in(base, text + "recipe = { lr = 0.1, steps = 12 }\n"), base, base / "out")
     return base / "out"
+
+
+@pytest.mark.parametrize(
+    "extra", ["{bad", "[1]", "null", '{"context": {"x": [1, 1]}}', '{"needed_bits": []}']
+)
+def test_the_check_sees_an_extra_that_is_none(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    shutil.copytree(two_rows, tmp_path / "out")
+    db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
+    db.execute("UPDATE rows SET extra = ?", (extra,))
+    db.commit()
+    db.close()
+    assert any(f"extra is stored as {extra}" in s for s in check_study(tmp_path / "out")["wrong"])
 
 
 @pytest.mark.parametrize("column", COLUMNS)

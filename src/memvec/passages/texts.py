@@ -43,7 +43,11 @@ def _read(file: Path, column: str, where: dict[str, str]) -> list[tuple[str, str
             import pandas as pd
         except ImportError:
             raise MemvecError(f"reading {file.name} needs pip install 'memvec[study]'.") from None
-        frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        try:
+            frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one
+            first = str(error).splitlines()[0]
+            raise MemvecError(f"{file} is not a {file.suffix[1:]} table: {first}.") from None
         return _rows(frame.to_dict("records"), file, column, where)
     return [(file.stem, _utf8(file))]
 

@@ -132,6 +132,10 @@ def _check_row(
         _, ids, before = store.passage(row["passage"])
     except MemvecError as error:
         return [f"{place}: {error}"]
+    try:
+        _flat(json.loads(row["extra"]))
+    except (ValueError, TypeError, AttributeError):
+        return [f"{place}: extra is stored as {row['extra']}, which no protocol writes."]
     found = recompute(lm, cell, row, vectors, ids, before, TIE[dtype])
     wrong = [f"{place}: {s}" for s in _compare(row, found, positions.numpy(), dtype, worst)]
     if vectors.shape != (cell.vectors, lm.width) or not torch.isfinite(vectors.float()).all():
@@ -271,7 +275,7 @@ def _check_lines(
 def _flat(extra: dict[str, Any]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for n, values in extra.get("context", {}).items():
-        found[f"context {n}"] = [float(v) for v in values]
+        found[f"context {int(n)}"] = [float(v) for v in values]
     if extra.get("copy"):
         found["copy"] = [float(v) for v in extra["copy"]]
     if "needed_bits" in extra:
