@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import reader
 from memvec.errors import MemvecError
@@ -292,6 +293,21 @@ def test_text_in_a_passage_cannot_leave_its_place(study: Path) -> None:
             embedded = re.search(r'id="data">(.*?)</script>', html, re.S)[1]  # type: ignore[index]
             assert "<" not in embedded
             assert json.loads(embedded)["about"] == about
+
+
+def test_brackets_in_a_table_are_no_markup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("memvec.display.out", Console(width=300))
+    text = HEAD + block("exact", "lengths = [3]\n")
+    made_up(
+        tmp_path,
+        text.replace("random-tokens", "random-tokens [/b]").replace(
+            'kind = "random-tokens [/b]"', 'kind = "random-tokens"\nname = "random-tokens [/b]"'
+        ),
+    )
+    write_report(tmp_path, tmp_path / "report", figures=False)
+    assert "random-tokens [/b]" in capsys.readouterr().out
 
 
 def test_a_study_without_rows_is_told(tmp_path: Path) -> None:

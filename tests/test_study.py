@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 
 from conftest import reader
 from memvec.capacity import PROTOCOLS
@@ -20,11 +23,12 @@ from memvec.errors import MemvecError
 from memvec.study import check as check_module
 from memvec.study.cells import check_lengths, expand
 from memvec.study.check import check_study
-from memvec.study.cli import ls
+from memvec.study.cli import check, ls, validate
 from memvec.study.export import export_rows
 from memvec.study.price import price, problems
 from memvec.study.row import Row
-from memvec.study.run import run_study
+from memvec.study.run import Status, run_study
+from memvec.study.show import study_progress
 from memvec.study.spec import parse_spec, read_spec
 from memvec.study.store import COLUMNS, Store
 from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
@@ -365,6 +369,36 @@ def test_a_file_without_a_store_does_not_hide_the_other_studies(
     assert "study.sqlite is empty" in " ".join(said.err.split())
     assert (tmp_path / "empty" / "study.sqlite").stat().st_size == 0
     Store(tmp_path / "empty", write=True).close()  # what a kill at the very start left
+
+
+def test_a_persons_brackets_are_words_and_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "[mem] closing [/b]"
+    text = HEAD.replace('"small"', f'"small"\nabout = "{words}"')
+    text = text.replace('"book"', f'"{words}"').replace("book.txt", "gone [/b].txt")
+    (tmp_path / "s.toml").write_text(text + RUN)
+    monkeypatch.setattr("memvec.display.out", Console(width=300))
+    with pytest.raises(typer.Exit):  # its text is missing
+        validate(tmp_path / "s.toml")
+    said = capsys.readouterr().out
+    assert f"small: {words}" in said
+    assert "gone [/b].txt" in said
+    with Store(tmp_path / "s", write=True) as store:
+        store.plan(expand(parse_spec(text + RUN, "s")), set(), {"name": words})
+    for folder in (tmp_path, tmp_path / "s"):
+        ls(folder)
+        assert words in capsys.readouterr().out
+    wrong = {"rows": 0, "worst": {}, "wrong": [words]}
+    monkeypatch.setattr("memvec.study.check.check_study", lambda *_, **__: wrong)
+    with pytest.raises(typer.Exit):
+        check(tmp_path)
+    assert words in capsys.readouterr().out
+    terminal = Console(width=300, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr("memvec.study.show.err", terminal)
+    with study_progress(words) as show:
+        show(Status(0, 1, 0, 1, 0, 0.0, None, words, None))
+    assert words in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:

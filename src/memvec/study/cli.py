@@ -82,18 +82,22 @@ def validate(spec: SpecArgument, model: ModelOption = None, json: JsonOption = F
         }
         typer.echo(jsonlib.dumps(found, indent=2))
     else:
+        from rich.markup import escape
         from rich.table import Table
 
         from memvec.display import out
 
-        table = Table(title=f"{checked.name}: {checked.about}", title_justify="left")
+        title = escape(f"{checked.name}: {checked.about}")
+        table = Table(title=title, title_justify="left")
         for column in ("model", "cells", "passages", "GPU-hours ≤", "CPU-hours ≤", "memory"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for p in prices:
             cost = [
                 "?" if v is None else f"{v:,.2f}" for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
             ]
-            table.add_row(p.model, str(p.cells), str(p.passages), *cost[:2], f"{cost[2]} GiB")
+            table.add_row(
+                escape(p.model), str(p.cells), str(p.passages), *cost[:2], f"{cost[2]} GiB"
+            )
         out.print(table)
         out.print(
             f"At most, if every passage used all its steps; assumes {GPU_FLOPS / 1e12:.0f} TFLOP/s "
@@ -101,7 +105,7 @@ def validate(spec: SpecArgument, model: ModelOption = None, json: JsonOption = F
             "token."
         )
         for sentence in missing:
-            out.print(f"[red]missing:[/red] {sentence}")
+            out.print(f"[red]missing:[/red] {escape(sentence)}")
     if missing:
         raise typer.Exit(2)
 
@@ -219,6 +223,7 @@ def ls(
     json: JsonOption = False,
 ) -> None:
     """List studies, or the cells of one."""
+    from rich.markup import escape
     from rich.table import Table
 
     from memvec.display import out, say
@@ -254,13 +259,13 @@ def ls(
         typer.echo(jsonlib.dumps(rows, indent=2))
         return
     if not rows:
-        out.print(f"No studies in {folder}.")
+        out.print(f"No studies in {folder}.", markup=False)
         return
     table = Table()
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
-        table.add_row(*[str(v) for v in row.values()])
+        table.add_row(*[escape(str(v)) for v in row.values()])
     out.print(table)
 
 
@@ -337,6 +342,8 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Recompute every column from the stored vectors, slowly and independently."""
+    from rich.markup import escape
+
     from memvec.display import out
     from memvec.study.check import check_study
 
@@ -348,7 +355,7 @@ def check(
         for name, worst in found["worst"].items():
             out.print(f"  {name:20} {worst:.3g}")
         for sentence in found["wrong"][:20]:
-            out.print(f"[red]{sentence}[/red]")
+            out.print(f"[red]{escape(sentence)}[/red]")
         verdict = "[green]agree[/green]" if not found["wrong"] else "[red]DISAGREE[/red]"
         out.print(f"Stored and recomputed columns {verdict}.")
     if found["wrong"]:
