@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -190,6 +191,25 @@ def test_rows_of_a_hub_set_name_their_commit(monkeypatch: pytest.MonkeyPatch) ->
     found = hub.hub_texts("owner/set", "validation", revision="main")
     assert found == [("owner/set@012345678901 row 0", "A."), ("owner/set@012345678901 row 1", "B.")]
     assert asked == [("owner/set", "main"), "validation"]
+
+
+def test_standard_input_is_the_same_text_each_time_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for text in (SENTENCES, "Another text."):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        for _ in range(2):
+            assert read_texts("-") == [("standard input", text)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    with pytest.raises(MemvecError, match="standard input is not UTF-8"):
+        read_texts("-")
+
+
+def test_lines_of_json_end_where_json_says(tmp_path: Path) -> None:
+    texts = ["One\u2028two.", "Three\x85four\u2029five.", "Six."]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "x.jsonl").write_text("\r\n".join([*lines, ""]), "utf-8", newline="")
+    assert [text for _, text in read_texts("x.jsonl", tmp_path)] == texts
 
 
 def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:

@@ -198,6 +198,21 @@ def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyP
     assert {"copy", "context", "needed_bits"} <= set(found["worst"])
 
 
+def test_restarts_of_more_and_of_fewer_passages_have_lines_where_both_are(tmp_path: Path) -> None:
+    one = '[[runs]]\nprotocol = "geometry"\nsources = ["random-tokens"]\nlengths = [4]\n'
+    one += "recipe = { lr = 0.1, steps = 2 }\n"
+    for seeds in ((0, 1), (1, 0)):  # more of the first, more of the other
+        text = HEAD + "".join(
+            f"{one}passages = {n}\nseeds = [{seed}]\n"
+            for n, seed in zip((3, 2), seeds, strict=True)
+        )
+        folder = tmp_path / str(seeds[0])
+        run(spec_in(tmp_path, text), tmp_path, folder)
+        with Store(folder) as store:
+            numbers = store.db.execute("SELECT number FROM paths ORDER BY number").fetchall()
+        assert numbers == [(0,), (1,)]
+
+
 def test_every_column_is_checked_in_one_of_three_ways() -> None:
     kinds = (check_module.RECOMPUTED, check_module.BOUNDED, check_module.RECORDED)
     assert sum(map(len, kinds)) == len(frozenset().union(*kinds))

@@ -166,7 +166,8 @@ class _Run:
         for _, same in itertools.groupby(sorted(restarts, key=group), key=group):
             ordered = sorted(same, key=lambda p: p.cell.seed)
             for other in ordered[1:]:
-                for number in range(ordered[0].passages):
+                # A run may ask for more passages of one seed than of another.
+                for number in range(min(ordered[0].passages, other.passages)):
                     if (ordered[0].cell.key, other.cell.key, number) not in known:
                         yield ordered[0], other, number
 
