@@ -23,7 +23,7 @@ from memvec.errors import MemvecError
 from memvec.study import check as check_module
 from memvec.study.cells import check_lengths, expand
 from memvec.study.check import check_study
-from memvec.study.cli import check, ls, validate
+from memvec.study.cli import check, export, ls, validate
 from memvec.study.export import export_rows
 from memvec.study.price import price, problems
 from memvec.study.row import Row
@@ -425,6 +425,22 @@ def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:
         assert len(frame) == n == len(everything(done / "out"))
         sentences = json.loads((tmp_path / f"{name}.columns.json").read_text())
         assert set(frame) == set(sentences)
+
+
+def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
+    whole, wrong = tmp_path / "rows.parquet", tmp_path / "x.parquet"
+    with pytest.raises(MemvecError, match=r"--csv .*x.parquet: its name must end in .csv"):
+        export(done / "out", whole, wrong)
+    with pytest.raises(MemvecError, match=r"--parquet .*x.csv: its name must end in .parquet"):
+        export(done / "out", tmp_path / "x.csv")
+    assert not list(tmp_path.iterdir())
+    export(done / "out", whole)
+    assert whole.is_file()
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MemvecError, match=r"there is no folder .*nowhere"):
+        ls(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------- killed runs

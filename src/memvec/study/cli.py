@@ -229,6 +229,8 @@ def ls(
     from memvec.display import out, say
     from memvec.study.store import Store
 
+    if not folder.is_dir():
+        raise MemvecError(f"there is no folder {folder}.")
     rows: list[dict[str, Any]] = []
     if (folder / "study.sqlite").is_file():
         with Store(folder) as store:
@@ -286,7 +288,11 @@ def export(
 
     if parquet is None and csv is None:
         raise MemvecError("name a file: --csv rows.csv or --parquet rows.parquet.")
-    for target in (parquet, csv):
+    targets = ((parquet, ".parquet"), (csv, ".csv"))
+    for target, ending in targets:  # before anything is written
+        if target is not None and target.suffix != ending:
+            raise MemvecError(f"--{ending[1:]} {target}: its name must end in {ending}.")
+    for target, _ in targets:
         if target is not None:
             n = export_rows(folder, target)
             say(f"{n} rows in {target}, columns explained in {target}.columns.json")
