@@ -8,27 +8,34 @@ import os
 import re
 import shutil
 import subprocess
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import reader
 from memvec.errors import MemvecError
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
-from memvec.report.data import read_data
+from memvec.report.data import read_data, recipe_names
 from memvec.report.figures import draw_all
-from memvec.report.page import write_page
+from memvec.report.page import overview, write_page
 from memvec.report.plots import all_plots
 from memvec.report.report import FORMATS, write_report
 from memvec.report.tables import Table, all_tables, show
-from memvec.study.cells import expand
+from memvec.statistics import mean_interval
+from memvec.study.cells import Cell, expand
+from memvec.study.export import read_rows
 from memvec.study.pool import text_of
-from memvec.study.row import Finished, Row
+from memvec.study.row import Finished, Row, Text
+from memvec.study.spec import parse_spec
 from memvec.study.store import Store
-from studies import EVERYTHING, run, spec_in
+from studies import EVERYTHING, HEAD, run, spec_in
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -68,6 +75,155 @@ def test_the_tables_numbers_are_the_stores(study: Path) -> None:
             ).fetchall()
             assert float(row[3]) == pytest.approx(np.mean(values))
             assert int(row[6]) == len(values)
+
+
+ONE_CELL = """
+[[runs]]
+protocol = "exact"
+sources = ["random-tokens"]
+lengths = [4]
+passages = 3
+"""
+
+
+def tables_of(folder: Path) -> dict[str, Table]:
+    """Every table of a study, by key."""
+    with Store(folder) as store:
+        return {t.key: t for t in all_tables(read_data(store), beside=False)}
+
+
+def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) -> None:
+    for steps, passages in ((1, 3), (4, 3), (4, 2)):
+        text = HEAD + ONE_CELL.replace("= 3", f"= {passages}") + f"recipe = {{ steps = {steps} }}"
+        run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+        (row,) = tables_of(tmp_path / "out")["exact"].rows
+        assert (row[1], row[6]) == ("random-tokens", passages)
+        with Store(tmp_path / "out") as store:
+            assert store.counts() == (passages, passages)
+            (cell,) = set(read_data(store).rows["cell"])
+            assert (
+                f'"steps": {steps},'
+                in store.db.execute("SELECT settings FROM cells WHERE cell=?", (cell,)).fetchone()[
+                    0
+                ]
+            )
+            planned = read_rows(store)["planned"].tolist()
+    assert planned == [True, True, False, False, False, False]  # none was thrown away
+
+
+def test_every_recipe_has_rows_of_its_own(tmp_path: Path) -> None:
+    one = ONE_CELL + "recipe = { steps = 1 }"
+    text = HEAD + one + one.replace("1", "4") + one.replace('exact"', 'paper"')
+    text += one.replace('exact"', 'threshold"').replace("1", "4")
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+    tables = tables_of(tmp_path / "out")
+    assert [row[1] for row in tables["exact"].rows] == [f"random-tokens, steps {n}" for n in (1, 4)]
+    assert [row[6] for row in tables["exact"].rows] == [3, 3]
+    # 'paper' and 'threshold' share a plane, and these two differ by their steps.
+    rows = tables["threshold"].rows
+    assert [row[2] for row in rows] == [
+        f"{t}, steps {n}" for n in (1, 4) for t in ("all", "random")
+    ]
+    assert {row[7] for row in rows} == {3}
+
+
+def made_up(folder: Path, text: str, **columns: Callable[[Cell, int], object]) -> dict[str, Table]:
+    """Tables of a study whose rows are `alike` but for these columns; extra as JSON's objects."""
+    planned = expand(parse_spec(text, "test"))
+    with Store(folder, write=True) as store:
+        store.plan(planned, {"random-tokens"}, {"name": "made up"})
+        store.set_environment({})
+        for p in planned:
+            store.describe(p.cell.key, reader().description())
+            for number in range(p.passages):
+                name = f"{p.cell.length} {number}"
+                found = Found(number, Passage((2, 3, 4 + number)), name)
+                store.put_passages([(name, found, Text(name.encode() * 9, ["x"] * 3))])
+                made = alike(p.cell.key, number, p.cell.vectors, p.cell.protocol)
+                changes = {key: value(p.cell, number) for key, value in columns.items()}
+                row = replace(made.row, passage=name, **changes)
+                store.put(replace(made, row=row))
+    return tables_of(folder)
+
+
+def block(protocol: str, more: str) -> str:
+    head = f'[[runs]]\nprotocol = "{protocol}"\nsources = ["random-tokens"]\npassages = 2\n'
+    return head + more
+
+
+@pytest.mark.parametrize("protocol", ["context", "copy", "upper-bound", "geometry"])
+def test_lengths_and_numbers_of_vectors_have_rows_of_their_own(
+    tmp_path: Path, protocol: str
+) -> None:
+    more = "lengths = [3, 5]\nvectors = [1, 2]\nseeds = [0, 1]\n"
+    table = made_up(tmp_path, HEAD + block(protocol, more))[protocol]
+    at = [table.columns.index(name) for name in ("length", "K")]
+    found = [tuple(row[i] for i in at) for row in table.rows]
+    assert list(dict.fromkeys(found)) == [(3, 1), (3, 2), (5, 1), (5, 2)]
+    assert {row[table.columns.index("n")] for row in table.rows if "n" in table.columns} <= {2}
+
+
+def test_context_removes_bits_of_the_passages_that_have_it(tmp_path: Path) -> None:
+    """Only the hard passage has 64 tokens before it, and they leave half of its bits."""
+    table = made_up(
+        tmp_path,
+        HEAD + block("context", "lengths = [3]\nvectors = [1, 2]\n"),
+        lm_bits=lambda _, number: 100.0 if number else 10.0,
+        mem_bits=lambda cell, _: float(cell.vectors),
+        extra=lambda _, number: {"context": {"64": [50.0, 1]} if number else {}},
+    )["context"]
+    found = {(row[3], row[4]): (row[5], row[8], row[9]) for row in table.rows}
+    for K in (1, 2):
+        assert found[K, "none"] == (55, 0, 2)
+        assert found[K, "64 tokens"] == (50, 50, 1)
+        assert found[K, f"{K} vector{'s' * (K > 1)}"] == (K, pytest.approx(100 - 100 * K / 55), 2)
+
+
+def test_bytes_are_those_of_texts_that_came_back(tmp_path: Path) -> None:
+    text = block("exact", "lengths = [3, 5]\nvectors = [1, 4]\n")
+    text = HEAD + text + block("paper", "lengths = [3]\n")
+    table = made_up(
+        tmp_path,
+        text,
+        exact=lambda cell, number: cell.protocol == "exact" and number == 0,
+        horizon=lambda *_: 2,
+    )["bytes"]
+    found = {(row[2], row[3]): row for row in table.rows}
+    assert set(found) == {("exact", 1), ("exact", 4), ("paper", 1)}
+    size = len("5 0" * 9)
+    for K in (1, 4):
+        row = found["exact", K]
+        assert row[4:7] == [2, "50 % [9, 91]", size]
+        assert row[-1] == pytest.approx(size / (K * reader().width * 4))
+        assert row[7] == pytest.approx(size / len(zlib.compress(b"5 0" * 9, 9)))
+        assert row[-2] == pytest.approx(size / (24 / 8))  # lm_bits of `alike`
+    assert found["paper", 1][4:] == [2, "0 % [0, 66]", 0, *[None] * 6]
+
+
+def test_a_recipe_that_differs_in_everything_is_numbered(tmp_path: Path) -> None:
+    text = HEAD + ONE_CELL + ONE_CELL + 'recipe = { preset = "paper" }'
+    with Store(tmp_path, write=True) as store:
+        store.plan(expand(parse_spec(text, "test")), set(), {})
+        assert [*recipe_names(store).values()] == ["recipe 1", "recipe 2"]
+
+
+def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Path) -> None:
+    text = EVERYTHING.replace("seeds = [0, 1, 2]\n", "")
+    tables = made_up(
+        tmp_path,
+        text.replace("passages = ", "seeds = [0, 1, 2]\npassages = "),
+        horizon=lambda cell, number: 1 + cell.seed + number,
+        exact=lambda cell, _: cell.seed == 0,
+    )
+    exact, _ = tables["exact"].rows
+    assert exact[6] == 4
+    expected = mean_interval([2, 3, 4, 5])  # 1 + number + the mean seed
+    assert exact[3:6] == pytest.approx([expected.mean, expected.low, expected.high])
+    assert exact[10].startswith("100 %")  # each has a restart that came back whole
+    assert [row[3] for row in tables["one-step"].rows] == ["0 % [0, 66]"] * 4
+    for key, n in (("vectors", {2}), ("copy", {2}), ("upper-bound", {2}), ("utilisation", {2, 4})):
+        assert {row[-1] for row in tables[key].rows} == n, key
+    assert [row[-1] for row in tables["geometry"].rows] == [6]  # which is about restarts
 
 
 def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study: Path) -> None:
@@ -131,9 +287,27 @@ def test_the_page_renders_in_a_browser(study: Path, tmp_path: Path) -> None:
 def test_text_in_a_passage_cannot_leave_its_place(study: Path) -> None:
     with Store(study / "out") as store:
         data = read_data(store)
-        object.__setattr__(data, "about", "</script><script>alert(1)</script>")
-        page = write_page(data, [], [], study / "evil.html")
-    assert "</script><script>alert" not in page.read_text("utf-8")
+        for about in ("</script><script>alert(1)</script>", "<!-- a <script>", "<ScRiPt <!--"):
+            object.__setattr__(data, "about", about)
+            html = write_page(data, [], [], study / "evil.html").read_text("utf-8")
+            embedded = re.search(r'id="data">(.*?)</script>', html, re.S)[1]  # type: ignore[index]
+            assert "<" not in embedded
+            assert json.loads(embedded)["about"] == about
+
+
+def test_brackets_in_a_table_are_no_markup(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("memvec.display.out", Console(width=300))
+    text = HEAD + block("exact", "lengths = [3]\n")
+    made_up(
+        tmp_path,
+        text.replace("random-tokens", "random-tokens [/b]").replace(
+            'kind = "random-tokens [/b]"', 'kind = "random-tokens"\nname = "random-tokens [/b]"'
+        ),
+    )
+    write_report(tmp_path, tmp_path / "report", figures=False)
+    assert "random-tokens [/b]" in capsys.readouterr().out
 
 
 def test_a_study_without_rows_is_told(tmp_path: Path) -> None:
@@ -158,6 +332,9 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
         tables, plots = all_tables(data, beside=False), all_plots(data, beside=False)
         draw_all(plots, tmp_path / "figures")
         assert write_page(data, tables, plots, tmp_path / "index.html").stat().st_size > 10_000
+        cards = [card["label"] for card in overview(data) if card["label"].startswith("exact")]
+    assert len(cards) == 2
+    assert all("; n 1, 23 bits" in card and "nan" not in card for card in cards)
 
 
 def alike(cell: str, number: int, K: int, protocol: str) -> Finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -192,6 +193,25 @@ def test_rows_of_a_hub_set_name_their_commit(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [("owner/set", "main"), "validation"]
 
 
+def test_standard_input_is_the_same_text_each_time_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for text in (SENTENCES, "Another text."):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        for _ in range(2):
+            assert read_texts("-") == [("standard input", text)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    with pytest.raises(MemvecError, match="standard input is not UTF-8"):
+        read_texts("-")
+
+
+def test_lines_of_json_end_where_json_says(tmp_path: Path) -> None:
+    texts = ["One\u2028two.", "Three\x85four\u2029five.", "Six."]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "x.jsonl").write_text("\r\n".join([*lines, ""]), "utf-8", newline="")
+    assert [text for _, text in read_texts("x.jsonl", tmp_path)] == texts
+
+
 def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "A."}\n{"text": ')
     with pytest.raises(MemvecError, match=r"bad.jsonl line 2 is not JSON"):
@@ -202,3 +222,14 @@ def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(MemvecError, match="is not UTF-8 text"):
         read_texts("latin.txt", tmp_path)
+    for name, data in (
+        ("latin.csv", b"text\ncaf\xe9\n"),
+        ("empty.csv", b""),
+        ("ragged.csv", b"text\na,b\nc,d,e,f\n"),
+        ("empty.parquet", b""),
+        ("text.parquet", b"no table at all, only a text"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(MemvecError, match=f"{name} is not a {name.split('.')[1]} table") as one:
+            read_texts(name, tmp_path)
+        assert "\n" not in str(one.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 
 from conftest import reader
 from memvec.capacity import PROTOCOLS
@@ -20,10 +23,12 @@ from memvec.errors import MemvecError
 from memvec.study import check as check_module
 from memvec.study.cells import check_lengths, expand
 from memvec.study.check import check_study
+from memvec.study.cli import check, export, ls, validate
 from memvec.study.export import export_rows
 from memvec.study.price import price, problems
 from memvec.study.row import Row
-from memvec.study.run import run_study
+from memvec.study.run import Status, run_study
+from memvec.study.show import study_progress
 from memvec.study.spec import parse_spec, read_spec
 from memvec.study.store import COLUMNS, Store
 from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
@@ -102,6 +107,17 @@ def test_ready_specs_are_valid_and_priced_without_weights(path: Path) -> None:
         assert p.gpu_hours > 0
 
 
+def test_files_that_are_no_spec_and_no_config_are_told(tmp_path: Path) -> None:
+    (tmp_path / "bin.dat").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(MemvecError, match=r"bin.dat is not UTF-8 text: a spec is a TOML file"):
+        read_spec(tmp_path / "bin.dat")
+    spec = parse_spec(HEAD.replace('"tiny"', f'"{tmp_path}"') + RUN, "spec")
+    for config in (b'{"hidden_size": ', b"[]", b"\xff", b'{"hidden_size": "wide"}'):
+        (tmp_path / "config.json").write_bytes(config)
+        with pytest.raises(MemvecError, match=r"config.json is not a model's config"):
+            price(expand(spec))
+
+
 def test_one_model_may_replace_all_others() -> None:
     text = HEAD.replace("[[sources]]", '[[models]]\nname = "other"\n[[sources]]', 1)
     text += RUN + 'models = ["tiny"]\n' + RUN + 'models = ["other"]\n'
@@ -157,12 +173,44 @@ def test_asking_for_more_goes_on_from_what_is_there(tmp_path: Path) -> None:
     assert {key: after[key] for key in before} == before
 
 
+def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas as pd
+
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    for steps in (1, 2):
+        text = f"{HEAD}{RUN}sources = ['random-tokens']\npassages = 2\nrecipe.steps = {steps}\n"
+        run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
+    with Store(tmp_path / "out") as store:
+        assert store.counts() == (2, 2)
+    assert check_study(tmp_path / "out")["rows"] == 2
+    assert export_rows(tmp_path / "out", tmp_path / "rows.csv") == 4
+    frame = pd.read_csv(tmp_path / "rows.csv")
+    assert frame["planned"].tolist() == [step == 2 for step in frame["step_limit"]]
+
+
 def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
     found = check_study(done / "out")
     assert found["wrong"] == []
     assert found["rows"] == len(everything(done / "out"))
     assert {"copy", "context", "needed_bits"} <= set(found["worst"])
+
+
+def test_restarts_of_more_and_of_fewer_passages_have_lines_where_both_are(tmp_path: Path) -> None:
+    one = '[[runs]]\nprotocol = "geometry"\nsources = ["random-tokens"]\nlengths = [4]\n'
+    one += "recipe = { lr = 0.1, steps = 2 }\n"
+    for seeds in ((0, 1), (1, 0)):  # more of the first, more of the other
+        text = HEAD + "".join(
+            f"{one}passages = {n}\nseeds = [{seed}]\n"
+            for n, seed in zip((3, 2), seeds, strict=True)
+        )
+        folder = tmp_path / str(seeds[0])
+        run(spec_in(tmp_path, text), tmp_path, folder)
+        with Store(folder) as store:
+            numbers = store.db.execute("SELECT number FROM paths ORDER BY number").fetchall()
+        assert numbers == [(0,), (1,)]
 
 
 def test_every_column_is_checked_in_one_of_three_ways() -> None:
@@ -179,6 +227,21 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text += 'sources = ["random-tokens"]\npassages = 1\nseeds = [0, 1]\n'
     run(spec_in(base, text + "recipe = { lr = 0.1, steps = 12 }\n"), base, base / "out")
     return base / "out"
+
+
+@pytest.mark.parametrize(
+    "extra", ["{bad", "[1]", "null", '{"context": {"x": [1, 1]}}', '{"needed_bits": []}']
+)
+def test_the_check_sees_an_extra_that_is_none(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
+) -> None:
+    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    shutil.copytree(two_rows, tmp_path / "out")
+    db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
+    db.execute("UPDATE rows SET extra = ?", (extra,))
+    db.commit()
+    db.close()
+    assert any(f"extra is stored as {extra}" in s for s in check_study(tmp_path / "out")["wrong"])
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -236,14 +299,38 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         assert any(sentence in s for s in check_study(tmp_path / sentence)["wrong"]), sentence
 
 
-def test_another_text_under_a_study_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [("passages = 1", "passages = 2"), ("[8]", "[8, 12]"), ("[8]", "[5]")]
+)
+def test_another_text_under_a_study_is_refused(tmp_path: Path, more: tuple[str, str]) -> None:
     text = HEAD + RUN + 'sources = ["book"]\npassages = 1\nrecipe = { steps = 2 }\n'
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
-    spec = spec_in(tmp_path, text.replace("passages = 1", "passages = 2"))
+    spec = spec_in(tmp_path, text.replace(*more))
+    if "passages" not in more[0]:  # with the old text it would go on
+        shutil.copytree(tmp_path / "out", tmp_path / "same")
+        assert run(spec, tmp_path, tmp_path / "same").rows_now == 1
     book = tmp_path / "book.txt"
     book.write_text("A new book begins here. It is not the old one at all. " * 40, "utf-8")
     with pytest.raises(MemvecError, match="gives another passage 0"):
         run(spec, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "other", [{"dtype": "bfloat16"}, {"attention": "flash"}, {"quantize": "4bit"}, {"weights": "w"}]
+)
+def test_a_model_that_computes_otherwise_is_refused(
+    done: Path, tmp_path: Path, other: dict[str, str]
+) -> None:
+    shutil.copytree(done / "out", tmp_path / "out")
+    with Store(tmp_path / "out", write=True) as store:
+        (cell,) = store.db.execute("SELECT cell FROM cells").fetchone()
+        store.describe(cell, reader().description())
+        ((name, value),) = other.items()
+        with pytest.raises(MemvecError, match=name) as found:
+            store.describe(cell, {**reader().description(), **other})
+        assert "another folder." in str(found.value)
+        if name != "weights":
+            assert f"has {name} {value} here" in str(found.value)
 
 
 def test_two_processes_on_one_study_one_is_refused(done: Path) -> None:
@@ -273,6 +360,62 @@ def test_stores_of_other_versions_or_programs_are_refused(tmp_path: Path) -> Non
         Store(tmp_path / "nowhere")
 
 
+def test_a_store_is_found_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "a#b?c%20.study"
+    Store(folder, write=True).close()
+    with Store(folder) as store:
+        assert store.counts() == (0, 0)
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            store.db.execute("DELETE FROM meta")
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_file_without_a_store_does_not_hide_the_other_studies(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done / "out", tmp_path / "whole")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "study.sqlite").touch()
+    with pytest.raises(MemvecError, match=r"study.sqlite is empty"):
+        Store(tmp_path / "empty")
+    ls(tmp_path, json=True)
+    said = capsys.readouterr()
+    assert [study["name"] for study in json.loads(said.out)] == ["small"]
+    assert "study.sqlite is empty" in " ".join(said.err.split())
+    assert (tmp_path / "empty" / "study.sqlite").stat().st_size == 0
+    Store(tmp_path / "empty", write=True).close()  # what a kill at the very start left
+
+
+def test_a_persons_brackets_are_words_and_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "[mem] closing [/b]"
+    text = HEAD.replace('"small"', f'"small"\nabout = "{words}"')
+    text = text.replace('"book"', f'"{words}"').replace("book.txt", "gone [/b].txt")
+    (tmp_path / "s.toml").write_text(text + RUN)
+    monkeypatch.setattr("memvec.display.out", Console(width=300))
+    with pytest.raises(typer.Exit):  # its text is missing
+        validate(tmp_path / "s.toml")
+    said = capsys.readouterr().out
+    assert f"small: {words}" in said
+    assert "gone [/b].txt" in said
+    with Store(tmp_path / "s", write=True) as store:
+        store.plan(expand(parse_spec(text + RUN, "s")), set(), {"name": words})
+    for folder in (tmp_path, tmp_path / "s"):
+        ls(folder)
+        assert words in capsys.readouterr().out
+    wrong = {"rows": 0, "worst": {}, "wrong": [words]}
+    monkeypatch.setattr("memvec.study.check.check_study", lambda *_, **__: wrong)
+    with pytest.raises(typer.Exit):
+        check(tmp_path)
+    assert words in capsys.readouterr().out
+    terminal = Console(width=300, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr("memvec.study.show.err", terminal)
+    with study_progress(words) as show:
+        show(Status(0, 1, 0, 1, 0, 0.0, None, words, None))
+    assert words in terminal.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:
     import pandas as pd
 
@@ -282,6 +425,22 @@ def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:
         assert len(frame) == n == len(everything(done / "out"))
         sentences = json.loads((tmp_path / f"{name}.columns.json").read_text())
         assert set(frame) == set(sentences)
+
+
+def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
+    whole, wrong = tmp_path / "rows.parquet", tmp_path / "x.parquet"
+    with pytest.raises(MemvecError, match=r"--csv .*x.parquet: its name must end in .csv"):
+        export(done / "out", whole, wrong)
+    with pytest.raises(MemvecError, match=r"--parquet .*x.csv: its name must end in .parquet"):
+        export(done / "out", tmp_path / "x.csv")
+    assert not list(tmp_path.iterdir())
+    export(done / "out", whole)
+    assert whole.is_file()
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(MemvecError, match=r"there is no folder .*nowhere"):
+        ls(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------- killed runs

@@ -37,13 +37,15 @@ class ExactResult:
 def exact_result(rows: pd.DataFrame) -> ExactResult:
     """Summary of the rows of one model, source and K (the longest length where there are several).
 
-    Shorter lengths are dropped: the same passage cut shorter is more censored, not more data.
+    One row per passage; where it is the mean of restarts, `exact` is the share of them, and one
+    that came back whole makes the mean a bound. Shorter lengths are dropped: the same passage cut
+    shorter is more censored, not more data.
     """
     rows = rows[rows["length"] == rows["length"].max()]
     return ExactResult(
         mean_interval(rows["horizon"].tolist()),
         mean_interval(rows["horizon_gain"].tolist()),
         mean_interval(rows["horizon_token_gain"].tolist()),
-        share_interval(int(rows["exact"].sum()), len(rows)),
+        share_interval(int((rows["exact"] > 0).sum()), len(rows)),
         mean_interval(rows["spent"].tolist()),
     )

@@ -50,7 +50,7 @@ def one_step_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> OneStep
     passed = rows[rows["accuracy"] >= threshold]
     lengths, always, unbroken = [], None, True
     for length, group in rows.groupby("length"):
-        exact = int(group["exact"].sum())
+        exact = int((group["exact"] == 1).sum())  # of restarts: all of them
         unbroken = unbroken and exact == len(group)
         if unbroken:
             always = int(str(length))

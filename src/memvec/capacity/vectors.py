@@ -50,7 +50,7 @@ def scaling(rows: pd.DataFrame) -> pd.DataFrame:
                 "bits": bits.mean,
                 "bits_low": bits.low,
                 "bits_high": bits.high,
-                "censored": float(group["exact"].mean()),
+                "censored": float((group["exact"] > 0).mean()),
                 "cut": float((group["status"] == "budget").mean()),
             }
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from memvec.errors import MemvecError
 
@@ -21,7 +23,7 @@ def read_texts(
     Raises MemvecError: nothing there, no such column, not a kind of file we read.
     """
     if path == "-":
-        found = [("standard input", sys.stdin.read())]
+        found = [("standard input", _all_of(sys.stdin))]
     else:
         file = Path(path).expanduser()
         file = file if file.is_absolute() or base is None else base / file
@@ -35,6 +37,15 @@ def read_texts(
     return found
 
 
+@functools.lru_cache(maxsize=1)
+def _all_of(stream: Any) -> str:
+    """All of a text stream, remembered: it can be read once, and every cell of a study asks."""
+    try:
+        return str(stream.read())
+    except UnicodeDecodeError as error:
+        raise MemvecError(f"standard input is not UTF-8 text (byte {error.start}).") from None
+
+
 def _read(file: Path, column: str, where: dict[str, str]) -> list[tuple[str, str]]:
     if file.suffix == ".jsonl":
         return _rows(_json_lines(file), file, column, where)
@@ -43,7 +54,11 @@ def _read(file: Path, column: str, where: dict[str, str]) -> list[tuple[str, str
             import pandas as pd
         except ImportError:
             raise MemvecError(f"reading {file.name} needs pip install 'memvec[study]'.") from None
-        frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        try:
+            frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one
+            first = str(error).splitlines()[0]
+            raise MemvecError(f"{file} is not a {file.suffix[1:]} table: {first}.") from None
         return _rows(frame.to_dict("records"), file, column, where)
     return [(file.stem, _utf8(file))]
 
@@ -57,7 +72,8 @@ def _utf8(file: Path) -> str:
 
 def _json_lines(file: Path) -> list[dict[str, object]]:
     rows = []
-    for number, line in enumerate(_utf8(file).splitlines(), 1):
+    # Not splitlines: JSON may have U+2028 and others of its line ends inside a string.
+    for number, line in enumerate(_utf8(file).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -23,7 +23,7 @@ def per_token(data: Data, *, beside: bool) -> Plot:
     for model, group in data.of("paper", "threshold").groupby("model", sort=False):
         group = group[group["vectors"] == group["vectors"].min()]
         series = []
-        for source, part in group.groupby("source", sort=False):
+        for source, part in group.groupby("series", sort=False):
             for name, column in (("without", "lm_bits"), ("with", "mem_bits")):
                 means = [
                     (float(str(length)), mean_interval((cell[column] / cell["predicted"]).tolist()))
@@ -63,7 +63,7 @@ def boxes(data: Data) -> Plot:
     """Spread over passages of the token gain and of the text's own bits, by length."""
     panels = []
     what = (("token_gain", "token gain"), ("lm_bits", "bits without vectors, H"))
-    for (model, source), group in data.of("paper").groupby(["model", "source"], sort=False):
+    for (model, source), group in data.of("paper").groupby(["model", "series"], sort=False):
         group = group[group["vectors"] == group["vectors"].min()]
         if group.groupby("length")["tokens"].nunique().max() > 1:
             continue  # every passage has a length of its own
@@ -88,7 +88,8 @@ def predictors(data: Data) -> Plot:
         facts = data.models.get(t.model)
         if t.K == 1 and t.all is not None and t.all.reached and facts is not None:
             per = float((t.rows["lm_bits"] / t.rows["predicted"]).mean())
-            points.append((short(t.model), (float(facts["width"]), per), t.all))
+            name = short(t.model) + (f", {t.recipe}" if t.recipe else "")
+            points.append((name, (float(facts["width"]), per), t.all))
     panels = []
     for i, label in enumerate(("width D", "bits per token without vectors")):
         if len(points) > 1:

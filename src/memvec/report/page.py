@@ -53,8 +53,8 @@ def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path)
         "passages": explored(data),
         "reproduce": reproduce(data),
     }
-    # "</" would end the script element that holds the data.
-    text = json.dumps(_clean(content), ensure_ascii=False).replace("</", "<\\/")
+    # Inside a script element, "</script" ends it and "<!-- <script" keeps its end from ending it.
+    text = json.dumps(_clean(content), ensure_ascii=False).replace("<", "\\u003c")
     title = data.name.replace("&", "&amp;").replace("<", "&lt;")
     html = template.replace("__TITLE__", title).replace('"__DATA__"', text)
     write_atomically(target, html.encode("utf-8", "replace"))
@@ -72,13 +72,15 @@ def overview(data: Data) -> list[dict[str, str]]:
         }
     ]
     exact = data.of("exact")
-    for (model, source, K), group in exact.groupby(["model", "source", "vectors"], sort=False):
+    for (model, source, K), group in exact.groupby(["model", "series", "vectors"], sort=False):
         r = exact_result(group)
+        n = f"n {r.horizon.n}"
+        if r.horizon.n > 1:
+            n = f"95 % [{r.horizon.low:.1f}, {r.horizon.high:.1f}], {n}"
         cards.append(
             {
                 "value": f"{r.horizon.mean:.1f} tokens",
-                "label": f"exact in K = {K}: {source}, {short(str(model))}; 95 % "
-                f"[{r.horizon.low:.1f}, {r.horizon.high:.1f}], n {r.horizon.n}, "
+                "label": f"exact in K = {K}: {source}, {short(str(model))}; {n}, "
                 f"{r.bits.mean:.0f} bits, {100 * r.censored[0]:.0f} % censored",
             }
         )
@@ -87,7 +89,7 @@ def overview(data: Data) -> list[dict[str, str]]:
 
 def cell_rows(data: Data) -> list[list[Any]]:
     """One line per cell for the sortable table."""
-    keys = ["protocol", "model", "source", "length", "vectors", "seed"]
+    keys = ["protocol", "model", "series", "length", "vectors", "seed"]
     found = []
     for key, g in data.rows.groupby([*keys, "cell"], sort=False):
         horizon = mean_interval(g["horizon"].tolist())

@@ -92,8 +92,8 @@ def lengths(data: Data, *, beside: bool) -> Plot:
     rows = rows[rows["vectors"] == rows["vectors"].min()] if len(rows) else rows
     models = list(dict.fromkeys(rows["model"]))
     series = []
-    for source in dict.fromkeys(rows["source"]):
-        here = rows[rows["source"] == source]
+    for source in dict.fromkeys(rows["series"]):
+        here = rows[rows["series"] == source]
         one = here[here["protocol"] == "exact"]
         found = [(i, exact_result(one[one["model"] == m])) for i, m in enumerate(models)]
         found = [(i, r) for i, r in found if r.horizon.n]
@@ -118,10 +118,11 @@ def lengths(data: Data, *, beside: bool) -> Plot:
         if kept:
             series.append(Series(f"{source}, paper", [i for i, _ in kept], [v for _, v in kept]))
         if beside:
-            theirs = [(i, published.table1(m, str(source))) for i, m in enumerate(models)]
+            text = str(here["source"].iloc[0])
+            theirs = [(i, published.table1(m, text)) for i, m in enumerate(models)]
             known = [(float(i), float(t["longest"])) for i, t in theirs if t]
-            if known:
-                name = f"{source}, published"
+            name = f"{text}, published"
+            if known and name not in [s.name for s in series]:  # once for all recipes
                 series.append(Series(name, [i for i, _ in known], [v for _, v in known]))
     panels = [Panel("", "model", "tokens", series, [short(m) for m in models])]
     return Plot(
@@ -140,7 +141,7 @@ def planes(data: Data) -> Plot:
         model, K, group, f = t.model, t.K, t.rows, t.all
         series = [
             _cloud(str(source), part, "lm_bits", "mem_bits")
-            for source, part in group.groupby("source", sort=False)
+            for source, part in group.groupby("series", sort=False)
         ]
         top = float(group["lm_bits"].max())
         if f is not None:
@@ -155,7 +156,7 @@ def planes(data: Data) -> Plot:
             level = float(passed["mem_bits"].max())
             name = "most bits left at accuracy ≥ 0.99"
             series.append(Series(name, [0.0, top], [level, level], "dashed"))
-        title = f"{short(model)}, K = {K}"
+        title = _title(model, K, t.recipe)
         x, y = "bits without vectors, H", "bits left with vectors"
         panels.append(Panel(title, x, y, series))
     return Plot(
@@ -172,7 +173,7 @@ def survival(data: Data) -> Plot:
     panels = []
     for model, group in data.of("exact").groupby("model", sort=False):
         series = []
-        for (source, K), part in group.groupby(["source", "vectors"], sort=False):
+        for (source, K), part in group.groupby(["series", "vectors"], sort=False):
             values = np.sort(part["horizon"].to_numpy())
             grid = np.unique(np.concatenate([[0], values]))
             share = [float((values >= g).mean()) for g in grid]
@@ -198,7 +199,7 @@ def over_vectors(data: Data, *, beside: bool) -> Plot:
     rows = data.of("vectors")
     for column, label, theirs in what:
         series = []
-        for (model, source), group in rows.groupby(["model", "source"], sort=False):
+        for (model, source), group in rows.groupby(["model", "series"], sort=False):
             table = scaling(group)
             K, y = [float(k) for k in table["K"]], [float(v) for v in table[column]]
             edges = f"{column}_low" in table
@@ -239,7 +240,7 @@ def utilisation(data: Data, *, beside: bool) -> Plot:
     models = [m for m in dict.fromkeys(rows["model"]) if m in data.models]
     reached, share = [], []
     limit = 1.0
-    for source, here in rows.groupby("source", sort=False):
+    for source, here in rows.groupby("series", sort=False):
         xs, ys, tokens, bits = [], [], [], []
         for i, model in enumerate(models):
             part = here[(here["model"] == model) & (here["vectors"] == here["vectors"].min())]
@@ -293,7 +294,7 @@ def accuracy(data: Data, *, beside: bool) -> Plot:
     panels = []
     for model, group in data.of("paper").groupby("model", sort=False):
         series = []
-        for (source, K), part in group.groupby(["source", "vectors"], sort=False):
+        for (source, K), part in group.groupby(["series", "vectors"], sort=False):
             name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
             if part.groupby("length")["tokens"].nunique().max() > 1:
                 ordered = part.sort_values("tokens")
@@ -329,15 +330,16 @@ def context(data: Data) -> Plot:
     """Bits left after real context, and with a vector."""
     panels = []
     for (model, source, length), group in data.of("context").groupby(
-        ["model", "source", "length"], sort=False
+        ["model", "series", "length"], sort=False
     ):
-        left: dict[int, list[float]] = {0: group["lm_bits"].tolist()}
-        for extra in group["extra"]:
+        by_K = group.groupby("vectors", sort=False)
+        _, same = next(iter(by_K))  # without vectors, K makes no difference
+        left: dict[int, list[float]] = {0: same["lm_bits"].tolist()}
+        for extra in same["extra"]:
             for n, (b, _) in json.loads(extra)["context"].items():
                 left.setdefault(int(n), []).append(float(b))
         means = {n: mean_interval(v) for n, v in sorted(left.items())}
         xs = [float(n) for n in means]
-        with_vector = mean_interval(group["mem_bits"].tolist())
         series = [
             Series(
                 "real preceding tokens",
@@ -347,8 +349,10 @@ def context(data: Data) -> Plot:
                 [m.low for m in means.values()],
                 [m.high for m in means.values()],
             ),
-            Series("with vectors", [xs[0], xs[-1]], [with_vector.mean] * 2, "dashed"),
         ]
+        for K, part in by_K:
+            ends = [mean_interval(part["mem_bits"].tolist()).mean] * 2
+            series.append(Series(f"K = {K}", [xs[0], xs[-1]], ends, "dashed"))
         title = f"{short(str(model))}, {source}, {length} tokens"
         panels.append(Panel(title, "real tokens given", "bits left", series))
     caption = "A vector is worth more than any amount of ordinary context."
@@ -358,7 +362,9 @@ def context(data: Data) -> Plot:
 def copied(data: Data) -> Plot:
     """Bits removed by a vector and by the text itself."""
     panels = []
-    for model, group in data.of("copy").groupby("model", sort=False):
+    for (model, K, recipe), group in data.of("copy").groupby(
+        ["model", "vectors", "recipe"], sort=False
+    ):
         copies = [json.loads(e)["copy"] for e in group["extra"]]
         kept = [c is not None for c in copies]
         part = group[kept].copy()
@@ -370,7 +376,8 @@ def copied(data: Data) -> Plot:
             _cloud("copy in context", part, "lm_bits", "copy_gain"),
             _diagonal(part["lm_bits"]),
         ]
-        panels.append(Panel(short(str(model)), "bits without either, H", "bits removed", series))
+        title = _title(str(model), int(str(K)), str(recipe))
+        panels.append(Panel(title, "bits without either, H", "bits removed", series))
     caption = "On the dashed line nothing is left to guess."
     return Plot("copy", "A vector against the text itself in context", caption, panels)
 
@@ -378,7 +385,9 @@ def copied(data: Data) -> Plot:
 def upper_bound(data: Data) -> Plot:
     """Bits needed and removed, with straight fits."""
     panels = []
-    for model, group in data.of("upper-bound").groupby("model", sort=False):
+    for (model, K, recipe), group in data.of("upper-bound").groupby(
+        ["model", "vectors", "recipe"], sort=False
+    ):
         part = group.copy()
         part["needed"] = [json.loads(e)["needed_bits"] for e in part["extra"]]
         series = []
@@ -389,7 +398,8 @@ def upper_bound(data: Data) -> Plot:
                 ends = [float(part["lm_bits"].min()), float(part["lm_bits"].max())]
                 label = f"{slope:.2f} H {level:+.0f}"
                 series.append(Series(label, ends, [slope * x + level for x in ends], "dashed"))
-        panels.append(Panel(short(str(model)), "bits without vectors, H", "bits", series))
+        title = _title(str(model), int(str(K)), str(recipe))
+        panels.append(Panel(title, "bits without vectors, H", "bits", series))
     return Plot(
         "upper-bound",
         "What the arg-max needs and what vectors remove",
@@ -401,8 +411,8 @@ def upper_bound(data: Data) -> Plot:
 def geometry(data: Data) -> Plot:
     """Figures 7 and 8, and PCA."""
     panels = []
-    for (model, source, length), group in data.of("geometry").groupby(
-        ["model", "source", "length"], sort=False
+    for (model, source, length, K), group in data.restarts().groupby(
+        ["model", "series", "length", "vectors"], sort=False
     ):
         vectors, labels = solutions(data, group)
         if len(vectors) < 3:
@@ -416,7 +426,7 @@ def geometry(data: Data) -> Plot:
                 middle = ((edges[1:] + edges[:-1]) / 2).tolist()
                 label = f"{name} (n {len(values)})"
                 series.append(Series(label, middle, density.tolist(), "line"))
-        title = f"{short(str(model))}, {source}, {length} tokens"
+        title = f"{short(str(model))}, {source}, {length} tokens, K = {K}"
         panels.append(Panel(title, "cosine", "density", series))
         where, share = principal_components(vectors)
         numbers = list(dict.fromkeys(labels.tolist()))[:10]
@@ -444,6 +454,10 @@ def geometry(data: Data) -> Plot:
         "Solutions of one passage are alike without being near; between them accuracy dips.",
         panels,
     )
+
+
+def _title(model: str, K: int, recipe: str) -> str:
+    return f"{short(model)}, K = {K}" + (f", {recipe}" if recipe else "")
 
 
 def _cloud(name: str, rows: pd.DataFrame, x: str, y: str) -> Series:

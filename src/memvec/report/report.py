@@ -46,13 +46,15 @@ def _print(table: Table, shown: str) -> None:
         kinds = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
         typer.echo(kinds[shown]())
         return
+    from rich.markup import escape
     from rich.table import Table as Rich
 
     from memvec.display import out
 
-    rich = Rich(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+    title, note = escape(table.title), escape(table.note)
+    rich = Rich(title=title, title_justify="left", caption=note, caption_justify="left")
     for column in table.columns:
-        rich.add_column(column, overflow="fold")
+        rich.add_column(escape(column), overflow="fold")
     for row in table.shown():
-        rich.add_row(*row)
+        rich.add_row(*map(escape, row))
     out.print(rich)

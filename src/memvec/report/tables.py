@@ -25,8 +25,8 @@ from memvec.capacity.paper import paper_result
 from memvec.capacity.threshold import LEAST_ABOVE
 from memvec.capacity.vectors import scaling
 from memvec.report import published
-from memvec.report.data import Data, short
-from memvec.statistics import Mean, mean_interval
+from memvec.report.data import Data, averaged, short
+from memvec.statistics import Mean, mean_interval, share_interval
 
 Cell = str | float | int | None
 
@@ -153,7 +153,7 @@ def table1(data: Data, *, beside: bool) -> Table:
             r.token_gain.n,
         ]
         if beside:
-            known = published.table1(model, source) if K == 1 else None
+            known = published.table1(model, str(group["source"].iloc[0])) if K == 1 else None
             row += (
                 [None] * 4
                 if known is None
@@ -179,7 +179,7 @@ def vectors_table(data: Data) -> Table:
     """Figure 4 in numbers."""
     rows: list[list[Cell]] = []
     found = data.of("vectors")
-    for (model, source), group in found.groupby(["model", "source"], sort=False):
+    for (model, source), group in found.groupby(["model", "series"], sort=False):
         for line in scaling(group).to_dict("records"):
             rows.append(
                 [
@@ -243,7 +243,7 @@ def threshold_table(data: Data) -> Table:
     """C in bits, by model and kind of text, and the paper's claim put to the test."""
     rows: list[list[Cell]] = []
     for t in data.thresholds:
-        drawn = t.rows["random_text"]
+        drawn, recipe = t.rows["random_text"], f", {t.recipe}" if t.recipe else ""
         parts = (
             ("all", t.all, t.rows),
             ("natural", t.natural, t.rows[~drawn]),
@@ -257,7 +257,7 @@ def threshold_table(data: Data) -> Table:
                     [
                         short(t.model),
                         t.K,
-                        name,
+                        f"{name}{recipe}",
                         f.capacity,
                         f.low,
                         f.high,
@@ -274,7 +274,7 @@ def threshold_table(data: Data) -> Table:
                 [
                     short(t.model),
                     t.K,
-                    "natural − random",
+                    f"natural − random{recipe}",
                     d.difference,
                     d.low,
                     d.high,
@@ -302,7 +302,7 @@ def utilisation_table(data: Data) -> Table:
     """Figure 5 in numbers."""
     rows: list[list[Cell]] = []
     for (model, source, protocol, K, _storage), group in data.of("exact", "vectors").groupby(
-        ["model", "source", "protocol", "vectors", "storage"], sort=False
+        ["model", "series", "protocol", "vectors", "storage"], sort=False
     ):
         facts = data.models.get(str(model))
         if facts is None:
@@ -340,32 +340,36 @@ def utilisation_table(data: Data) -> Table:
 def context_table(data: Data, *, beside: bool) -> Table:
     """A vector against real context."""
     rows: list[list[Cell]] = []
-    for (model, source, length), group in data.of("context").groupby(
-        ["model", "source", "length"], sort=False
+    for (model, source, length, k), group in data.of("context").groupby(
+        ["model", "series", "length", "vectors"], sort=False
     ):
-        entries: dict[str, list[float]] = {"none": group["lm_bits"].tolist()}
-        for extra in group["extra"]:
+        K, H = int(str(k)), group["lm_bits"].tolist()
+        # Bits left, each with the same passage's bits without anything: not all have the context.
+        entries: dict[str, list[tuple[float, float]]] = {"none": list(zip(H, H, strict=True))}
+        for extra, base in zip(group["extra"], H, strict=True):
             for n, (b, _) in json.loads(extra)["context"].items():
-                entries.setdefault(f"{n} tokens", []).append(b)
-        K = group["vectors"].iloc[0]
-        entries[f"{K} vector{'s' if K > 1 else ''}"] = group["mem_bits"].tolist()
-        base = mean_interval(entries["none"]).mean
+                entries.setdefault(f"{n} tokens", []).append((b, base))
+        name = f"{K} vector{'s' if K > 1 else ''}"
+        entries[name] = list(zip(group["mem_bits"], H, strict=True))
         known = published.published()["context"]["values"].get(str(model)) if beside else None
-        for name, values in entries.items():
-            m = mean_interval(values)
-            row: list[Cell] = [short(str(model)), str(source), int(str(length)), name, m.mean]
+        for name, pairs in entries.items():
+            m = mean_interval([left for left, _ in pairs])
+            base = mean_interval([base for _, base in pairs]).mean
+            row: list[Cell] = [short(str(model)), str(source), int(str(length)), K, name, m.mean]
             row += [m.low, m.high, 100 * (1 - m.mean / base), m.n]
             if beside:
                 key = "0" if name == "none" else "vector" if "vector" in name else name.split()[0]
                 same = known is not None and known["length"] == length and key in known["nats"]
+                same = same and (key != "vector" or K == 1)
                 row.append(published.bits(known["nats"][key]) if same and known else None)
             rows.append(row)
-    columns = ["model", "source", "length", "given", "bits left", "low", "high", "% removed", "n"]
+    columns = ["model", "source", "length", "K", "given", "bits left", "low", "high", "% removed"]
     return Table(
         "context",
         "A vector against real preceding tokens",
-        "Bits of the passage that are left, mean with 95 % interval.",
-        [*columns, *(["paper, bits"] if beside else [])],
+        "Bits of the passage that are left, mean with 95 % interval; removed: of the bits of the "
+        "same passages with nothing given (not every passage has so many tokens before it).",
+        [*columns, "n", *(["paper, bits"] if beside else [])],
         rows,
     )
 
@@ -373,8 +377,8 @@ def context_table(data: Data, *, beside: bool) -> Table:
 def copy_table(data: Data) -> Table:
     """A vector against the text itself in context."""
     rows: list[list[Cell]] = []
-    for (model, source, length), group in data.of("copy").groupby(
-        ["model", "source", "length"], sort=False
+    for (model, source, length, K), group in data.of("copy").groupby(
+        ["model", "series", "length", "vectors"], sort=False
     ):
         copies = [json.loads(e)["copy"] for e in group["extra"]]
         kept = [c is not None for c in copies]
@@ -390,6 +394,7 @@ def copy_table(data: Data) -> Table:
                 short(str(model)),
                 str(source),
                 int(str(length)),
+                int(str(K)),
                 float(H.mean()),
                 removed.mean,
                 copied.mean,
@@ -398,12 +403,12 @@ def copy_table(data: Data) -> Table:
                 len(copies),
             ]
         )
-    columns = ["model", "source", "length", "H, bits", "removed by vector", "removed by copy"]
+    columns = ["model", "source", "length", "K", "H, bits", "removed by vectors"]
     return Table(
         "copy",
         "A vector against the text repeated in context",
         "Means over passages; the copy is read right before it is asked for.",
-        [*columns, "accuracy, vector", "accuracy, copy", "n"],
+        [*columns, "removed by copy", "accuracy, vectors", "accuracy, copy", "n"],
         rows,
     )
 
@@ -411,13 +416,17 @@ def copy_table(data: Data) -> Table:
 def upper_bound_table(data: Data) -> Table:
     """Bits needed against bits removed."""
     rows: list[list[Cell]] = []
-    for (model, source), group in data.of("upper-bound").groupby(["model", "source"], sort=False):
+    for (model, source, length, K), group in data.of("upper-bound").groupby(
+        ["model", "series", "length", "vectors"], sort=False
+    ):
         needed = np.array([json.loads(e)["needed_bits"] for e in group["extra"]])
         H, gain = group["lm_bits"].to_numpy(), group["information_gain"].to_numpy()
         rows.append(
             [
                 short(str(model)),
                 str(source),
+                int(str(length)),
+                int(str(K)),
                 float(H.mean()),
                 float(needed.mean()),
                 float(gain.mean()),
@@ -425,13 +434,13 @@ def upper_bound_table(data: Data) -> Table:
                 len(group),
             ]
         )
-    columns = ["model", "source", "H, bits", "needed", "removed", "needed / removed, %", "n"]
+    columns = ["model", "source", "length", "K", "H, bits", "needed", "removed"]
     return Table(
         "upper-bound",
         "Bits needed for the arg-max against bits removed",
         "Needed: raising each true token's logit just to the best other one. The paper finds "
         "about half.",
-        columns,
+        [*columns, "needed / removed, %", "n"],
         rows,
     )
 
@@ -439,8 +448,8 @@ def upper_bound_table(data: Data) -> Table:
 def geometry_table(data: Data) -> Table:
     """Cosines within and between passages, and the dip on the straight line."""
     rows: list[list[Cell]] = []
-    for (model, source, length), group in data.of("geometry").groupby(
-        ["model", "source", "length"], sort=False
+    for (model, source, length, K), group in data.restarts().groupby(
+        ["model", "series", "length", "vectors"], sort=False
     ):
         vectors, labels = solutions(data, group)
         within, between = cosines(vectors, labels)
@@ -452,6 +461,7 @@ def geometry_table(data: Data) -> Table:
                 short(str(model)),
                 str(source),
                 int(str(length)),
+                int(str(K)),
                 a.mean,
                 a.sd,
                 b.mean,
@@ -461,7 +471,7 @@ def geometry_table(data: Data) -> Table:
                 len(vectors),
             ]
         )
-    columns = ["model", "source", "length", "cosine within", "sd", "cosine between", "sd"]
+    columns = ["model", "source", "length", "K", "cosine within", "sd", "cosine between", "sd"]
     return Table(
         "geometry",
         "Restarts: how far apart the solutions of one passage lie",
@@ -475,37 +485,50 @@ def geometry_table(data: Data) -> Table:
 def bytes_table(data: Data, *, beside: bool) -> Table:
     """Table 4: honest bytes."""
     rows: list[list[Cell]] = []
-    for (model, source), group in data.rows.groupby(["model", "source"], sort=False):
+    # By protocol and K: a passage of one is the beginning of the same passage of another, which
+    # joined would be half as long for zlib as it is.
+    for (model, source, protocol, k), group in averaged(data.rows).groupby(
+        ["model", "series", "protocol", "vectors"], sort=False
+    ):
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
         longest = longest.head(200)
-        keys = longest["passage"].tolist()
-        texts = [_text(data, key) for key in keys]
-        if not keys or any(t is None for t in texts):
+        exact = longest[longest["exact"] == 1]
+        texts = [_text(data, key) for key in exact["passage"]]
+        if any(_text(data, key) is None for key in longest["passage"]):
             continue
         whole = b"\n".join(t for t in texts if t is not None)
         size = sum(len(t) for t in texts if t is not None)
-        K, storage = longest["vectors"].iloc[0], str(longest["storage"].iloc[0])
+        K, storage = int(str(k)), str(longest["storage"].iloc[0])
         D = int(data.models[str(model)]["width"])
-        vectors = len(keys) * K * D * (4 if storage == "float32" else 2)
-        kinds = {
-            "zlib": size / len(zlib.compress(whole, 9)),
-            "bz2": size / len(bz2.compress(whole, 9)),
-            "lzma": size / len(lzma.compress(whole, preset=9)),
-            "huffman": 8 * size / _huffman_bits(whole),
-            "arithmetic": 8 * size / float(longest["lm_bits"].sum()),
-            "vectors": size / float(vectors),
+        stored = {
+            "zlib": len(zlib.compress(whole, 9)),
+            "bz2": len(bz2.compress(whole, 9)),
+            "lzma": len(lzma.compress(whole, preset=9)),
+            "huffman": _huffman_bits(whole) / 8,
+            "arithmetic": float(exact["lm_bits"].sum()) / 8,
+            "vectors": len(exact) * K * D * (4 if storage == "float32" else 2),
         }
-        rows.append([short(str(model)), str(source), len(keys), size, *kinds.values()])
-    columns = ["model", "source", "passages", "text bytes", "zlib", "bz2", "lzma", "huffman"]
+        share, low, high = share_interval(len(exact), len(longest))
+        row: list[Cell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
+        row += [f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]", size]
+        rows.append([*row, *(size / b if size else None for b in stored.values())])
+    columns = ["model", "source", "protocol", "K", "passages", "exact", "text bytes", "zlib", "bz2"]
     note = (
-        "Ratios: bytes of text over bytes stored; the passages of the longest length, joined. "
+        "Ratios: bytes of text over bytes stored; the passages of the longest length that came "
+        "back exactly, joined (of restarts: if all did). "
         "Arithmetic: an arithmetic coder driven by the same model (H_LM / 8). A ratio below 1 "
         "means the vectors are larger than the text."
     )
     if beside:
         values = published.published()["compression"]["values"]
         note += " Paper, PG-19: " + ", ".join(f"{k} {v['pg19']}" for k, v in values.items()) + "."
-    return Table("bytes", "Byte accounting", note, [*columns, "arithmetic", "vectors"], rows)
+    return Table(
+        "bytes",
+        "Byte accounting",
+        note,
+        [*columns, "lzma", "huffman", "arithmetic", "vectors"],
+        rows,
+    )
 
 
 def cost_table(data: Data) -> Table:
@@ -556,7 +579,7 @@ def interval(m: Mean) -> str:
 
 
 def _groups(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], pd.DataFrame]]:
-    for (model, source, K), group in rows.groupby(["model", "source", "vectors"], sort=False):
+    for (model, source, K), group in rows.groupby(["model", "series", "vectors"], sort=False):
         yield (str(model), str(source), int(str(K))), group
 
 

@@ -82,18 +82,22 @@ def validate(spec: SpecArgument, model: ModelOption = None, json: JsonOption = F
         }
         typer.echo(jsonlib.dumps(found, indent=2))
     else:
+        from rich.markup import escape
         from rich.table import Table
 
         from memvec.display import out
 
-        table = Table(title=f"{checked.name}: {checked.about}", title_justify="left")
+        title = escape(f"{checked.name}: {checked.about}")
+        table = Table(title=title, title_justify="left")
         for column in ("model", "cells", "passages", "GPU-hours ≤", "CPU-hours ≤", "memory"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for p in prices:
             cost = [
                 "?" if v is None else f"{v:,.2f}" for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
             ]
-            table.add_row(p.model, str(p.cells), str(p.passages), *cost[:2], f"{cost[2]} GiB")
+            table.add_row(
+                escape(p.model), str(p.cells), str(p.passages), *cost[:2], f"{cost[2]} GiB"
+            )
         out.print(table)
         out.print(
             f"At most, if every passage used all its steps; assumes {GPU_FLOPS / 1e12:.0f} TFLOP/s "
@@ -101,7 +105,7 @@ def validate(spec: SpecArgument, model: ModelOption = None, json: JsonOption = F
             "token."
         )
         for sentence in missing:
-            out.print(f"[red]missing:[/red] {sentence}")
+            out.print(f"[red]missing:[/red] {escape(sentence)}")
     if missing:
         raise typer.Exit(2)
 
@@ -219,45 +223,51 @@ def ls(
     json: JsonOption = False,
 ) -> None:
     """List studies, or the cells of one."""
+    from rich.markup import escape
     from rich.table import Table
 
-    from memvec.display import out
+    from memvec.display import out, say
     from memvec.study.store import Store
 
+    if not folder.is_dir():
+        raise MemvecError(f"there is no folder {folder}.")
     rows: list[dict[str, Any]] = []
     if (folder / "study.sqlite").is_file():
         with Store(folder) as store:
             query = (
                 "SELECT protocol, model, source, length, vectors AS K, seed, planned, "
                 "(SELECT count(*) FROM rows WHERE rows.cell = cells.cell) AS done "
-                "FROM cells ORDER BY position"
+                "FROM cells ORDER BY planned = 0, position"
             )
             cursor = store.db.execute(query)
             names = [d[0] for d in cursor.description]
             rows = [dict(zip(names, row, strict=True)) for row in cursor]
     else:
         for file in sorted(folder.glob("*/study.sqlite")):
-            with Store(file.parent) as store:
-                done, planned = store.counts()
-                rows.append(
-                    {
-                        "study": str(file.parent),
-                        "name": store.meta("name"),
-                        "done": done,
-                        "planned": planned,
-                    }
-                )
+            try:
+                with Store(file.parent) as store:
+                    done, planned = store.counts()
+                    rows.append(
+                        {
+                            "study": str(file.parent),
+                            "name": store.meta("name"),
+                            "done": done,
+                            "planned": planned,
+                        }
+                    )
+            except MemvecError as error:  # the other studies can be listed all the same
+                say(str(error))
     if json:
         typer.echo(jsonlib.dumps(rows, indent=2))
         return
     if not rows:
-        out.print(f"No studies in {folder}.")
+        out.print(f"No studies in {folder}.", markup=False)
         return
     table = Table()
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
-        table.add_row(*[str(v) for v in row.values()])
+        table.add_row(*[escape(str(v)) for v in row.values()])
     out.print(table)
 
 
@@ -278,7 +288,11 @@ def export(
 
     if parquet is None and csv is None:
         raise MemvecError("name a file: --csv rows.csv or --parquet rows.parquet.")
-    for target in (parquet, csv):
+    targets = ((parquet, ".parquet"), (csv, ".csv"))
+    for target, ending in targets:  # before anything is written
+        if target is not None and target.suffix != ending:
+            raise MemvecError(f"--{ending[1:]} {target}: its name must end in {ending}.")
+    for target, _ in targets:
         if target is not None:
             n = export_rows(folder, target)
             say(f"{n} rows in {target}, columns explained in {target}.columns.json")
@@ -334,6 +348,8 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Recompute every column from the stored vectors, slowly and independently."""
+    from rich.markup import escape
+
     from memvec.display import out
     from memvec.study.check import check_study
 
@@ -345,7 +361,7 @@ def check(
         for name, worst in found["worst"].items():
             out.print(f"  {name:20} {worst:.3g}")
         for sentence in found["wrong"][:20]:
-            out.print(f"[red]{sentence}[/red]")
+            out.print(f"[red]{escape(sentence)}[/red]")
         verdict = "[green]agree[/green]" if not found["wrong"] else "[red]DISAGREE[/red]"
         out.print(f"Stored and recomputed columns {verdict}.")
     if found["wrong"]:

@@ -25,17 +25,18 @@ _STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
 
 
 def read_rows(store: Store) -> pd.DataFrame:
-    """All rows with their cells' columns, in the order of the spec."""
+    """All rows with their cells' columns, in the order of the spec, those of no spec last."""
     cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
     own = ", ".join(f"rows.{name}" for name in COLUMNS)
     query = (
         f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {own}, "
-        "rows.environment, rows.finished FROM rows JOIN cells USING (cell) "
-        "ORDER BY cells.position, rows.number"
+        "rows.environment, rows.finished, rows.number < cells.planned AS planned "
+        "FROM rows JOIN cells USING (cell) "
+        "ORDER BY cells.planned = 0, cells.position, rows.number"
     )
     frame = pd.read_sql_query(query, store.db)
-    frame["exact"] = frame["exact"].astype(bool)
-    frame["random_text"] = frame["random_text"].astype(bool)
+    for name in ("exact", "random_text", "planned"):
+        frame[name] = frame[name].astype(bool)
     return frame
 
 
@@ -55,5 +56,6 @@ def export_rows(folder: Path, target: Path) -> int:
     sentences = {**CELL_COLUMNS, **COLUMNS}
     sentences["step_limit"] = "most steps a passage was given"
     sentences |= {"environment": "id of the environment record", "finished": "when, UTC"}
+    sentences["planned"] = "the last spec asks for it; the others are of earlier ones"
     Path(f"{target}.columns.json").write_text(json.dumps(sentences, indent=2), "utf-8")
     return len(frame)

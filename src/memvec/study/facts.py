@@ -10,6 +10,9 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from memvec.errors import MemvecError
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ def known_facts() -> dict[str, Facts]:
 
 
 def facts_of(name: str) -> Facts | None:
-    """Facts of a model by Hub id, folder or 'pocket'; None if nothing is known here."""
+    """Facts of a model by Hub id, folder or 'pocket'; None if nothing is known here.
+
+    Raises MemvecError for a folder whose config cannot be read.
+    """
     known = known_facts()
     if name in known:
         return known[name]
@@ -41,7 +47,13 @@ def facts_of(name: str) -> Facts | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    config = json.loads(file.read_text("utf-8"))
+    try:
+        return _facts_in(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not such a config
+        raise MemvecError(f"{file} is not a model's config: {error}.") from None
+
+
+def _facts_in(config: dict[str, Any]) -> Facts:
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     vocabulary = int(config.get("vocab_size", 0))

@@ -129,6 +129,7 @@ class _Run:
     def _units(self, planned: list[Planned], pool: Pool) -> Iterator[Unit]:
         """Units of all cells that are not done, made when they are asked for."""
         description = pool.description()
+        earlier: dict[str, dict[int, tuple[int, ...]]] = {}  # passages of each source
         for p in planned:
             known = self.store.done(p.cell.key)
             if len(known) >= p.passages:
@@ -137,8 +138,14 @@ class _Run:
             self.store.describe(p.cell.key, description)
             texts = pool.find(p.cell, self.sources[p.cell.source], p.passages, self.base)
             hashes = [ids_hash(f.passage.ids) for f in texts.found]
+            if p.cell.source not in earlier:
+                earlier[p.cell.source] = self.store.known_passages(p.cell.key)
             for f, key in zip(texts.found, hashes, strict=True):
-                if known.get(f.number, key) != key:
+                # A passage of one length is the beginning of the same passage of another.
+                ids = f.passage.ids
+                before = earlier[p.cell.source].setdefault(f.number, ids)
+                n = min(len(ids), len(before))
+                if known.get(f.number, key) != key or before[:n] != ids[:n]:
                     raise MemvecError(
                         f"source '{p.cell.source}' gives another passage {f.number} than when this "
                         "study began: put the old texts back, or use another folder."
@@ -159,7 +166,8 @@ class _Run:
         for _, same in itertools.groupby(sorted(restarts, key=group), key=group):
             ordered = sorted(same, key=lambda p: p.cell.seed)
             for other in ordered[1:]:
-                for number in range(ordered[0].passages):
+                # A run may ask for more passages of one seed than of another.
+                for number in range(min(ordered[0].passages, other.passages)):
                     if (ordered[0].cell.key, other.cell.key, number) not in known:
                         yield ordered[0], other, number
 
@@ -167,6 +175,7 @@ class _Run:
         for first, other, number in list(self._open_pairs(planned)):
             self.what = "straight lines between restarts"
             a, b = first.cell.key, other.cell.key
+            self.store.describe(a, pool.description())  # no other model's line between its rows
             row = self.store.db.execute(
                 "SELECT passage, start_rule FROM rows WHERE cell=? AND number=?", (a, number)
             ).fetchone()

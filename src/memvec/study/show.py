@@ -36,7 +36,7 @@ def study_progress(name: str) -> Iterator[Callable[[Status], None]]:
 
         yield plain
         return
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task(name, total=None)
 

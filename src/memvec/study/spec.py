@@ -96,7 +96,11 @@ def read_spec(path: Path, model: str | None = None) -> Spec:
     """
     if not path.is_file():
         raise MemvecError(f"there is no spec {path}.")
-    return parse_spec(path.read_text("utf-8"), str(path), model)
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise MemvecError(f"{path} is not UTF-8 text: a spec is a TOML file.") from None
+    return parse_spec(text, str(path), model)
 
 
 def parse_spec(text: str, where: str, model: str | None = None) -> Spec:

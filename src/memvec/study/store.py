@@ -72,7 +72,8 @@ CREATE TABLE IF NOT EXISTS paths (
 SCHEMA_TEXT = {
     "meta": "schema version, name, text and folder of the last spec",
     "environments": "versions and machine a row was made with (JSON)",
-    "cells": "settings of a cell (JSON), passages planned, the model's description (JSON)",
+    "cells": "settings of a cell (JSON), passages the last spec plans (0: it has no such cell), "
+    "the model's description (JSON)",
     "passages": "token ids and those before (int32), text (UTF-8), its tokens (JSON), origin",
     "rows": "one passage of one cell",
     "paths": "accuracy on the straight line between two restarts of a passage (JSON list)",
@@ -105,9 +106,8 @@ class Store:
                 self.db.executescript(_TABLES)
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
             else:
-                self.db = sqlite3.connect(
-                    f"file:{self.file}?mode=ro", uri=True, isolation_level=None, timeout=10
-                )
+                where = self.file.resolve().as_uri() + "?mode=ro"  # a name may hold # or ?
+                self.db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=10)
                 self._check_version()
         except sqlite3.DatabaseError as error:
             self.close()
@@ -138,8 +138,9 @@ class Store:
     def plan(
         self, planned: Sequence[Planned], random_sources: set[str], spec: dict[str, str]
     ) -> None:
-        """Write what the spec asks for; cells of an earlier spec stay."""
+        """Write what the spec asks for; cells of an earlier spec stay, with nothing planned."""
         with self._transaction():
+            self.db.execute("UPDATE cells SET planned=0")
             for key, value in spec.items():
                 self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
             for position, p in enumerate(planned):
@@ -164,17 +165,43 @@ class Store:
                 )
 
     def describe(self, cell: str, description: dict[str, Any]) -> None:
-        """Record the model a cell ran with; raise MemvecError if it ran with other weights."""
+        """Record the model a cell ran with; raise MemvecError if it ran with another.
+
+        Another is one with other weights, or that computes with them in another way.
+        """
         known = self.db.execute("SELECT description FROM cells WHERE cell=?", (cell,)).fetchone()[0]
         if known is None:
             text = json.dumps(description, sort_keys=True, default=str)
             self.db.execute("UPDATE cells SET description=? WHERE cell=?", (text, cell))
             return
-        if json.loads(known)["weights"] != description["weights"]:
+        before = json.loads(known)
+        if before["weights"] != description["weights"]:
             raise MemvecError(
                 f"{description['name']} has other weights than the rows in {self.folder} were made "
                 "with: use another folder."
             )
+        for name in ("dtype", "quantize", "attention"):
+            old, new = before.get(name), description.get(name)
+            if old != new:
+                raise MemvecError(
+                    f"{description['name']} has {name} {new} here, and the rows in {self.folder} "
+                    f"were made with {name} {old}: go on where they were made, or use another "
+                    "folder."
+                )
+
+    def known_passages(self, cell: str) -> dict[int, tuple[int, ...]]:
+        """Token ids of the passages that this cell's model was given of its source, by number.
+
+        The longest where there are several. Cells of an earlier spec count: they may come back.
+        """
+        query = (
+            "SELECT DISTINCT number, ids FROM cells AS this "
+            "JOIN cells USING (model, source) JOIN rows ON rows.cell = cells.cell "
+            "JOIN passages USING (passage) WHERE this.cell = ? AND "
+            "json_extract(this.settings, '$.source_settings') = "
+            "json_extract(cells.settings, '$.source_settings') ORDER BY length(ids)"
+        )
+        return {int(n): _from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
 
     def set_environment(self, record: dict[str, Any]) -> None:
         """The environment of the rows that follow."""
@@ -242,8 +269,10 @@ class Store:
         return {int(n): str(p) for n, p in rows}
 
     def counts(self) -> tuple[int, int]:
-        """(rows, planned rows)."""
-        rows = self.db.execute("SELECT count(*) FROM rows").fetchone()[0]
+        """(rows that the last spec asks for, all that it asks for)."""
+        rows = self.db.execute(
+            "SELECT count(*) FROM rows JOIN cells USING (cell) WHERE number < planned"
+        ).fetchone()[0]
         planned = self.db.execute("SELECT coalesce(sum(planned), 0) FROM cells").fetchone()[0]
         return int(rows), int(planned)
 
@@ -321,8 +350,10 @@ class Store:
 
     def _check_version(self) -> None:
         tables = {r[0] for r in self.db.execute("SELECT name FROM sqlite_master")}
-        if not tables:
+        if not tables and self.write:
             return
+        if not tables:
+            raise MemvecError(f"{self.file} is empty: no study was begun there; run one.")
         if "meta" not in tables:
             raise MemvecError(f"{self.file} is another program's database, not a study's store.")
         found = self.meta("schema")
