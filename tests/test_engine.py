@@ -314,8 +314,8 @@ def test_numbers_that_are_not_finite_stay_in_their_seat(monkeypatch, family, poi
     recipe = replace(ENDLESS, lr=0.01)
     sound = crammed(lm, asked, recipe, seats=3)
 
-    def poisoned(lm, everyone, K, recipe):
-        vectors = start(lm, everyone, K, recipe)
+    def poisoned(lm, everyone, K, recipe, **options):
+        vectors = start(lm, everyone, K, recipe, **options)
         return [
             v * poison if ids == asked[seat].ids else v
             for ids, v in zip(everyone, vectors, strict=True)
