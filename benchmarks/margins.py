@@ -56,6 +56,8 @@ def main() -> None:
     recipe = Recipe.of("default", margin=0.0, steps=200 if options.quick else 1000)
     engine = Engine(lm, recipe, seats=32)
     done = [o for o in engine.run(texts(lm, n, options.tokens)) if o.exact]
+    if not done:
+        parser.error(f"no passage of {options.tokens} tokens became exact: fewer --tokens")
     vectors = torch.stack([o.vectors for o in done])
     ids = torch.tensor([o.passage.ids for o in done])
     base = margins(lm, vectors, ids, 32, cached=False)

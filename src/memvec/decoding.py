@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memvec.corrections import table
 from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
-from memvec.memory import forget_freed_memory, out_of_memory
+from memvec.memory import in_batches
 
 BATCH = 32  # passages decoded together; certification and users use the same number
 
@@ -53,30 +53,21 @@ def decode_ids(
             for position, token in fixes:
                 ids[position] = token
         return at_once
-    out: list[list[int]] = []
-    while len(out) < len(lengths):
-        rows = slice(len(out), len(out) + batch)
+
+    def work(rows: slice) -> list[list[int]]:
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
         prefix = lm.start_ids(given.to(lm.device), start)
         stepper = _cached_steps if cached and lm.has_cache else _uncached_steps
         wanted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
         fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
-        tokens: list[Tensor] | None = None
-        try:
-            tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or batch == 1:
-                raise
-        if tokens is None:  # outside of the except clause, which holds on to what it failed with
-            batch = max(1, min(batch, len(lengths[rows])) // 2)
-            forget_freed_memory()
-            continue
+        tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
         if start == "first-token":
             tokens.insert(0, prefix[:, 0])
         found = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
-        out += [row[:n] for row, n in zip(found, lengths[rows], strict=True)]
-    return out
+        return [row[:n] for row, n in zip(found, lengths[rows], strict=True)]
+
+    return in_batches(work, len(lengths), batch)
 
 
 def first_error(decoded: Sequence[int], truth: Sequence[int]) -> int | None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from memvec.errors import MemvecError
 from memvec.lm import POCKET
-from memvec.vectors import MemVectors, write_atomically
+from memvec.vectors import MemVectors
+from memvec.writing import write_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -251,13 +252,15 @@ def _hub(name: str) -> Iterator[None]:
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     # What its HTTP library raises when nobody answers; which library that is changes with versions.
     unreachable: type[Exception] = HfHubHTTPError.__bases__[0]
+    no_answer = MemvecError(
+        f"the Hub could not be reached for {name}: check the network, or use a local folder."
+    )
     try:
         yield
     except RepositoryNotFoundError:
@@ -266,19 +269,17 @@ def _hub(name: str) -> Iterator[None]:
         ) from None
     except RevisionNotFoundError:
         raise MemvecError(f"{name} has no such revision on the Hub.") from None
-    except RemoteEntryNotFoundError:
+    except LocalEntryNotFoundError:
+        raise no_answer from None
+    except EntryNotFoundError:
         raise MemvecError(f"{name} has no {FILE}: it holds no [mem] vectors.") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise MemvecError(
             f"the Hub refused {name} ({status}): check that you are logged in and may write there."
         ) from None
-    except (LocalEntryNotFoundError, ConnectionError, unreachable):
-        raise MemvecError(
-            f"the Hub could not be reached for {name}: check the network, or use a local folder."
-        ) from None
-    except EntryNotFoundError:
-        raise MemvecError(f"{name} has no {FILE}: it holds no [mem] vectors.") from None
+    except (ConnectionError, unreachable):
+        raise no_answer from None
     except (HFValidationError, OSError) as error:
         raise MemvecError(
             f"the Hub could not serve {name}: {str(error).splitlines()[0]}."

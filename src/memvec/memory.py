@@ -1,4 +1,4 @@
-"""Keep big tensors in the process between steps, on Linux with glibc.
+"""Memory: kept between steps (on Linux with glibc), and what to do when there is none left.
 
 By default glibc gives every freed block above 128 KiB-32 MiB back to the kernel and asks for
 zeroed pages again at the next step; in a training-like loop this costs up to half of the time.
@@ -11,7 +11,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
+Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
 
@@ -36,6 +39,29 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) -> list[Result]:
+    """`work` on `batch` rows at a time, one result for each of the `total` rows.
+
+    Where memory runs out the batch is halved, and what is done stays. Raises what `work` raised if
+    one row alone does not fit.
+    """
+    out: list[Result] = []
+    while len(out) < total:
+        rows = slice(len(out), min(len(out) + batch, total))
+        found: list[Result] | None = None
+        try:
+            found = work(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or batch == 1:
+                raise
+        if found is None:  # outside of the except clause, which holds on to what it failed with
+            batch = max(1, (rows.stop - rows.start) // 2)
+            forget_freed_memory()
+        else:
+            out += found
+    return out
 
 
 def forget_freed_memory() -> None:

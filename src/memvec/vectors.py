@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,6 +39,7 @@ from memvec.lm import Fingerprint, FrozenLM, Layout, StartRule
 from memvec.onestep import from_rows, laid_out, row_count, to_rows
 from memvec.passages.documents import restore
 from memvec.storage import STORAGES, PackingName, Storage
+from memvec.writing import write_atomically
 
 if TYPE_CHECKING:
     from typing import Self
@@ -436,30 +436,6 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
     if not file.exists():
         raise MemvecError(f"there is no file {file}.")
     return file
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Write aside, fsync, rename. Raises MemvecError with the reason, the target untouched."""
-    aside: str | None = None
-    try:
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(aside).chmod(0o666 & ~_umask())
-        Path(aside).replace(target)
-    except OSError as error:
-        raise MemvecError(f"{target} cannot be written: {error.strerror}.") from None
-    finally:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

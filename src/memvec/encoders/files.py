@@ -20,6 +20,7 @@ from memvec.encoders.base import OnePassEncoder
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
+from memvec.writing import write_atomically
 
 if TYPE_CHECKING:
     from memvec.lm import FrozenLM
@@ -81,8 +82,6 @@ def save_encoder(
         "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about or {}),
     }
-    from memvec.vectors import write_atomically  # which imports the model's module
-
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.network.state_dict().items()}
     write_atomically(path, save(tensors, metadata))
 

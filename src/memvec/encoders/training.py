@@ -28,6 +28,7 @@ from memvec.errors import MemvecError
 from memvec.lm import FrozenLM
 from memvec.metrics import horizon
 from memvec.precision import for_steps
+from memvec.writing import write_atomically
 
 CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -219,8 +220,6 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "progress": [self.step, self.target, self.seconds],
         }
-        from memvec.vectors import write_atomically  # which imports the model's module
-
         held = io.BytesIO()
         torch.save(state, held)
         write_atomically(partial, held.getvalue())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memvec.errors import MemvecError, did_you_mean
 from memvec.lm import LAYOUTS, FrozenLM, Layout, StartRule
-from memvec.memory import forget_freed_memory, out_of_memory
+from memvec.memory import in_batches
 
 
 class OneStep(FrozenLM):
@@ -92,27 +92,18 @@ def decode_at_once(
     Nothing is fed back: a wrong token does no harm to the next one, and nothing can be continued.
     Where memory runs out, the batch is halved.
     """
-    out: list[list[int]] = []
-    while len(out) < len(lengths):
-        rows = slice(len(out), len(out) + batch)
+
+    def work(rows: slice) -> list[list[int]]:
         part = vectors[rows].to(lm.device)
         blank = torch.zeros(len(part), max(lengths[rows]), dtype=torch.long, device=lm.device)
-        found: list[list[int]] = []
-        try:
-            states = lm.states(part, blank, start)
-            # A passage at a time: logits of all (B, T, V) may not fit.
-            found = [
-                lm.head(row[:n]).argmax(-1).tolist()
-                for row, n in zip(states, lengths[rows], strict=True)
-            ]
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or len(part) == 1:
-                raise
-        if not found:  # outside of the except clause, which holds on to what it failed with
-            batch = len(part) // 2
-            forget_freed_memory()
-        out += found
-    return out
+        states = lm.states(part, blank, start)
+        # A passage at a time: logits of all (B, T, V) may not fit.
+        return [
+            lm.head(row[:n]).argmax(-1).tolist()
+            for row, n in zip(states, lengths[rows], strict=True)
+        ]
+
+    return in_batches(work, len(lengths), batch)
 
 
 def _reach(lm: FrozenLM) -> int | None:

@@ -59,7 +59,7 @@ class Shared:
         storage: str | torch.dtype | Storage,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        recipe = without_parts(recipe.in_logits(lm.logit_spread))
+        recipe = recipe.in_logits(lm.logit_spread)
         if recipe.coordinates != "direct":
             raise MemvecError("a shared m is moved directly: leave out --set coordinates.")
         resolve_start_rule(lm, recipe)

@@ -22,7 +22,7 @@ from memvec.report.data import Data, short
 from memvec.report.plots import Plot
 from memvec.report.tables import Table
 from memvec.statistics import mean_interval
-from memvec.vectors import write_atomically
+from memvec.writing import write_atomically
 
 EXPLORED = 48  # passages in the explorer
 SPECTRUM = 96  # points of a vector's spectrum
