@@ -1,26 +1,40 @@
-# make demo: a virtual environment, an install, a text crammed, decoded and certified.
-# make test: the same environment plus test tools; lint, types and the whole suite.
-# make coverage: the same again, with the lines that no test reaches.
+# make demo         an environment, an install, a text crammed, decoded and certified
+# make check        lint, types and the fast tests, in under 90 seconds: for every edit
+# make test         lint, types and the whole suite
+# make coverage     the same, with the lines that no test reaches
+# make lock         write requirements.lock anew from the ranges in pyproject.toml
+# make test-newest  the whole suite with the newest release of every library
+# make test-oldest  the whole suite with the lowest releases that pyproject.toml allows
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Pinned to the letter: some registries keep the small CPU build under exactly this version.
+# The release that the lock holds. Some registries keep the small CPU build under this version.
 TORCH ?= torch==2.13.0
+UV ?= uv==0.13.9
+PIP = -m pip --quiet --quiet --disable-pip-version-check
+SUITE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+COMPILE = uv pip compile --quiet --all-extras --group test --group build --python-version 3.11
 
-.PHONY: demo test coverage lint install clean
+.PHONY: demo check lint types test coverage lock test-newest test-oldest install clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+# Everything that an install takes is in the lock, what builds the package too.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@echo "memvec: making the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "memvec: installing $(TORCH) and what else the package needs, as in requirements.lock"
+	@$(BIN)/python $(PIP) install --constraint requirements.lock "$(TORCH)" hatchling editables
+	@$(BIN)/python $(PIP) install --constraint requirements.lock --no-build-isolation --editable .
+	@$(BIN)/python -m pip check > /dev/null || $(BIN)/python -m pip check
+	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet "$(TORCH)" $$($(BIN)/python tests/requirements.py)
-	touch $@
+	@echo "memvec: installing the test tools, as in requirements.lock"
+	@$(BIN)/python $(PIP) install --requirement requirements.lock
+	@$(BIN)/python -m pip check > /dev/null || $(BIN)/python -m pip check
+	@touch $@
 
 demo: $(VENV)/.installed
 	mkdir -p demo
@@ -36,11 +50,54 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+check: lint
+	$(SUITE) -m "not slow"
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	$(SUITE)
 
 coverage: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --cov --cov-report=term-missing:skip-covered
+	$(SUITE) --cov --cov-report=term-missing:skip-covered
+
+lock:
+	@echo "memvec: resolving the ranges of pyproject.toml with $(TORCH)"
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python $(PIP) install "$(UV)"
+	@echo "$(TORCH)" > .venv-lock/torch.txt
+	@echo "# Written by 'make lock'. What 'make demo' and 'make test' install." > .venv-lock/lock
+	@.venv-lock/bin/$(COMPILE) --universal --no-header --no-annotate --constraint .venv-lock/torch.txt \
+		$(NOT_CUDA) pyproject.toml >> .venv-lock/lock
+	@mv .venv-lock/lock requirements.lock
+	@rm -r .venv-lock
+
+# CUDA's libraries come with the build of torch that needs them, in the versions that it names.
+NOT_CUDA = $(foreach part,$(CUDA),--no-emit-package $(part))
+CUDA = cuda-bindings cuda-pathfinder cuda-toolkit triton nvidia-cublas nvidia-cuda-cupti \
+	nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile \
+	nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
+	nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+
+test-newest:
+	@echo "memvec: making .venv-newest with the newest release of every library"
+	@$(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python $(PIP) install --upgrade $$($(PYTHON) .ci/newest.py)
+	@.venv-newest/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
+	$(MAKE) --no-print-directory VENV=.venv-newest suite
+
+test-oldest:
+	@echo "memvec: making .venv-oldest with the lowest releases that pyproject.toml allows"
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python $(PIP) install "$(UV)"
+	@.venv-oldest/bin/$(COMPILE) --resolution lowest-direct --no-header --no-annotate \
+		--output-file .venv-oldest/requirements.txt pyproject.toml
+	@.venv-oldest/bin/python $(PIP) install --requirement .venv-oldest/requirements.txt
+	@.venv-oldest/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
+	$(MAKE) --no-print-directory VENV=.venv-oldest suite
+
+.PHONY: suite
+suite:
+	$(BIN)/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"
+	$(SUITE)
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock demo .pytest_cache .mypy_cache .ruff_cache .coverage

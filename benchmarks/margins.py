@@ -16,9 +16,9 @@ import torch
 
 from common import arguments, report
 from memvec import metrics
+from memvec.caching import cached_logits
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.decoding import cached_logits
 from memvec.lm import FrozenLM, load_lm
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
@@ -32,7 +32,11 @@ def margins(
     found = []
     for at in range(0, len(ids), batch):
         v, t = vectors[at : at + batch].to(lm.device), ids[at : at + batch].to(lm.device)
-        logits = cached_logits(lm, v, t) if cached else lm.logits(v, t)
+        logits = (
+            cached_logits(lm.model, lm.caching.argument, v.to(lm.dtype), t)
+            if cached
+            else lm.logits(v, t)
+        )
         found.append(metrics.margins(logits, t).cpu())
     return torch.cat(found)
 

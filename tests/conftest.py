@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import jaxtyping
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import support
 from memvec.cramming.recipe import Recipe
+from memvec.errors import SlowPathWarning
 from memvec.lm import FrozenLM
 from memvec.passages.passage import Passage
 
@@ -31,8 +34,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "shows(column): a property of docs/models.md")
+    config.addinivalue_line("markers", "slow: left out of `make check`, part of `make test`")
     if (path := config.getoption("--models")) is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(support.Writer(path))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test over all families, `make check` runs a few that differ most."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        family = parameters.params.get("family") if parameters is not None else None
+        if family in FAMILIES | ALSO and family not in IN_EVERY_CHECK:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +127,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Mamba2Config",
         MODEL | {"state_size": 8, "head_dim": 16, "num_heads": 4, "n_groups": 1, "chunk_size": 8},
     ),
-    "rwkv": ("RwkvConfig", MODEL | {"attention_hidden_size": 32, "context_length": 128}),
     "falcon-h1": (
         "FalconH1Config",
         GROUPED
@@ -137,6 +149,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 1,
         },
     ),
+}
+
+IN_EVERY_CHECK = {"llama", "gpt2", "mamba", "gemma3"}
+
+LINEAR = GROUPED | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 
 # Families beyond the list that we promise; they get the short test.
@@ -172,11 +197,109 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "glm4": ("Glm4Config", GROUPED | {"pad_token_id": 1}),
     "nemotron": ("NemotronConfig", GROUPED),
+    "ernie4.5": ("Ernie4_5Config", GROUPED),
+    "exaone4": ("Exaone4Config", GROUPED | SLIDING),
+    "helium": ("HeliumConfig", GROUPED),
+    "lfm2": ("Lfm2Config", GROUPED | {"layer_types": ["conv", "full_attention"]}),
+    "seed-oss": ("SeedOssConfig", GROUPED),
+    "arcee": ("ArceeConfig", GROUPED),
+    "olmo3": ("Olmo3Config", GROUPED | SLIDING),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        GROUPED
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 24,
+        },
+    ),
+    "bitnet": ("BitNetConfig", GROUPED),
+    "hunyuan": ("HunYuanDenseV1Config", GROUPED),
+    "nemotron-h": (
+        "NemotronHConfig",
+        GROUPED
+        | {
+            "hybrid_override_pattern": "M*",
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+    "persimmon": ("PersimmonConfig", MODEL),
+    "diffllama": ("DiffLlamaConfig", GROUPED),
+    "starcoder2": ("Starcoder2Config", GROUPED),
+    "apertus": ("ApertusConfig", GROUPED),
+    "doge": ("DogeConfig", GROUPED),
+    "minimax": (
+        "MiniMaxConfig",
+        GROUPED
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 8,
+        },
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "qwen3-next-linear": (  # no layer of the other kind, which its cached forward asks for lengths
+        "Qwen3NextConfig",
+        LINEAR | {"layer_types": ["linear_attention", "linear_attention"]},
+    ),
+    "rwkv": ("RwkvConfig", MODEL | {"attention_hidden_size": 32, "context_length": 128}),
+    "xlstm": (
+        "xLSTMConfig",
+        {k: v for k, v in UNLIMITED.items() if "attention" not in k and "intermediate" not in k}
+        | {"num_heads": 4},
+    ),
+    "xglm": (
+        "XGLMConfig",
+        {k: v for k, v in MODEL.items() if k not in ("hidden_size", "num_hidden_layers")}
+        | {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+    ),
+    "vaultgemma": ("VaultGemmaConfig", GROUPED | SLIDING | {"query_pre_attn_scalar": 8}),
+    "xlm": (
+        "XLMConfig",
+        {"vocab_size": V, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True}
+        | {"max_position_embeddings": 128},
+    ),
     "recurrent-gemma": (
         "RecurrentGemmaConfig",
         GROUPED
         | {"block_types": ["recurrent", "attention"], "attention_window_size": 5, "lru_width": 32},
     ),
+    "reformer": (
+        "ReformerConfig",
+        {"vocab_size": V, "hidden_size": 32, "is_decoder": True, "num_attention_heads": 4}
+        | {"attention_head_size": 8, "feed_forward_size": 48, "attn_layers": ["local", "local"]}
+        | {"axial_pos_embds": False, "max_position_embeddings": 128},
+    ),
+}
+
+# Families that are decoded without a cache under the installed transformers, and why.
+WITHOUT_CACHE: dict[str, str] = {
+    "openai-gpt": "GPT keeps none",
+    "recurrent-gemma": "keeps its states inside its own layers",
+    "xlm": "XLM keeps none",
+    "rwkv": "its cached decoding disagrees with its own forward",
+    "xlstm": "its forward with a cache fails",
+    "qwen3-next-linear": "its forward with a cache fails",
+    "minimax": "its cached decoding disagrees with its own forward",
+}
+# Families that only newer releases of transformers compute so that they can be served.
+SERVED_SINCE = {"doge": ("5.18", "a later token changed an earlier prediction")}
+TOO_NEW = {
+    family
+    for family, (release, _) in SERVED_SINCE.items()
+    if Version(transformers.__version__) < Version(release)
 }
 
 
@@ -201,7 +324,9 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 def tiny(family: str = "llama", dtype: str = "float32", seed: int = 0) -> FrozenLM:
     """A frozen tiny model, built once for all tests: they may look at it but not change it."""
     model = build(family, seed).to(getattr(torch, dtype))
-    return FrozenLM(model, name=f"tiny-{family}")
+    with warnings.catch_warnings():  # tests/test_caching.py is about them
+        warnings.simplefilter("ignore", SlowPathWarning)
+        return FrozenLM(model, name=f"tiny-{family}")
 
 
 def passages(*lengths: int, seed: int = 0, vocabulary: int = V) -> list[Passage]:

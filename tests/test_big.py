@@ -143,6 +143,7 @@ def test_a_device_map_loads_the_same_model(folder):
     assert lm.fingerprint.matches(again.fingerprint)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -194,6 +195,7 @@ def sized(kind: str, layers: int = 6) -> transformers.PretrainedConfig:
 SIZED = ["llama", "qwen2", "qwen3", "olmo2", "gpt-neox", "gpt2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SIZED)
 def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
@@ -206,6 +208,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(kind, dtype):
     assert layer_bytes(facts) == pytest.approx((kept[6] - kept[2]) / 4, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SIZED)

@@ -81,6 +81,7 @@ def test_json_for_machines(command, folder, letter):
     assert report["can_be_crammed"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["checkpointing", "offload=true", "device_map=cpu"])
 def test_loading_options_change_the_way_not_the_vectors(command, folder, letter, option):
     if option.startswith("device_map"):
@@ -388,6 +389,7 @@ for words in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_a_bare_install_has_all_it_needs(folder, letter):
     """Every verb but `study`, with the packages of all extras out of sight."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
@@ -414,6 +416,7 @@ def test_a_bare_install_has_all_it_needs(folder, letter):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(folder, stored):
     """`memvec decode x | head -c 0`."""
     decoding = subprocess.Popen(

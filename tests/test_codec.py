@@ -190,6 +190,7 @@ def journal(path: Path, **changes) -> Journal:
     return Journal(path, {"vectors": 2} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])
 @pytest.mark.parametrize("tokens", [2, 8])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, tokens):
@@ -243,6 +244,7 @@ codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, seats=1, re
 """
 
 
+@pytest.mark.slow
 def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path):
     path = tmp_path / "j"
     ran = subprocess.run(

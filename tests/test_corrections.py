@@ -97,6 +97,7 @@ def test_decoding_reads_the_corrected_token(family, rule):
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "storage"), [("growing", "int4"), ("whole", "float32")])
 def test_a_passage_that_vectors_alone_cannot_hold_is_finished(schedule, storage):
     """As many steps, more tokens; and what is not listed is right with margin."""

@@ -74,6 +74,7 @@ def test_the_loss_gradient_is_that_of_plain_cross_entropy():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns():
     """More of the passage comes back in one pass after training than before."""
     lm = tiny()
@@ -237,6 +238,7 @@ def test_cramming_starts_from_it_and_compares(tmp_path):
         compare(lm, ids, [2], QUICK)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(command, tmp_path, letter):
     """Train beside a folder's model, measure, cram from it, decode without it."""
     folder = tmp_path / "model"

@@ -33,6 +33,7 @@ def crammed(lm, asked, recipe=ENDLESS, **options):
 # ---------------------------------------------------------------------- passages never touch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vectors", "schedule"), [(1, "growing"), (3, "whole")])
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("family", FEW)
@@ -60,6 +61,7 @@ def test_neighbours_of_other_lengths_do_not_matter_at_a_fixed_shape(rule):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
 @pytest.mark.parametrize("seats", [2, 4])
 def test_refilled_seats_give_what_each_passage_gets_alone(family, seats):

@@ -53,6 +53,7 @@ NO_ROOM = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", NO_ROOM, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_out_of_memory_halves_the_seats_and_goes_on(monkeypatch, rows, error):
@@ -184,6 +185,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_output(tmp_path):
     """The second one is told, whichever process is first; a dead one holds nothing."""
     path = tmp_path / "a.mem.partial"

@@ -153,6 +153,7 @@ def read(data: bytes, path: Path) -> str:
     return "right" if texts == [TEXT] else f"wrong: {texts}"
 
 
+@pytest.mark.slow
 def test_ten_thousand_damaged_files(good, tmp_path, untyped):
     path = tmp_path / "a.mem"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

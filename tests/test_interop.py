@@ -151,10 +151,41 @@ def test_peft_loads_the_adapter_and_generates_the_passage(family, rule, tmp_path
             attention_mask=torch.ones_like(given),
             max_new_tokens=passage["new_tokens"],
             do_sample=False,
+            use_cache=False,
         )
         new = ids[0, given.shape[1] :].tolist()
         found.append(ids_hash(passage["starts_with"] + new))
     assert found == hashes(mem)
+
+
+def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    lm = FrozenLM(build("llama"), name="adapted")
+    mem = crammed(lm)
+    before = [(m, dict(vars(m))) for m in lm.model.modules()]
+    manifest = export(mem, lm, TARGETS["peft"], tmp_path / "out")
+    assert manifest["certificate"]["decoded_by"].startswith("peft ")
+    assert [m for m, _ in before] == list(lm.model.modules())
+    for module, attributes in before:
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is value for name, value in attributes.items())
+    assert not any(p.requires_grad for p in lm.model.parameters())
+    monkeypatch.setattr("memvec.interop.peft.find_spec", lambda name: None)
+    manifest = export(mem, lm, TARGETS["peft"], tmp_path / "without")
+    assert manifest["certificate"]["decoded_by"].startswith("memvec ")
+
+
+def test_an_adapter_that_peft_generates_other_text_from_is_not_written(tmp_path, monkeypatch):
+    """The certificate is PEFT's own word: where its generate is wrong, there is no export."""
+    from peft import PeftModelForCausalLM
+
+    lm = tiny()
+    real = PeftModelForCausalLM.generate
+    monkeypatch.setattr(
+        PeftModelForCausalLM, "generate", lambda self, **kw: real(self, **kw).flip(-1)
+    )
+    with pytest.raises(NotExactError, match="as peft reads them"):
+        export(crammed(lm), lm, TARGETS["peft"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------- servers, NumPy
@@ -254,6 +285,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"sglang"}))
 def test_the_command_exports(target, command, folder, tmp_path):
     lm = reader()
@@ -286,6 +318,7 @@ def test_the_command_speaks_one_sentence(command, folder, tmp_path):
 # ---------------------------------------------------------------------- the page
 
 
+@pytest.mark.slow
 @PEFT_SAYS
 @pytest.mark.skipif(not POCKET.exists(), reason="the built-in model is not made yet")
 def test_what_the_page_shows_runs(command, tmp_path, monkeypatch):

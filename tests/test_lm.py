@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import build, byte_tokenizer, passages, reader, tiny
+from memvec.decoding import decode_ids
 from memvec.doctor import checks, examine, speed
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, SlowPathWarning
 from memvec.lm import FrozenLM, load_lm
 
 SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
@@ -203,7 +204,7 @@ class Wrong(nn.Module):
     def get_output_embeddings(self):
         return self.inner.get_output_embeddings()
 
-    def forward(self, input_ids=None, inputs_embeds=None, past_key_values=None, use_cache=None):
+    def forward(self, input_ids=None, inputs_embeds=None, cache=None, use_cache=None):
         if self.kind == "refuses vectors" and inputs_embeds is not None:
             raise ValueError("inputs_embeds is not supported\nby this model")
         free = inputs_embeds is not None
@@ -215,12 +216,12 @@ class Wrong(nn.Module):
             inputs_embeds = inputs_embeds.detach()
         if self.kind == "looks ahead":
             inputs_embeds = inputs_embeds + inputs_embeds[:, -1:] * (inputs_embeds.shape[1] > 1)
-        out = self.inner(
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache
-        )
+        name = tiny().caching.argument  # of the installed transformers
+        out = self.inner(inputs_embeds=inputs_embeds, **{name: cache}, use_cache=use_cache)
+        out["cache"] = out.get(name)
         if self.kind == "not finite":
             out.logits = out.logits * torch.nan
-        if self.kind == "forgets" and past_key_values is not None:
+        if self.kind == "forgets" and cache is not None:
             out.logits = out.logits.flip(-1)
         return out
 
@@ -232,13 +233,21 @@ class Wrong(nn.Module):
         ("looks ahead", "fails"),
         ("cuts gradients", "'vectors reach every later token' fails"),
         ("not finite", "its logits are not finite"),
-        ("forgets", "'cached decoding agrees' fails"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused(kind, sentence):
     with pytest.raises(MemvecError, match=sentence) as error:
         FrozenLM(Wrong(kind), name="wrong")
     assert "wrong cannot be crammed: " in str(error.value)
+
+
+def test_a_model_with_a_wrong_cache_is_decoded_without_it():
+    with pytest.warns(SlowPathWarning, match="its cached decoding disagrees with its own forward"):
+        lm = FrozenLM(Wrong("forgets"), name="forgetful")
+    assert not lm.has_cache
+    assert not lm.caching.fault
+    vectors = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(0))
+    assert decode_ids(lm, vectors, [4, 5]) == decode_ids(tiny(), vectors, [4, 5])
 
 
 def test_a_model_that_refuses_free_vectors_is_refused():
@@ -338,11 +347,11 @@ def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
     assert report["can_be_crammed"] is False
     assert "config.json" in report["reason"]
     monkeypatch.setattr(
-        "memvec.lm.load_lm", lambda *_, **__: FrozenLM(Wrong("forgets"), check=False)
+        "memvec.lm.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
     )
     report = examine(str(folder))
     assert report["can_be_crammed"] is False
-    assert report["reason"].startswith("'cached decoding agrees' fails")
+    assert report["reason"].startswith("'takes free input vectors' fails")
     assert "speed" not in report["facts"]
 
 

@@ -41,6 +41,7 @@ def as_one_step(family: str) -> MemVectors:
     return MemVectors(mem.vectors, mem.header.model_copy(update={"layout": "one-step"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_passage_comes_back_from_the_file_in_any_batch(family, tmp_path):
     mem, lm = as_one_step(family), tiny(family)
@@ -232,6 +233,7 @@ def test_a_shared_m_couples_passages_and_seats_only_group_them():
         assert torch.allclose(a.vectors, b.vectors, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_one_m_cannot_hold_is_halved():
     lm, text = reader(), "Dog, 42 zebras"
     hasty = Recipe(steps=60, patience=20)

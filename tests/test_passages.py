@@ -195,6 +195,7 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
     return torch.randint(2, 24, (n,), generator=generator).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [1, 3])
 @pytest.mark.parametrize("most", [None, 10])
 @pytest.mark.parametrize("bits", [0.5, 20.0, 90.0, 100_000.0])

@@ -18,6 +18,7 @@ TEXT = "the cat sat on the lazy dog while the fox ran over the hill and the cow 
 WORDS = "the lazy dog sat on the cat"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_short_text_is_measured_whole(vectors, storage):
@@ -60,6 +61,7 @@ def test_what_does_not_fit_counts_with_all_its_halves():
     assert found.inexact == sum(not p.exact for p in mem.passages)
 
 
+@pytest.mark.slow
 def test_the_same_seed_looks_at_the_same_places():
     lm = reader()
     document = Document.of(lm, TEXT)

@@ -53,6 +53,7 @@ def test_its_tokenizer_gives_every_byte_back(pocket):
     assert pocket.text(pocket.tokenize(strange)) == strange
 
 
+@pytest.mark.slow
 def test_a_hundred_words_come_back(pocket, tmp_path):
     mem = codec.cram(pocket, [TEXT])
     assert mem.exact
@@ -61,6 +62,7 @@ def test_a_hundred_words_come_back(pocket, tmp_path):
     assert len(TEXT.split()) >= 100
 
 
+@pytest.mark.slow
 def test_its_encoder_is_a_better_start_than_noise(pocket):
     ids = pocket.tokenize(TEXT)
     asked = [Passage(tuple(ids[at : at + 12])) for at in range(0, 96, 12)]

@@ -25,6 +25,7 @@ def crammed(lm, asked, recipe=HALF, **options):
     return {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 @pytest.mark.parametrize("family", SOME)
 def test_what_is_done_has_its_margins_in_float32(family, storage):
@@ -92,6 +93,7 @@ def test_published_recipes_compute_in_the_models_own_dtype():
         assert recipe.compute == ("auto" if name == "default" else "model"), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectors", [1, 2])
 def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
     lm, recipe = tiny(), replace(HALF, steps=30)

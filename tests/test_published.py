@@ -137,6 +137,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt-neox"])
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
 def test_the_first_moves_are_the_publications(preset, family):

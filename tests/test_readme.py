@@ -23,6 +23,7 @@ def test_the_eight_lines_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("True ")
 
 
+@pytest.mark.slow
 def test_the_commands_run_and_the_bytes_come_back(tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     block = README.split("## On the command line")[1].split("| verb |")[0]

@@ -152,6 +152,7 @@ def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end
     assert sorted(seen) == sorted(whole + halves)
 
 
+@pytest.mark.slow
 def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
     """The command with Ray: the same passages as alone, exact, and the bytes come back."""
     pytest.importorskip("ray")

@@ -53,6 +53,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_every_table_and_figure_is_there(study: Path) -> None:
     tables = {p.stem for p in (study / "report/tables").glob("*.csv")}
     assert tables == TABLES
@@ -316,6 +317,7 @@ def test_a_study_without_rows_is_told(tmp_path: Path) -> None:
         write_report(tmp_path, tmp_path / "report")
 
 
+@pytest.mark.slow
 def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
     """No spread, no interval, one passage: every mean and figure has to cope."""
     spec = spec_in(tmp_path, EVERYTHING.replace("passages = 2", "passages = 1"))

@@ -95,6 +95,7 @@ def test_storages_have_names():
 # ---------------------------------------------------------------------- exact as stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("name", STORAGES)
 def test_exact_however_it_is_decoded(name, K, tmp_path):
@@ -126,6 +127,7 @@ def test_what_is_kept_is_what_was_measured(family, name):
         assert o.metrics.margin >= o.margin_asked - 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKED)
 def test_a_passage_that_does_not_fit_its_bits_is_halved(name):
     recipe = replace(QUICK, steps=60, patience=30)

@@ -137,6 +137,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
     with Store(done / "out") as store:
         rows, planned = store.counts()
@@ -479,6 +480,7 @@ def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_but_running_seats(killed: Path) -> None:
     whole = everything(killed / "whole")
     file = killed / "cut" / "study.sqlite"
@@ -516,6 +518,7 @@ def count(file: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
     pytest.importorskip("ray")
     whole = everything(killed / "whole")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ import typer
 from memvec import __version__
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.encoders.cli import app as encoders
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
 from memvec.study.cli import app as study
 
 if TYPE_CHECKING:
@@ -540,6 +541,7 @@ def _exit_unless_exact(mem: MemVectors) -> None:
 
 def main() -> None:
     """Entry point: errors become one sentence and an exit code; Ctrl-C becomes 130."""
+    warnings.showwarning = _one_line
     try:
         app()
     except MemvecError as error:
@@ -550,6 +552,12 @@ def main() -> None:
     except OSError as error:  # a name that is too long, a disk that went away
         typer.echo(f"memvec: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
         sys.exit(2)
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning as one line on standard error, without the place in the code."""
+    ours = issubclass(category, SlowPathWarning | UntestedVersionWarning)
+    typer.echo(f"memvec: {'' if ours else category.__name__ + ': '}{message}", err=True)
 
 
 if __name__ == "__main__":

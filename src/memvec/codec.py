@@ -144,6 +144,7 @@ def certificate_of(
         "device": device["device"],
         "attention": device["attention"],
         "batch": BATCH,
+        "cache": lm.caching.argument or f"none: {lm.caching.reason}",
         **{k: environment()[k] for k in ("torch", "transformers", "date")},
     }
     return certificate, exact

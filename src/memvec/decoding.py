@@ -8,17 +8,14 @@ is a token like any other) and inherits no generation settings.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
+from memvec.caching import step
 from memvec.corrections import table
-from memvec.errors import MemvecError
 from memvec.lm import FrozenLM, StartRule
 from memvec.memory import in_batches
 
@@ -42,8 +39,8 @@ def decode_ids(
     `first` holds the given first tokens for the start rule 'first-token' (they are returned as
     part of the passage). `corrections` lists (position, token id) for each passage: that token
     takes the place of the model's own and is what the model reads next. `cached=False` is the slow
-    reference path: one whole forward per token; a model that keeps no cache (GPT-1, XLM) knows no
-    other. Where memory runs out, the batch is halved and decoding goes on.
+    reference path: one whole forward per token; a model without a usable cache knows no other.
+    Where memory runs out, the batch is halved and decoding goes on.
     """
     if lm.layout == "one-step":
         from memvec.onestep import decode_at_once
@@ -76,29 +73,18 @@ def first_error(decoded: Sequence[int], truth: Sequence[int]) -> int | None:
     return next(wrong, None)
 
 
-def cached_logits(
-    lm: FrozenLM, vectors: Float[Tensor, "B K D"], ids: Int[Tensor, "B T"]
-) -> Float[Tensor, "B T V"]:
-    """Teacher-forced logits through the cached one-token-at-a-time path (for checks)."""
-    logits, cache = _forward(lm, inputs_embeds=vectors.to(lm.dtype))
-    steps = [logits]
-    for t in range(ids.shape[1] - 1):
-        logits, cache = _forward(lm, cache, input_ids=ids[:, t : t + 1])
-        steps.append(logits)
-    return torch.stack(steps, dim=1)
-
-
 def _cached_steps(lm: FrozenLM, vectors: Tensor, prefix: Tensor, fixed: Tensor) -> Iterator[Tensor]:
-    n = fixed.shape[1]
+    n, argument = fixed.shape[1], lm.caching.argument
     if n < 1:
         return
+    assert argument is not None, "a model without a cache is decoded without one"
     inputs = torch.cat([vectors.to(lm.dtype), lm.embed(prefix)], dim=1)
-    logits, cache = _forward(lm, inputs_embeds=inputs)
+    logits, cache = step(lm.model, argument, inputs_embeds=inputs)
     for i in range(n):
         tokens = torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
         yield tokens
         if i < n - 1:
-            logits, cache = _forward(lm, cache, input_ids=tokens[:, None])
+            logits, cache = step(lm.model, argument, cache, input_ids=tokens[:, None])
 
 
 def _uncached_steps(
@@ -110,30 +96,3 @@ def _uncached_steps(
         tokens = torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
         yield tokens
         inputs = torch.cat([inputs, lm.embed(tokens[:, None])], dim=1)
-
-
-def _forward(lm: FrozenLM, cache: Any = None, **inputs: Tensor) -> tuple[Tensor, Any]:
-    """Logits (B, V) of the last position and the cache, whatever the family calls its cache."""
-    name, options = _cache_protocol(type(lm.model).forward)
-    if name is None:
-        raise MemvecError(f"{lm.name} keeps no cache.")
-    if cache is not None:
-        inputs[name] = cache
-    out = lm.model(**inputs, **options)
-    return out.logits[:, -1].float(), out[name]
-
-
-def cache_name(model: nn.Module) -> str | None:
-    """What a model's forward calls its cache; None for one that has none."""
-    return _cache_protocol(type(model).forward)[0]
-
-
-@functools.cache
-def _cache_protocol(forward: Callable[..., Any]) -> tuple[str | None, dict[str, Any]]:
-    """The name of a model family's cache argument, and the options of a one-step forward."""
-    parameters = inspect.signature(forward).parameters
-    names = ("past_key_values", "cache_params", "state")
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in parameters:
-        options["logits_to_keep"] = 1
-    return next((name for name in names if name in parameters), None), options

@@ -181,6 +181,8 @@ def inspect(mem: MemVectors, file: str) -> None:
         verdict = _verdict(bool(c.get("exact")), c.get("exact_passages"), c.get("passages"))
         how = _safe(f"{c.get('decoded_in')} on {c.get('device')}, {c.get('date')}")
         table.add_row("certificate", f"{verdict}; {how}")
+        if str(c.get("cache", "")).startswith("none: "):
+            table.add_row("decoded", _safe(f"without a cache: {c['cache'].removeprefix('none: ')}"))
     out.print(table)
 
 
@@ -210,7 +212,7 @@ def certificate(mem: MemVectors, found: Mapping[str, Any], exact: list[bool]) ->
         out.print(f"({len(exact) - len(shown)} more passages are not listed)")
     out.print(
         f"decoded freely in {found['decoded_in']} on {found['device']} "
-        f"({found['attention']} attention, torch {found['torch']}): "
+        f"({found['attention']} attention, cache {_safe(found['cache'])}, torch {found['torch']}): "
         + _verdict(found["exact"], found["exact_passages"], found["passages"])
     )
 

@@ -18,6 +18,14 @@ class NotExactError(MemvecError):
     exit_code = 3
 
 
+class SlowPathWarning(UserWarning):
+    """A model is served by a slower path than the usual one; the message says why."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """A library is newer than the newest release that memvec was tested with."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or the whole list."""
     known = sorted(known)

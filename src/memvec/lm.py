@@ -19,6 +19,7 @@ import copy
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memvec.big import loading_options, offloaded, recomputed
+from memvec.caching import find_cache
 from memvec.encoders.base import OnePassEncoder
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError, SlowPathWarning, did_you_mean
 from memvec.memory import keep_freed_memory, out_of_memory
 from memvec.precision import widen_attention
+from memvec.versions import warn_of_untested_versions
 
 StartRule = Literal["vectors", "bos", "first-token"]
 START_RULES: tuple[StartRule, ...] = get_args(StartRule)
@@ -81,10 +84,10 @@ class FrozenLM:
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
-    a fixed probe: the unit of a recipe's temperature and margin), `has_cache` (False: each decoded
-    token repeats the whole forward), `fingerprint`, `encoder` (None for most models), `facts` (the
-    model folder's memvec.json: measured bits per vector), `layout` (how vectors are read: 'prefix'
-    here, in front of a passage; memvec.onestep has the other one).
+    a fixed probe: the unit of a recipe's temperature and margin), `caching` (what the model's cache
+    is called, or why decoding goes without one), `fingerprint`, `encoder` (None for most models),
+    `facts` (the model folder's memvec.json: measured bits per vector), `layout` (how vectors are
+    read: 'prefix' here, in front of a passage; memvec.onestep has the other one).
     """
 
     layout: ClassVar[Layout] = "prefix"
@@ -126,11 +129,13 @@ class FrozenLM:
         self.vocab_size = int(logits.shape[-1])
         self.logit_spread = _spread(logits)
         self._body, self._head = _split(model, self.embedding)
-        self.has_cache = _keeps_cache(self)
+        self.caching = find_cache(model, self.embedding)
         if check:
             from memvec.doctor import refuse_if_unfit
 
             refuse_if_unfit(self)
+            if not self.has_cache:
+                warnings.warn(f"{name} {self.caching.sentence}", SlowPathWarning, stacklevel=2)
         self.fingerprint = self._fingerprint()
         self.facts: dict[str, Any] = {}
         self.encoder: OnePassEncoder | None = None
@@ -163,6 +168,11 @@ class FrozenLM:
     def has_split_head(self) -> bool:
         """True if states and logits come apart, so that logits exist only where they are needed."""
         return self._body is not None
+
+    @property
+    def has_cache(self) -> bool:
+        """True if decoding uses the model's cache; False: each token repeats the whole forward."""
+        return self.caching.argument is not None
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -375,6 +385,7 @@ def load_lm(
     Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
     a causal LM that cannot be served exactly.
     """
+    warn_of_untested_versions()
     if dtype not in ("auto", *DTYPES):
         raise MemvecError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
     if device == "auto":
@@ -559,22 +570,6 @@ def _start_token(config: Any, tokenizer: Any, rows: int) -> int | None:
         if isinstance(token, int) and 0 <= token < rows:
             return token
     return None
-
-
-@torch.no_grad()
-def _keeps_cache(lm: FrozenLM) -> bool:
-    """False for a model that takes or returns no cache (GPT, XLM, RecurrentGemma)."""
-    from memvec.decoding import cache_name
-
-    name = cache_name(lm.model)
-    if name is None:
-        return False
-    try:
-        inputs = lm.embed(lm._probe_ids()[:, :2])
-        found = lm.model(inputs_embeds=inputs, use_cache=True)
-    except Exception:  # the check of cached decoding meets it again, and gives the reason
-        return True
-    return found.get(name) is not None
 
 
 Head = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from memvec.doctor import TOLERANCE
+from memvec.agreement import TOLERANCE
 
 if TYPE_CHECKING:
     from memvec.lm import FrozenLM

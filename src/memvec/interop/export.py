@@ -123,8 +123,7 @@ def _certify(
     for i, (path, item, record) in enumerate(zip(paths, items, mem.passages, strict=True)):
         ids = _starts_with(record)
         if item.new_tokens:
-            prompt = target.read(path, item, lm).to(lm.device)
-            ids = ids + target.decode(lm, prompt, item.new_tokens)
+            ids = ids + target.decode(path, item, lm)
         if ids_hash(ids) != record.sha256:
             wrong.append(f"passage {i} ({record.tokens} tokens)")
     if not wrong:
@@ -169,6 +168,7 @@ def _manifest(
         ],
         "certificate": {
             "exact": True,
+            "decoded_by": target.certified_by(),
             "decoded_in": described["dtype"],
             "device": described["device"],
             "attention": described["attention"],

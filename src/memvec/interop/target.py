@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec import __version__
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 
@@ -52,9 +53,17 @@ class Target:
         """The inputs (N, D) that the target would hand to the model, from what was written."""
         raise NotImplementedError
 
-    def decode(self, lm: FrozenLM, prompt: Float[Tensor, "N D"], new_tokens: int) -> list[int]:
-        """Greedy ids after the prompt, alone in their batch, as a reader of the export does."""
-        return decode_ids(lm, prompt[None], [new_tokens])[0]
+    def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
+        """Greedy ids from what was written, alone in their batch, as a reader of the export does.
+
+        Our own decoder on what `read` gives; a target whose software is installed runs that.
+        """
+        prompt = self.read(path, item, lm).to(lm.device)
+        return decode_ids(lm, prompt[None], [item.new_tokens])[0]
+
+    def certified_by(self) -> str:
+        """The program that `decode` runs, and its version, for the certificate."""
+        return f"memvec {__version__}"
 
 
 def prompt(item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:

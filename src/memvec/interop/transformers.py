@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +39,13 @@ class Transformers(Target):
         return inputs[0]
 
     @torch.no_grad()
-    def decode(self, lm: FrozenLM, prompt: Float[Tensor, "N D"], new_tokens: int) -> list[int]:
+    def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
         model: Any = lm.model
-        with _plain_generation(lm):
+        prompt = self.read(path, item, lm).to(lm.device)
+        with plain_generation(lm):
             try:
                 ids = model.generate(
-                    inputs_embeds=prompt[None].to(lm.device),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
+                    inputs_embeds=prompt[None], max_new_tokens=item.new_tokens, do_sample=False
                 )
             except (ValueError, TypeError, RuntimeError, AttributeError) as error:
                 reason = str(error).strip().splitlines()
@@ -56,9 +56,12 @@ class Transformers(Target):
         found: list[int] = ids[0].tolist()
         return found
 
+    def certified_by(self) -> str:
+        return f"transformers {version('transformers')}"
+
 
 @contextlib.contextmanager
-def _plain_generation(lm: FrozenLM) -> Iterator[None]:
+def plain_generation(lm: FrozenLM) -> Iterator[None]:
     """Greedy, no penalties, no EOS: a model's own generation config may bring any of them, and
     `generate` fills from it whatever its caller leaves open. Put back afterwards."""
     from transformers import GenerationConfig

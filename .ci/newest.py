@@ -1,0 +1,15 @@
+"""Print every library that pyproject.toml names, without its bounds: for `make test-newest`."""
+
+import re
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+named = chain(
+    project["project"]["dependencies"],
+    *project["project"]["optional-dependencies"].values(),
+    *project["dependency-groups"].values(),
+)
+names = {re.split(r"[<>=!~ ]", requirement)[0] for requirement in named}
+print(" ".join(sorted(name for name in names if not name.startswith("memvec"))))

@@ -1,0 +1,123 @@
+"""The cache: asked of the model, compared with whole forwards, and never given up in silence."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import ALSO, FAMILIES, QUICK, TOO_NEW, WITHOUT_CACHE, build, passages, tiny
+from memvec import codec
+from memvec.caching import KEEP_NONE, NAMES, cached_logits, find_cache
+from memvec.cramming.engine import Engine
+from memvec.doctor import CACHE, checks
+from memvec.errors import SlowPathWarning
+from memvec.lm import FrozenLM
+from test_families import REFUSED, as_mem
+
+CACHED = sorted((FAMILIES.keys() | ALSO.keys()) - set(WITHOUT_CACHE) - REFUSED - TOO_NEW)
+
+
+class Hidden(nn.Module):
+    """A tiny Llama that has a cache, under a name that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+        self.config = self.inner.config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+    def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, remembered=None):
+        return self.inner(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False)
+
+
+@pytest.mark.parametrize("family", CACHED)
+def test_no_family_loses_its_cache(family):
+    """Whatever the installed transformers calls it; this fails if a release renames it again."""
+    lm = tiny(family)
+    assert lm.caching.reason is None
+    assert lm.caching.argument in NAMES
+    assert lm.has_cache
+
+
+@pytest.mark.parametrize("family", WITHOUT_CACHE)
+def test_a_family_without_a_usable_cache_is_served_and_says_why(family):
+    with pytest.warns(SlowPathWarning) as warned:
+        lm = FrozenLM(build(family), name=family)
+    (said,) = {str(w.message) for w in warned}
+    assert said == f"{family} {lm.caching.sentence}"
+    assert "each decoded token repeats the whole forward" in said
+    assert not lm.caching.fault
+    assert WITHOUT_CACHE[family] in said
+    (check,) = [check for check in checks(lm) if check.name == CACHE]
+    assert check.ok
+    assert lm.caching.reason in check.detail
+    outcomes = list(Engine(lm, QUICK, vectors=2, seats=2).run(passages(2, 3)))
+    mem = as_mem(lm, outcomes, "vectors")
+    certificate, exact = codec.verify(mem, lm)
+    assert exact == [True, True]
+    assert certificate["cache"] == f"none: {lm.caching.reason}"
+
+
+def test_a_listed_family_is_known_to_transformers():
+    """The list holds model types, not words that would never match."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert set(KEEP_NONE) <= set(CONFIG_MAPPING)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "gemma3", "jamba"])
+def test_the_cache_has_the_models_logits(family):
+    lm = tiny(family)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
+    ours = cached_logits(lm.model, lm.caching.argument, lm.embed(ids[:, :2]), ids[:, 2:])
+    truth = lm.own_logits(ids)[:, 1:-1]
+    torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_that_is_not_found_is_our_error():
+    with pytest.warns(SlowPathWarning, match="an error of memvec, please report it") as warned:
+        lm = FrozenLM(Hidden(), name="hidden")
+    assert "its configuration says that it keeps one" in str(warned[0].message)
+    assert lm.caching.fault
+    (check,) = [check for check in checks(lm) if not check.ok]
+    assert check.name == CACHE
+
+
+def test_the_doctor_exits_2_where_a_cache_is_hidden(command, folder, monkeypatch):
+    monkeypatch.setattr(
+        "memvec.lm.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
+    )
+    ran = command("doctor", "--model", folder)
+    assert ran.code == 2
+    said = " ".join(ran.out.decode().split())
+    assert "its configuration says that it keeps one, under none of the known names" in said
+    assert "This model cannot be crammed here: 'decodes with its cache' fails" in said
+
+
+def test_a_forward_that_takes_a_cache_and_returns_none_has_none():
+    class Empty(Hidden):
+        def forward(self, input_ids=None, inputs_embeds=None, use_cache=None, cache=None):
+            return super().forward(input_ids, inputs_embeds)
+
+    model = Empty()
+    assert "cache" in inspect.signature(Empty.forward).parameters
+    found = find_cache(model, model.get_input_embeddings())
+    assert found.argument is None
+    assert found.fault
+
+
+def test_a_model_without_any_word_of_a_cache_is_no_error_of_ours():
+    model = Hidden()
+    model.config = types.SimpleNamespace(model_type="of-ones-own")
+    model.config.get_text_config = lambda: model.config
+    found = find_cache(model, model.get_input_embeddings())
+    assert (found.argument, found.fault, found.reason) == (None, False, "it keeps none")

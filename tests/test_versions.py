@@ -1,0 +1,99 @@
+"""Which releases are tested, what is said of others, and that pyproject.toml and the lock agree."""
+
+from __future__ import annotations
+
+import tomllib
+import warnings
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from memvec import versions
+from memvec.errors import UntestedVersionWarning
+from memvec.lm import load_lm
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+RANGES = {
+    found.name: found.specifier for found in map(Requirement, PROJECT["project"]["dependencies"])
+}
+EVERYTHING = [
+    Requirement(text)
+    for group in (
+        PROJECT["project"]["dependencies"],
+        *PROJECT["project"]["optional-dependencies"].values(),
+        *PROJECT["dependency-groups"].values(),
+    )
+    for text in group
+]
+LOCK = [
+    Requirement(line)
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+@pytest.mark.parametrize("name", versions.TESTED)
+def test_the_declared_range_is_the_tested_one(name):
+    lowest, newest = map(Version, versions.TESTED[name])
+    assert RANGES[name].contains(lowest)
+    assert not RANGES[name].contains(f"{lowest.major}.{lowest.minor - 1}.99")
+    assert RANGES[name].contains(newest)
+    assert not RANGES[name].contains(f"{newest.major}.{newest.minor + 1}.0")
+
+
+@pytest.mark.parametrize("requirement", EVERYTHING, ids=str)
+def test_every_range_is_bounded(requirement):
+    operators = {clause.operator for clause in requirement.specifier}
+    if requirement.name != "memvec":
+        assert ">=" in operators
+        assert "<" in operators or requirement.name == "packaging"  # whose versions are dates
+
+
+def test_the_lock_holds_one_tested_release_of_everything():
+    locked = {found.name.lower().replace("_", "-"): found for found in LOCK}
+    for requirement in EVERYTHING:
+        if requirement.name == "memvec":
+            continue
+        (pin,) = locked[requirement.name.lower()].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), requirement
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ("99.0", "is newer than 2.14.1, the newest that memvec was tested with."),
+        ("2.14.2+cu130", "torch 2.14.2 is newer than 2.14.1"),
+        ("1.0", "is older than 2.11.0, the lowest that memvec was tested with."),
+    ],
+)
+def test_an_untested_release_is_one_line(monkeypatch, installed, said):
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda n: installed if n == "torch" else real(n))
+    with pytest.warns(UntestedVersionWarning) as warned:
+        versions.warn_of_untested_versions()
+    lines = [str(w.message) for w in warned if "torch" in str(w.message)]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "\n" not in lines[0]
+
+
+def test_a_tested_release_says_nothing(monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda name: versions.TESTED[name][1] + "+cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.warn_of_untested_versions()
+
+
+def test_a_model_that_loads_says_it(folder, monkeypatch, command, tmp_path):
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda n: "99.0" if n == "torch" else real(n))
+    with pytest.warns(UntestedVersionWarning, match=r"torch 99\.0 is newer"):
+        load_lm(str(folder), check=False)
+    (tmp_path / "a.txt").write_text("the cat")
+    ran = command("cram", tmp_path / "a.txt", "--model", folder, "--tokens", 2)
+    assert ran.code == 0
+    assert "memvec: torch 99.0 is newer than 2.14.1" in ran.err
