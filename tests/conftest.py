@@ -40,8 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test over all families, `make check` runs a few that differ most."""
+    """Of a test over all families, `make check` runs a few that differ most.
+
+    It leaves out tests of a whole study, too, which has to be run first (fixtures of their files).
+    """
     for item in items:
+        if {"study", "done", "killed"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
         parameters = getattr(item, "callspec", None)
         family = parameters.params.get("family") if parameters is not None else None
         if family in FAMILIES | ALSO and family not in IN_EVERY_CHECK:

@@ -67,6 +67,7 @@ def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
         assert horizon <= outcome.metrics.horizon
 
 
+@pytest.mark.slow
 def test_the_papers_horizon_is_paid_for_by_its_search():
     from horizon import fixed
 

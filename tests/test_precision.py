@@ -61,6 +61,7 @@ def test_the_model_itself_is_not_touched(family):
     assert precision.for_steps(lm, "bfloat16").model is fast.model  # rounded once
 
 
+@pytest.mark.slow
 def test_rounded_copies_agree_for_nearly_all_families():
     agree = [f for f in SERVED if precision.for_steps(tiny(f), "bfloat16") is not tiny(f)]
     assert len(agree) >= 0.8 * len(SERVED)

@@ -39,6 +39,7 @@ def test_what_is_trained_is_what_transformers_computes(norm, family):
     torch.testing.assert_close(theirs.base_model(inputs_embeds=x)[0], ours(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_small_model_can_be_made_and_trained():
     """Its configuration is one, and both of its losses reach every parameter."""
     import shapes
