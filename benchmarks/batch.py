@@ -1,4 +1,4 @@
-"""Exact passages per minute: 32 passages of equal length in one batch against one seat.
+"""Exact passages per minute: 32 passages of equal length in one batch against one slot.
 
     python benchmarks/batch.py --quick
 
@@ -13,16 +13,16 @@ import time
 from common import arguments, median_and_spread, report
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
 from texts import passages_of
 
 
 def per_minute(
-    lm: FrozenLM, passages: list[Passage], seats: int, steps: int
+    lm: FrozenLM, passages: list[Passage], batch_size: int, steps: int
 ) -> tuple[float, int, float, int]:
     """Exact passages per minute, their number, seconds, and optimiser steps."""
-    engine = Engine(lm, Recipe.of("default", steps=steps), seats=seats)
+    engine = Engine(lm, Recipe.of("default", steps=steps), batch_size=batch_size)
     began = time.perf_counter()
     outcomes = list(engine.run(passages))
     seconds = time.perf_counter() - began
@@ -45,13 +45,13 @@ def main() -> None:
     for r in range(rounds):
         part = texts[r * options.passages : (r + 1) * options.passages]
         rates = {}
-        for seats in (options.passages, 1) if r % 2 == 0 else (1, options.passages):
-            rate, exact, seconds, steps = per_minute(lm, part, seats, steps=300)
-            rates[seats] = rate
+        for batch_size in (options.passages, 1) if r % 2 == 0 else (1, options.passages):
+            rate, exact, seconds, steps = per_minute(lm, part, batch_size, steps=300)
+            rates[batch_size] = rate
             rows.append(
                 {
                     "round": r,
-                    "seats": seats,
+                    "batch_size": batch_size,
                     "tokens": options.tokens,
                     "passages": len(part),
                     "exact": exact,

@@ -24,7 +24,7 @@ from memvec.corrections import size
 from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from memvec.passages.cut import surprisals
 from memvec.passages.passage import Passage
 from memvec.storage import STORAGES
@@ -93,7 +93,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for storage, K, corrections in mixes:
         recipe = Recipe.of("default", steps=steps, corrections=corrections)
-        engine = Engine(lm, recipe, vectors=K, seats=min(n, 16), storage=storage)
+        engine = Engine(lm, recipe, vectors=K, batch_size=min(n, 16), storage=storage)
         outcomes = list(engine.run(passages_of(lm, n, K * T)))
         what = {"storage": storage, "vectors": K, "corrections": corrections, "n": n}
         rows.append(what | held(lm, outcomes, storage, K))

@@ -3,7 +3,7 @@
     python benchmarks/book.py --quick                      # of examples/harbour.txt
     python benchmarks/book.py --text book.txt --bytes 20000 320000
 
-Each part is crammed by the command in a process of its own, at the same number of seats, decoded,
+Each part is crammed by the command in a process of its own, at the same number of slots, decoded,
 and compared byte for byte. RESULT peak_ratio is the peak of the longest part over that of the
 shortest; text_ratio how many times as long the text is.
 """
@@ -23,7 +23,7 @@ from memvec.vectors import MemVectors
 from texts import PROSE
 
 
-def crammed(text: bytes, model: str, seats: int) -> dict[str, Any]:
+def crammed(text: bytes, model: str, batch_size: int) -> dict[str, Any]:
     """Cram and decode in processes of their own; what the first one took at its peak.
 
     The peak is that of the largest child so far, so parts are to be given in rising order.
@@ -32,7 +32,7 @@ def crammed(text: bytes, model: str, seats: int) -> dict[str, Any]:
         source, target = Path(folder, "text.txt"), Path(folder, "text.mem")
         source.write_bytes(text)
         memvec = [sys.executable, "-c", "from memvec.cli import main; main()"]
-        options = ["--model", model, "--seats", str(seats), "--output", str(target)]
+        options = ["--model", model, "--batch-size", str(batch_size), "--output", str(target)]
         began = time.perf_counter()
         subprocess.run([*memvec, "cram", str(source), *options], check=True, capture_output=True)
         seconds = time.perf_counter() - began
@@ -57,13 +57,13 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--text", type=Path, default=PROSE)
     parser.add_argument("--bytes", type=int, nargs="+", default=[2000, 10_000])
-    parser.add_argument("--seats", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
     whole = options.text.read_text(encoding="utf-8")
     sizes = [1000, 4000] if options.quick else sorted(options.bytes)
     if len(sizes) < 2:
         parser.error("--bytes takes at least two sizes.")
-    rows = [crammed(whole[:size].encode(), options.model, options.seats) for size in sizes]
+    rows = [crammed(whole[:size].encode(), options.model, options.batch_size) for size in sizes]
     first, last = rows[0], rows[-1]
     report(
         "book",

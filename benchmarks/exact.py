@@ -34,7 +34,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.start import start_vectors
 from memvec.decoding import decode_ids
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
@@ -83,10 +83,10 @@ def rates(
     lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Both sides over the same passages: a row of ours and a row of the paper's."""
-    seats = min(32, len(passages))
-    list(Engine(lm, Recipe(steps=2), seats=seats).run(passages))
+    batch_size = min(32, len(passages))
+    list(Engine(lm, Recipe(steps=2), batch_size=batch_size).run(passages))
     as_published(lm, passages[-1], 2)  # first-use costs of kernels are nobody's
-    engine = Engine(lm, Recipe(), seats=seats)
+    engine = Engine(lm, Recipe(), batch_size=batch_size)
     began = time.perf_counter()
     outcomes = list(engine.run(passages))
     seconds = time.perf_counter() - began

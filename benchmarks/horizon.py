@@ -41,7 +41,7 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids, first_error
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
 from models import random_model
 from texts import passages_of, random_tokens, random_words
@@ -102,10 +102,10 @@ def growing(
     `staged`: the recipe grows by stages of one token, each of which ends with a forward pass that
     finds all of it right and is followed by no backward pass: half of what a step costs.
     """
-    engine = Engine(lm, replace(recipe, budget=costs[-1]), seats=len(passages))
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
     for passage in passages:
         engine.push(passage)
-    engine._seat_waiting(len(passages))
+    engine._fill_slots(len(passages))
     order = [job.passage.document for job in engine.jobs]
     before = lm.inputs_before(engine.K, engine.start_rule)
     vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
@@ -127,7 +127,7 @@ def growing(
                     vectors[order[row], at] = best[row].clone(), int(reach[row])
         if all(stopped):
             break
-        engine._seat_waiting(len(passages))
+        engine._fill_slots(len(passages))
     keys = sorted(vectors)
     stack = torch.stack([vectors[key][0] for key in keys])
     # No vectors hold more than they reached by the margins.
@@ -167,7 +167,7 @@ def fixed(
     lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
 ) -> list[list[int]]:
     """The same for a recipe of fixed lengths: doubling, then bisection, all of it paid for."""
-    engine = Engine(lm, replace(recipe, budget=costs[-1]), seats=len(passages))
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
     searches = [Search() for _ in passages]
     history: list[list[tuple[int, int]]] = [[] for _ in passages]
 

@@ -16,10 +16,10 @@ import torch
 
 from common import arguments, report
 from memvec import metrics
-from memvec.caching import cached_logits
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.caching import cached_logits
+from memvec.model.lm import FrozenLM, load_lm
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
@@ -58,7 +58,7 @@ def main() -> None:
     lm = loaded("float32")
     texts = random_tokens if lm.tokenizer is None else passages_of
     recipe = Recipe.of("default", margin=0.0, steps=200 if options.quick else 1000)
-    engine = Engine(lm, recipe, seats=32)
+    engine = Engine(lm, recipe, batch_size=32)
     done = [o for o in engine.run(texts(lm, n, options.tokens)) if o.exact]
     if not done:
         parser.error(f"no passage of {options.tokens} tokens became exact: fewer --tokens")

@@ -28,7 +28,7 @@ def peak_memory(work: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
         raise SystemExit(f"peak memory needs a GPU or Linux, not {sys.platform}.")
-    # memvec tells the allocator to keep freed memory (memvec.memory): give it back first, or work
+    # memvec tells the allocator to keep freed memory (memvec.model.memory): give it back, or work
     # that fits into it would seem to need none.
     ctypes.CDLL(None).malloc_trim(0)
     before = _kilobytes("VmRSS")

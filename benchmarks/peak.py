@@ -4,7 +4,7 @@
 
 Three parts of one step at several shapes, each measured alone: the model's forward pass and the
 gradient back to the vectors (`activations`), losses and gradients at the states (`logits`), and the
-whole step of an engine whose seats stand already (`step`). Compared are bytes of tensors, as torch
+whole step of an engine whose slots stand already (`step`). Compared are bytes of tensors, as torch
 counts them; `process_MiB` is how far the process grew, which on a CPU is more, by what its
 allocator holds back for the next step. RESULT has the smallest and the largest ratio of measured to
 estimated bytes of a part, over all shapes, and the largest of process to tensors for whole steps.
@@ -20,17 +20,17 @@ import torch
 from common import arguments, report
 from memory import peak_memory, peak_tensors
 from memvec.cramming.objective import score
-from memvec.estimate import estimate, facts_of
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.estimate import estimate, facts_of
+from memvec.model.lm import FrozenLM, load_lm
 from models import random_model
 from step import occupied
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 
 
-def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], Any]]:
+def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]:
     """The parts of a step, each to be measured alone."""
-    engine = occupied(lm, seats, T)
+    engine = occupied(lm, batch_size, T)
     ids, vectors = engine.state["ids"], engine.state["vectors"].clone().requires_grad_()
     states = lm.states(vectors, ids, engine.start_rule).detach()
 
@@ -46,9 +46,9 @@ def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def guesses(lm: FrozenLM, seats: int, T: int) -> dict[str, float]:
+def guesses(lm: FrozenLM, batch_size: int, T: int) -> dict[str, float]:
     """What is estimated for each part, in bytes."""
-    sizes = {"seats": seats, "tokens": T}
+    sizes = {"batch_size": batch_size, "tokens": T}
     guess = estimate(facts_of(lm, T), **sizes)
     return {
         "activations": guess.activations + guess.passing,
@@ -75,16 +75,16 @@ def main() -> None:
         lm = load()
         for checkpointing in (False, True):
             lm.checkpointing = checkpointing
-            for seats, T in shapes:
-                guess = guesses(lm, seats, T)
-                for part, work in works(lm, seats, T).items():
+            for batch_size, T in shapes:
+                guess = guesses(lm, batch_size, T)
+                for part, work in works(lm, batch_size, T).items():
                     work()  # what the first one sets up is nobody's
                     tensors, process = peak_tensors(work), peak_memory(work)
                     rows.append(
                         {
                             "model": name,
                             "checkpointing": checkpointing,
-                            "seats": seats,
+                            "batch_size": batch_size,
                             "tokens": T,
                             "part": part,
                             "estimated_MiB": guess[part] / 2**20,

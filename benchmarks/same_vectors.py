@@ -5,8 +5,8 @@
 
 A fixed list of texts, models and recipes is crammed on one thread through the public API, and each
 result's vectors, steps and exactness are hashed. A change that should only move code leaves every
-hash as it was. `RESULT same=20 of=20` counts the cases; exit code 1 if one differs. Hashes depend on
-the machine and on the releases of torch and transformers, so both runs must be made on one machine.
+hash as it was. `RESULT same=20 of=20` counts the cases; exit code 1 if one differs. Hashes depend
+on the machine and on the releases of torch and transformers, so both runs must be made on one machine.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def folder_of(config: str, place: Path) -> Path:
     """A tiny random model of a family, saved with pocket's tokenizer."""
     torch.manual_seed(0)
     options = {k: v for k, v in TINY.items() if config != "MambaConfig" or "max_pos" not in k}
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, config)(**options)
-    )
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**options))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -99,7 +97,9 @@ def hashes(names: list[str]) -> dict[str, str]:
                 **{"tokens": 12, **options},
             )
             digest = hashlib.sha256(mem.vectors.contiguous().view(torch.uint8).numpy().tobytes())
-            digest.update(str([(p.sha256, p.steps, p.spent, p.exact) for p in mem.passages]).encode())
+            digest.update(
+                str([(p.sha256, p.steps, p.spent, p.exact) for p in mem.passages]).encode()
+            )
             found[name] = digest.hexdigest()
             exact = sum(p.exact for p in mem.passages)
             print(f"{name}: {found[name][:16]}, {exact} of {len(mem.passages)} exact", flush=True)

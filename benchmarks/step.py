@@ -3,14 +3,14 @@
     python benchmarks/step.py --quick
 
 Bare (the plain path) means: the model's own forward on [vectors, tokens], cross-entropy of all
-positions through autograd, gradient at the vectors; no margins, no optimiser, no seats. Three
+positions through autograd, gradient at the vectors; no margins, no optimiser, no slots. Three
 parts, each with time and peak memory:
 
-- the model itself at several seats × lengths. RESULT `overhead` is the ratio of median times at 16
-  seats, worst case over the lengths;
-- a random-weight model with vocabularies up to 128k at several seats × lengths (not with --quick);
-- V = 128k, T = 512, 4 seats: RESULT `memory_ratio` is the engine's peak over the plain path's;
-- 16 seats with 16 and with 16 384 passages in line: RESULT `waiting` is the ratio of the peaks.
+- the model itself at several slots × lengths. RESULT `overhead` is the ratio of median times at 16
+  slots, worst case over the lengths;
+- a random-weight model with vocabularies up to 128k at several slots × lengths (not with --quick);
+- V = 128k, T = 512, 4 slots: RESULT `memory_ratio` is the engine's peak over the plain path's;
+- 16 slots with 16 and with 16 384 passages in line: RESULT `waiting` is the ratio of the peaks.
 
 `mfu` is the share of this machine's matrix-product rate that a step reaches: 4 operations per
 weight and token (2 forward, 2 backward to the input; the weights get no gradient), over the best
@@ -30,12 +30,12 @@ from common import arguments, interleaved, median_and_spread, report
 from memory import peak_memory
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704}  # the tiny Llama of the sweep, widened
-LARGE = (4, 512, 131_072)  # seats, tokens, vocabulary of memory_ratio
+LARGE = (4, 512, 131_072)  # slots, tokens, vocabulary of memory_ratio
 LINES = (16, 16_384)  # passages in line, for `waiting`
 
 
@@ -46,20 +46,20 @@ def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
     return [Passage(tuple(row)) for row in ids.tolist()]
 
 
-def occupied(lm: FrozenLM, seats: int, T: int) -> Engine:
-    """An engine with every seat taken by T tokens, all of which count; in the model's own dtype."""
-    # A margin nobody reaches, so that all seats stay occupied.
+def occupied(lm: FrozenLM, batch_size: int, T: int) -> Engine:
+    """An engine with every slot taken by T tokens, all of which count; in the model's own dtype."""
+    # A margin nobody reaches, so that all slots stay occupied.
     recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute="model")
-    engine = Engine(lm, recipe, seats=seats)
-    for passage in passages(lm, seats, T):
+    engine = Engine(lm, recipe, batch_size=batch_size)
+    for passage in passages(lm, batch_size, T):
         engine.push(passage)
-    engine._seat_waiting(seats)
+    engine._fill_slots(batch_size)
     return engine
 
 
-def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
-    """One engine step with every seat taken and every position counted, and the plain path."""
-    engine = occupied(lm, seats, T)
+def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], None]]:
+    """One engine step with every slot taken and every position counted, and the plain path."""
+    engine = occupied(lm, batch_size, T)
     ids = engine.state["ids"]
     vectors = engine.state["vectors"].clone().requires_grad_()
 
@@ -72,15 +72,15 @@ def works(lm: FrozenLM, seats: int, T: int) -> dict[str, Callable[[], None]]:
     return {"engine": engine.step, "bare": bare}
 
 
-def waiting(lm: FrozenLM, n: int, seats: int = 16, T: int = 32) -> int:
-    """Peak bytes of putting n passages in line, seating the first ones and three steps."""
+def waiting(lm: FrozenLM, n: int, batch_size: int = 16, T: int = 32) -> int:
+    """Peak bytes of putting n passages in line, filling slots the first ones and three steps."""
     line = passages(lm, n, T)
 
     def work() -> None:
-        engine = Engine(lm, Recipe(compute="model"), seats=seats)
+        engine = Engine(lm, Recipe(compute="model"), batch_size=batch_size)
         for passage in line:
             engine.push(passage)
-        engine._seat_waiting(seats)
+        engine._fill_slots(batch_size)
         for _ in range(3):
             engine.step()
 
@@ -106,7 +106,7 @@ def operations(lm: FrozenLM) -> int:
 
 def measure(
     lm: FrozenLM,
-    seats: int,
+    batch_size: int,
     T: int,
     rounds: int,
     rate: float,
@@ -114,7 +114,7 @@ def measure(
     warmup: int = 2,
 ) -> dict[str, dict[str, float]]:
     """Time and memory of both at one shape; appends a row each."""
-    pair = works(lm, seats, T)
+    pair = works(lm, batch_size, T)
     seconds = interleaved(pair, rounds, warmup=warmup)
     found = {}
     for name, values in seconds.items():
@@ -123,7 +123,7 @@ def measure(
         rows.append(
             {
                 "model": lm.name,
-                "seats": seats,
+                "batch_size": batch_size,
                 "tokens": T,
                 "vocabulary": lm.vocab_size,
                 "what": name,
@@ -131,8 +131,8 @@ def measure(
                 "median_ms": 1e3 * median,
                 "low_ms": 1e3 * low,
                 "high_ms": 1e3 * high,
-                "tokens_per_s": seats * T / median,
-                "mfu": operations(lm) * seats * T / median / rate,
+                "tokens_per_s": batch_size * T / median,
+                "mfu": operations(lm) * batch_size * T / median / rate,
                 "peak_MiB": found[name]["peak"] / 2**20,
             }
         )
@@ -154,19 +154,19 @@ def main() -> None:
     rate = product_rate(lm, 1024 if lm.device.type == "cpu" else 8192)
     rows: list[dict[str, Any]] = []
     overheads = []
-    for seats, T in shapes:
-        found = measure(lm, seats, T, 7 if quick else options.rounds, rate, rows)
-        if seats == 16:
+    for batch_size, T in shapes:
+        found = measure(lm, batch_size, T, 7 if quick else options.rounds, rate, rows)
+        if batch_size == 16:
             overheads.append(found["engine"]["seconds"] / found["bare"]["seconds"])
     if not quick:
         for vocabulary in (2048, 32_768, 131_072):
             wide = random_model("tiny-llama", vocab_size=vocabulary, **WIDE)
-            for seats in (1, 4, 16):
+            for batch_size in (1, 4, 16):
                 for T in (32, 128):
-                    measure(wide, seats, T, max(3, options.rounds // 4), rate, rows)
-    seats, T, vocabulary = LARGE
+                    measure(wide, batch_size, T, max(3, options.rounds // 4), rate, rows)
+    batch_size, T, vocabulary = LARGE
     large = random_model("tiny-llama", vocab_size=vocabulary, max_position_embeddings=1024)
-    found = measure(large, seats, T, 1 if quick else 3, rate, rows, warmup=1)
+    found = measure(large, batch_size, T, 1 if quick else 3, rate, rows, warmup=1)
     ratio = found["engine"]["peak"] / found["bare"]["peak"]
     few, many = (waiting(lm, n) for n in LINES)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {time.perf_counter() - began:.0f} s")

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from common import arguments, report
+from memvec.lab.report.report import write_report
+from memvec.lab.study.cells import expand
+from memvec.lab.study.row import Finished, Row, Text
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
-from memvec.report.report import write_report
-from memvec.study.cells import expand
-from memvec.study.row import Finished, Row, Text
-from memvec.study.spec import parse_spec
-from memvec.study.store import Store
 
 D, T, PASSAGES = 64, 24, 250  # of a cell
 SPEC = """
@@ -79,7 +79,7 @@ def row(cell, number, rng):
             spent=2400,
             seconds=0.1,
             start_rule="vectors",
-            seats=8,
+            batch_size=8,
             worker="synthetic",
             extra={},
         ),

@@ -6,7 +6,7 @@ import hashlib
 import random
 from pathlib import Path
 
-from memvec.lm import FrozenLM
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.passages.random_tokens import random_token_passages
 from memvec.passages.random_words import frequent_words, random_word_passages

@@ -20,7 +20,7 @@ from typing import Any
 from common import arguments, ratio_of_separate_means, report, save_figure, summary
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
@@ -30,7 +30,7 @@ FOREVER = 10**6
 def horizons(lm: FrozenLM, recipe: Recipe, K: int, T: int, options: Any) -> list[float]:
     """Horizon per vector of each passage."""
     texts = random_tokens if lm.tokenizer is None else passages_of
-    engine = Engine(lm, recipe, vectors=K, seats=min(options.seats, options.passages))
+    engine = Engine(lm, recipe, vectors=K, batch_size=min(options.batch_size, options.passages))
     outcomes = list(engine.run(texts(lm, options.passages, T)))
     return [outcome.metrics.horizon / K for outcome in outcomes]
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=(1, 2, 4, 8, 16))
     parser.add_argument("--tokens", type=int, default=120, help="passage length per vector")
     parser.add_argument("--passages", type=int, default=8)
-    parser.add_argument("--seats", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--patience", type=int, default=300)
     options = parser.parse_args()

@@ -84,7 +84,7 @@ def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
     # the longer passages begin with the shorter ones, so that K can be compared
     starts = windows(stream, n, 1024, generator(0, "horizon", 0))[:, :T]
     passages = [Passage(tuple(row.tolist())) for row in starts]
-    engine = Engine(lm, recipe, vectors=K, seats=n)
+    engine = Engine(lm, recipe, vectors=K, batch_size=n)
     reached, bits = [], []
     for outcome in engine.run(passages):
         h = outcome.metrics.horizon

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 import support
 from memvec.cramming.recipe import Recipe
 from memvec.errors import SlowPathWarning
-from memvec.lm import FrozenLM
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
 

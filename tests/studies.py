@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from conftest import reader
-from memvec.study.pool import Here
-from memvec.study.run import Status, run_study
-from memvec.study.spec import ModelSpec, Spec, parse_spec
-from memvec.study.store import Store
+from memvec.lab.study.pool import Here
+from memvec.lab.study.run import Status, run_study
+from memvec.lab.study.spec import ModelSpec, Spec, parse_spec
+from memvec.lab.study.store import Store
 
 HEAD = """
 name = "small"
-seats = 3
+batch_size = 3
 [[models]]
 name = "tiny"
 [[sources]]

@@ -61,7 +61,7 @@ def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
     assert all(a <= b for a, b in zip(dearer, found, strict=True))
     assert 0 < found[-1] < 24
     for cost, horizon in zip(costs, found, strict=True):
-        engine = Engine(lm, Recipe(steps=10**6, patience=10**6, budget=cost), seats=1)
+        engine = Engine(lm, Recipe(steps=10**6, patience=10**6, budget=cost), batch_size=1)
         (outcome,) = engine.run([passage])
         # The run may take the step that goes past its budget, the benchmark may not.
         assert horizon <= outcome.metrics.horizon

@@ -12,18 +12,18 @@ import transformers
 
 from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
-from memvec.big import layers_of, recomputed, saved_bytes
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
-from memvec.estimate import (
+from memvec.model.estimate import (
     estimate,
     facts_of_config,
     kept_bytes,
     layer_bytes,
-    most_seats,
+    max_batch_size,
     seconds,
 )
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.large import layers_of, recomputed, saved_bytes
+from memvec.model.lm import FrozenLM, load_lm
 
 LLAMA_8B = transformers.LlamaConfig(
     vocab_size=128_256,
@@ -73,7 +73,7 @@ def test_offloading_leaves_weights_where_they_are(family, monkeypatch):
         copied.append(tensor.untyped_storage().data_ptr())
         return empty_like(tensor, **options)
 
-    monkeypatch.setattr("memvec.big.torch.empty_like", aside)
+    monkeypatch.setattr("memvec.model.large.torch.empty_like", aside)
     gradient(lm)
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     assert copied
@@ -101,8 +101,8 @@ def test_a_layer_that_was_given_a_forward_keeps_it():
 def test_passages_come_back_with_little_memory():
     lm = FrozenLM(build("llama"), name="both", checkpointing=True, offload=True)
     asked = passages(2, 3)
-    plain = list(Engine(tiny(), QUICK, vectors=2, seats=2).run(asked))
-    spared = list(Engine(lm, QUICK, vectors=2, seats=2).run(asked))
+    plain = list(Engine(tiny(), QUICK, vectors=2, batch_size=2).run(asked))
+    spared = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(asked))
     for a, b in zip(plain, spared, strict=True):
         assert b.exact
         assert torch.equal(a.vectors, b.vectors)
@@ -110,7 +110,7 @@ def test_passages_come_back_with_little_memory():
 
 def test_a_model_without_known_layers_says_so(monkeypatch):
     model = build("llama")
-    monkeypatch.setattr("memvec.big.layers_of", lambda _: [])
+    monkeypatch.setattr("memvec.model.large.layers_of", lambda _: [])
     with pytest.raises(MemvecError, match="not marked for checkpointing"), recomputed(model):
         pass
 
@@ -154,8 +154,8 @@ def test_weights_in_few_bits_cram_and_come_back(folder, tmp_path, bits, dtype):
     lm = load_lm(str(folder), dtype=dtype, quantize=bits)
     ids = torch.tensor([[3, 4, 5]])
     assert not torch.equal(lm.own_logits(ids), plain.own_logits(ids))
-    together = list(Engine(lm, QUICK, vectors=2, seats=3).run(passages(2, 3, 4)))
-    alone = list(Engine(lm, QUICK, vectors=2, seats=1).run(passages(2, 3, 4)))
+    together = list(Engine(lm, QUICK, vectors=2, batch_size=3).run(passages(2, 3, 4)))
+    alone = list(Engine(lm, QUICK, vectors=2, batch_size=1).run(passages(2, 3, 4)))
     assert all(outcome.exact for outcome in (*together, *alone))
     mem = cram(lm, "ab", vectors=4, recipe=QUICK)
     path = mem.save(tmp_path / "few.mem")
@@ -220,9 +220,9 @@ def test_a_step_takes_the_memory_that_was_estimated(kind, dtype, checkpointing, 
 
     model = transformers.AutoModelForCausalLM.from_config(sized(kind)).to(dtype).eval()
     lm = FrozenLM(model, name=kind, checkpointing=checkpointing)
-    step = works(lm, seats=8, T=96)["step"]
+    step = works(lm, batch_size=8, T=96)["step"]
     step()  # what the first one sets up is nobody's
-    assert guesses(lm, seats=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
+    assert guesses(lm, batch_size=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
 
 
 def test_parameters_are_added_up():
@@ -233,21 +233,21 @@ def test_parameters_are_added_up():
         assert facts_of_config(config, 4).parameters == pytest.approx(counted, rel=0.05)
 
 
-def test_8b_at_1568_tokens_fits_16_seats_in_80_gb_with_checkpointing_only():
+def test_8b_at_1568_tokens_fits_16_slots_in_80_gb_with_checkpointing_only():
     facts = facts_of_config(LLAMA_8B, 2)
     assert facts.parameters == pytest.approx(8.03e9, rel=0.01)
     sparing = replace(facts, checkpointing=True)
-    spared = estimate(sparing, seats=16, tokens=1568)
-    plain = estimate(facts, seats=16, tokens=1568)
+    spared = estimate(sparing, batch_size=16, tokens=1568)
+    plain = estimate(facts, batch_size=16, tokens=1568)
     assert spared.total < 80e9 < plain.total
     assert spared.weights == pytest.approx(16.06e9, rel=0.01)
     # By hand: 25,088 positions x (32 layer inputs of 8 KiB); on top, one layer in full.
     assert spared.activations == 25_088 * 32 * 8192
     assert spared.passing > 25_088 * layer_bytes(facts)
     free = 80e9 - spared.weights
-    assert most_seats(sparing, free=free, tokens=1568) >= 16
-    assert most_seats(facts, free=free, tokens=1568) < 16
-    assert most_seats(facts, free=0.0, tokens=1568) == 1
+    assert max_batch_size(sparing, free=free, tokens=1568) >= 16
+    assert max_batch_size(facts, free=free, tokens=1568) < 16
+    assert max_batch_size(facts, free=0.0, tokens=1568) == 1
     assert "GiB at the peak" in spared.sentence()
 
 

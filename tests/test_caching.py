@@ -11,11 +11,11 @@ from torch import nn
 
 from conftest import ALSO, FAMILIES, QUICK, TOO_NEW, WITHOUT_CACHE, build, passages, tiny
 from memvec import codec
-from memvec.caching import KEEP_NONE, NAMES, cached_logits, find_cache
 from memvec.cramming.engine import Engine
 from memvec.doctor import CACHE, checks
 from memvec.errors import SlowPathWarning
-from memvec.lm import FrozenLM
+from memvec.model.caching import KEEP_NONE, NAMES, cached_logits, find_cache
+from memvec.model.lm import FrozenLM
 from test_families import REFUSED, as_mem
 
 CACHED = sorted((FAMILIES.keys() | ALSO.keys()) - set(WITHOUT_CACHE) - REFUSED - TOO_NEW)
@@ -60,7 +60,7 @@ def test_a_family_without_a_usable_cache_is_served_and_says_why(family):
     (check,) = [check for check in checks(lm) if check.name == CACHE]
     assert check.ok
     assert lm.caching.reason in check.detail
-    outcomes = list(Engine(lm, QUICK, vectors=2, seats=2).run(passages(2, 3)))
+    outcomes = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(passages(2, 3)))
     mem = as_mem(lm, outcomes, "vectors")
     certificate, exact = codec.verify(mem, lm)
     assert exact == [True, True]
@@ -94,7 +94,7 @@ def test_a_cache_that_is_not_found_is_our_error():
 
 def test_the_doctor_exits_2_where_a_cache_is_hidden(command, folder, monkeypatch):
     monkeypatch.setattr(
-        "memvec.lm.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
+        "memvec.model.lm.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
     )
     ran = command("doctor", "--model", folder)
     assert ran.code == 2

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from memvec.capacity.exact import exact_result
-from memvec.capacity.geometry import cosines, principal_components
-from memvec.capacity.paper import paper_result
-from memvec.capacity.threshold import compare, fit, fit_capacity
-from memvec.capacity.upper_bound import needed_bits
-from memvec.capacity.vectors import scaling
+from memvec.lab.protocols.exact import exact_result
+from memvec.lab.protocols.geometry import cosines, principal_components
+from memvec.lab.protocols.paper import paper_result
+from memvec.lab.protocols.threshold import compare, fit, fit_capacity
+from memvec.lab.protocols.upper_bound import needed_bits
+from memvec.lab.protocols.vectors import scaling
+from memvec.lab.report.published import bits, published, table1
 from memvec.metrics import margins, surprisal
-from memvec.report.published import bits, published, table1
 from memvec.statistics import mean_interval, share_interval
 
 

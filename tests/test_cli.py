@@ -38,7 +38,7 @@ def letter(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def stored(folder, tmp_path_factory):
     """A file of vectors of `TEXT`, made by the library with the folder's model."""
-    from memvec.lm import load_lm
+    from memvec.model.lm import load_lm
 
     lm = load_lm(str(folder))
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=2)
@@ -108,7 +108,7 @@ def test_other_storages_and_recipes(command, folder, letter, storage):
         *("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--storage", storage),
         *("--margin", 0.4, "--seed", 3, "--start", "embeddings", "--start-rule", "bos"),
         *("--set", "temperature=0.5", "--set", "unit=logits", "--set", "look_ahead=2"),
-        *("--seats", 3),
+        *("--batch-size", 3),
     )
     assert ran.code == 0
     header = json.loads(command("inspect", "a.mem", "--json").out)
@@ -170,7 +170,7 @@ def test_interrupted_is_exit_code_130_and_goes_on(command, folder, letter, monke
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "put", interrupt)
-    words = ["cram", letter, "-m", folder, *FAST, "--seats", 1]
+    words = ["cram", letter, "-m", folder, *FAST, "--batch-size", 1]
     ran = command(*words)
     assert ran.code == 130
     assert "Traceback" not in ran.err
@@ -209,7 +209,7 @@ BAD = [
     (["cram", "letter.txt", "--vectors", 500], "leaves no room"),
     (["cram", "letter.txt", "--tokens", 0], "--tokens must be at least 1"),
     (["cram", "letter.txt", "--tokens", 500], "does not fit the context"),
-    (["cram", "letter.txt", "--seats", 0], "--seats must be at least 1"),
+    (["cram", "letter.txt", "--batch-size", 0], "--batch-size must be at least 1"),
     (["cram", "letter.txt", "-o", "taken.mem"], "exists: use --force"),
     (["cram", "letter.txt", "-o", "no/such/folder/a.mem"], "there is no folder"),
     (["cram", "letter.txt", "-o", ".", "--force"], "is a (directory|folder)"),
@@ -451,8 +451,8 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
     with display.progress("it") as show:
         show(replace(BUSY, stage="measuring"))
         now[0] = 9.0
-        show(replace(BUSY, expected="2 seats: 1 GiB.", done=20))  # 20 of an earlier run
-        assert capsys.readouterr().err == "2 seats: 1 GiB.\n"
+        show(replace(BUSY, expected="2 slots: 1 GiB.", done=20))  # 20 of an earlier run
+        assert capsys.readouterr().err == "2 slots: 1 GiB.\n"
         now[0] = 19.5
         show(BUSY)
         line = capsys.readouterr().err

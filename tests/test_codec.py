@@ -21,7 +21,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
-from memvec.lm import START_RULES
+from memvec.model.lm import START_RULES
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of
@@ -150,7 +150,7 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
         (["a", b""], {}, "text 1 is empty"),
         (["a"], {"storage": "int3"}, "unknown storage 'int3'"),
         (["a"], {"vectors": 0}, "--vectors must be at least 1"),
-        (["a"], {"seats": -1}, "--seats must be at least 1"),
+        (["a"], {"batch_size": -1}, "--batch-size must be at least 1"),
         (["a"], {"tokens": 0}, "--tokens must be at least 1"),
         (["a"], {"tokens": 128}, "does not fit the context"),
         (["a"], {"vectors": 128}, "leaves no room for text"),
@@ -168,10 +168,10 @@ def test_ids_alone_need_no_tokenizer_but_text_does():
         codec.cram(tiny(), ["a"])
 
 
-@pytest.mark.parametrize(("free", "seats"), [(10**15, 32), (0, 1)])
-def test_seats_fit_the_memory(monkeypatch, free, seats):
+@pytest.mark.parametrize(("free", "batch_size"), [(10**15, 32), (0, 1)])
+def test_slots_fit_the_memory(monkeypatch, free, batch_size):
     monkeypatch.setattr(codec, "_free_memory", lambda: free)
-    assert codec.default_seats(reader(), 100) == seats
+    assert codec.default_batch_size(reader(), 100) == batch_size
 
 
 def test_free_memory_is_known_or_assumed(monkeypatch):
@@ -196,7 +196,7 @@ def journal(path: Path, **changes) -> Journal:
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, tokens):
     """Same vectors; what was finished is not crammed again, splits included."""
     lm, path = reader(), tmp_path / "j"
-    options = {"vectors": 2, "tokens": tokens, "recipe": HASTY, "seats": 1}
+    options = {"vectors": 2, "tokens": tokens, "recipe": HASTY, "batch_size": 1}
     whole = codec.cram(lm, [TEXT], **options)
     record = journal(path)
 
@@ -230,7 +230,7 @@ from pathlib import Path
 from memvec import codec
 from memvec.cramming.recipe import Recipe
 from memvec.journal import Journal
-from memvec.lm import load_lm
+from memvec.model.lm import load_lm
 
 record = Journal(Path(sys.argv[2]), {"vectors": 2})
 
@@ -239,7 +239,7 @@ def kill(status):
         os.kill(os.getpid(), signal.SIGKILL)
 
 recipe = Recipe(steps=600, patience=600)
-codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, seats=1, recipe=recipe,
+codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, slots=1, recipe=recipe,
            journal=record, on_status=kill)
 """
 
@@ -258,7 +258,7 @@ def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path):
     ids = tuple(lm.tokenize(TEXT))
     known = [again.get(Passage(ids[at : at + 2])) for at in range(0, len(ids), 2)]
     assert sum(outcome is not None for outcome in known) == 2
-    mem = codec.cram(lm, [TEXT], journal=again, seats=1, **OPTIONS)
+    mem = codec.cram(lm, [TEXT], journal=again, batch_size=1, **OPTIONS)
     assert mem.exact
     for outcome in known:
         if outcome is not None:
@@ -372,7 +372,7 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
     )
     work.sit([Passage((1, 2, 3)), Passage((4, 5, 6))])
     said = told[-1].expected
-    assert said.startswith("2 seats of up to 3 tokens: about ")
+    assert said.startswith("2 slots of up to 3 tokens: about ")
     assert ("A step takes about" in said) is not workers
     assert work.engine.steps == 0
 

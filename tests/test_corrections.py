@@ -16,9 +16,9 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.interop import TARGETS, export
+from memvec.export import TARGETS, export
 from memvec.journal import Journal
-from memvec.lm import START_RULES
+from memvec.model.lm import START_RULES
 from memvec.onestep import laid_out
 from memvec.vectors import MemVectors, PassageRecord
 from test_vectors import forged

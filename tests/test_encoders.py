@@ -16,7 +16,7 @@ from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.training import GRID, Plan, Training
 from memvec.errors import MemvecError
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 from memvec.passages.passage import Passage
 
 SMALL = Plan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
@@ -226,7 +226,7 @@ def test_cramming_starts_from_it_and_compares(tmp_path):
 
     lm.encoder = Remembers(network_of(lm))
     try:
-        found = compare(lm, ids, [2], QUICK, seats=4)
+        found = compare(lm, ids, [2], QUICK, batch_size=4)
     finally:
         lm.encoder = None
     (row,) = found.rows

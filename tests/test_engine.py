@@ -1,4 +1,4 @@
-"""The seats: passages never touch, and what is kept is what was measured."""
+"""The slots: passages never touch, and what is kept is what was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memvec.cramming.start import passage_seed, start_vectors
 from memvec.decoding import decode_ids, first_error
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
-from memvec.lm import START_RULES
+from memvec.model.lm import START_RULES
 from memvec.passages.passage import Passage
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
@@ -41,10 +41,10 @@ def test_a_passages_vectors_do_not_depend_on_its_neighbours(family, fixed, vecto
     """Bit-equal at the same batch shape, whoever sits beside it and wherever it sits."""
     lm, recipe = tiny(family), replace(ENDLESS, schedule=schedule, steps=6)
     me, a, b, c = passages(6, 6, 6, 6, seed=4)
-    options = {"vectors": vectors, "seats": 3, "fixed_shapes": fixed}
+    options = {"vectors": vectors, "batch_size": 3, "fixed_shapes": fixed}
     found = [
-        crammed(lm, seated, recipe, **options)[me.ids].vectors
-        for seated in ([me, a, b], [b, me, a], [c, a, me])
+        crammed(lm, in_slots, recipe, **options)[me.ids].vectors
+        for in_slots in ([me, a, b], [b, me, a], [c, a, me])
     ]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -55,19 +55,19 @@ def test_neighbours_of_other_lengths_do_not_matter_at_a_fixed_shape(rule):
     lm, recipe = tiny(), replace(ENDLESS, start_rule=rule)
     long, me, a, b = passages(9, 5, 3, 7, seed=5)
     found = [
-        crammed(lm, seated, recipe, seats=3, fixed_shapes=True)[me.ids].vectors
-        for seated in ([long, me, a], [b, long, me], [long, b, me])
+        crammed(lm, in_slots, recipe, batch_size=3, fixed_shapes=True)[me.ids].vectors
+        for in_slots in ([long, me, a], [b, long, me], [long, b, me])
     ]
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FEW)
-@pytest.mark.parametrize("seats", [2, 4])
-def test_refilled_seats_give_what_each_passage_gets_alone(family, seats):
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_refilled_slots_give_what_each_passage_gets_alone(family, batch_size):
     lm, recipe = tiny(family), replace(ENDLESS, lr=0.01)
     asked = passages(7, 3, 5, 2, 4, seed=6)
-    together = crammed(lm, asked, recipe, seats=seats)
+    together = crammed(lm, asked, recipe, batch_size=batch_size)
     assert len(together) == len(asked)
     for passage in asked:
         alone = crammed(lm, [passage], recipe)[passage.ids]
@@ -75,11 +75,11 @@ def test_refilled_seats_give_what_each_passage_gets_alone(family, seats):
         torch.testing.assert_close(together[passage.ids].vectors, alone.vectors, rtol=0, atol=1e-4)
 
 
-def test_refilled_seats_end_exact_whatever_the_lengths():
-    """Short newcomers take the seats that long passages leave, and the other way round."""
+def test_refilled_slots_end_exact_whatever_the_lengths():
+    """Short newcomers take the slots that long passages leave, and the other way round."""
     lm, asked = tiny(), passages(2, 5, 3, 2, 4, 2, 3, 5, seed=7)
-    for seats in (2, 3):
-        outcomes = crammed(lm, asked, QUICK, vectors=2, seats=seats)
+    for batch_size in (2, 3):
+        outcomes = crammed(lm, asked, QUICK, vectors=2, batch_size=batch_size)
         assert {o.exact for o in outcomes.values()} == {True}
         assert {o.passage for o in outcomes.values()} == set(asked)
 
@@ -87,7 +87,7 @@ def test_refilled_seats_end_exact_whatever_the_lengths():
 def test_equal_passages_are_crammed_alike_and_seeds_differ():
     lm, (passage,) = tiny(), passages(4)
     twins = [passage, Passage(passage.ids, document=1)]
-    a, b = Engine(lm, ENDLESS, seats=2).run(twins)
+    a, b = Engine(lm, ENDLESS, batch_size=2).run(twins)
     assert torch.equal(a.vectors, b.vectors)
     other = crammed(lm, [passage], replace(ENDLESS, seed=1))[passage.ids]
     assert not torch.equal(a.vectors, other.vectors)
@@ -97,7 +97,7 @@ def test_equal_passages_are_crammed_alike_and_seeds_differ():
 
 def test_passages_pushed_between_outcomes_are_crammed_too():
     lm, (long, *halves) = tiny(), passages(6, 3, 3)
-    engine, seen = Engine(lm, QUICK, vectors=2, seats=1), []
+    engine, seen = Engine(lm, QUICK, vectors=2, batch_size=1), []
     for outcome in engine.run([long]):
         if not seen:
             for half in halves:
@@ -126,7 +126,7 @@ def test_a_fixed_shape_stays_fixed(monkeypatch):
         return states(vectors, ids, start)
 
     monkeypatch.setattr(lm, "states", watched)
-    engine = Engine(lm, QUICK, vectors=2, seats=3, fixed_shapes=True)
+    engine = Engine(lm, QUICK, vectors=2, batch_size=3, fixed_shapes=True)
     engine_outcomes = []
     for passage in passages(4, 2, 3, 2, seed=9):
         engine.push(passage)
@@ -173,7 +173,9 @@ def test_an_outcomes_figures_are_those_of_its_vectors(rule, vectors):
     """Measured again from the stored vectors with nothing but the model's logits."""
     lm, recipe = tiny(), Recipe(steps=40, start_rule=rule)
     given = int(rule == "first-token")
-    for outcome in Engine(lm, recipe, vectors=vectors, seats=4).run(passages(2, 8, 4, seed=11)):
+    for outcome in Engine(lm, recipe, vectors=vectors, batch_size=4).run(
+        passages(2, 8, 4, seed=11)
+    ):
         ids = torch.tensor([outcome.passage.ids])
         logits = lm.logits(outcome.vectors[None], ids, rule)[0]
         truth, m = ids[0, given:], outcome.metrics
@@ -205,11 +207,11 @@ def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, 
     """Forward-backward tokens: what counts, and what stands before it besides the last vector."""
     lm, (short, long) = tiny(), passages(6, 20, seed=12)
     recipe = Recipe(steps=30, schedule="whole", margin=1e3, start_rule=rule)
-    for outcome in Engine(lm, recipe, vectors=2, seats=2).run([short, long]):
+    for outcome in Engine(lm, recipe, vectors=2, batch_size=2).run([short, long]):
         predicted = len(outcome.passage) - (rule == "first-token")
         assert outcome.spent == 30 * (predicted + 1 + given)
     growing = replace(recipe, schedule="growing", lr=1e-9, narrow_after=0)
-    (outcome,) = Engine(lm, growing, vectors=2, seats=2).run([long])
+    (outcome,) = Engine(lm, growing, vectors=2, batch_size=2).run([long])
     assert outcome.spent == 30 * (2 * growing.look_ahead + 1 + given)
 
 
@@ -234,10 +236,10 @@ def test_vectors_are_large_but_near_an_encoders_start_until_stuck(after, size):
     )
     lm = copy(tiny())
     lm.encoder = Guess(size, 6)
-    engine = Engine(lm, recipe, seats=2)
+    engine = Engine(lm, recipe, batch_size=2)
     for passage in passages(12, 13, seed=15):
         engine.push(passage)
-    engine._seat_waiting(2)
+    engine._fill_slots(2)
     assert [len(job.passage) for job in engine.jobs] == [13, 12]
     seen = []
     found = engine.state["parameters"].square().mean(-1).sqrt()[:, 0]
@@ -261,20 +263,20 @@ def test_which_passages_begin_with_large_vectors(start, tokens):
     lm, texts = copy(tiny()), passages(3, 8, 9, seed=16)
     for encoder in (None, Guess(0.5, tokens)):
         lm.encoder = encoder
-        engine = Engine(lm, Recipe(start=start), seats=3)
+        engine = Engine(lm, Recipe(start=start), batch_size=3)
         for passage in texts:
             engine.push(passage)
-        engine._seat_waiting(3)
+        engine._fill_slots(3)
         near = encoder is not None and start == "auto"
         for job, large in zip(engine.jobs, engine.state["large"].tolist(), strict=True):
             assert large == (not near or (bool(tokens) and len(job.passage) > 2 * tokens))
-    published = Engine(lm, Recipe.of("progressive"), seats=3)
+    published = Engine(lm, Recipe.of("progressive"), batch_size=3)
     published.push(texts[0])
-    published._seat_waiting(1)
+    published._fill_slots(1)
     assert float(published.state["parameters"].abs().max()) < 0.02
 
 
-def test_a_passage_seated_again_stays_large():
+def test_a_passage_in_slot_again_stays_large():
     lm, (passage,) = copy(tiny()), passages(5, seed=17)
     lm.encoder = Guess(0.5, 6)
     recipe = Recipe(margin=1e3, steps=30, stuck_after=5)
@@ -282,7 +284,7 @@ def test_a_passage_seated_again_stays_large():
     (outcome,) = engine.run([passage])
     for vectors, large in ((outcome.vectors, False), (outcome.vectors * 100, True)):
         engine.push_again(replace(outcome, vectors=vectors, exact=False))
-        engine._seat_waiting(1)
+        engine._fill_slots(1)
         assert engine.state["large"].tolist() == [large]
         engine.jobs, engine.state = [], {}
 
@@ -309,23 +311,23 @@ def test_no_steps_at_all_measures_the_start(large):
 # ---------------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize(("seat", "poison"), [(0, float("nan")), (2, float("inf"))])
+@pytest.mark.parametrize(("slot", "poison"), [(0, float("nan")), (2, float("inf"))])
 @pytest.mark.parametrize("family", FEW)
-def test_numbers_that_are_not_finite_stay_in_their_seat(monkeypatch, family, poison, seat):
+def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family, poison, slot):
     lm, asked, start = tiny(family), passages(5, 5, 5, seed=14), start_vectors
     recipe = replace(ENDLESS, lr=0.01)
-    sound = crammed(lm, asked, recipe, seats=3)
+    sound = crammed(lm, asked, recipe, batch_size=3)
 
     def poisoned(lm, everyone, K, recipe, **options):
         vectors = start(lm, everyone, K, recipe, **options)
         return [
-            v * poison if ids == asked[seat].ids else v
+            v * poison if ids == asked[slot].ids else v
             for ids, v in zip(everyone, vectors, strict=True)
         ]
 
     monkeypatch.setattr(engine_module, "start_vectors", poisoned)
-    found = crammed(lm, asked, recipe, seats=3)
-    sick = found.pop(asked[seat].ids)
+    found = crammed(lm, asked, recipe, batch_size=3)
+    sick = found.pop(asked[slot].ids)
     assert (sick.status, sick.exact, sick.steps) == ("not-finite", False, 0)
     assert len(found) == 2
     for ids, outcome in found.items():
@@ -372,21 +374,21 @@ def test_waiting_passages_hold_no_tensors():
     def look(progress: Progress):
         waiting = [job for *_, job in engine.waiting._heap]
         assert all(job.vectors is None for job in waiting)
-        assert {len(tensor) for tensor in engine.state.values()} == {progress.seated}
-        rows.append((progress.seated, progress.waiting))
+        assert {len(tensor) for tensor in engine.state.values()} == {progress.in_slots}
+        rows.append((progress.in_slots, progress.waiting))
 
-    engine = Engine(lm, ENDLESS, seats=2, on_progress=look)
+    engine = Engine(lm, ENDLESS, batch_size=2, on_progress=look)
     asked = passages(*[4] * 9, seed=16)
     assert len(list(engine.run(asked))) == 9
-    assert max(seated for seated, _ in rows) == 2
+    assert max(in_slots for in_slots, _ in rows) == 2
     assert rows[0] == (2, 7)
     assert rows[-1] == (0, 0)
 
 
-@pytest.mark.parametrize("seats", [1, 3])
-def test_the_longest_wait_least(seats):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_longest_wait_least(batch_size):
     asked = passages(2, 6, 4, 3, 5, seed=17)
-    order = [len(o.passage) for o in Engine(tiny(), ENDLESS, seats=seats).run(asked)]
+    order = [len(o.passage) for o in Engine(tiny(), ENDLESS, batch_size=batch_size).run(asked)]
     assert order == [6, 5, 4, 3, 2]
 
 
@@ -395,7 +397,7 @@ def test_the_longest_wait_least(seats):
     [
         ({"vectors": 0}, {}, "--vectors"),
         ({"vectors": -1}, {}, "--vectors"),
-        ({"seats": 0}, {}, "--seats"),
+        ({"batch_size": 0}, {}, "--batch-size"),
     ],
 )
 def test_settings_that_cannot_work(options, recipe, word):

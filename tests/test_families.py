@@ -21,7 +21,6 @@ from conftest import (
     passages,
     tiny,
 )
-from memvec.caching import cached_logits
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
@@ -30,7 +29,8 @@ from memvec.decoding import decode_ids
 from memvec.doctor import checks, round_trip
 from memvec.environment import environment
 from memvec.errors import MemvecError
-from memvec.lm import START_RULES, FrozenLM
+from memvec.model.caching import cached_logits
+from memvec.model.lm import START_RULES, FrozenLM
 from memvec.storage import STORAGES
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from support import shows
@@ -75,7 +75,9 @@ def as_mem(
 @shows("file", SERVED)
 def test_a_passage_comes_back_from_the_file(family, rule, tmp_path):
     lm, asked = tiny(family), passages(2, 3, 2, seed=2)
-    engine = Engine(lm, Recipe.of(start_rule=rule, steps=600, patience=600), vectors=2, seats=2)
+    engine = Engine(
+        lm, Recipe.of(start_rule=rule, steps=600, patience=600), vectors=2, batch_size=2
+    )
     outcomes = list(engine.run(asked))
     assert [o.exact for o in outcomes] == [True] * 3
     as_mem(lm, outcomes, rule).save(tmp_path / "a.mem")
@@ -115,8 +117,8 @@ def test_cached_logits_are_the_logits(family):
 def test_a_batch_crams_like_single_passages(family):
     """Another batch shape changes rounding only: 20 steps agree to 1e-4."""
     lm, recipe = tiny(family), Recipe(steps=20, margin=1000.0, lr=0.01)
-    together = list(Engine(lm, recipe, seats=3).run(passages(4, 3, 4)))
-    alone = [o for p in passages(4, 3, 4) for o in Engine(lm, recipe, seats=1).run([p])]
+    together = list(Engine(lm, recipe, batch_size=3).run(passages(4, 3, 4)))
+    alone = [o for p in passages(4, 3, 4) for o in Engine(lm, recipe, batch_size=1).run([p])]
     assert {o.steps for o in together + alone} == {20}
     together.sort(key=lambda o: o.passage.document)
     for a, b in zip(together, alone, strict=True):
@@ -129,10 +131,10 @@ def test_a_batch_crams_like_single_passages(family):
 def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
     """Exact is exact: whatever the batch, with the cache or without, from any storage type."""
     lm, asked = tiny(family, dtype), passages(2, 3)
-    crammed = [o for o in Engine(lm, QUICK, vectors=2, seats=2).run(asked) if o.exact]
+    crammed = [o for o in Engine(lm, QUICK, vectors=2, batch_size=2).run(asked) if o.exact]
     assert len(crammed) == 2
     for name, storage in STORAGES.items():
-        engine = Engine(lm, QUICK, vectors=2, seats=2, storage=storage)
+        engine = Engine(lm, QUICK, vectors=2, batch_size=2, storage=storage)
         for outcome in crammed:
             engine.waiting.push(Job.again(outcome))  # on, through the rounding
         stored = [outcome for outcome in engine.run() if outcome.exact]
@@ -166,7 +168,7 @@ def test_the_doctor_passes(family, dtype):
 @pytest.mark.parametrize("family", sorted(set(ALSO) - REFUSED - TOO_NEW))
 def test_a_family_beyond_the_list_comes_back_too(family, tmp_path):
     lm, asked = tiny(family), passages(2, 3)
-    outcomes = list(Engine(lm, QUICK, vectors=2, seats=2).run(asked))
+    outcomes = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(asked))
     as_mem(lm, outcomes, "vectors").save(tmp_path / "a.mem")
     mem = MemVectors.load(tmp_path / "a.mem")
     assert mem.tokens(lm) == [list(p.ids) for p in asked]
@@ -210,7 +212,7 @@ def test_the_model_is_not_changed_by_cramming(family):
     lm = tiny(family)
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
-    list(Engine(lm, Recipe(steps=5), seats=2).run(passages(3, 2)))
+    list(Engine(lm, Recipe(steps=5), batch_size=2).run(passages(3, 2)))
     after = lm.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -16,7 +16,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.journal import Journal
-from memvec.lm import FrozenLM
+from memvec.model.lm import FrozenLM
 from memvec.onestep import OneStep
 from memvec.onestep.shared import Shared
 from memvec.vectors import MemVectors
@@ -56,12 +56,12 @@ NO_ROOM = [
 @pytest.mark.slow
 @pytest.mark.parametrize("error", NO_ROOM, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_out_of_memory_halves_the_seats_and_goes_on(monkeypatch, rows, error):
+def test_out_of_memory_halves_the_slots_and_goes_on(monkeypatch, rows, error):
     cramped, asked = Cramped(monkeypatch, rows, error), passages(2, 3, 2, 2, 3, 2, 2)
-    engine = Engine(cramped.lm, QUICK, vectors=2, seats=7)
+    engine = Engine(cramped.lm, QUICK, vectors=2, batch_size=7)
     outcomes = list(engine.run(asked))
     assert cramped.failures > 0
-    assert engine.seats == rows
+    assert engine.batch_size == rows
     assert sorted(o.passage.document for o in outcomes) == list(range(7))
     assert all(o.exact for o in outcomes)
     vectors = torch.stack([o.vectors for o in outcomes])
@@ -72,14 +72,14 @@ def test_out_of_memory_halves_the_seats_and_goes_on(monkeypatch, rows, error):
 def test_a_passage_that_never_fits_is_a_sentence(monkeypatch):
     cramped = Cramped(monkeypatch, 0, NO_ROOM[0])
     with pytest.raises(MemvecError, match="one passage of 3 tokens does not fit") as error:
-        list(Engine(cramped.lm, QUICK, vectors=2, seats=4).run(passages(3, 3, 3)))
+        list(Engine(cramped.lm, QUICK, vectors=2, batch_size=4).run(passages(3, 3, 3)))
     assert "\n" not in str(error.value)
 
 
 def test_out_of_memory_later_keeps_what_was_measured(monkeypatch):
     """Room is lost in the middle: passages go on from where they were, with their steps."""
     cramped = Cramped(monkeypatch, 4, NO_ROOM[0])
-    engine = Engine(cramped.lm, QUICK, vectors=2, seats=4)
+    engine = Engine(cramped.lm, QUICK, vectors=2, batch_size=4)
 
     def shrink(progress):
         if progress.steps == 3:
@@ -97,7 +97,7 @@ def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
     steps = 40
     cramped = Cramped(monkeypatch, 4, NO_ROOM[0])
     recipe = Recipe(steps=steps, margin=0.0)
-    engine, measured = Engine(cramped.lm, recipe, seats=4), {}
+    engine, measured = Engine(cramped.lm, recipe, batch_size=4), {}
 
     def shrink(progress):
         for job, best in zip(engine.jobs, engine.state["best"].tolist(), strict=True):
@@ -116,18 +116,18 @@ def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
 def test_passages_that_share_a_vector_start_again_with_less_room(monkeypatch):
     cramped = Cramped(monkeypatch, 1, NO_ROOM[0])
     jobs = [Job(p, QUICK.margin) for p in passages(2, 2, 2)]
-    found = Shared(OneStep(cramped.lm), QUICK, seats=3, storage="float32").run(jobs)
+    found = Shared(OneStep(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
     assert cramped.failures > 0
     assert all(o.exact for o in found)
     cramped.rows = 0
     with pytest.raises(MemvecError, match="one passage of 2 tokens does not fit"):
-        Shared(OneStep(cramped.lm), QUICK, seats=3, storage="float32").run(jobs)
+        Shared(OneStep(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
 
 
 def test_other_errors_of_the_device_are_not_memory(monkeypatch):
     cramped = Cramped(monkeypatch, 0, RuntimeError("an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):
-        list(Engine(cramped.lm, QUICK, seats=2).run(passages(2, 2)))
+        list(Engine(cramped.lm, QUICK, batch_size=2).run(passages(2, 2)))
 
 
 # ---------------------------------------------------------------------- saving

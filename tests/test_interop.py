@@ -22,8 +22,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.start import ids_hash
 from memvec.errors import MemvecError, NotExactError
-from memvec.interop import TARGETS, export
-from memvec.lm import START_RULES, FrozenLM
+from memvec.export import TARGETS, export
+from memvec.model.lm import START_RULES, FrozenLM
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
 from test_families import as_mem
@@ -47,7 +47,7 @@ def crammed(
 ) -> MemVectors:
     """Exact vectors of a few passages, made once for all tests."""
     recipe = Recipe.of(start_rule=rule, steps=600, patience=600)
-    engine = Engine(lm, recipe, vectors=2, seats=4)
+    engine = Engine(lm, recipe, vectors=2, batch_size=4)
     mem = as_mem(lm, list(engine.run(asked)), rule)
     assert mem.exact
     return mem
@@ -169,7 +169,7 @@ def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypa
         assert vars(module).keys() == attributes.keys()
         assert all(vars(module)[name] is value for name, value in attributes.items())
     assert not any(p.requires_grad for p in lm.model.parameters())
-    monkeypatch.setattr("memvec.interop.peft.find_spec", lambda name: None)
+    monkeypatch.setattr("memvec.export.peft.find_spec", lambda name: None)
     manifest = export(mem, lm, TARGETS["peft"], tmp_path / "without")
     assert manifest["certificate"]["decoded_by"].startswith("memvec ")
 

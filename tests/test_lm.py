@@ -15,7 +15,7 @@ from conftest import build, byte_tokenizer, passages, reader, tiny
 from memvec.decoding import decode_ids
 from memvec.doctor import checks, examine, speed
 from memvec.errors import MemvecError, SlowPathWarning
-from memvec.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM, load_lm
 
 SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
 BERT = {
@@ -332,7 +332,9 @@ def test_a_tokenizer_that_adds_bos_is_noticed():
 
 
 def test_the_doctor_passes_a_sound_folder(folder, monkeypatch):
-    monkeypatch.setattr("memvec.doctor.speed", lambda lm: speed(lm, tokens=4, seats=2, seconds=0.0))
+    monkeypatch.setattr(
+        "memvec.doctor.speed", lambda lm: speed(lm, tokens=4, batch_size=2, seconds=0.0)
+    )
     report = examine(str(folder))
     assert report["can_be_crammed"] is True
     assert report["reason"] is None
@@ -347,7 +349,7 @@ def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
     assert report["can_be_crammed"] is False
     assert "config.json" in report["reason"]
     monkeypatch.setattr(
-        "memvec.lm.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
+        "memvec.model.lm.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
     )
     report = examine(str(folder))
     assert report["can_be_crammed"] is False

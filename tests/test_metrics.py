@@ -14,7 +14,7 @@ from conftest import passages, tiny
 from memvec import metrics
 from memvec.cramming import certify as certify_module
 from memvec.cramming.certify import measure
-from memvec.lm import START_RULES
+from memvec.model.lm import START_RULES
 
 B, T, V = 3, 8, 13
 SEEDS = range(5)

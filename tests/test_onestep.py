@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from conftest import QUICK, FrozenLM, build, passages, reader, tiny
 from memvec import codec
-from memvec.capacity.one_step import one_step_result
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.interop import TARGETS, export
+from memvec.export import TARGETS, export
+from memvec.lab.protocols.one_step import one_step_result
 from memvec.onestep import OneStep, laid_out
 from memvec.onestep.shared import Shared
 from memvec.vectors import Header, MemVectors
@@ -32,7 +32,7 @@ ASKED = passages(3, 2, 3, 1)
 @functools.cache
 def crammed(family: str) -> list[Outcome]:
     """One-step outcomes of a few passages, made once for all tests."""
-    engine = Engine(OneStep(tiny(family)), QUICK, vectors=2, seats=4)
+    engine = Engine(OneStep(tiny(family)), QUICK, vectors=2, batch_size=4)
     return sorted(engine.run(ASKED), key=lambda o: o.passage.document)
 
 
@@ -92,17 +92,17 @@ def test_no_input_depends_on_a_token_and_none_is_spent_before_the_first():
     assert single.spent == single.steps  # one input for one token
 
 
-def test_seats_are_independent_here_too():
+def test_slots_are_independent_here_too():
     lm, recipe = OneStep(tiny()), replace(QUICK, steps=10, margin=1e3)  # nobody is done
-    together = {o.passage: o for o in Engine(lm, recipe, vectors=2, seats=4).run(ASKED)}
+    together = {o.passage: o for o in Engine(lm, recipe, vectors=2, batch_size=4).run(ASKED)}
     for passage in ASKED[:2]:
-        (alone,) = Engine(lm, recipe, vectors=2, seats=1).run([passage])
+        (alone,) = Engine(lm, recipe, vectors=2, batch_size=1).run([passage])
         assert alone.steps == together[passage].steps == 10
         torch.testing.assert_close(alone.vectors, together[passage].vectors, rtol=0, atol=1e-4)
 
 
 def test_the_figures_without_vectors_are_the_same_as_ever():
-    ordinary = next(Engine(tiny(), QUICK, vectors=2, seats=1).run(ASKED[:1]))
+    ordinary = next(Engine(tiny(), QUICK, vectors=2, batch_size=1).run(ASKED[:1]))
     one = crammed("llama")[0]
     assert one.metrics.lm_bits == pytest.approx(ordinary.metrics.lm_bits, abs=1e-4)
 
@@ -213,21 +213,23 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     assert (did["compute"], did["lr_large"], did["stuck_after"]) == ("model", 0.0, 0)
 
 
-def test_a_shared_m_couples_passages_and_seats_only_group_them():
+def test_a_shared_m_couples_passages_and_slots_only_group_them():
     """Coupled by design: another neighbour is another result; how many sit together is not."""
     lm = OneStep(tiny())
     options = {"storage": torch.float32}
     jobs = [Job(p, QUICK.margin) for p in ASKED]
-    together = Shared(lm, QUICK, seats=4, **options).run(jobs)
-    fewer = Shared(lm, QUICK, seats=4, **options).run([Job(p, QUICK.margin) for p in ASKED[:2]])
+    together = Shared(lm, QUICK, batch_size=4, **options).run(jobs)
+    fewer = Shared(lm, QUICK, batch_size=4, **options).run(
+        [Job(p, QUICK.margin) for p in ASKED[:2]]
+    )
     assert all(o.exact and o.status == "done" for o in (*together, *fewer))
     assert [o.passage for o in together] == ASKED
     assert len({o.steps for o in together}) == 1  # none is finished before all are
     assert not torch.allclose(together[0].vectors, fewer[0].vectors, atol=1e-2)
     short = Recipe(steps=10)  # rounding grows with the steps
     moved = [
-        Shared(lm, short, seats=seats, **options).run([Job(p, 0.5) for p in ASKED])
-        for seats in (1, 4)
+        Shared(lm, short, batch_size=batch_size, **options).run([Job(p, 0.5) for p in ASKED])
+        for batch_size in (1, 4)
     ]
     for a, b in zip(*moved, strict=True):
         assert torch.allclose(a.vectors, b.vectors, atol=1e-3)

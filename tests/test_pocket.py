@@ -10,7 +10,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.start import start_vectors
 from memvec.doctor import examine
-from memvec.lm import POCKET
+from memvec.model.lm import POCKET
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
 
@@ -68,7 +68,7 @@ def test_its_encoder_is_a_better_start_than_noise(pocket):
     asked = [Passage(tuple(ids[at : at + 12])) for at in range(0, 96, 12)]
     steps = {}
     for start in ("encoder", "noise"):
-        outcomes = list(Engine(pocket, Recipe(start=start), seats=8).run(asked))
+        outcomes = list(Engine(pocket, Recipe(start=start), batch_size=8).run(asked))
         assert all(o.exact for o in outcomes)
         steps[start] = sum(o.steps for o in outcomes)
     assert steps["encoder"] < steps["noise"]

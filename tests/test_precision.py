@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conftest import FAMILIES, QUICK, passages, tiny
-from memvec import precision
 from memvec.cramming.engine import Engine
 from memvec.cramming.objective import score
 from memvec.cramming.recipe import PRESETS
 from memvec.decoding import decode_ids
-from memvec.lm import load_lm
+from memvec.model import precision
+from memvec.model.lm import load_lm
 from memvec.onestep import OneStep
 
 HALF = replace(QUICK, compute="bfloat16")
@@ -30,7 +30,7 @@ def crammed(lm, asked, recipe=HALF, **options):
 @pytest.mark.parametrize("family", SOME)
 def test_what_is_done_has_its_margins_in_float32(family, storage):
     lm, asked = tiny(family), passages(4, 3, 5, 2, seed=11)
-    engine = Engine(lm, HALF, vectors=2, seats=3, storage=storage)
+    engine = Engine(lm, HALF, vectors=2, batch_size=3, storage=storage)
     assert engine.fast is not lm
     assert engine.recipe.compute == "bfloat16"
     outcomes = list(engine.run(asked))
@@ -100,8 +100,8 @@ def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
     lm, recipe = tiny(), replace(HALF, steps=30)
     me, a, b, c = passages(5, 4, 6, 3, seed=12)
     found = [
-        crammed(lm, seated, recipe, vectors=vectors, seats=3, fixed_shapes=True)[me.ids]
-        for seated in ([me, a, b], [b, me, c], [c, a, me])
+        crammed(lm, in_slots, recipe, vectors=vectors, batch_size=3, fixed_shapes=True)[me.ids]
+        for in_slots in ([me, a, b], [b, me, c], [c, a, me])
     ]
     assert all(torch.equal(found[0].vectors, other.vectors) for other in found[1:])
     assert len({other.steps for other in found}) == 1
@@ -109,18 +109,18 @@ def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
 
 def test_one_step_vectors_too():
     lm, asked = OneStep(tiny()), passages(2, 3, seed=13)
-    engine = Engine(lm, replace(HALF, steps=300), vectors=2, seats=2)
+    engine = Engine(lm, replace(HALF, steps=300), vectors=2, batch_size=2)
     assert isinstance(engine.fast, OneStep)
     outcomes = list(engine.run(asked))
     assert all(o.exact for o in outcomes if o.status == "done")
 
 
 def test_margins_that_hold_in_bfloat16_only_are_asked_for_more():
-    """A passage whose rounded margins suffice and whose own do not stays in its seat."""
+    """A passage whose rounded margins suffice and whose own do not stays in its slot."""
     lm, (passage,) = tiny(), passages(3, seed=14)
-    engine = Engine(lm, replace(HALF, margin=0.2), vectors=2, seats=1)
+    engine = Engine(lm, replace(HALF, margin=0.2), vectors=2, batch_size=1)
     engine.push(passage)
-    engine._seat_waiting(1)
+    engine._fill_slots(1)
     s = engine.state
     states = lm.states(s["vectors"], s["ids"], engine.start_rule)
     least = score(lm.head, states, s["ids"], engine.recipe).margin.min()

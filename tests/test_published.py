@@ -26,10 +26,10 @@ D = 32
 
 def ours(recipe, passage, family):
     """Vectors of the engine after each of the first moves."""
-    engine = Engine(tiny(family), recipe, seats=1)
+    engine = Engine(tiny(family), recipe, batch_size=1)
     engine.push(passage)
     found = []
-    engine._seat_waiting(1)
+    engine._fill_slots(1)
     for _ in range(MOVES):
         engine.step()
         found.append(engine.coordinates.vectors(engine.state["parameters"])[0].clone())
@@ -72,9 +72,9 @@ def mezentsev(lm, ids, vectors):
 def test_one_step_as_published(family):
     passage, recipe = passages(12)[0], PRESETS["one-step"]
     lm = OneStep(tiny(family))
-    engine = Engine(lm, recipe, vectors=2, seats=1)
+    engine = Engine(lm, recipe, vectors=2, batch_size=1)
     engine.push(passage)
-    engine._seat_waiting(1)
+    engine._fill_slots(1)
     (first,) = start_vectors(lm, [passage.ids], 2, recipe)
     for theirs in mezentsev(tiny(family), passage.ids, first):
         engine.step()

@@ -16,14 +16,14 @@ from memvec import codec
 from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lm import load_lm
+from memvec.lab.study.cells import expand
+from memvec.lab.study.pool import Unit, in_units
+from memvec.lab.study.spec import parse_spec
+from memvec.model.lm import load_lm
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
-from memvec.study.cells import expand
-from memvec.study.pool import Unit, in_units
-from memvec.study.spec import parse_spec
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Workers, _Seat, together
+from memvec.workers import Batch, Crew, Workers, _Slot, together
 from studies import HEAD
 from test_report import alike
 
@@ -67,12 +67,12 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
         wait=lambda rows, **_: (rows, []), get=get, exceptions=errors, kill=lambda _: None
     )
     made.count = len(actors)
-    made.seats = [_Seat(f"ray-{i}", actor) for i, actor in enumerate(actors)]
+    made.batch_size = [_Slot(f"ray-{i}", actor) for i, actor in enumerate(actors)]
     made._made = made._deaths = 0
     made._asked = None
     told = {f"ray-{i}": Progress(2, i, 3.0 + 4 * i, 10, 100) for i in range(len(actors))}
     made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: told))
-    made._hire = lambda: _Seat("spare", spare())  # type: ignore[method-assign]
+    made._hire = lambda: _Slot("spare", spare())  # type: ignore[method-assign]
     return made
 
 
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_while_a_unit_is_being_made_loses_nothing() -> None:
 
     def slowly() -> Any:
         for unit in units(6, 3):
-            made._replace(made.seats[0])  # what a failed call to it does
+            made._replace(made.batch_size[0])  # what a failed call to it does
             yield unit
 
     numbers = [f.row.number for f in made.stream(one_by_one(slowly()), None)]
@@ -122,7 +122,7 @@ def test_workers_that_keep_dying_end_the_study() -> None:
 
 
 def test_the_horizon_of_all_workers_is_shown() -> None:
-    """The mean over the seats of those at work; who has left is not counted."""
+    """The mean over the slots of those at work; who has left is not counted."""
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(99, "done"), spare=lambda: healthy)
     seen: list[Progress] = []

@@ -20,21 +20,21 @@ from rich.console import Console
 
 from conftest import reader
 from memvec.errors import MemvecError
+from memvec.lab.report.data import read_data, recipe_names
+from memvec.lab.report.figures import draw_all
+from memvec.lab.report.page import overview, write_page
+from memvec.lab.report.plots import all_plots
+from memvec.lab.report.report import FORMATS, write_report
+from memvec.lab.report.tables import Table, all_tables, show
+from memvec.lab.study.cells import Cell, expand
+from memvec.lab.study.export import read_rows
+from memvec.lab.study.pool import text_of
+from memvec.lab.study.row import Finished, Row, Text
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
-from memvec.report.data import read_data, recipe_names
-from memvec.report.figures import draw_all
-from memvec.report.page import overview, write_page
-from memvec.report.plots import all_plots
-from memvec.report.report import FORMATS, write_report
-from memvec.report.tables import Table, all_tables, show
 from memvec.statistics import mean_interval
-from memvec.study.cells import Cell, expand
-from memvec.study.export import read_rows
-from memvec.study.pool import text_of
-from memvec.study.row import Finished, Row, Text
-from memvec.study.spec import parse_spec
-from memvec.study.store import Store
 from studies import EVERYTHING, HEAD, run, spec_in
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -369,7 +369,7 @@ def alike(cell: str, number: int, K: int, protocol: str) -> Finished:
         spent=30,
         seconds=0.1,
         start_rule="vectors",
-        seats=3,
+        batch_size=3,
         worker="here",
         extra=extra,
     )

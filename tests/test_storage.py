@@ -120,7 +120,7 @@ def test_exact_however_it_is_decoded(name, K, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "mamba"])
 def test_what_is_kept_is_what_was_measured(family, name):
     lm, storage = tiny(family), STORAGES[name]
-    for o in Engine(lm, QUICK, vectors=2, seats=2, storage=name).run(passages(2, 3)):
+    for o in Engine(lm, QUICK, vectors=2, batch_size=2, storage=name).run(passages(2, 3)):
         assert o.exact
         assert o.vectors.dtype == torch.float32
         assert torch.equal(storage.rounded(o.vectors), o.vectors)

@@ -18,19 +18,19 @@ import typer
 from rich.console import Console
 
 from conftest import reader
-from memvec.capacity import PROTOCOLS
+from memvec.cli.study import check, export, ls, validate
 from memvec.errors import MemvecError
-from memvec.study import check as check_module
-from memvec.study.cells import check_lengths, expand
-from memvec.study.check import check_study
-from memvec.study.cli import check, export, ls, validate
-from memvec.study.export import export_rows
-from memvec.study.price import price, problems
-from memvec.study.row import Row
-from memvec.study.run import Status, run_study
-from memvec.study.show import study_progress
-from memvec.study.spec import parse_spec, read_spec
-from memvec.study.store import COLUMNS, Store
+from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.study import check as check_module
+from memvec.lab.study.cells import check_lengths, expand
+from memvec.lab.study.check import check_study
+from memvec.lab.study.export import export_rows
+from memvec.lab.study.price import price, problems
+from memvec.lab.study.row import Row
+from memvec.lab.study.run import Status, run_study
+from memvec.lab.study.show import study_progress
+from memvec.lab.study.spec import parse_spec, read_spec
+from memvec.lab.study.store import COLUMNS, Store
 from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
@@ -179,7 +179,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 ) -> None:
     import pandas as pd
 
-    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
     for steps in (1, 2):
         text = f"{HEAD}{RUN}sources = ['random-tokens']\npassages = 2\nrecipe.steps = {steps}\n"
         run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
@@ -192,7 +192,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 
 
 def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
     found = check_study(done / "out")
     assert found["wrong"] == []
     assert found["rows"] == len(everything(done / "out"))
@@ -236,7 +236,7 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_check_sees_an_extra_that_is_none(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
-    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
     db.execute("UPDATE rows SET extra = ?", (extra,))
@@ -249,7 +249,7 @@ def test_the_check_sees_an_extra_that_is_none(
 def test_the_check_sees_a_falsified_column(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
-    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     kind = Row.__annotations__[column]
     changed = {
@@ -275,7 +275,7 @@ def test_the_check_sees_a_falsified_column(
 def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
     assert check_study(two_rows)["wrong"] == []
     assert check_study(two_rows)["worst"]["paths"] < 1e-6
     falsified = {
@@ -406,12 +406,12 @@ def test_a_persons_brackets_are_words_and_no_markup(
         ls(folder)
         assert words in capsys.readouterr().out
     wrong = {"rows": 0, "worst": {}, "wrong": [words]}
-    monkeypatch.setattr("memvec.study.check.check_study", lambda *_, **__: wrong)
+    monkeypatch.setattr("memvec.lab.study.check.check_study", lambda *_, **__: wrong)
     with pytest.raises(typer.Exit):
         check(tmp_path)
     assert words in capsys.readouterr().out
     terminal = Console(width=300, force_terminal=True, file=io.StringIO())
-    monkeypatch.setattr("memvec.study.show.err", terminal)
+    monkeypatch.setattr("memvec.lab.study.show.err", terminal)
     with study_progress(words) as show:
         show(Status(0, 1, 0, 1, 0, 0.0, None, words, None))
     assert words in terminal.file.getvalue()  # type: ignore[attr-defined]
@@ -481,7 +481,7 @@ def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_kill_9_loses_nothing_but_running_seats(killed: Path) -> None:
+def test_kill_9_loses_nothing_but_running_slots(killed: Path) -> None:
     whole = everything(killed / "whole")
     file = killed / "cut" / "study.sqlite"
     for least in (1, 5):  # rows that must be there before the kill

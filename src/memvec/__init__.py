@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from memvec.cramming.engine import Engine
     from memvec.cramming.recipe import Recipe
     from memvec.errors import MemvecError, NotExactError
-    from memvec.lm import FrozenLM, load_lm
+    from memvec.model.lm import FrozenLM, load_lm
     from memvec.vectors import MemVectors
 
 _WHERE = {
-    "load_lm": "memvec.lm",
-    "FrozenLM": "memvec.lm",
+    "load_lm": "memvec.model.lm",
+    "FrozenLM": "memvec.model.lm",
     "cram": "memvec.codec",
     "decode": "memvec.codec",
     "MemVectors": "memvec.vectors",

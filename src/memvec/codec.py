@@ -23,9 +23,9 @@ from memvec.cramming.start import ids_hash
 from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
-from memvec.estimate import duration, estimate, facts_of, most_seats
 from memvec.journal import Journal
-from memvec.lm import FrozenLM
+from memvec.model.estimate import duration, estimate, facts_of, max_batch_size
+from memvec.model.lm import FrozenLM
 from memvec.onestep import OneStep, laid_out, laid_out_as
 from memvec.onestep.shared import Shared, without_parts
 from memvec.passages.cut import Cutter, surprisals
@@ -52,7 +52,7 @@ class Status:
     vectors: int  # vectors finished
     split: int  # passages that did not fit and were halved
     engine: Progress | None = None
-    expected: str = ""  # memory and time that the seats will take, once they are known
+    expected: str = ""  # memory and time that the slots will take, once they are known
 
 
 def cram(
@@ -62,7 +62,7 @@ def cram(
     vectors: int = 1,
     tokens: int | None = None,
     recipe: Recipe | None = None,
-    seats: int | None = None,
+    batch_size: int | None = None,
     storage: str = "float32",
     layout: str = "prefix",
     keep_text: bool = False,
@@ -70,7 +70,7 @@ def cram(
     workers: Workers | None = None,
     on_status: Callable[[Status], None] | None = None,
 ) -> MemVectors:
-    """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's seats.
+    """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's slots.
 
     A `str`, `bytes` or Document alone is one text.
 
@@ -105,7 +105,7 @@ def cram(
         vectors,
         tokens,
         recipe,
-        seats,
+        batch_size,
         storage_of(storage),
         journal,
         on_status,
@@ -150,15 +150,17 @@ def certificate_of(
     return certificate, exact
 
 
-def default_seats(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
-    """Seats that fill the machine without filling its memory (see docs/log.md): at most 32, with
-    activations in a quarter of the free memory (memvec.estimate)."""
+def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
+    """Slots that fill the machine without filling its memory (see docs/log.md): at most 32, with
+    activations in a quarter of the free memory (memvec.model.estimate)."""
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0]
     else:
         free = _free_memory()
     tokens = max(1, tokens)
-    return min(32, most_seats(facts_of(lm, tokens), free=free / 4, tokens=tokens, vectors=vectors))
+    return min(
+        32, max_batch_size(facts_of(lm, tokens), free=free / 4, tokens=tokens, vectors=vectors)
+    )
 
 
 def _free_memory() -> int:
@@ -184,7 +186,7 @@ class Cramming:
         K: int,
         tokens: int | None,
         recipe: Recipe,
-        seats: int | None,
+        batch_size: int | None,
         storage: Storage,
         journal: Journal | None = None,
         on_status: Callable[[Status], None] | None = None,
@@ -203,9 +205,14 @@ class Cramming:
             on_status,
         )
         self.engine = Engine(
-            lm, recipe, vectors=K, seats=seats or 1, storage=storage, on_progress=self._progress
+            lm,
+            recipe,
+            vectors=K,
+            batch_size=batch_size or 1,
+            storage=storage,
+            on_progress=self._progress,
         )
-        self._seats = seats
+        self._batch_size = batch_size
         self.total = sum(len(d.ids) for d in documents)
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}
@@ -226,29 +233,32 @@ class Cramming:
         return mem
 
     def sit(self, passages: Sequence[Passage]) -> None:
-        """As many seats as these passages allow, unless the caller said how many."""
-        self.engine.seats = self._seats or default_seats(self.lm, max(map(len, passages)), self.K)
+        """As many slots as these passages allow, unless the caller said how many."""
+        self.engine.batch_size = self._batch_size or default_batch_size(
+            self.lm, max(map(len, passages)), self.K
+        )
         if self.on_status is not None:
             self.expected = self._expected(passages)
         self.stage = "cramming"
         self._tell()
 
     def _expected(self, passages: Sequence[Passage]) -> str:
-        """What the seats will take: memory from the configuration, time from a trial step.
+        """What the slots will take: memory from the configuration, time from a trial step.
 
         How many steps a passage needs is what cramming finds out (`memvec plan` does, on a sample).
         """
-        seats, longest = min(self.engine.seats, len(passages)), max(map(len, passages))
-        sizes = {"seats": seats, "tokens": longest, "vectors": self.K}
+        batch_size, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
+        sizes = {"batch_size": batch_size, "tokens": longest, "vectors": self.K}
         facts = facts_of(self.lm, longest, self.engine.fast)
         memory = estimate(facts, **sizes)
-        found = f"{seats} seat{'s' * (seats > 1)} of up to {longest} tokens: {memory.sentence()}."
+        slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
+        found = f"{slots} of up to {longest} tokens: {memory.sentence()}."
         if self.workers is not None or self.layout == "one-step-shared":
             return found
-        each = self.engine.trial(longest, min(seats, TRIAL)) * max(1.0, seats / TRIAL)
-        if not each:  # too little memory even for that many seats
+        each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
+        if not each:  # too little memory even for that many slots
             return found
-        fills = sum(map(len, passages)) / longest / seats
+        fills = sum(map(len, passages)) / longest / batch_size
         ten = 10 * each * max(1.0, fills)
         return (
             f"{found} A step takes about {duration(each)}: every 10 steps that passages need on "
@@ -268,7 +278,7 @@ class Cramming:
 
     def _crew(self, workers: Workers) -> Crew:
         e = self.engine
-        batch = Batch((), self.recipe, self.K, e.seats, self.storage.name, self.lm.layout)
+        batch = Batch((), self.recipe, self.K, e.batch_size, self.storage.name, self.lm.layout)
         return Crew(workers, batch, self._progress)
 
     def _cram_shared(self, jobs: list[Job]) -> None:
@@ -289,7 +299,7 @@ class Cramming:
         return Shared(
             self.lm,
             self.engine.recipe,
-            seats=self.engine.seats,
+            batch_size=self.engine.batch_size,
             storage=self.storage,
             on_progress=self._progress,
         )
@@ -331,7 +341,9 @@ class Cramming:
             self.lm,
             recipe,
             vectors=self.K,
-            seats=min(len(probes), self._seats or default_seats(self.lm, length, self.K)),
+            batch_size=min(
+                len(probes), self._batch_size or default_batch_size(self.lm, length, self.K)
+            ),
             storage=self.storage,
         )
         reached = []

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.caching import step
 from memvec.corrections import table
-from memvec.lm import FrozenLM, StartRule
-from memvec.memory import in_batches
+from memvec.model.caching import step
+from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.memory import in_batches
 
 BATCH = 32  # passages decoded together; certification and users use the same number
 

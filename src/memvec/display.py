@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from memvec.codec import Status
-from memvec.estimate import duration
+from memvec.model.estimate import duration
 from memvec.plan import Plan
 from memvec.statistics import Mean
 from memvec.vectors import MemVectors
@@ -98,7 +98,7 @@ def _line(status: Status) -> str:
         return status.stage
     e = status.engine
     split = f", {status.split} split" if status.split else ""
-    return f"cramming {e.seated} passages ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
+    return f"cramming {e.in_slots} passages ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
 
 
 def summary(mem: MemVectors, path: Path, account: Mapping[str, int]) -> None:

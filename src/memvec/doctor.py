@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memvec.agreement import agree
 from memvec.errors import MemvecError
+from memvec.model.agreement import agree
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 CACHE = "decodes with its cache"
@@ -65,7 +65,7 @@ def examine(
     not load or fails a check gives `can_be_crammed` False and the reason. `options` are those of
     `load_lm` for big models.
     """
-    from memvec.lm import load_lm
+    from memvec.model.lm import load_lm
 
     report: dict[str, Any] = {"model": name, "checks": [], "facts": {}, "reason": None}
     began = time.perf_counter()
@@ -101,17 +101,17 @@ def examine(
     return report | {"can_be_crammed": not failed, "reason": reason}
 
 
-def speed(lm: FrozenLM, tokens: int = 64, seats: int = 16, seconds: float = 2.0) -> float:
-    """Tokens per second of a forward and backward-to-input pass, `seats` passages at once."""
+def speed(lm: FrozenLM, tokens: int = 64, batch_size: int = 16, seconds: float = 2.0) -> float:
+    """Tokens per second of a forward and backward-to-input pass, `slots` passages at once."""
     tokens = min(tokens, (lm.context or tokens + 1) - 1)
-    ids = _ids(lm, tokens).expand(seats, -1)
-    vectors = torch.zeros(seats, 1, lm.width, device=lm.device, requires_grad=True)
+    ids = _ids(lm, tokens).expand(batch_size, -1)
+    vectors = torch.zeros(batch_size, 1, lm.width, device=lm.device, requires_grad=True)
     done, start = 0, time.perf_counter()
     while done < 2 or (time.perf_counter() - start < seconds and done < 50):
         loss = lm.logits(vectors, ids).logsumexp(-1).sum()
         float(torch.autograd.grad(loss, vectors)[0].sum())  # waits for the device
         done += 1
-    return done * seats * tokens / (time.perf_counter() - start)
+    return done * batch_size * tokens / (time.perf_counter() - start)
 
 
 def round_trip(lm: FrozenLM) -> Check:
@@ -197,7 +197,7 @@ def _round_trip(lm: FrozenLM) -> tuple[bool, str]:
     ids = tuple(_ids(lm, 5)[0, 3:].tolist())
     for K, n in ((1, 2), (4, 2), (1, 1)):
         recipe = Recipe(steps=400, patience=100)
-        (outcome,) = Engine(lm, recipe, vectors=K, seats=1).run([Passage(ids[:n])])
+        (outcome,) = Engine(lm, recipe, vectors=K, batch_size=1).run([Passage(ids[:n])])
         if outcome.exact:
             break
     return (

@@ -4,7 +4,7 @@ The sample is stratified: the document is cut into equal parts and a passage is 
 place of each, cut by the same rule as `cram` cuts and crammed by the same engine, halves of what
 does not fit included. A place costs 1 / tokens vectors per token there, so the mean of vectors /
 tokens over places, times the document's tokens, is what the whole will need; seconds likewise, from
-each passage's forward-backward tokens, the rate of full seats, and what seating, certifying and
+each passage's forward-backward tokens, the rate of full slots, what filling slots, certifying and
 cutting took. Intervals are 95 % (Student's t)
 over the places. The sample of a short document is all of it: then the plan is a measurement.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from memvec.codec import Cramming, Status
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lm import FrozenLM
+from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.found import rng
 from memvec.passages.passage import Passage
@@ -28,7 +28,7 @@ from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 
 SAMPLE = 32  # passages
-FULL = 0.5  # a step counts for the rate while at least this share of the most seats is taken
+FULL = 0.5  # a step counts for the rate while at least this share of the most slots is taken
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def plan(
     vectors: int = 1,
     tokens: int | None = None,
     recipe: Recipe | None = None,
-    seats: int | None = None,
+    batch_size: int | None = None,
     storage: str = "float32",
     sample: int = SAMPLE,
     seed: int = 0,
@@ -79,14 +79,22 @@ def plan(
     clock = _Clock(on_status)
     began = time.perf_counter()
     work = Cramming(
-        lm, [document], vectors, tokens, recipe or Recipe(), seats, storage_of(storage), None, clock
+        lm,
+        [document],
+        vectors,
+        tokens,
+        recipe or Recipe(),
+        batch_size,
+        storage_of(storage),
+        None,
+        clock,
     )
     places, cutting = _places(work, document, sample, seed)
     work.sit(places)  # with the trial step that is timed for the sentence before the start
     beside = time.perf_counter()
     work.cram(places)
     certifying = time.perf_counter()
-    # Seating and certifying of a piece, whether it stayed or was halved.
+    # Filling slots and certifying of a piece, whether it stayed or was halved.
     beside = max(0.0, certifying - beside - work.engine.seconds) / max(1, len(work.spent))
     mem, _ = work.certified(keep_text=False)
     certifying = (time.perf_counter() - certifying) / sum(map(len, places))
@@ -156,12 +164,12 @@ def _apart(passage: Passage, following: Passage) -> bool:
 
 
 class _Clock:
-    """Hears how the cram goes, and keeps what steps with many seats taken cost."""
+    """Hears how the cram goes, and keeps what steps with many slots taken cost."""
 
     def __init__(self, on_status: Callable[[Status], None] | None) -> None:
         self.on_status = on_status
         self.last = (0.0, 0)  # seconds in steps, tokens
-        self.laps: list[tuple[int, float, int]] = []  # seats, seconds, tokens
+        self.laps: list[tuple[int, float, int]] = []  # slots, seconds, tokens
 
     def __call__(self, status: Status) -> None:
         if self.on_status is not None:
@@ -170,11 +178,11 @@ class _Clock:
             return
         e = status.engine
         then, tokens = self.last
-        self.laps.append((e.seated, e.seconds - then, e.tokens - tokens))
+        self.laps.append((e.in_slots, e.seconds - then, e.tokens - tokens))
         self.last = (e.seconds, e.tokens)
 
     def seconds_per_token(self) -> float:
-        """Seconds of a computed token while seats were taken; 0 if nothing was crammed."""
-        most = max((seats for seats, _, _ in self.laps), default=0)
-        busy = [(s, n) for seats, s, n in self.laps if seats >= FULL * most]
+        """Seconds of a computed token while slots were taken; 0 if nothing was crammed."""
+        most = max((batch_size for batch_size, _, _ in self.laps), default=0)
+        busy = [(s, n) for batch_size, s, n in self.laps if batch_size >= FULL * most]
         return sum(s for s, _ in busy) / max(1, sum(n for _, n in busy))

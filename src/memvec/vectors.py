@@ -35,7 +35,7 @@ from memvec.cramming.certify import Status
 from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
-from memvec.lm import Fingerprint, FrozenLM, Layout, StartRule
+from memvec.model.lm import Fingerprint, FrozenLM, Layout, StartRule
 from memvec.onestep import from_rows, laid_out, row_count, to_rows
 from memvec.passages.documents import restore
 from memvec.storage import STORAGES, PackingName, Storage
@@ -71,7 +71,7 @@ class PassageRecord(_Record):
         ge=0, description="optimiser steps, and one for each return from certification"
     )
     spent: int = Field(ge=0, description="forward-backward tokens")
-    seconds: float = Field(ge=0, description="wall time, shared among the seats of each step")
+    seconds: float = Field(ge=0, description="wall time, shared among the slots of each step")
     predicted: int = Field(ge=0, description="tokens that came from the vectors")
     horizon: int = Field(ge=0, description="leading tokens that decoding gave back")
     accuracy: float = Field(description="teacher-forced accuracy")

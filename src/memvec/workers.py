@@ -1,9 +1,9 @@
-"""Workers: Ray actors, one per device. Each holds the model and its seats; only the driver writes.
+"""Workers: Ray actors, one per device. Each holds the model and its slots; only the driver writes.
 
 Work is handed out in units; a worker that is free takes the next one, so no device idles while
 units are left. Results come back one by one as they are ready. A worker that dies gives what has
 no result yet back to the queue and is replaced; after three deaths per worker the run ends with a
-sentence. What a unit is, its owner says: passages of a study's cell (memvec.study), or of a long
+sentence. What a unit is, its owner says: passages of a study's cell (memvec.lab), or of a long
 document (`Crew`, for memvec.codec).
 """
 
@@ -25,11 +25,11 @@ from memvec.storage import storage_of
 
 if TYPE_CHECKING:
     from memvec.cramming.recipe import Recipe
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
     from memvec.passages.passage import Passage
 
 MOST_DEATHS = 3  # per worker, before the run gives up
-REFILLS = 4  # a unit has at most this many times the seats of passages
+REFILLS = 4  # a unit has at most this many times the slots of passages
 TELL_EVERY = 1.0  # seconds between a worker's news
 
 OnProgress = Callable[[Progress], None] | None
@@ -63,7 +63,7 @@ class Loading:
 
     def load(self, device: str) -> FrozenLM:
         """The model on a device."""
-        from memvec.lm import load_lm
+        from memvec.model.lm import load_lm
 
         return load_lm(
             self.name,
@@ -121,7 +121,7 @@ class Worker:
 
 
 @dataclass
-class _Seat:
+class _Slot:
     """An actor and what it is doing."""
 
     name: str
@@ -153,31 +153,31 @@ class Workers:
         self._made = self._deaths = 0
         self.news = self.ray.remote(num_cpus=0)(News).remote()
         self._asked: Any = None
-        self.seats = [self._hire() for _ in range(self.count)]
+        self.batch_size = [self._hire() for _ in range(self.count)]
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(lm, *args)` in the first idle worker, tried again on another if it dies."""
         for _ in range(MOST_DEATHS):
-            seat = next((s for s in self.seats if s.unit is None), self.seats[0])
+            slot = next((s for s in self.batch_size if s.unit is None), self.batch_size[0])
             try:
-                return self.ray.get(seat.actor.call.remote(function, *args))
+                return self.ray.get(slot.actor.call.remote(function, *args))
             except self.ray.exceptions.RayActorError as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, MemvecError):
                     raise cause from None
                 reason = str(error).strip().splitlines()
                 self._deaths += 1
-                if seat.unit is None:
-                    self._replace(seat)
+                if slot.unit is None:
+                    self._replace(slot)
             except self.ray.exceptions.RayTaskError as error:
                 cause = getattr(error, "cause", None)
                 raise (cause if isinstance(cause, MemvecError) else error) from None
         raise MemvecError(f"workers die at start: {reason[-1] if reason else 'no reason given'}")
 
-    def share(self, waiting: int, seats: int) -> int:
-        """Passages for a unit: enough to refill seats, few enough that all have some to the end."""
+    def share(self, waiting: int, batch_size: int) -> int:
+        """Passages for a unit: enough to refill slots, few enough that all have some to the end."""
         share = -(-waiting // (2 * self.count))
-        return max(1, min(REFILLS * seats, share))
+        return max(1, min(REFILLS * batch_size, share))
 
     def stream(
         self, next_unit: Callable[[], Unit | None], on_progress: OnProgress
@@ -189,52 +189,52 @@ class Workers:
         """
         returned, deaths = deque[Unit](), 0
         while True:
-            for i in range(len(self.seats)):
-                if self.seats[i].unit is not None:
+            for i in range(len(self.batch_size)):
+                if self.batch_size[i].unit is not None:
                     continue
                 unit = returned.popleft() if returned else next_unit()
                 if unit is None:
                     continue
-                seat = self.seats[i]  # asking for the unit may have replaced a dead worker
-                seat.unit, seat.got = unit, set()
-                seat.results = seat.actor.stream.options(num_returns="streaming").remote(unit)
-            busy = [seat for seat in self.seats if seat.unit is not None]
+                slot = self.batch_size[i]  # asking for the unit may have replaced a dead worker
+                slot.unit, slot.got = unit, set()
+                slot.results = slot.actor.stream.options(num_returns="streaming").remote(unit)
+            busy = [slot for slot in self.batch_size if slot.unit is not None]
             if not busy:
                 return
             ready, _ = self.ray.wait([s.results for s in busy], num_returns=1, timeout=TELL_EVERY)
             if on_progress is not None and (news := self._news()) is not None:
                 on_progress(news)
-            for seat in [s for s in busy if any(s.results is r for r in ready)]:
+            for slot in [s for s in busy if any(s.results is r for r in ready)]:
                 try:
-                    key, result = self.ray.get(next(seat.results))
+                    key, result = self.ray.get(next(slot.results))
                 except StopIteration:
                     # The stream of a killed worker may end without an error: count what came.
-                    left = _rest(seat)
-                    seat.unit = None
+                    left = _rest(slot)
+                    slot.unit = None
                     if left is not None:
                         returned.append(left)
                         deaths += 1
                         self._give_up(deaths, "its stream ended early")
-                        self._replace(seat)
+                        self._replace(slot)
                 except self.ray.exceptions.RayActorError as error:
                     deaths += 1
-                    left = _rest(seat)
+                    left = _rest(slot)
                     self._give_up(deaths, str(error).strip().splitlines()[0])
                     if left is not None:
                         returned.append(left)
-                    self._replace(seat)
+                    self._replace(slot)
                 except self.ray.exceptions.RayTaskError as error:
                     cause = getattr(error, "cause", None)
                     raise (cause if isinstance(cause, MemvecError) else error) from None
                 else:
-                    seat.got.add(key)
+                    slot.got.add(key)
                     yield result
 
     def close(self) -> None:
         """Let the actors go; a cluster that was there before stays."""
-        for seat in self.seats:
-            self.ray.kill(seat.actor)
-        self.seats = []
+        for slot in self.batch_size:
+            self.ray.kill(slot.actor)
+        self.batch_size = []
         if self.news is not None:
             self.ray.kill(self.news)
 
@@ -255,7 +255,7 @@ class Workers:
             self.news = None  # the run goes on without news
             return None
         self._asked = None
-        names = [seat.name for seat in self.seats if seat.unit is not None]
+        names = [slot.name for slot in self.batch_size if slot.unit is not None]
         return together([latest[name] for name in names if name in latest])
 
     def _give_up(self, deaths: int, reason: str) -> None:
@@ -265,36 +265,36 @@ class Workers:
                 "same command goes on."
             )
 
-    def _hire(self) -> _Seat:
+    def _hire(self) -> _Slot:
         self._made += 1
         name = f"ray-{self._made}"
         remote = self.ray.remote(max_restarts=0, num_gpus=int(self.gpu), num_cpus=1)(Worker)
         made = remote.remote(self.loading, self.device, self.threads, name, self.news)
-        return _Seat(name, made)
+        return _Slot(name, made)
 
-    def _replace(self, seat: _Seat) -> None:
-        self.seats[self.seats.index(seat)] = self._hire()
+    def _replace(self, slot: _Slot) -> None:
+        self.batch_size[self.batch_size.index(slot)] = self._hire()
 
 
 def together(told: list[Progress]) -> Progress | None:
-    """Several workers' progress as one: sums, and the mean horizon over all their seats."""
-    seated = sum(p.seated for p in told)
-    if not seated:
+    """Several workers' progress as one: sums, and the mean horizon over all their slots."""
+    in_slots = sum(p.in_slots for p in told)
+    if not in_slots:
         return None
     return Progress(
-        seated,
+        in_slots,
         sum(p.waiting for p in told),
-        sum(p.horizon * p.seated for p in told) / seated,
+        sum(p.horizon * p.in_slots for p in told) / in_slots,
         sum(p.steps for p in told),
         sum(p.tokens for p in told),
         sum(p.seconds for p in told),
     )
 
 
-def _rest(seat: _Seat) -> Unit | None:
+def _rest(slot: _Slot) -> Unit | None:
     """What a dead worker leaves: its unit without what has come."""
-    assert seat.unit is not None
-    return seat.unit.without(seat.got) if seat.unit.keys() - seat.got else None
+    assert slot.unit is not None
+    return slot.unit.without(slot.got) if slot.unit.keys() - slot.got else None
 
 
 def _start_ray(workers: int, address: str | None) -> Any:
@@ -333,7 +333,7 @@ class Batch:
     passages: tuple[Passage, ...]
     recipe: Recipe
     vectors: int
-    seats: int
+    batch_size: int
     storage: str
     layout: str
 
@@ -354,7 +354,7 @@ class Batch:
             laid_out(lm, self.layout),
             self.recipe,
             vectors=self.vectors,
-            seats=self.seats,
+            batch_size=self.batch_size,
             storage=storage_of(self.storage),
             on_progress=on_progress,
         )
@@ -381,7 +381,7 @@ class Crew:
 
     def _next(self) -> Batch | None:
         """A share of what waits, longest first."""
-        n = min(len(self.waiting), self.workers.share(len(self.waiting), self.batch.seats))
+        n = min(len(self.waiting), self.workers.share(len(self.waiting), self.batch.batch_size))
         if not n:
             return None
         return replace(self.batch, passages=tuple(self.waiting.pop().passage for _ in range(n)))

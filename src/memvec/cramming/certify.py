@@ -18,7 +18,7 @@ from memvec import metrics
 from memvec.corrections import Corrections, pick
 from memvec.cramming.objective import CHUNK
 from memvec.decoding import decode_ids, first_error
-from memvec.lm import FrozenLM, StartRule
+from memvec.model.lm import FrozenLM, StartRule
 from memvec.passages.passage import Passage
 from memvec.storage import Storage
 
@@ -27,7 +27,7 @@ Status = Literal["done", "budget", "not-finite"]
 
 @dataclass(frozen=True)
 class Finished:
-    """A passage that left its seat: 'done' (every margin met), 'budget' or 'not-finite'."""
+    """A passage that left its slot: 'done' (every margin met), 'budget' or 'not-finite'."""
 
     passage: Passage
     vectors: Tensor  # (K, D) float32, already rounded as they will be stored

@@ -1,7 +1,7 @@
-"""The engine: seats in which passages are crammed together, independent of each other.
+"""The engine: slots in which passages are crammed together, independent of each other.
 
-A passage sits in a seat until it is done or given up; then the next waiting one takes its place, so
-the batch stays full and nobody waits for the slowest. One step for all seats:
+A passage sits in a slot until it is done or given up; then the next waiting one takes its place, so
+the batch stays full and nobody waits for the slowest. One step for all slots:
 
     vectors -> states (model, gradients to the vectors) -> score (loss, margins, gradient at states)
             -> what was measured is compared with the best so far and kept if better
@@ -10,11 +10,11 @@ the batch stays full and nobody waits for the slowest. One step for all seats:
 
 Measure, then move: the vectors of a finished passage are the very ones that were measured, rounded
 to the storage dtype already. Finished passages leave for certification (free-running decoding) in
-groups, keeping their seats until then; one that fails goes on with a larger margin.
+groups, keeping their slots until then; one that fails goes on with a larger margin.
 
-Seats share nothing but a batch: losses are summed, moments and step counts are per seat, and seeds
+Slots share nothing but a batch: losses are summed, moments and step counts are per slot, and seeds
 come from token ids. At a fixed batch shape a passage's vectors are bit-equal whoever sits beside
-it; `fixed_shapes=True` keeps the shape fixed to the end, otherwise empty seats are dropped and
+it; `fixed_shapes=True` keeps the shape fixed to the end, otherwise empty slots are dropped and
 columns that nobody counts are left out, which changes rounding only.
 """
 
@@ -39,10 +39,10 @@ from memvec.cramming.schedule import SCHEDULES, cooled, look_ahead
 from memvec.cramming.start import start_of, start_vectors
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
-from memvec.lm import FrozenLM, StartRule
-from memvec.memory import forget_freed_memory, out_of_memory
+from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.memory import forget_freed_memory, out_of_memory
+from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage
-from memvec.precision import for_steps
 from memvec.storage import Storage, storage_of
 
 SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0
@@ -52,7 +52,7 @@ COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded
 
 @dataclass
 class Job:
-    """A passage on its way: waiting, seated or returned. Carries what it has spent so far."""
+    """A passage on its way: waiting, in slots or returned. Carries what it has spent so far."""
 
     passage: Passage
     margin: float
@@ -76,12 +76,12 @@ class Job:
 class Progress:
     """How the running batch stands, for whoever shows it."""
 
-    seated: int
+    in_slots: int
     waiting: int
-    horizon: float  # mean leading right tokens over the seats
+    horizon: float  # mean leading right tokens over the slots
     steps: int  # engine steps so far
     tokens: int  # forward-backward tokens so far
-    seconds: float = 0.0  # in engine steps so far; seating and certifying not counted
+    seconds: float = 0.0  # in engine steps so far; filling slots and certifying not counted
 
 
 class Waiting:
@@ -104,7 +104,7 @@ class Waiting:
 
 
 class Engine:
-    """Crams passages with K vectors each, up to `seats` at once.
+    """Crams passages with K vectors each, up to `slots` at once.
 
     `storage` is how vectors will be stored and are certified (memvec.storage). `poll` is how many
     steps pass between looks at who is done (a look makes the device wait). Raises MemvecError for
@@ -117,7 +117,7 @@ class Engine:
         recipe: Recipe | None = None,
         *,
         vectors: int = 1,
-        seats: int = 32,
+        batch_size: int = 32,
         storage: str | torch.dtype | Storage = "float32",
         fixed_shapes: bool = False,
         poll: int | None = None,
@@ -125,9 +125,9 @@ class Engine:
     ) -> None:
         if vectors < 1:
             raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
-        if seats < 1:
-            raise MemvecError(f"--seats must be at least 1, not {seats}.")
-        self.lm, self.K, self.seats = lm, vectors, seats
+        if batch_size < 1:
+            raise MemvecError(f"--batch-size must be at least 1, not {batch_size}.")
+        self.lm, self.K, self.batch_size = lm, vectors, batch_size
         self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.fast = for_steps(lm, self.recipe.compute)  # what steps are computed with
         # As it was done, for the record. Large steps are for vectors that stand in front of tokens.
@@ -178,13 +178,13 @@ class Engine:
             return None
         return self.lm.context - self.K - (self.start_rule == "bos")
 
-    def trial(self, tokens: int, seats: int) -> float:
-        """Seconds of a step of `seats` passages of `tokens` tokens: one is made, and dropped.
+    def trial(self, tokens: int, batch_size: int) -> float:
+        """Seconds of a step of `slots` passages of `tokens` tokens: one is made, and dropped.
 
         0 if memory runs out for it: then the run itself will find out how much fits.
         """
-        vectors = torch.zeros(seats, self.K, self.lm.width, device=self.lm.device)
-        ids = torch.zeros(seats, tokens, dtype=torch.long, device=self.lm.device)
+        vectors = torch.zeros(batch_size, self.K, self.lm.width, device=self.lm.device)
+        ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=self.lm.device)
 
         def once() -> None:
             inputs = vectors.requires_grad_()
@@ -211,18 +211,18 @@ class Engine:
             self.push(passage)
         finished: list[Finished] = []
         while self.jobs or self.waiting or finished:
-            # A passage keeps its seat until it is certified: killed now, a run loses no more.
-            self._seat_waiting(self.seats - len(finished))
+            # A passage keeps its slot until it is certified: killed now, a run loses no more.
+            self._fill_slots(self.batch_size - len(finished))
             if self.jobs:
                 began = time.perf_counter()
                 for _ in range(self.poll):
                     if not self._fits(self.step):
-                        self._halve_seats()
+                        self._halve_batch()
                         break
                 self._share_time(time.perf_counter() - began)
-                finished += self._unseat()
+                finished += self._retire_stopped()
                 self._report()
-            if len(finished) >= min(BATCH, -(-self.seats // 2)) or not self.jobs:
+            if len(finished) >= min(BATCH, -(-self.batch_size // 2)) or not self.jobs:
                 for outcome in self._certified(finished):
                     wrong = outcome.status == "done" and not outcome.exact
                     if wrong and self._may_go_on(outcome):
@@ -243,8 +243,8 @@ class Engine:
             return False
         return True
 
-    def _halve_seats(self) -> None:
-        """Go on with half of the seats; the passages of the others wait again, where they are.
+    def _halve_batch(self) -> None:
+        """Go on with half of the slots; the passages of the others wait again, where they are.
 
         Raises MemvecError if a single passage does not fit.
         """
@@ -254,7 +254,7 @@ class Engine:
                 f"one passage of {longest} tokens does not fit in the memory of {self.lm.device}: "
                 "use fewer --tokens, or load_lm(..., checkpointing=True)."
             )
-        self.seats = stay = len(self.jobs) // 2
+        self.batch_size = stay = len(self.jobs) // 2
         s, leaving = self.state, self.jobs[stay:]
         s["parameters"] = s["parameters"].detach()
         vectors = s["vectors"][stay:].cpu()  # the best that were measured: nothing is lost
@@ -293,19 +293,21 @@ class Engine:
         budget = self.recipe.budget
         return outcome.steps < self.recipe.steps and (not budget or outcome.spent < budget)
 
-    # ------------------------------------------------------------------ one step for all seats
+    # ------------------------------------------------------------------ one step for all slots
 
     def step(self) -> None:
-        """Measure all seats, keep what is better, move those that are not done."""
+        """Measure all slots, keep what is better, move those that are not done."""
         s, recipe = self.state, self.recipe
         width = self.width
         parameters = s["parameters"].requires_grad_()
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
-            ids = _with_ghosts(s["ids"][:, : width + self.given], self._ghosts())
-            states = self.fast.states(_with_ghosts(vectors, self._ghosts()), ids, self.start_rule)
+            ids = _with_padding(s["ids"][:, : width + self.given], self._padding_rows())
+            states = self.fast.states(
+                _with_padding(vectors, self._padding_rows()), ids, self.start_rule
+            )
         warm = cooled(s["stale"], s["margin"], recipe)
-        warm = _with_ghosts(warm, self._ghosts(), recipe.temperature)
+        warm = _with_padding(warm, self._padding_rows(), recipe.temperature)
         found = score(
             self.fast.head,
             states,
@@ -343,7 +345,7 @@ class Engine:
         s["stopped"] |= s["done"] | s["failed"] | spent_up
         # ... then move.
         moving = ~s["stopped"]
-        slope = found.gradient.mul_(_with_ghosts(weight, self._ghosts())[..., None])
+        slope = found.gradient.mul_(_with_padding(weight, self._padding_rows())[..., None])
         (gradient,) = torch.autograd.grad(states, parameters, slope)
         parameters = self._enlarged(parameters.detach(), newly)
         s["faster"] = torch.where(newly, self.jump, s["faster"])
@@ -385,9 +387,9 @@ class Engine:
             rows = torch.arange(len(arrived), device=arrived.device)
         s = self.state
         ids, length = s["ids"][rows], s["length"][rows]
-        padded = _with_ghosts(ids, self._ghosts())
+        padded = _with_padding(ids, self._padding_rows())
         states = self.lm.states(
-            _with_ghosts(s["vectors"][rows], self._ghosts()), padded, self.start_rule
+            _with_padding(s["vectors"][rows], self._padding_rows()), padded, self.start_rule
         )
         found = score(
             self.lm.head, states, padded[:, self.given :], self.recipe, V=self.lm.vocab_size
@@ -404,15 +406,15 @@ class Engine:
         s["best"][rows] -= short.long()
         return arrived.index_fill(0, rows[short], False)
 
-    # ------------------------------------------------------------------ seats
+    # ------------------------------------------------------------------ slots
 
-    def _seat_waiting(self, seats: int) -> None:
-        """Fill up to `seats` seats with waiting passages; set the width of the next steps."""
-        free = min(seats - len(self.jobs), len(self.waiting))
+    def _fill_slots(self, batch_size: int) -> None:
+        """Fill up to `slots` slots with waiting passages; set the width of the next steps."""
+        free = min(batch_size - len(self.jobs), len(self.waiting))
         newcomers = [self.waiting.pop() for _ in range(free)]
         if newcomers:
             columns = max(len(job.passage) for job in newcomers)
-            if self.jobs:  # the seats may still be as wide as a passage that has left
+            if self.jobs:  # the slots may still be as wide as a passage that has left
                 columns = max(columns, self.state["ids"].shape[1])
             fresh = self._fresh(newcomers, columns)
             if self.jobs:
@@ -430,7 +432,7 @@ class Engine:
             )
 
     def _fresh(self, jobs: list[Job], columns: int) -> dict[str, Tensor]:
-        """The state of newly seated jobs."""
+        """The state of newly in slots jobs."""
         lm, n, device = self.lm, len(jobs), self.lm.device
         ids = torch.zeros(n, columns, dtype=torch.long)
         for row, job in zip(ids, jobs, strict=True):
@@ -485,7 +487,7 @@ class Engine:
             return 0.0
         return float(NEAR * encoder.tokens * self.K) or math.inf  # 0: worth encoding at any length
 
-    def _unseat(self) -> list[Finished]:
+    def _retire_stopped(self) -> list[Finished]:
         """Take the stopped passages out, with the vectors that were measured for them."""
         stopped = self.state["stopped"].tolist()
         if not any(stopped):
@@ -519,9 +521,9 @@ class Engine:
         self.state = {key: tensor.index_select(0, index) for key, tensor in self.state.items()}
         return finished
 
-    def _ghosts(self) -> int:
-        """Empty seats that are computed all the same, so that the batch keeps its shape."""
-        return self.seats - len(self.jobs) if self.fixed_shapes else 0
+    def _padding_rows(self) -> int:
+        """Empty slots that are computed all the same, so that the batch keeps its shape."""
+        return self.batch_size - len(self.jobs) if self.fixed_shapes else 0
 
     def _share_time(self, seconds: float) -> None:
         self.seconds += seconds
@@ -549,11 +551,11 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     return rule
 
 
-def _with_ghosts(rows: Tensor, ghosts: int, value: float = 0.0) -> Tensor:
-    """Rows (B, ...) with `ghosts` rows of one value behind them."""
-    if not ghosts:
+def _with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:
+    """Rows (B, ...) with `padding rows` rows of one value behind them."""
+    if not padding_rows:
         return rows
-    return torch.cat([rows, rows.new_full((ghosts, *rows.shape[1:]), value)])
+    return torch.cat([rows, rows.new_full((padding_rows, *rows.shape[1:]), value)])
 
 
 def _widen(ids: Tensor, columns: int) -> Tensor:

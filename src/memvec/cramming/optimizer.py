@@ -45,7 +45,7 @@ def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B
 class Adam:
     """Adam (Kingma & Ba 2015) over the first axis of a stacked parameter; AdamW with decay.
 
-    `state` tensors have the passages as their first axis, so the engine can seat, compact and
+    `state` tensors have the passages as their first axis, so the engine can slot, compact and
     retire passages without knowing what they mean.
     """
 

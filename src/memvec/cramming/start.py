@@ -13,7 +13,7 @@ from torch import Tensor
 from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lm import FrozenLM
+from memvec.model.lm import FrozenLM
 
 
 def ids_hash(ids: Sequence[int]) -> str:
@@ -22,7 +22,7 @@ def ids_hash(ids: Sequence[int]) -> str:
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
-    """A seed that depends on the passage and the recipe's seed, never on order or seat."""
+    """A seed that depends on the passage and the recipe's seed, never on order or slot."""
     return (
         int.from_bytes(hashlib.sha256(f"{ids_hash(ids)} {seed}".encode()).digest()[:8], "big") >> 1
     )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 class OnePassEncoder(ABC):

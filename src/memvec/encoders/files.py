@@ -23,7 +23,7 @@ from memvec.errors import MemvecError
 from memvec.writing import write_atomically
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096}
 
@@ -40,7 +40,7 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}") from error
-    from memvec.lm import Fingerprint  # which imports this package
+    from memvec.model.lm import Fingerprint  # which imports this package
 
     try:
         model = json.loads(metadata.get("model", "null"))

@@ -20,8 +20,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.lm import FrozenLM
 from memvec.metrics import horizon
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
 
@@ -60,7 +60,7 @@ def compare(
     passages: Int[Tensor, "n T"],
     lengths: Sequence[int],
     recipe: Recipe | None = None,
-    seats: int = 32,
+    batch_size: int = 32,
 ) -> Comparison:
     """Measure lm.encoder beside cramming on passages, cut to each of the lengths (tokens).
 
@@ -78,10 +78,10 @@ def compare(
             f"a vector and {max(lengths)} tokens do not fit the context of {lm.name}: at most "
             f"{lm.context - 1}."
         )
-    rows = tuple(_at(lm, passages[:, :T], recipe, seats) for T in sorted(set(lengths)))
+    rows = tuple(_at(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
     reached = [
         float(o.metrics.horizon)
-        for o in _cram(lm, passages, replace(recipe, start="encoder"), seats)
+        for o in _cram(lm, passages, replace(recipe, start="encoder"), batch_size)
     ]
     spread = statistics.stdev(reached) / len(reached) ** 0.5 if len(reached) > 1 else float("nan")
     return Comparison(
@@ -93,14 +93,14 @@ def compare(
     )
 
 
-def _at(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, seats: int) -> AtLength:
+def _at(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) -> AtLength:
     n, T = ids.shape
     assert lm.encoder is not None
     vectors = lm.encoder.encode(lm, ids.to(lm.device), 1)
     right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
     found = {}
     for start in ("encoder", "noise"):
-        outcomes = _cram(lm, ids, replace(recipe, start=start), seats)  # type: ignore[arg-type]
+        outcomes = _cram(lm, ids, replace(recipe, start=start), batch_size)  # type: ignore[arg-type]
         exact = [o.exact for o in outcomes]
         steps = [o.steps if o.exact else recipe.steps for o in outcomes]
         found[start] = (sum(exact) / n, statistics.median(steps))
@@ -114,6 +114,6 @@ def _at(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, seats: int) -> At
     )
 
 
-def _cram(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, seats: int) -> list[Any]:
+def _cram(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) -> list[Any]:
     passages = [Passage(tuple(row.tolist()), i) for i, row in enumerate(ids)]
-    return list(Engine(lm, recipe, vectors=1, seats=seats).run(passages))
+    return list(Engine(lm, recipe, vectors=1, batch_size=batch_size).run(passages))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memvec.encoders.base import OnePassEncoder
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 def positions(T: int, width: int, device: torch.device) -> Float[Tensor, "T width"]:

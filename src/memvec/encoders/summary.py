@@ -15,7 +15,7 @@ from torch import Tensor
 from memvec.encoders.base import OnePassEncoder
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 class SummaryEncoder(OnePassEncoder):

@@ -25,9 +25,9 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.errors import MemvecError
-from memvec.lm import FrozenLM
 from memvec.metrics import horizon
-from memvec.precision import for_steps
+from memvec.model.lm import FrozenLM
+from memvec.model.precision import for_steps
 from memvec.writing import write_atomically
 
 CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)

@@ -3,7 +3,7 @@
 The engine, the certification and the metrics see a model only through FrozenLM, and one-step
 decoding differs from the ordinary kind in what stands before each predicted token and in nothing
 else. So it is a view of a loaded model that lays out its inputs differently, and everything else
-(seats, growing counted length, margins, records) is shared.
+(slots, growing counted length, margins, records) is shared.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.errors import MemvecError, did_you_mean
-from memvec.lm import LAYOUTS, FrozenLM, Layout, StartRule
-from memvec.memory import in_batches
+from memvec.model.lm import LAYOUTS, FrozenLM, Layout, StartRule
+from memvec.model.memory import in_batches
 
 
 class OneStep(FrozenLM):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.lm import Layout
+from memvec.model.lm import Layout
 
 
 def to_rows(vectors: Float[Tensor, "P K D"], layout: Layout) -> Float[Tensor, "R k D"]:

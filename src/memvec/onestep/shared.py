@@ -6,7 +6,7 @@ of them, so each e depends on every other passage of the file, and none is finis
 That is by design, it is in the record (`layout` 'one-step-shared'), and it costs two habits: an
 interrupted run starts again, and adding a passage changes every vector.
 
-All passages move in every step, a group of `seats` at a time; the gradient at m is the sum over all
+All passages move in every step, a group of `slots` at a time; the gradient at m is the sum over all
 of them. It ends when every margin of every passage is met in the same step, or by the recipe's
 steps and patience; then the vectors of the step that gave back most tokens are kept.
 """
@@ -30,8 +30,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedule import SCHEDULES
 from memvec.cramming.start import start_vectors
 from memvec.errors import MemvecError
-from memvec.memory import forget_freed_memory, out_of_memory
 from memvec.metrics import horizon
+from memvec.model.memory import forget_freed_memory, out_of_memory
 from memvec.onestep.reading import OneStep
 from memvec.storage import Storage, storage_of
 
@@ -55,7 +55,7 @@ class Shared:
         lm: OneStep,
         recipe: Recipe,
         *,
-        seats: int,
+        batch_size: int,
         storage: str | torch.dtype | Storage,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class Shared:
         resolve_start_rule(lm, recipe)
         if recipe.corrections:
             raise MemvecError("a shared m takes no corrections: leave out --corrections.")
-        self.lm, self.recipe, self.seats = lm, recipe, seats
+        self.lm, self.recipe, self.batch_size = lm, recipe, batch_size
         self.storage = storage_of(storage)
         self.on_progress = on_progress
         self.steps = self.tokens = 0
@@ -82,13 +82,13 @@ class Shared:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-            if self.seats == 1:
+            if self.batch_size == 1:
                 longest = max(len(job.passage) for job in jobs)
                 raise MemvecError(
                     f"one passage of {longest} tokens does not fit in the memory of "
                     f"{self.lm.device}: use fewer --tokens."
                 )
-            self.seats = min(self.seats, len(jobs)) // 2 or 1
+            self.batch_size = min(self.batch_size, len(jobs)) // 2 or 1
             forget_freed_memory()
 
     def _run(self, jobs: list[Job]) -> list[Outcome]:
@@ -97,9 +97,9 @@ class Shared:
             finished = self._cram(jobs)
             outcomes = [
                 outcome
-                for at in range(0, len(finished), self.seats)
+                for at in range(0, len(finished), self.batch_size)
                 for outcome in certify(
-                    self.lm, finished[at : at + self.seats], "vectors", self.storage
+                    self.lm, finished[at : at + self.batch_size], "vectors", self.storage
                 )
             ]
             wrong = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
@@ -122,8 +122,8 @@ class Shared:
         asked = torch.tensor([job.margin for job in jobs], device=device)
         order = sorted(range(len(jobs)), key=lambda i: -lengths[i])
         groups = [
-            torch.tensor(order[at : at + self.seats], device=device)
-            for at in range(0, len(order), self.seats)
+            torch.tensor(order[at : at + self.batch_size], device=device)
+            for at in range(0, len(order), self.batch_size)
         ]
         optimizer = OPTIMIZERS[recipe.optimizer](recipe)
         moments = [optimizer.fresh(own), optimizer.fresh(shared)]
@@ -229,7 +229,7 @@ class Shared:
         at_e, at_m = torch.autograd.grad(states, (e, m), slope)
         return leading, counted, at_e, at_m, sound
 
-    def _report(self, leading: Tensor, seated: int) -> None:
+    def _report(self, leading: Tensor, in_slots: int) -> None:
         if self.on_progress is not None:
             mean = float(leading.float().mean())
-            self.on_progress(Progress(seated, 0, mean, self.steps, self.tokens))
+            self.on_progress(Progress(in_slots, 0, mean, self.steps, self.tokens))

@@ -19,7 +19,7 @@ from memvec.errors import MemvecError
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 class Cutter:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from memvec.errors import MemvecError, NotExactError
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 LARGEST = 4_000_000  # bytes; more is a matter of days, so it has to be asked for
 CLOSE_LOOK = 4_000  # characters of a changed block that are compared one by one

@@ -11,7 +11,7 @@ from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 MOST_BEFORE = 4096  # tokens of context kept in front of a passage
 

@@ -13,7 +13,7 @@ from memvec.passages.found import Found, rng
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 def ordinary_tokens(lm: FrozenLM) -> list[int]:

@@ -12,7 +12,7 @@ from memvec.passages.found import Found, rng
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 @torch.no_grad()

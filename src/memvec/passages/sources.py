@@ -28,7 +28,7 @@ from memvec.passages.sampled import sampled_passages
 from memvec.passages.texts import read_texts
 
 if TYPE_CHECKING:
-    from memvec.lm import FrozenLM
+    from memvec.model.lm import FrozenLM
 
 
 class Source(BaseModel):

@@ -1,0 +1,178 @@
+"""Export a file of [mem] vectors: a folder with one item per passage and a manifest.
+
+    manifest.json     what each item is, how many tokens to generate, how passages make documents,
+                      and the certificate
+    passage-0000...   the passages in order, each in the target's own format
+
+Every item is written, read back as the target's loader reads it, and decoded freely, alone in its
+batch, before the folder gets its name: a folder that exists is certified, and one that is not
+exact does not come into being.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memvec.cramming.start import ids_hash
+from memvec.environment import environment
+from memvec.errors import MemvecError, NotExactError
+from memvec.export.target import Item, Target
+from memvec.vectors import MemVectors, PassageRecord, pretty_json
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+MANIFEST = "manifest.json"
+FORMAT = "memvec-export"
+NAMED = 5  # passages that an error names one by one
+
+
+def export(
+    mem: MemVectors,
+    lm: FrozenLM,
+    target: Target,
+    folder: str | os.PathLike[str],
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write `mem` for a target and certify it there; returns the manifest.
+
+    `lm` must be in the dtype that the target will run it in (`target.dtype` if it has one). Raises
+    MemvecError for another model, a folder in the way (`force` replaces an earlier export only) or
+    a target that cannot take this model; NotExactError, naming the passages, if they no longer
+    decode exactly in the target's type. Nothing is left behind then.
+    """
+    place = Path(folder)
+    _check(mem, lm, target, place, force)
+    items = [_item(mem, i, lm) for i in range(len(mem.passages))]
+    digits = max(4, len(str(len(items) - 1)))
+    names = [f"passage-{i:0{digits}}{target.suffix}" for i in range(len(items))]
+    aside: Path | None = None
+    try:
+        aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+        for name, item in zip(names, items, strict=True):
+            target.write(aside / name, item, lm)
+        _certify(mem, lm, target, [aside / name for name in names], items)
+        manifest = _manifest(mem, lm, target, names, items)
+        (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
+        aside.chmod(0o755)
+        if place.exists():
+            shutil.rmtree(place)
+        aside.replace(place)
+    except OSError as error:
+        raise MemvecError(f"{place} cannot be written: {error.strerror}.") from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+    return manifest
+
+
+def _check(mem: MemVectors, lm: FrozenLM, target: Target, place: Path, force: bool) -> None:
+    if mem.header.layout != "prefix":
+        raise MemvecError(
+            f"one-step vectors are read in one forward pass, which no export is for: "
+            f"{target.name} generates token by token."
+        )
+    mem.check_model(lm)
+    dtype = str(lm.dtype).removeprefix("torch.")
+    if target.dtype not in (None, dtype):
+        raise MemvecError(
+            f"{target.name} takes vectors in {target.dtype} and {lm.name} is loaded in {dtype}: "
+            f"use --dtype {target.dtype}."
+        )
+    target.refuse(lm)
+    if not place.parent.is_dir():
+        raise MemvecError(f"there is no folder {place.parent} to write {place.name} in.")
+    if place.exists():
+        if not force:
+            raise MemvecError(f"{place} exists: use --force to replace it, or -o for another.")
+        if not (place / MANIFEST).is_file():
+            raise MemvecError(f"{place} is not an earlier export: name another folder with -o.")
+
+
+def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
+    record, rule = mem.passages[i], mem.header.start_rule
+    if record.corrections:
+        raise MemvecError(
+            f"passage {i} has corrections, which only 'memvec decode' puts in their places: cram "
+            "it without --corrections."
+        )
+    given: tuple[int, ...] = ()
+    if rule == "bos":
+        if lm.bos_id is None:
+            raise MemvecError(f"{lm.name} has no BOS token, and these vectors need one.")
+        given = (lm.bos_id,)
+    elif rule == "first-token" and record.first is not None:
+        given = (record.first,)
+    return Item(mem.vectors[i], given, record.tokens - len(_starts_with(record)))
+
+
+def _starts_with(record: PassageRecord) -> list[int]:
+    """Tokens of the passage that are given and not generated."""
+    return [] if record.first is None else [record.first]
+
+
+def _certify(
+    mem: MemVectors, lm: FrozenLM, target: Target, paths: list[Path], items: list[Item]
+) -> None:
+    wrong = []
+    for i, (path, item, record) in enumerate(zip(paths, items, mem.passages, strict=True)):
+        ids = _starts_with(record)
+        if item.new_tokens:
+            ids = ids + target.decode(path, item, lm)
+        if ids_hash(ids) != record.sha256:
+            wrong.append(f"passage {i} ({record.tokens} tokens)")
+    if not wrong:
+        return
+    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    dtype = str(lm.dtype).removeprefix("torch.")
+    raise NotExactError(
+        f"{len(wrong)} of {len(paths)} passages do not decode exactly in {dtype} as "
+        f"{target.name} reads them: {', '.join(wrong[:NAMED])}{more}; cram for it with "
+        f"--dtype {dtype} --storage {dtype}, or with a larger --margin."
+    )
+
+
+def _manifest(
+    mem: MemVectors, lm: FrozenLM, target: Target, names: list[str], items: list[Item]
+) -> dict[str, Any]:
+    described = lm.description()
+    versions = environment()
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "target": target.name,
+        "model": {k: described[k] for k in ("name", "revision", "config", "weights")},
+        "dtype": described["dtype"],
+        "vectors_per_passage": mem.vectors.shape[1],
+        "width": mem.vectors.shape[2],
+        "start_rule": mem.header.start_rule,
+        "documents": [
+            d.model_dump(mode="json", include={"name", "sha256", "size", "encoding", "edits"})
+            | {"passages": d.passages}
+            for d in mem.header.documents
+        ],
+        "passages": [
+            {
+                "file": name,
+                "given": list(item.given),
+                "starts_with": _starts_with(record),
+                "new_tokens": item.new_tokens,
+                "sha256": record.sha256,
+            }
+            for name, item, record in zip(names, items, mem.passages, strict=True)
+        ],
+        "certificate": {
+            "exact": True,
+            "decoded_by": target.certified_by(),
+            "decoded_in": described["dtype"],
+            "device": described["device"],
+            "attention": described["attention"],
+            "batch": 1,
+            **{k: versions[k] for k in ("memvec", "torch", "transformers", "date")},
+        },
+    }

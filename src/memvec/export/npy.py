@@ -1,0 +1,38 @@
+"""For everything else: the [mem] vectors (K, D) of each passage as a NumPy file.
+
+float16 for a float16 model, else float32 (NumPy has no bfloat16): the numbers are those that the
+model's dtype can hold, so a cast to it loses nothing. Given tokens are in the manifest (`given`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.export.target import Item, Target, embedded
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+class Npy(Target):
+    """NumPy files."""
+
+    name = "npy"
+    says = "NumPy files of the vectors, one per passage"
+    suffix = ".npy"
+
+    def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
+        vectors = item.vectors.to(lm.dtype)
+        if lm.dtype != torch.float16:
+            vectors = vectors.float()
+        np.save(path, vectors.numpy(), allow_pickle=False)
+
+    def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+        vectors = torch.from_numpy(np.load(path, allow_pickle=False)).to(lm.dtype)
+        return torch.cat([vectors, embedded(item.given, lm)])

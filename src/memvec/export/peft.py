@@ -1,0 +1,113 @@
+"""For PEFT: one prompt-tuning adapter (a folder) per passage.
+
+`adapter_config.json` says PROMPT_TUNING with K virtual tokens, `adapter_model.safetensors` holds
+one tensor `prompt_embeddings` (K, D). PEFT puts it in front of the embeddings of `input_ids`, in
+their dtype; those ids are in the manifest (`given`: none, unless the start rule gives a token).
+
+Where PEFT is installed, PEFT itself generates the passage for the certificate. It must be asked for
+`use_cache=False`: PEFT (0.21) looks for the cache under the name that transformers gave it before
+5.24, does not find it, and puts the vectors in front of every token again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from memvec.errors import MemvecError
+from memvec.export.target import Item, Target, embedded
+from memvec.export.transformers import plain_generation
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+# What PEFT 0.21 warns of beside transformers 5.23 and newer, whatever it is asked: it reads
+# an attribute that was renamed, and leaves out position ids of generate (November 2026).
+REMARKS = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported")
+
+
+class Peft(Target):
+    """A prompt-tuning adapter."""
+
+    name = "peft"
+    says = "prompt-tuning adapters of PEFT, one per passage"
+    suffix = ""
+
+    def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
+        path.mkdir()
+        config = {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": lm.name,
+            "revision": lm.revision,
+            "inference_mode": True,
+            "num_virtual_tokens": len(item.vectors),
+            "token_dim": lm.width,
+            "num_transformer_submodules": 1,
+            "prompt_tuning_init": "RANDOM",
+        }
+        (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        vectors = item.vectors.to(lm.dtype).contiguous()
+        save_file({"prompt_embeddings": vectors}, path / "adapter_model.safetensors")
+
+    def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+        vectors = load_file(path / "adapter_model.safetensors")["prompt_embeddings"]
+        # PEFT holds them in float32 and casts them to the dtype of the token embeddings.
+        return torch.cat([vectors.float().to(lm.dtype), embedded(item.given, lm)])
+
+    @torch.no_grad()
+    def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
+        if find_spec("peft") is None:
+            return super().decode(path, item, lm)
+        from peft import PeftModel
+
+        given = torch.tensor([list(item.given)], dtype=torch.long, device=lm.device)
+        with plain_generation(lm), _put_back(lm.model), warnings.catch_warnings():
+            for said in REMARKS:
+                warnings.filterwarnings("ignore", said)
+            try:
+                adapted: Any = PeftModel.from_pretrained(lm.model, path)
+                ids = adapted.generate(
+                    input_ids=given,
+                    attention_mask=torch.ones_like(given),
+                    max_new_tokens=item.new_tokens,
+                    do_sample=False,
+                    use_cache=False,
+                )
+            except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise MemvecError(
+                    f"PEFT cannot generate with {lm.name} ({reason}): use --to transformers."
+                ) from error
+        found: list[int] = ids[0, given.shape[1] :].tolist()
+        return found
+
+    def certified_by(self) -> str:
+        return super().certified_by() if find_spec("peft") is None else f"peft {version('peft')}"
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Undo what PEFT writes on a model and its parts: attributes, methods, trainable flags."""
+    kept: list[tuple[Any, dict[str, Any]]] = [(m, dict(vars(m))) for m in model.modules()]
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)

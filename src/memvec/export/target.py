@@ -1,0 +1,106 @@
+"""What a target is: how one passage is written for other software, and what that software reads.
+
+A target is one file: a subclass that writes a passage and reads it back *as the target's own loader
+would*, dtype and layout included. What is read back is what gets certified, so an export that lost
+a bit on its way is found out before anybody uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec import __version__
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+@dataclass(frozen=True)
+class Item:
+    """One passage on its way out. `vectors` (K, D) as stored; `given` are the token ids that stand
+    behind them (BOS, or the first token, or none); `new_tokens` are still to be generated."""
+
+    vectors: Float[Tensor, "K D"]
+    given: tuple[int, ...]
+    new_tokens: int
+
+
+class Target:
+    """Common skeleton. `dtype` names the only dtype the target takes, None for the model's own."""
+
+    name: ClassVar[str]
+    says: ClassVar[str]  # one line for people
+    dtype: ClassVar[str | None] = None
+    suffix: ClassVar[str]
+
+    def refuse(self, lm: FrozenLM) -> None:
+        """Raise MemvecError if the target cannot take vectors of this model."""
+
+    def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
+        """Write one passage to `path` (a file, or a folder that does not exist yet)."""
+        raise NotImplementedError
+
+    def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+        """The inputs (N, D) that the target would hand to the model, from what was written."""
+        raise NotImplementedError
+
+    def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
+        """Greedy ids from what was written, alone in their batch, as a reader of the export does.
+
+        Our own decoder on what `read` gives; a target whose software is installed runs that.
+        """
+        prompt = self.read(path, item, lm).to(lm.device)
+        return decode_ids(lm, prompt[None], [item.new_tokens])[0]
+
+    def certified_by(self) -> str:
+        """The program that `decode` runs, and its version, for the certificate."""
+        return f"memvec {__version__}"
+
+
+def prompt(item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+    """[mem] vectors and the embeddings of the given tokens, in the model's dtype, on the CPU."""
+    vectors = item.vectors.to(lm.dtype).cpu()
+    return torch.cat([vectors, embedded(item.given, lm)])
+
+
+@torch.no_grad()
+def embedded(given: Sequence[int], lm: FrozenLM) -> Float[Tensor, "n D"]:
+    """Embeddings of given tokens as the model sees them, on the CPU."""
+    ids = torch.tensor(list(given), dtype=torch.long, device=lm.device)
+    return lm.embed(ids).cpu() if given else torch.empty(0, lm.width, dtype=lm.dtype)
+
+
+@torch.no_grad()
+def refuse_scaled_embeddings(lm: FrozenLM, engine: str) -> None:
+    """Raise MemvecError for models that scale embeddings on their way in (Gemma).
+
+    Engines have their own code for such models, and some scale given vectors once more:
+    what the model would see cannot be told from the file.
+    """
+    ids = torch.arange(1, 5, device=lm.device)
+    weight: Tensor = lm.embedding.weight  # type: ignore[assignment]
+    if not torch.allclose(lm.embed(ids).float(), weight[ids].float(), rtol=1e-2, atol=1e-4):
+        raise MemvecError(
+            f"{lm.name} scales its token embeddings, and {engine} may scale given vectors again: "
+            f"an export for {engine} cannot be certified; use --to transformers."
+        )
+
+
+def refuse_other_width(lm: FrozenLM, engine: str) -> None:
+    """Raise MemvecError where input vectors are not as wide as hidden states (projected OPT)."""
+    config: Any = lm.config.get_text_config()
+    hidden = int(getattr(config, "hidden_size", lm.width))
+    if hidden != lm.width:
+        raise MemvecError(
+            f"{engine} takes vectors of the hidden size {hidden}, and {lm.name} reads vectors of "
+            f"{lm.width}: use --to transformers."
+        )

@@ -1,0 +1,75 @@
+"""For `generate(inputs_embeds=...)` of transformers: a safetensors file per passage.
+
+One tensor `inputs_embeds` (1, N, D) in the model's dtype: the [mem] vectors and, where the start
+rule gives tokens, their embeddings. Certified by `generate` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.export.target import Item, Target, prompt
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+class Transformers(Target):
+    """Inputs of `generate`."""
+
+    name = "transformers"
+    says = "generate(inputs_embeds=...) of transformers"
+    suffix = ".safetensors"
+
+    def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
+        save_file({"inputs_embeds": prompt(item, lm)[None].contiguous()}, path)
+
+    def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+        inputs: Tensor = load_file(path)["inputs_embeds"]
+        return inputs[0]
+
+    @torch.no_grad()
+    def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
+        model: Any = lm.model
+        prompt = self.read(path, item, lm).to(lm.device)
+        with plain_generation(lm):
+            try:
+                ids = model.generate(
+                    inputs_embeds=prompt[None], max_new_tokens=item.new_tokens, do_sample=False
+                )
+            except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+                reason = str(error).strip().splitlines()
+                raise MemvecError(
+                    f"generate() of {lm.name} does not take inputs_embeds "
+                    f"({reason[0] if reason else type(error).__name__})."
+                ) from error
+        found: list[int] = ids[0].tolist()
+        return found
+
+    def certified_by(self) -> str:
+        return f"transformers {version('transformers')}"
+
+
+@contextlib.contextmanager
+def plain_generation(lm: FrozenLM) -> Iterator[None]:
+    """Greedy, no penalties, no EOS: a model's own generation config may bring any of them, and
+    `generate` fills from it whatever its caller leaves open. Put back afterwards."""
+    from transformers import GenerationConfig
+
+    model: Any = lm.model
+    own = model.generation_config
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,1 @@
+"""The laboratory: capacity protocols, studies of models and texts, and their report."""

@@ -1,0 +1,134 @@
+"""Draw plots with matplotlib: PDF, SVG and PNG, each with its data as CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from memvec.lab.report.plots import Panel, Plot
+
+COLOURS = ("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a")
+COLUMNS = 3  # panels in a row
+
+
+def draw_all(plots: list[Plot], folder: Path) -> None:
+    """Write every plot into a folder."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    mpl.rcParams["svg.fonttype"] = "none"  # text as text: smaller, and searchable
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        plot_data(plot).to_csv(folder / f"{plot.key}.csv", index=False)
+        figure = draw(plot)
+        for kind in ("pdf", "svg", "png"):
+            # No date in the file: the same study draws the same bytes.
+            metadata = {"Date": None} if kind == "svg" else None
+            metadata = {"CreationDate": None} if kind == "pdf" else metadata
+            figure.savefig(folder / f"{plot.key}.{kind}", dpi=120, metadata=metadata)
+        import matplotlib.pyplot as plt
+
+        plt.close(figure)
+
+
+def plot_data(plot: Plot) -> pd.DataFrame:
+    """Every point of a plot, one line each."""
+    lines = []
+    for panel in plot.panels:
+        for s in panel.series:
+            for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)):
+                lines.append(
+                    {
+                        "panel": panel.title,
+                        "series": s.name,
+                        "x": panel.names[int(x)] if panel.names else x,
+                        "y": y,
+                        "low": s.low[i] if s.low else np.nan,
+                        "high": s.high[i] if s.high else np.nan,
+                        "least": s.least[i] if s.least else np.nan,
+                        "most": s.most[i] if s.most else np.nan,
+                    }
+                )
+    return pd.DataFrame(lines)
+
+
+def draw(plot: Plot) -> Any:
+    """A matplotlib figure."""
+    import matplotlib.pyplot as plt
+
+    n = len(plot.panels)
+    columns = min(n, COLUMNS)
+    lines = -(-n // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False, layout="constrained"
+    )
+    for ax, panel in zip(axes.flat, plot.panels, strict=False):
+        _panel(ax, panel)
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    figure.suptitle(plot.title, fontsize=11)
+    return figure
+
+
+def _panel(ax: Any, panel: Panel) -> None:
+    bars = [s for s in panel.series if s.mark == "bars"]
+    named = [i for i, s in enumerate(panel.series) if s.name]
+    for i, s in enumerate(panel.series):
+        # A series without a name goes with the one before it.
+        colour = COLOURS[(max([k for k in named if k <= i], default=i)) % len(COLOURS)]
+        x, y = np.array(s.x, float), np.array(s.y, float)
+        label = s.name or None
+        if s.mark == "bars":
+            width = 0.8 / len(bars)
+            ax.bar(
+                x + (bars.index(s) - (len(bars) - 1) / 2) * width,
+                y,
+                width,
+                label=label,
+                color=colour,
+            )
+            continue
+        if s.mark == "boxes" and s.low and s.high and s.least and s.most:
+            keys = ("med", "q1", "q3", "whislo", "whishi")
+            five = zip(s.y, s.low, s.high, s.least, s.most, strict=True)
+            ax.bxp(
+                [dict(zip(keys, one, strict=True)) for one in five],
+                positions=x,
+                showfliers=False,
+                widths=0.5,
+                boxprops={"color": colour},
+                medianprops={"color": colour},
+                whiskerprops={"color": colour},
+                capprops={"color": colour},
+            )
+            continue
+        if panel.names:  # side by side rather than on top of each other
+            x = x + (i - (len(panel.series) - 1) / 2) * 0.08
+        if s.mark == "points":
+            size = 10 if len(x) > 50 else 22
+            ax.scatter(x, y, s=size, label=label, color=colour, alpha=0.7, linewidths=0)
+        else:
+            style = "--" if s.mark == "dashed" else "-"
+            marker = "o" if s.mark == "line" and len(x) < 20 else ""
+            ax.plot(x, y, style, marker=marker, ms=4, lw=1.3, label=label, color=colour)
+        if s.low and s.high:
+            low, high = np.array(s.low, float), np.array(s.high, float)
+            error = np.nan_to_num(np.abs(np.stack([y - low, high - y])))
+            ax.errorbar(x, y, error, fmt="none", ecolor=colour, lw=1, capsize=2)
+    if panel.names:
+        ax.set_xticks(range(len(panel.names)), panel.names, fontsize=8, rotation=15, ha="right")
+        ax.set_xlim(-0.6, len(panel.names) - 0.4)
+    if panel.log:
+        from matplotlib.ticker import FuncFormatter
+
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+    ax.title.set_fontsize(9)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if any(s.name and s.mark != "boxes" for s in panel.series):
+        ax.legend(fontsize=7, frameon=False)

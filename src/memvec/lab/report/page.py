@@ -1,0 +1,203 @@
+"""One self-contained HTML page: no network, light and dark, narrow and wide.
+
+All numbers are put in as JSON; a small script draws the figures as SVG, with hover values. The
+template is `page.html` beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memvec import __version__
+from memvec.errors import MemvecError
+from memvec.lab.protocols.exact import exact_result
+from memvec.lab.report.data import Data, short
+from memvec.lab.report.plots import Plot
+from memvec.lab.report.tables import Table
+from memvec.statistics import mean_interval
+from memvec.writing import write_atomically
+
+EXPLORED = 48  # passages in the explorer
+SPECTRUM = 96  # points of a vector's spectrum
+MOST_TOKENS = 400  # shown of a passage
+
+
+def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path) -> Path:
+    """Write the page."""
+    template = files("memvec.lab.report").joinpath("page.html").read_text("utf-8")
+    content = {
+        "name": data.name,
+        "about": data.about,
+        "version": __version__,
+        "overview": overview(data),
+        "plots": [asdict(p) for p in plots],
+        "tables": [
+            {
+                "key": t.key,
+                "title": t.title,
+                "note": t.note,
+                "columns": t.columns,
+                "rows": t.rows,
+                "shown": t.shown(),
+            }
+            for t in tables
+        ],
+        "cells": cell_rows(data),
+        "passages": explored(data),
+        "reproduce": reproduce(data),
+    }
+    # Inside a script element, "</script" ends it and "<!-- <script" keeps its end from ending it.
+    text = json.dumps(_clean(content), ensure_ascii=False).replace("<", "\\u003c")
+    title = data.name.replace("&", "&amp;").replace("<", "&lt;")
+    html = template.replace("__TITLE__", title).replace('"__DATA__"', text)
+    write_atomically(target, html.encode("utf-8", "replace"))
+    return target
+
+
+def overview(data: Data) -> list[dict[str, str]]:
+    """The first numbers a reader wants: value, what it is."""
+    rows = data.rows
+    cards = [
+        {
+            "value": f"{len(rows)} of {data.planned}",
+            "label": f"passages crammed, {rows['cell'].nunique()} cells, "
+            f"{rows['model'].nunique()} model(s)",
+        }
+    ]
+    exact = data.of("exact")
+    for (model, source, K), group in exact.groupby(["model", "series", "vectors"], sort=False):
+        r = exact_result(group)
+        n = f"n {r.horizon.n}"
+        if r.horizon.n > 1:
+            n = f"95 % [{r.horizon.low:.1f}, {r.horizon.high:.1f}], {n}"
+        cards.append(
+            {
+                "value": f"{r.horizon.mean:.1f} tokens",
+                "label": f"exact in K = {K}: {source}, {short(str(model))}; {n}, "
+                f"{r.bits.mean:.0f} bits, {100 * r.censored[0]:.0f} % censored",
+            }
+        )
+    return cards[:9]
+
+
+def cell_rows(data: Data) -> list[list[Any]]:
+    """One line per cell for the sortable table."""
+    keys = ["protocol", "model", "series", "length", "vectors", "seed"]
+    found = []
+    for key, g in data.rows.groupby([*keys, "cell"], sort=False):
+        horizon = mean_interval(g["horizon"].tolist())
+        found.append(
+            [
+                key[0],
+                short(str(key[1])),
+                *(_number(k) for k in key[2:6]),
+                len(g),
+                round(horizon.mean, 2),
+                round(float(g["accuracy"].mean()), 4),
+                round(float(g["lm_bits"].mean()), 1),
+                round(float(g["mem_bits"].mean()), 2),
+                round(float(g["information_gain"].mean()), 1),
+                round(float(g["token_gain"].mean()), 2),
+                round(float(g["seconds"].sum()), 1),
+            ]
+        )
+    return found
+
+
+def explored(data: Data) -> list[dict[str, Any]]:
+    """Passages for the explorer, spread over the cells."""
+    rows = data.rows
+    order = rows.groupby("cell", sort=False).cumcount().to_numpy()
+    picked = rows.iloc[np.argsort(order, kind="stable")[:EXPLORED]]
+    found = []
+    for row in picked.to_dict("records"):
+        try:
+            vectors, positions = data.store.tensors(row["cell"], row["number"])
+        except MemvecError:
+            continue  # the row's numbers stand; its vectors file is gone
+        name, ids, _ = data.store.passage(row["passage"])
+        stored = data.store.db.execute(
+            "SELECT pieces FROM passages WHERE passage=?", (row["passage"],)
+        ).fetchone()[0]
+        pieces = json.loads(stored) if stored else [str(i) for i in ids]
+        given = len(ids) - positions.shape[1]
+        lm_bits, bits, margin, lm_margin = (p[:MOST_TOKENS] for p in positions.tolist())
+        found.append(
+            {
+                "title": f"{row['protocol']} · {short(row['model'])} · {name}",
+                "K": row["vectors"],
+                "given": given,
+                "pieces": pieces[: MOST_TOKENS + given],
+                "before": [round(v, 2) for v in lm_bits],
+                "after": [round(v, 2) for v in bits],
+                "margin": [round(v, 2) for v in margin],
+                "marginBefore": [round(v, 2) for v in lm_margin],
+                "horizon": row["horizon"],
+                "exact": row["exact"],
+                "status": row["status"],
+                "accuracy": row["accuracy"],
+                "lmBits": row["lm_bits"],
+                "memBits": row["mem_bits"],
+                "steps": row["steps"],
+                "spectrum": spectrum(vectors.float().numpy()),
+            }
+        )
+    return found
+
+
+def spectrum(vectors: Any) -> list[float]:
+    """Numbers of the vectors by size, largest first, relative to their root mean square."""
+    sizes = np.sort(np.abs(vectors).ravel())[::-1]
+    rms = float(np.sqrt((sizes**2).mean())) or 1.0
+    at = np.linspace(0, len(sizes) - 1, min(SPECTRUM, len(sizes))).astype(int)
+    return [round(float(v) / rms, 3) for v in sizes[at]]
+
+
+def reproduce(data: Data) -> dict[str, Any]:
+    """What someone else needs: spec, commands, models, environments."""
+    kept = data.store.meta("spec")
+    spec = json.loads(kept) if kept else {"toml": "", "model": None}
+    model = f" --model {short(spec['model'])}" if spec["model"] else ""
+    models = {
+        short(name): {k: v for k, v in d.items() if k not in ("probe", "name")}
+        for name, d in data.models.items()
+    }
+    environments = []
+    for record in data.environments:
+        environments.append({k: v for k, v in record.items() if k != "model"})
+    return {
+        "commands": [
+            f"memvec study run {data.name}.toml{model}",
+            f"memvec study check {data.name}.study",
+            f"memvec study report {data.name}.study",
+        ],
+        "spec": spec["toml"],
+        "models": models,
+        "environments": environments,
+    }
+
+
+def _number(value: Any) -> Any:
+    return value if isinstance(value, str) else int(value)
+
+
+def _clean(value: Any) -> Any:
+    """Plain JSON: NaN becomes null, numpy numbers become Python's."""
+    if isinstance(value, dict):
+        return {str(k): _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return value

@@ -1,0 +1,141 @@
+"""Cells: what a spec amounts to. A row's key is its cell's and the passage's number.
+
+A cell is everything that decides the numbers of its rows and nothing else; its key is a hash of
+that, so a changed spec finds again what it has in common with the earlier one. How many passages
+are asked for is not in it: asking for more goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.study.facts import Facts, facts_of
+from memvec.lab.study.spec import RunSpec, Spec
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One protocol, model, source, length, K and seed. All fields go into the key."""
+
+    protocol: str
+    model: str
+    revision: str | None
+    dtype: str
+    source: str
+    source_settings: dict[str, Any]
+    length: int
+    vectors: int
+    seed: int
+    recipe: dict[str, Any]
+    options: dict[str, Any]
+    storage: str
+    fixed_shapes: bool
+
+    @property
+    def key(self) -> str:
+        """Sixteen hex digits of the SHA-256 of all fields."""
+        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any]:
+        """As a plain dictionary."""
+        return asdict(self)
+
+    def made_recipe(self) -> Recipe:
+        """The recipe as an object."""
+        return Recipe(**self.recipe)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell and how many passages the spec asks of it."""
+
+    cell: Cell
+    passages: int
+    batch_size: int
+
+
+def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
+    """All cells of a spec, model by model. Raises MemvecError for duplicates and bad recipes."""
+    sources = {s.name: s for s in spec.sources}
+    settings = {name: s.settings(base) for name, s in sources.items()}
+    planned: dict[str, Planned] = {}
+    for model in spec.models:
+        for number, run in enumerate(spec.runs, 1):
+            if run.models and model.name not in run.models:
+                continue
+            for name in run.sources or tuple(sources):
+                for length in run.lengths:
+                    for K in run.vectors:
+                        for seed in run.seeds:
+                            cell = Cell(
+                                run.protocol,
+                                model.name,
+                                model.revision,
+                                model.dtype,
+                                name,
+                                settings[name],
+                                length,
+                                K,
+                                seed,
+                                recipe_of(run, seed).record(),
+                                options_of(run),
+                                spec.storage,
+                                spec.fixed_shapes,
+                            )
+                            if cell.key in planned:
+                                raise MemvecError(
+                                    f"run {number} repeats a cell: {run.protocol}, {model.name}, "
+                                    f"{name}, length {length}, K {K}, seed {seed} is in the spec "
+                                    "twice."
+                                )
+                            planned[cell.key] = Planned(cell, run.passages, spec.batch_size)
+    if not planned:
+        raise MemvecError("the spec has no cells: no run names a model of it.")
+    return list(planned.values())
+
+
+def recipe_of(run: RunSpec, seed: int) -> Recipe:
+    """The protocol's recipe with the run's changes."""
+    protocol = PROTOCOLS[run.protocol]
+    changes = dict(run.recipe)
+    preset = str(changes.pop("preset", protocol.preset))
+    if run.budget:
+        changes["budget"] = run.budget
+    return Recipe.of(preset, **{**protocol.changes, **changes, "seed": seed})
+
+
+def options_of(run: RunSpec) -> dict[str, Any]:
+    """The protocol's own options."""
+    options = {k: list(v) for k, v in PROTOCOLS[run.protocol].options.items()}
+    if run.contexts is not None:
+        options["contexts"] = list(run.contexts)
+    return options
+
+
+def too_long(cell: Cell, facts: Facts | None) -> str | None:
+    """A sentence if the cell cannot fit the model's context, as far as facts tell."""
+    if facts is None or facts.context is None:
+        return None
+    tokens = PROTOCOLS[cell.protocol].tokens(cell.length, cell.vectors, "vectors")
+    if tokens + cell.vectors > facts.context:
+        return (
+            f"impossible length: {tokens} tokens and {cell.vectors} vectors do not fit the "
+            f"context of {cell.model} ({facts.context} tokens)."
+        )
+    return None
+
+
+def check_lengths(planned: list[Planned]) -> None:
+    """Raise MemvecError for the first cell that cannot fit."""
+    facts = {name: facts_of(name) for name in {p.cell.model for p in planned}}
+    for p in planned:
+        if sentence := too_long(p.cell, facts[p.cell.model]):
+            raise MemvecError(sentence)

@@ -1,0 +1,287 @@
+"""A slow, independent recomputation of every column from the stored vectors, and a comparison.
+
+Three kinds of columns (a test sees that every column is of one of them):
+
+- recomputed from vectors and token ids (`recompute.py`);
+- costs that the recipe and the margin bound: the steps, the tokens of so many steps, the margin;
+- records of what happened, which nothing can recompute: these only the row's seal holds.
+
+Another order of the same sums flips an arg-max whose margin is about zero, so counts may differ by
+as many positions as have a margin below `TIE`; everything else must agree to `BITS` a token.
+Also compared: the bits and margins of every position, a cell's columns with its settings and key,
+a passage's text with its tokens, and the straight lines between restarts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from memvec.errors import MemvecError
+from memvec.lab.study.cells import Cell
+from memvec.lab.study.export import read_rows
+from memvec.lab.study.recompute import SPREAD, Slow, line, recompute, start_rule
+from memvec.lab.study.store import Store
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05}  # logits
+BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # bits a token
+LINES = 200  # straight lines walked again, at most, when rows are sampled
+
+RECOMPUTED = frozenset(
+    (
+        *("passage", "tokens", "predicted", "exact", "horizon", "accuracy", "margin", "lm_bits"),
+        *("mem_bits", "information_gain", "token_gain", "lm_right", "horizon_gain"),
+        *("horizon_token_gain", "start_rule", "extra"),
+    )
+)
+BOUNDED = frozenset(["status", "margin_asked", "steps", "spent"])
+RECORDED = frozenset(["cell", "number", "seconds", "batch_size", "worker"])
+
+
+def check_study(
+    folder: Path, *, model: str | None = None, sample: int = 0, device: str = "auto"
+) -> dict[str, Any]:
+    """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences}.
+
+    Rows of cells that the last spec does not have are left out: their model may be gone.
+    `sample`: so many rows spread over the study; 0: all. Raises MemvecError if the model is not
+    the study's.
+    """
+    from memvec.model.lm import load_lm
+
+    wrong: list[str] = []
+    worst: dict[str, float] = {}
+    checked = 0
+    with Store(folder) as store:
+        strays, asked = (
+            store.db.execute(query).fetchall()
+            for query in (
+                "SELECT cell FROM rows WHERE cell NOT IN (SELECT cell FROM cells)",
+                "SELECT cell FROM cells WHERE planned > 0",
+            )
+        )
+        if strays:
+            wrong.append(f"{len(strays)} rows name a cell that the study does not have.")
+        frame = read_rows(store)
+        # By cells, not by `planned` of a row: that depends on its number, which may be falsified.
+        frame = frame[frame["cell"].isin([cell for (cell,) in asked])]
+        if sample and sample < len(frame):
+            frame = frame.iloc[np.linspace(0, len(frame) - 1, sample).astype(int)]
+        for name, rows in frame.groupby("model", sort=False):
+            described, _ = _cell(store, str(rows.iloc[0]["cell"]))
+            lm = load_lm(
+                model or str(name),
+                revision=described["revision"] if model is None else None,
+                device=device,
+                dtype=described["dtype"],
+            )
+            if lm.fingerprint.weights != described["weights"]:
+                raise MemvecError(f"{lm.name} has other weights than the study's {name}.")
+            for key, group in rows.groupby("cell", sort=False):
+                _, cell = _cell(store, str(key))
+                wrong += _check_cell(store, str(key), cell)
+                for row in group.to_dict("records"):
+                    wrong += _check_row(lm, store, cell, row, described["dtype"], worst)
+                    checked += 1
+            wrong += _check_lines(lm, store, str(name), LINES if sample else 0, worst)
+    return {"rows": checked, "worst": worst, "wrong": wrong}
+
+
+def _cell(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
+    """(what the model said of itself, the cell's settings)."""
+    description, settings = store.db.execute(
+        "SELECT description, settings FROM cells WHERE cell=?", (key,)
+    ).fetchone()
+    return json.loads(description), Cell(**json.loads(settings))
+
+
+def _check_cell(store: Store, key: str, cell: Cell) -> list[str]:
+    """A cell's columns are its settings', and its key is their hash."""
+    wrong = [] if cell.key == key else [f"cell {key}: its settings are those of cell {cell.key}."]
+    names = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
+    kept = store.db.execute(f"SELECT {', '.join(names)} FROM cells WHERE cell=?", (key,)).fetchone()
+    for name, value in zip(names, kept, strict=True):
+        if value != getattr(cell, name):
+            wrong.append(
+                f"cell {key}: {name} is stored as {value} and its settings say "
+                f"{getattr(cell, name)}."
+            )
+    return wrong
+
+
+def _check_row(
+    lm: FrozenLM,
+    store: Store,
+    cell: Cell,
+    row: dict[str, Any],
+    dtype: str,
+    worst: dict[str, float],
+) -> list[str]:
+    """Sentences about one row; notes the largest difference of each column."""
+    place = f"cell {row['cell']} ({row['protocol']}, {row['source']}), passage {row['number']}"
+    try:
+        vectors, positions = store.tensors(row["cell"], row["number"])
+        _, ids, before = store.passage(row["passage"])
+    except MemvecError as error:
+        return [f"{place}: {error}"]
+    try:
+        _flat(json.loads(row["extra"]))
+    except (ValueError, TypeError, AttributeError):
+        return [f"{place}: extra is stored as {row['extra']}, which no protocol writes."]
+    found = recompute(lm, cell, row, vectors, ids, before, TIE[dtype])
+    wrong = [f"{place}: {s}" for s in _compare(row, found, positions.numpy(), dtype, worst)]
+    if vectors.shape != (cell.vectors, lm.width) or not torch.isfinite(vectors.float()).all():
+        wrong.append(f"{place}: vectors are not {cell.vectors} x {lm.width} finite numbers.")
+    if not store.sealed(row["cell"], row["number"]):
+        wrong.append(f"{place}: the row was changed after it was written.")
+    if lm.tokenizer is not None:
+        text, pieces = store.db.execute(
+            "SELECT text, pieces FROM passages WHERE passage=?", (row["passage"],)
+        ).fetchone()
+        same = text == lm.text(ids).encode("utf-8", "surrogatepass")
+        if not same or json.loads(pieces) != [lm.text([i]) for i in ids]:
+            wrong.append(f"{place}: the passage's text is not that of its tokens.")
+    return wrong
+
+
+def _compare(
+    row: dict[str, Any], found: Slow, positions: Any, dtype: str, worst: dict[str, float]
+) -> list[str]:
+    """Sentences about columns that disagree."""
+    n, ties, lm_ties = int(found.columns["predicted"]), found.ties, found.lm_ties
+    loose = BITS[dtype] * n
+    allowed: dict[str, float] = {
+        "tokens": 0,
+        "predicted": 0,
+        "lm_bits": loose,
+        "mem_bits": loose,
+        "information_gain": 2 * loose,
+        "horizon_gain": 2 * loose,
+        "margin": TIE[dtype],
+        "accuracy": ties / n + 1e-9,
+        "token_gain": ties + lm_ties,
+        "lm_right": lm_ties,
+        "horizon_token_gain": ties + lm_ties,
+        "horizon": math.inf if ties else 0,  # after a flipped tie everything may follow
+        "exact": 1 if ties else 0,
+    }
+    wrong = []
+    for name, limit in allowed.items():
+        stored = row[name]
+        gap = abs(float(stored) - float(found.columns[name])) if stored is not None else math.inf
+        if math.isfinite(gap):
+            worst[name] = max(worst.get(name, 0.0), gap)
+        # Whatever ties do, a horizon lies within the passage and a whole one is exact.
+        possible = name != "horizon" or (0 <= stored <= n and (stored == n) == bool(row["exact"]))
+        if not gap <= limit or not possible:
+            wrong.append(_says(name, stored, found.columns[name]))
+    for name in ("passage", "start_rule"):
+        if row[name] != found.columns[name]:
+            wrong.append(_says(name, row[name], found.columns[name]))
+    return (
+        wrong
+        + _costs(row, found, dtype)
+        + _positions(found, positions, dtype, worst)
+        + _extra(row, found, n, loose, worst)
+    )
+
+
+def _costs(row: dict[str, Any], found: Slow, dtype: str) -> list[str]:
+    """What the recipe, the margin and the vectors allow of the costs and the status."""
+    wrong = []
+    for name, (least, most) in (("steps", found.steps), ("spent", found.spent)):
+        if not least <= row[name] <= most:
+            said = f"{least:g}" if least == most else f"{least:g} to {most:g}"
+            wrong.append(_says(name, row[name], said))
+    if not any(math.isclose(row["margin_asked"], m, rel_tol=SPREAD) for m in found.margins):
+        wrong.append(_says("margin_asked", row["margin_asked"], f"one of {found.margins[:4]} ..."))
+    met = found.columns["margin"] >= row["margin_asked"] - TIE[dtype]
+    if row["status"] not in ("done", "budget", "not-finite") or (
+        row["status"] == "done" and not met
+    ):
+        wrong.append(_says("status", row["status"], "a passage whose margins are not met"))
+    return wrong
+
+
+def _positions(found: Slow, positions: Any, dtype: str, worst: dict[str, float]) -> list[str]:
+    """The stored bits and margins of every position."""
+    wrong = []
+    kinds = ((0, BITS[dtype] * 50), (1, BITS[dtype] * 50), (2, TIE[dtype]), (3, TIE[dtype]))
+    names = ("bits without vectors", "bits with", "margin with", "margin without")
+    for (i, limit), name in zip(kinds, names, strict=True):
+        gap = float(np.abs(positions[i] - found.positions[i]).max())
+        worst["positions"] = max(worst.get("positions", 0.0), gap)
+        if not gap <= limit:
+            wrong.append(f"positions ({name}) differ by {gap:.3g}.")
+    return wrong
+
+
+def _extra(
+    row: dict[str, Any], found: Slow, n: int, loose: float, worst: dict[str, float]
+) -> list[str]:
+    """What protocols measured besides."""
+    kept, wrong = _flat(json.loads(row["extra"])), []
+    if kept.keys() != found.extra.keys():
+        return [_says("extra", sorted(kept), sorted(found.extra))]
+    for name, values in found.extra.items():
+        gaps = [abs(a - b) for a, b in zip(kept[name], values, strict=True)]
+        key = name.split()[0]
+        worst[key] = max(worst.get(key, 0.0), gaps[0])
+        limits = [loose, n * 0.05 + 1]
+        if any(not gap <= limit for gap, limit in zip(gaps, limits, strict=False)):
+            wrong.append(_says(name, kept[name], values))
+    return wrong
+
+
+def _check_lines(
+    lm: FrozenLM, store: Store, model: str, most: int, worst: dict[str, float]
+) -> list[str]:
+    """The straight lines between restarts, point by point."""
+    wrong = []
+    found = store.db.execute(
+        "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "
+        "WHERE model = ? ORDER BY position, second, number",
+        (model,),
+    ).fetchall()
+    for first, second, number, text in found[: most or None]:
+        place = f"cells {first} and {second}, passage {number}"
+        try:
+            _, ids, _ = store.passage(store.done(first).get(number, f"number {number}"))
+            a, b = (store.tensors(cell, number)[0] for cell in (first, second))
+        except MemvecError as error:
+            wrong.append(f"{place}: {error}")
+            continue
+        stored = json.loads(text)
+        start = start_rule(lm, _cell(store, first)[1])
+        again, near = line(lm, ids, a, b, start, len(stored))
+        n = len(ids) - (start == "first-token")
+        gaps = [abs(x - y) for x, y in zip(stored, again, strict=True)]
+        worst["paths"] = max(worst.get("paths", 0.0), *gaps)
+        if any(not gap <= k / n + 1e-6 for gap, k in zip(gaps, near, strict=True)):
+            wrong.append(
+                f"{place}: the straight line is stored as {stored} and recomputed as {again}."
+            )
+    return wrong
+
+
+def _flat(extra: dict[str, Any]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for n, values in extra.get("context", {}).items():
+        found[f"context {int(n)}"] = [float(v) for v in values]
+    if extra.get("copy"):
+        found["copy"] = [float(v) for v in extra["copy"]]
+    if "needed_bits" in extra:
+        found["needed_bits"] = [float(extra["needed_bits"])]
+    return found
+
+
+def _says(name: str, stored: Any, found: Any) -> str:
+    return f"{name} is stored as {stored} and recomputed as {found}."

@@ -1,0 +1,61 @@
+"""Rows with their cells as a flat table, for other tools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from memvec.errors import MemvecError
+from memvec.lab.study.store import COLUMNS, Store
+
+CELL_COLUMNS = {
+    "protocol": "how capacity was asked",
+    "model": "Hub id, folder or built-in name",
+    "source": "where the passage came from",
+    "length": "length asked, tokens (per vector for 'vectors')",
+    "vectors": "K, [mem] vectors of the passage",
+    "seed": "seed of the restart",
+    "storage": "dtype of the stored vectors",
+    "random_text": "the source's text is drawn by a program",
+}
+
+_STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
+
+
+def read_rows(store: Store) -> pd.DataFrame:
+    """All rows with their cells' columns, in the order of the spec, those of no spec last."""
+    cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
+    own = ", ".join(f"rows.{name}" for name in COLUMNS)
+    query = (
+        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {own}, "
+        "rows.environment, rows.finished, rows.number < cells.planned AS planned "
+        "FROM rows JOIN cells USING (cell) "
+        "ORDER BY cells.planned = 0, cells.position, rows.number"
+    )
+    frame = pd.read_sql_query(query, store.db)
+    for name in ("exact", "random_text", "planned"):
+        frame[name] = frame[name].astype(bool)
+    return frame
+
+
+def export_rows(folder: Path, target: Path) -> int:
+    """Write rows as CSV or Parquet by the file's ending; returns how many."""
+    with Store(folder) as store:
+        frame = read_rows(store)
+    if target.suffix == ".parquet":
+        try:
+            frame.to_parquet(target, index=False)
+        except ImportError:
+            raise MemvecError("Parquet needs pyarrow: pip install 'memvec[study]'.") from None
+    elif target.suffix == ".csv":
+        frame.to_csv(target, index=False)
+    else:
+        raise MemvecError(f"{target} must end in .csv or .parquet.")
+    sentences = {**CELL_COLUMNS, **COLUMNS}
+    sentences["step_limit"] = "most steps a passage was given"
+    sentences |= {"environment": "id of the environment record", "finished": "when, UTC"}
+    sentences["planned"] = "the last spec asks for it; the others are of earlier ones"
+    Path(f"{target}.columns.json").write_text(json.dumps(sentences, indent=2), "utf-8")
+    return len(frame)

@@ -1,0 +1,138 @@
+"""Who does the work: this process, behind the interface that a pool of Ray actors has too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from memvec.cramming.engine import Progress
+from memvec.environment import environment
+from memvec.lab.protocols.geometry import straight_line
+from memvec.lab.study.cells import Cell
+from memvec.lab.study.row import Finished, Text
+from memvec.lab.study.work import cram_cell, find_passages
+from memvec.passages.found import Found
+from memvec.passages.passage import Passage
+from memvec.passages.sources import Source
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM, StartRule
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Passages of one cell that go to one worker together."""
+
+    cell: Cell
+    passages: tuple[Found, ...]
+    batch_size: int
+
+    def keys(self) -> set[Hashable]:
+        """The numbers of its passages."""
+        return {found.number for found in self.passages}
+
+    def without(self, done: set[Hashable]) -> Unit:
+        """The rest of it."""
+        left = tuple(found for found in self.passages if found.number not in done)
+        return replace(self, passages=left)
+
+    def work(
+        self, lm: FrozenLM, worker: str, on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[tuple[Hashable, Finished]]:
+        """Rows, each as soon as its passage is certified."""
+        for finished in cram_cell(
+            lm, self.cell, self.passages, self.batch_size, worker=worker, on_progress=on_progress
+        ):
+            yield finished.row.number, finished
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages with their texts, as the store keeps them."""
+
+    found: list[Found]
+    texts: list[Text | None]
+
+
+@runtime_checkable
+class Pool(Protocol):
+    """What a run needs of its workers."""
+
+    def description(self) -> dict[str, Any]:
+        """The model they hold."""
+
+    def environment(self) -> dict[str, Any]:
+        """Where they run."""
+
+    def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
+        """A cell's passages."""
+
+    def cram(
+        self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[Finished]:
+        """Rows of all units, in any order."""
+
+    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
+        """Accuracy between two solutions."""
+
+    def unit_size(self, waiting: int, batch_size: int) -> int:
+        """Passages that go to one worker together."""
+
+    def close(self) -> None:
+        """Let the workers go."""
+
+
+class Here:
+    """This process is the only worker."""
+
+    def __init__(self, lm: FrozenLM) -> None:
+        self.lm = lm
+
+    def description(self) -> dict[str, Any]:
+        """The model it holds."""
+        return self.lm.description()
+
+    def environment(self) -> dict[str, Any]:
+        """This process."""
+        return environment()
+
+    def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
+        """A cell's passages."""
+        found = find_passages(self.lm, cell, source, count, base)
+        return Texts(found, [text_of(self.lm, f) for f in found])
+
+    def cram(
+        self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
+    ) -> Iterator[Finished]:
+        """Rows of all units, one unit after the other."""
+        for unit in units:
+            yield from (row for _, row in unit.work(self.lm, "local", on_progress))
+
+    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
+        """Accuracy between two solutions."""
+        return straight_line(self.lm, passage, a, b, start)
+
+    def unit_size(self, waiting: int, batch_size: int) -> int:
+        """All of a cell: slots are refilled from it."""
+        return max(1, waiting)
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+def text_of(lm: FrozenLM, found: Found) -> Text | None:
+    """The passage's text; None without a tokenizer."""
+    if lm.tokenizer is None:
+        return None
+    ids = found.passage.ids
+    return Text(lm.text(ids).encode("utf-8", "surrogatepass"), [lm.text([token]) for token in ids])
+
+
+def in_units(cell: Cell, found: Sequence[Found], size: int, batch_size: int) -> Iterator[Unit]:
+    """Passages in units of `size`."""
+    for at in range(0, len(found), size):
+        yield Unit(cell, tuple(found[at : at + size]), batch_size)

@@ -1,0 +1,84 @@
+"""The pool of a study on Ray: the interface of memvec.lab.study.pool over memvec.workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from memvec.lab.study.cells import Cell
+from memvec.lab.study.pool import Here, Texts, Unit
+from memvec.lab.study.row import Finished
+from memvec.lab.study.spec import ModelSpec
+from memvec.passages.passage import Passage
+from memvec.passages.sources import Source
+from memvec.workers import Loading, OnProgress, Workers
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM, StartRule
+
+
+class Remote:
+    """`workers` actors on this machine, or one per device of a cluster at `address`."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        *,
+        workers: int = 0,
+        address: str | None = None,
+        device: str = "auto",
+    ) -> None:
+        loading = Loading(model.name, model.revision, model.dtype)
+        self.workers = Workers(loading, workers=workers, address=address, device=device)
+        self._description, self._environment = self.workers.call(_facts)
+
+    def description(self) -> dict[str, Any]:
+        """The model they hold."""
+        return dict(self._description)
+
+    def environment(self) -> dict[str, Any]:
+        """The first worker's, and how many there are."""
+        about = {"workers": self.workers.count, "ray": self.workers.ray.__version__}
+        return {**self._environment, **about}
+
+    def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
+        """A cell's passages, found by a worker that is free."""
+        found: Texts = self.workers.call(_find, cell, source, count, base)
+        return found
+
+    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
+        """Accuracy between two solutions."""
+        found: list[float] = self.workers.call(_line, passage, a, b, start)
+        return found
+
+    def unit_size(self, waiting: int, batch_size: int) -> int:
+        """Passages that go to one worker together."""
+        return self.workers.share(waiting, batch_size)
+
+    def cram(self, units: Iterable[Unit], on_progress: OnProgress) -> Iterator[Finished]:
+        """Rows of all units, as they come. Units are asked for when a worker is free."""
+        source = iter(units)
+        yield from self.workers.stream(lambda: next(source, None), on_progress)
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self.workers.close()
+
+
+# What workers are asked, by name: a worker imports these.
+
+
+def _facts(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Any]]:
+    here = Here(lm)
+    return here.description(), here.environment()
+
+
+def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
+    return Here(lm).find(cell, source, count, base)
+
+
+def _line(lm: FrozenLM, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
+    return Here(lm).line(passage, a, b, start)

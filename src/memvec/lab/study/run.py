@@ -1,0 +1,225 @@
+"""Run a study: what is planned, less what the store has, through a pool, row by row to the store.
+
+Started again after any end, it goes on: a passage with a row is never crammed again, and the store
+takes a row only once. Only this process writes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from memvec.cramming.engine import Progress
+from memvec.cramming.start import ids_hash
+from memvec.errors import MemvecError
+from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.study.cells import Planned, check_lengths, expand
+from memvec.lab.study.pool import Pool, Unit, in_units
+from memvec.lab.study.spec import ModelSpec, Spec
+from memvec.lab.study.store import Store
+from memvec.passages.passage import Passage
+from memvec.passages.sources import Source
+
+TELL_EVERY = 0.2  # seconds
+MakePool = Callable[[ModelSpec], Pool]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a study stands, for whoever shows it."""
+
+    cells_done: int
+    cells: int
+    rows: int
+    planned: int
+    rows_now: int  # of this process
+    seconds: float
+    left: float | None  # seconds, None while unknown
+    what: str
+    horizon: float | None
+
+    @property
+    def per_minute(self) -> float:
+        """Passages per minute of this process."""
+        return 60 * self.rows_now / self.seconds if self.seconds > 0 else 0.0
+
+
+def run_study(
+    spec: Spec,
+    folder: Path,
+    make_pool: MakePool,
+    *,
+    base: Path | None = None,
+    text: str = "",
+    on_status: Callable[[Status], None] | None = None,
+) -> Status:
+    """Run what is left of a study. Raises MemvecError for whatever a person must change."""
+    planned = expand(spec, base)
+    check_lengths(planned)
+    for source in spec.sources:
+        if sentence := source.missing(base):
+            raise MemvecError(sentence)
+    with Store(folder, write=True) as store:
+        drawn = {s.name for s in spec.sources if s.random_text}
+        about = {"name": spec.name, "about": spec.about, "spec": text, "base": str(base or "")}
+        store.plan(planned, drawn, {**about, "batch_size": str(spec.batch_size)})
+        return _Run(spec, store, planned, base, on_status).run(make_pool)
+
+
+class _Run:
+    """One call of `run_study`."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        store: Store,
+        planned: list[Planned],
+        base: Path | None,
+        on_status: Callable[[Status], None] | None,
+    ) -> None:
+        self.spec, self.store, self.planned, self.base = spec, store, planned, base
+        self.on_status = on_status
+        self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
+        self.began = time.monotonic()
+        self.done = {p.cell.key: len(store.done(p.cell.key)) for p in planned}
+        self.costs = {p.cell.key: _cost(p) for p in planned}
+        self.told = 0.0
+        self.rows_now = 0
+        self.cost_now = 0.0
+        self.what, self.horizon = "starting", None  # type: tuple[str, float | None]
+
+    def run(self, make_pool: MakePool) -> Status:
+        for model in self.spec.models:
+            mine = [p for p in self.planned if p.cell.model == model.name]
+            if not any(self._left(p) for p in mine) and not any(self._open_pairs(mine)):
+                continue
+            self.what = f"loading {model.name}"
+            self._tell()
+            pool = make_pool(model)
+            try:
+                self.store.set_environment({**pool.environment(), "model": pool.description()})
+                for finished in pool.cram(self._units(mine, pool), self._progress):
+                    self.store.put(finished)
+                    key = finished.row.cell
+                    self.done[key] += 1
+                    self.rows_now += 1
+                    self.cost_now += self.costs[key]
+                    self._tell()
+                self._lines(mine, pool)
+            finally:
+                pool.close()
+        self.what = "done"
+        self._tell()
+        status = self.status()
+        if status.rows < status.planned:  # never called done before the store says so
+            raise MemvecError(
+                f"{status.planned - status.rows} of {status.planned} passages came back without a "
+                "row: run the same command again."
+            )
+        return status
+
+    # ------------------------------------------------------------------ what is to do
+
+    def _left(self, p: Planned) -> int:
+        return max(0, p.passages - self.done[p.cell.key])
+
+    def _units(self, planned: list[Planned], pool: Pool) -> Iterator[Unit]:
+        """Units of all cells that are not done, made when they are asked for."""
+        description = pool.description()
+        earlier: dict[str, dict[int, tuple[int, ...]]] = {}  # passages of each source
+        for p in planned:
+            known = self.store.done(p.cell.key)
+            if len(known) >= p.passages:
+                continue
+            self.what = _name(p)
+            self.store.describe(p.cell.key, description)
+            texts = pool.find(p.cell, self.sources[p.cell.source], p.passages, self.base)
+            hashes = [ids_hash(f.passage.ids) for f in texts.found]
+            if p.cell.source not in earlier:
+                earlier[p.cell.source] = self.store.known_passages(p.cell.key)
+            for f, key in zip(texts.found, hashes, strict=True):
+                # A passage of one length is the beginning of the same passage of another.
+                ids = f.passage.ids
+                before = earlier[p.cell.source].setdefault(f.number, ids)
+                n = min(len(ids), len(before))
+                if known.get(f.number, key) != key or before[:n] != ids[:n]:
+                    raise MemvecError(
+                        f"source '{p.cell.source}' gives another passage {f.number} than when this "
+                        "study began: put the old texts back, or use another folder."
+                    )
+            self.store.put_passages(list(zip(hashes, texts.found, texts.texts, strict=True)))
+            left = [f for f in texts.found if f.number not in known]
+            yield from in_units(p.cell, left, pool.unit_size(len(left), p.batch_size), p.batch_size)
+
+    def _open_pairs(self, planned: list[Planned]) -> Iterator[tuple[Planned, Planned, int]]:
+        """Pairs of restarts whose straight line is not measured: (first, other, passage)."""
+        restarts = [p for p in planned if p.cell.protocol == "geometry"]
+        known = set(self.store.db.execute("SELECT first, second, number FROM paths"))
+
+        def group(p: Planned) -> str:
+            recipe = {k: v for k, v in p.cell.recipe.items() if k != "seed"}
+            return str(sorted(asdict(replace(p.cell, seed=0, recipe=recipe)).items(), key=str))
+
+        for _, same in itertools.groupby(sorted(restarts, key=group), key=group):
+            ordered = sorted(same, key=lambda p: p.cell.seed)
+            for other in ordered[1:]:
+                # A run may ask for more passages of one seed than of another.
+                for number in range(min(ordered[0].passages, other.passages)):
+                    if (ordered[0].cell.key, other.cell.key, number) not in known:
+                        yield ordered[0], other, number
+
+    def _lines(self, planned: list[Planned], pool: Pool) -> None:
+        for first, other, number in list(self._open_pairs(planned)):
+            self.what = "straight lines between restarts"
+            a, b = first.cell.key, other.cell.key
+            self.store.describe(a, pool.description())  # no other model's line between its rows
+            row = self.store.db.execute(
+                "SELECT passage, start_rule FROM rows WHERE cell=? AND number=?", (a, number)
+            ).fetchone()
+            _, ids, _ = self.store.passage(row[0])
+            one, two = (self.store.tensors(key, number)[0] for key in (a, b))
+            self.store.put_path(a, b, number, pool.line(Passage(ids), one, two, row[1]))
+
+    # ------------------------------------------------------------------ news
+
+    def status(self) -> Status:
+        """How it stands."""
+        seconds = time.monotonic() - self.began
+        left = sum(self.costs[p.cell.key] * self._left(p) for p in self.planned)
+        return Status(
+            cells_done=sum(not self._left(p) for p in self.planned),
+            cells=len(self.planned),
+            rows=sum(min(self.done[p.cell.key], p.passages) for p in self.planned),
+            planned=sum(p.passages for p in self.planned),
+            rows_now=self.rows_now,
+            seconds=seconds,
+            left=left * seconds / self.cost_now if self.cost_now else None,
+            what=self.what,
+            horizon=self.horizon,
+        )
+
+    def _progress(self, progress: Progress) -> None:
+        self.horizon = progress.horizon
+        self._tell()
+
+    def _tell(self) -> None:
+        # A status looks at every cell: not at every step.
+        if self.on_status is not None and time.monotonic() - self.told > TELL_EVERY:
+            self.told = time.monotonic()
+            self.on_status(self.status())
+
+
+def _name(p: Planned) -> str:
+    c = p.cell
+    return (
+        f"{c.protocol} · {c.model} · {c.source} · {c.length} tokens · K {c.vectors} · seed {c.seed}"
+    )
+
+
+def _cost(p: Planned) -> float:
+    """Rough forward-backward tokens of a row, for the time left."""
+    tokens = PROTOCOLS[p.cell.protocol].tokens(p.cell.length, p.cell.vectors, "vectors")
+    return float((tokens + p.cell.vectors) * p.cell.recipe["steps"])

@@ -1,0 +1,208 @@
+"""A study's spec: a TOML file, validated once, with one sentence for whatever is wrong.
+
+    name = "mine"
+    [[models]]
+    name = "pocket"
+    [[sources]]
+    kind = "random-words"
+    [[runs]]
+    protocol = "exact"
+    lengths = [64]
+
+Every field has a description; unknown keys get a did-you-mean.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memvec.errors import MemvecError, did_you_mean
+from memvec.lab.protocols import PROTOCOLS
+from memvec.passages.sources import SOURCES, AnySource, Source
+
+ProtocolName = Literal[
+    "paper",
+    "exact",
+    "vectors",
+    "threshold",
+    "context",
+    "copy",
+    "upper-bound",
+    "geometry",
+    "one-step",
+]
+Storage = Literal["float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(Strict):
+    """A model of the study."""
+
+    name: str = Field(description="Hub id, folder, or the built-in 'pocket'")
+    revision: str | None = Field(default=None, description="revision of a Hub model")
+    dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
+
+
+class RunSpec(Strict):
+    """A block of cells: models × sources × lengths × vectors × seeds under one protocol."""
+
+    protocol: ProtocolName = Field(description="how capacity is asked")
+    models: tuple[str, ...] = Field(default=(), description="names of models; default: all")
+    sources: tuple[str, ...] = Field(default=(), description="names of sources; default: all")
+    lengths: tuple[int, ...] = Field(min_length=1, description="tokens of a passage")
+    vectors: tuple[int, ...] = Field(default=(1,), min_length=1, description="K, [mem] vectors")
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="restarts")
+    passages: int = Field(default=50, description="passages of each cell")
+    recipe: dict[str, Any] = Field(
+        default={}, description="changes of the protocol's recipe; 'preset' picks another start"
+    )
+    budget: int = Field(
+        default=0, ge=0, description="most forward-backward tokens for a passage; 0: no limit"
+    )
+    contexts: tuple[int, ...] | None = Field(
+        default=None, description="real tokens given instead of vectors (protocol 'context')"
+    )
+
+
+class Spec(Strict):
+    """A whole study."""
+
+    name: str = Field(description="name of the study and of its default folder")
+    about: str = Field(default="", description="what it is for")
+    batch_size: int = Field(default=8, ge=1, description="passages crammed at once on a device")
+    storage: Storage = Field(default="float32", description="dtype of stored vectors")
+    fixed_shapes: bool = Field(
+        default=True, description="keep batch shapes fixed, so rows do not depend on who runs them"
+    )
+    device: str = Field(default="auto", description="auto, cpu or cuda:0")
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    sources: tuple[AnySource, ...] = Field(min_length=1)
+    runs: tuple[RunSpec, ...] = Field(min_length=1)
+
+
+def read_spec(path: Path, model: str | None = None) -> Spec:
+    """Read and validate a spec. `model` replaces every model of it.
+
+    Raises MemvecError, one sentence.
+    """
+    if not path.is_file():
+        raise MemvecError(f"there is no spec {path}.")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise MemvecError(f"{path} is not UTF-8 text: a spec is a TOML file.") from None
+    return parse_spec(text, str(path), model)
+
+
+def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
+    """Validate a spec's text; `where` names it in errors."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise MemvecError(f"{where} is not TOML: {error}.") from None
+    _name_sources(data)
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        raise MemvecError(f"{where}: {_sentence(error, data)}") from None
+    if model is not None:
+        spec = with_model(spec, model)
+    _check(spec, where)
+    return spec
+
+
+def with_model(spec: Spec, name: str) -> Spec:
+    """The same study for another model."""
+    runs, seen = [], set()
+    for run in spec.runs:
+        one = run.model_copy(update={"models": ()})
+        key = one.model_dump_json()
+        if key not in seen:  # runs that differed by their model only
+            seen.add(key)
+            runs.append(one)
+    return spec.model_copy(update={"models": (ModelSpec(name=name),), "runs": tuple(runs)})
+
+
+def _name_sources(data: dict[str, Any]) -> None:
+    sources = data.get("sources")
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and not source.get("name") and "kind" in source:
+            source["name"] = str(source["kind"])
+
+
+_KINDS: dict[str, type[BaseModel]] = {"models": ModelSpec, "runs": RunSpec}
+
+
+def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
+    """The first of pydantic's findings, for a person."""
+    first = error.errors()[0]
+    loc = [part for part in first["loc"] if part not in SOURCES]
+    where = _place(loc)
+    if first["type"] == "extra_forbidden":
+        owner: type[BaseModel] = Spec
+        if loc[0] == "sources":
+            index = int(loc[1])
+            owner = SOURCES.get(data["sources"][index].get("kind", ""), Source)
+        elif len(loc) > 1:
+            owner = _KINDS.get(str(loc[0]), Spec)
+        hint = did_you_mean(str(loc[-1]), owner.model_fields)
+        return f"unknown key '{loc[-1]}' in {_place(loc[:-1])}: {hint}"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kind = data["sources"][int(loc[1])].get("kind")
+        if kind is None:
+            return f"{where} needs a kind: one of {', '.join(SOURCES)}."
+        return f"unknown kind '{kind}' in {where}: {did_you_mean(str(kind), SOURCES)}"
+    if first["type"] == "literal_error" and loc[-1] == "protocol":
+        hint = did_you_mean(str(first["input"]), get_args(ProtocolName))
+        return f"unknown protocol '{first['input']}' in {_place(loc[:-1])}: {hint}"
+    if first["type"] == "missing":
+        return f"{_place(loc[:-1])} needs '{loc[-1]}'."
+    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}."
+
+
+def _place(loc: list[Any]) -> str:
+    words = [f"[{part + 1}]" if isinstance(part, int) else str(part) for part in loc]
+    return ".".join(words).replace(".[", " [") or "the spec"
+
+
+def _check(spec: Spec, where: str) -> None:
+    models = [m.name for m in spec.models]
+    sources = [s.name for s in spec.sources]
+    for kind, names in (("models", models), ("sources", sources)):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise MemvecError(f"{where}: two {kind} are called '{twice[0]}': give one a name.")
+    for i, run in enumerate(spec.runs, 1):
+        place = f"{where}: run {i} ({run.protocol})"
+        for name in run.sources:
+            if name not in sources:
+                hint = did_you_mean(name, sources)
+                raise MemvecError(f"{place} names a missing source '{name}': {hint}")
+        for name in run.models:
+            if name not in models:
+                hint = did_you_mean(name, models)
+                raise MemvecError(f"{place} names a missing model '{name}': {hint}")
+        if run.passages < 1:
+            raise MemvecError(f"{place} has zero passages: passages must be at least 1.")
+        for field, values in (("lengths", run.lengths), ("vectors", run.vectors)):
+            if min(values) < 1:
+                raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
+        if PROTOCOLS[run.protocol].layout != "prefix" and run.vectors != (2,):
+            raise MemvecError(f"{place} has two vectors, e and m: write vectors = [2].")
+        if run.contexts is not None and "contexts" not in PROTOCOLS[run.protocol].options:
+            raise MemvecError(f"{place} has no option 'contexts': it belongs to 'context'.")
+        if run.recipe.get("corrections"):
+            raise MemvecError(
+                f"{place}: a study measures what the vectors hold, so corrections must be 0."
+            )
+        if run.protocol == "geometry" and run.recipe.get("start", "noise") == "encoder":
+            raise MemvecError(f"{place}: restarts must differ, so start cannot be 'encoder'.")

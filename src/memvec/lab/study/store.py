@@ -1,0 +1,404 @@
+"""The store: one SQLite file (WAL) and a folder of vectors. The only memory of what is done.
+
+    DIR/study.sqlite      tables meta, cells, passages, rows, paths, environments
+    DIR/vectors/<cell>.bin  per row, at rows.offset: K·D numbers of the storage dtype, then 4·N
+                            float32 (bits without vectors, bits with, margin with, margin without)
+
+A row is written when its passage is certified: tensors first (appended, fsync), then the row, in
+one transaction. A process killed between the two leaves bytes that no row names; the next writer
+cuts them off. One process writes at a time (a lock the kernel drops when it dies); any number read.
+
+`rows.seal` is a hash of everything else in the row, so that a value changed afterwards is seen even
+where nothing could recompute it (seconds, worker).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.lab.study.cells import Planned
+from memvec.lab.study.row import Finished, Row, Text
+from memvec.passages.found import Found
+
+SCHEMA = "2"  # raised when tables or the vectors' files change
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+
+COLUMNS = {f.name: str(f.metadata["help"]) for f in fields(Row)}
+_TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT", "bool": "INTEGER"}
+
+# SQLite keeps NaN as NULL, so numbers may be missing and nothing else may.
+_ROWS = ", ".join(
+    f"{f.name} {_TYPES.get(str(f.type), 'TEXT')}{'' if f.type == 'float' else ' NOT NULL'}"
+    for f in fields(Row)
+)
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS environments (id TEXT PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS cells (
+  cell TEXT PRIMARY KEY, position INTEGER NOT NULL, planned INTEGER NOT NULL,
+  protocol TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL,
+  length INTEGER NOT NULL, vectors INTEGER NOT NULL, seed INTEGER NOT NULL,
+  storage TEXT NOT NULL, random_text INTEGER NOT NULL, settings TEXT NOT NULL,
+  description TEXT);
+CREATE TABLE IF NOT EXISTS passages (
+  passage TEXT PRIMARY KEY, name TEXT NOT NULL, ids BLOB NOT NULL, before BLOB NOT NULL,
+  text BLOB, pieces TEXT);
+CREATE TABLE IF NOT EXISTS rows (
+  {_ROWS},
+  offset INTEGER NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL,
+  environment TEXT NOT NULL, finished TEXT NOT NULL, seal TEXT NOT NULL,
+  PRIMARY KEY (cell, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS paths (
+  first TEXT NOT NULL, second TEXT NOT NULL, number INTEGER NOT NULL, accuracy TEXT NOT NULL,
+  PRIMARY KEY (first, second, number)) WITHOUT ROWID;
+"""
+
+# What tables besides `rows` hold, for the docs: rows' own columns are COLUMNS.
+SCHEMA_TEXT = {
+    "meta": "schema version, name, text and folder of the last spec",
+    "environments": "versions and machine a row was made with (JSON)",
+    "cells": "settings of a cell (JSON), passages the last spec plans (0: it has no such cell), "
+    "the model's description (JSON)",
+    "passages": "token ids and those before (int32), text (UTF-8), its tokens (JSON), origin",
+    "rows": "one passage of one cell",
+    "paths": "accuracy on the straight line between two restarts of a passage (JSON list)",
+}
+
+
+class Store:
+    """A study's folder. `write=True` takes the lock and may create it."""
+
+    def __init__(self, folder: Path, *, write: bool = False) -> None:
+        self.folder, self.write = folder, write
+        self.file, self.vectors = folder / "study.sqlite", folder / "vectors"
+        self._lock: IO[str] | None = None
+        self._open: dict[str, IO[bytes]] = {}
+        self._environment = ""
+        if write:
+            try:
+                self.vectors.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise MemvecError(f"{folder} cannot be made: {error.strerror}.") from None
+            self._take_lock()
+        elif not self.file.is_file():
+            raise MemvecError(f"there is no study in {folder}.")
+        try:
+            if write:
+                self.db = sqlite3.connect(self.file, isolation_level=None, timeout=10)
+                self._check_version()
+                self.db.execute("PRAGMA journal_mode=WAL")
+                self.db.execute("PRAGMA synchronous=NORMAL")
+                self.db.executescript(_TABLES)
+                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
+            else:
+                where = self.file.resolve().as_uri() + "?mode=ro"  # a name may hold # or ?
+                self.db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=10)
+                self._check_version()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise MemvecError(f"{self.file} is not a study's store, or damaged: {error}.") from None
+        except MemvecError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close files and give the lock back."""
+        if hasattr(self, "db"):
+            self.db.close()
+        for stream in self._open.values():
+            stream.close()
+        self._open.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ what a run writes
+
+    def plan(
+        self, planned: Sequence[Planned], random_sources: set[str], spec: dict[str, str]
+    ) -> None:
+        """Write what the spec asks for; cells of an earlier spec stay, with nothing planned."""
+        with self._transaction():
+            self.db.execute("UPDATE cells SET planned=0")
+            for key, value in spec.items():
+                self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+            for position, p in enumerate(planned):
+                c = p.cell
+                self.db.execute(
+                    "INSERT INTO cells VALUES (?,?,?,?,?,?,?,?,?,?,?,?,NULL) ON CONFLICT(cell) "
+                    "DO UPDATE SET position=excluded.position, planned=excluded.planned",
+                    (
+                        c.key,
+                        position,
+                        p.passages,
+                        c.protocol,
+                        c.model,
+                        c.source,
+                        c.length,
+                        c.vectors,
+                        c.seed,
+                        c.storage,
+                        int(c.source in random_sources),
+                        json.dumps(c.settings(), sort_keys=True),
+                    ),
+                )
+
+    def describe(self, cell: str, description: dict[str, Any]) -> None:
+        """Record the model a cell ran with; raise MemvecError if it ran with another.
+
+        Another is one with other weights, or that computes with them in another way.
+        """
+        known = self.db.execute("SELECT description FROM cells WHERE cell=?", (cell,)).fetchone()[0]
+        if known is None:
+            text = json.dumps(description, sort_keys=True, default=str)
+            self.db.execute("UPDATE cells SET description=? WHERE cell=?", (text, cell))
+            return
+        before = json.loads(known)
+        if before["weights"] != description["weights"]:
+            raise MemvecError(
+                f"{description['name']} has other weights than the rows in {self.folder} were made "
+                "with: use another folder."
+            )
+        for name in ("dtype", "quantize", "attention"):
+            old, new = before.get(name), description.get(name)
+            if old != new:
+                raise MemvecError(
+                    f"{description['name']} has {name} {new} here, and the rows in {self.folder} "
+                    f"were made with {name} {old}: go on where they were made, or use another "
+                    "folder."
+                )
+
+    def known_passages(self, cell: str) -> dict[int, tuple[int, ...]]:
+        """Token ids of the passages that this cell's model was given of its source, by number.
+
+        The longest where there are several. Cells of an earlier spec count: they may come back.
+        """
+        query = (
+            "SELECT DISTINCT number, ids FROM cells AS this "
+            "JOIN cells USING (model, source) JOIN rows ON rows.cell = cells.cell "
+            "JOIN passages USING (passage) WHERE this.cell = ? AND "
+            "json_extract(this.settings, '$.source_settings') = "
+            "json_extract(cells.settings, '$.source_settings') ORDER BY length(ids)"
+        )
+        return {int(n): _from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
+
+    def set_environment(self, record: dict[str, Any]) -> None:
+        """The environment of the rows that follow."""
+        text = json.dumps(record, sort_keys=True, default=str)
+        self._environment = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.db.execute(
+            "INSERT OR IGNORE INTO environments VALUES (?, ?)", (self._environment, text)
+        )
+
+    def put_passages(self, found: Sequence[tuple[str, Found, Text | None]]) -> None:
+        """Remember passages: (hash, passage, its text)."""
+        with self._transaction():
+            for key, f, text in found:
+                words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
+                self.db.execute(
+                    "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
+                    (key, f.name, _ids(f.passage.ids), _ids(f.before), *words),
+                )
+
+    def put(self, finished: Finished) -> None:
+        """Write a row and its tensors; on disk when this returns. A row that is there stays."""
+        row = finished.row
+        if self.db.execute(
+            "SELECT 1 FROM rows WHERE cell=? AND number=?", (row.cell, row.number)
+        ).fetchone():
+            return
+        vectors = _bytes(finished.vectors)
+        data = vectors + _bytes(finished.positions)
+        try:
+            stream = self._stream(row.cell)
+            offset = stream.seek(0, os.SEEK_END)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+            values = [
+                *(_plain(getattr(row, name)) for name in COLUMNS),
+                offset,
+                len(data),
+                hashlib.sha256(vectors).hexdigest(),
+                self._environment,
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            ]
+            marks = ",".join("?" * (len(values) + 1))
+            self.db.execute(f"INSERT INTO rows VALUES ({marks})", (*values, _seal(values)))
+        except (OSError, sqlite3.OperationalError) as error:
+            raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
+
+    def put_path(self, first: str, second: str, number: int, accuracy: list[float]) -> None:
+        """The straight line between two restarts."""
+        self.db.execute(
+            "INSERT OR IGNORE INTO paths VALUES (?,?,?,?)",
+            (first, second, number, json.dumps(accuracy)),
+        )
+
+    # ------------------------------------------------------------------ what everybody reads
+
+    def meta(self, key: str) -> str | None:
+        """A value of the table meta."""
+        found = self.db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def done(self, cell: str) -> dict[int, str]:
+        """Numbers of the passages that have a row, with the passages' hashes."""
+        rows = self.db.execute("SELECT number, passage FROM rows WHERE cell=?", (cell,))
+        return {int(n): str(p) for n, p in rows}
+
+    def counts(self) -> tuple[int, int]:
+        """(rows that the last spec asks for, all that it asks for)."""
+        rows = self.db.execute(
+            "SELECT count(*) FROM rows JOIN cells USING (cell) WHERE number < planned"
+        ).fetchone()[0]
+        planned = self.db.execute("SELECT coalesce(sum(planned), 0) FROM cells").fetchone()[0]
+        return int(rows), int(planned)
+
+    def tensors(self, cell: str, number: int) -> tuple[Tensor, Tensor]:
+        """(vectors (K, D) in their storage dtype, positions (4, N) float32) of a row.
+
+        Raises MemvecError if the bytes are gone or are not the row's.
+        """
+        found = self.db.execute(
+            "SELECT offset, size, digest, predicted, vectors, storage FROM rows JOIN cells "
+            "USING (cell) WHERE cell=? AND number=?",
+            (cell, number),
+        ).fetchone()
+        if found is None:
+            raise MemvecError(f"{self.file} has no passage {number} of cell {cell}.")
+        offset, size, digest, predicted, K, storage = found
+        file = self.vectors / f"{cell}.bin"
+        try:
+            with file.open("rb") as stream:
+                stream.seek(offset)
+                data = stream.read(size)
+        except OSError as error:
+            raise MemvecError(f"{file} cannot be read: {error.strerror}.") from None
+        tail = 16 * int(predicted)
+        head = data[: size - tail]
+        if len(data) != size or hashlib.sha256(head).hexdigest() != digest:
+            raise MemvecError(f"{file} does not hold the vectors of passage {number}: damaged.")
+        dtype = getattr(torch, storage)
+        numbers = np.frombuffer(head, dtype=NUMPY[storage]).copy()
+        vectors = torch.from_numpy(numbers.view(np.int16 if storage != "float32" else np.float32))
+        vectors = vectors.view(dtype).reshape(K, -1)
+        positions = torch.from_numpy(np.frombuffer(data[-tail:], dtype=np.float32).copy())
+        return vectors, positions.reshape(4, -1)
+
+    def sealed(self, cell: str, number: int) -> bool:
+        """True if a row is as it was written."""
+        *values, seal = self.db.execute(
+            "SELECT * FROM rows WHERE cell=? AND number=?", (cell, number)
+        ).fetchone()
+        return bool(_seal(values) == seal)
+
+    def passage(self, key: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """(name, token ids, tokens before) of a passage. Raises MemvecError if it is not there."""
+        found = self.db.execute(
+            "SELECT name, ids, before FROM passages WHERE passage=?", (key,)
+        ).fetchone()
+        if found is None:
+            raise MemvecError(f"{self.file} has no passage {key}: damaged.")
+        name, ids, before = found
+        return str(name), _from_bytes(ids), _from_bytes(before)
+
+    # ------------------------------------------------------------------ inside
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    def _take_lock(self) -> None:
+        self._lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            self._lock = None
+            raise MemvecError(
+                f"another memvec is running the study in {self.folder}: wait for it, or use "
+                "--workers there."
+            ) from None
+
+    def _check_version(self) -> None:
+        tables = {r[0] for r in self.db.execute("SELECT name FROM sqlite_master")}
+        if not tables and self.write:
+            return
+        if not tables:
+            raise MemvecError(f"{self.file} is empty: no study was begun there; run one.")
+        if "meta" not in tables:
+            raise MemvecError(f"{self.file} is another program's database, not a study's store.")
+        found = self.meta("schema")
+        if found != SCHEMA:
+            raise MemvecError(
+                f"the store in {self.folder} is of version {found} and this memvec writes version "
+                f"{SCHEMA}: run it with the memvec that made it, or use another folder."
+            )
+
+    def _stream(self, cell: str) -> IO[bytes]:
+        """The cell's file of vectors, open for appending, with nothing in it that no row names."""
+        if cell not in self._open:
+            end = self.db.execute(
+                "SELECT coalesce(max(offset + size), 0) FROM rows WHERE cell=?", (cell,)
+            ).fetchone()[0]
+            file = self.vectors / f"{cell}.bin"
+            stream = file.open("r+b" if file.exists() else "w+b")
+            stream.truncate(end)
+            if len(self._open) >= 64:  # a study may have thousands of cells
+                self._open.pop(next(iter(self._open))).close()
+            self._open[cell] = stream
+        return self._open[cell]
+
+
+def _ids(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def _from_bytes(data: bytes) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.frombuffer(data, dtype="<i4"))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _seal(values: Sequence[Any]) -> str:
+    """SHA-256 of a row's values as SQLite gives them back: NaN is NULL, REAL columns are floats."""
+    real = [f.type == "float" for f in fields(Row)] + [False] * (len(values) - len(COLUMNS))
+    plain = [float(v) if r and v is not None else v for v, r in zip(values, real, strict=True)]
+    plain = [None if isinstance(v, float) and v != v else v for v in plain]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return int(value) if isinstance(value, bool) else value

@@ -1,0 +1,1 @@
+"""The frozen language model: loading, checking, and logits from free input vectors."""

@@ -1,0 +1,109 @@
+"""What steps are computed in: bfloat16 weights where a CPU multiplies them several times faster.
+
+A step needs a direction and margins, and neither needs float32: the vectors and their moments
+stay in float32, the frozen weights are rounded for the steps only, and what is called exact has
+its margins, and decodes, in the model's own dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from memvec.model.agreement import TOLERANCE
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+ATTENTION = "memvec_float32"  # the name under which transformers knows `attention`
+WORTH_IT = 4_000_000  # parameters; below, a step is made of other things than products
+LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # of the logits' spread, to the original
+COPIES: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
+
+
+def multiplies_bfloat16() -> bool:
+    """True if this CPU has instructions for products of bfloat16 matrices, and torch says so."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    says = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every torch we run on
+    return says is not None and bool(says())
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
+) -> tuple[Tensor, None]:
+    """transformers' scaled dot-product attention, computed in float32.
+
+    torch's kernel for short sequences in bfloat16 takes up to twenty times as long on a CPU, going
+    back, and is half of a whole step (docs/log.md).
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    wide = (t.float() for t in (query, key, value))
+    mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    out, _ = sdpa_attention_forward(module, *wide, mask, **kw)
+    return out.to(query.dtype), None
+
+
+def widen_attention(model: nn.Module) -> None:
+    """Give a half-width model on a CPU the attention above, if it takes scaled dot products."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    config: Any = model.config
+    takes: Any = getattr(model, "_can_set_attn_implementation", lambda: False)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or not takes():
+        return
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+
+
+def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
+    """The model that steps are computed with: a rounded copy of `lm`, or `lm` itself.
+
+    `compute` is a recipe's: 'model', 'bfloat16', or 'auto', which rounds float32 models of at least
+    4 M parameters on CPUs with bfloat16 products. A copy that does not agree with its original is
+    not used.
+    """
+    if compute == "model" or lm.dtype != torch.float32 or lm.quantize:
+        return lm
+    if compute == "auto":
+        worth = sum(p.numel() for p in lm.model.parameters()) >= WORTH_IT
+        if lm.device.type != "cpu" or not worth or not multiplies_bfloat16():
+            return lm
+    if (model := _rounded(lm)) is None:
+        return lm
+    return lm.computed_by(model)
+
+
+def _rounded(lm: FrozenLM) -> nn.Module | None:
+    """A copy of the model with its parameters in bfloat16, made once; None if it does not agree.
+
+    Buffers stay as they are: positions' frequencies lose too much.
+    """
+    if lm.model not in COPIES:
+        # What deepcopy finds here it takes for copied: no second float32 model on the way.
+        rounded = {
+            id(parameter): nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
+            for parameter in lm.model.parameters()
+        }
+        model = copy.deepcopy(lm.model, rounded)
+        widen_attention(model)
+        COPIES[lm.model] = model if _agrees(lm, lm.computed_by(model)) else None
+    return COPIES[lm.model]
+
+
+@torch.no_grad()
+def _agrees(lm: FrozenLM, rounded: FrozenLM) -> bool:
+    ids = lm._probe_ids()
+    try:
+        found = rounded.own_logits(ids)
+    except Exception:  # a stranger's code may need one dtype throughout
+        return False
+    largest = (found - lm.own_logits(ids)).abs().max() / lm.logit_spread
+    return bool(largest <= LARGEST_DIFFERENCE)
