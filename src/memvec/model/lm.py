@@ -374,7 +374,7 @@ def load_lm(
 
     `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
     on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
-    default: the model's, in float32 where a CPU's kernel for the dtype is slow (model/precision.py).
+    default: the model's, in float32 where a CPU's kernel for the dtype is slow (precision.py).
     `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
 
     For big models: `device_map` ('auto', or transformers' dictionary) spreads layers over devices;

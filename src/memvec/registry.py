@@ -1,0 +1,135 @@
+"""What can be chosen by name, and how a package of your own adds to it.
+
+    from memvec import register
+
+    @register("objective", "hinge")
+    def hinge(logits, ids, temperature, recipe):
+        ...
+
+A kind is one sort of choice (KINDS below says what stands behind each name). Recipes, study specs,
+the command line's help and every "did you mean" come from here. The project's own choices are listed
+as `module:attribute` and imported when one is asked for, so that a list of names costs no import. A
+package that declares the entry-point group `memvec.plugins` is imported before a kind is listed:
+
+    [project.entry-points."memvec.plugins"]
+    mine = "my_package.objectives"
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from memvec.errors import MemvecError, did_you_mean
+
+Choice = TypeVar("Choice")
+
+KINDS = {
+    "objective": "(logits, ids, temperature, recipe) -> loss of each position",
+    "schedule": "a class made from (recipe, K): which positions count, and how soft the loss is",
+    "coordinates": "a class made from (recipe, K, D): parameters to [mem] vectors",
+    "optimizer": "a class made from (recipe): one step of stacked parameters",
+    "start": "(lm, ids, K, recipe) -> first vectors",
+    "source": "a pydantic model that yields passages for a study",
+    "protocol": "what a study measures of each cell, with its table and its figure",
+    "export": "what writes vectors for other software, and reads them as it does",
+    "encoder": "what reads a one-pass encoder from a file's tensors and metadata",
+}
+GROUP = "memvec.plugins"
+
+# kind -> name -> where it is
+BUILT_IN: dict[str, dict[str, str]] = {
+    "objective": {
+        "cross-entropy": "memvec.cramming.objectives:cross_entropy",
+        "margin": "memvec.cramming.objectives:margin",
+        "deficit": "memvec.cramming.objectives:deficit",
+    },
+    "schedule": {
+        "growing": "memvec.cramming.schedules:Growing",
+        "whole": "memvec.cramming.schedules:Whole",
+    },
+    "coordinates": {
+        "direct": "memvec.cramming.coordinates:Direct",
+        "low-dim": "memvec.cramming.coordinates:LowDim",
+    },
+    "optimizer": {
+        "adam": "memvec.cramming.optimizers:Adam",
+        "adamw": "memvec.cramming.optimizers:AdamW",
+    },
+    "start": {
+        "noise": "memvec.cramming.starts:noise",
+        "embeddings": "memvec.cramming.starts:embeddings",
+        "uniform": "memvec.cramming.starts:uniform",
+        "linear": "memvec.cramming.starts:linear",
+        "normal": "memvec.cramming.starts:normal",
+    },
+    "source": {},
+    "protocol": {},
+    "export": {},
+    "encoder": {},
+}
+_ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, name: str) -> Callable[[Choice], Choice]:
+    """Add a choice under a name; the decorated object is returned unchanged.
+
+    Raises MemvecError for an unknown kind, or a name that stands for something else already.
+    """
+    _check_kind(kind)
+
+    def add(choice: Choice) -> Choice:
+        known = _ADDED[kind].get(name)
+        same = known is None or _place(known) == _place(choice)  # a module that is imported anew
+        if name in BUILT_IN[kind] or not same:
+            raise MemvecError(
+                f"there is a {kind} '{name}' already: register it under another name."
+            )
+        _ADDED[kind][name] = choice
+        return choice
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """Every name of a kind, the project's own first. Raises MemvecError for an unknown kind."""
+    _check_kind(kind)
+    load_plugins()
+    return [*BUILT_IN[kind], *_ADDED[kind]]
+
+
+def get(kind: str, name: str) -> Any:
+    """What a name stands for. Raises MemvecError, with the nearest known name, if it is unknown."""
+    if name not in names(kind):
+        raise MemvecError(f"unknown {kind} '{name}': {did_you_mean(name, names(kind))}")
+    if name in _ADDED[kind]:
+        return _ADDED[kind][name]
+    module, _, attribute = BUILT_IN[kind][name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Import what installed packages declare as `memvec.plugins`, once.
+
+    Raises MemvecError that names the package if one cannot be imported.
+    """
+    for plugin in entry_points(group=GROUP):
+        try:
+            plugin.load()
+        except Exception as error:  # another package's code may raise anything
+            raise MemvecError(
+                f"the plug-in '{plugin.name}' ({plugin.value}) cannot be imported: {error}"
+            ) from error
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise MemvecError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS)}")
+
+
+def _place(choice: Any) -> tuple[str, str]:
+    return getattr(choice, "__module__", ""), getattr(choice, "__qualname__", repr(choice))
