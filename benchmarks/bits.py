@@ -60,7 +60,7 @@ def beside(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[float, floa
     texts = [lm.text(list(p.ids)).encode() for p in passages]
     joined = metrics.byte_account(b"".join(texts), 0, sum(lm_bits))
     nothing = torch.zeros(len(passages), 1, lm.width)
-    _, _, _, margin = positions(lm, nothing, passages, "vectors")
+    margin = positions(lm, nothing, passages, "vectors").lm_margin
     alone = []
     for p, row, text in zip(passages, margin, texts, strict=True):
         missed = [(i, t) for i, t in enumerate(p.ids) if not row[i] > 0]

@@ -136,7 +136,7 @@ def growing(
         for key in keys
     ]
     decoded = decode_ids(lm, stack, [len(p) for p in asked], start=engine.start_rule)
-    margins = positions(lm, stack, asked, engine.start_rule)[1]
+    margins = positions(lm, stack, asked, engine.start_rule).margin
     horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
     for (document, at), ids, passage, margin in zip(keys, decoded, asked, margins, strict=True):
         error = first_error(ids, passage.ids)

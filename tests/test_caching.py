@@ -62,7 +62,7 @@ def test_a_family_without_a_usable_cache_is_served_and_says_why(family):
     assert lm.caching.reason in check.detail
     outcomes = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(passages(2, 3)))
     mem = as_mem(lm, outcomes, "vectors")
-    certificate, exact = codec.verify(mem, lm)
+    certificate, exact = codec.verify(lm, mem)
     assert exact == [True, True]
     assert certificate["cache"] == f"none: {lm.caching.reason}"
 

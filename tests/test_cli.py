@@ -395,6 +395,7 @@ def test_a_bare_install_has_all_it_needs(folder, letter):
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     absent = [re.match(r"[\w-]+", name)[0] for names in extras for name in names]
+    absent = [name for name in absent if name != "memvec"]  # an extra may name another one
     verbs = (
         ["cram", "letter.txt", "-m", str(folder), *map(str, FAST)],
         ["verify", "letter.mem"],
@@ -487,7 +488,7 @@ def test_a_long_certificate_lists_what_fails(capsys, stored):
         mem.vectors[:1].repeat(n, 1, 1),
         mem.header.model_copy(update={"passages": passages}),
     )
-    certificate, _ = codec.verify(mem, reader(), force=True)
+    certificate, _ = codec.verify(reader(), mem, force=True)
     exact = [i != 50 for i in range(n)]
     display.certificate(many, certificate, exact)
     shown = capsys.readouterr().out

@@ -144,7 +144,7 @@ def test_the_file_holds_its_corrections(tmp_path):
     assert max(map(len, listed)) <= 2
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert again.header == mem.header
-    assert codec.decode(again, lm) == [TEXT]
+    assert codec.decode(lm, again) == [TEXT]
     s = again.summary()
     assert s["corrections"] == sum(map(len, listed))
     assert s["correction_bytes"] == size(listed) > 0
@@ -162,7 +162,7 @@ def test_the_file_holds_its_corrections(tmp_path):
     for other in ([position, (token + 1) % V], [position, 2**31 - 1]):
         wrong = forged(mem, tmp_path / "b.mem", **{f"passages__{i}__corrections": [other]})
         with pytest.raises(MemvecError, match=f"passage {i} did not come back"):
-            codec.decode(MemVectors.load(wrong), lm)
+            codec.decode(lm, MemVectors.load(wrong))
 
 
 @pytest.mark.parametrize(

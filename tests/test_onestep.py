@@ -187,7 +187,7 @@ def test_lengths_come_from_what_one_step_holds(monkeypatch):
     recipe = Recipe(steps=100, patience=40)
     mem = codec.cram(lm, ["the cat sat on the mat"], layout="one-step", recipe=recipe)
     assert mem.header.certificate is not None
-    assert codec.decode(mem, lm) == ["the cat sat on the mat"]
+    assert codec.decode(lm, mem) == ["the cat sat on the mat"]
     assert len(mem.passages) > 1
 
 
@@ -208,7 +208,7 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     again = MemVectors.load(file)
     assert torch.equal(again.vectors, mem.vectors)
     assert again.header.layout == "one-step-shared"
-    assert codec.decode(again, lm) == texts
+    assert codec.decode(lm, again) == texts
     did = again.header.recipe  # what one m has no use for was not done, and is not said
     assert (did["compute"], did["lr_large"], did["stuck_after"]) == ("model", 0.0, 0)
 
@@ -244,7 +244,7 @@ def test_what_one_m_cannot_hold_is_halved():
     assert sum(p.tokens for p in mem.passages) == len(lm.tokenize(text))
     assert mem.exact == all(p.exact for p in mem.passages)
     if mem.exact:
-        assert codec.decode(mem, lm) == [text]
+        assert codec.decode(lm, mem) == [text]
 
 
 def test_a_header_cannot_claim_a_shared_m():

@@ -58,7 +58,7 @@ def test_a_hundred_words_come_back(pocket, tmp_path):
     mem = codec.cram(pocket, [TEXT])
     assert mem.exact
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
-    assert codec.decode(again, load_lm()) == [TEXT]
+    assert codec.decode(load_lm(), again) == [TEXT]
     assert len(TEXT.split()) >= 100
 
 

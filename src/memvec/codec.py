@@ -7,19 +7,19 @@ texts -> documents -> passages (cut by information) -> engine -> outcomes
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from memvec import metrics
-from memvec.cramming.certify import Outcome
+from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.start import ids_hash
 from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
@@ -30,7 +30,8 @@ from memvec.onestep import OneStep, laid_out, laid_out_as
 from memvec.onestep.shared import Shared, without_parts
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
-from memvec.passages.passage import Passage
+from memvec.passages.passage import Passage, ids_hash
+from memvec.results import PassageResult
 from memvec.storage import Storage, storage_of
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from memvec.workers import Batch, Crew, Workers
@@ -114,7 +115,7 @@ def cram(
     ).run(keep_text)
 
 
-def decode(mem: MemVectors, lm: FrozenLM, *, force: bool = False) -> list[str]:
+def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
     """The texts that were crammed, exactly. Raises NotExactError rather than return a wrong one."""
     found = mem.documents(lm, force=force)
     return [
@@ -124,10 +125,51 @@ def decode(mem: MemVectors, lm: FrozenLM, *, force: bool = False) -> list[str]:
 
 
 def verify(
-    mem: MemVectors, lm: FrozenLM, *, force: bool = False
+    lm: FrozenLM, mem: MemVectors, *, force: bool = False
 ) -> tuple[dict[str, Any], list[bool]]:
     """Decode everything freely, as a user will; the certificate, and what each passage did."""
     return certificate_of(mem, lm, mem.decode_passages(lm, force=force))
+
+
+@torch.no_grad()
+def measure(
+    lm: FrozenLM,
+    mem: MemVectors,
+    texts: str | bytes | Document | Sequence[str | bytes | Document],
+) -> list[PassageResult]:
+    """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
+
+    Certification in every respect: teacher-forced bits and margins, and free decoding, over the
+    same positions and in one pass; `steps`, `spent` and `seconds` are those of the file. Raises
+    MemvecError if the vectors are of another model or the texts are not those that were crammed.
+    """
+    mem.check_model(lm)
+    if isinstance(texts, str | bytes | Document):
+        texts = [texts]
+    read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
+    every = iter([token for document in read for token in document.ids])
+    results: list[PassageResult] = []
+    view = laid_out(lm, mem.header.layout)
+    for at in range(0, len(mem.passages), BATCH):
+        records = mem.passages[at : at + BATCH]
+        asked = []
+        for i, record in enumerate(records, at):
+            ids = tuple(itertools.islice(every, record.tokens))
+            if not ids or ids_hash(ids) != record.sha256:
+                raise MemvecError(
+                    f"passage {i} of these vectors is not in the texts: give the texts that were "
+                    "crammed, whole and in their order."
+                )
+            asked.append(Passage(ids, i))
+        finished = [
+            Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
+            for p, v, r in zip(asked, mem.vectors[at : at + BATCH], records, strict=True)
+        ]
+        for outcome in certify(view, finished, mem.header.start_rule, mem.storage):
+            results.append(outcome.result)
+    if next(every, None) is not None:
+        raise MemvecError("the texts go on after the last passage of these vectors.")
+    return results
 
 
 def certificate_of(
@@ -382,7 +424,7 @@ class Cramming:
         self._tell()
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
-            certificate, exact = verify(mem, self.lm)
+            certificate, exact = verify(self.lm, mem)
             found = zip(self._in_order(), exact, strict=True)
             fallen = [outcome for outcome, decodes in found if outcome.exact and not decodes]
             if not fallen or not attempts_left:
@@ -410,16 +452,10 @@ class Cramming:
         given = self.engine.given
         passages = [
             PassageRecord(
+                **o.result.model_dump(),
                 sha256=ids_hash(o.passage.ids),
                 first=o.passage.ids[0] if given else None,
-                exact=o.exact,
-                status=o.status,
-                margin_asked=o.margin_asked,
-                steps=o.steps,
-                spent=o.spent,
-                seconds=o.seconds,
                 corrections=list(o.corrections),
-                **asdict(o.metrics),
             )
             for o in outcomes
         ]

@@ -175,7 +175,7 @@ import memvec
 
 mem = memvec.MemVectors.from_pretrained("{where}")
 lm = memvec.load_lm("{name}"{_arguments(header.model)})
-print(memvec.decode(mem, lm)[0])
+print(memvec.decode(lm, mem)[0])
 ```
 
 or `memvec decode {FILE} > text`. What does not hash to what was crammed is an error, never a text.

@@ -7,9 +7,10 @@
         ...
 
 A kind is one sort of choice (KINDS below says what stands behind each name). Recipes, study specs,
-the command line's help and every "did you mean" come from here. The project's own choices are listed
-as `module:attribute` and imported when one is asked for, so that a list of names costs no import. A
-package that declares the entry-point group `memvec.plugins` is imported before a kind is listed:
+the command line's help and every "did you mean" come from here. The project's own choices are
+listed as `module:attribute` and imported when one is asked for, so that a list of names costs no
+import. A package that declares the entry-point group `memvec.plugins` is imported before a kind is
+listed:
 
     [project.entry-points."memvec.plugins"]
     mine = "my_package.objectives"

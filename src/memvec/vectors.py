@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -31,13 +30,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from memvec import corrections, metrics
-from memvec.cramming.certify import Status
-from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.model.lm import Fingerprint, FrozenLM, Layout, StartRule
 from memvec.onestep import from_rows, laid_out, row_count, to_rows
 from memvec.passages.documents import restore
+from memvec.passages.passage import ids_hash
+from memvec.results import PassageResult, Record
 from memvec.storage import STORAGES, PackingName, Storage
 from memvec.writing import write_atomically
 
@@ -51,35 +50,12 @@ Position = Annotated[int, Field(ge=0, lt=LONGEST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Record(BaseModel):
-    # A passage whose loss was not finite has figures that are not: "NaN", which JSON can hold.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings"
-    )
-
-
-class PassageRecord(_Record):
-    """One passage: its length and hash, how it was crammed, and what was measured."""
+class PassageRecord(PassageResult):
+    """One passage in a file: its result, its identity, and the tokens that are put in for it."""
 
     tokens: int = Field(ge=1, le=LONGEST, description="tokens of the passage")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of its token ids")
     first: int | None = Field(default=None, ge=0, description="given first token, if one is given")
-    exact: bool = Field(description="free-running decoding gave back every token")
-    status: Status = Field(description="why cramming ended")
-    margin_asked: float = Field(description="margin that every token had to reach, logits")
-    steps: int = Field(
-        ge=0, description="optimiser steps, and one for each return from certification"
-    )
-    spent: int = Field(ge=0, description="forward-backward tokens")
-    seconds: float = Field(ge=0, description="wall time, shared among the slots of each step")
-    predicted: int = Field(ge=0, description="tokens that came from the vectors")
-    horizon: int = Field(ge=0, description="leading tokens that decoding gave back")
-    accuracy: float = Field(description="teacher-forced accuracy")
-    margin: float = Field(description="smallest margin, logits")
-    lm_bits: float = Field(description="H_LM, bits")
-    mem_bits: float = Field(description="H_mem, bits")
-    information_gain: float = Field(description="H_LM - H_mem, bits")
-    token_gain: int = Field(description="tokens right with the vectors minus without")
     corrections: list[tuple[Position, TokenId]] = Field(
         default_factory=list, description="positions, rising, and the token ids to put there"
     )
@@ -92,7 +68,7 @@ class PassageRecord(_Record):
         return self
 
 
-class DocumentRecord(_Record):
+class DocumentRecord(Record):
     """One text: the passages it is made of, and what turns their tokens into its bytes."""
 
     name: str
@@ -115,7 +91,7 @@ class _Identity(BaseModel):
     vocabulary: int = Field(ge=2)
 
 
-class Header(_Record):
+class Header(Record):
     """Everything but the numbers."""
 
     format: Literal["memvec"] = "memvec"

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from memvec.cramming.certify import Finished, Outcome, Status, certify
+from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import COORDINATES, as_stored
 from memvec.cramming.objective import score, weights
 from memvec.cramming.optimizer import OPTIMIZERS
@@ -43,6 +43,7 @@ from memvec.model.lm import FrozenLM, StartRule
 from memvec.model.memory import forget_freed_memory, out_of_memory
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage
+from memvec.results import Status
 from memvec.storage import Storage, storage_of
 
 SMALLEST_RAISE = 0.05  # of the logits' spread; margin after a failed certification from margin 0

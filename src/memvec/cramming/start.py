@@ -14,11 +14,7 @@ from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-
-
-def ids_hash(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
-    return hashlib.sha256(torch.tensor(list(ids), dtype=torch.int32).numpy().tobytes()).hexdigest()
+from memvec.passages.passage import ids_hash
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:

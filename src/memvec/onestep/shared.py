@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.cramming.certify import Finished, Outcome, Status, certify
+from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
 from memvec.cramming.engine import COLUMNS, Job, Progress, resolve_start_rule
 from memvec.cramming.objective import score, weights
@@ -33,6 +33,7 @@ from memvec.errors import MemvecError
 from memvec.metrics import horizon
 from memvec.model.memory import forget_freed_memory, out_of_memory
 from memvec.onestep.reading import OneStep
+from memvec.results import Status
 from memvec.storage import Storage, storage_of
 
 RAISES = 4  # times that margins are raised because decoding disagrees with them

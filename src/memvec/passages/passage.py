@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from memvec.errors import MemvecError
+
+
+def ids_hash(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
+    return hashlib.sha256(torch.tensor(list(ids), dtype=torch.int32).numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
