@@ -239,7 +239,7 @@ def kill(status):
         os.kill(os.getpid(), signal.SIGKILL)
 
 recipe = Recipe(steps=600, patience=600)
-codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, slots=1, recipe=recipe,
+codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, batch_size=1, recipe=recipe,
            journal=record, on_status=kill)
 """
 

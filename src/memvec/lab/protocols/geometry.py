@@ -18,7 +18,6 @@ from torch import Tensor
 from memvec.lab.protocols.protocol import Protocol
 
 if TYPE_CHECKING:
-    from memvec.metrics import teacher_forced_accuracy
     from memvec.model.lm import FrozenLM, StartRule
 from memvec.passages.passage import Passage
 

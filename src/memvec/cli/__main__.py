@@ -1,0 +1,5 @@
+"""`python -m memvec`."""
+
+from memvec.cli import main
+
+main()
