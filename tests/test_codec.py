@@ -384,5 +384,5 @@ def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine.fast, "states", full)
+    monkeypatch.setattr(engine.module, "states", full)
     assert engine.trial(4, 2) == 0.0

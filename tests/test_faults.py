@@ -100,7 +100,8 @@ def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
     engine, measured = Engine(cramped.lm, recipe, batch_size=4), {}
 
     def shrink(progress):
-        for job, best in zip(engine.jobs, engine.state["best"].tolist(), strict=True):
+        best_so_far = engine.batch.schedule.best.tolist() if engine.batch is not None else []
+        for job, best in zip(engine.jobs, best_so_far, strict=True):
             measured[job.passage.document] = best
         if progress.steps == steps:
             cramped.rows = 1

@@ -291,7 +291,7 @@ class Cramming:
         """
         batch_size, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         sizes = {"batch_size": batch_size, "tokens": longest, "vectors": self.K}
-        facts = facts_of(self.lm, longest, self.engine.fast)
+        facts = facts_of(self.lm, longest, self.engine.module)
         memory = estimate(facts, **sizes)
         slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
         found = f"{slots} of up to {longest} tokens: {memory.sentence()}."
