@@ -41,7 +41,8 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids, first_error
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import random_model
 from texts import passages_of, random_tokens, random_words

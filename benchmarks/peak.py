@@ -20,8 +20,9 @@ import torch
 from common import arguments, report
 from memory import peak_memory, peak_tensors
 from memvec.cramming.objectives import score
+from memvec.loading import load_lm
 from memvec.model.estimate import estimate, facts_of
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM
 from models import random_model
 from step import occupied
 

@@ -30,7 +30,8 @@ from common import arguments, interleaved, median_and_spread, report
 from memory import peak_memory
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 

@@ -230,7 +230,7 @@ from pathlib import Path
 from memvec import codec
 from memvec.cramming.recipe import Recipe
 from memvec.journal import Journal
-from memvec.model.lm import load_lm
+from memvec.loading import load_lm
 
 record = Journal(Path(sys.argv[2]), {"vectors": 2})
 

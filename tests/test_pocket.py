@@ -10,7 +10,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
 from memvec.doctor import examine
-from memvec.model.lm import POCKET
+from memvec.loading import POCKET
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
 

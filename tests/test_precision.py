@@ -12,8 +12,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import PRESETS
 from memvec.decoding import decode_ids
+from memvec.loading import load_lm
 from memvec.model import precision
-from memvec.model.lm import load_lm
 from memvec.onestep import OneStep
 
 HALF = replace(QUICK, compute="bfloat16")

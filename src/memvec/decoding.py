@@ -18,6 +18,7 @@ from memvec.corrections import table
 from memvec.model.caching import step
 from memvec.model.lm import FrozenLM, StartRule
 from memvec.model.memory import in_batches
+from memvec.onestep import decode_at_once
 
 BATCH = 32  # passages decoded together; certification and users use the same number
 
@@ -43,8 +44,6 @@ def decode_ids(
     Where memory runs out, the batch is halved and decoding goes on.
     """
     if lm.layout == "one-step":
-        from memvec.onestep import decode_at_once
-
         at_once = decode_at_once(lm, vectors, lengths, start, batch)
         for ids, fixes in zip(at_once, corrections or [], strict=False):
             for position, token in fixes:

@@ -32,7 +32,8 @@ from torch import Tensor
 from memvec import corrections, metrics
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
-from memvec.model.lm import Fingerprint, FrozenLM, Layout, StartRule
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM, Layout, StartRule
 from memvec.onestep import from_rows, laid_out, row_count, to_rows
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash

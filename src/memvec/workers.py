@@ -63,7 +63,7 @@ class Loading:
 
     def load(self, device: str) -> FrozenLM:
         """The model on a device."""
-        from memvec.model.lm import load_lm
+        from memvec.loading import load_lm
 
         return load_lm(
             self.name,
