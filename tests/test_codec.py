@@ -21,7 +21,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
-from memvec.model.lm import START_RULES
+from memvec.model.reading import START_RULES
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of

@@ -19,7 +19,7 @@ from memvec.cramming.starts import passage_seed, start_vectors
 from memvec.decoding import decode_ids, first_error
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
-from memvec.model.lm import START_RULES
+from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]

@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import FAMILIES, QUICK, passages, tiny
+from conftest import FAMILIES, QUICK, one_step, passages, tiny
 from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import PRESETS
 from memvec.decoding import decode_ids
 from memvec.loading import load_lm
 from memvec.model import precision
-from memvec.onestep import OneStep
 
 HALF = replace(QUICK, compute="bfloat16")
 SERVED = [family for family in FAMILIES if family != "rwkv"]  # refused: tests/test_families.py
@@ -108,9 +107,9 @@ def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
 
 
 def test_one_step_vectors_too():
-    lm, asked = OneStep(tiny()), passages(2, 3, seed=13)
+    lm, asked = one_step(tiny()), passages(2, 3, seed=13)
     engine = Engine(lm, replace(HALF, steps=300), vectors=2, batch_size=2)
-    assert isinstance(engine.module, OneStep)
+    assert engine.module.layout == "one-step"
     outcomes = list(engine.run(asked))
     assert all(o.exact for o in outcomes if o.status == "done")
 

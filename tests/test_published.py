@@ -12,14 +12,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
-from conftest import passages, tiny
+from conftest import one_step, passages, tiny
 from memvec import registry
 from memvec.cramming.coordinates import basis
 from memvec.cramming.engine import Engine
 from memvec.cramming.optimizers import learning_rate
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.starts import start_vectors
-from memvec.onestep import OneStep
 
 MOVES = 20
 D = 32
@@ -72,7 +71,7 @@ def mezentsev(lm, ids, vectors):
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_one_step_as_published(family):
     passage, recipe = passages(12)[0], PRESETS["one-step"]
-    lm = OneStep(tiny(family))
+    lm = one_step(tiny(family))
     engine = Engine(lm, recipe, vectors=2, batch_size=1)
     engine.push(passage)
     engine.fill(1)

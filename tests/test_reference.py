@@ -11,7 +11,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.reference import cram_one
 from memvec.cramming.starts import start_vectors
 from memvec.decoding import decode_ids
-from memvec.model.lm import START_RULES
+from memvec.model.reading import START_RULES
 
 
 @pytest.mark.parametrize("K", [1, 3])

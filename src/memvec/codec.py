@@ -20,14 +20,13 @@ from memvec import metrics
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.shared_m import Shared, without_parts
 from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.estimate import duration, estimate, facts_of, max_batch_size
 from memvec.model.lm import FrozenLM
-from memvec.onestep import OneStep, laid_out, laid_out_as
-from memvec.onestep.shared import Shared, without_parts
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
@@ -82,8 +81,8 @@ def cram(
     texts and makes the certificate.
 
     `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
-    (memvec.onestep; `vectors` is then not looked at). With 'one-step-shared' all passages share one
-    of the two: then they are crammed together, depend on each other, and no journal is kept.
+    (model/reading.py; `vectors` is then not used). With 'one-step-shared' all passages share one of
+    the two: then they are crammed together, depend on each other, and no journal is kept.
 
     A passage that does not become exact within the recipe's budget is halved and crammed again,
     down to one token per vector; what still fails is in the result, with `exact` false. Raises
@@ -98,8 +97,8 @@ def cram(
         text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
         for i, text in enumerate(texts)
     ]
-    lm = laid_out(lm, layout)
-    vectors = 2 if lm.layout == "one-step" else vectors
+    lm = lm.read_as(layout)
+    vectors = lm.reading.fixed_vectors or vectors
     return Cramming(
         lm,
         documents,
@@ -110,7 +109,6 @@ def cram(
         storage_of(storage),
         journal,
         on_status,
-        layout,
         workers,
     ).run(keep_text)
 
@@ -149,7 +147,7 @@ def measure(
     read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
     every = iter([token for document in read for token in document.ids])
     results: list[PassageResult] = []
-    view = laid_out(lm, mem.header.layout)
+    view = lm.read_as(mem.header.layout)
     for at in range(0, len(mem.passages), BATCH):
         records = mem.passages[at : at + BATCH]
         asked = []
@@ -232,14 +230,12 @@ class Cramming:
         storage: Storage,
         journal: Journal | None = None,
         on_status: Callable[[Status], None] | None = None,
-        layout: str = "prefix",
         workers: Workers | None = None,
     ) -> None:
         self.workers = workers
-        if layout == "one-step-shared":
+        if lm.reading.shares_m:
             recipe = without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
-        self.layout = layout
         self.recipe, self.storage, self.journal, self.on_status = (
             recipe,
             storage,
@@ -267,7 +263,7 @@ class Cramming:
         cutter, least = self.cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
         self.sit(passages)
-        if self.layout == "one-step-shared":
+        if self.lm.reading.shares_m:
             self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
         else:
             self.cram(passages)
@@ -295,7 +291,7 @@ class Cramming:
         memory = estimate(facts, **sizes)
         slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
         found = f"{slots} of up to {longest} tokens: {memory.sentence()}."
-        if self.workers is not None or self.layout == "one-step-shared":
+        if self.workers is not None or self.lm.reading.shares_m:
             return found
         each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
         if not each:  # too little memory even for that many slots
@@ -337,7 +333,6 @@ class Cramming:
                 return
 
     def _shared(self) -> Shared:
-        assert isinstance(self.lm, OneStep)
         return Shared(
             self.lm,
             self.engine.recipe,
@@ -363,7 +358,7 @@ class Cramming:
         if self.tokens is not None:
             return Cutter(self.lm, tokens=self.tokens, most=most), least
         share = float(self.lm.facts.get("fill", FILL))
-        share = share / 2 if self.layout == "one-step-shared" else share
+        share = share / 2 if self.lm.reading.shares_m else share
         bits = share * self.K * self._bits_per_vector(most)
         return Cutter(self.lm, bits=bits, most=most), least
 
@@ -436,7 +431,7 @@ class Cramming:
 
     def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
-        if self.layout != "one-step-shared":
+        if not self.lm.reading.shares_m:
             for outcome in fallen:
                 self.engine.push_again(outcome)
             return self.engine.run()
@@ -474,7 +469,7 @@ class Cramming:
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
-            layout=laid_out_as(self.layout),
+            layout=self.lm.layout,
             packing=self.storage.packing,
             recipe=self.engine.recipe.record(),
             environment=environment(),

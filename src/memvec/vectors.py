@@ -33,8 +33,8 @@ from memvec import corrections, metrics
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.model.fingerprint import Fingerprint
-from memvec.model.lm import FrozenLM, Layout, StartRule
-from memvec.onestep import from_rows, laid_out, row_count, to_rows
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import Layout, StartRule, reading_named
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.results import PassageResult, Record
@@ -101,7 +101,7 @@ class Header(Record):
     start_rule: Literal["vectors", "bos", "first-token"]
     layout: Layout = Field(
         default="prefix",
-        description="how the model reads the vectors: in front of a passage, or (memvec.onestep) "
+        description="how the model reads the vectors: in front of a passage, or (model/reading.py) "
         "two of them as [e, m, ..., m], with an m of each passage or one that all share",
     )
     packing: PackingName | None = Field(
@@ -143,9 +143,10 @@ class MemVectors:
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
                 f"got {tuple(vectors.shape)}."
             )
-        if header.layout != "prefix" and vectors.shape[1] != 2:
+        reading = reading_named(header.layout)
+        if reading.fixed_vectors not in (None, vectors.shape[1]):
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
-        if header.layout == "one-step-shared" and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
+        if reading.shares_m and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
@@ -177,7 +178,7 @@ class MemVectors:
     @property
     def stored(self) -> Tensor:
         """The rows that a file holds: an m that all passages share is there once."""
-        return to_rows(self.vectors, self.header.layout)
+        return reading_named(self.header.layout).rows(self.vectors)
 
     @property
     def storage(self) -> Storage:
@@ -257,7 +258,7 @@ class MemVectors:
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """Token ids of every passage, decoded freely, right or wrong."""
         self.check_model(lm, force=force)
-        lm = laid_out(lm, self.header.layout)
+        lm = lm.read_as(self.header.layout)
         longest = max((p.tokens for p in self.passages), default=0)
         if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
@@ -343,7 +344,7 @@ class MemVectors:
                     )
                 first = "vectors" if header.packing is None else "codes"
                 shape = opened.get_slice(first).get_shape()
-                rows = row_count(len(header.passages), header.layout)
+                rows = reading_named(header.layout).row_count(len(header.passages))
                 if len(shape) != 3 or shape[0] != rows or 0 in shape:
                     raise MemvecError(
                         f"{file} claims {len(header.passages)} passages and holds vectors of shape "
@@ -372,7 +373,7 @@ class MemVectors:
             raise MemvecError(f"{file} {error}.") from None
         if not bool(torch.isfinite(vectors.float()).all()):
             raise MemvecError(f"{file} holds numbers that are not finite.")
-        return cls(from_rows(vectors, header.layout), header)
+        return cls(reading_named(header.layout).vectors(vectors), header)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""

@@ -18,7 +18,8 @@ from memvec import metrics
 from memvec.corrections import Corrections, pick
 from memvec.decoding import decode_ids, first_error
 from memvec.model import memory
-from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Measures, PassageResult, PositionScores, Status
 from memvec.storage import Storage

@@ -35,9 +35,10 @@ from memvec.cramming.starts import start_of, start_vectors
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
-from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.lm import FrozenLM
 from memvec.model.memory import forget_freed_memory, out_of_memory
 from memvec.model.precision import for_steps
+from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
@@ -92,7 +93,7 @@ class Engine:
         self.recipe = replace(
             self.recipe,
             compute="model" if self.module is lm else "bfloat16",
-            lr_large=self.recipe.lr_large if lm.layout == "prefix" else 0.0,
+            lr_large=self.recipe.lr_large if lm.reading.feeds_back else 0.0,
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 
 
 def cram_one(

@@ -25,7 +25,8 @@ from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
-from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.storage import Storage
 
 

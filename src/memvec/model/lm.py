@@ -18,7 +18,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -30,14 +30,10 @@ from memvec.model.fingerprint import fingerprint_of
 from memvec.model.heads import split_head
 from memvec.model.large import offloaded, recomputed
 from memvec.model.probes import refuse_if_unfit
+from memvec.model.reading import PREFIX, Layout, Prefix, StartRule, reading_named
 
 if TYPE_CHECKING:
     from memvec.encoders.base import OnePassEncoder
-
-StartRule = Literal["vectors", "bos", "first-token"]
-START_RULES: tuple[StartRule, ...] = get_args(StartRule)
-Layout = Literal["prefix", "one-step", "one-step-shared"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class FrozenLM:
@@ -50,11 +46,9 @@ class FrozenLM:
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
     a fixed probe: the unit of a recipe's temperature and margin), `caching` (what the model's cache
     is called, or why decoding goes without one), `fingerprint`, `encoder` (None for most models),
-    `facts` (the model folder's memvec.json: measured bits per vector), `layout` (how vectors are
-    read: 'prefix' here, in front of a passage; memvec.onestep has the other one).
+    `facts` (the model folder's memvec.json: measured bits per vector), `reading` (how it reads
+    vectors: in front of a passage unless `read_as` says otherwise).
     """
-
-    layout: ClassVar[Layout] = "prefix"
 
     def __init__(
         self,
@@ -69,6 +63,8 @@ class FrozenLM:
         offload: bool = False,
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
+        self.reading: Prefix = PREFIX
+        self._original: FrozenLM | None = None  # the model that `read_as` made this view of
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -145,25 +141,37 @@ class FrozenLM:
         embedded: Tensor = self.embedding(ids)
         return embedded
 
+    @property
+    def layout(self) -> Layout:
+        """The name of the reading, as files and records have it."""
+        return self.reading.layout
+
+    def read_as(self, layout: str) -> FrozenLM:
+        """This model with another reading of its vectors; itself if it has that one.
+
+        The weights are shared. Another reading than 'prefix' has no encoder and no measured bits
+        per vector: those are for vectors in front of a passage. Raises MemvecError for an unknown
+        layout.
+        """
+        reading = reading_named(layout)
+        if reading is self.reading:
+            return self
+        if reading is PREFIX:
+            return self._original or self
+        view = copy.copy(self)
+        original = self._original or self
+        view.reading, view.context, view._original = reading, reading.context(original), original
+        view.facts, view.encoder = {}, None
+        return view
+
     def inputs(
         self,
         vectors: Float[Tensor, "B K D"] | None,
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """What stands before each predicted token: [vectors, (BOS,) t_1 ... t_{T-1}].
-
-        `start` says what follows the vectors: nothing ('vectors': token 1 is predicted from the
-        last vector), the model's BOS ('bos'), or the passage's first token ('first-token': tokens
-        2 to T are predicted). Without vectors, 'vectors' is meaningless and BOS is used.
-        """
-        parts = [] if vectors is None else [vectors.to(self.dtype)]
-        if start == "bos":
-            if self.bos_id is None:
-                raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
-            parts.append(self.embed(ids.new_full((len(ids), 1), self.bos_id)))
-        parts.append(self.embed(ids[:, :-1]))
-        return torch.cat(parts, dim=1)
+        """What stands before each predicted token, by the reading of this model."""
+        return self.reading.inputs(self, vectors, ids, start)
 
     def states(
         self,
@@ -181,7 +189,7 @@ class FrozenLM:
 
     def inputs_before(self, K: int, start: StartRule) -> int:
         """Inputs that a forward pass reads besides one for each predicted token."""
-        return K - 1 + (start != "vectors")
+        return self.reading.inputs_before(K, start)
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""

@@ -32,8 +32,8 @@ from memvec.cramming.schedules import Schedule
 from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
 from memvec.metrics import horizon
+from memvec.model.lm import FrozenLM
 from memvec.model.memory import forget_freed_memory, out_of_memory
-from memvec.onestep.reading import OneStep
 from memvec.passages.passage import padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
@@ -55,7 +55,7 @@ class Shared:
 
     def __init__(
         self,
-        lm: OneStep,
+        lm: FrozenLM,
         recipe: Recipe,
         *,
         batch_size: int,
