@@ -17,9 +17,10 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import TARGETS, export
+from memvec.header import PassageRecord
 from memvec.journal import Journal
 from memvec.model.reading import START_RULES
-from memvec.vectors import MemVectors, PassageRecord
+from memvec.vectors import MemVectors
 from test_vectors import forged
 
 TEXT = "the cat sat on the lazy dog"

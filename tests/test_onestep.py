@@ -20,8 +20,9 @@ from memvec.cramming.shared_m import Shared
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import TARGETS, export
+from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
-from memvec.vectors import Header, MemVectors
+from memvec.vectors import MemVectors
 from test_families import as_mem
 
 FAMILIES = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba", "bloom", "gemma2", "falcon-h1"]
