@@ -54,69 +54,100 @@ def load_lm(
     a causal LM that cannot be served exactly.
     """
     warn_of_untested_versions()
-    if dtype not in ("auto", *DTYPES):
-        raise MemvecError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise MemvecError(UNKNOWN_DEVICE.format(device)) from None
-    if where.type not in ("cpu", "cuda"):
-        raise MemvecError(UNKNOWN_DEVICE.format(device))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise MemvecError("this machine has no usable GPU: use --device cpu.")
-    if dtype == "auto":
-        dtype = "float32" if where.type == "cpu" else "bfloat16"
+    where = _device(device)
+    kept = _dtype(dtype, where)
     if where.type == "cpu":
         keep_freed_memory()
     with _quiet():
-        big = loading_options(device_map, quantize, DTYPES[dtype], where)
+        big = loading_options(device_map, quantize, kept, where)
     local = _local_folder(name)
-    source = str(local) if local is not None else name
     if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
-    with _loading(name), _quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        _refuse_other_tasks(name, config)
-        kernel = {"attn_implementation": attention} if attention else {}
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=DTYPES[dtype],
-            output_loading_info=True,
-            **kernel,
-            **big,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        if not big:
-            model = model.to(where)
-    if missing := sorted(info["missing_keys"]):
-        raise MemvecError(
-            f"{name} has no weights for {len(missing)} tensors of a causal LM "
-            f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
-        )
-    if where.type == "cpu" and DTYPES[dtype] != torch.float32 and attention is None:
+    model, tokenizer = _weights(name, local, revision, where, kept, attention, big)
+    if where.type == "cpu" and kept != torch.float32 and attention is None:
         widen_attention(model)
     lm = FrozenLM(
         model,
         tokenizer,
         name=name,
-        revision=revision or getattr(config, "_commit_hash", None),
+        revision=revision or getattr(model.config, "_commit_hash", None),
         check=check,
         quantize=quantize,
         checkpointing=checkpointing,
         offload=offload,
     )
+    _read_extras(lm, local, encoder)
+    return lm
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name; 'auto' is the first GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MemvecError(UNKNOWN_DEVICE.format(name)) from None
+    if device.type not in ("cpu", "cuda"):
+        raise MemvecError(UNKNOWN_DEVICE.format(name))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MemvecError("this machine has no usable GPU: use --device cpu.")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; 'auto' is float32 on a CPU and bfloat16 on a GPU."""
+    if name not in ("auto", *DTYPES):
+        raise MemvecError(f"unknown dtype '{name}': {did_you_mean(name, ['auto', *DTYPES])}")
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return DTYPES[name]
+
+
+def _weights(
+    name: str,
+    local: Path | None,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+    big: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The model and its tokenizer, as transformers loads them."""
+    source = str(local) if local is not None else name
+    with _loading(name), _quiet():
+        # Two seconds of import that a wrong option or a missing folder should not cost.
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _refuse_other_tasks(name, config)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            output_loading_info=True,
+            **({"attn_implementation": attention} if attention else {}),
+            **big,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if not big:
+            model = model.to(device)
+    if missing := sorted(info["missing_keys"]):
+        raise MemvecError(
+            f"{name} has no weights for {len(missing)} tensors of a causal LM "
+            f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
+        )
+    return model, tokenizer
+
+
+def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -> None:
+    """What a model's folder holds besides weights: measured facts, and a one-pass encoder."""
     if local is not None and (facts := local / "memvec.json").is_file():
         lm.facts = json.loads(facts.read_text())
     if local is not None and (own := local / "encoder.safetensors").is_file():
         lm.encoder = load_encoder(own, lm)
     if encoder is not None:
         lm.encoder = load_encoder(Path(encoder).expanduser(), lm)
-    return lm
 
 
 def _local_folder(name: str) -> Path | None:

@@ -29,16 +29,14 @@ from torch import Tensor
 
 from memvec.cramming.batch import BatchState, Job, Waiting
 from memvec.cramming.certify import Finished, Outcome, certify
-from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import start_of, start_vectors
+from memvec.cramming.starts import resolve_start_rule, start_of, start_vectors
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import forget_freed_memory, out_of_memory
 from memvec.model.precision import for_steps
-from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
@@ -138,21 +136,13 @@ class Engine:
         return self.lm.context - self.K - (self.start_rule == "bos")
 
     def trial(self, tokens: int, batch_size: int) -> float:
-        """Seconds of a step of `slots` passages of `tokens` tokens: one is made, and dropped.
+        """Seconds of a step of `batch_size` passages of `tokens` tokens: one is made, and dropped.
 
         0 if memory runs out for it: then the run itself will find out how much fits.
         """
-        vectors = torch.zeros(batch_size, self.K, self.lm.width, device=self.lm.device)
-        ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=self.lm.device)
 
         def once() -> None:
-            inputs = vectors.requires_grad_()
-            with torch.enable_grad():
-                states = self.module.states(inputs, ids, self.start_rule)
-            found = score(
-                self.module.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
-            )
-            torch.autograd.grad(states, inputs, found.gradient)[0].sum().item()  # waits for it
+            self.one_step.rehearse(tokens, batch_size)
 
         if not self._fits(once):  # the first one also warms up
             forget_freed_memory()
@@ -390,15 +380,3 @@ class Engine:
             self.waiting.push(self._with_progress(row))
         self.jobs, self.batch = self.jobs[:stay], self.batch.head(stay)
         forget_freed_memory()
-
-
-def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
-    """The start rule that applies to this model ('paper' depends on its tokenizer)."""
-    rule: StartRule
-    if recipe.start_rule == "paper":
-        rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
-    else:
-        rule = recipe.start_rule
-    if rule == "bos" and lm.bos_id is None:
-        raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
-    return rule

@@ -15,6 +15,7 @@ from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.passages.passage import ids_hash
 
 
@@ -94,3 +95,15 @@ def start_vectors(
         table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
         found |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
     return [found[i] for i in range(len(passages))]
+
+
+def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
+    """The start rule that applies to this model ('paper' depends on its tokenizer)."""
+    rule: StartRule
+    if recipe.start_rule == "paper":
+        rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
+    else:
+        rule = recipe.start_rule
+    if rule == "bos" and lm.bos_id is None:
+        raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
+    return rule

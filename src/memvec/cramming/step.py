@@ -110,6 +110,19 @@ class Step:
             states, scores.gradient, vectors.detach(), scores.loss[:B], scores.margin[:B]
         )
 
+    def rehearse(self, tokens: int, batch_size: int) -> None:
+        """A forward and backward pass of `batch_size` passages of `tokens` tokens, dropped."""
+        device = self.lm.device
+        vectors = torch.zeros(batch_size, self.K, self.lm.width, device=device).requires_grad_()
+        ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=device)
+        with torch.enable_grad():
+            states = self.module.states(vectors, ids, self.start_rule)
+        scores = score(
+            self.module.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
+        )
+        # .item() waits for the device
+        torch.autograd.grad(states, vectors, scores.gradient)[0].sum().item()
+
     # ------------------------------------------------------------------ decide
 
     def _keep_best(
