@@ -24,7 +24,7 @@ WORDS = "the lazy dog sat on the cat"
 def test_a_short_text_is_measured_whole(vectors, storage):
     lm = reader()
     options = {"vectors": vectors, "tokens": 2, "recipe": QUICK, "storage": storage}
-    found = plan(lm, Document.of(lm, WORDS), **options)
+    planned = plan(lm, Document.of(lm, WORDS), **options)
     mem = codec.cram(lm, [WORDS], **options)
     assert found.sampled_tokens == found.tokens
     for total, truth in (
@@ -41,7 +41,7 @@ def test_equal_passages_leave_no_doubt(tokens):
     """Passages of a fixed length that all fit: the sample gives the count to a passage."""
     lm = reader()
     document = Document.of(lm, TEXT)
-    found = plan(lm, document, vectors=2, tokens=tokens, recipe=QUICK, sample=6)
+    planned = plan(lm, document, vectors=2, tokens=tokens, recipe=QUICK, sample=6)
     assert found.sampled == 6
     assert found.sampled_tokens == 6 * tokens < found.tokens == len(document.ids)
     assert found.vectors.mean == pytest.approx(2 * found.tokens / tokens)
@@ -55,7 +55,7 @@ def test_what_does_not_fit_counts_with_all_its_halves():
     lm = reader()
     document = Document.of(lm, WORDS)
     options = {"vectors": 1, "tokens": 8, "recipe": Recipe(steps=3)}
-    found = plan(lm, document, **options)
+    planned = plan(lm, document, **options)
     mem = codec.cram(lm, [WORDS], **options)
     assert found.vectors.mean == pytest.approx(len(mem.passages))
     assert found.inexact == sum(not p.exact for p in mem.passages)
