@@ -4,9 +4,9 @@ The sample is stratified: the document is cut into equal parts and a passage is 
 offset of each, cut by the same rule as `cram` cuts and crammed by the same engine, halves of what
 does not fit included. A passage costs 1 / tokens vectors per token there, so the mean of vectors /
 tokens over the sample, times the document's tokens, estimates the whole. Seconds likewise, from
-four measured parts: each passage's forward-backward tokens at the rate of full slots, filling slots,
-certifying, and cutting. Intervals are 95 % (Student's t) over the sampled passages. The sample of a
-short document is all of it: then the plan is a measurement.
+four measured parts: each passage's forward-backward tokens at the rate of busy slots, filling the
+slots, certifying, and cutting. Intervals are 95 % (Student's t) over the sampled passages. The
+sample of a short document is all of it: then the plan is a measurement.
 """
 
 from __future__ import annotations
