@@ -24,7 +24,8 @@ from memvec.corrections import size
 from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.cut import surprisals
 from memvec.passages.passage import Passage
 from memvec.storage import STORAGES
@@ -60,7 +61,7 @@ def beside(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[float, floa
     texts = [lm.text(list(p.ids)).encode() for p in passages]
     joined = metrics.byte_account(b"".join(texts), 0, sum(lm_bits))
     nothing = torch.zeros(len(passages), 1, lm.width)
-    _, _, _, margin = positions(lm, nothing, passages, "vectors")
+    margin = positions(lm, nothing, passages, "vectors").lm_margin
     alone = []
     for p, row, text in zip(passages, margin, texts, strict=True):
         missed = [(i, t) for i, t in enumerate(p.ids) if not row[i] > 0]

@@ -5,8 +5,8 @@
 
 A fixed list of texts, models and recipes is crammed on one thread through the public API, and each
 result's vectors, steps and exactness are hashed. A change that should only move code leaves every
-hash as it was. `RESULT same=20 of=20` counts the cases; exit code 1 if one differs. Hashes depend on
-the machine and on the releases of torch and transformers, so make both runs on one machine.
+hash as it was. `RESULT same=20 of=20` counts the cases; the exit code is 1 if one differs. Hashes
+depend on the machine and on the releases of torch and transformers: make both runs on one machine.
 """
 
 from __future__ import annotations

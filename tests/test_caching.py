@@ -62,7 +62,7 @@ def test_a_family_without_a_usable_cache_is_served_and_says_why(family):
     assert lm.caching.reason in check.detail
     outcomes = list(Engine(lm, QUICK, vectors=2, batch_size=2).run(passages(2, 3)))
     mem = as_mem(lm, outcomes, "vectors")
-    certificate, exact = codec.verify(mem, lm)
+    certificate, exact = codec.verify(lm, mem)
     assert exact == [True, True]
     assert certificate["cache"] == f"none: {lm.caching.reason}"
 
@@ -94,7 +94,7 @@ def test_a_cache_that_is_not_found_is_our_error():
 
 def test_the_doctor_exits_2_where_a_cache_is_hidden(command, folder, monkeypatch):
     monkeypatch.setattr(
-        "memvec.model.lm.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
+        "memvec.doctor.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
     )
     ran = command("doctor", "--model", folder)
     assert ran.code == 2

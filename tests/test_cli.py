@@ -42,7 +42,7 @@ def letter(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def stored(folder, tmp_path_factory):
     """A file of vectors of `TEXT`, made by the library with the folder's model."""
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     lm = load_lm(str(folder))
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=2)
@@ -527,7 +527,7 @@ def test_a_long_certificate_lists_what_fails(capsys, stored):
         mem.vectors[:1].repeat(n, 1, 1),
         mem.header.model_copy(update={"passages": passages}),
     )
-    certificate, _ = codec.verify(mem, reader(), force=True)
+    certificate, _ = codec.verify(reader(), mem, force=True)
     exact = [i != 50 for i in range(n)]
     display.certificate(many, certificate, exact)
     shown = capsys.readouterr().out

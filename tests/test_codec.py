@@ -21,7 +21,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
-from memvec.model.lm import START_RULES
+from memvec.model.reading import START_RULES
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of
@@ -47,7 +47,7 @@ def test_several_texts_come_back(kind, rule, tmp_path):
     assert mem.header.certificate is not None
     assert mem.header.certificate["exact"] is True
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
-    assert codec.decode(again, lm) == texts
+    assert codec.decode(lm, again) == texts
     assert again.header.start_rule == rule
 
 
@@ -56,17 +56,17 @@ def test_storages_are_certified(storage):
     mem = codec.cram(reader(), ["the fox"], storage=storage, **OPTIONS)
     assert mem.exact
     assert mem.vectors.dtype == getattr(torch, storage)
-    assert codec.decode(mem, reader()) == ["the fox"]
+    assert codec.decode(reader(), mem) == ["the fox"]
 
 
 def test_lengths_come_from_information_where_none_is_given(monkeypatch):
     """Estimated on the text's own passages, or read from the model's folder."""
     lm = reader()
     estimated = codec.cram(lm, [TEXT], vectors=3, recipe=QUICK)
-    assert codec.decode(estimated, lm) == [TEXT]
+    assert codec.decode(lm, estimated) == [TEXT]
     monkeypatch.setattr(lm, "facts", {"bits_per_vector": {"1": 3.0, "4": 99.0}})
     known = codec.cram(lm, [TEXT], vectors=3, recipe=QUICK)
-    assert codec.decode(known, lm) == [TEXT]
+    assert codec.decode(lm, known) == [TEXT]
     budget = codec.FILL * 3 * 3.0
     assert all(p.tokens == 1 or p.lm_bits <= budget + 1e-3 for p in known.passages)
     assert len(known.passages) >= len(estimated.passages)
@@ -76,7 +76,7 @@ def test_a_passage_that_does_not_fit_is_halved_until_it_does():
     lm, seen = reader(), []
     mem = codec.cram(lm, [TEXT], vectors=1, tokens=8, recipe=HASTY, on_status=seen.append)
     assert mem.exact
-    assert codec.decode(mem, lm) == [TEXT]
+    assert codec.decode(lm, mem) == [TEXT]
     ids = lm.tokenize(TEXT)
     assert len(mem.passages) > -(-len(ids) // 8)
     assert sum(p.tokens for p in mem.passages) == len(ids)
@@ -98,7 +98,7 @@ def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
         assert sentence.startswith(f"passage {i} ")
         assert "0 steps were not enough" in sentence
     with pytest.raises(NotExactError):
-        codec.decode(mem, lm)
+        codec.decode(lm, mem)
 
 
 def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monkeypatch, tmp_path):
@@ -118,7 +118,7 @@ def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monke
     assert any("the loss was not finite" in sentence for sentence in codec.failures(mem))
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert [p.exact for p in again.passages] == [p.exact for p in mem.passages]
-    _, exact = codec.verify(again, lm)
+    _, exact = codec.verify(lm, again)
     assert exact == [p.exact for p in mem.passages]
 
 
@@ -126,8 +126,8 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
     """Certified alone but wrong in the batch a user decodes: a larger margin, then right."""
     lm, verify, lies = reader(), codec.verify, []
 
-    def lying(mem, lm, **options):
-        certificate, exact = verify(mem, lm, **options)
+    def lying(lm, mem, **options):
+        certificate, exact = verify(lm, mem, **options)
         if not lies:
             lies.append(0)
             return certificate | {"exact": False}, [False, *exact[1:]]
@@ -219,7 +219,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
     assert torch.equal(resumed.vectors, whole.vectors)
     assert [p.sha256 for p in resumed.passages] == [p.sha256 for p in whole.passages]
     assert len(again) == finished + len(crammed)
-    assert codec.decode(resumed, lm) == [TEXT]
+    assert codec.decode(lm, resumed) == [TEXT]
     again.close(delete=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -230,7 +230,7 @@ from pathlib import Path
 from memvec import codec
 from memvec.cramming.recipe import Recipe
 from memvec.journal import Journal
-from memvec.model.lm import load_lm
+from memvec.loading import load_lm
 
 record = Journal(Path(sys.argv[2]), {"vectors": 2})
 
@@ -239,7 +239,7 @@ def kill(status):
         os.kill(os.getpid(), signal.SIGKILL)
 
 recipe = Recipe(steps=600, patience=600)
-codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, slots=1, recipe=recipe,
+codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, batch_size=1, recipe=recipe,
            journal=record, on_status=kill)
 """
 
@@ -319,11 +319,11 @@ def test_verify_and_decode_refuse_a_wrong_text(monkeypatch):
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     noise = torch.randn(mem.vectors.shape) * mem.vectors.std()
     noisy = MemVectors(mem.vectors + noise, mem.header)
-    certificate, exact = codec.verify(noisy, lm)
+    certificate, exact = codec.verify(lm, noisy)
     assert certificate["exact"] is False
     assert not all(exact)
     with pytest.raises(NotExactError):
-        codec.decode(noisy, lm)
+        codec.decode(lm, noisy)
     with pytest.raises(NotExactError):
         noisy.documents(lm, force=True)
 
@@ -342,7 +342,7 @@ def test_documents_may_be_made_beforehand():
     document = Document.of(lm, "né".encode("latin-1"), encoding="latin-1", name="note")
     mem = codec.cram(lm, [document], **OPTIONS)
     assert mem.documents(lm) == [b"n\xe9"]
-    assert codec.decode(mem, lm) == ["né"]
+    assert codec.decode(lm, mem) == ["né"]
     assert mem.header.documents[0].name == "note"
 
 
@@ -352,8 +352,8 @@ def test_nothing_is_certified_where_nothing_is_finished():
 
 def test_a_text_alone_is_one_text():
     lm = reader()
-    assert decode(cram(lm, "abc", recipe=QUICK, vectors=2), lm) == ["abc"]
-    assert decode(cram(lm, b"abc", recipe=QUICK, vectors=2), lm) == ["abc"]
+    assert decode(lm, cram(lm, "abc", recipe=QUICK, vectors=2)) == ["abc"]
+    assert decode(lm, cram(lm, b"abc", recipe=QUICK, vectors=2)) == ["abc"]
 
 
 @pytest.mark.parametrize("workers", [False, True])
@@ -384,5 +384,5 @@ def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine.fast, "states", full)
+    monkeypatch.setattr(engine.module, "states", full)
     assert engine.trial(4, 2) == 0.0

@@ -18,8 +18,7 @@ from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import TARGETS, export
 from memvec.journal import Journal
-from memvec.model.lm import START_RULES
-from memvec.onestep import laid_out
+from memvec.model.reading import START_RULES
 from memvec.vectors import MemVectors, PassageRecord
 from test_vectors import forged
 
@@ -123,7 +122,7 @@ def test_a_passage_that_vectors_alone_cannot_hold_is_finished(schedule, storage)
 
 
 def test_one_step_decoding_has_corrections_too():
-    lm, asked = laid_out(tiny(), "one-step"), passages(10, 10, seed=4)
+    lm, asked = tiny().read_as("one-step"), passages(10, 10, seed=4)
     recipe = replace(QUICK, steps=150, corrections=8)
     for o in Engine(lm, recipe, vectors=2).run(asked):
         assert (o.exact, bool(o.corrections)) == (True, True)
@@ -144,7 +143,7 @@ def test_the_file_holds_its_corrections(tmp_path):
     assert max(map(len, listed)) <= 2
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert again.header == mem.header
-    assert codec.decode(again, lm) == [TEXT]
+    assert codec.decode(lm, again) == [TEXT]
     s = again.summary()
     assert s["corrections"] == sum(map(len, listed))
     assert s["correction_bytes"] == size(listed) > 0
@@ -162,7 +161,7 @@ def test_the_file_holds_its_corrections(tmp_path):
     for other in ([position, (token + 1) % V], [position, 2**31 - 1]):
         wrong = forged(mem, tmp_path / "b.mem", **{f"passages__{i}__corrections": [other]})
         with pytest.raises(MemvecError, match=f"passage {i} did not come back"):
-            codec.decode(MemVectors.load(wrong), lm)
+            codec.decode(lm, MemVectors.load(wrong))
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,14 @@ from conftest import (
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.doctor import checks, round_trip
 from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.model.caching import cached_logits
-from memvec.model.lm import START_RULES, FrozenLM
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import START_RULES
+from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from support import shows
@@ -46,15 +47,9 @@ def as_mem(
     outcomes = sorted(outcomes, key=lambda o: o.passage.document)
     records = [
         PassageRecord(
+            **o.result.model_dump(),
             sha256=ids_hash(o.passage.ids),
             first=o.passage.ids[0] if rule == "first-token" else None,
-            exact=o.exact,
-            status=o.status,
-            margin_asked=o.margin_asked,
-            steps=o.steps,
-            spent=o.spent,
-            seconds=o.seconds,
-            **o.metrics.record(),
         )
         for o in outcomes
     ]

@@ -146,7 +146,7 @@ def read(data: bytes, path: Path) -> str:
         mem = MemVectors.load(path)
         mem.summary()
         # Another model's name is no damage; and wrong weights would be refused by the fingerprint.
-        texts = codec.decode(mem, reader())
+        texts = codec.decode(reader(), mem)
     except MemvecError as error:
         told = str(error)
         return "refused" if len(told.splitlines()) == 1 else f"not a sentence: {told}"

@@ -73,7 +73,7 @@ def test_a_folder_gives_the_text_back(tmp_path):
     again = MemVectors.from_pretrained(folder)
     assert torch.equal(again.vectors, mem().vectors)
     assert again.header == mem().header
-    assert codec.decode(again, reader()) == [TEXT]
+    assert codec.decode(reader(), again) == [TEXT]
     assert sorted(f.name for f in folder.iterdir()) == ["README.md", hub.FILE]
 
 

@@ -20,11 +20,11 @@ from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.start import ids_hash
 from memvec.errors import MemvecError, NotExactError
 from memvec.export import TARGETS, export
-from memvec.model.lm import START_RULES, FrozenLM
-from memvec.passages.passage import Passage
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import START_RULES
+from memvec.passages.passage import Passage, ids_hash
 from memvec.vectors import MemVectors
 from test_families import as_mem
 

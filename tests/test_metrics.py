@@ -12,9 +12,9 @@ import zstandard
 
 from conftest import passages, tiny
 from memvec import metrics
-from memvec.cramming import certify as certify_module
-from memvec.cramming.certify import measure
-from memvec.model.lm import START_RULES
+from memvec.cramming.certify import positions
+from memvec.model import memory
+from memvec.model.reading import START_RULES
 
 B, T, V = 3, 8, 13
 SEEDS = range(5)
@@ -144,9 +144,11 @@ def test_measure_is_a_loop_over_the_models_own_logits(
         asked = passages(1 + given, 1 + given, 1 + given, seed=3)
     if not bos:
         monkeypatch.setattr(lm, "bos_id", None)
-    monkeypatch.setattr(certify_module, "CHUNK", chunk)
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", chunk)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
-    found = measure(lm, vectors, asked, rule)
+    batch = positions(lm, vectors, asked, rule)
+    scores = [batch.passage(i, len(p) - given) for i, p in enumerate(asked)]
+    found = [own.measures(len(p), 0).model_dump() for own, p in zip(scores, asked, strict=True)]
 
     def next_token(parts: list[torch.Tensor]) -> list[float]:
         inputs = torch.cat(parts)[None]

@@ -19,7 +19,7 @@ from memvec.errors import MemvecError
 from memvec.lab.study.cells import expand
 from memvec.lab.study.pool import Unit, in_units
 from memvec.lab.study.spec import parse_spec
-from memvec.model.lm import load_lm
+from memvec.loading import load_lm
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
@@ -164,7 +164,7 @@ def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "memvec.cli", "cram", file, *options, "-o", str(stored)]
     subprocess.run([*line, "--workers", "2"], env=environment, check=True, timeout=300)
     lm, two = load_lm(str(folder)), MemVectors.load(stored)
-    assert codec.decode(two, lm) == [text]
+    assert codec.decode(lm, two) == [text]
     one = codec.cram(lm, [text], vectors=2, tokens=2, recipe=Recipe(steps=600))
     assert [p.sha256 for p in two.passages] == [p.sha256 for p in one.passages]
     assert two.exact

@@ -107,7 +107,7 @@ def test_exact_however_it_is_decoded(name, K, tmp_path):
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert torch.equal(again.vectors, mem.vectors)
     assert again.header == mem.header
-    assert codec.decode(again, lm) == asked
+    assert codec.decode(lm, again) == asked
     truth = again.tokens(lm)
     lengths = [p.tokens for p in again.passages]
     for cached in (True, False):
@@ -134,7 +134,7 @@ def test_a_passage_that_does_not_fit_its_bits_is_halved(name):
     mem = codec.cram(reader(), [TEXT[:30]], tokens=16, recipe=recipe, storage=name)
     assert mem.exact
     assert len(mem.passages) > -(-len(reader().tokenize(TEXT[:30])) // 16)
-    assert codec.decode(mem, reader()) == [TEXT[:30]]
+    assert codec.decode(reader(), mem) == [TEXT[:30]]
 
 
 # ---------------------------------------------------------------------- the file

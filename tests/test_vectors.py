@@ -61,7 +61,7 @@ def test_everything_comes_back(mem, tmp_path):
     assert again.header == mem.header
     assert pretty_json(again.summary()) == pretty_json(mem.summary())
     assert again.documents(reader()) == [text.encode() for text in TEXTS]
-    assert codec.decode(again, reader()) == TEXTS
+    assert codec.decode(reader(), again) == TEXTS
 
 
 def test_figures_that_are_not_finite_come_back(mem, tmp_path):
@@ -322,7 +322,7 @@ def test_a_forged_file_never_does_more_than_complain(mem, tmp_path, changes, for
         lambda m: m.summary(),
         lambda m: display.inspect(m, str(path)),
         lambda m: pretty_json(m.header.model_dump(mode="json")),
-        lambda m: codec.verify(m, reader(), force=force),
+        lambda m: codec.verify(reader(), m, force=force),
         lambda m: found.append(m.documents(reader(), force=force)),
     ):
         try:
@@ -358,7 +358,7 @@ def test_wrong_text_is_never_returned(mem):
     swapped = MemVectors(mem.vectors.roll(1, 0), mem.header)
     with pytest.raises(NotExactError, match="passage 0 did not come back"):
         swapped.documents(reader())
-    certificate, exact = codec.verify(swapped, reader())
+    certificate, exact = codec.verify(reader(), swapped)
     assert certificate["exact"] is False
     assert certificate["exact_passages"] == sum(exact) < len(exact)
 

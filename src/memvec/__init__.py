@@ -12,21 +12,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memvec.codec import cram, decode
-    from memvec.cramming.certify import measure
+    from memvec.codec import cram, decode, measure, verify
     from memvec.cramming.engine import Engine
     from memvec.cramming.recipe import Recipe
     from memvec.errors import MemvecError, NotExactError
-    from memvec.model.lm import FrozenLM, load_lm
+    from memvec.loading import load_lm
+    from memvec.model.lm import FrozenLM
+    from memvec.registry import register
     from memvec.vectors import MemVectors
 
 _WHERE = {
-    "load_lm": "memvec.model.lm",
+    "load_lm": "memvec.loading",
     "FrozenLM": "memvec.model.lm",
     "cram": "memvec.codec",
     "decode": "memvec.codec",
     "MemVectors": "memvec.vectors",
-    "measure": "memvec.cramming.certify",
+    "measure": "memvec.codec",
+    "verify": "memvec.codec",
+    "register": "memvec.registry",
     "Engine": "memvec.cramming.engine",
     "Recipe": "memvec.cramming.recipe",
     "MemvecError": "memvec.errors",
@@ -44,6 +47,8 @@ __all__ = [
     "decode",
     "load_lm",
     "measure",
+    "register",
+    "verify",
 ]
 
 

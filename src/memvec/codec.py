@@ -7,30 +7,30 @@ texts -> documents -> passages (cut by information) -> engine -> outcomes
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from memvec import metrics
-from memvec.cramming.certify import Outcome
+from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.start import ids_hash
+from memvec.cramming.shared_m import Shared, without_parts
 from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.estimate import duration, estimate, facts_of, max_batch_size
 from memvec.model.lm import FrozenLM
-from memvec.onestep import OneStep, laid_out, laid_out_as
-from memvec.onestep.shared import Shared, without_parts
 from memvec.passages.cut import Cutter, surprisals
 from memvec.passages.documents import Document
-from memvec.passages.passage import Passage
+from memvec.passages.passage import Passage, ids_hash
+from memvec.results import PassageResult
 from memvec.storage import Storage, storage_of
 from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
 from memvec.workers import Batch, Crew, Workers
@@ -81,8 +81,8 @@ def cram(
     texts and makes the certificate.
 
     `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
-    (memvec.onestep; `vectors` is then not looked at). With 'one-step-shared' all passages share one
-    of the two: then they are crammed together, depend on each other, and no journal is kept.
+    (model/reading.py; `vectors` is then not used). With 'one-step-shared' all passages share one of
+    the two: then they are crammed together, depend on each other, and no journal is kept.
 
     A passage that does not become exact within the recipe's budget is halved and crammed again,
     down to one token per vector; what still fails is in the result, with `exact` false. Raises
@@ -97,8 +97,8 @@ def cram(
         text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
         for i, text in enumerate(texts)
     ]
-    lm = laid_out(lm, layout)
-    vectors = 2 if lm.layout == "one-step" else vectors
+    lm = lm.read_as(layout)
+    vectors = lm.reading.fixed_vectors or vectors
     return Cramming(
         lm,
         documents,
@@ -109,12 +109,11 @@ def cram(
         storage_of(storage),
         journal,
         on_status,
-        layout,
         workers,
     ).run(keep_text)
 
 
-def decode(mem: MemVectors, lm: FrozenLM, *, force: bool = False) -> list[str]:
+def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
     """The texts that were crammed, exactly. Raises NotExactError rather than return a wrong one."""
     found = mem.documents(lm, force=force)
     return [
@@ -124,10 +123,51 @@ def decode(mem: MemVectors, lm: FrozenLM, *, force: bool = False) -> list[str]:
 
 
 def verify(
-    mem: MemVectors, lm: FrozenLM, *, force: bool = False
+    lm: FrozenLM, mem: MemVectors, *, force: bool = False
 ) -> tuple[dict[str, Any], list[bool]]:
     """Decode everything freely, as a user will; the certificate, and what each passage did."""
     return certificate_of(mem, lm, mem.decode_passages(lm, force=force))
+
+
+@torch.no_grad()
+def measure(
+    lm: FrozenLM,
+    mem: MemVectors,
+    texts: str | bytes | Document | Sequence[str | bytes | Document],
+) -> list[PassageResult]:
+    """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
+
+    Certification in every respect: teacher-forced bits and margins, and free decoding, over the
+    same positions and in one pass; `steps`, `spent` and `seconds` are those of the file. Raises
+    MemvecError if the vectors are of another model or the texts are not those that were crammed.
+    """
+    mem.check_model(lm)
+    if isinstance(texts, str | bytes | Document):
+        texts = [texts]
+    read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
+    every = iter([token for document in read for token in document.ids])
+    results: list[PassageResult] = []
+    view = lm.read_as(mem.header.layout)
+    for at in range(0, len(mem.passages), BATCH):
+        records = mem.passages[at : at + BATCH]
+        asked = []
+        for i, record in enumerate(records, at):
+            ids = tuple(itertools.islice(every, record.tokens))
+            if not ids or ids_hash(ids) != record.sha256:
+                raise MemvecError(
+                    f"passage {i} of these vectors is not in the texts: give the texts that were "
+                    "crammed, whole and in their order."
+                )
+            asked.append(Passage(ids, i))
+        finished = [
+            Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
+            for p, v, r in zip(asked, mem.vectors[at : at + BATCH], records, strict=True)
+        ]
+        for outcome in certify(view, finished, mem.header.start_rule, mem.storage):
+            results.append(outcome.result)
+    if next(every, None) is not None:
+        raise MemvecError("the texts go on after the last passage of these vectors.")
+    return results
 
 
 def certificate_of(
@@ -190,14 +230,12 @@ class Cramming:
         storage: Storage,
         journal: Journal | None = None,
         on_status: Callable[[Status], None] | None = None,
-        layout: str = "prefix",
         workers: Workers | None = None,
     ) -> None:
         self.workers = workers
-        if layout == "one-step-shared":
+        if lm.reading.shares_m:
             recipe = without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
-        self.layout = layout
         self.recipe, self.storage, self.journal, self.on_status = (
             recipe,
             storage,
@@ -225,7 +263,7 @@ class Cramming:
         cutter, least = self.cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
         self.sit(passages)
-        if self.layout == "one-step-shared":
+        if self.lm.reading.shares_m:
             self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
         else:
             self.cram(passages)
@@ -249,11 +287,11 @@ class Cramming:
         """
         batch_size, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         sizes = {"batch_size": batch_size, "tokens": longest, "vectors": self.K}
-        facts = facts_of(self.lm, longest, self.engine.fast)
+        facts = facts_of(self.lm, longest, self.engine.module)
         memory = estimate(facts, **sizes)
         slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
         found = f"{slots} of up to {longest} tokens: {memory.sentence()}."
-        if self.workers is not None or self.layout == "one-step-shared":
+        if self.workers is not None or self.lm.reading.shares_m:
             return found
         each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
         if not each:  # too little memory even for that many slots
@@ -295,7 +333,6 @@ class Cramming:
                 return
 
     def _shared(self) -> Shared:
-        assert isinstance(self.lm, OneStep)
         return Shared(
             self.lm,
             self.engine.recipe,
@@ -321,7 +358,7 @@ class Cramming:
         if self.tokens is not None:
             return Cutter(self.lm, tokens=self.tokens, most=most), least
         share = float(self.lm.facts.get("fill", FILL))
-        share = share / 2 if self.layout == "one-step-shared" else share
+        share = share / 2 if self.lm.reading.shares_m else share
         bits = share * self.K * self._bits_per_vector(most)
         return Cutter(self.lm, bits=bits, most=most), least
 
@@ -382,7 +419,7 @@ class Cramming:
         self._tell()
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
-            certificate, exact = verify(mem, self.lm)
+            certificate, exact = verify(self.lm, mem)
             found = zip(self._in_order(), exact, strict=True)
             fallen = [outcome for outcome, decodes in found if outcome.exact and not decodes]
             if not fallen or not attempts_left:
@@ -394,7 +431,7 @@ class Cramming:
 
     def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
-        if self.layout != "one-step-shared":
+        if not self.lm.reading.shares_m:
             for outcome in fallen:
                 self.engine.push_again(outcome)
             return self.engine.run()
@@ -410,16 +447,10 @@ class Cramming:
         given = self.engine.given
         passages = [
             PassageRecord(
+                **o.result.model_dump(),
                 sha256=ids_hash(o.passage.ids),
                 first=o.passage.ids[0] if given else None,
-                exact=o.exact,
-                status=o.status,
-                margin_asked=o.margin_asked,
-                steps=o.steps,
-                spent=o.spent,
-                seconds=o.seconds,
                 corrections=list(o.corrections),
-                **asdict(o.metrics),
             )
             for o in outcomes
         ]
@@ -438,7 +469,7 @@ class Cramming:
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
-            layout=laid_out_as(self.layout),
+            layout=self.lm.layout,
             packing=self.storage.packing,
             recipe=self.engine.recipe.record(),
             environment=environment(),

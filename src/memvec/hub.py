@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from memvec.errors import MemvecError
-from memvec.model.lm import POCKET
+from memvec.loading import POCKET
 from memvec.vectors import MemVectors
 from memvec.writing import write_atomically
 
@@ -66,7 +66,7 @@ import memvec
 
 mem = memvec.MemVectors.from_pretrained("{place}")
 lm = memvec.load_lm("{name}"{arguments})
-print(memvec.decode(mem, lm)[0])
+print(memvec.decode(lm, mem)[0])
 ```
 
 or `memvec decode {file} > text`. A passage whose hash differs from the crammed one is an error:

@@ -1,7 +1,7 @@
 """What is finished already: a crash-safe list of passages beside the file that is being made.
 
 SQLite does the hard part. A row is written the moment a passage is certified, so a run that is
-killed loses only what sits in its slots. Rows are keyed by everything that decides a passage's
+killed loses only the passages in its slots. Rows are keyed by everything that decides a passage's
 vectors; a row from other settings or another text is simply never asked for, nor counted.
 """
 
@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from memvec.cramming.certify import Outcome, PassageMetrics
-from memvec.cramming.start import ids_hash
+from memvec.cramming.certify import Outcome
 from memvec.errors import MemvecError
-from memvec.passages.passage import Passage
+from memvec.passages.passage import Passage, ids_hash
+from memvec.results import Measures, PassageResult
+
+FORMAT = 2  # of a row; rows in another format belong to other settings and are never asked for
 
 
 class Journal:
@@ -28,7 +29,7 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        told = json.dumps(settings, sort_keys=True, default=str)
+        told = json.dumps({**settings, "journal": FORMAT}, sort_keys=True, default=str)
         self._settings = hashlib.sha256(told.encode()).hexdigest()
         try:
             self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
@@ -65,24 +66,23 @@ class Journal:
         shape, dtype = record.pop("shape"), getattr(torch, record.pop("dtype"))
         numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(shape)
         corrections = tuple((p, t) for p, t in record.pop("corrections", []))
+        result = PassageResult(**record.pop("result"))
         return Outcome(
             passage=passage,
             corrections=corrections,
             vectors=numbers.to(dtype),
-            metrics=PassageMetrics(**record.pop("metrics")),
-            **record,
+            metrics=Measures(**result.model_dump(include=set(Measures.model_fields))),
+            **result.model_dump(exclude=set(Measures.model_fields)),
         )
 
     def put(self, outcome: Outcome) -> None:
         """Write an outcome; it is on disk when this returns. MemvecError on a full disk."""
         record = {
-            key: getattr(outcome, key)
-            for key in ("status", "margin_asked", "steps", "spent", "seconds", "exact")
+            "result": outcome.result.model_dump(),
+            "corrections": [list(pair) for pair in outcome.corrections],
+            "shape": list(outcome.vectors.shape),
+            "dtype": str(outcome.vectors.dtype).removeprefix("torch."),
         }
-        record["metrics"] = asdict(outcome.metrics)
-        record["corrections"] = [list(pair) for pair in outcome.corrections]
-        record["shape"] = list(outcome.vectors.shape)
-        record["dtype"] = str(outcome.vectors.dtype).removeprefix("torch.")
         numbers = outcome.vectors.float().contiguous().numpy().tobytes()
         self._execute(
             "INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)",

@@ -7,9 +7,10 @@
         ...
 
 A kind is one sort of choice (KINDS below says what stands behind each name). Recipes, study specs,
-the command line's help and every "did you mean" come from here. The project's own choices are listed
-as `module:attribute` and imported when one is asked for, so that a list of names costs no import. A
-package that declares the entry-point group `memvec.plugins` is imported before a kind is listed:
+the command line's help and every "did you mean" come from here. The project's own choices are
+listed as `module:attribute` and imported when one is asked for, so that a list of names costs no
+import. A package that declares the entry-point group `memvec.plugins` is imported before a kind is
+listed:
 
     [project.entry-points."memvec.plugins"]
     mine = "my_package.objectives"
@@ -43,9 +44,9 @@ GROUP = "memvec.plugins"
 # kind -> name -> where it is
 BUILT_IN: dict[str, dict[str, str]] = {
     "objective": {
-        "cross-entropy": "memvec.cramming.objectives:cross_entropy",
+        "cross-entropy": "memvec.cramming.objectives:CrossEntropy",
         "margin": "memvec.cramming.objectives:margin",
-        "deficit": "memvec.cramming.objectives:deficit",
+        "deficit": "memvec.cramming.objectives:Deficit",
     },
     "schedule": {
         "growing": "memvec.cramming.schedules:Growing",

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -31,13 +30,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from memvec import corrections, metrics
-from memvec.cramming.certify import Status
-from memvec.cramming.start import ids_hash
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
-from memvec.model.lm import Fingerprint, FrozenLM, Layout, StartRule
-from memvec.onestep import from_rows, laid_out, row_count, to_rows
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import Layout, StartRule, reading_named
 from memvec.passages.documents import restore
+from memvec.passages.passage import ids_hash
+from memvec.results import PassageResult, Record
 from memvec.storage import STORAGES, PackingName, Storage
 from memvec.writing import write_atomically
 
@@ -51,35 +51,12 @@ Position = Annotated[int, Field(ge=0, lt=LONGEST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Record(BaseModel):
-    # A passage whose loss was not finite has figures that are not: "NaN", which JSON can hold.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings"
-    )
-
-
-class PassageRecord(_Record):
-    """One passage: its length and hash, how it was crammed, and what was measured."""
+class PassageRecord(PassageResult):
+    """One passage in a file: its result, its identity, and the tokens that are put in for it."""
 
     tokens: int = Field(ge=1, le=LONGEST, description="tokens of the passage")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of its token ids")
     first: int | None = Field(default=None, ge=0, description="given first token, if one is given")
-    exact: bool = Field(description="free-running decoding gave back every token")
-    status: Status = Field(description="why cramming ended")
-    margin_asked: float = Field(description="margin that every token had to reach, logits")
-    steps: int = Field(
-        ge=0, description="optimiser steps, and one for each return from certification"
-    )
-    spent: int = Field(ge=0, description="forward-backward tokens")
-    seconds: float = Field(ge=0, description="wall time, shared among the slots of each step")
-    predicted: int = Field(ge=0, description="tokens that came from the vectors")
-    horizon: int = Field(ge=0, description="leading tokens that decoding gave back")
-    accuracy: float = Field(description="teacher-forced accuracy")
-    margin: float = Field(description="smallest margin, logits")
-    lm_bits: float = Field(description="H_LM, bits")
-    mem_bits: float = Field(description="H_mem, bits")
-    information_gain: float = Field(description="H_LM - H_mem, bits")
-    token_gain: int = Field(description="tokens right with the vectors minus without")
     corrections: list[tuple[Position, TokenId]] = Field(
         default_factory=list, description="positions, rising, and the token ids to put there"
     )
@@ -92,7 +69,7 @@ class PassageRecord(_Record):
         return self
 
 
-class DocumentRecord(_Record):
+class DocumentRecord(Record):
     """One text: the passages it is made of, and what turns their tokens into its bytes."""
 
     name: str
@@ -115,7 +92,7 @@ class _Identity(BaseModel):
     vocabulary: int = Field(ge=2)
 
 
-class Header(_Record):
+class Header(Record):
     """Everything but the numbers."""
 
     format: Literal["memvec"] = "memvec"
@@ -124,7 +101,7 @@ class Header(_Record):
     start_rule: Literal["vectors", "bos", "first-token"]
     layout: Layout = Field(
         default="prefix",
-        description="how the model reads the vectors: in front of a passage, or (memvec.onestep) "
+        description="how the model reads the vectors: in front of a passage, or (model/reading.py) "
         "two of them as [e, m, ..., m], with an m of each passage or one that all share",
     )
     packing: PackingName | None = Field(
@@ -166,9 +143,10 @@ class MemVectors:
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
                 f"got {tuple(vectors.shape)}."
             )
-        if header.layout != "prefix" and vectors.shape[1] != 2:
+        reading = reading_named(header.layout)
+        if reading.fixed_vectors not in (None, vectors.shape[1]):
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
-        if header.layout == "one-step-shared" and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
+        if reading.shares_m and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
@@ -200,7 +178,7 @@ class MemVectors:
     @property
     def stored(self) -> Tensor:
         """The rows that a file holds: an m that all passages share is there once."""
-        return to_rows(self.vectors, self.header.layout)
+        return reading_named(self.header.layout).rows(self.vectors)
 
     @property
     def storage(self) -> Storage:
@@ -280,7 +258,7 @@ class MemVectors:
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """Token ids of every passage, decoded freely, right or wrong."""
         self.check_model(lm, force=force)
-        lm = laid_out(lm, self.header.layout)
+        lm = lm.read_as(self.header.layout)
         longest = max((p.tokens for p in self.passages), default=0)
         if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
@@ -366,7 +344,7 @@ class MemVectors:
                     )
                 first = "vectors" if header.packing is None else "codes"
                 shape = opened.get_slice(first).get_shape()
-                rows = row_count(len(header.passages), header.layout)
+                rows = reading_named(header.layout).row_count(len(header.passages))
                 if len(shape) != 3 or shape[0] != rows or 0 in shape:
                     raise MemvecError(
                         f"{file} claims {len(header.passages)} passages and holds vectors of shape "
@@ -395,7 +373,7 @@ class MemVectors:
             raise MemvecError(f"{file} {error}.") from None
         if not bool(torch.isfinite(vectors.float()).all()):
             raise MemvecError(f"{file} holds numbers that are not finite.")
-        return cls(from_rows(vectors, header.layout), header)
+        return cls(reading_named(header.layout).vectors(vectors), header)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""

@@ -48,7 +48,7 @@ class ModelChoice:
     def load(self) -> FrozenLM:
         """Load the model and print one line about it on stderr. Raises MemvecError as load_lm."""
         from memvec import display
-        from memvec.model.lm import load_lm
+        from memvec.loading import load_lm
 
         lm = load_lm(
             str(self.name),

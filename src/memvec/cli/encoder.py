@@ -91,16 +91,12 @@ def train(
         size=size,
         seed=seed,
     )
-    target = out or (Path(model) if Path(model).is_dir() else Path()) / "encoder.safetensors"
-    if target.exists() and not force:
-        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
-    if not target.parent.is_dir():
-        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+    target = _target(model, out, force)
 
     from memvec.display import say
     from memvec.encoders.files import save_encoder
     from memvec.encoders.training import Training
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     lm = load_lm(model, device=device, dtype=dtype)
     stream = _token_stream(lm, text, column, where)
@@ -115,6 +111,16 @@ def train(
         f"{target}: {slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
         f"--encoder {target} starts from it, memvec encoder measure shows what it saves."
     )
+
+
+def _target(model: str, out: Path | None, force: bool) -> Path:
+    """The file to write, by default in the model's folder; MemvecError if it cannot be written."""
+    target = out or (Path(model) if Path(model).is_dir() else Path()) / "encoder.safetensors"
+    if target.exists() and not force:
+        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
+    if not target.parent.is_dir():
+        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+    return target
 
 
 def _progress_lines() -> Callable[[TrainingProgress], None]:
@@ -191,7 +197,7 @@ def measure(
 
     from memvec.cramming.recipe import Recipe
     from memvec.encoders.measure import compare
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     try:
         tokens_per_vector = [int(part) for part in lengths.split(",")]

@@ -20,6 +20,7 @@ from memvec.encoders.base import OnePassEncoder
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
+from memvec.model.fingerprint import Fingerprint
 from memvec.writing import write_atomically
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}") from error
-    from memvec.model.lm import Fingerprint  # which imports this package
-
     try:
         model = json.loads(metadata.get("model", "null"))
         made_for = model and Fingerprint(

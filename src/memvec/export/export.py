@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memvec.cramming.start import ids_hash
 from memvec.environment import environment
 from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target
+from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors, PassageRecord, pretty_json
 
 if TYPE_CHECKING:

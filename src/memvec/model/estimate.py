@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memvec.cramming.objective import CHUNK
 from memvec.model.large import saved_bytes
+from memvec.model.memory import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -204,7 +204,7 @@ def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Est
     mlp = f.number * ((2 * f.gated + f.inside) * f.inner + 2 * f.hidden)
     attention = f.number * 2 * f.keys + 8 * min(f.normed, f.attention)
     back = max(mlp, attention) + each * f.checkpointing
-    rows = min(N, max(1, CHUNK // max(1, f.vocabulary)))
+    rows = min(N, max(1, LOGITS_AT_ONCE // max(1, f.vocabulary)))
     states = 3 * N * f.hidden * f.number  # and their gradients
     return Estimate(
         weights=f.weights or f.parameters * f.number,
@@ -218,7 +218,7 @@ def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Est
 def max_batch_size(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> int:
     """Most slots whose peak, weights apart, stays in `free` bytes; at least 1."""
     one = estimate(f, batch_size=1, tokens=tokens, vectors=vectors)
-    most = CHUNK * 4.0 * LOGITS_COPIES  # of logits, at any number of slots
+    most = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # of logits, at any number of slots
     each = one.activations + one.passing + one.state
     return max(1, int((free - most) / each))
 

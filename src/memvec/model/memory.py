@@ -17,6 +17,8 @@ from typing import TypeVar
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
+# Logits held at once: 64 MiB in float32, a few times that while they are scored.
+LOGITS_AT_ONCE = 2**24
 
 
 @functools.cache

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from memvec.errors import MemvecError
+
+
+def ids_hash(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
+    return hashlib.sha256(torch.tensor(list(ids), dtype=torch.int32).numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -29,3 +40,11 @@ class Passage:
             Passage(self.ids[:middle], self.document, self.offset),
             Passage(self.ids[middle:], self.document, self.offset + middle),
         )
+
+
+def padded_ids(passages: Sequence[Passage], columns: int) -> Int[Tensor, "B T"]:
+    """Token ids of passages as rows, right-padded with 0, on the CPU."""
+    ids = torch.zeros(len(passages), columns, dtype=torch.long)
+    for row, passage in zip(ids, passages, strict=True):
+        row[: len(passage)] = torch.tensor(passage.ids)
+    return ids

@@ -11,7 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from memvec.cramming.engine import Progress
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 
 NEWS_EVERY = 1.0  # seconds between reports of a worker's progress
 

@@ -9,7 +9,6 @@ from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Waiting
 from memvec.cramming.recipe import Recipe
 from memvec.model.lm import FrozenLM
-from memvec.onestep import laid_out
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of
 from memvec.workers.actor import OnProgress
@@ -41,7 +40,7 @@ class Batch:
     ) -> Iterator[tuple[Hashable, Outcome]]:
         """Yields (key, outcome) of each passage, as soon as it is certified."""
         engine = Engine(
-            laid_out(lm, self.layout),
+            lm.read_as(self.layout),
             self.recipe,
             vectors=self.vectors,
             batch_size=self.batch_size,

@@ -18,8 +18,9 @@ from torch import Tensor
 from memvec.lab.protocols.protocol import Protocol
 
 if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM, StartRule
-    from memvec.passages.passage import Passage
+    from memvec.model.lm import FrozenLM
+    from memvec.model.reading import StartRule
+from memvec.passages.passage import Passage
 
 POINTS = 11  # on the straight line, both ends included
 
@@ -64,9 +65,10 @@ def straight_line(
     points: int = POINTS,
 ) -> list[float]:
     """Teacher-forced accuracy at evenly spaced points from solution a to solution b."""
-    from memvec.cramming.certify import measure
+    from memvec.cramming.certify import positions
+    from memvec.metrics import teacher_forced_accuracy
 
     t = torch.linspace(0, 1, points)[:, None, None]
     line = (1 - t) * a.float()[None] + t * b.float()[None]
-    measured = measure(lm, line, [passage] * points, start)
-    return [float(m["accuracy"]) for m in measured]
+    margin = positions(lm, line, [passage] * points, start).margin
+    return [teacher_forced_accuracy(row > 0) for row in margin]

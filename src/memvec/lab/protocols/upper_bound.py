@@ -18,7 +18,8 @@ from torch import Tensor
 from memvec.lab.protocols.protocol import Protocol
 
 if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM, StartRule
+    from memvec.model.lm import FrozenLM
+    from memvec.model.reading import StartRule
     from memvec.passages.found import Found
 
 
@@ -49,5 +50,5 @@ class UpperBound(Protocol):
     ) -> dict[str, Any]:
         from memvec.cramming.certify import positions
 
-        _, _, bits, margin = positions(lm, vectors[None].float(), [found.passage], start)
-        return {"needed_bits": float(needed_bits(bits[0], margin[0]).sum())}
+        scores = positions(lm, vectors[None].float(), [found.passage], start)
+        return {"needed_bits": float(needed_bits(scores.lm_bits[0], scores.lm_margin[0]).sum())}

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memvec.cramming.objective import CHUNK
 from memvec.lab.protocols import PROTOCOLS
 from memvec.lab.study.cells import Planned, too_long
 from memvec.lab.study.facts import Facts, facts_of
 from memvec.lab.study.spec import Spec
 from memvec.model.estimate import LOGITS_COPIES
+from memvec.model.memory import LOGITS_AT_ONCE
 
 GPU_FLOPS = 120e12  # sustained on an A100 in bfloat16: 40 % of its peak, an assumption
 CPU_FLOPS = 100e9  # two cores with AVX-512: 64 GFLOP/s a core for pocket, 16 slots of 64 tokens
@@ -85,4 +85,4 @@ def _memory(p: Planned, facts: Facts) -> float:
     tokens = PROTOCOLS[c.protocol].tokens(c.length, c.vectors, "vectors") + c.vectors
     weights = 2 * facts.parameters
     activations = p.batch_size * tokens * facts.layers * facts.hidden * NUMBERS_KEPT * 2
-    return weights + activations + LOGITS_COPIES * 4 * CHUNK
+    return weights + activations + LOGITS_COPIES * 4 * LOGITS_AT_ONCE

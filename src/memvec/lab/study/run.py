@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from memvec.cramming.engine import Progress
-from memvec.cramming.start import ids_hash
 from memvec.errors import MemvecError
 from memvec.lab.protocols import PROTOCOLS
 from memvec.lab.study.cells import Planned, check_lengths, expand
 from memvec.lab.study.pool import Pool, Unit, in_units
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
-from memvec.passages.passage import Passage
+from memvec.passages.passage import Passage, ids_hash
 from memvec.passages.sources import Source
 
 TELL_EVERY = 0.2  # seconds

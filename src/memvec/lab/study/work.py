@@ -9,17 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from memvec.cramming.certify import Outcome, positions
+from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
-from memvec.cramming.start import ids_hash
 from memvec.errors import MemvecError
 from memvec.lab.protocols import PROTOCOLS
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import Finished, Row
-from memvec.onestep import laid_out
 from memvec.passages.found import Found
+from memvec.passages.passage import ids_hash
 from memvec.passages.sources import Source
 
 if TYPE_CHECKING:
@@ -58,7 +55,7 @@ def cram_cell(
 ) -> Iterator[Finished]:
     """Rows of a cell's passages, each as soon as it is certified."""
     recipe = cell.made_recipe()
-    lm = laid_out(lm, PROTOCOLS[cell.protocol].layout)
+    lm = lm.read_as(PROTOCOLS[cell.protocol].layout)
     engine = Engine(
         lm,
         recipe,
@@ -80,12 +77,9 @@ def _finished(
     lm: FrozenLM, cell: Cell, engine: Engine, found: Found, outcome: Outcome, worker: str
 ) -> Finished:
     start, vectors = engine.start_rule, outcome.vectors
-    bits, margin, lm_bits, lm_margin = (
-        t[0] for t in positions(lm, vectors.float()[None], [found.passage], start)
-    )
-    m = outcome.metrics
-    h = m.horizon
-    gained = (lm_bits[:h].double().sum() - bits[:h].double().sum()).item()
+    scores, m = outcome.scores, outcome.metrics
+    assert scores is not None, "an outcome that comes from the engine has its scores"
+    reached = scores.leading(m.horizon)
     row = Row(
         cell=cell.key,
         number=found.number,
@@ -94,7 +88,7 @@ def _finished(
         predicted=m.predicted,
         status=outcome.status,
         exact=outcome.exact,
-        horizon=h,
+        horizon=m.horizon,
         accuracy=m.accuracy,
         margin=m.margin,
         margin_asked=outcome.margin_asked,
@@ -102,9 +96,9 @@ def _finished(
         mem_bits=m.mem_bits,
         information_gain=m.information_gain,
         token_gain=m.token_gain,
-        lm_right=int((lm_margin > 0).sum()),
-        horizon_gain=gained,
-        horizon_token_gain=int((margin[:h] > 0).sum() - (lm_margin[:h] > 0).sum()),
+        lm_right=scores.lm_hits(),
+        horizon_gain=reached.information_gain(),
+        horizon_token_gain=reached.token_gain(),
         steps=outcome.steps,
         spent=outcome.spent,
         seconds=outcome.seconds,
@@ -113,4 +107,4 @@ def _finished(
         worker=worker,
         extra=PROTOCOLS[cell.protocol].extra(lm, found, vectors, start, cell.options),
     )
-    return Finished(row, vectors, torch.stack([lm_bits, bits, margin, lm_margin])).to_plain()
+    return Finished(row, vectors, scores.stacked()).to_plain()

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec import registry
 from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-
-
-def ids_hash(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
-    return hashlib.sha256(torch.tensor(list(ids), dtype=torch.int32).numpy().tobytes()).hexdigest()
+from memvec.passages.passage import ids_hash
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
@@ -64,16 +61,6 @@ def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Te
     return vectors
 
 
-Start = Callable[[FrozenLM, Sequence[int], int, Recipe], Float[Tensor, "K D"]]
-STARTS: dict[str, Start] = {
-    "noise": noise,
-    "embeddings": embeddings,
-    "uniform": uniform,
-    "linear": linear,
-    "normal": normal,
-}
-
-
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
     """The start that applies to this model: 'auto' is its encoder if it has one, else noise."""
     if recipe.start != "auto":
@@ -96,7 +83,7 @@ def start_vectors(
     """
     name = start_of(lm, recipe)
     if name != "encoder":
-        return [STARTS[name](lm, ids, K, recipe) for ids in passages]
+        return [registry.get("start", name)(lm, ids, K, recipe) for ids in passages]
     if lm.encoder is None:
         raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
     batches: dict[int, list[int]] = {}

@@ -1,0 +1,136 @@
+"""What is measured of a crammed passage: every figure once, with its unit and its source.
+
+The record of a passage in a file, the journal's rows and a study's rows are made of these classes,
+so a figure has one definition wherever it is shown. All sums of a passage run over the same
+positions: the tokens that had to come from the vectors. Formulas are those of Kuratov et al.
+(ACL 2025), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from memvec import metrics
+
+Status = Literal["done", "budget", "not-finite"]
+
+
+class Record(BaseModel):
+    """A documented, immutable record; a loss that was not finite leaves figures that are not."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings"
+    )
+
+
+class Measures(Record):
+    """What the stored vectors of one passage do, with teacher forcing and in free decoding."""
+
+    tokens: int = Field(ge=1, description="tokens of the passage")
+    predicted: int = Field(ge=0, description="tokens that had to come from the vectors")
+    horizon: int = Field(
+        ge=0, description="leading tokens that free-running decoding gave back before an error"
+    )
+    accuracy: float = Field(
+        description="teacher-forced accuracy: share of positions whose arg-max is right when the "
+        "true earlier tokens are given"
+    )
+    margin: float = Field(
+        description="smallest logit of a true token minus the best other one, over positions that "
+        "are not corrected, logits"
+    )
+    lm_bits: float = Field(description="H_LM = -sum log2 p(t_i | t_<i), bits")
+    mem_bits: float = Field(description="H_mem = -sum log2 p(t_i | vectors, t_<i), bits")
+    information_gain: float = Field(description="H_LM - H_mem, bits")
+    token_gain: int = Field(description="arg-max hits with the vectors minus hits without them")
+
+
+class PassageResult(Measures):
+    """The measures of a passage, how it was crammed, and what that cost."""
+
+    status: Status = Field(
+        description="why cramming ended: 'done' (every margin met), 'budget' or 'not-finite'"
+    )
+    exact: bool = Field(
+        description="free-running decoding of the stored vectors gave back every token"
+    )
+    margin_asked: float = Field(
+        description="margin at which a token counted as right while cramming, logits"
+    )
+    steps: int = Field(
+        ge=0, description="optimiser steps, and one for each return from certification"
+    )
+    spent: int = Field(ge=0, description="forward-backward tokens")
+    seconds: float = Field(ge=0, description="share of the wall time of the batch, seconds")
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """Bits and margins of predicted positions: with the vectors, and of the model alone.
+
+    Tensors are (N,) for one passage, or (B, N) for a batch whose shorter rows are right-padded;
+    padding holds no figures. Bits are surprisals -log2 p; margins are in logits; a position is a
+    hit where its margin is above 0.
+    """
+
+    bits: Float[Tensor, "*B N"]
+    margin: Float[Tensor, "*B N"]
+    lm_bits: Float[Tensor, "*B N"]
+    lm_margin: Float[Tensor, "*B N"]
+
+    def passage(self, row: int, predicted: int) -> PositionScores:
+        """The scores of one passage of a batch, without its padding."""
+        return PositionScores(
+            self.bits[row, :predicted],
+            self.margin[row, :predicted],
+            self.lm_bits[row, :predicted],
+            self.lm_margin[row, :predicted],
+        )
+
+    def leading(self, n: int) -> PositionScores:
+        """The scores of the first n positions of one passage."""
+        return PositionScores(self.bits[:n], self.margin[:n], self.lm_bits[:n], self.lm_margin[:n])
+
+    def information_gain(self) -> float:
+        """H_LM - H_mem over these positions, bits."""
+        return metrics.information_gain(self.bits, self.lm_bits)
+
+    def token_gain(self) -> int:
+        """Hits with the vectors minus hits without them, over these positions."""
+        return metrics.token_gain(self.margin > 0, self.lm_margin > 0)
+
+    def lm_hits(self) -> int:
+        """Arg-max hits of the model alone."""
+        return int((self.lm_margin > 0).sum())
+
+    def measures(self, tokens: int, horizon: int, corrected: Sequence[int] = ()) -> Measures:
+        """The figures of a passage; the smallest margin leaves `corrected` positions out."""
+        kept = [i for i in range(len(self.margin)) if i not in set(corrected)]
+        return Measures(
+            tokens=tokens,
+            predicted=len(self.margin),
+            horizon=horizon,
+            accuracy=metrics.teacher_forced_accuracy(self.margin > 0),
+            margin=float(self.margin[kept].min()),
+            lm_bits=float(self.lm_bits.double().sum()),
+            mem_bits=float(self.bits.double().sum()),
+            information_gain=self.information_gain(),
+            token_gain=self.token_gain(),
+        )
+
+    def stacked(self) -> Float[Tensor, "4 N"]:
+        """As a study store keeps them: bits without vectors, bits with, margin with, without."""
+        return torch.stack([self.lm_bits, self.bits, self.margin, self.lm_margin])
+
+    @classmethod
+    def from_stacked(cls, stacked: Float[Tensor, "4 N"]) -> PositionScores:
+        """The inverse of `stacked`."""
+        lm_bits, bits, margin, lm_margin = stacked
+        return cls(bits, margin, lm_bits, lm_margin)
