@@ -19,9 +19,13 @@ import torch
 import memvec
 from conftest import TRAINED_ON, reader
 from memvec import codec, display
+from memvec.cli.options import Storage
 from memvec.codec import Status
 from memvec.cramming.engine import Progress
+from memvec.cramming.recipe import PRESETS
+from memvec.export import TARGETS
 from memvec.journal import Journal
+from memvec.storage import STORAGES
 
 TEXT = "the lazy dog\r\n\té 👍\n\n"
 FAST = ["--vectors", 2, "--tokens", 2, "--steps", 600]
@@ -341,12 +345,48 @@ def test_doctor_of_no_model(command, tmp_path):
 
 def test_version_and_help(command):
     assert command("--version").out.decode() == f"memvec {memvec.__version__}\n"
-    for verb in ("cram", "decode", "verify", "inspect", "export", "doctor"):
-        ran = command(verb, "--help")
-        assert ran.code == 0
-        assert b"Examples" in ran.out
-        assert ran.out.count(b"memvec " + verb.encode()) >= 2
     assert command("crma").code == 2
+
+
+VERBS = [
+    *("cram", "plan", "decode", "verify", "inspect", "export", "doctor"),
+    *("encoder train", "encoder measure"),
+    *("study validate", "study run", "study resume", "study ls", "study export", "study report"),
+    "study check",
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_every_verb_ends_with_examples(command, verb):
+    ran = command(*verb.split(), "--help")
+    assert ran.code == 0
+    before, examples = ran.out.decode().split("Examples")
+    assert examples.count(f"memvec {verb}") >= 2
+    assert "--seats" not in before
+
+
+def test_help_lists_what_can_be_chosen(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for verb, names in (("cram", PRESETS), ("cram", STORAGES), ("export", TARGETS)):
+        words = re.findall(r"[\w-]+", command(verb, "--help").out.decode())
+        assert set(names) <= set(words)
+    assert set(Storage) == set(STORAGES)
+
+
+@pytest.mark.parametrize("verb", ["cram", "plan"])
+def test_the_old_name_of_the_batch_size_works_with_a_warning(command, folder, letter, verb):
+    warning = "memvec: --seats is now --batch-size; the old name goes away in the next release.\n"
+    words = [verb, letter, "-m", folder, *FAST[:4], "--set", "steps=600"]
+    ran = command(*words, "--seats", 1)
+    assert ran.code == 0, ran.err
+    assert ran.err.count(warning) == 1
+    assert "1 slot of up to 2 tokens" in ran.err
+    ran = command(*words, "--seats", 0)
+    assert (ran.code, ran.out) == (2, b"")
+    assert ran.err == warning + "memvec: --batch-size must be at least 1, not 0.\n"
+    ran = command(*words, "--seats", 1, "--batch-size", 2)
+    assert (ran.code, ran.out) == (2, b"")
+    assert "leave out --seats" in ran.sentence
 
 
 HEAVY = """
@@ -394,8 +434,7 @@ def test_a_bare_install_has_all_it_needs(folder, letter):
     """Every verb but `study`, with the packages of all extras out of sight."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
-    absent = [re.match(r"[\w-]+", name)[0] for names in extras for name in names]
-    absent = [name for name in absent if name != "memvec"]  # an extra may name another one
+    absent = {re.match(r"[\w-]+", name)[0] for names in extras for name in names} - {"memvec"}
     verbs = (
         ["cram", "letter.txt", "-m", str(folder), *map(str, FAST)],
         ["verify", "letter.mem"],
@@ -406,7 +445,7 @@ def test_a_bare_install_has_all_it_needs(folder, letter):
         ["decode", "letter.mem"],
         ["study", "ls"],
     )
-    words = [sys.executable, "-c", BARE, json.dumps(absent), json.dumps(verbs)]
+    words = [sys.executable, "-c", BARE, json.dumps(sorted(absent)), json.dumps(verbs)]
     ran = subprocess.run(words, capture_output=True)
     said = ran.stderr.decode()
     codes = re.findall(rb"CODE (\w+) (\d)", ran.stdout)

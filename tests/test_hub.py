@@ -35,7 +35,7 @@ def named(name: str, **changes) -> MemVectors:
     return MemVectors(mem().vectors, header.model_copy(update={"model": model}))
 
 
-class FakeApi:
+class FakeApi(huggingface_hub.HfApi):
     """Records what is uploaded; `fails` is raised by the next call."""
 
     fails: Exception | None = None
@@ -135,7 +135,20 @@ def test_the_card_says_what_a_reader_must_know():
     assert "**Not exact**" in hub.card(fallen)
 
 
-def test_a_folder_of_somebody_is_not_told(tmp_path):
+def test_the_card_is_a_card_of_the_hub():
+    """The Hub's own reader finds every field, and the text below the metadata is ours."""
+    card = huggingface_hub.ModelCard(hub.card(named("org/model"), licence="cc0-1.0"))
+    assert card.data.to_dict() == {
+        "base_model": "org/model",
+        "base_model_relation": "adapter",
+        "library_name": "memvec",
+        "license": "cc0-1.0",
+        "tags": ["mem-vectors"],
+    }
+    assert card.text.startswith("\n# [mem] vectors of org/model\n")
+
+
+def test_the_card_does_not_name_a_folder_of_somebody(tmp_path):
     folder = tmp_path / "secret" / "tiny"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# tiny\nlicense: gpl\n")
@@ -143,8 +156,16 @@ def test_a_folder_of_somebody_is_not_told(tmp_path):
     assert "secret" not in text
     assert "base_model:" not in text
     assert "base model's licence is `mit`" in text
-    (folder / "README.md").write_text("# tiny\n\nlicense: gpl\n")
-    assert hub.licence_of(named(str(folder))) is None
+    for text, licence in (
+        ("# tiny\n\nlicense: gpl\n", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\n- mit\n---\n", None),
+        ("---\nlicense:\n- mit\n- gpl\n---\n", None),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\nlicense: other\nlicense_name: tiny-licence\n---\n", "tiny-licence"),
+    ):
+        (folder / "README.md").write_text(text)
+        assert hub.licence_of(named(str(folder))) == licence
 
 
 def test_the_built_in_model_has_its_licence():
@@ -194,9 +215,9 @@ def test_pushing_uploads_the_vectors_and_their_card(api):
 )
 def test_the_hub_s_refusals_are_sentences(api, error, sentence, monkeypatch):
     monkeypatch.setattr(FakeApi, "fails", error)
-    with pytest.raises(MemvecError, match=sentence) as told:
+    with pytest.raises(MemvecError, match=sentence) as raised:
         mem().push_to_hub("me/letter", base_licence="mit")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert not Path(api.place).exists()
 
 

@@ -24,16 +24,16 @@ WORDS = "the lazy dog sat on the cat"
 def test_a_short_text_is_measured_whole(vectors, storage):
     lm = reader()
     options = {"vectors": vectors, "tokens": 2, "recipe": QUICK, "storage": storage}
-    found = plan(lm, Document.of(lm, WORDS), **options)
+    planned = plan(lm, Document.of(lm, WORDS), **options)
     mem = codec.cram(lm, [WORDS], **options)
-    assert found.sampled_tokens == found.tokens
+    assert planned.sampled_tokens == planned.tokens
     for total, truth in (
-        (found.vectors, vectors * len(mem.passages)),
-        (found.vector_bytes, mem.summary()["vector_bytes"]),
+        (planned.vectors, vectors * len(mem.passages)),
+        (planned.vector_bytes, mem.summary()["vector_bytes"]),
     ):
         assert (total.mean, total.low, total.high) == (pytest.approx(truth),) * 3
-    assert 0 < found.seconds.mean < 600
-    assert found.inexact == 0
+    assert 0 < planned.seconds.mean < 600
+    assert planned.inexact == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -41,13 +41,13 @@ def test_equal_passages_leave_no_doubt(tokens):
     """Passages of a fixed length that all fit: the sample gives the count to a passage."""
     lm = reader()
     document = Document.of(lm, TEXT)
-    found = plan(lm, document, vectors=2, tokens=tokens, recipe=QUICK, sample=6)
-    assert found.sampled == 6
-    assert found.sampled_tokens == 6 * tokens < found.tokens == len(document.ids)
-    assert found.vectors.mean == pytest.approx(2 * found.tokens / tokens)
-    assert found.vectors.sd == pytest.approx(0)
-    assert found.tokens_per_vector.mean == pytest.approx(tokens / 2)
-    assert found.seconds.low <= found.seconds.mean <= found.seconds.high
+    planned = plan(lm, document, vectors=2, tokens=tokens, recipe=QUICK, sample=6)
+    assert planned.sampled == 6
+    assert planned.sampled_tokens == 6 * tokens < planned.tokens == len(document.ids)
+    assert planned.vectors.mean == pytest.approx(2 * planned.tokens / tokens)
+    assert planned.vectors.sd == pytest.approx(0)
+    assert planned.tokens_per_vector.mean == pytest.approx(tokens / 2)
+    assert planned.seconds.low <= planned.seconds.mean <= planned.seconds.high
 
 
 def test_what_does_not_fit_counts_with_all_its_halves():
@@ -55,10 +55,10 @@ def test_what_does_not_fit_counts_with_all_its_halves():
     lm = reader()
     document = Document.of(lm, WORDS)
     options = {"vectors": 1, "tokens": 8, "recipe": Recipe(steps=3)}
-    found = plan(lm, document, **options)
+    planned = plan(lm, document, **options)
     mem = codec.cram(lm, [WORDS], **options)
-    assert found.vectors.mean == pytest.approx(len(mem.passages))
-    assert found.inexact == sum(not p.exact for p in mem.passages)
+    assert planned.vectors.mean == pytest.approx(len(mem.passages))
+    assert planned.inexact == sum(not p.exact for p in mem.passages)
 
 
 @pytest.mark.slow
@@ -75,8 +75,8 @@ def test_the_command(command, folder, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text(TEXT, encoding="utf-8")
     options = ["-m", folder, "--vectors", 2, "--tokens", 2, "--sample", 4, "--set", "steps=600"]
-    found = json.loads(command("plan", text, *options, "--json").out)
-    assert Mean(**found["vectors"]).mean == pytest.approx(found["tokens"])
+    planned = json.loads(command("plan", text, *options, "--json").out)
+    assert Mean(**planned["vectors"]).mean == pytest.approx(planned["tokens"])
     shown = command("plan", text, *options)
     assert shown.code == 0
     assert all(word in shown.out.decode() for word in ("tokens per vector", "vectors", "time"))

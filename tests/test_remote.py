@@ -23,7 +23,8 @@ from memvec.loading import load_lm
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Workers, _Slot, together
+from memvec.workers import Batch, Crew, Workers, combined
+from memvec.workers.pool import Member
 from studies import HEAD
 from test_report import alike
 
@@ -67,12 +68,11 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
         wait=lambda rows, **_: (rows, []), get=get, exceptions=errors, kill=lambda _: None
     )
     made.count = len(actors)
-    made.batch_size = [_Slot(f"ray-{i}", actor) for i, actor in enumerate(actors)]
-    made._made = made._deaths = 0
-    made._asked = None
-    told = {f"ray-{i}": Progress(2, i, 3.0 + 4 * i, 10, 100) for i in range(len(actors))}
-    made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: told))
-    made._hire = lambda: _Slot("spare", spare())  # type: ignore[method-assign]
+    made.members = [Member(f"ray-{i}", actor) for i, actor in enumerate(actors)]
+    made._hired, made._news_request = 0, None
+    latest = {f"ray-{i}": Progress(2, i, 3.0 + 4 * i, 10, 100) for i in range(len(actors))}
+    made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: latest))
+    made._hire = lambda: Member("spare", spare())  # type: ignore[method-assign]
     return made
 
 
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_while_a_unit_is_being_made_loses_nothing() -> None:
 
     def slowly() -> Any:
         for unit in units(6, 3):
-            made._replace(made.batch_size[0])  # what a failed call to it does
+            made._replace(made.members[0])  # what a failed call to it does
             yield unit
 
     numbers = [f.row.number for f in made.stream(one_by_one(slowly()), None)]
@@ -129,8 +129,8 @@ def test_the_horizon_of_all_workers_is_shown() -> None:
     list(made.stream(one_by_one(units(4, 2)), seen.append))
     assert {p.horizon for p in seen} <= {3.0, 5.0, 7.0}  # one, both, the other
     assert 5.0 in {p.horizon for p in seen}
-    assert together([]) is None
-    assert together([Progress(1, 0, 2.0, 5, 50), Progress(3, 4, 6.0, 7, 70)]) == Progress(
+    assert combined([]) is None
+    assert combined([Progress(1, 0, 2.0, 5, 50), Progress(3, 4, 6.0, 7, 70)]) == Progress(
         4, 4, 5.0, 12, 120
     )
 

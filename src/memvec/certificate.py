@@ -24,11 +24,11 @@ def verify(
     lm: FrozenLM, mem: MemVectors, *, force: bool = False
 ) -> tuple[dict[str, Any], list[bool]]:
     """Decode everything freely, as a user will; the certificate, and what each passage did."""
-    return certificate_of(mem, lm, mem.decode_passages(lm, force=force))
+    return certificate_of(lm, mem, mem.decode_passages(lm, force=force))
 
 
 def certificate_of(
-    mem: MemVectors, lm: FrozenLM, decoded: list[list[int]]
+    lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]
 ) -> tuple[dict[str, Any], list[bool]]:
     """The certificate of what was decoded, and whether each passage is what was crammed."""
     exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]

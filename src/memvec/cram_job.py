@@ -97,7 +97,7 @@ class CramJob:
         """All of it."""
         cutter, least = self.cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
-        self.sit(passages)
+        self.choose_batch_size(passages)
         if self.lm.reading.shares_m:
             self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
         else:
@@ -105,7 +105,7 @@ class CramJob:
         mem, _ = self.certified(keep_text)
         return mem
 
-    def sit(self, passages: Sequence[Passage]) -> None:
+    def choose_batch_size(self, passages: Sequence[Passage]) -> None:
         """As many slots as these passages allow, unless the caller said how many."""
         self.engine.batch_size = self._batch_size or default_batch_size(
             self.lm, max(map(len, passages)), self.K

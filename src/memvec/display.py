@@ -7,38 +7,71 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.cram_job import Status
-from memvec.model.estimate import duration
-from memvec.plan import Plan
 from memvec.statistics import Mean
 from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
 
+if TYPE_CHECKING:
+    from memvec.cram_job import Status
+    from memvec.model.lm import FrozenLM
+    from memvec.plan import Plan
+
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+MAX_ROWS = 40  # passages that a certificate lists
+MAX_NAMES = 3  # documents that are named
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-__all__ = ["certificate", "doctor", "inspect", "planned", "progress", "say", "summary", "to_json"]
+__all__ = [
+    "certificate",
+    "doctor",
+    "duration",
+    "inspect",
+    "model",
+    "planned",
+    "progress",
+    "say",
+    "summary",
+    "to_json",
+]
 
 
 def say(sentence: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     err.print(sentence, style="dim", markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as seconds, minutes or hours for people; '?' for NaN."""
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def model(lm: FrozenLM) -> None:
+    """Print on stderr which model runs, and how: D, V, dtype, device, attention, encoder."""
+    d = lm.description()
+    say(
+        f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']} on {d['device']}, "
+        f"{d['attention']} attention, one-pass encoder: {'yes' if lm.encoder else 'no'}"
+    )
 
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[Status], None]]:
-    """A bar on a terminal; elsewhere a plain line every ten seconds."""
+    """Yields a function that shows a status: as a bar on a terminal, else a line every 10 s."""
     if not err.is_terminal:
-        yield _plain(title)
+        yield _plain_lines(title)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -49,7 +82,7 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
     )
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task(title, total=None)
-        say_expected = _once()
+        say_expected = _say_once()
 
         def show(status: Status) -> None:
             say_expected(status.expected)
@@ -58,39 +91,42 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
         yield show
 
 
-def _plain(title: str) -> Callable[[Status], None]:
-    last, before = time.monotonic(), 0
-    began: float | None = None
-    say_expected = _once()
+def _plain_lines(title: str) -> Callable[[Status], None]:
+    """A function that prints a line every ten seconds, with the time left at the rate so far."""
+    last_line = time.monotonic()
+    cramming_since: float | None = None
+    done_before = 0  # tokens that an earlier run finished
+    say_expected = _say_once()
 
     def show(status: Status) -> None:
-        nonlocal last, began, before
+        nonlocal last_line, cramming_since, done_before
         say_expected(status.expected)
-        if began is None and status.stage == "cramming":  # before it, other work
-            began, before = time.monotonic(), status.done
+        if cramming_since is None and status.stage == "cramming":  # before it, other work
+            cramming_since, done_before = time.monotonic(), status.done
         now = time.monotonic()
-        if now - last >= PLAIN_EVERY:
-            last = now
-            left = ""
-            if began is not None and status.done > before:
-                seconds = (now - began) * (status.tokens - status.done) / (status.done - before)
-                left = f", about {seconds:.0f} s left"
-            say(f"{title}: {_line(status)}, {status.done}/{status.tokens} tokens{left}")
+        if now - last_line < PLAIN_EVERY:
+            return
+        last_line, left = now, ""
+        done = status.done - done_before
+        if cramming_since is not None and done > 0:
+            seconds = (now - cramming_since) * (status.tokens - status.done) / done
+            left = f", about {seconds:.0f} s left"
+        say(f"{title}: {_line(status)}, {status.done}/{status.tokens} tokens{left}")
 
     return show
 
 
-def _once() -> Callable[[str], None]:
-    """Says the first sentence that is not empty."""
-    said = False
+def _say_once() -> Callable[[str], None]:
+    """A function that prints the first sentence which is not empty, and no other."""
+    printed = False
 
-    def tell(sentence: str) -> None:
-        nonlocal said
-        if sentence and not said:
-            said = True
+    def say_first(sentence: str) -> None:
+        nonlocal printed
+        if sentence and not printed:
+            printed = True
             say(sentence)
 
-    return tell
+    return say_first
 
 
 def _line(status: Status) -> str:
@@ -101,124 +137,123 @@ def _line(status: Status) -> str:
     return f"cramming {e.in_slots} passages ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
 
 
-def summary(mem: MemVectors, path: Path, account: Mapping[str, int]) -> None:
-    """The table that ends `memvec cram`."""
+def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
+    """Print the table that ends `memvec cram`; `byte_counts` are those of `codec.account`."""
     s = mem.summary()
     table = _table(f"{path}")
-    _figures(table, s)
-    table.add_row("bytes", _bytes(account))
+    _add_figures(table, s)
+    table.add_row("bytes", _bytes(byte_counts))
     table.add_row("certificate", _verdict(s["exact"], s["exact_passages"], s["passages"]))
     out.print(table)
 
 
-def planned(found: Plan, file: str, storage: str) -> None:
-    """The table of `memvec plan`: every total with its 95 % interval."""
+def planned(plan: Plan, file: str, storage: str) -> None:
+    """Print the table of `memvec plan`: every total with its 95 % interval."""
     table = _table(f"{file}: what cramming all of it will take")
-    table.add_row("text", f"{found.text_bytes} bytes, {found.tokens} tokens")
+    table.add_row("text", f"{plan.text_bytes} bytes, {plan.tokens} tokens")
+    inexact = f"; {plan.inexact} did not become exact" if plan.inexact else ""
     table.add_row(
         "sample",
-        f"{found.sampled} passages, {found.sampled_tokens} tokens, crammed in "
-        f"{found.sampled_seconds:.0f} s"
-        + (f"; {found.inexact} did not become exact" if found.inexact else ""),
+        f"{plan.sampled} passages, {plan.sampled_tokens} tokens, crammed in "
+        f"{plan.sampled_seconds:.0f} s{inexact}",
     )
-    table.add_row("tokens per vector", _range(found.tokens_per_vector, 1))
-    table.add_row("bits per vector", _range(found.bits_per_vector, 0))
-    table.add_row("vectors", _range(found.vectors, 0))
-    table.add_row("bytes of vectors", f"{_range(found.vector_bytes, 0)} in {storage}")
-    t = found.seconds
+    table.add_row("tokens per vector", _interval(plan.tokens_per_vector, 1))
+    table.add_row("bits per vector", _interval(plan.bits_per_vector, 0))
+    table.add_row("vectors", _interval(plan.vectors, 0))
+    table.add_row("bytes of vectors", f"{_interval(plan.vector_bytes, 0)} in {storage}")
+    t = plan.seconds
     low, high = (duration(max(0.0, s)) for s in (t.low, t.high))
     table.add_row("time", f"{duration(t.mean)}, {low} to {high}")
     out.print(table)
 
 
-def _range(found: Mean, digits: int) -> str:
-    if math.isnan(found.low):
-        return f"{found.mean:.{digits}f}"
-    low = max(0.0, found.low)  # few passages: a symmetric interval may reach below nothing
-    return f"{found.mean:.{digits}f}, {low:.{digits}f} to {found.high:.{digits}f}"
+def _interval(mean: Mean, digits: int) -> str:
+    if math.isnan(mean.low):
+        return f"{mean.mean:.{digits}f}"
+    low = max(0.0, mean.low)  # a symmetric interval of few passages may begin below 0
+    return f"{mean.mean:.{digits}f}, {low:.{digits}f} to {mean.high:.{digits}f}"
 
 
 def inspect(mem: MemVectors, file: str) -> None:
-    """What is in a file."""
-    s, header = mem.summary(), mem.header
+    """Print what a file holds. Strings of the file are printed without their markup."""
+    s, header, made_by = mem.summary(), mem.header, mem.header.model
     table = _table(file)
-    model = header.model
     table.add_row(
         "model",
-        _safe(f"{model.get('name')} ({model.get('dtype')}, revision {model.get('revision')})"),
+        _safe(
+            f"{made_by.get('name')} ({made_by.get('dtype')}, revision {made_by.get('revision')})"
+        ),
     )
-    table.add_row("weights", _safe(model.get("weights"))[:16])
-    names = ", ".join(d.name for d in header.documents[:3])
-    more = " ..." if len(header.documents) > 3 else ""
+    table.add_row("weights", _safe(made_by.get("weights"))[:16])
+    names = ", ".join(d.name for d in header.documents[:MAX_NAMES])
+    more = " ..." if len(header.documents) > MAX_NAMES else ""
     table.add_row("documents", f"{len(header.documents)}: {_safe(names)}{more}")
-    _figures(table, s)
+    _add_figures(table, s)
     table.add_row(
         "bytes",
         f"text {s['text_bytes']}, vectors {s['vector_bytes']}, edits {s['edit_bytes']}, "
         f"corrections {s['correction_bytes']}",
     )
-    recipe = header.recipe
-    table.add_row(
-        "recipe",
-        _safe(
-            ", ".join(
-                f"{k} {recipe[k]}"
-                for k in ("objective", "temperature", "schedule", "lr")
-                if k in recipe
-            )
-        ),
+    shown = (
+        name for name in ("objective", "temperature", "schedule", "lr") if name in header.recipe
     )
+    table.add_row("recipe", _safe(", ".join(f"{name} {header.recipe[name]}" for name in shown)))
     e = header.environment
-    made = f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}"
-    table.add_row("made with", _safe(made))
-    table.add_row(
-        "text in the file", "yes" if any(d.text is not None for d in header.documents) else "no"
-    )
-    if header.certificate is None:
-        table.add_row("certificate", "none")
-    else:
-        c = header.certificate
-        verdict = _verdict(bool(c.get("exact")), c.get("exact_passages"), c.get("passages"))
-        how = _safe(f"{c.get('decoded_in')} on {c.get('device')}, {c.get('date')}")
-        table.add_row("certificate", f"{verdict}; {how}")
-        if str(c.get("cache", "")).startswith("none: "):
-            table.add_row("decoded", _safe(f"without a cache: {c['cache'].removeprefix('none: ')}"))
+    versions = f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}"
+    table.add_row("made with", _safe(versions))
+    has_text = any(d.text is not None for d in header.documents)
+    table.add_row("text in the file", "yes" if has_text else "no")
+    _add_certificate(table, header.certificate)
     out.print(table)
 
 
-def certificate(mem: MemVectors, found: Mapping[str, Any], exact: list[bool]) -> None:
-    """The table of `memvec verify`: a row for each passage, the failing ones marked."""
+def _add_certificate(table: Table, certificate: Mapping[str, Any] | None) -> None:
+    if certificate is None:
+        table.add_row("certificate", "none")
+        return
+    c = certificate
+    verdict = _verdict(bool(c.get("exact")), c.get("exact_passages"), c.get("passages"))
+    how = _safe(f"{c.get('decoded_in')} on {c.get('device')}, {c.get('date')}")
+    table.add_row("certificate", f"{verdict}; {how}")
+    cache = str(c.get("cache", ""))
+    if cache.startswith("none: "):
+        table.add_row("decoded", _safe(f"without a cache: {cache.removeprefix('none: ')}"))
+
+
+def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) -> None:
+    """Print the table of `memvec verify`: a row per passage; of many passages only what fails.
+
+    `figures` is the certificate of `codec.certificate_of`, `exact` one flag per passage.
+    """
     table = Table(title=f"{sum(exact)} of {len(exact)} passages exact", title_justify="left")
     for column in ("passage", "tokens", "vectors", "margin", "bits", "decodes"):
         table.add_column(column, justify="right")
-    shown = (
-        list(range(len(exact)))
-        if len(exact) <= 40
-        else [i for i, e in enumerate(exact) if not e][:40]
-    )
-    for i in shown:
+    listed = list(range(len(exact)))
+    if len(exact) > MAX_ROWS:
+        listed = [i for i in listed if not exact[i]][:MAX_ROWS]
+    for i in listed:
         p = mem.passages[i]
-        verdict = "[green]exact[/green]" if exact[i] else "[red]WRONG[/red]"
         table.add_row(
             str(i),
             str(p.tokens),
             str(mem.vectors.shape[1]),
             f"{p.margin:.2f}",
             f"{p.information_gain:.0f}",
-            verdict,
+            "[green]exact[/green]" if exact[i] else "[red]WRONG[/red]",
         )
     out.print(table)
-    if len(exact) > len(shown):
-        out.print(f"({len(exact) - len(shown)} more passages are not listed)")
+    if len(exact) > len(listed):
+        out.print(f"({len(exact) - len(listed)} more passages are not listed)")
+    c = figures
     out.print(
-        f"decoded freely in {found['decoded_in']} on {found['device']} "
-        f"({found['attention']} attention, cache {_safe(found['cache'])}, torch {found['torch']}): "
-        + _verdict(found["exact"], found["exact_passages"], found["passages"])
+        f"decoded freely in {c['decoded_in']} on {c['device']} "
+        f"({c['attention']} attention, cache {_safe(c['cache'])}, torch {c['torch']}): "
+        + _verdict(c["exact"], c["exact_passages"], c["passages"])
     )
 
 
 def doctor(report: Mapping[str, Any]) -> None:
-    """The findings of `memvec doctor`."""
+    """Print the report of `memvec.doctor.examine`: its checks, its facts and its verdict."""
     table = _table(f"{report['model']}")
     for check in report["checks"]:
         mark = "[green]yes[/green]" if check["ok"] else "[red]NO[/red]"
@@ -234,7 +269,7 @@ def doctor(report: Mapping[str, Any]) -> None:
 
 
 def _safe(text: object) -> str:
-    """A text of others: its markup is not obeyed, its control characters are not sent."""
+    """Text from outside, escaped: no markup, and no control characters for the terminal."""
     return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
 
 
@@ -247,7 +282,7 @@ def _table(title: str) -> Table:
     return table
 
 
-def _figures(table: Table, s: Mapping[str, Any]) -> None:
+def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     error = s["tokens_per_vector_error"]
     spread = "" if math.isnan(error) else f" ± {error:.1f}"
     table.add_row(
@@ -279,10 +314,10 @@ def _figures(table: Table, s: Mapping[str, Any]) -> None:
     )
 
 
-def _bytes(account: Mapping[str, int]) -> str:
+def _bytes(counts: Mapping[str, int]) -> str:
     return (
-        f"text {account['text']}, vectors {account['vectors']}; xz {account['xz']}, "
-        f"zstd {account['zstd']}, arithmetic coding {account['arithmetic']}"
+        f"text {counts['text']}, vectors {counts['vectors']}; xz {counts['xz']}, "
+        f"zstd {counts['zstd']}, arithmetic coding {counts['arithmetic']}"
     )
 
 

@@ -15,21 +15,70 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from memvec.errors import MemvecError
 from memvec.loading import POCKET
-from memvec.vectors import MemVectors
 from memvec.writing import write_atomically
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from memvec.vectors import MemVectors
 
 FILE = "vectors.mem.safetensors"
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What the Hub's HTTP library raises when nobody answers; its versions use different libraries.
+UNREACHABLE: type[Exception] = HfHubHTTPError.__bases__[0]
 WARNING = (
     "**These vectors contain the text.** Whoever has them and the base model reads it back word "
     "for word: they are as confidential, and as copyrighted, as the text itself."
 )
+
+
+BODY = """
+# [mem] vectors of {name}
+
+{warning}
+
+Made with memvec: gradient descent moved these input vectors until the frozen model gives the text
+back from them.
+
+| | |
+|---|---|
+{figures}
+
+## Certificate
+
+{certificate}
+
+## How to decode
+
+```python
+import memvec
+
+mem = memvec.MemVectors.from_pretrained("{place}")
+lm = memvec.load_lm("{name}"{arguments})
+print(memvec.decode(lm, mem)[0])
+```
+
+or `memvec decode {file} > text`. A passage whose hash differs from the crammed one is an error:
+wrong text is never printed.
+
+## Licence
+
+{licences}
+The rights in the text are those of the text.
+"""
 
 
 def save_pretrained(
@@ -41,11 +90,11 @@ def save_pretrained(
     base_licence: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the vectors and their card into a folder, which is made if need be.
+    """Write the vectors and their card into a folder, which is made if it does not exist.
 
     `licence` is the one you give the vectors (an identifier of the Hub), `base_licence` the base
-    model's where it is not found beside the model. Raises MemvecError if vectors are there already
-    (unless `force`) or the folder cannot be written.
+    model's if its own card is not on this machine. Raises MemvecError if the folder holds vectors
+    already (unless `force`) or cannot be written.
     """
     place = Path(folder)
     try:
@@ -58,25 +107,23 @@ def save_pretrained(
     return place
 
 
-def from_pretrained(
+def local_file(
     name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
-) -> MemVectors:
-    """Vectors from a folder that `save_pretrained` wrote, or from a repository of the Hub.
+) -> Path:
+    """The file of vectors in a folder that `save_pretrained` wrote, or in a repository of the Hub.
 
-    Raises MemvecError: no such folder or repository, no network, or a damaged file.
+    Raises MemvecError: no such folder or repository, or no network.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / FILE).is_file():
             raise MemvecError(f"there are no [mem] vectors in {folder}: it has no {FILE}.")
-        return MemVectors.load(folder / FILE)
+        return folder / FILE
     if not HUB_ID.fullmatch(str(name)):
         raise MemvecError(f"there is no folder {folder}, and it is not a Hub id (user/name).")
-    from huggingface_hub import hf_hub_download
-
     with _hub(str(name)):
-        file = hf_hub_download(str(name), FILE, revision=revision, token=token)
-    return MemVectors.load(file)
+        file = huggingface_hub.hf_hub_download(str(name), FILE, revision=revision, token=token)
+    return Path(file)
 
 
 def push_to_hub(
@@ -91,14 +138,12 @@ def push_to_hub(
 ) -> str:
     """Upload the vectors and their card; returns the commit's address.
 
-    The repository is made if it does not exist (`private` as the Hub's default, unless said).
+    The repository is made if it does not exist; `private` None leaves the Hub's default.
     Raises MemvecError, in one sentence: not a Hub id, no network, no permission.
     """
     if not HUB_ID.fullmatch(repository):
         raise MemvecError(f"'{repository}' is not a Hub id: write user/name.")
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         if base_licence is None:
             base_licence = licence_of(mem) or _licence_on_hub(api, mem)
@@ -123,101 +168,101 @@ def card(
     licence: str | None = None,
     base_licence: str | None = None,
 ) -> str:
-    """The card of a file, in Markdown. Nothing in it comes from the text that was crammed."""
-    s, header = mem.summary(), mem.header
+    """The card of a file, in Markdown with metadata of the Hub. It quotes nothing of the text.
+
+    `repository` is where the vectors will be; the licences are those of `save_pretrained`.
+    """
     name, on_hub = _base(mem)
-    meta = ["library_name: memvec", "tags:", "- mem-vectors"]
-    if on_hub:
-        meta += [f"base_model: {name}", "base_model_relation: adapter"]
-    if licence:
-        meta.append(f"license: {licence}")
-    found = base_licence or licence_of(mem)
-    where = repository or "FOLDER"
+    data = ModelCardData(
+        library_name="memvec",
+        tags=["mem-vectors"],
+        base_model=name if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        license=licence,
+    )
+    body = BODY.format(
+        name=name,
+        warning=WARNING,
+        figures=_figures(mem),
+        certificate=_certificate(mem),
+        place=repository or "FOLDER",
+        arguments=_arguments(mem.header.model),
+        file=FILE,
+        licences=_licences(licence, base_licence or licence_of(mem)),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}"))
+
+
+def _figures(mem: MemVectors) -> str:
+    """The rows of the card's table."""
+    s, header = mem.summary(), mem.header
+    name, _ = _base(mem)
     revision = header.model.get("revision")
+    has_text = any(d.text is not None for d in header.documents)
     rows = {
         "base model": f"`{name}`" + (f", revision `{revision}`" if revision else ""),
         "weights of the base model": f"SHA-256 of its embeddings `{header.model['weights'][:16]}…`",
         "texts": f"{s['documents']}, {s['text_bytes']} bytes",
         "passages": f"{s['passages']} of {s['vectors_per_passage']} vectors, D {s['width']}, "
         f"{s['storage']}",
-        "read as": f"{s['layout']}, start rule `{s['start_rule']}`",
+        "layout": f"{s['layout']}, start rule `{s['start_rule']}`",
         "tokens": f"{s['tokens']}, {s['tokens_per_vector']:.1f} per vector",
         "information gain": f"{s['information_gain_bits']:.0f} bits, "
         f"{s['bits_per_vector']:.0f} per vector",
         "bytes of the vectors": f"{s['vector_bytes']}",
-        "the text itself is in the file too": "yes"
-        if any(d.text is not None for d in header.documents)
-        else "no",
+        "the text itself is in the file too": "yes" if has_text else "no",
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    meta_block = "\n".join(["---", *meta, "---"])
-    return f"""{meta_block}
+    return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
-# [mem] vectors of {name}
 
-{WARNING}
-
-Made with memvec: gradient descent moved these input vectors until the frozen model gives the text
-back from them.
-
-| | |
-|---|---|
-{table}
-
-## Certificate
-
-{_certificate(mem)}
-
-## How to decode
-
-```python
-import memvec
-
-mem = memvec.MemVectors.from_pretrained("{where}")
-lm = memvec.load_lm("{name}"{_arguments(header.model)})
-print(memvec.decode(lm, mem)[0])
-```
-
-or `memvec decode {FILE} > text`. What does not hash to what was crammed is an error, never a text.
-
-## Licence
-
-The base model's licence is {f"`{found}`" if found else "not known here: see the model's own page"}.
-{f"These vectors are published under `{licence}`." if licence else "No licence is given here."} The
-rights in the text are those of the text.
-"""
+def _licences(licence: str | None, base_licence: str | None) -> str:
+    base = f"`{base_licence}`" if base_licence else "not known here: see the model's own page"
+    own = (
+        f"These vectors are published under `{licence}`."
+        if licence
+        else "No licence is given for these vectors."
+    )
+    return f"The base model's licence is {base}.\n{own}"
 
 
 def licence_of(mem: MemVectors) -> str | None:
-    """The licence in the base model's own card, if that lies on this machine."""
+    """The licence that the base model's own card names, if that card is on this machine."""
     name = str(mem.header.model.get("name"))
     folder = POCKET if name == "pocket" else Path(name).expanduser()
     file: Any = folder / CARD
     if not file.is_file() and HUB_ID.fullmatch(name):
-        from huggingface_hub import try_to_load_from_cache
-
-        file = try_to_load_from_cache(name, CARD, revision=mem.header.model.get("revision"))
+        revision = mem.header.model.get("revision")
+        file = huggingface_hub.try_to_load_from_cache(name, CARD, revision=revision)
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return None
-    front = re.match(r"---\n(.*?)\n---", Path(file).read_text(encoding="utf-8"), re.DOTALL)
-    found = re.search(r"^license:\s*([\w.-]+)\s*$", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+    try:
+        return _licence_in(huggingface_hub.metadata_load(file))
+    except (ValueError, yaml.YAMLError):  # a damaged card names no licence
+        return None
 
 
-def _licence_on_hub(api: HfApi, mem: MemVectors) -> str | None:
+def _licence_on_hub(api: huggingface_hub.HfApi, mem: MemVectors) -> str | None:
     name, on_hub = _base(mem)
     if not on_hub:
         return None
     with _hub(name):
-        data: Any = api.model_info(name).card_data
-    found = data.get("license") if data is not None else None
-    return found if isinstance(found, str) else None
+        return _licence_in(api.model_info(name).card_data)
+
+
+def _licence_in(metadata: Any) -> str | None:
+    """The licence in a card's metadata: its own name where the identifier is only 'other'."""
+    if metadata is None:
+        return None
+    licence = metadata.get("license")
+    if licence == "other":
+        licence = metadata.get("license_name") or licence
+    return licence if isinstance(licence, str) else None
 
 
 def _base(mem: MemVectors) -> tuple[str, bool]:
     """The base model's name for others, and whether it is one of the Hub.
 
-    Of a local folder only the last part is told: the rest says where somebody keeps their files.
+    Of a local folder only the last part is given: the rest shows where somebody keeps their files.
     """
     name = str(mem.header.model.get("name"))
     if name != "pocket" and (Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)):
@@ -247,17 +292,6 @@ def _certificate(mem: MemVectors) -> str:
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[None]:
     """Turn the ways in which the Hub refuses into one sentence each."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    # What its HTTP library raises when nobody answers; which library that is changes with versions.
-    unreachable: type[Exception] = HfHubHTTPError.__bases__[0]
     no_answer = MemvecError(
         f"the Hub could not be reached for {name}: check the network, or use a local folder."
     )
@@ -278,7 +312,7 @@ def _hub(name: str) -> Iterator[None]:
         raise MemvecError(
             f"the Hub refused {name} ({status}): check that you are logged in and may write there."
         ) from None
-    except (ConnectionError, unreachable):
+    except (ConnectionError, UNREACHABLE):
         raise no_answer from None
     except (HFValidationError, OSError) as error:
         raise MemvecError(

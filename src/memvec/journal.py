@@ -1,7 +1,7 @@
 """What is finished already: a crash-safe list of passages beside the file that is being made.
 
 SQLite does the hard part. A row is written the moment a passage is certified, so a run that is
-killed loses only what sits in its slots. Rows are keyed by everything that decides a passage's
+killed loses only the passages in its slots. Rows are keyed by everything that decides a passage's
 vectors; a row from other settings or another text is simply never asked for, nor counted.
 """
 

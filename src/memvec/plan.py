@@ -1,19 +1,19 @@
 """What a cram of a document will take, from cramming a sample of it: vectors, bytes and time.
 
 The sample is stratified: the document is cut into equal parts and a passage is taken at a random
-place of each, cut by the same rule as `cram` cuts and crammed by the same engine, halves of what
-does not fit included. A place costs 1 / tokens vectors per token there, so the mean of vectors /
-tokens over places, times the document's tokens, is what the whole will need; seconds likewise, from
-each passage's forward-backward tokens, the rate of full slots, what filling slots, certifying and
-cutting took. Intervals are 95 % (Student's t)
-over the places. The sample of a short document is all of it: then the plan is a measurement.
+offset of each, cut by the same rule as `cram` cuts and crammed by the same engine, halves of what
+does not fit included. A passage costs 1 / tokens vectors per token there, so the mean of vectors /
+tokens over the sample, times the document's tokens, estimates the whole. Seconds likewise, from
+four measured parts: each passage's forward-backward tokens at the rate of busy slots, filling the
+slots, certifying, and cutting. Intervals are 95 % (Student's t) over the sampled passages. The
+sample of a short document is all of it: then the plan is a measurement.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,14 +28,14 @@ from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 
 SAMPLE = 32  # passages
-FULL = 0.5  # a step counts for the rate while at least this share of the most slots is taken
+BUSY = 0.5  # a step counts for the rate while at least this share of the maximum of slots is taken
 
 
 @dataclass(frozen=True)
 class Plan:
     """What the whole document will take; `sampled` passages with `sampled_tokens` were crammed.
 
-    Means of places: `tokens_per_vector`, `bits_per_vector` (what the vectors had to remove).
+    Means over passages: `tokens_per_vector`, `bits_per_vector` (what the vectors had to remove).
     Totals: `vectors`, `vector_bytes`, `seconds` (of one machine like this one, after the model is
     loaded). `inexact` sampled passages did not become exact even in the shortest pieces.
     """
@@ -70,9 +70,10 @@ def plan(
     seed: int = 0,
     on_status: Callable[[Status], None] | None = None,
 ) -> Plan:
-    """Cram `sample` passages spread over the document and say what all of it would take.
+    """Cram `sample` passages spread over the document and estimate what all of it would take.
 
-    Options are those of `memvec.cram`. Raises MemvecError for bad input, as `cram` does.
+    Options are those of `memvec.cram`; `seed` decides where passages are taken. Raises MemvecError
+    for bad input, as `cram` does.
     """
     if sample < 2:
         raise MemvecError(f"--sample must be at least 2, not {sample}.")
@@ -89,87 +90,133 @@ def plan(
         None,
         clock,
     )
-    places, cutting = _places(work, document, sample, seed)
-    work.sit(places)  # with the trial step that is timed for the sentence before the start
-    beside = time.perf_counter()
-    work.cram(places)
-    certifying = time.perf_counter()
-    # Filling slots and certifying of a piece, whether it stayed or was halved.
-    beside = max(0.0, certifying - beside - work.engine.seconds) / max(1, len(work.spent))
-    mem, _ = work.certified(keep_text=False)
-    certifying = (time.perf_counter() - certifying) / sum(map(len, places))
-
-    rate = clock.seconds_per_token()
-    padded = work.engine.tokens / max(1, sum(work.spent.values()))
-    pieces, lasted, bits = [], [], []
-    for place in places:
-        here = range(place.offset, _end(place))
-        mine = [outcome for (_, at), outcome in work.done.items() if at in here]
-        pieces.append(float(vectors * len(mine)))
-        tried = [n for (_, at, _), n in work.spent.items() if at in here]
-        lasted.append(sum(tried) * padded * rate + len(tried) * beside)
-        bits.append(sum(outcome.metrics.lm_bits for outcome in mine))
-    total, lengths = len(document.ids), [len(place) for place in places]
-    complete = sum(lengths) == total
-
-    def whole(costs: list[float], each: float = 1.0, per_token: float = 0.0) -> Mean:
-        """The document's total of what places cost, `each` of it, and so much for every token."""
-        if complete:
-            sum_ = math.fsum(costs) * each + total * per_token
-            return Mean(sum_, sum_, sum_, 0.0, len(costs))
-        shares = zip(costs, lengths, strict=True)
-        return mean_interval([total * (cost / n * each + per_token) for cost, n in shares])
-
+    passages, cutting = _sample(work, document, sample, seed)
+    times, vector_bytes = _cram(work, passages, clock, cutting)
+    costs = [_cost(work, passage, vectors, times) for passage in passages]
+    total = _Total(len(document.ids), passages)
     return Plan(
-        tokens=total,
+        tokens=len(document.ids),
         text_bytes=document.size,
-        sampled=len(places),
-        sampled_tokens=sum(lengths),
+        sampled=len(passages),
+        sampled_tokens=sum(map(len, passages)),
         sampled_seconds=time.perf_counter() - began,
         inexact=sum(not outcome.exact for outcome in work.done.values()),
-        tokens_per_vector=mean_interval([n / k for n, k in zip(lengths, pieces, strict=True)]),
-        bits_per_vector=mean_interval([b / k for b, k in zip(bits, pieces, strict=True)]),
-        vectors=whole(pieces),
-        vector_bytes=whole(pieces, each=mem.storage.size(vectors, lm.width) / vectors),
-        seconds=whole(lasted, per_token=cutting + certifying),
+        tokens_per_vector=mean_interval(
+            [len(p) / c.vectors for p, c in zip(passages, costs, strict=True)]
+        ),
+        bits_per_vector=mean_interval([c.bits / c.vectors for c in costs]),
+        vectors=total([c.vectors for c in costs]),
+        vector_bytes=total([c.vectors for c in costs], scale=vector_bytes),
+        seconds=total([c.seconds for c in costs], per_token=times.per_token),
     )
+
+
+# ---------------------------------------------------------------------- the sample
 
 
 def _end(passage: Passage) -> int:
     return passage.offset + len(passage)
 
 
-def _places(
+def _sample(
     work: CramJob, document: Document, sample: int, seed: int
 ) -> tuple[list[Passage], float]:
-    """The sample, and the seconds that cutting takes for each token of the document."""
-    cutter, least = work.cutter()
+    """The sampled passages, and the seconds that cutting takes per token of the document."""
+    cutter, shortest = work.cutter()
     ids, began = document.ids, time.perf_counter()
     draw = rng("plan", seed, document.sha256)
-    found = []
+    passages = []
     for i in range(sample):
         low, high = len(ids) * i // sample, len(ids) * (i + 1) // sample
-        at = min(draw.randrange(low, max(low + 1, high)), max(0, len(ids) - least))
-        passage = next(cutter.cut(ids[at:], 0, least))
-        found.append(Passage(passage.ids, 0, at))
-    if sum(map(len, found)) > len(ids) / 2:
-        found = list(cutter.cut(ids, 0, least))
-    # Outcomes find their place by where they begin: of two that overlap the later one stays.
-    found = [p for p, q in zip(found, [*found[1:], None], strict=True) if q is None or _apart(p, q)]
-    return found, (time.perf_counter() - began) / sum(map(len, found))
+        offset = min(draw.randrange(low, max(low + 1, high)), max(0, len(ids) - shortest))
+        passage = next(cutter.cut(ids[offset:], 0, shortest))
+        passages.append(Passage(passage.ids, 0, offset))
+    if sum(map(len, passages)) > len(ids) / 2:
+        passages = list(cutter.cut(ids, 0, shortest))
+    # Outcomes belong to the passage in which they begin: of two that overlap the later one stays.
+    following = [*passages[1:], None]
+    passages = [
+        p for p, q in zip(passages, following, strict=True) if q is None or _end(p) <= q.offset
+    ]
+    return passages, (time.perf_counter() - began) / sum(map(len, passages))
 
 
-def _apart(passage: Passage, following: Passage) -> bool:
-    return _end(passage) <= following.offset
+@dataclass(frozen=True)
+class _Times:
+    """Measured seconds of the sample's parts."""
+
+    per_computed_token: float  # of steps while slots were busy
+    padding: float  # computed tokens per forward-backward token of a passage: 1 without padding
+    per_piece: float  # filling a slot with a piece of a passage, and certifying the piece
+    per_token: float  # cutting, and the certificate of the whole
+
+
+def _cram(
+    work: CramJob, passages: Sequence[Passage], clock: _Clock, cutting: float
+) -> tuple[_Times, float]:
+    """Cram the sample as `cram` does: what its parts took, and the bytes of one stored vector."""
+    # Includes the trial step that is timed for the sentence before the start.
+    work.choose_batch_size(passages)
+    began = time.perf_counter()
+    work.cram(passages)
+    crammed = time.perf_counter()
+    outside_steps = max(0.0, crammed - began - work.engine.seconds)
+    mem, _ = work.certified(keep_text=False)
+    certifying = (time.perf_counter() - crammed) / sum(map(len, passages))
+    times = _Times(
+        per_computed_token=clock.seconds_per_token(),
+        padding=work.engine.tokens / max(1, sum(work.spent.values())),
+        per_piece=outside_steps / max(1, len(work.spent)),
+        per_token=cutting + certifying,
+    )
+    return times, mem.storage.size(work.K, work.lm.width) / work.K
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What one sampled passage took, its halves included."""
+
+    vectors: float
+    seconds: float
+    bits: float  # of the passage under the model without vectors
+
+
+def _cost(work: CramJob, passage: Passage, vectors: int, times: _Times) -> _Cost:
+    inside = range(passage.offset, _end(passage))
+    kept = [outcome for (_, offset), outcome in work.done.items() if offset in inside]
+    tried = [spent for (_, offset, _), spent in work.spent.items() if offset in inside]
+    in_steps = sum(tried) * times.padding * times.per_computed_token
+    return _Cost(
+        vectors=float(vectors * len(kept)),
+        seconds=in_steps + len(tried) * times.per_piece,
+        bits=sum(outcome.metrics.lm_bits for outcome in kept),
+    )
+
+
+class _Total:
+    """From the costs of sampled passages to the whole document's, with its interval."""
+
+    def __init__(self, tokens: int, passages: Sequence[Passage]) -> None:
+        self.tokens, self.lengths = tokens, [len(p) for p in passages]
+
+    def __call__(
+        self, costs: Sequence[float], *, scale: float = 1.0, per_token: float = 0.0
+    ) -> Mean:
+        """`scale` times the costs, and `per_token` for every token of the document."""
+        if sum(self.lengths) == self.tokens:  # the sample is everything: no uncertainty is left
+            value = math.fsum(costs) * scale + self.tokens * per_token
+            return Mean(value, value, value, 0.0, len(costs))
+        shares = zip(costs, self.lengths, strict=True)
+        return mean_interval([self.tokens * (c / n * scale + per_token) for c, n in shares])
 
 
 class _Clock:
-    """Hears how the cram goes, and keeps what steps with many slots taken cost."""
+    """Follows a cram and keeps the time of its steps, with the slots taken at each."""
 
     def __init__(self, on_status: Callable[[Status], None] | None) -> None:
         self.on_status = on_status
-        self.last = (0.0, 0)  # seconds in steps, tokens
-        self.laps: list[tuple[int, float, int]] = []  # slots, seconds, tokens
+        self.last = (0.0, 0)  # seconds in steps, computed tokens
+        self.laps: list[tuple[int, float, int]] = []  # slots taken, seconds, computed tokens
 
     def __call__(self, status: Status) -> None:
         if self.on_status is not None:
@@ -177,12 +224,12 @@ class _Clock:
         if status.engine is None or status.stage != "cramming":
             return
         e = status.engine
-        then, tokens = self.last
-        self.laps.append((e.in_slots, e.seconds - then, e.tokens - tokens))
+        seconds, tokens = self.last
+        self.laps.append((e.in_slots, e.seconds - seconds, e.tokens - tokens))
         self.last = (e.seconds, e.tokens)
 
     def seconds_per_token(self) -> float:
-        """Seconds of a computed token while slots were taken; 0 if nothing was crammed."""
-        most = max((batch_size for batch_size, _, _ in self.laps), default=0)
-        busy = [(s, n) for batch_size, s, n in self.laps if batch_size >= FULL * most]
+        """Seconds of a computed token while slots were busy; 0 if nothing was crammed."""
+        max_slots = max((slots for slots, _, _ in self.laps), default=0)
+        busy = [(s, n) for slots, s, n in self.laps if slots >= BUSY * max_slots]
         return sum(s for s, _ in busy) / max(1, sum(n for _, n in busy))

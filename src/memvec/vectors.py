@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from memvec import corrections, metrics
+from memvec import corrections, hub, metrics
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.header import Header, PassageRecord
@@ -283,21 +283,15 @@ class MemVectors:
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""
-        from memvec import hub
-
         return hub.save_pretrained(self, folder, **options)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> MemVectors:
-        """Vectors from such a folder or from the Hub: see `memvec.hub.from_pretrained`."""
-        from memvec import hub
-
-        return hub.from_pretrained(name, **options)
+        """Vectors from such a folder or from the Hub: see `memvec.hub.local_file`."""
+        return cls.load(hub.local_file(name, **options))
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the vectors and a card: see `memvec.hub.push_to_hub`."""
-        from memvec import hub
-
         return hub.push_to_hub(self, repository, **options)
 
     def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:

@@ -1,4 +1,4 @@
-"""`python -m memvec`."""
+"""`python -m memvec.cli`."""
 
 from memvec.cli import main
 

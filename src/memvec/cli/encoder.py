@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memvec.cli import options
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memvec.encoders.measure import Comparison
+    from memvec.encoders.training import TrainingProgress
     from memvec.model.lm import FrozenLM
 
 app = typer.Typer(
@@ -24,50 +27,58 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder or 'pocket'.")]
-TextOption = Annotated[
+REPORT_EVERY = 10.0  # seconds between lines of progress
+PIECE = 100_000  # characters tokenised at once: tokens of a novel take 100 times its memory
+COLUMNS = (
+    *("tokens", "one pass: exact", "leading tokens", "crammed from encoder", "steps"),
+    *("from noise", "steps", "fewer"),
+)
+
+Texts = Annotated[
     str, typer.Option("--text", help="txt, jsonl, parquet, csv, a folder of them, or -.")
 ]
-WhereOption = Annotated[
+Where = Annotated[
     list[str] | None, typer.Option(help="Keep table rows with COLUMN=VALUE, e.g. split=train.")
 ]
-ColumnOption = Annotated[str, typer.Option(help="Column of a table that holds the text.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-DtypeOption = Annotated[str, typer.Option(help="Dtype of the frozen model: auto, float32 ...")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Column = Annotated[str, typer.Option(help="Column of a table that holds the text.")]
 
 
-@app.command()
+# ---------------------------------------------------------------------- train
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec encoder train --text books --steps 500",
+        "memvec encoder train -m EleutherAI/pythia-160m --text train.jsonl -o pythia.safetensors",
+    )
+)
 def train(
-    text: TextOption,
-    model: ModelOption = "pocket",
+    text: Texts,
+    model: options.Model = "pocket",
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Default: encoder.safetensors, in the model's folder."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
-    slots: Annotated[int, typer.Option(help="Most vectors it gives at once.")] = 1,
+    slots: Annotated[int, typer.Option(help="Maximum number of vectors per passage.")] = 1,
     hidden: Annotated[int, typer.Option(help="Width of the encoder.")] = 256,
     layers: Annotated[int, typer.Option(help="Layers of the encoder.")] = 4,
     heads: Annotated[int, typer.Option(help="Attention heads of the encoder.")] = 4,
     positions: Annotated[int, typer.Option(help="Positions of the model per step.")] = 2048,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    size: Annotated[float, typer.Option(help="Size of the vectors it begins with.")] = 12.8,
+    size: Annotated[float, typer.Option(help="Size (RMS) of its vectors at the start.")] = 12.8,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
-    where: WhereOption = None,
-    column: ColumnOption = "text",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    force: Annotated[bool, typer.Option(help="Overwrite an encoder that is there.")] = False,
+    where: Where = None,
+    column: Column = "text",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    force: options.Force = False,
 ) -> None:
     """Train an encoder for a frozen model: it encodes passages into slots and gives them back.
 
-    Interrupted? The same command goes on from its last checkpoint.
+    After an interruption the same command goes on from its last checkpoint.
     """
-    from memvec.display import say
-    from memvec.encoders.files import save_encoder
-    from memvec.encoders.training import Plan, Training, TrainingProgress
-    from memvec.loading import load_lm
+    from memvec.encoders.training import Plan
 
     plan = Plan(
         steps=steps,
@@ -80,21 +91,49 @@ def train(
         size=size,
         seed=seed,
     )
+    target = _target(model, out, force)
+
+    from memvec.display import say
+    from memvec.encoders.files import save_encoder
+    from memvec.encoders.training import Training
+    from memvec.loading import load_lm
+
+    lm = load_lm(model, device=device, dtype=dtype)
+    stream = _token_stream(lm, text, column, where)
+    training = Training(lm, stream, plan)
+    partial = target.with_name(target.name + ".partial")
+    encoder = training.run(partial, _progress_lines())
+    seconds = round(training.seconds, 1)
+    facts = {**training.identity, "seconds": seconds, "tokens": len(stream)}
+    save_encoder(target, encoder, lm, facts)
+    partial.unlink(missing_ok=True)
+    say(
+        f"{target}: {slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
+        f"--encoder {target} starts from it, memvec encoder measure shows what it saves."
+    )
+
+
+def _target(model: str, out: Path | None, force: bool) -> Path:
+    """The file to write, by default in the model's folder; MemvecError if it cannot be written."""
     target = out or (Path(model) if Path(model).is_dir() else Path()) / "encoder.safetensors"
     if target.exists() and not force:
         raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
     if not target.parent.is_dir():
         raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
-    lm = load_lm(model, device=device, dtype=dtype)
-    stream = _stream(lm, text, column, where)
-    training = Training(lm, stream, plan)
-    said = 0.0
+    return target
+
+
+def _progress_lines() -> Callable[[TrainingProgress], None]:
+    """Prints a line every ten seconds, and one for the last step."""
+    from memvec.display import say
+
+    last_line = 0.0
 
     def show(now: TrainingProgress) -> None:
-        nonlocal said
-        if now.seconds - said < 10 and now.step < now.steps:
+        nonlocal last_line
+        if now.seconds - last_line < REPORT_EVERY and now.step < now.steps:
             return
-        said = now.seconds
+        last_line = now.seconds
         left = now.seconds / now.step * (now.steps - now.step)
         say(
             f"step {now.step} of {now.steps}: {now.loss_bits:.2f} bits per token, "
@@ -102,40 +141,56 @@ def train(
             f"{left / 60:.0f} min left"
         )
 
-    partial = target.with_name(target.name + ".partial")
-    encoder = training.run(partial, show)
-    save_encoder(
-        target,
-        encoder,
-        lm,
-        {**training.identity, "seconds": round(training.seconds, 1), "tokens": len(stream)},
-    )
-    partial.unlink(missing_ok=True)
-    say(
-        f"{target}: {slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
-        f"--encoder {target} starts from it, memvec encoder measure says what it saves."
-    )
+    return show
 
 
-@app.command()
+def _token_stream(
+    lm: FrozenLM, text: str, column: str, where: list[str] | None
+) -> Int[Tensor, " N"]:
+    """Token ids of all the text, one text after the other."""
+    import torch
+
+    from memvec.passages.texts import read_texts
+
+    values = {}
+    for pair in where or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise MemvecError(f"--where takes COLUMN=VALUE, not '{pair}'.")
+        values[name] = value
+    ids: list[int] = []
+    for _, one in read_texts(text, None, column, values):
+        for start in range(0, len(one), PIECE):
+            ids += lm.tokenize(one[start : start + PIECE])
+    return torch.tensor(ids)
+
+
+# ---------------------------------------------------------------------- measure
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec encoder measure --text held-out.txt",
+        "memvec encoder measure -m EleutherAI/pythia-160m --encoder pythia.safetensors "
+        "--text held-out.txt --json",
+    )
+)
 def measure(
-    text: TextOption,
-    model: ModelOption = "pocket",
-    encoder: Annotated[
-        Path | None, typer.Option(help="Encoder file; default: the one in the model's folder.")
-    ] = None,
+    text: Texts,
+    model: options.Model = "pocket",
+    encoder: options.Encoder = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens per vector to measure, with commas.")
     ] = "4,8,12,16,24",
     longest: Annotated[int, typer.Option(help="Tokens of the passages that are crammed.")] = 96,
-    passages: Annotated[int, typer.Option(help="How many passages of each length.")] = 16,
-    steps: Annotated[int, typer.Option(help="Most steps of cramming.")] = 400,
-    seed: Annotated[int, typer.Option(help="Where the passages are taken.")] = 0,
-    where: WhereOption = None,
-    column: ColumnOption = "text",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    json: JsonOption = False,
+    passages: Annotated[int, typer.Option(help="Number of passages of each length.")] = 16,
+    steps: Annotated[int, typer.Option(help="Maximum steps of cramming per passage.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of the places where passages are taken.")] = 0,
+    where: Where = None,
+    column: Column = "text",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
 ) -> None:
     """Show an encoder beside cramming: what one pass gives back, and how many steps it saves."""
     import torch
@@ -145,65 +200,36 @@ def measure(
     from memvec.loading import load_lm
 
     try:
-        asked = [int(part) for part in lengths.split(",")]
+        tokens_per_vector = [int(part) for part in lengths.split(",")]
     except ValueError:
         raise MemvecError(f"--lengths takes numbers with commas, not '{lengths}'.") from None
-    if min(asked) < 1 or passages < 1:
+    if min(tokens_per_vector) < 1 or passages < 1:
         raise MemvecError("--lengths and --passages start at 1.")
     lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
-    stream = _stream(lm, text, column, where)
-    longest = max(longest, *asked)
+    stream = _token_stream(lm, text, column, where)
+    longest = max(longest, *tokens_per_vector)
     if len(stream) < longest + passages:
         raise MemvecError(f"{text} has {len(stream)} tokens, too few for passages of {longest}.")
     draw = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - longest + 1, (passages, 1), generator=draw)
-    found = compare(lm, stream[starts + torch.arange(longest)], asked, Recipe.of(steps=steps))
+    ids = stream[starts + torch.arange(longest)]
+    comparison = compare(lm, ids, tokens_per_vector, Recipe.of(steps=steps))
     if json:
-        typer.echo(jsonlib.dumps(found.record(), indent=1))
+        typer.echo(jsonlib.dumps(comparison.record(), indent=1))
     else:
-        _table(lm.name, found)
+        _print_comparison(lm.name, comparison)
 
 
-def _stream(lm: FrozenLM, text: str, column: str, where: list[str] | None) -> Int[Tensor, " N"]:
-    """Token ids of all the text, one text after the other."""
-    import torch
-
-    from memvec.passages.texts import read_texts
-
-    wanted = {}
-    for pair in where or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise MemvecError(f"--where takes COLUMN=VALUE, not '{pair}'.")
-        wanted[name] = value
-    ids: list[int] = []
-    for _, one in read_texts(text, None, column, wanted):
-        # in pieces: the tokens of a novel at once take a hundred times its size in memory
-        for at in range(0, len(one), 100_000):
-            ids += lm.tokenize(one[at : at + 100_000])
-    return torch.tensor(ids)
-
-
-def _table(name: str, found: Comparison) -> None:
+def _print_comparison(name: str, comparison: Comparison) -> None:
     from rich.table import Table
 
     from memvec.display import out
 
-    n = found.rows[0].n
+    n = comparison.rows[0].n
     table = Table(title=f"One-pass encoder beside cramming, {name}, n {n}", title_justify="left")
-    for column in (
-        "tokens",
-        "one pass: exact",
-        "leading tokens",
-        "crammed from encoder",
-        "steps",
-        "from noise",
-        "steps",
-        "fewer",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="right")
-    for row in found.rows:
-        fewer = row.noise_steps / max(row.encoder_steps, 1)
+    for row in comparison.rows:
         table.add_row(
             str(row.tokens),
             f"{row.one_pass_exact:.0%}",
@@ -212,12 +238,13 @@ def _table(name: str, found: Comparison) -> None:
             f"{row.encoder_steps:g}",
             f"{row.noise_exact:.0%}",
             f"{row.noise_steps:g}",
-            f"{fewer:.1f} x",
+            f"{row.noise_steps / max(row.encoder_steps, 1):.1f} x",
         )
     out.print(table)
     out.print(
-        f"Tokens in one vector without loss: {found.one_pass_lossless} in one pass (half of the "
-        f"passages exact), {found.crammed_horizon:.1f} ± {found.crammed_interval:.1f} by cramming "
-        f"(mean horizon, n {found.crammed_n}). The paper's scale: 10 for encoders, 1500 for "
-        "cramming into Llama-3.1-8B."
+        f"Tokens in one vector without loss: {comparison.one_pass_lossless} in one pass (half of "
+        f"the passages exact), {comparison.crammed_horizon:.1f} ± "
+        f"{comparison.crammed_interval:.1f} by cramming (mean horizon, n "
+        f"{comparison.crammed_n}). The paper's scale: 10 for encoders, 1500 for cramming into "
+        "Llama-3.1-8B."
     )

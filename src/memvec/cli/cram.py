@@ -1,0 +1,283 @@
+r"""`memvec cram`: a text becomes a file of \[mem] vectors, certified to decode exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memvec import __version__
+from memvec.cli import options
+from memvec.cli.common import ModelChoice, check_sizes, check_workers, recipe_of, renamed_seats
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.journal import Journal
+    from memvec.model.lm import FrozenLM
+    from memvec.passages.documents import Document
+    from memvec.vectors import MemVectors
+    from memvec.workers import Workers
+
+EXAMPLES = options.examples(
+    "memvec cram letter.txt", "cat notes.md | memvec cram - --vectors 2 --json -o notes.mem"
+)
+
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Default: FILE's name + .mem.safetensors.")
+]
+OneStep = Annotated[
+    bool,
+    typer.Option(
+        "--one-step", help="Two vectors per passage; one forward pass decodes all of its tokens."
+    ),
+]
+SharedM = Annotated[
+    bool,
+    typer.Option(
+        "--shared-m",
+        help="With --one-step: all passages share one of their two vectors and are crammed "
+        "together, so they depend on each other, and an interrupted run starts again.",
+    ),
+]
+Margin = Annotated[float | None, typer.Option(help=options.recipe_help("margin"))]
+Steps = Annotated[int | None, typer.Option(help=options.recipe_help("steps"))]
+Corrections = Annotated[int | None, typer.Option(help=options.recipe_help("corrections"))]
+Start = Annotated[str | None, typer.Option(help=options.recipe_help("start"))]
+StartRule = Annotated[str | None, typer.Option(help=options.recipe_help("start_rule"))]
+Seed = Annotated[int | None, typer.Option(help=options.recipe_help("seed"))]
+KeepText = Annotated[bool, typer.Option(help="Store the text itself in the file too.")]
+
+
+def cram(
+    file: options.TextFile,
+    model: options.Model = "pocket",
+    output: Output = None,
+    vectors: options.Vectors = 1,
+    tokens: options.Tokens = None,
+    one_step: OneStep = False,
+    shared_m: SharedM = False,
+    preset: options.Preset = "default",
+    margin: Margin = None,
+    steps: Steps = None,
+    corrections: Corrections = None,
+    start: Start = None,
+    encoder: options.Encoder = None,
+    start_rule: StartRule = None,
+    seed: Seed = None,
+    set_: options.Set = None,
+    storage: options.StorageFormat = options.Storage.float32,
+    batch_size: options.BatchSize = None,
+    seats: options.Seats = None,
+    workers: options.WorkerCount = 0,
+    on: options.Cluster = None,
+    keep_text: KeepText = False,
+    encoding: options.Encoding = "utf-8",
+    max_bytes: options.MaxBytes = 4_000_000,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    load: options.Load = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    r"""Cram a text into \[mem] vectors, certify that it decodes exactly, and save them."""
+    fields = {"margin": margin, "steps": steps, "corrections": corrections, "seed": seed}
+    request = _Request(
+        file=file,
+        output=output,
+        choice=ModelChoice.of(model, revision, device, dtype, load, encoder),
+        recipe=recipe_of(preset, set_, start=start, start_rule=start_rule, **fields),
+        vectors=vectors,
+        tokens=tokens,
+        layout=_layout(one_step, shared_m, vectors),
+        storage=storage.value,
+        batch_size=renamed_seats(batch_size, seats),
+        workers=workers,
+        address=on,
+        keep_text=keep_text,
+        encoding=encoding,
+        max_bytes=max_bytes,
+        force=force,
+    )
+    request.check()
+    _report(*_run(request), json)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Everything that one run of `memvec cram` was asked for."""
+
+    file: str
+    output: Path | None
+    choice: ModelChoice
+    recipe: Recipe
+    vectors: int
+    tokens: int | None
+    layout: str
+    storage: str
+    batch_size: int | None
+    workers: int
+    address: str | None
+    keep_text: bool
+    encoding: str
+    max_bytes: int
+    force: bool
+
+    @property
+    def target(self) -> Path:
+        """The file to write: beside the text, or in the current folder for standard input."""
+        if self.output is not None:
+            return self.output
+        if self.file == "-":
+            return Path("stdin.mem.safetensors")
+        return Path(self.file).with_name(f"{Path(self.file).stem}.mem.safetensors")
+
+    def check(self) -> None:
+        """Raise MemvecError for what can be seen to be wrong before the model loads."""
+        from memvec.passages.documents import peek
+
+        check_sizes(self.vectors, self.tokens, self.batch_size)
+        check_workers(self.workers)
+        if self.layout == "one-step-shared" and (self.workers or self.address):
+            raise MemvecError(
+                "--shared-m crams all passages together: leave out --workers and --on."
+            )
+        peek(self.file)
+        _check_target(self.target, self.force)
+
+    def settings(self, lm: FrozenLM) -> dict[str, Any]:
+        """What decides a passage's vectors: an interrupted run goes on only under the same."""
+        return {
+            "model": lm.description(),
+            "recipe": self.recipe.record(),
+            "vectors": self.vectors,
+            "layout": self.layout,
+            "storage": self.storage,
+            "version": __version__,
+        }
+
+
+def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:
+    if one_step and vectors not in (1, 2):
+        raise MemvecError(f"--one-step takes two vectors a passage: leave out --vectors {vectors}.")
+    if shared_m and not one_step:
+        raise MemvecError("--shared-m is for --one-step: give both.")
+    if not one_step:
+        return "prefix"
+    return "one-step-shared" if shared_m else "one-step"
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if str(target).encode("utf-8", "replace").decode() != str(target):
+        raise MemvecError(  # the safetensors library could not read it again
+            f"{os.fsencode(target)!r} is no name in UTF-8: name the file to write with -o."
+        )
+    if target.is_dir():
+        raise MemvecError(f"{target} is a directory: name a file in it with -o.")
+    if target.exists() and not force:
+        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
+    if not target.parent.is_dir():
+        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+    try:  # a cram may take hours: find out now whether its end can be written
+        probe = target.with_name(f".{target.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MemvecError(f"{target.parent} cannot be written to: {error.strerror}.") from None
+
+
+def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
+    """Cram and save: the vectors, their file, and the bytes that text and vectors take.
+
+    The journal of finished passages stays unless all of them are exact and saved.
+    """
+    from memvec import codec, display
+    from memvec.journal import Journal
+    from memvec.passages.documents import read_document
+
+    lm = request.choice.load()
+    document = read_document(lm, request.file, encoding=request.encoding, largest=request.max_bytes)
+    partial = request.target.with_name(request.target.name + ".partial")
+    journal = Journal(partial, request.settings(lm))
+    if len(journal):
+        display.say(f"Going on: {len(journal)} passages of an earlier run are finished.")
+    try:
+        mem = _cram(request, lm, document, journal)
+        saved = mem.save(request.target, force=request.force)
+    except BaseException as error:
+        finished = len(journal)
+        journal.close(delete=finished == 0)
+        if isinstance(error, KeyboardInterrupt):
+            display.say(
+                f"Interrupted. {finished} finished passages are kept in {journal.path}; "
+                "the same command goes on from there."
+            )
+        raise
+    journal.close(delete=mem.exact)
+    return mem, saved, codec.account(mem, document.data(lm))
+
+
+def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal) -> MemVectors:
+    from memvec import codec, display
+
+    title = f"{request.file} with {lm.name}"
+    with _workers(request, lm) as workers, display.progress(title) as show:
+        return codec.cram(
+            lm,
+            [document],
+            vectors=request.vectors,
+            tokens=request.tokens,
+            recipe=request.recipe,
+            batch_size=request.batch_size,
+            storage=request.storage,
+            layout=request.layout,
+            keep_text=request.keep_text,
+            journal=journal,
+            workers=workers,
+            on_status=show,
+        )
+
+
+@contextlib.contextmanager
+def _workers(request: _Request, lm: FrozenLM) -> Iterator[Workers | None]:
+    """Ray workers with the same model in the same dtype, if they were asked for."""
+    if not (request.workers or request.address):
+        yield None
+        return
+    from memvec.workers import Loading, Workers
+
+    choice = request.choice
+    loading = Loading(
+        str(choice.name),
+        choice.revision,
+        lm.description()["dtype"],
+        choice.encoder,
+        choice.options,
+    )
+    workers = Workers(
+        loading, workers=request.workers, address=request.address, device=choice.device
+    )
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: bool) -> None:
+    """Print the result; exit code 3 and a sentence for each passage that is not exact."""
+    from memvec import codec, display
+
+    if json:
+        typer.echo(display.to_json({"file": str(saved), **mem.summary(), "bytes": byte_counts}))
+    else:
+        display.summary(mem, saved, byte_counts)
+    if not mem.exact:
+        for sentence in codec.failures(mem):
+            display.say(sentence)
+        raise typer.Exit(3)

@@ -1,0 +1,26 @@
+"""`memvec decode`: the text that was crammed, byte for byte."""
+
+from __future__ import annotations
+
+import sys
+
+from memvec.cli import options
+from memvec.cli.common import ModelChoice, open_file
+
+EXAMPLES = options.examples("memvec decode letter.mem", "memvec decode letter.mem > letter.txt")
+
+
+def decode(
+    file: options.VectorFile,
+    model: options.ModelOfFile = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOfFile = None,
+    load: options.Load = None,
+    force: options.ForceWeights = False,
+) -> None:
+    """Write the exact bytes that were crammed to standard output, or nothing and an error."""
+    mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
+    for data in mem.documents(lm, force=force):
+        sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()

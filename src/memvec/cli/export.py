@@ -1,0 +1,58 @@
+"""`memvec export`: vectors for other software, certified as that software reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memvec.cli import options
+from memvec.cli.common import ModelChoice, open_file
+from memvec.errors import MemvecError, did_you_mean
+
+EXAMPLES = options.examples(
+    "memvec export letter.mem --to transformers",
+    "memvec export letter.mem --to vllm --dtype bfloat16 -o letter.vllm",
+)
+
+To = Annotated[str, typer.Option("--to", help="transformers, vllm, sglang, peft or npy.")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Folder; default: FILE's name + .TO.")
+]
+TargetDtype = Annotated[
+    str | None, typer.Option(help="Dtype the target runs the model in; default: as crammed.")
+]
+
+
+def export(
+    file: options.VectorFile,
+    to: To,
+    output: Output = None,
+    model: options.ModelOfFile = None,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: TargetDtype = None,
+    load: options.Load = None,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Write the vectors for other software, certified in the dtype and layout that it reads."""
+    from memvec import display
+    from memvec import export as exporting
+
+    if to not in exporting.TARGETS:
+        raise MemvecError(f"unknown target '{to}': {did_you_mean(to, exporting.TARGETS)}")
+    target = exporting.TARGETS[to]
+    stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")
+    folder = output or Path(file).with_name(f"{stem}.{to}")
+    choice = ModelChoice.of(model, revision, device, dtype or target.dtype, load)
+    mem, lm = open_file(file, choice)
+    manifest = exporting.export(mem, lm, target, folder, force=force)
+    if json:
+        typer.echo(display.to_json({"folder": str(folder), **manifest}))
+    else:
+        display.say(
+            f"{folder}: {len(manifest['passages'])} passages for {target.says}, exact in "
+            f"{manifest['dtype']}."
+        )

@@ -1,0 +1,21 @@
+"""`memvec inspect`: what a file of vectors holds, without a model."""
+
+from __future__ import annotations
+
+import typer
+
+from memvec.cli import options
+
+EXAMPLES = options.examples("memvec inspect letter.mem", "memvec inspect letter.mem --json")
+
+
+def inspect(file: options.VectorFile, json: options.Json = False) -> None:
+    """Show what a file holds: model, passages, tokens per vector, bits, margins, certificate."""
+    from memvec import display
+    from memvec.vectors import MemVectors
+
+    mem = MemVectors.load(file)
+    if json:
+        typer.echo(display.to_json({**mem.summary(), **mem.header.model_dump(mode="json")}))
+    else:
+        display.inspect(mem, file)

@@ -1,0 +1,67 @@
+"""`memvec plan`: what a text will take, from cramming a sample of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from memvec.cli import options
+from memvec.cli.common import ModelChoice, check_sizes, recipe_of, renamed_seats
+
+EXAMPLES = options.examples("memvec plan book.txt", "memvec plan book.txt --vectors 4 --json")
+
+Sample = Annotated[int, typer.Option(help="Passages to cram, spread over the text.")]
+Seed = Annotated[int, typer.Option(help="Seed of the places where passages are taken.")]
+
+
+def plan(
+    file: options.TextFile,
+    model: options.Model = "pocket",
+    vectors: options.Vectors = 1,
+    tokens: options.Tokens = None,
+    sample: Sample = 32,
+    preset: options.Preset = "default",
+    set_: options.Set = None,
+    storage: options.StorageFormat = options.Storage.float32,
+    batch_size: options.BatchSize = None,
+    seats: options.Seats = None,
+    seed: Seed = 0,
+    encoding: options.Encoding = "utf-8",
+    max_bytes: options.MaxBytes = 4_000_000,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    load: options.Load = None,
+    json: options.Json = False,
+) -> None:
+    """Estimate the vectors, bytes and minutes that a text will take, from a sample of it."""
+    recipe = recipe_of(preset, set_)
+    batch_size = renamed_seats(batch_size, seats)
+    check_sizes(vectors, tokens, batch_size)
+    choice = ModelChoice.of(model, revision, device, dtype, load)
+
+    from memvec import display
+    from memvec.passages.documents import peek, read_document
+    from memvec.plan import plan as plan_document
+
+    peek(file)
+    lm = choice.load()
+    document = read_document(lm, file, encoding=encoding, largest=max_bytes)
+    with display.progress(f"a sample of {file} with {lm.name}") as show:
+        planned = plan_document(
+            lm,
+            document,
+            vectors=vectors,
+            tokens=tokens,
+            recipe=recipe,
+            batch_size=batch_size,
+            storage=storage.value,
+            sample=sample,
+            seed=seed,
+            on_status=show,
+        )
+    if json:
+        typer.echo(display.to_json({"file": file, "model": lm.name, **planned.record()}))
+    else:
+        display.planned(planned, file, storage.value)

@@ -1,0 +1,69 @@
+"""Tables of `memvec study` on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memvec.lab.study.price import Price
+
+MAX_SENTENCES = 20  # disagreements that `check` lists
+
+
+def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) -> None:
+    """The table of `study validate`: a model's passages, hours and memory; then what is missing."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from memvec.display import out
+    from memvec.lab.study.price import CPU_FLOPS, GPU_FLOPS
+
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("model", "cells", "passages", "GPU-hours ≤", "CPU-hours ≤", "memory"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for p in prices:
+        gpu, cpu, memory = (
+            "?" if v is None else f"{v:,.2f}" for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
+        )
+        table.add_row(escape(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
+    out.print(table)
+    out.print(
+        "These are upper bounds, reached if every passage uses all its steps. They assume "
+        f"{GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU, {CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU, and 4 "
+        "operations per parameter and token."
+    )
+    for sentence in missing:
+        out.print(f"[red]missing:[/red] {escape(sentence)}")
+
+
+def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
+    """The table of `study ls`: a row for each study in `folder`, or for each cell of one."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from memvec.display import out
+
+    if not rows:
+        out.print(f"No studies in {folder}.", markup=False)
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*[escape(str(v)) for v in row.values()])
+    out.print(table)
+
+
+def print_check(checked: dict[str, Any]) -> None:
+    """What `study check` compared: the largest difference of each column, and what disagrees."""
+    from rich.markup import escape
+
+    from memvec.display import out
+
+    out.print(f"{checked['rows']} rows recomputed; largest differences:")
+    for name, difference in checked["worst"].items():
+        out.print(f"  {name:20} {difference:.3g}")
+    for sentence in checked["wrong"][:MAX_SENTENCES]:
+        out.print(f"[red]{escape(sentence)}[/red]")
+    verdict = "[green]agree[/green]" if not checked["wrong"] else "[red]DISAGREE[/red]"
+    out.print(f"Stored and recomputed columns {verdict}.")

@@ -1,0 +1,28 @@
+"""Workers: Ray actors, one per device. Each holds the model and its slots; only the driver writes.
+
+Work is handed out in units; a worker that is free takes the next one, so no device idles while
+units are left. Results come back one by one as they are ready. A worker that dies gives what has
+no result yet back to the queue and is replaced; after three deaths per worker the run ends with a
+sentence. What a unit is, its owner decides: passages of a study's cell (memvec.lab), or of a long
+document (`Crew`, for memvec.codec).
+
+actor.py   what lives in an actor, and how it loads its model
+pool.py    the driver's side: hand out units, collect results, replace the dead
+crew.py    a document's passages over the pool, behind the interface of one engine
+"""
+
+from memvec.workers.actor import Loading, News, OnProgress, Unit, Worker
+from memvec.workers.crew import Batch, Crew
+from memvec.workers.pool import Workers, combined
+
+__all__ = [
+    "Batch",
+    "Crew",
+    "Loading",
+    "News",
+    "OnProgress",
+    "Unit",
+    "Worker",
+    "Workers",
+    "combined",
+]

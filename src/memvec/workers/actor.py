@@ -1,0 +1,101 @@
+"""What lives in a Ray actor: a model on its device, and the units of work that it is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from memvec.cramming.engine import Progress
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+
+NEWS_EVERY = 1.0  # seconds between reports of a worker's progress
+
+OnProgress = Callable[[Progress], None] | None
+
+
+@runtime_checkable
+class Unit(Protocol):
+    """Work for one worker: several items with a key each, whose results it streams."""
+
+    def keys(self) -> set[Hashable]:
+        """The keys of its items."""
+
+    def without(self, done: set[Hashable]) -> Unit:
+        """The unit without the items of these keys."""
+
+    def work(
+        self, lm: FrozenLM, worker: str, on_progress: OnProgress
+    ) -> Iterator[tuple[Hashable, Any]]:
+        """Yields (key, result) of each item as it becomes ready. `worker` is a worker's name."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How each worker loads the model: arguments of `load_lm`, `options` those for big ones."""
+
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    encoder: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, device: str) -> FrozenLM:
+        """The model on a device. Raises MemvecError as `load_lm` does."""
+        return load_lm(
+            self.name,
+            revision=self.revision,
+            dtype=self.dtype,
+            encoder=self.encoder,
+            device=device,
+            **self.options,
+        )
+
+
+class News:
+    """A small actor that keeps the last progress of each worker, for the driver to show.
+
+    Workers are busy while they cram and cannot answer, so they report here and the driver reads.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Progress] = {}
+
+    def report(self, name: str, progress: Progress) -> None:
+        """Keep a worker's progress."""
+        self.latest[name] = progress
+
+    def all(self) -> dict[str, Progress]:
+        """The last progress of every worker, by its name."""
+        return self.latest
+
+
+class Worker:
+    """A model on its device, inside an actor. `threads` 0 leaves torch's number as it is."""
+
+    def __init__(
+        self, loading: Loading, device: str, threads: int, name: str, news: Any = None
+    ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.name, self.news = name, news
+        self._last_report = 0.0
+        self.lm = loading.load(device)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(lm, *args)`."""
+        return function(self.lm, *args)
+
+    def stream(self, unit: Unit) -> Iterator[tuple[Hashable, Any]]:
+        """Yields (key, result) of each item of a unit."""
+        yield from unit.work(self.lm, self.name, self._report)
+
+    def _report(self, progress: Progress) -> None:
+        if self.news is not None and time.monotonic() - self._last_report > NEWS_EVERY:
+            self._last_report = time.monotonic()
+            self.news.report.remote(self.name, progress)

@@ -1,0 +1,241 @@
+"""The driver's side of the workers: hand out units, collect results, replace workers that died."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from memvec.cramming.engine import Progress
+from memvec.errors import MemvecError
+from memvec.workers.actor import NEWS_EVERY, Loading, News, OnProgress, Unit, Worker
+
+MAX_DEATHS = 3  # per worker, before the run gives up
+REFILLS = 4  # a unit has at most this many passages per slot
+STARTUP_SECONDS = 180  # for a node of Ray; its own limit of 30 is short on a busy machine
+
+
+@dataclass
+class Member:
+    """An actor, and what it is doing: its unit, Ray's stream of results, and the keys received."""
+
+    name: str
+    actor: Any
+    unit: Unit | None = None
+    results: Any = None
+    received: set[Hashable] = field(default_factory=set)
+
+    def start(self, unit: Unit) -> None:
+        """Hand it a unit."""
+        self.unit, self.received = unit, set()
+        self.results = self.actor.stream.options(num_returns="streaming").remote(unit)
+
+    def unfinished(self) -> Unit | None:
+        """Its unit without what was received; None if everything was."""
+        assert self.unit is not None
+        left = self.unit.keys() - self.received
+        return self.unit.without(self.received) if left else None
+
+
+class Workers:
+    """`workers` actors on this machine, or one per device of a cluster at `address`.
+
+    Raises MemvecError if Ray is not installed or does not start.
+    """
+
+    def __init__(
+        self,
+        loading: Loading,
+        *,
+        workers: int = 0,
+        address: str | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.ray = _start_ray(workers, address)
+        resources = self.ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0)) if device in ("auto", "cuda") else 0
+        self.count = workers or gpus or max(1, int(resources.get("CPU", 1)))
+        self.loading, self.device = loading, device
+        self.gpu = gpus >= self.count > 0
+        cores = os.cpu_count() or 1
+        self.threads = 0 if self.gpu else max(1, cores // self.count)
+        self._hired = 0
+        self.news = self.ray.remote(num_cpus=0)(News).remote()
+        self._news_request: Any = None
+        self.members = [self._hire() for _ in range(self.count)]
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(lm, *args)` in the first idle worker, tried again on another if it dies."""
+        reason = ""
+        for _ in range(MAX_DEATHS):
+            member = next((m for m in self.members if m.unit is None), self.members[0])
+            try:
+                return self.ray.get(member.actor.call.remote(function, *args))
+            except self.ray.exceptions.RayActorError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, MemvecError):
+                    raise cause from None
+                reason = _lines(error)[-1]  # the first one only says that an actor died
+                if member.unit is None:
+                    self._replace(member)
+            except self.ray.exceptions.RayTaskError as error:
+                raise _cause(error) from None
+        raise MemvecError(f"workers die at start: {reason or 'no reason given'}")
+
+    def share(self, waiting: int, batch_size: int) -> int:
+        """Passages for a unit: enough to refill slots, few enough that all have some to the end."""
+        share = -(-waiting // (2 * self.count))
+        return max(1, min(REFILLS * batch_size, share))
+
+    def stream(
+        self, next_unit: Callable[[], Unit | None], on_progress: OnProgress
+    ) -> Iterator[Any]:
+        """Yields the results of all units, as they come.
+
+        `next_unit` is called whenever a worker is free, and returns None while there is nothing to
+        do; the stream ends when it returns None and every worker is idle. Raises MemvecError when
+        workers keep dying.
+        """
+        returned, deaths = deque[Unit](), 0
+        while True:
+            self._hand_out(returned, next_unit)
+            busy = [m for m in self.members if m.unit is not None]
+            if not busy:
+                return
+            ready, _ = self.ray.wait([m.results for m in busy], num_returns=1, timeout=NEWS_EVERY)
+            if on_progress is not None and (progress := self._progress()) is not None:
+                on_progress(progress)
+            for member in [m for m in busy if any(m.results is r for r in ready)]:
+                try:
+                    key, result = self.ray.get(next(member.results))
+                except StopIteration:
+                    # The stream of a killed worker may end without an error: count the results.
+                    if member.unfinished() is None:
+                        member.unit = None
+                        continue
+                    deaths += 1
+                    self._bury(member, deaths, "its stream ended early", returned)
+                except self.ray.exceptions.RayActorError as error:
+                    deaths += 1
+                    self._bury(member, deaths, _lines(error)[0], returned)
+                except self.ray.exceptions.RayTaskError as error:
+                    raise _cause(error) from None
+                else:
+                    member.received.add(key)
+                    yield result
+
+    def close(self) -> None:
+        """Let the actors go; a cluster that was there before stays."""
+        for member in self.members:
+            self.ray.kill(member.actor)
+        self.members = []
+        if self.news is not None:
+            self.ray.kill(self.news)
+
+    # ------------------------------------------------------------------ inside
+
+    def _hand_out(self, returned: deque[Unit], next_unit: Callable[[], Unit | None]) -> None:
+        """A unit for every idle worker: first what dead ones left, then new ones."""
+        for i in range(len(self.members)):
+            if self.members[i].unit is not None:
+                continue
+            unit = returned.popleft() if returned else next_unit()
+            if unit is not None:
+                self.members[i].start(unit)  # making the unit may have replaced a dead worker
+
+    def _bury(self, member: Member, deaths: int, reason: str, returned: deque[Unit]) -> None:
+        """Replace a dead worker and put what it leaves back; MemvecError if too many died."""
+        if deaths > MAX_DEATHS * self.count:
+            raise MemvecError(
+                f"{deaths} workers died, the last one with: {reason}; what is done is kept, the "
+                "same command goes on."
+            )
+        unfinished = member.unfinished()
+        if unfinished is not None:
+            returned.append(unfinished)
+        self._replace(member)
+
+    def _progress(self) -> Progress | None:
+        """The last progress of all busy workers, combined; None while there is nothing new."""
+        if self.news is None:
+            return None
+        if self._news_request is None:
+            self._news_request = self.news.all.remote()
+        try:
+            ready, _ = self.ray.wait([self._news_request], timeout=0)
+            if not ready:
+                return None
+            latest: dict[str, Progress] = self.ray.get(self._news_request)
+        except self.ray.exceptions.RayActorError:
+            self.news = None  # the run goes on without news
+            return None
+        self._news_request = None
+        names = [member.name for member in self.members if member.unit is not None]
+        return combined([latest[name] for name in names if name in latest])
+
+    def _hire(self) -> Member:
+        self._hired += 1
+        name = f"ray-{self._hired}"
+        remote = self.ray.remote(max_restarts=0, num_gpus=int(self.gpu), num_cpus=1)(Worker)
+        actor = remote.remote(self.loading, self.device, self.threads, name, self.news)
+        return Member(name, actor)
+
+    def _replace(self, member: Member) -> None:
+        self.members[self.members.index(member)] = self._hire()
+
+
+def combined(progresses: Sequence[Progress]) -> Progress | None:
+    """Several workers' progress as one: sums, and the mean horizon over all their slots.
+
+    None if no slot is taken.
+    """
+    in_slots = sum(p.in_slots for p in progresses)
+    if not in_slots:
+        return None
+    return Progress(
+        in_slots,
+        sum(p.waiting for p in progresses),
+        sum(p.horizon * p.in_slots for p in progresses) / in_slots,
+        sum(p.steps for p in progresses),
+        sum(p.tokens for p in progresses),
+        sum(p.seconds for p in progresses),
+    )
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
+def _cause(error: Any) -> BaseException:
+    """The MemvecError that a worker raised, else Ray's own error."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, MemvecError) else error
+
+
+def _start_ray(workers: int, address: str | None) -> Any:
+    """The module `ray`, connected: to a cluster, or started on this machine."""
+    try:
+        import ray
+    except ImportError:
+        raise MemvecError("--workers and --on need Ray: pip install 'memvec[ray]'.") from None
+    if ray.is_initialized():
+        return ray
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(STARTUP_SECONDS))
+    try:
+        if address is not None:
+            ray.init(address=address, log_to_driver=False)
+        else:
+            ray.init(
+                num_cpus=max(1, workers),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                object_store_memory=200 * 2**20,
+            )
+    except Exception as error:  # Ray reports "the node timed out during startup" with a bare one
+        place = address or "this machine"
+        raise MemvecError(f"Ray at {place} does not start: {_lines(error)[0]}") from error
+    return ray
