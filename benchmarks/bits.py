@@ -25,7 +25,7 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.model.lm import FrozenLM, load_lm
-from memvec.passages.cut import surprisals
+from memvec.passages.cutting import surprisals
 from memvec.passages.passage import Passage
 from memvec.storage import STORAGES
 from texts import passages_of

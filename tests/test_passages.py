@@ -11,7 +11,7 @@ import torch
 
 from conftest import reader, tiny
 from memvec.errors import MemvecError, NotExactError
-from memvec.passages.cut import Cutter, surprisals
+from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import (
     CLOSE_LOOK,
     Document,

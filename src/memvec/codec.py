@@ -28,7 +28,7 @@ from memvec.model.estimate import duration, estimate, facts_of, max_batch_size
 from memvec.model.lm import FrozenLM
 from memvec.onestep import OneStep, laid_out, laid_out_as
 from memvec.onestep.shared import Shared, without_parts
-from memvec.passages.cut import Cutter, surprisals
+from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.results import PassageResult

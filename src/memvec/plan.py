@@ -22,8 +22,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
-from memvec.passages.found import rng
 from memvec.passages.passage import Passage
+from memvec.passages.sources import seeded_random as rng
 from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 

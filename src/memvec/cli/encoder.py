@@ -168,7 +168,7 @@ def _stream(lm: FrozenLM, text: str, column: str, where: list[str] | None) -> In
     """Token ids of all the text, one text after the other."""
     import torch
 
-    from memvec.passages.texts import read_texts
+    from memvec.passages.text_readers import read_texts
 
     wanted = {}
     for pair in where or []:
