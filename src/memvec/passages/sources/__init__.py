@@ -57,10 +57,13 @@ class _Sources(Mapping[str, type[Source]]):
     """Every registered source's class by its kind, as `memvec.registry` knows them now."""
 
     def __getitem__(self, kind: str) -> type[Source]:
-        if kind not in registry.names("source"):
+        if kind not in self:
             raise KeyError(kind)
         source: type[Source] = registry.get("source", kind)
         return source
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in registry.names("source")
 
     def __iter__(self) -> Iterator[str]:
         return iter(registry.names("source"))
