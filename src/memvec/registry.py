@@ -77,7 +77,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sampled": "memvec.passages.sources.sampled:Sampled",
     },
     "protocol": {},
-    "export": {},
+    "export": {
+        "transformers": "memvec.export.transformers:Transformers",
+        "vllm": "memvec.export.vllm:Vllm",
+        "sglang": "memvec.export.sglang:Sglang",
+        "peft": "memvec.export.peft:Peft",
+        "npy": "memvec.export.npy:Npy",
+    },
     "encoder": {},
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
