@@ -84,7 +84,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "peft": "memvec.export.peft:Peft",
         "npy": "memvec.export.npy:Npy",
     },
-    "encoder": {},
+    "encoder": {
+        "summary": "memvec.encoders.summary:read",
+        "slots": "memvec.encoders.slots:read",
+    },
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
