@@ -190,7 +190,7 @@ class Training:
 
     @torch.no_grad()
     def _best_length(self, encoder: SlotEncoder, n: int = 64) -> int:
-        """The length at which most leading tokens come back in one pass, on held-out text."""
+        """The length with the largest mean horizon (tokens) of one pass, on held-out text."""
         best, best_mean = 1, -1.0
         for T in (t for t in GRID if t <= self.longest):
             ids = self._windows(self.held_out, n, T, self._generator("length", T))
