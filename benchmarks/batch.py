@@ -13,7 +13,8 @@ import time
 from common import arguments, median_and_spread, report
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from texts import passages_of
 

@@ -24,7 +24,8 @@ from memvec.corrections import size
 from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import surprisals
 from memvec.passages.passage import Passage
 from memvec.storage import STORAGES

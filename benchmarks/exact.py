@@ -32,9 +32,10 @@ from torch.nn.functional import cross_entropy
 from common import arguments, median_and_spread, report
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import PRESETS, Recipe
-from memvec.cramming.start import start_vectors
+from memvec.cramming.starts import start_vectors
 from memvec.decoding import decode_ids
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens

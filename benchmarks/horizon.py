@@ -41,7 +41,8 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids, first_error
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import random_model
 from texts import passages_of, random_tokens, random_words
@@ -105,17 +106,17 @@ def growing(
     engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
     for passage in passages:
         engine.push(passage)
-    engine._fill_slots(len(passages))
+    engine.fill(len(passages))
     order = [job.passage.document for job in engine.jobs]
     before = lm.inputs_before(engine.K, engine.start_rule)
     vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
     ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
     while True:
-        last = engine.state["vectors"], engine.state["best"]
+        last = engine.batch.vectors, engine.batch.schedule.best
         engine.step()
-        s = engine.state
-        spent, stopped = s["spent"].tolist(), s["stopped"].tolist()
-        stages = zip(last[1].clamp_min(0).tolist(), s["best"].tolist(), strict=True)
+        batch = engine.batch
+        spent, stopped = batch.spent.tolist(), batch.stopped.tolist()
+        stages = zip(last[1].clamp_min(0).tolist(), batch.schedule.best.tolist(), strict=True)
         for row, (old, new) in enumerate(stages):
             if staged:
                 ended[row] += sum(stage + before for stage in range(old + 1, new + 1)) / 2
@@ -123,11 +124,12 @@ def growing(
             for at, cost in enumerate(costs):
                 # The step that goes past a cost was not paid for at that cost.
                 if (order[row], at) not in vectors and (paid > cost or stopped[row]):
-                    best, reach = last if paid > cost else (s["vectors"], s["best"])
+                    now = (batch.vectors, batch.schedule.best)
+                    best, reach = last if paid > cost else now
                     vectors[order[row], at] = best[row].clone(), int(reach[row])
         if all(stopped):
             break
-        engine._fill_slots(len(passages))
+        engine.fill(len(passages))
     keys = sorted(vectors)
     stack = torch.stack([vectors[key][0] for key in keys])
     # No vectors hold more than they reached by the margins.

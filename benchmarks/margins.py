@@ -18,8 +18,9 @@ from common import arguments, report
 from memvec import metrics
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.loading import load_lm
 from memvec.model.caching import cached_logits
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 

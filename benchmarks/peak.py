@@ -19,9 +19,10 @@ import torch
 
 from common import arguments, report
 from memory import peak_memory, peak_tensors
-from memvec.cramming.objective import score
+from memvec.cramming.objectives import score
+from memvec.loading import load_lm
 from memvec.model.estimate import estimate, facts_of
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM
 from models import random_model
 from step import occupied
 
@@ -31,7 +32,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]:
     """The parts of a step, each to be measured alone."""
     engine = occupied(lm, batch_size, T)
-    ids, vectors = engine.state["ids"], engine.state["vectors"].clone().requires_grad_()
+    ids, vectors = engine.batch.ids, engine.batch.vectors.clone().requires_grad_()
     states = lm.states(vectors, ids, engine.start_rule).detach()
 
     def forward_backward() -> None:

@@ -30,7 +30,8 @@ from common import arguments, interleaved, median_and_spread, report
 from memory import peak_memory
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 
@@ -53,15 +54,15 @@ def occupied(lm: FrozenLM, batch_size: int, T: int) -> Engine:
     engine = Engine(lm, recipe, batch_size=batch_size)
     for passage in passages(lm, batch_size, T):
         engine.push(passage)
-    engine._fill_slots(batch_size)
+    engine.fill(batch_size)
     return engine
 
 
 def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], None]]:
     """One engine step with every slot taken and every position counted, and the plain path."""
     engine = occupied(lm, batch_size, T)
-    ids = engine.state["ids"]
-    vectors = engine.state["vectors"].clone().requires_grad_()
+    ids = engine.batch.ids
+    vectors = engine.batch.vectors.clone().requires_grad_()
 
     def bare() -> None:
         inputs = torch.cat([vectors.to(lm.dtype), lm.embed(ids[:, :-1])], dim=1)
@@ -80,7 +81,7 @@ def waiting(lm: FrozenLM, n: int, batch_size: int = 16, T: int = 32) -> int:
         engine = Engine(lm, Recipe(compute="model"), batch_size=batch_size)
         for passage in line:
             engine.push(passage)
-        engine._fill_slots(batch_size)
+        engine.fill(batch_size)
         for _ in range(3):
             engine.step()
 

@@ -20,7 +20,8 @@ from typing import Any
 from common import arguments, ratio_of_separate_means, report, save_figure, summary
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 

@@ -334,6 +334,11 @@ def tiny(family: str = "llama", dtype: str = "float32", seed: int = 0) -> Frozen
         return FrozenLM(model, name=f"tiny-{family}")
 
 
+def one_step(lm: FrozenLM) -> FrozenLM:
+    """A model that reads two vectors as [e, m, ..., m]."""
+    return lm.read_as("one-step")
+
+
 def passages(*lengths: int, seed: int = 0, vocabulary: int = V) -> list[Passage]:
     """Random passages of these lengths, one document each."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,7 @@ from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
+from memvec.loading import load_lm
 from memvec.model.estimate import (
     estimate,
     facts_of_config,
@@ -23,7 +24,7 @@ from memvec.model.estimate import (
     seconds,
 )
 from memvec.model.large import layers_of, recomputed, saved_bytes
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.model.lm import FrozenLM
 
 LLAMA_8B = transformers.LlamaConfig(
     vocab_size=128_256,

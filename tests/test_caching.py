@@ -94,7 +94,7 @@ def test_a_cache_that_is_not_found_is_our_error():
 
 def test_the_doctor_exits_2_where_a_cache_is_hidden(command, folder, monkeypatch):
     monkeypatch.setattr(
-        "memvec.model.lm.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
+        "memvec.doctor.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
     )
     ran = command("doctor", "--model", folder)
     assert ran.code == 2

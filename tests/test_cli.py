@@ -38,7 +38,7 @@ def letter(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def stored(folder, tmp_path_factory):
     """A file of vectors of `TEXT`, made by the library with the folder's model."""
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     lm = load_lm(str(folder))
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import QUICK, reader, tiny
-from memvec import codec
+from memvec import codec, cram_job
 from memvec.codec import Status, cram, decode
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
@@ -21,7 +21,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
-from memvec.model.lm import START_RULES
+from memvec.model import batch_size as batch_size_module
+from memvec.model.reading import START_RULES
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of
@@ -67,7 +68,7 @@ def test_lengths_come_from_information_where_none_is_given(monkeypatch):
     monkeypatch.setattr(lm, "facts", {"bits_per_vector": {"1": 3.0, "4": 99.0}})
     known = codec.cram(lm, [TEXT], vectors=3, recipe=QUICK)
     assert codec.decode(lm, known) == [TEXT]
-    budget = codec.FILL * 3 * 3.0
+    budget = cram_job.FILL * 3 * 3.0
     assert all(p.tokens == 1 or p.lm_bits <= budget + 1e-3 for p in known.passages)
     assert len(known.passages) >= len(estimated.passages)
 
@@ -133,7 +134,7 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
             return certificate | {"exact": False}, [False, *exact[1:]]
         return certificate, exact
 
-    monkeypatch.setattr(codec, "verify", lying)
+    monkeypatch.setattr(cram_job, "verify", lying)
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     assert lies
     assert mem.exact
@@ -170,16 +171,16 @@ def test_ids_alone_need_no_tokenizer_but_text_does():
 
 @pytest.mark.parametrize(("free", "batch_size"), [(10**15, 32), (0, 1)])
 def test_slots_fit_the_memory(monkeypatch, free, batch_size):
-    monkeypatch.setattr(codec, "_free_memory", lambda: free)
-    assert codec.default_batch_size(reader(), 100) == batch_size
+    monkeypatch.setattr(batch_size_module, "free_memory", lambda: free)
+    assert batch_size_module.default_batch_size(reader(), 100) == batch_size
 
 
 def test_free_memory_is_known_or_assumed(monkeypatch):
-    assert codec._free_memory() > 2**20
+    assert batch_size_module.free_memory() > 2**20
     monkeypatch.setattr(
         "pathlib.Path.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no /proc"))
     )
-    assert codec._free_memory() == 4 * 2**30
+    assert batch_size_module.free_memory() == 4 * 2**30
 
 
 # ---------------------------------------------------------------------- interruptions
@@ -227,10 +228,10 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from memvec import codec
+from memvec import codec, cram_job
 from memvec.cramming.recipe import Recipe
 from memvec.journal import Journal
-from memvec.model.lm import load_lm
+from memvec.loading import load_lm
 
 record = Journal(Path(sys.argv[2]), {"vectors": 2})
 
@@ -359,7 +360,7 @@ def test_a_text_alone_is_one_text():
 @pytest.mark.parametrize("workers", [False, True])
 def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
     told = []
-    work = codec.Cramming(
+    work = codec.CramJob(
         reader(),
         [Document.of(reader(), "abcdef")],
         2,
@@ -384,5 +385,5 @@ def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine.fast, "states", full)
+    monkeypatch.setattr(engine.module, "states", full)
     assert engine.trial(4, 2) == 0.0

@@ -17,10 +17,10 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import TARGETS, export
+from memvec.header import PassageRecord
 from memvec.journal import Journal
-from memvec.model.lm import START_RULES
-from memvec.onestep import laid_out
-from memvec.vectors import MemVectors, PassageRecord
+from memvec.model.reading import START_RULES
+from memvec.vectors import MemVectors
 from test_vectors import forged
 
 TEXT = "the cat sat on the lazy dog"
@@ -123,7 +123,7 @@ def test_a_passage_that_vectors_alone_cannot_hold_is_finished(schedule, storage)
 
 
 def test_one_step_decoding_has_corrections_too():
-    lm, asked = laid_out(tiny(), "one-step"), passages(10, 10, seed=4)
+    lm, asked = tiny().read_as("one-step"), passages(10, 10, seed=4)
     recipe = replace(QUICK, steps=150, corrections=8)
     for o in Engine(lm, recipe, vectors=2).run(asked):
         assert (o.exact, bool(o.corrections)) == (True, True)

@@ -16,7 +16,8 @@ from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.training import GRID, Plan, Training
 from memvec.errors import MemvecError
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
 SMALL = Plan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)

@@ -12,13 +12,14 @@ from conftest import QUICK, V, passages, reader, tiny
 from memvec import metrics
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
+from memvec.cramming import step as step_module
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.start import passage_seed, start_vectors
+from memvec.cramming.starts import passage_seed, start_vectors
 from memvec.decoding import decode_ids, first_error
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
-from memvec.model.lm import START_RULES
+from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
@@ -146,7 +147,7 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
     lm, (passage,) = tiny(), passages(length, seed=10)
     recipe = Recipe(steps=steps, patience=600, schedule=schedule)
     measured, reached = [], []
-    as_stored, score = engine_module.as_stored, engine_module.score
+    as_stored, score = step_module.as_stored, step_module.score
 
     def watch_vectors(vectors, dtype):
         stored = as_stored(vectors, dtype)
@@ -159,8 +160,8 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
         reached.append(int(right.sum() if schedule == "whole" else metrics.horizon(right)))
         return found
 
-    monkeypatch.setattr(engine_module, "as_stored", watch_vectors)
-    monkeypatch.setattr(engine_module, "score", watch_score)
+    monkeypatch.setattr(step_module, "as_stored", watch_vectors)
+    monkeypatch.setattr(step_module, "score", watch_score)
     (outcome,) = Engine(lm, recipe, vectors=2, storage=storage).run([passage])
     best = reached.index(max(reached))
     assert torch.equal(outcome.vectors.float(), measured[best][0])
@@ -239,19 +240,19 @@ def test_vectors_are_large_but_near_an_encoders_start_until_stuck(after, size):
     engine = Engine(lm, recipe, batch_size=2)
     for passage in passages(12, 13, seed=15):
         engine.push(passage)
-    engine._fill_slots(2)
+    engine.fill(2)
     assert [len(job.passage) for job in engine.jobs] == [13, 12]
     seen = []
-    found = engine.state["parameters"].square().mean(-1).sqrt()[:, 0]
+    found = engine.batch.parameters.square().mean(-1).sqrt()[:, 0]
     assert found.tolist() == pytest.approx([recipe.lr_large, size])
-    assert engine.state["faster"][1] == max(1, size)
+    assert engine.batch.schedule.lr_scale[1] == max(1, size)
     for _ in range(5):
         engine.step()
-        seen.append((engine.state["large"].tolist(), engine.state["stage"].tolist()))
+        seen.append((engine.batch.schedule.enlarged.tolist(), engine.batch.schedule.stage.tolist()))
     # The first step finds nothing right, which is more than nothing measured.
     assert [large[1] for large, _ in seen] == [bool(after) and i >= 3 for i in range(5)]
     assert all(large[0] for large, _ in seen)
-    small = engine.state["parameters"].square().mean(-1).sqrt()[1, 0] < recipe.lr_large / 2
+    small = engine.batch.parameters.square().mean(-1).sqrt()[1, 0] < recipe.lr_large / 2
     assert bool(small) == (not after)
     # Only who is large already has its stages halved when it is stuck.
     assert seen[-1][1] == ([1, 2] if after else [2, 2])
@@ -266,14 +267,14 @@ def test_which_passages_begin_with_large_vectors(start, tokens):
         engine = Engine(lm, Recipe(start=start), batch_size=3)
         for passage in texts:
             engine.push(passage)
-        engine._fill_slots(3)
+        engine.fill(3)
         near = encoder is not None and start == "auto"
-        for job, large in zip(engine.jobs, engine.state["large"].tolist(), strict=True):
+        for job, large in zip(engine.jobs, engine.batch.schedule.enlarged.tolist(), strict=True):
             assert large == (not near or (bool(tokens) and len(job.passage) > 2 * tokens))
     published = Engine(lm, Recipe.of("progressive"), batch_size=3)
     published.push(texts[0])
-    published._fill_slots(1)
-    assert float(published.state["parameters"].abs().max()) < 0.02
+    published.fill(1)
+    assert float(published.batch.parameters.abs().max()) < 0.02
 
 
 def test_a_passage_in_slot_again_stays_large():
@@ -284,9 +285,9 @@ def test_a_passage_in_slot_again_stays_large():
     (outcome,) = engine.run([passage])
     for vectors, large in ((outcome.vectors, False), (outcome.vectors * 100, True)):
         engine.push_again(replace(outcome, vectors=vectors, exact=False))
-        engine._fill_slots(1)
-        assert engine.state["large"].tolist() == [large]
-        engine.jobs, engine.state = [], {}
+        engine.fill(1)
+        assert engine.batch.schedule.enlarged.tolist() == [large]
+        engine.jobs, engine.batch = [], None
 
 
 def test_patience_ends_a_hopeless_passage():
@@ -372,9 +373,9 @@ def test_waiting_passages_hold_no_tensors():
     rows = []
 
     def look(progress: Progress):
-        waiting = [job for *_, job in engine.waiting._heap]
+        waiting = engine.waiting.jobs()
         assert all(job.vectors is None for job in waiting)
-        assert {len(tensor) for tensor in engine.state.values()} == {progress.in_slots}
+        assert (0 if engine.batch is None else len(engine.batch)) == progress.in_slots
         rows.append((progress.in_slots, progress.waiting))
 
     engine = Engine(lm, ENDLESS, batch_size=2, on_progress=look)

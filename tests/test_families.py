@@ -28,11 +28,13 @@ from memvec.decoding import decode_ids
 from memvec.doctor import checks, round_trip
 from memvec.environment import environment
 from memvec.errors import MemvecError
+from memvec.header import DocumentRecord, Header, PassageRecord
 from memvec.model.caching import cached_logits
-from memvec.model.lm import START_RULES, FrozenLM
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import START_RULES
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES
-from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
+from memvec.vectors import MemVectors
 from support import shows
 
 REFUSED = {"reformer"}  # its forward gives gradients to inputs in training mode only

@@ -9,16 +9,15 @@ import sys
 import pytest
 import torch
 
-from conftest import QUICK, build, passages, reader
+from conftest import QUICK, build, one_step, passages, reader
 from memvec import codec
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.shared_m import Shared
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
-from memvec.onestep import OneStep
-from memvec.onestep.shared import Shared
 from memvec.vectors import MemVectors
 
 TEXT = "the cat sat on the lazy dog"
@@ -100,7 +99,8 @@ def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
     engine, measured = Engine(cramped.lm, recipe, batch_size=4), {}
 
     def shrink(progress):
-        for job, best in zip(engine.jobs, engine.state["best"].tolist(), strict=True):
+        best_so_far = engine.batch.schedule.best.tolist() if engine.batch is not None else []
+        for job, best in zip(engine.jobs, best_so_far, strict=True):
             measured[job.passage.document] = best
         if progress.steps == steps:
             cramped.rows = 1
@@ -116,12 +116,12 @@ def test_out_of_memory_loses_no_token_that_was_measured(monkeypatch):
 def test_passages_that_share_a_vector_start_again_with_less_room(monkeypatch):
     cramped = Cramped(monkeypatch, 1, NO_ROOM[0])
     jobs = [Job(p, QUICK.margin) for p in passages(2, 2, 2)]
-    found = Shared(OneStep(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
+    found = Shared(one_step(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
     assert cramped.failures > 0
     assert all(o.exact for o in found)
     cramped.rows = 0
     with pytest.raises(MemvecError, match="one passage of 2 tokens does not fit"):
-        Shared(OneStep(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
+        Shared(one_step(cramped.lm), QUICK, batch_size=3, storage="float32").run(jobs)
 
 
 def test_other_errors_of_the_device_are_not_memory(monkeypatch):

@@ -22,7 +22,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.export import TARGETS, export
-from memvec.model.lm import START_RULES, FrozenLM
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage, ids_hash
 from memvec.vectors import MemVectors
 from test_families import as_mem

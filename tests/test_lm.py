@@ -15,7 +15,8 @@ from conftest import build, byte_tokenizer, passages, reader, tiny
 from memvec.decoding import decode_ids
 from memvec.doctor import checks, examine, speed
 from memvec.errors import MemvecError, SlowPathWarning
-from memvec.model.lm import FrozenLM, load_lm
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 
 SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
 BERT = {
@@ -349,7 +350,7 @@ def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
     assert report["can_be_crammed"] is False
     assert "config.json" in report["reason"]
     monkeypatch.setattr(
-        "memvec.model.lm.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
+        "memvec.doctor.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
     )
     report = examine(str(folder))
     assert report["can_be_crammed"] is False

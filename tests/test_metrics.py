@@ -14,7 +14,7 @@ from conftest import passages, tiny
 from memvec import metrics
 from memvec.cramming.certify import positions
 from memvec.model import memory
-from memvec.model.lm import START_RULES
+from memvec.model.reading import START_RULES
 
 B, T, V = 3, 8, 13
 SEEDS = range(5)

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import QUICK, FrozenLM, build, passages, reader, tiny
+from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.shared_m import Shared
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import TARGETS, export
+from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
-from memvec.onestep import OneStep, laid_out
-from memvec.onestep.shared import Shared
-from memvec.vectors import Header, MemVectors
+from memvec.vectors import MemVectors
 from test_families import as_mem
 
 FAMILIES = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba", "bloom", "gemma2", "falcon-h1"]
@@ -32,7 +32,7 @@ ASKED = passages(3, 2, 3, 1)
 @functools.cache
 def crammed(family: str) -> list[Outcome]:
     """One-step outcomes of a few passages, made once for all tests."""
-    engine = Engine(OneStep(tiny(family)), QUICK, vectors=2, batch_size=4)
+    engine = Engine(one_step(tiny(family)), QUICK, vectors=2, batch_size=4)
     return sorted(engine.run(ASKED), key=lambda o: o.passage.document)
 
 
@@ -50,7 +50,7 @@ def test_a_passage_comes_back_from_the_file_in_any_batch(family, tmp_path):
     assert again.header.layout == "one-step"
     truth = [list(p.ids) for p in ASKED]
     assert again.tokens(lm) == truth
-    one = OneStep(lm)
+    one = one_step(lm)
     alone = [decode_ids(one, v[None], [len(t)])[0] for v, t in zip(mem.vectors, truth, strict=True)]
     assert alone == truth
 
@@ -75,7 +75,7 @@ def test_the_model_s_own_forward_on_e_and_copies_of_m_says_the_same(family):
 
 
 def test_one_forward_pass_decodes_a_batch():
-    lm, calls = OneStep(FrozenLM(build("llama"), name="counted")), []
+    lm, calls = one_step(FrozenLM(build("llama"), name="counted")), []
     hook = lm.model.model.register_forward_hook(lambda *_: calls.append(1))
     vectors = torch.stack([o.vectors for o in crammed("llama")])
     decode_ids(lm, vectors, [len(p) for p in ASKED])
@@ -84,7 +84,7 @@ def test_one_forward_pass_decodes_a_batch():
 
 
 def test_no_input_depends_on_a_token_and_none_is_spent_before_the_first():
-    lm, vectors = OneStep(tiny()), torch.stack([o.vectors for o in crammed("llama")])[:1]
+    lm, vectors = one_step(tiny()), torch.stack([o.vectors for o in crammed("llama")])[:1]
     a, b = (torch.full((1, 5), t) for t in (3, 9))
     assert torch.equal(lm.states(vectors, a), lm.states(vectors, b))
     assert lm.inputs(vectors, a).shape == (1, 5, lm.width)
@@ -93,7 +93,7 @@ def test_no_input_depends_on_a_token_and_none_is_spent_before_the_first():
 
 
 def test_slots_are_independent_here_too():
-    lm, recipe = OneStep(tiny()), replace(QUICK, steps=10, margin=1e3)  # nobody is done
+    lm, recipe = one_step(tiny()), replace(QUICK, steps=10, margin=1e3)  # nobody is done
     together = {o.passage: o for o in Engine(lm, recipe, vectors=2, batch_size=4).run(ASKED)}
     for passage in ASKED[:2]:
         (alone,) = Engine(lm, recipe, vectors=2, batch_size=1).run([passage])
@@ -109,11 +109,11 @@ def test_the_figures_without_vectors_are_the_same_as_ever():
 
 def test_a_view_leaves_the_model_as_it_was():
     lm = reader()
-    view = laid_out(lm, "one-step")
+    view = lm.read_as("one-step")
     assert (lm.layout, view.layout) == ("prefix", "one-step")
     assert view.model is lm.model
-    assert laid_out(view, "one-step") is view
-    assert laid_out(lm, "prefix") is lm
+    assert view.read_as("one-step") is view
+    assert lm.read_as("prefix") is lm
     vectors, ids = torch.zeros(1, 2, lm.width), torch.zeros(1, 3, dtype=torch.long)
     assert lm.inputs(vectors, ids).shape[1] == 4
 
@@ -122,7 +122,7 @@ def test_a_view_leaves_the_model_as_it_was():
 def test_no_passage_is_longer_than_e_reaches(window):
     """Where all layers see a sliding window, what e cannot reach is the same for every e."""
     lm = FrozenLM(build("mistral", sliding_window=window), name="short-sighted")
-    one, reach = OneStep(lm), 2 * (window - 1) + 1
+    one, reach = one_step(lm), 2 * (window - 1) + 1
     assert Engine(one, vectors=2).most_tokens() == reach
     vectors = (torch.randn(1, 2, lm.width, generator=torch.manual_seed(0))).requires_grad_()
     states = one.states(vectors, torch.zeros(1, reach + 1, dtype=torch.long))
@@ -131,12 +131,12 @@ def test_no_passage_is_longer_than_e_reaches(window):
         assert bool(slope[0, 0].any()) is reached
     with pytest.raises(MemvecError, match=f"at most {reach} tokens"):
         next(Engine(one, vectors=2).run(passages(reach + 1)))
-    assert OneStep(tiny("gemma2")).context == 128  # some of its layers see everything
+    assert one_step(tiny("gemma2")).context == 128  # some of its layers see everything
 
 
 @pytest.mark.parametrize("rule", ["bos", "first-token"])
 def test_nothing_is_continued(rule):
-    lm = OneStep(tiny())
+    lm = one_step(tiny())
     vectors = torch.stack([o.vectors for o in crammed("llama")])[:1]
     with pytest.raises(MemvecError, match="continues no given tokens"):
         decode_ids(lm, vectors, [3], start=rule, first=[5])
@@ -152,9 +152,9 @@ def test_what_generates_token_by_token_is_refused(target, tmp_path):
 
 def test_what_cannot_be_is_said():
     with pytest.raises(MemvecError, match="did you mean 'one-step'"):
-        laid_out(tiny(), "onestep")
+        tiny().read_as("onestep")
     with pytest.raises(MemvecError, match="two vectors, e and m, not 1"):
-        next(Engine(OneStep(tiny()), vectors=1).run(ASKED))
+        next(Engine(one_step(tiny()), vectors=1).run(ASKED))
     header = as_one_step("llama").header
     with pytest.raises(MemvecError, match="are two, e and m, not 3"):
         MemVectors(torch.zeros(len(ASKED), 3, 32), header)
@@ -215,7 +215,7 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
 
 def test_a_shared_m_couples_passages_and_slots_only_group_them():
     """Coupled by design: another neighbour is another result; how many sit together is not."""
-    lm = OneStep(tiny())
+    lm = one_step(tiny())
     options = {"storage": torch.float32}
     jobs = [Job(p, QUICK.margin) for p in ASKED]
     together = Shared(lm, QUICK, batch_size=4, **options).run(jobs)

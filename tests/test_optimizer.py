@@ -7,20 +7,19 @@ import math
 import pytest
 import torch
 
-from memvec import metrics
-from memvec.cramming import objective as objective_module
-from memvec.cramming.coordinates import COORDINATES, as_stored
-from memvec.cramming.objective import (
-    OBJECTIVES,
+from memvec import metrics, registry
+from memvec.cramming.coordinates import Direct, as_stored
+from memvec.cramming.objectives import (
     cross_entropy,
     fused_cross_entropy,
+    objective_named,
     score,
-    weights,
 )
-from memvec.cramming.optimizer import OPTIMIZERS, Adam
+from memvec.cramming.optimizers import Adam, AdamW
 from memvec.cramming.recipe import PRESETS, Recipe
-from memvec.cramming.schedule import SCHEDULES, cooled, look_ahead
+from memvec.cramming.schedules import annealed_temperature, next_look_ahead
 from memvec.errors import MemvecError
+from memvec.model import memory
 from memvec.storage import storage_of
 
 B, K, D = 4, 2, 5
@@ -41,7 +40,7 @@ def test_stacked_adam_is_torchs_adam_for_each_passage(name, betas, decay):
         theirs = [torch.optim.AdamW([p], weight_decay=decay, **options) for p in separate]
     else:
         theirs = [torch.optim.Adam([p], **options) for p in separate]
-    ours = OPTIMIZERS[name](recipe)
+    ours = registry.get("optimizer", name)(recipe)
     state = ours.fresh(stacked)
     for _ in range(30):
         gradient = torch.randn(B, K, D, generator=random)
@@ -53,30 +52,52 @@ def test_stacked_adam_is_torchs_adam_for_each_passage(name, betas, decay):
                 theirs[b].step()
     for b in range(B):
         torch.testing.assert_close(stacked[b], separate[b].detach(), rtol=1e-4, atol=1e-5)
-    assert len(set(state["count"].tolist())) > 1
+    assert len(set(state.count.tolist())) > 1
 
 
 def test_a_passage_that_stands_still_is_not_touched_at_all():
     stacked = torch.randn(B, K, D, generator=torch.Generator().manual_seed(1))
-    adam = OPTIMIZERS["adamw"](Recipe(optimizer="adamw", weight_decay=0.1))
+    adam = AdamW(Recipe(optimizer="adamw", weight_decay=0.1))
     state = adam.fresh(stacked)
     adam.step(stacked, torch.ones(B, K, D), state, torch.ones(B, dtype=torch.bool))
-    before = stacked.clone(), {name: tensor.clone() for name, tensor in state.items()}
+    before = stacked.clone(), state.take(torch.arange(B))
     moving = torch.tensor([True, False, True, False])
     adam.step(stacked, torch.full((B, K, D), 3.0), state, moving)
-    for now, then in [(stacked, before[0]), *((state[n], before[1][n]) for n in state)]:
+    for now, then in [
+        (stacked, before[0]),
+        *zip(vars(state).values(), vars(before[1]).values(), strict=True),
+    ]:
         assert torch.equal(now[~moving], then[~moving])
         assert not torch.equal(now[moving], then[moving])
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", registry.names("schedule"))
 def test_schedules(name):
     best = torch.tensor([-1, 0, 3, 9, 10])
     ahead = torch.tensor([1, 4, 4, 4, 2])
     length = torch.tensor([10, 2, 10, 10, 10])
-    found = SCHEDULES[name](best, ahead, length).tolist()
+    schedule = registry.get("schedule", name)(Recipe(), K)
+    state = schedule.fresh(torch.ones(5), torch.zeros(5, dtype=torch.bool))
+    assert state.best.tolist() == [-1] * 5
+    state.best = best
+    if name == "growing":
+        assert state.look_ahead.tolist() == [Recipe().look_ahead * K] * 5
+        state.look_ahead = ahead
+    found = schedule.counted(state, length).tolist()
     for b, a, n, counted in zip(*(t.tolist() for t in (best, ahead, length)), found, strict=True):
         assert counted == (n if name == "whole" else min(n, max(b, 0) + a))
+
+
+def test_a_schedule_notes_progress_and_runs_out_of_patience():
+    schedule = registry.get("schedule", "whole")(Recipe(patience=2), 1)
+    state = schedule.fresh(torch.ones(2), torch.zeros(2, dtype=torch.bool))
+    for step, reached in enumerate(([0, 4], [0, 3], [2, 3], [2, 4], [2, 4])):
+        better, gained = schedule.record(state, torch.tensor(reached))
+        assert better.tolist() == [step in (0, 2), step == 0]
+        assert gained.tolist() == [2 * (step == 2), 4 * (step == 0)]
+    assert state.best.tolist() == [2, 4]
+    assert state.stale.tolist() == [2, 4]
+    assert schedule.out_of_patience(state).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -91,7 +112,7 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
     slow_best, target, size, idle = [0] * 5, [4 * K] * 5, [4 * K] * 5, [0] * 5
     for gained in gains:
         stale = torch.where(gained > 0, 0, stale + 1)
-        ahead, stage = look_ahead(ahead, stage, gained, stale, K, recipe)
+        ahead, stage = next_look_ahead(ahead, stage, gained, stale, K, recipe)
         narrowest = min(narrowest, int(stage.min()))
         best += gained
         for i in range(5):
@@ -113,11 +134,13 @@ def test_a_stuck_passage_cools_down_to_a_third_and_no_further(after):
     recipe = Recipe(temperature=0.6, stuck_after=after)
     stale = torch.tensor([0, 4, 5, 6, 65, 1000])
     slow = [0.6, 0.6, 0.6, 0.6 * 60 / 61, 0.3, 0.2] if after else [0.6] * 6
-    assert cooled(stale, torch.full((6,), 0.5), recipe).tolist() == pytest.approx(slow)
+    assert annealed_temperature(stale, torch.full((6,), 0.5), recipe).tolist() == pytest.approx(
+        slow
+    )
     # A large margin would not be felt any more: no colder than a fifth of it, nor warmer than ever.
     for margin in (1.5, 9.0):
         least = max(0.2, min(0.6, margin / 5))
-        found = cooled(stale, torch.full((6,), margin), recipe).tolist()
+        found = annealed_temperature(stale, torch.full((6,), margin), recipe).tolist()
         assert found == pytest.approx([max(least, value) for value in slow])
 
 
@@ -166,13 +189,13 @@ def slow_loss(name: str, row: list[float], true: int, recipe: Recipe) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", registry.names("objective"))
 def test_objectives_position_by_position(name, temperature):
     recipe = Recipe(objective=name, temperature=temperature, margin=0.7)
     logits = 2 * torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     ids = torch.tensor([0, 8, 3, 3, 1, 5])
     warm = torch.full((6,), temperature)
-    found = OBJECTIVES[name](logits, ids, warm, recipe)
+    found = objective_named(name).loss(logits, ids, warm, recipe)
     for i in range(6):
         slow = slow_loss(name, logits[i].tolist(), int(ids[i]), recipe)
         assert float(found[i]) == pytest.approx(slow, rel=1e-5, abs=1e-6)
@@ -193,7 +216,7 @@ def test_gradients_of_the_loss_have_no_denormal_numbers(spread):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", registry.names("objective"))
 def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows):
     """Losses, margins and the gradient at the states, against one plain backward pass."""
     H, V, T = 6, 11, 7
@@ -203,7 +226,7 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     ids = torch.randint(0, V, (3, T), generator=random)
     counted = torch.arange(T) < torch.tensor([[7], [3], [0]])
     recipe = Recipe(objective=name)
-    monkeypatch.setattr(objective_module, "CHUNK", rows * V)
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", rows * V)
     widest = []
 
     def head(part):
@@ -213,7 +236,7 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     warm = torch.tensor([0.3, 0.1, 2.0])  # each passage its own
     found = score(head, states, ids, recipe, temperature=warm)
     asked = torch.full((3,), recipe.margin)
-    share = weights(counted, found.margin, asked, recipe)
+    share = objective_named(name).weights(counted, found.margin, asked)
     assert max(widest) <= rows
 
     whole = states.clone().requires_grad_()
@@ -222,7 +245,9 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     for b in range(3):
         n = int(counted[b].sum())
         if n:
-            losses = OBJECTIVES[name](logits[b, :n], ids[b, :n], warm[b].expand(n), recipe)
+            losses = objective_named(name).loss(
+                logits[b, :n], ids[b, :n], warm[b].expand(n), recipe
+            )
             if name == "deficit":
                 lead = metrics.margins(logits[b : b + 1, :n].detach(), ids[b : b + 1, :n])[0]
                 lack = (recipe.margin - lead).clamp_min(0)
@@ -242,7 +267,7 @@ def test_scoring_in_chunks_is_autograd_through_the_whole(monkeypatch, name, rows
     assert share[2].tolist() == [0.0] * T
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", registry.names("objective"))
 def test_a_row_that_is_not_finite_spoils_no_other(name):
     weight = torch.eye(4)
     states = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(4))
@@ -259,7 +284,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
     vectors = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    direct = COORDINATES["direct"](Recipe(), 1, 8)
+    direct = Direct(Recipe(), 1, 8)
     stored = as_stored(direct.vectors(direct.parameters(vectors)), storage_of(dtype))
     assert stored.dtype == torch.float32
     assert torch.equal(stored, vectors.to(dtype).float())

@@ -8,9 +8,9 @@ import torch
 from memvec import codec, load_lm
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.start import start_vectors
+from memvec.cramming.starts import start_vectors
 from memvec.doctor import examine
-from memvec.model.lm import POCKET
+from memvec.loading import POCKET
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
 

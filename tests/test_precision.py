@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import FAMILIES, QUICK, passages, tiny
+from conftest import FAMILIES, QUICK, one_step, passages, tiny
 from memvec.cramming.engine import Engine
-from memvec.cramming.objective import score
+from memvec.cramming.objectives import score
 from memvec.cramming.recipe import PRESETS
 from memvec.decoding import decode_ids
+from memvec.loading import load_lm
 from memvec.model import precision
-from memvec.model.lm import load_lm
-from memvec.onestep import OneStep
 
 HALF = replace(QUICK, compute="bfloat16")
 SERVED = [family for family in FAMILIES if family != "rwkv"]  # refused: tests/test_families.py
@@ -31,7 +30,7 @@ def crammed(lm, asked, recipe=HALF, **options):
 def test_what_is_done_has_its_margins_in_float32(family, storage):
     lm, asked = tiny(family), passages(4, 3, 5, 2, seed=11)
     engine = Engine(lm, HALF, vectors=2, batch_size=3, storage=storage)
-    assert engine.fast is not lm
+    assert engine.module is not lm
     assert engine.recipe.compute == "bfloat16"
     outcomes = list(engine.run(asked))
     done = [o for o in outcomes if o.status == "done"]
@@ -85,7 +84,7 @@ def test_a_copy_that_disagrees_is_not_used(monkeypatch):
     monkeypatch.setattr(precision, "LARGEST_DIFFERENCE", -1.0)
     engine = Engine(lm, HALF)
     precision.COPIES.pop(lm.model, None)
-    assert engine.fast is lm
+    assert engine.module is lm
     assert engine.recipe.compute == "model"
 
 
@@ -108,9 +107,9 @@ def test_neighbours_do_not_matter_at_a_fixed_shape(vectors):
 
 
 def test_one_step_vectors_too():
-    lm, asked = OneStep(tiny()), passages(2, 3, seed=13)
+    lm, asked = one_step(tiny()), passages(2, 3, seed=13)
     engine = Engine(lm, replace(HALF, steps=300), vectors=2, batch_size=2)
-    assert isinstance(engine.fast, OneStep)
+    assert engine.module.layout == "one-step"
     outcomes = list(engine.run(asked))
     assert all(o.exact for o in outcomes if o.status == "done")
 
@@ -120,18 +119,20 @@ def test_margins_that_hold_in_bfloat16_only_are_asked_for_more():
     lm, (passage,) = tiny(), passages(3, seed=14)
     engine = Engine(lm, replace(HALF, margin=0.2), vectors=2, batch_size=1)
     engine.push(passage)
-    engine._fill_slots(1)
-    s = engine.state
-    states = lm.states(s["vectors"], s["ids"], engine.start_rule)
-    least = score(lm.head, states, s["ids"], engine.recipe).margin.min()
-    s["asked"] = s["margin"] = (least + 0.3)[None]
-    s["best"] = s["length"].clone()
-    asked = s["margin"].clone()
-    assert not engine._confirmed(torch.tensor([True])).any()
-    assert float(s["margin"] - asked) > 0.3
-    assert int(s["best"]) == len(passage) - 1
-    s["asked"] = (least - 0.3).clamp_min(0)[None]
-    assert bool(engine._confirmed(torch.tensor([True])).any()) == bool(least > 0)
+    engine.fill(1)
+    batch = engine.batch
+    states = lm.states(batch.vectors, batch.ids, engine.start_rule)
+    least = score(lm.head, states, batch.ids, engine.recipe).margin.min()
+    batch.asked_margin = batch.target_margin = (least + 0.3)[None]
+    batch.schedule.best = batch.length.clone()
+    asked = batch.target_margin.clone()
+    assert not engine.one_step.confirmed(engine.batch, torch.tensor([True])).any()
+    assert float(batch.target_margin - asked) > 0.3
+    assert int(batch.schedule.best) == len(passage) - 1
+    batch.asked_margin = (least - 0.3).clamp_min(0)[None]
+    assert bool(engine.one_step.confirmed(engine.batch, torch.tensor([True])).any()) == bool(
+        least > 0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

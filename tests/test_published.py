@@ -12,13 +12,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
-from conftest import passages, tiny
-from memvec.cramming.coordinates import COORDINATES, basis
+from conftest import one_step, passages, tiny
+from memvec import registry
+from memvec.cramming.coordinates import basis
 from memvec.cramming.engine import Engine
-from memvec.cramming.optimizer import learning_rate
+from memvec.cramming.optimizers import learning_rate
 from memvec.cramming.recipe import PRESETS, Recipe
-from memvec.cramming.start import start_vectors
-from memvec.onestep import OneStep
+from memvec.cramming.starts import start_vectors
 
 MOVES = 20
 D = 32
@@ -29,10 +29,10 @@ def ours(recipe, passage, family):
     engine = Engine(tiny(family), recipe, batch_size=1)
     engine.push(passage)
     found = []
-    engine._fill_slots(1)
+    engine.fill(1)
     for _ in range(MOVES):
         engine.step()
-        found.append(engine.coordinates.vectors(engine.state["parameters"])[0].clone())
+        found.append(engine.one_step.coordinates.vectors(engine.batch.parameters)[0].clone())
     return found
 
 
@@ -71,14 +71,14 @@ def mezentsev(lm, ids, vectors):
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_one_step_as_published(family):
     passage, recipe = passages(12)[0], PRESETS["one-step"]
-    lm = OneStep(tiny(family))
+    lm = one_step(tiny(family))
     engine = Engine(lm, recipe, vectors=2, batch_size=1)
     engine.push(passage)
-    engine._fill_slots(1)
+    engine.fill(1)
     (first,) = start_vectors(lm, [passage.ids], 2, recipe)
     for theirs in mezentsev(tiny(family), passage.ids, first):
         engine.step()
-        assert torch.allclose(engine.state["parameters"][0], theirs, atol=2e-4)
+        assert torch.allclose(engine.batch.parameters[0], theirs, atol=2e-4)
 
 
 def tarasov(lm, ids, vector, *, temperature=1.0, epsilon=0.0, reweigh=False, low_dim=None):
@@ -173,11 +173,11 @@ def test_the_learning_rate_is_the_published_schedule():
     assert learning_rate(torch.tensor([0.0, 7.0]), Recipe(lr=0.5)).tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", sorted(COORDINATES))
+@pytest.mark.parametrize("name", registry.names("coordinates"))
 @pytest.mark.parametrize("K", [1, 3])
 def test_coordinates_take_up_any_vectors(name, K):
     vectors = torch.randn(2, K, D, generator=torch.Generator().manual_seed(6))
-    coordinates = COORDINATES[name](Recipe(dimensions=8), K, D)
+    coordinates = registry.get("coordinates", name)(Recipe(dimensions=8), K, D)
     found = coordinates.vectors(coordinates.parameters(vectors))
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-6)
 

@@ -19,7 +19,7 @@ from memvec.errors import MemvecError
 from memvec.lab.study.cells import expand
 from memvec.lab.study.pool import Unit, in_units
 from memvec.lab.study.spec import parse_spec
-from memvec.model.lm import load_lm
+from memvec.loading import load_lm
 from memvec.passages.found import Found
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors

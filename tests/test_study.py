@@ -179,7 +179,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 ) -> None:
     import pandas as pd
 
-    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
     for steps in (1, 2):
         text = f"{HEAD}{RUN}sources = ['random-tokens']\npassages = 2\nrecipe.steps = {steps}\n"
         run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
@@ -192,7 +192,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 
 
 def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
     found = check_study(done / "out")
     assert found["wrong"] == []
     assert found["rows"] == len(everything(done / "out"))
@@ -236,7 +236,7 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_check_sees_an_extra_that_is_none(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
-    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
     db.execute("UPDATE rows SET extra = ?", (extra,))
@@ -249,7 +249,7 @@ def test_the_check_sees_an_extra_that_is_none(
 def test_the_check_sees_a_falsified_column(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
-    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     kind = Row.__annotations__[column]
     changed = {
@@ -275,7 +275,7 @@ def test_the_check_sees_a_falsified_column(
 def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.model.lm.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
     assert check_study(two_rows)["wrong"] == []
     assert check_study(two_rows)["worst"]["paths"] < 1e-6
     falsified = {

@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from memvec import versions
 from memvec.errors import UntestedVersionWarning
-from memvec.model.lm import load_lm
+from memvec.loading import load_lm
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

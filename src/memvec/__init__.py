@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from memvec.cramming.engine import Engine
     from memvec.cramming.recipe import Recipe
     from memvec.errors import MemvecError, NotExactError
-    from memvec.model.lm import FrozenLM, load_lm
+    from memvec.loading import load_lm
+    from memvec.model.lm import FrozenLM
     from memvec.registry import register
     from memvec.vectors import MemVectors
 
 _WHERE = {
-    "load_lm": "memvec.model.lm",
+    "load_lm": "memvec.loading",
     "FrozenLM": "memvec.model.lm",
     "cram": "memvec.codec",
     "decode": "memvec.codec",

@@ -7,53 +7,30 @@ texts -> documents -> passages (cut by information) -> engine -> outcomes
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import torch
-
-from memvec import metrics
-from memvec.cramming.certify import Finished, Outcome, certify
-from memvec.cramming.engine import Engine, Job, Progress
+from memvec.certificate import account, certificate_of, failures, measure, verify
+from memvec.cram_job import CramJob, Status
 from memvec.cramming.recipe import Recipe
-from memvec.decoding import BATCH
-from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.journal import Journal
-from memvec.model.estimate import duration, estimate, facts_of, max_batch_size
 from memvec.model.lm import FrozenLM
-from memvec.onestep import OneStep, laid_out, laid_out_as
-from memvec.onestep.shared import Shared, without_parts
-from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
-from memvec.passages.passage import Passage, ids_hash
-from memvec.results import PassageResult
-from memvec.storage import Storage, storage_of
-from memvec.vectors import DocumentRecord, Header, MemVectors, PassageRecord
-from memvec.workers import Batch, Crew, Workers
+from memvec.storage import storage_of
+from memvec.vectors import MemVectors
+from memvec.workers import Workers
 
-FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps.
-# A model's folder may know better (`fill` in memvec.json): an encoder makes short passages cheap.
-TRIAL = 8  # passages of the step that is timed before the start
-PROBED = 8  # passages on which an unknown model's bits per vector are estimated
-PROBE_STEPS = 200
-
-
-@dataclass(frozen=True)
-class Status:
-    """How a cram of documents stands, for whoever shows it."""
-
-    stage: str  # 'measuring', 'cramming' or 'certifying'
-    tokens: int  # of all documents
-    done: int  # tokens of finished passages
-    vectors: int  # vectors finished
-    split: int  # passages that did not fit and were halved
-    engine: Progress | None = None
-    expected: str = ""  # memory and time that the slots will take, once they are known
+__all__ = [
+    "CramJob",
+    "Status",
+    "account",
+    "certificate_of",
+    "cram",
+    "decode",
+    "failures",
+    "measure",
+    "verify",
+]
 
 
 def cram(
@@ -82,8 +59,8 @@ def cram(
     texts and makes the certificate.
 
     `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
-    (memvec.onestep; `vectors` is then not looked at). With 'one-step-shared' all passages share one
-    of the two: then they are crammed together, depend on each other, and no journal is kept.
+    (model/reading.py; `vectors` is then not used). With 'one-step-shared' all passages share one of
+    the two: then they are crammed together, depend on each other, and no journal is kept.
 
     A passage that does not become exact within the recipe's budget is halved and crammed again,
     down to one token per vector; what still fails is in the result, with `exact` false. Raises
@@ -98,9 +75,9 @@ def cram(
         text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
         for i, text in enumerate(texts)
     ]
-    lm = laid_out(lm, layout)
-    vectors = 2 if lm.layout == "one-step" else vectors
-    return Cramming(
+    lm = lm.read_as(layout)
+    vectors = lm.reading.fixed_vectors or vectors
+    return CramJob(
         lm,
         documents,
         vectors,
@@ -110,7 +87,6 @@ def cram(
         storage_of(storage),
         journal,
         on_status,
-        layout,
         workers,
     ).run(keep_text)
 
@@ -122,400 +98,3 @@ def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
         data.decode(record.encoding)
         for data, record in zip(found, mem.header.documents, strict=True)
     ]
-
-
-def verify(
-    lm: FrozenLM, mem: MemVectors, *, force: bool = False
-) -> tuple[dict[str, Any], list[bool]]:
-    """Decode everything freely, as a user will; the certificate, and what each passage did."""
-    return certificate_of(mem, lm, mem.decode_passages(lm, force=force))
-
-
-@torch.no_grad()
-def measure(
-    lm: FrozenLM,
-    mem: MemVectors,
-    texts: str | bytes | Document | Sequence[str | bytes | Document],
-) -> list[PassageResult]:
-    """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
-
-    Certification in every respect: teacher-forced bits and margins, and free decoding, over the
-    same positions and in one pass; `steps`, `spent` and `seconds` are those of the file. Raises
-    MemvecError if the vectors are of another model or the texts are not those that were crammed.
-    """
-    mem.check_model(lm)
-    if isinstance(texts, str | bytes | Document):
-        texts = [texts]
-    read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
-    every = iter([token for document in read for token in document.ids])
-    results: list[PassageResult] = []
-    view = laid_out(lm, mem.header.layout)
-    for at in range(0, len(mem.passages), BATCH):
-        records = mem.passages[at : at + BATCH]
-        asked = []
-        for i, record in enumerate(records, at):
-            ids = tuple(itertools.islice(every, record.tokens))
-            if not ids or ids_hash(ids) != record.sha256:
-                raise MemvecError(
-                    f"passage {i} of these vectors is not in the texts: give the texts that were "
-                    "crammed, whole and in their order."
-                )
-            asked.append(Passage(ids, i))
-        finished = [
-            Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
-            for p, v, r in zip(asked, mem.vectors[at : at + BATCH], records, strict=True)
-        ]
-        for outcome in certify(view, finished, mem.header.start_rule, mem.storage):
-            results.append(outcome.result)
-    if next(every, None) is not None:
-        raise MemvecError("the texts go on after the last passage of these vectors.")
-    return results
-
-
-def certificate_of(
-    mem: MemVectors, lm: FrozenLM, decoded: list[list[int]]
-) -> tuple[dict[str, Any], list[bool]]:
-    """The certificate of what was decoded, and whether each passage is what was crammed."""
-    exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]
-    device = lm.description()
-    certificate = {
-        "exact": all(exact),
-        "passages": len(exact),
-        "exact_passages": sum(exact),
-        "decoded_in": device["dtype"],
-        "device": device["device"],
-        "attention": device["attention"],
-        "batch": BATCH,
-        "cache": lm.caching.argument or f"none: {lm.caching.reason}",
-        **{k: environment()[k] for k in ("torch", "transformers", "date")},
-    }
-    return certificate, exact
-
-
-def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
-    """Slots that fill the machine without filling its memory (see docs/log.md): at most 32, with
-    activations in a quarter of the free memory (memvec.model.estimate)."""
-    if lm.device.type == "cuda":
-        free = torch.cuda.mem_get_info(lm.device)[0]
-    else:
-        free = _free_memory()
-    tokens = max(1, tokens)
-    return min(
-        32, max_batch_size(facts_of(lm, tokens), free=free / 4, tokens=tokens, vectors=vectors)
-    )
-
-
-def _free_memory() -> int:
-    try:
-        with Path("/proc/meminfo").open() as info:
-            kibibytes = next(line for line in info if line.startswith("MemAvailable")).split()[1]
-        return int(kibibytes) * 1024
-    except (OSError, StopIteration):
-        return 4 * 2**30
-
-
-class Cramming:
-    """One call of `cram`: the documents, the engine and what has come out of it so far.
-
-    `done` has the outcomes that stay, `spent` the forward-backward tokens of everything tried, by
-    document, offset and length.
-    """
-
-    def __init__(
-        self,
-        lm: FrozenLM,
-        documents: list[Document],
-        K: int,
-        tokens: int | None,
-        recipe: Recipe,
-        batch_size: int | None,
-        storage: Storage,
-        journal: Journal | None = None,
-        on_status: Callable[[Status], None] | None = None,
-        layout: str = "prefix",
-        workers: Workers | None = None,
-    ) -> None:
-        self.workers = workers
-        if layout == "one-step-shared":
-            recipe = without_parts(recipe)
-        self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
-        self.layout = layout
-        self.recipe, self.storage, self.journal, self.on_status = (
-            recipe,
-            storage,
-            journal,
-            on_status,
-        )
-        self.engine = Engine(
-            lm,
-            recipe,
-            vectors=K,
-            batch_size=batch_size or 1,
-            storage=storage,
-            on_progress=self._progress,
-        )
-        self._batch_size = batch_size
-        self.total = sum(len(d.ids) for d in documents)
-        self.done: dict[tuple[int, int], Outcome] = {}
-        self.spent: dict[tuple[int, int, int], int] = {}
-        self.split = 0
-        self.stage, self.expected = "measuring", ""
-        self._tell()
-
-    def run(self, keep_text: bool) -> MemVectors:
-        """All of it."""
-        cutter, least = self.cutter()
-        passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
-        self.sit(passages)
-        if self.layout == "one-step-shared":
-            self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
-        else:
-            self.cram(passages)
-        mem, _ = self.certified(keep_text)
-        return mem
-
-    def sit(self, passages: Sequence[Passage]) -> None:
-        """As many slots as these passages allow, unless the caller said how many."""
-        self.engine.batch_size = self._batch_size or default_batch_size(
-            self.lm, max(map(len, passages)), self.K
-        )
-        if self.on_status is not None:
-            self.expected = self._expected(passages)
-        self.stage = "cramming"
-        self._tell()
-
-    def _expected(self, passages: Sequence[Passage]) -> str:
-        """What the slots will take: memory from the configuration, time from a trial step.
-
-        How many steps a passage needs is what cramming finds out (`memvec plan` does, on a sample).
-        """
-        batch_size, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
-        sizes = {"batch_size": batch_size, "tokens": longest, "vectors": self.K}
-        facts = facts_of(self.lm, longest, self.engine.fast)
-        memory = estimate(facts, **sizes)
-        slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
-        found = f"{slots} of up to {longest} tokens: {memory.sentence()}."
-        if self.workers is not None or self.layout == "one-step-shared":
-            return found
-        each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
-        if not each:  # too little memory even for that many slots
-            return found
-        fills = sum(map(len, passages)) / longest / batch_size
-        ten = 10 * each * max(1.0, fills)
-        return (
-            f"{found} A step takes about {duration(each)}: every 10 steps that passages need on "
-            f"average, {duration(ten)} in all."
-        )
-
-    def cram(self, passages: Iterable[Passage]) -> None:
-        """Passages to outcomes in `done`, halved where they do not fit."""
-        todo = [left for passage in passages for left in self._known(passage)]
-        engine = self.engine if self.workers is None else self._crew(self.workers)
-        for outcome in engine.run(todo):
-            if self.journal is not None:
-                self.journal.put(outcome)
-            for passage in self._take(outcome):
-                for unknown in self._known(passage):
-                    engine.push(unknown)
-
-    def _crew(self, workers: Workers) -> Crew:
-        e = self.engine
-        batch = Batch((), self.recipe, self.K, e.batch_size, self.storage.name, self.lm.layout)
-        return Crew(workers, batch, self._progress)
-
-    def _cram_shared(self, jobs: list[Job]) -> None:
-        """All passages together, because they share m; again with the halves of those that fail."""
-        while jobs:
-            self.done.clear()
-            crammed = self._shared().run(jobs)
-            jobs, halved = [], False
-            for outcome in crammed:
-                halves = self._take(outcome)
-                halved = halved or bool(halves)
-                jobs += [Job(h, self.engine.recipe.margin) for h in halves] or [Job.again(outcome)]
-            if not halved:
-                return
-
-    def _shared(self) -> Shared:
-        assert isinstance(self.lm, OneStep)
-        return Shared(
-            self.lm,
-            self.engine.recipe,
-            batch_size=self.engine.batch_size,
-            storage=self.storage,
-            on_progress=self._progress,
-        )
-
-    # ------------------------------------------------------------------ passages in
-
-    def cutter(self) -> tuple[Cutter, int]:
-        """What cuts the documents, and the shortest passage it may make."""
-        least = self.engine.given + 1
-        for d in self.documents:
-            if len(d.ids) < least:
-                raise MemvecError(f"{d.name} is too short for the start rule 'first-token'.")
-        most = self.engine.most_tokens()
-        if most is not None and most < least:
-            raise MemvecError(
-                f"--vectors {self.K} leaves no room for text in {self.lm.name}'s context of "
-                f"{self.lm.context} tokens."
-            )
-        if self.tokens is not None:
-            return Cutter(self.lm, tokens=self.tokens, most=most), least
-        share = float(self.lm.facts.get("fill", FILL))
-        share = share / 2 if self.layout == "one-step-shared" else share
-        bits = share * self.K * self._bits_per_vector(most)
-        return Cutter(self.lm, bits=bits, most=most), least
-
-    def _bits_per_vector(self, most: int | None) -> float:
-        """Measured for the model (its folder's memvec.json), else estimated on these documents."""
-        table = self.lm.facts.get("bits_per_vector", {})
-        known = [float(table[k]) for k in sorted(table, key=int) if int(k) <= self.K]
-        if known:
-            return known[-1]
-        ids = max((d.ids for d in self.documents), key=len)
-        length = min(len(ids), most or 10**9, 128 * self.K)
-        room = len(ids) - length
-        starts = sorted({room * i // PROBED for i in range(PROBED)})
-        probes = [Passage(tuple(ids[at : at + length])) for at in starts]
-        recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
-        engine = Engine(
-            self.lm,
-            recipe,
-            vectors=self.K,
-            batch_size=min(
-                len(probes), self._batch_size or default_batch_size(self.lm, length, self.K)
-            ),
-            storage=self.storage,
-        )
-        reached = []
-        for outcome in engine.run(p for p in probes if len(p) > engine.given):
-            n = max(outcome.metrics.horizon, 1)
-            reached.append(float(surprisals(self.lm, outcome.passage.ids[:n]).sum()) / self.K)
-        return math.fsum(reached) / len(reached)
-
-    def _known(self, passage: Passage) -> list[Passage]:
-        """What is left of a passage: nothing if the journal has it, else itself or its parts."""
-        outcome = self.journal.get(passage) if self.journal is not None else None
-        if outcome is None:
-            return [passage]
-        return [left for part in self._take(outcome) for left in self._known(part)]
-
-    def _take(self, outcome: Outcome) -> list[Passage]:
-        """Keep an exact outcome, or halve a passage that did not fit: the halves are to do."""
-        passage = outcome.passage
-        self.spent[passage.document, passage.offset, len(passage)] = outcome.spent
-        halves = passage.halves() if len(passage) > 1 else ()
-        shortest = max(self.K, self.engine.given + 1)
-        if outcome.exact or not halves or min(map(len, halves)) < shortest:
-            self.done[passage.document, passage.offset] = outcome
-            halves = ()
-        else:
-            self.split += 1
-        self._tell()
-        return list(halves)
-
-    # ------------------------------------------------------------------ result out
-
-    def certified(self, keep_text: bool) -> tuple[MemVectors, list[bool]]:
-        """The result, decoded once more in the order and batches in which a user will, and which
-        passages came back."""
-        self.stage = "certifying"
-        self._tell()
-        for attempts_left in (3, 2, 1, 0):
-            mem = self._result(keep_text)
-            certificate, exact = verify(self.lm, mem)
-            found = zip(self._in_order(), exact, strict=True)
-            fallen = [outcome for outcome, decodes in found if outcome.exact and not decodes]
-            if not fallen or not attempts_left:
-                break
-            # Another batch shape flipped an arg-max: ask these passages for a larger margin.
-            for outcome in self._again(fallen):
-                self.done[outcome.passage.document, outcome.passage.offset] = outcome
-        return mem.with_certificate(certificate, exact), exact
-
-    def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
-        """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
-        if self.layout != "one-step-shared":
-            for outcome in fallen:
-                self.engine.push_again(outcome)
-            return self.engine.run()
-        which, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
-        jobs = [Job.again(o, raised=spread if id(o) in which else None) for o in self._in_order()]
-        return self._shared().run(jobs)
-
-    def _in_order(self) -> list[Outcome]:
-        return [self.done[key] for key in sorted(self.done)]
-
-    def _result(self, keep_text: bool) -> MemVectors:
-        outcomes = self._in_order()
-        given = self.engine.given
-        passages = [
-            PassageRecord(
-                **o.result.model_dump(),
-                sha256=ids_hash(o.passage.ids),
-                first=o.passage.ids[0] if given else None,
-                corrections=list(o.corrections),
-            )
-            for o in outcomes
-        ]
-        documents = [
-            DocumentRecord(
-                name=d.name,
-                sha256=d.sha256,
-                size=d.size,
-                encoding=d.encoding,
-                edits=list(d.edits),
-                passages=sum(1 for o in outcomes if o.passage.document == i),
-                text=self._text(d) if keep_text else None,
-            )
-            for i, d in enumerate(self.documents)
-        ]
-        header = Header(
-            model=self.lm.description(),
-            start_rule=self.engine.start_rule,
-            layout=laid_out_as(self.layout),
-            packing=self.storage.packing,
-            recipe=self.engine.recipe.record(),
-            environment=environment(),
-            documents=documents,
-            passages=passages,
-        )
-        return MemVectors(torch.stack([o.vectors for o in outcomes]), header)
-
-    def _text(self, document: Document) -> str:
-        return document.data(self.lm).decode(document.encoding)
-
-    # ------------------------------------------------------------------ news
-
-    def _progress(self, progress: Progress) -> None:
-        self._tell(progress)
-
-    def _tell(self, progress: Progress | None = None) -> None:
-        if self.on_status is not None:
-            done = sum(len(o.passage) for o in self.done.values())
-            vectors = self.K * len(self.done)
-            self.on_status(
-                Status(self.stage, self.total, done, vectors, self.split, progress, self.expected)
-            )
-
-
-def account(mem: MemVectors, text: bytes) -> dict[str, int]:
-    """Honest bytes of what was crammed: text, vectors with corrections and edits, compressors."""
-    s = mem.summary()
-    size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
-    return metrics.byte_account(text, size, s["lm_bits"])
-
-
-def failures(mem: MemVectors) -> Iterable[str]:
-    """A sentence for each passage that is not exact."""
-    for i, p in enumerate(mem.passages):
-        if not p.exact:
-            why = {
-                "done": "its decoding disagrees",
-                "budget": f"{p.steps} steps were not enough",
-                "not-finite": "the loss was not finite",
-            }[p.status]
-            yield (
-                f"passage {i} ({p.tokens} tokens) came back only up to token {p.horizon}: {why}."
-            )

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from memvec.corrections import table
 from memvec.model.caching import step
-from memvec.model.lm import FrozenLM, StartRule
+from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
+from memvec.model.reading import StartRule
 
 BATCH = 32  # passages decoded together; certification and users use the same number
 
@@ -42,10 +43,8 @@ def decode_ids(
     reference path: one whole forward per token; a model without a usable cache knows no other.
     Where memory runs out, the batch is halved and decoding goes on.
     """
-    if lm.layout == "one-step":
-        from memvec.onestep import decode_at_once
-
-        at_once = decode_at_once(lm, vectors, lengths, start, batch)
+    if not lm.reading.feeds_back:
+        at_once = _at_once(lm, vectors, lengths, start, batch)
         for ids, fixes in zip(at_once, corrections or [], strict=False):
             for position, token in fixes:
                 ids[position] = token
@@ -63,6 +62,29 @@ def decode_ids(
             tokens.insert(0, prefix[:, 0])
         found = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
         return [row[:n] for row, n in zip(found, lengths[rows], strict=True)]
+
+    return in_batches(work, len(lengths), batch)
+
+
+def _at_once(
+    lm: FrozenLM,
+    vectors: Float[Tensor, "P K D"],
+    lengths: Sequence[int],
+    start: StartRule,
+    batch: int,
+) -> list[list[int]]:
+    """Token ids in one forward pass for each batch: nothing is fed back, so a wrong token does no
+    harm to the next one."""
+
+    def work(rows: slice) -> list[list[int]]:
+        part = vectors[rows].to(lm.device)
+        blank = torch.zeros(len(part), max(lengths[rows]), dtype=torch.long, device=lm.device)
+        states = lm.states(part, blank, start)
+        # A passage at a time: logits of all (B, T, V) may not fit.
+        return [
+            lm.head(row[:n]).argmax(-1).tolist()
+            for row, n in zip(states, lengths[rows], strict=True)
+        ]
 
     return in_batches(work, len(lengths), batch)
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.codec import Status
+from memvec.cram_job import Status
 from memvec.model.estimate import duration
 from memvec.plan import Plan
 from memvec.statistics import Mean

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memvec.errors import MemvecError
-from memvec.model.lm import POCKET
+from memvec.loading import POCKET
 from memvec.vectors import MemVectors
 from memvec.writing import write_atomically
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from memvec.codec import Cramming, Status
+from memvec.cram_job import CramJob, Status
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
@@ -78,7 +78,7 @@ def plan(
         raise MemvecError(f"--sample must be at least 2, not {sample}.")
     clock = _Clock(on_status)
     began = time.perf_counter()
-    work = Cramming(
+    work = CramJob(
         lm,
         [document],
         vectors,
@@ -140,7 +140,7 @@ def _end(passage: Passage) -> int:
 
 
 def _places(
-    work: Cramming, document: Document, sample: int, seed: int
+    work: CramJob, document: Document, sample: int, seed: int
 ) -> tuple[list[Passage], float]:
     """The sample, and the seconds that cutting takes for each token of the document."""
     cutter, least = work.cutter()

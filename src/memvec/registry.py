@@ -44,9 +44,9 @@ GROUP = "memvec.plugins"
 # kind -> name -> where it is
 BUILT_IN: dict[str, dict[str, str]] = {
     "objective": {
-        "cross-entropy": "memvec.cramming.objectives:cross_entropy",
+        "cross-entropy": "memvec.cramming.objectives:CrossEntropy",
         "margin": "memvec.cramming.objectives:margin",
-        "deficit": "memvec.cramming.objectives:deficit",
+        "deficit": "memvec.cramming.objectives:Deficit",
     },
     "schedule": {
         "growing": "memvec.cramming.schedules:Growing",

@@ -1,7 +1,7 @@
 """MemVectors: [mem] vectors with everything needed to decode and to believe them, in one file.
 
 The file is safetensors: the tensors of a storage (memvec.storage: `vectors` (P, K, D) as they are,
-or integer `codes` and `scales`), and a JSON header that the classes below describe and validate.
+or integer `codes` and `scales`), and a JSON header that memvec.header describes and validate.
 The text is not in it unless asked for. A digest over the header and the tensors' bytes finds every
 change; nothing is unpickled, and nothing is allocated that the file does not itself contain (4-bit
 codes take eight times their size once they are numbers).
@@ -15,16 +15,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -32,101 +26,14 @@ from torch import Tensor
 from memvec import corrections, metrics
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
-from memvec.model.lm import Fingerprint, FrozenLM, Layout, StartRule
-from memvec.onestep import from_rows, laid_out, row_count, to_rows
+from memvec.header import Header, PassageRecord
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule, reading_named
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
-from memvec.results import PassageResult, Record
-from memvec.storage import STORAGES, PackingName, Storage
+from memvec.storage import STORAGES, Storage
 from memvec.writing import write_atomically
-
-if TYPE_CHECKING:
-    from typing import Self
-
-LONGEST = 1_000_000  # tokens of one passage; no model reads more, and a header cannot claim it
-
-
-Position = Annotated[int, Field(ge=0, lt=LONGEST)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class PassageRecord(PassageResult):
-    """One passage in a file: its result, its identity, and the tokens that are put in for it."""
-
-    tokens: int = Field(ge=1, le=LONGEST, description="tokens of the passage")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of its token ids")
-    first: int | None = Field(default=None, ge=0, description="given first token, if one is given")
-    corrections: list[tuple[Position, TokenId]] = Field(
-        default_factory=list, description="positions, rising, and the token ids to put there"
-    )
-
-    @model_validator(mode="after")
-    def _corrects_itself(self) -> Self:
-        places = [position for position, _ in self.corrections]
-        if places != sorted(set(places)) or (places and places[-1] >= self.tokens):
-            raise ValueError("the corrections are not at rising positions of the passage")
-        return self
-
-
-class DocumentRecord(Record):
-    """One text: the passages it is made of, and what turns their tokens into its bytes."""
-
-    name: str
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of the text's bytes")
-    size: int = Field(ge=1, description="bytes")
-    encoding: str = "utf-8"
-    edits: list[tuple[int, int, str]] = Field(default_factory=list)
-    passages: int = Field(ge=1, description="number of passages, in order")
-    text: str | None = Field(default=None, description="the text itself, only if asked for")
-
-
-class _Identity(BaseModel):
-    """The part of `Header.model` that is read again; the rest is for people."""
-
-    name: str
-    config: str
-    weights: str
-    probe: list[float]
-    dtype: str
-    vocabulary: int = Field(ge=2)
-
-
-class Header(Record):
-    """Everything but the numbers."""
-
-    format: Literal["memvec"] = "memvec"
-    version: Literal[1] = 1
-    model: dict[str, Any] = Field(description="FrozenLM.description()")
-    start_rule: Literal["vectors", "bos", "first-token"]
-    layout: Layout = Field(
-        default="prefix",
-        description="how the model reads the vectors: in front of a passage, or (memvec.onestep) "
-        "two of them as [e, m, ..., m], with an m of each passage or one that all share",
-    )
-    packing: PackingName | None = Field(
-        default=None, description="integers that the numbers are stored as; none: as they are"
-    )
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-    documents: list[DocumentRecord]
-    passages: list[PassageRecord]
-    certificate: dict[str, Any] | None = Field(
-        default=None, description="what the last whole decode of the stored vectors found"
-    )
-
-    @field_validator("model")
-    @classmethod
-    def _identifies(cls, model: dict[str, Any]) -> dict[str, Any]:
-        _Identity.model_validate(model)
-        return model
-
-    @model_validator(mode="after")
-    def _adds_up(self) -> Self:
-        if self.layout != "prefix" and self.start_rule != "vectors":
-            raise ValueError("one-step vectors are not followed by tokens")
-        if sum(d.passages for d in self.documents) != len(self.passages):
-            raise ValueError("the documents do not add up to the passages")
-        return self
 
 
 class MemVectors:
@@ -142,9 +49,10 @@ class MemVectors:
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
                 f"got {tuple(vectors.shape)}."
             )
-        if header.layout != "prefix" and vectors.shape[1] != 2:
+        reading = reading_named(header.layout)
+        if reading.fixed_vectors not in (None, vectors.shape[1]):
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
-        if header.layout == "one-step-shared" and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
+        if reading.shares_m and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
@@ -176,7 +84,7 @@ class MemVectors:
     @property
     def stored(self) -> Tensor:
         """The rows that a file holds: an m that all passages share is there once."""
-        return to_rows(self.vectors, self.header.layout)
+        return reading_named(self.header.layout).rows(self.vectors)
 
     @property
     def storage(self) -> Storage:
@@ -256,7 +164,7 @@ class MemVectors:
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """Token ids of every passage, decoded freely, right or wrong."""
         self.check_model(lm, force=force)
-        lm = laid_out(lm, self.header.layout)
+        lm = lm.read_as(self.header.layout)
         longest = max((p.tokens for p in self.passages), default=0)
         if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
@@ -342,7 +250,7 @@ class MemVectors:
                     )
                 first = "vectors" if header.packing is None else "codes"
                 shape = opened.get_slice(first).get_shape()
-                rows = row_count(len(header.passages), header.layout)
+                rows = reading_named(header.layout).row_count(len(header.passages))
                 if len(shape) != 3 or shape[0] != rows or 0 in shape:
                     raise MemvecError(
                         f"{file} claims {len(header.passages)} passages and holds vectors of shape "
@@ -371,7 +279,7 @@ class MemVectors:
             raise MemvecError(f"{file} {error}.") from None
         if not bool(torch.isfinite(vectors.float()).all()):
             raise MemvecError(f"{file} holds numbers that are not finite.")
-        return cls(from_rows(vectors, header.layout), header)
+        return cls(reading_named(header.layout).vectors(vectors), header)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""

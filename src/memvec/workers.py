@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress, Waiting
 from memvec.errors import MemvecError
-from memvec.onestep import laid_out
 from memvec.storage import storage_of
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class Loading:
 
     def load(self, device: str) -> FrozenLM:
         """The model on a device."""
-        from memvec.model.lm import load_lm
+        from memvec.loading import load_lm
 
         return load_lm(
             self.name,
@@ -351,7 +350,7 @@ class Batch:
     ) -> Iterator[tuple[Hashable, Outcome]]:
         """Outcomes, each as soon as it is certified."""
         engine = Engine(
-            laid_out(lm, self.layout),
+            lm.read_as(self.layout),
             self.recipe,
             vectors=self.vectors,
             batch_size=self.batch_size,

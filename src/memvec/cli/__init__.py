@@ -460,7 +460,7 @@ def _load(
     encoder: Path | None = None,
 ) -> FrozenLM:
     from memvec import display
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     options = _loading_options(load)
     lm = load_lm(name, revision=revision, device=device, dtype=dtype, encoder=encoder, **options)

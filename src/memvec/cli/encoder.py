@@ -67,7 +67,7 @@ def train(
     from memvec.display import say
     from memvec.encoders.files import save_encoder
     from memvec.encoders.training import Plan, Training, TrainingProgress
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     plan = Plan(
         steps=steps,
@@ -142,7 +142,7 @@ def measure(
 
     from memvec.cramming.recipe import Recipe
     from memvec.encoders.measure import compare
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     try:
         asked = [int(part) for part in lengths.split(",")]

@@ -204,7 +204,7 @@ def _pool_maker(device: str, workers: int, on: str | None) -> Callable[[ModelSpe
             return Remote(model, workers=workers, address=on, device=device)
         from memvec.display import say
         from memvec.lab.study.pool import Here
-        from memvec.model.lm import load_lm
+        from memvec.loading import load_lm
 
         lm = load_lm(model.name, revision=model.revision, device=device, dtype=model.dtype)
         d = lm.description()

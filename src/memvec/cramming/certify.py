@@ -18,8 +18,9 @@ from memvec import metrics
 from memvec.corrections import Corrections, pick
 from memvec.decoding import decode_ids, first_error
 from memvec.model import memory
-from memvec.model.lm import FrozenLM, StartRule
-from memvec.passages.passage import Passage
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Measures, PassageResult, PositionScores, Status
 from memvec.storage import Storage
 
@@ -125,10 +126,7 @@ def positions(
     Rows of shorter passages are right-padded; what stands in the padding means nothing.
     """
     B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
-    ids = torch.zeros(B, longest, dtype=torch.long)
-    for row, passage in zip(ids, passages, strict=True):
-        row[: len(passage)] = torch.tensor(passage.ids)
-    ids = ids.to(lm.device)
+    ids = padded_ids(passages, longest).to(lm.device)
     bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
     if start == "first-token" or lm.bos_id is not None:
         base = lm.states(None, ids, "first-token" if start == "first-token" else "bos")

@@ -20,13 +20,14 @@ from memvec.storage import Storage
 class Coordinates(Protocol):
     """Parameters (B, ...) of B passages, and the vectors (B, K, D) they stand for.
 
-    Made from a recipe, K and D.
+    Made from a recipe, K and D. Coordinates need not reach every vector: what is measured and kept
+    is always what `vectors` gives.
     """
 
     def __init__(self, recipe: Recipe, K: int, D: int) -> None: ...
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Tensor:
-        """Parameters whose vectors are these."""
+        """Parameters whose vectors are these, or the nearest that the coordinates reach."""
 
     def vectors(self, parameters: Tensor) -> Float[Tensor, "B K D"]:
         """The vectors of parameters, differentiable."""
@@ -79,9 +80,6 @@ class LowDim:
         lifted = z.reshape(-1, *self.z.shape) @ W.reshape(-1, *self.W.shape)
         vectors: Tensor = lifted + b.reshape_as(lifted)
         return vectors
-
-
-COORDINATES: dict[str, type[Coordinates]] = {"direct": Direct, "low-dim": LowDim}
 
 
 class _Round(torch.autograd.Function):

@@ -9,19 +9,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from memvec import registry
 from memvec.errors import MemvecError, did_you_mean
 
-ObjectiveName = Literal["cross-entropy", "margin", "deficit"]
-CoordinatesName = Literal["direct", "low-dim"]
-OptimizerName = Literal["adam", "adamw"]
-ScheduleName = Literal["growing", "whole"]
-StartName = Literal["auto", "encoder", "noise", "embeddings", "uniform", "linear", "normal"]
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
 UnitName = Literal["spread", "logits"]
 ComputeName = Literal["auto", "model", "bfloat16"]
 
 
-def _says(default: Any, text: str) -> Any:
+def documented(default: Any, text: str) -> Any:
+    """A field with a default and the sentence that help texts show."""
     return field(default=default, metadata={"help": text})
 
 
@@ -29,93 +26,96 @@ def _says(default: Any, text: str) -> Any:
 class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
-    objective: ObjectiveName = _says("cross-entropy", "what is minimised")
-    temperature: float = _says(0.2, "logits are divided by this in the loss; the paper's: 1 logit")
-    margin: float = _says(
+    objective: str = documented("cross-entropy", "what is minimised")
+    temperature: float = documented(
+        0.2, "logits are divided by this in the loss; the paper's: 1 logit"
+    )
+    margin: float = documented(
         0.28, "a token counts as right when its logit leads the best other one by this much"
     )
-    unit: UnitName = _says(
+    unit: UnitName = documented(
         "spread",
         "what temperature and margin are counted in: 'spread', the standard deviation of the "
         "model's logits over its vocabulary, so that one recipe fits all models; or 'logits'",
     )
-    schedule: ScheduleName = _says(
+    schedule: str = documented(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
     )
-    look_ahead: int = _says(
+    look_ahead: int = documented(
         8, "tokens per vector that come to count together, once all that counted are right"
     )
-    narrow_after: int = _says(
+    narrow_after: int = documented(
         12,
         "steps without progress after which the look-ahead is halved, to widen again by a token "
         "with each that comes right; 0: it stays",
     )
-    stuck_after: int = _says(
+    stuck_after: int = documented(
         20,
         "steps without progress after which a passage is stuck: the temperature falls, to a third "
         "at least, until there is progress, and from now on its vectors are large; 0: never",
     )
-    coordinates: CoordinatesName = _says("direct", "what is moved")
-    dimensions: int = _says(256, "coefficients per vector of 'low-dim' coordinates")
-    optimizer: OptimizerName = _says("adam", "how it is moved")
-    lr: float = _says(
+    coordinates: str = documented("direct", "what is moved")
+    dimensions: int = documented(256, "coefficients per vector of 'low-dim' coordinates")
+    optimizer: str = documented("adam", "how it is moved")
+    lr: float = documented(
         0.1,
         "learning rate; beside lr_large, that of vectors which an encoder put near where they have "
         "to be, in proportion to their size (RMS) where that is more than 1",
     )
-    lr_large: float = _says(
+    lr_large: float = documented(
         12.8,
         "learning rate, and least size (RMS), of all other vectors, and of those once their "
         "passage has been stuck: a large vector gets there sooner and holds more; 0: lr for all",
     )
-    warmup: int = _says(0, "moves over which the learning rate rises from 0")
-    decay: int = _says(0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays")
-    lr_end: float = _says(1e-3, "learning rate after `decay` moves")
-    beta1: float = _says(0.95, "decay of the mean gradient")
-    beta1_rise: float = _says(
+    warmup: int = documented(0, "moves over which the learning rate rises from 0")
+    decay: int = documented(
+        0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays"
+    )
+    lr_end: float = documented(1e-3, "learning rate after `decay` moves")
+    beta1: float = documented(0.95, "decay of the mean gradient")
+    beta1_rise: float = documented(
         0.4,
         "after t moves the mean gradient's decay is 1 - 1 / (1 + 0.8 t^this), until it is beta1: "
         "the first moves follow their own gradient; 0: beta1 from the first move",
     )
-    beta2: float = _says(0.7, "decay of the mean squared gradient")
-    weight_decay: float = _says(0.0, "decoupled weight decay (adamw)")
-    start: StartName = _says(
+    beta2: float = documented(0.7, "decay of the mean squared gradient")
+    weight_decay: float = documented(0.0, "decoupled weight decay (adamw)")
+    start: str = documented(
         "auto",
         "where vectors begin; 'auto': the model's one-pass encoder if it has one, else noise",
     )
-    start_rule: StartRuleName = _says(
+    start_rule: StartRuleName = documented(
         "vectors",
         "what follows the vectors: nothing, the model's BOS, the passage's first token; 'paper': "
         "BOS if the tokenizer adds one, else the first token",
     )
-    compute: ComputeName = _says(
+    compute: ComputeName = documented(
         "auto",
         "what steps are computed in: 'model', the model's own dtype; 'bfloat16', a rounded copy of "
         "its weights; 'auto': bfloat16 for float32 models on a CPU that has products of it. What "
         "is exact is decided in the model's own dtype",
     )
-    steps: int = _says(1500, "most steps for a passage")
-    patience: int = _says(300, "steps without progress after which a passage is given up")
-    budget: int = _says(
+    steps: int = documented(1500, "most steps for a passage")
+    patience: int = documented(300, "steps without progress after which a passage is given up")
+    budget: int = documented(
         0, "most forward-backward tokens for a passage, checked after each step; 0: no limit"
     )
-    corrections: int = _says(
+    corrections: int = documented(
         0, "tokens of a passage that may be listed in the file where the vectors miss them"
     )
-    seed: int = _says(0, "seed; each passage adds its own from its token ids")
+    seed: int = documented(0, "seed; each passage adds its own from its token ids")
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, allowed = getattr(self, item.name), _CHOICES.get(item.name)
-            if allowed and value not in allowed:
-                choices = ", ".join(allowed)
+        for name in (*_REGISTERED, *_CHOICES):
+            value, allowed = getattr(self, name), choices(name)
+            if value not in allowed:
                 raise MemvecError(
-                    f"the recipe's {item.name} cannot be '{value}': it is one of {choices}."
+                    f"the recipe's {name} cannot be '{value}': it is one of {', '.join(allowed)}."
                 )
-        for name, least in _LEAST.items():
+        for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
-            if not value >= least or value == float("inf"):
-                raise MemvecError(f"the recipe's {name} must be at least {least:g}, not {value}.")
+            if not value >= minimum or value == float("inf"):
+                raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):
@@ -154,17 +154,20 @@ class Recipe:
         return asdict(self)
 
 
+# Fields whose values are names of the registry, and names that stand beside the registered ones.
+_REGISTERED: dict[str, tuple[str, ...]] = {
+    "objective": (),
+    "coordinates": (),
+    "optimizer": (),
+    "schedule": (),
+    "start": ("auto", "encoder"),
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": get_args(ObjectiveName),
-    "coordinates": get_args(CoordinatesName),
-    "optimizer": get_args(OptimizerName),
-    "schedule": get_args(ScheduleName),
-    "start": get_args(StartName),
     "start_rule": get_args(StartRuleName),
     "unit": get_args(UnitName),
     "compute": get_args(ComputeName),
 }
-_LEAST: dict[str, float] = {
+_MINIMUM: dict[str, float] = {
     "temperature": 1e-6,
     "margin": 0.0,
     "look_ahead": 1,
@@ -183,6 +186,13 @@ _LEAST: dict[str, float] = {
     "budget": 0,
     "corrections": 0,
 }
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that a field of names can have; registered ones included."""
+    if name in _REGISTERED:
+        return (*_REGISTERED[name], *registry.names(name))
+    return _CHOICES[name]
 
 
 def _convert(name: str, value: Any, kind: type) -> Any:

@@ -26,7 +26,8 @@ from memvec import registry
 from memvec.encoders.base import EncoderFile, OnePassEncoder
 from memvec.encoders.slots import SlotEncoder
 from memvec.errors import MemvecError, did_you_mean
-from memvec.model.lm import Fingerprint, FrozenLM
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
 FILE_NAME = "encoder.safetensors"  # in a model's folder

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from memvec.cramming.objective import score
+from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.slots import SlotEncoder, SlotNetwork

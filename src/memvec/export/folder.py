@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from memvec.environment import environment
 from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target
+from memvec.header import PassageRecord
 from memvec.passages.passage import ids_hash
-from memvec.vectors import MemVectors, PassageRecord, pretty_json
+from memvec.vectors import MemVectors, pretty_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

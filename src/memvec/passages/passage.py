@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from memvec.errors import MemvecError
 
@@ -38,3 +40,11 @@ class Passage:
             Passage(self.ids[:middle], self.document, self.offset),
             Passage(self.ids[middle:], self.document, self.offset + middle),
         )
+
+
+def padded_ids(passages: Sequence[Passage], columns: int) -> Int[Tensor, "B T"]:
+    """Token ids of passages as rows, right-padded with 0, on the CPU."""
+    ids = torch.zeros(len(passages), columns, dtype=torch.long)
+    for row, passage in zip(ids, passages, strict=True):
+        row[: len(passage)] = torch.tensor(passage.ids)
+    return ids

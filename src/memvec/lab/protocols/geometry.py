@@ -18,7 +18,8 @@ from torch import Tensor
 from memvec.lab.protocols.protocol import Protocol
 
 if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM, StartRule
+    from memvec.model.lm import FrozenLM
+    from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
 
 POINTS = 11  # on the straight line, both ends included

@@ -21,7 +21,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.statistics import Mean, mean_interval
 
 if TYPE_CHECKING:
-    from memvec.model.lm import StartRule
+    from memvec.model.reading import StartRule
 
 THRESHOLD = 0.99
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM, Layout, StartRule
+    from memvec.model.lm import FrozenLM
+    from memvec.model.reading import Layout, StartRule
     from memvec.passages.found import Found
 
 

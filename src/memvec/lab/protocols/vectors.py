@@ -14,7 +14,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.statistics import mean_interval
 
 if TYPE_CHECKING:
-    from memvec.model.lm import StartRule
+    from memvec.model.reading import StartRule
 
 
 class Vectors(Protocol):

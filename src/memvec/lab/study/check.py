@@ -55,7 +55,7 @@ def check_study(
     `sample`: so many rows spread over the study; 0: all. Raises MemvecError if the model is not
     the study's.
     """
-    from memvec.model.lm import load_lm
+    from memvec.loading import load_lm
 
     wrong: list[str] = []
     worst: dict[str, float] = {}

@@ -41,7 +41,7 @@ def facts_of(name: str) -> Facts | None:
     known = known_facts()
     if name in known:
         return known[name]
-    from memvec.model.lm import POCKET
+    from memvec.loading import POCKET
 
     folder = POCKET if name == "pocket" else Path(name).expanduser()
     file = folder / "config.json"

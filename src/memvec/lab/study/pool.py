@@ -20,7 +20,8 @@ from memvec.passages.passage import Passage
 from memvec.passages.sources import Source
 
 if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM, StartRule
+    from memvec.model.lm import FrozenLM
+    from memvec.model.reading import StartRule
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from memvec.passages.sources import Source
 from memvec.workers import Loading, OnProgress, Workers
 
 if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM, StartRule
+    from memvec.model.lm import FrozenLM
+    from memvec.model.reading import StartRule
 
 
 class Remote:

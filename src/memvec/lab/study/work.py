@@ -15,7 +15,6 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols import PROTOCOLS
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import Finished, Row
-from memvec.onestep import laid_out
 from memvec.passages.found import Found
 from memvec.passages.passage import ids_hash
 from memvec.passages.sources import Source
@@ -56,7 +55,7 @@ def cram_cell(
 ) -> Iterator[Finished]:
     """Rows of a cell's passages, each as soon as it is certified."""
     recipe = cell.made_recipe()
-    lm = laid_out(lm, PROTOCOLS[cell.protocol].layout)
+    lm = lm.read_as(PROTOCOLS[cell.protocol].layout)
     engine = Engine(
         lm,
         recipe,

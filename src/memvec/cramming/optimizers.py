@@ -7,18 +7,21 @@ its neighbours are at 500) and moments that leave with the passage, so those are
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.rows import Rows
 
 
 def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
     """The rate of a passage's next move after it has moved so often.
 
     A straight line from 0 over `warmup` moves, then half a cosine down to `lr_end` at move `decay`
-    (0: it stays), as transformers' cosine schedule with a least rate has it.
+    (0: it stays), as transformers' cosine schedule with a minimum rate has it.
     """
     rate = torch.full_like(moved, recipe.lr)
     if recipe.decay:
@@ -28,7 +31,7 @@ def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "
     return rate * (moved / max(1, recipe.warmup)).clamp_max(1) if recipe.warmup else rate
 
 
-RISE = 0.8
+RISE = 0.8  # how fast the mean gradient's memory grows with the number of moves
 
 
 def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
@@ -42,57 +45,71 @@ def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B
     return (1 - 1 / (1 + RISE * moved**recipe.beta1_rise)).clamp_max(recipe.beta1)
 
 
-class Adam:
-    """Adam (Kingma & Ba 2015) over the first axis of a stacked parameter; AdamW with decay.
+@dataclass
+class OptimizerState(Rows):
+    """Moments and move counts of each slot; (B, ...) like the parameters."""
 
-    `state` tensors have the passages as their first axis, so the engine can slot, compact and
-    retire passages without knowing what they mean.
+    mean: Tensor
+    square: Tensor
+    count: Float[Tensor, " B"]
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) for B passages that start and stop at different moves.
+
+    `weight_decay` is decoupled as in AdamW and 0 here; beta1 may rise from move to move.
     """
+
+    weight_decay = 0.0
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.weight_decay = recipe.weight_decay if recipe.optimizer == "adamw" else 0.0
 
-    def fresh(self, parameters: Tensor) -> dict[str, Tensor]:
+    def fresh(self, parameters: Tensor) -> OptimizerState:
         """Empty state for parameters (B, ...)."""
-        return {
-            "mean": torch.zeros_like(parameters),
-            "square": torch.zeros_like(parameters),
-            "count": torch.zeros(len(parameters), device=parameters.device),
-        }
+        return OptimizerState(
+            torch.zeros_like(parameters),
+            torch.zeros_like(parameters),
+            torch.zeros(len(parameters), device=parameters.device),
+        )
 
     @torch.no_grad()
     def step(
         self,
         parameters: Tensor,
         gradient: Tensor,
-        state: dict[str, Tensor],
-        moving: Tensor,
-        faster: Tensor | None = None,
+        state: OptimizerState,
+        moving: Bool[Tensor, " B"],
+        lr_scale: Float[Tensor, " B"] | None = None,
     ) -> None:
         """Move `parameters` (B, ...) in place where `moving` (B) is true; others stay.
 
-        `faster` (B): how many times the learning rate each passage moves at; once, if not given.
+        `lr_scale` multiplies the learning rate of each passage; 1 if it is not given.
         """
         beta1, beta2 = self.recipe.beta1, self.recipe.beta2
         shape = (-1,) + (1,) * (parameters.dim() - 1)
         on = moving.reshape(shape)
-        decay = first_decay(state["count"], self.recipe).reshape(shape)
-        state["count"].add_(moving)
+        decay = first_decay(state.count, self.recipe).reshape(shape)
+        state.count.add_(moving)
         # lerp with weight 0 leaves a passage that has finished exactly as it was measured.
-        state["mean"].lerp_(gradient, (1 - decay) * on.to(gradient.dtype))
-        state["square"].lerp_(gradient.square(), (1 - beta2) * on.to(gradient.dtype))
-        count = state["count"].clamp_min(1).reshape(shape)
+        state.mean.lerp_(gradient, (1 - decay) * on.to(gradient.dtype))
+        state.square.lerp_(gradient.square(), (1 - beta2) * on.to(gradient.dtype))
+        count = state.count.clamp_min(1).reshape(shape)
         # A decay that rises from 0 leaves no share of the mean to what was there before.
-        mean = state["mean"] / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
-        scale = (state["square"] / (1 - beta2**count)).sqrt_().add_(1e-8)
+        mean = state.mean / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
+        scale = (state.square / (1 - beta2**count)).sqrt_().add_(1e-8)
         change = mean.div_(scale)
         if self.weight_decay:
             change.add_(parameters, alpha=self.weight_decay)
         rate = learning_rate(count - 1, self.recipe)
-        if faster is not None:
-            rate = rate * faster.reshape(shape)
+        if lr_scale is not None:
+            rate = rate * lr_scale.reshape(shape)
         parameters.sub_(change.mul_(rate).masked_fill_(~on, 0))
 
 
-OPTIMIZERS = {"adam": Adam, "adamw": Adam}
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), as the paper's code has it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.weight_decay = recipe.weight_decay

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec import registry
 from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.passages.passage import ids_hash
 
 
@@ -60,16 +62,6 @@ def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Te
     return vectors
 
 
-Start = Callable[[FrozenLM, Sequence[int], int, Recipe], Float[Tensor, "K D"]]
-STARTS: dict[str, Start] = {
-    "noise": noise,
-    "embeddings": embeddings,
-    "uniform": uniform,
-    "linear": linear,
-    "normal": normal,
-}
-
-
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
     """The start that applies to this model: 'auto' is its encoder if it has one, else noise."""
     if recipe.start != "auto":
@@ -92,7 +84,7 @@ def start_vectors(
     """
     name = start_of(lm, recipe)
     if name != "encoder":
-        return [STARTS[name](lm, ids, K, recipe) for ids in passages]
+        return [registry.get("start", name)(lm, ids, K, recipe) for ids in passages]
     if lm.encoder is None:
         raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
     batches: dict[int, list[int]] = {}
@@ -103,3 +95,15 @@ def start_vectors(
         table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
         found |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
     return [found[i] for i in range(len(passages))]
+
+
+def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
+    """The start rule that applies to this model ('paper' depends on its tokenizer)."""
+    rule: StartRule
+    if recipe.start_rule == "paper":
+        rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
+    else:
+        rule = recipe.start_rule
+    if rule == "bos" and lm.bos_id is None:
+        raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
+    return rule

@@ -1,8 +1,15 @@
-"""What is minimised: a loss per position from its logits and its true token.
+"""What is minimised: a loss per position, from its logits and its true token.
 
-An objective is a function of the scores of the true token and of all the others, no more; chunking
-over memory is done once, in `score`, and averaging over the positions that count in `weights`. Each
-passage has its own mean and passages are summed, so that none of them feels another.
+An objective says what a position costs (`loss`) and what it weighs in its passage (`weights`);
+chunking over memory is done once, in `score`. Each passage has its own weighted mean and passages
+are summed, so that none of them feels another. A new objective is one function,
+
+    @register("objective", "hinge")
+    def hinge(logits, ids, temperature, recipe):        # (n, V), (n,), (n,) -> (n,)
+        margin = metrics.margins(logits[None], ids[None])[0]
+        return (recipe.margin - margin).clamp_min(0)
+
+or a subclass of `Objective` if it weighs positions in its own way or has a fast path.
 """
 
 from __future__ import annotations
@@ -14,18 +21,55 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memvec import metrics
+from memvec import metrics, registry
 from memvec.cramming.recipe import Recipe
+from memvec.model import memory
 
 # (logits, true token ids, temperature, recipe) -> loss of each position
-Objective = Callable[
+LossFunction = Callable[
     [Float[Tensor, "n V"], Int[Tensor, " n"], Float[Tensor, " n"], Recipe], Float[Tensor, " n"]
 ]
+# (logits, true token ids, temperature) -> loss, margin, gradient of the loss at the logits
+FusedLoss = Callable[
+    [Float[Tensor, "n V"], Int[Tensor, " n"], Float[Tensor, " n"]],
+    tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n V"]],
+]
 
-CHUNK = 2**24  # logits held at once: 64 MiB in float32, a few times that while they are scored
-# Smaller probabilities have no say in a gradient; below exp(-87) they are denormal float32 numbers,
+# Smaller probabilities do not change a gradient; below exp(-87) they are denormal float32 numbers,
 # which make a CPU's products with the head so slow that a step takes twice as long (docs/log.md).
-LEAST_LOG = -60.0
+SMALLEST_LOG = -60.0
+
+
+class Objective:
+    """What is minimised; made from a loss function, or a subclass with a loss of its own."""
+
+    fused: FusedLoss | None = None  # a fast path that gives the same figures as autograd
+
+    def __init__(self, loss: LossFunction | None = None) -> None:
+        if loss is not None:
+            self.loss = loss  # type: ignore[method-assign, assignment]
+
+    def loss(
+        self,
+        logits: Float[Tensor, "n V"],
+        ids: Int[Tensor, " n"],
+        temperature: Float[Tensor, " n"],
+        recipe: Recipe,
+    ) -> Float[Tensor, " n"]:
+        """The loss of each position, logits."""
+        raise NotImplementedError
+
+    def weights(
+        self,
+        counted: Bool[Tensor, "B T"],
+        margin: Float[Tensor, "B T"],
+        target_margin: Float[Tensor, " B"],
+    ) -> Float[Tensor, "B T"]:
+        """What each position weighs in its passage's loss; no gradient flows through it.
+
+        Here: equal weights that add up to 1 over the positions that count.
+        """
+        return counted / counted.sum(-1, keepdim=True).clamp_min(1)
 
 
 def cross_entropy(
@@ -69,36 +113,41 @@ def fused_cross_entropy(
     buffer = torch.log_softmax(logits / temperature[:, None], dim=-1)
     true = buffer.gather(-1, here)
     best_other = buffer.scatter_(-1, here, -torch.inf).amax(-1, keepdim=True)
-    gradient = buffer.scatter_(-1, here, true).clamp_(min=LEAST_LOG).exp_()
+    gradient = buffer.scatter_(-1, here, true).clamp_(min=SMALLEST_LOG).exp_()
     gradient.scatter_add_(-1, here, torch.full_like(true, -1.0))
     return -true[:, 0] * temperature, (true - best_other)[:, 0] * temperature, gradient
 
 
-# 'deficit' is cross-entropy too: what differs is how much each position weighs.
-OBJECTIVES: dict[str, Objective] = {
-    "cross-entropy": cross_entropy,
-    "margin": margin,
-    "deficit": cross_entropy,
-}
-# Fast paths of objectives above, compared with them in the tests.
-FUSED = {"cross-entropy": fused_cross_entropy, "deficit": fused_cross_entropy}
+class CrossEntropy(Objective):
+    """`cross_entropy` with its fast path."""
+
+    fused = staticmethod(fused_cross_entropy)
+    loss = staticmethod(cross_entropy)
 
 
-def weights(
-    counted: Bool[Tensor, "B T"],
-    margin: Float[Tensor, "B T"],
-    asked: Float[Tensor, " B"],
-    recipe: Recipe,
-) -> Float[Tensor, "B T"]:
-    """What each position weighs in its passage's loss; no gradient flows through it.
+class Deficit(CrossEntropy):
+    """Cross-entropy in which a position weighs what its margin lacks of the target margin.
 
-    Alike, adding up to 1, over the positions that count; for 'deficit' in proportion to what their
-    margin lacks of the margin asked (Tarasov et al. 2026, the margin-aware loss).
+    The margin-aware loss of Tarasov et al. (2026): a token that leads by enough costs nothing.
     """
-    if recipe.objective == "deficit":
-        share = (asked[:, None] - margin).clamp_min(0) * counted
+
+    def weights(
+        self,
+        counted: Bool[Tensor, "B T"],
+        margin: Float[Tensor, "B T"],
+        target_margin: Float[Tensor, " B"],
+    ) -> Float[Tensor, "B T"]:
+        share = (target_margin[:, None] - margin).clamp_min(0) * counted
         return share / share.sum(-1, keepdim=True).clamp_min(1e-6)
-    return counted / counted.sum(-1, keepdim=True).clamp_min(1)
+
+
+def objective_named(name: str) -> Objective:
+    """The objective that a recipe names: a registered class, or a registered loss function."""
+    choice = registry.get("objective", name)
+    if isinstance(choice, type):
+        made: Objective = choice()
+        return made
+    return Objective(choice)
 
 
 @dataclass(frozen=True)
@@ -125,24 +174,24 @@ def score(
 
     The head is frozen and the loss is a weighted sum over positions, so the gradient of each chunk
     is known, but for its weight, as soon as its logits are: no (B, T, V) tensor outlives its chunk,
-    whatever V is, and what weighs how much may depend on all margins. `temperature` is each
-    passage's, the recipe's where it is not given. `V` saves asking the head for it. `reference`
+    whatever V is, and the weights may depend on all margins. `temperature` is each
+    passage's, or the recipe's if it is not given. `V` saves a call of the head. `reference`
     takes the slow path through autograd, to which the fused one must be equal.
     """
     B, T, H = states.shape
     flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
-    objective = OBJECTIVES[recipe.objective]
-    fused = None if reference else FUSED.get(recipe.objective)
+    objective = objective_named(recipe.objective)
+    fused = None if reference else objective.fused
     if temperature is None:
         temperature = torch.full((B,), recipe.temperature, device=states.device)
-    warm = temperature.repeat_interleave(T)
+    each = temperature.repeat_interleave(T)
     losses = torch.empty(B * T, device=states.device)
-    found = torch.empty(B * T, device=states.device)
+    margin = torch.empty(B * T, device=states.device)
     gradient = torch.empty_like(flat)
     if V is None:
         with torch.no_grad():
             V = int(head(flat[:1]).shape[-1])
-    rows = max(1, CHUNK // V)
+    rows = max(1, memory.LOGITS_AT_ONCE // V)
 
     def chunk(here: slice) -> None:
         # A function of its own, so that nothing of one chunk is alive during the next.
@@ -150,15 +199,15 @@ def score(
             part = flat[here].requires_grad_()
             logits = head(part).float()
             if fused is None:
-                loss = objective(logits, truth[here], warm[here], recipe)
+                loss = objective.loss(logits, truth[here], each[here], recipe)
                 (gradient[here],) = torch.autograd.grad(loss.sum(), part)
                 margins = metrics.margins(logits.detach()[None], truth[here][None])[0]
             else:
-                loss, margins, slope = fused(logits.detach(), truth[here], warm[here])
+                loss, margins, slope = fused(logits.detach(), truth[here], each[here])
                 (gradient[here],) = torch.autograd.grad(logits, part, slope)
         losses[here] = loss.detach()
-        found[here] = margins
+        margin[here] = margins
 
     for at in range(0, B * T, rows):
         chunk(slice(at, at + rows))
-    return Score(losses.reshape(B, T), found.reshape(B, T), gradient.reshape(B, T, H))
+    return Score(losses.reshape(B, T), margin.reshape(B, T), gradient.reshape(B, T, H))

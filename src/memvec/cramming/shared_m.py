@@ -21,18 +21,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec import registry
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
 from memvec.cramming.engine import COLUMNS, Job, Progress, resolve_start_rule
-from memvec.cramming.objective import score, weights
-from memvec.cramming.optimizer import OPTIMIZERS
+from memvec.cramming.objectives import objective_named, score
+from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.schedule import SCHEDULES
-from memvec.cramming.start import start_vectors
+from memvec.cramming.schedules import Schedule
+from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
 from memvec.metrics import horizon
+from memvec.model.lm import FrozenLM
 from memvec.model.memory import forget_freed_memory, out_of_memory
-from memvec.onestep.reading import OneStep
+from memvec.passages.passage import padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
 
@@ -53,7 +55,7 @@ class Shared:
 
     def __init__(
         self,
-        lm: OneStep,
+        lm: FrozenLM,
         recipe: Recipe,
         *,
         batch_size: int,
@@ -67,6 +69,10 @@ class Shared:
         if recipe.corrections:
             raise MemvecError("a shared m takes no corrections: leave out --corrections.")
         self.lm, self.recipe, self.batch_size = lm, recipe, batch_size
+        # One of the two vectors is a passage's own.
+        self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, 1)
+        self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
+        self.objective = objective_named(recipe.objective)
         self.storage = storage_of(storage)
         self.on_progress = on_progress
         self.steps = self.tokens = 0
@@ -116,9 +122,7 @@ class Shared:
         began = time.perf_counter()
         own, shared = (t.to(device) for t in self._start(jobs))
         lengths = [len(job.passage) for job in jobs]
-        ids = torch.zeros(len(jobs), max(lengths), dtype=torch.long)
-        for row, job in zip(ids, jobs, strict=True):
-            row[: len(job.passage)] = torch.tensor(job.passage.ids)
+        ids = padded_ids([job.passage for job in jobs], max(lengths))
         ids, length = ids.to(device), torch.tensor(lengths, device=device)
         asked = torch.tensor([job.margin for job in jobs], device=device)
         order = sorted(range(len(jobs)), key=lambda i: -lengths[i])
@@ -126,7 +130,7 @@ class Shared:
             torch.tensor(order[at : at + self.batch_size], device=device)
             for at in range(0, len(order), self.batch_size)
         ]
-        optimizer = OPTIMIZERS[recipe.optimizer](recipe)
+        optimizer = self.optimizer
         moments = [optimizer.fresh(own), optimizer.fresh(shared)]
         best = torch.zeros_like(length)
         spent = torch.tensor([job.spent for job in jobs], device=device)
@@ -206,10 +210,8 @@ class Shared:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
         """Leading right tokens and counted tokens of a group's passages, the gradients at their e
         and at m, and whether the loss is finite."""
-        recipe, schedule = self.recipe, SCHEDULES[self.recipe.schedule]
         length, asked, best = length[group], asked[group], best[group]
-        ahead = torch.full_like(best, recipe.look_ahead)  # for the one vector of its own
-        need = int(schedule(best, ahead, length).max())
+        need = int(self._counted(best, length).max())
         width = min(int(length.max()), -(-need // COLUMNS) * COLUMNS)
         e = own[group].requires_grad_()
         m = shared.clone().requires_grad_()
@@ -217,18 +219,25 @@ class Shared:
         with torch.enable_grad():
             both = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
             states = self.lm.states(as_stored(both, self.storage), truth)
-        found = score(self.lm.head, states, truth, recipe, V=self.lm.vocab_size)
+        found = score(self.lm.head, states, truth, self.recipe, V=self.lm.vocab_size)
         column = torch.arange(width, device=length.device)
         within = column < length[:, None]
         right = (found.margin >= asked[:, None]) & (found.margin > 0)
         leading = torch.minimum(horizon(right | ~within), length)
         leading = leading.clamp_max(width)
-        counted = schedule(torch.maximum(best, leading), ahead, length).clamp_max(width)
-        weight = weights(column < counted[:, None], found.margin, asked, recipe)
+        counted = self._counted(torch.maximum(best, leading), length).clamp_max(width)
+        weight = self.objective.weights(column < counted[:, None], found.margin, asked)
         sound = bool(torch.isfinite((found.loss * weight).sum()))
         slope = found.gradient.mul_(weight[..., None])
         at_e, at_m = torch.autograd.grad(states, (e, m), slope)
         return leading, counted, at_e, at_m, sound
+
+    def _counted(self, best: Tensor, length: Tensor) -> Tensor:
+        """Tokens that count behind horizons that were reached; the look-ahead stays as it began."""
+        size = torch.zeros(len(best), device=best.device)
+        state = self.schedule.fresh(size, size > 0)
+        state.best = best
+        return self.schedule.counted(state, length)
 
     def _report(self, leading: Tensor, in_slots: int) -> None:
         if self.on_progress is not None:

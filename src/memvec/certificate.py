@@ -1,0 +1,109 @@
+"""The certificate: what a whole, free decode of the stored vectors gave back, as a user does it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from memvec import metrics
+from memvec.cramming.certify import Finished, certify
+from memvec.decoding import BATCH
+from memvec.environment import environment
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.passages.documents import Document
+from memvec.passages.passage import Passage, ids_hash
+from memvec.results import PassageResult
+from memvec.vectors import MemVectors
+
+
+def verify(
+    lm: FrozenLM, mem: MemVectors, *, force: bool = False
+) -> tuple[dict[str, Any], list[bool]]:
+    """Decode everything freely, as a user will; the certificate, and what each passage did."""
+    return certificate_of(mem, lm, mem.decode_passages(lm, force=force))
+
+
+def certificate_of(
+    mem: MemVectors, lm: FrozenLM, decoded: list[list[int]]
+) -> tuple[dict[str, Any], list[bool]]:
+    """The certificate of what was decoded, and whether each passage is what was crammed."""
+    exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]
+    device = lm.description()
+    certificate = {
+        "exact": all(exact),
+        "passages": len(exact),
+        "exact_passages": sum(exact),
+        "decoded_in": device["dtype"],
+        "device": device["device"],
+        "attention": device["attention"],
+        "batch": BATCH,
+        "cache": lm.caching.argument or f"none: {lm.caching.reason}",
+        **{k: environment()[k] for k in ("torch", "transformers", "date")},
+    }
+    return certificate, exact
+
+
+@torch.no_grad()
+def measure(
+    lm: FrozenLM,
+    mem: MemVectors,
+    texts: str | bytes | Document | Sequence[str | bytes | Document],
+) -> list[PassageResult]:
+    """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
+
+    Certification in every respect: teacher-forced bits and margins, and free decoding, over the
+    same positions and in one pass; `steps`, `spent` and `seconds` are those of the file. Raises
+    MemvecError if the vectors are of another model or the texts are not those that were crammed.
+    """
+    mem.check_model(lm)
+    if isinstance(texts, str | bytes | Document):
+        texts = [texts]
+    read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
+    every = iter([token for document in read for token in document.ids])
+    results: list[PassageResult] = []
+    view = lm.read_as(mem.header.layout)
+    for at in range(0, len(mem.passages), BATCH):
+        records = mem.passages[at : at + BATCH]
+        asked = []
+        for i, record in enumerate(records, at):
+            ids = tuple(itertools.islice(every, record.tokens))
+            if not ids or ids_hash(ids) != record.sha256:
+                raise MemvecError(
+                    f"passage {i} of these vectors is not in the texts: give the texts that were "
+                    "crammed, whole and in their order."
+                )
+            asked.append(Passage(ids, i))
+        finished = [
+            Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
+            for p, v, r in zip(asked, mem.vectors[at : at + BATCH], records, strict=True)
+        ]
+        for outcome in certify(view, finished, mem.header.start_rule, mem.storage):
+            results.append(outcome.result)
+    if next(every, None) is not None:
+        raise MemvecError("the texts go on after the last passage of these vectors.")
+    return results
+
+
+def account(mem: MemVectors, text: bytes) -> dict[str, int]:
+    """Honest bytes of what was crammed: text, vectors with corrections and edits, compressors."""
+    s = mem.summary()
+    size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
+    return metrics.byte_account(text, size, s["lm_bits"])
+
+
+def failures(mem: MemVectors) -> Iterable[str]:
+    """A sentence for each passage that is not exact."""
+    for i, p in enumerate(mem.passages):
+        if not p.exact:
+            why = {
+                "done": "its decoding disagrees",
+                "budget": f"{p.steps} steps were not enough",
+                "not-finite": "the loss was not finite",
+            }[p.status]
+            yield (
+                f"passage {i} ({p.tokens} tokens) came back only up to token {p.horizon}: {why}."
+            )

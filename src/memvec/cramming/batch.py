@@ -1,0 +1,100 @@
+"""The running batch: one row of tensors for each slot, and the passages that wait for a slot.
+
+A passage is a `Job` while it waits and a row of `BatchState` while it is in a slot. Rows are added
+when a slot is filled, dropped when a passage is done, and halved when memory runs out.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memvec.cramming.certify import Outcome
+from memvec.cramming.optimizers import OptimizerState
+from memvec.cramming.rows import Rows
+from memvec.cramming.schedules import ScheduleState
+from memvec.passages.passage import Passage
+
+SMALLEST_RAISE = (
+    0.05  # of the logits' spread: the margin after a failed certification from margin 0
+)
+
+
+@dataclass
+class Job:
+    """A passage on its way: waiting, in a slot, or returned. Carries what it has spent so far."""
+
+    passage: Passage
+    margin: float  # target margin, logits
+    vectors: Float[Tensor, "K D"] | None = None  # None: begin from the recipe's start
+    steps: int = 0
+    spent: int = 0  # forward-backward tokens
+    seconds: float = 0.0
+
+    @classmethod
+    def again(cls, outcome: Outcome, *, raised: float | None = None) -> Job:
+        """A passage that goes on from where it was; with twice the margin if `raised` is given,
+        which is the model's logit spread."""
+        margin = outcome.margin_asked
+        if raised is not None:
+            margin = max(2 * margin, SMALLEST_RAISE * raised)
+        vectors = outcome.vectors.float()
+        return cls(outcome.passage, margin, vectors, outcome.steps, outcome.spent, outcome.seconds)
+
+
+class Waiting:
+    """Waiting jobs, longest first, so that neighbours have similar lengths."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, Job]] = []
+        self._order = itertools.count()
+
+    def push(self, job: Job) -> None:
+        """Add a job."""
+        heapq.heappush(self._heap, (-len(job.passage), next(self._order), job))
+
+    def pop(self) -> Job:
+        """Take the longest one, the earliest of equals."""
+        return heapq.heappop(self._heap)[-1]
+
+    def jobs(self) -> list[Job]:
+        """All of them, in no order."""
+        return [job for *_, job in self._heap]
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+@dataclass
+class BatchState(Rows):
+    """Everything about the passages in the slots. B slots, K vectors, T columns, D width."""
+
+    ids: Int[Tensor, "B T"]  # token ids, right-padded with 0
+    length: Int[Tensor, " B"]  # tokens to predict
+    corrections: Int[Tensor, " B"]  # tokens that may be missed: they will be listed
+    asked_margin: Float[Tensor, " B"]  # margin that certification asks for, logits
+    target_margin: Float[Tensor, " B"]  # the same, raised where steps run in another dtype
+    parameters: Tensor  # (B, ...): what the optimiser moves
+    vectors: Float[Tensor, "B K D"]  # the best measured so far, as they will be stored
+    steps: Int[Tensor, " B"]
+    spent: Int[Tensor, " B"]  # forward-backward tokens
+    done: Bool[Tensor, " B"]  # every margin is met
+    failed: Bool[Tensor, " B"]  # the loss was not finite
+    stopped: Bool[Tensor, " B"]  # done, failed or out of budget: the slot can be freed
+    schedule: ScheduleState
+    optimizer: OptimizerState
+
+    @property
+    def columns(self) -> int:
+        """Columns of `ids`: tokens of the longest passage since the batch was filled."""
+        return self.ids.shape[1]
+
+    def widen(self, columns: int) -> None:
+        """Room for passages of `columns` tokens."""
+        if columns > self.columns:
+            self.ids = torch.nn.functional.pad(self.ids, (0, columns - self.columns))

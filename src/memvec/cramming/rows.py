@@ -1,0 +1,56 @@
+"""Dataclasses of tensors that share their first axis: a row for each slot of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+R = TypeVar("R", bound="Rows")
+
+
+@dataclass
+class Rows:
+    """What the batch, a schedule and an optimiser keep of each slot.
+
+    Every field is a tensor whose first axis is B, or another `Rows`. A subclass names its fields
+    and their shapes; taking rows out and putting rows in is done here, once.
+    """
+
+    def take(self: R, index: Int[Tensor, " n"]) -> R:
+        """Copies of some rows, in the order of the index."""
+        return self._each(lambda tensor: tensor.index_select(0, index))
+
+    def head(self: R, n: int) -> R:
+        """Copies of the first n rows."""
+        return self._each(lambda tensor: tensor[:n].clone())
+
+    def joined(self: R, other: R) -> R:
+        """These rows with the other's behind them."""
+        mine, theirs = self._fields(), other._fields()
+        return type(self)(
+            **{
+                name: value.joined(theirs[name])
+                if isinstance(value, Rows)
+                else torch.cat([value, theirs[name]])
+                for name, value in mine.items()
+            }
+        )
+
+    def __len__(self) -> int:
+        first = next(iter(self._fields().values()))
+        return len(first)
+
+    def _fields(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def _each(self: R, change: Any) -> R:
+        return type(self)(
+            **{
+                name: value._each(change) if isinstance(value, Rows) else change(value)
+                for name, value in self._fields().items()
+            }
+        )

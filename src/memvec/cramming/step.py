@@ -1,0 +1,231 @@
+"""One step for all slots: measure, decide, move.
+
+    measure   vectors -> states (gradients to the vectors only) -> loss and margin of each position
+    decide    what was measured is compared with the best so far and kept if it is better; from it
+              follow what counts, what it weighs, and who is done, failed or out of budget
+    move      the optimiser moves the passages that are not
+
+Measure, then move: the vectors kept of a finished passage are the ones that were measured, rounded
+to the storage dtype already. `cramming/reference.py` is the same loop for one passage with the
+paper's choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memvec import registry
+from memvec.cramming.batch import BatchState
+from memvec.cramming.coordinates import Coordinates, as_stored
+from memvec.cramming.objectives import objective_named, score
+from memvec.cramming.optimizers import Adam
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.schedules import Schedule
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.storage import Storage
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one forward pass gave, for the slots (without padding rows)."""
+
+    states: Float[Tensor, "N T H"]  # with padding rows, attached to the parameters
+    gradient: Float[Tensor, "N T H"]  # of each position's loss at its state, with padding rows
+    vectors: Float[Tensor, "B K D"]  # as stored
+    loss: Float[Tensor, "B T"]
+    margin: Float[Tensor, "B T"]
+
+
+class Step:
+    """The parts of a recipe, made for one model, and what they do to a batch in one step.
+
+    `module` is what steps are computed with: the model itself, or a copy of its weights in a faster
+    dtype; then arrivals are confirmed in the model's own dtype. `fixed_shapes` keeps margins from
+    depending on how many passages arrive together.
+    """
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        module: FrozenLM,
+        recipe: Recipe,
+        K: int,
+        start_rule: StartRule,
+        storage: Storage,
+        fixed_shapes: bool = False,
+    ) -> None:
+        self.fixed_shapes = fixed_shapes
+        self.lm, self.module, self.recipe, self.K = lm, module, recipe, K
+        self.start_rule, self.storage = start_rule, storage
+        self.given = int(start_rule == "first-token")  # leading tokens that are not predicted
+        self.coordinates: Coordinates = registry.get("coordinates", recipe.coordinates)(
+            recipe, K, lm.width
+        )
+        self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
+        self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
+        self.objective = objective_named(recipe.objective)
+
+    def __call__(self, batch: BatchState, columns: int, padding_rows: int = 0) -> None:
+        """Measure all slots over so many predicted columns, keep what is better, move the rest.
+
+        `padding_rows` empty rows are computed too, so that the batch keeps its shape.
+        """
+        found = self.measure(batch, columns, padding_rows)
+        gained = self._keep_best(batch, found, padding_rows)
+        newly_enlarged = self.schedule.advance(batch.schedule, gained)
+        counted = self.schedule.counted(batch.schedule, batch.length).clamp_max(columns)
+        column = torch.arange(columns, device=counted.device)
+        weight = self.objective.weights(
+            column < counted[:, None], found.margin, batch.target_margin
+        )
+        self._stop(batch, found, weight)
+        self._move(batch, found, weight, newly_enlarged, counted, padding_rows)
+
+    # ------------------------------------------------------------------ measure
+
+    def measure(self, batch: BatchState, columns: int, padding_rows: int = 0) -> Measurement:
+        """One forward pass: losses, margins and gradients at the states, from the vectors as they
+        will be stored."""
+        B = len(batch)
+        parameters = batch.parameters.requires_grad_()
+        with torch.enable_grad():
+            vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
+            ids = with_padding(batch.ids[:, : columns + self.given], padding_rows)
+            states = self.module.states(with_padding(vectors, padding_rows), ids, self.start_rule)
+        temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
+        scores = score(
+            self.module.head,
+            states,
+            ids[:, self.given :],
+            self.recipe,
+            temperature=with_padding(temperature, padding_rows, self.recipe.temperature),
+            V=self.lm.vocab_size,
+        )
+        return Measurement(
+            states, scores.gradient, vectors.detach(), scores.loss[:B], scores.margin[:B]
+        )
+
+    def rehearse(self, tokens: int, batch_size: int) -> None:
+        """A forward and backward pass of `batch_size` passages of `tokens` tokens, dropped."""
+        device = self.lm.device
+        vectors = torch.zeros(batch_size, self.K, self.lm.width, device=device).requires_grad_()
+        ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=device)
+        with torch.enable_grad():
+            states = self.module.states(vectors, ids, self.start_rule)
+        scores = score(
+            self.module.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
+        )
+        # .item() waits for the device
+        torch.autograd.grad(states, vectors, scores.gradient)[0].sum().item()
+
+    # ------------------------------------------------------------------ decide
+
+    def _keep_best(
+        self, batch: BatchState, found: Measurement, padding_rows: int
+    ) -> Int[Tensor, " B"]:
+        """Keep the vectors that did better than ever, mark who is done; tokens that each gained."""
+        columns = found.margin.shape[1]
+        within = torch.arange(columns, device=found.margin.device) < batch.length[:, None]
+        right = (found.margin >= batch.target_margin[:, None]) & (found.margin > 0)
+        missed = (~right & within).cumsum(-1)
+        leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
+        reached = self.schedule.reached(leading, (right & within).sum(-1))
+        better, gained = self.schedule.record(batch.schedule, reached)
+        batch.vectors = torch.where(better[:, None, None], found.vectors, batch.vectors)
+        arrived = (leading >= batch.length) & (batch.length <= columns)
+        if self.module is not self.lm:
+            arrived = self.confirmed(batch, arrived, padding_rows)
+        batch.done = batch.done | arrived
+        return gained
+
+    @torch.no_grad()
+    def confirmed(
+        self, batch: BatchState, arrived: Bool[Tensor, " B"], padding_rows: int = 0
+    ) -> Bool[Tensor, " B"]:
+        """Which of the arrived passages have their margins in the model's own dtype, too.
+
+        The others go on from the same vectors, and their target margin rises by a little more than
+        they lacked.
+        """
+        rows = arrived.nonzero()[:, 0]
+        if not len(rows):
+            return arrived
+        if self.fixed_shapes:
+            rows = torch.arange(len(arrived), device=arrived.device)
+        ids, length = with_padding(batch.ids[rows], padding_rows), batch.length[rows]
+        states = self.lm.states(
+            with_padding(batch.vectors[rows], padding_rows), ids, self.start_rule
+        )
+        scores = score(
+            self.lm.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
+        )
+        margin = scores.margin[: len(rows)]
+        within = torch.arange(margin.shape[1], device=margin.device) < length[:, None]
+        ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
+        smallest = ranked.gather(1, batch.corrections[rows][:, None])[:, 0]
+        asked = batch.asked_margin[rows]
+        short = arrived[rows] & ~((smallest >= asked) & (smallest > 0))
+        lacking = 1.25 * (asked - smallest) + 0.01 * self.lm.logit_spread
+        batch.target_margin[rows] += torch.where(short, lacking, 0.0)
+        batch.schedule.best[rows] -= short.long()
+        return arrived.index_fill(0, rows[short], False)
+
+    def _stop(self, batch: BatchState, found: Measurement, weight: Float[Tensor, "B T"]) -> None:
+        """Mark who failed, and everybody whose slot can be freed."""
+        batch.failed = batch.failed | ~torch.isfinite((found.loss * weight).sum(-1))
+        spent = batch.steps >= self.recipe.steps
+        spent = spent | self.schedule.out_of_patience(batch.schedule)
+        if self.recipe.budget:
+            spent = spent | (batch.spent >= self.recipe.budget)
+        batch.stopped = batch.stopped | batch.done | batch.failed | spent
+
+    # ------------------------------------------------------------------ move
+
+    def _move(
+        self,
+        batch: BatchState,
+        found: Measurement,
+        weight: Float[Tensor, "B T"],
+        newly_enlarged: Bool[Tensor, " B"],
+        counted: Int[Tensor, " B"],
+        padding_rows: int,
+    ) -> None:
+        """Move the passages that have not stopped, and charge them for what counted."""
+        moving = ~batch.stopped
+        slope = found.gradient.mul_(with_padding(weight, padding_rows)[..., None])
+        (gradient,) = torch.autograd.grad(found.states, batch.parameters, slope)
+        batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
+        self.optimizer.step(
+            batch.parameters, gradient, batch.optimizer, moving, batch.schedule.lr_scale
+        )
+        # A passage pays for what counts for it, as if it were alone, not for its neighbours' width.
+        batch.steps = batch.steps + moving
+        before = self.lm.inputs_before(self.K, self.start_rule)
+        batch.spent = batch.spent + (counted + before) * moving
+
+    @torch.no_grad()
+    def enlarged(self, parameters: Tensor, rows: Bool[Tensor, " B"]) -> Tensor:
+        """Parameters with the vectors of some rows as large as the steps that they will take.
+
+        They grow along their own direction and keep what they hold (docs/log.md). Without a rate
+        for large vectors in the recipe nothing changes.
+        """
+        if not self.recipe.lr_large:
+            return parameters
+        vectors = self.coordinates.vectors(parameters)
+        size = vectors.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+        large = self.coordinates.parameters(vectors * (self.recipe.lr_large / size).clamp_min(1))
+        rows = rows.reshape(-1, *(1 for _ in parameters.shape[1:]))
+        return torch.where(rows, large, parameters)
+
+
+def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:
+    """Rows (B, ...) with `padding_rows` rows of one value behind them."""
+    if not padding_rows:
+        return rows
+    return torch.cat([rows, rows.new_full((padding_rows, *rows.shape[1:]), value)])

@@ -1,0 +1,99 @@
+"""The header of a file of [mem] vectors: everything but the numbers, described and validated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from memvec.model.reading import Layout
+from memvec.results import PassageResult, Record
+from memvec.storage import PackingName
+
+if TYPE_CHECKING:
+    from typing import Self
+
+LONGEST = 1_000_000  # tokens of one passage; no model reads more, and a header cannot claim it
+
+
+Position = Annotated[int, Field(ge=0, lt=LONGEST)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class PassageRecord(PassageResult):
+    """One passage in a file: its result, its identity, and the tokens that are put in for it."""
+
+    tokens: int = Field(ge=1, le=LONGEST, description="tokens of the passage")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of its token ids")
+    first: int | None = Field(default=None, ge=0, description="given first token, if one is given")
+    corrections: list[tuple[Position, TokenId]] = Field(
+        default_factory=list, description="positions, rising, and the token ids to put there"
+    )
+
+    @model_validator(mode="after")
+    def _corrects_itself(self) -> Self:
+        places = [position for position, _ in self.corrections]
+        if places != sorted(set(places)) or (places and places[-1] >= self.tokens):
+            raise ValueError("the corrections are not at rising positions of the passage")
+        return self
+
+
+class DocumentRecord(Record):
+    """One text: the passages it is made of, and what turns their tokens into its bytes."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of the text's bytes")
+    size: int = Field(ge=1, description="bytes")
+    encoding: str = "utf-8"
+    edits: list[tuple[int, int, str]] = Field(default_factory=list)
+    passages: int = Field(ge=1, description="number of passages, in order")
+    text: str | None = Field(default=None, description="the text itself, only if asked for")
+
+
+class _Identity(BaseModel):
+    """The part of `Header.model` that is read again; the rest is for people."""
+
+    name: str
+    config: str
+    weights: str
+    probe: list[float]
+    dtype: str
+    vocabulary: int = Field(ge=2)
+
+
+class Header(Record):
+    """Everything but the numbers."""
+
+    format: Literal["memvec"] = "memvec"
+    version: Literal[1] = 1
+    model: dict[str, Any] = Field(description="FrozenLM.description()")
+    start_rule: Literal["vectors", "bos", "first-token"]
+    layout: Layout = Field(
+        default="prefix",
+        description="how the model reads the vectors: in front of a passage, or (model/reading.py) "
+        "two of them as [e, m, ..., m], with an m of each passage or one that all share",
+    )
+    packing: PackingName | None = Field(
+        default=None, description="integers that the numbers are stored as; none: as they are"
+    )
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    documents: list[DocumentRecord]
+    passages: list[PassageRecord]
+    certificate: dict[str, Any] | None = Field(
+        default=None, description="what the last whole decode of the stored vectors found"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _identifies(cls, model: dict[str, Any]) -> dict[str, Any]:
+        _Identity.model_validate(model)
+        return model
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.layout != "prefix" and self.start_rule != "vectors":
+            raise ValueError("one-step vectors are not followed by tokens")
+        if sum(d.passages for d in self.documents) != len(self.passages):
+            raise ValueError("the documents do not add up to the passages")
+        return self

@@ -1,0 +1,231 @@
+"""`load_lm`: a frozen model by name, with its one-pass encoder; every failure is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memvec.encoders.files import load_encoder
+from memvec.errors import MemvecError, did_you_mean
+from memvec.model.large import loading_options
+from memvec.model.lm import FrozenLM
+from memvec.model.memory import keep_freed_memory, out_of_memory
+from memvec.model.precision import widen_attention
+from memvec.versions import warn_of_untested_versions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POCKET = Path(__file__).parent / "pocket"
+UNKNOWN_DEVICE = "unknown device '{}': use auto, cpu or cuda:0."
+
+
+def load_lm(
+    name: str = "pocket",
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    encoder: str | Path | None = None,
+    check: bool = True,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
+    checkpointing: bool = False,
+    offload: bool = False,
+) -> FrozenLM:
+    """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
+
+    `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
+    on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
+    default: the model's, in float32 where a CPU's kernel for the dtype is slow (precision.py).
+    `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
+
+    For big models: `device_map` ('auto', or transformers' dictionary) spreads layers over devices;
+    `quantize` '8bit' or '4bit' keeps linear weights in few bits (vectors are then for exactly this
+    model, and decode with it only); `checkpointing` computes each layer twice instead of keeping
+    its activations, and `offload` keeps them in the computer's memory.
+
+    Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
+    a causal LM that cannot be served exactly.
+    """
+    warn_of_untested_versions()
+    where = _device(device)
+    kept = _dtype(dtype, where)
+    if where.type == "cpu":
+        keep_freed_memory()
+    with _quiet():
+        big = loading_options(device_map, quantize, kept, where)
+    local = _local_folder(name)
+    if local is not None and revision is not None:
+        raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
+    model, tokenizer = _weights(name, local, revision, where, kept, attention, big)
+    if where.type == "cpu" and kept != torch.float32 and attention is None:
+        widen_attention(model)
+    lm = FrozenLM(
+        model,
+        tokenizer,
+        name=name,
+        revision=revision or getattr(model.config, "_commit_hash", None),
+        check=check,
+        quantize=quantize,
+        checkpointing=checkpointing,
+        offload=offload,
+    )
+    _read_extras(lm, local, encoder)
+    return lm
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name; 'auto' is the first GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MemvecError(UNKNOWN_DEVICE.format(name)) from None
+    if device.type not in ("cpu", "cuda"):
+        raise MemvecError(UNKNOWN_DEVICE.format(name))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MemvecError("this machine has no usable GPU: use --device cpu.")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; 'auto' is float32 on a CPU and bfloat16 on a GPU."""
+    if name not in ("auto", *DTYPES):
+        raise MemvecError(f"unknown dtype '{name}': {did_you_mean(name, ['auto', *DTYPES])}")
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return DTYPES[name]
+
+
+def _weights(
+    name: str,
+    local: Path | None,
+    revision: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+    big: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The model and its tokenizer, as transformers loads them."""
+    source = str(local) if local is not None else name
+    with _loading(name), _quiet():
+        # Two seconds of import that a wrong option or a missing folder should not cost.
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        _refuse_other_tasks(name, config)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=dtype,
+            output_loading_info=True,
+            **({"attn_implementation": attention} if attention else {}),
+            **big,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if not big:
+            model = model.to(device)
+    if missing := sorted(info["missing_keys"]):
+        raise MemvecError(
+            f"{name} has no weights for {len(missing)} tensors of a causal LM "
+            f"(first: {missing[0]}), so its logits would be noise: is it another kind of model?"
+        )
+    return model, tokenizer
+
+
+def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -> None:
+    """What a model's folder holds besides weights: measured facts, and a one-pass encoder."""
+    if local is not None and (facts := local / "memvec.json").is_file():
+        lm.facts = json.loads(facts.read_text())
+    if local is not None and (own := local / "encoder.safetensors").is_file():
+        lm.encoder = load_encoder(own, lm)
+    if encoder is not None:
+        lm.encoder = load_encoder(Path(encoder).expanduser(), lm)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The model's folder, or None for a Hub id. 'pocket' is a folder of the package."""
+    try:
+        folder = POCKET if name == "pocket" else Path(name).expanduser()
+    except RuntimeError:
+        raise MemvecError(f"no model in {name}: there is no such home folder.") from None
+    looks_local = name == "pocket" or name.startswith((".", "/", "~")) or folder.exists()
+    if not looks_local:
+        return None
+    if not (folder / "config.json").is_file():
+        raise MemvecError(f"no model in {folder}: there is no config.json.")
+    return folder
+
+
+def _refuse_other_tasks(name: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    made_for = ", ".join(getattr(config, "architectures", None) or ["?"])
+    if getattr(config, "is_encoder_decoder", False):
+        raise MemvecError(
+            f"{name} is an encoder-decoder ({made_for}); memvec needs a decoder-only causal LM."
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "MaskedLM" in made_for:
+        raise MemvecError(f"{name} is a {config.model_type} ({made_for}), not a causal LM.")
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one sentence each."""
+    try:
+        yield
+    except MemvecError:
+        raise
+    # A stranger's configuration goes into a stranger's constructor: anything may be raised.
+    except Exception as error:
+        reason = str(error).strip()
+        first = reason.splitlines()[0] if reason else type(error).__name__
+        if out_of_memory(error):
+            raise MemvecError(
+                f"{name} does not fit in the memory of the device: use device_map='auto' or "
+                "quantize (on the command line: --load device_map=auto, --load quantize=4bit)."
+            ) from error
+        if isinstance(error, ImportError):
+            raise MemvecError(f"{name} needs a package that is missing: {first}") from error
+        if any(word in reason for word in ("couldn't connect", "offline", "Connection", "resolve")):
+            raise MemvecError(
+                f"{name} is not a folder here and the Hub could not be reached: "
+                "check the name and the network, or give a local folder."
+            ) from error
+        if "is not a valid model identifier" in reason or "Repository Not Found" in reason:
+            raise MemvecError(
+                f"{name} is neither a folder nor a model on the Hub: check the name "
+                "(private models need a login)."
+            ) from error
+        if "no file named" in reason or "does not appear to have a file named" in reason:
+            raise MemvecError(
+                f"{name} has no weights that transformers can load: {first}"
+            ) from error
+        raise MemvecError(f"{name} could not be loaded: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no remarks while weights load; all put back afterwards.
+
+    What is wrong is raised. The remarks are those of packages that transformers imports because
+    they are there (torchao, on kernels for other machines), and its report on weights.
+    """
+    from transformers.utils import logging as reports
+
+    bars, disabled = reports.is_progress_bar_enabled(), logging.root.manager.disable
+    reports.disable_progress_bar()
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        if bars:
+            reports.enable_progress_bar()

@@ -1,0 +1,118 @@
+"""Can this model be crammed? Each check compares what memvec does with what the model does.
+
+They run at every load (`refuse_if_unfit`); `memvec doctor` shows them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.model.agreement import agree
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+CACHE = "decodes with its cache"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was compared, whether it holds, and the figure or reason."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def checks(lm: FrozenLM) -> Iterator[Check]:
+    """The checks that a model must pass to be served, cheapest first."""
+    yield guarded("is causal", _causal, lm)
+    yield guarded("takes free input vectors", _own_logits, lm)
+    yield guarded("right padding changes nothing", _padding, lm)
+    yield guarded("vectors reach every later token", _effect, lm)
+    yield guarded(CACHE, _cache, lm)
+
+
+def refuse_if_unfit(lm: FrozenLM) -> None:
+    """Raise MemvecError with the first check that fails.
+
+    A cache that was not found does not stop a model from being served: it is slower, and said so.
+    """
+    for check in checks(lm):
+        if not check.ok and not (check.name == CACHE and not lm.has_cache):
+            raise MemvecError(f"{lm.name} cannot be crammed: '{check.name}' fails, {check.detail}.")
+
+
+def guarded(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: FrozenLM) -> Check:
+    """The result of a check; whatever the model raises is its answer."""
+    try:
+        ok, detail = check(lm)
+    except Exception as error:  # a stranger's code may raise anything: that is the finding
+        reason = str(error).strip() or type(error).__name__
+        return Check(name, False, f"the model refuses: {reason.splitlines()[0]}")
+    return Check(name, ok, detail)
+
+
+def probe_ids(lm: FrozenLM, n: int) -> Int[Tensor, "1 n"]:
+    """n token ids spread over the vocabulary."""
+    rows = int(lm.embedding.weight.shape[0])  # type: ignore[index,union-attr]
+    return (torch.arange(n, device=lm.device) * 104729 % rows)[None]
+
+
+@torch.no_grad()
+def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
+    """Tokens embedded by us and handed in as vectors give the model's own logits."""
+    ids = probe_ids(lm, 7)
+    as_vectors = lm.embed(ids[:, :3])
+    ours = lm.logits(as_vectors, ids[:, 3:])
+    return agree(ours, lm.own_logits(ids)[:, 2:-1], lm.dtype)
+
+
+@torch.no_grad()
+def _padding(lm: FrozenLM) -> tuple[bool, str]:
+    ids = probe_ids(lm, 9)
+    vectors = lm.embed(ids[:, :2])
+    return agree(lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6]), lm.dtype)
+
+
+@torch.no_grad()
+def _causal(lm: FrozenLM) -> tuple[bool, str]:
+    ids = probe_ids(lm, 8)
+    changed = ids.clone()
+    changed[:, -1] = ids[0, 0]
+    truth = lm.own_logits(ids)[:, :-1]
+    ok, detail = agree(lm.own_logits(changed)[:, :-1], truth, lm.dtype)
+    if not ok and bool(torch.isfinite(truth).all()):
+        detail = "a later token changes an earlier prediction"
+    return ok, detail
+
+
+def _effect(lm: FrozenLM) -> tuple[bool, str]:
+    ids = probe_ids(lm, 6)
+    # A free vector, not an embedding row: some models single rows out (padding is zeroed).
+    noise = torch.randn(1, 1, lm.width, generator=torch.Generator().manual_seed(0))
+    vectors = (noise.to(lm.device) * lm.embedding_std).requires_grad_()
+    with torch.enable_grad():
+        logits = lm.logits(vectors, ids)
+        first, last = (
+            torch.autograd.grad(logits[0, i].logsumexp(-1), vectors, retain_graph=i == 0)[0].norm()
+            for i in (0, -1)
+        )
+    if not (torch.isfinite(first) and torch.isfinite(last)):
+        return False, "the gradient at the vector is not finite"
+    sizes = f"gradient norm {float(first):.1e} at the first token, {float(last):.1e} at token 6"
+    return bool(first > 0 and last > 0), sizes
+
+
+def _cache(lm: FrozenLM) -> tuple[bool, str]:
+    """Holds for a model that is known to keep no usable cache, too: the detail then says so."""
+    if lm.has_cache:
+        return True, f"passed on as '{lm.caching.argument}'"
+    return not lm.caching.fault, f"it {lm.caching.sentence.removesuffix('.')}"

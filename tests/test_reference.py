@@ -1,0 +1,57 @@
+"""The engine does what the readable loop does: the same steps, vectors and right tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import passages, tiny
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.reference import cram_one
+from memvec.cramming.starts import start_vectors
+from memvec.decoding import decode_ids
+from memvec.model.reading import START_RULES
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("rule", START_RULES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_the_engine_with_the_papers_recipe_is_the_reference(family, rule, K):
+    lm, asked = tiny(family), passages(3, 6, 4, seed=21)
+    # Small steps: rounding differences between a batch and one passage must not grow.
+    recipe = Recipe.of("paper", start_rule=rule, steps=25, lr=1e-3)
+    outcomes = {o.passage.ids: o for o in Engine(lm, recipe, vectors=K, batch_size=3).run(asked)}
+    for passage in asked:
+        (first,) = start_vectors(lm, [passage.ids], K, recipe)
+        vectors, right, losses = cram_one(
+            lm, list(passage.ids), first, start=rule, steps=25, lr=1e-3
+        )
+        outcome = outcomes[passage.ids]
+        assert outcome.steps == len(losses) - 1
+        assert round(outcome.metrics.accuracy * outcome.metrics.predicted) == right
+        torch.testing.assert_close(outcome.vectors, vectors, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("rule", START_RULES)
+def test_the_reference_crams(rule):
+    """To the end, on its own: the loss falls, and what it returns decodes freely."""
+    lm, (passage,) = tiny(), passages(4, seed=22)
+    (first,) = start_vectors(lm, [passage.ids], 2, Recipe.of("paper"))
+    vectors, right, losses = cram_one(lm, list(passage.ids), first, start=rule, lr=0.1, steps=400)
+    given = int(rule == "first-token")
+    assert right == len(passage) - given
+    assert losses[-1] < losses[0]
+    first_token = [passage.ids[0]] if given else None
+    (decoded,) = decode_ids(lm, vectors[None], [4], start=rule, first=first_token)
+    assert decoded == list(passage.ids)
+
+
+def test_the_reference_gives_up_after_its_patience_and_its_steps():
+    lm, (passage,) = tiny(), passages(30, seed=23)
+    (first,) = start_vectors(lm, [passage.ids], 1, Recipe.of("paper"))
+    _, right, losses = cram_one(lm, list(passage.ids), first, steps=7)
+    assert len(losses) == 8
+    assert right < 30
+    _, _, losses = cram_one(lm, list(passage.ids), first, patience=2, lr=1e-9)
+    assert len(losses) == 4

@@ -1,0 +1,112 @@
+"""The house: no import circles, packages that know only what is above them, short files."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "memvec"
+FILES = {
+    "memvec." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in ROOT.rglob("*.py")
+}
+MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+BESIDE = ("lab", "encoders", "export", "hub", "workers", "cli")  # beside the core
+
+
+def imports(name: str) -> set[str]:
+    """Modules of memvec that a module imports, also inside functions; types only do not count."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    seen: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            seen |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            seen |= {alias.name for alias in node.names}
+    return (seen & set(MODULES)) - {name, "memvec"}
+
+
+GRAPH = {name: imports(name) for name in MODULES}
+
+
+def reachable(name: str) -> set[str]:
+    found: set[str] = set()
+    todo = [name]
+    while todo:
+        for other in GRAPH[todo.pop()] - found:
+            found.add(other)
+            todo.append(other)
+    return found
+
+
+def test_there_are_no_import_circles():
+    assert [name for name in MODULES if name in reachable(name)] == []
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("memvec.model")])
+def test_the_model_knows_nothing_above_it(name):
+    allowed = ("memvec.model", "memvec.errors", "memvec.registry", "memvec.versions")
+    assert [other for other in GRAPH[name] if not other.startswith(allowed)] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_imports_the_command_line(name):
+    if not name.startswith(("memvec.cli", "memvec.__main__")):
+        assert [other for other in GRAPH[name] if other.startswith("memvec.cli")] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_core_stands_without_the_lab_and_what_is_beside_it(name):
+    if name.split(".")[1:2] not in [[part] for part in BESIDE]:
+        assert [other for other in GRAPH[name] if other.startswith("memvec.lab")] == []
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0])
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+    }
+    held: set[int] = set()
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.stmt | ast.expr | ast.arg | ast.keyword)
+            and id(node) not in docstrings
+        ):
+            whole = isinstance(node, ast.stmt) and not hasattr(node, "body")
+            held |= set(range(node.lineno, node.end_lineno + 1)) if whole else {node.lineno}
+    return len(held)
+
+
+def test_the_core_is_small():
+    """Everything but lab, encoders, export, hub, workers and the command line, in lines of code."""
+    core = [
+        path for name, path in MODULES.items() if name.split(".")[1:2] not in [[p] for p in BESIDE]
+    ]
+    assert sum(lines_of_code(path) for path in core) < 5000
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_can_be_read(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    functions = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = {f.name: f.end_lineno - f.lineno for f in functions if f.end_lineno - f.lineno > 75}
+    assert long == {}
