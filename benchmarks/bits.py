@@ -26,7 +26,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.passages.cut import surprisals
+from memvec.passages.cutting import surprisals
 from memvec.passages.passage import Passage
 from memvec.storage import STORAGES
 from texts import passages_of

@@ -77,7 +77,7 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
 def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
     """Cram n passages of T tokens; how many leading tokens decode from the stored vectors."""
     from memvec.cramming.engine import Engine
-    from memvec.passages.cut import surprisals
+    from memvec.passages.cutting import surprisals
     from memvec.passages.passage import Passage
 
     began = time.perf_counter()

@@ -371,7 +371,7 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
         on_status=told.append,
         workers=object() if workers else None,
     )
-    work.sit([Passage((1, 2, 3)), Passage((4, 5, 6))])
+    work.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5, 6))])
     said = told[-1].expected
     assert said.startswith("2 slots of up to 3 tokens: about ")
     assert ("A step takes about" in said) is not workers

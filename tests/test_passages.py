@@ -11,7 +11,7 @@ import torch
 
 from conftest import reader, tiny
 from memvec.errors import MemvecError, NotExactError
-from memvec.passages.cut import Cutter, surprisals
+from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import (
     CLOSE_LOOK,
     Document,
@@ -220,7 +220,7 @@ def test_passages_are_as_long_as_their_bits_allow(bits, most, least):
 @pytest.mark.parametrize("n", [5, 28, 29, 30])
 def test_passages_of_exactly_so_many_tokens(n, tokens, least):
     ids = list(range(n))
-    found = list(Cutter(tiny(), tokens=tokens).cut(ids, least=least))
+    found = list(Cutter(tiny(), tokens=tokens).cut(ids, min_tokens=least))
     assert [token for p in found for token in p.ids] == ids
     assert min(len(p) for p in found) >= least
     assert {len(p) for p in found[:-1]} <= {max(tokens, least)}

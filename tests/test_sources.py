@@ -10,11 +10,13 @@ import pytest
 
 from conftest import reader
 from memvec.errors import MemvecError
-from memvec.passages import hub
-from memvec.passages.chunks import chunk, sentences, split_by_rule
-from memvec.passages.random_tokens import ordinary_tokens
-from memvec.passages.sources import SOURCES, Files, RandomTokens, RandomWords, Sampled, Source
-from memvec.passages.texts import read_texts
+from memvec.passages.sources import SOURCES, Source
+from memvec.passages.sources.files import Files
+from memvec.passages.sources.random_tokens import RandomTokens, ordinary_tokens
+from memvec.passages.sources.random_words import RandomWords
+from memvec.passages.sources.sampled import Sampled
+from memvec.passages.sources.written import chunk, sentences, split_by_rule
+from memvec.passages.text_readers import read_hub_texts, read_texts
 from studies import SENTENCES
 
 
@@ -164,9 +166,9 @@ def test_the_papers_chunk_sets_are_read_by_their_own_columns(chunk_set: Path, ki
             list(source.passages(lm, 6, 12))  # the row without a text is none
     assert SOURCES[kind](name="x").dataset.startswith("yurakuratov/")
     with pytest.raises(MemvecError, match="has no column 'body'; it has Unnamed: 0, text"):
-        hub.hub_texts(str(chunk_set / "set"), column="body")
+        read_hub_texts(str(chunk_set / "set"), column="body")
     with pytest.raises(MemvecError, match="has no revision 'v1'"):
-        hub.hub_texts(str(chunk_set / "set"), revision="v1")
+        read_hub_texts(str(chunk_set / "set"), revision="v1")
 
 
 def test_rows_of_a_hub_set_name_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +190,7 @@ def test_rows_of_a_hub_set_name_their_commit(monkeypatch: pytest.MonkeyPatch) ->
         return Builder()
 
     monkeypatch.setattr("datasets.load_dataset_builder", builder)
-    found = hub.hub_texts("owner/set", "validation", revision="main")
+    found = read_hub_texts("owner/set", "validation", revision="main")
     assert found == [("owner/set@012345678901 row 0", "A."), ("owner/set@012345678901 row 1", "B.")]
     assert asked == [("owner/set", "main"), "validation"]
 

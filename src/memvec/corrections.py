@@ -1,7 +1,7 @@
 """Corrections: positions of a passage whose token is listed, because the vectors miss it.
 
-The last few tokens of a nearly full vector cost the most steps, or cannot be had at all; naming
-them outright costs two or three bytes each. Decoding feeds the listed token back in the place of
+The last few tokens of a nearly full vector need the largest number of steps, or never become right;
+listing them costs two or three bytes each. Decoding feeds the listed token back in the place of
 the model's own, so that all that follows sees the true text; whatever is not listed must come from
 the vectors with margin, as ever. At least one token always does.
 """
@@ -18,22 +18,24 @@ from torch import Tensor
 Corrections = tuple[tuple[int, int], ...]
 
 
-def most_allowed(asked: int, predicted: int) -> int:
+def max_corrections(requested: int, predicted: int) -> int:
     """Corrections that a passage of this many predicted tokens may have: never all of them."""
-    return min(asked, predicted - 1)
+    return min(requested, predicted - 1)
 
 
-def pick(margins: Float[Tensor, " n"], ids: Sequence[int], asked: float, most: int) -> Corrections:
-    """Correct positions that miss the margin asked, `most` at most.
+def pick(
+    margins: Float[Tensor, " n"], ids: Sequence[int], target_margin: float, limit: int
+) -> Corrections:
+    """Up to `limit` corrections, at positions whose margin (in logits) is below the target.
 
     Wrong ones come first, front to back (where there are too many, that makes the longest horizon),
     then the weakest of the right ones. `margins` are teacher-forced, of the last n of the passage's
-    `ids`. A margin of 0 is missed even where 0 is asked: the arg-max is then a tie.
+    `ids`. A margin of 0 is below even a target of 0: the arg-max is then a tie.
     """
-    given, found = len(ids) - len(margins), margins.tolist()
-    missed = [i for i, m in enumerate(found) if not (m >= asked and m > 0)]
-    missed.sort(key=lambda i: (1, found[i], i) if found[i] > 0 else (0, 0.0, i))
-    listed = sorted(missed[: most_allowed(most, len(found))])
+    given, values = len(ids) - len(margins), margins.tolist()
+    missed = [i for i, m in enumerate(values) if not (m >= target_margin and m > 0)]
+    missed.sort(key=lambda i: (1, values[i], i) if values[i] > 0 else (0, 0.0, i))
+    listed = sorted(missed[: max_corrections(limit, len(values))])
     return tuple((given + i, ids[given + i]) for i in listed)
 
 
@@ -41,12 +43,12 @@ def table(
     corrections: Sequence[Iterable[tuple[int, int]]], columns: int, *, skip: int = 0
 ) -> Int[Tensor, "B T"]:
     """Token to put at each of `columns` positions behind the first `skip`, -1: the model's own."""
-    found = torch.full((len(corrections), columns), -1, dtype=torch.long)
-    for row, listed in zip(found, corrections, strict=True):
+    tokens = torch.full((len(corrections), columns), -1, dtype=torch.long)
+    for row, listed in zip(tokens, corrections, strict=True):
         for position, token in listed:
             if 0 <= position - skip < columns:
                 row[position - skip] = token
-    return found
+    return tokens
 
 
 def size(passages: Sequence[Iterable[tuple[int, int]]]) -> int:

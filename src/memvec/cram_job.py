@@ -20,7 +20,7 @@ from memvec.journal import Journal
 from memvec.model.batch_size import default_batch_size
 from memvec.model.estimate import duration, estimate, facts_of
 from memvec.model.lm import FrozenLM
-from memvec.passages.cut import Cutter, surprisals
+from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import Storage

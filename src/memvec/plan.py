@@ -22,8 +22,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
-from memvec.passages.found import rng
 from memvec.passages.passage import Passage
+from memvec.passages.sources import seeded_random
 from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 
@@ -124,7 +124,7 @@ def _sample(
     """The sampled passages, and the seconds that cutting takes per token of the document."""
     cutter, shortest = work.cutter()
     ids, began = document.ids, time.perf_counter()
-    draw = rng("plan", seed, document.sha256)
+    draw = seeded_random("plan", seed, document.sha256)
     passages = []
     for i in range(sample):
         low, high = len(ids) * i // sample, len(ids) * (i + 1) // sample

@@ -67,10 +67,27 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "linear": "memvec.cramming.starts:linear",
         "normal": "memvec.cramming.starts:normal",
     },
-    "source": {},
+    "source": {
+        "files": "memvec.passages.sources.files:Files",
+        "hub": "memvec.passages.sources.hub:Hub",
+        "pg19": "memvec.passages.sources.hub:Pg19",
+        "fanfics": "memvec.passages.sources.hub:Fanfics",
+        "random-words": "memvec.passages.sources.random_words:RandomWords",
+        "random-tokens": "memvec.passages.sources.random_tokens:RandomTokens",
+        "sampled": "memvec.passages.sources.sampled:Sampled",
+    },
     "protocol": {},
-    "export": {},
-    "encoder": {},
+    "export": {
+        "transformers": "memvec.export.transformers:Transformers",
+        "vllm": "memvec.export.vllm:Vllm",
+        "sglang": "memvec.export.sglang:Sglang",
+        "peft": "memvec.export.peft:Peft",
+        "npy": "memvec.export.npy:Npy",
+    },
+    "encoder": {
+        "summary": "memvec.encoders.summary:read",
+        "slots": "memvec.encoders.slots:read",
+    },
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
@@ -87,7 +104,7 @@ def register(kind: str, name: str) -> Callable[[Choice], Choice]:
         same = known is None or _place(known) == _place(choice)  # a module that is imported anew
         if name in BUILT_IN[kind] or not same:
             raise MemvecError(
-                f"there is a {kind} '{name}' already: register it under another name."
+                f"the name '{name}' is taken by another {kind}: register yours under another one."
             )
         _ADDED[kind][name] = choice
         return choice

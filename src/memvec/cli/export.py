@@ -9,14 +9,16 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, open_file
-from memvec.errors import MemvecError, did_you_mean
+from memvec.registry import BUILT_IN
 
 EXAMPLES = options.examples(
     "memvec export letter.mem --to transformers",
     "memvec export letter.mem --to vllm --dtype bfloat16 -o letter.vllm",
 )
 
-To = Annotated[str, typer.Option("--to", help="transformers, vllm, sglang, peft or npy.")]
+To = Annotated[
+    str, typer.Option("--to", help=f"{', '.join(BUILT_IN['export'])}, or one of a plug-in.")
+]
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder; default: FILE's name + .TO.")
 ]
@@ -41,9 +43,7 @@ def export(
     from memvec import display
     from memvec import export as exporting
 
-    if to not in exporting.TARGETS:
-        raise MemvecError(f"unknown target '{to}': {did_you_mean(to, exporting.TARGETS)}")
-    target = exporting.TARGETS[to]
+    target = exporting.target(to)
     stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")
     folder = output or Path(file).with_name(f"{stem}.{to}")
     choice = ModelChoice.of(model, revision, device, dtype or target.dtype, load)
@@ -53,6 +53,6 @@ def export(
         typer.echo(display.to_json({"folder": str(folder), **manifest}))
     else:
         display.say(
-            f"{folder}: {len(manifest['passages'])} passages for {target.says}, exact in "
+            f"{folder}: {len(manifest['passages'])} passages for {target.description}, exact in "
             f"{manifest['dtype']}."
         )

@@ -1,13 +1,17 @@
-"""What every one-pass encoder does: K [mem] vectors of a passage in one forward pass.
+"""A one-pass encoder: K [mem] vectors of a passage in one forward pass.
 
 Used as a start for cramming, and measured beside it: an encoder is what the papers on cramming ask
 for (Kuratov et al. 2025, limitations), and what cramming is an upper bound of.
+
+This file imports nothing of the model, so that a model can hold an encoder.
 """
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class OnePassEncoder(ABC):
-    """Reads passages of one length, gives K [mem] vectors each.
+    """Reads passages of one length and gives K [mem] vectors each.
 
-    `tokens`: leading tokens per vector worth encoding (0: the whole passage); beyond them an
-    encoder that was never right is a worse start than one that leaves them out. `max_vectors`: the
-    most it gives at once; for more, the passage is encoded in equal parts, in order.
+    `tokens`: how many leading tokens per vector to encode (0: the whole passage); an encoder that
+    was never right beyond them makes a worse start from more. `max_vectors`: the largest K of one
+    forward pass; for more, the passage is encoded in equal parts, in order.
     """
 
     tokens: int = 0
     max_vectors: int = 1
-    identity: str = "in-memory"  # hash of its file: where vectors start can change them
+    identity: str = "in-memory"  # hash of its file: part of the record, as starts change vectors
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> OnePassEncoder:
@@ -51,3 +55,12 @@ class OnePassEncoder(ABC):
                 part = part[:, : self.tokens * (last - first)]
             vectors.append(self.read(lm, part, last - first).float())
         return torch.cat(vectors, dim=1)
+
+
+@dataclass(frozen=True)
+class EncoderFile:
+    """An encoder's file as a reader gets it: where it is, its tensors and its metadata."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]

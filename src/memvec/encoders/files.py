@@ -1,7 +1,14 @@
 """Encoder files: one safetensors file, `encoder.safetensors` in a model's folder or anywhere else.
 
-Its metadata say which kind it is, what shape it has, how many leading tokens per vector are worth
-encoding, and, for encoders trained beside a frozen LM, which LM that was.
+Its metadata name its kind (which `memvec.registry` knows a reader for), how many leading tokens per
+vector to encode, and, for encoders trained beside a frozen LM, which LM that was. A reader of your
+own is a function in your own package:
+
+    @register("encoder", "mine")
+    def read(file: EncoderFile, lm: FrozenLM) -> OnePassEncoder: ...
+
+It raises MemvecError for tensors that do not fit the model, and ValueError, KeyError, TypeError or
+AttributeError for metadata that cannot be read.
 """
 
 from __future__ import annotations
@@ -10,57 +17,39 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
-from memvec.encoders.base import OnePassEncoder
-from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.summary import SummaryEncoder
-from memvec.errors import MemvecError
+from memvec import registry
+from memvec.encoders.base import EncoderFile, OnePassEncoder
+from memvec.encoders.slots import SlotEncoder
+from memvec.errors import MemvecError, did_you_mean
 from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-
-LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096}
+FILE_NAME = "encoder.safetensors"  # in a model's folder
 
 
 def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
     """The encoder in a file, on the model's device.
 
-    Raises MemvecError if the file is no encoder, was made for another model, or does not hold what
-    it says.
+    Raises MemvecError if the file is no encoder, is of an unknown kind, was made for another model,
+    or is damaged.
     """
+    file = _open(path)
+    kind = file.metadata.get("kind", "summary")
+    if kind not in registry.names("encoder"):
+        hint = did_you_mean(kind, registry.names("encoder"))
+        raise MemvecError(f"{path} has an encoder of the unknown kind '{kind}': {hint}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise MemvecError(f"{path} is not an encoder that memvec can read: {error}") from error
-    try:
-        model = json.loads(metadata.get("model", "null"))
-        made_for = model and Fingerprint(
-            model["config"], model["weights"], tuple(map(float, model["probe"])), model["dtype"]
-        )
-        tokens = int(metadata.get("tokens", 0))
-        if metadata.get("kind", "summary") == "slots":
-            shape = {name: int(json.loads(metadata["shape"])[name]) for name in LARGEST}
-        else:
-            shape = {}
+        tokens = int(file.metadata.get("tokens", 0))
+        _check_model(file, lm)
+        encoder: OnePassEncoder = registry.get("encoder", kind)(file, lm)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error!r}") from None
-    if made_for and not made_for.matches(lm.fingerprint):
-        raise MemvecError(
-            f"{path} was trained for other weights (of {model.get('name')}) than those of "
-            f"{lm.name}: train one for this model with memvec encoder train."
-        )
-    encoder: OnePassEncoder = (
-        _slots(path, tensors, shape, lm) if shape else _summary(path, tensors, lm)
-    )
     encoder = encoder.to(lm.device, lm.dtype)
     encoder.tokens = tokens
     encoder.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -70,7 +59,7 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
 def save_encoder(
     path: Path, encoder: SlotEncoder, lm: FrozenLM, about: dict[str, Any] | None = None
 ) -> None:
-    """Write an encoder trained beside a frozen LM; atomically, so that no half of one is left."""
+    """Write an encoder trained beside a frozen LM, atomically: never half a file."""
     metadata = {
         "format": "memvec-encoder",
         "version": "1",
@@ -85,31 +74,24 @@ def save_encoder(
     write_atomically(path, save(tensors, metadata))
 
 
-def _summary(path: Path, tensors: dict[str, Tensor], lm: FrozenLM) -> SummaryEncoder:
-    missing = {"summary", "map.weight", "map.bias"} - tensors.keys()
-    if missing:
-        raise MemvecError(f"{path} is not an encoder that memvec can read: no {min(missing)}.")
-    summary, weight, bias = (tensors[key] for key in ("summary", "map.weight", "map.bias"))
-    summary, D = summary.reshape(-1, summary.shape[-1]), lm.width
-    if summary.shape[1] != D or weight.shape != (D, D) or bias.shape != (D,):
-        raise MemvecError(f"{path} was made for another model: its width is not {D}.")
-    return SummaryEncoder(summary, weight, bias)
-
-
-def _slots(
-    path: Path, tensors: dict[str, Tensor], shape: dict[str, int], lm: FrozenLM
-) -> SlotEncoder:
-    for name, largest in LARGEST.items():
-        if not 1 <= shape[name] <= largest:
-            raise MemvecError(f"{path} claims {shape[name]} {name}: not an encoder of memvec's.")
-    claimed = shape["layers"] * 12 * shape["hidden"] ** 2
-    if claimed > 2 * sum(t.numel() for t in tensors.values()) + 1024:
-        raise MemvecError(f"{path} claims more than it holds: the file is damaged.")
+def _open(path: Path) -> EncoderFile:
     try:
-        network = SlotNetwork(lm.width, **shape)
-        network.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (RuntimeError, ValueError, AssertionError):
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return EncoderFile(path, tensors, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise MemvecError(f"{path} is not an encoder that memvec can read: {error}") from error
+
+
+def _check_model(file: EncoderFile, lm: FrozenLM) -> None:
+    """Raise MemvecError if the file names a model and it is not this one."""
+    model = json.loads(file.metadata.get("model", "null"))
+    if not model:
+        return
+    probe = tuple(map(float, model["probe"]))
+    made_for = Fingerprint(model["config"], model["weights"], probe, model["dtype"])
+    if not made_for.matches(lm.fingerprint):
         raise MemvecError(
-            f"{path} does not fit {lm.name} (D {lm.width}): it was made for another model."
-        ) from None
-    return SlotEncoder(network)
+            f"{file.path} was trained for other weights (of {model.get('name')}) than those of "
+            f"{lm.name}: train one for this model with memvec encoder train."
+        )

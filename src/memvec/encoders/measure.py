@@ -1,4 +1,4 @@
-"""An encoder beside cramming, in one table: what one pass gives back, and what it saves.
+"""An encoder compared with cramming: what one pass gives back, and the steps it saves.
 
 Per length: how many held-out passages one pass gives back exactly (free-running decoding), and how
 many steps cramming needs from the encoder's vectors and from noise. Below them the two ends of the
@@ -27,8 +27,10 @@ from memvec.passages.passage import Passage
 
 @dataclass(frozen=True)
 class AtLength:
-    """One length of passages, `n` of them, one vector each. Steps are medians over all n; a passage
-    that was never exact counts with the most steps there were."""
+    """`n` passages of one length, one vector each.
+
+    Steps are medians over all n; a passage that was never exact counts with the recipe's steps.
+    """
 
     tokens: int
     n: int
@@ -79,17 +81,17 @@ def compare(
             f"{lm.context - 1}."
         )
     rows = tuple(_at(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
-    reached = [
+    horizons = [
         float(o.metrics.horizon)
         for o in _cram(lm, passages, replace(recipe, start="encoder"), batch_size)
     ]
-    spread = statistics.stdev(reached) / len(reached) ** 0.5 if len(reached) > 1 else float("nan")
+    error = statistics.stdev(horizons) / len(horizons) ** 0.5 if len(horizons) > 1 else float("nan")
     return Comparison(
         rows,
         max((row.tokens for row in rows if row.one_pass_exact >= 0.5), default=0),
-        statistics.mean(reached),
-        1.96 * spread,
-        len(reached),
+        statistics.mean(horizons),
+        1.96 * error,
+        len(horizons),
     )
 
 
@@ -98,19 +100,19 @@ def _at(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) 
     assert lm.encoder is not None
     vectors = lm.encoder.encode(lm, ids.to(lm.device), 1)
     right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
-    found = {}
+    by_start = {}
     for start in ("encoder", "noise"):
         outcomes = _cram(lm, ids, replace(recipe, start=start), batch_size)  # type: ignore[arg-type]
         exact = [o.exact for o in outcomes]
         steps = [o.steps if o.exact else recipe.steps for o in outcomes]
-        found[start] = (sum(exact) / n, statistics.median(steps))
+        by_start[start] = (sum(exact) / n, statistics.median(steps))
     return AtLength(
         T,
         n,
         float(right.all(1).float().mean()),
         float(horizon(right).float().mean()),
-        *found["encoder"],
-        *found["noise"],
+        *by_start["encoder"],
+        *by_start["noise"],
     )
 
 

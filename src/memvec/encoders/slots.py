@@ -1,13 +1,14 @@
 """The slot encoder: a transformer of its own beside a frozen LM it was trained for.
 
-It reads the LM's embeddings of a passage together with S learned slots, in both directions; what
-stands at the slots afterwards are the vectors. The LM itself is not changed and not run: the
+It reads the LM's embeddings of a passage together with S learned slots, in both directions; the
+vectors are its outputs at the slots. The LM itself is not changed and not run: the
 baseline of the encoders that compress a context into slots (ICAE, Ge et al. 2024: K slots,
 reconstruction through the frozen LM), with a small encoder instead of an adapted copy of the LM.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memvec.encoders.base import OnePassEncoder
+from memvec.encoders.base import EncoderFile, OnePassEncoder
+from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
+
+LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096}  # a file may claim
 
 
 def positions(T: int, width: int, device: torch.device) -> Float[Tensor, "T width"]:
@@ -47,12 +51,12 @@ class SlotNetwork(nn.Module):
             batch_first=True,
             norm_first=True,
         )
-        # nested tensors are of no use here: passages of one batch are of one length
+        # Nested tensors cannot help: passages of one batch have one length.
         self.layers = nn.TransformerEncoder(
             layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
         )
         self.out = nn.Linear(hidden, width)
-        # Where the LM's embeddings lie, and how large vectors are to be: set by `scaled`.
+        # Mean and spread of the LM's embeddings, and scale of the vectors: set by `scaled`.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(()))
         self.register_buffer("size", torch.ones(()))
@@ -62,24 +66,26 @@ class SlotNetwork(nn.Module):
     size: Tensor
 
     def scaled(self, mean: Tensor, std: float, size: float) -> SlotNetwork:
-        """The same network, for embeddings of that mean (D) and standard deviation; `size` is what
-        one at its last layer is in a vector (about the RMS of untrained vectors)."""
+        """The same network, for embeddings of that mean (D) and standard deviation.
+
+        `size`: factor from the last layer's output to a vector, about the RMS of untrained vectors.
+        """
         self.mean.copy_(mean)
         self.std.fill_(std)
         self.size.fill_(size)
         return self
 
     def forward(self, embedded: Float[Tensor, "B T D"], K: int) -> Float[Tensor, "B K D"]:
-        read = self.into((embedded.float() - self.mean) / self.std)
-        read = read + positions(read.shape[1], read.shape[2], read.device)
-        slots = self.slots[:K].expand(len(read), -1, -1)
-        seen: Tensor = self.layers(torch.cat([slots, read], dim=1))[:, :K]
-        vectors: Tensor = self.out(seen) * self.size + self.mean
+        inputs = self.into((embedded.float() - self.mean) / self.std)
+        inputs = inputs + positions(inputs.shape[1], inputs.shape[2], inputs.device)
+        slots = self.slots[:K].expand(len(inputs), -1, -1)
+        outputs: Tensor = self.layers(torch.cat([slots, inputs], dim=1))[:, :K]
+        vectors: Tensor = self.out(outputs) * self.size + self.mean
         return vectors
 
 
 class SlotEncoder(OnePassEncoder):
-    """A slot network with what a reader of its vectors needs. It stays in float32."""
+    """A slot network as an encoder. It stays in float32."""
 
     def __init__(self, network: SlotNetwork, tokens: int = 0) -> None:
         self.network, self.tokens = network.eval(), tokens
@@ -93,5 +99,30 @@ class SlotEncoder(OnePassEncoder):
         return vectors
 
     def settings(self) -> dict[str, Any]:
-        """What its file says of its shape."""
+        """Its shape, as its file records it."""
         return dict(self.network.shape)
+
+
+def read(file: EncoderFile, lm: FrozenLM) -> SlotEncoder:
+    """The slot encoder in a file.
+
+    Raises MemvecError if its tensors do not fit its shape or the model, before memory is taken for
+    a shape that no file of this size can have.
+    """
+    shape = {name: int(json.loads(file.metadata["shape"])[name]) for name in LARGEST}
+    for name, largest in LARGEST.items():
+        if not 1 <= shape[name] <= largest:
+            raise MemvecError(
+                f"{file.path} claims {shape[name]} {name}: not an encoder of memvec's."
+            )
+    claimed = shape["layers"] * 12 * shape["hidden"] ** 2
+    if claimed > 2 * sum(tensor.numel() for tensor in file.tensors.values()) + 1024:
+        raise MemvecError(f"{file.path} claims more than it holds: the file is damaged.")
+    try:
+        network = SlotNetwork(lm.width, **shape)
+        network.load_state_dict({k: v.float() for k, v in file.tensors.items()})
+    except (RuntimeError, ValueError, AssertionError):
+        raise MemvecError(
+            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
+        ) from None
+    return SlotEncoder(network)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.encoders.base import OnePassEncoder
+from memvec.encoders.base import EncoderFile, OnePassEncoder
+from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -42,3 +43,15 @@ class SummaryEncoder(OnePassEncoder):
         summary = self.summary[:K].expand(len(ids), -1, -1)
         hidden = lm.hidden(torch.cat([lm.embed(ids), summary], dim=1), keep=K)
         return hidden @ self.weight.T + self.bias
+
+
+def read(file: EncoderFile, lm: FrozenLM) -> SummaryEncoder:
+    """The summary encoder in a file. Raises MemvecError if a tensor is missing or does not fit."""
+    missing = {"summary", "map.weight", "map.bias"} - file.tensors.keys()
+    if missing:
+        raise MemvecError(f"{file.path} is not an encoder that memvec can read: no {min(missing)}.")
+    summary, weight, bias = (file.tensors[key] for key in ("summary", "map.weight", "map.bias"))
+    summary, D = summary.reshape(-1, summary.shape[-1]), lm.width
+    if summary.shape[1] != D or weight.shape != (D, D) or bias.shape != (D,):
+        raise MemvecError(f"{file.path} was made for another model: its width is not {D}.")
+    return SummaryEncoder(summary, weight, bias)

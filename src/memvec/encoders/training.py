@@ -1,8 +1,8 @@
 """Training a slot encoder beside a frozen LM: encode a passage, give it back, cross-entropy.
 
-What it learns from is text and the LM's own gradient: vectors of the encoder stand where crammed
+It learns from text and the LM's own gradient: vectors of the encoder stand where crammed
 vectors would, the frozen LM predicts the passage from them, and the loss goes back through it into
-the encoder. Passages grow with success, so that the encoder meets what it nearly can.
+the encoder. Passages grow with success, so that the encoder trains near the length it can reach.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Plan:
     """Positions of the frozen LM per step."""
     lr: float = 1e-3
     size: float = 12.8
-    """Of the vectors it begins with: a large one stands through all layers (docs/log.md)."""
+    """Scale of the vectors before training: a large one outlasts all layers (docs/log.md)."""
     warmup: int = 50
     first_target: float = 2.0
     longest: float = 2.0
-    """Passages are up to so many times the target length."""
+    """Largest length of a passage, as a multiple of the target length."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,18 +71,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How a run stands: what a person watching it wants to know."""
+    """The state of a run, for a progress display."""
 
     step: int
     steps: int
     loss_bits: float  # mean bits per token of the last step
     accuracy: float  # teacher-forced, of the last step
-    target: float  # tokens per vector that it is taught now
+    target: float  # tokens per vector that it is trained on now
     seconds: float
 
 
 class Training:
-    """A run that can be stopped after any checkpoint and taken up again.
+    """A run that can be stopped after any checkpoint and resumed.
 
     `stream`: token ids (N,) of the text. Its last 2 % are held out. What step n trains on depends
     on the seed and on n alone. Raises MemvecError: text too short, loss not finite, a partial file
@@ -93,7 +93,7 @@ class Training:
         if not lm.has_split_head:
             raise MemvecError(f"{lm.name} does not give its hidden states: no encoder for it.")
         self.lm, self.plan = lm, plan
-        self.fast = for_steps(lm, "auto")  # what the loss goes back through
+        self.fast = for_steps(lm, "auto")  # the model that the loss is differentiated through
         cut = int(len(stream) * (1 - HELD_OUT))
         self.text, self.held_out = stream[:cut], stream[cut:]
         if len(self.held_out) < 4 * GRID[0] + 64:
@@ -129,9 +129,9 @@ class Training:
         partial: Path | None = None,
         on_progress: Callable[[TrainingProgress], None] | None = None,
     ) -> SlotEncoder:
-        """Train to the last step; the encoder, with the length it is worth using at.
+        """Train to the last step; returns the encoder, with its best length.
 
-        With `partial`, a run that was stopped goes on from its last checkpoint there.
+        With `partial`, a stopped run resumes from its last checkpoint there.
         """
         if partial is not None and partial.exists():
             self._load(partial)
@@ -163,18 +163,18 @@ class Training:
             group["lr"] = plan.lr * self._rate()
         vectors = self.network(lm.embed(ids), K)
         states = lm.states(vectors, ids, "vectors")
-        found = score(lm.head, states, ids, CROSS_ENTROPY, V=lm.vocab_size)
-        loss = float(found.loss.mean()) / torch.log(torch.tensor(2.0)).item()
+        scores = score(lm.head, states, ids, CROSS_ENTROPY, V=lm.vocab_size)
+        loss = float(scores.loss.mean()) / torch.log(torch.tensor(2.0)).item()
         if not loss < float("inf"):
             raise MemvecError(
                 f"the loss was not finite at step {self.step + 1}: lower --lr (now {plan.lr})."
             )
-        states.backward(found.gradient.to(states.dtype) / ids.numel())  # type: ignore[no-untyped-call]
+        states.backward(scores.gradient.to(states.dtype) / ids.numel())  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        accuracy = float((found.margin > 0).float().mean())
+        accuracy = float((scores.margin > 0).float().mean())
         if share > 0.8 and accuracy > RISE_ABOVE:
             self.target = min(self.target * 1.02, float(self.longest))
         elif share < 1.2 and accuracy < FALL_BELOW:
@@ -186,19 +186,19 @@ class Training:
         left = 1 - self.step / self.plan.steps
         return min((self.step + 1) / self.plan.warmup, 0.01 + 0.99 * left)
 
-    # ------------------------------------------------------------------ what it is worth
+    # ------------------------------------------------------------------ the best length
 
     @torch.no_grad()
     def _best_length(self, encoder: SlotEncoder, n: int = 64) -> int:
-        """The length at which most leading tokens come back in one pass, on held-out text."""
-        best, most = 1, -1.0
+        """The length with the largest mean horizon (tokens) of one pass, on held-out text."""
+        best, best_mean = 1, -1.0
         for T in (t for t in GRID if t <= self.longest):
             ids = self._windows(self.held_out, n, T, self._generator("length", T))
             vectors = encoder.encode(self.lm, ids, 1)
             decoded = torch.tensor(decode_ids(self.lm, vectors, [T] * n))
             mean = float(horizon(decoded == ids.cpu()).float().mean())
-            if mean > most:
-                best, most = T, mean
+            if mean > best_mean:
+                best, best_mean = T, mean
         return best
 
     # ------------------------------------------------------------------ text and files
@@ -220,9 +220,9 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "progress": [self.step, self.target, self.seconds],
         }
-        held = io.BytesIO()
-        torch.save(state, held)
-        write_atomically(partial, held.getvalue())
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(partial, buffer.getvalue())
 
     def _load(self, partial: Path) -> None:
         try:

@@ -1,13 +1,52 @@
-"""Where vectors go: exports for other software. One file each; this is their catalogue."""
+"""Exports of vectors for other software; `memvec.registry` lists targets under the kind "export".
 
-from memvec.export.export import export
-from memvec.export.npy import Npy
-from memvec.export.peft import Peft
-from memvec.export.sglang import Sglang
+A target of your own is one class in your own package: `memvec export --to mine` then writes it.
+
+    @register("export", "mine")
+    class Mine(Target): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from memvec import registry
+from memvec.errors import MemvecError, did_you_mean
+from memvec.export.folder import export
 from memvec.export.target import Target
-from memvec.export.transformers import Transformers
-from memvec.export.vllm import Vllm
 
-TARGETS: dict[str, Target] = {t.name: t for t in (Transformers(), Vllm(), Sglang(), Peft(), Npy())}
+__all__ = ["TARGETS", "Target", "export", "names", "target"]
 
-__all__ = ["TARGETS", "Target", "export"]
+
+def names() -> list[str]:
+    """Every export target's name, the project's own first."""
+    return registry.names("export")
+
+
+def target(name: str) -> Target:
+    """The target of a name. Raises MemvecError, with the nearest known name, if it is unknown."""
+    if name not in names():
+        raise MemvecError(f"unknown target '{name}': {did_you_mean(name, names())}")
+    made: Target = registry.get("export", name)(name)
+    return made
+
+
+class _Targets(Mapping[str, Target]):
+    """Every registered target by its name, as `memvec.registry` knows them now."""
+
+    def __getitem__(self, name: str) -> Target:
+        if name not in self:
+            raise KeyError(name)
+        return target(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(names())
+
+    def __len__(self) -> int:
+        return len(names())
+
+
+TARGETS = _Targets()

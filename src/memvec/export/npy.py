@@ -1,4 +1,4 @@
-"""For everything else: the [mem] vectors (K, D) of each passage as a NumPy file.
+"""NumPy, for all other software: the [mem] vectors (K, D) of each passage as a NumPy file.
 
 float16 for a float16 model, else float32 (NumPy has no bfloat16): the numbers are those that the
 model's dtype can hold, so a cast to it loses nothing. Given tokens are in the manifest (`given`).
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 class Npy(Target):
     """NumPy files."""
 
-    name = "npy"
-    says = "NumPy files of the vectors, one per passage"
+    description = "NumPy files of the vectors, one per passage"
     suffix = ".npy"
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:

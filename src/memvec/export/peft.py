@@ -1,6 +1,6 @@
-"""For PEFT: one prompt-tuning adapter (a folder) per passage.
+"""PEFT: one prompt-tuning adapter (a folder) per passage.
 
-`adapter_config.json` says PROMPT_TUNING with K virtual tokens, `adapter_model.safetensors` holds
+`adapter_config.json` declares PROMPT_TUNING with K virtual tokens, `adapter_model.safetensors` has
 one tensor `prompt_embeddings` (K, D). PEFT puts it in front of the embeddings of `input_ids`, in
 their dtype; those ids are in the manifest (`given`: none, unless the start rule gives a token).
 
@@ -33,16 +33,15 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 
-# What PEFT 0.21 warns of beside transformers 5.23 and newer, whatever it is asked: it reads
-# an attribute that was renamed, and leaves out position ids of generate (November 2026).
-REMARKS = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported")
+# Warnings of PEFT 0.21 with transformers 5.23 and newer that no argument avoids: it reads a renamed
+# attribute, and leaves out position ids of generate (November 2026).
+KNOWN_WARNINGS = ("`is_gradient_checkpointing` is deprecated", "Position ids are not supported")
 
 
 class Peft(Target):
     """A prompt-tuning adapter."""
 
-    name = "peft"
-    says = "prompt-tuning adapters of PEFT, one per passage"
+    description = "prompt-tuning adapters of PEFT, one per passage"
     suffix = ""
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
@@ -74,9 +73,9 @@ class Peft(Target):
         from peft import PeftModel
 
         given = torch.tensor([list(item.given)], dtype=torch.long, device=lm.device)
-        with plain_generation(lm), _put_back(lm.model), warnings.catch_warnings():
-            for said in REMARKS:
-                warnings.filterwarnings("ignore", said)
+        with plain_generation(lm), _restored(lm.model), warnings.catch_warnings():
+            for message in KNOWN_WARNINGS:
+                warnings.filterwarnings("ignore", message)
             try:
                 adapted: Any = PeftModel.from_pretrained(lm.model, path)
                 ids = adapted.generate(
@@ -91,15 +90,15 @@ class Peft(Target):
                 raise MemvecError(
                     f"PEFT cannot generate with {lm.name} ({reason}): use --to transformers."
                 ) from error
-        found: list[int] = ids[0, given.shape[1] :].tolist()
-        return found
+        new_ids: list[int] = ids[0, given.shape[1] :].tolist()
+        return new_ids
 
     def certified_by(self) -> str:
         return super().certified_by() if find_spec("peft") is None else f"peft {version('peft')}"
 
 
 @contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module) -> Iterator[None]:
     """Undo what PEFT writes on a model and its parts: attributes, methods, trainable flags."""
     kept: list[tuple[Any, dict[str, Any]]] = [(m, dict(vars(m))) for m in model.modules()]
     trainable = [(p, p.requires_grad) for p in model.parameters()]

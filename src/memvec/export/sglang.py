@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 class Sglang(Target):
     """`input_embeds` of SGLang."""
 
-    name = "sglang"
-    says = "input_embeds of SGLang's /generate"
+    description = "input_embeds of SGLang's /generate"
     dtype = "bfloat16"
     suffix = ".json"
 

@@ -1,8 +1,8 @@
-"""What a target is: how one passage is written for other software, and what that software reads.
+"""An export target: how one passage is written for other software, and what that software reads.
 
 A target is one file: a subclass that writes a passage and reads it back *as the target's own loader
 would*, dtype and layout included. What is read back is what gets certified, so an export that lost
-a bit on its way is found out before anybody uses it.
+a bit on its way is refused before anybody uses it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One passage on its way out. `vectors` (K, D) as stored; `given` are the token ids that stand
-    behind them (BOS, or the first token, or none); `new_tokens` are still to be generated."""
+    """One passage to export.
+
+    `vectors` (K, D) as stored; `given`: token ids that follow them in the input (BOS, or the
+    passage's first token, or none); `new_tokens`: number of tokens to generate.
+    """
 
     vectors: Float[Tensor, "K D"]
     given: tuple[int, ...]
@@ -35,12 +38,23 @@ class Item:
 
 
 class Target:
-    """Common skeleton. `dtype` names the only dtype the target takes, None for the model's own."""
+    """Common skeleton; made with the name it is registered under.
 
-    name: ClassVar[str]
-    says: ClassVar[str]  # one line for people
+    `dtype` names the only dtype the target takes, None for the model's own; `suffix` ends the name
+    of each passage's file ('' for a folder); `description` is one line for the command line.
+    """
+
+    description: ClassVar[str]
     dtype: ClassVar[str | None] = None
     suffix: ClassVar[str]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def says(self) -> str:
+        """`description`, under the name that cli/ still uses."""
+        return self.description
 
     def refuse(self, lm: FrozenLM) -> None:
         """Raise MemvecError if the target cannot take vectors of this model."""
@@ -54,9 +68,9 @@ class Target:
         raise NotImplementedError
 
     def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
-        """Greedy ids from what was written, alone in their batch, as a reader of the export does.
+        """Greedy token ids from what was written, at batch size 1, as a reader of the export does.
 
-        Our own decoder on what `read` gives; a target whose software is installed runs that.
+        Our own decoder on the inputs of `read`; a target whose software is installed runs that.
         """
         prompt = self.read(path, item, lm).to(lm.device)
         return decode_ids(lm, prompt[None], [item.new_tokens])[0]
@@ -84,7 +98,7 @@ def refuse_scaled_embeddings(lm: FrozenLM, engine: str) -> None:
     """Raise MemvecError for models that scale embeddings on their way in (Gemma).
 
     Engines have their own code for such models, and some scale given vectors once more:
-    what the model would see cannot be told from the file.
+    the file does not determine what the model would see.
     """
     ids = torch.arange(1, 5, device=lm.device)
     weight: Tensor = lm.embedding.weight  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""For `generate(inputs_embeds=...)` of transformers: a safetensors file per passage.
+"""transformers, for `generate(inputs_embeds=...)`: a safetensors file per passage.
 
 One tensor `inputs_embeds` (1, N, D) in the model's dtype: the [mem] vectors and, where the start
 rule gives tokens, their embeddings. Certified by `generate` itself.
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from memvec.errors import MemvecError
 from memvec.export.target import Item, Target, prompt
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 class Transformers(Target):
     """Inputs of `generate`."""
 
-    name = "transformers"
-    says = "generate(inputs_embeds=...) of transformers"
+    description = "generate(inputs_embeds=...) of transformers"
     suffix = ".safetensors"
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
@@ -53,8 +53,8 @@ class Transformers(Target):
                     f"generate() of {lm.name} does not take inputs_embeds "
                     f"({reason[0] if reason else type(error).__name__})."
                 ) from error
-        found: list[int] = ids[0].tolist()
-        return found
+        new_ids: list[int] = ids[0].tolist()
+        return new_ids
 
     def certified_by(self) -> str:
         return f"transformers {version('transformers')}"
@@ -62,10 +62,11 @@ class Transformers(Target):
 
 @contextlib.contextmanager
 def plain_generation(lm: FrozenLM) -> Iterator[None]:
-    """Greedy, no penalties, no EOS: a model's own generation config may bring any of them, and
-    `generate` fills from it whatever its caller leaves open. Put back afterwards."""
-    from transformers import GenerationConfig
+    """Generate greedily, without penalties and without stopping at an EOS.
 
+    A model's own generation config may set any of them, and `generate` takes from it whatever its
+    caller leaves open. It is restored afterwards.
+    """
     model: Any = lm.model
     own = model.generation_config
     model.generation_config = GenerationConfig(pad_token_id=0)

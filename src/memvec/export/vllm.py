@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 class Vllm(Target):
     """`prompt_embeds` of vLLM."""
 
-    name = "vllm"
-    says = "prompt_embeds of vLLM, offline and for its server"
+    description = "prompt_embeds of vLLM, offline and for its server"
     suffix = ".json"
 
     def refuse(self, lm: FrozenLM) -> None:

@@ -1,6 +1,6 @@
-"""Where passages come from: documents of text or token ids, cut so that cramming succeeds."""
+"""Passages and their origin: documents cut into passages, and the sources of studies."""
 
-from memvec.passages.cut import Cutter
+from memvec.passages.cutting import Cutter
 from memvec.passages.documents import Document, read_document
 from memvec.passages.passage import Passage
 

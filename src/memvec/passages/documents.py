@@ -132,7 +132,7 @@ def peek(path: str) -> None:
 def read_document(
     lm: FrozenLM, path: str, *, encoding: str = "utf-8", largest: int = LARGEST
 ) -> Document:
-    """A document from a file, or from standard input for '-'. MemvecError says what is wrong."""
+    """A document from a file, or from standard input for '-'. Raises MemvecError."""
     if path == "-":
         if sys.stdin is None:
             raise MemvecError("standard input is closed: name a file.")

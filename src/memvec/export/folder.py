@@ -1,12 +1,12 @@
-"""Export a file of [mem] vectors: a folder with one item per passage and a manifest.
+"""The folder of an export: one item per passage and a manifest, certified before it exists.
 
     manifest.json     what each item is, how many tokens to generate, how passages make documents,
                       and the certificate
     passage-0000...   the passages in order, each in the target's own format
 
-Every item is written, read back as the target's loader reads it, and decoded freely, alone in its
-batch, before the folder gets its name: a folder that exists is certified, and one that is not
-exact does not come into being.
+Every item is written, read back as the target's loader reads it, and decoded freely at batch
+size 1, before the folder gets its name: a folder that exists is certified, and an export that is
+not exact is never left on disk.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = "memvec-export"
-NAMED = 5  # passages that an error names one by one
+MAX_NAMED = 5  # passages that an error names one by one
 
 
 def export(
@@ -47,32 +47,32 @@ def export(
     a target that cannot take this model; NotExactError, naming the passages, if they no longer
     decode exactly in the target's type. Nothing is left behind then.
     """
-    place = Path(folder)
-    _check(mem, lm, target, place, force)
+    output = Path(folder)
+    _check(mem, lm, target, output, force)
     items = [_item(mem, i, lm) for i in range(len(mem.passages))]
     digits = max(4, len(str(len(items) - 1)))
     names = [f"passage-{i:0{digits}}{target.suffix}" for i in range(len(items))]
     aside: Path | None = None
     try:
-        aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+        aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
         for name, item in zip(names, items, strict=True):
             target.write(aside / name, item, lm)
         _certify(mem, lm, target, [aside / name for name in names], items)
         manifest = _manifest(mem, lm, target, names, items)
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
         aside.chmod(0o755)
-        if place.exists():
-            shutil.rmtree(place)
-        aside.replace(place)
+        if output.exists():
+            shutil.rmtree(output)
+        aside.replace(output)
     except OSError as error:
-        raise MemvecError(f"{place} cannot be written: {error.strerror}.") from None
+        raise MemvecError(f"{output} cannot be written: {error.strerror}.") from None
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
-def _check(mem: MemVectors, lm: FrozenLM, target: Target, place: Path, force: bool) -> None:
+def _check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
     if mem.header.layout != "prefix":
         raise MemvecError(
             f"one-step vectors are read in one forward pass, which no export is for: "
@@ -86,13 +86,13 @@ def _check(mem: MemVectors, lm: FrozenLM, target: Target, place: Path, force: bo
             f"use --dtype {target.dtype}."
         )
     target.refuse(lm)
-    if not place.parent.is_dir():
-        raise MemvecError(f"there is no folder {place.parent} to write {place.name} in.")
-    if place.exists():
+    if not output.parent.is_dir():
+        raise MemvecError(f"there is no folder {output.parent} to write {output.name} in.")
+    if output.exists():
         if not force:
-            raise MemvecError(f"{place} exists: use --force to replace it, or -o for another.")
-        if not (place / MANIFEST).is_file():
-            raise MemvecError(f"{place} is not an earlier export: name another folder with -o.")
+            raise MemvecError(f"{output} exists: use --force to replace it, or -o for another.")
+        if not (output / MANIFEST).is_file():
+            raise MemvecError(f"{output} is not an earlier export: name another folder with -o.")
 
 
 def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
@@ -109,11 +109,11 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
         given = (lm.bos_id,)
     elif rule == "first-token" and record.first is not None:
         given = (record.first,)
-    return Item(mem.vectors[i], given, record.tokens - len(_starts_with(record)))
+    return Item(mem.vectors[i], given, record.tokens - len(_given_of_passage(record)))
 
 
-def _starts_with(record: PassageRecord) -> list[int]:
-    """Tokens of the passage that are given and not generated."""
+def _given_of_passage(record: PassageRecord) -> list[int]:
+    """Token ids of the passage that are given and not generated."""
     return [] if record.first is None else [record.first]
 
 
@@ -122,18 +122,18 @@ def _certify(
 ) -> None:
     wrong = []
     for i, (path, item, record) in enumerate(zip(paths, items, mem.passages, strict=True)):
-        ids = _starts_with(record)
+        ids = _given_of_passage(record)
         if item.new_tokens:
             ids = ids + target.decode(path, item, lm)
         if ids_hash(ids) != record.sha256:
             wrong.append(f"passage {i} ({record.tokens} tokens)")
     if not wrong:
         return
-    more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+    more = f" and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
     dtype = str(lm.dtype).removeprefix("torch.")
     raise NotExactError(
         f"{len(wrong)} of {len(paths)} passages do not decode exactly in {dtype} as "
-        f"{target.name} reads them: {', '.join(wrong[:NAMED])}{more}; cram for it with "
+        f"{target.name} reads them: {', '.join(wrong[:MAX_NAMED])}{more}; cram for it with "
         f"--dtype {dtype} --storage {dtype}, or with a larger --margin."
     )
 
@@ -141,14 +141,14 @@ def _certify(
 def _manifest(
     mem: MemVectors, lm: FrozenLM, target: Target, names: list[str], items: list[Item]
 ) -> dict[str, Any]:
-    described = lm.description()
+    model = lm.description()
     versions = environment()
     return {
         "format": FORMAT,
         "version": 1,
         "target": target.name,
-        "model": {k: described[k] for k in ("name", "revision", "config", "weights")},
-        "dtype": described["dtype"],
+        "model": {k: model[k] for k in ("name", "revision", "config", "weights")},
+        "dtype": model["dtype"],
         "vectors_per_passage": mem.vectors.shape[1],
         "width": mem.vectors.shape[2],
         "start_rule": mem.header.start_rule,
@@ -161,7 +161,7 @@ def _manifest(
             {
                 "file": name,
                 "given": list(item.given),
-                "starts_with": _starts_with(record),
+                "starts_with": _given_of_passage(record),
                 "new_tokens": item.new_tokens,
                 "sha256": record.sha256,
             }
@@ -170,9 +170,9 @@ def _manifest(
         "certificate": {
             "exact": True,
             "decoded_by": target.certified_by(),
-            "decoded_in": described["dtype"],
-            "device": described["device"],
-            "attention": described["attention"],
+            "decoded_in": model["dtype"],
+            "device": model["device"],
+            "attention": model["attention"],
             "batch": 1,
             **{k: versions[k] for k in ("memvec", "torch", "transformers", "date")},
         },

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Cutter:
     """Cuts token ids into passages of at most `bits` bits, or of exactly `tokens` tokens.
 
-    `most` is the longest passage allowed (the model's context less the vectors).
+    `most`: the largest number of tokens in a passage (the model's context less the vectors).
     """
 
     def __init__(
@@ -43,32 +43,35 @@ class Cutter:
         if tokens is not None and most is not None and tokens > most:
             raise MemvecError(f"--tokens {tokens} does not fit the context: at most {most}.")
         self.lm, self.bits, self.tokens = lm, bits, tokens
-        self.most = most or 10**9
+        self.max_tokens = most or 10**9
 
-    def cut(self, ids: Sequence[int], document: int = 0, least: int = 1) -> Iterator[Passage]:
-        """The passages of a document, lazily, front to back; none shorter than `least` but the
-        last, and the last one joins its neighbour if it would be."""
-        at, window = 0, 64
-        while at < len(ids):
+    def cut(self, ids: Sequence[int], document: int = 0, min_tokens: int = 1) -> Iterator[Passage]:
+        """The passages of a document, lazily, front to back.
+
+        None is shorter than `min_tokens`, unless the document is: a shorter rest joins the passage
+        before it.
+        """
+        start, window = 0, 64
+        while start < len(ids):
             if self.tokens is not None:
-                n = min(self.tokens, len(ids) - at)
+                n = min(self.tokens, len(ids) - start)
             else:
-                n, window = self._fitting(ids, at, window)
-            n = max(n, least)
-            if 0 < len(ids) - at - n < least:
-                n = len(ids) - at
-            yield Passage(tuple(ids[at : at + n]), document, at)
-            at += n
+                n, window = self._fitting(ids, start, window)
+            n = max(n, min_tokens)
+            if 0 < len(ids) - start - n < min_tokens:
+                n = len(ids) - start
+            yield Passage(tuple(ids[start : start + n]), document, start)
+            start += n
 
-    def _fitting(self, ids: Sequence[int], at: int, window: int) -> tuple[int, int]:
-        """Tokens from `at` whose bits fit the budget, and the window to score next time."""
+    def _fitting(self, ids: Sequence[int], start: int, window: int) -> tuple[int, int]:
+        """How many tokens from `start` fit the budget of bits, and the next window (tokens)."""
         assert self.bits is not None
         while True:
-            window = min(window, self.most)
-            span = list(ids[at : at + window])
+            window = min(window, self.max_tokens)
+            span = list(ids[start : start + window])
             total = surprisals(self.lm, span).cumsum(0)
             n = int((total <= self.bits).sum())
-            if n < len(span) or len(span) < window or window == self.most:
+            if n < len(span) or len(span) < window or window == self.max_tokens:
                 return max(n, 1), max(16, 2 * n)
             window *= 2
 

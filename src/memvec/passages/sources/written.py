@@ -1,0 +1,172 @@
+"""Written texts: the paper's chunks and its suffix rule, seeded; what `files` and `hub` share.
+
+Kuratov et al. draw a book, split it into sentences, take a random span of 12,000 to 25,000 words
+(`preprocess_pg19.ipynb`), and cram the first T tokens of the *second half* of the span's sentences
+(`train.py`). Their draw was not seeded; ours is, by the chunk's number, so chunk i is the same
+however many are made. Sentences are split by punctuation here and by nltk's `punkt` there; give
+`splitter='nltk'` where nltk and its data are installed, to follow the paper to the letter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from memvec.errors import MemvecError
+from memvec.passages.passage import Passage
+from memvec.passages.sources.base import Source, SourcedPassage, seeded_random
+from memvec.passages.text_readers import NamedText, read_hub_texts, read_texts, resolve
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+Splitter = Literal["punctuation", "nltk"]
+Rule = Literal["suffix", "start"]
+
+PAPER_WORDS = (12_000, 25_000)
+MIN_SENTENCES = 10  # of a chunk, as in the paper
+MAX_BEFORE = 4096  # tokens kept of the text before a passage
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+
+
+class WrittenTexts(Source):
+    """Written texts: where they are, and how a passage is taken from one."""
+
+    path: str | None = Field(default=None, description="file, folder or - for standard input")
+    dataset: str | None = Field(default=None, description="Hub data set, if there is no path")
+    split: str = Field(default="train", description="split of the Hub data set")
+    revision: str | None = Field(default=None, description="revision of the Hub data set")
+    column: str = Field(default="text", description="column of a table that holds the text")
+    where: dict[str, str] = Field(default={}, description="keep table rows with these values")
+    rule: Rule = Field(
+        default="suffix",
+        description="'suffix': the paper's, second half of the sentences; 'start': from the start",
+    )
+    chunk_words: tuple[int, int] | None = Field(
+        default=None, description="draw chunks of so many words; default: each text is a chunk"
+    )
+    splitter: Splitter = Field(default="punctuation", description="how sentences are split")
+
+    def missing(self, base: Path | None) -> str | None:
+        if self.path in (None, "-"):
+            return None if self.path or self.dataset else f"source '{self.name}' needs a path."
+        file = resolve(str(self.path), base)
+        return None if file.exists() else f"source missing: there is no file or folder {file}."
+
+    def texts(self, base: Path | None) -> list[NamedText]:
+        """(name, text) of the texts that passages are taken from."""
+        if self.path is not None:
+            return read_texts(self.path, base, self.column, self.where)
+        if self.dataset is None:
+            raise MemvecError(f"source '{self.name}' needs a path or a dataset.")
+        return read_hub_texts(self.dataset, self.split, self.column, self.revision)
+
+    def passages(
+        self, lm: FrozenLM, count: int, length: int, base: Path | None = None
+    ) -> Iterator[SourcedPassage]:
+        """`count` passages of `length` tokens; passage i at a shorter length is its beginning.
+
+        Raises MemvecError if there are too few texts or one is too short.
+        """
+        texts = self.texts(base)
+        if self.chunk_words is None and count > len(texts):
+            raise MemvecError(
+                f"{count} passages were asked of a source with {len(texts)} texts: lower passages, "
+                "or draw chunks with chunk_words."
+            )
+        for number in range(count):
+            if self.chunk_words is None:
+                name, text = texts[number]
+            else:
+                name, text = chunk(texts, number, self.chunk_words, self.seed, self.splitter)
+            before, rest = split_by_rule(text, self.rule, self.splitter)
+            ids = _leading_ids(lm, rest, length)
+            if len(ids) < length:
+                raise MemvecError(
+                    f"{name} has {len(ids)} tokens for a passage of {length}: lower lengths, or "
+                    "raise chunk_words."
+                )
+            passage = Passage(tuple(ids[:length]), number)
+            yield SourcedPassage(number, passage, name, _ids_before(lm, before))
+
+
+def sentences(text: str, splitter: Splitter = "punctuation") -> list[str]:
+    """Sentences of a text, in order."""
+    if splitter == "nltk":
+        try:
+            from nltk.tokenize import sent_tokenize
+        except ImportError:
+            raise MemvecError("splitter 'nltk' needs nltk: pip install nltk.") from None
+        try:
+            return list(sent_tokenize(text))
+        except LookupError:
+            raise MemvecError(
+                "splitter 'nltk' needs its data: python -m nltk.downloader punkt_tab."
+            ) from None
+    parts, start = [], 0
+    for match in _SENTENCE_END.finditer(text):
+        parts.append(text[start : match.end()].strip())
+        start = match.end()
+    return [part for part in [*parts, text[start:].strip()] if part]
+
+
+def chunk(
+    texts: Sequence[NamedText],
+    number: int,
+    words: tuple[int, int] = PAPER_WORDS,
+    seed: int = 0,
+    splitter: Splitter = "punctuation",
+) -> NamedText:
+    """Chunk `number` of a set of (name, text): a random text with enough words, a random span.
+
+    `words`: smallest and largest number of words. Raises MemvecError if no text is long enough.
+    """
+    min_words, max_words = words
+    usable = [(name, text) for name, text in texts if len(text.split()) >= min_words]
+    if not usable:
+        longest = max((len(text.split()) for _, text in texts), default=0)
+        raise MemvecError(
+            f"no text has the {min_words} words of a chunk (the longest has {longest}): "
+            "lower chunk_words."
+        )
+    draw = seeded_random("chunk", seed, number)
+    name, text = draw.choice(usable)
+    parts = sentences(" ".join(text.split()), splitter)
+    sizes = [len(part.split()) for part in parts]
+    wanted = draw.randint(min_words, max_words)
+    start = draw.randrange(len(parts))
+    # Walk back when the text ends too early, so that every chunk has its words.
+    while start > 0 and sum(sizes[start:]) < wanted:
+        start -= 1
+    end, total = start, 0
+    while end < len(parts) and (total < wanted or end - start < MIN_SENTENCES):
+        total += sizes[end]
+        end += 1
+    return f"{name} #{number}", " ".join(parts[start:end])
+
+
+def split_by_rule(text: str, rule: Rule, splitter: Splitter = "punctuation") -> tuple[str, str]:
+    """(the text before the passage, the text whose first T tokens are the passage)."""
+    if rule == "start":
+        return "", text
+    parts = sentences(text, splitter)
+    middle = len(parts) // 2
+    return " ".join(parts[:middle]), " ".join(parts[middle:])
+
+
+def _leading_ids(lm: FrozenLM, text: str, length: int) -> list[int]:
+    """At least the first `length` token ids of a text, if it has so many."""
+    # Enough characters for any tokenizer's T tokens; whole chunks are 100 times longer.
+    ids = lm.tokenize(text[: 16 * length + 64])
+    return ids if len(ids) >= length + 8 else lm.tokenize(text)
+
+
+def _ids_before(lm: FrozenLM, before: str) -> tuple[int, ...]:
+    """The last MAX_BEFORE token ids of the text before a passage."""
+    if not before:
+        return ()
+    return tuple(lm.tokenize(before[-16 * MAX_BEFORE :] + " ")[-MAX_BEFORE:])

@@ -1,0 +1,143 @@
+"""Texts from files (txt, md, jsonl, parquet, csv, folders), standard input, or a Hub data set."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from memvec.errors import MemvecError
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+NamedText = tuple[str, str]  # name of a text, the text
+
+
+def resolve(path: str, base: Path | None) -> Path:
+    """A path a person wrote; `base` is the folder that a relative one starts from."""
+    file = Path(path).expanduser()
+    return file if file.is_absolute() or base is None else base / file
+
+
+def read_texts(
+    path: str, base: Path | None = None, column: str = "text", where: dict[str, str] | None = None
+) -> list[NamedText]:
+    """(name, text) of every text, in a fixed order; '-' is standard input.
+
+    `base` is the folder relative paths start from (a spec's own folder). `where` keeps only the
+    table rows whose columns have these values, e.g. {'split': 'valid'}.
+    Raises MemvecError: no such file, no such column, an unknown kind of file.
+    """
+    if path == "-":
+        texts = [("standard input", _read_stream(sys.stdin))]
+    else:
+        file = resolve(path, base)
+        if not file.exists():
+            raise MemvecError(f"source missing: there is no file or folder {file}.")
+        files = [file]
+        if file.is_dir():
+            files = sorted(p for p in file.rglob("*") if p.suffix in SUFFIXES)
+        texts = [text for one in files for text in _read_file(one, column, where or {})]
+    texts = [(name, text) for name, text in texts if text.strip()]
+    if not texts:
+        raise MemvecError(f"source empty: no texts in {path} (kinds read: {', '.join(SUFFIXES)}).")
+    return texts
+
+
+def read_hub_texts(
+    dataset: str, split: str = "train", column: str = "text", revision: str | None = None
+) -> list[NamedText]:
+    """(name, text) of every row of a split that has a text, in order.
+
+    `dataset` is a Hub id, or a folder with the files of a data set. The name of a row has the
+    commit it came from, so that a record made with 'main' can be repeated. Raises MemvecError if
+    the rows cannot be read.
+    """
+    try:
+        from datasets import load_dataset_builder
+    except ImportError:
+        raise MemvecError(
+            f"source '{dataset}' needs the datasets library: pip install 'memvec[hub]'."
+        ) from None
+    if revision is not None and Path(dataset).is_dir():
+        raise MemvecError(f"{dataset} is a folder here and has no revision '{revision}'.")
+    try:
+        builder = load_dataset_builder(dataset, revision=revision)
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=split)
+    except Exception as error:  # the library raises a dozen kinds for "not there" and "no network"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemvecError(
+            f"source missing: {dataset} could not be read from the Hub ({first}); "
+            "give a local copy with path."
+        ) from error
+    if column not in table.column_names:
+        names = ", ".join(table.column_names)
+        raise MemvecError(f"{dataset} has no column '{column}'; it has {names}.")
+    # The builder's hash is the commit for a Hub data set, and something shorter for a folder.
+    commit = f"@{builder.hash[:12]}" if _COMMIT.fullmatch(str(builder.hash)) else ""
+    return [(f"{dataset}{commit} row {i}", str(t)) for i, t in enumerate(table[column]) if t]
+
+
+@functools.lru_cache(maxsize=1)
+def _read_stream(stream: Any) -> str:
+    """All of a text stream, cached: it can be read once, and every cell of a study asks for it."""
+    try:
+        return str(stream.read())
+    except UnicodeDecodeError as error:
+        raise MemvecError(f"standard input is not UTF-8 text (byte {error.start}).") from None
+
+
+def _read_file(file: Path, column: str, where: dict[str, str]) -> list[NamedText]:
+    if file.suffix == ".jsonl":
+        return _texts_of_rows(_json_lines(file), file, column, where)
+    if file.suffix in (".parquet", ".csv"):
+        try:
+            import pandas as pd
+        except ImportError:
+            raise MemvecError(f"reading {file.name} needs pip install 'memvec[study]'.") from None
+        try:
+            frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one
+            first = str(error).splitlines()[0]
+            raise MemvecError(f"{file} is not a {file.suffix[1:]} table: {first}.") from None
+        return _texts_of_rows(frame.to_dict("records"), file, column, where)
+    return [(file.stem, _read_utf8(file))]
+
+
+def _read_utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MemvecError(f"{file} is not UTF-8 text (byte {error.start}).") from None
+
+
+def _json_lines(file: Path) -> list[dict[str, object]]:
+    rows = []
+    # Not splitlines: JSON may have U+2028 and others of its line ends inside a string.
+    for number, line in enumerate(_read_utf8(file).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise MemvecError(f"{file} line {number} is not JSON: {error.msg}.") from None
+            if not isinstance(rows[-1], dict):
+                raise MemvecError(f"{file} line {number} is not an object with columns.")
+    return rows
+
+
+def _texts_of_rows(
+    rows: list[dict[str, object]], file: Path, column: str, where: dict[str, str]
+) -> list[NamedText]:
+    if rows and column not in rows[0]:
+        raise MemvecError(
+            f"{file} has no column '{column}'; it has {', '.join(map(str, rows[0]))}."
+        )
+    kept = [row for row in rows if all(str(row.get(k)) == v for k, v in where.items())]
+    # A row without a text (None, NaN) is not the text "None".
+    texts = [row.get(column) for row in kept]
+    return [(f"{file.stem} row {i}", t) for i, t in enumerate(texts) if isinstance(t, str)]

@@ -1,0 +1,239 @@
+"""Registries: every name resolves, errors are one sentence, and other packages add to them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from memvec import registry
+from memvec.encoders.base import OnePassEncoder
+from memvec.errors import MemvecError
+from memvec.export import TARGETS, Target, names, target
+from memvec.passages.sources import SOURCES, Source
+
+PLACES = [
+    (kind, name, place)
+    for kind, choices in registry.BUILT_IN.items()
+    for name, place in choices.items()
+]
+
+
+@pytest.fixture
+def empty(monkeypatch):
+    """A registry that this test alone adds to."""
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_every_kind_has_a_table_and_a_description():
+    assert registry.BUILT_IN.keys() == registry.KINDS.keys()
+    assert all(registry.KINDS.values())
+
+
+@pytest.mark.parametrize(("kind", "name", "place"), PLACES)
+def test_every_built_in_name_resolves(kind, name, place):
+    attribute = place.partition(":")[2]
+    assert registry.get(kind, name).__name__ == attribute
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_built_in_names_come_first(kind):
+    assert registry.names(kind)[: len(registry.BUILT_IN[kind])] == list(registry.BUILT_IN[kind])
+
+
+def test_unknown_kinds_and_names_are_one_sentence():
+    for call in (registry.names, lambda kind: registry.get(kind, "x")):
+        with pytest.raises(MemvecError, match=r"^unknown kind 'sorce': did you mean 'source'\?$"):
+            call("sorce")
+    with pytest.raises(MemvecError, match="unknown kind 'sorce'"):
+        registry.register("sorce", "mine")
+    with pytest.raises(MemvecError, match=r"^unknown source 'filse': did you mean 'files'\?$"):
+        registry.get("source", "filse")
+    with pytest.raises(MemvecError, match=r"^unknown encoder '7': known: slots, summary\.$"):
+        registry.get("encoder", "7")
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_name_stands_for_one_thing():
+    def first(): ...
+
+    def second(): ...
+
+    assert registry.register("encoder", "mine")(first) is first
+    assert registry.register("encoder", "mine")(first) is first  # its module is imported again
+    assert registry.get("encoder", "mine") is first
+    assert registry.names("encoder")[-1] == "mine"
+    for name in ("mine", "slots"):
+        with pytest.raises(MemvecError, match=f"^the name '{name}' is taken by another encoder"):
+            registry.register("encoder", name)(second)
+    assert registry.get("encoder", "mine") is first
+    assert registry.register("export", "mine")(second) is second  # names are of one kind
+
+
+# ---------------------------------------------------------------------- sources, targets, encoders
+
+
+@pytest.mark.parametrize("kind", registry.BUILT_IN["source"])
+def test_a_source_is_made_by_its_own_kind(kind):
+    source = SOURCES[kind](name="x")
+    assert issubclass(SOURCES[kind], Source)
+    assert source.kind == source.settings()["kind"] == kind
+    assert SOURCES[kind].__doc__
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_target_has_its_registered_name(name):
+    assert isinstance(target(name), Target)
+    assert target(name).name == TARGETS[name].name == name
+    assert target(name).description == TARGETS[name].says
+
+
+def test_mappings_follow_the_registry():
+    assert list(SOURCES) == registry.names("source")
+    assert list(TARGETS) == names() == registry.names("export")
+    assert (len(SOURCES), len(TARGETS)) == (len(list(SOURCES)), len(list(TARGETS)))
+    for mapping in (SOURCES, TARGETS):
+        assert "mine" not in mapping
+        assert 0 not in mapping
+        assert mapping.get("mine") is None
+    with pytest.raises(MemvecError, match=r"^unknown target 'vlm': did you mean 'vllm'\?$"):
+        target("vlm")
+
+
+def test_an_abstract_encoder_costs_no_model():
+    """So that the model can hold one without a circle."""
+    code = "import memvec.encoders.base, sys; print('memvec.model' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+    assert OnePassEncoder.__abstractmethods__ == {"to", "read"}
+
+
+# ---------------------------------------------------------------------- plug-ins
+
+PLUGIN = """
+    from typing import Literal
+
+    from memvec import register
+    from memvec.export import Target
+    from memvec.passages.passage import Passage
+    from memvec.passages.sources import Source, SourcedPassage
+
+
+    @register("source", "counting")
+    class Counting(Source):
+        kind: Literal["counting"] = "counting"
+        step: int = 1
+
+        def passages(self, lm, count, length, base=None):
+            for i in range(count):
+                ids = tuple(range(2, 2 + length * self.step, self.step))
+                yield SourcedPassage(i, Passage(ids, i), f"counting #{i}")
+
+
+    @register("export", "nowhere")
+    class Nowhere(Target):
+        description = "nothing"
+        suffix = ".none"
+"""
+
+USE = """
+    import json
+
+    from memvec import export, registry
+    from memvec.errors import MemvecError
+    from memvec.lab.study.spec import Spec, parse_spec
+
+    SPEC = '''
+    name = "s"
+    [[models]]
+    name = "pocket"
+    [[sources]]
+    kind = "KIND"
+    KEY = 3
+    [[runs]]
+    protocol = "exact"
+    lengths = [4]
+    '''
+
+    def sentence(kind, key):
+        try:
+            parse_spec(SPEC.replace("KIND", kind).replace("KEY", key), "spec")
+        except MemvecError as error:
+            return str(error)
+
+    spec = parse_spec(SPEC.replace("KIND", "counting").replace("KEY", "step"), "spec")
+    (source,) = spec.sources
+    print(json.dumps({
+        "sources": registry.names("source"),
+        "ids": [p.passage.ids for p in source.passages(None, 2, 4)],
+        "settings": source.settings(),
+        "again": Spec.model_validate(spec.model_dump()) == spec,
+        "target": [export.target("nowhere").name, export.target("nowhere").description],
+        "sentences": [sentence("countin", "step"), sentence("counting", "stepp")],
+    }))
+"""
+
+
+def installed(folder: Path, source: str) -> Path:
+    """A distribution on disk, as pip leaves it: a module, its metadata and its entry point."""
+    (folder / "counting.py").write_text(textwrap.dedent(source))
+    metadata = folder / "memvec_counting-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: memvec-counting\nVersion: 1.0")
+    (metadata / "entry_points.txt").write_text(f"[{registry.GROUP}]\nmine = counting\n")
+    return folder
+
+
+def python(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{textwrap.dedent(code)}"
+    words = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_a_package_adds_a_source_and_a_target(tmp_path):
+    ran = python(installed(tmp_path, PLUGIN), USE)
+    assert ran.returncode == 0, ran.stderr
+    seen = json.loads(ran.stdout)
+    assert seen["sources"] == [*registry.BUILT_IN["source"], "counting"]
+    assert seen["ids"] == [[2, 5, 8, 11]] * 2
+    assert seen["settings"] == {"kind": "counting", "seed": 0, "step": 3}
+    assert seen["again"] is True
+    assert seen["target"] == ["nowhere", "nothing"]
+    assert seen["sentences"] == [
+        "spec: unknown kind 'countin' in sources [1]: did you mean 'counting'?",
+        "spec: unknown key 'stepp' in sources [1]: did you mean 'step'?",
+    ]
+
+
+def test_the_command_knows_a_packages_target(tmp_path):
+    code = "from memvec.cli import main\nmain()"
+    words = ("export", "none.mem", "--to")
+    ran = python(installed(tmp_path, PLUGIN), code, *words, "nowhre")
+    assert ran.returncode == 2
+    assert "did you mean 'nowhere'" in ran.stderr
+    ran = python(tmp_path, code, *words, "nowhere")
+    assert ran.returncode == 2
+    assert "none.mem" in ran.stderr  # the target is known: what is missing is the file
+
+
+def test_a_package_that_cannot_be_imported_is_named_in_one_sentence(tmp_path):
+    use = """
+        from memvec import registry
+        from memvec.errors import MemvecError
+        try:
+            registry.names("source")
+        except MemvecError as error:
+            print(error)
+    """
+    ran = python(installed(tmp_path, "import no_such_library"), use)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [
+        "the plug-in 'mine' (counting) cannot be imported: No module named 'no_such_library'"
+    ]
