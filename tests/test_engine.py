@@ -411,7 +411,7 @@ def test_settings_that_cannot_work(options, recipe, word):
 def test_a_passage_may_fill_the_context_and_no_more(rule, vectors):
     lm, recipe = tiny("gpt2"), Recipe(steps=1, start_rule=rule)
     engine = Engine(lm, recipe, vectors=vectors)
-    most = engine.most_tokens()
+    most = engine.max_tokens()
     (outcome,) = engine.run(passages(most))
     assert outcome.metrics.tokens == most
     with pytest.raises(MemvecError, match=f"context of tiny-gpt2 .128.: at most {most} tokens"):
@@ -420,7 +420,7 @@ def test_a_passage_may_fill_the_context_and_no_more(rule, vectors):
 
 def test_a_model_without_a_limit_takes_any_length():
     engine = Engine(tiny("mamba"), Recipe(steps=0))
-    assert engine.most_tokens() is None
+    assert engine.max_tokens() is None
     (outcome,) = engine.run(passages(200))
     assert outcome.metrics.tokens == 200
 

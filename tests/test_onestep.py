@@ -123,7 +123,7 @@ def test_no_passage_is_longer_than_e_reaches(window):
     """Where all layers see a sliding window, what e cannot reach is the same for every e."""
     lm = FrozenLM(build("mistral", sliding_window=window), name="short-sighted")
     one, reach = one_step(lm), 2 * (window - 1) + 1
-    assert Engine(one, vectors=2).most_tokens() == reach
+    assert Engine(one, vectors=2).max_tokens() == reach
     vectors = (torch.randn(1, 2, lm.width, generator=torch.manual_seed(0))).requires_grad_()
     states = one.states(vectors, torch.zeros(1, reach + 1, dtype=torch.long))
     for position, reached in ((reach - 1, True), (reach, False)):

@@ -201,7 +201,7 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("bits", [0.5, 20.0, 90.0, 100_000.0])
 def test_passages_are_as_long_as_their_bits_allow(bits, most, least):
     lm, ids = tiny(), random_ids(100)
-    found = list(Cutter(lm, bits=bits, most=most or 100).cut(ids, 7, least))
+    found = list(Cutter(lm, bits=bits, max_tokens=most or 100).cut(ids, 7, least))
     assert [token for p in found for token in p.ids] == ids
     assert [p.offset for p in found] == [0, *itertools.accumulate(len(p) for p in found)][:-1]
     assert {p.document for p in found} == {7}
@@ -233,7 +233,7 @@ def test_cutting_is_lazy(monkeypatch):
     monkeypatch.setattr(
         lm, "logits", lambda vectors, ids: asked.append(ids.shape[1]) or logits(vectors, ids)
     )
-    passages = Cutter(lm, bits=30.0, most=100).cut(random_ids(5000))
+    passages = Cutter(lm, bits=30.0, max_tokens=100).cut(random_ids(5000))
     assert asked == []
     first = next(passages)
     assert sum(asked) <= 64
@@ -242,7 +242,7 @@ def test_cutting_is_lazy(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"tokens": 0}, "--tokens must be at least 1"), ({"tokens": 9, "most": 8}, "at most 8")],
+    [({"tokens": 0}, "--tokens must be at least 1"), ({"tokens": 9, "max_tokens": 8}, "at most 8")],
 )
 def test_lengths_that_cannot_be_cut(options, sentence):
     with pytest.raises(MemvecError, match=sentence):

@@ -93,8 +93,8 @@ def cram(
 
 def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
     """The texts that were crammed, exactly. Raises NotExactError rather than return a wrong one."""
-    found = mem.documents(lm, force=force)
+    contents = mem.documents(lm, force=force)
     return [
         data.decode(record.encoding)
-        for data, record in zip(found, mem.header.documents, strict=True)
+        for data, record in zip(contents, mem.header.documents, strict=True)
     ]

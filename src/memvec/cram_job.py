@@ -95,8 +95,8 @@ class CramJob:
 
     def run(self, keep_text: bool) -> MemVectors:
         """All of it."""
-        cutter, least = self.cutter()
-        passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, least)]
+        cutter, shortest = self.cutter()
+        passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
         self.choose_batch_size(passages)
         if self.lm.reading.shares_m:
             self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
@@ -125,16 +125,16 @@ class CramJob:
         facts = facts_of(self.lm, longest, self.engine.module)
         memory = estimate(facts, **sizes)
         slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
-        found = f"{slots} of up to {longest} tokens: {memory.sentence()}."
+        sentence = f"{slots} of up to {longest} tokens: {memory.sentence()}."
         if self.workers is not None or self.lm.reading.shares_m:
-            return found
+            return sentence
         each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
         if not each:  # too little memory even for that many slots
-            return found
+            return sentence
         fills = sum(map(len, passages)) / longest / batch_size
         ten = 10 * each * max(1.0, fills)
         return (
-            f"{found} A step takes about {duration(each)}: every 10 steps that passages need on "
+            f"{sentence} A step takes about {duration(each)}: every 10 steps that passages need on "
             f"average, {duration(ten)} in all."
         )
 
@@ -180,31 +180,31 @@ class CramJob:
 
     def cutter(self) -> tuple[Cutter, int]:
         """What cuts the documents, and the shortest passage it may make."""
-        least = self.engine.given + 1
+        shortest = self.engine.given + 1
         for d in self.documents:
-            if len(d.ids) < least:
+            if len(d.ids) < shortest:
                 raise MemvecError(f"{d.name} is too short for the start rule 'first-token'.")
-        most = self.engine.most_tokens()
-        if most is not None and most < least:
+        max_tokens = self.engine.max_tokens()
+        if max_tokens is not None and max_tokens < shortest:
             raise MemvecError(
                 f"--vectors {self.K} leaves no room for text in {self.lm.name}'s context of "
                 f"{self.lm.context} tokens."
             )
         if self.tokens is not None:
-            return Cutter(self.lm, tokens=self.tokens, most=most), least
+            return Cutter(self.lm, tokens=self.tokens, max_tokens=max_tokens), shortest
         share = float(self.lm.facts.get("fill", FILL))
         share = share / 2 if self.lm.reading.shares_m else share
-        bits = share * self.K * self._bits_per_vector(most)
-        return Cutter(self.lm, bits=bits, most=most), least
+        bits = share * self.K * self._bits_per_vector(max_tokens)
+        return Cutter(self.lm, bits=bits, max_tokens=max_tokens), shortest
 
-    def _bits_per_vector(self, most: int | None) -> float:
+    def _bits_per_vector(self, max_tokens: int | None) -> float:
         """Measured for the model (its folder's memvec.json), else estimated on these documents."""
         table = self.lm.facts.get("bits_per_vector", {})
         known = [float(table[k]) for k in sorted(table, key=int) if int(k) <= self.K]
         if known:
             return known[-1]
         ids = max((d.ids for d in self.documents), key=len)
-        length = min(len(ids), most or 10**9, 128 * self.K)
+        length = min(len(ids), max_tokens or 10**9, 128 * self.K)
         room = len(ids) - length
         starts = sorted({room * i // PROBED for i in range(PROBED)})
         probes = [Passage(tuple(ids[at : at + length])) for at in starts]
@@ -255,8 +255,8 @@ class CramJob:
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
             certificate, exact = verify(self.lm, mem)
-            found = zip(self._in_order(), exact, strict=True)
-            fallen = [outcome for outcome, decodes in found if outcome.exact and not decodes]
+            pairs = zip(self._in_order(), exact, strict=True)
+            fallen = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
             if not fallen or not attempts_left:
                 break
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.

@@ -60,8 +60,8 @@ def decode_ids(
         tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
         if start == "first-token":
             tokens.insert(0, prefix[:, 0])
-        found = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
-        return [row[:n] for row, n in zip(found, lengths[rows], strict=True)]
+        decoded = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
+        return [row[:n] for row, n in zip(decoded, lengths[rows], strict=True)]
 
     return in_batches(work, len(lengths), batch)
 

@@ -42,10 +42,10 @@ def examine(
         return report | {"can_be_crammed": False, "reason": str(error)}
     seconds = time.perf_counter() - began
     report["checks"].append(asdict(Check("loads", True, f"{seconds:.1f} s")))
-    found = list(checks(lm))
-    if all(check.ok for check in found):
-        found.append(round_trip(lm))
-    report["checks"] += [asdict(check) for check in found]
+    results = list(checks(lm))
+    if all(check.ok for check in results):
+        results.append(round_trip(lm))
+    report["checks"] += [asdict(check) for check in results]
     report["facts"] = {
         "width D": lm.width,
         "vocabulary V": lm.vocab_size,
@@ -60,7 +60,7 @@ def examine(
         "logits": "only where needed" if lm.has_split_head else "whole model each time",
         "one-pass encoder": "yes" if lm.encoder is not None else "no",
     }
-    failed = [check for check in found if not check.ok]
+    failed = [check for check in results if not check.ok]
     if not failed:
         report["facts"]["speed"] = f"{speed(lm):.0f} tokens per second, forward and backward"
     reason = f"'{failed[0].name}' fails, {failed[0].detail}" if failed else None

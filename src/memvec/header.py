@@ -81,7 +81,7 @@ class Header(Record):
     documents: list[DocumentRecord]
     passages: list[PassageRecord]
     certificate: dict[str, Any] | None = Field(
-        default=None, description="what the last whole decode of the stored vectors found"
+        default=None, description="result of the last whole decode of the stored vectors"
     )
 
     @field_validator("model")

@@ -29,8 +29,8 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        told = json.dumps({**settings, "journal": FORMAT}, sort_keys=True, default=str)
-        self._settings = hashlib.sha256(told.encode()).hexdigest()
+        described = json.dumps({**settings, "journal": FORMAT}, sort_keys=True, default=str)
+        self._settings = hashlib.sha256(described.encode()).hexdigest()
         try:
             self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")

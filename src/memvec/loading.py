@@ -183,7 +183,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except MemvecError:
         raise
-    # A stranger's configuration goes into a stranger's constructor: anything may be raised.
+    # A configuration goes into the constructor of its own class, which may raise anything.
     except Exception as error:
         reason = str(error).strip()
         first = reason.splitlines()[0] if reason else type(error).__name__

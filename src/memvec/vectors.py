@@ -154,10 +154,10 @@ class MemVectors:
         decoded = self.decode_passages(lm, force=force)
         for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
             if ids_hash(ids) != record.sha256:
-                told = f"its record says {record.horizon} of {record.predicted} tokens decode"
+                reason = f"its record says {record.horizon} of {record.predicted} tokens decode"
                 raise NotExactError(
                     f"passage {i} did not come back: its tokens do not hash to what was crammed "
-                    f"({told}); 'memvec verify' shows which ones do."
+                    f"({reason}); 'memvec verify' shows which ones do."
                 )
         return decoded
 
@@ -192,11 +192,11 @@ class MemVectors:
 
     def restored(self, lm: FrozenLM, tokens: Sequence[list[int]]) -> list[bytes]:
         """The bytes of every document from the passages' tokens. MemvecError if they are others."""
-        passages, found = iter(tokens), []
+        passages, contents = iter(tokens), []
         for d in self.header.documents:
             ids = [token for _ in range(d.passages) for token in next(passages)]
-            found.append(restore(lm, ids, d.encoding, d.edits, d.sha256, d.name))
-        return found
+            contents.append(restore(lm, ids, d.encoding, d.edits, d.sha256, d.name))
+        return contents
 
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
@@ -258,9 +258,9 @@ class MemVectors:
                     )
                 tensors = {name: opened.get_tensor(name) for name in sorted(names)}
         except ValidationError as error:
-            found = error.errors()[0]
-            where = ".".join(str(part) for part in found["loc"]) or "header"
-            raise MemvecError(f"{file} has a damaged header ({where}: {found['msg']}).") from None
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"]) or "header"
+            raise MemvecError(f"{file} has a damaged header ({where}: {problem['msg']}).") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise MemvecError(
                 f"{file} is not a file of [mem] vectors, or is truncated: {error}."
@@ -295,7 +295,7 @@ class MemVectors:
         return hub.push_to_hub(self, repository, **options)
 
     def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:
-        """The same vectors with what a whole decode of them found."""
+        """The same vectors with the result of a whole decode of them."""
         passages = [
             p.model_copy(update={"exact": e}) for p, e in zip(self.passages, exact, strict=True)
         ]

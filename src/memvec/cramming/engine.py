@@ -113,11 +113,11 @@ class Engine:
 
     def push(self, passage: Passage) -> None:
         """Add a passage, also while `run` is under way. Raises MemvecError if it cannot fit."""
-        most = self.most_tokens()
-        if most is not None and len(passage) > most:
+        limit = self.max_tokens()
+        if limit is not None and len(passage) > limit:
             raise MemvecError(
                 f"a passage of {len(passage)} tokens and {self.K} vectors does not fit the "
-                f"context of {self.lm.name} ({self.lm.context}): at most {most} tokens."
+                f"context of {self.lm.name} ({self.lm.context}): at most {limit} tokens."
             )
         if len(passage) <= self.given:
             raise MemvecError("with the start rule 'first-token' a passage needs two tokens.")
@@ -129,7 +129,7 @@ class Engine:
         job.steps += 1  # a retry is never free, so it cannot go on for ever
         self.waiting.push(job)
 
-    def most_tokens(self) -> int | None:
+    def max_tokens(self) -> int | None:
         """Longest passage that fits the model's context behind the vectors."""
         if self.lm.context is None:
             return None

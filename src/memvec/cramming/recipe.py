@@ -52,7 +52,7 @@ class Recipe:
     stuck_after: int = documented(
         20,
         "steps without progress after which a passage is stuck: the temperature falls, to a third "
-        "at least, until there is progress, and from now on its vectors are large; 0: never",
+        "at the lowest, until there is progress, and its vectors are large from then on; 0: never",
     )
     coordinates: str = documented("direct", "what is moved")
     dimensions: int = documented(256, "coefficients per vector of 'low-dim' coordinates")
@@ -64,7 +64,7 @@ class Recipe:
     )
     lr_large: float = documented(
         12.8,
-        "learning rate, and least size (RMS), of all other vectors, and of those once their "
+        "learning rate, and minimum size (RMS), of all other vectors, and of those once their "
         "passage has been stuck: a large vector gets there sooner and holds more; 0: lr for all",
     )
     warmup: int = documented(0, "moves over which the learning rate rises from 0")
@@ -95,10 +95,12 @@ class Recipe:
         "its weights; 'auto': bfloat16 for float32 models on a CPU that has products of it. What "
         "is exact is decided in the model's own dtype",
     )
-    steps: int = documented(1500, "most steps for a passage")
+    steps: int = documented(1500, "maximum number of optimiser steps for a passage")
     patience: int = documented(300, "steps without progress after which a passage is given up")
     budget: int = documented(
-        0, "most forward-backward tokens for a passage, checked after each step; 0: no limit"
+        0,
+        "maximum number of forward-backward tokens for a passage, checked after each step; "
+        "0: no limit",
     )
     corrections: int = documented(
         0, "tokens of a passage that may be listed in the file where the vectors miss them"
@@ -197,10 +199,10 @@ def choices(name: str) -> tuple[str, ...]:
 
 def _convert(name: str, value: Any, kind: type) -> Any:
     try:
-        found = kind(value)
-        if kind is int and isinstance(value, float) and found != value:
+        converted = kind(value)
+        if kind is int and isinstance(value, float) and converted != value:
             raise ValueError
-        return found
+        return converted
     except (TypeError, ValueError, OverflowError):
         raise MemvecError(f"the recipe's {name} must be {kind.__name__}, not '{value}'.") from None
 

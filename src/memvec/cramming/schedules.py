@@ -1,6 +1,6 @@
 """What counts now, and how soft the loss is: a schedule owns everything that follows from progress.
 
-A schedule keeps a row of state for each slot and is told, at every step, how many tokens of each
+A schedule keeps a row of state for each slot and learns, at every step, how many tokens of each
 passage are right. From that follow the tokens that count in the loss, the temperature, whether a
 passage is out of patience, and whether its vectors are enlarged. `Schedule` holds what schedules
 have in common; a new one says which tokens count, in a dozen lines:

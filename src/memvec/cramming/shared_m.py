@@ -8,7 +8,8 @@ interrupted run starts again, and adding a passage changes every vector.
 
 All passages move in every step, a group of `slots` at a time; the gradient at m is the sum over all
 of them. It ends when every margin of every passage is met in the same step, or by the recipe's
-steps and patience; then the vectors of the step that gave back most tokens are kept.
+steps and patience; then the vectors of the step that gave back the largest number of tokens are
+kept.
 """
 
 from __future__ import annotations
@@ -134,22 +135,22 @@ class Shared:
         moments = [optimizer.fresh(own), optimizer.fresh(shared)]
         best = torch.zeros_like(length)
         spent = torch.tensor([job.spent for job in jobs], device=device)
-        kept, most, stale, steps = (own.clone(), shared.clone()), -1, 0, 0
+        kept, best_total, stale, steps = (own.clone(), shared.clone()), -1, 0, 0
         status: Status = "budget"
         while True:
             slopes = [torch.zeros_like(own), torch.zeros_like(shared)]
             leading, counted = torch.zeros_like(length), torch.zeros_like(length)
             finite = True
             for group in groups:
-                found = self._measure(group, own, shared, ids, length, asked, best)
-                leading[group], counted[group], slope, slope_shared, sound = found
+                measured = self._measure(group, own, shared, ids, length, asked, best)
+                leading[group], counted[group], slope, slope_shared, sound = measured
                 slopes[0][group] = slope
                 slopes[1] += slope_shared
                 finite = finite and sound
             best = torch.maximum(best, leading)
             total = int(leading.sum())
-            if total > most:
-                kept, most, stale = (own.clone(), shared.clone()), total, 0
+            if total > best_total:
+                kept, best_total, stale = (own.clone(), shared.clone()), total, 0
             else:
                 stale += 1
             self._report(leading, len(jobs))
@@ -219,16 +220,16 @@ class Shared:
         with torch.enable_grad():
             both = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
             states = self.lm.states(as_stored(both, self.storage), truth)
-        found = score(self.lm.head, states, truth, self.recipe, V=self.lm.vocab_size)
+        scores = score(self.lm.head, states, truth, self.recipe, V=self.lm.vocab_size)
         column = torch.arange(width, device=length.device)
         within = column < length[:, None]
-        right = (found.margin >= asked[:, None]) & (found.margin > 0)
+        right = (scores.margin >= asked[:, None]) & (scores.margin > 0)
         leading = torch.minimum(horizon(right | ~within), length)
         leading = leading.clamp_max(width)
         counted = self._counted(torch.maximum(best, leading), length).clamp_max(width)
-        weight = self.objective.weights(column < counted[:, None], found.margin, asked)
-        sound = bool(torch.isfinite((found.loss * weight).sum()))
-        slope = found.gradient.mul_(weight[..., None])
+        weight = self.objective.weights(column < counted[:, None], scores.margin, asked)
+        sound = bool(torch.isfinite((scores.loss * weight).sum()))
+        slope = scores.gradient.mul_(weight[..., None])
         at_e, at_m = torch.autograd.grad(states, (e, m), slope)
         return leading, counted, at_e, at_m, sound
 

@@ -90,11 +90,11 @@ def start_vectors(
     batches: dict[int, list[int]] = {}
     for i, ids in enumerate(passages):
         batches.setdefault(i if alone else len(ids), []).append(i)
-    found: dict[int, Tensor] = {}
+    vectors: dict[int, Tensor] = {}
     for alike in batches.values():
         table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
-        found |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
-    return [found[i] for i in range(len(passages))]
+        vectors |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
+    return [vectors[i] for i in range(len(passages))]
 
 
 def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:

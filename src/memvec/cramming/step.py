@@ -75,16 +75,16 @@ class Step:
 
         `padding_rows` empty rows are computed too, so that the batch keeps its shape.
         """
-        found = self.measure(batch, columns, padding_rows)
-        gained = self._keep_best(batch, found, padding_rows)
+        measured = self.measure(batch, columns, padding_rows)
+        gained = self._keep_best(batch, measured, padding_rows)
         newly_enlarged = self.schedule.advance(batch.schedule, gained)
         counted = self.schedule.counted(batch.schedule, batch.length).clamp_max(columns)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
-            column < counted[:, None], found.margin, batch.target_margin
+            column < counted[:, None], measured.margin, batch.target_margin
         )
-        self._stop(batch, found, weight)
-        self._move(batch, found, weight, newly_enlarged, counted, padding_rows)
+        self._stop(batch, measured, weight)
+        self._move(batch, measured, weight, newly_enlarged, counted, padding_rows)
 
     # ------------------------------------------------------------------ measure
 
@@ -126,17 +126,17 @@ class Step:
     # ------------------------------------------------------------------ decide
 
     def _keep_best(
-        self, batch: BatchState, found: Measurement, padding_rows: int
+        self, batch: BatchState, measured: Measurement, padding_rows: int
     ) -> Int[Tensor, " B"]:
         """Keep the vectors that did better than ever, mark who is done; tokens that each gained."""
-        columns = found.margin.shape[1]
-        within = torch.arange(columns, device=found.margin.device) < batch.length[:, None]
-        right = (found.margin >= batch.target_margin[:, None]) & (found.margin > 0)
+        columns = measured.margin.shape[1]
+        within = torch.arange(columns, device=measured.margin.device) < batch.length[:, None]
+        right = (measured.margin >= batch.target_margin[:, None]) & (measured.margin > 0)
         missed = (~right & within).cumsum(-1)
         leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
         reached = self.schedule.reached(leading, (right & within).sum(-1))
         better, gained = self.schedule.record(batch.schedule, reached)
-        batch.vectors = torch.where(better[:, None, None], found.vectors, batch.vectors)
+        batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         arrived = (leading >= batch.length) & (batch.length <= columns)
         if self.module is not self.lm:
             arrived = self.confirmed(batch, arrived, padding_rows)
@@ -175,9 +175,9 @@ class Step:
         batch.schedule.best[rows] -= short.long()
         return arrived.index_fill(0, rows[short], False)
 
-    def _stop(self, batch: BatchState, found: Measurement, weight: Float[Tensor, "B T"]) -> None:
+    def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
         """Mark who failed, and everybody whose slot can be freed."""
-        batch.failed = batch.failed | ~torch.isfinite((found.loss * weight).sum(-1))
+        batch.failed = batch.failed | ~torch.isfinite((measured.loss * weight).sum(-1))
         spent = batch.steps >= self.recipe.steps
         spent = spent | self.schedule.out_of_patience(batch.schedule)
         if self.recipe.budget:
@@ -189,7 +189,7 @@ class Step:
     def _move(
         self,
         batch: BatchState,
-        found: Measurement,
+        measured: Measurement,
         weight: Float[Tensor, "B T"],
         newly_enlarged: Bool[Tensor, " B"],
         counted: Int[Tensor, " B"],
@@ -197,8 +197,8 @@ class Step:
     ) -> None:
         """Move the passages that have not stopped, and charge them for what counted."""
         moving = ~batch.stopped
-        slope = found.gradient.mul_(with_padding(weight, padding_rows)[..., None])
-        (gradient,) = torch.autograd.grad(found.states, batch.parameters, slope)
+        slope = measured.gradient.mul_(with_padding(weight, padding_rows)[..., None])
+        (gradient,) = torch.autograd.grad(measured.states, batch.parameters, slope)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
         self.optimizer.step(
             batch.parameters, gradient, batch.optimizer, moving, batch.schedule.lr_scale

@@ -50,7 +50,7 @@ class Caching:
 
     @property
     def sentence(self) -> str:
-        """What a person is told about a model that is decoded without a cache."""
+        """What is said of a model that is decoded without a cache."""
         blame = "; this is an error of memvec, please report it" if self.fault else ""
         return f"decodes without a cache ({self.reason}), so {SLOW}{blame}."
 

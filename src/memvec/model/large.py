@@ -31,7 +31,7 @@ def loading_options(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told. Raises MemvecError where a package for it is missing.
+    """Keyword arguments of `from_pretrained`. Raises MemvecError where a package for it is missing.
 
     Weights in few bits are made where they stay: on `device`, unless a `device_map` spreads them.
     """
@@ -125,7 +125,7 @@ def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _weights(model: nn.Module) -> Callable[[Tensor], bool]:
     """Whether a tensor that autograd keeps is a weight, or a view of one: those stay anyway."""
-    # Weights in few bits have no storage of their own to compare, and are told by their type.
+    # Weights in few bits have no storage of their own to compare, and are recognised by their type.
     places = {p.untyped_storage().data_ptr() for p in model.parameters() if _plain(p)}
     return lambda t: not _plain(t) or t.untyped_storage().data_ptr() in places
 

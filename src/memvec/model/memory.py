@@ -52,17 +52,17 @@ def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) ->
     out: list[Result] = []
     while len(out) < total:
         rows = slice(len(out), min(len(out) + batch, total))
-        found: list[Result] | None = None
+        results: list[Result] | None = None
         try:
-            found = work(rows)
+            results = work(rows)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or batch == 1:
                 raise
-        if found is None:  # outside of the except clause, which holds on to what it failed with
+        if results is None:  # outside of the except clause, which holds on to what it failed with
             batch = max(1, (rows.stop - rows.start) // 2)
             forget_freed_memory()
         else:
-            out += found
+            out += results
     return out
 
 

@@ -102,8 +102,8 @@ def _rounded(lm: FrozenLM) -> nn.Module | None:
 def _agrees(lm: FrozenLM, rounded: FrozenLM) -> bool:
     ids = lm._probe_ids()
     try:
-        found = rounded.own_logits(ids)
-    except Exception:  # a stranger's code may need one dtype throughout
+        logits = rounded.own_logits(ids)
+    except Exception:  # a model's own code may need one dtype throughout
         return False
-    largest = (found - lm.own_logits(ids)).abs().max() / lm.logit_spread
+    largest = (logits - lm.own_logits(ids)).abs().max() / lm.logit_spread
     return bool(largest <= LARGEST_DIFFERENCE)

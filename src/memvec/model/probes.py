@@ -54,7 +54,7 @@ def guarded(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: Frozen
     """The result of a check; whatever the model raises is its answer."""
     try:
         ok, detail = check(lm)
-    except Exception as error:  # a stranger's code may raise anything: that is the finding
+    except Exception as error:  # the model's code may raise anything: that is its answer
         reason = str(error).strip() or type(error).__name__
         return Check(name, False, f"the model refuses: {reason.splitlines()[0]}")
     return Check(name, ok, detail)

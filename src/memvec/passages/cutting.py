@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Cutter:
     """Cuts token ids into passages of at most `bits` bits, or of exactly `tokens` tokens.
 
-    `most`: the largest number of tokens in a passage (the model's context less the vectors).
+    `max_tokens`: the largest number of tokens in a passage (the model's context less the vectors).
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class Cutter:
         *,
         bits: float | None = None,
         tokens: int | None = None,
-        most: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         if (bits is None) == (tokens is None):
             raise ValueError("give either bits or tokens")
         if tokens is not None and tokens < 1:
             raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
-        if tokens is not None and most is not None and tokens > most:
-            raise MemvecError(f"--tokens {tokens} does not fit the context: at most {most}.")
+        if tokens is not None and max_tokens is not None and tokens > max_tokens:
+            raise MemvecError(f"--tokens {tokens} does not fit the context: at most {max_tokens}.")
         self.lm, self.bits, self.tokens = lm, bits, tokens
-        self.max_tokens = most or 10**9
+        self.max_tokens = max_tokens or 10**9
 
     def cut(self, ids: Sequence[int], document: int = 0, min_tokens: int = 1) -> Iterator[Passage]:
         """The passages of a document, lazily, front to back.
