@@ -26,7 +26,8 @@ def bits_of_each_token() -> tuple[list[str], list[float], list[float], float, fl
     lm = memvec.load_lm("pocket")
     ids = lm.tokenize((ROOT / "examples/letter.txt").read_text(encoding="utf-8"))[:TOKENS]
     mem = memvec.cram(lm, lm.text(ids), tokens=TOKENS)
-    assert mem.exact and len(mem.passages) == 1
+    assert mem.exact
+    assert len(mem.passages) == 1
     assert memvec.decode(lm, mem) == [lm.text(ids)]
     table = torch.tensor([ids])
     with torch.no_grad():
