@@ -105,9 +105,8 @@ def test_the_two_commands_print_what_is_shown(shell):
     cram, decode = commands(part)
     crammed, decoded = outputs(part)
     assert_alike(shell(cram).decode(), crammed)
-    data = shell(decode)
-    assert data == LETTER.read_bytes()
-    assert data.decode().strip() == decoded.strip()
+    assert shell(decode).decode().strip() == decoded.strip()
+    assert shell(decode.split(" | ")[0]) == LETTER.read_bytes()
 
 
 @pytest.mark.slow
