@@ -1,6 +1,6 @@
 """Write docs/cli.md from the command line itself and from the fields of a recipe.
 
-    python docs/cli_page.py
+python docs/cli_page.py
 """
 
 from __future__ import annotations
