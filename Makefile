@@ -3,6 +3,7 @@
 # make test         lint, types and the whole suite
 # make coverage     the same, with the lines that no test reaches
 # make lock         write requirements.lock anew from the ranges in pyproject.toml
+# make docs         the documentation as a site in site/, built strictly and without network
 # make test-newest  the whole suite with the newest release of every library
 # make test-oldest  the whole suite with the lowest releases that pyproject.toml allows
 
@@ -93,6 +94,29 @@ test-oldest:
 	@.venv-oldest/bin/python $(PIP) install --requirement .venv-oldest/requirements.txt
 	@.venv-oldest/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
 	$(MAKE) --no-print-directory VENV=.venv-oldest suite
+
+.PHONY: docs lock-docs
+docs: .venv-docs/.installed
+	@echo "memvec: building the site in site/; a broken link or reference is an error"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --clean --quiet
+	@echo "memvec: open site/index.html"
+
+.venv-docs/.installed: requirements-docs.lock
+	@echo "memvec: making the environment .venv-docs"
+	@$(PYTHON) -m venv .venv-docs
+	@echo "memvec: installing the documentation tools, as in requirements-docs.lock"
+	@.venv-docs/bin/python $(PIP) install --requirement requirements-docs.lock
+	@touch $@
+
+lock-docs:
+	@echo "memvec: resolving the group 'docs' of pyproject.toml"
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python $(PIP) install "$(UV)"
+	@echo "# Written by 'make lock-docs'. What 'make docs' installs." > .venv-lock/lock
+	@.venv-lock/bin/uv pip compile --quiet --group docs --python-version 3.11 --universal \
+		--no-header --no-annotate >> .venv-lock/lock
+	@mv .venv-lock/lock requirements-docs.lock
+	@rm -r .venv-lock
 
 .PHONY: suite
 suite:

@@ -1,0 +1,99 @@
+"""The documentation: links lead somewhere, pages are in the site, sentences are those of the code.
+
+Only the standard library is used for links, so that they are checked wherever the tests run;
+`make docs` builds the whole site strictly.
+"""
+
+import html
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+STUDY = DOCS / "pocket-full"  # the report of a study, written by memvec
+WRITTEN = sorted(page for page in DOCS.rglob("*.md") if STUDY not in page.parents)
+PAGES = [ROOT / "README.md", *WRITTEN]
+LINK = re.compile(r"(?<!\\)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    text = re.sub(r"^(```|~~~).*?^\1", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as python-markdown's `toc` makes them."""
+    names: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+?)\s*$", page.read_text("utf-8"), flags=re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", html.unescape(heading))
+        ascii_only = text.encode("ascii", "ignore").decode()
+        name = re.sub(r"[^\w\s-]", "", ascii_only).strip().lower()
+        names.add(re.sub(r"[-\s]+", "-", name))
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_relative_link_and_anchor_leads_somewhere(page):
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {link}"
+        if page.is_relative_to(DOCS):
+            assert target.is_relative_to(DOCS), f"{page.name}: {link} is not in the site"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_a_link_to_nothing_is_noticed():
+    assert LINK.findall("see [the [mem] vector](missing.md#place)") == ["missing.md#place"]
+    assert "recipe-fields" in anchors(DOCS / "cli.md")
+
+
+def test_every_page_is_in_the_site():
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in WRITTEN:
+        assert f": {page.relative_to(DOCS).as_posix()}\n" in site, page.name
+    assert "font: false" in site
+
+
+def test_the_page_of_the_command_line_is_the_command_line():
+    written = runpy.run_path(str(DOCS / "cli_page.py"))["page"]()
+    page = (DOCS / "cli.md").read_text("utf-8")
+    assert page == written, "run: python docs/cli_page.py"
+
+
+def source_words() -> str:
+    """All of the package's text, with the pieces of split strings joined."""
+    source = "\n".join(p.read_text("utf-8") for p in sorted((ROOT / "src").rglob("*.py")))
+    source = re.sub(r"[\"']\s*\n\s*f?[\"']", "", source)
+    source = source.replace("\\n", " ")
+    return " ".join(re.sub(r"\{[^{}]*\}", " ", source).split())
+
+
+def test_the_sentences_of_the_errors_page_are_those_of_the_code():
+    """Of each sentence, every piece between two placeholders is in the code."""
+    source = source_words()
+    page = (DOCS / "errors.md").read_text("utf-8")
+    sentences = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
+    assert len(sentences) > 30
+    missing = []
+    for sentence in sentences:
+        pieces = re.split(r"'?\b(?:[A-Z]|[A-Z]{3,})\b'?", sentence.replace("ENCODING", "NAME"))
+        for piece in (p.strip(" .:,()'`") for p in pieces):
+            if len(piece) > 14 and piece not in source:
+                missing.append((sentence, piece))
+    assert not missing
+
+
+def test_examples_are_named_in_the_start_page():
+    start = (DOCS / "index.md").read_text("utf-8")
+    notebooks = [p.name for p in (ROOT / "examples").glob("*.ipynb")]
+    assert notebooks
+    assert all(f"`{name}`" in start for name in notebooks)

@@ -1,0 +1,52 @@
+"""The notebooks run, in order and without Jupyter, and say what they show."""
+
+import json
+import re
+import runpy
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+POCKET = ROOT / "src/memvec/pocket/model.safetensors"
+LONGEST = 240  # seconds; 40 on one idle core
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not POCKET.exists(), reason="the built-in model is not made yet")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # for the commands that a cell starts
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    run = runpy.run_path(str(ROOT / "examples/notebooks.py"))["run"]
+    began = time.monotonic()
+    fresh = run(path, tmp_path / "examples")
+    assert time.monotonic() - began < LONGEST
+    stored = json.loads(path.read_text("utf-8"))
+    for now, then in zip(code_cells(fresh), code_cells(stored), strict=True):
+        kinds = [[output["output_type"] for output in cell["outputs"]] for cell in (now, then)]
+        assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_stored_with_its_outputs(path):
+    text = path.read_text("utf-8")
+    notebook = json.loads(text)
+    assert notebook["nbformat"] == 4
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell["outputs"]) for cell in cells) >= len(cells) // 2
+    assert not re.search(r"[\"'( ]/(home|root|tmp|work|usr|Users)/", text)
+
+
+def test_there_are_three_notebooks():
+    assert len(NOTEBOOKS) == 3
