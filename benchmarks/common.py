@@ -10,19 +10,34 @@ import argparse
 import csv
 import json
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from memvec.environment import environment
+from memvec.statistics import (
+    bootstrap_mean,
+    median_and_spread,
+    ratio_of_means,
+    ratio_of_separate_means,
+)
+
+__all__ = [
+    "arguments",
+    "interleaved",
+    "median_and_spread",
+    "ratio_of_means",
+    "ratio_of_separate_means",
+    "report",
+    "save_figure",
+    "summary",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -56,55 +71,19 @@ def interleaved(
     return seconds
 
 
-def median_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the 10th and 90th percentile (the extremes below ten values)."""
-    ordered = sorted(values)
-    tenth = len(ordered) // 10
-    return statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
-
-
 def summary(values: Sequence[float]) -> dict[str, float]:
     """n, mean with its 95 % interval (percentile bootstrap), median, 10th and 90th percentile."""
-    data = np.asarray(values, dtype=float)
-    means = data[_picks(len(data))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    median, tenth, ninetieth = median_and_spread(list(values))
+    mean, low, high = bootstrap_mean(values)
+    median, tenth, ninetieth = median_and_spread(values)
     return {
-        "n": len(data),
-        "mean": float(data.mean()),
-        "low": float(low),
-        "high": float(high),
+        "n": len(values),
+        "mean": mean,
+        "low": low,
+        "high": high,
         "median": median,
         "p10": tenth,
         "p90": ninetieth,
     }
-
-
-def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of two means over the same passages, with its 95 % paired bootstrap interval.
-
-    Infinite where the second mean is 0.
-    """
-    a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
-    picks = _picks(len(a))
-    return _ratio(a, b, a[picks].mean(1), b[picks].mean(1))
-
-
-def ratio_of_separate_means(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """The same for means over different passages, drawn independently of each other."""
-    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    return _ratio(x, y, x[_picks(len(x))].mean(1), y[_picks(len(y), seed=1)].mean(1))
-
-
-def _ratio(a: Any, b: Any, means_a: Any, means_b: Any) -> tuple[float, float, float]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.nan_to_num(means_a / means_b, nan=1.0, posinf=np.inf)
-        low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
-        return float(a.mean() / b.mean()), float(low), float(high)
-
-
-def _picks(n: int, draws: int = 10_000, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).integers(n, size=(draws, n))
 
 
 def save_figure(path: Path, draw: Callable[[Any], None], panels: int) -> None:

@@ -25,8 +25,8 @@ from memvec.lab.study.cells import expand
 from memvec.lab.study.row import Finished, Row, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
-from memvec.passages.found import Found
 from memvec.passages.passage import Passage
+from memvec.passages.sources import SourcedPassage
 
 D, T, PASSAGES = 64, 24, 250  # of a cell
 SPEC = """
@@ -98,7 +98,11 @@ def measure(size: int) -> dict[str, float]:
         store.plan(planned, {"random-tokens"}, {"name": "synthetic"})
         store.set_environment({})
         known = [
-            (f"p{i}", Found(i, Passage((i + 1,) * T), "synthetic"), Text(b"word " * T, ["w"] * T))
+            (
+                f"p{i}",
+                SourcedPassage(i, Passage((i + 1,) * T), "synthetic"),
+                Text(b"word " * T, ["w"] * T),
+            )
             for i in range(passages)
         ]
         store.put_passages(known)

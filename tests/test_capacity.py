@@ -12,7 +12,7 @@ import torch
 from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.geometry import cosines, principal_components
 from memvec.lab.protocols.paper import paper_result
-from memvec.lab.protocols.threshold import compare, fit, fit_capacity
+from memvec.lab.protocols.plane import compare, fit, fit_capacity
 from memvec.lab.protocols.upper_bound import needed_bits
 from memvec.lab.protocols.vectors import scaling
 from memvec.lab.report.published import bits, published, table1
@@ -69,6 +69,8 @@ def test_the_claim_is_tested_both_ways() -> None:
     other = compare(plane(130, 50, 0), plane(100, 50, 1), draws=200)
     assert other.difference == pytest.approx(30, abs=5)
     assert other.p <= 0.01
+    assert other.p_value == "p ≤ 0.010"  # the smallest that 200 resamples can give
+    assert same.p_value.startswith("p = ")
     assert "natural text holds more" in other.verdict
 
 

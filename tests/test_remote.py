@@ -20,8 +20,8 @@ from memvec.lab.study.cells import expand
 from memvec.lab.study.pool import Unit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
-from memvec.passages.found import Found
 from memvec.passages.passage import Passage
+from memvec.passages.sources import SourcedPassage
 from memvec.vectors import MemVectors
 from memvec.workers import Batch, Crew, Workers, combined
 from memvec.workers.pool import Member
@@ -45,7 +45,7 @@ class Actor:
     def results(self, unit: Unit | Batch) -> Any:
         """(key, result) for the unit's passages, then its end."""
         for item in unit.passages[: self.rows]:
-            if isinstance(item, Found):
+            if isinstance(item, SourcedPassage):
                 yield item.number, alike(unit.cell.key, item.number, 1, "exact")
             else:
                 yield (item.document, item.offset), item
@@ -86,7 +86,7 @@ def units(n: int, size: int) -> list[Unit]:
     cell = expand(parse_spec(HEAD + '[[runs]]\nprotocol = "exact"\nlengths = [3]\n', "spec"))[
         0
     ].cell
-    found = [Found(i, Passage((2, 3, 4)), "x") for i in range(n)]
+    found = [SourcedPassage(i, Passage((2, 3, 4)), "x") for i in range(n)]
     return list(in_units(cell, found, size, 2))
 
 

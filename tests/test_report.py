@@ -20,20 +20,20 @@ from rich.console import Console
 
 from conftest import reader
 from memvec.errors import MemvecError
+from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data, recipe_names
 from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import overview, write_page
-from memvec.lab.report.plots import all_plots
 from memvec.lab.report.report import FORMATS, write_report
-from memvec.lab.report.tables import Table, all_tables, show
+from memvec.lab.report.table import Table, show
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.pool import text_of
 from memvec.lab.study.row import Finished, Row, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
-from memvec.passages.found import Found
 from memvec.passages.passage import Passage
+from memvec.passages.sources import SourcedPassage
 from memvec.statistics import mean_interval
 from studies import EVERYTHING, HEAD, run, spec_in
 
@@ -90,7 +90,7 @@ passages = 3
 def tables_of(folder: Path) -> dict[str, Table]:
     """Every table of a study, by key."""
     with Store(folder) as store:
-        return {t.key: t for t in all_tables(read_data(store), beside=False)}
+        return {t.key: t for t in all_tables(read_data(store), compare=False)}
 
 
 def test_a_report_has_what_the_last_spec_asks_for_and_no_more(tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def made_up(folder: Path, text: str, **columns: Callable[[Cell, int], object]) -
             store.describe(p.cell.key, reader().description())
             for number in range(p.passages):
                 name = f"{p.cell.length} {number}"
-                found = Found(number, Passage((2, 3, 4 + number)), name)
+                found = SourcedPassage(number, Passage((2, 3, 4 + number)), name)
                 store.put_passages([(name, found, Text(name.encode() * 9, ["x"] * 3))])
                 made = alike(p.cell.key, number, p.cell.vectors, p.cell.protocol)
                 changes = {key: value(p.cell, number) for key, value in columns.items()}
-                row = replace(made.row, passage=name, **changes)
+                row = made.row.model_copy(update={"passage": name, **changes})
                 store.put(replace(made, row=row))
     return tables_of(folder)
 
@@ -232,9 +232,15 @@ def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study:
         write_report(study / "out", study / "again", shown=form, figures=False)
         assert "exact" in capsys.readouterr().out.lower()
     table = Table("k", "T & t", "100 %", ["a_b", "c"], [["x", 0.5], [None, 12.34]])
-    assert "| – | 12.3 |" in table.markdown()
+    assert re.search(r"\| –\s+\| 12.3\s+\|", table.markdown())
     assert r"a\_b" in table.latex()
     assert r"T \& t" in table.latex()
+    assert r"\begin{table}" + "\n\\centering\n" in table.latex()
+    assert r"\toprule" in table.latex()
+    signs = Table("k", "T", "", ["low", "low"], [["x|y", "1 ± 2 \\ {~} #$^"]])
+    assert re.search(r"\| x\\\|y\s+\| 1 ± 2", signs.markdown())
+    tex = r"1 $\pm$ 2 \textbackslash{} \{\textasciitilde{}\} \#\$\textasciicircum{}"
+    assert tex in signs.latex()
     assert table.csv() == "a_b,c\nx,0.5\n,12.34\n"
     assert (show(float("nan")), show(3), show(0.25)) == ("–", "3", "0.250")
 
@@ -276,7 +282,7 @@ def test_the_page_renders_in_a_browser(study: Path, tmp_path: Path) -> None:
     assert 'data-ready="yes"' in dom  # set by the script's last line
     with Store(study / "out") as store:
         data = read_data(store)
-        tables, plots = all_tables(data, beside=True), all_plots(data, beside=True)
+        tables, plots = all_tables(data, compare=True), all_plots(data, compare=True)
     assert dom.count("<svg") == sum(len(p.panels) for p in plots) + 1
     for table in tables:
         assert table.title.replace("&", "&amp;") in dom
@@ -327,11 +333,11 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
         store.set_environment({})
         for p in planned:
             store.describe(p.cell.key, reader().description())
-            found = Found(0, Passage((2, 3, 4)), "x")
+            found = SourcedPassage(0, Passage((2, 3, 4)), "x")
             store.put_passages([("h", found, text_of(reader(), found))])
             store.put(alike(p.cell.key, 0, p.cell.vectors, p.cell.protocol))
         data = read_data(store)
-        tables, plots = all_tables(data, beside=False), all_plots(data, beside=False)
+        tables, plots = all_tables(data, compare=False), all_plots(data, compare=False)
         draw_all(plots, tmp_path / "figures")
         assert write_page(data, tables, plots, tmp_path / "index.html").stat().st_size > 10_000
         cards = [card["label"] for card in overview(data) if card["label"].startswith("exact")]

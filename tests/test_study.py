@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,7 +21,7 @@ from rich.console import Console
 from conftest import reader
 from memvec.cli.study import check, export, ls, validate
 from memvec.errors import MemvecError
-from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.protocols.lookup import protocol_names
 from memvec.lab.study import check as check_module
 from memvec.lab.study.cells import check_lengths, expand
 from memvec.lab.study.check import check_study
@@ -28,9 +29,10 @@ from memvec.lab.study.export import export_rows
 from memvec.lab.study.price import price, problems
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import Status, run_study
+from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.show import study_progress
 from memvec.lab.study.spec import parse_spec, read_spec
-from memvec.lab.study.store import COLUMNS, Store
+from memvec.lab.study.store import Store
 from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
@@ -143,7 +145,7 @@ def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
         rows, planned = store.counts()
         assert rows == planned == sum(p.passages for p in expand(spec_in(done), done))
         assert {r[0] for r in store.db.execute("SELECT DISTINCT protocol FROM cells")} == {
-            *PROTOCOLS
+            *protocol_names()
         }
         for name in COLUMNS:
             missing = store.db.execute(f"SELECT count(*) FROM rows WHERE {name} IS NULL")
@@ -179,7 +181,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 ) -> None:
     import pandas as pd
 
-    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
     for steps in (1, 2):
         text = f"{HEAD}{RUN}sources = ['random-tokens']\npassages = 2\nrecipe.steps = {steps}\n"
         run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
@@ -192,7 +194,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 
 
 def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
     found = check_study(done / "out")
     assert found["wrong"] == []
     assert found["rows"] == len(everything(done / "out"))
@@ -236,7 +238,7 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_check_sees_an_extra_that_is_none(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
-    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
     db.execute("UPDATE rows SET extra = ?", (extra,))
@@ -249,22 +251,21 @@ def test_the_check_sees_an_extra_that_is_none(
 def test_the_check_sees_a_falsified_column(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
-    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
-    kind = Row.__annotations__[column]
+    kind = Row.model_fields[column].annotation
     changed = {
-        "int": f"{column} + 3",
-        "float": f"{column} + 3",
-        "bool": f"1 - {column}",
-        "str": f"{column} || 'x'",
-        "dict[str, Any]": """'{"needed_bits": 1.0, "copy": null}'""",
-    }[kind]
+        int: f"{column} + 3",
+        float: f"{column} + 3",
+        bool: f"1 - {column}",
+        dict[str, Any]: """'{"needed_bits": 1.0, "copy": null}'""",
+    }.get(kind, f"{column} || 'x'")
     db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
     db.execute(f"UPDATE rows SET {column} = {changed}")
     db.commit()
     db.close()
     wrong = check_study(tmp_path / "out")["wrong"]
-    named = {"passage": "has no passage", "extra": "needed_bits is stored", "cell": "name a cell"}
+    named = {"passage": "has no passage", "cell": "name a cell"}
     named |= {"predicted": "does not hold the vectors"}  # it says where they end
     if column in check_module.RECORDED and column != "cell":
         assert any("changed after it was written" in s for s in wrong)
@@ -275,11 +276,11 @@ def test_the_check_sees_a_falsified_column(
 def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.loading.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
     assert check_study(two_rows)["wrong"] == []
     assert check_study(two_rows)["worst"]["paths"] < 1e-6
     falsified = {
-        "UPDATE paths SET accuracy = replace(accuracy, substr(accuracy, 2, 3), '7.0')": "line is",
+        "UPDATE paths SET accuracy = replace(accuracy, substr(accuracy, 2, 3), '7.0')": "between",
         "UPDATE passages SET text = 'another'": "text is not that of its tokens",
         "UPDATE cells SET length = 77": "length is stored as 77",
         "UPDATE cells SET settings = replace(settings, ': 5', ': 6')": "settings are those of",

@@ -76,7 +76,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "random-tokens": "memvec.passages.sources.random_tokens:RandomTokens",
         "sampled": "memvec.passages.sources.sampled:Sampled",
     },
-    "protocol": {},
+    "protocol": {
+        "paper": "memvec.lab.protocols.paper:Paper",
+        "exact": "memvec.lab.protocols.exact:Exact",
+        "vectors": "memvec.lab.protocols.vectors:Vectors",
+        "one-step": "memvec.lab.protocols.one_step:OneStep",
+        "threshold": "memvec.lab.protocols.threshold:Threshold",
+        "context": "memvec.lab.protocols.context:Context",
+        "copy": "memvec.lab.protocols.copy:Copy",
+        "upper-bound": "memvec.lab.protocols.upper_bound:UpperBound",
+        "geometry": "memvec.lab.protocols.geometry:Geometry",
+    },
     "export": {
         "transformers": "memvec.export.transformers:Transformers",
         "vllm": "memvec.export.vllm:Vllm",

@@ -32,7 +32,7 @@ WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
 BOTH_ENDS = ("gemma2", "gemma3", "gemma3_text")
 QUERIES_AND_KEYS = ("olmo2", "olmo3", "qwen3", "qwen3_moe", "gemma3", "gemma3_text")
 FUSED = ("gpt_neox",)  # queries, keys and values are one tensor, which the values hold on to
-MEASURED = 256  # most tokens of the passage with which `kept` is measured
+MAX_MEASURED = 256  # tokens of the passage with which `kept` is measured
 STATE_COPIES = 8  # of a slot's vectors: parameters, best, gradient, moments and the update
 
 
@@ -57,6 +57,7 @@ class Facts:
     weights: float = 0.0  # bytes of them, as they are; 0: parameters x number
     kept: float | None = None  # bytes that all layers keep of a token, where that was measured
     checkpointing: bool = False  # a layer keeps its input only, and is computed again
+    context: int | None = None  # tokens; None: no limit, or unknown
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     c = config.get_text_config()
 
     def first(*names: str, default: int = 0) -> int:
-        found = (getattr(c, name, None) for name in names)
-        return next((int(v) for v in found if isinstance(v, int) and v > 0), default)
+        values = (getattr(c, name, None) for name in names)
+        return next((int(v) for v in values if isinstance(v, int) and v > 0), default)
 
     hidden = first("hidden_size", "n_embd", "d_model")
     layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -137,6 +138,7 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
         normed=normed,
         fused=kind in FUSED,
         inside=WRITTEN_OUT.get(activation, 1),
+        context=first("max_position_embeddings", "n_positions", "max_seq_len") or None,
     )
 
 
@@ -171,15 +173,15 @@ def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
     """
     if lm.layout != "prefix":
         return None
-    T = max(2, min(tokens, MEASURED))
-    found = []
+    T = max(2, min(tokens, MAX_MEASURED))
+    sizes = []
     for t in (T // 2, T):  # what any passage keeps, however short, is none of its tokens'
         ids = torch.zeros(1, t, dtype=torch.long, device=lm.device)
         vectors = torch.zeros(1, 1, lm.width, device=lm.device, requires_grad=True)
         with torch.enable_grad(), saved_bytes(lm.model) as kept:
             lm.states(vectors, ids)
-        found.append(kept())
-    return (found[1] - found[0]) / (T - T // 2)
+        sizes.append(kept())
+    return (sizes[1] - sizes[0]) / (T - T // 2)
 
 
 def layer_bytes(f: Facts) -> float:
@@ -216,11 +218,11 @@ def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Est
 
 
 def max_batch_size(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> int:
-    """Most slots whose peak, weights apart, stays in `free` bytes; at least 1."""
+    """The largest number of slots whose peak, weights apart, stays in `free` bytes; at least 1."""
     one = estimate(f, batch_size=1, tokens=tokens, vectors=vectors)
-    most = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # of logits, at any number of slots
+    logits = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # at most, at any number of slots
     each = one.activations + one.passing + one.state
-    return max(1, int((free - most) / each))
+    return max(1, int((free - logits) / each))
 
 
 def seconds(f: Facts, *, tokens: float, steps: float, flops: float) -> float:

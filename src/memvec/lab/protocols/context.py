@@ -1,46 +1,153 @@
 """A vector against n real preceding tokens (paper, Table 2 and `ablations_context_length.ipynb`).
 
 How many bits does ordinary context take off the same passage? Only sources with text before their
-passages can say; where fewer than n tokens stood before, the entry is missing.
+passages can be asked; where fewer than n tokens stood before, the entry is missing.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+import pandas as pd
+from pydantic import Field
 
-from memvec.lab.protocols.protocol import Protocol, bits_after
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-    from memvec.model.reading import StartRule
-    from memvec.passages.found import Found
+from memvec.cramming.certify import Outcome
+from memvec.lab.protocols import protocol
+from memvec.lab.protocols.protocol import Compared, Protocol, bits_after, bits_and_hits
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, by_length, short
+from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.table import Cell, Table
+from memvec.lab.slow import SlowPassage
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.passages.sources import SourcedPassage
+from memvec.statistics import Mean, mean_interval
 
 
 class Context(Protocol):
     """Real context instead of a vector."""
 
-    name = "context"
-    options = {"contexts": (64, 128, 512, 1024)}  # noqa: RUF012
     extras = {  # noqa: RUF012
         "context": "for each n: [bits of the passage, arg-max hits] after n real tokens, no vectors"
     }
 
+    class Options(protocol.Options):
+        """How much real context is tried."""
+
+        contexts: tuple[int, ...] = Field(
+            default=(64, 128, 512, 1024), description="real tokens given instead of vectors"
+        )
+
     def extra(
         self,
         lm: FrozenLM,
-        found: Found,
-        vectors: Tensor,
+        sourced: SourcedPassage,
+        outcome: Outcome,
         start: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        given = int(start == "first-token")
-        ids = found.passage.ids
-        table = {}
-        for n in options["contexts"]:
-            fits = lm.context is None or n + len(ids) + 1 <= lm.context
-            if fits and n <= len(found.before):
-                table[str(n)] = list(bits_after(lm, found.before[-n:] if n else (), ids, given))
-        return {"context": table}
+        ids, before, given = sourced.passage.ids, sourced.before, int(start == "first-token")
+        return {
+            "context": {
+                str(n): list(bits_after(lm, before[-n:] if n else (), ids, given))
+                for n in _possible(lm, options["contexts"], len(before), len(ids))
+            }
+        }
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        table = {int(n): pair for n, pair in stored["context"].items()}
+        before, ids = passage.before, passage.ids
+        possible = _possible(passage.lm, passage.options["contexts"], len(before), len(ids))
+        if sorted(table) != sorted(set(possible)):
+            names = [[float(n) for n in sorted(v)] for v in (table, possible)]
+            return [Compared("context, numbers of tokens", names[0], names[1], [])]
+        return [
+            bits_and_hits(
+                f"context {n}", pair, passage.bits_after(before[len(before) - n :]), passage
+            )
+            for n, pair in table.items()
+        ]
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[Cell]] = []
+        for (model, source, length, K), group in by_length(data.of(self.name)):
+            vector = f"{K} vector{'s' if K > 1 else ''}"
+            for name, pairs in _entries(group, vector).items():
+                m = mean_interval([left for left, _ in pairs])
+                base = mean_interval([base for _, base in pairs]).mean
+                row: list[Cell] = [short(model), source, length, K, name, m.mean]
+                row += [m.low, m.high, 100 * (1 - m.mean / base), m.n]
+                if compare:
+                    key = {"none": "0", vector: "vector"}.get(name, name.split()[0])
+                    comparable = key != "vector" or K == 1
+                    row.append(_published(model, length, key) if comparable else None)
+                rows.append(row)
+        columns = ["model", "source", "length", "K", "given", "bits left", "low", "high"]
+        note = (
+            "Bits of the passage that are left, mean with 95 % interval; removed: of the bits of "
+            "the same passages with nothing given (not every passage has so many tokens before it)."
+        )
+        columns += ["% removed", "n", *(["paper, bits"] if compare else [])]
+        return [Table("context", "A vector against real preceding tokens", note, columns, rows)]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        panels, ahead, cases = [], 0, 0
+        keys = ["model", "series", "length"]
+        for (model, source, length), group in data.of(self.name).groupby(keys, sort=False):
+            by_K = group.groupby("vectors", sort=False)
+            _, same = next(iter(by_K))  # without vectors, K makes no difference
+            means = _means_by_context(same)
+            series = [line_of_means("real preceding tokens", list(means), list(means.values()))]
+            for K, part in by_K:
+                level = mean_interval(part["mem_bits"].tolist()).mean
+                ends = [float(min(means)), float(max(means))]
+                series.append(Series(f"K = {K}", ends, [level] * 2, "dashed"))
+                cases += 1
+                ahead += level < min(m.mean for m in means.values())
+            title = f"{short(str(model))}, {source}, {length} tokens"
+            panels.append(Panel(title, "real tokens given", "bits left", series))
+        caption = (
+            f"In {ahead} of {cases} cases (a panel and a K) the vectors leave fewer bits than any "
+            "number of real tokens that was tried."
+        )
+        return [Plot("context", "A vector against real context (Table 2)", caption, panels)]
+
+
+def _possible(lm: FrozenLM, contexts: Any, before: int, tokens: int) -> list[int]:
+    """The numbers of real tokens that stood before a passage and fit the model with it."""
+    limit = before if lm.context is None else min(before, lm.context - tokens - 1)
+    return [n for n in contexts if n <= limit]
+
+
+def _entries(group: pd.DataFrame, vector: str) -> dict[str, list[tuple[float, float]]]:
+    """By what is given: bits left of each passage, and its bits with nothing given.
+
+    Not every passage has every context, so each mean is compared with its own passages.
+    """
+    H = group["lm_bits"].tolist()
+    entries: dict[str, list[tuple[float, float]]] = {"none": list(zip(H, H, strict=True))}
+    for extra, base in zip(group["extra"], H, strict=True):
+        for n, (bits, _) in json.loads(extra)["context"].items():
+            entries.setdefault(f"{n} tokens", []).append((bits, base))
+    entries[vector] = list(zip(group["mem_bits"], H, strict=True))
+    return entries
+
+
+def _means_by_context(rows: pd.DataFrame) -> dict[int, Mean]:
+    """Bits left by number of real tokens, 0 among them."""
+    left: dict[int, list[float]] = {0: rows["lm_bits"].tolist()}
+    for extra in rows["extra"]:
+        for n, (bits, _) in json.loads(extra)["context"].items():
+            left.setdefault(int(n), []).append(float(bits))
+    return {n: mean_interval(values) for n, values in sorted(left.items())}
+
+
+def _published(model: str, length: int, key: str) -> float | None:
+    """Table 2's bits left, where the paper has this model and length."""
+    known = published.published()["context"]["values"].get(model)
+    if known is None or known["length"] != length or key not in known["nats"]:
+        return None
+    return published.bits(known["nats"][key])

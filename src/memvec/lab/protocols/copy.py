@@ -1,22 +1,28 @@
 """A vector against the text itself, repeated in context (`ablations_repeat_text.ipynb`).
 
-"text: X, repeat previous text: X": what remains of X when X has just been read. The paper's point:
-a vector is about as good as having the text in front of one's eyes.
+"text: X, repeat previous text: X": how many bits of X are left when X has just been read. The
+paper compares this with the bits that vectors leave.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+import numpy as np
+import pandas as pd
 
-from memvec.lab.protocols.protocol import Protocol, bits_after
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-    from memvec.model.reading import StartRule
-    from memvec.passages.found import Found
+from memvec.cramming.certify import Outcome
+from memvec.lab.protocols.protocol import Compared, Protocol, bits_after, bits_and_hits
+from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
+from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
+from memvec.lab.report.table import Cell, Table
+from memvec.lab.slow import SlowPassage
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.passages.sources import SourcedPassage
+from memvec.statistics import mean_interval
 
 BEFORE, BETWEEN = "text: ", "\nrepeat previous text: "
 
@@ -24,7 +30,6 @@ BEFORE, BETWEEN = "text: ", "\nrepeat previous text: "
 class Copy(Protocol):
     """The text in context instead of a vector."""
 
-    name = "copy"
     extras = {  # noqa: RUF012
         "copy": "[bits of the passage, arg-max hits] after the same passage in context, no vectors"
     }
@@ -32,14 +37,77 @@ class Copy(Protocol):
     def extra(
         self,
         lm: FrozenLM,
-        found: Found,
-        vectors: Tensor,
+        sourced: SourcedPassage,
+        outcome: Outcome,
         start: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        ids = found.passage.ids
-        words = ([], []) if lm.tokenizer is None else (lm.tokenize(BEFORE), lm.tokenize(BETWEEN))
-        prefix = [*words[0], *ids, *words[1]]
-        if lm.context is not None and len(prefix) + len(ids) + 1 > lm.context:
+        ids, prefix = sourced.passage.ids, _prefix(lm, sourced.passage.ids)
+        if _too_long(lm, prefix, ids):
             return {"copy": None}
         return {"copy": list(bits_after(lm, prefix, ids, int(start == "first-token")))}
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        prefix = _prefix(passage.lm, passage.ids)
+        if _too_long(passage.lm, prefix, passage.ids):
+            return [Compared("copy", [] if stored["copy"] is None else [1.0], [], [])]
+        pair = stored["copy"] or (float("nan"), float("nan"))
+        return [bits_and_hits("copy", pair, passage.bits_after(prefix), passage)]
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[Cell]] = []
+        for (model, source, length, K), everything in by_length(data.of(self.name)):
+            group = _with_copies(everything)
+            if group.empty:
+                continue
+            rows.append(
+                [
+                    *(short(model), source, length, K),
+                    float(group["lm_bits"].mean()),
+                    mean_interval(group["information_gain"].tolist()).mean,
+                    mean_interval(group["copy_gain"].tolist()).mean,
+                    float(group["accuracy"].mean()),
+                    float((group["copy_hits"] / group["predicted"]).mean()),
+                    len(group),
+                ]
+            )
+        columns = ["model", "source", "length", "K", "H, bits", "removed by vectors"]
+        columns += ["removed by copy", "accuracy, vectors", "accuracy, copy", "n"]
+        note = "Means over passages; the copy is read right before it is asked for."
+        return [Table("copy", "A vector against the text repeated in context", note, columns, rows)]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        panels = []
+        for (model, K, recipe), everything in by_recipe(data.of(self.name)):
+            group = _with_copies(everything)
+            if group.empty:
+                continue
+            series = [
+                cloud("vector", group, "lm_bits", "information_gain"),
+                cloud("copy in context", group, "lm_bits", "copy_gain"),
+                diagonal(group["lm_bits"]),
+            ]
+            title = panel_title(model, K, recipe)
+            panels.append(Panel(title, "bits without either, H", "bits removed", series))
+        caption = "One point per passage. On the dashed line all bits are removed."
+        return [Plot("copy", "A vector against the text itself in context", caption, panels)]
+
+
+def _prefix(lm: FrozenLM, ids: tuple[int, ...]) -> list[int]:
+    words = ([], []) if lm.tokenizer is None else (lm.tokenize(BEFORE), lm.tokenize(BETWEEN))
+    return [*words[0], *ids, *words[1]]
+
+
+def _too_long(lm: FrozenLM, prefix: list[int], ids: tuple[int, ...]) -> bool:
+    return lm.context is not None and len(prefix) + len(ids) + 1 > lm.context
+
+
+def _with_copies(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose copy fits the context, with columns `copy_gain` (bits) and `copy_hits`."""
+    copies = [json.loads(extra)["copy"] for extra in rows["extra"]]
+    kept = np.array([copy is not None for copy in copies], dtype=bool)
+    pairs = [copy for copy in copies if copy is not None]
+    return rows[kept].assign(
+        copy_gain=lambda part: part["lm_bits"] - [bits for bits, _ in pairs],
+        copy_hits=[hits for _, hits in pairs],
+    )

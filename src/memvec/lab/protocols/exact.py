@@ -10,17 +10,87 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from memvec.lab.protocols.protocol import Protocol
-from memvec.statistics import Mean, mean_interval, share_interval
+from memvec.lab.protocols.protocol import Capacity, Card, Protocol
+from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.table import Cell, Table
+from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 
 class Exact(Protocol):
     """Longest horizon that decodes."""
 
-    name = "exact"
     preset = "default"
+    measures_horizon = True
+
+    def capacity(self, rows: pd.DataFrame) -> Capacity | None:
+        r = exact_result(rows)
+        hover = f"{r.horizon}, {100 * r.censored.share:.0f} % censored"
+        return Capacity(r.horizon.mean, r.horizon.low, r.horizon.high, hover)
+
+    def cards(self, data: Data) -> list[Card]:
+        cards = []
+        for (model, source, K), group in by_series(data.of(self.name)):
+            r = exact_result(group)
+            n = f"n {r.horizon.n}"
+            if r.horizon.n > 1:
+                n = f"95 % [{r.horizon.low:.1f}, {r.horizon.high:.1f}], {n}"
+            cards.append(
+                Card(
+                    f"{r.horizon.mean:.1f} tokens",
+                    f"exact in K = {K}: {source}, {short(model)}; {n}, {r.bits.mean:.0f} bits, "
+                    f"{100 * r.censored.share:.0f} % censored",
+                )
+            )
+        return cards
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[Cell]] = []
+        for (model, source, K), group in by_series(data.of(self.name)):
+            r = exact_result(group)
+            rows.append(
+                [
+                    *(short(model), source, K),
+                    *(r.horizon.mean, r.horizon.low, r.horizon.high, r.horizon.n),
+                    *(r.bits.mean, r.bits.low, r.bits.high),
+                    *(str(r.censored), r.spent.mean),
+                ]
+            )
+        columns = ["model", "source", "K", "exact tokens", "low", "high", "n", "bits", "low"]
+        return [
+            Table(
+                "exact",
+                "Exact horizon: leading tokens that free-running decoding gives back",
+                "Mean over passages with its 95 % interval; censored: share of passages that came "
+                "back whole and might have been longer; spent: forward-backward tokens a passage.",
+                [*columns, "high", "censored", "spent"],
+                rows,
+            )
+        ]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        panels = []
+        for model, group in data.of(self.name).groupby("model", sort=False):
+            series = []
+            for (source, K), part in group.groupby(["series", "vectors"], sort=False):
+                values = np.sort(part["horizon"].to_numpy())
+                grid = np.unique(np.concatenate([[0], values]))
+                share = [float((values >= g).mean()) for g in grid]
+                name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
+                series.append(Series(name, [float(g) for g in grid], share, "line"))
+            panels.append(Panel(short(str(model)), "tokens", "share of passages", series))
+        return [
+            Plot(
+                "survival",
+                "Share of passages by exact horizon",
+                "Share with at least x tokens. A line that ends above 0 at the passages' length is "
+                "censored there.",
+                panels,
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -30,7 +100,7 @@ class ExactResult:
     horizon: Mean  # tokens
     bits: Mean  # information gain over the horizon
     token_gain: Mean  # over the horizon
-    censored: tuple[float, float, float]  # share that reached the end of its passage, 95 %
+    censored: Share  # share that reached the end of its passage, 95 %
     spent: Mean  # forward-backward tokens
 
 

@@ -1,35 +1,116 @@
-"""Many solutions of one passage: how far apart they lie and what stands between them.
+"""Many solutions of one passage: the distances and the accuracy between them.
 
-Paper, appendix E: restarts of one text reach different vectors; cosines within a text are higher
-than between texts but far from 1; on the straight line between two solutions accuracy falls below
-1. Restarts are the seeds of the run, so they must begin at noise.
+Paper, appendix E: restarts of one text reach different vectors; compared are cosines within a text
+and between texts, and the accuracy on the straight line between two solutions. Restarts are the
+seeds of the run, so they must begin at noise.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+import json
+from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memvec.cramming.certify import positions
+from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-    from memvec.model.reading import StartRule
+from memvec.lab.report.data import Data, by_length, short
+from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.table import Cell, Table
+from memvec.lab.study.spec import RunSpec
+from memvec.metrics import teacher_forced_accuracy
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
+from memvec.statistics import mean_interval
 
 POINTS = 11  # on the straight line, both ends included
+MAX_SOLUTIONS = 400  # of a group, for cosines and components
+MAX_COLOURS = 10  # passages shown in a plane of components
+TIE = 1e-2  # logits: below, an arg-max may flip when sums are taken in another order
 
 
 class Geometry(Protocol):
     """Restarts of one passage."""
 
-    name = "geometry"
     changes = {"start": "noise"}  # noqa: RUF012
+    compares_restarts = True
+
+    def problem(self, run: RunSpec) -> str | None:
+        if run.recipe.get("start", "noise") == "encoder":
+            return "compares restarts, which must differ, so start cannot be 'encoder'"
+        return None
+
+    def between(
+        self, lm: FrozenLM, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+    ) -> list[float]:
+        """Teacher-forced accuracy at evenly spaced points from solution a to b, (K, D) each."""
+        return straight_line(lm, passage, a, b, start)
+
+    def recompute_between(
+        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
+    ) -> tuple[list[float], list[float]]:
+        accuracy, allowed = [], []
+        for i in range(points):
+            t = i / (points - 1)
+            vectors = (1 - t) * a.float() + t * b.float()
+            _, margin = slow.teacher_forced(lm, vectors, ids, start)
+            accuracy.append(float((margin > 0).mean()))
+            allowed.append(int((np.abs(margin) < TIE).sum()) / len(margin) + 1e-6)
+        return accuracy, allowed
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[Cell]] = []
+        for (model, source, length, K), group in by_length(data.restarts(self.name)):
+            vectors, labels = solutions(data, group)
+            within, between = (mean_interval(c.tolist()) for c in cosines(vectors, labels))
+            lines = list(paths(data, group))
+            lowest = mean_interval([min(a) for a in lines])
+            row: list[Cell] = [short(model), source, length, K, within.mean, within.sd]
+            row += [between.mean, between.sd, lowest.mean, len(lines), len(vectors)]
+            rows.append(row)
+        columns = ["model", "source", "length", "K", "cosine within", "sd", "cosine between", "sd"]
+        return [
+            Table(
+                "geometry",
+                "Restarts: how far apart the solutions of one passage lie",
+                "Lowest accuracy: on the straight line between two solutions of a passage, mean "
+                "over pairs.",
+                [*columns, "lowest accuracy", "lines", "solutions"],
+                rows,
+            )
+        ]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        panels, within, between, lowest = [], [], [], []
+        for (model, source, length, K), group in by_length(data.restarts(self.name)):
+            vectors, labels = solutions(data, group)
+            if len(vectors) < 3:
+                continue
+            same, different = cosines(vectors, labels)
+            title = f"{short(model)}, {source}, {length} tokens, K = {K}"
+            panels.append(Panel(title, "cosine", "density", _densities(same, different)))
+            panels += _components(vectors, labels)
+            lines = np.array(list(paths(data, group)))
+            if len(lines):
+                panels.append(_walks(lines))
+                lowest += lines.min(1).tolist()
+            within += same.tolist()
+            between += different.tolist()
+        caption = (
+            f"Mean cosine of two solutions: {_mean(within)} within a passage, {_mean(between)} "
+            f"between passages. Mean of the lowest accuracy on the line between two solutions of a "
+            f"passage: {_mean(lowest)}."
+        )
+        title = "Restarts of one passage (Figures 7 and 8)"
+        return [Plot("geometry", title, caption, panels)]
 
 
 def cosines(
@@ -65,10 +146,68 @@ def straight_line(
     points: int = POINTS,
 ) -> list[float]:
     """Teacher-forced accuracy at evenly spaced points from solution a to solution b."""
-    from memvec.cramming.certify import positions
-    from memvec.metrics import teacher_forced_accuracy
-
     t = torch.linspace(0, 1, points)[:, None, None]
     line = (1 - t) * a.float()[None] + t * b.float()[None]
     margin = positions(lm, line, [passage] * points, start).margin
     return [teacher_forced_accuracy(row > 0) for row in margin]
+
+
+def solutions(data: Data, group: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(vectors (N, K·D), passage numbers (N)) of rows, at most MAX_SOLUTIONS."""
+    group = group.head(MAX_SOLUTIONS)
+    vectors = [
+        data.store.tensors(cell, number)[0].float().flatten().double().numpy()
+        for cell, number in zip(group["cell"], group["number"], strict=True)
+    ]
+    return np.stack(vectors), group["number"].to_numpy()
+
+
+def paths(data: Data, group: pd.DataFrame) -> Iterator[list[float]]:
+    """Accuracies along straight lines between restarts of a group's cells."""
+    cells = set(group["cell"])
+    for first, second, text in data.store.db.execute("SELECT first, second, accuracy FROM paths"):
+        if first in cells and second in cells:
+            yield json.loads(text)
+
+
+def _densities(within: NDArray[np.float64], between: NDArray[np.float64]) -> list[Series]:
+    edges = np.linspace(-0.2, 1.0, 49)
+    middle = ((edges[1:] + edges[:-1]) / 2).tolist()
+    series = []
+    for name, values in (("same passage", within), ("different passages", between)):
+        if len(values):
+            density, _ = np.histogram(values, edges, density=True)
+            series.append(Series(f"{name} (n {len(values)})", middle, density.tolist(), "line"))
+    return series
+
+
+def _components(vectors: NDArray[np.float64], labels: NDArray[np.int64]) -> list[Panel]:
+    where, share = principal_components(vectors)
+    numbers = list(dict.fromkeys(labels.tolist()))[:MAX_COLOURS]
+    panels = []
+    for i, j in itertools.combinations(range(where.shape[1]), 2):
+        clouds = [
+            Series(
+                f"passage {number}",
+                where[labels == number, i].tolist(),
+                where[labels == number, j].tolist(),
+            )
+            for number in numbers
+        ]
+        x, y = (f"component {k + 1} ({100 * share[k]:.0f} %)" for k in (i, j))
+        panels.append(Panel(f"PCA, components {i + 1} and {j + 1}", x, y, clouds))
+    return panels
+
+
+def _walks(lines: NDArray[np.float64]) -> Panel:
+    """Accuracy (lines, points) on the way from one solution to another."""
+    t = np.linspace(0, 1, lines.shape[1]).tolist()
+    series = [
+        Series(f"mean of {len(lines)}", t, lines.mean(0).tolist(), "line"),
+        Series("lowest", t, lines.min(0).tolist(), "dashed"),
+    ]
+    return Panel("between two solutions", "from one to the other", "accuracy", series)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{float(np.mean(values)):.3f} (n {len(values)})" if values else "–"

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Protocol
-from memvec.statistics import Mean, mean_interval, share_interval
+from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.table import Cell, Table
+from memvec.lab.study.spec import RunSpec
+from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 THRESHOLD = 0.99
 
@@ -22,9 +25,34 @@ THRESHOLD = 0.99
 class OneStep(Protocol):
     """Published rule and ours, from [e, m, ..., m]."""
 
-    name = "one-step"
     preset = "one-step"
     layout = "one-step"
+
+    def problem(self, run: RunSpec) -> str | None:
+        if run.vectors != (2,):
+            return "has two vectors, e and m: write vectors = [2]"
+        return None
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[Cell]] = []
+        for (model, source, _), group in by_series(data.of(self.name)):
+            result = one_step_result(group)
+            for at in result.lengths:
+                row: list[Cell] = [short(model), source, at.length, str(at.exact), at.accuracy.mean]
+                rows.append([*row, at.accuracy.n, result.always, result.longest])
+        columns = ["model", "source", "length", "exact", "accuracy", "n", "always exact", "longest"]
+        return [
+            Table(
+                "one-step",
+                "One-step decoding: two vectors, one forward pass",
+                "Exact: share of passages given back to the last token, with its 95 % interval. "
+                "Always exact: the length up to which all were. Longest: the published figure, the "
+                "longest single passage with an accuracy of at least 0.99, a maximum over "
+                "passages.",
+                columns,
+                rows,
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -32,7 +60,7 @@ class Length:
     """What happened at one length of the grid."""
 
     length: int
-    exact: tuple[float, float, float]  # share of passages given back to the last token, 95 %
+    exact: Share  # share of passages given back to the last token, 95 %
     accuracy: Mean
 
 

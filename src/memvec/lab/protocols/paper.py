@@ -1,44 +1,153 @@
 """The paper's protocol: a grid of lengths, mean teacher-forced accuracy of at least 0.99.
 
-Kuratov et al. 2025, section 3 and `ablations_analyze_results.ipynb`, kept as published, warts
-named:
+Kuratov et al. 2025, section 3 and `ablations_analyze_results.ipynb`, kept as published, with
+its peculiarities:
 - nothing is decoded: a length counts when the *mean* accuracy with true earlier tokens is >= 0.99;
 - shorter lengths need not pass, and the grid limits the answer;
 - the first token (or BOS) is given, and counts in the length: L tokens have L - 1 predictions;
 - gains are averaged over passages with accuracy <= 0.99, all lengths together;
 - with drawn lengths (random text) the answer is the longest single passage, not a mean.
-Two warts are not kept: bits are bits, and gain and accuracy come from the same stored vectors.
+Two peculiarities are not kept: bits are bits, and gain and accuracy come from the same stored
+vectors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.protocols.protocol import Capacity, Protocol
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.plot import Panel, Plot, Series, boxes
+from memvec.lab.report.table import Cell, Table, mean_and_sd
+from memvec.model.reading import StartRule
 from memvec.statistics import Mean, mean_interval
 
-if TYPE_CHECKING:
-    from memvec.model.reading import StartRule
-
 THRESHOLD = 0.99
+MAX_BOXES = 24  # lengths in a panel
 
 
 class Paper(Protocol):
     """Published rule."""
 
-    name = "paper"
+    plane = "threshold"
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:
         """BOS is the first of the paper's L tokens where the tokenizer adds it."""
         return max(length - (start == "bos"), 1)
 
+    def capacity(self, rows: pd.DataFrame) -> Capacity | None:
+        longest = paper_result(rows).longest
+        return None if longest is None else Capacity(float(longest))
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        columns = ["model", "source", "K", "Max", "token gain", "± sd", "bits", "± sd", "n"]
+        if compare:
+            columns += ["paper Max", "paper gain", "paper nats", "paper bits (nats / ln 2)"]
+        rows: list[list[Cell]] = []
+        for (model, source, K), group in by_series(data.of(self.name)):
+            r = paper_result(group)
+            longest = f"{r.longest or '–'}{' (longest single)' if r.drawn and r.longest else ''}"
+            row: list[Cell] = [short(model), source, K, longest]
+            row += [r.token_gain.mean, r.token_gain.sd]
+            row += [r.information_gain.mean, r.information_gain.sd, r.token_gain.n]
+            if compare:
+                row += _published(model, str(group["source"].iloc[0]), K)
+            rows.append(row)
+        note = (
+            "The published rule: Max is the longest length whose mean teacher-forced accuracy is "
+            "at least 0.99; gains average passages with accuracy of at most 0.99, all lengths "
+            "together. Nothing here is decoded."
+        )
+        if compare:
+            note += " Published 'bits' are nats: 1 nat = 1 / ln 2 = 1.4427 bits."
+        return [Table("table1", "Table 1, by the paper's protocol", note, columns, rows)]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        rows = data.of(self.name)
+        return [accuracy(rows, compare), spread(rows)]
+
+
+def accuracy(rows: pd.DataFrame, compare: bool) -> Plot:
+    """Teacher-forced accuracy over length; drawn lengths get a rolling mean of 11."""
+    panels = []
+    for model, group in rows.groupby("model", sort=False):
+        series: list[Series] = []
+        for (source, K), part in group.groupby(["series", "vectors"], sort=False):
+            name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
+            drawn = part.groupby("length")["tokens"].nunique().max() > 1
+            series += _rolling(name, part) if drawn else [_by_length(name, part)]
+        theirs = published.published()["curves"]["values"].get(str(model))
+        if compare and theirs:
+            curve = {float(k): float(v) for k, v in theirs["accuracy"].items()}
+            series.append(Series("PG-19, published", list(curve), list(curve.values()), "line"))
+        xs = [v for s in series for v in s.x]
+        series.append(Series("0.99", [min(xs), max(xs)], [THRESHOLD] * 2, "dashed"))
+        panels.append(
+            Panel(short(str(model)), "tokens", "teacher-forced accuracy", series, log=True)
+        )
+    return Plot("accuracy", "Accuracy against length", "Mean over passages, 95 % interval.", panels)
+
+
+def _rolling(name: str, rows: pd.DataFrame) -> list[Series]:
+    ordered = rows.sort_values("tokens")
+    rolling = ordered["accuracy"].rolling(11, center=True, min_periods=1)
+    mean, sd = rolling.mean(), rolling.std().fillna(0.0)
+    x = ordered["tokens"].astype(float).tolist()
+    edges = ((f"{name}, ± sd", mean - sd), ("", (mean + sd).clip(upper=1)))
+    return [
+        Series(f"{name}, rolling 11", x, mean.tolist(), "line"),
+        *(Series(label, x, edge.tolist(), "dashed") for label, edge in edges),
+    ]
+
+
+def _by_length(name: str, rows: pd.DataFrame) -> Series:
+    means = {
+        float(str(length)): mean_interval(cell["accuracy"].tolist())
+        for length, cell in rows.groupby("length")
+    }
+    return Series(
+        name,
+        list(means),
+        [m.mean for m in means.values()],
+        "line",
+        [m.low for m in means.values()],
+        [min(m.high, 1.0) for m in means.values()],
+        [f"{length:.0f} tokens: {m.mean:.4f} (n {m.n})" for length, m in means.items()],
+    )
+
+
+def spread(rows: pd.DataFrame) -> Plot:
+    """Spread over passages of the token gain and of the text's own bits, by length."""
+    panels = []
+    what = (("token_gain", "token gain"), ("lm_bits", "bits without vectors, H"))
+    for (model, source), group in rows.groupby(["model", "series"], sort=False):
+        group = group[group["vectors"] == group["vectors"].min()]
+        if group.groupby("length")["tokens"].nunique().max() > 1:
+            continue  # every passage has a length of its own
+        lengths = sorted(group["length"].unique())[-MAX_BOXES:]
+        for column, label in what:
+            parts = [group.loc[group["length"] == n, column].astype(float) for n in lengths]
+            title, names = f"{short(str(model))}, {source}", [str(n) for n in lengths]
+            panels.append(Panel(title, "tokens", label, [boxes(label, parts)], names))
+    caption = "Median, quartiles and extremes."
+    return Plot("boxes", "Spread over passages, by length", caption, panels)
+
+
+def _published(model: str, source: str, K: int) -> list[Cell]:
+    """Table 1's four values; the paper's are of K = 1."""
+    known = published.table1(model, source) if K == 1 else None
+    if known is None:
+        return [None] * 4
+    pairs = (known["token_gain"], known["gain_nats"], known["gain_bits"])
+    return [known["longest"], *map(mean_and_sd, pairs)]
+
 
 @dataclass(frozen=True)
 class PaperResult:
-    """What Table 1 says about one model, source and K."""
+    """Table 1 for one model, source and K."""
 
     longest: int | None  # "Max"; None: no length passed
     drawn: bool  # longest single passage rather than a mean

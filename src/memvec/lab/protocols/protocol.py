@@ -1,32 +1,98 @@
-"""What a protocol is: how passages are crammed for it, what else is measured, how it sums up.
+"""What a protocol is: how passages are crammed for it, what else is measured, how it is reported.
 
-A protocol is one file: a subclass with a name, a recipe to start from, sometimes an extra
-measurement with the frozen model, and pure functions of finished rows. Cramming, decoding and the
-common metrics are the engine's and the same for all.
+A protocol is one file: a subclass of `Protocol` under a name, sometimes an extra measurement with
+its slow recomputation, and the tables and figures of its rows. Cramming, decoding and the common
+measures are the engine's and the same for all. Another package adds one without a change here:
+
+    from memvec import register
+    from memvec.lab.protocols.protocol import Protocol
+
+    @register("protocol", "mine")
+    class Mine(Protocol):
+        extras = {"hits": "arg-max hits with the vectors, tokens"}
+
+        def extra(self, lm, sourced, outcome, start, options):
+            return {"hits": int((outcome.scores.margin > 0).sum())}
+
+Ray workers import what `memvec.plugins` entry points name, and nothing else of yours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-    from memvec.model.reading import Layout, StartRule
-    from memvec.passages.found import Found
+from memvec import metrics
+from memvec.cramming.certify import Outcome
+from memvec.lab.report.data import Data
+from memvec.lab.report.plot import Plot
+from memvec.lab.report.table import Table
+from memvec.lab.slow import SlowPassage
+from memvec.lab.study.spec import RunSpec
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import Layout, StartRule
+from memvec.passages.passage import Passage
+from memvec.passages.sources import SourcedPassage
+
+
+class Options(BaseModel):
+    """A protocol's own options, written beside `protocol` in a run of a spec; none by default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One extra measurement: as it is stored, as it is recomputed, and how far they may differ."""
+
+    name: str
+    stored: Sequence[float]
+    recomputed: Sequence[float]
+    allowed: Sequence[float]
+
+
+class Capacity(NamedTuple):
+    """Decoding capacity of one model, source and K, tokens; the interval where there is one."""
+
+    tokens: float
+    low: float | None = None
+    high: float | None = None
+    hover: str = ""
+
+
+class Card(NamedTuple):
+    """One of the first numbers of a page: a value, and a sentence that names it."""
+
+    value: str
+    label: str
 
 
 class Protocol:
     """Common skeleton; the defaults suit a protocol that only needs crammed passages."""
 
-    name: ClassVar[str]
     preset: ClassVar[str] = "paper"  # the recipe a run starts from
     changes: ClassVar[Mapping[str, Any]] = {}  # what the protocol changes in it
-    options: ClassVar[Mapping[str, Any]] = {}  # its own options and their defaults
-    layout: ClassVar[Layout] = "prefix"  # how the model reads the vectors (memvec.onestep)
-    extras: ClassVar[Mapping[str, str]] = {}  # what `extra` adds to a row, with a sentence each
+    layout: ClassVar[Layout] = "prefix"  # how the model reads the vectors (memvec.model.reading)
+    Options: ClassVar[type[BaseModel]] = Options
+    extras: ClassVar[Mapping[str, str]] = {}  # what `extra` adds to a row: a sentence with its unit
+    plane: ClassVar[str] = ""  # protocols with one plane are compared with each other
+    measures_horizon: ClassVar[bool] = False  # its result is the exact horizon
+    compares_restarts: ClassVar[bool] = False  # `between` is measured of pairs of seeds
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    # ------------------------------------------------------------------ before and while cramming
+
+    def problem(self, run: RunSpec) -> str | None:
+        """What a person must change in a run of a spec, without a full stop; None if nothing."""
+        return None
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:
         """Tokens of a passage for a length of the spec."""
@@ -35,13 +101,61 @@ class Protocol:
     def extra(
         self,
         lm: FrozenLM,
-        found: Found,
-        vectors: Tensor,
+        sourced: SourcedPassage,
+        outcome: Outcome,
         start: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """What this protocol measures beyond the common metrics; vectors (K, D) as stored."""
+        """What is measured beyond the common measures, by the names of `extras` (JSON values).
+
+        `outcome.vectors` (K, D) are as stored; `outcome.scores` holds the bits and margins of every
+        predicted position, from the pass that made the row's other figures.
+        """
         return {}
+
+    def between(
+        self,
+        lm: FrozenLM,
+        passage: Passage,
+        a: Tensor,
+        b: Tensor,
+        start: StartRule,
+    ) -> list[float]:
+        """What is measured of two restarts of a passage, from their vectors (K, D)."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the slow check
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        """`extra` again, slowly and independently, beside what is stored.
+
+        What `stored` cannot be read as raises ValueError, TypeError, KeyError or AttributeError.
+        """
+        return []
+
+    def recompute_between(
+        self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
+    ) -> tuple[list[float], list[float]]:
+        """`between` again, slowly: (values, how far each may differ)."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ the report
+
+    def capacity(self, rows: pd.DataFrame) -> Capacity | None:
+        """Decoding capacity from rows of one model, source and K; None if no rule counts it."""
+        return None
+
+    def cards(self, data: Data) -> list[Card]:
+        """First numbers of the page."""
+        return []
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        """Tables of this protocol's rows. `compare`: published values in extra columns."""
+        return []
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        """Figures of this protocol's rows. `compare`: published values as extra series."""
+        return []
 
 
 def bits_after(
@@ -51,10 +165,6 @@ def bits_after(
 
     Through the model's own forward. A model with a start token gets it in front.
     """
-    import torch
-
-    from memvec import metrics
-
     head = [lm.bos_id] if lm.bos_id is not None else []
     whole = [*head, *prefix, *ids]
     n = len(ids) - given
@@ -67,3 +177,13 @@ def bits_after(
         bits = float(metrics.surprisal(logits, truth).double().sum())
         right = int((metrics.margins(logits, truth) > 0).sum())
     return bits, right
+
+
+def bits_and_hits(
+    name: str, stored: Any, recomputed: tuple[float, int], passage: SlowPassage
+) -> Compared:
+    """A stored [bits, arg-max hits] beside the same recomputed; ties may flip one hit in twenty."""
+    bits, hits = stored
+    n = len(passage.lm_bits)
+    again = [recomputed[0], float(recomputed[1])]
+    return Compared(name, [float(bits), float(hits)], again, [passage.bits_tolerance, 0.05 * n + 1])

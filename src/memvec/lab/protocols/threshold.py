@@ -1,153 +1,190 @@
-"""The threshold claim: what is left with vectors is max(0, H - C), whatever the text.
+"""The threshold plane (paper, Figures 3 and 6): bits without vectors against bits left with them.
 
-Paper, Figures 3 and 6: plot the bits of a text without vectors (H) against those with (H_mem);
-below C nothing is left, above it a line of slope 1. C would then be the model's capacity,
-"independent of the kind of text", which the paper shows to the eye; here C is fitted for natural
-and for random text and the difference gets an interval.
-
-A passage whose accuracy is at least 0.99 counts as having nothing left: cramming stops at the first
-step at which every token is right, so the few bits it is left with say when it stopped, not what
-the vectors could not hold (taken as they are, they pull C down to the longest text that was tried).
-C minimises squared residuals. Intervals resample passages (a passage at several lengths is one
-draw), percentile method. Where hardly a passage is beyond the threshold, C is only bounded from
-below by what was tried: `reached` is false.
+All lengths and sources of one model and K stand in one plane, those of the protocol 'paper' too;
+`plane.py` has the fit and the test of the claim that its C does not depend on the kind of text.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from memvec.lab.protocols.paper import THRESHOLD
+from memvec.lab.protocols.plane import ACCURATE, MIN_ABOVE, Difference, Fit, compare, fit
 from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, by_recipe, panel_title, short
+from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
+from memvec.lab.report.table import Cell, Table
+from memvec.statistics import mean_interval
 
-LEAST_ABOVE = 3  # passages beyond the threshold before C is called measured
-DRAWS = 400
-
-Floats = NDArray[np.float64]
+NOTE = (
+    "Least squares; 95 % intervals resample passages; nothing counts as left of a passage with "
+    "accuracy of at least 0.99. Rows of all protocols that share this plane. Passages cut at their "
+    "step limit might have gone on: C is then what so many steps reach, and kinds of text that "
+    "need more steps look smaller."
+)
 
 
 class Threshold(Protocol):
     """All lengths and sources in one plane."""
 
-    name = "threshold"
+    plane = "threshold"
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows = [row for plane in planes(data) for row in _rows(plane)]
+        columns = ["model", "K", "text", "C, bits", "low", "high", "rms, bits", "n", "passages"]
+        columns += ["cut", "conclusion"]
+        title = "Threshold: bits left with vectors = max(0, H − C)"
+        return [Table("threshold", title, NOTE, columns, rows)]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        return [
+            plane_figure(planes(data)),
+            per_token(data.in_plane(self.plane), compare),
+            predictors(data, planes(data)),
+        ]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """C in bits with its 95 % interval, and how far points lie from the line (rms, bits)."""
+class Plane:
+    """Rows of one model, K and recipe in the threshold plane, and what was fitted to them."""
 
-    capacity: float
-    low: float
-    high: float
-    rms: float
-    n: int
-    passages: int
-    reached: bool
-
-
-@dataclass(frozen=True)
-class Difference:
-    """C of natural minus C of random text, bits, 95 % interval, two-sided bootstrap p."""
-
-    natural: Fit
-    random: Fit
-    difference: float
-    low: float
-    high: float
-    p: float
-
-    @property
-    def decided(self) -> bool:
-        """True if both kinds of text went beyond the threshold: else a C is a bound only."""
-        return self.natural.reached and self.random.reached
-
-    @property
-    def verdict(self) -> str:
-        """What the interval says, in a sentence."""
-        if not self.decided:
-            return "undecided: one kind of text never filled the vectors"
-        if self.low <= 0 <= self.high:
-            return "no difference between natural and random text at 95 %"
-        more = "natural" if self.difference > 0 else "random"
-        return f"differs: {more} text holds more at 95 %"
+    model: str
+    K: int
+    recipe: str  # '' where there is one
+    rows: pd.DataFrame
+    all: Fit | None
+    natural: Fit | None
+    random: Fit | None
+    difference: Difference | None
 
 
-def fit_capacity(lm_bits: Floats, mem_bits: Floats, weights: Floats | None = None) -> float:
-    """C that minimises the (weighted) squared residuals of mem_bits = max(0, lm_bits - C).
-
-    Exact: between two neighbouring lm_bits the loss is a parabola in C, so its lowest point in
-    each gap is known from running sums, and the lowest of all is the answer.
-    """
-    order = np.argsort(lm_bits, kind="stable")
-    w = np.ones(len(order)) if weights is None else weights[order]
-    return _lowest(lm_bits[order], mem_bits[order], w)
-
-
-def _lowest(x: Floats, y: Floats, w: Floats) -> float:
-    """`fit_capacity` for x in ascending order."""
-    d = x - y  # the C that would put a point on the line
-    below = np.concatenate([[0.0], np.cumsum(w * y**2)])  # of the first k points
-    above = [np.concatenate([np.cumsum((w * d**p)[::-1])[::-1], [0.0]]) for p in range(3)]
-    edges = np.concatenate([[0.0], x, x[-1:]])
-    best = above[1] / np.maximum(above[0], 1e-300)
-    C = np.clip(best, edges[:-1], edges[1:])
-    loss = below + above[2] - 2 * C * above[1] + C**2 * above[0]
-    return float(C[int(np.argmin(loss))])
+@functools.lru_cache(maxsize=1)  # a table and two figures need the same bootstrap
+def planes(data: Data) -> list[Plane]:
+    """Fit every plane: all texts, natural and random ones, and their difference."""
+    fitted = []
+    for (model, K, recipe), group in by_recipe(data.in_plane(Threshold.plane)):
+        natural, drawn = group[~group["random_text"]], group[group["random_text"]]
+        enough = [part["passage_group"].nunique() > 1 for part in (group, natural, drawn)]
+        difference = compare(natural, drawn) if enough[1] and enough[2] else None
+        if difference is not None:
+            fits: list[Fit | None] = [difference.natural, difference.random]
+        else:
+            fits = [fit(natural) if enough[1] else None, fit(drawn) if enough[2] else None]
+        whole = fit(group) if enough[0] else None
+        fitted.append(Plane(model, K, recipe, group, whole, fits[0], fits[1], difference))
+    return fitted
 
 
-def fit(rows: pd.DataFrame, seed: int = 0, draws: int = DRAWS) -> Fit:
-    """Fit C to rows (columns lm_bits, mem_bits, accuracy, passage_group)."""
-    return _fit(rows, _bootstrap(rows, seed, draws))
-
-
-def compare(natural: pd.DataFrame, random: pd.DataFrame, draws: int = DRAWS) -> Difference:
-    """Is C the same for natural and random text?"""
-    first, second = _bootstrap(natural, 1, draws), _bootstrap(random, 2, draws)
-    a, b = _fit(natural, first), _fit(random, second)
-    gaps = first - second
-    low, high = np.percentile(gaps, [2.5, 97.5])
-    tail = min(float((gaps <= 0).mean()), float((gaps >= 0).mean()))
-    p = min(1.0, max(2 * tail, 2 / draws))
-    return Difference(a, b, a.capacity - b.capacity, float(low), float(high), p)
-
-
-def bits_left(rows: pd.DataFrame) -> Floats:
-    """Bits left with vectors, none for a passage that came back (see above)."""
-    left: Floats = rows["mem_bits"].where(rows["accuracy"] < THRESHOLD, 0.0).to_numpy(float)
-    return left
-
-
-def _fit(rows: pd.DataFrame, bootstrap: Floats) -> Fit:
-    x, y = rows["lm_bits"].to_numpy(float), bits_left(rows)
-    capacity = fit_capacity(x, y)
-    residual = y - np.maximum(0.0, x - capacity)
-    above = int((rows["accuracy"] < THRESHOLD).sum())
-    low, high = np.percentile(bootstrap, [2.5, 97.5])
-    return Fit(
-        capacity,
-        float(low),
-        float(high),
-        math.sqrt(float((residual**2).mean())),
-        len(rows),
-        rows["passage_group"].nunique(),
-        above >= LEAST_ABOVE,
+def _rows(plane: Plane) -> list[list[Cell]]:
+    """C of all, natural and random text, and the difference of the last two."""
+    drawn, recipe = plane.rows["random_text"], f", {plane.recipe}" if plane.recipe else ""
+    parts = (
+        ("all", plane.all, plane.rows),
+        ("natural", plane.natural, plane.rows[~drawn]),
+        ("random", plane.random, plane.rows[drawn]),
     )
+    rows: list[list[Cell]] = []
+    head: list[Cell] = [short(plane.model), plane.K]
+    for name, f, part in parts:
+        if f is not None:
+            cut = float((part["steps"] >= part["step_limit"]).mean())
+            conclusion = "" if f.reached else f"not reached: fewer than {MIN_ABOVE} above"
+            numbers = [f.capacity, f.low, f.high, f.rms, f.n, f.passages]
+            rows.append([*head, f"{name}{recipe}", *numbers, f"{100 * cut:.0f} %", conclusion])
+    if plane.difference is not None:
+        d = plane.difference
+        conclusion = f"{d.p_value}; {d.verdict}" if d.decided else d.verdict
+        interval = [d.difference, d.low, d.high]
+        text = f"natural − random{recipe}"
+        rows.append([*head, text, *interval, None, len(plane.rows), None, None, conclusion])
+    return rows
 
 
-def _bootstrap(rows: pd.DataFrame, seed: int, draws: int) -> Floats:
-    """C of resampled passages: each passage weighs as often as it was drawn."""
-    rows = rows.sort_values("lm_bits", kind="stable")
-    x, y = rows["lm_bits"].to_numpy(float), bits_left(rows)
-    group, names = pd.factorize(rows["passage_group"])
-    n = len(names)
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(draws):
-        times = np.bincount(rng.integers(0, n, n), minlength=n).astype(float)
-        found.append(_lowest(x, y, times[group]))
-    return np.asarray(found)
+def plane_figure(fitted: list[Plane]) -> Plot:
+    """Figures 3 and 6: bits without and with vectors."""
+    panels = []
+    for plane in fitted:
+        rows = plane.rows
+        series = [
+            cloud(str(source), part, "lm_bits", "mem_bits")
+            for source, part in rows.groupby("series", sort=False)
+        ]
+        top = float(rows["lm_bits"].max())
+        series += [] if plane.all is None else _fit_lines(plane.all, top)
+        passed = rows[rows["accuracy"] >= ACCURATE]
+        if len(passed):
+            level = float(passed["mem_bits"].max())
+            name = f"maximum of bits left at accuracy ≥ {ACCURATE}"
+            series.append(Series(name, [0.0, top], [level, level], "dashed"))
+        title = panel_title(plane.model, plane.K, plane.recipe)
+        panels.append(Panel(title, "bits without vectors, H", "bits left with vectors", series))
+    caption = (
+        "One point per passage. The line is the least-squares fit of max(0, H − C), for which "
+        f"nothing counts as left of a passage with accuracy of at least {ACCURATE}."
+    )
+    return Plot("planes", "The threshold plane (Figures 3 and 6)", caption, panels)
+
+
+def _fit_lines(f: Fit, top: float) -> list[Series]:
+    C = f.capacity
+    name = f"max(0, H − C), C = {C:.0f} bits"
+    lines = [Series(name, [0.0, C, top], [0.0, 0.0, max(0.0, top - C)], "line")]
+    for label, edge in (("95 % of C", f.low), ("", f.high)):
+        ends = [0.0, 0.0, max(0.0, top - edge)]
+        lines.append(Series(label, [0.0, edge, top], ends, "dashed"))
+    return lines
+
+
+def per_token(rows: pd.DataFrame, compare: bool) -> Plot:
+    """Bits per token against length (`text_ppl_vs_compression*.ipynb`)."""
+    panels = []
+    for model, group in rows.groupby("model", sort=False):
+        group = group[group["vectors"] == group["vectors"].min()]
+        series = []
+        for source, part in group.groupby("series", sort=False):
+            for name, column in (("without", "lm_bits"), ("with", "mem_bits")):
+                means = {
+                    float(str(length)): mean_interval((cell[column] / cell["predicted"]).tolist())
+                    for length, cell in part.groupby("length")
+                }
+                series.append(line_of_means(f"{source}, {name}", [*means], [*means.values()]))
+        series += _published_per_token(str(model)) if compare else []
+        panels.append(Panel(short(str(model)), "tokens", "bits per token", series, log=True))
+    caption = "Without vectors and with them. Mean over passages, 95 % interval."
+    return Plot("per-token", "Bits per token against length", caption, panels)
+
+
+def _published_per_token(model: str) -> list[Series]:
+    known = published.published()["curves"]["values"].get(model, {})
+    series = []
+    keys = (("without", "nats_per_token"), ("with", "nats_per_token_with_vector"))
+    for name, key in keys:
+        curve = {float(k): published.bits(float(v)) for k, v in known.get(key, {}).items()}
+        if curve:
+            label = f"PG-19, {name}, published"
+            series.append(Series(label, list(curve), list(curve.values()), "dashed"))
+    return series
+
+
+def predictors(data: Data, fitted: list[Plane]) -> Plot:
+    """C against the width of the vectors, and against the bits of a token; one point a model."""
+    points = []
+    for plane in fitted:
+        facts = data.models.get(plane.model)
+        if plane.K == 1 and plane.all is not None and plane.all.reached and facts is not None:
+            per = float((plane.rows["lm_bits"] / plane.rows["predicted"]).mean())
+            name = short(plane.model) + (f", {plane.recipe}" if plane.recipe else "")
+            points.append((name, (float(facts["width"]), per), plane.all))
+    panels = []
+    for i, label in enumerate(("width D", "bits per token without vectors")):
+        if len(points) > 1:
+            series = [
+                Series(name, [at[i]], [f.capacity], low=[f.low], high=[f.high])
+                for name, at, f in points
+            ]
+            panels.append(Panel("", label, "C, bits", series))
+    caption = "C of one vector, with its 95 % interval, for each model whose threshold was reached."
+    return Plot("predictors", "Capacity against properties of the models", caption, panels)

@@ -7,98 +7,21 @@ names, which go with the source's. Nor do restarts count as passages: `Data.of` 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from memvec.errors import MemvecError
-from memvec.lab.protocols.threshold import Difference, Fit, compare, fit
+from memvec.lab.protocols.lookup import plane_of
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.store import Store
 
-MOST_SAID = 3  # differences between recipes; more are too long for a name
+MAX_DIFFERENCES = 3  # between recipes, in a name; more are too long
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """Rows of one model and K in the threshold plane, and what was fitted to them."""
-
-    model: str
-    K: int
-    recipe: str  # '' where there is one
-    rows: pd.DataFrame
-    all: Fit | None
-    natural: Fit | None
-    random: Fit | None
-    difference: Difference | None
-
-
-def thresholds(rows: pd.DataFrame) -> list[Threshold]:
-    """Fit every plane: all texts, natural and random ones, and their difference."""
-    found = []
-    for (model, K, recipe), group in rows.groupby(["model", "vectors", "recipe"], sort=False):
-        natural, drawn = group[~group["random_text"]], group[group["random_text"]]
-        enough = [part["passage_group"].nunique() > 1 for part in (group, natural, drawn)]
-        difference = compare(natural, drawn) if enough[1] and enough[2] else None
-        one: Fit | None
-        two: Fit | None
-        if difference is not None:
-            one, two = difference.natural, difference.random
-        else:
-            one, two = (
-                fit(part) if yes else None
-                for part, yes in zip((natural, drawn), enough[1:], strict=True)
-            )
-        whole = fit(group) if enough[0] else None
-        found.append(
-            Threshold(str(model), int(str(K)), str(recipe), group, whole, one, two, difference)
-        )
-    return found
-
-
-def recipe_names(store: Store) -> dict[str, str]:
-    """What to call a planned cell's recipe: how it differs from the others, '' where none does.
-
-    Compared are the cells of one model and protocol; 'paper' and 'threshold' share a plane.
-    """
-    planes: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for cell, text in store.db.execute(
-        "SELECT cell, settings FROM cells WHERE planned > 0 ORDER BY position"
-    ):
-        s = json.loads(text)
-        recipe = {**s["recipe"], **s["options"], "storage": s["storage"], "seed": None}
-        protocol = "threshold" if s["protocol"] == "paper" else s["protocol"]
-        planes.setdefault((protocol, s["model"]), {})[cell] = recipe
-    found = {}
-    for recipes in planes.values():
-        kinds: list[dict[str, Any]] = []
-        for recipe in recipes.values():
-            if recipe not in kinds:
-                kinds.append(recipe)
-        differ = [name for name in kinds[0] if any(k[name] != kinds[0][name] for k in kinds)]
-        for cell, recipe in recipes.items():
-            said = [f"{name} {recipe[name]}" for name in differ]
-            long = len(said) > MOST_SAID
-            found[cell] = f"recipe {kinds.index(recipe) + 1}" if long else ", ".join(said)
-    return found
-
-
-def averaged(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per passage: the means of its restarts (`exact`: the share of them).
-
-    Steps and status are the worst's, so that a passage counts as cut if one restart was.
-    """
-    same = ["protocol", "model", "series", "length", "vectors", "number", "tokens", "predicted"]
-    if not rows.duplicated(same).any():
-        return rows
-    how = {n: "mean" if rows[n].dtype.kind in "bif" else "first" for n in rows if n not in same}
-    # Of 'budget', 'done' and 'not-finite' the least is 'budget'.
-    how |= {"steps": "max", "status": "min", "random_text": "first", "planned": "first"}
-    return rows.groupby(same, sort=False, as_index=False).agg(how)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """A study as tables: every row once. `models`: what each model described itself as.
 
@@ -113,15 +36,83 @@ class Data:
     models: dict[str, dict[str, Any]]
     environments: list[dict[str, Any]]
     planned: int
-    thresholds: list[Threshold]
 
     def of(self, *protocols: str) -> pd.DataFrame:
         """Rows of some protocols, restarts averaged: n is the number of passages."""
         return averaged(self.rows[self.rows["protocol"].isin(protocols)])
 
-    def restarts(self) -> pd.DataFrame:
-        """Rows of 'geometry', which is about restarts."""
-        return self.rows[self.rows["protocol"] == "geometry"]
+    def restarts(self, protocol: str) -> pd.DataFrame:
+        """Rows of a protocol, every restart with its own."""
+        return self.rows[self.rows["protocol"] == protocol]
+
+    def protocols(self) -> list[str]:
+        """Names of the protocols that have rows."""
+        return [str(name) for name in dict.fromkeys(self.rows["protocol"])]
+
+    def in_plane(self, plane: str) -> pd.DataFrame:
+        """Rows of all protocols that are compared in one plane (`Protocol.plane`)."""
+        return self.of(*(name for name in self.protocols() if plane_of(name) == plane))
+
+
+def by_series(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], pd.DataFrame]]:
+    """((model, series, K), rows) in the order of the spec."""
+    for (model, series, K), group in rows.groupby(["model", "series", "vectors"], sort=False):
+        yield (str(model), str(series), int(str(K))), group
+
+
+def by_length(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int, int], pd.DataFrame]]:
+    """((model, series, length, K), rows) in the order of the spec."""
+    keys = ["model", "series", "length", "vectors"]
+    for (model, series, length, K), group in rows.groupby(keys, sort=False):
+        yield (str(model), str(series), int(str(length)), int(str(K))), group
+
+
+def by_recipe(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame]]:
+    """((model, K, recipe), rows): all sources together, in the order of the spec."""
+    for (model, K, recipe), group in rows.groupby(["model", "vectors", "recipe"], sort=False):
+        yield (str(model), int(str(K)), str(recipe)), group
+
+
+def recipe_names(store: Store) -> dict[str, str]:
+    """What to call a planned cell's recipe: how it differs from the others, '' where none does.
+
+    Compared are the cells of one model whose protocols share a plane.
+    """
+    planes: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for cell, text in store.db.execute(
+        "SELECT cell, settings FROM cells WHERE planned > 0 ORDER BY position"
+    ):
+        s = json.loads(text)
+        recipe = {**s["recipe"], **s["options"], "storage": s["storage"], "seed": None}
+        planes.setdefault((plane_of(s["protocol"]), s["model"]), {})[cell] = recipe
+    names = {}
+    for recipes in planes.values():
+        kinds: list[dict[str, Any]] = []
+        for recipe in recipes.values():
+            if recipe not in kinds:
+                kinds.append(recipe)
+        keys = dict.fromkeys(key for kind in kinds for key in kind)
+        differ = [key for key in keys if any(k.get(key) != kinds[0].get(key) for k in kinds)]
+        for cell, recipe in recipes.items():
+            differences = [f"{key} {recipe.get(key)}" for key in differ]
+            long = len(differences) > MAX_DIFFERENCES
+            number = f"recipe {kinds.index(recipe) + 1}"
+            names[cell] = number if long else ", ".join(differences)
+    return names
+
+
+def averaged(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per passage: the means of its restarts (`exact`: the share of them).
+
+    Steps and status are the worst's, so that a passage counts as cut if one restart was.
+    """
+    same = ["protocol", "model", "series", "length", "vectors", "number", "tokens", "predicted"]
+    if not rows.duplicated(same).any():
+        return rows
+    how = {n: "mean" if rows[n].dtype.kind in "bif" else "first" for n in rows if n not in same}
+    # Of 'budget', 'done' and 'not-finite' the first by alphabet is 'budget'.
+    how |= {"steps": "max", "status": "min", "random_text": "first", "planned": "first"}
+    return rows.groupby(same, sort=False, as_index=False).agg(how)
 
 
 def read_data(store: Store) -> Data:
@@ -144,10 +135,14 @@ def read_data(store: Store) -> Data:
     records = store.db.execute("SELECT id, record FROM environments")
     environments = [json.loads(record) for key, record in records if key in used]
     name, about = store.meta("name") or "study", store.meta("about") or ""
-    planes = thresholds(averaged(rows[rows["protocol"].isin(("threshold", "paper"))]))
-    return Data(store, name, about, rows, models, environments, store.counts()[1], planes)
+    return Data(store, name, about, rows, models, environments, store.counts()[1])
 
 
 def short(model: str) -> str:
     """A model's name without its owner or folder."""
     return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def panel_title(model: str, K: int, recipe: str = "") -> str:
+    """What a panel of one model, K and recipe is called."""
+    return f"{short(model)}, K = {K}" + (f", {recipe}" if recipe else "")

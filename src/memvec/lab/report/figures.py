@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from memvec.lab.report.plots import Panel, Plot
+from memvec.lab.report.plot import Panel, Plot, Series
 
 COLOURS = ("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a")
 COLUMNS = 3  # panels in a row
@@ -48,8 +48,8 @@ def plot_data(plot: Plot) -> pd.DataFrame:
                         "y": y,
                         "low": s.low[i] if s.low else np.nan,
                         "high": s.high[i] if s.high else np.nan,
-                        "least": s.least[i] if s.least else np.nan,
-                        "most": s.most[i] if s.most else np.nan,
+                        "minimum": s.minimum[i] if s.minimum else np.nan,
+                        "maximum": s.maximum[i] if s.maximum else np.nan,
                     }
                 )
     return pd.DataFrame(lines)
@@ -79,56 +79,54 @@ def _panel(ax: Any, panel: Panel) -> None:
     for i, s in enumerate(panel.series):
         # A series without a name goes with the one before it.
         colour = COLOURS[(max([k for k in named if k <= i], default=i)) % len(COLOURS)]
-        x, y = np.array(s.x, float), np.array(s.y, float)
-        label = s.name or None
         if s.mark == "bars":
             width = 0.8 / len(bars)
-            ax.bar(
-                x + (bars.index(s) - (len(bars) - 1) / 2) * width,
-                y,
-                width,
-                label=label,
-                color=colour,
-            )
-            continue
-        if s.mark == "boxes" and s.low and s.high and s.least and s.most:
-            keys = ("med", "q1", "q3", "whislo", "whishi")
-            five = zip(s.y, s.low, s.high, s.least, s.most, strict=True)
-            ax.bxp(
-                [dict(zip(keys, one, strict=True)) for one in five],
-                positions=x,
-                showfliers=False,
-                widths=0.5,
-                boxprops={"color": colour},
-                medianprops={"color": colour},
-                whiskerprops={"color": colour},
-                capprops={"color": colour},
-            )
-            continue
-        if panel.names:  # side by side rather than on top of each other
-            x = x + (i - (len(panel.series) - 1) / 2) * 0.08
-        if s.mark == "points":
-            size = 10 if len(x) > 50 else 22
-            ax.scatter(x, y, s=size, label=label, color=colour, alpha=0.7, linewidths=0)
-        else:
-            style = "--" if s.mark == "dashed" else "-"
-            marker = "o" if s.mark == "line" and len(x) < 20 else ""
-            ax.plot(x, y, style, marker=marker, ms=4, lw=1.3, label=label, color=colour)
-        if s.low and s.high:
-            low, high = np.array(s.low, float), np.array(s.high, float)
-            error = np.nan_to_num(np.abs(np.stack([y - low, high - y])))
-            ax.errorbar(x, y, error, fmt="none", ecolor=colour, lw=1, capsize=2)
+            shift = (bars.index(s) - (len(bars) - 1) / 2) * width
+            ax.bar(np.array(s.x) + shift, s.y, width, label=s.name or None, color=colour)
+        elif s.mark == "boxes":
+            _boxes(ax, s, colour)
+        else:  # side by side rather than on top of each other where x is a name
+            shift = (i - (len(panel.series) - 1) / 2) * 0.08 if panel.names else 0.0
+            _curve(ax, s, colour, shift)
     if panel.names:
         ax.set_xticks(range(len(panel.names)), panel.names, fontsize=8, rotation=15, ha="right")
         ax.set_xlim(-0.6, len(panel.names) - 0.4)
     if panel.log:
-        from matplotlib.ticker import FuncFormatter
-
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if any(s.name and s.mark != "boxes" for s in panel.series):
         ax.legend(fontsize=7, frameon=False)
+
+
+def _boxes(ax: Any, s: Series, colour: str) -> None:
+    keys = ("med", "q1", "q3", "whislo", "whishi")
+    edges = [edge or [] for edge in (s.low, s.high, s.minimum, s.maximum)]
+    five = zip(s.y, *edges, strict=True)
+    lines = ("boxprops", "medianprops", "whiskerprops", "capprops")
+    ax.bxp(
+        [dict(zip(keys, one, strict=True)) for one in five],
+        positions=s.x,
+        showfliers=False,
+        widths=0.5,
+        **{line: {"color": colour} for line in lines},
+    )
+
+
+def _curve(ax: Any, s: Series, colour: str, shift: float) -> None:
+    """Points or a line, with intervals where there are some."""
+    x, y, label = np.array(s.x, float) + shift, np.array(s.y, float), s.name or None
+    if s.mark == "points":
+        size = 10 if len(x) > 50 else 22
+        ax.scatter(x, y, s=size, label=label, color=colour, alpha=0.7, linewidths=0)
+    else:
+        style = "--" if s.mark == "dashed" else "-"
+        marker = "o" if s.mark == "line" and len(x) < 20 else ""
+        ax.plot(x, y, style, marker=marker, ms=4, lw=1.3, label=label, color=colour)
+    if s.low and s.high:
+        low, high = np.array(s.low, float), np.array(s.high, float)
+        error = np.nan_to_num(np.abs(np.stack([y - low, high - y])))
+        ax.errorbar(x, y, error, fmt="none", ecolor=colour, lw=1, capsize=2)

@@ -17,16 +17,17 @@ import numpy as np
 
 from memvec import __version__
 from memvec.errors import MemvecError
-from memvec.lab.protocols.exact import exact_result
+from memvec.lab.report.contents import all_cards
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.plots import Plot
-from memvec.lab.report.tables import Table
+from memvec.lab.report.plot import Plot
+from memvec.lab.report.table import Table
 from memvec.statistics import mean_interval
 from memvec.writing import write_atomically
 
 EXPLORED = 48  # passages in the explorer
+MAX_CARDS = 9
 SPECTRUM = 96  # points of a vector's spectrum
-MOST_TOKENS = 400  # shown of a passage
+MAX_TOKENS = 400  # shown of a passage
 
 
 def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path) -> Path:
@@ -71,29 +72,17 @@ def overview(data: Data) -> list[dict[str, str]]:
             f"{rows['model'].nunique()} model(s)",
         }
     ]
-    exact = data.of("exact")
-    for (model, source, K), group in exact.groupby(["model", "series", "vectors"], sort=False):
-        r = exact_result(group)
-        n = f"n {r.horizon.n}"
-        if r.horizon.n > 1:
-            n = f"95 % [{r.horizon.low:.1f}, {r.horizon.high:.1f}], {n}"
-        cards.append(
-            {
-                "value": f"{r.horizon.mean:.1f} tokens",
-                "label": f"exact in K = {K}: {source}, {short(str(model))}; {n}, "
-                f"{r.bits.mean:.0f} bits, {100 * r.censored[0]:.0f} % censored",
-            }
-        )
-    return cards[:9]
+    cards += [card._asdict() for card in all_cards(data)]
+    return cards[:MAX_CARDS]
 
 
 def cell_rows(data: Data) -> list[list[Any]]:
     """One line per cell for the sortable table."""
     keys = ["protocol", "model", "series", "length", "vectors", "seed"]
-    found = []
+    lines = []
     for key, g in data.rows.groupby([*keys, "cell"], sort=False):
         horizon = mean_interval(g["horizon"].tolist())
-        found.append(
+        lines.append(
             [
                 key[0],
                 short(str(key[1])),
@@ -108,7 +97,7 @@ def cell_rows(data: Data) -> list[list[Any]]:
                 round(float(g["seconds"].sum()), 1),
             ]
         )
-    return found
+    return lines
 
 
 def explored(data: Data) -> list[dict[str, Any]]:
@@ -116,40 +105,45 @@ def explored(data: Data) -> list[dict[str, Any]]:
     rows = data.rows
     order = rows.groupby("cell", sort=False).cumcount().to_numpy()
     picked = rows.iloc[np.argsort(order, kind="stable")[:EXPLORED]]
-    found = []
+    passages = []
     for row in picked.to_dict("records"):
         try:
             vectors, positions = data.store.tensors(row["cell"], row["number"])
         except MemvecError:
-            continue  # the row's numbers stand; its vectors file is gone
-        name, ids, _ = data.store.passage(row["passage"])
-        stored = data.store.db.execute(
-            "SELECT pieces FROM passages WHERE passage=?", (row["passage"],)
-        ).fetchone()[0]
-        pieces = json.loads(stored) if stored else [str(i) for i in ids]
-        given = len(ids) - positions.shape[1]
-        lm_bits, bits, margin, lm_margin = (p[:MOST_TOKENS] for p in positions.tolist())
-        found.append(
-            {
-                "title": f"{row['protocol']} · {short(row['model'])} · {name}",
-                "K": row["vectors"],
-                "given": given,
-                "pieces": pieces[: MOST_TOKENS + given],
-                "before": [round(v, 2) for v in lm_bits],
-                "after": [round(v, 2) for v in bits],
-                "margin": [round(v, 2) for v in margin],
-                "marginBefore": [round(v, 2) for v in lm_margin],
-                "horizon": row["horizon"],
-                "exact": row["exact"],
-                "status": row["status"],
-                "accuracy": row["accuracy"],
-                "lmBits": row["lm_bits"],
-                "memBits": row["mem_bits"],
-                "steps": row["steps"],
-                "spectrum": spectrum(vectors.float().numpy()),
-            }
-        )
-    return found
+            continue  # the row's numbers are valid; its vectors file is gone
+        passages.append(_explored(data, row, vectors.float().numpy(), positions.numpy()))
+    return passages
+
+
+def _explored(data: Data, row: dict[str, Any], vectors: Any, positions: Any) -> dict[str, Any]:
+    """One passage: vectors (K, D), positions (4, N) as the store keeps them."""
+    name, ids, _ = data.store.passage(row["passage"])
+    stored = data.store.db.execute(
+        "SELECT pieces FROM passages WHERE passage=?", (row["passage"],)
+    ).fetchone()[0]
+    pieces = json.loads(stored) if stored else [str(i) for i in ids]
+    given = len(ids) - positions.shape[1]
+    lm_bits, bits, margin, lm_margin = (
+        [round(float(v), 2) for v in line[:MAX_TOKENS]] for line in positions
+    )
+    return {
+        "title": f"{row['protocol']} · {short(row['model'])} · {name}",
+        "K": row["vectors"],
+        "given": given,
+        "pieces": pieces[: MAX_TOKENS + given],
+        "before": lm_bits,
+        "after": bits,
+        "margin": margin,
+        "marginBefore": lm_margin,
+        "horizon": row["horizon"],
+        "exact": row["exact"],
+        "status": row["status"],
+        "accuracy": row["accuracy"],
+        "lmBits": row["lm_bits"],
+        "memBits": row["mem_bits"],
+        "steps": row["steps"],
+        "spectrum": spectrum(vectors),
+    }
 
 
 def spectrum(vectors: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""Cells: what a spec amounts to. A row's key is its cell's and the passage's number.
+"""Cells: what a spec asks for, expanded. A row's key is its cell's and the passage's number.
 
 A cell is everything that decides the numbers of its rows and nothing else; its key is a hash of
 that, so a changed spec finds again what it has in common with the earlier one. How many passages
@@ -8,16 +8,19 @@ are asked for is not in it: asking for more goes on from what is there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab.protocols import PROTOCOLS
-from memvec.lab.study.facts import Facts, facts_of
-from memvec.lab.study.spec import RunSpec, Spec
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.study.facts import facts_of_name
+from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
+from memvec.model.estimate import Facts
 
 
 @dataclass(frozen=True)
@@ -64,47 +67,51 @@ class Planned:
 
 def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
     """All cells of a spec, model by model. Raises MemvecError for duplicates and bad recipes."""
-    sources = {s.name: s for s in spec.sources}
-    settings = {name: s.settings(base) for name, s in sources.items()}
+    settings = {s.name: s.settings(base) for s in spec.sources}
     planned: dict[str, Planned] = {}
     for model in spec.models:
         for number, run in enumerate(spec.runs, 1):
             if run.models and model.name not in run.models:
                 continue
-            for name in run.sources or tuple(sources):
-                for length in run.lengths:
-                    for K in run.vectors:
-                        for seed in run.seeds:
-                            cell = Cell(
-                                run.protocol,
-                                model.name,
-                                model.revision,
-                                model.dtype,
-                                name,
-                                settings[name],
-                                length,
-                                K,
-                                seed,
-                                recipe_of(run, seed).record(),
-                                options_of(run),
-                                spec.storage,
-                                spec.fixed_shapes,
-                            )
-                            if cell.key in planned:
-                                raise MemvecError(
-                                    f"run {number} repeats a cell: {run.protocol}, {model.name}, "
-                                    f"{name}, length {length}, K {K}, seed {seed} is in the spec "
-                                    "twice."
-                                )
-                            planned[cell.key] = Planned(cell, run.passages, spec.batch_size)
+            for cell in _cells(spec, run, model, settings):
+                if cell.key in planned:
+                    raise MemvecError(
+                        f"run {number} repeats a cell: {run.protocol}, {model.name}, "
+                        f"{cell.source}, length {cell.length}, K {cell.vectors}, seed {cell.seed} "
+                        "is in the spec twice."
+                    )
+                planned[cell.key] = Planned(cell, run.passages, spec.batch_size)
     if not planned:
         raise MemvecError("the spec has no cells: no run names a model of it.")
     return list(planned.values())
 
 
+def _cells(
+    spec: Spec, run: RunSpec, model: ModelSpec, settings: dict[str, dict[str, Any]]
+) -> Iterator[Cell]:
+    """A run's cells for one model: sources x lengths x vectors x seeds."""
+    axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
+    for source, length, K, seed in itertools.product(*axes):
+        yield Cell(
+            run.protocol,
+            model.name,
+            model.revision,
+            model.dtype,
+            source,
+            settings[source],
+            length,
+            K,
+            seed,
+            recipe_of(run, seed).record(),
+            options_of(run),
+            spec.storage,
+            spec.fixed_shapes,
+        )
+
+
 def recipe_of(run: RunSpec, seed: int) -> Recipe:
     """The protocol's recipe with the run's changes."""
-    protocol = PROTOCOLS[run.protocol]
+    protocol = protocol_of(run.protocol)
     changes = dict(run.recipe)
     preset = str(changes.pop("preset", protocol.preset))
     if run.budget:
@@ -112,19 +119,11 @@ def recipe_of(run: RunSpec, seed: int) -> Recipe:
     return Recipe.of(preset, **{**protocol.changes, **changes, "seed": seed})
 
 
-def options_of(run: RunSpec) -> dict[str, Any]:
-    """The protocol's own options."""
-    options = {k: list(v) for k, v in PROTOCOLS[run.protocol].options.items()}
-    if run.contexts is not None:
-        options["contexts"] = list(run.contexts)
-    return options
-
-
 def too_long(cell: Cell, facts: Facts | None) -> str | None:
-    """A sentence if the cell cannot fit the model's context, as far as facts tell."""
+    """A sentence if the cell cannot fit the model's context, as far as it is known."""
     if facts is None or facts.context is None:
         return None
-    tokens = PROTOCOLS[cell.protocol].tokens(cell.length, cell.vectors, "vectors")
+    tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, "vectors")
     if tokens + cell.vectors > facts.context:
         return (
             f"impossible length: {tokens} tokens and {cell.vectors} vectors do not fit the "
@@ -135,7 +134,7 @@ def too_long(cell: Cell, facts: Facts | None) -> str | None:
 
 def check_lengths(planned: list[Planned]) -> None:
     """Raise MemvecError for the first cell that cannot fit."""
-    facts = {name: facts_of(name) for name in {p.cell.model for p in planned}}
+    facts = {name: facts_of_name(name) for name in {p.cell.model for p in planned}}
     for p in planned:
         if sentence := too_long(p.cell, facts[p.cell.model]):
             raise MemvecError(sentence)

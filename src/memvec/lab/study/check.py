@@ -9,7 +9,8 @@ Three kinds of columns (a test sees that every column is of one of them):
 Another order of the same sums flips an arg-max whose margin is about zero, so counts may differ by
 as many positions as have a margin below `TIE`; everything else must agree to `BITS` a token.
 Also compared: the bits and margins of every position, a cell's columns with its settings and key,
-a passage's text with its tokens, and the straight lines between restarts.
+a passage's text with its tokens, what a protocol measured besides, and what it measured of pairs of
+restarts; a protocol recomputes its own measurements.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from memvec.errors import MemvecError
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
-from memvec.lab.study.recompute import SPREAD, Slow, line, recompute, start_rule
+from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
 from memvec.lab.study.store import Store
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
 
 TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05}  # logits
 BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # bits a token
-LINES = 200  # straight lines walked again, at most, when rows are sampled
+MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
 
 RECOMPUTED = frozenset(
     (
@@ -55,26 +57,15 @@ def check_study(
     `sample`: so many rows spread over the study; 0: all. Raises MemvecError if the model is not
     the study's.
     """
-    from memvec.loading import load_lm
-
     wrong: list[str] = []
     worst: dict[str, float] = {}
-    checked = 0
     with Store(folder) as store:
-        strays, asked = (
-            store.db.execute(query).fetchall()
-            for query in (
-                "SELECT cell FROM rows WHERE cell NOT IN (SELECT cell FROM cells)",
-                "SELECT cell FROM cells WHERE planned > 0",
-            )
-        )
+        strays = store.db.execute(
+            "SELECT cell FROM rows WHERE cell NOT IN (SELECT cell FROM cells)"
+        ).fetchall()
         if strays:
             wrong.append(f"{len(strays)} rows name a cell that the study does not have.")
-        frame = read_rows(store)
-        # By cells, not by `planned` of a row: that depends on its number, which may be falsified.
-        frame = frame[frame["cell"].isin([cell for (cell,) in asked])]
-        if sample and sample < len(frame):
-            frame = frame.iloc[np.linspace(0, len(frame) - 1, sample).astype(int)]
+        frame = _sampled(store, sample)
         for name, rows in frame.groupby("model", sort=False):
             described, _ = _cell(store, str(rows.iloc[0]["cell"]))
             lm = load_lm(
@@ -90,9 +81,19 @@ def check_study(
                 wrong += _check_cell(store, str(key), cell)
                 for row in group.to_dict("records"):
                     wrong += _check_row(lm, store, cell, row, described["dtype"], worst)
-                    checked += 1
-            wrong += _check_lines(lm, store, str(name), LINES if sample else 0, worst)
-    return {"rows": checked, "worst": worst, "wrong": wrong}
+            wrong += _check_pairs(lm, store, str(name), MAX_PAIRS if sample else 0, worst)
+    return {"rows": len(frame), "worst": worst, "wrong": wrong}
+
+
+def _sampled(store: Store, sample: int) -> pd.DataFrame:
+    """Rows of the cells that the last spec has; `sample` of them spread over the study, 0: all."""
+    planned = store.db.execute("SELECT cell FROM cells WHERE planned > 0").fetchall()
+    frame = read_rows(store)
+    # By cells, not by `planned` of a row: that depends on its number, which may be falsified.
+    frame = frame[frame["cell"].isin([cell for (cell,) in planned])]
+    if sample and sample < len(frame):
+        frame = frame.iloc[np.linspace(0, len(frame) - 1, sample).astype(int)]
+    return frame
 
 
 def _cell(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
@@ -132,12 +133,10 @@ def _check_row(
         _, ids, before = store.passage(row["passage"])
     except MemvecError as error:
         return [f"{place}: {error}"]
-    try:
-        _flat(json.loads(row["extra"]))
-    except (ValueError, TypeError, AttributeError):
-        return [f"{place}: extra is stored as {row['extra']}, which no protocol writes."]
-    found = recompute(lm, cell, row, vectors, ids, before, TIE[dtype])
-    wrong = [f"{place}: {s}" for s in _compare(row, found, positions.numpy(), dtype, worst)]
+    slow = recompute(lm, cell, row, vectors, ids, before, TIE[dtype], BITS[dtype])
+    wrong = [*_compare(row, slow, dtype, worst), *_positions(slow, positions.numpy(), dtype, worst)]
+    wrong += _extra(cell.protocol, row["extra"], slow, worst)
+    wrong = [f"{place}: {sentence}" for sentence in wrong]
     if vectors.shape != (cell.vectors, lm.width) or not torch.isfinite(vectors.float()).all():
         wrong.append(f"{place}: vectors are not {cell.vectors} x {lm.width} finite numbers.")
     if not store.sealed(row["cell"], row["number"]):
@@ -152,13 +151,30 @@ def _check_row(
     return wrong
 
 
-def _compare(
-    row: dict[str, Any], found: Slow, positions: Any, dtype: str, worst: dict[str, float]
-) -> list[str]:
+def _compare(row: dict[str, Any], slow: Slow, dtype: str, worst: dict[str, float]) -> list[str]:
     """Sentences about columns that disagree."""
-    n, ties, lm_ties = int(found.columns["predicted"]), found.ties, found.lm_ties
+    n, wrong = int(slow.columns["predicted"]), []
+    for name, limit in _allowed(slow, dtype).items():
+        stored = row[name]
+        gap = abs(float(stored) - float(slow.columns[name])) if stored is not None else math.inf
+        if math.isfinite(gap):
+            worst[name] = max(worst.get(name, 0.0), gap)
+        # Whatever ties do, a horizon lies within the passage and a whole one is exact.
+        possible = name != "horizon" or (0 <= stored <= n and (stored == n) == bool(row["exact"]))
+        if not gap <= limit or not possible:
+            wrong.append(_differs(name, stored, slow.columns[name]))
+    for name in ("passage", "start_rule"):
+        if row[name] != slow.columns[name]:
+            wrong.append(_differs(name, row[name], slow.columns[name]))
+    return wrong + _costs(row, slow, dtype)
+
+
+def _allowed(slow: Slow, dtype: str) -> dict[str, float | int]:
+    """How far each column may differ from its recomputation."""
+    ties, lm_ties = slow.ties, slow.lm_ties
+    n = int(slow.columns["predicted"])
     loose = BITS[dtype] * n
-    allowed: dict[str, float] = {
+    return {
         "tokens": 0,
         "predicted": 0,
         "lm_bits": loose,
@@ -173,115 +189,92 @@ def _compare(
         "horizon": math.inf if ties else 0,  # after a flipped tie everything may follow
         "exact": 1 if ties else 0,
     }
-    wrong = []
-    for name, limit in allowed.items():
-        stored = row[name]
-        gap = abs(float(stored) - float(found.columns[name])) if stored is not None else math.inf
-        if math.isfinite(gap):
-            worst[name] = max(worst.get(name, 0.0), gap)
-        # Whatever ties do, a horizon lies within the passage and a whole one is exact.
-        possible = name != "horizon" or (0 <= stored <= n and (stored == n) == bool(row["exact"]))
-        if not gap <= limit or not possible:
-            wrong.append(_says(name, stored, found.columns[name]))
-    for name in ("passage", "start_rule"):
-        if row[name] != found.columns[name]:
-            wrong.append(_says(name, row[name], found.columns[name]))
-    return (
-        wrong
-        + _costs(row, found, dtype)
-        + _positions(found, positions, dtype, worst)
-        + _extra(row, found, n, loose, worst)
-    )
 
 
-def _costs(row: dict[str, Any], found: Slow, dtype: str) -> list[str]:
-    """What the recipe, the margin and the vectors allow of the costs and the status."""
+def _costs(row: dict[str, Any], slow: Slow, dtype: str) -> list[str]:
+    """Costs and status against what the recipe, the margin and the vectors allow."""
     wrong = []
-    for name, (least, most) in (("steps", found.steps), ("spent", found.spent)):
-        if not least <= row[name] <= most:
-            said = f"{least:g}" if least == most else f"{least:g} to {most:g}"
-            wrong.append(_says(name, row[name], said))
-    if not any(math.isclose(row["margin_asked"], m, rel_tol=SPREAD) for m in found.margins):
-        wrong.append(_says("margin_asked", row["margin_asked"], f"one of {found.margins[:4]} ..."))
-    met = found.columns["margin"] >= row["margin_asked"] - TIE[dtype]
+    for name, (low, high) in (("steps", slow.steps), ("spent", slow.spent)):
+        if not low <= row[name] <= high:
+            possible = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            wrong.append(_differs(name, row[name], possible))
+    if not any(math.isclose(row["margin_asked"], m, rel_tol=SPREAD) for m in slow.margins):
+        wrong.append(
+            _differs("margin_asked", row["margin_asked"], f"one of {slow.margins[:4]} ...")
+        )
+    met = slow.columns["margin"] >= row["margin_asked"] - TIE[dtype]
     if row["status"] not in ("done", "budget", "not-finite") or (
         row["status"] == "done" and not met
     ):
-        wrong.append(_says("status", row["status"], "a passage whose margins are not met"))
+        wrong.append(_differs("status", row["status"], "a passage whose margins are not met"))
     return wrong
 
 
-def _positions(found: Slow, positions: Any, dtype: str, worst: dict[str, float]) -> list[str]:
+def _positions(slow: Slow, positions: Any, dtype: str, worst: dict[str, float]) -> list[str]:
     """The stored bits and margins of every position."""
     wrong = []
     kinds = ((0, BITS[dtype] * 50), (1, BITS[dtype] * 50), (2, TIE[dtype]), (3, TIE[dtype]))
     names = ("bits without vectors", "bits with", "margin with", "margin without")
     for (i, limit), name in zip(kinds, names, strict=True):
-        gap = float(np.abs(positions[i] - found.positions[i]).max())
+        gap = float(np.abs(positions[i] - slow.positions[i]).max())
         worst["positions"] = max(worst.get("positions", 0.0), gap)
         if not gap <= limit:
             wrong.append(f"positions ({name}) differ by {gap:.3g}.")
     return wrong
 
 
-def _extra(
-    row: dict[str, Any], found: Slow, n: int, loose: float, worst: dict[str, float]
-) -> list[str]:
-    """What protocols measured besides."""
-    kept, wrong = _flat(json.loads(row["extra"])), []
-    if kept.keys() != found.extra.keys():
-        return [_says("extra", sorted(kept), sorted(found.extra))]
-    for name, values in found.extra.items():
-        gaps = [abs(a - b) for a, b in zip(kept[name], values, strict=True)]
-        key = name.split()[0]
-        worst[key] = max(worst.get(key, 0.0), gaps[0])
-        limits = [loose, n * 0.05 + 1]
-        if any(not gap <= limit for gap, limit in zip(gaps, limits, strict=False)):
-            wrong.append(_says(name, kept[name], values))
+def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> list[str]:
+    """What the protocol measured besides, against its own recomputation."""
+    maker, wrong = protocol_of(protocol), []
+    try:
+        extra = json.loads(stored)
+        if not isinstance(extra, dict) or extra.keys() != maker.extras.keys():
+            raise ValueError
+        compared = maker.recompute(slow.passage, extra)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f" ({type(error).__name__}: {error})" if str(error) else ""
+        return [f"extra is stored as {stored}, which protocol '{protocol}' does not write{why}."]
+    for c in compared:
+        pairs = zip(c.stored, c.recomputed, strict=False)
+        gaps = [abs(float(a) - float(b)) for a, b in pairs]
+        key = c.name.split()[0]
+        worst[key] = max([worst.get(key, 0.0), *(g for g in gaps[:1] if math.isfinite(g))])
+        same = len(c.stored) == len(c.recomputed) <= len(c.allowed)
+        if not same or any(not g <= limit for g, limit in zip(gaps, c.allowed, strict=False)):
+            wrong.append(_differs(c.name, list(c.stored), list(c.recomputed)))
     return wrong
 
 
-def _check_lines(
-    lm: FrozenLM, store: Store, model: str, most: int, worst: dict[str, float]
+def _check_pairs(
+    lm: FrozenLM, store: Store, model: str, limit: int, worst: dict[str, float]
 ) -> list[str]:
-    """The straight lines between restarts, point by point."""
+    """What protocols measured of pairs of restarts, value by value; `limit` pairs, 0: all."""
     wrong = []
-    found = store.db.execute(
+    pairs = store.db.execute(
         "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "
         "WHERE model = ? ORDER BY position, second, number",
         (model,),
     ).fetchall()
-    for first, second, number, text in found[: most or None]:
+    for first, second, number, text in pairs[: limit or None]:
         place = f"cells {first} and {second}, passage {number}"
         try:
             _, ids, _ = store.passage(store.done(first).get(number, f"number {number}"))
-            a, b = (store.tensors(cell, number)[0] for cell in (first, second))
+            a, b = (store.tensors(key, number)[0] for key in (first, second))
         except MemvecError as error:
             wrong.append(f"{place}: {error}")
             continue
-        stored = json.loads(text)
-        start = start_rule(lm, _cell(store, first)[1])
-        again, near = line(lm, ids, a, b, start, len(stored))
-        n = len(ids) - (start == "first-token")
+        stored, cell = json.loads(text), _cell(store, first)[1]
+        again, allowed = protocol_of(cell.protocol).recompute_between(
+            lm, ids, a, b, start_rule(lm, cell), len(stored)
+        )
         gaps = [abs(x - y) for x, y in zip(stored, again, strict=True)]
         worst["paths"] = max(worst.get("paths", 0.0), *gaps)
-        if any(not gap <= k / n + 1e-6 for gap, k in zip(gaps, near, strict=True)):
+        if any(not gap <= limit_ for gap, limit_ in zip(gaps, allowed, strict=True)):
             wrong.append(
-                f"{place}: the straight line is stored as {stored} and recomputed as {again}."
+                f"{place}: what is between them is stored as {stored} and recomputed as {again}."
             )
     return wrong
 
 
-def _flat(extra: dict[str, Any]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for n, values in extra.get("context", {}).items():
-        found[f"context {int(n)}"] = [float(v) for v in values]
-    if extra.get("copy"):
-        found["copy"] = [float(v) for v in extra["copy"]]
-    if "needed_bits" in extra:
-        found["needed_bits"] = [float(extra["needed_bits"])]
-    return found
-
-
-def _says(name: str, stored: Any, found: Any) -> str:
-    return f"{name} is stored as {stored} and recomputed as {found}."
+def _differs(name: str, stored: Any, recomputed: Any) -> str:
+    return f"{name} is stored as {stored} and recomputed as {recomputed}."

@@ -8,17 +8,19 @@ from pathlib import Path
 import pandas as pd
 
 from memvec.errors import MemvecError
-from memvec.lab.study.store import COLUMNS, Store
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.study.schema import COLUMNS
+from memvec.lab.study.store import Store
 
 CELL_COLUMNS = {
-    "protocol": "how capacity was asked",
+    "protocol": "protocol by which capacity was measured",
     "model": "Hub id, folder or built-in name",
     "source": "where the passage came from",
-    "length": "length asked, tokens (per vector for 'vectors')",
+    "length": "length of the spec, tokens (per vector for 'vectors')",
     "vectors": "K, [mem] vectors of the passage",
     "seed": "seed of the restart",
     "storage": "dtype of the stored vectors",
-    "random_text": "the source's text is drawn by a program",
+    "random_text": "true if a program drew the source's text",
 }
 
 _STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
@@ -54,7 +56,10 @@ def export_rows(folder: Path, target: Path) -> int:
     else:
         raise MemvecError(f"{target} must end in .csv or .parquet.")
     sentences = {**CELL_COLUMNS, **COLUMNS}
-    sentences["step_limit"] = "most steps a passage was given"
+    for name in dict.fromkeys(frame["protocol"]):
+        for key, sentence in protocol_of(str(name)).extras.items():
+            sentences["extra"] += f"; '{key}' of protocol '{name}': {sentence}"
+    sentences["step_limit"] = "steps after which a passage is given up"
     sentences |= {"environment": "id of the environment record", "finished": "when, UTC"}
     sentences["planned"] = "the last spec asks for it; the others are of earlier ones"
     Path(f"{target}.columns.json").write_text(json.dumps(sentences, indent=2), "utf-8")

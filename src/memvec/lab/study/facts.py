@@ -1,64 +1,51 @@
-"""Config facts of known models, so that a spec can be checked and priced without weights.
+"""Sizes of models by name, so that a spec can be checked and priced without weights.
 
-From the models' published config.json files; parameters as published with the weights. The
-built-in model, and any other folder, is read from its own config.
+Of the papers' models the sizes in their published config.json files are in `facts.json`; a folder,
+and the built-in model, is read from its own config. Both are read by `model.estimate`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, PretrainedConfig
+
 from memvec.errors import MemvecError
+from memvec.loading import POCKET
+from memvec.model.estimate import Facts, facts_of_config
+
+NUMBER = 2  # bytes of a weight: prices are for bfloat16
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What pricing and context checks need to know about a model."""
-
-    width: int  # D, numbers of an input vector
-    vocabulary: int  # V
-    layers: int
-    hidden: int
-    parameters: float
-    context: int | None  # tokens; None: no limit
-
-
-def known_facts() -> dict[str, Facts]:
-    """Facts shipped with the package, by Hub id."""
-    data = json.loads(files("memvec.lab.study").joinpath("facts.json").read_text("utf-8"))
-    return {name: Facts(**facts) for name, facts in data["models"].items()}
-
-
-def facts_of(name: str) -> Facts | None:
+def facts_of_name(name: str) -> Facts | None:
     """Facts of a model by Hub id, folder or 'pocket'; None if nothing is known here.
 
     Raises MemvecError for a folder whose config cannot be read.
     """
-    known = known_facts()
-    if name in known:
-        return known[name]
-    from memvec.loading import POCKET
-
+    text = files("memvec.lab.study").joinpath("facts.json").read_text("utf-8")
+    known = json.loads(text)["models"].get(name)
+    if known is not None:
+        return facts_of_config(_config(known["config"]), NUMBER, known["parameters"])
     folder = POCKET if name == "pocket" else Path(name).expanduser()
     file = folder / "config.json"
     if not file.is_file():
         return None
     try:
-        return _facts_in(json.loads(file.read_text("utf-8")))
+        facts = facts_of_config(_config(json.loads(file.read_text("utf-8"))), NUMBER)
     except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not such a config
         raise MemvecError(f"{file} is not a model's config: {error}.") from None
+    if not facts.hidden or not facts.layers:
+        raise MemvecError(f"{file} is not a model's config: it has no hidden size or no layers.")
+    return facts
 
 
-def _facts_in(config: dict[str, Any]) -> Facts:
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
-    vocabulary = int(config.get("vocab_size", 0))
-    inner = int(config.get("intermediate_size") or 4 * hidden)
-    parameters = vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * inner)
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    width = int(config.get("word_embed_proj_dim") or hidden)
-    return Facts(width, vocabulary, layers, hidden, float(parameters), context)
+def _config(record: dict[str, Any]) -> PretrainedConfig:
+    """A configuration with its family's defaults, or as it is for a family unknown here."""
+    kind = record.get("model_type")
+    try:
+        return AutoConfig.for_model(**record) if kind else PretrainedConfig(**record)
+    except ValueError:  # a family that transformers does not have
+        return PretrainedConfig(**{k: v for k, v in record.items() if k != "model_type"})

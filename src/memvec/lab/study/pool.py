@@ -1,27 +1,24 @@
-"""Who does the work: this process, behind the interface that a pool of Ray actors has too."""
+"""The pool that crams: this process, behind the interface that a pool of Ray actors has too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from memvec.cramming.engine import Progress
 from memvec.environment import environment
-from memvec.lab.protocols.geometry import straight_line
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import Finished, Text
 from memvec.lab.study.work import cram_cell, find_passages
-from memvec.passages.found import Found
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
-from memvec.passages.sources import Source
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-    from memvec.model.reading import StartRule
+from memvec.passages.sources import Source, SourcedPassage
 
 
 @dataclass(frozen=True)
@@ -29,16 +26,16 @@ class Unit:
     """Passages of one cell that go to one worker together."""
 
     cell: Cell
-    passages: tuple[Found, ...]
+    passages: tuple[SourcedPassage, ...]
     batch_size: int
 
     def keys(self) -> set[Hashable]:
         """The numbers of its passages."""
-        return {found.number for found in self.passages}
+        return {sourced.number for sourced in self.passages}
 
     def without(self, done: set[Hashable]) -> Unit:
         """The rest of it."""
-        left = tuple(found for found in self.passages if found.number not in done)
+        left = tuple(p for p in self.passages if p.number not in done)
         return replace(self, passages=left)
 
     def work(
@@ -55,7 +52,7 @@ class Unit:
 class Texts:
     """Passages with their texts, as the store keeps them."""
 
-    found: list[Found]
+    passages: list[SourcedPassage]
     texts: list[Text | None]
 
 
@@ -77,8 +74,10 @@ class Pool(Protocol):
     ) -> Iterator[Finished]:
         """Rows of all units, in any order."""
 
-    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
-        """Accuracy between two solutions."""
+    def between(
+        self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+    ) -> list[float]:
+        """What a protocol measures of two restarts of a passage, from their vectors (K, D)."""
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
         """Passages that go to one worker together."""
@@ -103,8 +102,8 @@ class Here:
 
     def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
         """A cell's passages."""
-        found = find_passages(self.lm, cell, source, count, base)
-        return Texts(found, [text_of(self.lm, f) for f in found])
+        passages = find_passages(self.lm, cell, source, count, base)
+        return Texts(passages, [text_of(self.lm, p) for p in passages])
 
     def cram(
         self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
@@ -113,9 +112,12 @@ class Here:
         for unit in units:
             yield from (row for _, row in unit.work(self.lm, "local", on_progress))
 
-    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
-        """Accuracy between two solutions."""
-        return straight_line(self.lm, passage, a, b, start)
+    def between(
+        self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+    ) -> list[float]:
+        """What a protocol measures of two restarts."""
+        values: list[float] = protocol_of(protocol).between(self.lm, passage, a, b, start)
+        return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
         """All of a cell: slots are refilled from it."""
@@ -125,15 +127,17 @@ class Here:
         """Nothing to let go."""
 
 
-def text_of(lm: FrozenLM, found: Found) -> Text | None:
+def text_of(lm: FrozenLM, sourced: SourcedPassage) -> Text | None:
     """The passage's text; None without a tokenizer."""
     if lm.tokenizer is None:
         return None
-    ids = found.passage.ids
+    ids = sourced.passage.ids
     return Text(lm.text(ids).encode("utf-8", "surrogatepass"), [lm.text([token]) for token in ids])
 
 
-def in_units(cell: Cell, found: Sequence[Found], size: int, batch_size: int) -> Iterator[Unit]:
+def in_units(
+    cell: Cell, passages: Sequence[SourcedPassage], size: int, batch_size: int
+) -> Iterator[Unit]:
     """Passages in units of `size`."""
-    for at in range(0, len(found), size):
-        yield Unit(cell, tuple(found[at : at + size]), batch_size)
+    for at in range(0, len(passages), size):
+        yield Unit(cell, tuple(passages[at : at + size]), batch_size)

@@ -34,7 +34,7 @@ class Remote:
     ) -> None:
         loading = Loading(model.name, model.revision, model.dtype)
         self.workers = Workers(loading, workers=workers, address=address, device=device)
-        self._description, self._environment = self.workers.call(_facts)
+        self._description, self._environment = self.workers.call(_about)
 
     def description(self) -> dict[str, Any]:
         """The model they hold."""
@@ -46,14 +46,16 @@ class Remote:
         return {**self._environment, **about}
 
     def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
-        """A cell's passages, found by a worker that is free."""
-        found: Texts = self.workers.call(_find, cell, source, count, base)
-        return found
+        """A cell's passages, from a worker that is free."""
+        texts: Texts = self.workers.call(_find, cell, source, count, base)
+        return texts
 
-    def line(self, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
-        """Accuracy between two solutions."""
-        found: list[float] = self.workers.call(_line, passage, a, b, start)
-        return found
+    def between(
+        self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+    ) -> list[float]:
+        """What a protocol measures of two restarts."""
+        values: list[float] = self.workers.call(_between, protocol, passage, a, b, start)
+        return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
         """Passages that go to one worker together."""
@@ -69,10 +71,10 @@ class Remote:
         self.workers.close()
 
 
-# What workers are asked, by name: a worker imports these.
+# Functions that workers call by name: a worker imports this module.
 
 
-def _facts(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Any]]:
+def _about(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Any]]:
     here = Here(lm)
     return here.description(), here.environment()
 
@@ -81,5 +83,7 @@ def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | Non
     return Here(lm).find(cell, source, count, base)
 
 
-def _line(lm: FrozenLM, passage: Passage, a: Tensor, b: Tensor, start: StartRule) -> list[float]:
-    return Here(lm).line(passage, a, b, start)
+def _between(
+    lm: FrozenLM, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+) -> list[float]:
+    return Here(lm).between(protocol, passage, a, b, start)

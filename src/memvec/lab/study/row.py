@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-
-def _says(text: str) -> Any:
-    return field(metadata={"help": text})
+from memvec.results import PassageResult
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is known of one crammed passage. Bits and counts are sums over the same positions."""
+class Row(PassageResult):
+    """The result of a passage in a study. Bits and counts are sums over the same positions."""
 
-    cell: str = _says("key of the cell")
-    number: int = _says("number of the passage in its source")
-    passage: str = _says("SHA-256 of the passage's token ids (int32, little-endian)")
-    tokens: int = _says("tokens of the passage")
-    predicted: int = _says("tokens that had to come from the vectors")
-    status: str = _says("'done' (every margin met), 'budget' or 'not-finite'")
-    exact: bool = _says("free-running decoding of the stored vectors gave back every token")
-    horizon: int = _says("leading tokens that free-running decoding gave back")
-    accuracy: float = _says("teacher-forced accuracy")
-    margin: float = _says("smallest margin, logits")
-    margin_asked: float = _says("margin at which a token counted as right while cramming, logits")
-    lm_bits: float = _says("H_LM: bits of the passage under the model alone")
-    mem_bits: float = _says("H_mem: bits left with the vectors")
-    information_gain: float = _says("H_LM - H_mem, bits")
-    token_gain: int = _says("arg-max hits with the vectors minus without")
-    lm_right: int = _says("arg-max hits of the model alone")
-    horizon_gain: float = _says("information gain over the horizon, bits")
-    horizon_token_gain: int = _says("token gain over the horizon")
-    steps: int = _says("optimisation steps")
-    spent: int = _says("forward-backward tokens")
-    seconds: float = _says("this passage's share of the wall time, s")
-    start_rule: str = _says("what follows the vectors: 'vectors', 'bos' or 'first-token'")
-    batch_size: int = _says("passages crammed at once")
-    worker: str = _says("who crammed it")
-    extra: dict[str, Any] = _says("what the protocol measured besides (JSON)")
+    cell: str = Field(description="key of the cell")
+    number: int = Field(ge=0, description="number of the passage in its source")
+    passage: str = Field(
+        description="SHA-256 of the passage's token ids (int32, little-endian), hex"
+    )
+    lm_right: int = Field(ge=0, description="arg-max hits of the model alone")
+    horizon_gain: float = Field(description="information gain over the horizon, bits")
+    horizon_token_gain: int = Field(description="token gain over the horizon")
+    start_rule: str = Field(
+        description="what follows the vectors: 'vectors' (nothing), 'bos' or 'first-token'"
+    )
+    batch_size: int = Field(ge=1, description="passages crammed at once")
+    worker: str = Field(description="process that crammed it")
+    extra: dict[str, Any] = Field(description="what the protocol measured besides (JSON)")
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Text:
-    """A passage's text: its bytes in UTF-8, and what each token shows as."""
+    """A passage's text: its bytes in UTF-8, and the text of each token."""
 
     data: bytes
     pieces: list[str]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
-from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Planned, check_lengths, expand
 from memvec.lab.study.pool import Pool, Unit, in_units
 from memvec.lab.study.spec import ModelSpec, Spec
@@ -22,13 +22,13 @@ from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage, ids_hash
 from memvec.passages.sources import Source
 
-TELL_EVERY = 0.2  # seconds
+REPORT_EVERY = 0.2  # seconds
 MakePool = Callable[[ModelSpec], Pool]
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a study stands, for whoever shows it."""
+    """Progress of a study, for a display."""
 
     cells_done: int
     cells: int
@@ -55,7 +55,7 @@ def run_study(
     text: str = "",
     on_status: Callable[[Status], None] | None = None,
 ) -> Status:
-    """Run what is left of a study. Raises MemvecError for whatever a person must change."""
+    """Run what is left of a study. Raises MemvecError for what a person must change."""
     planned = expand(spec, base)
     check_lengths(planned)
     for source in spec.sources:
@@ -85,7 +85,7 @@ class _Run:
         self.began = time.monotonic()
         self.done = {p.cell.key: len(store.done(p.cell.key)) for p in planned}
         self.costs = {p.cell.key: _cost(p) for p in planned}
-        self.told = 0.0
+        self.reported = 0.0
         self.rows_now = 0
         self.cost_now = 0.0
         self.what, self.horizon = "starting", None  # type: tuple[str, float | None]
@@ -96,7 +96,7 @@ class _Run:
             if not any(self._left(p) for p in mine) and not any(self._open_pairs(mine)):
                 continue
             self.what = f"loading {model.name}"
-            self._tell()
+            self._report()
             pool = make_pool(model)
             try:
                 self.store.set_environment({**pool.environment(), "model": pool.description()})
@@ -106,12 +106,12 @@ class _Run:
                     self.done[key] += 1
                     self.rows_now += 1
                     self.cost_now += self.costs[key]
-                    self._tell()
-                self._lines(mine, pool)
+                    self._report()
+                self._compare_restarts(mine, pool)
             finally:
                 pool.close()
         self.what = "done"
-        self._tell()
+        self._report()
         status = self.status()
         if status.rows < status.planned:  # never called done before the store says so
             raise MemvecError(
@@ -136,10 +136,10 @@ class _Run:
             self.what = _name(p)
             self.store.describe(p.cell.key, description)
             texts = pool.find(p.cell, self.sources[p.cell.source], p.passages, self.base)
-            hashes = [ids_hash(f.passage.ids) for f in texts.found]
+            hashes = [ids_hash(f.passage.ids) for f in texts.passages]
             if p.cell.source not in earlier:
                 earlier[p.cell.source] = self.store.known_passages(p.cell.key)
-            for f, key in zip(texts.found, hashes, strict=True):
+            for f, key in zip(texts.passages, hashes, strict=True):
                 # A passage of one length is the beginning of the same passage of another.
                 ids = f.passage.ids
                 before = earlier[p.cell.source].setdefault(f.number, ids)
@@ -149,13 +149,13 @@ class _Run:
                         f"source '{p.cell.source}' gives another passage {f.number} than when this "
                         "study began: put the old texts back, or use another folder."
                     )
-            self.store.put_passages(list(zip(hashes, texts.found, texts.texts, strict=True)))
-            left = [f for f in texts.found if f.number not in known]
+            self.store.put_passages(list(zip(hashes, texts.passages, texts.texts, strict=True)))
+            left = [f for f in texts.passages if f.number not in known]
             yield from in_units(p.cell, left, pool.unit_size(len(left), p.batch_size), p.batch_size)
 
     def _open_pairs(self, planned: list[Planned]) -> Iterator[tuple[Planned, Planned, int]]:
-        """Pairs of restarts whose straight line is not measured: (first, other, passage)."""
-        restarts = [p for p in planned if p.cell.protocol == "geometry"]
+        """Pairs of restarts that are not compared yet: (first, other, passage)."""
+        restarts = [p for p in planned if protocol_of(p.cell.protocol).compares_restarts]
         known = set(self.store.db.execute("SELECT first, second, number FROM paths"))
 
         def group(p: Planned) -> str:
@@ -170,22 +170,25 @@ class _Run:
                     if (ordered[0].cell.key, other.cell.key, number) not in known:
                         yield ordered[0], other, number
 
-    def _lines(self, planned: list[Planned], pool: Pool) -> None:
+    def _compare_restarts(self, planned: list[Planned], pool: Pool) -> None:
         for first, other, number in list(self._open_pairs(planned)):
-            self.what = "straight lines between restarts"
+            self.what = "comparing restarts"
             a, b = first.cell.key, other.cell.key
-            self.store.describe(a, pool.description())  # no other model's line between its rows
+            self.store.describe(
+                a, pool.description()
+            )  # only the model of its rows may compare them
             row = self.store.db.execute(
                 "SELECT passage, start_rule FROM rows WHERE cell=? AND number=?", (a, number)
             ).fetchone()
             _, ids, _ = self.store.passage(row[0])
             one, two = (self.store.tensors(key, number)[0] for key in (a, b))
-            self.store.put_path(a, b, number, pool.line(Passage(ids), one, two, row[1]))
+            values = pool.between(first.cell.protocol, Passage(ids), one, two, row[1])
+            self.store.put_path(a, b, number, values)
 
-    # ------------------------------------------------------------------ news
+    # ------------------------------------------------------------------ progress
 
     def status(self) -> Status:
-        """How it stands."""
+        """Progress so far."""
         seconds = time.monotonic() - self.began
         left = sum(self.costs[p.cell.key] * self._left(p) for p in self.planned)
         return Status(
@@ -202,12 +205,12 @@ class _Run:
 
     def _progress(self, progress: Progress) -> None:
         self.horizon = progress.horizon
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         # A status looks at every cell: not at every step.
-        if self.on_status is not None and time.monotonic() - self.told > TELL_EVERY:
-            self.told = time.monotonic()
+        if self.on_status is not None and time.monotonic() - self.reported > REPORT_EVERY:
+            self.reported = time.monotonic()
             self.on_status(self.status())
 
 
@@ -220,5 +223,5 @@ def _name(p: Planned) -> str:
 
 def _cost(p: Planned) -> float:
     """Rough forward-backward tokens of a row, for the time left."""
-    tokens = PROTOCOLS[p.cell.protocol].tokens(p.cell.length, p.cell.vectors, "vectors")
+    tokens = protocol_of(p.cell.protocol).tokens(p.cell.length, p.cell.vectors, "vectors")
     return float((tokens + p.cell.vectors) * p.cell.recipe["steps"])

@@ -10,11 +10,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memvec.display import PLAIN_EVERY, err, say
 from memvec.lab.study.run import Status
+from memvec.model.estimate import duration
 
 
 def line(status: Status) -> str:
     """Cells, passages a minute, time left, horizon, what runs now."""
-    left = "" if status.left is None else f", {_duration(status.left)} left"
+    left = "" if status.left is None else f", {duration(status.left)} left"
     horizon = "" if status.horizon is None else f", horizon {status.horizon:.0f}"
     return (
         f"{status.cells_done}/{status.cells} cells, {status.rows}/{status.planned} passages, "
@@ -24,7 +25,7 @@ def line(status: Status) -> str:
 
 @contextlib.contextmanager
 def study_progress(name: str) -> Iterator[Callable[[Status], None]]:
-    """Show how a study stands."""
+    """Show the progress of a study."""
     if not err.is_terminal:
         last = time.monotonic()
 
@@ -44,11 +45,3 @@ def study_progress(name: str) -> Iterator[Callable[[Status], None]]:
             bars.update(task, description=line(status), completed=status.rows, total=status.planned)
 
         yield show
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

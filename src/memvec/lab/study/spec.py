@@ -15,26 +15,16 @@ Every field has a description; unknown keys get a did-you-mean.
 from __future__ import annotations
 
 import tomllib
+import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memvec.errors import MemvecError, did_you_mean
-from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.passages.sources import SOURCES, AnySource, Source
 
-ProtocolName = Literal[
-    "paper",
-    "exact",
-    "vectors",
-    "threshold",
-    "context",
-    "copy",
-    "upper-bound",
-    "geometry",
-    "one-step",
-]
 Storage = Literal["float32", "bfloat16", "float16"]
 
 
@@ -55,7 +45,7 @@ class ModelSpec(Strict):
 class RunSpec(Strict):
     """A block of cells: models × sources × lengths × vectors × seeds under one protocol."""
 
-    protocol: ProtocolName = Field(description="how capacity is asked")
+    protocol: str = Field(description="how capacity is asked: a name in memvec.registry")
     models: tuple[str, ...] = Field(default=(), description="names of models; default: all")
     sources: tuple[str, ...] = Field(default=(), description="names of sources; default: all")
     lengths: tuple[int, ...] = Field(min_length=1, description="tokens of a passage")
@@ -66,10 +56,10 @@ class RunSpec(Strict):
         default={}, description="changes of the protocol's recipe; 'preset' picks another start"
     )
     budget: int = Field(
-        default=0, ge=0, description="most forward-backward tokens for a passage; 0: no limit"
+        default=0, ge=0, description="maximum of forward-backward tokens for a passage; 0: no limit"
     )
-    contexts: tuple[int, ...] | None = Field(
-        default=None, description="real tokens given instead of vectors (protocol 'context')"
+    options: dict[str, Any] = Field(
+        default={}, description="options of the protocol; they may stand in the run itself"
     )
 
 
@@ -110,6 +100,15 @@ def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
     except tomllib.TOMLDecodeError as error:
         raise MemvecError(f"{where} is not TOML: {error}.") from None
     _name_sources(data)
+    _take_options(data, where)
+    if "seats" in data and "batch_size" not in data:
+        data["batch_size"] = data.pop("seats")
+        warnings.warn(
+            f"{where}: 'seats' is called 'batch_size' now, and will not be read any more in the "
+            "next release.",
+            FutureWarning,
+            stacklevel=3,
+        )
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
@@ -139,11 +138,30 @@ def _name_sources(data: dict[str, Any]) -> None:
             source["name"] = str(source["kind"])
 
 
+def _take_options(data: dict[str, Any], where: str) -> None:
+    """Move the options of each run's protocol, written beside `protocol`, into `options`.
+
+    Raises MemvecError for an unknown protocol: its options cannot be known.
+    """
+    runs = data.get("runs")
+    for i, run in enumerate(runs if isinstance(runs, list) else [], 1):
+        name = run.get("protocol") if isinstance(run, dict) else None
+        if not isinstance(name, str):
+            continue  # pydantic reports it
+        if name not in protocol_names():
+            hint = did_you_mean(name, protocol_names())
+            raise MemvecError(f"{where}: unknown protocol '{name}' in runs [{i}]: {hint}")
+        own = protocol_of(name).Options.model_fields
+        beside = {key: run.pop(key) for key in list(run) if key in own}
+        if beside:
+            run["options"] = {**run.get("options", {}), **beside}
+
+
 _KINDS: dict[str, type[BaseModel]] = {"models": ModelSpec, "runs": RunSpec}
 
 
 def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
-    """The first of pydantic's findings, for a person."""
+    """The first of pydantic's errors, as a sentence."""
     first = error.errors()[0]
     loc = [part for part in first["loc"] if part not in SOURCES]
     where = _place(loc)
@@ -154,6 +172,9 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
             owner = SOURCES.get(data["sources"][index].get("kind", ""), Source)
         elif len(loc) > 1:
             owner = _KINDS.get(str(loc[0]), Spec)
+        belongs = [n for n in protocol_names() if loc[-1] in protocol_of(n).Options.model_fields]
+        if owner is RunSpec and belongs:
+            return f"{_place(loc[:-1])} has no option '{loc[-1]}': it belongs to '{belongs[0]}'."
         hint = did_you_mean(str(loc[-1]), owner.model_fields)
         return f"unknown key '{loc[-1]}' in {_place(loc[:-1])}: {hint}"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -161,9 +182,6 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
         if kind is None:
             return f"{where} needs a kind: one of {', '.join(SOURCES)}."
         return f"unknown kind '{kind}' in {where}: {did_you_mean(str(kind), SOURCES)}"
-    if first["type"] == "literal_error" and loc[-1] == "protocol":
-        hint = did_you_mean(str(first["input"]), get_args(ProtocolName))
-        return f"unknown protocol '{first['input']}' in {_place(loc[:-1])}: {hint}"
     if first["type"] == "missing":
         return f"{_place(loc[:-1])} needs '{loc[-1]}'."
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}."
@@ -183,26 +201,38 @@ def _check(spec: Spec, where: str) -> None:
             raise MemvecError(f"{where}: two {kind} are called '{twice[0]}': give one a name.")
     for i, run in enumerate(spec.runs, 1):
         place = f"{where}: run {i} ({run.protocol})"
-        for name in run.sources:
-            if name not in sources:
-                hint = did_you_mean(name, sources)
-                raise MemvecError(f"{place} names a missing source '{name}': {hint}")
-        for name in run.models:
-            if name not in models:
-                hint = did_you_mean(name, models)
-                raise MemvecError(f"{place} names a missing model '{name}': {hint}")
-        if run.passages < 1:
-            raise MemvecError(f"{place} has zero passages: passages must be at least 1.")
-        for field, values in (("lengths", run.lengths), ("vectors", run.vectors)):
-            if min(values) < 1:
-                raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
-        if PROTOCOLS[run.protocol].layout != "prefix" and run.vectors != (2,):
-            raise MemvecError(f"{place} has two vectors, e and m: write vectors = [2].")
-        if run.contexts is not None and "contexts" not in PROTOCOLS[run.protocol].options:
-            raise MemvecError(f"{place} has no option 'contexts': it belongs to 'context'.")
-        if run.recipe.get("corrections"):
-            raise MemvecError(
-                f"{place}: a study measures what the vectors hold, so corrections must be 0."
-            )
-        if run.protocol == "geometry" and run.recipe.get("start", "noise") == "encoder":
-            raise MemvecError(f"{place}: restarts must differ, so start cannot be 'encoder'.")
+        for kind, asked, known in (("source", run.sources, sources), ("model", run.models, models)):
+            for name in asked:
+                if name not in known:
+                    hint = did_you_mean(name, known)
+                    raise MemvecError(f"{place} names a missing {kind} '{name}': {hint}")
+        _check_run(run, place)
+
+
+def _check_run(run: RunSpec, place: str) -> None:
+    if run.passages < 1:
+        raise MemvecError(f"{place} has zero passages: passages must be at least 1.")
+    for field, values in (("lengths", run.lengths), ("vectors", run.vectors)):
+        if min(values) < 1:
+            raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
+    if run.recipe.get("corrections"):
+        raise MemvecError(
+            f"{place}: a study measures what the vectors hold, so corrections must be 0."
+        )
+    if problem := protocol_of(run.protocol).problem(run):
+        raise MemvecError(f"{place} {problem}.")
+    try:
+        options_of(run)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise MemvecError(f"{place}: option {name}: {first['msg']}.") from None
+
+
+def options_of(run: RunSpec) -> dict[str, Any]:
+    """The options of a run's protocol, with defaults, as JSON has them.
+
+    Raises pydantic's ValidationError.
+    """
+    options: type[BaseModel] = protocol_of(run.protocol).Options
+    return options.model_validate(run.options).model_dump(mode="json")

@@ -8,8 +8,8 @@ A row is written when its passage is certified: tensors first (appended, fsync),
 one transaction. A process killed between the two leaves bytes that no row names; the next writer
 cuts them off. One process writes at a time (a lock the kernel drops when it dies); any number read.
 
-`rows.seal` is a hash of everything else in the row, so that a value changed afterwards is seen even
-where nothing could recompute it (seconds, worker).
+`rows.seal` is a hash of everything else in the row, so that a value changed afterwards is detected
+even where nothing could recompute it (seconds, worker).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -31,53 +30,13 @@ import torch
 from torch import Tensor
 
 from memvec.errors import MemvecError
+from memvec.lab.study import schema
 from memvec.lab.study.cells import Planned
-from memvec.lab.study.row import Finished, Row, Text
-from memvec.passages.found import Found
+from memvec.lab.study.row import Finished, Text
+from memvec.lab.study.schema import COLUMNS, SCHEMA
+from memvec.passages.sources import SourcedPassage
 
-SCHEMA = "2"  # raised when tables or the vectors' files change
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-
-COLUMNS = {f.name: str(f.metadata["help"]) for f in fields(Row)}
-_TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT", "bool": "INTEGER"}
-
-# SQLite keeps NaN as NULL, so numbers may be missing and nothing else may.
-_ROWS = ", ".join(
-    f"{f.name} {_TYPES.get(str(f.type), 'TEXT')}{'' if f.type == 'float' else ' NOT NULL'}"
-    for f in fields(Row)
-)
-_TABLES = f"""
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS environments (id TEXT PRIMARY KEY, record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS cells (
-  cell TEXT PRIMARY KEY, position INTEGER NOT NULL, planned INTEGER NOT NULL,
-  protocol TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL,
-  length INTEGER NOT NULL, vectors INTEGER NOT NULL, seed INTEGER NOT NULL,
-  storage TEXT NOT NULL, random_text INTEGER NOT NULL, settings TEXT NOT NULL,
-  description TEXT);
-CREATE TABLE IF NOT EXISTS passages (
-  passage TEXT PRIMARY KEY, name TEXT NOT NULL, ids BLOB NOT NULL, before BLOB NOT NULL,
-  text BLOB, pieces TEXT);
-CREATE TABLE IF NOT EXISTS rows (
-  {_ROWS},
-  offset INTEGER NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL,
-  environment TEXT NOT NULL, finished TEXT NOT NULL, seal TEXT NOT NULL,
-  PRIMARY KEY (cell, number)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS paths (
-  first TEXT NOT NULL, second TEXT NOT NULL, number INTEGER NOT NULL, accuracy TEXT NOT NULL,
-  PRIMARY KEY (first, second, number)) WITHOUT ROWID;
-"""
-
-# What tables besides `rows` hold, for the docs: rows' own columns are COLUMNS.
-SCHEMA_TEXT = {
-    "meta": "schema version, name, text and folder of the last spec",
-    "environments": "versions and machine a row was made with (JSON)",
-    "cells": "settings of a cell (JSON), passages the last spec plans (0: it has no such cell), "
-    "the model's description (JSON)",
-    "passages": "token ids and those before (int32), text (UTF-8), its tokens (JSON), origin",
-    "rows": "one passage of one cell",
-    "paths": "accuracy on the straight line between two restarts of a passage (JSON list)",
-}
 
 
 class Store:
@@ -103,12 +62,13 @@ class Store:
                 self._check_version()
                 self.db.execute("PRAGMA journal_mode=WAL")
                 self.db.execute("PRAGMA synchronous=NORMAL")
-                self.db.executescript(_TABLES)
+                self.db.executescript(schema.TABLES)
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
             else:
                 where = self.file.resolve().as_uri() + "?mode=ro"  # a name may hold # or ?
                 self.db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=10)
                 self._check_version()
+            self.columns = schema.columns_of(self.db)  # of `rows`, in this store's order
         except sqlite3.DatabaseError as error:
             self.close()
             raise MemvecError(f"{self.file} is not a study's store, or damaged: {error}.") from None
@@ -149,17 +109,8 @@ class Store:
                     "INSERT INTO cells VALUES (?,?,?,?,?,?,?,?,?,?,?,?,NULL) ON CONFLICT(cell) "
                     "DO UPDATE SET position=excluded.position, planned=excluded.planned",
                     (
-                        c.key,
-                        position,
-                        p.passages,
-                        c.protocol,
-                        c.model,
-                        c.source,
-                        c.length,
-                        c.vectors,
-                        c.seed,
-                        c.storage,
-                        int(c.source in random_sources),
+                        *(c.key, position, p.passages, c.protocol, c.model, c.source),
+                        *(c.length, c.vectors, c.seed, c.storage, int(c.source in random_sources)),
                         json.dumps(c.settings(), sort_keys=True),
                     ),
                 )
@@ -211,10 +162,10 @@ class Store:
             "INSERT OR IGNORE INTO environments VALUES (?, ?)", (self._environment, text)
         )
 
-    def put_passages(self, found: Sequence[tuple[str, Found, Text | None]]) -> None:
+    def put_passages(self, passages: Sequence[tuple[str, SourcedPassage, Text | None]]) -> None:
         """Remember passages: (hash, passage, its text)."""
         with self._transaction():
-            for key, f, text in found:
+            for key, f, text in passages:
                 words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
                 self.db.execute(
                     "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
@@ -236,16 +187,18 @@ class Store:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-            values = [
-                *(_plain(getattr(row, name)) for name in COLUMNS),
-                offset,
-                len(data),
-                hashlib.sha256(vectors).hexdigest(),
-                self._environment,
-                datetime.now(UTC).isoformat(timespec="seconds"),
-            ]
-            marks = ",".join("?" * (len(values) + 1))
-            self.db.execute(f"INSERT INTO rows VALUES ({marks})", (*values, _seal(values)))
+            values = {
+                **{name: schema.plain(getattr(row, name)) for name in COLUMNS},
+                "offset": offset,
+                "size": len(data),
+                "digest": hashlib.sha256(vectors).hexdigest(),
+                "environment": self._environment,
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            values = {name: values[name] for name in self.columns[:-1]}
+            marks = ",".join("?" * len(self.columns))
+            sealed = (*values.values(), schema.seal(values))
+            self.db.execute(f"INSERT INTO rows VALUES ({marks})", sealed)
         except (OSError, sqlite3.OperationalError) as error:
             raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
 
@@ -256,12 +209,12 @@ class Store:
             (first, second, number, json.dumps(accuracy)),
         )
 
-    # ------------------------------------------------------------------ what everybody reads
+    # ------------------------------------------------------------------ what all readers use
 
     def meta(self, key: str) -> str | None:
         """A value of the table meta."""
-        found = self.db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
-        return None if found is None else str(found[0])
+        row = self.db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
+        return None if row is None else str(row[0])
 
     def done(self, cell: str) -> dict[int, str]:
         """Numbers of the passages that have a row, with the passages' hashes."""
@@ -312,7 +265,7 @@ class Store:
         *values, seal = self.db.execute(
             "SELECT * FROM rows WHERE cell=? AND number=?", (cell, number)
         ).fetchone()
-        return bool(_seal(values) == seal)
+        return bool(schema.seal(dict(zip(self.columns, values, strict=False))) == seal)
 
     def passage(self, key: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """(name, token ids, tokens before) of a passage. Raises MemvecError if it is not there."""
@@ -362,6 +315,13 @@ class Store:
                 f"the store in {self.folder} is of version {found} and this memvec writes version "
                 f"{SCHEMA}: run it with the memvec that made it, or use another folder."
             )
+        schema.use_todays_names(self.db, write=self.write)
+        missing = schema.missing_columns(schema.columns_of(self.db))
+        if missing:
+            raise MemvecError(
+                f"the store in {self.folder} has no column '{missing[0]}', which this memvec "
+                "needs: run it with the memvec that made it, or use another folder."
+            )
 
     def _stream(self, cell: str) -> IO[bytes]:
         """The cell's file of vectors, open for appending, with nothing in it that no row names."""
@@ -388,17 +348,3 @@ def _from_bytes(data: bytes) -> tuple[int, ...]:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _seal(values: Sequence[Any]) -> str:
-    """SHA-256 of a row's values as SQLite gives them back: NaN is NULL, REAL columns are floats."""
-    real = [f.type == "float" for f in fields(Row)] + [False] * (len(values) - len(COLUMNS))
-    plain = [float(v) if r and v is not None else v for v, r in zip(values, real, strict=True)]
-    plain = [None if isinstance(v, float) and v != v else v for v in plain]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return int(value) if isinstance(value, bool) else value

@@ -7,47 +7,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.errors import MemvecError
-from memvec.lab.protocols import PROTOCOLS
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import Finished, Row
-from memvec.passages.found import Found
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 from memvec.passages.passage import ids_hash
-from memvec.passages.sources import Source
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
+from memvec.passages.sources import Source, SourcedPassage
 
 
 def find_passages(
     lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None
-) -> list[Found]:
+) -> list[SourcedPassage]:
     """The cell's passages: `count` of them, from its source."""
     start = resolve_start_rule(lm, cell.made_recipe())
-    tokens = PROTOCOLS[cell.protocol].tokens(cell.length, cell.vectors, start)
-    least = 1 + (start == "first-token")
-    if tokens < least:
+    tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
+    shortest = 1 + (start == "first-token")
+    if tokens < shortest:
         raise MemvecError(f"a length of {cell.length} leaves nothing to cram: use at least 2.")
-    most = None if lm.context is None else lm.context - cell.vectors - (start == "bos")
-    if most is not None and tokens > most:
+    longest = None if lm.context is None else lm.context - cell.vectors - (start == "bos")
+    if longest is not None and tokens > longest:
         raise MemvecError(
             f"impossible length: {tokens} tokens and {cell.vectors} vectors do not fit the "
             f"context of {lm.name} ({lm.context} tokens)."
         )
-    found = list(source.passages(lm, count, tokens, base))
-    if len(found) < count:
-        raise MemvecError(f"source '{cell.source}' gave {len(found)} passages of {count}.")
-    return found
+    passages = list(source.passages(lm, count, tokens, base))
+    if len(passages) < count:
+        raise MemvecError(f"source '{cell.source}' gave {len(passages)} passages of {count}.")
+    return passages
 
 
 def cram_cell(
     lm: FrozenLM,
     cell: Cell,
-    passages: Sequence[Found],
+    passages: Sequence[SourcedPassage],
     batch_size: int,
     *,
     worker: str = "local",
@@ -55,7 +53,7 @@ def cram_cell(
 ) -> Iterator[Finished]:
     """Rows of a cell's passages, each as soon as it is certified."""
     recipe = cell.made_recipe()
-    lm = lm.read_as(PROTOCOLS[cell.protocol].layout)
+    lm = lm.read_as(protocol_of(cell.protocol).layout)
     engine = Engine(
         lm,
         recipe,
@@ -65,46 +63,45 @@ def cram_cell(
         fixed_shapes=cell.fixed_shapes,
         on_progress=on_progress,
     )
-    by_hash: dict[str, list[Found]] = {}
-    for found in passages:  # equal passages have equal rows but for their number
-        by_hash.setdefault(ids_hash(found.passage.ids), []).append(found)
+    by_hash: dict[str, list[SourcedPassage]] = {}
+    for sourced in passages:  # equal passages have equal rows but for their number
+        by_hash.setdefault(ids_hash(sourced.passage.ids), []).append(sourced)
     for outcome in engine.run([group[0].passage for group in by_hash.values()]):
-        for found in by_hash[ids_hash(outcome.passage.ids)]:
-            yield _finished(lm, cell, engine, found, outcome, worker)
+        for sourced in by_hash[ids_hash(outcome.passage.ids)]:
+            yield _finished(lm, cell, engine, sourced, outcome, worker)
 
 
 def _finished(
-    lm: FrozenLM, cell: Cell, engine: Engine, found: Found, outcome: Outcome, worker: str
+    lm: FrozenLM, cell: Cell, engine: Engine, sourced: SourcedPassage, outcome: Outcome, worker: str
 ) -> Finished:
-    start, vectors = engine.start_rule, outcome.vectors
-    scores, m = outcome.scores, outcome.metrics
+    scores, start = outcome.scores, engine.start_rule
     assert scores is not None, "an outcome that comes from the engine has its scores"
-    reached = scores.leading(m.horizon)
+    reached = scores.leading(outcome.metrics.horizon)
     row = Row(
+        **outcome.result.model_dump(),
         cell=cell.key,
-        number=found.number,
-        passage=ids_hash(found.passage.ids),
-        tokens=m.tokens,
-        predicted=m.predicted,
-        status=outcome.status,
-        exact=outcome.exact,
-        horizon=m.horizon,
-        accuracy=m.accuracy,
-        margin=m.margin,
-        margin_asked=outcome.margin_asked,
-        lm_bits=m.lm_bits,
-        mem_bits=m.mem_bits,
-        information_gain=m.information_gain,
-        token_gain=m.token_gain,
+        number=sourced.number,
+        passage=ids_hash(sourced.passage.ids),
         lm_right=scores.lm_hits(),
         horizon_gain=reached.information_gain(),
         horizon_token_gain=reached.token_gain(),
-        steps=outcome.steps,
-        spent=outcome.spent,
-        seconds=outcome.seconds,
         start_rule=start,
         batch_size=engine.batch_size,
         worker=worker,
-        extra=PROTOCOLS[cell.protocol].extra(lm, found, vectors, start, cell.options),
+        extra=_extra(lm, cell, sourced, outcome, start),
     )
-    return Finished(row, vectors, scores.stacked()).to_plain()
+    return Finished(row, outcome.vectors, scores.stacked()).to_plain()
+
+
+def _extra(
+    lm: FrozenLM, cell: Cell, sourced: SourcedPassage, outcome: Outcome, start: StartRule
+) -> dict[str, Any]:
+    """What the protocol measures besides; it must be what the protocol documents."""
+    protocol = protocol_of(cell.protocol)
+    extra: dict[str, Any] = protocol.extra(lm, sourced, outcome, start, cell.options)
+    if extra.keys() != protocol.extras.keys():
+        raise MemvecError(
+            f"protocol '{cell.protocol}' measured {sorted(extra)} and documents "
+            f"{sorted(protocol.extras)}: `extras` must have a sentence for each."
+        )
+    return extra

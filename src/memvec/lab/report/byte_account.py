@@ -1,0 +1,77 @@
+"""Table 4: bytes of text over bytes stored, for vectors and for general compressors."""
+
+from __future__ import annotations
+
+import bz2
+import heapq
+import lzma
+import zlib
+from collections import Counter
+
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, averaged, short
+from memvec.lab.report.table import Cell, Table
+from memvec.statistics import share_interval
+
+MAX_PASSAGES = 200  # of a group
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NOTE = (
+    "Ratios: bytes of text over bytes stored; the passages of the longest length that came back "
+    "exactly, joined (of restarts: if all did). Arithmetic: an arithmetic coder driven by the same "
+    "model (H_LM / 8). A ratio below 1 means the vectors are larger than the text."
+)
+
+
+def bytes_table(data: Data, *, compare: bool) -> Table:
+    """One line for each model, series, protocol and K.
+
+    Not joined over K: a passage of one K is the beginning of the same passage of another, and
+    joined they would be half as long for zlib.
+    """
+    rows: list[list[Cell]] = []
+    keys = ["model", "series", "protocol", "vectors"]
+    for (model, source, protocol, k), group in averaged(data.rows).groupby(keys, sort=False):
+        longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
+        longest = longest.head(MAX_PASSAGES)
+        exact = longest[longest["exact"] == 1]
+        texts = [_text(data, key) for key in exact["passage"]]
+        if any(_text(data, key) is None for key in longest["passage"]):
+            continue
+        whole = b"\n".join(t for t in texts if t is not None)
+        size = sum(len(t) for t in texts if t is not None)
+        K, number = int(str(k)), NUMBER_BYTES[str(longest["storage"].iloc[0])]
+        stored = [
+            len(zlib.compress(whole, 9)),
+            len(bz2.compress(whole, 9)),
+            len(lzma.compress(whole, preset=9)),
+            _huffman_bits(whole) / 8,
+            float(exact["lm_bits"].sum()) / 8,
+            len(exact) * K * int(data.models[str(model)]["width"]) * number,
+        ]
+        row: list[Cell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
+        row += [str(share_interval(len(exact), len(longest))), size]
+        rows.append([*row, *(size / b if size else None for b in stored)])
+    columns = ["model", "source", "protocol", "K", "passages", "exact", "text bytes", "zlib", "bz2"]
+    note = NOTE
+    if compare:
+        values = published.published()["compression"]["values"]
+        note += " Paper, PG-19: " + ", ".join(f"{k} {v['pg19']}" for k, v in values.items()) + "."
+    columns += ["lzma", "huffman", "arithmetic", "vectors"]
+    return Table("bytes", "Byte accounting", note, columns, rows)
+
+
+def _text(data: Data, key: str) -> bytes | None:
+    row = data.store.db.execute("SELECT text FROM passages WHERE passage=?", (key,)).fetchone()
+    return None if row is None or row[0] is None else bytes(row[0])
+
+
+def _huffman_bits(data: bytes) -> int:
+    """Bits of a static Huffman code over bytes, without its table (as in the paper's Table 4)."""
+    heap = list(Counter(data).values())
+    heapq.heapify(heap)
+    total = len(data) if len(heap) == 1 else 0
+    while len(heap) > 1:
+        both = heapq.heappop(heap) + heapq.heappop(heap)
+        total += both
+        heapq.heappush(heap, both)
+    return max(total, 1)

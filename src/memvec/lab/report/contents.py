@@ -1,0 +1,35 @@
+"""What a report contains: every protocol's tables and figures, and those over several protocols."""
+
+from __future__ import annotations
+
+from memvec.lab.protocols.lookup import protocol_names, protocol_of
+from memvec.lab.protocols.protocol import Card
+from memvec.lab.report.byte_account import bytes_table
+from memvec.lab.report.cost import cost_table
+from memvec.lab.report.data import Data
+from memvec.lab.report.lengths import lengths
+from memvec.lab.report.plot import Plot
+from memvec.lab.report.table import Table
+from memvec.lab.report.utilisation import utilisation_figure, utilisation_table
+
+
+def all_tables(data: Data, *, compare: bool) -> list[Table]:
+    """Every table the study has rows for. `compare`: the paper's values in extra columns."""
+    protocols = [protocol_of(name) for name in protocol_names()]
+    made = [table for p in protocols for table in p.tables(data, compare=compare)]
+    made += [utilisation_table(data), bytes_table(data, compare=compare), cost_table(data)]
+    return [table for table in made if table.rows]
+
+
+def all_plots(data: Data, *, compare: bool) -> list[Plot]:
+    """Every figure the study has rows for. `compare`: the paper's values as extra series."""
+    protocols = [protocol_of(name) for name in protocol_names()]
+    made = [lengths(data, compare=compare)]
+    made += [plot for p in protocols for plot in p.figures(data, compare=compare)]
+    made.append(utilisation_figure(data, compare=compare))
+    return [plot for plot in made if plot.panels]
+
+
+def all_cards(data: Data) -> list[Card]:
+    """The first numbers of the page, by protocol."""
+    return [card for name in data.protocols() for card in protocol_of(name).cards(data)]

@@ -1,0 +1,21 @@
+"""What a study cost: steps, forward-backward tokens and seconds."""
+
+from __future__ import annotations
+
+from memvec.lab.report.data import Data, short
+from memvec.lab.report.table import Cell, Table
+
+
+def cost_table(data: Data) -> Table:
+    """One line for each model and protocol."""
+    rows: list[list[Cell]] = []
+    for (model, protocol), g in data.rows.groupby(["model", "protocol"], sort=False):
+        row: list[Cell] = [short(str(model)), str(protocol), g["cell"].nunique(), len(g)]
+        rows.append([*row, int(g["steps"].sum()), int(g["spent"].sum()), float(g["seconds"].sum())])
+    return Table(
+        "cost",
+        "What was spent",
+        "Steps, forward-backward tokens and seconds, summed over passages.",
+        ["model", "protocol", "cells", "passages", "steps", "tokens", "seconds"],
+        rows,
+    )

@@ -1,0 +1,68 @@
+"""Figure 1: decoding capacity by model, by every protocol that counts one."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.protocol import Capacity
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, averaged, short
+from memvec.lab.report.plot import Panel, Plot, Series
+
+CAPTION = (
+    "By protocol; of a mean horizon with its 95 % interval, of a longest length without. The "
+    "protocols' tables give their rules."
+)
+
+
+def lengths(data: Data, *, compare: bool) -> Plot:
+    """Decoding capacity of the smallest K, for each source and protocol."""
+    rows = averaged(data.rows)
+    models = list(dict.fromkeys(rows["model"]))
+    series: list[Series] = []
+    for source in dict.fromkeys(rows["series"]):
+        here = rows[rows["series"] == source]
+        lines = [_capacities(here, name, models) for name in data.protocols()]
+        series += [line for line in lines if line.x]
+        text = str(here["source"].iloc[0])
+        known = f"{text}, published"
+        if compare and any(line.x for line in lines) and known not in [s.name for s in series]:
+            series += _published(models, text, known)
+    kept = sorted({int(x) for s in series for x in s.x})  # models with a capacity
+    names = [short(str(models[i])) for i in kept]
+    moved = [_at(s, [float(kept.index(int(x))) for x in s.x]) for s in series]
+    panels = [Panel("", "model", "tokens", moved, names)] if series else []
+    return Plot("lengths", "Decoding capacity by model (Figure 1)", CAPTION, panels)
+
+
+def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
+    """One protocol's capacity on one source: a point for each model that has one."""
+    mine = rows[rows["protocol"] == protocol]
+    mine = mine[mine["vectors"] == mine["vectors"].min()]
+    points: dict[int, Capacity] = {}
+    for i, model in enumerate(models):
+        part = mine[mine["model"] == model]
+        capacity = None if part.empty else protocol_of(protocol).capacity(part)
+        if capacity is not None:
+            points[i] = capacity
+    values = list(points.values())
+    with_interval = bool(values) and all(c.low is not None for c in values)
+    return Series(
+        f"{rows['series'].iloc[0]}, {protocol}",
+        [float(i) for i in points],
+        [float(c.tokens) for c in values],
+        low=[float(c.low) for c in values if c.low is not None] if with_interval else None,
+        high=[float(c.high) for c in values if c.high is not None] if with_interval else None,
+        hover=[c.hover for c in values] if with_interval else None,
+    )
+
+
+def _published(models: list[str], source: str, name: str) -> list[Series]:
+    theirs = [(i, published.table1(model, source)) for i, model in enumerate(models)]
+    known = [(float(i), float(entry["longest"])) for i, entry in theirs if entry]
+    return [Series(name, [i for i, _ in known], [v for _, v in known])] if known else []
+
+
+def _at(series: Series, x: list[float]) -> Series:
+    return Series(series.name, x, series.y, low=series.low, high=series.high, hover=series.hover)

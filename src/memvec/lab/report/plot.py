@@ -1,0 +1,100 @@
+"""A figure as data: panels of series. matplotlib and the page draw from this, so they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from memvec.statistics import Mean
+
+Mark = Literal["points", "line", "bars", "dashed", "boxes"]
+MAX_POINTS = 1500  # of a cloud; more neither shows nor fits a page
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points with optional intervals and a text for each.
+
+    Of boxes, y is the median, low and high the quartiles, minimum and maximum the whiskers' ends.
+    """
+
+    name: str
+    x: list[float]
+    y: list[float]
+    mark: Mark = "points"
+    low: list[float] | None = None
+    high: list[float] | None = None
+    hover: list[str] | None = None
+    minimum: list[float] | None = None
+    maximum: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes with series; `names`: x is an index into these."""
+
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    names: list[str] | None = None
+    log: bool = False  # x by powers of two
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure: what the paper calls it, what it shows, how to read it."""
+
+    key: str
+    title: str
+    caption: str
+    panels: list[Panel] = field(default_factory=list)
+
+
+def cloud(name: str, rows: pd.DataFrame, x: str, y: str) -> Series:
+    """One point per row, from two of its columns; at most MAX_POINTS, evenly chosen."""
+    if len(rows) > MAX_POINTS:
+        rows = rows.iloc[np.linspace(0, len(rows) - 1, MAX_POINTS).astype(int)]
+    hover = [
+        f"passage {n}, {t} tokens, accuracy {a:.3f}"
+        for n, t, a in zip(rows["number"], rows["tokens"], rows["accuracy"], strict=True)
+    ]
+    return Series(name, rows[x].astype(float).tolist(), rows[y].astype(float).tolist(), hover=hover)
+
+
+def diagonal(values: pd.Series) -> Series:
+    """The line y = x over the range of the values."""
+    ends = [float(values.min()), float(values.max())]
+    return Series("y = x", ends, ends, "dashed")
+
+
+def line_of_means(name: str, x: Sequence[float | int], means: Sequence[Mean]) -> Series:
+    """Means with their 95 % intervals, joined by a line."""
+    return Series(
+        name,
+        [float(v) for v in x],
+        [m.mean for m in means],
+        "line",
+        [m.low for m in means],
+        [m.high for m in means],
+    )
+
+
+def boxes(name: str, parts: Sequence[pd.Series]) -> Series:
+    """One box for each part, side by side."""
+    five = [np.percentile(part, [0, 25, 50, 75, 100]).tolist() for part in parts]
+    return Series(
+        name,
+        [float(i) for i in range(len(parts))],
+        [f[2] for f in five],
+        "boxes",
+        [f[1] for f in five],
+        [f[3] for f in five],
+        [f"n {len(part)}, {f[0]:.4g} to {f[4]:.4g}" for part, f in zip(parts, five, strict=True)],
+        [f[0] for f in five],
+        [f[4] for f in five],
+    )

@@ -1,0 +1,264 @@
+"""Protocols of other packages, and stores of earlier memvecs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import reader
+from memvec import registry
+from memvec.errors import MemvecError
+from memvec.lab.protocols.lookup import protocol_names, protocol_of
+from memvec.lab.report.report import write_report
+from memvec.lab.study import schema
+from memvec.lab.study.check import check_study
+from memvec.lab.study.export import export_rows
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
+from studies import EVERYTHING, HEAD, everything, run, spec_in
+
+MINE = '''
+"""A protocol of another package: one extra column, one table, one figure."""
+
+import json
+
+from pydantic import Field
+
+from memvec import register
+from memvec.lab.protocols import protocol
+from memvec.lab.report.data import by_series, short
+from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.table import Table
+
+
+@register("protocol", "hardest")
+class Hardest(protocol.Protocol):
+    extras = {"hardest_bits": "bits of the hardest token without vectors, times the scale"}
+
+    class Options(protocol.Options):
+        scale: float = Field(default=1.0, description="factor of the bits")
+
+    def extra(self, lm, sourced, outcome, start, options):
+        return {"hardest_bits": options["scale"] * float(outcome.scores.lm_bits.max())}
+
+    def recompute(self, passage, stored):
+        again = passage.options["scale"] * float(passage.lm_bits.max())
+        value = float(stored["hardest_bits"])
+        return [protocol.Compared("hardest_bits", [value], [again], [1e-3])]
+
+    def tables(self, data, *, compare):
+        rows = []
+        for (model, source, K), group in by_series(data.of(self.name)):
+            bits = [json.loads(extra)["hardest_bits"] for extra in group["extra"]]
+            rows.append([short(model), source, K, max(bits)])
+        return [Table("hardest", "Hardest token", "", ["model", "source", "K", "bits"], rows)]
+
+    def figures(self, data, *, compare):
+        panels = []
+        for (_, source, _), group in by_series(data.of(self.name)):
+            x, y = group["lm_bits"].tolist(), group["mem_bits"].tolist()
+            panels.append(Panel(source, "H, bits", "bits left", [Series(source, x, y)]))
+        return [Plot("hardest", "Hardest token", "One point per passage.", panels)]
+'''
+HARDEST = """
+[[runs]]
+protocol = "hardest"
+sources = ["random-tokens"]
+lengths = [4]
+passages = 2
+scale = 2.0
+recipe = { lr = 0.1, steps = 2 }
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module of another package, imported."""
+    (tmp_path / "hardest_token.py").write_text(MINE, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("hardest_token")
+    yield
+    del sys.modules["hardest_token"]
+    registry._ADDED["protocol"].pop("hardest")
+
+
+def test_a_protocol_of_another_package_runs_is_checked_and_reported(
+    plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    assert protocol_names()[-1] == "hardest"
+    run(spec_in(tmp_path, HEAD + HARDEST), tmp_path, tmp_path / "out")
+    with Store(tmp_path / "out") as store:
+        extras = [json.loads(e) for (e,) in store.db.execute("SELECT extra FROM rows")]
+    assert [set(extra) for extra in extras] == [{"hardest_bits"}] * 2
+    checked = check_study(tmp_path / "out")
+    assert checked["wrong"] == []
+    assert checked["worst"]["hardest_bits"] < 1e-3
+    page = write_report(tmp_path / "out", tmp_path / "report")
+    table = (tmp_path / "report/tables/hardest.csv").read_text().splitlines()
+    highest = max(extra["hardest_bits"] for extra in extras)
+    assert float(table[1].split(",")[-1]) == pytest.approx(highest)
+    assert (tmp_path / "report/figures/hardest.svg").is_file()
+    assert "Hardest token" in page.read_text("utf-8")
+    export_rows(tmp_path / "out", tmp_path / "rows.csv")
+    sentences = json.loads((tmp_path / "rows.csv.columns.json").read_text())
+    assert "'hardest_bits' of protocol 'hardest': bits of the hardest token" in sentences["extra"]
+    falsify(tmp_path / "out", '{"hardest_bits": 99.0}')
+    assert any(
+        "hardest_bits is stored as [99.0]" in s for s in check_study(tmp_path / "out")["wrong"]
+    )
+
+
+def test_specs_know_the_names_and_options_of_other_packages(plugin: None) -> None:
+    with pytest.raises(MemvecError, match=r"protocol 'hardst' in runs .1.: did you mean 'hardest'"):
+        parse_spec(HEAD + HARDEST.replace("hardest", "hardst"), "spec")
+    with pytest.raises(MemvecError, match=r"has no option 'scale': it belongs to 'hardest'"):
+        parse_spec(HEAD + HARDEST.replace("hardest", "exact"), "spec")
+    with pytest.raises(MemvecError, match=r"run 1 \(hardest\): option scale: .*valid number"):
+        parse_spec(HEAD + HARDEST.replace("2.0", '"wide"'), "spec")
+
+
+def test_a_measurement_without_its_sentence_is_refused(
+    plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry.get("protocol", "hardest"), "extras", {})
+    with pytest.raises(MemvecError, match="`extras` must have a sentence for each"):
+        run(spec_in(tmp_path, HEAD + HARDEST), tmp_path, tmp_path / "out")
+
+
+def test_every_protocol_of_the_project_can_be_loaded() -> None:
+    for name in registry.BUILT_IN["protocol"]:
+        assert protocol_of(name).name == name
+        assert all(protocol_of(name).extras.values())
+
+
+EXTRAS = EVERYTHING[EVERYTHING.index('[[runs]]\nprotocol = "context"') :]
+EXTRAS = EXTRAS[: EXTRAS.index('[[runs]]\nprotocol = "one-step"')]
+
+
+@pytest.fixture(scope="module")
+def extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of the protocols that measure something besides."""
+    base = tmp_path_factory.mktemp("extras")
+    run(spec_in(base, HEAD + EXTRAS), base, base / "out")
+    return base / "out"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "value", "sentence"),
+    [
+        ("context", '{"context": {}}', "context, numbers of tokens is stored as []"),
+        ("context", '{"context": {"4": [1, 0], "8": [1, 0]}}', "context 4 is stored as [1.0"),
+        ("context", '{"context": {"4": [1], "8": [1]}}', "extra is stored as"),
+        ("copy", '{"copy": [1.0, 0]}', "copy is stored as [1.0"),
+        ("copy", '{"copy": null}', "copy is stored as [nan"),
+        ("upper-bound", '{"needed_bits": 99.5}', "needed_bits is stored as [99.5]"),
+        ("upper-bound", '{"copy": null}', "extra is stored as"),
+    ],
+)
+def test_the_check_sees_a_falsified_measurement_of_each_protocol(
+    extras: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    before = falsify(extras, value, protocol)
+    wrong = check_study(extras)["wrong"]
+    restore(extras, before)
+    named = [s for s in wrong if sentence in s]
+    assert len(named) == len(before), wrong
+
+
+def falsify(folder: Path, extra: str, protocol: str = "") -> list[tuple[str, int, str]]:
+    """Write another `extra` into all rows of a protocol (default: all); returns what was there."""
+    db = sqlite3.connect(folder / "study.sqlite")
+    kept = db.execute(
+        "SELECT cell, number, extra FROM rows JOIN cells USING (cell) WHERE protocol LIKE ?",
+        (protocol or "%",),
+    ).fetchall()
+    restore(folder, [(cell, number, extra) for cell, number, _ in kept])
+    return kept
+
+
+def restore(folder: Path, rows: list[tuple[str, int, str]]) -> None:
+    db = sqlite3.connect(folder / "study.sqlite")
+    for cell, number, extra in rows:
+        db.execute("UPDATE rows SET extra=? WHERE cell=? AND number=?", (extra, cell, number))
+    db.commit()
+    db.close()
+
+
+# ---------------------------------------------------------------------- stores of earlier memvecs
+
+SMALL = HEAD + HARDEST.replace("hardest", "exact").replace("scale = 2.0\n", "")
+# The columns of `rows` before they derived from PassageResult, in their order.
+EARLIER = (
+    "cell number passage tokens predicted status exact horizon accuracy margin margin_asked "
+    "lm_bits mem_bits information_gain token_gain lm_right horizon_gain horizon_token_gain steps "
+    "spent seconds start_rule seats worker extra offset size digest environment finished seal"
+)
+
+
+def as_earlier(folder: Path) -> None:
+    """Turn a store into one as the code before wrote it: its order of columns, and `seats`."""
+    db = sqlite3.connect(folder / "study.sqlite")
+    names = [{"seats": "batch_size"}.get(name, name) for name in EARLIER.split()]
+    records = [
+        dict(zip(names, row, strict=True))
+        for row in db.execute(f"SELECT {','.join(names)} FROM rows")
+    ]
+    types = {name: kind for _, name, kind, *_ in db.execute("PRAGMA table_info(rows)")}
+    columns = [f"{old} {types[new]}" for old, new in zip(EARLIER.split(), names, strict=True)]
+    db.execute("DROP TABLE rows")
+    db.execute(
+        f"CREATE TABLE rows ({', '.join(columns)}, PRIMARY KEY (cell, number)) WITHOUT ROWID"
+    )
+    for record in records:
+        record["seal"] = schema.seal({k: v for k, v in record.items() if k != "seal"})
+        db.execute(f"INSERT INTO rows VALUES ({','.join('?' * len(record))})", [*record.values()])
+    db.commit()
+    db.close()
+
+
+def test_a_store_of_an_earlier_memvec_is_read_checked_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    folder = tmp_path / "out"
+    run(spec_in(tmp_path, SMALL), tmp_path, folder)
+    before = everything(folder)
+    as_earlier(folder)
+    for again in range(2):  # read as it is, then with its column renamed by a run
+        kept = everything(folder)
+        assert {key: kept[key] for key in before} == before
+        assert check_study(folder)["wrong"] == []
+        assert "batch_size" in export_columns(folder, tmp_path)
+        write_report(folder, tmp_path / "report", figures=False)
+        more = SMALL.replace("passages = 2", f"passages = {3 + again}")
+        assert run(spec_in(tmp_path, more), tmp_path, folder).rows_now == 1
+    assert check_study(folder)["wrong"] == []
+
+
+def export_columns(folder: Path, base: Path) -> str:
+    export_rows(folder, base / "rows.csv")
+    return (base / "rows.csv").read_text().splitlines()[0]
+
+
+def test_a_store_without_a_column_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    Store(tmp_path, write=True).close()
+    db = sqlite3.connect(tmp_path / "study.sqlite")
+    db.execute("ALTER TABLE rows DROP COLUMN lm_right")
+    db.close()
+    for write in (False, True):
+        with pytest.raises(MemvecError, match=r"no column 'lm_right'.*run it with the memvec that"):
+            Store(tmp_path, write=write)
+
+
+def test_a_spec_with_the_earlier_name_of_the_batch_size_is_read(tmp_path: Path) -> None:
+    text = SMALL.replace("batch_size = 3", "seats = 3")
+    with pytest.warns(FutureWarning, match="'seats' is called 'batch_size' now"):
+        assert parse_spec(text, "spec").batch_size == 3
