@@ -5,6 +5,7 @@ Only the standard library is used for links, so that they are checked wherever t
 """
 
 import html
+import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_the_page_of_the_command_line_is_the_command_line():
     written = runpy.run_path(str(DOCS / "cli_page.py"))["page"]()
     page = (DOCS / "cli.md").read_text("utf-8")
     assert page == written, "run: python docs/cli_page.py"
+
+
+def test_the_python_reference_names_what_is_there():
+    """Every name is imported, without the documentation tools that `make docs` uses."""
+    named = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert len(named) >= 10
+    for name in named:
+        assert pkgutil.resolve_name(name), name
 
 
 def source_words() -> str:
