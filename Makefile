@@ -124,4 +124,4 @@ suite:
 	$(SUITE)
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock demo .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-docs site demo .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import reader
+from conftest import QUICK, passages, reader, tiny
 from memvec import registry
+from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.report.report import write_report
+from memvec.lab.slow import SlowPassage, bits_and_margins, logits
 from memvec.lab.study import schema
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
@@ -262,3 +265,20 @@ def test_a_spec_with_the_earlier_name_of_the_batch_size_is_read(tmp_path: Path) 
     text = SMALL.replace("batch_size = 3", "seats = 3")
     with pytest.warns(FutureWarning, match="'seats' is called 'batch_size' now"):
         assert parse_spec(text, "spec").batch_size == 3
+
+
+def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatch):
+    """The page's example, as it stands there, on crammed passages."""
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+    page = Path(__file__).parent.parent / "docs" / "howto" / "add-protocol.md"
+    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    exec(compile(code, str(page), "exec"), {})
+    protocol, lm = protocol_of("hardest-token"), tiny()
+    for outcome in Engine(lm, QUICK, vectors=2, batch_size=2).run(passages(3, 4, seed=41)):
+        extra = protocol.extra(lm, None, outcome, "vectors", {})
+        assert list(extra) == list(protocol.extras)
+        ids = outcome.passage.ids
+        table = logits(lm, None, [lm.bos_id, *ids])[-len(ids) - 1 : -1]
+        slow = SlowPassage(lm, ids, (), 0, *bits_and_margins(table, ids), 1e-3, {})
+        (compared,) = protocol.recompute(slow, extra)
+        assert compared.stored == pytest.approx(compared.recomputed, abs=compared.allowed[0])

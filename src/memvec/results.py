@@ -56,7 +56,8 @@ class PassageResult(Measures):
     """The measures of a passage, how it was crammed, and what that cost."""
 
     status: Status = Field(
-        description="why cramming ended: 'done' (every margin met), 'budget' or 'not-finite'"
+        description="why cramming ended: 'done' (every margin met), 'budget' (steps, patience or "
+        "tokens ran out) or 'not-finite'"
     )
     exact: bool = Field(
         description="free-running decoding of the stored vectors gave back every token"
@@ -65,9 +66,15 @@ class PassageResult(Measures):
         description="margin at which a token counted as right while cramming, logits"
     )
     steps: int = Field(
-        ge=0, description="optimiser steps, and one for each return from certification"
+        ge=0,
+        description="optimiser steps, and one for each time that certification failed and "
+        "cramming went on",
     )
-    spent: int = Field(ge=0, description="forward-backward tokens")
+    spent: int = Field(
+        ge=0,
+        description="forward-backward tokens: inputs of this passage in all of its steps, as if "
+        "it were alone",
+    )
     seconds: float = Field(ge=0, description="share of the wall time of the batch, seconds")
 
 

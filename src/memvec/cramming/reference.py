@@ -23,14 +23,14 @@ from memvec.model.reading import StartRule
 def cram_one(
     lm: FrozenLM,
     ids: list[int],
-    first: Float[Tensor, "K D"],
+    initial: Float[Tensor, "K D"],
     *,
     start: StartRule = "vectors",
     steps: int = 5000,
     patience: int = 2000,
     lr: float = 0.01,
 ) -> tuple[Float[Tensor, "K D"], int, list[float]]:
-    """Cram T token ids into K vectors, beginning at `first`.
+    """Cram T token ids into K vectors, beginning at `initial` (`starts.noise` is the paper's).
 
     Returns the best vectors, how many of the predicted tokens they get right with teacher forcing,
     and the loss (nats per token) of every step. It stops when all tokens are right, after `steps`
@@ -39,11 +39,13 @@ def cram_one(
     """
     tokens = torch.tensor([ids], device=lm.device)  # (1, T)
     predicted = tokens[:, 1:] if start == "first-token" else tokens
-    vectors = first.to(lm.device).float()[None].clone().requires_grad_()  # (1, K, D)
+    vectors = initial.to(lm.device).float()[None].clone().requires_grad_()  # (1, K, D)
     optimizer = torch.optim.AdamW([vectors], lr=lr, betas=(0.9, 0.9), weight_decay=0.01)
     best, best_right, stale, losses = vectors.detach().clone(), -1, 0, []
     while True:
-        logits = lm.logits(vectors, tokens, start)  # (1, T, V): one row for each predicted token
+        logits = lm.logits(
+            vectors, tokens, start
+        )  # (1, N, V): one row for each predicted token, N = T, or T - 1 if one is given
         loss = cross_entropy(logits[0], predicted[0])
         right = int((logits.argmax(-1) == predicted).sum())
         losses.append(loss.item())

@@ -112,7 +112,7 @@ class GrowingState(ScheduleState):
     """Progress, and the stage of each passage."""
 
     look_ahead: Int[Tensor, " B"]  # tokens behind the horizon that count now
-    stage: Int[Tensor, " B"]  # tokens of the next stage
+    stage: Int[Tensor, " B"]  # tokens that are added once all that count are right
 
 
 class Growing(Schedule):

@@ -178,11 +178,11 @@ class Step:
     def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
         """Mark who failed, and everybody whose slot can be freed."""
         batch.failed = batch.failed | ~torch.isfinite((measured.loss * weight).sum(-1))
-        spent = batch.steps >= self.recipe.steps
-        spent = spent | self.schedule.out_of_patience(batch.schedule)
+        exhausted = batch.steps >= self.recipe.steps
+        exhausted = exhausted | self.schedule.out_of_patience(batch.schedule)
         if self.recipe.budget:
-            spent = spent | (batch.spent >= self.recipe.budget)
-        batch.stopped = batch.stopped | batch.done | batch.failed | spent
+            exhausted = exhausted | (batch.spent >= self.recipe.budget)
+        batch.stopped = batch.stopped | batch.done | batch.failed | exhausted
 
     # ------------------------------------------------------------------ move
 

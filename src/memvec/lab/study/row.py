@@ -13,7 +13,10 @@ from memvec.results import PassageResult
 
 
 class Row(PassageResult):
-    """The result of a passage in a study. Bits and counts are sums over the same positions."""
+    """The result of a passage in a study: the columns of `memvec.results.PassageResult`, and these.
+
+    Bits and counts are sums over the same positions.
+    """
 
     cell: str = Field(description="key of the cell")
     number: int = Field(ge=0, description="number of the passage in its source")
