@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memvec.model.estimate import duration
 from memvec.statistics import Mean
 from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
@@ -47,15 +48,6 @@ __all__ = [
 def say(sentence: str) -> None:
     """Print one line on stderr."""
     err.print(sentence, style="dim", markup=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as seconds, minutes or hours for people; '?' for NaN."""
-    if math.isnan(seconds):
-        return "?"
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def model(lm: FrozenLM) -> None:

@@ -70,6 +70,18 @@ class Waiting:
         return len(self._heap)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How the running batch stands, for whoever shows it."""
+
+    in_slots: int
+    waiting: int
+    horizon: float  # mean leading right tokens over the slots
+    steps: int  # engine steps so far
+    tokens: int  # forward-backward tokens so far
+    seconds: float = 0.0  # in engine steps so far; filling slots and certifying not counted
+
+
 @dataclass
 class BatchState(Rows):
     """Everything about the passages in the slots. B slots, K vectors, T columns, D width."""

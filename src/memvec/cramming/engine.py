@@ -18,19 +18,18 @@ that nobody counts are left out, which changes rounding only.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.cramming.batch import BatchState, Job, Waiting
+from memvec.cramming.batch import BatchState, Job, Progress, Waiting
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import resolve_start_rule, start_of, start_vectors
+from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vectors
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
@@ -41,23 +40,9 @@ from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
 
-# An encoder puts passages of up to twice its own tokens near what they need, longer ones not.
-ENCODER_REACH = 2
 COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 
 __all__ = ["Engine", "Job", "Progress", "Waiting", "resolve_start_rule"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How the running batch stands, for whoever shows it."""
-
-    in_slots: int
-    waiting: int
-    horizon: float  # mean leading right tokens over the slots
-    steps: int  # engine steps so far
-    tokens: int  # forward-backward tokens so far
-    seconds: float = 0.0  # in engine steps so far; filling slots and certifying not counted
 
 
 class Engine:
@@ -206,7 +191,9 @@ class Engine:
         size = vectors.float().square().mean((1, 2)).sqrt()
         # Small steps are for vectors that an encoder put near where they have to be. One that
         # comes back large was made so when its passage was stuck.
-        large = (length > self._encoder_reach()) | (again & (size >= self.recipe.lr_large / 2))
+        large = (length > encoder_reach(self.lm, self.recipe, self.K)) | (
+            again & (size >= self.recipe.lr_large / 2)
+        )
         parameters = self.one_step.coordinates.parameters(vectors.float())
         parameters = self.one_step.enlarged(parameters, large)
         flag = torch.zeros(len(jobs), dtype=torch.bool, device=device)
@@ -233,16 +220,6 @@ class Engine:
         new = [job.passage.ids for job in jobs if job.vectors is None]
         starts = iter(start_vectors(self.lm, new, self.K, self.recipe, alone=self.fixed_shapes))
         return torch.stack([next(starts) if job.vectors is None else job.vectors for job in jobs])
-
-    def _encoder_reach(self) -> float:
-        """Length (tokens) up to which the recipe's start is near what a passage needs; 0: never."""
-        encoder = self.lm.encoder
-        if encoder is None or start_of(self.lm, self.recipe) != "encoder":
-            return 0.0
-        if not self.recipe.lr_large:
-            return 0.0
-        # An encoder that names no length is a good start at any length.
-        return float(ENCODER_REACH * encoder.tokens * self.K) or math.inf
 
     # ------------------------------------------------------------------ step
 

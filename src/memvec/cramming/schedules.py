@@ -5,6 +5,10 @@ passage are right. From that follow the tokens that count in the loss, the tempe
 passage is out of patience, and whether its vectors are enlarged. `Schedule` holds what schedules
 have in common; a new one says which tokens count, in a dozen lines:
 
+    import torch
+    from memvec import register
+    from memvec.cramming.schedules import Schedule
+
     @register("schedule", "halves")
     class Halves(Schedule):
         def counted(self, state, length):
@@ -77,7 +81,11 @@ class Schedule:
         raise NotImplementedError
 
     def may_count(self, steps: int) -> int:
-        """How many more tokens than `counted` says may come to count within so many steps."""
+        """How many more tokens than `counted` says may come to count within so many steps.
+
+        A schedule in which more tokens come to count from step to step says so here: the engine
+        makes room for them, since on a GPU it looks at the batch every few steps only.
+        """
         return 0
 
     def temperature(

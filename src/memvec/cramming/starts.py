@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -107,3 +108,16 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     if rule == "bos" and lm.bos_id is None:
         raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
     return rule
+
+
+# An encoder puts passages of up to twice its own tokens near what they need, longer ones not.
+ENCODER_REACH = 2
+
+
+def encoder_reach(lm: FrozenLM, recipe: Recipe, K: int) -> float:
+    """Length (tokens) up to which the recipe's start is near what a passage needs; 0: never."""
+    encoder = lm.encoder
+    if encoder is None or start_of(lm, recipe) != "encoder" or not recipe.lr_large:
+        return 0.0
+    # An encoder that names no length is a good start at any length.
+    return float(ENCODER_REACH * encoder.tokens * K) or math.inf
