@@ -327,7 +327,11 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 @functools.cache
 def tiny(family: str = "llama", dtype: str = "float32", seed: int = 0) -> FrozenLM:
-    """A frozen tiny model, built once for all tests: they may look at it but not change it."""
+    """A frozen tiny model, built once for all tests: they may look at it but not change it.
+
+    A test that sets an attribute sets it on a copy: pytest before 9 leaves a method that was set on
+    an object there, bound to it, and views of the model would inherit it.
+    """
     model = build(family, seed).to(getattr(torch, dtype))
     with warnings.catch_warnings():  # tests/test_caching.py is about them
         warnings.simplefilter("ignore", SlowPathWarning)

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -379,7 +380,7 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
 
 
 def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
-    engine = Engine(reader(), QUICK)
+    engine = Engine(copy(reader()), QUICK)
     assert engine.trial(4, 2) > 0
 
     def full(*_):

@@ -119,7 +119,7 @@ def test_looking_less_often_changes_nothing(poll):
 
 def test_a_fixed_shape_stays_fixed(monkeypatch):
     """The same (B, T) at every step, although passages leave one by one and nobody waits."""
-    lm, shapes = tiny(), set()
+    lm, shapes = copy(tiny()), set()
     states = lm.states
 
     def watched(vectors, ids, start):
