@@ -135,9 +135,3 @@ class PositionScores:
     def stacked(self) -> Float[Tensor, "4 N"]:
         """As a study store keeps them: bits without vectors, bits with, margin with, without."""
         return torch.stack([self.lm_bits, self.bits, self.margin, self.lm_margin])
-
-    @classmethod
-    def from_stacked(cls, stacked: Float[Tensor, "4 N"]) -> PositionScores:
-        """The inverse of `stacked`."""
-        lm_bits, bits, margin, lm_margin = stacked
-        return cls(bits, margin, lm_bits, lm_margin)
