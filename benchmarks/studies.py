@@ -22,7 +22,7 @@ import torch
 from common import arguments, report
 from memvec.lab.report.report import write_report
 from memvec.lab.study.cells import expand
-from memvec.lab.study.row import Finished, Row, Text
+from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
@@ -55,7 +55,7 @@ def row(cell, number, rng):
     bits = rng.uniform(40, 300)
     left = max(0.0, bits - 120) + rng.uniform(0, 3)
     horizon = int(rng.integers(1, T + 1))
-    return Finished(
+    return StoreEntry(
         Row(
             cell=cell,
             number=number,

@@ -9,7 +9,7 @@ import torch
 
 from conftest import reader
 from memvec.lab.study.pool import Here
-from memvec.lab.study.run import Status, run_study
+from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.spec import ModelSpec, Spec, parse_spec
 from memvec.lab.study.store import Store
 
@@ -95,7 +95,7 @@ def spec_in(folder: Path, text: str = EVERYTHING) -> Spec:
     return parse_spec(text, "test")
 
 
-def run(spec: Spec, base: Path, out: Path, text: str = "") -> Status:
+def run(spec: Spec, base: Path, out: Path, text: str = "") -> StudyStatus:
     """Run a spec with the tiny model of conftest."""
     kept = json.dumps({"toml": text, "model": None})
     return run_study(spec, out, maker, base=base, text=kept)

@@ -20,7 +20,7 @@ import memvec
 from conftest import TRAINED_ON, reader
 from memvec import codec, display
 from memvec.cli.options import Storage
-from memvec.codec import Status
+from memvec.codec import CramStatus
 from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import PRESETS
 from memvec.export import TARGETS
@@ -482,7 +482,7 @@ def test_the_catalogue_is_what_it_says():
 
 # ---------------------------------------------------------------------- progress
 
-BUSY = Status("cramming", 100, 40, 3, 1, Progress(2, 5, 7.0, 30, 400))
+BUSY = CramStatus("cramming", 100, 40, 3, 1, Progress(2, 5, 7.0, 30, 400))
 
 
 def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
@@ -501,7 +501,7 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
         show(BUSY)
         assert capsys.readouterr().err == ""
         now[0] = 30.0
-        show(Status("measuring", 100, 0, 0, 0))
+        show(CramStatus("measuring", 100, 0, 0, 0))
         assert "it: measuring, 0/100 tokens\n" in capsys.readouterr().err
 
 

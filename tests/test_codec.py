@@ -15,7 +15,7 @@ import torch
 
 from conftest import QUICK, reader, tiny
 from memvec import codec, cram_job
-from memvec.codec import Status, cram, decode
+from memvec.codec import CramStatus, cram, decode
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming.engine import Engine
@@ -202,7 +202,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
     whole = codec.cram(lm, [TEXT], **options)
     record = journal(path)
 
-    def interrupt(_: Status):
+    def interrupt(_: CramStatus):
         if len(record) >= after:
             raise KeyboardInterrupt
 

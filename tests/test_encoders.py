@@ -14,13 +14,13 @@ from memvec.cramming.engine import Engine
 from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.training import GRID, Plan, Training
+from memvec.encoders.training import GRID, Training, TrainingPlan
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
-SMALL = Plan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
+SMALL = TrainingPlan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
 
 
 def stream(lm, n=4000, seed=0):
@@ -79,7 +79,9 @@ def test_the_loss_gradient_is_that_of_plain_cross_entropy():
 def test_training_learns():
     """More of the passage comes back in one pass after training than before."""
     lm = tiny()
-    plan = Plan(steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2)
+    plan = TrainingPlan(
+        steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2
+    )
     losses = []
     Training(lm, stream(lm), plan).run(on_progress=lambda now: losses.append(now.loss_bits))
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
@@ -124,7 +126,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
 )
 def test_plans_that_cannot_be_are_refused(changes, says):
     with pytest.raises(MemvecError, match=says):
-        Plan(**changes)
+        TrainingPlan(**changes)
 
 
 def test_too_little_text_and_a_loss_that_is_not_finite():

@@ -29,7 +29,7 @@ from memvec.lab.report.table import Table, show
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.pool import text_of
-from memvec.lab.study.row import Finished, Row, Text
+from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
@@ -345,7 +345,7 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
     assert all("; n 1, 23 bits" in card and "nan" not in card for card in cards)
 
 
-def alike(cell: str, number: int, K: int, protocol: str) -> Finished:
+def alike(cell: str, number: int, K: int, protocol: str) -> StoreEntry:
     """A made-up row of three tokens."""
     extra = {
         "context": {"context": {"4": [20.0, 1]}},
@@ -379,4 +379,4 @@ def alike(cell: str, number: int, K: int, protocol: str) -> Finished:
         worker="here",
         extra=extra,
     )
-    return Finished(row, torch.ones(K, reader().width), torch.zeros(4, 3))
+    return StoreEntry(row, torch.ones(K, reader().width), torch.zeros(4, 3))

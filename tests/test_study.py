@@ -28,7 +28,7 @@ from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
 from memvec.lab.study.price import price, problems
 from memvec.lab.study.row import Row
-from memvec.lab.study.run import Status, run_study
+from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.show import study_progress
 from memvec.lab.study.spec import parse_spec, read_spec
@@ -414,7 +414,7 @@ def test_a_persons_brackets_are_words_and_no_markup(
     terminal = Console(width=300, force_terminal=True, file=io.StringIO())
     monkeypatch.setattr("memvec.lab.study.show.err", terminal)
     with study_progress(words) as show:
-        show(Status(0, 1, 0, 1, 0, 0.0, None, words, None))
+        show(StudyStatus(0, 1, 0, 1, 0, 0.0, None, words, None))
     assert words in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from memvec.certificate import account, certificate_of, failures, measure, verify
-from memvec.cram_job import CramJob, Status
+from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
@@ -22,7 +22,7 @@ from memvec.workers import Workers
 
 __all__ = [
     "CramJob",
-    "Status",
+    "CramStatus",
     "account",
     "certificate_of",
     "cram",
@@ -46,7 +46,7 @@ def cram(
     keep_text: bool = False,
     journal: Journal | None = None,
     workers: Workers | None = None,
-    on_status: Callable[[Status], None] | None = None,
+    on_status: Callable[[CramStatus], None] | None = None,
 ) -> MemVectors:
     """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's slots.
 

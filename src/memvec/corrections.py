@@ -24,16 +24,16 @@ def max_corrections(requested: int, predicted: int) -> int:
 
 
 def pick(
-    margins: Float[Tensor, " n"], ids: Sequence[int], target_margin: float, limit: int
+    margins: Float[Tensor, " n"], ids: Sequence[int], margin_asked: float, limit: int
 ) -> Corrections:
-    """Up to `limit` corrections, at positions whose margin (in logits) is below the target.
+    """Up to `limit` corrections, at positions whose margin (in logits) is below the one asked.
 
     Wrong ones come first, front to back (where there are too many, that makes the longest horizon),
     then the weakest of the right ones. `margins` are teacher-forced, of the last n of the passage's
-    `ids`. A margin of 0 is below even a target of 0: the arg-max is then a tie.
+    `ids`. A margin of 0 is below even an asked margin of 0: the arg-max is then a tie.
     """
     given, values = len(ids) - len(margins), margins.tolist()
-    missed = [i for i, m in enumerate(values) if not (m >= target_margin and m > 0)]
+    missed = [i for i, m in enumerate(values) if not (m >= margin_asked and m > 0)]
     missed.sort(key=lambda i: (1, values[i], i) if values[i] > 0 else (0, 0.0, i))
     listed = sorted(missed[: max_corrections(limit, len(values))])
     return tuple((given + i, ids[given + i]) for i in listed)

@@ -35,7 +35,7 @@ PROBE_STEPS = 200
 
 
 @dataclass(frozen=True)
-class Status:
+class CramStatus:
     """How a cram of documents stands, for whoever shows it."""
 
     stage: str  # 'measuring', 'cramming' or 'certifying'
@@ -64,7 +64,7 @@ class CramJob:
         batch_size: int | None,
         storage: Storage,
         journal: Journal | None = None,
-        on_status: Callable[[Status], None] | None = None,
+        on_status: Callable[[CramStatus], None] | None = None,
         workers: Workers | None = None,
     ) -> None:
         self.workers = workers
@@ -326,5 +326,7 @@ class CramJob:
             done = sum(len(o.passage) for o in self.done.values())
             vectors = self.K * len(self.done)
             self.on_status(
-                Status(self.stage, self.total, done, vectors, self.split, progress, self.expected)
+                CramStatus(
+                    self.stage, self.total, done, vectors, self.split, progress, self.expected
+                )
             )

@@ -20,7 +20,7 @@ from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
 
 if TYPE_CHECKING:
-    from memvec.cram_job import Status
+    from memvec.cram_job import CramStatus
     from memvec.model.lm import FrozenLM
     from memvec.plan import Plan
 
@@ -60,7 +60,7 @@ def model(lm: FrozenLM) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[Status], None]]:
+def progress(title: str) -> Iterator[Callable[[CramStatus], None]]:
     """Yields a function that shows a status: as a bar on a terminal, else a line every 10 s."""
     if not err.is_terminal:
         yield _plain_lines(title)
@@ -76,21 +76,21 @@ def progress(title: str) -> Iterator[Callable[[Status], None]]:
         task = bars.add_task(title, total=None)
         say_expected = _say_once()
 
-        def show(status: Status) -> None:
+        def show(status: CramStatus) -> None:
             say_expected(status.expected)
             bars.update(task, description=_line(status), completed=status.done, total=status.tokens)
 
         yield show
 
 
-def _plain_lines(title: str) -> Callable[[Status], None]:
+def _plain_lines(title: str) -> Callable[[CramStatus], None]:
     """A function that prints a line every ten seconds, with the time left at the rate so far."""
     last_line = time.monotonic()
     cramming_since: float | None = None
     done_before = 0  # tokens that an earlier run finished
     say_expected = _say_once()
 
-    def show(status: Status) -> None:
+    def show(status: CramStatus) -> None:
         nonlocal last_line, cramming_since, done_before
         say_expected(status.expected)
         if cramming_since is None and status.stage == "cramming":  # before it, other work
@@ -121,7 +121,7 @@ def _say_once() -> Callable[[str], None]:
     return say_first
 
 
-def _line(status: Status) -> str:
+def _line(status: CramStatus) -> str:
     if status.engine is None or status.stage != "cramming":
         return status.stage
     e = status.engine

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from memvec.cram_job import CramJob, Status
+from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
@@ -68,7 +68,7 @@ def plan(
     storage: str = "float32",
     sample: int = SAMPLE,
     seed: int = 0,
-    on_status: Callable[[Status], None] | None = None,
+    on_status: Callable[[CramStatus], None] | None = None,
 ) -> Plan:
     """Cram `sample` passages spread over the document and estimate what all of it would take.
 
@@ -213,12 +213,12 @@ class _Total:
 class _Clock:
     """Follows a cram and keeps the time of its steps, with the slots taken at each."""
 
-    def __init__(self, on_status: Callable[[Status], None] | None) -> None:
+    def __init__(self, on_status: Callable[[CramStatus], None] | None) -> None:
         self.on_status = on_status
         self.last = (0.0, 0)  # seconds in steps, computed tokens
         self.laps: list[tuple[int, float, int]] = []  # slots taken, seconds, computed tokens
 
-    def __call__(self, status: Status) -> None:
+    def __call__(self, status: CramStatus) -> None:
         if self.on_status is not None:
             self.on_status(status)
         if status.engine is None or status.stage != "cramming":

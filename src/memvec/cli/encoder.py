@@ -78,9 +78,9 @@ def train(
 
     After an interruption the same command goes on from its last checkpoint.
     """
-    from memvec.encoders.training import Plan
+    from memvec.encoders.training import TrainingPlan
 
-    plan = Plan(
+    plan = TrainingPlan(
         steps=steps,
         slots=slots,
         hidden=hidden,

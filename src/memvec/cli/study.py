@@ -17,7 +17,7 @@ from memvec.errors import MemvecError, did_you_mean
 
 if TYPE_CHECKING:
     from memvec.lab.study.pool import Pool
-    from memvec.lab.study.run import Status
+    from memvec.lab.study.run import StudyStatus
     from memvec.lab.study.spec import ModelSpec, Spec
     from memvec.lab.study.store import Store
 
@@ -152,7 +152,9 @@ def _run(
     from memvec.lab.study.show import study_progress
 
     with study_progress(spec.name) as show:
-        status: Status = run_study(spec, folder, make_pool, base=base, text=text, on_status=show)
+        status: StudyStatus = run_study(
+            spec, folder, make_pool, base=base, text=text, on_status=show
+        )
     if json:
         typer.echo(jsonlib.dumps(vars(status)))
         return

@@ -30,7 +30,7 @@ class Job:
     """A passage on its way: waiting, in a slot, or returned. Carries what it has spent so far."""
 
     passage: Passage
-    margin: float  # target margin, logits
+    margin: float  # margin asked, logits
     vectors: Float[Tensor, "K D"] | None = None  # None: begin from the recipe's start
     steps: int = 0
     spent: int = 0  # forward-backward tokens
@@ -89,7 +89,7 @@ class BatchState(Rows):
     ids: Int[Tensor, "B T"]  # token ids, right-padded with 0
     length: Int[Tensor, " B"]  # tokens to predict
     corrections: Int[Tensor, " B"]  # tokens that may be missed: they will be listed
-    asked_margin: Float[Tensor, " B"]  # margin that certification asks for, logits
+    margin_asked: Float[Tensor, " B"]  # margin that certification asks for, logits
     target_margin: Float[Tensor, " B"]  # the same, raised where steps run in another dtype
     parameters: Tensor  # (B, ...): what the optimiser moves
     vectors: Float[Tensor, "B K D"]  # the best measured so far, as they will be stored

@@ -202,7 +202,7 @@ class Engine:
             ids=padded_ids([job.passage for job in jobs], columns).to(device),
             length=length,
             corrections=(length - 1).clamp_max(self.recipe.corrections),
-            asked_margin=margin,
+            margin_asked=margin,
             target_margin=margin.clone(),
             parameters=parameters,
             vectors=vectors.float(),

@@ -168,7 +168,7 @@ class Step:
         within = torch.arange(margin.shape[1], device=margin.device) < length[:, None]
         ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
         smallest = ranked.gather(1, batch.corrections[rows][:, None])[:, 0]
-        asked = batch.asked_margin[rows]
+        asked = batch.margin_asked[rows]
         short = arrived[rows] & ~((smallest >= asked) & (smallest > 0))
         lacking = 1.25 * (asked - smallest) + 0.01 * self.lm.logit_spread
         batch.target_margin[rows] += torch.where(short, lacking, 0.0)

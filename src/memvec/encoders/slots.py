@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096}  # a file may claim
 
 
-def positions(T: int, width: int, device: torch.device) -> Float[Tensor, "T width"]:
+def position_codes(T: int, width: int, device: torch.device) -> Float[Tensor, "T width"]:
     """Sines and cosines of T positions (Vaswani et al. 2017), for passages of any length."""
     rates = torch.exp(
         torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / max(width, 1))
@@ -77,7 +77,7 @@ class SlotNetwork(nn.Module):
 
     def forward(self, embedded: Float[Tensor, "B T D"], K: int) -> Float[Tensor, "B K D"]:
         inputs = self.into((embedded.float() - self.mean) / self.std)
-        inputs = inputs + positions(inputs.shape[1], inputs.shape[2], inputs.device)
+        inputs = inputs + position_codes(inputs.shape[1], inputs.shape[2], inputs.device)
         slots = self.slots[:K].expand(len(inputs), -1, -1)
         outputs: Tensor = self.layers(torch.cat([slots, inputs], dim=1))[:, :K]
         vectors: Tensor = self.out(outputs) * self.size + self.mean

@@ -38,7 +38,7 @@ CHECKPOINT_EVERY = 50
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Every choice of a training run. Lengths in tokens per vector."""
 
     steps: int = 2000
@@ -89,7 +89,7 @@ class Training:
     of another run.
     """
 
-    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan) -> None:
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> None:
         if not lm.has_split_head:
             raise MemvecError(f"{lm.name} does not give its hidden states: no encoder for it.")
         self.lm, self.plan = lm, plan

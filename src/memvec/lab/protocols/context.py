@@ -19,7 +19,7 @@ from memvec.lab.protocols.protocol import Compared, Protocol, bits_after, bits_a
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -72,13 +72,13 @@ class Context(Protocol):
         ]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, length, K), group in by_length(data.of(self.name)):
             vector = f"{K} vector{'s' if K > 1 else ''}"
             for name, pairs in _entries(group, vector).items():
                 m = mean_interval([left for left, _ in pairs])
                 base = mean_interval([base for _, base in pairs]).mean
-                row: list[Cell] = [short(model), source, length, K, name, m.mean]
+                row: list[TableCell] = [short(model), source, length, K, name, m.mean]
                 row += [m.low, m.high, 100 * (1 - m.mean / base), m.n]
                 if compare:
                     key = {"none": "0", vector: "vector"}.get(name, name.split()[0])

@@ -17,7 +17,7 @@ from memvec.cramming.certify import Outcome
 from memvec.lab.protocols.protocol import Compared, Protocol, bits_after, bits_and_hits
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -55,7 +55,7 @@ class Copy(Protocol):
         return [bits_and_hits("copy", pair, passage.bits_after(prefix), passage)]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, length, K), everything in by_length(data.of(self.name)):
             group = _with_copies(everything)
             if group.empty:

@@ -16,7 +16,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Capacity, Card, Protocol
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 
@@ -48,7 +48,7 @@ class Exact(Protocol):
         return cards
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, K), group in by_series(data.of(self.name)):
             r = exact_result(group)
             rows.append(

@@ -23,7 +23,7 @@ from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.lab.study.spec import RunSpec
 from memvec.metrics import teacher_forced_accuracy
 from memvec.model.lm import FrozenLM
@@ -67,13 +67,13 @@ class Geometry(Protocol):
         return accuracy, allowed
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, length, K), group in by_length(data.restarts(self.name)):
             vectors, labels = solutions(data, group)
             within, between = (mean_interval(c.tolist()) for c in cosines(vectors, labels))
             lines = list(paths(data, group))
             lowest = mean_interval([min(a) for a in lines])
-            row: list[Cell] = [short(model), source, length, K, within.mean, within.sd]
+            row: list[TableCell] = [short(model), source, length, K, within.mean, within.sd]
             row += [between.mean, between.sd, lowest.mean, len(lines), len(vectors)]
             rows.append(row)
         columns = ["model", "source", "length", "K", "cosine within", "sd", "cosine between", "sd"]

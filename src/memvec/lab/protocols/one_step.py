@@ -15,7 +15,7 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_series, short
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.lab.study.spec import RunSpec
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
@@ -34,11 +34,17 @@ class OneStep(Protocol):
         return None
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, _), group in by_series(data.of(self.name)):
             result = one_step_result(group)
             for at in result.lengths:
-                row: list[Cell] = [short(model), source, at.length, str(at.exact), at.accuracy.mean]
+                row: list[TableCell] = [
+                    short(model),
+                    source,
+                    at.length,
+                    str(at.exact),
+                    at.accuracy.mean,
+                ]
                 rows.append([*row, at.accuracy.n, result.always, result.longest])
         columns = ["model", "source", "length", "exact", "accuracy", "n", "always exact", "longest"]
         return [

@@ -21,7 +21,7 @@ from memvec.lab.protocols.protocol import Capacity, Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series, boxes
-from memvec.lab.report.table import Cell, Table, mean_and_sd
+from memvec.lab.report.table import Table, TableCell, mean_and_sd
 from memvec.model.reading import StartRule
 from memvec.statistics import Mean, mean_interval
 
@@ -46,11 +46,11 @@ class Paper(Protocol):
         columns = ["model", "source", "K", "Max", "token gain", "± sd", "bits", "± sd", "n"]
         if compare:
             columns += ["paper Max", "paper gain", "paper nats", "paper bits (nats / ln 2)"]
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, K), group in by_series(data.of(self.name)):
             r = paper_result(group)
             longest = f"{r.longest or '–'}{' (longest single)' if r.drawn and r.longest else ''}"
-            row: list[Cell] = [short(model), source, K, longest]
+            row: list[TableCell] = [short(model), source, K, longest]
             row += [r.token_gain.mean, r.token_gain.sd]
             row += [r.information_gain.mean, r.information_gain.sd, r.token_gain.n]
             if compare:
@@ -136,7 +136,7 @@ def spread(rows: pd.DataFrame) -> Plot:
     return Plot("boxes", "Spread over passages, by length", caption, panels)
 
 
-def _published(model: str, source: str, K: int) -> list[Cell]:
+def _published(model: str, source: str, K: int) -> list[TableCell]:
     """Table 1's four values; the paper's are of K = 1."""
     known = published.table1(model, source) if K == 1 else None
     if known is None:

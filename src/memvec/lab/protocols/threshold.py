@@ -16,7 +16,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import mean_interval
 
 NOTE = (
@@ -78,7 +78,7 @@ def planes(data: Data) -> list[Plane]:
     return fitted
 
 
-def _rows(plane: Plane) -> list[list[Cell]]:
+def _rows(plane: Plane) -> list[list[TableCell]]:
     """C of all, natural and random text, and the difference of the last two."""
     drawn, recipe = plane.rows["random_text"], f", {plane.recipe}" if plane.recipe else ""
     parts = (
@@ -86,8 +86,8 @@ def _rows(plane: Plane) -> list[list[Cell]]:
         ("natural", plane.natural, plane.rows[~drawn]),
         ("random", plane.random, plane.rows[drawn]),
     )
-    rows: list[list[Cell]] = []
-    head: list[Cell] = [short(plane.model), plane.K]
+    rows: list[list[TableCell]] = []
+    head: list[TableCell] = [short(plane.model), plane.K]
     for name, f, part in parts:
         if f is not None:
             cut = float((part["steps"] >= part["step_limit"]).mean())

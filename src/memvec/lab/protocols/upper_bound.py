@@ -24,7 +24,7 @@ from memvec.lab.protocols.protocol import Compared, Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -69,11 +69,11 @@ class UpperBound(Protocol):
         return [Compared(name, [value], [total], [passage.bits_tolerance])]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         for (model, source, length, K), everything in by_length(data.of(self.name)):
             group = _with_needed(everything)
             H, needed, gain = (group[c] for c in ("lm_bits", "needed", "information_gain"))
-            row: list[Cell] = [short(model), source, length, K]
+            row: list[TableCell] = [short(model), source, length, K]
             row += [float(H.mean()), float(needed.mean()), float(gain.mean())]
             rows.append([*row, 100 * float(needed.sum() / gain.sum()), len(group)])
         columns = ["model", "source", "length", "K", "H, bits", "needed", "removed"]

@@ -12,7 +12,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.model.reading import StartRule
 from memvec.statistics import mean_interval
 
@@ -35,7 +35,7 @@ class Vectors(Protocol):
         return length * K
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[Cell]] = []
+        rows: list[list[TableCell]] = []
         measured = data.of(self.name)
         for (model, source), group in measured.groupby(["model", "series"], sort=False):
             for line in scaling(group).to_dict("records"):

@@ -10,7 +10,7 @@ from collections import Counter
 
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, short
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import share_interval
 
 MAX_PASSAGES = 200  # of a group
@@ -28,7 +28,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
     Not joined over K: a passage of one K is the beginning of the same passage of another, and
     joined they would be half as long for zlib.
     """
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     keys = ["model", "series", "protocol", "vectors"]
     for (model, source, protocol, k), group in averaged(data.rows).groupby(keys, sort=False):
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
@@ -48,7 +48,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
             float(exact["lm_bits"].sum()) / 8,
             len(exact) * K * int(data.models[str(model)]["width"]) * number,
         ]
-        row: list[Cell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
+        row: list[TableCell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
         row += [str(share_interval(len(exact), len(longest))), size]
         rows.append([*row, *(size / b if size else None for b in stored)])
     columns = ["model", "source", "protocol", "K", "passages", "exact", "text bytes", "zlib", "bz2"]

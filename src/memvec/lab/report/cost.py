@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 
 
 def cost_table(data: Data) -> Table:
     """One line for each model and protocol."""
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     for (model, protocol), g in data.rows.groupby(["model", "protocol"], sort=False):
-        row: list[Cell] = [short(str(model)), str(protocol), g["cell"].nunique(), len(g)]
+        row: list[TableCell] = [short(str(model)), str(protocol), g["cell"].nunique(), len(g)]
         rows.append([*row, int(g["steps"].sum()), int(g["spent"].sum()), float(g["seconds"].sum())])
     return Table(
         "cost",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-Cell = str | float | int | None
+TableCell = str | float | int | None
 
 _MARKDOWN = str.maketrans({"|": r"\|", "\n": " "})
 _LATEX = str.maketrans(
@@ -28,7 +28,7 @@ class Table:
     title: str
     note: str
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
 
     def shown(self) -> list[list[str]]:
         """Cells as text."""
@@ -62,7 +62,7 @@ class Table:
         return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
-def show(cell: Cell) -> str:
+def show(cell: TableCell) -> str:
     """A cell as text: three decimals below 1, one above; an en dash for what is missing."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "–"

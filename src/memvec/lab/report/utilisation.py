@@ -11,7 +11,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Cell, Table
+from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import mean_interval
 
 BITS = 16  # of a number, as in the paper's Figure 5
@@ -68,9 +68,9 @@ def _utilisation(data: Data, group: pd.DataFrame) -> Utilisation:
 
 def utilisation_table(data: Data) -> Table:
     """Figure 5 in numbers."""
-    rows: list[list[Cell]] = []
+    rows: list[list[TableCell]] = []
     for u in utilisations(data):
-        row: list[Cell] = [short(u.model), u.series, u.protocol, u.K, u.theoretical]
+        row: list[TableCell] = [short(u.model), u.series, u.protocol, u.K, u.theoretical]
         rows.append([*row, u.token_gain, u.tokens, u.bits, u.bits_per_dimension, u.n])
     columns = ["model", "source", "protocol", "K", "theoretical tokens", "token gain"]
     return Table(

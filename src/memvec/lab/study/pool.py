@@ -13,7 +13,7 @@ from memvec.cramming.engine import Progress
 from memvec.environment import environment
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Cell
-from memvec.lab.study.row import Finished, Text
+from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.work import cram_cell, find_passages
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -40,7 +40,7 @@ class Unit:
 
     def work(
         self, lm: FrozenLM, worker: str, on_progress: Callable[[Progress], None] | None
-    ) -> Iterator[tuple[Hashable, Finished]]:
+    ) -> Iterator[tuple[Hashable, StoreEntry]]:
         """Rows, each as soon as its passage is certified."""
         for finished in cram_cell(
             lm, self.cell, self.passages, self.batch_size, worker=worker, on_progress=on_progress
@@ -71,7 +71,7 @@ class Pool(Protocol):
 
     def cram(
         self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
-    ) -> Iterator[Finished]:
+    ) -> Iterator[StoreEntry]:
         """Rows of all units, in any order."""
 
     def between(
@@ -107,7 +107,7 @@ class Here:
 
     def cram(
         self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
-    ) -> Iterator[Finished]:
+    ) -> Iterator[StoreEntry]:
         """Rows of all units, one unit after the other."""
         for unit in units:
             yield from (row for _, row in unit.work(self.lm, "local", on_progress))

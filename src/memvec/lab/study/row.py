@@ -35,7 +35,7 @@ class Row(PassageResult):
 
 
 @dataclass(frozen=True)
-class Finished:
+class StoreEntry:
     """A row with its tensors: vectors (K, D) as stored; per position, float32 (4, N): bits without
     vectors, bits with, margin with, margin without."""
 
@@ -43,9 +43,9 @@ class Finished:
     vectors: Tensor
     positions: Tensor
 
-    def to_plain(self) -> Finished:
+    def to_plain(self) -> StoreEntry:
         """On the CPU, contiguous, detached: fit to travel and to be stored."""
-        return Finished(
+        return StoreEntry(
             self.row,
             self.vectors.detach().cpu().contiguous(),
             self.positions.detach().cpu().to(torch.float32).contiguous(),

@@ -27,7 +27,7 @@ MakePool = Callable[[ModelSpec], Pool]
 
 
 @dataclass(frozen=True)
-class Status:
+class StudyStatus:
     """Progress of a study, for a display."""
 
     cells_done: int
@@ -53,8 +53,8 @@ def run_study(
     *,
     base: Path | None = None,
     text: str = "",
-    on_status: Callable[[Status], None] | None = None,
-) -> Status:
+    on_status: Callable[[StudyStatus], None] | None = None,
+) -> StudyStatus:
     """Run what is left of a study. Raises MemvecError for what a person must change."""
     planned = expand(spec, base)
     check_lengths(planned)
@@ -77,7 +77,7 @@ class _Run:
         store: Store,
         planned: list[Planned],
         base: Path | None,
-        on_status: Callable[[Status], None] | None,
+        on_status: Callable[[StudyStatus], None] | None,
     ) -> None:
         self.spec, self.store, self.planned, self.base = spec, store, planned, base
         self.on_status = on_status
@@ -90,7 +90,7 @@ class _Run:
         self.cost_now = 0.0
         self.what, self.horizon = "starting", None  # type: tuple[str, float | None]
 
-    def run(self, make_pool: MakePool) -> Status:
+    def run(self, make_pool: MakePool) -> StudyStatus:
         for model in self.spec.models:
             mine = [p for p in self.planned if p.cell.model == model.name]
             if not any(self._left(p) for p in mine) and not any(self._open_pairs(mine)):
@@ -187,11 +187,11 @@ class _Run:
 
     # ------------------------------------------------------------------ progress
 
-    def status(self) -> Status:
+    def status(self) -> StudyStatus:
         """Progress so far."""
         seconds = time.monotonic() - self.began
         left = sum(self.costs[p.cell.key] * self._left(p) for p in self.planned)
-        return Status(
+        return StudyStatus(
             cells_done=sum(not self._left(p) for p in self.planned),
             cells=len(self.planned),
             rows=sum(min(self.done[p.cell.key], p.passages) for p in self.planned),

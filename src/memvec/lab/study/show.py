@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memvec.display import PLAIN_EVERY, err, say
-from memvec.lab.study.run import Status
+from memvec.lab.study.run import StudyStatus
 from memvec.model.estimate import duration
 
 
-def line(status: Status) -> str:
+def line(status: StudyStatus) -> str:
     """Cells, passages a minute, time left, horizon, what runs now."""
     left = "" if status.left is None else f", {duration(status.left)} left"
     horizon = "" if status.horizon is None else f", horizon {status.horizon:.0f}"
@@ -24,12 +24,12 @@ def line(status: Status) -> str:
 
 
 @contextlib.contextmanager
-def study_progress(name: str) -> Iterator[Callable[[Status], None]]:
+def study_progress(name: str) -> Iterator[Callable[[StudyStatus], None]]:
     """Show the progress of a study."""
     if not err.is_terminal:
         last = time.monotonic()
 
-        def plain(status: Status) -> None:
+        def plain(status: StudyStatus) -> None:
             nonlocal last
             if time.monotonic() - last >= PLAIN_EVERY:
                 last = time.monotonic()
@@ -41,7 +41,7 @@ def study_progress(name: str) -> Iterator[Callable[[Status], None]]:
     with Progress(*columns, console=err, transient=True) as bars:
         task = bars.add_task(name, total=None)
 
-        def show(status: Status) -> None:
+        def show(status: StudyStatus) -> None:
             bars.update(task, description=line(status), completed=status.rows, total=status.planned)
 
         yield show

@@ -32,7 +32,7 @@ from torch import Tensor
 from memvec.errors import MemvecError
 from memvec.lab.study import schema
 from memvec.lab.study.cells import Planned
-from memvec.lab.study.row import Finished, Text
+from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
 from memvec.passages.sources import SourcedPassage
 
@@ -172,7 +172,7 @@ class Store:
                     (key, f.name, _ids(f.passage.ids), _ids(f.before), *words),
                 )
 
-    def put(self, finished: Finished) -> None:
+    def put(self, finished: StoreEntry) -> None:
         """Write a row and its tensors; on disk when this returns. A row that is there stays."""
         row = finished.row
         if self.db.execute(

@@ -14,7 +14,7 @@ from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Cell
-from memvec.lab.study.row import Finished, Row
+from memvec.lab.study.row import Row, StoreEntry
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import ids_hash
@@ -50,7 +50,7 @@ def cram_cell(
     *,
     worker: str = "local",
     on_progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Finished]:
+) -> Iterator[StoreEntry]:
     """Rows of a cell's passages, each as soon as it is certified."""
     recipe = cell.made_recipe()
     lm = lm.read_as(protocol_of(cell.protocol).layout)
@@ -73,7 +73,7 @@ def cram_cell(
 
 def _finished(
     lm: FrozenLM, cell: Cell, engine: Engine, sourced: SourcedPassage, outcome: Outcome, worker: str
-) -> Finished:
+) -> StoreEntry:
     scores, start = outcome.scores, engine.start_rule
     assert scores is not None, "an outcome that comes from the engine has its scores"
     reached = scores.leading(outcome.metrics.horizon)
@@ -90,7 +90,7 @@ def _finished(
         worker=worker,
         extra=_extra(lm, cell, sourced, outcome, start),
     )
-    return Finished(row, outcome.vectors, scores.stacked()).to_plain()
+    return StoreEntry(row, outcome.vectors, scores.stacked()).to_plain()
 
 
 def _extra(
