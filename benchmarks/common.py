@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memvec.environment import environment
-from memvec.statistics import (
+from memvec.lab.statistics import (
     bootstrap_mean,
     median_and_spread,
     ratio_of_means,

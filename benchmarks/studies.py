@@ -21,12 +21,12 @@ import torch
 
 from common import arguments, report
 from memvec.lab.report.report import write_report
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
 from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
-from memvec.passages.sources import SourcedPassage
 
 D, T, PASSAGES = 64, 24, 250  # of a cell
 SPEC = """

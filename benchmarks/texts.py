@@ -6,10 +6,10 @@ import hashlib
 import random
 from pathlib import Path
 
+from memvec.lab.sources.random_tokens import random_token_passages
+from memvec.lab.sources.random_words import frequent_words, random_word_passages
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from memvec.passages.sources.random_tokens import random_token_passages
-from memvec.passages.sources.random_words import frequent_words, random_word_passages
 
 PROSE = Path(__file__).parent.parent / "examples" / "harbour.txt"
 

@@ -12,8 +12,8 @@ from torch import nn
 from conftest import ALSO, FAMILIES, QUICK, TOO_NEW, WITHOUT_CACHE, build, passages, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
-from memvec.doctor import CACHE, checks
 from memvec.errors import SlowPathWarning
+from memvec.lab.doctor import CACHE, checks
 from memvec.model.caching import KEEP_NONE, NAMES, cached_logits, find_cache
 from memvec.model.lm import FrozenLM
 from test_families import REFUSED, as_mem
@@ -94,7 +94,7 @@ def test_a_cache_that_is_not_found_is_our_error():
 
 def test_the_doctor_exits_2_where_a_cache_is_hidden(command, folder, monkeypatch):
     monkeypatch.setattr(
-        "memvec.doctor.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
+        "memvec.lab.doctor.load_lm", lambda *_, **__: FrozenLM(Hidden(), name="hidden", check=False)
     )
     ran = command("doctor", "--model", folder)
     assert ran.code == 2

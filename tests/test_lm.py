@@ -13,8 +13,8 @@ from torch import nn
 
 from conftest import build, byte_tokenizer, passages, reader, tiny
 from memvec.decoding import decode_ids
-from memvec.doctor import checks, examine, speed
 from memvec.errors import MemvecError, SlowPathWarning
+from memvec.lab.doctor import checks, examine, speed
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 
@@ -334,7 +334,7 @@ def test_a_tokenizer_that_adds_bos_is_noticed():
 
 def test_the_doctor_passes_a_sound_folder(folder, monkeypatch):
     monkeypatch.setattr(
-        "memvec.doctor.speed", lambda lm: speed(lm, tokens=4, batch_size=2, seconds=0.0)
+        "memvec.lab.doctor.speed", lambda lm: speed(lm, tokens=4, batch_size=2, seconds=0.0)
     )
     report = examine(str(folder))
     assert report["can_be_crammed"] is True
@@ -350,7 +350,7 @@ def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
     assert report["can_be_crammed"] is False
     assert "config.json" in report["reason"]
     monkeypatch.setattr(
-        "memvec.doctor.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
+        "memvec.lab.doctor.load_lm", lambda *_, **__: FrozenLM(Wrong("scales tokens"), check=False)
     )
     report = examine(str(folder))
     assert report["can_be_crammed"] is False

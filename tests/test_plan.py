@@ -10,9 +10,9 @@ from conftest import QUICK, reader
 from memvec import codec
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
+from memvec.lab.plan import plan
+from memvec.lab.statistics import Mean
 from memvec.passages.documents import Document
-from memvec.plan import plan
-from memvec.statistics import Mean
 
 TEXT = "the cat sat on the lazy dog while the fox ran over the hill and the cow ate the grass. " * 6
 WORDS = "the lazy dog sat on the cat"

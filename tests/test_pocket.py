@@ -9,7 +9,7 @@ from memvec import codec, load_lm
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
-from memvec.doctor import examine
+from memvec.lab.doctor import examine
 from memvec.loading import POCKET
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
@@ -42,7 +42,7 @@ def test_it_loads_with_what_belongs_to_it(pocket):
 
 
 def test_the_doctor_passes_it(monkeypatch):
-    monkeypatch.setattr("memvec.doctor.speed", lambda lm: 1.0)
+    monkeypatch.setattr("memvec.lab.doctor.speed", lambda lm: 1.0)
     report = examine("pocket")
     assert report["can_be_crammed"] is True
     assert report["reason"] is None

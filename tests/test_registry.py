@@ -14,7 +14,7 @@ from memvec import registry
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.export import TARGETS, Target, names, target
-from memvec.passages.sources import SOURCES, Source
+from memvec.lab.sources import SOURCES, Source
 
 PLACES = [
     (kind, name, place)
@@ -123,7 +123,7 @@ PLUGIN = """
     from memvec import register
     from memvec.export import Target
     from memvec.passages.passage import Passage
-    from memvec.passages.sources import Source, SourcedPassage
+    from memvec.lab.sources import Source, SourcedPassage
 
 
     @register("source", "counting")

@@ -16,12 +16,12 @@ from memvec import codec
 from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
 from memvec.lab.study.pool import Unit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
-from memvec.passages.sources import SourcedPassage
 from memvec.vectors import MemVectors
 from memvec.workers import Batch, Crew, Workers, combined
 from memvec.workers.pool import Member

@@ -10,12 +10,12 @@ import pytest
 
 from conftest import reader
 from memvec.errors import MemvecError
-from memvec.passages.sources import SOURCES, Source
-from memvec.passages.sources.files import Files
-from memvec.passages.sources.random_tokens import RandomTokens, ordinary_tokens
-from memvec.passages.sources.random_words import RandomWords
-from memvec.passages.sources.sampled import Sampled
-from memvec.passages.sources.written import chunk, sentences, split_by_rule
+from memvec.lab.sources import SOURCES, Source
+from memvec.lab.sources.files import Files
+from memvec.lab.sources.random_tokens import RandomTokens, ordinary_tokens
+from memvec.lab.sources.random_words import RandomWords
+from memvec.lab.sources.sampled import Sampled
+from memvec.lab.sources.written import chunk, sentences, split_by_rule
 from memvec.passages.text_readers import read_hub_texts, read_texts
 from studies import SENTENCES
 

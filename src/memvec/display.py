@@ -14,15 +14,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memvec.lab.statistics import Mean
 from memvec.model.estimate import duration
-from memvec.statistics import Mean
 from memvec.vectors import MemVectors
 from memvec.vectors import pretty_json as to_json
 
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus
+    from memvec.lab.plan import Plan
     from memvec.model.lm import FrozenLM
-    from memvec.plan import Plan
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 MAX_ROWS = 40  # passages that a certificate lists
@@ -245,7 +245,7 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
 
 
 def doctor(report: Mapping[str, Any]) -> None:
-    """Print the report of `memvec.doctor.examine`: its checks, its facts and its verdict."""
+    """Print the report of `memvec.lab.doctor.examine`: its checks, its facts and its verdict."""
     table = _table(f"{report['model']}")
     for check in report["checks"]:
         mark = "[green]yes[/green]" if check["ok"] else "[red]NO[/red]"

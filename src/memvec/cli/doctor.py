@@ -20,7 +20,7 @@ def doctor(
 ) -> None:
     """Check in seconds that a model can be crammed here, and how fast."""
     from memvec import display
-    from memvec.doctor import examine
+    from memvec.lab.doctor import examine
 
     report = examine(model, revision=revision, device=device, dtype=dtype, **loading_options(load))
     if json:

@@ -42,8 +42,8 @@ def plan(
     choice = ModelChoice.of(model, revision, device, dtype, load)
 
     from memvec import display
+    from memvec.lab.plan import plan as plan_document
     from memvec.passages.documents import peek, read_document
-    from memvec.plan import plan as plan_document
 
     peek(file)
     lm = choice.load()

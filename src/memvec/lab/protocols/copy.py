@@ -19,10 +19,10 @@ from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, shor
 from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.statistics import mean_interval
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
-from memvec.passages.sources import SourcedPassage
-from memvec.statistics import mean_interval
 
 BEFORE, BETWEEN = "text: ", "\nrepeat previous text: "
 

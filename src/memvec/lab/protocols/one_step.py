@@ -16,8 +16,8 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.table import Table, TableCell
+from memvec.lab.statistics import Mean, Share, mean_interval, share_interval
 from memvec.lab.study.spec import RunSpec
-from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 THRESHOLD = 0.99
 

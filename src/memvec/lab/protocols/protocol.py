@@ -34,11 +34,11 @@ from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
 from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import Layout, StartRule
 from memvec.passages.passage import Passage
-from memvec.passages.sources import SourcedPassage
 
 
 class Options(BaseModel):

@@ -17,7 +17,7 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.statistics import mean_interval
+from memvec.lab.statistics import mean_interval
 
 NOTE = (
     "Least squares; 95 % intervals resample passages; nothing counts as left of a passage with "

@@ -26,9 +26,9 @@ from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, shor
 from memvec.lab.report.plot import Panel, Plot, Series, cloud
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
-from memvec.passages.sources import SourcedPassage
 
 
 def needed_bits(bits: Float[Tensor, " T"], margin: Float[Tensor, " T"]) -> Float[Tensor, " T"]:

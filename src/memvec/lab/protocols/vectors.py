@@ -13,8 +13,8 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
+from memvec.lab.statistics import mean_interval
 from memvec.model.reading import StartRule
-from memvec.statistics import mean_interval
 
 # column of `scaling`, its label, and what the published values call it
 SHOWN = (

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from memvec.lab.sources import Source
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.pool import Here, Texts, Unit
 from memvec.lab.study.row import StoreEntry
 from memvec.lab.study.spec import ModelSpec
 from memvec.passages.passage import Passage
-from memvec.passages.sources import Source
 from memvec.workers import Loading, OnProgress, Workers
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from pathlib import Path
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.sources import Source
 from memvec.lab.study.cells import Planned, check_lengths, expand
 from memvec.lab.study.pool import Pool, Unit, in_units
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage, ids_hash
-from memvec.passages.sources import Source
 
 REPORT_EVERY = 0.2  # seconds
 MakePool = Callable[[ModelSpec], Pool]

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memvec.errors import MemvecError, did_you_mean
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
-from memvec.passages.sources import SOURCES, AnySource, Source
+from memvec.lab.sources import SOURCES, AnySource, Source
 
 Storage = Literal["float32", "bfloat16", "float16"]
 

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from memvec.errors import MemvecError
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study import schema
 from memvec.lab.study.cells import Planned
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
-from memvec.passages.sources import SourcedPassage
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 

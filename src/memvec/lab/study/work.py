@@ -13,12 +13,12 @@ from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.sources import Source, SourcedPassage
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import Row, StoreEntry
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import ids_hash
-from memvec.passages.sources import Source, SourcedPassage
 
 
 def find_passages(

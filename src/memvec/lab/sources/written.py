@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from memvec.errors import MemvecError
+from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.passage import Passage
-from memvec.passages.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.text_readers import NamedText, read_hub_texts, read_texts, resolve
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 A source of your own is a class in your own package, and a study names it by its kind:
 
     from memvec import register
-    from memvec.passages.sources import Source
+    from memvec.lab.sources import Source
 
     @register("source", "mine")
     class Mine(Source):
@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from memvec import registry
 from memvec.errors import did_you_mean
-from memvec.passages.sources.base import Source, SourcedPassage, seeded_random
+from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
 
 __all__ = ["SOURCES", "AnySource", "Source", "SourcedPassage", "seeded_random"]
 

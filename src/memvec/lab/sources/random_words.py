@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from memvec.errors import MemvecError
+from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.passage import Passage
-from memvec.passages.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.text_readers import resolve
 
 if TYPE_CHECKING:

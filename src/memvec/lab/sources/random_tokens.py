@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.passage import Passage
-from memvec.passages.sources.base import Source, SourcedPassage, seeded_random
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

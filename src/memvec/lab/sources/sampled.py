@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 
 from memvec.errors import MemvecError
+from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.passage import Passage
-from memvec.passages.sources.base import Source, SourcedPassage, seeded_random
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

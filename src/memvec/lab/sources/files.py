@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from memvec.passages.sources.written import WrittenTexts
+from memvec.lab.sources.written import WrittenTexts
 
 
 class Files(WrittenTexts):
