@@ -18,7 +18,8 @@ import torch
 
 import memvec
 from conftest import TRAINED_ON, reader
-from memvec import codec, display
+from memvec import codec
+from memvec.cli import display
 from memvec.cli.options import Storage
 from memvec.codec import CramStatus
 from memvec.cramming.engine import Progress

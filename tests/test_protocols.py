@@ -103,7 +103,7 @@ def test_a_protocol_of_another_package_runs_is_checked_and_reported(
     checked = check_study(tmp_path / "out")
     assert checked["wrong"] == []
     assert checked["worst"]["hardest_bits"] < 1e-3
-    page = write_report(tmp_path / "out", tmp_path / "report")
+    page = write_report(tmp_path / "out", tmp_path / "report").page
     table = (tmp_path / "report/tables/hardest.csv").read_text().splitlines()
     highest = max(extra["hardest_bits"] for extra in extras)
     assert float(table[1].split(",")[-1]) == pytest.approx(highest)

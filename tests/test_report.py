@@ -19,12 +19,14 @@ import torch
 from rich.console import Console
 
 from conftest import reader
+from memvec.cli.study import report
+from memvec.cli.study_tables import FORMATS
 from memvec.errors import MemvecError
 from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data, recipe_names
 from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import overview, write_page
-from memvec.lab.report.report import FORMATS, write_report
+from memvec.lab.report.report import write_report
 from memvec.lab.report.table import Table, show
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.statistics import mean_interval
@@ -229,7 +231,7 @@ def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Pat
 
 def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study: Path) -> None:
     for form in FORMATS:
-        write_report(study / "out", study / "again", shown=form, figures=False)
+        report(study / "out", study / "again", format_=form, figures=False)
         assert "exact" in capsys.readouterr().out.lower()
     table = Table("k", "T & t", "100 %", ["a_b", "c"], [["x", 0.5], [None, 12.34]])
     assert re.search(r"\| –\s+\| 12.3\s+\|", table.markdown())
@@ -305,7 +307,7 @@ def test_text_in_a_passage_cannot_leave_its_place(study: Path) -> None:
 def test_brackets_in_a_table_are_no_markup(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("memvec.display.out", Console(width=300))
+    monkeypatch.setattr("memvec.cli.display.out", Console(width=300))
     text = HEAD + block("exact", "lengths = [3]\n")
     made_up(
         tmp_path,
@@ -313,7 +315,7 @@ def test_brackets_in_a_table_are_no_markup(
             'kind = "random-tokens [/b]"', 'kind = "random-tokens"\nname = "random-tokens [/b]"'
         ),
     )
-    write_report(tmp_path, tmp_path / "report", figures=False)
+    report(tmp_path, figures=False)
     assert "random-tokens [/b]" in capsys.readouterr().out
 
 

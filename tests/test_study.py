@@ -20,6 +20,7 @@ from rich.console import Console
 
 from conftest import reader
 from memvec.cli.study import check, export, ls, validate
+from memvec.cli.study_progress import study_progress
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
 from memvec.lab.study import check as check_module
@@ -30,7 +31,6 @@ from memvec.lab.study.price import price, problems
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
-from memvec.lab.study.show import study_progress
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
 from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
@@ -395,7 +395,7 @@ def test_a_persons_brackets_are_words_and_no_markup(
     text = HEAD.replace('"small"', f'"small"\nabout = "{words}"')
     text = text.replace('"book"', f'"{words}"').replace("book.txt", "gone [/b].txt")
     (tmp_path / "s.toml").write_text(text + RUN)
-    monkeypatch.setattr("memvec.display.out", Console(width=300))
+    monkeypatch.setattr("memvec.cli.display.out", Console(width=300))
     with pytest.raises(typer.Exit):  # its text is missing
         validate(tmp_path / "s.toml")
     said = capsys.readouterr().out
@@ -412,7 +412,7 @@ def test_a_persons_brackets_are_words_and_no_markup(
         check(tmp_path)
     assert words in capsys.readouterr().out
     terminal = Console(width=300, force_terminal=True, file=io.StringIO())
-    monkeypatch.setattr("memvec.lab.study.show.err", terminal)
+    monkeypatch.setattr("memvec.cli.study_progress.err", terminal)
     with study_progress(words) as show:
         show(StudyStatus(0, 1, 0, 1, 0, 0.0, None, words, None))
     assert words in terminal.file.getvalue()  # type: ignore[attr-defined]

@@ -16,7 +16,8 @@ from safetensors.torch import save as to_safetensors
 from safetensors.torch import save_file
 
 from conftest import QUICK, reader, tiny
-from memvec import codec, display
+from memvec import codec
+from memvec.cli import display
 from memvec.errors import MemvecError, NotExactError
 from memvec.vectors import MemVectors, _digest, existing_path, pretty_json
 

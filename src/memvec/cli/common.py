@@ -47,7 +47,7 @@ class ModelChoice:
 
     def load(self) -> FrozenLM:
         """Load the model and print one line about it on stderr. Raises MemvecError as load_lm."""
-        from memvec import display
+        from memvec.cli import display
         from memvec.loading import load_lm
 
         lm = load_lm(

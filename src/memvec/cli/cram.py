@@ -197,7 +197,8 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
     The journal of finished passages stays unless all of them are exact and saved.
     """
-    from memvec import codec, display
+    from memvec import codec
+    from memvec.cli import display
     from memvec.journal import Journal
     from memvec.passages.documents import read_document
 
@@ -224,7 +225,8 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
 
 def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal) -> MemVectors:
-    from memvec import codec, display
+    from memvec import codec
+    from memvec.cli import display
 
     title = f"{request.file} with {lm.name}"
     with _workers(request, lm) as workers, display.progress(title) as show:
@@ -271,7 +273,8 @@ def _workers(request: _Request, lm: FrozenLM) -> Iterator[Workers | None]:
 
 def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: bool) -> None:
     """Print the result; exit code 3 and a sentence for each passage that is not exact."""
-    from memvec import codec, display
+    from memvec import codec
+    from memvec.cli import display
 
     if json:
         typer.echo(display.to_json({"file": str(saved), **mem.summary(), "bytes": byte_counts}))

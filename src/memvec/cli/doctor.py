@@ -19,7 +19,7 @@ def doctor(
     json: options.Json = False,
 ) -> None:
     """Check in seconds that a model can be crammed here, and how fast."""
-    from memvec import display
+    from memvec.cli import display
     from memvec.lab.doctor import examine
 
     report = examine(model, revision=revision, device=device, dtype=dtype, **loading_options(load))

@@ -93,7 +93,7 @@ def train(
     )
     target = _target(model, out, force)
 
-    from memvec.display import say
+    from memvec.cli.display import say
     from memvec.encoders.files import save_encoder
     from memvec.encoders.training import Training
     from memvec.loading import load_lm
@@ -125,7 +125,7 @@ def _target(model: str, out: Path | None, force: bool) -> Path:
 
 def _progress_lines() -> Callable[[TrainingProgress], None]:
     """Prints a line every ten seconds, and one for the last step."""
-    from memvec.display import say
+    from memvec.cli.display import say
 
     last_line = 0.0
 
@@ -223,7 +223,7 @@ def measure(
 def _print_comparison(name: str, comparison: Comparison) -> None:
     from rich.table import Table
 
-    from memvec.display import out
+    from memvec.cli.display import out
 
     n = comparison.rows[0].n
     table = Table(title=f"One-pass encoder beside cramming, {name}, n {n}", title_justify="left")

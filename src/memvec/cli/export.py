@@ -40,8 +40,8 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write the vectors for other software, certified in the dtype and layout that it reads."""
-    from memvec import display
     from memvec import export as exporting
+    from memvec.cli import display
 
     target = exporting.target(to)
     stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")

@@ -11,7 +11,7 @@ EXAMPLES = options.examples("memvec inspect letter.mem", "memvec inspect letter.
 
 def inspect(file: options.VectorFile, json: options.Json = False) -> None:
     """Show what a file holds: model, passages, tokens per vector, bits, margins, certificate."""
-    from memvec import display
+    from memvec.cli import display
     from memvec.vectors import MemVectors
 
     mem = MemVectors.load(file)

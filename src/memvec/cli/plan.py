@@ -41,7 +41,7 @@ def plan(
     check_sizes(vectors, tokens, batch_size)
     choice = ModelChoice.of(model, revision, device, dtype, load)
 
-    from memvec import display
+    from memvec.cli import display
     from memvec.lab.plan import plan as plan_document
     from memvec.passages.documents import peek, read_document
 

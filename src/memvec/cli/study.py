@@ -12,7 +12,13 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import check_workers
-from memvec.cli.study_tables import print_check, print_prices, print_rows
+from memvec.cli.study_tables import (
+    FORMATS,
+    print_check,
+    print_prices,
+    print_report_table,
+    print_rows,
+)
 from memvec.errors import MemvecError, did_you_mean
 
 if TYPE_CHECKING:
@@ -147,9 +153,9 @@ def _run(
     json: bool,
 ) -> None:
     """Run `spec` into `folder`, which keeps `text`; files of the spec are relative to `base`."""
-    from memvec.display import say
+    from memvec.cli.display import say
+    from memvec.cli.study_progress import study_progress
     from memvec.lab.study.run import run_study
-    from memvec.lab.study.show import study_progress
 
     with study_progress(spec.name) as show:
         status: StudyStatus = run_study(
@@ -172,7 +178,7 @@ def _pool_maker(device: str, workers: int, on: str | None) -> Callable[[ModelSpe
             from memvec.lab.study.remote import Remote
 
             return Remote(model, workers=workers, address=on, device=device)
-        from memvec import display
+        from memvec.cli import display
         from memvec.lab.study.pool import Here
         from memvec.loading import load_lm
 
@@ -220,7 +226,7 @@ def _cells(store: Store) -> list[dict[str, Any]]:
 
 
 def _studies(folder: Path) -> list[dict[str, Any]]:
-    from memvec.display import say
+    from memvec.cli.display import say
     from memvec.lab.study.store import Store
 
     rows = []
@@ -250,7 +256,7 @@ def export(
     csv: Annotated[Path | None, typer.Option(help="Write a CSV file.")] = None,
 ) -> None:
     """Write all rows with their cells' settings, and a sentence about each column."""
-    from memvec.display import say
+    from memvec.cli.display import say
     from memvec.lab.study.export import export_rows
 
     if parquet is None and csv is None:
@@ -285,14 +291,19 @@ def report(
     figures: Annotated[bool, typer.Option(help="Draw PDF, SVG and PNG figures.")] = True,
 ) -> None:
     """Write tables, figures with their data, and one self-contained page."""
-    from memvec.lab.report.report import FORMATS, write_report
+    from memvec.cli.display import say
+    from memvec.lab.report.report import write_report
 
     if compare not in (None, "paper"):
         raise MemvecError(f"--compare knows 'paper', not '{compare}'.")
     if format_ not in FORMATS:
         raise MemvecError(f"unknown --format '{format_}': {did_you_mean(format_, FORMATS)}")
-    target = out or folder / "report"
-    write_report(folder, target, compare=compare == "paper", shown=format_, figures=figures)
+    written = write_report(
+        folder, out or folder / "report", compare=compare == "paper", figures=figures
+    )
+    for table in written.tables:
+        print_report_table(table, format_)
+    say(f"page: {written.page}; tables and figures beside it")
 
 
 @app.command(

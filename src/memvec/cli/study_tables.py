@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
+    from memvec.lab.report.table import Table as ReportTable
     from memvec.lab.study.price import Price
 
+FORMATS = ("text", "markdown", "latex", "csv")  # of a report's tables
 MAX_SENTENCES = 20  # disagreements that `check` lists
 
 
@@ -17,7 +21,7 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
     from rich.markup import escape
     from rich.table import Table
 
-    from memvec.display import out
+    from memvec.cli.display import out
     from memvec.lab.study.price import CPU_FLOPS, GPU_FLOPS
 
     table = Table(title=escape(title), title_justify="left")
@@ -43,7 +47,7 @@ def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from memvec.display import out
+    from memvec.cli.display import out
 
     if not rows:
         out.print(f"No studies in {folder}.", markup=False)
@@ -58,7 +62,7 @@ def print_check(checked: dict[str, Any]) -> None:
     """What `study check` compared: the largest difference of each column, and what disagrees."""
     from rich.markup import escape
 
-    from memvec.display import out
+    from memvec.cli.display import out
 
     out.print(f"{checked['rows']} rows recomputed; largest differences:")
     for name, difference in checked["worst"].items():
@@ -67,3 +71,23 @@ def print_check(checked: dict[str, Any]) -> None:
         out.print(f"[red]{escape(sentence)}[/red]")
     verdict = "[green]agree[/green]" if not checked["wrong"] else "[red]DISAGREE[/red]"
     out.print(f"Stored and recomputed columns {verdict}.")
+
+
+def print_report_table(table: ReportTable, form: str) -> None:
+    """One table of a report, in one of FORMATS."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from memvec.cli.display import out
+
+    if form != "text":
+        forms = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
+        typer.echo(forms[form]())
+        return
+    title, note = escape(table.title), escape(table.note)
+    shown = Table(title=title, title_justify="left", caption=note, caption_justify="left")
+    for column in table.columns:
+        shown.add_column(escape(column), overflow="fold")
+    for row in table.shown():
+        shown.add_row(*map(escape, row))
+    out.print(shown)

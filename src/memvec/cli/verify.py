@@ -21,7 +21,8 @@ def verify(
     json: options.Json = False,
 ) -> None:
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
-    from memvec import codec, display
+    from memvec import codec
+    from memvec.cli import display
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     decoded = mem.decode_passages(lm, force=force)

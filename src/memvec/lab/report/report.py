@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-from rich.markup import escape
-from rich.table import Table as Rich
-
-from memvec import display
 from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data
 from memvec.lab.report.figures import draw_all
@@ -16,13 +12,20 @@ from memvec.lab.report.page import write_page
 from memvec.lab.report.table import Table
 from memvec.lab.study.store import Store
 
-FORMATS = ("text", "markdown", "latex", "csv")
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: the page's file, and the tables that it shows."""
+
+    page: Path
+    tables: list[Table]
 
 
-def write_report(
-    folder: Path, out: Path, *, compare: bool = False, shown: str = "text", figures: bool = True
-) -> Path:
-    """Write tables/, figures/ and index.html under `out`; print the tables. Returns the page."""
+def write_report(folder: Path, out: Path, *, compare: bool = False, figures: bool = True) -> Report:
+    """Write tables/, figures/ and index.html of the study in `folder` under `out`.
+
+    `compare` puts published values beside ours. Raises MemvecError for a study without rows.
+    """
     with Store(folder) as store:
         data = read_data(store)
         tables = all_tables(data, compare=compare)
@@ -36,21 +39,4 @@ def write_report(
         if figures:
             draw_all(plots, out / "figures")
         page = write_page(data, tables, plots, out / "index.html")
-    for table in tables:
-        _show(table, shown)
-    display.say(f"page: {page}; tables and figures beside it")
-    return page
-
-
-def _show(table: Table, shown: str) -> None:
-    if shown != "text":
-        kinds = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
-        typer.echo(kinds[shown]())
-        return
-    title, note = escape(table.title), escape(table.note)
-    rich = Rich(title=title, title_justify="left", caption=note, caption_justify="left")
-    for column in table.columns:
-        rich.add_column(escape(column), overflow="fold")
-    for row in table.shown():
-        rich.add_row(*map(escape, row))
-    display.out.print(rich)
+    return Report(page, tables)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from memvec.display import PLAIN_EVERY, err, say
+from memvec.cli.display import PLAIN_EVERY, err, say
 from memvec.lab.study.run import StudyStatus
 from memvec.model.estimate import duration
 
