@@ -13,7 +13,7 @@ FILES = {
     for path in ROOT.rglob("*.py")
 }
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
-BESIDE = ("lab", "encoders", "export", "hub", "workers", "cli")  # beside the core
+BESIDE = ("lab", "usable", "encoders", "export", "hub", "workers", "cli")  # beside the core
 
 
 def imports(name: str) -> set[str]:
@@ -93,7 +93,7 @@ def lines_of_code(path: Path) -> int:
 
 
 def test_the_core_is_small():
-    """Everything but lab, encoders, export, hub, workers and the command line, in lines of code.
+    """Everything but lab, usable, encoders, export, hub, workers and the command line, in lines of code.
 
     The goal is 5000 lines in all; this holds what has been reached.
     """

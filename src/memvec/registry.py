@@ -30,6 +30,8 @@ Choice = TypeVar("Choice")
 
 KINDS = {
     "objective": "(logits, ids, temperature, recipe) -> loss of each position",
+    "term": "a class made from (lm, module, recipe, K, start_rule): a second loss on the vectors",
+    "queries": "(lm, ids, recipe) -> token ids that the model reads behind the vectors",
     "schedule": "a class made from (recipe, K): which positions count, and how soft the loss is",
     "coordinates": "a class made from (recipe, K, D): parameters to [mem] vectors",
     "optimizer": "a class made from (recipe): one step of stacked parameters",
@@ -48,6 +50,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "margin": "memvec.cramming.objectives:margin",
         "deficit": "memvec.cramming.objectives:Deficit",
     },
+    "term": {
+        "none": "memvec.cramming.terms:NoTerm",
+        "use": "memvec.usable.term:Use",
+    },
+    "queries": {
+        "continuations": "memvec.usable.queries:continuations",
+        "samples": "memvec.usable.queries:samples",
+    },
     "schedule": {
         "growing": "memvec.cramming.schedules:Growing",
         "whole": "memvec.cramming.schedules:Whole",
@@ -62,6 +72,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "start": {
         "noise": "memvec.cramming.starts:noise",
+        "last-tokens": "memvec.cramming.starts:last_tokens",
         "embeddings": "memvec.cramming.starts:embeddings",
         "uniform": "memvec.cramming.starts:uniform",
         "linear": "memvec.cramming.starts:linear",

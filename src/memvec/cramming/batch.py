@@ -98,8 +98,11 @@ class BatchState(Rows):
     done: Bool[Tensor, " B"]  # every margin is met
     failed: Bool[Tensor, " B"]  # the loss was not finite
     stopped: Bool[Tensor, " B"]  # done, failed or out of budget: the slot can be freed
+    term_mean: Float[Tensor, " B"]  # running mean of the second term's loss
+    term_kept: Float[Tensor, " B"]  # the same, when the vectors were kept
     schedule: ScheduleState
     optimizer: OptimizerState
+    term: Rows  # what the second term keeps of each passage
 
     @property
     def columns(self) -> int:

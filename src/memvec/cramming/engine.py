@@ -211,8 +211,11 @@ class Engine:
             done=flag,
             failed=flag.clone(),
             stopped=flag.clone(),
+            term_mean=torch.full_like(margin, torch.inf),
+            term_kept=torch.full_like(margin, torch.inf),
             schedule=self.schedule.fresh(size, large),
             optimizer=self.one_step.optimizer.fresh(parameters),
+            term=self.one_step.term.fresh([job.passage for job in jobs]),
         )
 
     def _first_vectors(self, jobs: list[Job]) -> Float[Tensor, "n K D"]:

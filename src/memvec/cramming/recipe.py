@@ -38,6 +38,28 @@ class Recipe:
         "what temperature and margin are counted in: 'spread', the standard deviation of the "
         "model's logits over its vocabulary, so that one recipe fits all models; or 'logits'",
     )
+    term: str = documented(
+        "none",
+        "a second loss: 'use', the divergence from the model that has read the text, so that the "
+        "vectors stand for it as context; 'none'",
+    )
+    term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
+    queries: str = documented(
+        "continuations",
+        "what the model reads behind the vectors for 'use': 'continuations' of the text by the "
+        "model itself, 'samples' that it writes without the text, or the path of a file with a "
+        "question on each line, which the model answers",
+    )
+    query_count: int = documented(16, "queries of each passage; a step takes one of them")
+    query_tokens: int = documented(48, "tokens of a query with the answer")
+    teacher_top: int = documented(
+        256, "tokens of the model's distribution that are kept beside the mass of all others"
+    )
+    settle: int = documented(
+        0,
+        "steps that a passage takes at the least; of the exact vectors on the way, those with the "
+        "smallest second loss are kept; 0: it is done once it is exact",
+    )
     schedule: str = documented(
         "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
     )
@@ -162,6 +184,7 @@ _REGISTERED: dict[str, tuple[str, ...]] = {
     "coordinates": (),
     "optimizer": (),
     "schedule": (),
+    "term": (),
     "start": ("auto", "encoder"),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -183,6 +206,11 @@ _MINIMUM: dict[str, float] = {
     "lr_end": 0.0,
     "beta1_rise": 0.0,
     "weight_decay": 0.0,
+    "term_weight": 0.0,
+    "query_count": 1,
+    "query_tokens": 1,
+    "teacher_top": 1,
+    "settle": 0,
     "steps": 0,
     "patience": 1,
     "budget": 0,
@@ -245,6 +273,22 @@ PRESETS: dict[str, Recipe] = {
     "low-dim": replace(_PROGRESSIVE, coordinates="low-dim", start="linear"),
     # A token counts as right from this margin, and weighs in the loss what it lacks of it.
     "margin": replace(_PROGRESSIVE, objective="deficit", margin=0.5),
+    # The text behind a trigger, and the vectors as its context (docs/usable.md).
+    "usable": Recipe(
+        term="use",
+        settle=300,
+        decay=300,
+        lr=0.3,
+        lr_large=0.0,
+        lr_end=0.02,
+        beta1=0.9,
+        beta1_rise=0.0,
+        beta2=0.8,
+        start="last-tokens",
+        start_rule="bos",
+        steps=900,
+        patience=900,
+    ),
     # Kuratov et al., section 4 and the published train.py.
     "paper": Recipe(
         unit="logits",

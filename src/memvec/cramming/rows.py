@@ -41,8 +41,7 @@ class Rows:
         )
 
     def __len__(self) -> int:
-        first = next(iter(self._fields().values()))
-        return len(first)
+        return next((len(field) for field in self._fields().values()), 0)
 
     def _fields(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}

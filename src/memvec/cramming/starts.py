@@ -42,6 +42,18 @@ def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Floa
     return torch.stack([rows[span].mean(0) for span in spans]) + 0.1 * noise(lm, ids, K, recipe)
 
 
+@torch.no_grad()
+def last_tokens(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Embeddings of the last K tokens of the passage, each of size (RMS) 1.
+
+    As context they are worth what the end of the text is worth, where noise is worth less than
+    nothing (docs/usable.md). A passage of fewer tokens repeats its first.
+    """
+    last = [ids[0]] * (K - len(ids)) + list(ids[-K:])
+    rows = lm.embed(torch.tensor(last, device=lm.device)).float().cpu()
+    return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+
+
 def uniform(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
     """Uniform in [0, 0.02), as progressive cramming was run (Tarasov et al. 2026, 'random0.02')."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))

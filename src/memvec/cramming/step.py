@@ -25,9 +25,12 @@ from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
+from memvec.cramming.terms import Term, TermLoss
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.storage import Storage
+
+TERM_MEAN = 0.9  # decay of the running mean of a term, whose loss changes with each query
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Measurement:
     vectors: Float[Tensor, "B K D"]  # as stored
     loss: Float[Tensor, "B T"]
     margin: Float[Tensor, "B T"]
+    term: TermLoss
 
 
 class Step:
@@ -69,6 +73,7 @@ class Step:
         self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
         self.objective = objective_named(recipe.objective)
+        self.term: Term = registry.get("term", recipe.term)(lm, module, recipe, K, start_rule)
 
     def __call__(self, batch: BatchState, columns: int, padding_rows: int = 0) -> None:
         """Measure all slots over so many predicted columns, keep what is better, move the rest.
@@ -96,7 +101,10 @@ class Step:
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
             ids = with_padding(batch.ids[:, : columns + self.given], padding_rows)
-            states = self.module.states(with_padding(vectors, padding_rows), ids, self.start_rule)
+            rows = with_padding(vectors, padding_rows)
+            with self.term.watching():
+                states = self.module.states(rows, ids, self.start_rule)
+            term = self.term.measure(rows, batch, columns, padding_rows)
         temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
         scores = score(
             self.module.head,
@@ -107,7 +115,7 @@ class Step:
             V=self.lm.vocab_size,
         )
         return Measurement(
-            states, scores.gradient, vectors.detach(), scores.loss[:B], scores.margin[:B]
+            states, scores.gradient, vectors.detach(), scores.loss[:B], scores.margin[:B], term
         )
 
     def rehearse(self, tokens: int, batch_size: int) -> None:
@@ -136,12 +144,30 @@ class Step:
         leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
         reached = self.schedule.reached(leading, (right & within).sum(-1))
         better, gained = self.schedule.record(batch.schedule, reached)
+        better = self._better_by_term(batch, measured.term.loss, better, leading)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         arrived = (leading >= batch.length) & (batch.length <= columns)
+        if self.recipe.settle:  # those that were kept, once they have had their time
+            arrived = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
         if self.module is not self.lm:
             arrived = self.confirmed(batch, arrived, padding_rows)
         batch.done = batch.done | arrived
         return gained
+
+    def _better_by_term(
+        self,
+        batch: BatchState,
+        loss: Float[Tensor, " B"],
+        better: Bool[Tensor, " B"],
+        leading: Int[Tensor, " B"],
+    ) -> Bool[Tensor, " B"]:
+        """Who is to be kept: more tokens than ever, or all of them and a smaller second term."""
+        mean = TERM_MEAN * batch.term_mean + (1 - TERM_MEAN) * loss
+        batch.term_mean = torch.where(torch.isfinite(batch.term_mean), mean, loss)
+        whole = (leading >= batch.length) & (batch.schedule.best >= batch.length)
+        better = better | (whole & (batch.term_mean < batch.term_kept))
+        batch.term_kept = torch.where(better, batch.term_mean, batch.term_kept)
+        return better
 
     @torch.no_grad()
     def confirmed(
@@ -177,7 +203,8 @@ class Step:
 
     def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
         """Mark who failed, and everybody whose slot can be freed."""
-        batch.failed = batch.failed | ~torch.isfinite((measured.loss * weight).sum(-1))
+        loss = (measured.loss * weight).sum(-1) + measured.term.loss
+        batch.failed = batch.failed | ~torch.isfinite(loss)
         exhausted = batch.steps >= self.recipe.steps
         exhausted = exhausted | self.schedule.out_of_patience(batch.schedule)
         if self.recipe.budget:
@@ -198,7 +225,13 @@ class Step:
         """Move the passages that have not stopped, and charge them for what counted."""
         moving = ~batch.stopped
         slope = measured.gradient.mul_(with_padding(weight, padding_rows)[..., None])
-        (gradient,) = torch.autograd.grad(measured.states, batch.parameters, slope)
+        outputs, slopes = [measured.states], [slope]
+        term_weight = self.term.weight(batch)
+        for output, at in zip(measured.term.outputs, measured.term.gradients, strict=True):
+            rows = with_padding(term_weight, padding_rows)
+            outputs.append(output)
+            slopes.append(at * rows.reshape(-1, *(1 for _ in at.shape[1:])).to(at.dtype))
+        (gradient,) = torch.autograd.grad(outputs, batch.parameters, slopes)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
         self.optimizer.step(
             batch.parameters, gradient, batch.optimizer, moving, batch.schedule.lr_scale
@@ -206,7 +239,8 @@ class Step:
         # A passage pays for what counts for it, as if it were alone, not for its neighbours' width.
         batch.steps = batch.steps + moving
         before = self.lm.inputs_before(self.K, self.start_rule)
-        batch.spent = batch.spent + (counted + before) * moving
+        spent = counted + before + self.term.inputs(measured.margin.shape[1])
+        batch.spent = batch.spent + spent * moving
 
     @torch.no_grad()
     def enlarged(self, parameters: Tensor, rows: Bool[Tensor, " B"]) -> Tensor:

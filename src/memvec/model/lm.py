@@ -185,7 +185,11 @@ class FrozenLM:
         logits already, and `head` leaves them as they are.
         """
         predicted = ids.shape[1] - (start == "first-token")
-        return self._run(self.inputs(vectors, ids, start), keep=predicted)
+        return self.states_of(self.inputs(vectors, ids, start), keep=predicted)
+
+    def states_of(self, inputs: Float[Tensor, "B N D"], keep: int) -> Float[Tensor, "B keep H"]:
+        """States at the last `keep` positions of free inputs; `head` turns them into logits."""
+        return self._run(inputs, keep)
 
     def inputs_before(self, K: int, start: StartRule) -> int:
         """Inputs that a forward pass reads besides one for each predicted token."""

@@ -1,0 +1,117 @@
+"""A second loss on the vectors, beside the objective: what else they are to do.
+
+The objective asks that the vectors give the passage back. A term adds another wish, with a weight
+(`Recipe.term_weight`): that they stand for the text as context (`use`), or that the hidden states
+behind them resemble those of the plain text (`alignment`). A term keeps rows of its own for each
+slot (what was computed once for the passage), and gives, at each step, the loss of each slot and
+the gradient that goes back to the vectors.
+
+    from memvec import register
+    from memvec.cramming.terms import Term, TermLoss
+
+    @register("term", "small")
+    class Small(Term):
+        def measure(self, vectors, batch, columns, padding_rows):
+            loss = vectors.square().mean((1, 2))
+            return TermLoss(loss[: len(batch)].detach(), (loss,), (torch.ones_like(loss),))
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.rows import Rows
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.passages.passage import Passage
+
+if TYPE_CHECKING:
+    from memvec.cramming.batch import BatchState
+
+# Steps behind `settle` after which a passage that is not exact yet feels half of the term.
+YIELDS_AFTER = 40
+
+
+@dataclass
+class NoRows(Rows):
+    """A term that keeps nothing for a slot."""
+
+
+@dataclass(frozen=True)
+class TermLoss:
+    """What a term measured in one step: the loss of each slot, and how it goes back.
+
+    `outputs` are tensors that are attached to the parameters, with the slots (and padding rows) on
+    their first axis; `gradients` are the gradients of each row's loss at them.
+    """
+
+    loss: Float[Tensor, " B"]
+    outputs: tuple[Tensor, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
+
+
+class Term:
+    """The common skeleton of a second loss; made once for an engine.
+
+    `module` is what steps are computed with: `lm` itself, or a copy of its weights in a faster
+    dtype.
+    """
+
+    def __init__(
+        self, lm: FrozenLM, module: FrozenLM, recipe: Recipe, K: int, start_rule: StartRule
+    ) -> None:
+        self.lm, self.module, self.recipe, self.K = lm, module, recipe, K
+        self.start_rule = start_rule
+
+    def fresh(self, passages: Sequence[Passage]) -> Rows:
+        """Rows of passages that enter a slot. They depend on each passage alone."""
+        return NoRows()
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Entered around the forward pass of the objective, for a term that reads along."""
+        return contextlib.nullcontext()
+
+    def measure(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        batch: BatchState,
+        columns: int,
+        padding_rows: int,
+    ) -> TermLoss:
+        """The loss of each slot at these vectors, attached to the parameters (N: B and padding)."""
+        raise NotImplementedError
+
+    def inputs(self, columns: int) -> int:
+        """Inputs of forward and backward passes that the term costs a passage at each step."""
+        return 0
+
+    def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
+        """What the term weighs beside the objective, for each slot.
+
+        The recipe's weight; less and less for a passage that is not exact when it should settle:
+        giving the text back is a condition, the term a wish.
+        """
+        late = (batch.steps - self.recipe.settle).clamp_min(0) / YIELDS_AFTER
+        late = torch.where(batch.schedule.best >= batch.length, 0.0, late)
+        return self.recipe.term_weight * torch.exp2(-late.float())
+
+
+class NoTerm(Term):
+    """None: the objective alone."""
+
+    def measure(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        batch: BatchState,
+        columns: int,
+        padding_rows: int,
+    ) -> TermLoss:
+        return TermLoss(torch.zeros(len(batch), device=vectors.device))

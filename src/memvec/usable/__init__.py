@@ -1,0 +1,1 @@
+"""Vectors that stand for their text as context: the second loss, its certificate, and their use."""

@@ -1,0 +1,148 @@
+"""What the model reads behind the vectors while they learn to stand for their text.
+
+A query is a row of token ids. The model that has read the text and the model that reads the vectors
+predict each of them, and the two are compared (memvec.usable.term). A source of queries is
+
+    @register("queries", "mine")
+    def mine(lm, ids, recipe):      # token ids of the passage -> (M, L) and the length of each row
+        ...
+
+Everything random comes from the passage's own token ids and the recipe's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec import registry
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import passage_seed
+from memvec.decoding import BATCH
+from memvec.errors import MemvecError, did_you_mean
+from memvec.model import caching, memory
+from memvec.model.lm import FrozenLM
+
+# Query ids (M, L), right-padded with 0, and the tokens of each row (M).
+Queries = tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]
+
+
+def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
+    """What the model reads of a text as its context: BOS, if the model has one, and the text."""
+    bos = [] if lm.bos_id is None else [lm.bos_id]
+    return lm.embed(torch.tensor([[*bos, *ids]], device=lm.device))
+
+
+@torch.no_grad()
+def continued(
+    lm: FrozenLM,
+    inputs: Float[Tensor, "B N D"],
+    tokens: int,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> Int[Tensor, "B n"]:
+    """What the model writes behind some inputs, `tokens` tokens: sampled, or greedy without a
+    generator."""
+    argument = lm.caching.argument
+    written: list[Tensor] = []
+    cache, logits, ids = None, None, None
+    for _ in range(tokens):
+        if argument is None:
+            past = [] if not written else [lm.embed(torch.stack(written, 1))]
+            whole = torch.cat([inputs, *past], 1)
+            logits = lm.model(inputs_embeds=whole, use_cache=False).logits[:, -1].float()
+        elif ids is None:
+            logits, cache = caching.step(lm.model, argument, inputs_embeds=inputs)
+        else:
+            logits, cache = caching.step(lm.model, argument, cache, input_ids=ids[:, None])
+        if generator is None:
+            ids = logits.argmax(-1)
+        else:  # drawn on the CPU: the same everywhere
+            shares = (logits / temperature).softmax(-1).cpu()
+            ids = torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
+        written.append(ids)
+    return torch.stack(written, 1)
+
+
+def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
+    """Texts that the model itself writes after the passage, sampled at temperature 1."""
+    return _sampled(lm, text_inputs(lm, ids), ids, recipe)
+
+
+def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
+    """Texts that the model writes from nothing: they have nothing to do with the passage."""
+    bos = lm.bos_id if lm.bos_id is not None else ids[0]
+    return _sampled(lm, lm.embed(torch.tensor([[bos]], device=lm.device)), ids, recipe)
+
+
+def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequence[str]) -> Queries:
+    """A person's own questions, each with the answer that the model gives after the passage."""
+    rows, lengths = [], []
+    text = text_inputs(lm, ids)
+    for question in questions:
+        asked = lm.tokenize(question)
+        if len(asked) >= recipe.query_tokens:
+            raise MemvecError(
+                f"a question of {len(asked)} tokens leaves no room for an answer in queries of "
+                f"{recipe.query_tokens} tokens: shorten it, or raise query_tokens."
+            )
+        behind = lm.embed(torch.tensor([asked], device=lm.device))
+        inputs = torch.cat([text, behind], 1)
+        answer = continued(lm, inputs, recipe.query_tokens - len(asked))[0].cpu()
+        rows.append(torch.cat([torch.tensor(asked, dtype=torch.long), answer]))
+        lengths.append(len(rows[-1]))
+    return torch.stack(rows), torch.tensor(lengths)
+
+
+def questions_of(path: Path) -> list[str]:
+    """The questions of a file, one on each line. Raises MemvecError if it cannot be used."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise MemvecError(f"{path} is not UTF-8: questions are read from a text file.") from None
+    except OSError as error:
+        raise MemvecError(f"the questions in {path} cannot be read: {error.strerror}.") from None
+    if not (questions := [line for line in lines if line.strip()]):
+        raise MemvecError(f"{path} holds no question: write one on each line.")
+    return questions
+
+
+def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
+    """The queries of a passage, as the recipe has them.
+
+    Raises MemvecError for an unknown source, a file without questions, or queries that do not fit
+    the model's context behind the text.
+    """
+    if lm.context is not None and len(ids) + 1 + recipe.query_tokens > lm.context:
+        raise MemvecError(
+            f"queries of {recipe.query_tokens} tokens do not fit the context of {lm.name} "
+            f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens or --tokens."
+        )
+    if recipe.queries in registry.names("queries"):
+        found: Queries = registry.get("queries", recipe.queries)(lm, ids, recipe)
+        return found
+    path = Path(recipe.queries)
+    if not path.exists():
+        names = registry.names("queries")
+        raise MemvecError(
+            f"there is no source of queries, and no file, named '{recipe.queries}': "
+            f"{did_you_mean(recipe.queries, names)}"
+        )
+    return answered(lm, ids, recipe, questions_of(path))
+
+
+def _sampled(
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Sequence[int], recipe: Recipe
+) -> Queries:
+    M, L = recipe.query_count, recipe.query_tokens
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+
+    def work(rows: slice) -> list[Tensor]:
+        n = len(range(M)[rows])
+        return list(continued(lm, inputs.expand(n, -1, -1), L, generator).cpu())
+
+    return torch.stack(memory.in_batches(work, M, BATCH)), torch.full((M,), L)

@@ -1,0 +1,96 @@
+"""What the model that has read the text says at each position of a query, computed once and kept.
+
+Of each distribution the `top` most likely tokens are kept and the mass of all others together. The
+divergence of another distribution from it is taken over these top + 1 outcomes, which is a lower
+bound of the divergence over all V tokens, and equal to it for top >= V - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from memvec.cramming.rows import Rows
+from memvec.model import memory
+from memvec.model.lm import FrozenLM
+
+SMALLEST_MASS = 1e-7  # of what is outside the kept tokens, so that its logarithm is finite
+
+
+@dataclass
+class Teacher(Rows):
+    """The kept distributions of M queries of each of B passages, at L positions, n tokens each."""
+
+    queries: Int[Tensor, "B M L"]
+    length: Int[Tensor, "B M"]  # tokens of each query
+    top: Int[Tensor, "B M L n"]  # token ids
+    log_p: Float[Tensor, "B M L n"]  # their log-probabilities, nats
+    log_rest: Float[Tensor, "B M L"]  # log of the mass of all others, nats
+
+
+@torch.no_grad()
+def teacher_of(
+    lm: FrozenLM,
+    inputs: Float[Tensor, "1 N D"],
+    queries: Int[Tensor, "M L"],
+    length: Int[Tensor, " M"],
+    top: int,
+) -> Teacher:
+    """The distributions of the model behind some inputs (the text) at each token of the queries."""
+    n, L = min(top, lm.vocab_size - 1), queries.shape[1]
+    at_once = max(1, memory.LOGITS_AT_ONCE // (lm.vocab_size * L))
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for at in range(0, len(queries), at_once):
+        rows = queries[at : at + at_once].to(lm.device)
+        states = states_behind(lm, inputs.expand(len(rows), -1, -1), rows)
+        kept.append(_largest(lm.head(states), n))
+    tops, log_p, log_rest = (torch.cat(parts)[None] for parts in zip(*kept, strict=True))
+    return Teacher(
+        queries[None].to(lm.device), length[None].to(lm.device), tops.int(), log_p, log_rest
+    )
+
+
+def states_behind(
+    lm: FrozenLM, inputs: Float[Tensor, "B N D"], ids: Int[Tensor, "B L"]
+) -> Float[Tensor, "B L H"]:
+    """States that predict each token of `ids` behind some inputs."""
+    behind = torch.cat([inputs.to(lm.dtype), lm.embed(ids[:, :-1])], 1)
+    return lm.states_of(behind, keep=ids.shape[1])
+
+
+def divergence(
+    logits: Float[Tensor, "*shape V"],
+    top: Int[Tensor, "*shape n"],
+    log_p: Float[Tensor, "*shape n"],
+    log_rest: Float[Tensor, "*shape"],
+) -> Float[Tensor, "*shape"]:
+    """KL(kept distribution || softmax of the logits) at each position, nats."""
+    log_q = logits.log_softmax(-1)
+    log_top = log_q.gather(-1, top.long())
+    rest = (1 - log_top.exp().sum(-1)).clamp_min(SMALLEST_MASS)
+    p_rest = log_rest.exp()
+    return (log_p.exp() * (log_p - log_top)).sum(-1) + p_rest * (log_rest - rest.log())
+
+
+def answer_positions(length: Int[Tensor, " B"], columns: int) -> Bool[Tensor, "B L"]:
+    """Positions that a query has."""
+    return torch.arange(columns, device=length.device) < length[:, None]
+
+
+def joined(teachers: Sequence[Teacher]) -> Teacher:
+    """The rows of several teachers, one behind the other."""
+    first = teachers[0]
+    for other in teachers[1:]:
+        first = first.joined(other)
+    return first
+
+
+def _largest(logits: Float[Tensor, "M L V"], n: int) -> tuple[Tensor, Tensor, Tensor]:
+    log_p = logits.log_softmax(-1)
+    values, ids = log_p.topk(n, dim=-1)
+    rest = (1 - values.exp().sum(-1)).clamp_min(SMALLEST_MASS)
+    return ids, values, rest.log()

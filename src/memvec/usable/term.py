@@ -1,0 +1,116 @@
+"""The term `use`: the model behind the vectors speaks as the model that has read the text.
+
+    KL(model behind [text] || model behind [vectors]), mean over the tokens of a query, nats
+
+The passage is asked for behind a trigger, [vectors] BOS -> passage; behind the vectors alone comes
+a query. Nothing of the trigger is in the term, and the two modes of the same vectors are told apart
+by what follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.batch import BatchState
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.rows import Rows
+from memvec.cramming.terms import Term, TermLoss
+from memvec.errors import MemvecError
+from memvec.model import memory
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.passages.passage import Passage
+from memvec.usable.queries import queries_of, text_inputs
+from memvec.usable.teacher import (
+    Teacher,
+    answer_positions,
+    divergence,
+    joined,
+    states_behind,
+    teacher_of,
+)
+
+
+class Use(Term):
+    """Divergence from the model that has read the text, on one query of each passage at a step."""
+
+    def __init__(
+        self, lm: FrozenLM, module: FrozenLM, recipe: Recipe, K: int, start_rule: StartRule
+    ) -> None:
+        if not lm.reading.feeds_back:
+            raise MemvecError("vectors that are read in one step cannot stand in front of a query.")
+        if start_rule == "vectors":
+            raise MemvecError(
+                "vectors that are to be used as context need a trigger behind which the passage "
+                "comes: use --start-rule bos, or --trigger with a token."
+            )
+        super().__init__(lm, module, recipe, K, start_rule)
+
+    def fresh(self, passages: Sequence[Passage]) -> Rows:
+        """The queries of each passage and what the model says of them after the text."""
+        return joined([self._teacher(passage) for passage in passages])
+
+    def measure(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        batch: BatchState,
+        columns: int,
+        padding_rows: int,
+    ) -> TermLoss:
+        teacher = batch.term
+        assert isinstance(teacher, Teacher)
+        B = len(batch)
+        row = torch.arange(B, device=batch.steps.device)
+        which = batch.steps % teacher.queries.shape[1]
+        ids, length = teacher.queries[row, which], teacher.length[row, which]
+        padded = torch.cat([ids, ids.new_zeros(padding_rows, ids.shape[1])])
+        with torch.enable_grad():
+            states = states_behind(self.module, vectors, padded)
+        counted = answer_positions(length, ids.shape[1])
+        share = counted / counted.sum(-1, keepdim=True)
+        kept = (teacher.top[row, which], teacher.log_p[row, which], teacher.log_rest[row, which])
+        loss, gradient = self._divergence(states.detach()[:B], kept, share)
+        blank = gradient.new_zeros(padding_rows, *gradient.shape[1:])
+        return TermLoss(loss, (states,), (torch.cat([gradient, blank]),))
+
+    def inputs(self, columns: int) -> int:
+        """The vectors and a query."""
+        return self.K + self.recipe.query_tokens - 1
+
+    def _teacher(self, passage: Passage) -> Teacher:
+        # A passage alone: what is computed for it does not depend on who is beside it.
+        queries, length = queries_of(self.lm, passage.ids, self.recipe)
+        text = text_inputs(self.lm, passage.ids)
+        return teacher_of(self.lm, text, queries, length, self.recipe.teacher_top)
+
+    def _divergence(
+        self,
+        states: Float[Tensor, "B L H"],
+        kept: tuple[Tensor, Tensor, Tensor],
+        share: Float[Tensor, "B L"],
+    ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L H"]]:
+        """Loss of each passage and its gradient at the states, a few rows of logits at a time."""
+        B, L, H = states.shape
+        flat = states.reshape(B * L, H)
+        top, log_p, log_rest = (part.reshape(B * L, *part.shape[2:]) for part in kept)
+        weight = share.reshape(-1)
+        losses, gradient = flat.new_empty(B * L, dtype=torch.float32), torch.empty_like(flat)
+        rows = max(1, memory.LOGITS_AT_ONCE // self.lm.vocab_size)
+
+        def chunk(here: slice) -> None:
+            with torch.enable_grad():
+                part = flat[here].requires_grad_()
+                each = divergence(
+                    self.module.head(part).float(), top[here], log_p[here], log_rest[here]
+                )
+                each = each * weight[here]
+                (gradient[here],) = torch.autograd.grad(each.sum(), part)
+            losses[here] = each.detach()
+
+        for at in range(0, B * L, rows):
+            chunk(slice(at, at + rows))
+        return losses.reshape(B, L).sum(-1), gradient.reshape(B, L, H)
