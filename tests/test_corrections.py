@@ -17,7 +17,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.export import TARGETS, export
+from memvec.export import export
+from memvec.export import target as target_of
 from memvec.header import PassageRecord
 from memvec.journal import Journal
 from memvec.model.reading import START_RULES
@@ -152,7 +153,7 @@ def test_the_file_holds_its_corrections(tmp_path):
     counts = account(again, TEXT.encode())
     assert counts["vectors"] == s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
     with pytest.raises(MemvecError, match="has corrections, which only 'memvec decode'"):
-        export(mem, lm, TARGETS["npy"], tmp_path / "exported")
+        export(mem, lm, target_of("npy"), tmp_path / "exported")
     # Taken up from the journal alone, they are still there.
     known = codec.cram(lm, [TEXT], journal=journal, **options)
     journal.close()
