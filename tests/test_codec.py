@@ -15,6 +15,7 @@ import torch
 
 from conftest import QUICK, reader, tiny
 from memvec import codec, cram_job
+from memvec.certificate import account, failures
 from memvec.codec import CramStatus, cram, decode
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
@@ -94,7 +95,7 @@ def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
     assert not mem.exact
     assert min(p.tokens for p in mem.passages) >= 2
     failed = [i for i, p in enumerate(mem.passages) if not p.exact]
-    sentences = list(codec.failures(mem))
+    sentences = list(failures(mem))
     assert len(sentences) == len(failed)
     for i, sentence in zip(failed, sentences, strict=True):
         assert sentence.startswith(f"passage {i} ")
@@ -117,7 +118,7 @@ def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monke
     monkeypatch.setattr(engine_module, "start_vectors", poisoned)
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     assert {p.status for p in mem.passages} == {"done", "not-finite"}
-    assert any("the loss was not finite" in sentence for sentence in codec.failures(mem))
+    assert any("the loss was not finite" in sentence for sentence in failures(mem))
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert [p.exact for p in again.passages] == [p.exact for p in mem.passages]
     _, exact = codec.verify(lm, again)
@@ -333,10 +334,10 @@ def test_verify_and_decode_refuse_a_wrong_text(monkeypatch):
 def test_the_account_compares_with_compressors():
     lm = reader()
     mem = codec.cram(lm, [TEXT], **OPTIONS)
-    account = codec.account(mem, TEXT.encode())
-    assert account["text"] == len(TEXT.encode())
-    assert account["vectors"] == mem.size
-    assert 0 < account["arithmetic"] < account["vectors"]
+    counts = account(mem, TEXT.encode())
+    assert counts["text"] == len(TEXT.encode())
+    assert counts["vectors"] == mem.size
+    assert 0 < counts["arithmetic"] < counts["vectors"]
 
 
 def test_documents_may_be_made_beforehand():

@@ -11,12 +11,14 @@ import torch
 
 from conftest import QUICK, V, passages, reader, tiny
 from memvec import codec
+from memvec.certificate import account
 from memvec.corrections import pick, size, table
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.export import TARGETS, export
+from memvec.export import export
+from memvec.export import target as target_of
 from memvec.header import PassageRecord
 from memvec.journal import Journal
 from memvec.model.reading import START_RULES
@@ -148,10 +150,10 @@ def test_the_file_holds_its_corrections(tmp_path):
     s = again.summary()
     assert s["corrections"] == sum(map(len, listed))
     assert s["correction_bytes"] == size(listed) > 0
-    account = codec.account(again, TEXT.encode())
-    assert account["vectors"] == s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
+    counts = account(again, TEXT.encode())
+    assert counts["vectors"] == s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
     with pytest.raises(MemvecError, match="has corrections, which only 'memvec decode'"):
-        export(mem, lm, TARGETS["npy"], tmp_path / "exported")
+        export(mem, lm, target_of("npy"), tmp_path / "exported")
     # Taken up from the journal alone, they are still there.
     known = codec.cram(lm, [TEXT], journal=journal, **options)
     journal.close()

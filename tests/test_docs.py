@@ -70,6 +70,18 @@ def test_the_page_of_the_command_line_is_the_command_line():
     assert page == written, "run: python docs/cli_page.py"
 
 
+def test_the_table_of_a_study_s_columns_is_that_of_the_records():
+    written = runpy.run_path(str(DOCS / "study_columns.py"))
+    assert (DOCS / "studies.md").read_text("utf-8") == written["page"](), (
+        "run: python docs/study_columns.py"
+    )
+    units = {name: unit for name, unit, *_ in written["columns"]()}
+    assert units["information_gain"] == "bits"
+    assert units["spent"] == "tokens"
+    assert units["accuracy"] == "share"
+    assert units["extra: copy"] == "bits, hits"
+
+
 def test_the_python_reference_names_what_is_there():
     """Every name is imported, without the documentation tools that `make docs` uses."""
     named = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)

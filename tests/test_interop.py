@@ -21,7 +21,8 @@ from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
-from memvec.export import TARGETS, export
+from memvec.export import export, names
+from memvec.export import target as target_of
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage, ids_hash
@@ -68,7 +69,7 @@ def hashes(mem: MemVectors) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_gives_the_passages_back(family, tmp_path):
     mem = crammed(tiny(family))
-    manifest = export(mem, tiny(family), TARGETS["transformers"], tmp_path / "out")
+    manifest = export(mem, tiny(family), target_of("transformers"), tmp_path / "out")
     assert manifest == json.loads((tmp_path / "out/manifest.json").read_text())
     model, found = build(family), []
     model.generation_config = GenerationConfig(pad_token_id=0)
@@ -83,12 +84,12 @@ def test_generate_gives_the_passages_back(family, tmp_path):
 
 
 @pytest.mark.parametrize("rule", START_RULES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", names())
 def test_every_target_keeps_every_start_rule(target, rule, tmp_path):
     """Given tokens travel with the vectors, and are not asked for again."""
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm, rule)
-    manifest = export(mem, lm, TARGETS[target], tmp_path / "out")
+    manifest = export(mem, lm, target_of(target), tmp_path / "out")
     for passage, record in zip(manifest["passages"], mem.passages, strict=True):
         assert (tmp_path / "out" / passage["file"]).exists()
         assert len(passage["starts_with"]) + passage["new_tokens"] == record.tokens
@@ -102,7 +103,7 @@ def test_an_eos_in_a_passage_and_a_model_that_samples_change_nothing(tmp_path):
     own = GenerationConfig(do_sample=True, temperature=9.0, eos_token_id=1, max_length=3)
     lm.model.generation_config = own
     mem = crammed(lm, asked=(Passage((5, 1, 7)),))
-    export(mem, lm, TARGETS["transformers"], tmp_path / "out")
+    export(mem, lm, target_of("transformers"), tmp_path / "out")
     assert lm.model.generation_config is own
 
 
@@ -115,7 +116,7 @@ def test_a_model_whose_generate_takes_no_vectors_is_refused(tmp_path, monkeypatc
 
     monkeypatch.setattr(lm.model, "generate", generate)
     with pytest.raises(MemvecError, match=r"generate\(\) of stubborn does not take inputs_embeds"):
-        export(mem, lm, TARGETS["transformers"], tmp_path / "out")
+        export(mem, lm, target_of("transformers"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +134,7 @@ def test_peft_loads_the_adapter_and_generates_the_passage(family, rule, tmp_path
 
     lm = tiny(family)
     mem = crammed(lm, rule)
-    manifest = export(mem, lm, TARGETS["peft"], tmp_path / "out")
+    manifest = export(mem, lm, target_of("peft"), tmp_path / "out")
     found = []
     for i, passage in enumerate(manifest["passages"]):
         adapter = tmp_path / "out" / passage["file"]
@@ -162,7 +163,7 @@ def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypa
     lm = FrozenLM(build("llama"), name="adapted")
     mem = crammed(lm)
     before = [(m, dict(vars(m))) for m in lm.model.modules()]
-    manifest = export(mem, lm, TARGETS["peft"], tmp_path / "out")
+    manifest = export(mem, lm, target_of("peft"), tmp_path / "out")
     assert manifest["certificate"]["decoded_by"].startswith("peft ")
     assert [m for m, _ in before] == list(lm.model.modules())
     for module, attributes in before:
@@ -170,7 +171,7 @@ def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypa
         assert all(vars(module)[name] is value for name, value in attributes.items())
     assert not any(p.requires_grad for p in lm.model.parameters())
     monkeypatch.setattr("memvec.export.peft.find_spec", lambda name: None)
-    manifest = export(mem, lm, TARGETS["peft"], tmp_path / "without")
+    manifest = export(mem, lm, target_of("peft"), tmp_path / "without")
     assert manifest["certificate"]["decoded_by"].startswith("memvec ")
 
 
@@ -184,7 +185,7 @@ def test_an_adapter_that_peft_generates_other_text_from_is_not_written(tmp_path,
         PeftModelForCausalLM, "generate", lambda self, **kw: real(self, **kw).flip(-1)
     )
     with pytest.raises(NotExactError, match="as peft reads them"):
-        export(crammed(lm), lm, TARGETS["peft"], tmp_path / "out")
+        export(crammed(lm), lm, target_of("peft"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +197,7 @@ def test_vllm_can_load_the_request(dtype, tmp_path):
     """The rules of its loader: base64, weights only, dense, two dimensions, D the hidden size."""
     lm = in_dtype("llama", dtype)
     mem = crammed(lm)
-    manifest = export(mem, lm, TARGETS["vllm"], tmp_path / "out")
+    manifest = export(mem, lm, target_of("vllm"), tmp_path / "out")
     for passage, vectors in zip(manifest["passages"], mem.vectors, strict=True):
         path = tmp_path / "out" / passage["file"]
         body = json.loads(path.read_text())
@@ -216,7 +217,7 @@ def test_vllm_can_load_the_request(dtype, tmp_path):
 def test_sglang_reads_the_very_numbers(tmp_path):
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm)
-    manifest = export(mem, lm, TARGETS["sglang"], tmp_path / "out")
+    manifest = export(mem, lm, target_of("sglang"), tmp_path / "out")
     for passage, vectors in zip(manifest["passages"], mem.vectors, strict=True):
         body = json.loads((tmp_path / "out" / passage["file"]).read_text())
         numbers = torch.tensor(body["input_embeds"])
@@ -227,7 +228,7 @@ def test_sglang_reads_the_very_numbers(tmp_path):
 
 def test_numpy_files_hold_the_vectors(tmp_path):
     mem = crammed(tiny())
-    manifest = export(mem, tiny(), TARGETS["npy"], tmp_path / "out")
+    manifest = export(mem, tiny(), target_of("npy"), tmp_path / "out")
     files = [tmp_path / "out" / p["file"] for p in manifest["passages"]]
     assert np.array_equal(np.stack([np.load(f) for f in files]), mem.vectors.numpy())
 
@@ -237,56 +238,56 @@ def test_numpy_files_hold_the_vectors(tmp_path):
 def test_what_a_server_would_see_otherwise_is_refused(engine, family, why, tmp_path):
     lm = in_dtype(family, torch.bfloat16)
     with pytest.raises(MemvecError, match=why):
-        export(crammed(lm), lm, TARGETS[engine], tmp_path / "out")
+        export(crammed(lm), lm, target_of(engine), tmp_path / "out")
 
 
 # ---------------------------------------------------------------------- never a wrong export
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", names())
 def test_what_is_not_exact_for_the_target_is_named_and_not_written(target, tmp_path):
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm)
     damaged = mem.vectors.clone()
     damaged[1] = -damaged[1]
     with pytest.raises(NotExactError, match=r"1 of 3 passages .* passage 1 \(") as error:
-        export(MemVectors(damaged, mem.header), lm, TARGETS[target], tmp_path / "out")
+        export(MemVectors(damaged, mem.header), lm, target_of(target), tmp_path / "out")
     assert "--dtype bfloat16 --storage bfloat16" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_dtype_of_the_target_decides(tmp_path):
     with pytest.raises(MemvecError, match="use --dtype bfloat16"):
-        export(crammed(tiny()), tiny(), TARGETS["sglang"], tmp_path / "out")
+        export(crammed(tiny()), tiny(), target_of("sglang"), tmp_path / "out")
 
 
 def test_another_model_is_refused(tmp_path):
     with pytest.raises(MemvecError, match="other weights"):
-        export(crammed(tiny()), tiny(seed=1), TARGETS["npy"], tmp_path / "out")
+        export(crammed(tiny()), tiny(seed=1), target_of("npy"), tmp_path / "out")
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path):
     mem, out = crammed(tiny()), tmp_path / "out"
-    export(mem, tiny(), TARGETS["npy"], out)
+    export(mem, tiny(), target_of("npy"), out)
     with pytest.raises(MemvecError, match="--force"):
-        export(mem, tiny(), TARGETS["npy"], out)
-    export(mem, tiny(), TARGETS["peft"], out, force=True)
+        export(mem, tiny(), target_of("npy"), out)
+    export(mem, tiny(), target_of("peft"), out, force=True)
     assert json.loads((out / "manifest.json").read_text())["target"] == "peft"
     assert not list(out.glob("*.npy"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(MemvecError, match="not an earlier export"):
-        export(mem, tiny(), TARGETS["npy"], tmp_path / "mine", force=True)
+        export(mem, tiny(), target_of("npy"), tmp_path / "mine", force=True)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
     with pytest.raises(MemvecError, match="no folder"):
-        export(mem, tiny(), TARGETS["npy"], tmp_path / "none/out")
+        export(mem, tiny(), target_of("npy"), tmp_path / "none/out")
 
 
 # ---------------------------------------------------------------------- the command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"sglang"}))
+@pytest.mark.parametrize("target", sorted(set(names()) - {"sglang"}))
 def test_the_command_exports(target, command, folder, tmp_path):
     lm = reader()
     mem = codec.cram(lm, ["the fox", "dog"], vectors=2, tokens=2, recipe=QUICK)

@@ -19,7 +19,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.shared_m import Shared
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.export import TARGETS, export
+from memvec.export import export, names
+from memvec.export import target as target_of
 from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
 from memvec.vectors import MemVectors
@@ -144,10 +145,10 @@ def test_nothing_is_continued(rule):
         next(Engine(lm, Recipe(start_rule=rule), vectors=2).run(ASKED[:3]))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", names())
 def test_what_generates_token_by_token_is_refused(target, tmp_path):
     with pytest.raises(MemvecError, match="one-step vectors are read in one forward pass"):
-        export(as_one_step("llama"), tiny(), TARGETS[target], tmp_path / "out")
+        export(as_one_step("llama"), tiny(), target_of(target), tmp_path / "out")
 
 
 def test_what_cannot_be_is_said():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,20 @@ def test_an_objective_is_one_function(plugins):
     assert "hinge" in choices("objective")
     outcomes = crammed(Recipe.of(objective="hinge", steps=600, patience=600))
     assert seen
+    assert [o.exact for o in outcomes] == [True] * 3
+
+
+def test_the_schedule_of_the_documentation_crams(plugins):
+    """The page's example, as it stands there."""
+    page = Path(__file__).parent.parent / "docs" / "howto" / "add-schedule.md"
+    code = re.search(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+    exec(compile(code, str(page), "exec"), {})
+    schedule = registry.get("schedule", "halves")(Recipe(), 2)
+    length = torch.tensor([5, 5, 4])
+    state = schedule.fresh(torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    schedule.record(state, schedule.reached(torch.tensor([2, 3, 0]), torch.tensor([4, 4, 4])))
+    assert schedule.counted(state, length).tolist() == [3, 5, 2]
+    outcomes = crammed(Recipe.of(schedule="halves", steps=600, patience=600))
     assert [o.exact for o in outcomes] == [True] * 3
 
 

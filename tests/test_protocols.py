@@ -9,14 +9,17 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from conftest import QUICK, passages, reader, tiny
 from memvec import registry
+from memvec.cli.study import check
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
+from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.report import write_report
 from memvec.lab.slow import SlowPassage, bits_and_margins, logits
 from memvec.lab.study import schema
@@ -78,6 +81,27 @@ passages = 2
 scale = 2.0
 recipe = { lr = 0.1, steps = 2 }
 """
+
+
+def test_a_protocol_without_a_recomputation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+
+    @registry.register("protocol", "hits")
+    class Hits(Protocol):
+        extras: ClassVar = {"hits": "arg-max hits with the vectors"}
+
+        def extra(self, lm, sourced, outcome, start, options):
+            return {"hits": int((outcome.scores.margin > 0).sum())}
+
+    spec = spec_in(tmp_path, SMALL.replace('"exact"', '"hits"'))
+    run(spec, tmp_path, tmp_path / "out")
+    check(tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert "protocol 'hits' has no recompute: the values of hits were not computed again." in shown
+    assert "columns agree" in shown
 
 
 @pytest.fixture

@@ -406,7 +406,7 @@ def test_a_persons_brackets_are_words_and_no_markup(
     for folder in (tmp_path, tmp_path / "s"):
         ls(folder)
         assert words in capsys.readouterr().out
-    wrong = {"rows": 0, "worst": {}, "wrong": [words]}
+    wrong = {"rows": 0, "worst": {}, "wrong": [words], "unchecked": []}
     monkeypatch.setattr("memvec.lab.study.check.check_study", lambda *_, **__: wrong)
     with pytest.raises(typer.Exit):
         check(tmp_path)

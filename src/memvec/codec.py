@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from memvec.certificate import account, certificate_of, failures, measure, verify
+from memvec.certificate import measure, verify
 from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -23,11 +23,8 @@ from memvec.workers import Workers
 __all__ = [
     "CramJob",
     "CramStatus",
-    "account",
-    "certificate_of",
     "cram",
     "decode",
-    "failures",
     "measure",
     "verify",
 ]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import lzma
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import zstandard
 from jaxtyping import Bool, Float, Int
@@ -75,14 +77,12 @@ def bits_per_dimension(gain_bits: float, D: int, K: int) -> float:
     return gain_bits / (K * D)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float | int]) -> tuple[float, float]:
     """Mean and its standard error (NaN for fewer than two values)."""
-    n = len(values)
-    mean = math.fsum(values) / n if n else math.nan
-    if n < 2:
-        return mean, math.nan
-    variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
-    return mean, math.sqrt(variance / n)
+    data = np.asarray(values, dtype=float)
+    n = len(data)
+    mean = float(data.mean()) if n else math.nan
+    return mean, float(data.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
 def byte_account(text: bytes, vector_bytes: int, lm_bits: float) -> dict[str, int]:

@@ -197,7 +197,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
     The journal of finished passages stays unless all of them are exact and saved.
     """
-    from memvec import codec
+    from memvec.certificate import account
     from memvec.cli import display
     from memvec.journal import Journal
     from memvec.passages.documents import read_document
@@ -221,7 +221,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
             )
         raise
     journal.close(delete=mem.exact)
-    return mem, saved, codec.account(mem, document.data(lm))
+    return mem, saved, account(mem, document.data(lm))
 
 
 def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal) -> MemVectors:
@@ -273,7 +273,7 @@ def _workers(request: _Request, lm: FrozenLM) -> Iterator[Workers | None]:
 
 def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: bool) -> None:
     """Print the result; exit code 3 and a sentence for each passage that is not exact."""
-    from memvec import codec
+    from memvec.certificate import failures
     from memvec.cli import display
 
     if json:
@@ -281,6 +281,6 @@ def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: boo
     else:
         display.summary(mem, saved, byte_counts)
     if not mem.exact:
-        for sentence in codec.failures(mem):
+        for sentence in failures(mem):
             display.say(sentence)
         raise typer.Exit(3)

@@ -130,7 +130,7 @@ def _line(status: CramStatus) -> str:
 
 
 def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
-    """Print the table that ends `memvec cram`; `byte_counts` are those of `codec.account`."""
+    """Print the table that ends `memvec cram`; `byte_counts` are those of `certificate.account`."""
     s = mem.summary()
     table = _table(f"{path}")
     _add_figures(table, s)
@@ -215,7 +215,7 @@ def _add_certificate(table: Table, certificate: Mapping[str, Any] | None) -> Non
 def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) -> None:
     """Print the table of `memvec verify`: a row per passage; of many passages only what fails.
 
-    `figures` is the certificate of `codec.certificate_of`, `exact` one flag per passage.
+    `figures` is the certificate of `certificate.certificate_of`, `exact` one flag per passage.
     """
     table = Table(title=f"{sum(exact)} of {len(exact)} passages exact", title_justify="left")
     for column in ("passage", "tokens", "vectors", "margin", "bits", "decodes"):

@@ -67,6 +67,8 @@ def print_check(checked: dict[str, Any]) -> None:
     out.print(f"{checked['rows']} rows recomputed; largest differences:")
     for name, difference in checked["worst"].items():
         out.print(f"  {name:20} {difference:.3g}")
+    for sentence in checked["unchecked"]:
+        out.print(sentence, markup=False, soft_wrap=True)
     for sentence in checked["wrong"][:MAX_SENTENCES]:
         out.print(f"[red]{escape(sentence)}[/red]")
     verdict = "[green]agree[/green]" if not checked["wrong"] else "[red]DISAGREE[/red]"

@@ -21,12 +21,12 @@ def verify(
     json: options.Json = False,
 ) -> None:
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
-    from memvec import codec
+    from memvec.certificate import certificate_of
     from memvec.cli import display
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     decoded = mem.decode_passages(lm, force=force)
-    certificate, exact = codec.certificate_of(lm, mem, decoded)
+    certificate, exact = certificate_of(lm, mem, decoded)
     if certificate["exact"]:
         mem.restored(lm, decoded)  # the bytes too, not only the tokens
     if json:

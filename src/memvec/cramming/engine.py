@@ -34,7 +34,7 @@ from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.model.memory import forget_freed_memory, out_of_memory
+from memvec.model.memory import fits, forget_freed_memory
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Status
@@ -129,11 +129,11 @@ class Engine:
         def once() -> None:
             self.one_step.rehearse(tokens, batch_size)
 
-        if not self._fits(once):  # the first one also warms up
+        if not fits(once):  # the first one also warms up
             forget_freed_memory()
             return 0.0
         began = time.perf_counter()
-        self._fits(once)
+        fits(once)
         return time.perf_counter() - began
 
     def run(self, passages: Iterable[Passage] = ()) -> Iterator[Outcome]:
@@ -149,7 +149,7 @@ class Engine:
             if self.jobs:
                 began = time.perf_counter()
                 for _ in range(self.poll):
-                    if not self._fits(self.step):
+                    if not fits(self.step):
                         self._halve_batch()
                         break
                 self._share_time(time.perf_counter() - began)
@@ -268,7 +268,7 @@ class Engine:
                 certify(self.lm, finished, self.start_rule, self.storage, self.recipe.corrections)
             )
 
-        if self._fits(together):
+        if fits(together):
             yield from outcomes
             return
         forget_freed_memory()
@@ -331,16 +331,6 @@ class Engine:
         self.batch = self.batch.take(index) if rows else None
 
     # ------------------------------------------------------------------ too little memory
-
-    def _fits(self, work: Callable[[], None]) -> bool:
-        """Do it; False if memory ran out. What had been measured by then stays measured."""
-        try:
-            work()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            return False
-        return True
 
     def _halve_batch(self) -> None:
         """Go on with half of the slots; the passages of the others wait again, where they are.

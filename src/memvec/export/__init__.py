@@ -8,14 +8,12 @@ A target of your own is one class in your own package: `memvec export --to mine`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from memvec import registry
 from memvec.errors import MemvecError, did_you_mean
 from memvec.export.folder import export
 from memvec.export.target import Target
 
-__all__ = ["TARGETS", "Target", "export", "names", "target"]
+__all__ = ["Target", "export", "names", "target"]
 
 
 def names() -> list[str]:
@@ -29,24 +27,3 @@ def target(name: str) -> Target:
         raise MemvecError(f"unknown target '{name}': {did_you_mean(name, names())}")
     made: Target = registry.get("export", name)(name)
     return made
-
-
-class _Targets(Mapping[str, Target]):
-    """Every registered target by its name, as `memvec.registry` knows them now."""
-
-    def __getitem__(self, name: str) -> Target:
-        if name not in self:
-            raise KeyError(name)
-        return target(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in names()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(names())
-
-    def __len__(self) -> int:
-        return len(names())
-
-
-TARGETS = _Targets()

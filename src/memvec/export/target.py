@@ -51,11 +51,6 @@ class Target:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    @property
-    def says(self) -> str:
-        """`description`, under the name that cli/ still uses."""
-        return self.description
-
     def refuse(self, lm: FrozenLM) -> None:
         """Raise MemvecError if the target cannot take vectors of this model."""
 

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
+from memvec.metrics import mean_and_error
+
 Floats = NDArray[np.float64]
 LEVEL = 0.975  # the upper end of a two-sided 95 % interval
 DRAWS = 10_000  # resamples of a bootstrap
@@ -62,16 +64,13 @@ class Interval(NamedTuple):
 
 def mean_interval(values: Sequence[float | int]) -> Mean:
     """The mean of values with its 95 % interval; NaN where n is too small to give one."""
-    data = np.asarray([v for v in values if v is not None], dtype=float)
+    data = [v for v in values if v is not None]
     n = len(data)
-    if n == 0:
-        return Mean(math.nan, math.nan, math.nan, math.nan, 0)
-    mean = float(data.mean())
-    if n == 1:
-        return Mean(mean, math.nan, math.nan, math.nan, 1)
-    sd = float(data.std(ddof=1))
-    half = float(stdtrit(n - 1, LEVEL)) * sd / math.sqrt(n)
-    return Mean(mean, mean - half, mean + half, sd, n)
+    mean, error = mean_and_error(data)
+    if n < 2:
+        return Mean(mean, math.nan, math.nan, math.nan, n)
+    half = float(stdtrit(n - 1, LEVEL)) * error
+    return Mean(mean, mean - half, mean + half, error * math.sqrt(n), n)
 
 
 def share_interval(hits: int, n: int) -> Share:

@@ -71,9 +71,13 @@ def cached_logits(
     argument: str,
     vectors: Float[Tensor, "B K D"],
     ids: Int[Tensor, "B T"],
+    first: tuple[Float[Tensor, "B V"], Any] | None = None,
 ) -> Float[Tensor, "B T V"]:
-    """Teacher-forced logits of `ids` behind `vectors`, one token at a time through the cache."""
-    logits, cache = step(model, argument, inputs_embeds=vectors)
+    """Teacher-forced logits of `ids` behind `vectors`, one token at a time through the cache.
+
+    `first` is what `step` gave for the vectors, where that forward has been made already.
+    """
+    logits, cache = first or step(model, argument, inputs_embeds=vectors)
     steps = [logits]
     for t in range(ids.shape[1] - 1):
         logits, cache = step(model, argument, cache, input_ids=ids[:, t : t + 1])
@@ -93,12 +97,13 @@ def find_cache(model: nn.Module, embedding: nn.Module) -> Caching:
     ids = (torch.arange(7, device=rows.device) * 104729 % len(rows))[None]
     ids = torch.cat([ids, ids.flip(1)])
     try:
-        returned = None
-        if argument is not None:
-            returned = step(model, argument, inputs_embeds=embedding(ids[:, :2]))[1]
-        if argument is None or returned is None:
+        if argument is None:
             return _without(config)
-        ours = cached_logits(model, argument, embedding(ids[:, :2]), ids[:, 2:])
+        two = embedding(ids[:, :2])
+        after_two = step(model, argument, inputs_embeds=two)
+        if after_two[1] is None:
+            return _without(config)
+        ours = cached_logits(model, argument, two, ids[:, 2:], after_two)
         truth = model(inputs_embeds=embedding(ids[:, :-1]), use_cache=False).logits
     except Exception as error:  # the model's code is not ours: whatever it raises is its answer
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -43,6 +43,17 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def fits(work: Callable[[], None]) -> bool:
+    """Do it; False if memory ran out. What had been measured by then stays measured."""
+    try:
+        work()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True
+
+
 def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) -> list[Result]:
     """`work` on `batch` rows at a time, one result for each of the `total` rows.
 

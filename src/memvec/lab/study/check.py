@@ -26,6 +26,7 @@ import torch
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
@@ -51,7 +52,8 @@ RECORDED = frozenset(["cell", "number", "seconds", "batch_size", "worker"])
 def check_study(
     folder: Path, *, model: str | None = None, sample: int = 0, device: str = "auto"
 ) -> dict[str, Any]:
-    """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences}.
+    """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences,
+    'unchecked' sentences about what a protocol measured and does not recompute}.
 
     Rows of cells that the last spec does not have are left out: their model may be gone.
     `sample`: so many rows spread over the study; 0: all. Raises MemvecError if the model is not
@@ -82,7 +84,17 @@ def check_study(
                 for row in group.to_dict("records"):
                     wrong += _check_row(lm, store, cell, row, described["dtype"], worst)
             wrong += _check_pairs(lm, store, str(name), MAX_PAIRS if sample else 0, worst)
-    return {"rows": len(frame), "worst": worst, "wrong": wrong}
+    unchecked = [sentence for name in frame["protocol"].unique() for sentence in _unchecked(name)]
+    return {"rows": len(frame), "worst": worst, "wrong": wrong, "unchecked": unchecked}
+
+
+def _unchecked(name: str) -> list[str]:
+    """A sentence about a protocol that does not compute the columns that it adds again."""
+    protocol = protocol_of(name)
+    if not protocol.extras or type(protocol).recompute is not Protocol.recompute:
+        return []
+    columns = ", ".join(protocol.extras)
+    return [f"protocol '{name}' has no recompute: the values of {columns} were not computed again."]
 
 
 def _sampled(store: Store, sample: int) -> pd.DataFrame:

@@ -22,6 +22,12 @@ CELL_COLUMNS = {
     "storage": "dtype of the stored vectors",
     "random_text": "true if a program drew the source's text",
 }
+STORE_COLUMNS = {
+    "step_limit": "steps after which a passage is given up",
+    "environment": "id of the environment record",
+    "finished": "when the row was written, UTC",
+    "planned": "the last spec asks for it; the others are of earlier ones",
+}
 
 _STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
 
@@ -59,8 +65,6 @@ def export_rows(folder: Path, target: Path) -> int:
     for name in dict.fromkeys(frame["protocol"]):
         for key, sentence in protocol_of(str(name)).extras.items():
             sentences["extra"] += f"; '{key}' of protocol '{name}': {sentence}"
-    sentences["step_limit"] = "steps after which a passage is given up"
-    sentences |= {"environment": "id of the environment record", "finished": "when, UTC"}
-    sentences["planned"] = "the last spec asks for it; the others are of earlier ones"
+    sentences |= STORE_COLUMNS
     Path(f"{target}.columns.json").write_text(json.dumps(sentences, indent=2), "utf-8")
     return len(frame)

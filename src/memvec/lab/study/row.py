@@ -25,7 +25,7 @@ class Row(PassageResult):
     )
     lm_right: int = Field(ge=0, description="arg-max hits of the model alone")
     horizon_gain: float = Field(description="information gain over the horizon, bits")
-    horizon_token_gain: int = Field(description="token gain over the horizon")
+    horizon_token_gain: int = Field(description="token gain over the horizon, hits")
     start_rule: str = Field(
         description="what follows the vectors: 'vectors' (nothing), 'bos' or 'first-token'"
     )
