@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from memvec.loading import load_lm
     from memvec.model.lm import FrozenLM
     from memvec.registry import register
+    from memvec.usable.certificate import certify_use
+    from memvec.usable.generate import use
     from memvec.vectors import MemVectors
 
 _WHERE = {
@@ -29,6 +31,8 @@ _WHERE = {
     "MemVectors": "memvec.vectors",
     "measure": "memvec.codec",
     "verify": "memvec.codec",
+    "use": "memvec.usable.generate",
+    "certify_use": "memvec.usable.certificate",
     "register": "memvec.registry",
     "Engine": "memvec.cramming.engine",
     "Recipe": "memvec.cramming.recipe",
@@ -43,11 +47,13 @@ __all__ = [
     "MemvecError",
     "NotExactError",
     "Recipe",
+    "certify_use",
     "cram",
     "decode",
     "load_lm",
     "measure",
     "register",
+    "use",
     "verify",
 ]
 

@@ -65,7 +65,7 @@ def measure(
     read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
     every = iter([token for document in read for token in document.ids])
     results: list[PassageResult] = []
-    view = lm.read_as(mem.header.layout)
+    view = mem.view(lm)
     for at in range(0, len(mem.passages), BATCH):
         records = mem.passages[at : at + BATCH]
         asked = []

@@ -262,7 +262,8 @@ class CramJob:
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
             for outcome in self._again(fallen):
                 self.done[outcome.passage.document, outcome.passage.offset] = outcome
-        return mem.with_certificate(certificate, exact), exact
+        mem = mem.with_certificate(certificate, exact)
+        return mem.with_use(self.engine.one_step.term.certificate(mem)), exact
 
     def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
@@ -304,6 +305,7 @@ class CramJob:
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
+            trigger=self.engine.lm.other_trigger,
             layout=self.lm.layout,
             packing=self.storage.packing,
             recipe=self.engine.recipe.record(),

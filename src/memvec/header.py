@@ -73,6 +73,11 @@ class Header(Record):
         description="how the model reads the vectors: in front of a passage, or (model/reading.py) "
         "two of them as [e, m, ..., m], with an m of each passage or one that all share",
     )
+    trigger: int | None = Field(
+        default=None,
+        ge=0,
+        description="token id that follows the vectors under the start rule 'bos'; none: the BOS",
+    )
     packing: PackingName | None = Field(
         default=None, description="integers that the numbers are stored as; none: as they are"
     )
@@ -82,6 +87,10 @@ class Header(Record):
     passages: list[PassageRecord]
     certificate: dict[str, Any] | None = Field(
         default=None, description="result of the last whole decode of the stored vectors"
+    )
+    use: dict[str, Any] | None = Field(
+        default=None,
+        description="what the vectors are worth as context (memvec.usable.certificate)",
     )
 
     @field_validator("model")

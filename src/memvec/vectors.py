@@ -164,7 +164,7 @@ class MemVectors:
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """Token ids of every passage, decoded freely, right or wrong."""
         self.check_model(lm, force=force)
-        lm = lm.read_as(self.header.layout)
+        lm = self.view(lm)
         longest = max((p.tokens for p in self.passages), default=0)
         if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
@@ -185,6 +185,10 @@ class MemVectors:
                 for p in self.passages
             ],
         )
+
+    def view(self, lm: FrozenLM) -> FrozenLM:
+        """The model as it reads these vectors: their layout and their trigger."""
+        return lm.read_as(self.header.layout).with_trigger(self.header.trigger)
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
         """The bytes of every document. Raises like `tokens`."""
@@ -301,6 +305,10 @@ class MemVectors:
         ]
         header = self.header.model_copy(update={"certificate": certificate, "passages": passages})
         return MemVectors(self.vectors, header)
+
+    def with_use(self, use: dict[str, Any] | None) -> MemVectors:
+        """The same vectors with what they are worth as context."""
+        return MemVectors(self.vectors, self.header.model_copy(update={"use": use}))
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:

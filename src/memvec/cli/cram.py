@@ -50,6 +50,20 @@ Steps = Annotated[int | None, typer.Option(help=options.recipe_help("steps"))]
 Corrections = Annotated[int | None, typer.Option(help=options.recipe_help("corrections"))]
 Start = Annotated[str | None, typer.Option(help=options.recipe_help("start"))]
 StartRule = Annotated[str | None, typer.Option(help=options.recipe_help("start_rule"))]
+Trigger = Annotated[str | None, typer.Option(help=options.recipe_help("trigger"))]
+Usable = Annotated[
+    bool,
+    typer.Option(
+        "--usable",
+        help="Vectors that also stand for the text as context, for 'memvec use'; the preset "
+        "'usable'.",
+    ),
+]
+UseWeight = Annotated[
+    float | None,
+    typer.Option("--use-weight", help="Weight of that beside exactness; implies --usable."),
+]
+Queries = Annotated[str | None, typer.Option(help=options.recipe_help("queries"))]
 Seed = Annotated[int | None, typer.Option(help=options.recipe_help("seed"))]
 KeepText = Annotated[bool, typer.Option(help="Store the text itself in the file too.")]
 
@@ -69,6 +83,10 @@ def cram(
     start: Start = None,
     encoder: options.Encoder = None,
     start_rule: StartRule = None,
+    usable: Usable = False,
+    use_weight: UseWeight = None,
+    trigger: Trigger = None,
+    queries: Queries = None,
     seed: Seed = None,
     set_: options.Set = None,
     storage: options.StorageFormat = options.Storage.float32,
@@ -88,6 +106,10 @@ def cram(
 ) -> None:
     r"""Cram a text into \[mem] vectors, certify that it decodes exactly, and save them."""
     fields = {"margin": margin, "steps": steps, "corrections": corrections, "seed": seed}
+    if usable or use_weight is not None:
+        preset, fields = _usable(preset, fields, use_weight, trigger, queries)
+    elif trigger or queries:
+        raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
     request = _Request(
         file=file,
         output=output,
@@ -161,6 +183,21 @@ class _Request:
             "storage": self.storage,
             "version": __version__,
         }
+
+
+def _usable(
+    preset: str,
+    fields: dict[str, Any],
+    weight: float | None,
+    trigger: str | None,
+    queries: str | None,
+) -> tuple[str, dict[str, Any]]:
+    """The preset and the fields of a recipe for usable vectors."""
+    if preset not in ("default", "usable"):
+        raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
+    if weight is not None and not weight >= 0:
+        raise MemvecError(f"--use-weight must be at least 0, not {weight:g}.")
+    return "usable", {**fields, "term_weight": weight, "trigger": trigger, "queries": queries}
 
 
 def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:

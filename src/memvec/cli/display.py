@@ -197,6 +197,8 @@ def inspect(mem: MemVectors, file: str) -> None:
     table.add_row("text in the file", "yes" if has_text else "no")
     _add_certificate(table, header.certificate)
     out.print(table)
+    if header.use is not None:
+        worth(header.use)
 
 
 def _add_certificate(table: Table, certificate: Mapping[str, Any] | None) -> None:
@@ -242,6 +244,39 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
         f"({c['attention']} attention, cache {_safe(c['cache'])}, torch {c['torch']}): "
         + _verdict(c["exact"], c["exact_passages"], c["passages"])
     )
+
+
+def worth(use: Mapping[str, Any]) -> None:
+    """Print a certificate of use: what each context is worth, on held-out words."""
+    K = use["vectors"]
+    for key, what in (("continuation", "true continuation"), ("held_out", "sampled continuations")):
+        measured = use.get(key)
+        if not measured:
+            continue
+        table = Table(
+            title=f"As context, on the {what} (n {measured['passages']} passages, "
+            f"{measured['queries']} x {measured['tokens']} tokens, {K} vectors each)",
+            title_justify="left",
+        )
+        for column in ("context", "KL to the text, nats a token", "share of the gain kept"):
+            table.add_column(column, justify="left" if column == "context" else "right")
+        for name, c in measured["contexts"].items():
+            low, high = c["kl_interval"]
+            kept_low, kept_high = c["kept_interval"]
+            table.add_row(
+                _safe(name),
+                f"{c['kl']:.3f} [{low:.3f}, {high:.3f}]",
+                f"{c['kept']:.2f} [{kept_low:.2f}, {kept_high:.2f}]",
+            )
+        out.print(table)
+
+
+def answers(written: Mapping[str, str]) -> None:
+    """Print what was written behind each context."""
+    table = _table("")
+    for context, text in written.items():
+        table.add_row(context, "\n".join(_safe(line) for line in text.splitlines()))
+    out.print(table)
 
 
 def doctor(report: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from memvec.cramming.batch import BatchState, Job, Progress, Waiting
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vectors
+from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vectors, triggered
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
@@ -69,8 +69,9 @@ class Engine:
             raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
         if batch_size < 1:
             raise MemvecError(f"--batch-size must be at least 1, not {batch_size}.")
-        self.lm, self.K, self.batch_size = lm, vectors, batch_size
         self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
+        self.lm = lm = triggered(lm, self.recipe)
+        self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
         # As it was done, for the record. Large steps are for vectors that stand in front of tokens.
         self.recipe = replace(

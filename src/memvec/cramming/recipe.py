@@ -111,6 +111,11 @@ class Recipe:
         "what follows the vectors: nothing, the model's BOS, the passage's first token; 'paper': "
         "BOS if the tokenizer adds one, else the first token",
     )
+    trigger: str = documented(
+        "bos",
+        "the token that follows the vectors under the start rule 'bos', behind which the passage "
+        "comes: 'bos', the text of another token, or its number as '#17'",
+    )
     compute: ComputeName = documented(
         "auto",
         "what steps are computed in: 'model', the model's own dtype; 'bfloat16', a rounded copy of "

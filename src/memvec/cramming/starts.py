@@ -110,6 +110,11 @@ def start_vectors(
     return [vectors[i] for i in range(len(passages))]
 
 
+def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
+    """The model with the recipe's trigger. Raises MemvecError if that is not one of its tokens."""
+    return lm if recipe.trigger == "bos" else lm.with_trigger(lm.token_named(recipe.trigger))
+
+
 def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     """The start rule that applies to this model ('paper' depends on its tokenizer)."""
     rule: StartRule
@@ -117,7 +122,7 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
         rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
     else:
         rule = recipe.start_rule
-    if rule == "bos" and lm.bos_id is None:
+    if rule == "bos" and lm.trigger is None:
         raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
     return rule
 

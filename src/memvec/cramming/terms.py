@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
     from memvec.cramming.batch import BatchState
+    from memvec.vectors import MemVectors
 
 # Steps behind `settle` after which a passage that is not exact yet feels half of the term.
 YIELDS_AFTER = 40
@@ -88,6 +89,10 @@ class Term:
     ) -> TermLoss:
         """The loss of each slot at these vectors, attached to the parameters (N: B and padding)."""
         raise NotImplementedError
+
+    def certificate(self, mem: MemVectors) -> dict[str, Any] | None:
+        """What the finished vectors are worth for this term, as a file keeps it; None: nothing."""
+        return None
 
     def inputs(self, columns: int) -> int:
         """Inputs of forward and backward passes that the term costs a passage at each step."""

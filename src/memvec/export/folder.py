@@ -104,9 +104,10 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
         )
     given: tuple[int, ...] = ()
     if rule == "bos":
-        if lm.bos_id is None:
+        trigger = mem.view(lm).trigger
+        if trigger is None:
             raise MemvecError(f"{lm.name} has no BOS token, and these vectors need one.")
-        given = (lm.bos_id,)
+        given = (trigger,)
     elif rule == "first-token" and record.first is not None:
         given = (record.first,)
     return Item(mem.vectors[i], given, record.tokens - len(_given_of_passage(record)))

@@ -64,6 +64,7 @@ class FrozenLM:
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Prefix = PREFIX
+        self.other_trigger: int | None = None
         self._original: FrozenLM | None = None  # the model that `read_as` made this view of
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -164,6 +165,42 @@ class FrozenLM:
         view.facts, view.encoder = {}, None
         return view
 
+    @property
+    def trigger(self) -> int | None:
+        """The token that follows the vectors under the start rule 'bos': BOS, or another one."""
+        return self.bos_id if self.other_trigger is None else self.other_trigger
+
+    def with_trigger(self, token: int | None) -> FrozenLM:
+        """This model with another token than BOS between the vectors and the passage; None: BOS.
+
+        Raises MemvecError for a token that the model does not have.
+        """
+        if token == self.other_trigger:
+            return self
+        if token is not None and not 0 <= token < self.vocab_size:
+            raise MemvecError(
+                f"{self.name} has no token {token} to use as a trigger: its vocabulary has "
+                f"{self.vocab_size}."
+            )
+        view = copy.copy(self)
+        view.other_trigger = token
+        return view
+
+    def token_named(self, name: str) -> int:
+        """The id of a token given as its text, or as '#' and its number.
+
+        Raises MemvecError if the text is not one token.
+        """
+        if name.startswith("#") and name[1:].isdigit():
+            return int(name[1:])
+        ids = self.tokenize(name)
+        if len(ids) != 1:
+            raise MemvecError(
+                f"'{name}' is {len(ids)} tokens of {self.name} and a trigger is one: give another, "
+                "or its number as '#17'."
+            )
+        return ids[0]
+
     def inputs(
         self,
         vectors: Float[Tensor, "B K D"] | None,
@@ -246,9 +283,9 @@ class FrozenLM:
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
         """The tokens that are given between the vectors and the first predicted token."""
         if start == "bos":
-            if self.bos_id is None:
+            if self.trigger is None:
                 raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
-            return ids.new_full((len(ids), 1), self.bos_id)
+            return ids.new_full((len(ids), 1), self.trigger)
         return ids[:, : int(start == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:

@@ -47,14 +47,16 @@ class Prefix:
         """What stands before each predicted token.
 
         `start` says what follows the vectors: nothing ('vectors': token 1 is predicted from the
-        last vector), the model's BOS ('bos'), or the passage's first token ('first-token': tokens
-        2 to T are predicted). Without vectors, 'vectors' means nothing, and BOS is used.
+        last vector), the model's BOS or the trigger that stands for it ('bos'), or the
+        passage's first token ('first-token': tokens 2 to T are predicted). Without vectors,
+        'vectors' means nothing, and BOS is used.
         """
         parts = [] if vectors is None else [vectors.to(lm.dtype)]
         if start == "bos":
-            if lm.bos_id is None:
+            token = lm.bos_id if vectors is None else lm.trigger
+            if token is None:
                 raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
-            parts.append(lm.embed(ids.new_full((len(ids), 1), lm.bos_id)))
+            parts.append(lm.embed(ids.new_full((len(ids), 1), token)))
         parts.append(lm.embed(ids[:, :-1]))
         return torch.cat(parts, dim=1)
 

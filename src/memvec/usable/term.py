@@ -10,6 +10,7 @@ by what follows them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
+from memvec.usable.certificate import certify_use
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import (
     Teacher,
@@ -33,6 +35,7 @@ from memvec.usable.teacher import (
     states_behind,
     teacher_of,
 )
+from memvec.vectors import MemVectors
 
 
 class Use(Term):
@@ -80,6 +83,12 @@ class Use(Term):
     def inputs(self, columns: int) -> int:
         """The vectors and a query."""
         return self.K + self.recipe.query_tokens - 1
+
+    def certificate(self, mem: MemVectors) -> dict[str, Any] | None:
+        """The certificate of use; none for vectors that are not exact."""
+        if not mem.exact:
+            return None
+        return certify_use(self.lm, mem).model_dump(mode="json")
 
     def _teacher(self, passage: Passage) -> Teacher:
         # A passage alone: what is computed for it does not depend on who is beside it.

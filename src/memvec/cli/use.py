@@ -1,0 +1,151 @@
+r"""`memvec use`: a prompt behind the \[mem] vectors of a text, and what the model writes."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from memvec.cli import options
+from memvec.cli.common import ModelChoice, open_file
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+    from memvec.usable.generate import Context
+    from memvec.vectors import MemVectors
+
+EXAMPLES = options.examples(
+    'memvec use letter.mem --prompt "The next morning"',
+    'memvec use letter.mem more.mem --prompt "She said" --compare',
+)
+
+Files = Annotated[
+    list[str], typer.Argument(help="Files of usable vectors; they stand one behind the other.")
+]
+Prompt = Annotated[
+    str, typer.Option("--prompt", "-p", help="What follows the vectors; - for standard input.")
+]
+Passage = Annotated[
+    list[int] | None,
+    typer.Option("--passage", help="Only this passage of the file (from 0); may be repeated."),
+]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens that are written.")]
+Sample = Annotated[
+    bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
+]
+Temperature = Annotated[float | None, typer.Option(help="Of sampling; implies --sample.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Of nucleus sampling; implies --sample.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of sampling.")]
+Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare", help="Show what is written behind the vectors, the text and nothing."
+    ),
+]
+
+
+def use(
+    files: Files,
+    prompt: Prompt,
+    model: options.ModelOfFile = None,
+    passage: Passage = None,
+    max_new_tokens: NewTokens = 128,
+    sample: Sample = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    compare: Compare = False,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.DtypeOfFile = None,
+    load: options.Load = None,
+    json: options.Json = False,
+) -> None:
+    """Write on behind the vectors of a text and a prompt, as behind the text itself."""
+    from memvec.vectors import MemVectors
+
+    settings = _settings(max_new_tokens, sample, temperature, top_p)
+    choice = ModelChoice.of(model, revision, device, dtype, load)
+    asked = _text(prompt)
+    first, lm = open_file(files[0], choice)
+    mems = [first, *(MemVectors.load(file) for file in files[1:])]
+    if passage and len(mems) > 1:
+        raise MemvecError("--passage picks from one file: name a single FILE with it.")
+    if json or compare:
+        _show_all(lm, mems, asked, passage, seed, settings, json)
+    else:
+        _stream(lm, mems, asked, passage, seed, settings)
+
+
+def _settings(
+    new_tokens: int, sample: bool, temperature: float | None, top_p: float | None
+) -> dict[str, Any]:
+    """Settings of the model's `generate`. Raises MemvecError for values out of range."""
+    if new_tokens < 1:
+        raise MemvecError(f"--max-new-tokens must be at least 1, not {new_tokens}.")
+    if temperature is not None and not temperature > 0:
+        raise MemvecError(f"--temperature must be more than 0, not {temperature}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise MemvecError(f"--top-p must be in (0, 1], not {top_p}.")
+    given = {"temperature": temperature, "top_p": top_p}
+    drawn = {name: value for name, value in given.items() if value is not None}
+    return {"max_new_tokens": new_tokens, "do_sample": sample or bool(drawn), **drawn}
+
+
+def _text(prompt: str) -> str:
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _seed(seed: int | None) -> None:
+    import torch
+
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
+def _stream(
+    lm: FrozenLM,
+    mems: list[MemVectors],
+    prompt: str,
+    passages: list[int] | None,
+    seed: int | None,
+    settings: dict[str, Any],
+) -> None:
+    """Print the answer as it is written."""
+    from transformers import TextStreamer
+
+    from memvec.usable.generate import use as write
+
+    _seed(seed)
+    streamer = TextStreamer(lm.tokenizer, skip_special_tokens=True)
+    write(lm, mems, prompt, passages=passages, streamer=streamer, **settings)
+
+
+def _show_all(
+    lm: FrozenLM,
+    mems: list[MemVectors],
+    prompt: str,
+    passages: list[int] | None,
+    seed: int | None,
+    settings: dict[str, Any],
+    json: bool,
+) -> None:
+    """Print the answers behind the vectors, the text and nothing, one below the other."""
+    from memvec.cli import display
+    from memvec.usable import generate
+
+    contexts: tuple[Context, ...] = get_args(generate.Context)
+    answers: dict[str, str] = {}
+    for context in contexts:
+        _seed(seed)
+        answers[context] = generate.use(
+            lm, mems, prompt, passages=passages, context=context, **settings
+        )
+    if json:
+        typer.echo(display.to_json({"prompt": prompt, **answers}))
+    else:
+        display.answers(answers)

@@ -1,0 +1,244 @@
+"""The certificate of use: what vectors are worth as context, beside what else could stand there.
+
+For each passage, the model that has read the whole text is the reference. Behind each context (the
+vectors; nothing; the last K and the last 4 K tokens of the text; vectors that were crammed to be
+exact only) it reads the same words, and two figures say how far it is from the reference:
+
+    KL     mean over tokens of KL(model behind the text || model behind the context), nats, over all
+           V tokens
+    kept   (NLL without context - NLL behind the context) / (NLL without - NLL with the text): the
+           share of what the text tells about the words that follow; 0 no context, 1 the whole text
+
+The words are queries that cramming never saw: continuations of the text that the model samples with
+another seed, and the true continuation of a passage, where the document goes on behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.environment import environment
+from memvec.errors import MemvecError
+from memvec.lab import statistics
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+from memvec.results import Record
+from memvec.storage import Storage
+from memvec.usable.queries import continuations, text_inputs
+from memvec.usable.teacher import states_behind
+from memvec.vectors import MemVectors
+
+PASSAGES = 32  # at most so many passages are measured, evenly spread over the file
+QUERIES = 4  # held-out continuations of each passage
+TOKENS = 48  # of each, and of the true continuation
+SEED = 7919  # added to the recipe's: other continuations than cramming saw
+FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
+
+# Inputs (1, N, D) of each context, by name.
+Contexts = dict[str, Float[Tensor, "1 N D"]]
+
+
+class Worth(Record):
+    """What one context is worth, with 95 % bootstrap intervals over the passages."""
+
+    kl: float = Field(description="KL from the model behind the text, nats per token")
+    kl_interval: tuple[float, float]
+    nll: float = Field(description="negative log-likelihood of the words, nats per token")
+    kept: float = Field(description="share of the text's gain that the context keeps")
+    kept_interval: tuple[float, float]
+    over_vectors: float = Field(description="KL of this context / KL of the vectors")
+    over_vectors_interval: tuple[float, float]
+
+
+class WorthTable(Record):
+    """The worth of every context on the same words."""
+
+    passages: int = Field(ge=1, description="passages that were measured")
+    queries: int = Field(ge=1, description="texts for each")
+    tokens: int = Field(ge=1, description="tokens of each")
+    gain: float = Field(description="NLL without context - NLL with the text, nats per token")
+    contexts: dict[str, Worth]
+
+
+class UseCertificate(Record):
+    """What the vectors of a file are worth as context."""
+
+    trigger: str = Field(description="what the passage comes behind: 'bos', or a token id")
+    vectors: int = Field(ge=1, description="vectors of each passage (K)")
+    held_out: WorthTable
+    continuation: WorthTable | None = Field(
+        default=None, description="the same on the true continuations; none: no text goes on"
+    )
+    environment: dict[str, Any]
+
+
+class Figures(NamedTuple):
+    """KL and NLL of one passage behind one context, means over its queries, nats per token."""
+
+    kl: float
+    nll: float
+
+
+def certify_use(
+    lm: FrozenLM,
+    mem: MemVectors,
+    passages: Sequence[Sequence[int]] | None = None,
+    *,
+    exact_only: bool = True,
+) -> UseCertificate:
+    """Measure what vectors are worth as context.
+
+    `passages` are the token ids of every passage, decoded from the vectors if they are not given.
+    `exact_only=False` leaves out the control that has to be crammed. Raises MemvecError for vectors
+    of another model, or vectors that nothing can be read behind (one-step, start rule 'vectors').
+    """
+    view = mem.view(lm)
+    check_usable(mem)
+    ids = passages if passages is not None else mem.tokens(lm)
+    chosen = _spread(len(ids), PASSAGES)
+    K = mem.vectors.shape[1]
+    controls = (
+        _exact_only(view, mem, [ids[i] for i in chosen]) if exact_only else [None] * len(chosen)
+    )
+    contexts = [
+        _contexts(view, mem.vectors[i].float(), ids[i], control)
+        for i, control in zip(chosen, controls, strict=True)
+    ]
+    recipe = Recipe(query_count=QUERIES, query_tokens=TOKENS, seed=SEED)
+    held_out = [
+        _measure(view, own, continuations(view, ids[i], recipe)[0])
+        for own, i in zip(contexts, chosen, strict=True)
+    ]
+    following = {i: words for i, words in _following(mem, ids) if i in set(chosen)}
+    true = [
+        _measure(view, own, torch.tensor([following[i]]))
+        for own, i in zip(contexts, chosen, strict=True)
+        if i in following
+    ]
+    return UseCertificate(
+        trigger="bos" if mem.header.trigger is None else str(mem.header.trigger),
+        vectors=K,
+        held_out=_table(held_out, QUERIES, TOKENS),
+        continuation=_table(true, 1, TOKENS) if true else None,
+        environment=environment(),
+    )
+
+
+def check_usable(mem: MemVectors) -> None:
+    """Raise MemvecError for vectors behind which nothing but their passage can be read."""
+    if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
+        raise MemvecError(
+            "these vectors have no trigger, so whatever follows them is taken for their passage: "
+            "cram the text with --usable."
+        )
+
+
+def _spread(n: int, most: int) -> list[int]:
+    return list(range(n)) if n <= most else sorted({n * i // most for i in range(most)})
+
+
+def _following(
+    mem: MemVectors, passages: Sequence[Sequence[int]]
+) -> list[tuple[int, Sequence[int]]]:
+    """(passage, the TOKENS tokens behind it), where its document has so many."""
+    found: list[tuple[int, Sequence[int]]] = []
+    at = 0
+    for document in mem.header.documents:
+        own = range(at, at + document.passages)
+        for i in own:
+            behind = [t for j in own if j > i for t in passages[j]][:TOKENS]
+            if len(behind) == TOKENS:
+                found.append((i, behind))
+        at += document.passages
+    return found
+
+
+def _exact_only(
+    lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]
+) -> list[Tensor | None]:
+    """As many vectors for each passage, crammed by the default recipe; None where not exact."""
+    recipe = Recipe(start_rule=mem.header.start_rule, term="none")
+    storage: Storage = mem.storage
+    engine = Engine(
+        lm,
+        replace(recipe, trigger="bos" if lm.other_trigger is None else f"#{lm.other_trigger}"),
+        vectors=mem.vectors.shape[1],
+        storage=storage,
+        batch_size=min(32, len(passages)),
+    )
+    crammed: dict[int, Tensor] = {}
+    jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
+    for outcome in engine.run(jobs):
+        if outcome.exact:
+            crammed[outcome.passage.document] = outcome.vectors.float()
+    return [crammed.get(i) for i in range(len(passages))]
+
+
+def _contexts(
+    lm: FrozenLM, vectors: Float[Tensor, "K D"], ids: Sequence[int], exact_only: Tensor | None
+) -> Contexts:
+    K = len(vectors)
+    found = {FULL: text_inputs(lm, ids), NONE: text_inputs(lm, ())}
+    for n in (K, 2 * K, 4 * K, 8 * K):
+        if n < len(ids):
+            found[f"last {n} tokens"] = text_inputs(lm, ids[-n:])
+    if exact_only is not None:
+        found[EXACT_ONLY] = exact_only[None].to(lm.device)
+    found[VECTORS] = vectors[None].to(lm.device)
+    return found
+
+
+@torch.no_grad()
+def _measure(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> dict[str, Figures]:
+    """KL from the first context (the text) and NLL of the words behind each context."""
+    words = words.to(lm.device)
+    reference: Tensor | None = None
+    figures = {}
+    for name, inputs in contexts.items():
+        states = states_behind(lm, inputs.expand(len(words), -1, -1), words)
+        log_q = lm.head(states).log_softmax(-1)
+        nll = -log_q.gather(-1, words[..., None]).mean()
+        reference = log_q if reference is None else reference
+        kl = (reference.exp() * (reference - log_q)).sum(-1).mean()
+        figures[name] = Figures(float(kl), float(nll))
+    return figures
+
+
+def _table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> WorthTable:
+    """Means and intervals over the passages; a context that a passage lacks is left out there."""
+    names = [name for name in measured[0] if name != FULL]
+    gain = [own[NONE].nll - own[FULL].nll for own in measured]
+    worth = {}
+    for name in names:
+        rows = [(own[name], own, g) for own, g in zip(measured, gain, strict=True) if name in own]
+        kl = statistics.bootstrap_mean([mine.kl for mine, *_ in rows])
+        told = [own[NONE].nll - mine.nll for mine, own, _ in rows]
+        kept = statistics.ratio_of_means(told, [g for *_, g in rows])
+        over = statistics.ratio_of_means(
+            [mine.kl for mine, *_ in rows], [own[VECTORS].kl for _, own, _ in rows]
+        )
+        worth[name] = Worth(
+            kl=kl.value,
+            kl_interval=(kl.low, kl.high),
+            nll=sum(mine.nll for mine, *_ in rows) / len(rows),
+            kept=kept.value,
+            kept_interval=(kept.low, kept.high),
+            over_vectors=over.value,
+            over_vectors_interval=(over.low, over.high),
+        )
+    return WorthTable(
+        passages=len(measured),
+        queries=queries,
+        tokens=tokens,
+        gain=sum(gain) / len(gain),
+        contexts=worth,
+    )
