@@ -90,7 +90,7 @@ def test_a_copy_that_disagrees_is_not_used(monkeypatch):
 
 def test_published_recipes_compute_in_the_models_own_dtype():
     for name, recipe in PRESETS.items():
-        assert recipe.compute == ("auto" if name == "default" else "model"), name
+        assert recipe.compute == ("auto" if name in ("default", "usable") else "model"), name
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from memvec.lab.sources.files import Files
 from memvec.lab.sources.random_tokens import RandomTokens, ordinary_tokens
 from memvec.lab.sources.random_words import RandomWords
 from memvec.lab.sources.sampled import Sampled
+from memvec.lab.sources.text_readers import read_hub_texts, read_texts
 from memvec.lab.sources.written import chunk, sentences, split_by_rule
-from memvec.passages.text_readers import read_hub_texts, read_texts
 from studies import SENTENCES
 
 

@@ -93,24 +93,21 @@ def lines_of_code(path: Path) -> int:
 
 
 def test_the_core_is_small():
-    """Everything but what stands beside it, in lines of code.
-
-    The goal is 5000 lines in all; this holds what has been reached.
-    """
+    """Everything but what stands beside the core (BESIDE), in lines of code."""
     core = [
         path for name, path in MODULES.items() if name.split(".")[1:2] not in [[p] for p in BESIDE]
     ]
-    assert sum(lines_of_code(path) for path in core) < 5900
+    assert sum(lines_of_code(path) for path in core) < 5000
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_files_and_functions_can_be_read(name):
     text = MODULES[name].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 360
+    assert len(text.splitlines()) <= 350
     functions = [
         node
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    long = {f.name: f.end_lineno - f.lineno for f in functions if f.end_lineno - f.lineno > 70}
+    long = {f.name: f.end_lineno - f.lineno for f in functions if f.end_lineno - f.lineno > 60}
     assert long == {}

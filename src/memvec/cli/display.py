@@ -35,10 +35,12 @@ __all__ = [
     "certificate",
     "doctor",
     "duration",
+    "facts_table",
     "inspect",
     "model",
     "planned",
     "progress",
+    "safe",
     "say",
     "summary",
     "to_json",
@@ -132,7 +134,7 @@ def _line(status: CramStatus) -> str:
 def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
     """Print the table that ends `memvec cram`; `byte_counts` are those of `certificate.account`."""
     s = mem.summary()
-    table = _table(f"{path}")
+    table = facts_table(f"{path}")
     _add_figures(table, s)
     table.add_row("bytes", _bytes(byte_counts))
     table.add_row("certificate", _verdict(s["exact"], s["exact_passages"], s["passages"]))
@@ -141,7 +143,7 @@ def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None
 
 def planned(plan: Plan, file: str, storage: str) -> None:
     """Print the table of `memvec plan`: every total with its 95 % interval."""
-    table = _table(f"{file}: what cramming all of it will take")
+    table = facts_table(f"{file}: what cramming all of it will take")
     table.add_row("text", f"{plan.text_bytes} bytes, {plan.tokens} tokens")
     inexact = f"; {plan.inexact} did not become exact" if plan.inexact else ""
     table.add_row(
@@ -169,17 +171,15 @@ def _interval(mean: Mean, digits: int) -> str:
 def inspect(mem: MemVectors, file: str) -> None:
     """Print what a file holds. Strings of the file are printed without their markup."""
     s, header, made_by = mem.summary(), mem.header, mem.header.model
-    table = _table(file)
+    table = facts_table(file)
     table.add_row(
         "model",
-        _safe(
-            f"{made_by.get('name')} ({made_by.get('dtype')}, revision {made_by.get('revision')})"
-        ),
+        safe(f"{made_by.get('name')} ({made_by.get('dtype')}, revision {made_by.get('revision')})"),
     )
-    table.add_row("weights", _safe(made_by.get("weights"))[:16])
+    table.add_row("weights", safe(made_by.get("weights"))[:16])
     names = ", ".join(d.name for d in header.documents[:MAX_NAMES])
     more = " ..." if len(header.documents) > MAX_NAMES else ""
-    table.add_row("documents", f"{len(header.documents)}: {_safe(names)}{more}")
+    table.add_row("documents", f"{len(header.documents)}: {safe(names)}{more}")
     _add_figures(table, s)
     table.add_row(
         "bytes",
@@ -189,16 +189,14 @@ def inspect(mem: MemVectors, file: str) -> None:
     shown = (
         name for name in ("objective", "temperature", "schedule", "lr") if name in header.recipe
     )
-    table.add_row("recipe", _safe(", ".join(f"{name} {header.recipe[name]}" for name in shown)))
+    table.add_row("recipe", safe(", ".join(f"{name} {header.recipe[name]}" for name in shown)))
     e = header.environment
     versions = f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}"
-    table.add_row("made with", _safe(versions))
+    table.add_row("made with", safe(versions))
     has_text = any(d.text is not None for d in header.documents)
     table.add_row("text in the file", "yes" if has_text else "no")
     _add_certificate(table, header.certificate)
     out.print(table)
-    if header.use is not None:
-        worth(header.use)
 
 
 def _add_certificate(table: Table, certificate: Mapping[str, Any] | None) -> None:
@@ -207,11 +205,11 @@ def _add_certificate(table: Table, certificate: Mapping[str, Any] | None) -> Non
         return
     c = certificate
     verdict = _verdict(bool(c.get("exact")), c.get("exact_passages"), c.get("passages"))
-    how = _safe(f"{c.get('decoded_in')} on {c.get('device')}, {c.get('date')}")
+    how = safe(f"{c.get('decoded_in')} on {c.get('device')}, {c.get('date')}")
     table.add_row("certificate", f"{verdict}; {how}")
     cache = str(c.get("cache", ""))
     if cache.startswith("none: "):
-        table.add_row("decoded", _safe(f"without a cache: {cache.removeprefix('none: ')}"))
+        table.add_row("decoded", safe(f"without a cache: {cache.removeprefix('none: ')}"))
 
 
 def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) -> None:
@@ -241,68 +239,36 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
     c = figures
     out.print(
         f"decoded freely in {c['decoded_in']} on {c['device']} "
-        f"({c['attention']} attention, cache {_safe(c['cache'])}, torch {c['torch']}): "
+        f"({c['attention']} attention, cache {safe(c['cache'])}, torch {c['torch']}): "
         + _verdict(c["exact"], c["exact_passages"], c["passages"])
     )
 
 
-def worth(use: Mapping[str, Any]) -> None:
-    """Print a certificate of use: what each context is worth, on held-out words."""
-    K = use["vectors"]
-    for key, what in (("continuation", "true continuation"), ("held_out", "sampled continuations")):
-        measured = use.get(key)
-        if not measured:
-            continue
-        table = Table(
-            title=f"As context, on the {what} (n {measured['passages']} passages, "
-            f"{measured['queries']} x {measured['tokens']} tokens, {K} vectors each)",
-            title_justify="left",
-        )
-        for column in ("context", "KL to the text, nats a token", "share of the gain kept"):
-            table.add_column(column, justify="left" if column == "context" else "right")
-        for name, c in measured["contexts"].items():
-            low, high = c["kl_interval"]
-            kept_low, kept_high = c["kept_interval"]
-            table.add_row(
-                _safe(name),
-                f"{c['kl']:.3f} [{low:.3f}, {high:.3f}]",
-                f"{c['kept']:.2f} [{kept_low:.2f}, {kept_high:.2f}]",
-            )
-        out.print(table)
-
-
-def answers(written: Mapping[str, str]) -> None:
-    """Print what was written behind each context."""
-    table = _table("")
-    for context, text in written.items():
-        table.add_row(context, "\n".join(_safe(line) for line in text.splitlines()))
-    out.print(table)
-
-
 def doctor(report: Mapping[str, Any]) -> None:
     """Print the report of `memvec.lab.doctor.examine`: its checks, its facts and its verdict."""
-    table = _table(f"{report['model']}")
+    table = facts_table(f"{report['model']}")
     for check in report["checks"]:
         mark = "[green]yes[/green]" if check["ok"] else "[red]NO[/red]"
-        table.add_row(check["name"], f"{mark}  {_safe(check['detail'])}")
+        table.add_row(check["name"], f"{mark}  {safe(check['detail'])}")
     for name, value in report["facts"].items():
-        table.add_row(name, _safe(value))
+        table.add_row(name, safe(value))
     out.print(table)
     out.print(
         "[green]This model can be crammed here.[/green]"
         if report["can_be_crammed"]
-        else f"[red]This model cannot be crammed here:[/red] {_safe(report['reason'])}"
+        else f"[red]This model cannot be crammed here:[/red] {safe(report['reason'])}"
     )
 
 
-def _safe(text: object) -> str:
+def safe(text: object) -> str:
     """Text from outside, escaped: no markup, and no control characters for the terminal."""
     return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
 
 
-def _table(title: str) -> Table:
+def facts_table(title: str) -> Table:
+    """An empty table of names and values."""
     table = Table(
-        title=_safe(title), title_justify="left", show_header=False, box=None, padding=(0, 2)
+        title=safe(title), title_justify="left", show_header=False, box=None, padding=(0, 2)
     )
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -349,7 +315,7 @@ def _bytes(counts: Mapping[str, int]) -> str:
 
 
 def _verdict(exact: bool, right: Any, total: Any) -> str:
-    right, total = _safe(right), _safe(total)
+    right, total = safe(right), safe(total)
     if exact:
         return f"[green]exact[/green] ({right} of {total} passages decode freely)"
     return f"[red]NOT exact[/red] ({right} of {total} passages decode freely)"

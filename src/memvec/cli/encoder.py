@@ -150,7 +150,7 @@ def _token_stream(
     """Token ids of all the text, one text after the other."""
     import torch
 
-    from memvec.passages.text_readers import read_texts
+    from memvec.lab.sources.text_readers import read_texts
 
     values = {}
     for pair in where or []:

@@ -136,6 +136,7 @@ def _show_all(
 ) -> None:
     """Print the answers behind the vectors, the text and nothing, one below the other."""
     from memvec.cli import display
+    from memvec.cli.use_tables import show_answers
     from memvec.usable import generate
 
     contexts: tuple[Context, ...] = get_args(generate.Context)
@@ -148,4 +149,4 @@ def _show_all(
     if json:
         typer.echo(display.to_json({"prompt": prompt, **answers}))
     else:
-        display.answers(answers)
+        show_answers(answers)

@@ -35,6 +35,7 @@ def verify(
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
     from memvec.certificate import certificate_of
     from memvec.cli import display
+    from memvec.cli.use_tables import show_worth
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     decoded = mem.decode_passages(lm, force=force)
@@ -48,7 +49,7 @@ def verify(
     else:
         display.certificate(mem, certificate, exact)
         if worth is not None:
-            display.worth(worth)
+            show_worth(worth)
     if not certificate["exact"]:
         raise typer.Exit(3)
 

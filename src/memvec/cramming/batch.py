@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memvec.cramming.certify import Outcome
+from memvec.cramming.certify import Finished, Outcome
 from memvec.cramming.optimizers import OptimizerState
 from memvec.cramming.rows import Rows
 from memvec.cramming.schedules import ScheduleState
 from memvec.passages.passage import Passage
+from memvec.results import Status
 
 SMALLEST_RAISE = (
     0.05  # of the logits' spread: the margin after a failed certification from margin 0
@@ -45,6 +46,11 @@ class Job:
             margin = max(2 * margin, SMALLEST_RAISE * raised)
         vectors = outcome.vectors.float()
         return cls(outcome.passage, margin, vectors, outcome.steps, outcome.spent, outcome.seconds)
+
+    def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
+        """This job, ended with these vectors, as they will be stored."""
+        spent = (self.steps, self.spent, self.seconds)
+        return Finished(self.passage, vectors, status, self.margin, *spent)
 
 
 class Waiting:

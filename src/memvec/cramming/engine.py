@@ -302,17 +302,7 @@ class Engine:
                 status: Status = "budget"
                 if self.batch.done[i] or self.batch.failed[i]:
                     status = "done" if self.batch.done[i] else "not-finite"
-                finished.append(
-                    Finished(
-                        job.passage,
-                        job.vectors,
-                        status,
-                        job.margin,
-                        job.steps,
-                        job.spent,
-                        job.seconds,
-                    )
-                )
+                finished.append(job.finished(job.vectors, status))
         self._keep([i for i, gone in enumerate(stopped) if not gone])
         return finished
 

@@ -53,3 +53,10 @@ class Rows:
                 for name, value in self._fields().items()
             }
         )
+
+
+def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:
+    """Rows (B, ...) with `padding_rows` rows of one value behind them."""
+    if not padding_rows:
+        return rows
+    return torch.cat([rows, rows.new_full((padding_rows, *rows.shape[1:]), value)])

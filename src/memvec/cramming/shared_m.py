@@ -177,7 +177,7 @@ class Shared:
             replace(j, steps=j.steps + steps, spent=own, seconds=j.seconds + seconds)
             for j, own in zip(jobs, spent.tolist(), strict=True)
         ]
-        return [_finished(j, v.clone(), status) for j, v in zip(after, vectors, strict=True)]
+        return [j.finished(v.clone(), status) for j, v in zip(after, vectors, strict=True)]
 
     def _start(self, jobs: list[Job]) -> tuple[Float[Tensor, "P 1 D"], Float[Tensor, "1 1 D"]]:
         """First e of each passage and first m; the seed of m derives from all passages' ids."""
@@ -237,8 +237,3 @@ class Shared:
         if self.on_progress is not None:
             mean = float(leading.float().mean())
             self.on_progress(Progress(in_slots, 0, mean, self.steps, self.tokens))
-
-
-def _finished(job: Job, vectors: Float[Tensor, "2 D"], status: Status) -> Finished:
-    """A job that ended with these vectors, as they will be stored."""
-    return Finished(job.passage, vectors, status, job.margin, job.steps, job.spent, job.seconds)

@@ -24,6 +24,7 @@ from memvec.cramming.coordinates import Coordinates, as_stored
 from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
 from memvec.model.lm import FrozenLM
@@ -256,10 +257,3 @@ class Step:
         large = self.coordinates.parameters(vectors * (self.recipe.lr_large / size).clamp_min(1))
         rows = rows.reshape(-1, *(1 for _ in parameters.shape[1:]))
         return torch.where(rows, large, parameters)
-
-
-def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:
-    """Rows (B, ...) with `padding_rows` rows of one value behind them."""
-    if not padding_rows:
-        return rows
-    return torch.cat([rows, rows.new_full((padding_rows, *rows.shape[1:]), value)])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memvec.cramming.batch import BatchState
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.rows import Rows
+from memvec.cramming.rows import Rows, with_padding
 from memvec.cramming.terms import Term, TermLoss
 from memvec.errors import MemvecError
 from memvec.model import memory
@@ -70,15 +70,15 @@ class Use(Term):
         row = torch.arange(B, device=batch.steps.device)
         which = batch.steps % teacher.queries.shape[1]
         ids, length = teacher.queries[row, which], teacher.length[row, which]
-        padded = torch.cat([ids, ids.new_zeros(padding_rows, ids.shape[1])])
         with torch.enable_grad():
-            states = states_behind(self.module, vectors, padded)
+            states = states_behind(self.module, vectors, with_padding(ids, padding_rows))
         counted = answer_positions(length, ids.shape[1])
         share = counted / counted.sum(-1, keepdim=True)
+        # Padding rows are computed as well: products keep their shape, and so their rounding.
         kept = (teacher.top[row, which], teacher.log_p[row, which], teacher.log_rest[row, which])
-        loss, gradient = self._divergence(states.detach()[:B], kept, share)
-        blank = gradient.new_zeros(padding_rows, *gradient.shape[1:])
-        return TermLoss(loss, (states,), (torch.cat([gradient, blank]),))
+        top, log_p, log_rest, weight = (with_padding(t, padding_rows) for t in (*kept, share))
+        loss, gradient = self._divergence(states.detach(), (top, log_p, log_rest), weight)
+        return TermLoss(loss[:B], (states,), (gradient,))
 
     def inputs(self, columns: int) -> int:
         """The vectors and a query."""

@@ -16,8 +16,8 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
+from memvec.lab.sources.text_readers import resolve
 from memvec.passages.passage import Passage
-from memvec.passages.text_readers import resolve
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

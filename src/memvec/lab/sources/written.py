@@ -18,8 +18,8 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
+from memvec.lab.sources.text_readers import NamedText, read_hub_texts, read_texts, resolve
 from memvec.passages.passage import Passage
-from memvec.passages.text_readers import NamedText, read_hub_texts, read_texts, resolve
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

@@ -1,0 +1,43 @@
+"""Tables of usable vectors: what they are worth as context, and answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from memvec.cli.display import facts_table, out, safe
+
+
+def show_worth(use: Mapping[str, Any]) -> None:
+    """Print a certificate of use: what each context is worth, on held-out words."""
+    K = use["vectors"]
+    for key, what in (("continuation", "true continuation"), ("held_out", "sampled continuations")):
+        measured = use.get(key)
+        if not measured:
+            continue
+        table = Table(
+            title=f"As context, on the {what} (n {measured['passages']} passages, "
+            f"{measured['queries']} x {measured['tokens']} tokens, {K} vectors each)",
+            title_justify="left",
+        )
+        for column in ("context", "KL to the text, nats a token", "share of the gain kept"):
+            table.add_column(column, justify="left" if column == "context" else "right")
+        for name, c in measured["contexts"].items():
+            low, high = c["kl_interval"]
+            kept_low, kept_high = c["kept_interval"]
+            table.add_row(
+                safe(name),
+                f"{c['kl']:.3f} [{low:.3f}, {high:.3f}]",
+                f"{c['kept']:.2f} [{kept_low:.2f}, {kept_high:.2f}]",
+            )
+        out.print(table)
+
+
+def show_answers(written: Mapping[str, str]) -> None:
+    """Print what was written behind each context."""
+    table = facts_table("")
+    for context, text in written.items():
+        table.add_row(context, "\n".join(safe(line) for line in text.splitlines()))
+    out.print(table)

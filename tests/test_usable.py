@@ -1,0 +1,364 @@
+"""Vectors that are exact and usable: the second loss, its certificate, and a prompt behind them."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import memvec
+from conftest import QUICK, build, passages, reader, tiny
+from memvec import codec
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.journal import Journal
+from memvec.model.lm import FrozenLM
+from memvec.usable import generate, queries, teacher
+from memvec.usable.certificate import certify_use
+from memvec.vectors import MemVectors
+
+USABLE = Recipe.of(
+    "usable", settle=30, decay=30, steps=400, query_count=3, query_tokens=5, compute="model"
+)
+FAMILIES = ["llama", "gpt2", "mamba", "opt-projected", "gemma2"]
+
+
+def triggered(family: str) -> tuple[FrozenLM, Recipe]:
+    """A tiny model and the recipe with a trigger: its BOS, or a token where it has none."""
+    lm = tiny(family)
+    return lm, USABLE if lm.bos_id is not None else replace(USABLE, trigger="#3")
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("top", [1, 5, 10_000])
+def test_the_divergence_is_that_of_the_kept_outcomes(top):
+    generator = torch.Generator().manual_seed(top)
+    p, q = (torch.randn(4, 3, 40, generator=generator).double() for _ in range(2))
+    n = min(top, 39)
+    values, ids = p.log_softmax(-1).topk(n, dim=-1)
+    rest = 1 - values.exp().sum(-1)
+    found = teacher.divergence(q, ids, values, rest.log())
+    # The slow way: the other outcomes are merged into one, and KL is summed over all.
+    for at in range(4):
+        for position in range(3):
+            first, second = p[at, position].softmax(-1), q[at, position].softmax(-1)
+            kept = ids[at, position].tolist()
+            pairs = [(float(first[i]), float(second[i])) for i in kept]
+            pairs.append((1 - sum(a for a, _ in pairs), 1 - sum(b for _, b in pairs)))
+            slow = sum(a * torch.tensor(a / b).log().item() for a, b in pairs)
+            assert float(found[at, position]) == pytest.approx(slow, abs=1e-5)
+
+
+def test_keeping_more_outcomes_never_lowers_the_divergence():
+    p, q = torch.randn(6, 50, generator=torch.Generator().manual_seed(3)), torch.randn(6, 50)
+    whole = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    last = torch.zeros(6)
+    for n in (1, 4, 20, 49):
+        values, ids = p.log_softmax(-1).topk(n, dim=-1)
+        found = teacher.divergence(q, ids, values, (1 - values.exp().sum(-1)).log())
+        assert bool((found >= last - 1e-5).all())
+        last = found
+    torch.testing.assert_close(last, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_one_move_follows_the_gradient_of_both_losses(family, weight):
+    lm, recipe = triggered(family)
+    recipe = replace(recipe, optimizer="adam", term_weight=weight, look_ahead=100)
+    asked = passages(5, 3, seed=4)
+    engine = Engine(lm, recipe, vectors=2, batch_size=2)
+    for passage in asked:
+        engine.push(passage)
+    engine.fill(2)
+    batch, step = engine.batch, engine.one_step
+    measured = step.measure(batch, engine.columns)
+    # The slow way: everything through autograd, a passage at a time.
+    view = engine.lm
+    for row, job in enumerate(engine.jobs):
+        ids = torch.tensor([job.passage.ids])
+        vectors = batch.parameters[row : row + 1].detach().clone().requires_grad_()
+        logits = view.head(view.states(vectors, ids, "bos")).float() / recipe_in(engine)
+        reconstruction = torch.nn.functional.cross_entropy(logits[0], ids[0]) * recipe_in(engine)
+        kept = batch.term
+        query, length = kept.queries[row, 0][None], int(kept.length[row, 0])
+        text = queries.text_inputs(view, job.passage.ids)
+        reference = view.head(teacher.states_behind(view, text, query)).log_softmax(-1)
+        mine = view.head(teacher.states_behind(view, vectors, query)).log_softmax(-1)
+        kl = (reference.exp() * (reference - mine)).sum(-1)[0, :length].mean()
+        assert float(measured.term.loss[row]) == pytest.approx(kl.item(), abs=2e-3, rel=2e-2)
+        (slow,) = torch.autograd.grad(reconstruction + weight * kl, vectors)
+        share = torch.zeros_like(measured.margin)
+        share[row, : len(job.passage)] = 1 / len(job.passage)
+        slopes = [measured.gradient * share[..., None]]
+        slopes += [g * weight for g in measured.term.gradients]
+        mask = torch.zeros(len(engine.jobs))
+        mask[row] = 1
+        slopes[1:] = [s * mask[:, None, None] for s in slopes[1:]]
+        (fast,) = torch.autograd.grad(
+            [measured.states, *measured.term.outputs], batch.parameters, slopes, retain_graph=True
+        )
+        torch.testing.assert_close(fast[row], slow[0], atol=3e-4, rtol=3e-2)
+
+
+def recipe_in(engine: Engine) -> float:
+    """The temperature in logits."""
+    return engine.recipe.temperature
+
+
+def test_what_is_kept_of_a_passage_depends_on_it_alone():
+    lm, asked = tiny(), passages(4, 6, 3, seed=8)
+    engine = Engine(lm, USABLE, vectors=2, batch_size=3)
+    together = engine.one_step.term.fresh(asked)
+    for row, passage in enumerate(asked):
+        alone = engine.one_step.term.fresh([passage])
+        assert torch.equal(together.queries[row], alone.queries[0])
+        assert torch.equal(together.log_p[row], alone.log_p[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_a_passage_does_not_feel_its_neighbours(family):
+    lm, recipe = triggered(family)
+    asked = passages(4, 4, 4, seed=5)  # of one length: the shape stays the same
+    options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
+    together = {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
+    for passage in asked:
+        (alone,) = Engine(lm, recipe, **options).run([passage])
+        assert torch.equal(alone.vectors, together[passage.ids].vectors)
+        assert alone.steps == together[passage.ids].steps
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_second_loss_falls_and_exactness_stays(family):
+    lm, recipe = triggered(family)
+    asked = passages(4, 3, seed=9)
+    kept = {}
+    for weight in (0.0, 8.0):
+        engine = Engine(lm, replace(recipe, term_weight=weight), vectors=2, batch_size=2)
+        outcomes = list(engine.run(asked))
+        assert all(o.exact for o in outcomes)
+        assert all(o.steps >= recipe.settle for o in outcomes)
+        term = engine.one_step.term
+        inputs = {o.passage.ids: o.vectors[None].float() for o in outcomes}
+        total = 0.0
+        for ids, vectors in inputs.items():
+            words, _ = queries.continuations(engine.lm, ids, replace(recipe, seed=77))
+            text = queries.text_inputs(engine.lm, ids).expand(len(words), -1, -1)
+            behind = vectors.expand(len(words), -1, -1)
+            p = lm.head(teacher.states_behind(lm, text, words)).log_softmax(-1)
+            q = lm.head(teacher.states_behind(lm, behind, words)).log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum(-1).mean())
+        kept[weight] = total
+        assert term.inputs(3) == 2 + recipe.query_tokens - 1
+    assert kept[8.0] < kept[0.0]
+
+
+# ---------------------------------------------------------------------- files and certificates
+
+
+@pytest.mark.parametrize("trigger", ["bos", "#5", "the"])
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
+    lm = reader("words")
+    mem = codec.cram(
+        lm,
+        ["the cat sat on the mat and the dog"],
+        vectors=2,
+        tokens=3,
+        recipe=replace(USABLE, trigger=trigger),
+        storage=storage,
+    )
+    assert mem.exact
+    assert mem.header.use is not None
+    contexts = mem.header.use["held_out"]["contexts"]
+    assert {"nothing", "vectors", "exact-only vectors"} <= set(contexts)
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert again.header.use == mem.header.use
+    assert codec.decode(lm, again) == ["the cat sat on the mat and the dog"]
+    if trigger != "bos":
+        assert again.header.trigger == lm.token_named(trigger)
+        other = MemVectors(again.vectors, again.header.model_copy(update={"trigger": None}))
+        certificate, _ = codec.verify(lm, other)
+        assert not certificate["exact"]  # behind another token the passage does not come
+    worth = certify_use(lm, again)
+    assert worth.held_out.contexts["nothing"].kept == 0
+    measured = worth.model_dump(mode="json")["held_out"]["contexts"]["vectors"]
+    assert measured["kl"] == pytest.approx(contexts["vectors"]["kl"], abs=1e-5)
+
+
+def test_the_true_continuation_is_measured_where_the_text_goes_on():
+    lm = reader("words")
+    text = "the cat sat on the mat and the dog ran " * 8
+    mem = codec.cram(lm, text, vectors=2, tokens=4, recipe=replace(USABLE, settle=2))
+    worth = certify_use(lm, mem, exact_only=False)
+    assert worth.continuation is not None
+    behind = sum(p.tokens for p in mem.passages)
+    able = sum(
+        behind - sum(p.tokens for p in mem.passages[: i + 1]) >= worth.continuation.tokens
+        for i in range(len(mem.passages))
+    )
+    assert worth.continuation.passages == able
+    assert "exact-only vectors" not in worth.continuation.contexts
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    lm, options = reader("words"), {"vectors": 2, "tokens": 3, "recipe": USABLE}
+    text = "the cat sat on the mat and the dog"
+    whole = codec.cram(lm, text, **options)
+    journal = Journal(tmp_path / "j", {"a": 1})
+    codec.cram(lm, text, journal=journal, **options)
+    journal.close()
+    again = Journal(tmp_path / "j", {"a": 1})
+    resumed = codec.cram(lm, text, journal=again, **options)
+    again.close()
+    assert torch.equal(resumed.vectors, whole.vectors)
+    without = {key: value for key, value in whole.header.use.items() if key != "environment"}
+    assert without.items() <= resumed.header.use.items()
+
+
+# ---------------------------------------------------------------------- in use
+
+
+@pytest.fixture(scope="module")
+def crammed():
+    lm = reader("words")
+    texts = ["the cat sat on the mat", "a dog and the fox"]
+    return lm, [codec.cram(lm, t, vectors=2, tokens=3, recipe=USABLE) for t in texts]
+
+
+@pytest.mark.parametrize("which", [[0], [0, 1]])
+@pytest.mark.parametrize("context", ["vectors", "text", "nothing"])
+def test_use_writes_what_the_model_writes_by_hand(crammed, which, context):
+    lm, mems = crammed
+    chosen = [mems[i] for i in which]
+    written = memvec.use(lm, chosen, "the lazy", context=context, max_new_tokens=5)
+    asked = lm.embed(torch.tensor([lm.tokenize("the lazy")]))
+    bos = lm.embed(torch.tensor([[lm.bos_id]]))
+    if context == "vectors":
+        inputs = [v[None].float() for mem in chosen for v in mem.vectors]
+    elif context == "text":
+        inputs = [bos, *(lm.embed(torch.tensor([i])) for mem in chosen for i in mem.tokens(lm))]
+    else:
+        inputs = [bos]
+    inputs = torch.cat([*inputs, asked], 1)
+    ids = []
+    for _ in range(5):
+        token = int(lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].argmax())
+        if token == lm.model.generation_config.eos_token_id:
+            break
+        ids.append(token)
+        inputs = torch.cat([inputs, lm.embed(torch.tensor([[token]]))], 1)
+    assert written == lm.text(ids)
+
+
+def test_one_passage_can_be_used_alone(crammed):
+    lm, mems = crammed
+    alone = generate.use(lm, mems[0], "fox", passages=[1], max_new_tokens=4)
+    assert alone == generate.use(lm, mems, "fox", max_new_tokens=4) or alone
+    with pytest.raises(MemvecError, match="no passage 7"):
+        generate.use(lm, mems[0], "fox", passages=[7])
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_bad_queries_are_a_sentence(tmp_path):
+    lm = reader("words")
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n \n")
+    latin.write_bytes("é".encode("latin-1"))
+    long = tmp_path / "long.txt"
+    long.write_text("the cat " * 30)
+    for name, sentence in (
+        (str(empty), "holds no question"),
+        (str(latin), "not UTF-8"),
+        (str(long), "leaves no room for an answer"),
+        ("continuation", "did you mean 'continuations'"),
+        (str(tmp_path), "cannot be read"),
+    ):
+        with pytest.raises(MemvecError, match=sentence):
+            codec.cram(lm, "the cat", tokens=2, recipe=replace(USABLE, queries=name))
+    with pytest.raises(MemvecError, match="do not fit the context"):
+        codec.cram(lm, "the cat", tokens=2, recipe=replace(USABLE, query_tokens=10_000))
+
+
+def test_questions_of_a_person_are_queries(tmp_path):
+    lm, file = reader("words"), tmp_path / "questions.txt"
+    file.write_text("the cat\nfox\n")
+    rows, length = queries.queries_of(lm, lm.tokenize("a dog"), replace(USABLE, queries=str(file)))
+    assert rows.shape == (2, USABLE.query_tokens)
+    assert length.tolist() == [USABLE.query_tokens] * 2
+    assert rows[0, :2].tolist() == lm.tokenize("the cat")
+
+
+def test_a_model_without_bos_needs_a_trigger(untyped):
+    lm = copy(tiny())
+    lm.bos_id = None
+    with pytest.raises(MemvecError, match="no BOS token"):
+        Engine(lm, USABLE)
+    assert Engine(lm, replace(USABLE, trigger="#3")).start_rule == "bos"
+    with pytest.raises(MemvecError, match="no token 99999"):
+        Engine(lm, replace(USABLE, trigger="#99999"))
+    with pytest.raises(MemvecError, match="need a trigger"):
+        Engine(lm, replace(USABLE, trigger="#3", start_rule="vectors"))
+    with pytest.raises(MemvecError, match="a trigger is one"):
+        reader("words").token_named("the cat")
+
+
+def test_vectors_without_a_trigger_are_not_used():
+    lm = reader("words")
+    mem = codec.cram(lm, "the cat sat", vectors=2, tokens=3, recipe=QUICK)
+    for refused in (lambda: memvec.use(lm, mem, "the"), lambda: certify_use(lm, mem)):
+        with pytest.raises(MemvecError, match="no trigger"):
+            refused()
+
+
+def test_use_refuses_another_models_vectors(crammed):
+    _, mems = crammed
+    other = FrozenLM(build("llama", 1, vocab_size=50), name="other")
+    other.tokenizer = reader("words").tokenizer
+    with pytest.raises(MemvecError, match="were made for"):
+        memvec.use(other, mems[0], "the")
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
+    text, file = tmp_path / "a.txt", tmp_path / "a.mem"
+    text.write_text("the cat sat")
+    quick = ["--set", "settle=5", "--set", "decay=5", "--set", "query_tokens=4"]
+    ran = command("cram", text, "-m", folder, "--usable", "--vectors", 4, "-o", file, *quick)
+    assert ran.code == 0, ran.err
+    shown = command("inspect", file).out.decode()
+    assert "As context" in shown
+    assert command("verify", file, "--use", "-m", folder).code == 0
+    compared = command("use", file, "-m", folder, "-p", "the", "--compare", "--max-new-tokens", 3)
+    assert compared.code == 0
+    assert all(word in compared.out.decode() for word in ("vectors", "text", "nothing"))
+    drawn = ["--temperature", 0.9, "--seed", 1, "--max-new-tokens", 3]
+    assert command("use", file, "-m", folder, "-p", "the", *drawn).code == 0
+    assert "do not fit" in command("use", file, "-m", folder, "-p", "the").sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--use-weight", "-1"], "--use-weight must be at least 0"),
+        (["--usable", "--preset", "paper"], "leave out --preset paper"),
+        (["--trigger", "#3"], "give --usable, too"),
+        (["--usable", "--queries", "nowhere.txt"], "no source of queries, and no file"),
+        (["--usable", "--one-step"], "cannot stand in front of a query"),
+    ],
+)
+def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence):
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat")
+    ran = command("cram", text, "-m", folder, "-o", tmp_path / "a.mem", *words)
+    assert ran.code == 2
+    assert sentence in ran.sentence
