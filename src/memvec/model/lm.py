@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.model.caching import find_cache
+from memvec.model.configuration import context_length, start_token
 from memvec.model.fingerprint import fingerprint_of
 from memvec.model.heads import split_head
 from memvec.model.large import offloaded, recomputed
@@ -79,8 +80,8 @@ class FrozenLM:
         self.device = weight.device
         self.dtype = weight.dtype
         self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
-        self.context = _context_length(text_config)
-        self.bos_id = _start_token(text_config, tokenizer, rows=len(weight))
+        self.context = context_length(text_config)
+        self.bos_id = start_token(text_config, tokenizer, rows=len(weight))
         # As the model sees them: what is handed in as inputs_embeds.
         with torch.no_grad():
             self.embedding_std = float(weight[:50_000].float().std())
@@ -339,28 +340,3 @@ def _spread(logits: Float[Tensor, "n V"]) -> float:
     """Mean over positions of the standard deviation over the columns that are not masked."""
     kept = [row[row > -1e4] for row in logits]  # a model that is refused may have none
     return sum(float(row.std()) for row in kept if len(row) > 1) / len(kept) or 1.0
-
-
-def _context_length(config: Any) -> int | None:
-    """Longest input in positions; None for models without a limit (Mamba)."""
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
-        length = getattr(config, key, None)
-        if isinstance(length, int) and 0 < length < 10**9:
-            return length
-    return None
-
-
-def _start_token(config: Any, tokenizer: Any, rows: int) -> int | None:
-    """The token that starts a text: BOS, else the end-of-text token that separates documents."""
-    candidates = [
-        getattr(tokenizer, "bos_token_id", None),
-        getattr(config, "bos_token_id", None),
-        getattr(tokenizer, "eos_token_id", None),
-        getattr(config, "eos_token_id", None),
-    ]
-    for token in candidates:
-        if isinstance(token, list):
-            token = token[0] if token else None
-        if isinstance(token, int) and 0 <= token < rows:
-            return token
-    return None
