@@ -13,7 +13,18 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-PROGRAMS = ["batch", "bits", "book", "exact", "horizon", "margins", "peak", "step", "vectors"]
+PROGRAMS = [
+    "batch",
+    "bits",
+    "book",
+    "exact",
+    "horizon",
+    "margins",
+    "peak",
+    "step",
+    "usable",
+    "vectors",
+]
 
 
 @pytest.fixture(autouse=True)

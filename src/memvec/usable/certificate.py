@@ -106,29 +106,29 @@ def certify_use(
     ids = passages if passages is not None else mem.tokens(lm)
     chosen = _spread(len(ids), PASSAGES)
     K = mem.vectors.shape[1]
-    controls = (
-        _exact_only(view, mem, [ids[i] for i in chosen]) if exact_only else [None] * len(chosen)
-    )
+    controls: list[Tensor | None] = [None] * len(chosen)
+    if exact_only:
+        controls = exact_only_vectors(view, mem, [ids[i] for i in chosen])
     contexts = [
-        _contexts(view, mem.vectors[i].float(), ids[i], control)
+        contexts_of(view, mem.vectors[i].float(), ids[i], control)
         for i, control in zip(chosen, controls, strict=True)
     ]
     recipe = Recipe(query_count=QUERIES, query_tokens=TOKENS, seed=SEED)
     held_out = [
-        _measure(view, own, continuations(view, ids[i], recipe)[0])
+        behind_each(view, own, continuations(view, ids[i], recipe)[0])
         for own, i in zip(contexts, chosen, strict=True)
     ]
     following = {i: words for i, words in _following(mem, ids) if i in set(chosen)}
     true = [
-        _measure(view, own, torch.tensor([following[i]]))
+        behind_each(view, own, torch.tensor([following[i]]))
         for own, i in zip(contexts, chosen, strict=True)
         if i in following
     ]
     return UseCertificate(
         trigger="bos" if mem.header.trigger is None else str(mem.header.trigger),
         vectors=K,
-        held_out=_table(held_out, QUERIES, TOKENS),
-        continuation=_table(true, 1, TOKENS) if true else None,
+        held_out=worth_table(held_out, QUERIES, TOKENS),
+        continuation=worth_table(true, 1, TOKENS) if true else None,
         environment=environment(),
     )
 
@@ -162,7 +162,7 @@ def _following(
     return found
 
 
-def _exact_only(
+def exact_only_vectors(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]
 ) -> list[Tensor | None]:
     """As many vectors for each passage, crammed by the default recipe; None where not exact."""
@@ -183,9 +183,10 @@ def _exact_only(
     return [crammed.get(i) for i in range(len(passages))]
 
 
-def _contexts(
+def contexts_of(
     lm: FrozenLM, vectors: Float[Tensor, "K D"], ids: Sequence[int], exact_only: Tensor | None
 ) -> Contexts:
+    """The text, nothing, ends of the text, exact-only vectors if there are any, and the vectors."""
     K = len(vectors)
     found = {FULL: text_inputs(lm, ids), NONE: text_inputs(lm, ())}
     for n in (K, 2 * K, 4 * K, 8 * K):
@@ -198,7 +199,7 @@ def _contexts(
 
 
 @torch.no_grad()
-def _measure(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> dict[str, Figures]:
+def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> dict[str, Figures]:
     """KL from the first context (the text) and NLL of the words behind each context."""
     words = words.to(lm.device)
     reference: Tensor | None = None
@@ -213,7 +214,7 @@ def _measure(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> dic
     return figures
 
 
-def _table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> WorthTable:
+def worth_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> WorthTable:
     """Means and intervals over the passages; a context that a passage lacks is left out there."""
     names = [name for name in measured[0] if name != FULL]
     gain = [own[NONE].nll - own[FULL].nll for own in measured]

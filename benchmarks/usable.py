@@ -1,0 +1,163 @@
+"""Exact and usable: what vectors are worth as context beside ends of the text of many lengths.
+
+    python benchmarks/usable.py --corpus novels.parquet --passages 32
+
+Passages are crammed by the preset 'usable' (memvec.usable), then each context is measured on the
+48 tokens that truly follow, which cramming never saw: KL per token from the model that has read the
+text, and the share of the text's gain that is kept. Controls: nothing, the last K, 2 K, 4 K and 8 K
+tokens of the text, and vectors that are exact only. Only passages that are exact count, and n says
+how many of how many. `cost` is forward-backward tokens of a passage over those of exact-only
+vectors of the same number from noise.
+
+RESULT is for the first --tokens and --vectors: `exact` (share of passages), `kept`, `kl` and
+`kl_none` (nats per token), `over_truncation` (KL of the last N K tokens over KL of the vectors,
+with N 2 below 48 tokens and 4 from there; above 1 the vectors are better), `cost`.
+
+`--quick` is a tiny random-weight model, and its RESULT is for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import arguments, report, save_figure
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.lab.statistics import share_interval
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+from memvec.usable.certificate import EXACT_ONLY, NONE, VECTORS, behind_each, contexts_of
+from memvec.usable.certificate import worth_table as tabulated
+from models import SHAPES, random_model
+from texts import passages_of, random_tokens
+
+CONTINUATION = 48  # tokens behind each passage
+EXACT_FROM_NOISE = Recipe(start="noise", start_rule="bos")
+
+
+def crammed(
+    lm: FrozenLM, asked: list[Passage], recipe: Recipe, K: int, batch_size: int
+) -> dict[int, Any]:
+    """Outcomes by passage."""
+    engine = Engine(lm, recipe, vectors=K, batch_size=batch_size)
+    return {outcome.passage.document: outcome for outcome in engine.run(asked)}
+
+
+def setting(
+    lm: FrozenLM, texts: list[Passage], T: int, K: int, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows of one length and number of vectors, a row for each context; and the RESULT of it."""
+    asked = [Passage(text.ids[:T], i) for i, text in enumerate(texts)]
+    usable = crammed(lm, asked, options.recipe, K, options.batch_size)
+    plain = crammed(lm, asked, EXACT_FROM_NOISE, K, options.batch_size)
+    measured = []
+    for i, text in enumerate(texts):
+        if usable[i].exact:
+            exact_only = plain[i].vectors.float() if plain[i].exact else None
+            contexts = contexts_of(lm, usable[i].vectors.float(), text.ids[:T], exact_only)
+            measured.append(behind_each(lm, contexts, torch.tensor([text.ids[T:]])))
+    exact = share_interval(len(measured), len(texts))
+    cost = sum(usable[i].spent for i in usable) / sum(plain[i].spent for i in plain)
+    if not measured:
+        raise SystemExit(f"no passage of {T} tokens is exact in {K} usable vectors")
+    worth = tabulated(measured, 1, CONTINUATION)
+    rows = [
+        {
+            "model": lm.name,
+            "tokens": T,
+            "vectors": K,
+            "context": name,
+            "n": len(measured),
+            "of": len(texts),
+            "kl": own.kl,
+            "kl_low": own.kl_interval[0],
+            "kl_high": own.kl_interval[1],
+            "kept": own.kept,
+            "kept_low": own.kept_interval[0],
+            "kept_high": own.kept_interval[1],
+            "over": own.over_vectors,
+            "over_low": own.over_vectors_interval[0],
+            "over_high": own.over_vectors_interval[1],
+        }
+        for name, own in worth.contexts.items()
+    ]
+    rival = worth.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K} tokens")
+    mine = worth.contexts[VECTORS]
+    result = {
+        "exact": exact.share,
+        "kept": mine.kept,
+        "kl": mine.kl,
+        "kl_none": worth.contexts[NONE].kl,
+        "kl_exact_only": worth.contexts[EXACT_ONLY].kl if EXACT_ONLY in worth.contexts else 0.0,
+        "cost": cost,
+    }
+    if rival is not None:
+        result["over_truncation"] = rival.over_vectors
+        result["over_truncation_low"], result["over_truncation_high"] = rival.over_vectors_interval
+    return rows, result
+
+
+def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """KL of every context, by length."""
+    names = list(dict.fromkeys(row["context"] for row in rows))
+    for name in names:
+        line = [row for row in rows if row["context"] == name]
+        error = [[r["kl"] - r["kl_low"] for r in line], [r["kl_high"] - r["kl"] for r in line]]
+        axes[0].errorbar(
+            [f"{r['tokens']} in {r['vectors']}" for r in line],
+            [r["kl"] for r in line],
+            error,
+            marker="o",
+            label=name,
+        )
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("tokens in vectors")
+    axes[0].set_ylabel("KL to the model with the text, nats per token")
+    axes[0].legend()
+
+
+def main() -> None:
+    """Every length and number of vectors."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
+    parser.add_argument("--corpus", type=Path, help="held-out texts; default: our own prose")
+    parser.add_argument("--tokens", type=int, nargs="+", default=(24, 48))
+    parser.add_argument("--vectors", type=int, nargs="+", default=(4,))
+    parser.add_argument("--passages", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--set", nargs="*", default=(), help="fields of the recipe, name=value")
+    options = parser.parse_args()
+    options.recipe = Recipe.of("usable", **dict(item.split("=", 1) for item in options.set))
+    if options.quick:
+        options.shape, options.tokens, options.vectors = "tiny-llama", (6,), (2,)
+        options.passages = 4
+        options.recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=8, query_count=4)
+    lm = random_model(options.shape) if options.shape else load_lm(options.model)
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
+    for T in options.tokens:
+        length = T + CONTINUATION
+        if lm.tokenizer is None:
+            texts = random_tokens(lm, options.passages, length)
+        else:
+            texts = passages_of(lm, options.passages, length, corpus=options.corpus)
+        for K in options.vectors:
+            more, result = setting(lm, texts, T, K, options)
+            rows += more
+            first = first or result
+            print(f"{T} tokens in {K} vectors: " + _line(result), flush=True)
+    save_figure(options.out / "usable", lambda axes: draw(axes, rows), 1)
+    report("usable", rows, options, **first)
+
+
+def _line(result: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.3f}" for name, value in result.items())
+
+
+if __name__ == "__main__":
+    main()
