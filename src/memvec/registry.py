@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "term": {
         "none": "memvec.cramming.terms:NoTerm",
         "use": "memvec.usable.term:Use",
+        "alignment": "memvec.cramming.alignment:Alignment",
     },
     "queries": {
         "continuations": "memvec.usable.queries:continuations",
@@ -60,6 +61,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "schedule": {
         "growing": "memvec.cramming.schedules:Growing",
+        "geometric": "memvec.cramming.schedules:Geometric",
         "whole": "memvec.cramming.schedules:Whole",
     },
     "coordinates": {

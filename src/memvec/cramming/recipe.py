@@ -41,9 +41,11 @@ class Recipe:
     term: str = documented(
         "none",
         "a second loss: 'use', the divergence from the model that has read the text, so that the "
-        "vectors stand for it as context; 'none'",
+        "vectors stand for it as context; 'alignment', the distance of the hidden states from "
+        "those of the plain text; 'none'",
     )
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
+    align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
         "continuations",
         "what the model reads behind the vectors for 'use': 'continuations' of the text by the "
@@ -61,7 +63,9 @@ class Recipe:
         "smallest second loss are kept; 0: it is done once it is exact",
     )
     schedule: str = documented(
-        "growing", "'growing': the leading right tokens and a look-ahead count; 'whole': all"
+        "growing",
+        "'growing': the leading right tokens and a look-ahead count; 'geometric': a number of "
+        "leading tokens that doubles when they are right; 'whole': all",
     )
     look_ahead: int = documented(
         8, "tokens per vector that come to count together, once all that counted are right"
@@ -212,6 +216,7 @@ _MINIMUM: dict[str, float] = {
     "beta1_rise": 0.0,
     "weight_decay": 0.0,
     "term_weight": 0.0,
+    "align_layers": 1,
     "query_count": 1,
     "query_tokens": 1,
     "teacher_top": 1,
