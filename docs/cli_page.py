@@ -35,7 +35,9 @@ RECIPE = """## Recipe fields
 A recipe holds every choice that changes the vectors. `--preset` picks a recipe by name, and
 `--set FIELD=VALUE` changes a field. In Python: `memvec.Recipe.of("paper", steps=100)`. The presets
 other than `default` are published recipes: `paper` (Kuratov et al., 2025), `one-step` (Mezentsev &
-Oseledets, 2025), and `progressive`, `temperature`, `low-dim` and `margin` (Tarasov et al., 2026).
+Oseledets, 2025), and `progressive`, `temperature`, `low-dim`, `margin-ce` and `margin` (Tarasov et
+al., 2026). Their learning rate of 0 stands for the published one of the model's family; `margin-ce`
+asks for a margin, and `margin` also weighs tokens by what they lack of it ("+LM").
 """
 
 

@@ -13,7 +13,7 @@ from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.geometry import cosines, principal_components
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.plane import compare, fit, fit_capacity
-from memvec.lab.protocols.upper_bound import needed_bits
+from memvec.lab.protocols.upper_bound import least_moved_bits, raised_logit_bits
 from memvec.lab.protocols.vectors import scaling
 from memvec.lab.report.published import bits, published, table1
 from memvec.lab.statistics import mean_interval, share_interval
@@ -74,17 +74,38 @@ def test_the_claim_is_tested_both_ways() -> None:
     assert "natural text holds more" in other.verdict
 
 
-def test_needed_bits_just_reach_the_best_other_token() -> None:
+def test_a_raised_logit_just_reaches_the_best_other_token() -> None:
     logits = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0)).double() * 2
     ids = torch.arange(6)[None]
     bits_, margin = surprisal(logits, ids)[0], margins(logits, ids)[0]
-    needed = needed_bits(bits_, margin)
+    needed = raised_logit_bits(bits_, margin)
     for t in range(6):
         raised = logits[0, t].clone()
         if margin[t] < 0:
             raised[t] -= margin[t]
         p = float(raised.softmax(-1)[t])
         assert float(needed[t]) == pytest.approx(float(bits_[t]) + math.log2(p), abs=1e-9)
+
+
+def test_the_least_moved_probability_just_reaches_the_best_other_token() -> None:
+    """Against the definition: tokens above a common level lose what the true one gains."""
+    p = torch.tensor([[0.05, 0.4, 0.35, 0.2], [1e-9, 1e-9, 1e-9, 1.0], [0.05, 0.35, 0.35, 0.25]])
+    ids = torch.tensor([3, 3, 3])
+    levels = p[:, 3] * torch.exp2(least_moved_bits(p.log(), ids))
+    assert levels.tolist() == pytest.approx([0.95 / 3, 1, 0.95 / 3])
+    logits = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).double() * 2
+    ids = torch.arange(40) % 9
+    p = logits.softmax(-1)
+    needed = least_moved_bits(logits, ids)
+    bits_, margin = surprisal(logits[None], ids[None])[0], margins(logits[None], ids[None])[0]
+    for t in range(40):
+        true = float(p[t, ids[t]])
+        level = true * 2 ** float(needed[t])
+        others = torch.cat([p[t, : ids[t]], p[t, ids[t] + 1 :]])
+        lost = float((others - level).clamp_min(0).sum())
+        assert lost == pytest.approx(level - true, abs=1e-9)  # what is gained is what was taken
+        assert (level > true + 1e-12) == bool(margin[t] < 0)
+    assert bool((needed <= raised_logit_bits(bits_, margin) + 1e-9).all())
 
 
 def test_the_papers_rule_with_its_warts() -> None:

@@ -180,12 +180,21 @@ def extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("protocol", "value", "sentence"),
     [
-        ("context", '{"context": {}}', "context, numbers of tokens is stored as []"),
-        ("context", '{"context": {"4": [1, 0], "8": [1, 0]}}', "context 4 is stored as [1.0"),
-        ("context", '{"context": {"4": [1], "8": [1]}}', "extra is stored as"),
-        ("copy", '{"copy": [1.0, 0]}', "copy is stored as [1.0"),
-        ("copy", '{"copy": null}', "copy is stored as [nan"),
-        ("upper-bound", '{"needed_bits": 99.5}', "needed_bits is stored as [99.5]"),
+        ("context", '{"after_context": {}}', "context, numbers of tokens is stored as []"),
+        ("context", '{"after_context": {"4": [1, 0], "8": [1, 0]}}', "context 4 is stored as [1.0"),
+        ("context", '{"after_context": {"4": [1], "8": [1]}}', "extra is stored as"),
+        ("copy", '{"after_copy": [1.0, 0]}', "copy is stored as [1.0"),
+        ("copy", '{"after_copy": null}', "copy is stored as [nan"),
+        (
+            "upper-bound",
+            '{"needed_bits": 99.5, "least_moved_bits": 1}',
+            "needed_bits is stored as [99.5]",
+        ),
+        (
+            "upper-bound",
+            '{"needed_bits": 1, "least_moved_bits": 99.5}',
+            "least_moved_bits is stored as [99.5]",
+        ),
         ("upper-bound", '{"copy": null}', "extra is stored as"),
     ],
 )

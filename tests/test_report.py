@@ -173,7 +173,7 @@ def test_context_removes_bits_of_the_passages_that_have_it(tmp_path: Path) -> No
         HEAD + block("context", "lengths = [3]\nvectors = [1, 2]\n"),
         lm_bits=lambda _, number: 100.0 if number else 10.0,
         mem_bits=lambda cell, _: float(cell.vectors),
-        extra=lambda _, number: {"context": {"64": [50.0, 1]} if number else {}},
+        extra=lambda _, number: {"after_context": {"64": [50.0, 1]} if number else {}},
     )["context"]
     found = {(row[3], row[4]): (row[5], row[8], row[9]) for row in table.rows}
     for K in (1, 2):
@@ -350,9 +350,9 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
 def alike(cell: str, number: int, K: int, protocol: str) -> StoreEntry:
     """A made-up row of three tokens."""
     extra = {
-        "context": {"context": {"4": [20.0, 1]}},
-        "copy": {"copy": [3.0, 3]},
-        "upper-bound": {"needed_bits": 9.0},
+        "context": {"after_context": {"4": [20.0, 1]}},
+        "copy": {"after_copy": [3.0, 3]},
+        "upper-bound": {"least_moved_bits": 6.0, "needed_bits": 9.0},
     }.get(protocol, {})
     row = Row(
         cell=cell,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import types
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,10 @@ from memvec.lab.sources.random_words import RandomWords
 from memvec.lab.sources.sampled import Sampled
 from memvec.lab.sources.text_readers import read_hub_texts, read_texts
 from memvec.lab.sources.written import chunk, sentences, split_by_rule
-from studies import SENTENCES
+from memvec.lab.study.cells import expand
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.work import find_passages
+from studies import HEAD, SENTENCES
 
 
 @pytest.fixture
@@ -235,3 +241,49 @@ def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
         with pytest.raises(MemvecError, match=f"{name} is not a {name.split('.')[1]} table") as one:
             read_texts(name, tmp_path)
         assert "\n" not in str(one.value)
+
+
+def test_nltk_and_its_data_are_install_steps_that_are_named(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded, and when passages are asked for."""
+
+    def without_data(text: str) -> list[str]:
+        raise LookupError("Resource punkt_tab not found.")
+
+    source = Files(path=str(book / "book.txt"), splitter="nltk")
+    tokenize = types.ModuleType("nltk.tokenize")
+    tokenize.sent_tokenize = without_data  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", tokenize)
+    assert source.missing(None) == (
+        "splitter 'nltk' needs its data: python -m nltk.downloader punkt_tab."
+    )
+    with pytest.raises(MemvecError, match="downloader punkt_tab"):
+        list(source.passages(reader(), 1, 4))
+    tokenize.sent_tokenize = lambda text: ["a b c d e f g h. ", text]  # type: ignore[attr-defined]
+    assert source.missing(None) is None
+    monkeypatch.setitem(sys.modules, "nltk.tokenize", None)
+    assert source.missing(None) == "splitter 'nltk' needs nltk: pip install nltk."
+    assert Files(path=str(book / "book.txt")).missing(None) is None
+
+
+def test_a_bos_is_the_first_token_where_the_tokenizer_adds_one(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crammed and counted like the others; settings without it are those of earlier stores."""
+    text = HEAD + '[[runs]]\nprotocol = "exact"\nsources = ["book"]\nlengths = [5]\n'
+    plain, headed = (
+        expand(parse_spec(text.replace('kind = "files"\n', f'kind = "files"\n{more}'), "spec"))[0]
+        for more in ("", "bos = true\n")
+    )
+    assert "bos" not in plain.cell.source_settings
+    assert headed.cell.source_settings["bos"] is True
+    source = Files(path=str(book / "book.txt"), chunk_words=(40, 80), bos=True)
+    lm = copy(reader())
+    for adds in (False, True):
+        monkeypatch.setattr(type(lm), "adds_bos", property(lambda _, adds=adds: adds))
+        (found,) = find_passages(lm, headed.cell, source, 1, None)
+        (without,) = source.passages(lm, 1, 5 - adds)
+        assert found.passage.ids == (*([lm.bos_id] if adds else []), *without.passage.ids)
+        assert len(found.passage) == 5

@@ -257,7 +257,8 @@ class CramJob:
             certificate, exact = verify(self.lm, mem)
             pairs = zip(self._in_order(), exact, strict=True)
             fallen = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
-            if not fallen or not attempts_left:
+            stop = not attempts_left or self.recipe.if_not_exact == "stop"
+            if not fallen or stop:
                 break
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
             for outcome in self._again(fallen):

@@ -16,10 +16,16 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.model.large import loading_options
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import keep_freed_memory, out_of_memory
+from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
 from memvec.versions import warn_of_untested_versions
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    BFLOAT16_AUTOCAST: torch.float32,  # of the weights
+}
 POCKET = Path(__file__).parent / "pocket"
 UNKNOWN_DEVICE = "unknown device '{}': use auto, cpu or cuda:0."
 
@@ -41,7 +47,8 @@ def load_lm(
     """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
 
     `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
-    on a GPU. `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
+    on a GPU; 'bfloat16-autocast' is mixed precision: float32 weights, products in bfloat16.
+    `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
     default: the model's, in float32 where a CPU's kernel for the dtype is slow (precision.py).
     `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
 
@@ -66,6 +73,8 @@ def load_lm(
     model, tokenizer = _weights(name, local, revision, where, kept, attention, big)
     if where.type == "cpu" and kept != torch.float32 and attention is None:
         widen_attention(model)
+    if dtype == BFLOAT16_AUTOCAST:
+        put_under_autocast(model)
     lm = FrozenLM(
         model,
         tokenizer,

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LN2 = math.log(2.0)
+TIED = float(torch.finfo(torch.float32).tiny)  # margin of a tie that the arg-max gets right
 
 
 def surprisal(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -32,7 +33,24 @@ def margins(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Te
     """Logit of the true token minus the best other logit; > 0 where the arg-max is right."""
     true = logits.gather(-1, ids[..., None])
     others = logits.scatter(-1, ids[..., None], -torch.inf)
-    return (true - others.amax(-1, keepdim=True))[..., 0]
+    margin = (true - others.amax(-1, keepdim=True))[..., 0]
+    return first_of_ties(margin, logits, ids)
+
+
+def first_of_ties(
+    margin: Float[Tensor, "*shape"], logits: Float[Tensor, "*shape V"], ids: Int[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Margins in which a tie counts as the arg-max takes it: `TIED` if the true token comes first.
+
+    Logits in bfloat16 tie often. Greedy decoding, and the arg-max of the published accuracies, take
+    the first token of those that tie; every other tie stays 0, which is not right.
+    """
+    tied = margin == 0
+    if not bool(tied.any()):
+        return margin
+    first = torch.zeros_like(tied)
+    first[tied] = logits[tied].argmax(-1) == ids[tied]
+    return torch.where(first, torch.full_like(margin, TIED), margin)
 
 
 def horizon(right: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:

@@ -41,7 +41,9 @@ ModelOfFile = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hub model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the model: auto, float32, bfloat16, float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype: auto, float32, bfloat16, float16, bfloat16-autocast.")
+]
 DtypeOfFile = Annotated[
     str | None, typer.Option(help="Dtype of the model; default: the one it was crammed in.")
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Job:
     vectors: Float[Tensor, "K D"] | None = None  # None: begin from the recipe's start
     steps: int = 0
     spent: int = 0  # forward-backward tokens
+    least_mem_bits: float = math.inf
     seconds: float = 0.0
 
     @classmethod
@@ -44,13 +46,14 @@ class Job:
         margin = outcome.margin_asked
         if raised is not None:
             margin = max(2 * margin, SMALLEST_RAISE * raised)
-        vectors = outcome.vectors.float()
-        return cls(outcome.passage, margin, vectors, outcome.steps, outcome.spent, outcome.seconds)
+        spent = (outcome.steps, outcome.spent, outcome.least_mem_bits, outcome.seconds)
+        return cls(outcome.passage, margin, outcome.vectors.float(), *spent)
 
     def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
         """This job, ended with these vectors, as they will be stored."""
         spent = (self.steps, self.spent, self.seconds)
-        return Finished(self.passage, vectors, status, self.margin, *spent)
+        least = self.least_mem_bits
+        return Finished(self.passage, vectors, status, self.margin, *spent, least_mem_bits=least)
 
 
 class Waiting:
@@ -101,6 +104,7 @@ class BatchState(Rows):
     vectors: Float[Tensor, "B K D"]  # the best measured so far, as they will be stored
     steps: Int[Tensor, " B"]
     spent: Int[Tensor, " B"]  # forward-backward tokens
+    least_mem_bits: Float[Tensor, " B"]  # of the whole passage, over all steps; inf: not measured
     done: Bool[Tensor, " B"]  # every margin is met
     failed: Bool[Tensor, " B"]  # the loss was not finite
     stopped: Bool[Tensor, " B"]  # done, failed or out of budget: the slot can be freed

@@ -7,8 +7,9 @@ measures the positions again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +28,11 @@ from memvec.storage import Storage
 
 @dataclass(frozen=True)
 class Finished:
-    """A passage that left its slot: 'done' (every margin met), 'budget' or 'not-finite'."""
+    """A passage that left its slot: 'done' (every margin met), 'budget' or 'not-finite'.
+
+    `least_mem_bits` is H_mem at the least loss of all its steps, which need not be that of the
+    vectors; infinite where the loss of a step is not the cross-entropy of the whole passage.
+    """
 
     passage: Passage
     vectors: Tensor  # (K, D) float32, already rounded as they will be stored
@@ -36,6 +41,7 @@ class Finished:
     steps: int
     spent: int
     seconds: float
+    least_mem_bits: float = field(default=math.inf, kw_only=True)
 
 
 @dataclass(frozen=True)

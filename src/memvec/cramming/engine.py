@@ -69,7 +69,8 @@ class Engine:
             raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
         if batch_size < 1:
             raise MemvecError(f"--batch-size must be at least 1, not {batch_size}.")
-        self.recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
+        recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
+        self.recipe = recipe.for_family(str(lm.config.model_type))
         self.lm = lm = triggered(lm, self.recipe)
         self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
@@ -209,6 +210,7 @@ class Engine:
             vectors=vectors.float(),
             steps=torch.tensor([job.steps for job in jobs], device=device),
             spent=torch.tensor([job.spent for job in jobs], device=device),
+            least_mem_bits=torch.tensor([job.least_mem_bits for job in jobs], device=device),
             done=flag,
             failed=flag.clone(),
             stopped=flag.clone(),
@@ -283,6 +285,8 @@ class Engine:
         yield from self._certified(finished[half:])
 
     def _may_go_on(self, outcome: Outcome) -> bool:
+        if self.recipe.if_not_exact == "stop":
+            return False
         budget = self.recipe.budget
         return outcome.steps < self.recipe.steps and (not budget or outcome.spent < budget)
 
@@ -312,6 +316,7 @@ class Engine:
         job = self.jobs[row]
         job.vectors = self.batch.vectors[row].cpu().clone()
         job.steps, job.spent = int(self.batch.steps[row]), int(self.batch.spent[row])
+        job.least_mem_bits = float(self.batch.least_mem_bits[row])
         return job
 
     def _keep(self, rows: list[int]) -> None:

@@ -205,6 +205,8 @@ def score(
             else:
                 loss, margins, slope = fused(logits.detach(), truth[here], each[here])
                 (gradient[here],) = torch.autograd.grad(logits, part, slope)
+        if not recipe.margin:  # else a tie is not enough, whoever comes first
+            margins = metrics.first_of_ties(margins, logits.detach(), truth[here])
         losses[here] = loss.detach()
         margin[here] = margins
 

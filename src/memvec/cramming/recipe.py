@@ -15,6 +15,7 @@ from memvec.errors import MemvecError, did_you_mean
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
 UnitName = Literal["spread", "logits"]
 ComputeName = Literal["auto", "model", "bfloat16"]
+NotExactName = Literal["raise-margin", "stop"]
 
 
 def documented(default: Any, text: str) -> Any:
@@ -86,7 +87,8 @@ class Recipe:
     lr: float = documented(
         0.1,
         "learning rate; beside lr_large, that of vectors which an encoder put near where they have "
-        "to be, in proportion to their size (RMS) where that is more than 1",
+        "to be, in proportion to their size (RMS) where that is more than 1; 0: as progressive "
+        "cramming was run, 0.5 for GPT-NeoX (Pythia), 0.1 for others",
     )
     lr_large: float = documented(
         12.8,
@@ -128,6 +130,11 @@ class Recipe:
     )
     steps: int = documented(1500, "maximum number of optimiser steps for a passage")
     patience: int = documented(300, "steps without progress after which a passage is given up")
+    if_not_exact: NotExactName = documented(
+        "raise-margin",
+        "a passage that has its margins and does not decode goes on with twice the margin; 'stop': "
+        "it ends with the vectors that it has",
+    )
     budget: int = documented(
         0,
         "maximum number of forward-backward tokens for a passage, checked after each step; "
@@ -182,6 +189,10 @@ class Recipe:
             margin=self.margin * spread,
         )
 
+    def for_family(self, family: str) -> Recipe:
+        """The same recipe with its rate for models of this `model_type`, where lr is 0."""
+        return self if self.lr else replace(self, lr=0.5 if family == "gpt_neox" else 0.1)
+
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores."""
         return asdict(self)
@@ -200,6 +211,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "start_rule": get_args(StartRuleName),
     "unit": get_args(UnitName),
     "compute": get_args(ComputeName),
+    "if_not_exact": get_args(NotExactName),
 }
 _MINIMUM: dict[str, float] = {
     "temperature": 1e-6,
@@ -208,7 +220,7 @@ _MINIMUM: dict[str, float] = {
     "narrow_after": 0,
     "stuck_after": 0,
     "dimensions": 1,
-    "lr": 1e-9,
+    "lr": 0.0,
     "lr_large": 0.0,
     "warmup": 0,
     "decay": 0,
@@ -250,8 +262,8 @@ def _convert(name: str, value: Any, kind: type) -> Any:
 #
 # Tarasov et al. 2026 (paper, and the launcher of its progressive runs in
 # github.com/mrsndmn/compression_horizon): one more token a stage, at most 1000 steps for each and
-# 10 000 in all; the first token is in the loss. The learning rate is 0.5 for Pythia and 0.1
-# elsewhere in its tables; in its sweep 0.5 or 1 is best for three of four models.
+# 10 000 in all; the first token is in the loss, which is a tokenizer's BOS (a source's `bos`).
+# In its sweep a rate of 0.5 or 1 is best for three of four models.
 _PROGRESSIVE = Recipe(
     unit="logits",
     temperature=1.0,
@@ -261,7 +273,7 @@ _PROGRESSIVE = Recipe(
     narrow_after=0,
     stuck_after=0,
     optimizer="adamw",
-    lr=0.5,
+    lr=0.0,
     lr_large=0.0,
     warmup=100,
     decay=10_000,
@@ -281,8 +293,13 @@ PRESETS: dict[str, Recipe] = {
     # Their loss is 1/T of ours, which Adam does not feel.
     "temperature": replace(_PROGRESSIVE, temperature=0.25),
     "low-dim": replace(_PROGRESSIVE, coordinates="low-dim", start="linear"),
-    # A token counts as right from this margin, and weighs in the loss what it lacks of it.
+    # A token is right from this margin (their "CE"), and weighs what it lacks of it ("+LM").
+    "margin-ce": replace(_PROGRESSIVE, margin=0.5),
     "margin": replace(_PROGRESSIVE, objective="deficit", margin=0.5),
+    # Their "hybrid": hidden states of the first four layers near those of the plain text.
+    "alignment": replace(_PROGRESSIVE, term="alignment", term_weight=1.0, align_layers=4),
+    # Targets that double, and are bisected after the steps that a stage has.
+    "geometric": replace(_PROGRESSIVE, schedule="geometric", narrow_after=1000, patience=10_000),
     # The text behind a trigger, and the vectors as its context (docs/usable.md).
     "usable": Recipe(
         term="use",
@@ -299,7 +316,7 @@ PRESETS: dict[str, Recipe] = {
         steps=900,
         patience=900,
     ),
-    # Kuratov et al., section 4 and the published train.py.
+    # Kuratov et al., section 4 and the published train.py: of 5000 losses, the first before a move.
     "paper": Recipe(
         unit="logits",
         temperature=1.0,
@@ -316,8 +333,9 @@ PRESETS: dict[str, Recipe] = {
         start="noise",
         start_rule="paper",
         compute="model",
-        steps=5000,
+        steps=4999,
         patience=2000,
+        if_not_exact="stop",
     ),
     # Mezentsev & Oseledets 2025 (arXiv 2505.21189), section 4, for `--one-step`.
     "one-step": Recipe(

@@ -26,7 +26,7 @@ def cram_one(
     initial: Float[Tensor, "K D"],
     *,
     start: StartRule = "vectors",
-    steps: int = 5000,
+    steps: int = 4999,
     patience: int = 2000,
     lr: float = 0.01,
 ) -> tuple[Float[Tensor, "K D"], int, list[float]]:
@@ -34,8 +34,9 @@ def cram_one(
 
     Returns the best vectors, how many of the predicted tokens they get right with teacher forcing,
     and the loss (nats per token) of every step. It stops when all tokens are right, after `steps`
-    moves, or after more than `patience` measurements without progress. `start` says what follows
-    the vectors: nothing, the model's BOS, or the passage's first token, which is then given.
+    moves (5000 losses in the published loop, the first one before any move), or after `patience`
+    measurements that get no more right than an earlier one, or none. `start` says what follows the
+    vectors: nothing, the model's BOS, or the passage's first token, which is then given.
     """
     tokens = torch.tensor([ids], device=lm.device)  # (1, T)
     predicted = tokens[:, 1:] if start == "first-token" else tokens
@@ -51,8 +52,8 @@ def cram_one(
         losses.append(loss.item())
         stale += 1
         if right > best_right:
-            best, best_right, stale = vectors.detach().clone(), right, 0
-        if best_right == predicted.shape[1] or len(losses) > steps or stale > patience:
+            best, best_right, stale = vectors.detach().clone(), right, 0 if right else stale
+        if best_right == predicted.shape[1] or len(losses) > steps or stale >= patience:
             return best[0], best_right, losses
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -95,8 +95,8 @@ class Schedule:
         return annealed_temperature(state.stale, target_margin, self.recipe)
 
     def out_of_patience(self, state: ScheduleState) -> Bool[Tensor, " B"]:
-        """Passages without progress for longer than the recipe's patience."""
-        return state.stale > self.recipe.patience
+        """Passages without progress for as many steps as the recipe's patience."""
+        return state.stale >= self.recipe.patience
 
     def _common(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> dict[str, Tensor]:
         count = torch.zeros(len(size), dtype=torch.long, device=size.device)
@@ -110,6 +110,14 @@ class Schedule:
 
 class Whole(Schedule):
     """All tokens count from the first step, as in the paper (Kuratov et al., section 3)."""
+
+    def record(
+        self, state: ScheduleState, reached: Int[Tensor, " B"]
+    ) -> tuple[Bool[Tensor, " B"], Int[Tensor, " B"]]:
+        better, gained = super().record(state, reached)
+        # To have none right is no progress, the first time either: the published loop counts so.
+        state.stale = torch.where(reached > 0, state.stale, state.stale.clamp_min(1))
+        return better, gained
 
     def counted(self, state: ScheduleState, length: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         return length

@@ -63,7 +63,7 @@ class Shared:
         storage: str | torch.dtype | Storage,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        recipe = recipe.in_logits(lm.logit_spread)
+        recipe = recipe.in_logits(lm.logit_spread).for_family(lm.config.model_type)
         if recipe.coordinates != "direct":
             raise MemvecError("a shared m is moved directly: leave out --set coordinates.")
         resolve_start_rule(lm, recipe)
@@ -161,7 +161,7 @@ class Shared:
                 status = "done"
                 break
             over = bool(recipe.budget) and int(spent.max()) >= recipe.budget
-            if steps >= recipe.steps or stale > recipe.patience or over:
+            if steps >= recipe.steps or stale >= recipe.patience or over:
                 break
             for parameters, slope, state in zip((own, shared), slopes, moments, strict=True):
                 moving = torch.ones(len(parameters), dtype=torch.bool, device=device)

@@ -27,6 +27,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
+from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.storage import Storage
@@ -75,6 +76,9 @@ class Step:
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
         self.objective = objective_named(recipe.objective)
         self.term: Term = registry.get("term", recipe.term)(lm, module, recipe, K, start_rule)
+        # True if the losses of a step add up to -ln p(passage | vectors), in the model's own dtype.
+        plain = (recipe.objective, recipe.schedule, recipe.temperature, recipe.stuck_after)
+        self.measures_passage = module is lm and plain == ("cross-entropy", "whole", 1.0, 0)
 
     def __call__(self, batch: BatchState, columns: int, padding_rows: int = 0) -> None:
         """Measure all slots over so many predicted columns, keep what is better, move the rest.
@@ -147,6 +151,9 @@ class Step:
         better, gained = self.schedule.record(batch.schedule, reached)
         better = self._better_by_term(batch, measured.term.loss, better, leading)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
+        if self.measures_passage:
+            bits = ((measured.loss.double() * within).sum(-1) / LN2).to(batch.least_mem_bits)
+            batch.least_mem_bits = torch.fmin(batch.least_mem_bits, bits)
         arrived = (leading >= batch.length) & (batch.length <= columns)
         if self.recipe.settle:  # those that were kept, once they have had their time
             arrived = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)

@@ -21,6 +21,7 @@ from torch import Tensor
 from memvec.model.lm import FrozenLM
 
 Floats = NDArray[np.float64]
+TIED = float(np.finfo(np.float32).tiny)  # margin of a tie that the arg-max gets right
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ class SlowPassage:
     options: dict[str, Any]
 
     def bits_after(self, prefix: Sequence[int]) -> tuple[float, int]:
-        """(bits, arg-max hits) of the predicted tokens after [BOS, prefix], no vectors."""
-        head = [self.lm.bos_id] if self.lm.bos_id is not None else []
+        """(bits, arg-max hits) of the predicted tokens after `prefix`, no vectors."""
         truth = self.ids[self.given :]
-        table = logits(self.lm, None, [*head, *prefix, *self.ids])[-len(truth) - 1 : -1]
+        table = logits(self.lm, None, [*prefix, *self.ids])[-len(truth) - 1 : -1]
         bits, margin = bits_and_margins(table, truth)
         return float(bits.sum()), int((margin > 0).sum())
 
@@ -90,7 +90,10 @@ def bits_and_margins(table: Floats, ids: Sequence[int]) -> tuple[Floats, Floats]
     true = table[rows, truth]
     others = table.copy()
     others[rows, truth] = -np.inf
-    return (total - true) / math.log(2), true - others.max(1)
+    margin = true - others.max(1)
+    tied = (margin == 0) & (table.argmax(1) == truth)  # the arg-max takes the first of equals
+    margin[tied] = TIED
+    return (total - true) / math.log(2), margin
 
 
 def teacher_forced(

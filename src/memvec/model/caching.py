@@ -86,10 +86,13 @@ def cached_logits(
 
 
 @torch.no_grad()
-def find_cache(model: nn.Module, embedding: nn.Module) -> Caching:
+def find_cache(
+    model: nn.Module, embedding: nn.Module, rounding: torch.dtype = torch.float32
+) -> Caching:
     """Find a model's cache and compare decoding with it to whole forwards.
 
-    Two texts of seven tokens each are decoded together, since some one-token forwards mix a batch.
+    `rounding` is the dtype of the model's products. Two texts of seven tokens each are decoded
+    together, since some one-token forwards mix a batch.
     """
     config: Any = model.config
     argument = _argument(type(model).forward)
@@ -108,7 +111,7 @@ def find_cache(model: nn.Module, embedding: nn.Module) -> Caching:
     except Exception as error:  # the model's code is not ours: whatever it raises is its answer
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Caching(None, f"its forward with a cache fails: {first}")
-    ok, detail = agree(ours, truth[:, 1:].float().to(ours.device), rows.dtype)
+    ok, detail = agree(ours, truth[:, 1:].float().to(ours.device), rounding)
     if not ok:
         return Caching(None, f"its cached decoding disagrees with its own forward, {detail}")
     return Caching(argument)

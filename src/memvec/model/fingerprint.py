@@ -46,9 +46,15 @@ class Fingerprint:
 
 
 def fingerprint_of(
-    config: Any, embedding: Float[Tensor, "V D"], logits: Float[Tensor, " V"]
+    config: Any,
+    embedding: Float[Tensor, "V D"],
+    logits: Float[Tensor, " V"],
+    dtype: str | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a model with this configuration, embedding matrix and probe logits."""
+    """The fingerprint of a model with this configuration, embedding matrix and probe logits.
+
+    `dtype`: what it is computed in, if that is not the dtype of the matrix.
+    """
     settings = config.to_dict()
     for name in VOLATILE:
         settings.pop(name, None)
@@ -59,5 +65,5 @@ def fingerprint_of(
         hashlib.sha256(described).hexdigest(),
         hashlib.sha256(rounded).hexdigest(),
         tuple(round(float(x), 3) for x in probe),
-        str(embedding.dtype).removeprefix("torch."),
+        dtype or str(embedding.dtype).removeprefix("torch."),
     )

@@ -30,8 +30,10 @@ from memvec.model.configuration import context_length, start_token
 from memvec.model.fingerprint import fingerprint_of
 from memvec.model.heads import split_head
 from memvec.model.large import offloaded, recomputed
+from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
 from memvec.model.reading import PREFIX, Layout, Prefix, StartRule, reading_named
+from memvec.model.spread import embedding_std, logit_spread
 
 if TYPE_CHECKING:
     from memvec.encoders.base import OnePassEncoder
@@ -46,7 +48,8 @@ class FrozenLM:
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
     a fixed probe: the unit of a recipe's temperature and margin), `caching` (what the model's cache
-    is called, or why decoding goes without one), `fingerprint`, `encoder` (None for most models),
+    is called, or why decoding goes without one), `autocast` (the dtype that products are cast to in
+    mixed precision, else None), `fingerprint`, `encoder` (None for most models),
     `facts` (the model folder's memvec.json: measured bits per vector), `reading` (how it reads
     vectors: in front of a passage unless `read_as` says otherwise).
     """
@@ -79,23 +82,25 @@ class FrozenLM:
         weight: Tensor = self.embedding.weight  # type: ignore[assignment]
         self.device = weight.device
         self.dtype = weight.dtype
+        self.autocast: torch.dtype | None = autocast_of(model)
         self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
         self.context = context_length(text_config)
         self.bos_id = start_token(text_config, tokenizer, rows=len(weight))
         # As the model sees them: what is handed in as inputs_embeds.
         with torch.no_grad():
-            self.embedding_std = float(weight[:50_000].float().std())
+            self.embedding_std = embedding_std(weight)
         with _answering(name), torch.no_grad():
             logits = self.own_logits(self._probe_ids())[0]
         self.vocab_size = int(logits.shape[-1])
-        self.logit_spread = _spread(logits)
+        self.logit_spread = logit_spread(logits)
         self._body, self._head = split_head(model, self.embedding)
-        self.caching = find_cache(model, self.embedding)
+        self.caching = find_cache(model, self.embedding, self.rounding)
         if check:
             refuse_if_unfit(self)
             if not self.has_cache:
                 warnings.warn(f"{name} {self.caching.sentence}", SlowPathWarning, stacklevel=2)
-        self.fingerprint = fingerprint_of(self.config, weight, logits[-1])
+        mixed = BFLOAT16_AUTOCAST if self.autocast else None
+        self.fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
         self.facts: dict[str, Any] = {}
         self.encoder: OnePassEncoder | None = None
 
@@ -120,6 +125,11 @@ class FrozenLM:
         """True if the tokenizer itself puts a BOS in front of a text (Llama 3, OPT)."""
         ids = self._need_tokenizer()("a")["input_ids"]
         return bool(self.bos_id is not None and ids and ids[0] == self.bos_id)
+
+    @property
+    def rounding(self) -> torch.dtype:
+        """What products are rounded to: that of autocast, else the weights' dtype."""
+        return self.autocast or self.dtype
 
     @property
     def has_split_head(self) -> bool:
@@ -334,9 +344,3 @@ def _answering(name: str) -> Iterator[None]:
         raise MemvecError(
             f"{name} cannot be crammed: its own forward on plain tokens fails ({reason})."
         ) from error
-
-
-def _spread(logits: Float[Tensor, "n V"]) -> float:
-    """Mean over positions of the standard deviation over the columns that are not masked."""
-    kept = [row[row > -1e4] for row in logits]  # a model that is refused may have none
-    return sum(float(row.std()) for row in kept if len(row) > 1) / len(kept) or 1.0

@@ -70,7 +70,7 @@ def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
     4 M parameters on CPUs with bfloat16 products. A copy that does not agree with its original is
     not used.
     """
-    if compute == "model" or lm.dtype != torch.float32 or lm.quantize:
+    if compute == "model" or lm.rounding != torch.float32 or lm.quantize:
         return lm
     if compute == "auto":
         worth = sum(p.numel() for p in lm.model.parameters()) >= WORTH_IT

@@ -72,14 +72,16 @@ def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
     ids = probe_ids(lm, 7)
     as_vectors = lm.embed(ids[:, :3])
     ours = lm.logits(as_vectors, ids[:, 3:])
-    return agree(ours, lm.own_logits(ids)[:, 2:-1], lm.dtype)
+    return agree(ours, lm.own_logits(ids)[:, 2:-1], lm.rounding)
 
 
 @torch.no_grad()
 def _padding(lm: FrozenLM) -> tuple[bool, str]:
     ids = probe_ids(lm, 9)
     vectors = lm.embed(ids[:, :2])
-    return agree(lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6]), lm.dtype)
+    return agree(
+        lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6]), lm.rounding
+    )
 
 
 @torch.no_grad()
@@ -88,7 +90,7 @@ def _causal(lm: FrozenLM) -> tuple[bool, str]:
     changed = ids.clone()
     changed[:, -1] = ids[0, 0]
     truth = lm.own_logits(ids)[:, :-1]
-    ok, detail = agree(lm.own_logits(changed)[:, :-1], truth, lm.dtype)
+    ok, detail = agree(lm.own_logits(changed)[:, :-1], truth, lm.rounding)
     if not ok and bool(torch.isfinite(truth).all()):
         detail = "a later token changes an earlier prediction"
     return ok, detail

@@ -2,11 +2,14 @@
 
 How many bits does ordinary context take off the same passage? Only sources with text before their
 passages can be asked; where fewer than n tokens stood before, the entry is missing.
+
+As in the notebook, the n tokens are the last ones of the text before the passage with a space
+behind it (its "option 2", the one that its code runs), and nothing stands in front of them: a
+tokenizer's BOS is cut off with the rest.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +18,13 @@ from pydantic import Field
 
 from memvec.cramming.certify import Outcome
 from memvec.lab.protocols import protocol
-from memvec.lab.protocols.protocol import Compared, Protocol, bits_after, bits_and_hits
+from memvec.lab.protocols.protocol import (
+    Compared,
+    Protocol,
+    bits_after,
+    bits_and_hits,
+    extra_of,
+)
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
@@ -31,7 +40,8 @@ class Context(Protocol):
     """Real context instead of a vector."""
 
     extras = {  # noqa: RUF012
-        "context": "for each n: [bits of the passage, arg-max hits] after n real tokens, no vectors"
+        "after_context": "for each n: [bits of the passage, arg-max hits] after its n preceding "
+        "tokens and nothing else, no vectors"
     }
 
     class Options(protocol.Options):
@@ -51,14 +61,14 @@ class Context(Protocol):
     ) -> dict[str, Any]:
         ids, before, given = sourced.passage.ids, sourced.before, int(start == "first-token")
         return {
-            "context": {
+            "after_context": {
                 str(n): list(bits_after(lm, before[-n:] if n else (), ids, given))
                 for n in _possible(lm, options["contexts"], len(before), len(ids))
             }
         }
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
-        table = {int(n): pair for n, pair in stored["context"].items()}
+        table = {int(n): pair for n, pair in stored["after_context"].items()}
         before, ids = passage.before, passage.ids
         possible = _possible(passage.lm, passage.options["contexts"], len(before), len(ids))
         if sorted(table) != sorted(set(possible)):
@@ -118,8 +128,8 @@ class Context(Protocol):
 
 def _possible(lm: FrozenLM, contexts: Any, before: int, tokens: int) -> list[int]:
     """The numbers of real tokens that stood before a passage and fit the model with it."""
-    limit = before if lm.context is None else min(before, lm.context - tokens - 1)
-    return [n for n in contexts if n <= limit]
+    limit = before if lm.context is None else min(before, lm.context - tokens)
+    return [n for n in contexts if 0 < n <= limit]
 
 
 def _entries(group: pd.DataFrame, vector: str) -> dict[str, list[tuple[float, float]]]:
@@ -129,8 +139,8 @@ def _entries(group: pd.DataFrame, vector: str) -> dict[str, list[tuple[float, fl
     """
     H = group["lm_bits"].tolist()
     entries: dict[str, list[tuple[float, float]]] = {"none": list(zip(H, H, strict=True))}
-    for extra, base in zip(group["extra"], H, strict=True):
-        for n, (bits, _) in json.loads(extra)["context"].items():
+    for after, base in zip(extra_of(group, "context", "after_context"), H, strict=True):
+        for n, (bits, _) in after.items():
             entries.setdefault(f"{n} tokens", []).append((bits, base))
     entries[vector] = list(zip(group["mem_bits"], H, strict=True))
     return entries
@@ -139,8 +149,8 @@ def _entries(group: pd.DataFrame, vector: str) -> dict[str, list[tuple[float, fl
 def _means_by_context(rows: pd.DataFrame) -> dict[int, Mean]:
     """Bits left by number of real tokens, 0 among them."""
     left: dict[int, list[float]] = {0: rows["lm_bits"].tolist()}
-    for extra in rows["extra"]:
-        for n, (bits, _) in json.loads(extra)["context"].items():
+    for after in extra_of(rows, "context", "after_context"):
+        for n, (bits, _) in after.items():
             left.setdefault(int(n), []).append(float(bits))
     return {n: mean_interval(values) for n, values in sorted(left.items())}
 

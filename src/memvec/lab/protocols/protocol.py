@@ -19,6 +19,7 @@ Ray workers import what `memvec.plugins` entry points name, and nothing else of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from memvec import metrics
 from memvec.cramming.certify import Outcome
+from memvec.errors import MemvecError
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -161,12 +163,12 @@ class Protocol:
 def bits_after(
     lm: FrozenLM, prefix: Sequence[int], ids: Sequence[int], given: int
 ) -> tuple[float, int]:
-    """(bits, arg-max hits) of ids[given:] when real tokens `prefix` stand before ids, no vectors.
+    """(bits, arg-max hits) of ids[given:] when the tokens `prefix` stand before ids, no vectors.
 
-    Through the model's own forward. A model with a start token gets it in front.
+    Through the model's own forward, with nothing in front. Raises ValueError if nothing stands
+    before the first token that is asked for.
     """
-    head = [lm.bos_id] if lm.bos_id is not None else []
-    whole = [*head, *prefix, *ids]
+    whole = [*prefix, *ids]
     n = len(ids) - given
     if len(whole) == len(ids) and given == 0:  # nothing stands before the first token
         raise ValueError("the first token needs something before it")
@@ -177,6 +179,21 @@ def bits_after(
         bits = float(metrics.surprisal(logits, truth).double().sum())
         right = int((metrics.margins(logits, truth) > 0).sum())
     return bits, right
+
+
+def extra_of(rows: pd.DataFrame, protocol: str, name: str) -> list[Any]:
+    """What a protocol measured besides of each row, by its name.
+
+    Raises MemvecError for rows of an earlier memvec, which measured something else.
+    """
+    extras = [json.loads(extra) for extra in rows["extra"]]
+    if any(name not in extra for extra in extras):
+        raise MemvecError(
+            f"rows of protocol '{protocol}' have no '{name}': an earlier memvec measured something "
+            "else, so run the study again into another folder, or report it with the memvec that "
+            "made it."
+        )
+    return [extra[name] for extra in extras]
 
 
 def bits_and_hits(

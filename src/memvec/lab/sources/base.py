@@ -44,10 +44,16 @@ class Source(BaseModel):
     kind: str = Field(description="which source: a name that memvec.registry lists")
     name: str = Field(default="", description="how the study calls it; default: its kind")
     seed: int = Field(default=0, description="seed of everything that is drawn")
+    bos: bool = Field(
+        default=False,
+        description="where the tokenizer adds a BOS, it is the first token of each passage, to be "
+        "crammed like the others (as progressive cramming was run)",
+    )
 
     def settings(self, base: Path | None = None) -> dict[str, Any]:
         """What decides the passages, for the record and for the keys of rows."""
-        return self.model_dump(mode="json", exclude={"name"})
+        left_out = {"name"} if self.bos else {"name", "bos"}  # keys without it stay what they were
+        return self.model_dump(mode="json", exclude=left_out)
 
     def missing(self, base: Path | None) -> str | None:
         """A sentence about a missing file or library, without loading a model; None if none is."""

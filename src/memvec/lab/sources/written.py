@@ -52,6 +52,11 @@ class WrittenTexts(Source):
     splitter: Splitter = Field(default="punctuation", description="how sentences are split")
 
     def missing(self, base: Path | None) -> str | None:
+        if self.rule == "suffix" or self.chunk_words is not None:
+            try:
+                sentences("One. Two.", self.splitter)
+            except MemvecError as error:  # nltk or its data
+                return str(error)
         if self.path in (None, "-"):
             return None if self.path or self.dataset else f"source '{self.name}' needs a path."
         file = resolve(str(self.path), base)
@@ -166,7 +171,11 @@ def _leading_ids(lm: FrozenLM, text: str, length: int) -> list[int]:
 
 
 def _ids_before(lm: FrozenLM, before: str) -> tuple[int, ...]:
-    """The last MAX_BEFORE token ids of the text before a passage."""
+    """The last MAX_BEFORE token ids of the text before a passage, with the space behind it.
+
+    The space is often a token of its own. So it is in the published context ablation, which joins
+    token ids rather than texts: the passage must keep the tokens that it was crammed with.
+    """
     if not before:
         return ()
     return tuple(lm.tokenize(before[-16 * MAX_BEFORE :] + " ")[-MAX_BEFORE:])

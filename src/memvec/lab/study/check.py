@@ -4,7 +4,8 @@ Three kinds of columns (a test sees that every column is of one of them):
 
 - recomputed from vectors and token ids (`recompute.py`);
 - costs that the recipe and the margin bound: the steps, the tokens of so many steps, the margin;
-- records of what happened, which nothing can recompute: these only the row's seal holds.
+- records of what happened, which nothing can recompute: these only the row's seal holds. The gain
+  at the least loss is one of them, and no stored vectors may exceed it.
 
 Another order of the same sums flips an arg-max whose margin is about zero, so counts may differ by
 as many positions as have a margin below `TIE`; everything else must agree to `BITS` a token.
@@ -33,9 +34,10 @@ from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
 from memvec.lab.study.store import Store
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
+from memvec.model.mixed import BFLOAT16_AUTOCAST
 
-TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05}  # logits
-BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # bits a token
+TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05, BFLOAT16_AUTOCAST: 0.3}  # logits
+BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, BFLOAT16_AUTOCAST: 0.1}  # bits a token
 MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
 
 RECOMPUTED = frozenset(
@@ -46,7 +48,7 @@ RECOMPUTED = frozenset(
     )
 )
 BOUNDED = frozenset(["status", "margin_asked", "steps", "spent"])
-RECORDED = frozenset(["cell", "number", "seconds", "batch_size", "worker"])
+RECORDED = frozenset(["cell", "number", "seconds", "batch_size", "worker", "least_loss_gain"])
 
 
 def check_study(
@@ -214,6 +216,9 @@ def _costs(row: dict[str, Any], slow: Slow, dtype: str) -> list[str]:
         wrong.append(
             _differs("margin_asked", row["margin_asked"], f"one of {slow.margins[:4]} ...")
         )
+    least, stored = row["least_loss_gain"], slow.columns["information_gain"]
+    if least is not None and least < stored - 2 * BITS[dtype] * int(slow.columns["predicted"]):
+        wrong.append(_differs("least_loss_gain", least, f"at least {stored:g}"))
     met = slow.columns["margin"] >= row["margin_asked"] - TIE[dtype]
     if row["status"] not in ("done", "budget", "not-finite") or (
         row["status"] == "done" and not met

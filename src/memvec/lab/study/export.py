@@ -9,7 +9,7 @@ import pandas as pd
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
-from memvec.lab.study.schema import COLUMNS
+from memvec.lab.study.schema import ADDED, COLUMNS
 from memvec.lab.study.store import Store
 
 CELL_COLUMNS = {
@@ -45,6 +45,8 @@ def read_rows(store: Store) -> pd.DataFrame:
     frame = pd.read_sql_query(query, store.db)
     for name in ("exact", "random_text", "planned"):
         frame[name] = frame[name].astype(bool)
+    for name in ADDED:  # where all are missing, pandas makes objects of them
+        frame[name] = frame[name].astype(float)
     return frame
 
 

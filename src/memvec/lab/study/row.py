@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,12 @@ class Row(PassageResult):
     lm_right: int = Field(ge=0, description="arg-max hits of the model alone")
     horizon_gain: float = Field(description="information gain over the horizon, bits")
     horizon_token_gain: int = Field(description="token gain over the horizon, hits")
+    least_loss_gain: float = Field(
+        default=math.nan,
+        description="information gain at the least loss that any step measured, as the published "
+        "tables have it (information_gain is that of the stored vectors), bits; missing where the "
+        "loss of a step is not the cross-entropy of the whole passage",
+    )
     start_rule: str = Field(
         description="what follows the vectors: 'vectors' (nothing), 'bos' or 'first-token'"
     )

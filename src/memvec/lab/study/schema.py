@@ -13,6 +13,9 @@ from memvec.lab.study.row import Row
 SCHEMA = "2"  # raised when tables or the vectors' files change so that old ones cannot be read
 RENAMED = {"seats": "batch_size"}  # columns of `rows`: name in an earlier memvec -> today's
 
+# Columns that older stores lack: they are read as missing, NULL in every row.
+ADDED = {"least_loss_gain"}
+
 COLUMNS = {name: str(field.description) for name, field in Row.model_fields.items()}
 _KINDS = {
     name: str if get_origin(field.annotation) is Literal else field.annotation
@@ -49,35 +52,43 @@ CREATE TABLE IF NOT EXISTS paths (
 
 
 def columns_of(db: sqlite3.Connection) -> list[str]:
-    """The columns of `rows` in the order of this store, the seal last; none without the table."""
+    """The columns of `rows` in the order of this store, the seal among them; none without it."""
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'rows'").fetchone():
         return []
     return [column[0] for column in db.execute("SELECT * FROM rows LIMIT 0").description]
 
 
 def use_todays_names(db: sqlite3.Connection, *, write: bool) -> None:
-    """Give renamed columns their present names: in the file, or in a view of this connection.
+    """Give renamed columns their present names, and add those that older stores lack: in the file,
+    or in a view of this connection.
 
-    Seals are of values in the table's order, so they stay valid.
+    Seals are of values in the table's order and leave added columns without a value out, so they
+    stay valid.
     """
     columns = columns_of(db)
     old = [name for name in columns if name in RENAMED]
+    new = [name for name in sorted(ADDED) if columns and name not in columns]
     if write:
         for name in old:
             db.execute(f"ALTER TABLE rows RENAME COLUMN {name} TO {RENAMED[name]}")
-    elif old:
-        names = ", ".join(f"{name} AS {RENAMED.get(name, name)}" for name in columns)
-        db.execute(f"CREATE TEMP VIEW rows AS SELECT {names} FROM main.rows")
+        for name in new:
+            db.execute(f"ALTER TABLE rows ADD COLUMN {name} {_TYPES[_KINDS[name]]}")
+    elif old or new:
+        names = [f"{name} AS {RENAMED.get(name, name)}" for name in columns]
+        names += [f"NULL AS {name}" for name in new]
+        db.execute(f"CREATE TEMP VIEW rows AS SELECT {', '.join(names)} FROM main.rows")
 
 
 def seal(values: dict[str, Any]) -> str:
     """SHA-256 of a row's values as SQLite gives them back: NaN is NULL, REAL columns are floats.
 
-    `values` are in the order of the store's columns, without the seal.
+    `values` are in the order of the store's columns, without the seal. Added columns without a
+    value do not count: a row that was written before them has the same seal.
     """
     plain = [
         float(value) if _KINDS.get(name) is float and value is not None else value
         for name, value in values.items()
+        if name not in ADDED or (value is not None and value == value)
     ]
     plain = [None if isinstance(v, float) and v != v else v for v in plain]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()

@@ -39,7 +39,9 @@ class ModelSpec(Strict):
 
     name: str = Field(description="Hub id, folder, or the built-in 'pocket'")
     revision: str | None = Field(default=None, description="revision of a Hub model")
-    dtype: str = Field(default="auto", description="auto, float32, bfloat16 or float16")
+    dtype: str = Field(
+        default="auto", description="auto, float32, bfloat16, float16 or bfloat16-autocast"
+    )
 
 
 class RunSpec(Strict):

@@ -195,10 +195,10 @@ class Store:
                 "environment": self._environment,
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            values = {name: values[name] for name in self.columns[:-1]}
-            marks = ",".join("?" * len(self.columns))
-            sealed = (*values.values(), schema.seal(values))
-            self.db.execute(f"INSERT INTO rows VALUES ({marks})", sealed)
+            values = {name: values[name] for name in self.columns if name != "seal"}
+            values["seal"] = schema.seal(values)
+            places = f"({','.join(values)}) VALUES ({','.join('?' * len(values))})"
+            self.db.execute(f"INSERT INTO rows {places}", (*values.values(),))
         except (OSError, sqlite3.OperationalError) as error:
             raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
 
@@ -262,10 +262,10 @@ class Store:
 
     def sealed(self, cell: str, number: int) -> bool:
         """True if a row is as it was written."""
-        *values, seal = self.db.execute(
-            "SELECT * FROM rows WHERE cell=? AND number=?", (cell, number)
-        ).fetchone()
-        return bool(schema.seal(dict(zip(self.columns, values, strict=False))) == seal)
+        query = "SELECT * FROM rows WHERE cell=? AND number=?"
+        row = self.db.execute(query, (cell, number)).fetchone()
+        values = dict(zip(self.columns, row, strict=True))
+        return bool(values.pop("seal") == schema.seal(values))
 
     def passage(self, key: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """(name, token ids, tokens before) of a passage. Raises MemvecError if it is not there."""

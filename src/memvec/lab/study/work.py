@@ -5,7 +5,9 @@ The same function runs here and inside a Ray actor; it knows nothing of stores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def find_passages(
     """The cell's passages: `count` of them, from its source."""
     start = resolve_start_rule(lm, cell.made_recipe())
     tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
-    shortest = 1 + (start == "first-token")
+    shortest = 1 + (start == "first-token") + source.bos
     if tokens < shortest:
         raise MemvecError(f"a length of {cell.length} leaves nothing to cram: use at least 2.")
     longest = None if lm.context is None else lm.context - cell.vectors - (start == "bos")
@@ -36,7 +38,12 @@ def find_passages(
             f"impossible length: {tokens} tokens and {cell.vectors} vectors do not fit the "
             f"context of {lm.name} ({lm.context} tokens)."
         )
-    passages = list(source.passages(lm, count, tokens, base))
+    # The tokens that a passage begins with before its text.
+    head = (lm.bos_id,) if source.bos and lm.bos_id is not None and lm.adds_bos else ()
+    passages = [
+        replace(p, passage=replace(p.passage, ids=(*head, *p.passage.ids)))
+        for p in source.passages(lm, count, tokens - len(head), base)
+    ]
     if len(passages) < count:
         raise MemvecError(f"source '{cell.source}' gave {len(passages)} passages of {count}.")
     return passages
@@ -85,12 +92,19 @@ def _finished(
         lm_right=scores.lm_hits(),
         horizon_gain=reached.information_gain(),
         horizon_token_gain=reached.token_gain(),
+        least_loss_gain=_least_loss_gain(outcome),
         start_rule=start,
         batch_size=engine.batch_size,
         worker=worker,
         extra=_extra(lm, cell, sourced, outcome, start),
     )
     return StoreEntry(row, outcome.vectors, scores.stacked()).to_plain()
+
+
+def _least_loss_gain(outcome: Outcome) -> float:
+    """Bits that the least loss of all steps takes off H_LM; NaN where it was not measured."""
+    gain = outcome.metrics.lm_bits - outcome.least_mem_bits
+    return gain if math.isfinite(gain) else math.nan
 
 
 def _extra(
