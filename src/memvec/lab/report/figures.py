@@ -99,7 +99,11 @@ def _panel(ax: Any, panel: Panel) -> None:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if any(s.name and s.mark != "boxes" for s in panel.series):
-        ax.legend(fontsize=7, frameon=False)
+        # See-through, so that what lies under it can be read; bars get room above them for it.
+        ax.legend(fontsize=7, framealpha=0.6, edgecolor="none")
+    heights = [v for s in panel.series for v in s.y if np.isfinite(v)]
+    if panel.names and heights and min(heights) >= 0 and panel.series[0].mark != "boxes":
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.3 if bars else 1.0))
 
 
 def _boxes(ax: Any, s: Series, colour: str) -> None:
