@@ -181,9 +181,8 @@ def _removed(rows: pd.DataFrame) -> str:
     ends: list[list[float]] = [[], []]
     for _, group in rows.groupby(["model", "series"], sort=False):
         group = group[group["vectors"] == group["vectors"].min()]
-        for shares, length in zip(
-            ends, (group["length"].min(), group["length"].max()), strict=True
-        ):
+        both = (group["length"].min(), group["length"].max())
+        for shares, length in zip(ends, both, strict=True):
             cell = group[group["length"] == length]
             shares.append(100 * (1 - float(cell["mem_bits"].sum() / cell["lm_bits"].sum())))
     if not ends[0]:

@@ -36,18 +36,24 @@ class WholeBook(Source):
     kind: Literal["book"] = "book"
     starts_alike: ClassVar[bool] = False  # block i of another length begins elsewhere
 
-    path: str = Field(description="the text: a file that the source 'files' can read")
+    path: str | None = Field(default=None, description="the text: a file, or a folder of files")
 
     def missing(self, base: Path | None) -> str | None:
         """A sentence if there is no such file."""
+        if self.path is None:
+            return f"source '{self.name}' needs a path."
         file = resolve(self.path, base)
         return None if file.exists() else f"source missing: there is no file or folder {file}."
 
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None
     ) -> Iterator[SourcedPassage]:
-        """The first `count` blocks of `length` tokens. Raises MemvecError if there are fewer."""
-        texts = read_texts(self.path, base, "text", {})
+        """The first `count` blocks of `length` tokens. Raises MemvecError if there are fewer,
+        or no such file.
+        """
+        if problem := self.missing(base):
+            raise MemvecError(problem)
+        texts = read_texts(str(self.path), base, "text", {})
         ids = lm.tokenize("\n\n".join(text for _, text in texts))
         blocks = len(ids) // length
         if count > blocks:
