@@ -45,8 +45,9 @@ def _longest(series: list[Series], names: list[str]) -> str:
     points = [(y, s.name, names[int(x)]) for s in measured for x, y in zip(s.x, s.y, strict=True)]
     if not points:
         return ""
-    tokens, name, model = max(points)
-    sentence = f"The largest is {tokens:.0f} tokens: {name}, {model}."
+    tokens = max(tokens for tokens, *_ in points)
+    where = "; ".join(f"{name}, {model}" for y, name, model in points if y == tokens)
+    sentence = f"The largest is {tokens:.0f} tokens: {where}."
     paper = [s for s in measured if s.name.endswith(", paper")]
     ratios = [
         y / theirs.y[theirs.x.index(x)]
