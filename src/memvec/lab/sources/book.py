@@ -15,9 +15,9 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage
+from memvec.lab.sources.text_readers import read_texts, resolve
 from memvec.lab.sources.written import MAX_BEFORE
 from memvec.passages.passage import Passage
-from memvec.passages.text_readers import read_texts, resolve
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
