@@ -173,6 +173,9 @@ def test_published_values_stand_beside_for_every_k(
     for key, panel in (("vectors", 0), ("lengths", 0), ("utilisation", 1)):
         names = [s.name for s in plots[key].panels[panel].series]
         assert [name for name in names if name.endswith("published")], key
+    # 16 of 80, 80 and 65 tokens: the grid's longest that 20, 20.5 and 17 tokens pass.
+    ratios = "By the paper's rule, measured over published: 0.20 to 0.25 (n 3 models and texts)."
+    assert ratios in plots["lengths"].caption
     assert table1(MODEL, "pg19", 32) == {
         "longest": 2016,
         "token_gain": None,
