@@ -13,8 +13,8 @@ from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.geometry import cosines, principal_components
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.plane import compare, fit, fit_capacity
+from memvec.lab.protocols.scaling import exact_scaling
 from memvec.lab.protocols.upper_bound import least_moved_bits, raised_logit_bits
-from memvec.lab.protocols.vectors import scaling
 from memvec.lab.report.published import bits, published, table1
 from memvec.lab.statistics import mean_interval, share_interval
 from memvec.metrics import margins, surprisal
@@ -156,8 +156,8 @@ def test_scaling_is_measured_against_the_first_k() -> None:
             "status": ["done", "budget", "budget", "budget"],
         }
     )
-    table = scaling(rows)
-    assert table["of_straight_line"].tolist() == [1.0, 0.75]
+    table = exact_scaling(rows)
+    assert table["bits_share"].tolist() == [1.0, 0.75]
 
 
 def test_intervals_are_students_and_wilsons() -> None:

@@ -79,7 +79,7 @@ def test_the_table_of_a_study_s_columns_is_that_of_the_records():
     assert units["information_gain"] == "bits"
     assert units["spent"] == "tokens"
     assert units["accuracy"] == "share"
-    assert units["extra: copy"] == "bits, hits"
+    assert units["extra: after_copy"] == "bits, hits"
 
 
 def test_the_python_reference_names_what_is_there():

@@ -271,13 +271,14 @@ def test_the_command_shares_m(command, folder, tmp_path):
 def test_the_published_rule_is_a_maximum_and_ours_is_not():
     rows = pd.DataFrame(
         [
-            {"length": n, "tokens": n, "accuracy": a, "exact": a == 1.0}
+            {"length": n, "tokens": n, "accuracy": a, "exact": a == 1.0, "lm_bits": 10.0 * n + a}
             for n, each in ((4, (1.0, 1.0)), (8, (1.0, 0.995)), (16, (0.5, 1.0)), (32, (0.9, 0.2)))
             for a in each
         ]
     )
     result = one_step_result(rows)
     assert (result.longest, result.always) == (16, 4)
+    assert result.longest_bits == 161.0
     assert [n.length for n in result.lengths] == [4, 8, 16, 32]
     assert [n.exact[0] for n in result.lengths] == [1.0, 0.5, 0.5, 0.0]
     assert result.lengths[3].accuracy.mean == pytest.approx(0.55)

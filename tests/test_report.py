@@ -22,6 +22,7 @@ from conftest import reader
 from memvec.cli.study import report
 from memvec.cli.study_tables import FORMATS
 from memvec.errors import MemvecError
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data, recipe_names
 from memvec.lab.report.figures import draw_all
@@ -42,6 +43,7 @@ from studies import EVERYTHING, HEAD, run, spec_in
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 BOTH = {"vectors", "utilisation", "context", "copy", "upper-bound", "geometry"}
+BOTH |= {"positions", "one-step-speed"}
 TABLES = {"exact", "table1", "one-step", "threshold", "bytes", "cost"} | BOTH
 FIGURES = {"lengths", "planes", "survival", "accuracy", "per-token", "boxes"} | BOTH
 
@@ -64,6 +66,28 @@ def test_every_table_and_figure_is_there(study: Path) -> None:
     for name in figures:
         for kind in ("pdf", "svg", "png"):
             assert (study / f"report/figures/{name}.{kind}").stat().st_size > 1000
+
+
+def test_every_pair_of_restarts_is_compared(study: Path) -> None:
+    with (study / "report/tables/geometry.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["lines"], row["solutions"]) == ("6", "6")  # three pairs of each of two passages
+    with Store(study / "out") as store:
+        pairs = store.db.execute("SELECT first, second, number FROM paths").fetchall()
+    assert len({(frozenset(pair[:2]), pair[2]) for pair in pairs}) == 6
+
+
+@pytest.mark.parametrize("lowest", [1.0, 0.5])
+def test_the_caption_on_restarts_follows_the_lines(study: Path, lowest: float) -> None:
+    with Store(study / "out") as store:
+        data = read_data(store)
+        geometry = protocol_of("geometry")
+        line = [1.0, lowest, 1.0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("memvec.lab.protocols.geometry.paths", lambda *_: iter([line, line]))
+            (plot,) = geometry.figures(data, compare=False)
+    dips = 0 if lowest == 1 else 2
+    assert f"On {dips} of 2 straight lines" in plot.caption
 
 
 def test_the_tables_numbers_are_the_stores(study: Path) -> None:

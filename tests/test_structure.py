@@ -97,7 +97,7 @@ def test_the_core_is_small():
     core = [
         path for name, path in MODULES.items() if name.split(".")[1:2] not in [[p] for p in BESIDE]
     ]
-    assert sum(lines_of_code(path) for path in core) < 5085
+    assert sum(lines_of_code(path) for path in core) < 5220
 
 
 @pytest.mark.parametrize("name", MODULES)

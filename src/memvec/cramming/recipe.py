@@ -7,15 +7,20 @@ with names; `Recipe.of("paper", steps=100)` is a preset with changes.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
-from memvec import registry
+from memvec.cramming.fields import (
+    CHOICES,
+    MINIMUM,
+    REGISTERED,
+    ComputeName,
+    NotExactName,
+    StartRuleName,
+    UnitName,
+    choices,
+    converted,
+)
 from memvec.errors import MemvecError, did_you_mean
-
-StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
-UnitName = Literal["spread", "logits"]
-ComputeName = Literal["auto", "model", "bfloat16"]
-NotExactName = Literal["raise-margin", "stop"]
 
 
 def documented(default: Any, text: str) -> Any:
@@ -146,13 +151,13 @@ class Recipe:
     seed: int = documented(0, "seed; each passage adds its own from its token ids")
 
     def __post_init__(self) -> None:
-        for name in (*_REGISTERED, *_CHOICES):
+        for name in (*REGISTERED, *CHOICES):
             value, allowed = getattr(self, name), choices(name)
             if value not in allowed:
                 raise MemvecError(
                     f"the recipe's {name} cannot be '{value}': it is one of {', '.join(allowed)}."
                 )
-        for name, minimum in _MINIMUM.items():
+        for name, minimum in MINIMUM.items():
             value = getattr(self, name)
             if not value >= minimum or value == float("inf"):
                 raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
@@ -175,7 +180,7 @@ class Recipe:
             name = name.replace("-", "_")
             if name not in known:
                 raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
-            typed[name] = _convert(name, value, type(getattr(PRESETS[preset], name)))
+            typed[name] = converted(name, value, type(getattr(PRESETS[preset], name)))
         return replace(PRESETS[preset], **typed)
 
     def in_logits(self, spread: float) -> Recipe:
@@ -196,65 +201,6 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores."""
         return asdict(self)
-
-
-# Fields whose values are names of the registry, and names that stand beside the registered ones.
-_REGISTERED: dict[str, tuple[str, ...]] = {
-    "objective": (),
-    "coordinates": (),
-    "optimizer": (),
-    "schedule": (),
-    "term": (),
-    "start": ("auto", "encoder"),
-}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "start_rule": get_args(StartRuleName),
-    "unit": get_args(UnitName),
-    "compute": get_args(ComputeName),
-    "if_not_exact": get_args(NotExactName),
-}
-_MINIMUM: dict[str, float] = {
-    "temperature": 1e-6,
-    "margin": 0.0,
-    "look_ahead": 1,
-    "narrow_after": 0,
-    "stuck_after": 0,
-    "dimensions": 1,
-    "lr": 0.0,
-    "lr_large": 0.0,
-    "warmup": 0,
-    "decay": 0,
-    "lr_end": 0.0,
-    "beta1_rise": 0.0,
-    "weight_decay": 0.0,
-    "term_weight": 0.0,
-    "align_layers": 1,
-    "query_count": 1,
-    "query_tokens": 1,
-    "teacher_top": 1,
-    "settle": 0,
-    "steps": 0,
-    "patience": 1,
-    "budget": 0,
-    "corrections": 0,
-}
-
-
-def choices(name: str) -> tuple[str, ...]:
-    """The values that a field of names can have; registered ones included."""
-    if name in _REGISTERED:
-        return (*_REGISTERED[name], *registry.names(name))
-    return _CHOICES[name]
-
-
-def _convert(name: str, value: Any, kind: type) -> Any:
-    try:
-        converted = kind(value)
-        if kind is int and isinstance(value, float) and converted != value:
-            raise ValueError
-        return converted
-    except (TypeError, ValueError, OverflowError):
-        raise MemvecError(f"the recipe's {name} must be {kind.__name__}, not '{value}'.") from None
 
 
 # Published recipes, to the letter except that the vectors kept are the measured ones and nothing is

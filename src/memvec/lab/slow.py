@@ -65,10 +65,10 @@ def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> F
 
 
 @torch.no_grad()
-def one_step_logits(lm: FrozenLM, vectors: Tensor, n: int) -> Floats:
-    """(n, V) logits of the model's own forward on [e, m, ..., m], float64."""
-    pair = vectors.to(lm.device, lm.dtype)
-    inputs = torch.stack([pair[min(i, 1)] for i in range(n)])[None]
+def one_step_logits(lm: FrozenLM, vectors: Tensor, order: Sequence[int]) -> Floats:
+    """(N, V) logits of the model's own forward on vectors (K, D) in this order, float64."""
+    rows = vectors.to(lm.device, lm.dtype)
+    inputs = torch.stack([rows[i] for i in order])[None]
     out = lm.model(inputs_embeds=inputs, use_cache=False)
     table_of_logits: Floats = out.logits[0].double().cpu().numpy()
     return table_of_logits

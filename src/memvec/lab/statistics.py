@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from memvec.metrics import mean_and_error
 
@@ -54,6 +54,24 @@ class Share(NamedTuple):
         return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
 
 
+class Difference(NamedTuple):
+    """A difference of two means with its 95 % interval and two-sided p (Student's t).
+
+    NaN where there are too few values; p is NaN where the values do not vary.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+    def p_value(self) -> str:
+        """p with its relation: 'p = 0.030', or 'p < 0.001'."""
+        if math.isnan(self.p):
+            return "p –"
+        return "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+
+
 class Interval(NamedTuple):
     """An estimate with its 95 % interval (percentile bootstrap)."""
 
@@ -71,6 +89,48 @@ def mean_interval(values: Sequence[float | int]) -> Mean:
         return Mean(mean, math.nan, math.nan, math.nan, n)
     half = float(stdtrit(n - 1, LEVEL)) * error
     return Mean(mean, mean - half, mean + half, error * math.sqrt(n), n)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Mean of first minus second over the same passages, by the paired t test."""
+    gaps = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    m = mean_interval(gaps.tolist())
+    if m.n < 2:
+        return Difference(m.mean, math.nan, math.nan, math.nan)
+    return _difference(m.mean, m.sd / math.sqrt(m.n), float(m.n - 1))
+
+
+def separate_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Mean of first minus that of second, of different passages: Welch's t test."""
+    a, b = mean_interval(first), mean_interval(second)
+    value = a.mean - b.mean
+    if min(a.n, b.n) < 2:
+        return Difference(value, math.nan, math.nan, math.nan)
+    u, v = a.sd**2 / a.n, b.sd**2 / b.n
+    spread = u**2 / (a.n - 1) + v**2 / (b.n - 1)
+    freedom = (u + v) ** 2 / spread if spread else float(a.n + b.n - 2)
+    return _difference(value, math.sqrt(u + v), freedom)
+
+
+def _difference(value: float, error: float, freedom: float) -> Difference:
+    """From a difference, its standard error and the degrees of freedom."""
+    half = float(stdtrit(freedom, LEVEL)) * error
+    p = 2 * float(stdtr(freedom, -abs(value) / error)) if error else math.nan
+    return Difference(value, value - half, value + half, p)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks, ties sharing theirs; NaN where a side is constant."""
+    a, b = (_ranks(np.asarray(side, dtype=float)) for side in (first, second))
+    if a.std() == 0 or b.std() == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: Floats) -> Floats:
+    below = (values[:, None] > values).sum(1)
+    ranks: Floats = below + ((values[:, None] == values).sum(1) - 1) / 2
+    return ranks
 
 
 def share_interval(hits: int, n: int) -> Share:

@@ -158,14 +158,14 @@ class FrozenLM:
         """The name of the reading, as files and records have it."""
         return self.reading.layout
 
-    def read_as(self, layout: str) -> FrozenLM:
-        """This model with another reading of its vectors; itself if it has that one.
+    def read_as(self, layout: str | Prefix) -> FrozenLM:
+        """This model with another reading of its vectors, or one by name; itself if it has it.
 
         The weights are shared. Another reading than 'prefix' has no encoder and no measured bits
         per vector: those are for vectors in front of a passage. Raises MemvecError for an unknown
         layout.
         """
-        reading = reading_named(layout)
+        reading = reading_named(layout) if isinstance(layout, str) else layout
         if reading is self.reading:
             return self
         if reading is PREFIX:

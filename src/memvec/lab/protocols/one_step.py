@@ -4,20 +4,41 @@ Mezentsev & Oseledets (arXiv 2505.21189), Table 2: lengths grow by a factor of t
 from 4, a passage counts as given back from an accuracy of 0.99, and the published figure is the
 *longest* one that any passage reached, a maximum over passages and not a mean. Both are here: the
 published rule, and beside it the share of passages that came back to the last token, per length.
-Accuracy needs no teacher: no input depends on an earlier token.
+Accuracy needs no teacher: no input depends on an earlier token. The first passages of each cell are
+also timed: one forward pass against token-by-token decoding (`throughput.py`).
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from pydantic import Field
 
+from memvec.cramming.certify import Outcome
+from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.protocols.throughput import decode_seconds
+from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.plot import Panel, Plot, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Mean, Share, mean_interval, share_interval
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.statistics import (
+    Interval,
+    Mean,
+    Share,
+    mean_interval,
+    ratio_of_means,
+    share_interval,
+)
 from memvec.lab.study.spec import RunSpec
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 
 THRESHOLD = 0.99
 
@@ -27,16 +48,41 @@ class OneStep(Protocol):
 
     preset = "one-step"
     layout = "one-step"
+    extras = {  # noqa: RUF012
+        "decode_seconds": "seconds to decode this passage alone, [in one forward pass, token by "
+        "token]; null where it was not timed"
+    }
+
+    class Options(protocol.Options):
+        """What is timed."""
+
+        timed: int = Field(
+            default=3, ge=0, description="passages of each cell whose decoding is timed"
+        )
 
     def problem(self, run: RunSpec) -> str | None:
         if run.vectors != (2,):
             return "has two vectors, e and m: write vectors = [2]"
         return None
 
+    def extra(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        if sourced.number >= options["timed"]:
+            return {"decode_seconds": None}
+        tokens = len(sourced.passage)
+        return {"decode_seconds": list(decode_seconds(lm, outcome.vectors.float(), tokens))}
+
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         rows: list[list[TableCell]] = []
         for (model, source, _), group in by_series(data.of(self.name)):
             result = one_step_result(group)
+            theirs = published_longest(model, str(group["source"].iloc[0]))
             for at in result.lengths:
                 row: list[TableCell] = [
                     short(model),
@@ -45,8 +91,12 @@ class OneStep(Protocol):
                     str(at.exact),
                     at.accuracy.mean,
                 ]
-                rows.append([*row, at.accuracy.n, result.always, result.longest])
+                row += [at.accuracy.n, result.always, result.longest, result.longest_bits]
+                rows.append([*row, *theirs] if compare else row)
         columns = ["model", "source", "length", "exact", "accuracy", "n", "always exact", "longest"]
+        columns += ["H of it, bits"]
+        if compare:
+            columns += ["paper longest", "paper, one m for all", "paper H, bits"]
         return [
             Table(
                 "one-step",
@@ -57,8 +107,91 @@ class OneStep(Protocol):
                 "passages.",
                 columns,
                 rows,
-            )
+            ),
+            _speed_table(self._timed(data), compare),
         ]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        panels = []
+        timed = self._timed(data)
+        for model, group in timed.groupby("model", sort=False):
+            lines = []
+            for name, column in (("one forward pass", "once"), ("token by token", "steps")):
+                means = {
+                    float(str(n)): mean_interval((part["tokens"] / part[column]).tolist())
+                    for n, part in group.groupby("length")
+                }
+                lines.append(line_of_means(name, list(means), list(means.values())))
+            panels.append(Panel(short(str(model)), "tokens", "tokens per second", lines, log=True))
+        caption = f"Mean over passages with 95 % interval, one passage at a time. {_faster(timed)}"
+        return [Plot("one-step-speed", "Speed of one-step decoding", caption.strip(), panels)]
+
+    def _timed(self, data: Data) -> pd.DataFrame:
+        """Timed rows, with columns `once` and `steps`: seconds of the two ways to decode.
+
+        Stores of an earlier memvec have no times.
+        """
+        rows = data.restarts(self.name)
+        times = [json.loads(extra).get("decode_seconds") for extra in rows["extra"]]
+        kept = [pair for pair in times if pair is not None]
+        return rows[np.array([pair is not None for pair in times], dtype=bool)].assign(
+            once=[float(once) for once, _ in kept], steps=[float(steps) for _, steps in kept]
+        )
+
+
+def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
+    """Tokens per second of the two ways, by length."""
+    rows: list[list[TableCell]] = []
+    keys = ["model", "source", "length"]
+    for (model, source, length), group in timed.groupby(keys, sort=False):
+        ways = [mean_interval((group["tokens"] / group[c]).tolist()) for c in ("once", "steps")]
+        row: list[TableCell] = [short(str(model)), str(source), int(str(length))]
+        for m in ways:
+            row += [m.mean, m.sd]
+        faster = times_faster(group)
+        row += [faster.value, faster.low, faster.high, len(group)]
+        rows.append(row)
+    columns = ["model", "source", "length", "tokens / s, one pass", "sd"]
+    columns += ["tokens / s, token by token", "sd", "times faster", "low", "high", "n"]
+    note = (
+        "One passage at a time on the machine of the rows; means over the timed passages. Times "
+        "faster: ratio of the mean seconds, with its 95 % bootstrap interval."
+    )
+    if compare:
+        factor = published.published()["one_step"]["values"]["times_faster"]
+        note += f" Published: {factor} times faster on average."
+    return Table("one-step-speed", "Speed of one-step decoding", note, columns, rows)
+
+
+def times_faster(timed: pd.DataFrame) -> Interval:
+    """Seconds token by token over seconds in one forward pass, over the same passages."""
+    return ratio_of_means(timed["steps"].tolist(), timed["once"].tolist())
+
+
+def _faster(timed: pd.DataFrame) -> str:
+    """The range of the factor over models and lengths."""
+    values = [
+        times_faster(part).value for _, part in timed.groupby(["model", "length"], sort=False)
+    ]
+    if not values:
+        return ""
+    slower = sum(v < 1 for v in values)
+    sentence = f"One pass is {min(values):.1f} to {max(values):.1f} times as fast"
+    return sentence + (f", slower in {slower} of {len(values)} cases." if slower else ".")
+
+
+def published_longest(model: str, source: str) -> list[TableCell]:
+    """The paper's longest with an own m and with one m for all, and H of the longest (bits)."""
+    values = published.published()["one_step"]["values"]
+    known = values["longest"].get(model, {}).get(source)
+    if known is None:
+        return [None, None, None]
+    nats = values["nats"][model] if source == "pg19" else None
+    return [
+        known["own_m"],
+        known["shared_m"],
+        None if nats is None else published.bits(float(nats)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -75,6 +208,7 @@ class OneStepResult:
     """One-step capacity of one model and source."""
 
     longest: int | None  # published rule: longest passage with accuracy >= 0.99; None: none
+    longest_bits: float | None  # H of it without vectors; of several the largest
     always: int | None  # longest length up to which every passage of every length came back exactly
     lengths: tuple[Length, ...]
 
@@ -95,5 +229,8 @@ def one_step_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> OneStep
                 mean_interval(group["accuracy"].tolist()),
             )
         )
-    longest = int(passed["tokens"].max()) if len(passed) else None
-    return OneStepResult(longest, always, tuple(lengths))
+    longest, bits = None, None
+    if len(passed):
+        longest = int(passed["tokens"].max())
+        bits = float(passed.loc[passed["tokens"] == longest, "lm_bits"].max())
+    return OneStepResult(longest, bits, always, tuple(lengths))

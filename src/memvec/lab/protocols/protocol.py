@@ -39,7 +39,7 @@ from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import Layout, StartRule
+from memvec.model.reading import Layout, Prefix, StartRule, reading_named
 from memvec.passages.passage import Passage
 
 
@@ -66,6 +66,14 @@ class Capacity(NamedTuple):
     low: float | None = None
     high: float | None = None
     hover: str = ""
+
+
+class Gains(NamedTuple):
+    """What vectors hold: the gains of passages that filled them, and which passages these are."""
+
+    bits: list[float]
+    tokens: list[float]
+    rule: str
 
 
 class Card(NamedTuple):
@@ -99,6 +107,14 @@ class Protocol:
     def tokens(self, length: int, K: int, start: StartRule) -> int:
         """Tokens of a passage for a length of the spec."""
         return length
+
+    def reading(self, length: int, options: Mapping[str, Any]) -> Prefix:
+        """How the model reads the vectors of a cell with this length of the spec."""
+        return reading_named(self.layout)
+
+    def group_size(self, options: Mapping[str, Any]) -> int:
+        """Passages that are crammed into one m together; 0: each passage has its own vectors."""
+        return 0
 
     def extra(
         self,
@@ -135,6 +151,17 @@ class Protocol:
         """
         return []
 
+    def inputs_at_once(
+        self, predicted: int, length: int, options: Mapping[str, Any]
+    ) -> list[int] | None:
+        """Which vector each input of the one forward pass is, for so many predicted tokens.
+
+        None where tokens are read one after the other. The last outputs predict the tokens.
+        """
+        if self.layout == "prefix":
+            return None
+        return [min(i, 1) for i in range(predicted)]
+
     def recompute_between(
         self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
     ) -> tuple[list[float], list[float]]:
@@ -146,6 +173,14 @@ class Protocol:
     def capacity(self, rows: pd.DataFrame) -> Capacity | None:
         """Decoding capacity from rows of one model, source and K; None if no rule counts it."""
         return None
+
+    def gains(self, rows: pd.DataFrame) -> Gains | None:
+        """What vectors hold, from rows of one model, source and K; None if no rule says so."""
+        if not self.measures_horizon:
+            return None
+        longest = rows[rows["length"] == rows["length"].max()]
+        bits, tokens = (longest[c].tolist() for c in ("horizon_gain", "horizon_token_gain"))
+        return Gains(bits, tokens, "exact horizon, longest length")
 
     def cards(self, data: Data) -> list[Card]:
         """First numbers of the page."""

@@ -17,8 +17,10 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval
+from memvec.lab.statistics import mean_interval, rank_correlation
 
+MIN_RANKED = 3  # models; a rank correlation of fewer says nothing
+MAX_SENTENCES = 6  # planes that a caption describes
 NOTE = (
     "Least squares; 95 % intervals resample passages; nothing counts as left of a passage with "
     "accuracy of at least 0.99. Rows of all protocols that share this plane. Passages cut at their "
@@ -125,7 +127,24 @@ def plane_figure(fitted: list[Plane]) -> Plot:
         "One point per passage. The line is the least-squares fit of max(0, H − C), for which "
         f"nothing counts as left of a passage with accuracy of at least {ACCURATE}."
     )
+    caption = " ".join([caption, *map(_sentence, fitted[:MAX_SENTENCES])])
     return Plot("planes", "The threshold plane (Figures 3 and 6)", caption, panels)
+
+
+def _sentence(plane: Plane) -> str:
+    """C of a plane, and whether natural and random text agree in it."""
+    name = panel_title(plane.model, plane.K, plane.recipe)
+    if plane.all is None:
+        return f"{name}: too few passages for a fit."
+    f = plane.all
+    known = "C" if f.reached else "C at least (the vectors were never filled)"
+    sentence = f"{name}: {known} {f.capacity:.0f} bits [{f.low:.0f}, {f.high:.0f}], n {f.n}"
+    d = plane.difference
+    if d is None:
+        return f"{sentence}."
+    gap = f"natural − random text {d.difference:+.0f} bits [{d.low:.0f}, {d.high:.0f}]"
+    decided = f", {d.p_value}" if d.decided else ""
+    return f"{sentence}; {gap}{decided}: {d.verdict}."
 
 
 def _fit_lines(f: Fit, top: float) -> list[Series]:
@@ -153,8 +172,26 @@ def per_token(rows: pd.DataFrame, compare: bool) -> Plot:
                 series.append(line_of_means(f"{source}, {name}", [*means], [*means.values()]))
         series += _published_per_token(str(model)) if compare else []
         panels.append(Panel(short(str(model)), "tokens", "bits per token", series, log=True))
-    caption = "Without vectors and with them. Mean over passages, 95 % interval."
+    caption = f"Without vectors and with them. Mean over passages, 95 % interval. {_removed(rows)}"
     return Plot("per-token", "Bits per token against length", caption, panels)
+
+
+def _removed(rows: pd.DataFrame) -> str:
+    """The range of the share of bits that vectors remove, at the shortest and longest lengths."""
+    ends: list[list[float]] = [[], []]
+    for _, group in rows.groupby(["model", "series"], sort=False):
+        group = group[group["vectors"] == group["vectors"].min()]
+        both = (group["length"].min(), group["length"].max())
+        for shares, length in zip(ends, both, strict=True):
+            cell = group[group["length"] == length]
+            shares.append(100 * (1 - float(cell["mem_bits"].sum() / cell["lm_bits"].sum())))
+    if not ends[0]:
+        return ""
+    short_, long_ = (f"{min(v):.0f} to {max(v):.0f} %" for v in ends)
+    return (
+        f"The vectors remove {short_} of the bits at the shortest length of a text and {long_} at "
+        "its longest."
+    )
 
 
 def _published_per_token(model: str) -> list[Series]:
@@ -187,4 +224,11 @@ def predictors(data: Data, fitted: list[Plane]) -> Plot:
             ]
             panels.append(Panel("", label, "C, bits", series))
     caption = "C of one vector, with its 95 % interval, for each model whose threshold was reached."
+    if len(points) > MIN_RANKED:
+        C = [f.capacity for _, _, f in points]
+        ranks = [rank_correlation([at[i] for _, at, _ in points], C) for i in range(2)]
+        caption += (
+            f" Rank correlation of C with D {ranks[0]:+.2f}, with the bits of a token "
+            f"{ranks[1]:+.2f} (n {len(points)})."
+        )
     return Plot("predictors", "Capacity against properties of the models", caption, panels)

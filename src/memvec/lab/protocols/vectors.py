@@ -1,26 +1,31 @@
 """K vectors: does capacity grow along a straight line (paper, Figure 4)?
 
 Lengths of the spec are per vector: K vectors get a passage of K times as many tokens. The measure
-is the exact horizon; the straight line is K times the gain of one vector.
+is the exact horizon; the straight line is K times the gain of one vector. Rows of the paper
+protocol with several K are shown beside it by the published rule (`scaling.py`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval
+from memvec.lab.report.table import Table, TableCell, mean_and_sd
 from memvec.model.reading import StartRule
 
-# column of `scaling`, its label, and what the published values call it
+# measure of `scaling`, its label by the exact and by the published rule, what the published values
+# call it
 SHOWN = (
-    ("horizon", "exact tokens", "longest"),
-    ("token_gain", "token gain", "token_gain"),
-    ("bits", "information gain, bits", "gain_nats"),
+    ("longest", "exact tokens", "Max tokens", "longest"),
+    ("token_gain", "token gain, exact horizon", "token gain", "token_gain"),
+    ("bits", "information gain, bits, exact horizon", "information gain, bits", "gain_nats"),
 )
 
 
@@ -35,57 +40,113 @@ class Vectors(Protocol):
         return length * K
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
-        measured = data.of(self.name)
-        for (model, source), group in measured.groupby(["model", "series"], sort=False):
-            for line in scaling(group).to_dict("records"):
-                numbers = ("K", "horizon", "horizon_low", "horizon_high", "bits", "bits_per_vector")
-                shares = ("of_straight_line", "censored", "cut")
-                rows.append(
-                    [
-                        *(short(str(model)), str(source)),
-                        *(line[name] for name in numbers),
-                        *(f"{100 * line[name]:.0f} %" for name in shares),
-                        line["n"],
-                    ]
-                )
-        columns = ["model", "source", "K", "exact tokens", "low", "high", "bits", "bits / vector"]
-        return [
-            Table(
-                "vectors",
-                "K vectors against the straight line",
-                "Exact horizon and the information in it; the line is K times the bits per vector "
-                "at the smallest K. Censored passages came back whole: their K could have held "
-                "more.",
-                [*columns, "of the line", "censored", "cut", "n"],
-                rows,
-            )
-        ]
+        return [_exact_table(data.of(self.name)), _published_table(data, compare)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
-        rows = data.of(self.name)
-        panels = []
-        for column, label, theirs in SHOWN:
-            series = []
-            for (model, source), group in rows.groupby(["model", "series"], sort=False):
-                table = scaling(group)
-                series += _measured(f"{short(str(model))}, {source}", table, column)
-                if compare:
-                    series += _published(str(model), theirs)
-            panels.append(Panel(label, "K, vectors", label, series, log=True))
-        caption = "Against the straight line from the smallest K."
-        return [Plot("vectors", "More vectors (Figure 4)", caption, panels if len(rows) else [])]
+        panels, sentences = [], []
+        exact = _by_text(data.of(self.name))
+        sweeps = [(0, [(*key, exact_scaling(rows)) for *key, rows in exact])]
+        sweeps.append((1, [(*key, published_scaling(rows)) for *key, rows in _sweeps(data)]))
+        for rule, tables in sweeps:
+            for measure, *labels, theirs in SHOWN:
+                series = []
+                for model, source, table in tables:
+                    series += _measured(f"{short(model)}, {source}", table, measure)
+                for model in dict.fromkeys(model for model, *_ in tables):
+                    series += _published(model, theirs) if compare else []
+                if series:
+                    panels.append(Panel(labels[rule], "K, vectors", labels[rule], series, log=True))
+            for model, source, table in tables:
+                by = "exact horizons" if rule == 0 else "the published rule"
+                sentences.append(scaling_sentence(f"{short(model)}, {source}, by {by}", table))
+        caption = ["Dashed: the straight line from the smallest K.", *filter(None, sentences)]
+        return [Plot("vectors", "More vectors (Figure 4)", " ".join(caption), panels)]
 
 
-def _measured(name: str, table: pd.DataFrame, column: str) -> list[Series]:
-    """A column of `scaling` over K, and the straight line from its first entry."""
-    K, y = [float(k) for k in table["K"]], [float(v) for v in table[column]]
-    edges = f"{column}_low" in table
+def _by_text(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(model, series, rows), all K together."""
+    for (model, source), group in rows.groupby(["model", "series"], sort=False):
+        yield str(model), str(source), group
+
+
+def _sweeps(data: Data) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The same of the paper protocol, where it has several K."""
+    for model, source, group in _by_text(data.of("paper")):
+        if group["vectors"].nunique() > 1:
+            yield model, source, group
+
+
+def _exact_table(measured: pd.DataFrame) -> Table:
+    rows: list[list[TableCell]] = []
+    for model, source, group in _by_text(measured):
+        for line in exact_scaling(group).to_dict("records"):
+            numbers = ("longest", "longest_low", "longest_high", "bits")
+            shares = ("bits_share", "censored", "cut")
+            row: list[TableCell] = [short(model), source, int(line["K"])]
+            row += [float(line[name]) for name in numbers]
+            row += [line["bits"] / line["K"], *(f"{100 * line[name]:.0f} %" for name in shares)]
+            rows.append([*row, int(line["n"])])
+    columns = ["model", "source", "K", "exact tokens", "low", "high", "bits", "bits / vector"]
+    return Table(
+        "vectors",
+        "K vectors against the straight line",
+        "Exact horizon and the information in it; the line is K times the bits per vector at the "
+        "smallest K. Censored passages came back whole: their K could have held more.",
+        [*columns, "of the line", "censored", "cut", "n"],
+        rows,
+    )
+
+
+def _published_table(data: Data, compare: bool) -> Table:
+    """Figure 4 in numbers, by the published rule."""
+    columns = ["model", "source", "K", "Max", "longest tried", "of the line"]
+    columns += ["token gain", "of the line", "bits", "of the line", "n"]
+    if compare:
+        columns += ["paper Max", "paper gain", "paper bits (nats / ln 2)"]
+    rows: list[list[TableCell]] = []
+    for model, source, group in _sweeps(data):
+        for line in published_scaling(group).to_dict("records"):
+            K, longest = int(line["K"]), line["longest"]
+            row: list[TableCell] = [short(model), source, K]
+            row += [None if math.isnan(longest) else int(longest), int(line["tried"])]
+            row += [_percent(line["longest_share"])]
+            for name in ("token_gain", "bits"):
+                row += [float(line[name]), _percent(line[f"{name}_share"])]
+            row.append(int(line["n"]))
+            if compare:
+                known = published.table1(model, str(group["source"].iloc[0]), K) or {}
+                pairs = (known.get("token_gain"), known.get("gain_bits"))
+                row += [known.get("longest"), *map(mean_and_sd, pairs)]
+            rows.append(row)
+    return Table(
+        "vectors-paper",
+        "K vectors by the paper's protocol (Figure 4)",
+        "Max: longest length of the grid whose mean teacher-forced accuracy is at least 0.99. "
+        "Where it is the longest tried, the grid is its limit. Gains: of n passages with accuracy "
+        "of at most 0.99. The line is K times what the smallest K holds.",
+        columns,
+        rows,
+    )
+
+
+def _percent(share: float) -> str | None:
+    return None if math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _measured(name: str, table: pd.DataFrame, measure: str) -> list[Series]:
+    """A measure over K, and the straight line from its first entry."""
+    table = table[table[measure].notna()]
+    if table.empty:
+        return []
+    K, y = [float(k) for k in table["K"]], [float(v) for v in table[measure]]
     hover = [f"K {k:.0f}: {v:.1f} (n {n})" for k, v, n in zip(K, y, table["n"], strict=True)]
     low, high = (
-        [float(v) for v in table[f"{column}_{edge}"]] if edges else None for edge in ("low", "high")
+        [v if math.isnan(edge) else float(edge) for v, edge in zip(y, table[column], strict=True)]
+        for column in (f"{measure}_low", f"{measure}_high")
     )
-    line = Series("straight line", K, [y[0] / K[0] * k for k in K], "dashed")
+    line = Series("", K, [y[0] / K[0] * k for k in K], "dashed")
+    if low == high == y:
+        return [Series(name, K, y, "line", hover=hover), line]
     return [Series(name, K, y, "line", low, high, hover), line]
 
 
@@ -96,40 +157,5 @@ def _published(model: str, name: str) -> list[Series]:
     values = [float(v) for v in entry[name]]
     if name.endswith("_nats"):
         values = [published.bits(v) for v in values]
-    return [
-        Series("published (PG-19)", [float(k) for k in entry["K"][: len(values)]], values, "line")
-    ]
-
-
-def scaling(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per K: horizon, gains, gain per vector, and its share of the straight line.
-
-    The line starts at the smallest K measured.
-    """
-    lines = []
-    for K, group in rows.groupby("vectors"):
-        group = group[group["length"] == group["length"].max()]
-        horizon = mean_interval(group["horizon"].tolist())
-        bits = mean_interval(group["horizon_gain"].tolist())
-        tokens = mean_interval(group["horizon_token_gain"].tolist())
-        lines.append(
-            {
-                "K": int(str(K)),
-                "n": horizon.n,
-                "horizon": horizon.mean,
-                "horizon_low": horizon.low,
-                "horizon_high": horizon.high,
-                "token_gain": tokens.mean,
-                "bits": bits.mean,
-                "bits_low": bits.low,
-                "bits_high": bits.high,
-                "censored": float((group["exact"] > 0).mean()),
-                "cut": float((group["status"] == "budget").mean()),
-            }
-        )
-    table = pd.DataFrame(lines).sort_values("K").reset_index(drop=True)
-    first = table.iloc[0]
-    table["bits_per_vector"] = table["bits"] / table["K"]
-    table["horizon_per_vector"] = table["horizon"] / table["K"]
-    table["of_straight_line"] = table["bits_per_vector"] / (first["bits"] / first["K"])
-    return table
+    K = [float(k) for k in entry["K"][: len(values)]]
+    return [Series(f"{short(model)}, PG-19, published", K, values, "line")]

@@ -9,7 +9,10 @@ from memvec.lab.report.cost import cost_table
 from memvec.lab.report.data import Data
 from memvec.lab.report.lengths import lengths
 from memvec.lab.report.plot import Plot
+from memvec.lab.report.positions import positions_figure, positions_table
+from memvec.lab.report.seeds import seeds_table
 from memvec.lab.report.table import Table
+from memvec.lab.report.texts import texts_table
 from memvec.lab.report.utilisation import utilisation_figure, utilisation_table
 
 
@@ -17,7 +20,8 @@ def all_tables(data: Data, *, compare: bool) -> list[Table]:
     """Every table the study has rows for. `compare`: the paper's values in extra columns."""
     protocols = [protocol_of(name) for name in protocol_names()]
     made = [table for p in protocols for table in p.tables(data, compare=compare)]
-    made += [utilisation_table(data), bytes_table(data, compare=compare), cost_table(data)]
+    made += [texts_table(data), seeds_table(data), utilisation_table(data), positions_table(data)]
+    made += [bytes_table(data, compare=compare), cost_table(data)]
     return [table for table in made if table.rows]
 
 
@@ -26,7 +30,7 @@ def all_plots(data: Data, *, compare: bool) -> list[Plot]:
     protocols = [protocol_of(name) for name in protocol_names()]
     made = [lengths(data, compare=compare)]
     made += [plot for p in protocols for plot in p.figures(data, compare=compare)]
-    made.append(utilisation_figure(data, compare=compare))
+    made += [utilisation_figure(data, compare=compare), positions_figure(data)]
     return [plot for plot in made if plot.panels]
 
 

@@ -49,6 +49,12 @@ class Data:
         """Names of the protocols that have rows."""
         return [str(name) for name in dict.fromkeys(self.rows["protocol"])]
 
+    def option(self, rows: pd.DataFrame, name: str) -> pd.Series:
+        """An option of the protocol for each row, from its cell; None where the cell has it not."""
+        settings = dict(self.store.db.execute("SELECT cell, settings FROM cells").fetchall())
+        values = {c: json.loads(settings[c])["options"].get(name) for c in set(rows["cell"])}
+        return rows["cell"].map(values)
+
     def in_plane(self, plane: str) -> pd.DataFrame:
         """Rows of all protocols that are compared in one plane (`Protocol.plane`)."""
         return self.of(*(name for name in self.protocols() if plane_of(name) == plane))

@@ -12,6 +12,7 @@ from memvec.lab.report.plot import Panel, Plot, Series
 
 COLOURS = ("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a")
 COLUMNS = 3  # panels in a row
+MANY = 4  # series with a name; more leave no place for a legend
 
 
 def draw_all(plots: list[Plot], folder: Path) -> None:
@@ -99,7 +100,24 @@ def _panel(ax: Any, panel: Panel) -> None:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if any(s.name and s.mark != "boxes" for s in panel.series):
-        ax.legend(fontsize=7, frameon=False)
+        # See-through, so that what lies under it can be read. Bars and many lines leave no place
+        # for it, so they get room above them.
+        many = len([s for s in panel.series if s.name]) > MANY
+        ax.legend(
+            fontsize=7,
+            framealpha=0.6,
+            edgecolor="none",
+            ncols=2 if many else 1,
+            loc="upper left" if many else "best",
+        )
+        if many and not panel.names:
+            low, high = ax.get_ylim()
+            ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+            ax.set_yticks(ticks)  # no accuracy above 1 beside the legend
+            ax.set_ylim(low, high + 0.3 * (high - low))
+    heights = [v for s in panel.series for v in s.y if np.isfinite(v)]
+    if panel.names and heights and min(heights) >= 0 and panel.series[0].mark != "boxes":
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.3 if bars else 1.0))
 
 
 def _boxes(ax: Any, s: Series, colour: str) -> None:

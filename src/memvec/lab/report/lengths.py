@@ -9,7 +9,9 @@ from memvec.lab.protocols.protocol import Capacity
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, short
 from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.texts import texts_sentence
 
+PUBLISHED = ", published"  # ends the name of a series
 CAPTION = (
     "By protocol; of a mean horizon with its 95 % interval, of a longest length without. The "
     "protocols' tables give their rules."
@@ -26,14 +28,42 @@ def lengths(data: Data, *, compare: bool) -> Plot:
         lines = [_capacities(here, name, models) for name in data.protocols()]
         series += [line for line in lines if line.x]
         text = str(here["source"].iloc[0])
-        known = f"{text}, published"
+        known = f"{text}{PUBLISHED}"
         if compare and any(line.x for line in lines) and known not in [s.name for s in series]:
             series += _published(models, text, known)
     kept = sorted({int(x) for s in series for x in s.x})  # models with a capacity
     names = [short(str(models[i])) for i in kept]
     moved = [_at(s, [float(kept.index(int(x))) for x in s.x]) for s in series]
     panels = [Panel("", "model", "tokens", moved, names)] if series else []
-    return Plot("lengths", "Decoding capacity by model (Figure 1)", CAPTION, panels)
+    caption = " ".join(filter(None, [CAPTION, _longest(moved, names), texts_sentence(data)]))
+    return Plot("lengths", "Decoding capacity by model (Figure 1)", caption, panels)
+
+
+def _longest(series: list[Series], names: list[str]) -> str:
+    """The largest capacity that was measured, and how the measured ones compare with published."""
+    measured = [s for s in series if not s.name.endswith(PUBLISHED)]
+    points = [(y, s.name, names[int(x)]) for s in measured for x, y in zip(s.x, s.y, strict=True)]
+    if not points:
+        return ""
+    tokens = max(tokens for tokens, *_ in points)
+    where = "; ".join(f"{name}, {model}" for y, name, model in points if y == tokens)
+    sentence = f"The largest is {tokens:.0f} tokens: {where}."
+    paper = [s for s in measured if s.name.endswith(", paper")]
+    ratios = [
+        y / theirs.y[theirs.x.index(x)]
+        for theirs in series
+        if theirs.name.endswith(PUBLISHED)
+        for s in paper
+        if s.name == theirs.name.removesuffix(PUBLISHED) + ", paper"
+        for x, y in zip(s.x, s.y, strict=True)
+        if x in theirs.x
+    ]
+    if ratios:
+        sentence += (
+            f" By the paper's rule, measured over published: {min(ratios):.2f} to "
+            f"{max(ratios):.2f} (n {len(ratios)} models and texts)."
+        )
+    return sentence
 
 
 def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:

@@ -23,15 +23,37 @@ def bits(nats: float) -> float:
     return nats / LN2
 
 
-def table1(model: str, source: str) -> dict[str, Any] | None:
-    """Table 1 for a model and source: longest, token_gain (mean, sd), gain_bits (mean, sd)."""
+def table1(model: str, source: str, K: int = 1) -> dict[str, Any] | None:
+    """Table 1 for a model and source: longest, token_gain (mean, sd), gain_bits (mean, sd).
+
+    For K > 1 the values of Figure 4, which has PG-19 only and no sd (None); a gain that is not
+    published is None.
+    """
+    if K > 1:
+        return _figure4(model, K) if source == "pg19" else None
     entry = published()["table1"]["values"].get(model, {}).get(source)
     if entry is None:
         return None
-    mean, sd = entry["gain_nats"]
+    return _with_bits(entry["longest"], tuple(entry["token_gain"]), tuple(entry["gain_nats"]))
+
+
+def _figure4(model: str, K: int) -> dict[str, Any] | None:
+    entry = published()["vectors"]["values"].get(model)
+    if entry is None or K not in entry["K"]:
+        return None
+    i = entry["K"].index(K)
+    gains = [
+        (entry[name][i], None) if i < len(entry[name]) else None
+        for name in ("token_gain", "gain_nats")
+    ]
+    return _with_bits(entry["longest"][i], *gains)
+
+
+def _with_bits(longest: int, token_gain: Any, nats: Any) -> dict[str, Any]:
+    as_bits = None if nats is None else tuple(None if v is None else bits(v) for v in nats)
     return {
-        "longest": entry["longest"],
-        "token_gain": tuple(entry["token_gain"]),
-        "gain_nats": (mean, sd),
-        "gain_bits": (bits(mean), bits(sd)),
+        "longest": longest,
+        "token_gain": token_gain,
+        "gain_nats": nats,
+        "gain_bits": as_bits,
     }

@@ -71,9 +71,12 @@ def show(cell: TableCell) -> str:
     return str(cell)
 
 
-def mean_and_sd(pair: tuple[float, float]) -> str:
-    """A published mean with its standard deviation."""
-    return f"{pair[0]:.1f} ± {pair[1]:.1f}"
+def mean_and_sd(pair: tuple[float, float | None] | None) -> str | None:
+    """A published mean with its standard deviation, where that is published."""
+    if pair is None:
+        return None
+    mean, sd = pair
+    return f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
 
 
 def _tex(text: str) -> str:

@@ -1,4 +1,8 @@
-"""Figure 5: theoretical capacity and what is reached of it, by protocols that measure horizons."""
+"""Figure 5: theoretical capacity and what is reached of it, by each protocol's own rule of gains.
+
+The published figure takes passages that filled their vectors (paper protocol); protocols that
+measure horizons take the exact horizons of the longest length.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import pandas as pd
 
 from memvec import metrics
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.protocol import Gains
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
@@ -19,7 +24,7 @@ BITS = 16  # of a number, as in the paper's Figure 5
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Of one model, source, protocol and K, over the exact horizons of the longest length."""
+    """Of one model, source, protocol and K, over the passages that the protocol's rule takes."""
 
     model: str
     series: str
@@ -31,27 +36,26 @@ class Utilisation:
     bits: float  # % of the vectors' bits
     bits_per_dimension: float
     n: int
+    rule: str  # which passages
 
 
 def utilisations(data: Data) -> list[Utilisation]:
-    """One for each model, series, protocol, K and storage, in the order of the spec."""
-    names = [name for name in data.protocols() if protocol_of(name).measures_horizon]
+    """One for each model, series, protocol, K and storage that has gains."""
     keys = ["model", "series", "protocol", "vectors", "storage"]
-    return [
-        _utilisation(data, group)
-        for (model, *_), group in data.of(*names).groupby(keys, sort=False)
-        if str(model) in data.models
-    ]
+    found = []
+    for (model, *_), group in data.of(*data.protocols()).groupby(keys, sort=False):
+        if str(model) in data.models:
+            gains = protocol_of(str(group["protocol"].iloc[0])).gains(group)
+            if gains is not None:
+                found.append(_utilisation(data, group, gains))
+    return found
 
 
-def _utilisation(data: Data, group: pd.DataFrame) -> Utilisation:
-    group = group[group["length"] == group["length"].max()]
+def _utilisation(data: Data, group: pd.DataFrame, gains: Gains) -> Utilisation:
     first = group.iloc[0]
     facts = data.models[str(first["model"])]
     D, V, K = int(facts["width"]), int(facts["vocabulary"]), int(first["vectors"])
-    gain, tokens = (
-        mean_interval(group[c].tolist()).mean for c in ("horizon_gain", "horizon_token_gain")
-    )
+    bits, tokens = (mean_interval(values).mean for values in (gains.bits, gains.tokens))
     return Utilisation(
         str(first["model"]),
         str(first["series"]),
@@ -60,9 +64,10 @@ def _utilisation(data: Data, group: pd.DataFrame) -> Utilisation:
         metrics.theoretical_capacity(D, K, BITS, V),
         tokens,
         100 * metrics.token_utilisation(tokens, D, K, BITS, V),
-        100 * metrics.bit_utilisation(gain, D, K, BITS),
-        metrics.bits_per_dimension(gain, D, K),
-        len(group),
+        100 * metrics.bit_utilisation(bits, D, K, BITS),
+        metrics.bits_per_dimension(bits, D, K),
+        len(gains.bits),
+        gains.rule,
     )
 
 
@@ -76,11 +81,17 @@ def utilisation_table(data: Data) -> Table:
     return Table(
         "utilisation",
         "Theoretical capacity and what is reached of it",
-        f"{BITS}-bit numbers, as in the paper's Figure 5; gains over the exact horizon. The share "
-        "of bits is the stricter one where a token costs fewer than log2 V bits.",
+        f"{BITS}-bit numbers, as in the paper's Figure 5. {_rules(data)} The share of bits is the "
+        "stricter one where a token costs fewer than log2 V bits.",
         [*columns, "% of tokens", "% of bits", "bits / dimension", "n"],
         rows,
     )
+
+
+def _rules(data: Data) -> str:
+    """Which passages the gains of each protocol are of."""
+    rules = dict.fromkeys((u.protocol, u.rule) for u in utilisations(data))
+    return "Gains: " + "; ".join(f"'{name}': {rule}" for name, rule in rules) + "."
 
 
 def utilisation_figure(data: Data, *, compare: bool) -> Plot:
@@ -101,12 +112,7 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
         share.append(Series(f"{name}, tokens", x, [u.tokens for u in here], "bars"))
         share.append(Series(f"{name}, bits", x, [u.bits for u in here], "bars"))
     if compare:
-        values = published.published()["utilisation"]["values"]
-        known_models = [(float(i), values[m]) for i, m in enumerate(models) if m in values]
-        if known_models:
-            ys = [v["utilisation_pg19"] for _, v in known_models]
-            xs = [x for x, _ in known_models]
-            share.append(Series("PG-19, tokens, published", xs, ys, "bars"))
+        share += _published(models, {u.series for u in shown.values()})
     limit = max([1.0, *(u.theoretical for u in shown.values())])
     reached.append(Series("y = x", [0.0, limit], [0.0, limit], "dashed"))
     panels = [
@@ -116,6 +122,35 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
     return Plot(
         "utilisation",
         "Theoretical capacity and utilisation (Figure 5)",
-        f"{BITS}-bit numbers; tokens by token gain, bits by information gain.",
+        f"{BITS}-bit numbers; tokens by token gain, bits by information gain. "
+        + _sentence([*shown.values()]),
         panels if shown else [],
+    )
+
+
+def _published(models: list[str], texts: set[str]) -> list[Series]:
+    """The paper's shares of tokens, of the texts that were measured."""
+    values = published.published()["utilisation"]["values"]
+    series = []
+    for key, name in (("pg19", "PG-19"), ("random", "random words")):
+        known = [(float(i), values[m]) for i, m in enumerate(models) if m in values]
+        wanted = key == "pg19" or any(text.startswith("random-words") for text in texts)
+        if known and wanted:
+            xs, ys = [x for x, _ in known], [v[f"utilisation_{key}"] for _, v in known]
+            series.append(Series(f"{name}, tokens, published", xs, ys, "bars"))
+    return series
+
+
+def _sentence(shown: list[Utilisation]) -> str:
+    """The ranges that were reached, and which of the two shares is the smaller one."""
+    if not shown:
+        return ""
+    ends = [
+        f"{min(v):.1f} to {max(v):.1f} %" if max(v) - min(v) > 0.05 else f"{min(v):.1f} %"
+        for v in ([u.tokens for u in shown], [u.bits for u in shown])
+    ]
+    stricter = sum(u.bits < u.tokens for u in shown)
+    return (
+        f"Reached are {ends[0]} of the tokens and {ends[1]} of the bits; the share of bits is the "
+        f"smaller one in {stricter} of {len(shown)} cases (a model and a source)."
     )

@@ -40,6 +40,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     random_text: ClassVar[bool] = False  # drawn by a program rather than written
+    starts_alike: ClassVar[bool] = True  # passage i at a shorter length is its beginning
 
     kind: str = Field(description="which source: a name that memvec.registry lists")
     name: str = Field(default="", description="how the study calls it; default: its kind")

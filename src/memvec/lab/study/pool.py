@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,11 +23,16 @@ from memvec.passages.passage import Passage
 
 @dataclass(frozen=True)
 class Unit:
-    """Passages of one cell that go to one worker together."""
+    """Passages of one cell that go to one worker together.
+
+    `beside` have their rows already, and are crammed again because they share a vector with the
+    others.
+    """
 
     cell: Cell
     passages: tuple[SourcedPassage, ...]
     batch_size: int
+    beside: tuple[SourcedPassage, ...] = ()
 
     def keys(self) -> set[Hashable]:
         """The numbers of its passages."""
@@ -36,14 +41,23 @@ class Unit:
     def without(self, done: set[Hashable]) -> Unit:
         """The rest of it."""
         left = tuple(p for p in self.passages if p.number not in done)
-        return replace(self, passages=left)
+        if not protocol_of(self.cell.protocol).group_size(self.cell.options):
+            return replace(self, passages=left)
+        had = tuple(p for p in self.passages if p.number in done)
+        return replace(self, passages=left, beside=(*self.beside, *had))
 
     def work(
         self, lm: FrozenLM, worker: str, on_progress: Callable[[Progress], None] | None
     ) -> Iterator[tuple[Hashable, StoreEntry]]:
         """Rows, each as soon as its passage is certified."""
         for finished in cram_cell(
-            lm, self.cell, self.passages, self.batch_size, worker=worker, on_progress=on_progress
+            lm,
+            self.cell,
+            self.passages,
+            self.batch_size,
+            beside=self.beside,
+            worker=worker,
+            on_progress=on_progress,
         ):
             yield finished.row.number, finished
 
@@ -136,8 +150,20 @@ def text_of(lm: FrozenLM, sourced: SourcedPassage) -> Text | None:
 
 
 def in_units(
-    cell: Cell, passages: Sequence[SourcedPassage], size: int, batch_size: int
+    cell: Cell,
+    passages: Sequence[SourcedPassage],
+    size: int,
+    batch_size: int,
+    done: Collection[int] = (),
 ) -> Iterator[Unit]:
-    """Passages in units of `size`."""
-    for at in range(0, len(passages), size):
-        yield Unit(cell, tuple(passages[at : at + size]), batch_size)
+    """Passages whose numbers are not done, in units of `size`, or by groups that share a vector."""
+    left = [p for p in passages if p.number not in done]
+    group = protocol_of(cell.protocol).group_size(cell.options)
+    if not group:
+        for at in range(0, len(left), size):
+            yield Unit(cell, tuple(left[at : at + size]), batch_size)
+        return
+    for key in sorted({p.number // group for p in left}):
+        asked = tuple(p for p in left if p.number // group == key)
+        had = tuple(p for p in passages if p.number // group == key and p.number in done)
+        yield Unit(cell, asked, batch_size, had)

@@ -55,9 +55,9 @@ def recompute(
     n = len(ids) - given
     front = vectors.float()
     middle = [lm.bos_id] if start == "bos" else []
-    at_once = protocol_of(cell.protocol).layout == "one-step"
-    if at_once:
-        table = slow.one_step_logits(lm, front, n)
+    order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
+    if order is not None:
+        table = slow.one_step_logits(lm, front, order)[-n:]
         bits, margin = slow.bits_and_margins(table, ids[given:])
         decoded = [int(token) for token in table.argmax(1)]
     else:
@@ -66,6 +66,7 @@ def recompute(
     lm_bits, lm_margin = _alone(lm, ids, start)
     wrong = [i for i, (a, b) in enumerate(zip(decoded, ids[given:], strict=True)) if a != b]
     right, base = margin > 0, lm_margin > 0
+    beside = K - 1 if order is None else len(order) - n
     h = int(row["horizon"])  # gains over the stored horizon, so that a flipped tie counts once
     margins = tuple(_margins(cell.recipe, lm.logit_spread))
     retries = _retries(margins, row["margin_asked"])
@@ -89,7 +90,7 @@ def recompute(
     return Slow(
         columns,
         (retries, int(cell.recipe["steps"])),
-        _spent(cell, int(row["steps"]) - retries, n, K, 0 if at_once else K - 1, start),
+        _spent(cell, int(row["steps"]) - retries, n, K, beside, start),
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
         SlowPassage(lm, ids, before, given, lm_bits, lm_margin, bits_limit * n, cell.options),

@@ -144,17 +144,19 @@ class _Run:
                 ids = f.passage.ids
                 before = earlier[p.cell.source].setdefault(f.number, ids)
                 n = min(len(ids), len(before))
-                if known.get(f.number, key) != key or before[:n] != ids[:n]:
+                moved = self.sources[p.cell.source].starts_alike and before[:n] != ids[:n]
+                if known.get(f.number, key) != key or moved:
                     raise MemvecError(
                         f"source '{p.cell.source}' gives another passage {f.number} than when this "
                         "study began: put the old texts back, or use another folder."
                     )
             self.store.put_passages(list(zip(hashes, texts.passages, texts.texts, strict=True)))
-            left = [f for f in texts.passages if f.number not in known]
-            yield from in_units(p.cell, left, pool.unit_size(len(left), p.batch_size), p.batch_size)
+            left = sum(f.number not in known for f in texts.passages)
+            size = pool.unit_size(left, p.batch_size)
+            yield from in_units(p.cell, texts.passages, size, p.batch_size, known)
 
     def _open_pairs(self, planned: list[Planned]) -> Iterator[tuple[Planned, Planned, int]]:
-        """Pairs of restarts that are not compared yet: (first, other, passage)."""
+        """All pairs of restarts that are not compared yet: (first, other, passage)."""
         restarts = [p for p in planned if protocol_of(p.cell.protocol).compares_restarts]
         known = set(self.store.db.execute("SELECT first, second, number FROM paths"))
 
@@ -164,11 +166,11 @@ class _Run:
 
         for _, same in itertools.groupby(sorted(restarts, key=group), key=group):
             ordered = sorted(same, key=lambda p: p.cell.seed)
-            for other in ordered[1:]:
+            for first, other in itertools.combinations(ordered, 2):
                 # A run may ask for more passages of one seed than of another.
-                for number in range(min(ordered[0].passages, other.passages)):
-                    if (ordered[0].cell.key, other.cell.key, number) not in known:
-                        yield ordered[0], other, number
+                for number in range(min(first.passages, other.passages)):
+                    if (first.cell.key, other.cell.key, number) not in known:
+                        yield first, other, number
 
     def _compare_restarts(self, planned: list[Planned], pool: Pool) -> None:
         for first, other, number in list(self._open_pairs(planned)):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Progress, resolve_start_rule
+from memvec.cramming.engine import Engine, Job, Progress, resolve_start_rule
+from memvec.cramming.shared_m import Shared, without_parts
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage
@@ -55,12 +56,32 @@ def cram_cell(
     passages: Sequence[SourcedPassage],
     batch_size: int,
     *,
+    beside: Sequence[SourcedPassage] = (),
     worker: str = "local",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[StoreEntry]:
-    """Rows of a cell's passages, each as soon as it is certified."""
-    recipe = cell.made_recipe()
-    lm = lm.read_as(protocol_of(cell.protocol).layout)
+    """Rows of a cell's passages, each as soon as it is certified.
+
+    `beside`: passages of the same group that have rows and are crammed again with the others, for
+    protocols whose passages share a vector.
+    """
+    recipe, protocol = cell.made_recipe(), protocol_of(cell.protocol)
+    lm = lm.read_as(protocol.reading(cell.length, cell.options))
+    if protocol.group_size(cell.options):
+        group = sorted([*passages, *beside], key=lambda sourced: sourced.number)
+        shared = Shared(
+            lm,
+            without_parts(recipe),
+            batch_size=batch_size,
+            storage=cell.storage,
+            on_progress=on_progress,
+        )
+        jobs = [Job(sourced.passage, shared.recipe.margin) for sourced in group]
+        asked = {sourced.number for sourced in passages}
+        for sourced, outcome in zip(group, shared.run(jobs), strict=True):
+            if sourced.number in asked:
+                yield _finished(lm, cell, "vectors", batch_size, sourced, outcome, worker)
+        return
     engine = Engine(
         lm,
         recipe,
@@ -75,13 +96,20 @@ def cram_cell(
         by_hash.setdefault(ids_hash(sourced.passage.ids), []).append(sourced)
     for outcome in engine.run([group[0].passage for group in by_hash.values()]):
         for sourced in by_hash[ids_hash(outcome.passage.ids)]:
-            yield _finished(lm, cell, engine, sourced, outcome, worker)
+            made = (engine.start_rule, engine.batch_size)
+            yield _finished(lm, cell, *made, sourced, outcome, worker)
 
 
 def _finished(
-    lm: FrozenLM, cell: Cell, engine: Engine, sourced: SourcedPassage, outcome: Outcome, worker: str
+    lm: FrozenLM,
+    cell: Cell,
+    start: StartRule,
+    batch_size: int,
+    sourced: SourcedPassage,
+    outcome: Outcome,
+    worker: str,
 ) -> StoreEntry:
-    scores, start = outcome.scores, engine.start_rule
+    scores = outcome.scores
     assert scores is not None, "an outcome that comes from the engine has its scores"
     reached = scores.leading(outcome.metrics.horizon)
     row = Row(
@@ -94,7 +122,7 @@ def _finished(
         horizon_token_gain=reached.token_gain(),
         least_loss_gain=_least_loss_gain(outcome),
         start_rule=start,
-        batch_size=engine.batch_size,
+        batch_size=batch_size,
         worker=worker,
         extra=_extra(lm, cell, sourced, outcome, start),
     )

@@ -1,0 +1,88 @@
+"""How many vectors a whole book needs, by exact horizons of its blocks.
+
+Kuratov et al. say that The Hobbit, 119,203 tokens, would need about 128 vectors of Llama-3.1-8B or
+256 of Llama-3.2-1B (`hobbit_in_tokens.ipynb`): the quotient of its tokens and a decoding capacity,
+never run. Here the blocks of a text are crammed by the exact protocol's recipe, and the tokens per
+vector that decode freely give the number for the whole text, with an interval over blocks. Where
+every block came back, the blocks' vectors themselves hold the text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from memvec.cramming.certify import Outcome
+from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, by_length, short
+from memvec.lab.report.table import Table, TableCell
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.sources.book import Block
+from memvec.lab.statistics import Interval, bootstrap_mean, share_interval
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+
+
+class Book(Protocol):
+    """Blocks of one text; sources of the kind 'book'."""
+
+    preset = "default"
+    measures_horizon = True
+    extras = {  # noqa: RUF012
+        "book_tokens": "tokens of the whole text that the passage is a block of; null: not a block"
+    }
+
+    def extra(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {"book_tokens": sourced.whole if isinstance(sourced, Block) else None}
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[TableCell]] = []
+        for (model, source, length, K), group in by_length(data.of(self.name)):
+            whole = json.loads(group["extra"].iloc[0])["book_tokens"]
+            per_vector = tokens_per_vector(group)
+            exact = share_interval(int((group["exact"] == 1).sum()), len(group))
+            row: list[TableCell] = [short(model), source, length, K, len(group), str(exact)]
+            row += [*per_vector, whole, *_needed(whole, per_vector)]
+            if compare:
+                hobbit = published.published()["book"]["values"]
+                row += [*_needed(hobbit["tokens"], per_vector), hobbit["vectors"].get(model)]
+            rows.append(row)
+        columns = ["model", "source", "block", "K", "blocks", "exact", "tokens / vector", "low"]
+        columns += ["high", "tokens of the text", "vectors for it", "low", "high"]
+        if compare:
+            columns += ["for The Hobbit", "low", "high", "paper, not run"]
+        return [
+            Table(
+                "book",
+                "Vectors for a whole book",
+                "Tokens per vector: leading tokens of a block that decode freely, over K; mean "
+                "over blocks with its 95 % bootstrap interval. Vectors: the text's tokens over "
+                "that, rounded up. Where all blocks are exact it is an upper bound.",
+                columns,
+                rows,
+            )
+        ]
+
+
+def tokens_per_vector(rows: pd.DataFrame) -> Interval:
+    """Exact tokens per vector, mean over blocks of one length and K."""
+    return bootstrap_mean((rows["horizon"] / rows["vectors"]).tolist())
+
+
+def _needed(tokens: int | None, per_vector: Interval) -> list[TableCell]:
+    """Vectors for so many tokens, and the interval: more tokens per vector, fewer vectors."""
+    if tokens is None:
+        return [None, None, None]
+    rates = (per_vector.value, per_vector.high, per_vector.low)
+    return [None if rate <= 0 else -int(-tokens // rate) for rate in rates]

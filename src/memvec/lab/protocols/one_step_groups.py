@@ -1,0 +1,89 @@
+"""One m for a group of passages, an e for each: how much is lost as the group grows?
+
+Mezentsev & Oseledets (arXiv 2505.21189) share m among 1, 16 and 256 texts at 256 tokens. A group is
+crammed together (`memvec.cramming.shared_m`): its passages are those with neighbouring numbers, and
+its rows come when all of them are finished. Passages of a group are not independent of each other,
+so n is the number of groups, over all seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from pydantic import Field
+
+from memvec.lab.protocols import protocol
+from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.report import published
+from memvec.lab.report.data import Data, short
+from memvec.lab.report.table import Table, TableCell
+from memvec.lab.statistics import mean_interval
+from memvec.lab.study.spec import RunSpec
+
+
+class OneStepGroups(Protocol):
+    """Accuracy and whole passages by size of the group."""
+
+    preset = "one-step"
+    layout = "one-step-shared"
+
+    class Options(protocol.Options):
+        """How many passages share m."""
+
+        group: int = Field(default=16, ge=1, description="passages that share one m")
+
+    def problem(self, run: RunSpec) -> str | None:
+        group = run.options.get("group", 16)
+        if run.vectors != (2,):
+            return "has two vectors, e and m: write vectors = [2]"
+        if isinstance(group, int) and group > 0 and run.passages % group:
+            return (
+                f"has groups of {group} passages, so passages must be a multiple of {group}, not "
+                f"{run.passages}"
+            )
+        return None
+
+    def group_size(self, options: Mapping[str, Any]) -> int:
+        return int(options["group"])
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[TableCell]] = []
+        measured = data.restarts(self.name)
+        measured = measured.assign(size=data.option(measured, "group"))
+        keys = ["model", "source", "length", "size"]
+        for (model, source, length, size), part in measured.groupby(keys, sort=False):
+            number, size = int(str(length)), int(str(size))
+            m = mean_interval(group_means(part, size).tolist())
+            row: list[TableCell] = [short(str(model)), str(source), number, size, (size + 1) / size]
+            row += [m.mean, m.low, m.high, float(part["accuracy"].max())]
+            row += [100 * float((part["exact"] == 1).mean()), m.n]
+            if compare:
+                row += _published(number, size)
+            rows.append(row)
+        columns = ["model", "source", "tokens", "group", "vectors / passage", "accuracy", "low"]
+        columns += ["high", "best passage", "% exact", "groups"]
+        return [
+            Table(
+                "one-step-groups",
+                "One-step decoding with one m for a group of passages",
+                "Accuracy: mean over groups (passages of one group share m and are not "
+                "independent) with 95 % interval.",
+                [*columns, *(["paper accuracy", "paper best"] if compare else [])],
+                rows,
+            )
+        ]
+
+
+def group_means(rows: pd.DataFrame, size: int) -> pd.Series:
+    """Mean accuracy of each group of each cell."""
+    return rows.groupby(["cell", rows["number"] // size])["accuracy"].mean()
+
+
+def _published(length: int, size: int) -> list[TableCell]:
+    known = published.published()["one_step"]["values"]["groups"]
+    if length != known["length"]:
+        return [None, None]
+    values = (known[name].get(str(size)) for name in ("mean", "maximum"))
+    return [None if v is None else float(v) for v in values]

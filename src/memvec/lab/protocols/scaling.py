@@ -1,0 +1,86 @@
+"""What K vectors hold against K times what the fewest hold (paper, Figure 4), by two rules.
+
+The published rule takes rows of the paper protocol: the longest length whose mean accuracy is at
+least 0.99, and the gains of passages that filled their vectors. The exact rule takes horizons that
+decode freely. The straight line starts at the smallest K that was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from memvec.lab.protocols.paper import paper_result
+from memvec.lab.statistics import Mean, mean_interval
+
+MEASURES = ("longest", "token_gain", "bits")  # tokens, tokens, bits: each with _low and _high
+
+
+def exact_scaling(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per K from horizons: `longest` is their mean over passages of the longest length.
+
+    Columns: K, n, MEASURES with their intervals, `censored` and `cut` (shares of passages),
+    `<measure>_share`: the share of the straight line.
+    """
+    lines = []
+    for K, group in rows.groupby("vectors"):
+        group = group[group["length"] == group["length"].max()]
+        names = ("horizon", "horizon_token_gain", "horizon_gain")
+        means = [mean_interval(group[name].tolist()) for name in names]
+        line = _line(int(str(K)), means)
+        line["censored"] = float((group["exact"] > 0).mean())
+        line["cut"] = float((group["status"] == "budget").mean())
+        lines.append(line)
+    return _with_shares(lines)
+
+
+def published_scaling(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per K from rows of the paper protocol: `longest` has no interval.
+
+    Columns as in `exact_scaling`, but `tried` (the longest length of the grid) instead of
+    `censored` and `cut`. NaN: no length passed, or no passage filled its vectors.
+    """
+    lines = []
+    for K, group in rows.groupby("vectors"):
+        r = paper_result(group)
+        longest = math.nan if r.longest is None else float(r.longest)
+        fixed = Mean(longest, math.nan, math.nan, math.nan, r.token_gain.n)
+        line = _line(int(str(K)), [fixed, r.token_gain, r.information_gain])
+        line["n"] = r.token_gain.n
+        line["tried"] = float(group["tokens"].max())
+        lines.append(line)
+    return _with_shares(lines)
+
+
+def _line(K: int, means: Sequence[Mean]) -> dict[str, float | int]:
+    line: dict[str, float | int] = {"K": K, "n": means[0].n}
+    for name, m in zip(MEASURES, means, strict=True):
+        line |= {name: m.mean, f"{name}_low": m.low, f"{name}_high": m.high}
+    return line
+
+
+def _with_shares(lines: list[dict[str, float | int]]) -> pd.DataFrame:
+    table = pd.DataFrame(lines).sort_values("K").reset_index(drop=True)
+    for name in MEASURES:
+        known = table[table[name].notna()]
+        per_vector = table[name] / table["K"]
+        first = per_vector[known.index[0]] if len(known) else math.nan
+        table[f"{name}_share"] = per_vector / first
+    return table
+
+
+def scaling_sentence(name: str, table: pd.DataFrame, measure: str = "bits") -> str:
+    """How much of the straight line the largest K reaches; '' where fewer than two K say so."""
+    known = table[table[measure].notna()]
+    if len(known) < 2:
+        return ""
+    first, last = known.iloc[0], known.iloc[-1]
+    a, b = (float(line[measure] / line["K"]) for line in (first, last))
+    unit = "bits" if measure == "bits" else "tokens"
+    change = "the same" if math.isclose(a, b, rel_tol=0.005) else "fewer" if b < a else "more"
+    return (
+        f"{name}: {a:.1f} {unit} per vector at K = {int(first['K'])}, {b:.1f} at "
+        f"K = {int(last['K'])} ({change}: {100 * b / a:.0f} % of the line)."
+    )

@@ -1,0 +1,50 @@
+"""Spread over seeds: the same passages crammed again from other first vectors.
+
+Other tables average the restarts of a passage first, so that n is the number of passages. This one
+keeps the seeds apart: each has its own Max and its own mean gains over passages, and the spread of
+these is what another run of the whole study would differ by.
+"""
+
+from __future__ import annotations
+
+from memvec.lab.protocols.paper import paper_result
+from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.table import Table, TableCell
+from memvec.lab.statistics import mean_interval
+
+
+def seeds_table(data: Data) -> Table:
+    """One line for each model, series and K of the paper protocol that has several seeds.
+
+    Of the lengths that all of its seeds have.
+    """
+    rows: list[list[TableCell]] = []
+    for (model, source, K), group in by_series(data.restarts("paper")):
+        seeds = sorted(group["seed"].unique())
+        if len(seeds) < 2:
+            continue
+        counts = group.groupby("length")["seed"].nunique()
+        shared = group[group["length"].isin(counts[counts == len(seeds)].index)]
+        if shared.empty:
+            continue
+        results = [paper_result(part) for _, part in shared.groupby("seed")]
+        longest = ", ".join(str(r.longest or "–") for r in results)
+        accuracy = mean_interval(shared.groupby("seed")["accuracy"].mean().tolist())
+        row: list[TableCell] = [short(model), source, K, len(seeds), longest]
+        for name in ("token_gain", "information_gain"):
+            # A seed without a passage that filled its vectors has no mean.
+            means = [getattr(r, name) for r in results]
+            spread = mean_interval([m.mean for m in means if m.n])
+            row += [spread.mean, spread.sd]
+        row += [accuracy.mean, accuracy.sd, ", ".join(str(r.token_gain.n) for r in results)]
+        rows.append(row)
+    columns = ["model", "source", "K", "seeds", "Max of each seed", "token gain", "sd over seeds"]
+    columns += ["bits", "sd over seeds", "accuracy", "sd over seeds", "n of each seed"]
+    return Table(
+        "seeds",
+        "Spread over seeds",
+        "Each seed by the published rule, at the lengths that all seeds have; means of the seeds' "
+        "means, and the standard deviation of these. n: passages that gains are taken from.",
+        columns,
+        rows,
+    )

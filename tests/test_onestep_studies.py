@@ -1,0 +1,213 @@
+"""Studies of one-step decoding: arrangements of e and m, groups with one m, speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import QUICK, passages, reader, tiny
+from memvec.cramming.engine import Engine
+from memvec.errors import MemvecError
+from memvec.lab.protocols.arrangements import ARRANGEMENTS, Arranged
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.one_step import OneStep, published_longest, times_faster
+from memvec.lab.protocols.one_step_groups import group_means
+from memvec.lab.report.contents import all_plots, all_tables
+from memvec.lab.report.data import read_data
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.study.cells import expand
+from memvec.lab.study.check import check_study
+from memvec.lab.study.pool import Unit, in_units
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
+from memvec.passages.passage import Passage
+from studies import HEAD, everything, run, spec_in
+
+RECIPE = "recipe = { lr = 0.1, steps = 12 }\n"
+
+
+def block(protocol: str, more: str) -> str:
+    return (
+        f'[[runs]]\nprotocol = "{protocol}"\nsources = ["random-tokens"]\nlengths = [2, 4]\n'
+        f"{more}{RECIPE}"
+    )
+
+
+ARRANGED = "".join(
+    block(
+        "one-step-arrangements",
+        f'arrangement = "{kind}"\nvectors = [{1 + (kind != "e")}]\npassages = 2\n',
+    )
+    for kind in ARRANGEMENTS
+)
+GROUPED = "".join(
+    block("one-step-groups", f"group = {group}\nvectors = [2]\npassages = 4\n") for group in (1, 2)
+)
+TIMED = block("one-step", "vectors = [2]\npassages = 3\ntimed = 2\n")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "mamba"])
+@pytest.mark.parametrize("kind", ARRANGEMENTS)
+def test_every_arrangement_is_crammed_as_it_is_written(kind: str, family: str) -> None:
+    """The stored bits against the model's own forward on a list of inputs made by hand."""
+    lm, n = tiny(family), 3
+    view = lm.read_as(Arranged(kind, n))
+    K = 1 if kind == "e" else 2
+    (outcome,) = Engine(view, QUICK, vectors=K, batch_size=1).run(passages(n, seed=7))
+    e, m = outcome.vectors[0], outcome.vectors[-1]
+    by_hand = {
+        "e": [e, e, e],
+        "halves": [e, e, m],
+        "pairs": [e, m, e],
+        "m-for-each": [e, m, m, m],
+        "m-for-rest": [e, m, m],
+    }[kind]
+    with torch.no_grad():
+        inputs = torch.stack(by_hand)[None]
+        logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -n:].double()
+    ids = torch.tensor(outcome.passage.ids)
+    bits = -logits.log_softmax(-1)[torch.arange(n), ids].sum() / torch.tensor(2.0).log()
+    assert outcome.metrics.mem_bits == pytest.approx(float(bits), abs=1e-3)
+    assert outcome.exact == bool((logits.argmax(-1) == ids).all())
+    if kind.startswith("m-for"):
+        assert outcome.exact
+    order = protocol_of("one-step-arrangements").inputs_at_once(n, n, {"arrangement": kind})
+    assert order == [int(v is not e) if K == 2 else 0 for v in by_hand]
+    # More tokens than the passage has, as in a padded batch, change nothing before them.
+    assert Arranged(kind, n).order(6)[: len(by_hand)] == order  # type: ignore[arg-type]
+
+
+def test_an_arrangement_takes_its_own_number_of_vectors() -> None:
+    view = tiny().read_as(Arranged("e", 4))
+    assert view.read_as("prefix") is tiny()
+    with pytest.raises(MemvecError, match="the arrangement 'e' takes 1 vectors"):
+        view.states(torch.zeros(1, 2, view.width), torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(MemvecError, match=r"has one vector: write vectors = .1."):
+        parse_spec(HEAD + ARRANGED.replace("vectors = [1]", "vectors = [2]", 1), "spec")
+    with pytest.raises(MemvecError, match="option arrangement"):
+        parse_spec(HEAD + ARRANGED.replace('"halves"', '"halfs"'), "spec")
+    with pytest.raises(MemvecError, match="passages must be a multiple of 2, not 3"):
+        parse_spec(HEAD + GROUPED.replace("passages = 4", "passages = 3"), "spec")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small study of all three protocols."""
+    base = tmp_path_factory.mktemp("one-step")
+    text = HEAD + ARRANGED + GROUPED + TIMED
+    run(spec_in(base, text), base, base / "out", text)
+    return base / "out"
+
+
+def test_the_slow_path_agrees_with_all_of_them(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    checked = check_study(study)
+    assert checked["rows"] == 20 + 16 + 6
+    assert checked["wrong"] == []
+
+
+def test_tables_and_figures_of_one_step_studies(study: Path) -> None:
+    with Store(study) as store:
+        data = read_data(store)
+        tables = {t.key: t for t in all_tables(data, compare=True)}
+        plots = {p.key: p for p in all_plots(data, compare=True)}
+        times = [
+            json.loads(extra)["decode_seconds"]
+            for (extra,) in store.db.execute(
+                "SELECT extra FROM rows JOIN cells USING (cell) WHERE protocol = 'one-step' "
+                "ORDER BY cell, number"
+            )
+        ]
+    arranged = tables["one-step-arrangements"]
+    assert [row[3] for row in arranged.rows][:2] == ["[e] × N", "[e] × N"]
+    assert len({row[3] for row in arranged.rows}) == len(ARRANGEMENTS)
+    assert {row[8] for row in arranged.rows} == {2}
+    assert len(plots["one-step-arrangements"].panels[0].series) == len(ARRANGEMENTS)
+    groups = tables["one-step-groups"]
+    assert {(row[3], row[4], row[-3]) for row in groups.rows} == {(1, 2.0, 4), (2, 1.5, 2)}
+    assert [pair is not None for pair in times] == [True, True, False] * 2
+    assert all(0 < once < 60 and 0 < steps < 60 for once, steps in filter(None, times))
+    speed = tables["one-step-speed"]
+    assert {row[-1] for row in speed.rows} == {2}
+    assert "Published: 279 times faster" in speed.note
+    assert plots["one-step-speed"].panels
+
+
+def test_passages_of_a_group_share_m_and_others_do_not(study: Path) -> None:
+    with Store(study) as store:
+        rows = read_data(store).restarts("one-step-groups")
+        for cell, part in rows.groupby("cell"):
+            settings = store.db.execute("SELECT settings FROM cells WHERE cell=?", (cell,))
+            size = json.loads(settings.fetchone()[0])["options"]["group"]
+            m = [store.tensors(str(cell), n)[0][1] for n in range(len(part))]
+            for i in range(len(m)):
+                for j in range(i):
+                    assert bool(torch.equal(m[i], m[j])) is (i // size == j // size)
+
+
+def test_an_interrupted_group_comes_back_the_same(study: Path, tmp_path: Path) -> None:
+    text = HEAD + GROUPED
+    base = tmp_path
+    run(spec_in(base, text), base, base / "out", text)
+    before = everything(base / "out")
+    with Store(base / "out", write=True) as store:
+        store.db.execute("DELETE FROM rows WHERE number = 1")
+    assert run(spec_in(base, text), base, base / "out", text).rows_now == 4
+    assert everything(base / "out") == before
+
+
+def test_groups_go_to_workers_whole() -> None:
+    cell = expand(
+        parse_spec(
+            HEAD
+            + GROUPED.replace("group = 1", "group = 3", 1).replace(
+                "passages = 4", "passages = 6", 1
+            ),
+            "spec",
+        )
+    )[0].cell
+    found = [SourcedPassage(i, Passage((2, 3)), "x") for i in range(6)]
+    units = list(in_units(cell, found, 1, 2, done={1}))
+    assert [(sorted(u.keys()), [p.number for p in u.beside]) for u in units] == [
+        ([0, 2], [1]),
+        ([3, 4, 5], []),
+    ]
+    rest = units[1].without({4})
+    assert isinstance(rest, Unit)
+    assert (sorted(rest.keys()), [p.number for p in rest.beside]) == ([3, 5], [4])
+
+
+def test_group_means_and_factors() -> None:
+    rows = pd.DataFrame({"cell": ["a"] * 4, "number": range(4), "accuracy": [1.0, 0.5, 1.0, 1.0]})
+    assert group_means(rows, 2).tolist() == [0.75, 1.0]
+    timed = pd.DataFrame({"once": [1.0, 1.0], "steps": [3.0, 5.0]})
+    assert times_faster(timed).value == 4
+
+
+@pytest.mark.parametrize(("once", "words"), [(0.01, "slower in"), (0.0001, "times as fast.")])
+def test_the_caption_on_speed_follows_the_times(
+    study: Path, monkeypatch: pytest.MonkeyPatch, once: float, words: str
+) -> None:
+    timed = OneStep._timed
+    monkeypatch.setattr(
+        OneStep, "_timed", lambda self, data: timed(self, data).assign(once=once, steps=0.005)
+    )
+    with Store(study) as store:
+        plots = {p.key: p for p in all_plots(read_data(store), compare=False)}
+    assert words in plots["one-step-speed"].caption
+
+
+def test_the_longest_published_lengths() -> None:
+    assert published_longest("meta-llama/Llama-3.1-8B", "pg19") == [
+        724,
+        362,
+        pytest.approx(1660 / 0.693147, rel=1e-5),
+    ]
+    assert published_longest("EleutherAI/pythia-410m", "random-words")[:2] == [92, 22]
+    assert published_longest("pocket", "pg19") == [None] * 3
