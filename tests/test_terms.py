@@ -53,7 +53,8 @@ def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
         assert float(measured.term.loss[row]) == pytest.approx(slow.item(), abs=1e-5)
         (wanted,) = torch.autograd.grad(slow, vectors)
         (output,) = measured.term.outputs
-        (found,) = torch.autograd.grad(output[row], batch.parameters, retain_graph=True)
+        (share,) = step.term.slopes(measured.term, batch.length, 0)
+        (found,) = torch.autograd.grad(output[row], batch.parameters, share[row], retain_graph=True)
         torch.testing.assert_close(found[row], wanted[0], atol=1e-5, rtol=1e-3)
 
 

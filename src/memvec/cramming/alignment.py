@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memvec.cramming.batch import BatchState
@@ -64,8 +64,7 @@ class Alignment(Term):
         columns: int,
         padding_rows: int,
     ) -> TermLoss:
-        given = int(self.start_rule == "first-token")
-        B, tokens = len(batch), columns + given - 1
+        B, tokens = len(batch), columns + int(self.start_rule == "first-token") - 1
         if tokens < 1:  # a single token is predicted from the vectors and read by nobody
             return TermLoss(torch.zeros(B, device=vectors.device))
         behind = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
@@ -73,8 +72,6 @@ class Alignment(Term):
         with torch.no_grad(), self.watching():
             self.module.states(None, ids, "first-token" if self.lm.bos_id is None else "bos")
         plain = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
-        counted = torch.arange(tokens, device=ids.device) < batch.length[:, None] + given - 1
-        weight = with_padding(counted / counted.sum(-1, keepdim=True).clamp_min(1), padding_rows)
         with torch.enable_grad():
             cosine = torch.stack(
                 [
@@ -82,8 +79,23 @@ class Alignment(Term):
                     for mine, theirs in zip(behind, plain, strict=True)
                 ]
             )
-            loss = ((1 - cosine) * weight).sum((0, 2))
-        return TermLoss(loss.detach()[:B], (loss,), (torch.ones_like(loss),))
+            each = (1 - cosine).sum(0)
+        loss = (each.detach()[:B] * self._share(batch.length, tokens)).sum(-1)
+        return TermLoss(loss, (each,), (torch.ones_like(each),))
+
+    def slopes(
+        self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            with_padding(self._share(counted, at.shape[1]), padding_rows)
+            for at in measured.gradients
+        )
+
+    def _share(self, predicted: Int[Tensor, " B"], tokens: int) -> Float[Tensor, "B T"]:
+        """Equal weights over the tokens that are read while so many are predicted."""
+        read = predicted[:, None] + int(self.start_rule == "first-token") - 1
+        within = torch.arange(tokens, device=predicted.device) < read
+        return within / within.sum(-1, keepdim=True).clamp_min(1)
 
     def inputs(self, columns: int) -> int:
         """One more forward pass over the text, without a backward pass: a third of its inputs."""

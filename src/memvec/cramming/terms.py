@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
@@ -90,6 +90,12 @@ class Term:
         """The loss of each slot at these vectors, attached to the parameters (N: B and padding)."""
         raise NotImplementedError
 
+    def slopes(
+        self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int
+    ) -> tuple[Tensor, ...]:
+        """The gradients at the outputs, now that it is known how many tokens of each count."""
+        return measured.gradients
+
     def certificate(self, mem: MemVectors) -> dict[str, Any] | None:
         """What the finished vectors are worth for this term, as a file keeps it; None: nothing."""
         return None
@@ -101,9 +107,11 @@ class Term:
     def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
         """What the term weighs beside the objective, for each slot.
 
-        The recipe's weight; less and less for a passage that is not exact when it should settle:
-        giving the text back is a condition, the term a wish.
+        The recipe's weight; less and less for a passage that is not exact when it should settle
+        (`Recipe.settle`): giving the text back is a condition, the term a wish.
         """
+        if not self.recipe.settle:
+            return torch.full_like(batch.term_mean, self.recipe.term_weight)
         late = (batch.steps - self.recipe.settle).clamp_min(0) / YIELDS_AFTER
         late = torch.where(batch.schedule.best >= batch.length, 0.0, late)
         return self.recipe.term_weight * torch.exp2(-late.float())
