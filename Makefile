@@ -4,6 +4,7 @@
 # make coverage     the same, with the lines that no test reaches
 # make lock         write requirements.lock anew from the ranges in pyproject.toml
 # make docs         the documentation as a site in site/, built strictly and without network
+# make page         runs studies/pocket-full.toml (about an hour on two cores) into docs/pocket-full
 # make test-newest  the whole suite with the newest release of every library
 # make test-oldest  the whole suite with the lowest releases that pyproject.toml allows
 
@@ -127,6 +128,18 @@ lock-docs:
 		--no-header --no-annotate >> .venv-lock/lock
 	@mv .venv-lock/lock requirements-docs.lock
 	@rm -r .venv-lock
+
+# The study, every column of a sample computed again, then its report and its rows.
+STUDY = .runs/pocket-full.study
+.PHONY: page
+page: $(VENV)/.tested
+	mkdir -p .runs
+	$(BIN)/memvec study run studies/pocket-full.toml --workers 2 --out $(STUDY)
+	$(BIN)/memvec study check $(STUDY) --sample 12
+	rm -rf docs/pocket-full
+	$(BIN)/memvec study report $(STUDY) --out docs/pocket-full
+	rm docs/pocket-full/figures/*.pdf
+	$(BIN)/memvec study export $(STUDY) --csv docs/pocket-full/rows.csv
 
 .PHONY: suite
 suite:

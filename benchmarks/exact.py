@@ -55,8 +55,8 @@ from texts import passages_of, random_tokens
 # Mean exact horizon, tokens: one vector from noise, 400 and 800 steps (docs/capacity.md).
 HORIZONS = {"pocket": 74, "r256": 22}
 SHARES = (0.3, 0.6, 0.9)
-QUICK = {"pocket": (0.2,), "r256": (0.6,)}  # shares
-QUICK_STEPS, QUICK_PASSAGES = 160, 4  # of theirs
+QUICK = {"pocket": (0.2,), "r256": (0.5,)}  # shares
+QUICK_STEPS, QUICK_PASSAGES = 160, 3  # of theirs
 PAPER = PRESETS["paper"]
 RATES = (PAPER.lr, 0.1, 0.5)
 LIMITS = (40, 160, 600, 2000, PAPER.steps)  # steps after which their passages may be given up

@@ -61,7 +61,7 @@ SWEEP = {
     "paper": (0.01, 0.1, 0.5),
 }
 OURS, OURS_ENCODER, PAPER = "default, noise", "default, encoder", "paper"
-CHECKPOINTS = 12  # evenly spaced costs at which horizons are measured
+CHECKPOINTS, QUICK_CHECKPOINTS = 12, 4  # evenly spaced costs at which horizons are measured
 
 Curves = dict[str, list[list[int]]]  # recipe -> horizon of each passage at each cost
 
@@ -94,7 +94,7 @@ CASES = {
     "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
     "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
 }
-QUICK = {"pocket-natural": (4, 600), "pocket-words": (4, 400)}  # passages, budget
+QUICK = {"pocket-natural": (4, 600), "pocket-words": (3, 400)}  # passages, budget
 SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
 QUICK_SWEEP = {"low-dim 256": (0.1, 0.5), "paper": (0.01, 0.1)}  # the best for few tokens
 
@@ -265,7 +265,8 @@ def main() -> None:
         lm = load_lm(options.model) if name.startswith("pocket") else case.load()
         texts = case.text(lm, n, case.tokens, options.corpus)
         passages = [Passage(passage.ids, i) for i, passage in enumerate(texts)]
-        costs = [round(budget * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
+        points = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS
+        costs = [round(budget * (i + 1) / points) for i in range(points)]
         recipes = ours(lm, options.margin)
         recipes |= published(sweep, recipes[OURS].margin if options.same_margin else 0.0)
         print(f"{name}: {len(recipes)} recipes", file=sys.stderr, flush=True)
