@@ -94,7 +94,7 @@ CASES = {
     "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
     "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
 }
-QUICK = {"pocket-natural": (4, 600), "pocket-words": (3, 400)}  # passages, budget
+QUICK = {"pocket-natural": (4, 480), "pocket-words": (4, 320)}  # passages, budget
 SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
 QUICK_SWEEP = {"low-dim 256": (0.1, 0.5), "paper": (0.01, 0.1)}  # the best for few tokens
 

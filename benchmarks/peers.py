@@ -254,7 +254,8 @@ def row_of(
         for p, a, h in zip(passages, answers, found, strict=True)
     ]
     row = Row(program, settings, trials, found, [answer.reached for answer in answers])
-    print(f"{program}, {settings}: {found}", file=sys.stderr, flush=True)
+    seconds = [round(t.seconds, 1) for t in trials]
+    print(f"{program}, {settings}: {found} tokens, {seconds} s", file=sys.stderr, flush=True)
     return row
 
 
