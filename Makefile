@@ -4,6 +4,7 @@
 # make coverage     the same, with the lines that no test reaches
 # make lock         write requirements.lock anew from the ranges in pyproject.toml
 # make docs         the documentation as a site in site/, built strictly and without network
+# make page         runs studies/pocket-full.toml (about an hour on two cores) into docs/pocket-full
 # make test-newest  the whole suite with the newest release of every library
 # make test-oldest  the whole suite with the lowest releases that pyproject.toml allows
 
@@ -39,12 +40,14 @@ $(VENV)/.tested: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	mkdir -p demo
+	$(BIN)/memvec cram examples/bus.txt --tokens 48 --output demo/bus.mem --force
 	$(BIN)/memvec cram examples/letter.txt --output demo/letter.mem --force
 	$(BIN)/memvec verify demo/letter.mem
+	$(BIN)/memvec decode demo/bus.mem > demo/bus.txt
 	$(BIN)/memvec decode demo/letter.mem > demo/letter.txt
-	$(BIN)/memvec cram examples/sentence.txt --tokens 64 --output demo/sentence.mem --force
-	$(BIN)/memvec cram examples/paragraph.txt --vectors 4 --tokens 120 --output demo/paragraph.mem --force
-	cmp examples/letter.txt demo/letter.txt && echo "demo/letter.txt is examples/letter.txt, byte for byte."
+	cmp examples/bus.txt demo/bus.txt
+	cmp examples/letter.txt demo/letter.txt
+	@echo "demo/bus.txt (48 tokens from one vector) and demo/letter.txt are those of examples/: the same bytes."
 
 style: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -125,6 +128,18 @@ lock-docs:
 		--no-header --no-annotate >> .venv-lock/lock
 	@mv .venv-lock/lock requirements-docs.lock
 	@rm -r .venv-lock
+
+# The study, every column of a sample computed again, then its report and its rows.
+STUDY = .runs/pocket-full.study
+.PHONY: page
+page: $(VENV)/.tested
+	mkdir -p .runs
+	$(BIN)/memvec study run studies/pocket-full.toml --workers 2 --out $(STUDY)
+	$(BIN)/memvec study check $(STUDY) --sample 12
+	rm -rf docs/pocket-full
+	$(BIN)/memvec study report $(STUDY) --out docs/pocket-full
+	rm docs/pocket-full/figures/*.pdf
+	$(BIN)/memvec study export $(STUDY) --csv docs/pocket-full/rows.csv
 
 .PHONY: suite
 suite:

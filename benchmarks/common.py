@@ -30,6 +30,7 @@ from memvec.lab.statistics import (
 
 __all__ = [
     "arguments",
+    "clock",
     "interleaved",
     "median_and_spread",
     "ratio_of_means",
@@ -50,6 +51,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pocket", help="Hub id, folder or 'pocket'")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     return parser
+
+
+def clock() -> float:
+    """Seconds, for differences: of this process's processor where a CPU computes in one thread
+    (OMP_NUM_THREADS=1), so that work beside it does not count; by the wall elsewhere."""
+    if torch.cuda.is_available() or torch.get_num_threads() > 1:
+        return time.perf_counter()
+    return time.process_time()
 
 
 def interleaved(

@@ -2,34 +2,46 @@
 
     python benchmarks/exact.py --quick
 
-Both sides are timed end to end by the wall clock, certification by free-running decoding included.
-Ours: all passages through one engine under the default recipe, first token counted, its margin.
-Theirs: the recipe of Kuratov et al. one passage at a time in the plain loop of its publication
-(whole logits, torch's AdamW, loss and accuracy fetched at each step, first token handed over);
-loading the model twice for each passage, which that code does as well, is left out. `--theirs`
-passages stand for all on their side, because most of their time goes into passages that never
-finish; their rate is the exact ones among them per minute of the whole.
+Both sides are timed end to end, certification by free-running decoding included: by the wall clock,
+or where a CPU computes in one thread (OMP_NUM_THREADS=1) by the processor's, so that other work
+does not count.
+
+Ours: all passages through one engine under the default recipe, first token counted, its margin;
+from noise, as theirs, and from the model's one-pass encoder where it has one. Theirs: the recipe of
+Kuratov et al. one passage at a time in the plain loop of its publication (whole logits, torch's
+AdamW, loss and accuracy fetched at each step, first token handed over); loading the model twice for
+each passage, which that code does as well, is left out. `--theirs` passages stand for all on their
+side. Their rate is the exact ones among them per minute of the whole.
+
+Their side runs at each learning rate of a sweep (`--lr`; the paper's is 0.01), and each run is read
+at several step limits: what it would have been had every passage been given up after so many
+steps. Its best rate and limit at each length, seen afterwards, are what ours is compared with; ours
+has its default limit.
 
 The models are `pocket` with running prose and R256, random weights with random tokens; `--model` or
 `--shape` takes another one alone. Lengths are 30, 60 and 90 % of the model's mean exact horizon
-(`--horizon`). RESULT has `ratio`, the smallest ratio of rates over the lengths at which they finish
-anything, and `ratio_hard`, the largest over the models of that at the longest length at which they
-finish at least one passage in eight. Lengths that they never finish are named, and have no ratio.
-`--quick` takes lengths of which theirs finishes something within 160 steps a passage, and no more
-steps than that, which is in its favour.
+(`--horizon`). RESULT compares ours from noise with their best: `ratio`, the smallest ratio of rates
+over all lengths at which they finish anything; `ratio_hard`, the smallest over the models of that
+at the longest length at which they finish an eighth of their passages and at least two; each with
+its 95 % bootstrap interval over passages (`_low`, `_high`), and `ratio_hard_finished`, the passages
+that their side rests on there. `ratio_hard_encoder` is the same for ours from the encoder. Lengths
+that they never finish are named, and have no ratio.
+
+`--quick` takes short lengths, and 160 steps for theirs instead of 5000.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, median_and_spread, report
+from common import arguments, clock, median_and_spread, report
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import PRESETS, Recipe
 from memvec.cramming.starts import start_vectors
@@ -40,24 +52,44 @@ from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
-# Mean exact horizon, tokens: one vector, 400 steps (README), 800 steps (docs/log.md).
-HORIZONS = {"pocket": 77, "r256": 22}
+# Mean exact horizon, tokens: one vector from noise, 400 and 800 steps (docs/capacity.md).
+HORIZONS = {"pocket": 74, "r256": 22}
 SHARES = (0.3, 0.6, 0.9)
-QUICK = {"pocket": ((0.2,), 2), "r256": ((0.73,), 7)}  # shares, passages on their side
-QUICK_STEPS = 160  # of theirs, not 5000: what they would never finish costs them less
+QUICK = {"pocket": (0.2,), "r256": (0.5,)}  # shares
+QUICK_STEPS, QUICK_PASSAGES = 160, 3  # of theirs
 PAPER = PRESETS["paper"]
+RATES = (PAPER.lr, 0.1, 0.5)
+LIMITS = (40, 160, 600, 2000, PAPER.steps)  # steps after which their passages may be given up
+DRAWS = 4000
 
 
-def as_published(lm: FrozenLM, passage: Passage, steps: int) -> tuple[bool, int]:
-    """One passage by the published loop; whether its vector decodes exactly, and its steps."""
+@dataclass(frozen=True)
+class Trial:
+    """One passage of either side: whether it is exact, its steps, and seconds with the decoding.
+
+    `marks`: seconds until each step limit that it went past.
+    """
+
+    exact: bool
+    steps: int
+    seconds: float
+    marks: dict[int, float]
+
+    def given_up_after(self, limit: int) -> Trial:
+        """What it would have been with so many steps at most."""
+        if self.steps <= limit:
+            return self
+        return Trial(False, limit, self.marks[limit], {})
+
+
+def as_published(lm: FrozenLM, passage: Passage, lr: float, steps: int) -> Trial:
+    """One passage by the published loop at a learning rate."""
+    began, marks = clock(), {}
     ids = torch.tensor([passage.ids], device=lm.device)
     (start,) = start_vectors(lm, [passage.ids], 1, PAPER)
     memory = torch.nn.Parameter(start.to(lm.device))
     optimizer = torch.optim.AdamW(
-        [memory],
-        lr=PAPER.lr,
-        betas=(PAPER.beta1, PAPER.beta2),
-        weight_decay=PAPER.weight_decay,
+        [memory], lr=lr, betas=(PAPER.beta1, PAPER.beta2), weight_decay=PAPER.weight_decay
     )
     best, kept, stale, taken = 0.0, memory.detach().clone(), 0, 0
     while taken < steps and best < 1.0 and stale < PAPER.patience:
@@ -74,55 +106,109 @@ def as_published(lm: FrozenLM, passage: Passage, steps: int) -> tuple[bool, int]
         stale += 1
         if accuracy > best:
             best, kept, stale = accuracy, measured, 0
+        if taken in LIMITS:
+            marks[taken] = clock() - began
     (decoded,) = decode_ids(
         lm, kept[None], [len(passage)], start="first-token", first=[passage.ids[0]]
     )
-    return tuple(decoded) == passage.ids, taken
+    return Trial(tuple(decoded) == passage.ids, taken, clock() - began, marks)
 
 
-def rates(
-    lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Both sides over the same passages: a row of ours and a row of the paper's."""
-    batch_size = min(32, len(passages))
-    list(Engine(lm, Recipe(steps=2), batch_size=batch_size).run(passages))
-    as_published(lm, passages[-1], 2)  # first-use costs of kernels are nobody's
-    engine = Engine(lm, Recipe(), batch_size=batch_size)
-    began = time.perf_counter()
+def by_engine(lm: FrozenLM, passages: list[Passage], start: str) -> list[Trial]:
+    """All passages through one engine; its time is shared out as the engine counted it."""
+    engine = Engine(lm, Recipe(start=start), batch_size=min(32, len(passages)))
+    began = clock()
     outcomes = list(engine.run(passages))
-    seconds = time.perf_counter() - began
-    exact = sum(outcome.exact for outcome in outcomes)
-    ours = 60 * exact / seconds
-    each, finished, moves = [], 0, []
-    for passage in passages[: options.theirs]:
-        began = time.perf_counter()
-        right, steps = as_published(lm, passage, options.steps)
-        each.append(time.perf_counter() - began)
-        finished += right
-        moves.append(steps)
-    theirs = 60 * finished / sum(each)
-    return [
-        {
-            "side": "ours",
-            "n": len(passages),
-            "exact": exact,
-            "exact_per_minute": ours,
-            "median_steps": median_and_spread([o.steps for o in outcomes])[0],
-            "median_s": seconds / len(passages),
-            "low_s": math.nan,
-            "high_s": math.nan,
-            "ratio": ours / theirs if theirs else math.nan,
-        },
-        {
-            "side": "paper",
-            "n": len(each),
-            "exact": finished,
-            "exact_per_minute": theirs,
-            "median_steps": median_and_spread(moves)[0],
-            **dict(zip(("median_s", "low_s", "high_s"), median_and_spread(each), strict=True)),
-            "ratio": math.nan,
-        },
+    seconds = clock() - began
+    counted = sum(outcome.seconds for outcome in outcomes)
+    return [Trial(o.exact, o.steps, o.seconds * seconds / counted, {}) for o in outcomes]
+
+
+def per_minute(trials: list[Trial]) -> float:
+    """Exact passages per minute of all."""
+    return 60 * sum(t.exact for t in trials) / sum(t.seconds for t in trials)
+
+
+def ratio_of_rates(ours: list[Trial], theirs: list[Trial]) -> tuple[float, float, float]:
+    """Ratio of exact passages per minute, 95 % bootstrap over the passages of both sides."""
+    draws = []
+    for seed, trials in enumerate((ours, theirs)):
+        picks = np.random.default_rng(seed).integers(len(trials), size=(DRAWS, len(trials)))
+        exact, seconds = np.array([(t.exact, t.seconds) for t in trials], dtype=float).T
+        draws.append(exact[picks].sum(1) / seconds[picks].sum(1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.nan_to_num(draws[0] / draws[1], nan=1.0, posinf=np.inf)
+    low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
+    return per_minute(ours) / per_minute(theirs), float(low), float(high)
+
+
+def row_of(side: str, start: str, lr: float, limit: int, trials: list[Trial]) -> dict[str, Any]:
+    """A row of the table."""
+    seconds = median_and_spread([t.seconds for t in trials])
+    return {
+        "side": side,
+        "start": start,
+        "lr": lr,
+        "step_limit": limit,
+        "n": len(trials),
+        "exact": sum(t.exact for t in trials),
+        "exact_per_minute": per_minute(trials),
+        "median_steps": median_and_spread([t.steps for t in trials])[0],
+        **dict(zip(("median_s", "low_s", "high_s"), seconds, strict=True)),
+    }
+
+
+def at_length(
+    lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of both sides over the same passages, and how ours compare with the best of theirs."""
+    list(Engine(lm, Recipe(steps=2), batch_size=min(32, len(passages))).run(passages))
+    as_published(lm, passages[-1], PAPER.lr, 2)  # first-use costs of kernels are nobody's
+    ours = {"noise": by_engine(lm, passages, "noise")}
+    if lm.encoder is not None:
+        ours["encoder"] = by_engine(lm, passages, "encoder")
+    recipe = Recipe()
+    rows = [row_of("ours", start, recipe.lr_large, recipe.steps, t) for start, t in ours.items()]
+    best: list[Trial] = []
+    for lr in options.lr:
+        whole = [as_published(lm, p, lr, options.steps) for p in passages[: options.theirs]]
+        for limit in (*[limit for limit in LIMITS if limit < options.steps], options.steps):
+            trials = [t.given_up_after(limit) for t in whole]
+            rows.append(row_of("paper", "noise", lr, limit, trials))
+            if not best or per_minute(trials) > per_minute(best):
+                best, chosen = trials, rows[-1]
+    chosen["side"] = "paper, best"
+    finished = sum(t.exact for t in best)
+    found: dict[str, Any] = {"finished": finished, "n": len(best)}
+    if finished:
+        found |= {start: ratio_of_rates(trials, best) for start, trials in ours.items()}
+    for row in rows:
+        ratio = found.get(row["start"]) if row["side"] == "ours" else None
+        row["ratio"], row["ratio_low"], row["ratio_high"] = ratio or (math.nan,) * 3
+    return rows, found
+
+
+def result_of(comparisons: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """The RESULT line, from the comparisons of each model in the order of length."""
+    every = [c["noise"] for each in comparisons.values() for c in each if c["finished"]]
+    # The longest length at which their rate rests on more than one passage.
+    hard = [
+        found[-1]
+        for each in comparisons.values()
+        if (found := [c for c in each if c["finished"] >= max(2, c["n"] / 8)])
     ]
+    nothing = (math.nan,) * 3
+    ratio = min(every, default=nothing)
+    worst = min(hard, key=lambda c: float(c["noise"][0]), default={"noise": nothing})
+    encoder = min((c["encoder"] for c in hard if "encoder" in c), default=nothing)
+    result = {"ratio_hard_finished": float(worst.get("finished", 0))}
+    for name, value in (
+        ("ratio", ratio),
+        ("ratio_hard", worst["noise"]),
+        ("ratio_hard_encoder", encoder),
+    ):
+        result |= dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
+    return result
 
 
 def main() -> None:
@@ -134,40 +220,29 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", help="lengths as shares of the horizon")
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--theirs", type=int, default=16, help="passages on the paper's side")
+    parser.add_argument("--lr", type=float, nargs="+", default=RATES, help="rates of the paper's")
     parser.add_argument("--steps", type=int, default=PAPER.steps, help="most steps of the paper's")
     options = parser.parse_args()
     if options.quick:
-        options.passages, options.steps = 16, QUICK_STEPS
+        options.passages, options.steps, options.theirs = 16, QUICK_STEPS, QUICK_PASSAGES
     rows: list[dict[str, Any]] = []
-    hard: list[float] = []
+    comparisons: dict[str, list[dict[str, Any]]] = {}
     for name in [m for m in (options.model, options.shape) if m] or list(HORIZONS):
         horizon = options.horizon or HORIZONS.get(name)
         if horizon is None:
             parser.error(f"no horizon is known for {name}: give --horizon, in tokens")
         lm = random_model(name) if name in SHAPES else load_lm(name)
         texts = random_tokens if lm.tokenizer is None else passages_of
-        shares = SHARES
-        if options.quick:
-            shares, options.theirs = QUICK.get(name, QUICK["pocket"])
-        shares = options.shares or shares
-        hardest = math.nan
+        shares = options.shares or (QUICK.get(name, QUICK["pocket"]) if options.quick else SHARES)
+        comparisons[name] = []
         for share in sorted(shares):
             T = max(2, round(share * horizon))
-            both = rates(lm, texts(lm, options.passages, T), options)
+            both, found = at_length(lm, texts(lm, options.passages, T), options)
             rows += [{"model": name, "tokens": T, "share_of_horizon": share, **r} for r in both]
-            ours, theirs = both
-            if not theirs["exact"]:
-                print(f"{name}, {T} tokens: the paper's recipe finishes none of {theirs['n']}")
-            elif theirs["exact"] >= theirs["n"] / 8:
-                hardest = ours["ratio"]  # lengths rise: the last one is the hardest
-        hard.append(hardest)
-    report(
-        "exact",
-        rows,
-        options,
-        ratio=min((r["ratio"] for r in rows if not math.isnan(r["ratio"])), default=math.nan),
-        ratio_hard=max((h for h in hard if not math.isnan(h)), default=math.nan),
-    )
+            comparisons[name].append(found)
+            if not found["finished"]:
+                print(f"{name}, {T} tokens: the paper's recipe finishes none of {found['n']}")
+    report("exact", rows, options, **result_of(comparisons))
 
 
 if __name__ == "__main__":

@@ -12,53 +12,58 @@ the published recipes half as much for the forward pass that ends each of their 
 (their step is measured first and taken only if the stage goes on). Passages are longer than
 anybody gets; `at_end` counts those that were not.
 
+The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
+encoder where it has one. Each published recipe runs at each learning rate of a sweep (SWEEP).
+
 The paper's recipe crams passages of fixed length, so for each passage its longest length has to be
 searched, and the search is part of its cost: lengths of 2, 4, 8 ... predicted tokens, each begun
 afresh and given up by the recipe's own rule, until one fails; then bisection between the longest
 that was completed and the shortest that failed. Its horizon at a cost is the longest length that
 was completed and decoded freely by then.
 
-`progressive`, `temperature`, `low-dim` and `margin` run at both learning rates of their
-publication (and low-dim at both of its sizes); the best of all of them in a case, seen afterwards,
-is the one that the default is compared with. RESULT has the smallest ratios of mean horizons over
-the cases (but for the tiny models, which are shown), default to paper (`ratio`) and default to that
-best one (`ratio_published`), each with its 95 % paired bootstrap interval over passages (`_low`,
-`_high`), and `apart`: 1 if in each case the intervals of the means do not overlap.
+The table has a row for each budget of each case: the default from both starts, the best published
+recipe at that budget (best of all recipes and rates, seen afterwards), the paper's at its best
+rate, and the ratios of the means with paired 95 % bootstrap intervals over passages. RESULT has the
+smallest ratio over all budgets of all cases (but for the tiny models, which are shown), with its
+interval (`_low`, `_high`) and the budget it was found at (`_budget`): `ratio` is default from noise
+to paper, `ratio_published` default from noise to best published, and `ratio_published_encoder` the
+default from the encoder to the best published, which start from noise. `apart` is 1 if at each
+budget of each case the intervals of the default from noise and of the best published do not
+overlap.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from at_costs import fixed, growing
 from common import arguments, ratio_of_means, report, save_figure, summary
-from memvec.cramming.certify import Outcome, positions
-from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
-from memvec.decoding import decode_ids, first_error
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import random_model
 from texts import passages_of, random_tokens, random_words
 
-PUBLISHED = {
-    **{
-        f"{preset} lr {lr}": Recipe.of(preset, lr=lr)
-        for preset in ("progressive", "temperature", "margin")
-        for lr in (0.1, 0.5)
-    },
-    "low-dim 256 lr 0.1": Recipe.of("low-dim", lr=0.1),
-    "low-dim 256 lr 0.5": Recipe.of("low-dim", lr=0.5),
-    "low-dim 32 lr 0.1": Recipe.of("low-dim", lr=0.1, dimensions=32),
+# Learning rates: 0.1 and 0.5 are those of the publication of the growing recipes, and 1 the largest
+# of its sweep; 0.01 is the paper's.
+SWEEP = {
+    "progressive": (0.1, 0.5, 1.0),
+    "temperature": (0.1, 0.5, 1.0),
+    "margin": (0.1, 0.5, 1.0),
+    "low-dim 256": (0.1, 0.5, 1.0),
+    "low-dim 32": (0.1, 0.5, 1.0),
+    "paper": (0.01, 0.1, 0.5),
 }
-ROUNDING = 1e-3  # logits: the same sums in another batch shape
-CHECKPOINTS = 12  # evenly spaced costs at which horizons are measured
+OURS, OURS_ENCODER, PAPER = "default, noise", "default, encoder", "paper"
+CHECKPOINTS, QUICK_CHECKPOINTS = 12, 4  # evenly spaced costs at which horizons are measured
+
+Curves = dict[str, list[list[int]]]  # recipe -> horizon of each passage at each cost
 
 
 @dataclass(frozen=True)
@@ -81,157 +86,130 @@ def _random(lm: FrozenLM, n: int, T: int, corpus: Path | None) -> list[Passage]:
     return random_tokens(lm, n, T)
 
 
+# Each budget ends where a model's vectors fill and the recipes come to the same end.
 CASES = {
-    "pocket-natural": Case(load_lm, _natural, 128, 12, 2500),
-    "pocket-words": Case(load_lm, lambda lm, n, T, _: random_words(lm, n, T), 96, 12, 1000),
-    "pythia-160m": Case(lambda: random_model("pythia-160m"), _random, 96, 4, 600),
+    "pocket-natural": Case(load_lm, _natural, 128, 12, 3000),
+    "pocket-words": Case(load_lm, lambda lm, n, T, _: random_words(lm, n, T), 96, 12, 1500),
+    "pythia-160m": Case(lambda: random_model("pythia-160m"), _random, 96, 4, 800),
     "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
     "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
 }
-# The budgets are what passages of daily use cost, and end before a model's vectors are full: then
-# every good recipe comes to the same end (docs/log.md has the curves beyond; --budget goes there).
-QUICK = {"pocket-natural": (4, 800), "pocket-words": (4, 500)}  # passages, budget
+QUICK = {"pocket-natural": (4, 480), "pocket-words": (4, 320)}  # passages, budget
 SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
-QUICK_PUBLISHED = ("low-dim 256 lr 0.1",)  # the best of them for few tokens (docs/log.md)
+QUICK_SWEEP = {"low-dim 256": (0.1, 0.5), "paper": (0.01, 0.1)}  # the best for few tokens
 
 
-def growing(
-    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int], staged: bool
-) -> list[list[int]]:
-    """Horizon of each passage at each cost, from the best vectors that it had by then.
+def published(sweep: dict[str, tuple[float, ...]], margin: float) -> dict[str, Recipe]:
+    """Each published recipe at each rate, held to a margin of at least so many logits."""
+    recipes = {}
+    for name, rates in sweep.items():
+        preset, _, size = name.partition(" ")
+        for lr in rates:
+            recipe = Recipe.of(preset, lr=lr, **({"dimensions": int(size)} if size else {}))
+            recipes[f"{name}, lr {lr:g}"] = replace(recipe, margin=max(recipe.margin, margin))
+    return recipes
 
-    `staged`: the recipe grows by stages of one token, each of which ends with a forward pass that
-    finds all of it right and is followed by no backward pass: half of what a step costs.
+
+def ours(lm: FrozenLM, margin: float) -> dict[str, Recipe]:
+    """The default from each start that the model has, held to a margin of so many logits.
+
+    It may spend the whole budget: its own limits are for daily use. In the model's own dtype, like
+    the published: a margin is one on the way, too.
     """
-    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
-    for passage in passages:
-        engine.push(passage)
-    engine.fill(len(passages))
-    order = [job.passage.document for job in engine.jobs]
-    before = lm.inputs_before(engine.K, engine.start_rule)
-    vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
-    ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
-    while True:
-        last = engine.batch.vectors, engine.batch.schedule.best
-        engine.step()
-        batch = engine.batch
-        spent, stopped = batch.spent.tolist(), batch.stopped.tolist()
-        stages = zip(last[1].clamp_min(0).tolist(), batch.schedule.best.tolist(), strict=True)
-        for row, (old, new) in enumerate(stages):
-            if staged:
-                ended[row] += sum(stage + before for stage in range(old + 1, new + 1)) / 2
-            paid = spent[row] + ended[row]
-            for at, cost in enumerate(costs):
-                # The step that goes past a cost was not paid for at that cost.
-                if (order[row], at) not in vectors and (paid > cost or stopped[row]):
-                    now = (batch.vectors, batch.schedule.best)
-                    best, reach = last if paid > cost else now
-                    vectors[order[row], at] = best[row].clone(), int(reach[row])
-        if all(stopped):
-            break
-        engine.fill(len(passages))
-    keys = sorted(vectors)
-    stack = torch.stack([vectors[key][0] for key in keys])
-    # No vectors hold more than they reached by the margins.
-    asked = [
-        Passage(passages[key[0]].ids[: max(1, vectors[key][1])], passages[key[0]].document)
-        for key in keys
-    ]
-    decoded = decode_ids(lm, stack, [len(p) for p in asked], start=engine.start_rule)
-    margins = positions(lm, stack, asked, engine.start_rule).margin
-    horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
-    for (document, at), ids, passage, margin in zip(keys, decoded, asked, margins, strict=True):
-        error = first_error(ids, passage.ids)
-        right = len(passage) if error is None else error
-        enough = (margin >= engine.recipe.margin - ROUNDING) & (margin > 0)
-        sure = int(enough[: len(passage)].int().cumprod(0).sum())
-        horizons[document][at] = max(0, min(right, sure, vectors[document, at][1]))
-    return horizons
+    recipe = Recipe(steps=10**6, patience=10**6, compute="model").in_logits(lm.logit_spread)
+    recipe = replace(recipe, margin=max(margin, recipe.margin))
+    recipes = {OURS: replace(recipe, start="noise")}
+    if lm.encoder is not None:
+        recipes[OURS_ENCODER] = replace(recipe, start="encoder")
+    return recipes
 
 
-@dataclass
-class Search:
-    """Where the search for a passage's longest length stands, in predicted tokens."""
-
-    completed: int = 0
-    failed: int | None = None
-
-    def next_length(self, most: int) -> int | None:
-        """Double until a length fails, then bisect; None when nothing is left to try."""
-        if self.failed is None:
-            length = max(2, 2 * self.completed)
-            return None if self.completed == most else min(length, most)
-        middle = (self.completed + self.failed) // 2
-        return middle if middle > self.completed else None
-
-
-def fixed(
-    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
-) -> list[list[int]]:
-    """The same for a recipe of fixed lengths: doubling, then bisection, all of it paid for."""
-    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
-    searches = [Search() for _ in passages]
-    history: list[list[tuple[int, int]]] = [[] for _ in passages]
-
-    def go_on(document: int, spent: int) -> None:
-        passage, given = passages[document], engine.given
-        length = searches[document].next_length(len(passage) - given)
-        if length is not None and spent < costs[-1]:
-            cut = Passage(passage.ids[: length + given], document)
-            engine.waiting.push(Job(cut, engine.recipe.margin, spent=spent))
-
-    def note(outcome: Outcome) -> None:
-        document, length = outcome.passage.document, len(outcome.passage) - engine.given
-        if outcome.exact:
-            searches[document].completed = length
-            history[document].append((outcome.spent, length))
+def curves(
+    lm: FrozenLM, recipes: dict[str, Recipe], passages: list[Passage], costs: list[int]
+) -> Curves:
+    """The horizons of all recipes, one after the other."""
+    found: Curves = {}
+    for label, recipe in recipes.items():
+        if label.startswith(PAPER):
+            found[label] = fixed(lm, recipe, passages, costs)
         else:
-            searches[document].failed = length
-        go_on(document, outcome.spent)
-
-    for document in range(len(passages)):
-        go_on(document, 0)
-    for outcome in engine.run():
-        note(outcome)
-    return [
-        [max([length for spent, length in row if spent <= cost], default=0) for cost in costs]
-        for row in history
-    ]
+            staged = label not in (OURS, OURS_ENCODER)
+            found[label] = growing(lm, recipe, passages, costs, staged=staged)
+        mean = sum(row[-1] for row in found[label]) / len(passages)
+        print(f"{label}: {mean:.1f} tokens", file=sys.stderr, flush=True)
+    return found
 
 
-def rows_of(
-    case: str, label: str, recipe: Recipe, costs: list[int], horizons: list[list[int]], T: int
-) -> list[dict[str, Any]]:
-    """One row per cost: what the passages had reached by then."""
+def long_rows(case: str, found: Curves, costs: list[int], T: int) -> list[dict[str, Any]]:
+    """One row per recipe and cost: what the passages had reached by then."""
     return [
         {
             "case": case,
             "recipe": label,
-            "margin": recipe.margin,
+            "start": "encoder" if label == OURS_ENCODER else "noise",
             "spent": cost,
-            **summary([row[at] for row in horizons]),
+            **summary([float(row[at]) for row in horizons]),
             "at_end": sum(row[at] >= T - 1 for row in horizons),
         }
+        for label, horizons in found.items()
         for at, cost in enumerate(costs)
     ]
 
 
-def compare(last: dict[str, dict[str, list[int]]]) -> dict[str, float]:
-    """The RESULT line from each case's horizons at the full budget."""
+def budget_rows(case: str, found: Curves, costs: list[int], T: int) -> list[dict[str, Any]]:
+    """One row per cost: ours beside the best published there, and the ratios of the means."""
+    rows = []
+    for at, cost in enumerate(costs):
+        here = {label: [float(row[at]) for row in horizons] for label, horizons in found.items()}
+        theirs = {label: v for label, v in here.items() if label not in (OURS, OURS_ENCODER)}
+        papers = {label: v for label, v in theirs.items() if label.startswith(PAPER)}
+        best = max(theirs, key=lambda label: sum(theirs[label]))
+        paper = max(papers, key=lambda label: sum(papers[label]), default=None)
+        row: dict[str, Any] = {"case": case, "budget": cost, "n": len(here[OURS])}
+        row |= {"noise": summary(here[OURS]), "encoder": None, "published": summary(here[best])}
+        row |= {"recipe": best, "paper": None if paper is None else summary(here[paper])}
+        row["ratio_published"] = ratio_of_means(here[OURS], here[best])
+        row["ratio"] = None if paper is None else ratio_of_means(here[OURS], here[paper])
+        row["ratio_published_encoder"] = None
+        if OURS_ENCODER in here:
+            row["encoder"] = summary(here[OURS_ENCODER])
+            row["ratio_published_encoder"] = ratio_of_means(here[OURS_ENCODER], here[best])
+        row["at_end"] = sum(v >= T - 1 for label in (OURS, best) for v in here[label])
+        rows.append(row)
+    return rows
+
+
+def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The RESULT line: the least ratios over the budgets of the cases, and where they are."""
+    alone = len({row["case"] for row in rows}) == 1
+    counted = [row for row in rows if alone or row["case"] not in SHOWN]
     result: dict[str, float] = {}
-    apart = 1.0
-    for case, horizons in last.items():
-        if case in SHOWN and len(last) > 1:
-            continue
-        ours = horizons["default"]
-        published = {k: v for k, v in horizons.items() if k not in ("default", "paper")}
-        best = max(published.values(), key=sum)
-        for name, theirs in (("ratio", horizons["paper"]), ("ratio_published", best)):
-            ratio, low, high = ratio_of_means(ours, theirs)
-            if ratio < result.get(name, float("inf")):
-                result |= {name: ratio, f"{name}_low": low, f"{name}_high": high}
-            apart = min(apart, float(summary(ours)["low"] > summary(theirs)["high"]))
-    return result | {"apart": apart}
+    for name in ("ratio", "ratio_published", "ratio_published_encoder"):
+        at = [row for row in counted if row[name] is not None]
+        if at:
+            worst = min(at, key=lambda row: float(row[name].value))
+            ratio, low, high = worst[name]
+            result |= {name: ratio, f"{name}_low": low, f"{name}_high": high}
+            result[f"{name}_budget"] = worst["budget"]
+    apart = [row["noise"]["low"] > row["published"]["high"] for row in counted]
+    return result | {"apart": float(all(apart))}
+
+
+def _interval(value: Any, digits: int) -> str:
+    """A mean or a ratio with its interval; a dash where there is none."""
+    if value is None:
+        return "–"
+    middle, low, high = (
+        (value["mean"], value["low"], value["high"]) if isinstance(value, dict) else value
+    )
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the table: means and ratios as text, with their intervals."""
+    means, ratios = ("noise", "encoder", "published", "paper"), ("ratio", "ratio_published")
+    digits = dict.fromkeys(means, 1) | dict.fromkeys((*ratios, "ratio_published_encoder"), 2)
+    return {k: _interval(v, digits[k]) if k in digits else v for k, v in row.items()}
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -241,7 +219,7 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
         for label in dict.fromkeys(row["recipe"] for row in here):
             line = [row for row in here if row["recipe"] == label]
             spent = [row["spent"] for row in line]
-            style = {"default": "-", "paper": "--"}.get(label, ":")
+            style = "-" if label in (OURS, OURS_ENCODER) else "--" if PAPER in label else ":"
             axis.plot(spent, [row["mean"] for row in line], style, label=label)
             axis.fill_between(
                 spent, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15
@@ -253,8 +231,8 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes[-1].legend(fontsize=6)
 
 
-def main() -> None:
-    """Run the recipes side by side in each case."""
+def options_of(arguments_given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; --quick: two")
     parser.add_argument("--corpus", type=Path, help="parquet of texts for the natural case")
@@ -265,12 +243,21 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=int, help="tokens spent per passage")
     parser.add_argument(
-        "--published", nargs="+", choices=PUBLISHED, help="default: all; --quick: one"
+        "--published", nargs="+", choices=SWEEP, help="recipes; default: all; --quick: two"
     )
-    options = parser.parse_args()
-    labels = options.published or (QUICK_PUBLISHED if options.quick else tuple(PUBLISHED))
+    parser.add_argument("--lr", type=float, nargs="+", help="their learning rates, not the sweep's")
+    return parser.parse_args(arguments_given)
+
+
+def main() -> None:
+    """Run the recipes side by side in each case."""
+    options = options_of()
+    sweep = QUICK_SWEEP if options.quick and not options.published else SWEEP
+    sweep = {name: sweep[name] for name in options.published or sweep}
+    if options.lr:
+        sweep = dict.fromkeys(sweep, tuple(options.lr))
     rows: list[dict[str, Any]] = []
-    last: dict[str, dict[str, list[int]]] = {}
+    budgets: list[dict[str, Any]] = []
     for name in options.cases or (QUICK if options.quick else CASES):
         case = CASES[name]
         n, budget = QUICK.get(name, (3, 600)) if options.quick else (case.passages, case.budget)
@@ -278,30 +265,18 @@ def main() -> None:
         lm = load_lm(options.model) if name.startswith("pocket") else case.load()
         texts = case.text(lm, n, case.tokens, options.corpus)
         passages = [Passage(passage.ids, i) for i, passage in enumerate(texts)]
-        costs = [round(budget * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
-        # Everybody may spend the whole budget: the default's own limits are for daily use.
-        # In the model's own dtype, like the published: a margin is one on the way, too.
-        default = Recipe(steps=10**6, patience=10**6, compute="model")
-        default = default.in_logits(lm.logit_spread)
-        recipes = {"default": replace(default, margin=max(options.margin, default.margin))}
-        least = recipes["default"].margin if options.same_margin else 0.0
-        for label in labels:
-            recipe = PUBLISHED[label]
-            recipes[label] = replace(recipe, margin=max(recipe.margin, least))
-        recipes["paper"] = Recipe.of("paper")
-        last[name] = {}
-        for label, recipe in recipes.items():
-            if label == "paper":
-                horizons = fixed(lm, recipe, passages, costs)
-            else:
-                horizons = growing(lm, recipe, passages, costs, staged=label in PUBLISHED)
-            rows += rows_of(name, label, recipe, costs, horizons, case.tokens)
-            last[name][label] = [row[-1] for row in horizons]
-            print(f"{name}, {label}: {rows[-1]['mean']:.1f} tokens", file=sys.stderr, flush=True)
-    save_figure(options.out / "horizon", lambda axes: draw(axes, rows), len(last))
-    full = {row["case"]: row["spent"] for row in rows}  # costs rise, so the last one stays
-    ends = [row for row in rows if row["spent"] == full[row["case"]]]
-    report("horizon", rows, options, shown=ends, **compare(last))
+        points = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS
+        costs = [round(budget * (i + 1) / points) for i in range(points)]
+        recipes = ours(lm, options.margin)
+        recipes |= published(sweep, recipes[OURS].margin if options.same_margin else 0.0)
+        print(f"{name}: {len(recipes)} recipes", file=sys.stderr, flush=True)
+        found = curves(lm, recipes, passages, costs)
+        rows += long_rows(name, found, costs, case.tokens)
+        budgets += budget_rows(name, found, costs, case.tokens)
+    cases = len({row["case"] for row in rows})
+    save_figure(options.out / "horizon", lambda axes: draw(axes, rows), cases)
+    table = [shown(row) for row in budgets]
+    report("horizon", rows, options, shown=table, **compare(budgets))
 
 
 if __name__ == "__main__":

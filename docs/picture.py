@@ -2,7 +2,7 @@
 
     python docs/picture.py
 
-The passage is the first 40 tokens of examples/letter.txt, crammed into one vector of `pocket`.
+The passage is examples/bus.txt, 48 tokens of ordinary text, crammed into one vector of `pocket`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import memvec
 from memvec import metrics
 
 ROOT = Path(__file__).parent.parent
-TOKENS = 40
 WIDTH, HEIGHT, LEFT, BASE, TALLEST = 860, 330, 52, 222, 150
 ALONE, CRAMMED = "#b9c4cf", "#d9822b"
 
@@ -24,11 +23,12 @@ ALONE, CRAMMED = "#b9c4cf", "#d9822b"
 def bits_of_each_token() -> tuple[list[str], list[float], list[float], float, float, int]:
     """Tokens, bits without and with the vector, both sums, and the width D."""
     lm = memvec.load_lm("pocket")
-    ids = lm.tokenize((ROOT / "examples/letter.txt").read_text(encoding="utf-8"))[:TOKENS]
-    mem = memvec.cram(lm, lm.text(ids), tokens=TOKENS)
+    text = (ROOT / "examples/bus.txt").read_text(encoding="utf-8")
+    ids = lm.tokenize(text)
+    mem = memvec.cram(lm, text, tokens=len(ids))
     assert mem.exact
     assert len(mem.passages) == 1
-    assert memvec.decode(lm, mem) == [lm.text(ids)]
+    assert memvec.decode(lm, mem) == [text]
     table = torch.tensor([ids])
     with torch.no_grad():
         crammed = metrics.surprisal(lm.head(lm.states(mem.vectors, table, "vectors")), table)[0]

@@ -21,6 +21,7 @@ PROGRAMS = [
     "horizon",
     "margins",
     "peak",
+    "peers",
     "step",
     "usable",
     "vectors",
@@ -45,7 +46,7 @@ def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, 
 
 @pytest.mark.parametrize("longest", range(12))
 def test_the_search_finds_the_longest_length_and_ends(longest):
-    from horizon import Search
+    from at_costs import Search
 
     search, tried = Search(), []
     while (length := search.next_length(11)) is not None:
@@ -61,7 +62,7 @@ def test_the_search_finds_the_longest_length_and_ends(longest):
 
 def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
     """For a growing recipe; one passage at a time, because another batch rounds differently."""
-    from horizon import growing
+    from at_costs import growing
 
     lm, recipe, costs = tiny(), Recipe(steps=10**6, patience=10**6), [60, 240]
     recipe = recipe.in_logits(lm.logit_spread)
@@ -80,7 +81,7 @@ def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
 
 @pytest.mark.slow
 def test_the_papers_horizon_is_paid_for_by_its_search():
-    from horizon import fixed
+    from at_costs import fixed
 
     lm, recipe = tiny(), Recipe.of("paper", lr=0.1)
     asked = passages(9, 9, seed=34)
@@ -116,3 +117,123 @@ def test_peak_memory_is_what_the_work_held_at_once():
     found = [peak_memory(hold), peak_memory(hold)]  # again: the allocator has kept what it freed
     for peak in found:
         assert 120 * 2**20 < peak < 170 * 2**20
+
+
+def test_the_least_ratio_over_the_budgets_is_reported_and_its_budget_named():
+    """A lead at the last budget does not hide a smaller one before it; rates are chosen anew."""
+    from horizon import budget_rows, compare, long_rows
+
+    found = {
+        "default, noise": [[4, 6, 9], [4, 6, 9]],
+        "default, encoder": [[8, 8, 9], [8, 8, 9]],
+        "low-dim 256, lr 0.1": [[3, 3, 3], [3, 3, 3]],
+        "low-dim 256, lr 0.5": [[2, 5, 4], [2, 5, 4]],
+        "paper, lr 0.1": [[0, 2, 3], [0, 2, 3]],
+    }
+    rows = budget_rows("pocket-natural", found, [10, 20, 30], T=64)
+    assert [row["recipe"] for row in rows] == [
+        "low-dim 256, lr 0.1",
+        "low-dim 256, lr 0.5",
+        "low-dim 256, lr 0.5",
+    ]
+    result = compare(rows)
+    assert result["ratio_published"] == pytest.approx(6 / 5)
+    assert result["ratio_published_low"] == result["ratio_published_high"] == pytest.approx(6 / 5)
+    assert result["ratio_published_budget"] == 20
+    assert (result["ratio"], result["ratio_budget"]) == (3, 20)
+    assert result["ratio_published_encoder"] == pytest.approx(8 / 5)
+    assert result["apart"] == 1
+    starts = {row["recipe"]: row["start"] for row in long_rows("x", found, [10, 20, 30], 64)}
+    assert [label for label, start in starts.items() if start == "encoder"] == ["default, encoder"]
+
+
+def test_every_published_recipe_runs_at_each_rate_of_the_sweep():
+    from horizon import SWEEP, published
+
+    recipes = published(SWEEP, margin=0.0)
+    assert len(recipes) == sum(len(rates) for rates in SWEEP.values())
+    assert recipes["low-dim 32, lr 0.5"].dimensions == 32
+    assert {recipe.lr for recipe in recipes.values()} >= {0.01, 0.1, 0.5, 1.0}
+    assert published({"progressive": (0.1,)}, margin=0.7)["progressive, lr 0.1"].margin == 0.7
+
+
+def test_a_published_run_is_read_at_smaller_step_limits():
+    from exact import Trial, per_minute, ratio_of_rates, result_of
+
+    done, lost = Trial(True, 50, 5.0, {40: 4.0}), Trial(False, 160, 16.0, {40: 4.0, 160: 15.9})
+    assert done.given_up_after(160) is done
+    assert done.given_up_after(40) == Trial(False, 40, 4.0, {})
+    assert per_minute([done, lost.given_up_after(40)]) == pytest.approx(60 / 9)
+    ratio, low, high = ratio_of_rates([Trial(True, 1, 0.5, {})] * 8, [done, done, done, lost])
+    assert ratio == pytest.approx(120 / (60 * 3 / 31))
+    assert low <= ratio <= high
+
+    def at(ratio, finished):
+        return {"finished": finished, "n": 16, "noise": (ratio, ratio, ratio)}
+
+    # One passage of sixteen is no rate; and the least of the models counts, not the largest.
+    result = result_of({"a": [at(5.0, 16), at(30.0, 4), at(900.0, 1)], "b": [at(12.0, 2)]})
+    assert (result["ratio"], result["ratio_hard"], result["ratio_hard_finished"]) == (5, 12, 2)
+
+
+SEED_PROGRAM = """
+import torch
+from nltk import sent_tokenize
+from transformers import AutoModelForCausalLM
+
+def run_single_experiment(N, text, max_length, steps, sample, run, name, dtype, flash, device,
+                          tokenizer, lr, beta_1, beta_2, decay, early_stopping_patience=2000,
+                          shuffled=False):
+    print("a line that nobody wants")
+    ids = tokenizer(text, max_length=max_length, truncation=True, return_tensors="pt").to(device)
+    model = AutoModelForCausalLM.from_pretrained(name, use_flash_attention_2=flash)
+    rows = model.get_input_embeddings()(ids["input_ids"])[0]
+    return {"best_accuracy": 0.5, "best_memory_params": rows[:1].detach().numpy(),
+            "losses": [1.0] * steps}
+"""
+TRAINERS = """
+from sklearn.decomposition import PCA
+from torch.utils.tensorboard import SummaryWriter
+
+class FullCrammingTrainer:
+    def __init__(self, model, args, train_dataset, data_collator, **others):
+        self.model, self.batch = model, data_collator(train_dataset)
+
+    def train(self):
+        rows = self.model.get_input_embeddings()(self.batch.input_ids)[:, :1]
+        self._save_artifacts([
+            {"sample_id": i, "embedding": row.tolist(), "final_convergence": 1.0 - i / 8,
+             "num_input_tokens": 8, "convergence_after_steps": 3}
+            for i, row in enumerate(rows)
+        ], tensor=None)
+"""
+ARGUMENTS = """
+class MyTrainingArguments:
+    def __init__(self, **given):
+        self.__dict__.update(given)
+"""
+
+
+def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(tmp_path, capsys):
+    from peers import by_progressive, by_seed
+
+    (tmp_path / "train.py").write_text(SEED_PROGRAM)
+    package = tmp_path / "src/progressive_cramming/train"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(TRAINERS)
+    (package / "arguments.py").write_text(ARGUMENTS)
+    lm, asked = tiny(), passages(8, 8, seed=35)
+    asked = [type(p)(p.ids, i) for i, p in enumerate(asked)]
+    before, path = set(sys.modules), list(sys.path)
+    seed = by_seed(lm, asked, tmp_path, lr=0.01, steps=7)
+    full = by_progressive(lm, asked, tmp_path, "FullCrammingTrainer", 1, learning_rate=0.1)
+    assert sys.path == path
+    assert not {"train", "nltk", "progressive_cramming"} & (set(sys.modules) - before)
+    assert capsys.readouterr().out == ""
+    for found in (seed, full):
+        for passage, answer in zip(asked, found, strict=True):
+            expected = lm.embed(torch.tensor([passage.ids[:1]]))[0]
+            torch.testing.assert_close(answer.vectors, expected)
+    assert [(answer.reached, answer.steps) for answer in seed] == [(5, 7), (5, 7)]
+    assert [(answer.reached, answer.steps) for answer in full] == [(8, 3), (7, 3)]

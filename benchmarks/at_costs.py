@@ -1,0 +1,126 @@
+"""The exact horizon of each passage at each of several costs, for recipes of both kinds.
+
+The cost of a passage is what it itself had to forward and back, in tokens: what counted at each
+step, plus the vectors. `growing` is for recipes whose horizon grows step by step; `fixed` for the
+paper's, which crams passages of fixed length: the longest length is searched, and the search is
+part of its cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from memvec.cramming.certify import Outcome, positions
+from memvec.cramming.engine import Engine, Job
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids, first_error
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+
+ROUNDING = 1e-3  # logits: the same sums in another batch shape
+
+
+def growing(
+    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int], staged: bool
+) -> list[list[int]]:
+    """Horizon of each passage at each cost, from the best vectors that it had by then.
+
+    `staged`: the recipe grows by stages of one token, each of which ends with a forward pass that
+    finds all of it right and is followed by no backward pass: half of what a step costs.
+    """
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
+    for passage in passages:
+        engine.push(passage)
+    engine.fill(len(passages))
+    order = [job.passage.document for job in engine.jobs]
+    before = lm.inputs_before(engine.K, engine.start_rule)
+    vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
+    ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
+    while True:
+        last = engine.batch.vectors, engine.batch.schedule.best
+        engine.step()
+        batch = engine.batch
+        spent, stopped = batch.spent.tolist(), batch.stopped.tolist()
+        stages = zip(last[1].clamp_min(0).tolist(), batch.schedule.best.tolist(), strict=True)
+        for row, (old, new) in enumerate(stages):
+            if staged:
+                ended[row] += sum(stage + before for stage in range(old + 1, new + 1)) / 2
+            paid = spent[row] + ended[row]
+            for at, cost in enumerate(costs):
+                # The step that goes past a cost was not paid for at that cost.
+                if (order[row], at) not in vectors and (paid > cost or stopped[row]):
+                    now = (batch.vectors, batch.schedule.best)
+                    best, reach = last if paid > cost else now
+                    vectors[order[row], at] = best[row].clone(), int(reach[row])
+        if all(stopped):
+            break
+        engine.fill(len(passages))
+    keys = sorted(vectors)
+    stack = torch.stack([vectors[key][0] for key in keys])
+    # No vectors hold more than they reached by the margins.
+    asked = [
+        Passage(passages[key[0]].ids[: max(1, vectors[key][1])], passages[key[0]].document)
+        for key in keys
+    ]
+    decoded = decode_ids(lm, stack, [len(p) for p in asked], start=engine.start_rule)
+    margins = positions(lm, stack, asked, engine.start_rule).margin
+    horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
+    for (document, at), ids, passage, margin in zip(keys, decoded, asked, margins, strict=True):
+        error = first_error(ids, passage.ids)
+        right = len(passage) if error is None else error
+        enough = (margin >= engine.recipe.margin - ROUNDING) & (margin > 0)
+        sure = int(enough[: len(passage)].int().cumprod(0).sum())
+        horizons[document][at] = max(0, min(right, sure, vectors[document, at][1]))
+    return horizons
+
+
+@dataclass
+class Search:
+    """Where the search for a passage's longest length stands, in predicted tokens."""
+
+    completed: int = 0
+    failed: int | None = None
+
+    def next_length(self, most: int) -> int | None:
+        """Double until a length fails, then bisect; None when nothing is left to try."""
+        if self.failed is None:
+            length = max(2, 2 * self.completed)
+            return None if self.completed == most else min(length, most)
+        middle = (self.completed + self.failed) // 2
+        return middle if middle > self.completed else None
+
+
+def fixed(
+    lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
+) -> list[list[int]]:
+    """The same for a recipe of fixed lengths: doubling, then bisection, all of it paid for."""
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
+    searches = [Search() for _ in passages]
+    history: list[list[tuple[int, int]]] = [[] for _ in passages]
+
+    def go_on(document: int, spent: int) -> None:
+        passage, given = passages[document], engine.given
+        length = searches[document].next_length(len(passage) - given)
+        if length is not None and spent < costs[-1]:
+            cut = Passage(passage.ids[: length + given], document)
+            engine.waiting.push(Job(cut, engine.recipe.margin, spent=spent))
+
+    def note(outcome: Outcome) -> None:
+        document, length = outcome.passage.document, len(outcome.passage) - engine.given
+        if outcome.exact:
+            searches[document].completed = length
+            history[document].append((outcome.spent, length))
+        else:
+            searches[document].failed = length
+        go_on(document, outcome.spent)
+
+    for document in range(len(passages)):
+        go_on(document, 0)
+    for outcome in engine.run():
+        note(outcome)
+    return [
+        [max([length for spent, length in row if spent <= cost], default=0) for cost in costs]
+        for row in history
+    ]

@@ -1,0 +1,56 @@
+"""The shipped report docs/pocket-full is of today's model, today's spec and today's columns."""
+
+import csv
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import memvec
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "docs/pocket-full"
+AGAIN = "run: make page"
+
+# The page waits for its run with the longer lengths of the spec; take this mark away after it.
+waiting = pytest.mark.xfail(
+    strict=True, reason="docs/pocket-full is of the model until 2026-11-22: make page"
+)
+
+
+def shipped() -> dict:
+    """What the page was made of: its own data."""
+    page = (SHIPPED / "index.html").read_text("utf-8")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(data[1])
+
+
+@waiting
+def test_the_page_was_made_by_todays_model():
+    made_by, lm = shipped()["reproduce"]["models"]["pocket"], memvec.load_lm("pocket")
+    assert lm.encoder is not None
+    assert made_by["weights"] == lm.fingerprint.weights, AGAIN
+    assert made_by["width"] == lm.width
+
+
+@waiting
+def test_the_page_was_made_by_todays_spec():
+    assert shipped()["reproduce"]["spec"] == (ROOT / "studies/pocket-full.toml").read_text("utf-8")
+
+
+@waiting
+def test_the_rows_of_the_page_have_todays_columns():
+    columns = [
+        name for name, *_ in runpy.run_path(str(ROOT / "docs/study_columns.py"))["columns"]()
+    ]
+    with (SHIPPED / "rows.csv").open(newline="") as file:
+        header = next(csv.reader(file))
+    assert set(header) - {"extra"} == {c for c in columns if not c.startswith("extra: ")}, AGAIN
+
+
+def test_the_page_says_what_it_was_made_of():
+    """Without these figures the tests above would compare nothing."""
+    assert re.fullmatch("[0-9a-f]{64}", shipped()["reproduce"]["models"]["pocket"]["weights"])
+    assert memvec.load_lm("pocket").fingerprint.weights
