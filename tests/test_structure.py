@@ -13,7 +13,7 @@ FILES = {
     for path in ROOT.rglob("*.py")
 }
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
-BESIDE = ("lab", "usable", "encoders", "export", "hub", "workers", "cli")  # beside the core
+BESIDE = ("lab", "usable", "arms", "encoders", "export", "hub", "workers", "cli")  # beside the core
 
 
 def imports(name: str) -> set[str]:
@@ -97,7 +97,7 @@ def test_the_core_is_small():
     core = [
         path for name, path in MODULES.items() if name.split(".")[1:2] not in [[p] for p in BESIDE]
     ]
-    assert sum(lines_of_code(path) for path in core) < 5220
+    assert sum(lines_of_code(path) for path in core) < 5150
 
 
 @pytest.mark.parametrize("name", MODULES)

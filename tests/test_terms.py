@@ -9,9 +9,9 @@ import torch
 
 from conftest import QUICK, passages, tiny
 from memvec import registry
+from memvec.arms.geometric import NO_FAILURE, Geometric
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.schedules import NO_FAILURE, Geometric
 from memvec.cramming.terms import Term, TermLoss
 from memvec.errors import MemvecError
 

@@ -53,7 +53,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "term": {
         "none": "memvec.cramming.terms:NoTerm",
         "use": "memvec.usable.term:Use",
-        "alignment": "memvec.cramming.alignment:Alignment",
+        "alignment": "memvec.arms.alignment:Alignment",
     },
     "queries": {
         "continuations": "memvec.usable.queries:continuations",
@@ -61,7 +61,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "schedule": {
         "growing": "memvec.cramming.schedules:Growing",
-        "geometric": "memvec.cramming.schedules:Geometric",
+        "geometric": "memvec.arms.geometric:Geometric",
         "whole": "memvec.cramming.schedules:Whole",
     },
     "coordinates": {

@@ -249,11 +249,13 @@ PRESETS: dict[str, Recipe] = {
     # The text behind a trigger, and the vectors as its context (docs/usable.md).
     "usable": Recipe(
         term="use",
+        margin=0.05,
+        query_count=64,
         settle=300,
         decay=300,
         lr=0.3,
         lr_large=0.0,
-        lr_end=0.02,
+        lr_end=0.05,
         beta1=0.9,
         beta1_rise=0.0,
         beta2=0.8,
