@@ -362,3 +362,17 @@ def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence
     ran = command("cram", text, "-m", folder, "-o", tmp_path / "a.mem", *words)
     assert ran.code == 2
     assert sentence in ran.sentence
+
+
+def test_another_file_of_questions_is_another_run(folder, tmp_path, command):
+    """What an interrupted run has finished counts under the same questions only."""
+    text, file, questions = tmp_path / "a.txt", tmp_path / "a.mem", tmp_path / "q.txt"
+    text.write_text("the cat sat")
+    quick = ["--set", "settle=5", "--set", "decay=5", "--set", "query_tokens=6", "--vectors", 4]
+    words = ["cram", text, "-m", folder, "-o", file, "--usable", "--queries", questions, *quick]
+    found = []
+    for question in ("the\n", "sat\n"):
+        questions.write_text(question)
+        assert command(*words, "--force").code == 0
+        found.append(MemVectors.load(file).vectors)
+    assert not torch.equal(*found)

@@ -3,6 +3,7 @@ r"""`memvec cram`: a text becomes a file of \[mem] vectors, certified to decode 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,7 +183,15 @@ class _Request:
             "layout": self.layout,
             "storage": self.storage,
             "version": __version__,
+            **self._questions(),
         }
+
+    def _questions(self) -> dict[str, str]:
+        """A hash of the file of questions, if the recipe names one: its name says too little."""
+        path = Path(self.recipe.queries)
+        if self.recipe.term != "use" or not path.is_file():
+            return {}
+        return {"questions": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _usable(
