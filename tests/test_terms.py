@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import QUICK, passages, tiny
-from memvec import registry
 from memvec.arms.geometric import NO_FAILURE, Geometric
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.terms import Term, TermLoss
 from memvec.errors import MemvecError
 
 ALIGNED = replace(QUICK, term="alignment", term_weight=0.5, align_layers=2, compute="model")
@@ -90,18 +89,14 @@ def test_layers_that_a_model_does_not_have_are_a_sentence():
         Engine(tiny(), replace(ALIGNED, align_layers=99))
 
 
-def test_a_term_of_ones_own_is_a_class():
-    class Small(Term):
-        def measure(self, vectors, batch, columns, padding_rows):
-            loss = vectors.square().mean((1, 2))
-            return TermLoss(loss[: len(batch)].detach(), (loss,), (torch.ones_like(loss),))
-
-    registry.register("term", "small-for-a-test")(Small)
+def test_the_page_s_term_runs():
+    """docs/howto/add-term.md: its code, beside the same recipe without it."""
+    page = Path(__file__).parent.parent / "docs" / "howto" / "add-term.md"
+    code = page.read_text("utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(code, str(page), "exec"), {"__name__": "a_page_of_the_docs"})
     sizes = {}
     for weight in (0.0, 30.0):
-        recipe = replace(
-            QUICK, term="small-for-a-test", term_weight=weight, settle=40, lr=0.05, lr_large=0.0
-        )
+        recipe = replace(QUICK, term="small", term_weight=weight, settle=40, lr=0.05, lr_large=0.0)
         outcomes = list(Engine(tiny(), recipe, vectors=2).run(passages(3, 3, seed=6)))
         assert all(o.exact for o in outcomes)
         sizes[weight] = sum(float(o.vectors.float().square().mean()) for o in outcomes)
