@@ -18,7 +18,7 @@ from memvec.lab.study.row import Row
 PAGE = Path(__file__).parent / "studies.md"
 BEGIN = "<!-- columns: written by `python docs/study_columns.py` -->\n"
 END = "<!-- end of columns -->\n"
-UNITS = "bits|hits|logits|passages|seconds|steps|tokens"
+UNITS = "bits|hits|logits|nats|passages|seconds|steps|tokens"
 KINDS = {bool: "true or false", int: "number", float: "number", dict: "JSON"}
 
 

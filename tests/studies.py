@@ -71,6 +71,17 @@ lengths = [4]
 passages = 2
 recipe = { lr = 0.1, steps = 8 }
 [[runs]]
+protocol = "usable"
+sources = ["random-tokens"]
+lengths = [4]
+vectors = [2]
+passages = 2
+texts = 2
+words = 5
+layers = true
+directions = true
+recipe = { settle = 8, decay = 8, steps = 12, query_count = 2, query_tokens = 4, trigger = "#3" }
+[[runs]]
 protocol = "one-step"
 lengths = [2, 4]
 vectors = [2]

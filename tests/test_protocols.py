@@ -196,6 +196,7 @@ def extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "least_moved_bits is stored as [99.5]",
         ),
         ("upper-bound", '{"copy": null}', "extra is stored as"),
+        ("usable", '{"words": [[1]]}', "extra is stored as"),
     ],
 )
 def test_the_check_sees_a_falsified_measurement_of_each_protocol(
@@ -312,6 +313,6 @@ def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatc
         assert list(extra) == list(protocol.extras)
         ids = outcome.passage.ids
         table = logits(lm, None, [lm.bos_id, *ids])[-len(ids) - 1 : -1]
-        slow = SlowPassage(lm, ids, (), 0, *bits_and_margins(table, ids), 1e-3, {})
+        slow = SlowPassage(lm, ids, (), 0, *bits_and_margins(table, ids), 1e-3, {}, outcome.vectors)
         (compared,) = protocol.recompute(slow, extra)
         assert compared.stored == pytest.approx(compared.recomputed, abs=compared.allowed[0])

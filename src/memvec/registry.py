@@ -103,6 +103,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "copy": "memvec.lab.protocols.copy:Copy",
         "upper-bound": "memvec.lab.protocols.upper_bound:UpperBound",
         "geometry": "memvec.lab.protocols.geometry:Geometry",
+        "usable": "memvec.lab.protocols.usable:Usable",
     },
     "export": {
         "transformers": "memvec.export.transformers:Transformers",

@@ -30,7 +30,8 @@ class SlowPassage:
 
     `ids` are its T tokens, `before` the real tokens in front of it; the first `given` tokens are
     not predicted. `lm_bits` and `lm_margin` (N,) are of the N predicted positions, in bits and
-    logits; sums of bits may differ by `bits_tolerance`. `options` are the protocol's.
+    logits; sums of bits may differ by `bits_tolerance`. `options` are the protocol's. `vectors`
+    (K, D) are as stored, in float32; `lm` has the trigger that they were crammed with.
     """
 
     lm: FrozenLM
@@ -41,6 +42,7 @@ class SlowPassage:
     lm_margin: Floats
     bits_tolerance: float
     options: dict[str, Any]
+    vectors: Tensor
 
     def bits_after(self, prefix: Sequence[int]) -> tuple[float, int]:
         """(bits, arg-max hits) of the predicted tokens after `prefix`, no vectors."""
@@ -101,7 +103,7 @@ def teacher_forced(
 ) -> tuple[Floats, Floats]:
     """Bits and margins of the predicted tokens after the vectors (K, D) and the start token."""
     given = int(start == "first-token")
-    middle = [lm.bos_id] if start == "bos" else []
+    middle = [lm.trigger] if start == "bos" else []
     n = len(ids) - given
     table = logits(lm, vectors.float(), [*middle, *ids])[-n - 1 : -1]
     return bits_and_margins(table, tuple(ids)[given:])

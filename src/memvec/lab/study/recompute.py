@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memvec.cramming.starts import triggered
 from memvec.lab import slow
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.slow import SlowPassage
@@ -51,10 +52,11 @@ def recompute(
     `tie` is a margin of about zero, logits; `bits_limit` how far sums may differ, bits per token.
     """
     start, K = start_rule(lm, cell), cell.vectors
+    lm = triggered(lm, cell.made_recipe())
     given = int(start == "first-token")
     n = len(ids) - given
     front = vectors.float()
-    middle = [lm.bos_id] if start == "bos" else []
+    middle = [lm.trigger] if start == "bos" else []
     order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
     if order is not None:
         table = slow.one_step_logits(lm, front, order)[-n:]
@@ -93,7 +95,9 @@ def recompute(
         _spent(cell, int(row["steps"]) - retries, n, K, beside, start),
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
-        SlowPassage(lm, ids, before, given, lm_bits, lm_margin, bits_limit * n, cell.options),
+        SlowPassage(
+            lm, ids, before, given, lm_bits, lm_margin, bits_limit * n, cell.options, front
+        ),
         int((np.abs(margin) < tie).sum()),
         int((np.abs(lm_margin) < tie).sum()),
     )
@@ -140,11 +144,14 @@ def _spent(cell: Cell, moves: int, n: int, K: int, before: int, start: str) -> t
     """The range of forward-backward tokens of so many moves.
 
     A move costs the positions that counted (all n, or with a growing horizon at least the
-    look-ahead), and the vectors (`before`) and the start token that stand before them.
+    look-ahead), the vectors (`before`) and the start token that stand before them, and what the
+    second loss reads: the vectors and a query.
     """
     growing = cell.recipe["schedule"] == "growing"
     # a look-ahead that narrows ends at one token
     ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * K
     fewest = min(n, ahead) if growing else n
     beside = before + (start != "vectors")
+    if cell.recipe.get("term", "none") == "use":
+        beside += K + int(cell.recipe["query_tokens"]) - 1
     return moves * (fewest + beside), moves * (n + beside)

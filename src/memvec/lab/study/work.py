@@ -96,8 +96,8 @@ def cram_cell(
         by_hash.setdefault(ids_hash(sourced.passage.ids), []).append(sourced)
     for outcome in engine.run([group[0].passage for group in by_hash.values()]):
         for sourced in by_hash[ids_hash(outcome.passage.ids)]:
-            made = (engine.start_rule, engine.batch_size)
-            yield _finished(lm, cell, *made, sourced, outcome, worker)
+            made = (engine.start_rule, engine.batch_size)  # engine.lm knows the trigger
+            yield _finished(engine.lm, cell, *made, sourced, outcome, worker)
 
 
 def _finished(

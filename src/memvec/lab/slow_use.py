@@ -1,0 +1,148 @@
+"""What vectors are worth as context, and which layers read them, the slow and independent way.
+
+Beside memvec.lab.slow: one text at a time through the model's own forward, log-probabilities in
+float64 with numpy, a layer knocked out by running its attention on the two parts apart (no mask),
+gradients one word at a time, and spans by least squares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memvec.lab import slow
+from memvec.model.lm import FrozenLM
+
+Floats = NDArray[np.float64]
+
+
+def log_probabilities(
+    lm: FrozenLM, vectors: Tensor | None, before: Sequence[int], words: Sequence[int]
+) -> Floats:
+    """(L, V) log-probabilities, nats, at each word behind [vectors, before]."""
+    table = slow.logits(lm, vectors, [*before, *words])[-len(words) - 1 : -1]
+    table = table - table.max(1, keepdims=True)
+    return np.asarray(table - np.log(np.exp(table).sum(1, keepdims=True)))
+
+
+def context_ids(lm: FrozenLM, ids: Sequence[int], K: int) -> dict[str, list[int]]:
+    """Token ids of the text, of nothing and of the text's ends, as the model reads them."""
+    bos = [] if lm.bos_id is None else [lm.bos_id]
+    ends = {n: list(ids)[len(ids) - n :] for n in (K, 2 * K, 4 * K, 8 * K) if n < len(ids)}
+    named = {f"last {n} tokens": [*bos, *end] for n, end in ends.items()}
+    return {"text": [*bos, *ids], "nothing": bos, **named}
+
+
+def divergence_and_nll(
+    lm: FrozenLM, vectors: Tensor | None, before: Sequence[int], text: Sequence[int], words: Any
+) -> tuple[float, float]:
+    """(KL from the model behind `text`, NLL of the words) behind [vectors, before], nats a word."""
+    kl, nll = [], []
+    for row in words:
+        p = log_probabilities(lm, None, text, row)
+        q = log_probabilities(lm, vectors, before, row)
+        kl.append(float((np.exp(p) * (p - q)).sum(1).mean()))
+        nll.append(-float(q[np.arange(len(row)), row].mean()))
+    return float(np.mean(kl)), float(np.mean(nll))
+
+
+def both_modes(
+    lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Any, layers: Collection[int] = ()
+) -> tuple[list[float], bool]:
+    """[leading tokens right, mean margin (logits), KL (nats a word)] with some layers knocked out;
+    and whether a margin is so close to zero that the tokens may differ."""
+    text = context_ids(lm, ids, len(vectors))["text"]
+    with apart(lm, layers, len(vectors)):
+        _, margin = slow.teacher_forced(lm, vectors, ids, "bos")
+        behind = [log_probabilities(lm, vectors, [], row) for row in words]
+    kl = []
+    for row, q in zip(words, behind, strict=True):
+        p = log_probabilities(lm, None, text, row)
+        kl.append(float((np.exp(p) * (p - q)).sum(1).mean()))
+    leading = int(np.cumprod(margin > 0).sum())
+    tie = bool((np.abs(margin) < 1e-2).any())
+    return [float(leading), float(margin.mean()), float(np.mean(kl))], tie
+
+
+@contextlib.contextmanager
+def apart(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
+    """While this holds, the attention of these layers is computed of the first K positions and of
+    those behind them apart: the softmax of the latter never meets the former."""
+    named = [
+        module
+        for name, module in lm.model.named_modules()
+        if name.rsplit(".", 1)[-1] in ("self_attn", "attention", "attn")
+    ]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            module: Any = named[layer]
+            module.forward = _in_two(module.forward, K)
+            stack.callback(delattr, module, "forward")
+        yield
+
+
+def _in_two(forward: Callable[..., Any], K: int) -> Callable[..., Any]:
+    def run(hidden_states: Tensor, **given: Any) -> Any:
+        parts = []
+        for part in (slice(0, K), slice(K, hidden_states.shape[1])):
+            own = dict(given)
+            own["position_embeddings"] = tuple(x[:, part] for x in given["position_embeddings"])
+            if given.get("attention_mask") is not None:
+                own["attention_mask"] = given["attention_mask"][..., part, part]
+            if given.get("position_ids") is not None:
+                own["position_ids"] = given["position_ids"][:, part]
+            parts.append(forward(hidden_states=hidden_states[:, part], **own))
+        return torch.cat([p[0] for p in parts], 1), *parts[0][1:]
+
+    return run
+
+
+def margin_gradients(lm: FrozenLM, vectors: Tensor, ids: Sequence[int]) -> Floats:
+    """(T, K·D) gradients of each token's margin behind the trigger."""
+    rows = []
+    for at, token in enumerate(ids):
+        point, logits = _last_logits(lm, vectors, [lm.trigger, *ids[:at]])
+        others = torch.cat([logits[:token], logits[token + 1 :]])
+        (gradient,) = torch.autograd.grad(logits[token] - others.max(), point)
+        rows.append(gradient.double().cpu().numpy().ravel())
+    return np.stack(rows)
+
+
+def word_gradients(lm: FrozenLM, vectors: Tensor, words: Any, n: int) -> Floats:
+    """(n, K·D) gradients of the log-probability of n words, spread evenly over the texts."""
+    rows, flat = [], [(row, at) for row in words for at in range(len(row))]
+    for i in range(n):
+        row, at = flat[len(flat) * i // n]
+        point, logits = _last_logits(lm, vectors, row[:at])
+        (gradient,) = torch.autograd.grad(logits[row[at]] - logits.logsumexp(0), point)
+        rows.append(gradient.double().cpu().numpy().ravel())
+    return np.stack(rows)
+
+
+def share_inside(rows: Floats, others: Floats) -> float:
+    """Mean share of each row's squared length that least squares explains by the other rows."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return float(1 - (residual(unit, others) ** 2).sum(1).mean())
+
+
+def residual(rows: Floats, others: Floats) -> Floats:
+    """What least squares leaves of each row."""
+    A = (others / np.linalg.norm(others, axis=1, keepdims=True)).T
+    fitted, *_ = np.linalg.lstsq(A, rows.T, rcond=None)
+    return np.asarray(rows - (A @ fitted).T)
+
+
+def _last_logits(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+    """(the vectors as a leaf, the logits (V,) behind [vectors, ids])."""
+    table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
+    with torch.enable_grad():
+        point = vectors.to(lm.device, lm.dtype).detach().clone().requires_grad_()
+        inputs = torch.cat([point[None], lm.embedding(table)], 1)
+        logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].float()
+    return point, logits

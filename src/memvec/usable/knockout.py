@@ -1,0 +1,105 @@
+"""The model with attention to the vectors knocked out in some of its layers: who reads them where?
+
+In a layer that is knocked out, no position behind the vectors sees the vectors' positions: a hook
+adds that to the attention mask which the layer would have used, and the shares of attention are
+those of the positions that are left. The vectors' own positions are read as ever, so what a higher
+layer finds there does not change. Gradients and decoding with a cache are not asked of it.
+
+Works for models whose layers have one attention module each that takes `attention_mask` and
+`position_embeddings` (Llama, OLMo 2, Qwen, Mistral, Gemma, Phi and others), with the attention
+implementations 'sdpa' and 'eager'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+
+KERNELS = ("sdpa", "eager")  # attention implementations that take any mask
+
+
+def attention_modules(lm: FrozenLM) -> list[nn.Module]:
+    """The attention module of each layer, from the first layer to the last.
+
+    Raises MemvecError for a model that has others than Llama has.
+    """
+    kernel = getattr(lm.config, "_attn_implementation", None)
+    layers = int(getattr(lm.config.get_text_config(), "num_hidden_layers", 0))
+    found = [module for module in lm.model.modules() if _is_attention(module)]
+    if len(found) != layers or kernel not in KERNELS:
+        raise _unfit(lm, f"{len(found)} attention modules like Llama's in {layers} layers")
+    return found
+
+
+@torch.no_grad()
+def layer_count(lm: FrozenLM) -> int:
+    """Layers in which attention can be knocked out.
+
+    Raises MemvecError as `attention_modules` does, and for a model that reads vectors otherwise
+    too (a hybrid with a recurrent state): then attention is not all there is to knock out.
+    """
+    layers, token = len(attention_modules(lm)), lm.embed(torch.tensor([[2]], device=lm.device))
+    # Two vectors that differ, the same token behind each.
+    inputs = torch.stack([torch.cat([part, token[0]]) for part in (-token[0], 2 * token[0])])
+    with knocked_out(lm, range(layers), 1):
+        first, second = lm.states_of(inputs, keep=1)
+    if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
+        raise _unfit(lm, "another way than attention to read them")
+    return layers
+
+
+def _unfit(lm: FrozenLM, reason: str) -> MemvecError:
+    return MemvecError(
+        f"{lm.name} has {reason}, so attention to its vectors cannot be knocked out layer by "
+        "layer: leave out `layers`, or use a model like Llama with the kernel sdpa or eager."
+    )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if not type(module).__name__.endswith("Attention"):
+        return False
+    return {"attention_mask", "position_embeddings"} <= inspect.signature(
+        module.forward
+    ).parameters.keys()
+
+
+@contextlib.contextmanager
+def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
+    """While this holds, positions from K on do not attend to the first K in these layers.
+
+    Raises MemvecError as `attention_modules` does.
+    """
+    modules = attention_modules(lm)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        states = given["hidden_states"] if "hidden_states" in given else args[0]
+        return args, {**given, "attention_mask": _without(given["attention_mask"], states, K)}
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            handle = modules[layer].register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _without(
+    mask: Tensor | None, states: Float[Tensor, "B N D"], K: int
+) -> Float[Tensor, "b 1 N N"]:
+    """The additive mask of a layer, with the first K positions hidden from all behind them."""
+    N, lowest = states.shape[1], torch.finfo(states.dtype).min
+    position = torch.arange(N, device=states.device)
+    seen = position[None] <= position[:, None]
+    if mask is not None:  # a sliding window, say: what it hides stays hidden
+        seen = mask if mask.dtype == torch.bool else mask > lowest / 2
+    seen = seen & ~((position[:, None] >= K) & (position[None] < K))
+    added = torch.zeros(seen.shape, dtype=states.dtype, device=states.device)
+    return added.masked_fill(~seen, lowest).reshape(-1, 1, N, N)

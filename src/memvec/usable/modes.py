@@ -1,0 +1,47 @@
+"""Both modes of the same vectors in three numbers: what comes behind the trigger, what behind none.
+
+Made once for a passage and its held-out texts; asked for each change of the vectors, or of the
+model while it reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec import metrics
+from memvec.model.lm import FrozenLM
+from memvec.usable.queries import text_inputs
+from memvec.usable.teacher import states_behind
+
+
+class BothModes:
+    """What vectors give of a passage, and how far they are from it as context."""
+
+    @torch.no_grad()
+    def __init__(self, lm: FrozenLM, ids: Sequence[int], words: Int[Tensor, "M L"]) -> None:
+        self.lm, self.words = lm, words.to(lm.device)
+        self.ids = torch.tensor([list(ids)], device=lm.device)
+        # The reference is read here, outside of whatever a caller changes in the model.
+        self.reference = self._log_p(text_inputs(lm, ids))
+
+    @torch.no_grad()
+    def __call__(self, vectors: Float[Tensor, "K D"]) -> list[float]:
+        """[leading tokens right behind the trigger, mean margin (logits), KL (nats a word)].
+
+        Leading tokens are teacher-forced: as many as free-running decoding gives back.
+        """
+        rows = vectors[None].to(self.lm.device)
+        logits = self.lm.logits(rows, self.ids, "bos")
+        margin = metrics.margins(logits, self.ids)
+        leading = metrics.horizon(margin > 0)
+        log_q = self._log_p(rows)
+        kl = (self.reference.exp() * (self.reference - log_q)).sum(-1).mean()
+        return [float(leading[0]), float(margin.mean()), float(kl)]
+
+    def _log_p(self, inputs: Float[Tensor, "1 N D"]) -> Float[Tensor, "M L V"]:
+        behind = states_behind(self.lm, inputs.expand(len(self.words), -1, -1), self.words)
+        return self.lm.head(behind).log_softmax(-1)

@@ -1,0 +1,230 @@
+"""How exactness and use trade: attention that is knocked out, subspaces of both modes, the study."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import QUICK, passages, reader, tiny
+from memvec.cramming.engine import Engine
+from memvec.errors import MemvecError
+from memvec.lab import slow_use
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.report.report import write_report
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.study.check import check_study
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
+from memvec.usable import directions
+from memvec.usable.knockout import attention_modules, knocked_out, layer_count
+from memvec.usable.modes import BothModes
+from studies import EVERYTHING, HEAD, run, spec_in
+from test_protocols import falsify, restore
+
+# Sliding windows of 5, grouped heads, norms on queries and keys, partial rotary embeddings.
+KNOCKED = ["llama", "olmo2", "qwen3", "mistral", "gemma3", "phi", "gpt-neox"]
+RUN = EVERYTHING[EVERYTHING.index('[[runs]]\nprotocol = "usable"') :]
+RUN = RUN[: RUN.index('[[runs]]\nprotocol = "one-step"')]
+
+
+def vectors_of(lm, K=2, seed=0):
+    return torch.randn(K, lm.width, generator=torch.Generator().manual_seed(seed))
+
+
+def states(lm, vectors, ids):
+    table = torch.tensor([ids])
+    return lm.states_of(torch.cat([vectors[None], lm.embed(table)], 1), keep=len(ids))
+
+
+# ---------------------------------------------------------------------- knocking out attention
+
+
+@pytest.mark.parametrize("family", KNOCKED)
+def test_without_attention_in_any_layer_the_vectors_say_nothing(family):
+    lm, ids = tiny(family), list(passages(7, seed=1)[0].ids)
+    one, other = vectors_of(lm), vectors_of(lm, seed=9)
+    assert not torch.allclose(states(lm, one, ids), states(lm, other, ids), atol=1e-3)
+    everywhere = range(len(attention_modules(lm)))
+    with knocked_out(lm, everywhere, len(one)):
+        torch.testing.assert_close(states(lm, one, ids), states(lm, other, ids))
+
+
+@pytest.mark.parametrize("family", KNOCKED)
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]])
+def test_a_mask_and_attention_of_the_parts_apart_agree(family, layers):
+    """The fast path hides positions from the softmax, the slow one runs it without them."""
+    lm, ids = tiny(family), list(passages(6, seed=2)[0].ids)
+    vectors = vectors_of(lm)
+    whole = states(lm, vectors, ids)
+    with knocked_out(lm, layers, len(vectors)):
+        masked = states(lm, vectors, ids)
+    with slow_use.apart(lm, layers, len(vectors)):
+        split = states(lm, vectors, ids)
+    torch.testing.assert_close(masked, split, atol=2e-5, rtol=2e-5)
+    assert not torch.allclose(masked, whole, atol=1e-3)
+    # Neither leaves anything behind.
+    assert torch.equal(states(lm, vectors, ids), whole)
+
+
+def test_nothing_stays_behind_when_the_model_fails():
+    lm = tiny()
+    before = [len(m._forward_pre_hooks) for m in attention_modules(lm)]
+    with pytest.raises(ZeroDivisionError), knocked_out(lm, [0, 1], 2):
+        raise ZeroDivisionError
+    assert [len(m._forward_pre_hooks) for m in attention_modules(lm)] == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon-h1"])
+def test_a_model_that_is_not_like_llama_is_refused_in_a_sentence(family):
+    with pytest.raises(MemvecError, match="cannot be knocked out layer by layer: leave out"):
+        layer_count(tiny(family))
+
+
+# ---------------------------------------------------------------------- directions
+
+
+def test_directions_are_those_of_one_gradient_at_a_time():
+    lm, ids = tiny(), passages(5, seed=3)[0].ids
+    vectors, words = vectors_of(lm), torch.tensor([p.ids for p in passages(6, 6, seed=4)])
+    text = directions.directions_of_text(lm, vectors, ids)
+    places = directions.places_of(2, 6, 5)
+    use = directions.directions_of_use(lm, vectors, words, places)
+    assert len(set(places)) == 5
+    slow_text = slow_use.margin_gradients(lm, vectors, ids)
+    slow_words = slow_use.word_gradients(lm, vectors, words.tolist(), 5)
+    np.testing.assert_allclose(text, slow_text, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(use, slow_words, atol=1e-4, rtol=1e-3)
+    assert directions.overlap(text, use) == pytest.approx(
+        slow_use.share_inside(slow_text, slow_words), abs=1e-3
+    )
+
+
+def test_the_overlap_is_that_of_spans():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 400, generator=generator)
+    mixed = torch.randn(4, 4, generator=generator) @ a
+    assert directions.overlap(a, mixed) == pytest.approx(1, abs=1e-6)
+    b = torch.zeros(2, 400)
+    b[0, 0], b[1, 1] = 1.0, 5.0
+    c = torch.zeros(1, 400)
+    c[0, 2] = 2.0
+    assert directions.overlap(b, c) == 0
+    c[0, 0] = 2.0  # half of its squared length is in the span
+    assert directions.overlap(c, b) == pytest.approx(0.5)
+    by_chance = np.mean([directions.overlap(torch.randn(4, 400), a) for _ in range(200)])
+    assert by_chance == pytest.approx(4 / 400, rel=0.2)
+
+
+def test_vectors_without_a_span_have_nothing_in_it():
+    a, vectors = torch.randn(3, 12), torch.randn(2, 6)
+    left = directions.without(vectors, a)
+    assert (a @ left.flatten()).abs().max() < 1e-4
+    assert not torch.allclose(left, vectors)
+    torch.testing.assert_close(directions.without(left, a), left)
+
+
+# ---------------------------------------------------------------------- the protocol
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("usable")
+    # Long enough that some come back whole; a second recipe, and one without further measurements.
+    text = RUN.replace("settle = 8, decay = 8, steps = 12", "settle = 60, decay = 60, steps = 200")
+    text += text.replace("query_count", "term_weight = 0.0, query_count")
+    plain = RUN.replace("lengths = [4]", "lengths = [3]").replace("true", "false")
+    run(spec_in(base, HEAD + text + plain), base, base / "out")
+    return base / "out"
+
+
+def extras_of(folder: Path) -> list[dict]:
+    with Store(folder) as store:
+        return [json.loads(e) for (e,) in store.db.execute("SELECT extra FROM rows ORDER BY rowid")]
+
+
+def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    checked = check_study(small)
+    assert checked["wrong"] == []
+    assert {"contexts", "rms", "layers", "directions"} <= checked["worst"].keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda e: e["contexts"]["nothing"].__setitem__(0, 9.5), "contexts nothing is stored"),
+        (lambda e: e["contexts"]["vectors"].__setitem__(1, 9.5), "contexts vectors is stored"),
+        (lambda e: e["contexts"].pop("vectors"), "contexts, entries is stored"),
+        (lambda e: e["words"].pop(), "words, texts and tokens is stored"),
+        (lambda e: e["words"][0].__setitem__(0, 7), "contexts nothing is stored"),
+        (lambda e: e.update(rms=7.0), "rms is stored"),
+        (lambda e: e["layers"]["1"].__setitem__(1, 99.0), "layers 1 is stored"),
+        (lambda e: e["layers"].pop("0+"), "layers, entries is stored"),
+        (lambda e: e["directions"].__setitem__("use in text", [0.9]), "directions use in text is"),
+        (lambda e: e.update(directions={}), "directions, entries is stored"),
+        (lambda e: e.update(layers=3), "which protocol 'usable' does not write"),
+    ],
+)
+def test_the_check_sees_each_falsified_measurement(small, monkeypatch, change, sentence):
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    extra = next(e for e in extras_of(small) if e["layers"])
+    change(extra)
+    before = falsify(small, json.dumps(extra), "usable")
+    wrong = check_study(small)["wrong"]
+    restore(small, before)
+    assert any(sentence in s for s in wrong), wrong
+
+
+def test_the_report_shows_the_frontier_and_the_layers(small, tmp_path):
+    page = write_report(small, tmp_path / "report").page.read_text("utf-8")
+    folder = tmp_path / "report"
+    for name in ("usable", "usable-contexts", "usable-directions"):
+        assert (folder / f"tables/{name}.csv").is_file(), name
+    for name in ("usable", "usable-layers"):
+        assert (folder / f"figures/{name}.svg").is_file(), name
+    assert "The layer that costs most alone" in page
+    extras = extras_of(small)
+    table = pd.read_csv(folder / "tables/usable-contexts.csv")
+    shown = table[table["context"] == "nothing"]["KL"]
+    assert len(shown) == 3  # two passages each
+    ours = [e["contexts"]["nothing"][0] for e in extras]
+    assert shown.mean() == pytest.approx(sum(ours) / len(ours), rel=1e-6)
+
+
+def test_what_is_knocked_out_nowhere_is_what_the_row_says(small):
+    with Store(small) as store:
+        rows = store.db.execute("SELECT extra, horizon FROM rows").fetchall()
+    for extra, horizon in rows:
+        if layers := json.loads(extra)["layers"]:
+            assert layers["none"][0] == horizon
+            assert layers["none"][2] == pytest.approx(
+                json.loads(extra)["contexts"]["vectors"][0], abs=1e-5
+            )
+
+
+def test_both_modes_are_of_the_same_vectors():
+    lm, ids = tiny(), passages(5, seed=6)[0].ids
+    words = torch.tensor([p.ids for p in passages(6, 6, seed=7)])
+    vectors = vectors_of(lm)
+    again, _ = slow_use.both_modes(lm, vectors, ids, words.tolist())
+    assert BothModes(lm, ids, words)(vectors) == pytest.approx(again, abs=1e-4)
+
+
+def test_a_start_rule_without_a_trigger_is_refused():
+    with pytest.raises(MemvecError, match=r"run 1 \(usable\) reads the vectors with and without"):
+        parse_spec(HEAD + RUN.replace("recipe = {", 'recipe = { start_rule = "vectors",'), "spec")
+
+
+def test_a_model_without_bos_is_refused():
+    lm = copy(tiny())
+    lm.bos_id = None
+    outcome = next(iter(Engine(tiny(), QUICK, vectors=1, batch_size=1).run(passages(3))))
+    sourced = SourcedPassage(0, outcome.passage, "random-tokens")
+    with pytest.raises(MemvecError, match="has no BOS token, so it can read nothing at all"):
+        protocol_of("usable").extra(lm, sourced, outcome, "bos", {})
