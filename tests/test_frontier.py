@@ -1,4 +1,4 @@
-"""How exactness and use trade: attention that is knocked out, subspaces of both modes, the study."""
+"""How exactness and use trade: attention knocked out, subspaces of both modes, the study."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def extras_of(folder: Path) -> list[dict]:
     with Store(folder) as store:
-        return [json.loads(e) for (e,) in store.db.execute("SELECT extra FROM rows ORDER BY rowid")]
+        return [json.loads(e) for (e,) in store.db.execute("SELECT extra FROM rows")]
 
 
 def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):

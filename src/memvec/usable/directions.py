@@ -67,7 +67,7 @@ def places_of(M: int, L: int, n: int) -> list[tuple[int, int]]:
     return [divmod(M * L * i // n, L) for i in range(n)]
 
 
-def overlap(directions: Directions, others: Directions) -> float:
+def overlap(directions: Directions, others: Float[Tensor, "m KD"]) -> float:
     """Mean share of the squared length of `directions` that lies in the span of `others`."""
     inside = directions.double() @ _basis(others)
     return float((inside.square().sum(1) / directions.double().square().sum(1)).mean())

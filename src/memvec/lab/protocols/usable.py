@@ -20,7 +20,7 @@ from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import slow_use
-from memvec.lab.protocols import protocol, usable_report
+from memvec.lab.protocols import protocol, usable_figures, usable_report
 from memvec.lab.protocols.protocol import Card, Compared, Protocol
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
@@ -44,16 +44,15 @@ class Usable(Protocol):
     changes = {"start_rule": "bos"}  # noqa: RUF012
     extras = {  # noqa: RUF012
         "words": "token ids of the held-out texts that were read behind each context",
-        "contexts": "for each context: [KL from the model behind the text, nats, NLL of the words, "
-        "nats], a word",
+        "contexts": "for each context: [KL from the model behind the text and NLL, a word, nats]",
         "rms": "root mean square of the vectors' numbers",
         "layers": "for attention to the vectors knocked out in a layer ('2'), in it and all above "
-        "('2+') and in none: [leading tokens right behind the trigger, tokens, mean margin there, "
-        "logits, KL as context, nats a word]; empty without the option `layers`",
-        "directions": "share of the tokens' gradients inside the span of the words' ('text in "
-        "use'), the reverse, and for the vectors whole and without either span: [leading tokens "
-        "right, tokens, mean margin, logits, KL as context, nats a word]; empty without the option "
-        "`directions`",
+        "('2+') and in none: [right ones before the first error behind the trigger, tokens, the "
+        "mean margin of all, logits, KL as context, nats]; empty without the option `layers`",
+        "directions": "share of the gradients of the passage's margins inside the span of those of "
+        "held-out words ('text in use'), the reverse, and for the vectors whole and without either "
+        "span: [right ones before the first error behind the trigger, tokens, mean margin, logits, "
+        "KL as context, nats]; empty without the option `directions`",
     }
 
     class Options(protocol.Options):
@@ -163,7 +162,7 @@ class Usable(Protocol):
         return usable_report.tables(data, data.of(self.name))
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
-        return usable_report.figures(data.of(self.name))
+        return usable_figures.figures(data.of(self.name))
 
 
 def cases(layers: int) -> dict[str, list[int]]:
@@ -188,7 +187,7 @@ def in_spans(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
 ) -> dict[str, list[float]]:
     """How far the directions of both modes coincide, and what each mode loses without a span."""
-    places = directions.places_of(*words.shape, len(ids))
+    places = directions.places_of(len(words), words.shape[1], len(ids))
     text = directions.directions_of_text(lm, vectors, ids)
     use = directions.directions_of_use(lm, vectors, words, places)
     both_modes = BothModes(lm, ids, words)

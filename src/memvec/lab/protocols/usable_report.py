@@ -1,4 +1,4 @@
-"""Tables and figures of the protocol 'usable', from its rows."""
+"""Tables and first numbers of the protocol 'usable', from its rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Card
-from memvec.lab.report.data import Data, by_length, panel_title, short
-from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.statistics import (
     Interval,
@@ -23,8 +23,6 @@ from memvec.lab.statistics import (
     share_interval,
 )
 from memvec.usable.certificate import FULL, NONE, VECTORS
-
-DASHED = 2  # controls that a panel of the frontier shows: the last K tokens and the next longer
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class Group(NamedTuple):
     K: int
     rows: pd.DataFrame
     extras: list[dict[str, Any]]
+
+    def measured(self, what: str) -> list[dict[str, list[float]]]:
+        """What an option added to each row that has it: 'layers' or 'directions'."""
+        return [extra[what] for extra in self.extras if extra[what]]
 
     @property
     def per_vector(self) -> Mean:
@@ -111,7 +113,9 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
     """The trade, every context beside the vectors, and the subspaces where they were compared."""
     found = list(groups(rows))
     shown = [_trade(data, found), _contexts(found)]
-    compared = [group for group in found if any(extra["directions"] for extra in group.extras)]
+    if knocked := [group for group in found if group.measured("layers")]:
+        shown.append(_knocked(knocked))
+    compared = [group for group in found if group.measured("directions")]
     return [*shown, _spans(data, compared)] if compared else shown
 
 
@@ -130,10 +134,11 @@ def _trade(data: Data, found: list[Group]) -> Table:
     return Table(
         "usable",
         "Exactness against use",
-        "Weight: of the divergence beside the passage's own loss; RMS: of the vectors; exact: share "
-        "of passages that decode whole; tokens/vector: leading tokens that decode, per vector; KL: "
-        "from the model behind the text on held-out words, nats a word; KL/nothing: over that "
-        "without context; kept: share of the text's gain on these words. 95 % intervals.",
+        "Weight: of the divergence beside the passage's own loss; RMS: of the vectors' numbers; "
+        "exact: share of passages that decode whole; tokens/vector: leading tokens that decode, "
+        "per vector; KL: from the model behind the text on held-out words, nats a word; "
+        "KL/nothing: over that without context; kept: share of the text's gain on these words. "
+        "95 % intervals.",
         columns,
         rows,
     )
@@ -158,10 +163,30 @@ def _contexts(found: list[Group]) -> Table:
     )
 
 
+def _knocked(found: list[Group]) -> Table:
+    rows: list[list[TableCell]] = []
+    for g in found:
+        entries = g.measured("layers")
+        for name in entries[0]:
+            row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
+            row += [float(value) for value in np.mean([e[name] for e in entries], axis=0)]
+            rows.append([*row, *rise(entries, name), len(entries)])
+    columns = ["model", "source", "length", "K", "without", "tokens", "margin", "KL"]
+    return Table(
+        "usable-layers",
+        "Without attention to the vectors in some layers",
+        "Without: a layer, or it and all above ('2+'); tokens: leading ones right behind the "
+        "trigger; margin: mean of the passage's, logits; KL: as context, nats a word; KL / whole: "
+        "over that with all layers, 95 % interval. '0+' reads no vectors, and no BOS either.",
+        [*columns, "KL / whole", "low", "high", "n"],
+        rows,
+    )
+
+
 def _spans(data: Data, found: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
     for g in found:
-        own = [extra["directions"] for extra in g.extras if extra["directions"]]
+        own = g.measured("directions")
         chance = g.length / (g.K * int(data.models[g.model]["width"]))
         row: list[TableCell] = [short(g.model), g.series, g.length, g.K, chance]
         for name in ("text in use", "use in text"):
@@ -194,118 +219,6 @@ def _recipe(data: Data, group: Group) -> dict[str, Any]:
     return recipe
 
 
-# ---------------------------------------------------------------------- figures
-
-
-def figures(rows: pd.DataFrame) -> list[Plot]:
-    """The frontier, and the layers where attention was knocked out."""
-    found = list(groups(rows))
-    plots = [_frontier(found)]
-    knocked = [group for group in found if any(extra["layers"] for extra in group.extras)]
-    return [*plots, _layers(knocked)] if knocked else plots
-
-
-def _frontier(found: list[Group]) -> Plot:
-    panels: dict[str, Panel] = {}
-    by_panel: dict[tuple[str, int], list[Group]] = {}
-    for g in found:
-        by_panel.setdefault((g.model, g.K), []).append(g)
-    for (model, K), own in by_panel.items():
-        series = []
-        for name in dict.fromkeys(g.series for g in own):
-            series.append(_points(name, [g for g in own if g.series == name]))
-        title = panel_title(model, K)
-        panels[title] = Panel(
-            title,
-            "exact tokens per vector",
-            "KL / KL of no context",
-            series + _ends(own),
-        )
-    nearer = [g.worth(VECTORS).ratio.high < 1 for g in found]
-    whole = [g for g in found if g.exact.share == 1]
-    caption = (
-        f"Each point is a model, source, recipe, length and K ({len(found)} of them); in "
-        f"{sum(nearer)} the vectors are nearer to the text than no context is, with the whole "
-        f"interval; in {len(whole)} every passage is exact. Dashed: ends of the text."
-    )
-    if whole:
-        best = min(whole, key=lambda g: g.worth(VECTORS).ratio.value)
-        ratio = best.worth(VECTORS).ratio
-        caption += (
-            f" Smallest ratio with every passage exact: {ratio.value:.2f} [{ratio.low:.2f}, "
-            f"{ratio.high:.2f}], {best.length} tokens in {best.K} vectors ({best.series}, "
-            f"{short(best.model)}, n {len(best.rows)})."
-        )
-    return Plot("usable", "Exactness against use", caption, list(panels.values()))
-
-
-def _points(name: str, own: list[Group]) -> Series:
-    ratios = [g.worth(VECTORS).ratio for g in own]
-    return Series(
-        name,
-        [g.per_vector.mean for g in own],
-        [r.value for r in ratios],
-        "line",
-        [r.low for r in ratios],
-        [r.high for r in ratios],
-        [f"{g.length} tokens, exact {g.exact}, n {len(g.rows)}" for g in own],
-    )
-
-
-def _ends(own: list[Group]) -> list[Series]:
-    """What ends of the text are worth at each length; the recipe makes no difference to them."""
-    alike: dict[int, Group] = {}
-    for g in own:
-        alike.setdefault(g.length, g)
-    lengths = sorted(alike.values(), key=lambda g: g.length)
-    names = dict.fromkeys(name for g in lengths for name in g.contexts() if name.startswith("last"))
-    series = []
-    for name in list(names)[:DASHED]:
-        having = [g for g in lengths if name in g.contexts()]
-        x = [g.length / g.K for g in having]
-        y = [g.worth(name).ratio.value for g in having]
-        if len(x) == 1:  # a dash beside the points rather than nothing
-            x, y = [0.9 * x[0], 1.1 * x[0]], y * 2
-        series.append(Series(name, x, y, "dashed"))
-    return series
-
-
-def _layers(found: list[Group]) -> Plot:
-    panels, first = [], []
-    for g in found:
-        own = [extra["layers"] for extra in g.extras if extra["layers"]]
-        names = [name for name in own[0] if name.isdigit()]
-        for above in ("", "+"):
-            lost = {mode: _lost(own, [n + above for n in names], mode) for mode in ("exact", "use")}
-            bars = [
-                Series(label, [float(i) for i in range(len(names))], lost[mode], "bars")
-                for mode, label in (("exact", "leading tokens"), ("use", "use as context"))
-            ]
-            if not above:
-                strongest = {
-                    m: names[max(range(len(names)), key=v.__getitem__)] for m, v in lost.items()
-                }
-                first.append((g, strongest, len(own)))
-            what = "in it and all above" if above else "in one layer"
-            title = f"{short(g.model)}, {g.series}, {g.length} in {g.K}, {what}"
-            panels.append(Panel(title, "layer", "share lost", bars, names))
-    sentences = [
-        f"{short(g.model)}, {g.series}, {g.length} tokens in {g.K}: layer {s['exact']} for the "
-        f"tokens, layer {s['use']} for use (n {n})"
-        for g, s, n in first
-    ]
-    caption = (
-        "Attention to the vectors is knocked out for all positions behind them. Lost: of the "
-        "leading tokens; and of the KL, its rise over that without any attention to them (1: as if "
-        "no layer read them). The layer that costs most alone: " + "; ".join(sentences) + "."
-    )
-    return Plot("usable-layers", "Which layers read the vectors", caption, panels)
-
-
-def _lost(own: list[dict[str, list[float]]], names: list[str], mode: str) -> list[float]:
-    """Share of the leading tokens lost, or of the rise of the KL to that without any attention."""
-    mean = {name: pd.DataFrame([entry[name] for entry in own]).mean().tolist() for name in own[0]}
-    at = 0 if mode == "exact" else 2
-    whole, nothing = mean["none"][at], 0.0 if mode == "exact" else mean["0+"][2]
-    scale = whole - nothing
-    return [(whole - mean[name][at]) / scale if scale else 0.0 for name in names]
+def rise(entries: list[dict[str, list[float]]], name: str) -> Interval:
+    """KL with something knocked out over that of the same passages with nothing knocked out."""
+    return ratio_of_means([e[name][2] for e in entries], [e["none"][2] for e in entries])

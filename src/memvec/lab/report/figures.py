@@ -95,6 +95,9 @@ def _panel(ax: Any, panel: Panel) -> None:
     if panel.log:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    if panel.log_y:
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.25)

@@ -43,6 +43,7 @@ class Panel:
     series: list[Series]
     names: list[str] | None = None
     log: bool = False  # x by powers of two
+    log_y: bool = False  # y by powers of two
 
 
 @dataclass(frozen=True)

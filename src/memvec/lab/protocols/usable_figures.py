@@ -1,0 +1,150 @@
+"""Figures of the protocol 'usable', from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from memvec.lab.protocols.usable_report import Group, groups, rise
+from memvec.lab.report.data import panel_title, short
+from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.statistics import Interval, mean_interval
+from memvec.usable.certificate import VECTORS
+
+DASHED = 2  # controls that a panel of the frontier shows: the last K tokens and the last 2 K
+
+
+def figures(rows: pd.DataFrame) -> list[Plot]:
+    """The frontier, and the layers where attention was knocked out."""
+    found = list(groups(rows))
+    plots = [_frontier(found)]
+    knocked = [group for group in found if group.measured("layers")]
+    return [*plots, _layers(knocked)] if knocked else plots
+
+
+def _frontier(found: list[Group]) -> Plot:
+    panels: dict[str, Panel] = {}
+    by_panel: dict[tuple[str, int], list[Group]] = {}
+    for g in found:
+        by_panel.setdefault((g.model, g.K), []).append(g)
+    for (model, K), own in by_panel.items():
+        labels = _labels(list(dict.fromkeys(g.series for g in own)))
+        series = [
+            _points(label, [g for g in own if g.series == name]) for name, label in labels.items()
+        ]
+        title = panel_title(model, K)
+        axes = ("exact tokens per vector", "KL / KL of no context")
+        panels[title] = Panel(title, *axes, [*series, *_ends(own)], log_y=True)
+    nearer = [g.worth(VECTORS).ratio.high < 1 for g in found]
+    whole = [g for g in found if g.exact.share == 1]
+    caption = (
+        f"Each point is a model, source, recipe, length and K ({len(found)} of them); in "
+        f"{sum(nearer)} the vectors are nearer to the text than no context is, with the whole "
+        f"interval; in {len(whole)} every passage is exact. Dashed: ends of the text."
+    )
+    if whole:
+        best = min(whole, key=lambda g: g.worth(VECTORS).ratio.value)
+        ratio = best.worth(VECTORS).ratio
+        caption += (
+            f" Smallest ratio with every passage exact: {ratio.value:.2f} [{ratio.low:.2f}, "
+            f"{ratio.high:.2f}], {best.length} tokens in {best.K} vectors ({best.series}, "
+            f"{short(best.model)}, n {len(best.rows)})."
+        )
+    return Plot("usable", "Exactness against use", caption, list(panels.values()))
+
+
+def _points(name: str, own: list[Group]) -> Series:
+    ratios = [g.worth(VECTORS).ratio for g in own]
+    line = _line(name, [g.per_vector.mean for g in own], ratios)
+    hover = [f"{g.length} tokens, exact {g.exact}, n {len(g.rows)}" for g in own]
+    return replace(line, hover=hover)
+
+
+def _ends(own: list[Group]) -> list[Series]:
+    """What ends of the text are worth at each length; the recipe makes no difference to them."""
+    alike: dict[int, Group] = {}
+    for g in own:
+        alike.setdefault(g.length, g)
+    lengths = sorted(alike.values(), key=lambda g: g.length)
+    names = dict.fromkeys(name for g in lengths for name in g.contexts() if name.startswith("last"))
+    series = []
+    for name in list(names)[:DASHED]:
+        having = [g for g in lengths if name in g.contexts()]
+        x = [g.length / g.K for g in having]
+        y = [g.worth(name).ratio.value for g in having]
+        if len(x) == 1:  # a dash beside the points rather than nothing
+            x, y = [0.9 * x[0], 1.1 * x[0]], y * 2
+        series.append(Series(name, x, y, "dashed"))
+    return series
+
+
+def _layers(found: list[Group]) -> Plot:
+    """One panel for each mode of a model, length and K; a line for each recipe."""
+    panels = []
+    alike: dict[tuple[str, int, int], list[Group]] = {}
+    for g in found:
+        alike.setdefault((g.model, g.length, g.K), []).append(g)
+    for (model, length, K), own in alike.items():
+        tokens, divergence, names = [], [], []
+        labels = _labels([g.series for g in own])
+        for g in own:
+            entries = g.measured("layers")
+            names = [name for name in entries[0] if name.isdigit()]
+            shares = [mean_interval([e[n][0] / length for e in entries]) for n in names]
+            tokens.append(line_of_means(labels[g.series], range(len(names)), shares))
+            ratios = [rise(entries, n) for n in names]
+            divergence.append(_line(labels[g.series], range(len(names)), ratios))
+        title = f"{short(model)}, {length} tokens in {K}"
+        panels.append(Panel(title, "without layer", "leading tokens right, share", tokens, names))
+        ratio = "KL / KL with all layers"
+        panels.append(Panel(title, "without layer", ratio, divergence, names, log_y=True))
+    best: dict[str, Group] = {}  # of each model
+    for g in sorted(found, key=lambda g: g.worth(VECTORS).ratio.value):
+        best.setdefault(g.model, g)
+    caption = (
+        "Attention to the vectors is knocked out in one layer, for all positions behind them; a KL "
+        "ratio above 1: the vectors are worth less as context without it. "
+        + " ".join(_strongest(g) for g in best.values())
+    )
+    return Plot("usable-layers", "Which layers read the vectors", caption, panels)
+
+
+def _strongest(g: Group) -> str:
+    """Which layer costs each mode most, in a sentence."""
+    entries = g.measured("layers")
+    names = [name for name in entries[0] if name.isdigit()]
+    mean = {name: np.mean([e[name] for e in entries], axis=0) for name in entries[0]}
+    cost = {name: rise(entries, name).value for name in names}
+    text, use = min(names, key=lambda n: mean[n][1]), max(names, key=cost.__getitem__)
+    whole, without, fewer = mean["none"], mean[text], mean[use]
+    return (
+        f"{short(g.model)}, {g.length} tokens in {g.K} ({g.series}, n {len(entries)}): the passage "
+        f"needs layer {text} most (without it the mean margin falls from {whole[1]:.2f} to "
+        f"{without[1]:.2f} logits, {without[0]:.1f} of {whole[0]:.1f} leading tokens are left and "
+        f"the KL is {cost[text]:.2f} times as large), use needs layer {use} most (KL "
+        f"{cost[use]:.2f} times as large, {fewer[0]:.1f} tokens left)."
+    )
+
+
+def _line(name: str, x: Iterable[float], values: Sequence[Interval]) -> Series:
+    """Estimates with their intervals, joined by a line."""
+    return Series(
+        name,
+        [float(v) for v in x],
+        [r.value for r in values],
+        "line",
+        [r.low for r in values],
+        [r.high for r in values],
+    )
+
+
+def _labels(series: Sequence[str]) -> dict[str, str]:
+    """What to call each series: the parts of its name that not all of them have."""
+    parts = {name: name.split(", ") for name in series}
+    common = set.intersection(*(set(own) for own in parts.values()))
+    if len(parts) == 1:
+        return {name: own[0] for name, own in parts.items()}
+    return {n: ", ".join(p for p in own if p not in common) or n for n, own in parts.items()}
