@@ -188,7 +188,7 @@ def test_the_report_shows_the_frontier_and_the_layers(small, tmp_path):
         assert (folder / f"tables/{name}.csv").is_file(), name
     for name in ("usable", "usable-layers"):
         assert (folder / f"figures/{name}.svg").is_file(), name
-    assert "The layer that costs most alone" in page
+    assert "the passage needs layer" in page
     extras = extras_of(small)
     table = pd.read_csv(folder / "tables/usable-contexts.csv")
     shown = table[table["context"] == "nothing"]["KL"]

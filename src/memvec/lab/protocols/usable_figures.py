@@ -88,25 +88,25 @@ def _layers(found: list[Group]) -> Plot:
     for g in found:
         alike.setdefault((g.model, g.length, g.K), []).append(g)
     for (model, length, K), own in alike.items():
-        tokens, divergence, names = [], [], []
+        margins, divergence, names = [], [], []
         labels = _labels([g.series for g in own])
         for g in own:
             entries = g.measured("layers")
-            names = [name for name in entries[0] if name.isdigit()]
-            shares = [mean_interval([e[n][0] / length for e in entries]) for n in names]
-            tokens.append(line_of_means(labels[g.series], range(len(names)), shares))
-            ratios = [rise(entries, n) for n in names]
+            names = ["none", *(name for name in entries[0] if name.isdigit())]
+            means = [mean_interval([e[name][1] for e in entries]) for name in names]
+            margins.append(line_of_means(labels[g.series], range(len(names)), means))
+            ratios = [rise(entries, name) for name in names]
             divergence.append(_line(labels[g.series], range(len(names)), ratios))
         title = f"{short(model)}, {length} tokens in {K}"
-        panels.append(Panel(title, "without layer", "leading tokens right, share", tokens, names))
-        ratio = "KL / KL with all layers"
-        panels.append(Panel(title, "without layer", ratio, divergence, names, log_y=True))
+        panels.append(Panel(title, "without layer", "mean margin, logits", margins, names))
+        panels.append(Panel(title, "without layer", "KL / KL with all layers", divergence, names))
     best: dict[str, Group] = {}  # of each model
     for g in sorted(found, key=lambda g: g.worth(VECTORS).ratio.value):
         best.setdefault(g.model, g)
     caption = (
-        "Attention to the vectors is knocked out in one layer, for all positions behind them; a KL "
-        "ratio above 1: the vectors are worth less as context without it. "
+        "Attention to the vectors is knocked out in one layer, for all positions behind them. Mean "
+        "margin: of the passage's tokens behind the trigger; a KL ratio above 1: the vectors are "
+        "worth less as context without that layer. "
         + " ".join(_strongest(g) for g in best.values())
     )
     return Plot("usable-layers", "Which layers read the vectors", caption, panels)
@@ -129,7 +129,7 @@ def _strongest(g: Group) -> str:
     )
 
 
-def _line(name: str, x: Iterable[float], values: Sequence[Interval]) -> Series:
+def _line(name: str, x: Iterable[float | int], values: Sequence[Interval]) -> Series:
     """Estimates with their intervals, joined by a line."""
     return Series(
         name,

@@ -56,19 +56,10 @@ def recompute(
     given = int(start == "first-token")
     n = len(ids) - given
     front = vectors.float()
-    middle = [lm.trigger] if start == "bos" else []
-    order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
-    if order is not None:
-        table = slow.one_step_logits(lm, front, order)[-n:]
-        bits, margin = slow.bits_and_margins(table, ids[given:])
-        decoded = [int(token) for token in table.argmax(1)]
-    else:
-        bits, margin = slow.teacher_forced(lm, front, ids, start)
-        decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
+    bits, margin, decoded, beside = _with_vectors(lm, cell, front, ids, start)
     lm_bits, lm_margin = _alone(lm, ids, start)
     wrong = [i for i, (a, b) in enumerate(zip(decoded, ids[given:], strict=True)) if a != b]
     right, base = margin > 0, lm_margin > 0
-    beside = K - 1 if order is None else len(order) - n
     h = int(row["horizon"])  # gains over the stored horizon, so that a flipped tie counts once
     margins = tuple(_margins(cell.recipe, lm.logit_spread))
     retries = _retries(margins, row["margin_asked"])
@@ -101,6 +92,23 @@ def recompute(
         int((np.abs(margin) < tie).sum()),
         int((np.abs(lm_margin) < tie).sum()),
     )
+
+
+def _with_vectors(
+    lm: FrozenLM, cell: Cell, front: Tensor, ids: tuple[int, ...], start: str
+) -> tuple[Floats, Floats, list[int], int]:
+    """(bits (N,), margins (N,), decoded tokens, inputs besides one for each predicted token)."""
+    given = int(start == "first-token")
+    n = len(ids) - given
+    order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
+    if order is not None:
+        table = slow.one_step_logits(lm, front, order)[-n:]
+        bits, margin = slow.bits_and_margins(table, ids[given:])
+        return bits, margin, [int(token) for token in table.argmax(1)], len(order) - n
+    bits, margin = slow.teacher_forced(lm, front, ids, start)
+    middle = [lm.trigger] if start == "bos" else []
+    decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
+    return bits, margin, decoded, cell.vectors - 1
 
 
 def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floats]:
