@@ -15,6 +15,7 @@ from conftest import QUICK, passages, reader, tiny
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
 from memvec.lab import slow_use
+from memvec.lab.protocols import usable_figures
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
@@ -228,3 +229,11 @@ def test_a_model_without_bos_is_refused():
     sourced = SourcedPassage(0, outcome.passage, "random-tokens")
     with pytest.raises(MemvecError, match="has no BOS token, so it can read nothing at all"):
         protocol_of("usable").extra(lm, sourced, outcome, "bos", {})
+
+
+def test_a_series_is_called_by_what_differs():
+    one = ["novels, weight 4, bos", "novels, weight 1, bos"]
+    assert list(usable_figures._labels(one).values()) == ["weight 4", "weight 1"]
+    several = [*one, "novels, weight 4, #1"]
+    assert list(usable_figures._labels(several).values()) == ["usual recipe", "weight 1", "#1"]
+    assert usable_figures._labels(["novels, weight 4"]) == {"novels, weight 4": "novels"}

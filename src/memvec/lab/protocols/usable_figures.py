@@ -142,9 +142,16 @@ def _line(name: str, x: Iterable[float | int], values: Sequence[Interval]) -> Se
 
 
 def _labels(series: Sequence[str]) -> dict[str, str]:
-    """What to call each series: the parts of its name that not all of them have."""
+    """What to call each series: what of its name differs, where several parts do from the usual."""
     parts = {name: name.split(", ") for name in series}
-    common = set.intersection(*(set(own) for own in parts.values()))
-    if len(parts) == 1:
-        return {name: own[0] for name, own in parts.items()}
-    return {n: ", ".join(p for p in own if p not in common) or n for n, own in parts.items()}
+    if len(parts) == 1 or len({len(own) for own in parts.values()}) > 1:
+        return {name: own[0] if len(parts) == 1 else name for name, own in parts.items()}
+    columns = list(zip(*parts.values(), strict=True))
+    varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if len(varying) == 1:
+        return {name: own[varying[0]] for name, own in parts.items()}
+    usual = [max(column, key=column.count) for column in columns]
+    return {
+        name: ", ".join(p for p, q in zip(own, usual, strict=True) if p != q) or "usual recipe"
+        for name, own in parts.items()
+    }

@@ -117,7 +117,8 @@ def _panel(ax: Any, panel: Panel) -> None:
             low, high = ax.get_ylim()
             ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
             ax.set_yticks(ticks)  # no accuracy above 1 beside the legend
-            ax.set_ylim(low, high + 0.3 * (high - low))
+            room = high * (high / low) ** 0.4 if panel.log_y else high + 0.3 * (high - low)
+            ax.set_ylim(low, room)
     heights = [v for s in panel.series for v in s.y if np.isfinite(v)]
     if panel.names and heights and min(heights) >= 0 and panel.series[0].mark != "boxes":
         ax.set_ylim(0, ax.get_ylim()[1] * (1.3 if bars else 1.0))
