@@ -6,6 +6,7 @@ answered becomes a receipt for each document, and the table comes from the recei
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import logging
 import random
@@ -18,7 +19,7 @@ from typing import Any
 
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import ids_hash
 from memvec.usable.columns import COLUMNS, SPLIT, check_sizes, column_named
@@ -137,15 +138,12 @@ def _changes(recipe: Recipe | None) -> dict[str, Any]:
 
 def _tasks(what: Evaluation) -> dict[str, Any]:
     """The harness's tasks by name, groups taken apart. Raises MemvecError for an unknown one."""
-    from lm_eval.tasks import TaskManager
-
-    folder = None if what.tasks_folder is None else str(what.tasks_folder)
-    manager = TaskManager(include_path=folder)
+    manager = _manager(what)
     for name in what.tasks:
         if name not in manager.all_tasks:
-            raise MemvecError(
-                f"the harness has no task '{name}': {did_you_mean(name, manager.all_tasks)}"
-            )
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)  # of thousands
+            hint = f"did you mean '{near[0]}'?" if near else "'lm_eval ls tasks' lists them."
+            raise MemvecError(f"the harness has no task '{name}': {hint}")
     try:
         loaded: dict[str, Any] = manager.load(list(what.tasks))["tasks"]
     except Exception as error:  # data of any kind, from anywhere
@@ -157,6 +155,18 @@ def _tasks(what: Evaluation) -> dict[str, Any]:
         if task.OUTPUT_TYPE not in KINDS:
             raise MemvecError(f"{name} scores whole texts, which have no context to replace.")
     return loaded
+
+
+def _manager(what: Evaluation) -> Any:
+    """What knows the tasks: of the folder alone if it has them all, for the harness's are many."""
+    from lm_eval.tasks import TaskManager
+
+    if what.tasks_folder is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(what.tasks_folder), include_defaults=False)
+    if all(name in own.all_tasks for name in what.tasks):
+        return own
+    return TaskManager(include_path=str(what.tasks_folder))
 
 
 def _run(model: Any, tasks: Sequence[Any], what: Evaluation) -> dict[str, Any]:
