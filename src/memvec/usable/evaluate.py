@@ -105,7 +105,8 @@ def evaluate(
 
     what.check()
     with _quiet():
-        tasks = _tasks(what)
+        manager = _manager(what)  # made once: it reads thousands of task files
+        tasks = _tasks(what, manager)
         receipts: list[Receipt] = []
         results: dict[str, Any] = {}
         for column in what.columns:
@@ -121,7 +122,7 @@ def evaluate(
                 batch_size=what.batch_size,
                 **_changes(what.recipe),
             )
-            raw = _run(model, list(tasks.values()), what)
+            raw = _run(model, list(tasks.values()), manager, what)
             own = list(_receipts(raw["samples"], tasks, model))
             results[column] = raw["results"]
             receipts += own
@@ -136,9 +137,8 @@ def _changes(recipe: Recipe | None) -> dict[str, Any]:
     return {} if recipe is None else recipe.record()
 
 
-def _tasks(what: Evaluation) -> dict[str, Any]:
+def _tasks(what: Evaluation, manager: Any) -> dict[str, Any]:
     """The harness's tasks by name, groups taken apart. Raises MemvecError for an unknown one."""
-    manager = _manager(what)
     for name in what.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)  # of thousands
@@ -169,12 +169,13 @@ def _manager(what: Evaluation) -> Any:
     return TaskManager(include_path=str(what.tasks_folder))
 
 
-def _run(model: Any, tasks: Sequence[Any], what: Evaluation) -> dict[str, Any]:
+def _run(model: Any, tasks: Sequence[Any], manager: Any, what: Evaluation) -> dict[str, Any]:
     import lm_eval
 
     raw: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=model,
         tasks=list(tasks),
+        task_manager=manager,
         num_fewshot=what.examples,
         limit=what.limit,
         bootstrap_iters=0,  # intervals come from the receipts
