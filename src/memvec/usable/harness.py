@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
@@ -82,7 +84,8 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, FrozenLM):
             self.lm = pretrained
         else:
-            self.lm = load_lm(pretrained, revision=revision, device=device or "auto", dtype=dtype)
+            where = _device(device)
+            self.lm = load_lm(pretrained, revision=revision, device=where, dtype=dtype)
         self.column = Column(
             self.lm,
             context,
@@ -171,6 +174,13 @@ class MemvecLM(HFLM):  # type: ignore[misc]
                 )
             )
         return stands
+
+
+def _device(asked: str | None) -> str:
+    """A device for load_lm; the harness asks for a GPU when nobody did, so there may be none."""
+    if asked is None or (asked in ("cuda", "cuda:0") and not torch.cuda.is_available()):
+        return "auto"
+    return asked
 
 
 def _generation(asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
