@@ -3,6 +3,7 @@
 # make test         lint, types and the whole suite
 # make coverage     the same, with the lines that no test reaches
 # make lock         write requirements.lock anew from the ranges in pyproject.toml
+# make test-eval    the tests of evaluation, with lm-evaluation-harness, as in requirements-eval.lock
 # make docs         the documentation as a site in site/, built strictly and without network
 # make page         runs studies/pocket-full.toml (about an hour on two cores) into docs/pocket-full
 # make test-newest  the whole suite with the newest release of every library
@@ -16,7 +17,9 @@ TORCH ?= torch==2.13.0
 UV ?= uv==0.13.9
 PIP = -m pip --quiet --quiet --disable-pip-version-check
 SUITE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
-COMPILE = uv pip compile --quiet --all-extras --group test --group build --python-version 3.11
+# Every extra but 'eval', which has a lock of its own.
+EXTRAS = $(foreach extra,study hub peft ray big benchmarks,--extra $(extra))
+COMPILE = uv pip compile --quiet $(EXTRAS) --group test --group build --python-version 3.11
 
 .PHONY: demo check lint style types fast test coverage lock test-newest test-oldest install clean
 
@@ -141,10 +144,35 @@ page: $(VENV)/.tested
 	rm docs/pocket-full/figures/*.pdf
 	$(BIN)/memvec study export $(STUDY) --csv docs/pocket-full/rows.csv
 
+.PHONY: test-eval lock-eval
+test-eval: .venv-eval/.installed
+	OMP_NUM_THREADS=1 .venv-eval/bin/python -m pytest tests/test_evaluate.py
+
+.venv-eval/.installed: pyproject.toml requirements-eval.lock
+	@echo "memvec: making the environment .venv-eval, as in requirements-eval.lock"
+	@$(PYTHON) -m venv .venv-eval
+	@.venv-eval/bin/python $(PIP) install --requirement requirements-eval.lock
+	@.venv-eval/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Without the extra 'study': its matplotlib and the harness ask for different releases of dateutil,
+# and together they would get a pytablewriter that is years old.
+lock-eval:
+	@echo "memvec: resolving the extra 'eval' of pyproject.toml with $(TORCH)"
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python $(PIP) install "$(UV)"
+	@echo "$(TORCH)" > .venv-lock/torch.txt
+	@echo "# Written by 'make lock-eval'. What 'make test-eval' installs." > .venv-lock/lock
+	@.venv-lock/bin/uv pip compile --quiet --extra eval --group test --group build --universal \
+		--python-version 3.11 --no-header --no-annotate --constraint .venv-lock/torch.txt \
+		$(NOT_CUDA) pyproject.toml >> .venv-lock/lock
+	@mv .venv-lock/lock requirements-eval.lock
+	@rm -r .venv-lock
+
 .PHONY: suite
 suite:
 	$(BIN)/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"
 	$(SUITE)
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-docs site demo .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-docs .venv-eval site demo .pytest_cache .mypy_cache .ruff_cache .coverage

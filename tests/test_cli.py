@@ -351,7 +351,7 @@ def test_version_and_help(command):
 
 VERBS = [
     *("cram", "plan", "decode", "verify", "inspect", "export", "doctor"),
-    *("encoder train", "encoder measure"),
+    *("use", "eval", "encoder train", "encoder measure"),
     *("study validate", "study run", "study resume", "study ls", "study export", "study report"),
     "study check",
 ]

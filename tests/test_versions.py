@@ -20,13 +20,15 @@ RANGES = {
     found.name: found.specifier for found in map(Requirement, PROJECT["project"]["dependencies"])
 }
 GROUPS = PROJECT["dependency-groups"]
-# lock -> what it must hold: the site's tools have an environment and a lock of their own
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+# lock -> what it must hold: the site's tools, and the evaluation harness, have their own
 LOCKS = {
     "requirements.lock": [
         PROJECT["project"]["dependencies"],
-        *PROJECT["project"]["optional-dependencies"].values(),
+        *(extra for name, extra in EXTRAS.items() if name != "eval"),
         *(group for name, group in GROUPS.items() if name != "docs"),
     ],
+    "requirements-eval.lock": [PROJECT["project"]["dependencies"], EXTRAS["eval"], GROUPS["test"]],
     "requirements-docs.lock": [GROUPS["docs"]],
 }
 EVERYTHING = [

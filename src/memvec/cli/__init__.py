@@ -14,7 +14,19 @@ from typing import Annotated, Any
 import typer
 
 from memvec import __version__
-from memvec.cli import cram, decode, doctor, encoder, export, inspect, plan, study, use, verify
+from memvec.cli import (
+    cram,
+    decode,
+    doctor,
+    encoder,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    study,
+    use,
+    verify,
+)
 from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
 
 app = typer.Typer(
@@ -30,6 +42,7 @@ app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=decode.EXAMPLES)(decode.decode)
 app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=use.EXAMPLES)(use.use)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)

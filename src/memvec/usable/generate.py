@@ -54,7 +54,17 @@ def use(
     together = torch.cat([part.to(lm.dtype) for part in inputs if part.shape[1]], dim=1)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
     _check_room(lm, together.shape[1], int(options["max_new_tokens"]))
-    ids = _generated(lm, together, streamer, options)
+    return write_behind(lm, together, options, streamer)
+
+
+def write_behind(
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], options: dict[str, Any], streamer: Any = None
+) -> str:
+    """What the model writes behind free inputs; `options` are those of its `generate`.
+
+    Raises MemvecError for a model that does not generate.
+    """
+    ids = _generated(lm, inputs, streamer, options)
     return lm.text([token for token in ids if token not in _ends(lm)])
 
 

@@ -34,7 +34,7 @@ Queries = tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]
 def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
     """What the model reads of a text as its context: BOS, if the model has one, and the text."""
     bos = [] if lm.bos_id is None else [lm.bos_id]
-    return lm.embed(torch.tensor([[*bos, *ids]], device=lm.device))
+    return lm.embed(torch.tensor([[*bos, *ids]], dtype=torch.long, device=lm.device))
 
 
 @torch.no_grad()

@@ -1,0 +1,108 @@
+"""Answers behind contexts: their log-likelihoods, and what the model writes until a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.usable.columns import Ids
+from memvec.usable.generate import write_behind
+
+
+class Likelihood(NamedTuple):
+    """Of an answer: its log-likelihood in nats, and whether greedy decoding writes it."""
+
+    value: float
+    greedy: bool
+
+
+class Asked(NamedTuple):
+    """Inputs that stand for a context, the question behind them, and an answer."""
+
+    inputs: Float[Tensor, "1 N D"]
+    question: Ids
+    answer: Ids
+
+
+@torch.no_grad()
+def likelihoods(lm: FrozenLM, asked: Sequence[Asked], batch_size: int = 1) -> list[Likelihood]:
+    """The likelihood of each answer behind its context and question.
+
+    Answers that differ in their last token only (the letters of a multiple choice) share a forward
+    pass. Raises MemvecError for more inputs than the model's context holds.
+    """
+    shared: dict[tuple[int, Ids, Ids], list[int]] = {}
+    for i, one in enumerate(asked):
+        check_room(lm, one.inputs.shape[1] + len(one.question), len(one.answer))
+        shared.setdefault((id(one.inputs), one.question, one.answer[:-1]), []).append(i)
+    groups = sorted(shared.values(), key=lambda group: -_length(asked[group[0]]))
+    out: dict[int, Likelihood] = {}
+    for at in range(0, len(groups), batch_size):
+        out |= _batch(lm, asked, groups[at : at + batch_size])
+    return [out[i] for i in range(len(asked))]
+
+
+def _length(one: Asked) -> int:
+    """Inputs of the forward pass: everything but the answer's last token."""
+    return one.inputs.shape[1] + len(one.question) + max(0, len(one.answer) - 1)
+
+
+def _batch(lm: FrozenLM, asked: Sequence[Asked], groups: list[list[int]]) -> dict[int, Likelihood]:
+    """Likelihoods by index; the answers of a group have the same inputs."""
+    first = [asked[group[0]] for group in groups]
+    lengths = [_length(one) for one in first]
+    width = max(lengths)
+    inputs = torch.zeros(len(first), width, lm.width, dtype=lm.dtype, device=lm.device)
+    for row, one, length in zip(inputs, first, lengths, strict=True):
+        behind = torch.tensor([[*one.question, *one.answer[:-1]]], device=lm.device).long()
+        row[:length] = torch.cat([one.inputs.to(lm.dtype), lm.embed(behind)], 1)[0]
+    # Right padding without a mask: nothing that is read stands behind it.
+    answers = [len(one.answer) for one in first]
+    start = min(length - n for length, n in zip(lengths, answers, strict=True))
+    states = lm.states_of(inputs, keep=width - start)
+    out: dict[int, Likelihood] = {}
+    for row, group, length, n in zip(states, groups, lengths, answers, strict=True):
+        log_p = lm.head(row[length - n - start : length - start]).log_softmax(-1)  # (n, V)
+        greedy = log_p.argmax(-1).tolist()
+        for i in group:
+            ids = torch.tensor(asked[i].answer, device=log_p.device).long()
+            value = float(log_p.gather(-1, ids[:, None]).sum())
+            out[i] = Likelihood(value, greedy == list(asked[i].answer))
+    return out
+
+
+def written(lm: FrozenLM, asked: Asked, until: Sequence[str], **settings: Any) -> str:
+    """What the model writes behind a context and a question, up to the first of `until`.
+
+    `settings` go to the model's `generate`. Raises MemvecError for more inputs and new tokens than
+    the model's context holds.
+    """
+    ids = torch.tensor([asked.question], device=lm.device).long()
+    inputs = torch.cat([asked.inputs.to(lm.dtype), lm.embed(ids)], 1)
+    check_room(lm, inputs.shape[1], int(settings["max_new_tokens"]))
+    stops = [stop for stop in until if stop]
+
+    def stopped(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        texts = [lm.text(row) for row in ids.tolist()]
+        there = [any(stop in text for stop in stops) for text in texts]
+        return torch.tensor(there, device=ids.device)
+
+    text = write_behind(lm, inputs, {**settings, "stopping_criteria": [stopped]})
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
+
+
+def check_room(lm: FrozenLM, before: int, answer: int) -> None:
+    """Raise MemvecError if so many inputs and tokens of an answer are too many, or too few."""
+    if before < 1:
+        raise MemvecError(f"{lm.name} has no start token, so an answer needs a question.")
+    if lm.context is not None and before + answer > lm.context:
+        raise MemvecError(
+            f"a request of {before} inputs and {answer} tokens of an answer does not fit the "
+            f"context of {lm.name} ({lm.context}): use fewer examples, or another column."
+        )

@@ -1,0 +1,213 @@
+"""What stands in front of a question: the whole context, nothing, its end, or its vectors.
+
+A request is a context (a passage, or worked examples) and a question behind it. A comparison has
+columns, and each puts something else in the context's place:
+
+    full       the model's start token and the context
+    none       the start token
+    truncated  the start token and the last tokens of the context, one for each vector that the
+               context is crammed into: as many inputs, without cramming
+    crammed    the vectors of the context, passage by passage, one behind the other
+
+The question and the answer are the same token ids in every column.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cram_job import CramJob
+from memvec.cramming.certify import Outcome
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError, did_you_mean
+from memvec.journal import Journal
+from memvec.model.lm import FrozenLM
+from memvec.passages.documents import Document
+from memvec.passages.passage import Passage, ids_hash
+from memvec.storage import storage_of
+from memvec.usable.queries import text_inputs
+
+ColumnName = Literal["full", "none", "truncated", "crammed"]
+COLUMNS: tuple[ColumnName, ...] = get_args(ColumnName)
+SPLIT = "\n\n"  # what the harness writes between worked examples, and before the question
+STORAGE = "float32"
+Ids = tuple[int, ...]
+
+
+class StandIn(NamedTuple):
+    """What stands for one context.
+
+    `slots` counts the vectors, or the tokens of the context, without the start token in front;
+    `exact` says whether the vectors give the context back.
+    """
+
+    inputs: Float[Tensor, "1 N D"]
+    slots: int
+    exact: bool | None  # None: there are no vectors
+
+
+class Request(NamedTuple):
+    """Token ids of a context, of the question behind it and of an answer."""
+
+    context: Ids
+    question: Ids
+    answer: Ids
+
+
+def column_named(name: str) -> ColumnName:
+    """A column by name. Raises MemvecError for an unknown one."""
+    for column in COLUMNS:
+        if column == name:
+            return column
+    raise MemvecError(f"there is no column '{name}': {did_you_mean(name, COLUMNS)}")
+
+
+def check_sizes(vectors: int, tokens: int) -> None:
+    """Raise MemvecError for sizes below 1."""
+    for what, value in (("vectors", vectors), ("tokens", tokens)):
+        if value < 1:
+            raise MemvecError(f"--{what} must be at least 1, not {value}.")
+
+
+def split_text(text: str, split: str = SPLIT) -> tuple[str, str]:
+    """A prompt as context and question: at the last place where `split` occurs.
+
+    White space at the front of `split` belongs to the context, the rest of it to the question;
+    without `split` in the prompt all of it is the question.
+    """
+    at = text.rstrip().rfind(split)
+    if at < 0:
+        return "", text
+    at += len(split) - len(split.lstrip())
+    return text[:at], text[at:]
+
+
+def request_of(lm: FrozenLM, prompt: str, answer: str = "", split: str = SPLIT) -> Request:
+    """A prompt and an answer as token ids, those of the whole text tokenized at once.
+
+    The context is as many of the first tokens as the context alone has too: where a token crosses
+    the border, it is part of the question. White space at the end of a prompt goes to the answer,
+    as the harness has it, if there is an answer. A start token that a chat template wrote at the
+    front is left out: every column brings its own.
+    """
+    context, _ = split_text(prompt, split)
+    kept = prompt.rstrip() if answer else prompt
+    before, whole = lm.tokenize(kept), lm.tokenize(prompt + answer)
+    own = lm.tokenize(context) if context else []
+    shared = 0
+    while shared < min(len(own), len(before)) and own[shared] == before[shared]:
+        shared += 1
+    first = 1 if before and before[0] == lm.bos_id else 0
+    return Request(
+        tuple(before[first:shared]),
+        tuple(before[max(first, shared) :]),
+        tuple(whole[len(before) :]) if answer else (),
+    )
+
+
+class Column:
+    """One column of a comparison.
+
+    A context is cut into equal passages of at most `tokens` tokens, with `vectors` (K) vectors
+    each, crammed by `recipe`. `cache` is a folder that keeps what is crammed, each passage from the
+    moment that it is done, under the model, the recipe and its token ids. Raises MemvecError for an
+    unknown column, sizes below 1 or a folder that cannot be written.
+    """
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        name: str = "full",
+        *,
+        vectors: int = 4,
+        tokens: int = 24,
+        recipe: Recipe | None = None,
+        batch_size: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        check_sizes(vectors, tokens)
+        self.lm, self.name = lm, column_named(name)
+        self.vectors, self.tokens, self.batch_size = vectors, tokens, batch_size
+        self.recipe = recipe or Recipe.of("usable")
+        self.cache = cache
+        self._crammed: dict[Ids, list[Outcome]] = {}
+
+    def pieces(self, ids: Ids) -> list[tuple[int, int]]:
+        """Start and end of each passage of a context: as equal as can be, none above `tokens`."""
+        n = -(-len(ids) // self.tokens)
+        edges = [len(ids) * i // n for i in range(n + 1)] if n else []
+        return list(itertools.pairwise(edges))
+
+    def prepare(self, contexts: Iterable[Ids]) -> None:
+        """Cram all contexts that are not crammed yet, together. Raises MemvecError as Engine."""
+        if self.name != "crammed":
+            return
+        new = [ids for ids in dict.fromkeys(contexts) if ids and ids not in self._crammed]
+        if new:
+            self._cram(new)
+
+    def stand_in(self, ids: Ids) -> StandIn:
+        """What stands for a context in this column."""
+        if self.name == "crammed" and ids:
+            self.prepare([ids])
+            outcomes = self._crammed[ids]
+            rows = torch.cat([outcome.vectors.float() for outcome in outcomes])
+            exact = all(outcome.exact for outcome in outcomes)
+            return StandIn(rows[None].to(self.lm.device), len(rows), exact)
+        kept = {
+            "full": len(ids),
+            "truncated": min(len(ids), self.vectors * len(self.pieces(ids))),
+        }.get(self.name, 0)
+        return StandIn(text_inputs(self.lm, ids[len(ids) - kept :]), kept, None)
+
+    def _cram(self, contexts: list[Ids]) -> None:
+        documents = [
+            Document(ids, f"context {i}", ids_hash(ids), len(ids)) for i, ids in enumerate(contexts)
+        ]
+        passages = [
+            Passage(ids[start:end], i, start)
+            for i, ids in enumerate(contexts)
+            for start, end in self.pieces(ids)
+        ]
+        job = CramJob(
+            self.lm,
+            documents,
+            self.vectors,
+            self.tokens,
+            self.recipe,
+            self.batch_size,
+            storage_of(STORAGE),
+        )
+        job.choose_batch_size(passages)
+        job.journal = self._journal(job)
+        try:
+            job.cram(passages)
+        finally:
+            if job.journal is not None:
+                job.journal.close()
+        for (document, _), outcome in sorted(job.done.items()):
+            self._crammed.setdefault(contexts[document], []).append(outcome)
+
+    def _journal(self, job: CramJob) -> Journal | None:
+        """The cache of this model, this recipe and these sizes; None without a folder."""
+        if self.cache is None:
+            return None
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MemvecError(f"{self.cache} cannot be written: {error.strerror}.") from None
+        settings = {
+            "model": self.lm.description(),
+            "recipe": job.engine.recipe.record(),
+            "vectors": self.vectors,
+            "storage": STORAGE,
+            "start_rule": job.engine.start_rule,
+        }
+        return Journal(self.cache / "contexts.journal", settings)

@@ -1,0 +1,289 @@
+"""One evaluation: tasks of lm-evaluation-harness, a column after the other, receipts, a table.
+
+The harness builds the requests and asks the model (memvec.usable.harness); what was asked and
+answered becomes a receipt for each document, and the table comes from the receipts alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memvec.cramming.recipe import Recipe
+from memvec.environment import environment
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import ids_hash
+from memvec.usable.columns import COLUMNS, SPLIT, check_sizes, column_named
+from memvec.usable.receipts import (
+    Answer,
+    Figure,
+    Kind,
+    Receipt,
+    make_folder,
+    scores_of,
+    table,
+    write,
+    write_run,
+)
+
+KINDS: dict[str, Kind] = {
+    "multiple_choice": "choice",
+    "loglikelihood": "likelihood",
+    "generate_until": "text",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated and how; sizes and recipe as in memvec.usable.columns.
+
+    `examples` are worked examples in front of each question (None: as the task has it), `limit` the
+    documents of each task, `tasks_folder` holds task files of one's own.
+    """
+
+    tasks: tuple[str, ...]
+    columns: tuple[str, ...] = COLUMNS
+    vectors: int = 4
+    tokens: int = 24
+    recipe: Recipe | None = None
+    split: str = SPLIT
+    cache: Path | None = None
+    receipts: Path | None = None
+    tasks_folder: Path | None = None
+    limit: int | None = None
+    examples: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise MemvecError for settings that cannot be evaluated with any model."""
+        if not self.tasks:
+            raise MemvecError("there is no task to evaluate: name at least one.")
+        if not self.columns:
+            raise MemvecError("there is no column to evaluate: name at least one.")
+        for column in self.columns:
+            column_named(column)
+        check_sizes(self.vectors, self.tokens)
+        for name, value, least in (
+            ("limit", self.limit, 1),
+            ("fewshot", self.examples, 0),
+            ("batch-size", self.batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise MemvecError(f"--{name} must be at least {least}, not {value}.")
+        if self.tasks_folder is not None and not self.tasks_folder.is_dir():
+            raise MemvecError(f"there is no folder {self.tasks_folder} with task files.")
+        if not self.split:
+            raise MemvecError("--split must be the text at which a question begins, not empty.")
+        if importlib.util.find_spec("lm_eval") is None:
+            raise MemvecError(
+                "evaluation needs lm-evaluation-harness: pip install 'memvec[eval]' brings it."
+            )
+        if self.receipts is not None:
+            make_folder(self.receipts)
+
+
+def evaluate(
+    lm: FrozenLM, what: Evaluation, on_column: Callable[[str], None] | None = None
+) -> list[Figure]:
+    """Evaluate, write the receipts if there is a folder for them, and return the table.
+
+    `on_column` hears of each column before it starts. Raises MemvecError for unknown tasks or
+    columns, a missing harness, a task that cannot be loaded or has no context, or requests that do
+    not fit the model.
+    """
+    from memvec.usable.harness import MemvecLM
+
+    what.check()
+    with _quiet():
+        manager = _manager(what)  # made once: it reads thousands of task files
+        tasks = _tasks(what, manager)
+        receipts: list[Receipt] = []
+        results: dict[str, Any] = {}
+        for column in what.columns:
+            if on_column is not None:
+                on_column(column)
+            model = MemvecLM(
+                lm,
+                context=column,
+                vectors=what.vectors,
+                tokens=what.tokens,
+                cache=what.cache,
+                split=what.split,
+                batch_size=what.batch_size,
+                **_changes(what.recipe),
+            )
+            raw = _run(model, list(tasks.values()), manager, what)
+            own = list(_receipts(raw["samples"], tasks, model))
+            results[column] = raw["results"]
+            receipts += own
+            if what.receipts is not None:
+                write(what.receipts, column, own)
+                write_run(what.receipts, _record(what, model, results))
+    return table(receipts)
+
+
+def _changes(recipe: Recipe | None) -> dict[str, Any]:
+    """Fields of a recipe, for the model's arguments."""
+    return {} if recipe is None else recipe.record()
+
+
+def _tasks(what: Evaluation, manager: Any) -> dict[str, Any]:
+    """The harness's tasks by name, groups taken apart. Raises MemvecError for an unknown one."""
+    for name in what.tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)  # of thousands
+            hint = f"did you mean '{near[0]}'?" if near else "'lm_eval ls tasks' lists them."
+            raise MemvecError(f"the harness has no task '{name}': {hint}")
+    try:
+        loaded: dict[str, Any] = manager.load(list(what.tasks))["tasks"]
+    except Exception as error:  # data of any kind, from anywhere
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemvecError(
+            f"the data of {', '.join(what.tasks)} cannot be loaded: {reason}"
+        ) from error
+    for name, task in loaded.items():
+        if task.OUTPUT_TYPE not in KINDS:
+            raise MemvecError(f"{name} scores whole texts, which have no context to replace.")
+    return loaded
+
+
+def _manager(what: Evaluation) -> Any:
+    """What knows the tasks: of the folder alone if it has them all, for the harness's are many."""
+    from lm_eval.tasks import TaskManager
+
+    if what.tasks_folder is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(what.tasks_folder), include_defaults=False)
+    if all(name in own.all_tasks for name in what.tasks):
+        return own
+    return TaskManager(include_path=str(what.tasks_folder))
+
+
+def _run(model: Any, tasks: Sequence[Any], manager: Any, what: Evaluation) -> dict[str, Any]:
+    import lm_eval
+
+    raw: dict[str, Any] | None = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=what.examples,
+        limit=what.limit,
+        bootstrap_iters=0,  # intervals come from the receipts
+        log_samples=True,
+        random_seed=what.seed,
+        numpy_random_seed=what.seed,
+        torch_random_seed=what.seed,
+        fewshot_random_seed=what.seed,
+    )
+    if raw is None:
+        raise MemvecError("the harness gave no results: run it in one process.")
+    return raw
+
+
+def _receipts(
+    samples: dict[str, list[dict[str, Any]]], tasks: dict[str, Any], model: Any
+) -> Iterator[Receipt]:
+    """A receipt for each document of each task."""
+    traces = defaultdict(list)
+    for trace in model.traces:
+        traces[trace.task, trace.document].append(trace)
+    for name, rows in samples.items():
+        task = tasks[name]
+        kind = KINDS[task.OUTPUT_TYPE]
+        for row in {row["doc_id"]: row for row in rows}.values():  # once, whatever the filters
+            trace = traces[task.config.task, row["doc_id"]][0]
+            receipt = Receipt(
+                task=name,
+                document=row["doc_id"],
+                column=model.column.name,
+                kind=kind,
+                context_sha256=ids_hash(trace.context),
+                context_tokens=len(trace.context),
+                slots=trace.slots,
+                exact=trace.exact,
+                question=trace.question,
+                answers=[
+                    _answer(arguments, answers[0])
+                    for arguments, answers in zip(_arguments(row), row["resps"], strict=True)
+                ],
+                choices=_choices(task, row["doc"]) if kind == "choice" else [],
+                gold=_gold(task, row["doc"], kind),
+                scores={},
+            )
+            yield receipt.model_copy(update={"scores": scores_of(receipt)})
+
+
+def _arguments(row: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The arguments of a document's requests, whose log has them by name or in a list."""
+    arguments = row["arguments"]
+    if isinstance(arguments, dict):
+        return [tuple(own.values()) for own in arguments.values()]
+    return [tuple(own) for own in arguments]
+
+
+def _answer(arguments: tuple[Any, ...], answer: Any) -> Answer:
+    if isinstance(answer, str):
+        return Answer(text=answer)
+    value, greedy = answer
+    return Answer(text=str(arguments[1]), loglikelihood=float(value), greedy=bool(greedy))
+
+
+def _choices(task: Any, doc: Any) -> list[str]:
+    return [str(choice) for choice in task.doc_to_choice(doc)]
+
+
+def _gold(task: Any, doc: Any, kind: Kind) -> Any:
+    """The right choices by number, or the right texts."""
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if kind != "choice":
+        return [str(g) for g in gold] if isinstance(gold, list) else str(gold)
+    choices = task.doc_to_choice(doc)
+    several = [
+        choices.index(one) if isinstance(one, str) else int(one)
+        for one in (gold if isinstance(gold, list) else [gold])
+    ]
+    return several if isinstance(gold, list) else several[0]
+
+
+def _record(what: Evaluation, model: Any, results: dict[str, Any]) -> dict[str, Any]:
+    """What a number of this run depends on, and the harness's own figures for comparison."""
+    import lm_eval
+
+    info = model.get_model_info()
+    del info["context"]
+    return {
+        "tasks": list(what.tasks),
+        "limit": what.limit,
+        "examples": what.examples,
+        "seed": what.seed,
+        "model": info,
+        "harness": lm_eval.__version__,
+        "environment": environment(),
+        "harness_results": results,
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No remarks of the harness and its libraries below an error; what is wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
+    levels = [logger.level for logger in loggers]
+    state = random.getstate()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

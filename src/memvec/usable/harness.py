@@ -1,0 +1,210 @@
+"""Vectors in lm-evaluation-harness: a model that puts something else in the context's place.
+
+    lm_eval --model memvec --model_args pretrained=NAME,context=crammed,vectors=4,tokens=24 ...
+
+Releases of the harness that look for plug-ins know this model once memvec is installed (entry-point
+group `lm_eval.models`). With the others, `python -m memvec.usable.harness` is the harness's own
+command, with this model registered.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+from memvec.usable.answers import Asked, likelihoods, written
+from memvec.usable.columns import SPLIT, Column, Ids, Request, StandIn, request_of
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise MemvecError(
+        f"evaluation needs lm-evaluation-harness: pip install 'memvec[eval]' brings it ({error})."
+    ) from error
+
+BATCH = 16  # requests of a forward pass, where the harness leaves it open
+NEW_TOKENS = 256  # written at the most, unless the task says otherwise: the harness's own figure
+PRESET = "usable"
+
+
+class Trace(NamedTuple):
+    """What stood for the context of a request, by the task's name and the document's number."""
+
+    task: str | None
+    document: int | None
+    context: Ids
+    slots: int
+    exact: bool | None
+    question: str
+
+
+@register_model("memvec")
+class MemvecLM(HFLM):  # type: ignore[misc]
+    """A frozen model behind whose context's stand-in the questions are answered.
+
+    `pretrained`: name of a model for memvec.load_lm, or a FrozenLM. `context`: a column, 'full',
+    'none', 'truncated' or 'crammed'. `vectors`, `tokens`: passages of at most so many tokens of the
+    context become so many vectors. `cache`: a folder that keeps crammed contexts. `split`: what the
+    question begins with, or the blank line in front of it. Every
+    other argument is a field of the recipe, on top of `preset`.
+
+    `traces` says what stood for the context of each request, in order. Raises MemvecError for bad
+    arguments, or a model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | FrozenLM = "pocket",
+        context: str = "full",
+        vectors: int = 4,
+        tokens: int = 24,
+        cache: str | Path | None = None,
+        split: str = SPLIT,
+        preset: str = PRESET,
+        revision: str | None = None,
+        device: str | None = "auto",
+        dtype: str = "auto",
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **recipe: Any,
+    ) -> None:
+        changed = Recipe.of(preset, **recipe)
+        self.split = split.replace("\\n", "\n")
+        if not self.split:
+            raise MemvecError("--split must be the text at which a question begins, not empty.")
+        if isinstance(pretrained, FrozenLM):
+            self.lm = pretrained
+        else:
+            where = _device(device)
+            self.lm = load_lm(pretrained, revision=revision, device=where, dtype=dtype)
+        self.column = Column(
+            self.lm,
+            context,
+            vectors=int(vectors),
+            tokens=int(tokens),
+            recipe=changed,
+            cache=Path(cache) if cache else None,
+        )
+        self.traces: list[Trace] = []
+        known = isinstance(batch_size, int) or str(batch_size).isdigit()
+        super().__init__(
+            pretrained=self.lm.model,
+            tokenizer=self.lm.tokenizer,
+            backend="causal",
+            batch_size=int(batch_size) if known else BATCH,  # type: ignore[arg-type]
+        )
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, greedy decoding writes it) of each request's answer."""
+        split = [request_of(self.lm, one.args[0], one.args[1], self.split) for one in requests]
+        stands = self._stand_ins(requests, split)
+        asked = [Asked(stands[r.context].inputs, r.question, r.answer) for r in split]
+        out = []
+        for one, found in zip(
+            requests, likelihoods(self.lm, asked, self.batch_size_per_gpu), strict=True
+        ):
+            out.append((found.value, found.greedy))
+            self.cache_hook.add_partial("loglikelihood", one.args, out[-1])
+        return out
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes for each request, up to the first of the task's stops."""
+        split = [request_of(self.lm, one.args[0], "", self.split) for one in requests]
+        stands = self._stand_ins(requests, split)
+        out = []
+        for one, r in zip(requests, split, strict=True):
+            until, settings = _generation(one.args[1])
+            asked = Asked(stands[r.context].inputs, r.question, ())
+            out.append(written(self.lm, asked, until, **settings))
+            self.cache_hook.add_partial("generate_until", one.args, out[-1])
+        return out
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Raises MemvecError: a text whose every token is scored has no context."""
+        raise MemvecError(
+            "tasks that score whole texts (loglikelihood_rolling) have no context to replace: "
+            "use the harness's model 'hf' for them."
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Everything about the model and its column that could change a number."""
+        return {
+            "memvec": self.lm.description(),
+            "context": self.column.name,
+            "vectors": self.column.vectors,
+            "tokens": self.column.tokens,
+            "split": self.split,
+            "recipe": self.column.recipe.record(),
+        }
+
+    def _stand_ins(self, requests: Sequence[Any], split: Sequence[Request]) -> dict[Ids, StandIn]:
+        """What stands for each context; all that are new are crammed together.
+
+        Raises MemvecError if no request has a context, so that every column would be the same.
+        """
+        if self.column.name != "full" and not any(r.context for r in split):
+            raise MemvecError(
+                f"no request of {requests[0].task_name} has a context in front of {self.split!r}: "
+                "ask for examples (--fewshot), or name the text that begins a question (--split)."
+            )
+        contexts = list(dict.fromkeys(r.context for r in split))
+        self.column.prepare(contexts)
+        stands = {ids: self.column.stand_in(ids) for ids in contexts}
+        for one, r in zip(requests, split, strict=True):
+            stand = stands[r.context]
+            self.traces.append(
+                Trace(
+                    one.task_name,
+                    one.doc_id,
+                    r.context,
+                    stand.slots,
+                    stand.exact,
+                    self.lm.text(r.question),
+                )
+            )
+        return stands
+
+
+def _device(asked: str | None) -> str:
+    """A device for load_lm; the harness asks for a GPU when nobody did, so there may be none."""
+    if asked is None or (asked in ("cuda", "cuda:0") and not torch.cuda.is_available()):
+        return "auto"
+    return asked
+
+
+def _generation(asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The stops, and settings for the model's `generate`, of a task's generation settings."""
+    settings = dict(asked)
+    until = settings.pop("until", None) or []
+    most = settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None)
+    settings["max_new_tokens"] = int(most or NEW_TOKENS)
+    if not settings.get("temperature") and not settings.get("do_sample"):
+        settings.pop("temperature", None)
+        settings["do_sample"] = False
+    return [until] if isinstance(until, str) else list(until), settings
+
+
+def main() -> None:
+    """The harness's own command, with this model registered; a MemvecError is one sentence."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except MemvecError as error:
+        sys.stderr.write(f"memvec: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

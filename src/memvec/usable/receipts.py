@@ -1,0 +1,250 @@
+"""Receipts of an evaluation: what was asked and answered, from which every score is computed.
+
+A folder of receipts has one JSONL file for each column, with a line for each document, and
+`run.json`: the model, the recipe and everything else that could change a number. The scores are
+functions of the receipts alone (`scores_of`), so anybody can compute them again, and a table is
+made from receipts and from nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from memvec.errors import MemvecError
+from memvec.lab import statistics
+from memvec.results import Record
+from memvec.usable.columns import COLUMNS
+from memvec.writing import write_atomically
+
+ALL = "all tasks"
+RUN = "run.json"
+PERCENT = {"acc", "acc_norm", "exact_match", "f1"}  # scores of a document between 0 and 1
+Kind = Literal["choice", "likelihood", "text"]
+
+
+class Answer(Record):
+    """An answer that was scored, or the text that was written."""
+
+    text: str
+    loglikelihood: float | None = Field(default=None, description="nats; none: it was written")
+    greedy: bool | None = Field(default=None, description="greedy decoding writes it")
+
+
+class Receipt(Record):
+    """One document in one column."""
+
+    task: str
+    document: int = Field(description="its number in the task")
+    column: str
+    kind: Kind
+    context_sha256: str = Field(description="hash of the context's token ids")
+    context_tokens: int = Field(ge=0)
+    slots: int = Field(ge=0, description="inputs that stand for the context")
+    exact: bool | None = Field(description="the vectors give the context back; none: no vectors")
+    question: str
+    answers: list[Answer] = Field(min_length=1)
+    choices: list[str] = Field(description="the choices as the task has them; none: no choice")
+    gold: int | str | list[int] | list[str] = Field(
+        description="right choices by number, or right texts"
+    )
+    scores: dict[str, float]
+
+
+class Figure(Record):
+    """A score of one task in one column: the mean with its 95 % interval over the documents."""
+
+    task: str
+    score: str
+    column: str
+    value: float
+    low: float
+    high: float
+    documents: int = Field(ge=1)
+    kept: float | None = Field(
+        default=None,
+        description="(this - none) / (full - none); none where the context changes nothing",
+    )
+    kept_interval: tuple[float, float] | None = None
+    context_tokens: float = Field(description="mean tokens of a context")
+    slots: float = Field(description="mean inputs that stand for a context")
+    exact: int = Field(ge=0, description="documents whose context the vectors give back")
+
+
+def scores_of(receipt: Receipt) -> dict[str, float]:
+    """The scores of one document, from its receipt.
+
+    choice      `acc`: the likeliest choice is right; `acc_norm`: that with the most nats a
+                character
+    likelihood  `acc`: greedy decoding writes the answer (LAMBADA's way); `nll`: nats of the answer
+    text        `exact_match` and `f1` of words with the nearest right text, without articles,
+                punctuation and case (SQuAD's way)
+    """
+    values = [answer.loglikelihood for answer in receipt.answers]
+    if receipt.kind == "text":
+        golds = [str(g) for g in _several(receipt.gold)] or [""]
+        own = receipt.answers[0].text
+        return {
+            "exact_match": max(float(_words(own) == _words(g)) for g in golds),
+            "f1": max(_f1(_words(own), _words(g)) for g in golds),
+        }
+    known = [math.nan if value is None else value for value in values]
+    if receipt.kind == "likelihood":
+        return {"acc": float(bool(receipt.answers[0].greedy)), "nll": -known[0]}
+    right = set(_several(receipt.gold))
+    scores = {"acc": float(_largest(known) in right)}
+    lengths = [len(choice) for choice in receipt.choices]
+    if len(lengths) == len(known) and min(lengths) > 0:
+        by_length = [value / n for value, n in zip(known, lengths, strict=True)]
+        scores["acc_norm"] = float(_largest(by_length) in right)
+    return scores
+
+
+def _several(gold: Any) -> list[Any]:
+    return gold if isinstance(gold, list) else [gold]
+
+
+def _largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _words(text: str) -> list[str]:
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _f1(own: list[str], gold: list[str]) -> float:
+    if not own or not gold:
+        return float(own == gold)
+    common = sum((Counter(own) & Counter(gold)).values())
+    return 2 * common / (len(own) + len(gold))
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+def write(folder: Path, column: str, receipts: Sequence[Receipt]) -> None:
+    """Write the receipts of a column. Raises MemvecError if the folder cannot be written."""
+    lines = "".join(receipt.model_dump_json() + "\n" for receipt in receipts)
+    make_folder(folder)
+    write_atomically(folder / f"{column}.jsonl", lines.encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder. Raises MemvecError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemvecError(f"{folder} cannot be written: {error.strerror}.") from None
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write what the run was."""
+    write_atomically(folder / RUN, json.dumps(run, indent=2, default=str).encode())
+
+
+def read(folder: Path) -> list[Receipt]:
+    """All receipts of a folder, their scores computed again.
+
+    Raises MemvecError for a folder without receipts, a damaged one, or a score that is not that of
+    its answers.
+    """
+    files = [path for column in COLUMNS if (path := folder / f"{column}.jsonl").is_file()]
+    receipts = []
+    for file in files:
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            try:
+                receipt = Receipt.model_validate_json(line)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise MemvecError(f"{file}, line {number}, is no receipt: {reason}.") from None
+            for name, score in scores_of(receipt).items():
+                if not math.isclose(score, receipt.scores.get(name, math.nan), abs_tol=1e-9):
+                    raise MemvecError(
+                        f"{file}, line {number}, claims {name} {receipt.scores.get(name)} and its "
+                        f"answers give {score}: it was changed."
+                    )
+            receipts.append(receipt)
+    if not receipts:
+        raise MemvecError(f"there are no receipts in {folder}.")
+    return receipts
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def table(receipts: Sequence[Receipt]) -> list[Figure]:
+    """Every score of every task and column; of several tasks of a kind, of all documents too."""
+    tasks = list(dict.fromkeys(r.task for r in receipts))
+    rows = [
+        row for task in tasks for row in _of_task(task, [r for r in receipts if r.task == task])
+    ]
+    together = len(tasks) > 1 and len({r.kind for r in receipts}) == 1
+    return rows + (_of_task(ALL, receipts) if together else [])
+
+
+def _of_task(task: str, receipts: Sequence[Receipt]) -> list[Figure]:
+    names = list(dict.fromkeys(name for r in receipts for name in r.scores))
+    columns = [c for c in COLUMNS if any(r.column == c for r in receipts)]
+    return [
+        figure
+        for name in names
+        for column in columns
+        if (figure := _figure(task, name, column, receipts)) is not None
+    ]
+
+
+def _figure(task: str, name: str, column: str, receipts: Sequence[Receipt]) -> Figure | None:
+    own = [r for r in receipts if r.column == column and name in r.scores]
+    if not own:
+        return None
+    values = [r.scores[name] for r in own]
+    if name in PERCENT and all(value in (0.0, 1.0) for value in values):
+        share = statistics.share_interval(int(sum(values)), len(values))
+        low, high = share.low, share.high
+    else:
+        mean = statistics.bootstrap_mean(values)
+        low, high = mean.low, mean.high
+    kept = _kept(name, column, own, receipts)
+    return Figure(
+        task=task,
+        score=name,
+        column=column,
+        value=sum(values) / len(values),
+        low=low,
+        high=high,
+        documents=len(values),
+        kept=None if kept is None else kept.value,
+        kept_interval=None if kept is None else (kept.low, kept.high),
+        context_tokens=sum(r.context_tokens for r in own) / len(own),
+        slots=sum(r.slots for r in own) / len(own),
+        exact=sum(bool(r.exact) for r in own),
+    )
+
+
+def _kept(
+    name: str, column: str, own: Sequence[Receipt], receipts: Sequence[Receipt]
+) -> statistics.Interval | None:
+    """The share of the context's gain that a column keeps, paired over the documents."""
+    full, none = (
+        {(r.task, r.document): r.scores.get(name) for r in receipts if r.column == other}
+        for other in ("full", "none")
+    )
+    gained, there = [], []
+    for receipt in own:
+        key = (receipt.task, receipt.document)
+        with_all, without = full.get(key), none.get(key)
+        if with_all is not None and without is not None:
+            gained.append(receipt.scores[name] - without)
+            there.append(with_all - without)
+    if column in ("full", "none") or not there or abs(sum(there)) < 1e-9:
+        return None
+    return statistics.ratio_of_means(gained, there)

@@ -1,0 +1,463 @@
+"""Evaluation: what stands for a context, answers behind it, receipts, and the harness's plug-in.
+
+What needs lm-evaluation-harness is skipped without it: `make test-eval` has it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from copy import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import reader, tiny
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.journal import Journal
+from memvec.usable import receipts
+from memvec.usable.answers import Asked, likelihoods, written
+from memvec.usable.columns import COLUMNS, Column, request_of, split_text
+from memvec.usable.evaluate import Evaluation, evaluate
+from memvec.usable.receipts import Answer, Receipt, scores_of, table
+
+ROOT = Path(__file__).parent.parent
+TASKS = Path(__file__).parent / "evaluation"
+QUICK = Recipe.of("usable", settle=3, steps=300, query_count=2, query_tokens=4)
+SIZES = {"vectors": 2, "tokens": 3, "recipe": QUICK}
+IDS = (5, 9, 7, 11, 6, 8, 12)
+
+
+# ---------------------------------------------------------------------- context and question
+
+
+@pytest.mark.parametrize(
+    ("prompt", "split", "context", "question"),
+    [
+        ("one\n\ntwo\n\nthree", "\n\n", "one\n\ntwo\n\n", "three"),
+        ("three", "\n\n", "", "three"),
+        ("one\n\ntwo\n\n", "\n\n", "one\n\n", "two\n\n"),
+        (
+            "Text.\n\nQuestion: a?\n\nAnswer:",
+            "\n\nQuestion:",
+            "Text.\n\n",
+            "Question: a?\n\nAnswer:",
+        ),
+        ("Q: a Q: b", "Q:", "Q: a ", "Q: b"),
+    ],
+)
+def test_a_question_begins_at_the_last_split(prompt, split, context, question):
+    assert split_text(prompt, split) == (context, question)
+    assert context + question == prompt
+
+
+@pytest.mark.parametrize("prompt", ["the cat\n\nthe dog", "a  b\n\n\n\nthe fox sat ", "the dog on"])
+def test_context_question_and_answer_are_the_tokens_of_the_whole_text(prompt):
+    lm = reader()
+    request = request_of(lm, prompt, " the mat")
+    assert lm.text([*request.context, *request.question, *request.answer]) == prompt + " the mat"
+    assert list(sum(request, ())) == lm.tokenize(prompt + " the mat")
+    assert lm.text(request.context) in split_text(prompt)[0]
+    behind = request_of(lm, "<s>" + prompt, " the mat")
+    assert behind == request, "a start token that a template wrote is left to the column"
+
+
+def test_white_space_at_the_end_of_a_prompt_is_the_answers():
+    lm = reader()
+    asked, spaced = request_of(lm, "the cat sat", " on"), request_of(lm, "the cat sat ", "on")
+    assert asked == spaced
+    assert lm.text(request_of(lm, "the cat ").question) == "the cat ", "without an answer it stays"
+
+
+# ---------------------------------------------------------------------- columns
+
+
+def test_each_column_puts_its_own_in_the_context_s_place():
+    lm = tiny()
+    embedded = {name: Column(lm, name, **SIZES).stand_in(IDS) for name in COLUMNS}
+    bos = [lm.bos_id]
+    for name, ids in (("full", [*bos, *IDS]), ("none", bos), ("truncated", [*bos, *IDS[-6:]])):
+        assert torch.equal(embedded[name].inputs, lm.embed(torch.tensor([ids])))
+        assert embedded[name].exact is None
+    slots = {name: stand.slots for name, stand in embedded.items()}
+    assert slots == {"full": 7, "none": 0, "truncated": 6, "crammed": 6}, "7 tokens in 3 passages"
+    assert embedded["crammed"].inputs.shape == (1, 6, lm.width)
+    assert embedded["crammed"].exact is True
+    assert Column(lm, "crammed", **SIZES).stand_in(()).slots == 0
+
+
+def test_the_passages_of_a_context_are_of_equal_length():
+    column = Column(tiny(), vectors=2, tokens=3)
+    assert column.pieces(IDS) == [(0, 2), (2, 4), (4, 7)]
+    assert column.pieces(IDS[:3]) == [(0, 3)]
+    assert column.pieces(()) == []
+
+
+def test_a_cache_keeps_each_passage_from_the_moment_it_is_done(tmp_path, monkeypatch):
+    lm, other = tiny(), (20, 21, 22)
+    put, crammed = Journal.put, []
+
+    def counted(self, outcome):
+        if len(crammed) == 2:
+            raise KeyboardInterrupt
+        crammed.append(outcome.passage.ids)
+        put(self, outcome)
+
+    monkeypatch.setattr(Journal, "put", counted)
+    with pytest.raises(KeyboardInterrupt):  # killed with two passages of four done
+        Column(lm, "crammed", cache=tmp_path, batch_size=1, **SIZES).prepare([IDS, other])
+    monkeypatch.setattr(Journal, "put", put)
+    run, asked = Engine.run, []
+
+    def listed(self, passages=()):
+        passages = list(passages)
+        asked.extend(p.ids for p in passages)
+        yield from run(self, passages)
+
+    monkeypatch.setattr(Engine, "run", listed)
+    again = Column(lm, "crammed", cache=tmp_path, batch_size=1, **SIZES)
+    again.prepare([IDS, other, IDS])
+    assert sorted([*crammed, *asked]) == sorted([IDS[:2], IDS[2:4], IDS[4:], other])
+    asked.clear()
+    third = Column(lm, "crammed", cache=tmp_path, **SIZES)
+    assert torch.equal(third.stand_in(IDS).inputs, again.stand_in(IDS).inputs)
+    assert asked == []
+    fewer = Column(lm, "crammed", cache=tmp_path, **{**SIZES, "vectors": 1})
+    fewer.stand_in(other)
+    assert asked[0] == other, "other sizes are other vectors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"name": "cramed"}, "there is no column 'cramed': did you mean 'crammed'"),
+        ({"vectors": 0}, "--vectors must be at least 1, not 0"),
+        ({"tokens": 0}, "--tokens must be at least 1, not 0"),
+    ],
+)
+def test_a_column_that_cannot_be_is_refused(arguments, sentence):
+    with pytest.raises(MemvecError, match=sentence):
+        Column(tiny(), **arguments)
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def test_likelihoods_are_those_of_the_model_s_own_forward():
+    lm = tiny()
+    contexts = {ids: Column(lm, "full").stand_in(ids).inputs for ids in (IDS, IDS[:2], ())}
+    cases = [
+        (IDS, (3, 4), (5, 6, 7)),
+        (IDS, (3, 4), (5, 6, 9)),  # shares the forward pass of the first
+        (IDS[:2], (), (8,)),
+        ((), (13,), (2, 2)),
+        (IDS, (3, 4), ()),
+    ]
+    best = lm.own_logits(torch.tensor([[lm.bos_id, *IDS, 3]]))[0, -1].argmax()
+    cases.append((IDS, (3,), (int(best),)))
+    for batch_size in (1, 4):
+        asked = [Asked(contexts[ids], question, answer) for ids, question, answer in cases]
+        for (ids, question, answer), found in zip(
+            cases, likelihoods(lm, asked, batch_size), strict=True
+        ):
+            whole = torch.tensor([[lm.bos_id, *ids, *question, *answer]])
+            log_p = lm.own_logits(whole)[0].log_softmax(-1)[-len(answer) - 1 : -1]
+            right = [float(row[token]) for row, token in zip(log_p, answer, strict=True)]
+            assert found.value == pytest.approx(math.fsum(right), abs=1e-4)
+            assert found.greedy == (log_p.argmax(-1).tolist() == list(answer))
+    assert likelihoods(lm, asked)[-1].greedy
+
+
+def test_a_text_is_written_up_to_the_first_stop():
+    lm = reader()
+    inputs = Column(lm, "full").stand_in(tuple(lm.tokenize("the cat"))).inputs
+    asked = Asked(inputs, tuple(lm.tokenize(" sat")), ())
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    free = written(lm, asked, (), **settings)
+    own = lm.model.generate(
+        torch.tensor([[lm.bos_id, *lm.tokenize("the cat"), *lm.tokenize(" sat")]]), **settings
+    )[0, -12:]
+    assert free == lm.text([token for token in own.tolist() if token != 1])
+    stop = free[2:4]
+    assert written(lm, asked, ("never written", stop), **settings) == free[: free.index(stop)]
+
+
+def test_what_does_not_fit_the_model_is_refused():
+    lm = tiny()
+    long = Asked(Column(lm, "full").stand_in((5,) * 130).inputs, (3,), (4,))
+    with pytest.raises(MemvecError, match="a request of 132 inputs and 1 tokens of an answer does"):
+        likelihoods(lm, [long])
+    without = copy(lm)
+    without.bos_id = None
+    nothing = Asked(Column(without, "none").stand_in(()).inputs, (), (4,))
+    with pytest.raises(MemvecError, match="has no start token, so an answer needs a question"):
+        likelihoods(without, [nothing])
+
+
+# ---------------------------------------------------------------------- receipts
+
+
+def receipt(kind="choice", column="full", document=0, **changes):
+    """A receipt with its scores."""
+    values = {
+        "task": "t",
+        "document": document,
+        "column": column,
+        "kind": kind,
+        "context_sha256": "0" * 64,
+        "context_tokens": 7,
+        "slots": 7,
+        "exact": None,
+        "question": "q",
+        "answers": [
+            Answer(text=" no", loglikelihood=-3.0, greedy=False),
+            Answer(text=" perhaps", loglikelihood=-4.0, greedy=True),
+        ],
+        "choices": ["no", "perhaps"] if kind == "choice" else [],
+        "gold": 0,
+        "scores": {},
+    }
+    made = Receipt(**(values | changes))
+    return made.model_copy(update={"scores": scores_of(made)})
+
+
+def text(said):
+    return {"kind": "text", "answers": [Answer(text=said)], "gold": ["The cat", "a big dog"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "scores"),
+    [
+        ({}, {"acc": 1, "acc_norm": 0}),
+        ({"gold": [1]}, {"acc": 0, "acc_norm": 1}),
+        ({"gold": [0, 1]}, {"acc": 1, "acc_norm": 1}),
+        ({"kind": "likelihood"}, {"acc": 0, "nll": 3}),
+        (text(" Cat."), {"exact_match": 1, "f1": 1}),
+        (text("dog"), {"exact_match": 0, "f1": 2 / 3}),
+        (text(""), {"exact_match": 0, "f1": 0}),
+    ],
+)
+def test_scores_come_from_the_answers(changes, scores):
+    assert receipt(**changes).scores == pytest.approx(scores)
+
+
+def test_a_table_has_n_intervals_and_the_share_that_is_kept():
+    nll = {"full": (1.0, 3.0), "none": (2.0, 6.0), "crammed": (1.5, 4.0)}
+    rows = [
+        receipt("likelihood", column, i, answers=[Answer(text="a", loglikelihood=-v, greedy=True)])
+        for column, values in nll.items()
+        for i, v in enumerate(values)
+    ]
+    figures = {(f.score, f.column): f for f in table(rows)}
+    crammed = figures["nll", "crammed"]
+    assert (crammed.value, crammed.documents) == (2.75, 2)
+    assert crammed.kept == pytest.approx(2.5 / 4)
+    assert crammed.low <= crammed.value <= crammed.high
+    assert figures["nll", "full"].kept is None
+    assert figures["acc", "crammed"].kept is None, "the context changes nothing"
+    assert figures["acc", "full"].low == pytest.approx(0.342, abs=1e-3), "Wilson, 2 of 2"
+
+
+def test_receipts_are_read_again_and_a_change_is_noticed(tmp_path, command):
+    receipts.write(tmp_path, "full", [receipt(), receipt(document=1, gold=1)])
+    assert receipts.read(tmp_path) == [receipt(), receipt(document=1, gold=1)]
+    ran = command("eval", "--rescore", tmp_path, "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)[0]["value"] == 0.5
+    first = command("eval", "--rescore", tmp_path).out.decode().splitlines()[1]
+    assert first.split()[:4] == ["t", "acc", "full", "0.500"]
+    file = tmp_path / "full.jsonl"
+    file.write_text(file.read_text("utf-8").replace("-4.0", "-2.0", 1), "utf-8")
+    ran = command("eval", "--rescore", tmp_path)
+    assert (ran.code, "line 1, claims acc 1.0 and its answers give 0.0" in ran.sentence) == (
+        2,
+        True,
+    )
+    file.write_text("{}\n", "utf-8")
+    assert "line 1, is no receipt" in command("eval", "--rescore", tmp_path).sentence
+    assert "there are no receipts in" in command("eval", "--rescore", tmp_path / "no").sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["t", "--columns", "ful"], "there is no column 'ful': did you mean 'full'?"),
+        (["t", "--columns", ","], "there is no column to evaluate"),
+        (["t", "--vectors", "0"], "--vectors must be at least 1, not 0."),
+        (["t", "--tokens", "0"], "--tokens must be at least 1, not 0."),
+        (["t", "--limit", "0"], "--limit must be at least 1, not 0."),
+        (["t", "--batch-size", "0"], "--batch-size must be at least 1, not 0."),
+        (["t", "--split", ""], "--split must be the text at which a question begins"),
+        (["t", "--set", "stepps=3"], "a recipe has no 'stepps': did you mean 'steps'?"),
+        (["t", "--include-path", "/none"], "there is no folder /none with task files."),
+        ([], "there is no task to evaluate"),
+        (["t", "--rescore", "x"], "--rescore reads receipts only: leave out the tasks."),
+        (["t"], "evaluation needs lm-evaluation-harness: pip install 'memvec[eval]'"),
+    ],
+)
+def test_bad_input_is_one_sentence(command, monkeypatch, words, sentence):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ran = command("eval", *words)
+    assert (ran.code, ran.out) == (2, b"")
+    assert sentence in ran.sentence
+
+
+# ---------------------------------------------------------------------- the harness
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """The plug-in, where lm-evaluation-harness is installed."""
+    pytest.importorskip("lm_eval", reason="needs memvec[eval]: run `make test-eval`")
+    from memvec.usable import harness
+
+    return harness
+
+
+def settings(**changes):
+    """An evaluation of the tests' own tasks."""
+    values = {"tasks": ("choose", "finish", "say"), "tasks_folder": TASKS, **SIZES}
+    return Evaluation(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def evaluated(harness, tmp_path_factory):
+    """All columns of all tasks: figures, and the folder with receipts and cache."""
+    out = tmp_path_factory.mktemp("evaluated")
+    what = settings(receipts=out / "receipts", cache=out / "cache")
+    return evaluate(copy(reader()), what), out
+
+
+def test_the_figures_are_those_of_the_harness(evaluated):
+    figures, out = evaluated
+    run = json.loads((out / "receipts" / "run.json").read_text())
+    compared = 0
+    for figure in figures:
+        theirs = run["harness_results"][figure.column][figure.task]
+        if f"{figure.score},none" in theirs and figure.task != "say":
+            assert figure.value == pytest.approx(theirs[f"{figure.score},none"]), figure
+            compared += 1
+    assert compared == 3 * len(COLUMNS)
+    assert {f.documents for f in figures} == {4}
+    assert run["model"]["memvec"]["name"] == "tiny-bytes"
+    assert run["model"]["recipe"]["settle"] == 3
+
+
+def test_the_receipts_give_the_same_table_and_name_every_context(evaluated, command):
+    figures, out = evaluated
+    rows = receipts.read(out / "receipts")
+    assert table(rows) == figures
+    assert len(rows) == 4 * 3 * len(COLUMNS)
+    contexts = {(r.task, r.document): set() for r in rows}
+    for r in rows:
+        contexts[r.task, r.document].add((r.context_sha256, r.context_tokens))
+        assert r.question.startswith("the ")
+        assert (r.exact is None) == (r.column != "crammed")
+    assert all(len(same) == 1 for same in contexts.values())
+    assert command("eval", "--rescore", out / "receipts").code == 0
+
+
+def test_a_second_evaluation_crams_nothing(evaluated, monkeypatch):
+    figures, out = evaluated
+
+    def nothing(self, passages=()):
+        assert list(passages) == []
+        yield from ()
+
+    monkeypatch.setattr(Engine, "run", nothing)
+    what = settings(cache=out / "cache", columns=("crammed",))
+    again = evaluate(copy(reader()), what)
+    first = [f.model_copy(update={"kept": None, "kept_interval": None}) for f in figures]
+    assert again == [f for f in first if f.column == "crammed"]
+
+
+def test_the_full_column_is_the_harness_s_own_model(harness, folder, evaluated):
+    """Behind a start token, which this tokenizer does not add by itself."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = copy(reader())
+    own = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal")
+    encode = own.tok_encode
+    own.tok_encode = lambda text, *a, **k: [lm.bos_id, *encode(text, *a, **k)]
+    raw = lm_eval.simple_evaluate(
+        own,
+        tasks=["choose", "finish"],
+        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+        bootstrap_iters=0,
+        fewshot_random_seed=0,
+    )
+    ours = {
+        (r.task, r.document): r
+        for r in receipts.read(evaluated[1] / "receipts")
+        if r.column == "full"
+    }
+    for task in ("choose", "finish"):
+        for row in raw["samples"][task]:
+            receipt = ours[task, row["doc_id"]]
+            theirs = [float(answers[0][0]) for answers in row["resps"]]
+            assert [a.loglikelihood for a in receipt.answers] == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_harness_makes_the_model_from_arguments(harness, folder):
+    from lm_eval.api.registry import get_model
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    where = project["project"]["entry-points"]["lm_eval.models"]["memvec"]
+    assert where == f"{harness.MemvecLM.__module__}:{harness.MemvecLM.__name__}"
+    assert get_model("memvec") is harness.MemvecLM
+    given = f"pretrained={folder},context=crammed,vectors=2,tokens=3,settle=7,split=\\n\\nQ:"
+    model = get_model("memvec").create_from_arg_string(given, {"device": "cpu", "batch_size": None})
+    assert (model.column.name, model.column.vectors, model.column.tokens) == ("crammed", 2, 3)
+    assert (model.column.recipe.settle, model.split) == (7, "\n\nQ:")
+    with pytest.raises(MemvecError, match="there is no column 'crammd'"):
+        get_model("memvec").create_from_arg_obj({"pretrained": str(folder), "context": "crammd"})
+
+
+def test_the_harness_s_own_command_runs_the_model(harness, folder, tmp_path, monkeypatch, capsys):
+    words = ["lm_eval", "--model", "memvec", "--model_args", f"pretrained={folder},context=none"]
+    words += ["--tasks", "finish", "--include_path", str(TASKS), "--limit", "1"]
+    monkeypatch.setattr("sys.argv", words)
+    harness.main()
+    assert "finish" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*words[:4], f"pretrained={folder},context=nine", *words[5:]])
+    with pytest.raises(SystemExit, match="2"):
+        harness.main()
+    assert "memvec: there is no column 'nine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tasks": ("chose",)}, "the harness has no task 'chose': did you mean 'choose'"),
+        ({"tasks": ("whole",)}, "whole scores whole texts, which have no context to replace"),
+        ({"split": "\n\n\n"}, "no request of choose has a context in front of"),
+    ],
+)
+def test_a_task_that_cannot_be_evaluated_is_refused(harness, changes, sentence):
+    with pytest.raises(MemvecError, match=sentence):
+        evaluate(copy(reader()), settings(columns=("none",), **changes))
+
+
+def test_the_cloze_task_asks_for_words_of_its_passages(harness):
+    lines = (ROOT / "examples" / "cloze" / "cloze.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) >= 32
+    for row in map(json.loads, lines):
+        assert row["word"] in row["passage"]
+        assert row["word"] not in row["question"]
+    figures = evaluate(
+        copy(reader()),
+        Evaluation(
+            tasks=("cloze", "cloze_choice"),
+            tasks_folder=ROOT / "examples" / "cloze",
+            columns=("none",),
+            limit=4,
+            split="\n\n",
+        ),
+    )
+    assert {(f.task, f.score) for f in figures} >= {("cloze", "nll"), ("cloze_choice", "acc")}
