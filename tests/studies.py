@@ -71,17 +71,6 @@ lengths = [4]
 passages = 2
 recipe = { lr = 0.1, steps = 8 }
 [[runs]]
-protocol = "usable"
-sources = ["random-tokens"]
-lengths = [4]
-vectors = [2]
-passages = 2
-texts = 2
-words = 5
-layers = true
-directions = true
-recipe = { settle = 8, decay = 8, steps = 12, query_count = 2, query_tokens = 4, trigger = "#3" }
-[[runs]]
 protocol = "one-step"
 lengths = [2, 4]
 vectors = [2]
@@ -96,6 +85,21 @@ passages = 2
 recipe = { lr = 0.1, steps = 8 }
 """
 )
+
+# Beside the others, whose rows other tests make up.
+USABLE = """
+[[runs]]
+protocol = "usable"
+sources = ["random-tokens"]
+lengths = [4]
+vectors = [2]
+passages = 2
+texts = 2
+words = 5
+layers = true
+directions = true
+recipe = { settle = 8, decay = 8, steps = 12, query_count = 2, query_tokens = 4, trigger = "#3" }
+"""
 
 SENTENCES = "The quick brown fox jumps over the lazy dog. A cat sat on the mat and the dog saw. "
 

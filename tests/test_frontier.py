@@ -25,13 +25,11 @@ from memvec.lab.study.store import Store
 from memvec.usable import directions
 from memvec.usable.knockout import attention_modules, knocked_out, layer_count
 from memvec.usable.modes import BothModes
-from studies import EVERYTHING, HEAD, run, spec_in
+from studies import HEAD, USABLE, run, spec_in
 from test_protocols import falsify, restore
 
 # Sliding windows of 5, grouped heads, norms on queries and keys, partial rotary embeddings.
 KNOCKED = ["llama", "olmo2", "qwen3", "mistral", "gemma3", "phi", "gpt-neox"]
-RUN = EVERYTHING[EVERYTHING.index('[[runs]]\nprotocol = "usable"') :]
-RUN = RUN[: RUN.index('[[runs]]\nprotocol = "one-step"')]
 
 
 def vectors_of(lm, K=2, seed=0):
@@ -137,9 +135,11 @@ def test_vectors_without_a_span_have_nothing_in_it():
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("usable")
     # Long enough that some come back whole; a second recipe, and one without further measurements.
-    text = RUN.replace("settle = 8, decay = 8, steps = 12", "settle = 60, decay = 60, steps = 200")
+    text = USABLE.replace(
+        "settle = 8, decay = 8, steps = 12", "settle = 60, decay = 60, steps = 200"
+    )
     text += text.replace("query_count", "term_weight = 0.0, query_count")
-    plain = RUN.replace("lengths = [4]", "lengths = [3]").replace("true", "false")
+    plain = USABLE.replace("lengths = [4]", "lengths = [3]").replace("true", "false")
     run(spec_in(base, HEAD + text + plain), base, base / "out")
     return base / "out"
 
@@ -219,7 +219,9 @@ def test_both_modes_are_of_the_same_vectors():
 
 def test_a_start_rule_without_a_trigger_is_refused():
     with pytest.raises(MemvecError, match=r"run 1 \(usable\) reads the vectors with and without"):
-        parse_spec(HEAD + RUN.replace("recipe = {", 'recipe = { start_rule = "vectors",'), "spec")
+        parse_spec(
+            HEAD + USABLE.replace("recipe = {", 'recipe = { start_rule = "vectors",'), "spec"
+        )
 
 
 def test_a_model_without_bos_is_refused():

@@ -27,7 +27,7 @@ from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
-from studies import EVERYTHING, HEAD, everything, run, spec_in
+from studies import EVERYTHING, HEAD, USABLE, everything, run, spec_in
 
 MINE = '''
 """A protocol of another package: one extra column, one table, one figure."""
@@ -166,7 +166,7 @@ def test_every_protocol_of_the_project_can_be_loaded() -> None:
 
 
 EXTRAS = EVERYTHING[EVERYTHING.index('[[runs]]\nprotocol = "context"') :]
-EXTRAS = EXTRAS[: EXTRAS.index('[[runs]]\nprotocol = "one-step"')]
+EXTRAS = EXTRAS[: EXTRAS.index('[[runs]]\nprotocol = "one-step"')] + USABLE
 
 
 @pytest.fixture(scope="module")
