@@ -310,6 +310,18 @@ def test_a_model_without_bos_needs_a_trigger(untyped):
         reader("words").token_named("the cat")
 
 
+def test_a_model_without_bos_is_certified_and_used(untyped):
+    lm = copy(reader("words"))
+    lm.bos_id = None
+    recipe = replace(USABLE, trigger="#5")
+    mem = codec.cram(lm, "the cat sat", vectors=2, tokens=3, recipe=recipe)
+    assert mem.exact
+    assert mem.header.use["held_out"]["contexts"]["nothing"]["kept"] == 0
+    for context in ("vectors", "text"):
+        answer = memvec.use(lm, mem, "fox", context=context, max_new_tokens=3)
+        assert isinstance(answer, str)
+
+
 def test_vectors_without_a_trigger_are_not_used():
     lm = reader("words")
     mem = codec.cram(lm, "the cat sat", vectors=2, tokens=3, recipe=QUICK)

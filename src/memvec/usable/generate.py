@@ -47,7 +47,7 @@ def use(
         raise MemvecError("there are no vectors to use: give at least one file.")
     asked = lm.tokenize(prompt)
     inputs = [_context(lm, one, passages, context) for one in files]
-    if context != "vectors":  # one BOS in front of everything
+    if context != "vectors" and lm.bos_id is not None:  # one BOS in front of everything
         inputs = [text_inputs(lm, ()), *inputs]
     if asked:
         inputs.append(lm.embed(torch.tensor([asked], device=lm.device)))
