@@ -161,7 +161,7 @@ def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
         extras = [json.loads(r[0]) for r in store.db.execute("SELECT extra FROM rows")]
         contexts = [e["context"] for e in extras if "context" in e]
         assert all(set(c) == {"4", "8"} for c in contexts)  # 4000 do not fit
-        assert store.db.execute("SELECT count(*) FROM paths").fetchone()[0] == 4
+        assert store.db.execute("SELECT count(*) FROM paths").fetchone()[0] == 6  # all pairs
         record = json.loads(store.db.execute("SELECT record FROM environments").fetchone()[0])
         assert {"torch", "transformers", "memvec", "model"} <= set(record)
 
