@@ -146,3 +146,16 @@ def test_geometric_growth_is_exact(K):
     recipe = replace(QUICK, schedule="geometric", look_ahead=1)
     outcomes = list(Engine(tiny(), recipe, vectors=K, batch_size=3).run(passages(5, 2, 4, seed=4)))
     assert all(o.exact for o in outcomes)
+
+
+def test_a_passage_pays_for_its_own_tokens_only():
+    """Beside a longer one it costs what it costs alone."""
+    short, long = passages(3, 9, seed=7)
+    recipe = replace(ALIGNED, schedule="whole", steps=4, stuck_after=0)
+    spent = {}
+    for asked in ([short], [short, long]):
+        engine = Engine(tiny(), recipe, vectors=2, batch_size=2)
+        for outcome in engine.run(asked):
+            if outcome.passage.ids == short.ids:
+                spent[len(asked)] = outcome.spent / max(1, outcome.steps)
+    assert spent[1] == spent[2] == 3 + 1 + 1  # tokens, inputs before them, a third of the tokens

@@ -97,9 +97,9 @@ class Alignment(Term):
         within = torch.arange(tokens, device=predicted.device) < read
         return within / within.sum(-1, keepdim=True).clamp_min(1)
 
-    def inputs(self, columns: int) -> int:
+    def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """One more forward pass over the text, without a backward pass: a third of its inputs."""
-        return -(-columns // 3)
+        return (counted + 2) // 3
 
     def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._seen.append(output[0] if isinstance(output, tuple) else output)

@@ -248,7 +248,7 @@ class Step:
         # A passage pays for what counts for it, as if it were alone, not for its neighbours' width.
         batch.steps = batch.steps + moving
         before = self.lm.inputs_before(self.K, self.start_rule)
-        spent = counted + before + self.term.inputs(measured.margin.shape[1])
+        spent = counted + before + self.term.inputs(counted)
         batch.spent = batch.spent + spent * moving
 
     @torch.no_grad()

@@ -100,9 +100,9 @@ class Term:
         """What the finished vectors are worth for this term, as a file keeps it; None: nothing."""
         return None
 
-    def inputs(self, columns: int) -> int:
-        """Inputs of forward and backward passes that the term costs a passage at each step."""
-        return 0
+    def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """Inputs of forward and backward passes that a step of the term costs each passage."""
+        return torch.zeros_like(counted)
 
     def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
         """What the term weighs beside the objective, for each slot.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.cramming.batch import BatchState
@@ -80,9 +80,9 @@ class Use(Term):
         loss, gradient = self._divergence(states.detach(), (top, log_p, log_rest), weight)
         return TermLoss(loss[:B], (states,), (gradient,))
 
-    def inputs(self, columns: int) -> int:
+    def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """The vectors and a query."""
-        return self.K + self.recipe.query_tokens - 1
+        return torch.full_like(counted, self.K + self.recipe.query_tokens - 1)
 
     def certificate(self, mem: MemVectors) -> dict[str, Any] | None:
         """The certificate of use; none for vectors that are not exact."""

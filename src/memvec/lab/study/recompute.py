@@ -162,4 +162,6 @@ def _spent(cell: Cell, moves: int, n: int, K: int, before: int, start: str) -> t
     beside = before + (start != "vectors")
     if cell.recipe.get("term", "none") == "use":
         beside += K + int(cell.recipe["query_tokens"]) - 1
+    if cell.recipe.get("term", "none") == "alignment":  # a third of the text once more
+        return moves * (fewest + beside + (fewest + 2) // 3), moves * (n + beside + (n + 2) // 3)
     return moves * (fewest + beside), moves * (n + beside)
