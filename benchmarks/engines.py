@@ -69,7 +69,7 @@ NOTES = """
 ## What the table is of
 
 - Only passages that memvec itself certified are asked for: those that were not exact after 400
-  steps (800 for llama) are left out, two of 144 for llama, one of 96 for smollm3, none for the others.
+  steps (800 for llama) are left out: two of 144 for llama, one of 96 for smollm3, no other.
 - The table joins one run of each model; the cells of mlx-lm for qwen2 and smollm3 are a second run,
   with the base passed on. K = 8 was run for llama only, in float32.
 
