@@ -6,6 +6,7 @@
 # make test-eval    the tests of evaluation, with lm-evaluation-harness, as in requirements-eval.lock
 # make docs         the documentation as a site in site/, built strictly and without network
 # make page         runs studies/pocket-full.toml (about an hour on two cores) into docs/pocket-full
+# make engines      inference engines, each in its own environment, and docs/engines.md
 # make test-newest  the whole suite with the newest release of every library
 # make test-oldest  the whole suite with the lowest releases that pyproject.toml allows
 
@@ -175,4 +176,4 @@ suite:
 	$(SUITE)
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-docs .venv-eval site demo .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock .venv-docs .venv-eval .venv-mlx .engines site demo .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -13,7 +13,17 @@ FILES = {
     for path in ROOT.rglob("*.py")
 }
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
-BESIDE = ("lab", "usable", "arms", "encoders", "export", "hub", "workers", "cli")  # beside the core
+BESIDE = (
+    "lab",
+    "usable",
+    "arms",
+    "encoders",
+    "export",
+    "engines",
+    "hub",
+    "workers",
+    "cli",
+)
 
 
 def imports(name: str) -> set[str]:

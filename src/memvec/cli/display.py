@@ -237,9 +237,15 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
     if len(exact) > len(listed):
         out.print(f"({len(exact) - len(listed)} more passages are not listed)")
     c = figures
+    if "decoded_by" in c:
+        how = f"by {safe(c['decoded_by'])}"
+    else:
+        how = (
+            f"on {c['device']} "
+            f"({c['attention']} attention, cache {safe(c['cache'])}, torch {c['torch']})"
+        )
     out.print(
-        f"decoded freely in {c['decoded_in']} on {c['device']} "
-        f"({c['attention']} attention, cache {safe(c['cache'])}, torch {c['torch']}): "
+        f"decoded freely in {c['decoded_in']} {how}: "
         + _verdict(c["exact"], c["exact_passages"], c["passages"])
     )
 

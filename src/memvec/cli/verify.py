@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,11 +15,25 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
     from memvec.vectors import MemVectors
 
-EXAMPLES = options.examples("memvec verify letter.mem", "memvec verify letter.mem --dtype bfloat16")
+EXAMPLES = options.examples(
+    "memvec verify letter.mem",
+    "memvec verify letter.mem --engine vllm --engine-python .venv-vllm/bin/python",
+)
 
 Use = Annotated[
     bool,
     typer.Option("--use", help="Also measure what the vectors are worth as context."),
+]
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="Let an inference engine decode, in its own environment: transformers, mlx or vllm.",
+    ),
+]
+EnginePython = Annotated[
+    Path | None,
+    typer.Option(help="Python of the engine's environment; default: the one that runs memvec."),
 ]
 
 
@@ -30,6 +46,8 @@ def verify(
     load: options.Load = None,
     force: options.ForceWeights = False,
     use: Use = False,
+    engine: EngineName = None,
+    engine_python: EnginePython = None,
     json: options.Json = False,
 ) -> None:
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
@@ -38,8 +56,15 @@ def verify(
     from memvec.cli.use_tables import show_worth
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
-    decoded = mem.decode_passages(lm, force=force)
-    certificate, exact = certificate_of(lm, mem, decoded)
+    if engine is None:
+        decoded = mem.decode_passages(lm, force=force)
+        certificate, exact = certificate_of(lm, mem, decoded)
+    else:
+        version, decoded = _in_engine(engine, engine_python, lm, mem)
+        certificate, exact = certificate_of(lm, mem, decoded)
+        # What else a certificate says is of the decoder here, which did not run.
+        kept = ("exact", "passages", "exact_passages", "decoded_in", "date")
+        certificate = {"decoded_by": version, **{name: certificate[name] for name in kept}}
     if certificate["exact"]:
         mem.restored(lm, decoded)  # the bytes too, not only the tokens
     worth = _worth(lm, mem, decoded) if use and certificate["exact"] else None
@@ -59,3 +84,17 @@ def _worth(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str,
     from memvec.usable.certificate import certify_use
 
     return certify_use(lm, mem, decoded).model_dump(mode="json")
+
+
+def _in_engine(
+    engine: str, python: Path | None, lm: FrozenLM, mem: MemVectors
+) -> tuple[str, list[list[int]]]:
+    """(engine and release, token ids of every passage). Raises MemvecError as `decode_with`."""
+    from memvec.engines import decode_with
+    from memvec.errors import MemvecError
+    from memvec.loading import POCKET
+
+    folder = POCKET if lm.name == "pocket" else Path(lm.name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise MemvecError(f"{engine} reads a model's folder: give it with --model, not {lm.name}.")
+    return decode_with(engine, mem, lm, model=folder, python=python or sys.executable)

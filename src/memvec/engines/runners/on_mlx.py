@@ -1,0 +1,50 @@
+"""mlx-lm: `generate_step(input_embeddings=...)`, one prompt at a time, on MLX's CPU build too."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import load_model
+
+
+def version() -> str:
+    """The engine and its release."""
+    return f"mlx-lm {installed('mlx-lm')} (mlx {installed('mlx')})"
+
+
+class Engine:
+    """A model in one dtype; raises ValueError if its code takes no `input_embeddings`."""
+
+    def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
+        self.dtype = getattr(mx, dtype)
+        self.model, _ = load_model(Path(model), model_config=_base_of_rope(Path(model)))
+        self.model.set_dtype(self.dtype)
+
+    def generate(self, prompts: list[Any], new_tokens: list[int]) -> list[list[int]]:
+        """Greedy token ids behind prompts (N, D)."""
+        found = []
+        for prompt, wanted in zip(prompts, new_tokens, strict=True):
+            steps = generate_step(
+                mx.array([], dtype=mx.int32),
+                self.model,
+                max_tokens=wanted,
+                input_embeddings=mx.array(prompt).astype(self.dtype),
+            )
+            found.append([int(token) for token, _ in steps])
+        return found
+
+
+def _base_of_rope(folder: Path) -> dict[str, Any]:
+    """The base of the rotary embedding by the name that mlx-lm's older model code reads.
+
+    transformers 5 writes it inside `rope_parameters`; mlx-lm 0.32 looks there for some model types
+    only (Qwen 3), and takes its own default for the others, without a word (Qwen 2, SmolLM 3).
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = (config.get("rope_parameters") or {}).get("rope_theta")
+    return {} if base is None or "rope_theta" in config else {"rope_theta": base}
