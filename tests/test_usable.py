@@ -125,6 +125,7 @@ def test_what_is_kept_of_a_passage_depends_on_it_alone():
 def test_a_passage_does_not_feel_its_neighbours(family):
     lm, recipe = triggered(family)
     asked = passages(4, 4, 4, seed=5)  # of one length: the shape stays the same
+    recipe = replace(recipe, settle=8, decay=8, steps=60)
     options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
     together = {o.passage.ids: o for o in Engine(lm, recipe, **options).run(asked)}
     for passage in asked:
