@@ -24,6 +24,8 @@ from memvec.lab.study.work import _least_loss_gain
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 
 @dataclass
 class Published:

@@ -19,6 +19,8 @@ from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from studies import SENTENCES, run
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 SPEC = """
 name = "whole"
 [[models]]

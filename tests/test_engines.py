@@ -16,6 +16,8 @@ from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors
 from test_interop import crammed
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 
 @pytest.fixture
 def saved(tmp_path):

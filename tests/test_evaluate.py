@@ -25,6 +25,8 @@ from memvec.usable.columns import COLUMNS, Column, request_of, split_text
 from memvec.usable.evaluate import Evaluation, evaluate
 from memvec.usable.receipts import Answer, Receipt, scores_of, table
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "evaluation"
 QUICK = Recipe.of("usable", settle=3, steps=300, query_count=2, query_tokens=4)

@@ -28,6 +28,8 @@ from memvec.usable.modes import BothModes
 from studies import HEAD, USABLE, run, spec_in
 from test_protocols import falsify, restore
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 # Sliding windows of 5, grouped heads, norms on queries and keys, partial rotary embeddings.
 KNOCKED = ["llama", "olmo2", "qwen3", "mistral", "gemma3", "phi", "gpt-neox"]
 

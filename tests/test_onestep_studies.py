@@ -27,6 +27,8 @@ from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
 from studies import HEAD, everything, run, spec_in
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 RECIPE = "recipe = { lr = 0.1, steps = 12 }\n"
 
 

@@ -27,6 +27,8 @@ from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
 
+pytestmark = pytest.mark.slow  # left out of `make check`
+
 MODEL = "EleutherAI/pythia-160m"
 BITS, FREE = 5.0, 0.25  # of a token without vectors; share of tokens the model gets right alone
 SPEC = f"""

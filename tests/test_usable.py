@@ -66,6 +66,7 @@ def test_keeping_more_outcomes_never_lowers_the_divergence():
     torch.testing.assert_close(last, whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_one_move_follows_the_gradient_of_both_losses(family, weight):
@@ -121,6 +122,7 @@ def test_what_is_kept_of_a_passage_depends_on_it_alone():
         assert torch.equal(together.log_p[row], alone.log_p[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_a_passage_does_not_feel_its_neighbours(family):
     lm, recipe = triggered(family)
@@ -134,6 +136,7 @@ def test_a_passage_does_not_feel_its_neighbours(family):
         assert alone.steps == together[passage.ids].steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_second_loss_falls_and_exactness_stays(family):
     lm, recipe = triggered(family)
@@ -162,9 +165,11 @@ def test_the_second_loss_falls_and_exactness_stays(family):
 # ---------------------------------------------------------------------- files and certificates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trigger", ["bos", "#5", "the"])
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
+@pytest.mark.slow
     lm = reader("words")
     mem = codec.cram(
         lm,
@@ -190,9 +195,8 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
     assert worth.held_out.contexts["nothing"].kept == 0
     measured = worth.model_dump(mode="json")["held_out"]["contexts"]["vectors"]
     assert measured["kl"] == pytest.approx(contexts["vectors"]["kl"], abs=1e-5)
-
-
 def test_the_true_continuation_is_measured_where_the_text_goes_on():
+@pytest.mark.slow
     lm = reader("words")
     text = "the cat sat on the mat and the dog ran " * 8
     mem = codec.cram(lm, text, vectors=2, tokens=4, recipe=replace(USABLE, settle=2))
@@ -205,8 +209,6 @@ def test_the_true_continuation_is_measured_where_the_text_goes_on():
     )
     assert worth.continuation.passages == able
     assert "exact-only vectors" not in worth.continuation.contexts
-
-
 def test_resumed_is_uninterrupted(tmp_path):
     lm, options = reader("words"), {"vectors": 2, "tokens": 3, "recipe": USABLE}
     text = "the cat sat on the mat and the dog"
@@ -298,6 +300,7 @@ def test_questions_of_a_person_are_queries(tmp_path):
 
 
 def test_a_model_without_bos_needs_a_trigger(untyped):
+@pytest.mark.slow
     lm = copy(tiny())
     lm.bos_id = None
     with pytest.raises(MemvecError, match="no BOS token"):
@@ -309,8 +312,6 @@ def test_a_model_without_bos_needs_a_trigger(untyped):
         Engine(lm, replace(USABLE, trigger="#3", start_rule="vectors"))
     with pytest.raises(MemvecError, match="a trigger is one"):
         reader("words").token_named("the cat")
-
-
 def test_a_model_without_bos_is_certified_and_used(untyped):
     lm = copy(reader("words"))
     lm.bos_id = None
@@ -340,8 +341,7 @@ def test_use_refuses_another_models_vectors(crammed):
 
 
 # ---------------------------------------------------------------------- the command line
-
-
+@pytest.mark.slow
 def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
     text, file = tmp_path / "a.txt", tmp_path / "a.mem"
     text.write_text("the cat sat")
@@ -370,13 +370,12 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
     ],
 )
 def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence):
+@pytest.mark.slow
     text = tmp_path / "a.txt"
     text.write_text("the cat sat")
     ran = command("cram", text, "-m", folder, "-o", tmp_path / "a.mem", *words)
     assert ran.code == 2
     assert sentence in ran.sentence
-
-
 def test_another_file_of_questions_is_another_run(folder, tmp_path, command):
     """What an interrupted run has finished counts under the same questions only."""
     text, file, questions = tmp_path / "a.txt", tmp_path / "a.mem", tmp_path / "q.txt"
