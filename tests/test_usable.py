@@ -66,9 +66,9 @@ def test_keeping_more_outcomes_never_lowers_the_divergence():
     torch.testing.assert_close(last, whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weight", [0.0, 2.0])
+@pytest.mark.slow
 def test_one_move_follows_the_gradient_of_both_losses(family, weight):
     lm, recipe = triggered(family)
     recipe = replace(recipe, optimizer="adam", term_weight=weight, look_ahead=100)
@@ -122,8 +122,8 @@ def test_what_is_kept_of_a_passage_depends_on_it_alone():
         assert torch.equal(together.log_p[row], alone.log_p[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mamba"])
+@pytest.mark.slow
 def test_a_passage_does_not_feel_its_neighbours(family):
     lm, recipe = triggered(family)
     asked = passages(4, 4, 4, seed=5)  # of one length: the shape stays the same
@@ -136,8 +136,8 @@ def test_a_passage_does_not_feel_its_neighbours(family):
         assert alone.steps == together[passage.ids].steps
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_the_second_loss_falls_and_exactness_stays(family):
     lm, recipe = triggered(family)
     asked = passages(4, 3, seed=9)
@@ -165,11 +165,10 @@ def test_the_second_loss_falls_and_exactness_stays(family):
 # ---------------------------------------------------------------------- files and certificates
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trigger", ["bos", "#5", "the"])
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
 @pytest.mark.slow
+def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
     lm = reader("words")
     mem = codec.cram(
         lm,
@@ -195,8 +194,10 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
     assert worth.held_out.contexts["nothing"].kept == 0
     measured = worth.model_dump(mode="json")["held_out"]["contexts"]["vectors"]
     assert measured["kl"] == pytest.approx(contexts["vectors"]["kl"], abs=1e-5)
-def test_the_true_continuation_is_measured_where_the_text_goes_on():
+
+
 @pytest.mark.slow
+def test_the_true_continuation_is_measured_where_the_text_goes_on():
     lm = reader("words")
     text = "the cat sat on the mat and the dog ran " * 8
     mem = codec.cram(lm, text, vectors=2, tokens=4, recipe=replace(USABLE, settle=2))
@@ -209,6 +210,9 @@ def test_the_true_continuation_is_measured_where_the_text_goes_on():
     )
     assert worth.continuation.passages == able
     assert "exact-only vectors" not in worth.continuation.contexts
+
+
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(tmp_path):
     lm, options = reader("words"), {"vectors": 2, "tokens": 3, "recipe": USABLE}
     text = "the cat sat on the mat and the dog"
@@ -300,7 +304,6 @@ def test_questions_of_a_person_are_queries(tmp_path):
 
 
 def test_a_model_without_bos_needs_a_trigger(untyped):
-@pytest.mark.slow
     lm = copy(tiny())
     lm.bos_id = None
     with pytest.raises(MemvecError, match="no BOS token"):
@@ -312,6 +315,9 @@ def test_a_model_without_bos_needs_a_trigger(untyped):
         Engine(lm, replace(USABLE, trigger="#3", start_rule="vectors"))
     with pytest.raises(MemvecError, match="a trigger is one"):
         reader("words").token_named("the cat")
+
+
+@pytest.mark.slow
 def test_a_model_without_bos_is_certified_and_used(untyped):
     lm = copy(reader("words"))
     lm.bos_id = None
@@ -341,6 +347,8 @@ def test_use_refuses_another_models_vectors(crammed):
 
 
 # ---------------------------------------------------------------------- the command line
+
+
 @pytest.mark.slow
 def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
     text, file = tmp_path / "a.txt", tmp_path / "a.mem"
@@ -370,12 +378,14 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
     ],
 )
 def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence):
-@pytest.mark.slow
     text = tmp_path / "a.txt"
     text.write_text("the cat sat")
     ran = command("cram", text, "-m", folder, "-o", tmp_path / "a.mem", *words)
     assert ran.code == 2
     assert sentence in ran.sentence
+
+
+@pytest.mark.slow
 def test_another_file_of_questions_is_another_run(folder, tmp_path, command):
     """What an interrupted run has finished counts under the same questions only."""
     text, file, questions = tmp_path / "a.txt", tmp_path / "a.mem", tmp_path / "q.txt"
