@@ -264,7 +264,8 @@ class CramJob:
             for outcome in self._again(fallen):
                 self.done[outcome.passage.document, outcome.passage.offset] = outcome
         mem = mem.with_certificate(certificate, exact)
-        return mem.with_use(self.engine.one_step.term.certificate(mem)), exact
+        passages = [outcome.passage.ids for outcome in self._in_order()]
+        return mem.with_use(self.engine.one_step.term.certificate(mem, passages)), exact
 
     def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""

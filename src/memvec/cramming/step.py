@@ -234,10 +234,9 @@ class Step:
         moving = ~batch.stopped
         slope = measured.gradient.mul_(with_padding(weight, padding_rows)[..., None])
         outputs, slopes = [measured.states], [slope]
-        term_weight = self.term.weight(batch)
+        rows = with_padding(self.term.weight(batch), padding_rows)
         term_slopes = self.term.slopes(measured.term, counted, padding_rows)
         for output, at in zip(measured.term.outputs, term_slopes, strict=True):
-            rows = with_padding(term_weight, padding_rows)
             outputs.append(output)
             slopes.append(at * rows.reshape(-1, *(1 for _ in at.shape[1:])).to(at.dtype))
         (gradient,) = torch.autograd.grad(outputs, batch.parameters, slopes)

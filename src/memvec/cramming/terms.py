@@ -96,8 +96,13 @@ class Term:
         """The gradients at the outputs, now that it is known how many tokens of each count."""
         return measured.gradients
 
-    def certificate(self, mem: MemVectors) -> dict[str, Any] | None:
-        """What the finished vectors are worth for this term, as a file keeps it; None: nothing."""
+    def certificate(
+        self, mem: MemVectors, passages: Sequence[Sequence[int]]
+    ) -> dict[str, Any] | None:
+        """What the finished vectors are worth for this term, as a file keeps it; None: nothing.
+
+        `passages` are the token ids that were crammed.
+        """
         return None
 
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:

@@ -34,7 +34,7 @@ from memvec.passages.passage import Passage
 from memvec.results import Record
 from memvec.storage import Storage
 from memvec.usable.queries import continuations, text_inputs
-from memvec.usable.teacher import states_behind
+from memvec.usable.teacher import log_p_behind
 from memvec.vectors import MemVectors
 
 PASSAGES = 32  # at most so many passages are measured, evenly spread over the file
@@ -118,7 +118,7 @@ def certify_use(
         behind_each(view, own, continuations(view, ids[i], recipe)[0])
         for own, i in zip(contexts, chosen, strict=True)
     ]
-    following = {i: words for i, words in _following(mem, ids) if i in set(chosen)}
+    following = dict(_following(mem, ids))
     true = [
         behind_each(view, own, torch.tensor([following[i]]))
         for own, i in zip(contexts, chosen, strict=True)
@@ -205,8 +205,7 @@ def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> 
     reference: Tensor | None = None
     figures = {}
     for name, inputs in contexts.items():
-        states = states_behind(lm, inputs.expand(len(words), -1, -1), words)
-        log_q = lm.head(states).log_softmax(-1)
+        log_q = log_p_behind(lm, inputs, words)
         nll = -log_q.gather(-1, words[..., None]).mean()
         reference = log_q if reference is None else reference
         kl = (reference.exp() * (reference - log_q)).sum(-1).mean()

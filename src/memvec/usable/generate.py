@@ -64,8 +64,8 @@ def write_behind(
 
     Raises MemvecError for a model that does not generate.
     """
-    ids = _generated(lm, inputs, streamer, options)
-    return lm.text([token for token in ids if token not in _ends(lm)])
+    ids, ends = _generated(lm, inputs, streamer, options), set(_ends(lm))
+    return lm.text([token for token in ids if token not in ends])
 
 
 def _context(

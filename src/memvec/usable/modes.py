@@ -15,7 +15,7 @@ from torch import Tensor
 from memvec import metrics
 from memvec.model.lm import FrozenLM
 from memvec.usable.queries import text_inputs
-from memvec.usable.teacher import states_behind
+from memvec.usable.teacher import log_p_behind
 
 
 class BothModes:
@@ -26,7 +26,7 @@ class BothModes:
         self.lm, self.words = lm, words.to(lm.device)
         self.ids = torch.tensor([list(ids)], device=lm.device)
         # The reference is read here, outside of whatever a caller changes in the model.
-        self.reference = self._log_p(text_inputs(lm, ids))
+        self.reference = log_p_behind(lm, text_inputs(lm, ids), self.words)
 
     @torch.no_grad()
     def __call__(self, vectors: Float[Tensor, "K D"]) -> list[float]:
@@ -38,10 +38,6 @@ class BothModes:
         logits = self.lm.logits(rows, self.ids, "bos")
         margin = metrics.margins(logits, self.ids)
         leading = metrics.horizon(margin > 0)
-        log_q = self._log_p(rows)
+        log_q = log_p_behind(self.lm, rows, self.words)
         kl = (self.reference.exp() * (self.reference - log_q)).sum(-1).mean()
         return [float(leading[0]), float(margin.mean()), float(kl)]
-
-    def _log_p(self, inputs: Float[Tensor, "1 N D"]) -> Float[Tensor, "M L V"]:
-        behind = states_behind(self.lm, inputs.expand(len(self.words), -1, -1), self.words)
-        return self.lm.head(behind).log_softmax(-1)

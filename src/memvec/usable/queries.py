@@ -47,10 +47,11 @@ def continued(
     inputs: Float[Tensor, "B N D"],
     tokens: int,
     generator: torch.Generator | None = None,
-    temperature: float = 1.0,
 ) -> Int[Tensor, "B n"]:
-    """What the model writes behind some inputs, `tokens` tokens: sampled, or greedy without a
-    generator."""
+    """What the model writes behind some inputs, `tokens` tokens.
+
+    Sampled at temperature 1, or greedy without a generator.
+    """
     argument = lm.caching.argument
     written: list[Tensor] = []
     cache, logits, ids = None, None, None
@@ -66,7 +67,7 @@ def continued(
         if generator is None:
             ids = logits.argmax(-1)
         else:  # drawn on the CPU: the same everywhere
-            shares = (logits / temperature).softmax(-1).cpu()
+            shares = logits.softmax(-1).cpu()
             ids = torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
         written.append(ids)
     return torch.stack(written, 1)

@@ -62,6 +62,13 @@ def states_behind(
     return lm.states_of(behind, keep=ids.shape[1])
 
 
+def log_p_behind(
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Int[Tensor, "M L"]
+) -> Float[Tensor, "M L V"]:
+    """Log-probabilities of the whole vocabulary at each token of `ids`, all behind one input."""
+    return lm.head(states_behind(lm, inputs.expand(len(ids), -1, -1), ids)).log_softmax(-1)
+
+
 def divergence(
     logits: Float[Tensor, "*shape V"],
     top: Int[Tensor, "*shape n"],

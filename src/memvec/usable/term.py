@@ -84,11 +84,13 @@ class Use(Term):
         """The vectors and a query."""
         return torch.full_like(counted, self.K + self.recipe.query_tokens - 1)
 
-    def certificate(self, mem: MemVectors) -> dict[str, Any] | None:
+    def certificate(
+        self, mem: MemVectors, passages: Sequence[Sequence[int]]
+    ) -> dict[str, Any] | None:
         """The certificate of use; none for vectors that are not exact."""
         if not mem.exact:
             return None
-        return certify_use(self.lm, mem).model_dump(mode="json")
+        return certify_use(self.lm, mem, passages).model_dump(mode="json")
 
     def _teacher(self, passage: Passage) -> Teacher:
         # A passage alone: what is computed for it does not depend on who is beside it.
