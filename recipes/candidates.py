@@ -9,9 +9,11 @@ Notable:
   that is finished is not trained again, one that was stopped goes on;
 - measured on held-out novels: valid loss, and the horizon of cramming with one and four vectors
   under memvec's default recipe at a fixed number of steps (`evaluate.py`), in tokens, bits, and
-  bits per dimension;
-- --minutes stops every candidate's training after so long, with the learning rate decayed by then:
-  equal compute instead of equal steps.
+  bits per dimension; what 24 tokens tell about the next 48; passages that the encoder gives back;
+- --minutes ends every candidate's training after so long, with the learning rate decayed by then:
+  equal time instead of equal steps. The first step, which compiles, is not counted: on a GPU it
+  takes one to two minutes;
+- `same_as` in a table takes over the fields of another one.
 
 Writes candidates.jsonl and candidates.md into --work.
 """
@@ -19,7 +21,6 @@ Writes candidates.jsonl and candidates.md into --work.
 import argparse
 import dataclasses
 import json
-import time
 import tomllib
 from pathlib import Path
 
@@ -28,25 +29,33 @@ import torch
 import pocket  # first: it sets the environment that libraries read when they load
 from corpus import prepare
 from decoder import Shape
-from evaluate import horizon
+from evaluate import context_gain, horizon, longest, one_pass
 from export import export
 
 FIELDS = {f.name for kind in (pocket.Recipe, Shape) for f in dataclasses.fields(kind)}
+# (K, tokens) at which the one-pass encoder is measured.
+ONE_PASS = ((1, 8), (1, 16), (1, 24), (1, 32), (4, 32), (4, 64))
 SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")
 
 
-def read(path: Path, scale: float) -> dict[str, dict]:
+def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
     """Every candidate's fields, with those of [base] and of the candidate it is a twin of."""
     tables = tomllib.loads(path.read_text())
     base = tables.pop("base", {})
     found = {}
-    for name, table in tables.items():
+    for name in tables:
+        table = tables[name]
+        while like := table.pop("same_as", None):
+            table = {**tables[like], **table}
+            tables[name] = table
         model = tables[table["twin_of"]] | {"memory": False} if "twin_of" in table else {}
         fields = {**base, **model, **table}
         fields.pop("twin_of", None)
         unknown = fields.keys() - FIELDS - {"memory"}
         if unknown:
             raise SystemExit(f"{path.name}: [{name}] has no field '{min(unknown)}'")
+        if minutes:
+            fields["minutes"] = minutes
         for key in SCALED:
             # at least one crop of 512 tokens
             fields[key] = max(512, round(fields.get(key, getattr(pocket.Recipe, key)) * scale))
@@ -73,32 +82,11 @@ def train(name: str, fields: dict, args, streams, tokenizer) -> Path:
     run, memory = make(fields, args.device)
     if (work / f"{name}.pt").exists():
         run.load(work / f"{name}.pt")
-    elif args.minutes:
-        run = fitted(run, memory, args, fields, streams)
     pocket.train(run, streams, work, name, memory)
     export(run, tokenizer, out)
     if not memory:
         (out / "encoder.safetensors").unlink()  # never trained
     return out
-
-
-def fitted(run: pocket.Run, memory: bool, args, fields: dict, streams) -> pocket.Run:
-    """A run with as many steps as --minutes allow, the decay included, timed on a few of them."""
-    for step in (0, run.recipe.trunk_steps):  # both kinds of step; the first ones also compile
-        run.step = step
-        for _ in range(3):
-            run.train_step(streams["train"], memory)
-    began, n = time.monotonic(), 5
-    for _ in range(n):
-        run.train_step(streams["train"], memory)
-    steps = max(50, round(60 * args.minutes / ((time.monotonic() - began) / n)))
-    shrink = steps / run.recipe.steps
-    planned = {
-        "steps": steps,
-        "trunk_steps": round(run.recipe.trunk_steps * shrink),
-        "wide_from": round(run.recipe.wide_from * shrink),
-    }
-    return make(fields | planned, args.device)[0]
 
 
 def measure(name: str, folder: Path, fields: dict, args, streams) -> list[dict]:
@@ -110,30 +98,35 @@ def measure(name: str, folder: Path, fields: dict, args, streams) -> list[dict]:
     run, _ = make(fields, args.device)
     run.load(folder.parent / f"{name}.pt")
     loss = pocket.valid_loss(run, streams["valid"])
-    recipe = Recipe.of(steps=args.cram_steps, start="noise")
+    recipe = Recipe.of(steps=args.cram_steps, start="auto")
+    shared = {
+        "candidate": name,
+        "valid": round(loss, 4),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "train_seconds": round(run.seconds, 1),
+        "steps_trained": run.step,
+        "tokens": run.tokens,
+        "context_gain": context_gain(lm, streams["valid"], 24, 48, 512)["nats_per_token"],
+        "one_pass": [
+            one_pass(lm, streams["valid"], K, T, 128)["passages_exact"][0]
+            for K, T in ONE_PASS
+            if lm.encoder is not None
+        ],
+    }
     rows = []
     for K in args.vectors:
-        row = horizon(lm, streams["valid"], K, min(160 * K, 448), args.passages, recipe)
-        rows.append(
-            {
-                "candidate": name,
-                "valid": round(loss, 4),
-                "parameters": sum(p.numel() for p in run.model.parameters()),
-                "train_seconds": round(run.seconds, 1),
-                "tokens": run.tokens,
-                **row,
-                "bits_per_dimension": [round(b / lm.width, 3) for b in row["bits_per_vector"]],
-            }
-        )
+        row = horizon(lm, streams["valid"], K, longest(lm, K), args.passages, recipe)
+        bits = [round(b / lm.width, 3) for b in row["bits_per_vector"]]
+        rows.append({**shared, **row, "bits_per_dimension": bits})
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, best first."""
     lines = [
-        "| candidate | parameters | minutes | valid loss | K | n | tokens per vector "
-        "| bits per dimension |",
-        "|---|---|---|---|---|---|---|---|",
+        "| candidate | parameters | minutes | text, M | valid loss | context gain "
+        f"| one pass exact {ONE_PASS} | K | n | tokens per vector | bits per dimension |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: -r["bits_per_dimension"][0]):
         tokens, bits = (
@@ -141,7 +134,8 @@ def table(rows: list[dict]) -> str:
         )
         lines.append(
             f"| {row['candidate']} | {row['parameters'] / 1e6:.1f} M "
-            f"| {row['train_seconds'] / 60:.0f} | {row['valid']:.3f} "
+            f"| {row['train_seconds'] / 60:.1f} | {row['tokens']['text'] / 1e6:.1f} "
+            f"| {row['valid']:.3f} | {row['context_gain'][0]} | {row['one_pass']} "
             f"| {row['K']} | {row['n']} | {tokens} | {bits} |"
         )
     return "\n".join(lines) + "\n"
@@ -179,7 +173,7 @@ def main():
     parser.add_argument("--cram-steps", type=int, default=400)
     args = parser.parse_args()
 
-    candidates = read(args.spec, args.scale)
+    candidates = read(args.spec, args.scale, args.minutes)
     names = asked(args, candidates)
     tokenizer, streams = prepare(args.corpus, args.work, Shape.vocab_size)
     for name in names:

@@ -65,6 +65,7 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
 def prepare(corpus: Path, work: Path, vocab_size: int):
     """Tokenizer and token streams, made once and kept in `work`.
 
+    A tokenizer.json that lies there already is used as it is.
     Returns the tokenizer and {"train", "valid"}: ids (N,), texts joined by </s>.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,10 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
     streams = {split: work / f"{split}.npy" for split in ("train", "valid")}
     if not all(path.exists() for path in (vocabulary, *streams.values())):
         frame = read_texts(corpus)
-        tokenizer = train_tokenizer(frame[frame["split"] == "train"]["text"], vocab_size)
-        tokenizer.save(str(vocabulary))
+        if not vocabulary.exists():
+            texts = frame[frame["split"] == "train"]["text"]
+            train_tokenizer(texts, vocab_size).save(str(vocabulary))
+        tokenizer = Tokenizer.from_file(str(vocabulary))
         for split, path in streams.items():
             pieces = []
             for text in frame[frame["split"] == split]["text"]:

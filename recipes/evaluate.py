@@ -32,19 +32,19 @@ def interval(values, draws: int = 10_000) -> tuple[float, float, float]:
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return round(values.mean(), 3), round(low, 3), round(high, 3)
+    return tuple(round(float(value), 3) for value in (values.mean(), low, high))
 
 
 @torch.no_grad()
 def losses(lm, stream, crops: int) -> dict:
     """Ordinary text, held out: nats per token and bits per byte, with intervals over crops."""
-    ids = ordinary_batch(stream, crops * 512, 512, generator(0, "valid", 0))
+    ids = ordinary_batch(stream, crops * 512, 512, generator(0, "valid", 0)).to(lm.device)
     nats = []
     for part in ids.split(8):
         logits = lm.model(part).logits[:, :-1].float()
         true = part[:, 1:]
         nats.append(F.cross_entropy(logits.transpose(1, 2), true, reduction="none").sum(1))
-    nats = torch.cat(nats)
+    nats = torch.cat(nats).cpu()
     size = sum(len(lm.text(row[1:].tolist()).encode()) for row in ids)
     return {
         "what": "loss",
@@ -59,11 +59,12 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
     from memvec.decoding import decode_ids
 
     ids = windows(stream, n, T, generator(0, f"one-pass {T}", 0))
+    ids = ids.to(lm.device)
     # all of the passage, whatever length the encoder is told to prefer as a start
     tokens, lm.encoder.tokens = lm.encoder.tokens, 0
     vectors = lm.encoder.encode(lm, ids, K)
     lm.encoder.tokens = tokens
-    right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
+    right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids.cpu()
     return {
         "what": "one-pass",
         "K": K,
@@ -72,6 +73,34 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
         "free_running_tokens_right": interval(right.float().mean(1)),
         "passages_exact": interval(right.all(1)),
     }
+
+
+@torch.no_grad()
+def context_gain(lm, stream, T: int, C: int, n: int) -> dict:
+    """What T tokens tell about the C that follow them: nats per token without and with them."""
+    ids = windows(stream, n, T + C, generator(0, "context", 0)).to(lm.device)
+    start = ids.new_full((n, 1), lm.bos_id)
+    gains = []
+    for part, first in zip(ids.split(64), start.split(64), strict=True):
+        with_text = lm.model(torch.cat((first, part[:, :-1]), 1)).logits[:, T:].float()
+        without = lm.model(torch.cat((first, part[:, T:-1]), 1)).logits.float()
+        nats = [
+            F.cross_entropy(logits.transpose(1, 2), part[:, T:], reduction="none").mean(1)
+            for logits in (without, with_text)
+        ]
+        gains.append((nats[0] - nats[1]).cpu())
+    return {
+        "what": "context",
+        "T": T,
+        "C": C,
+        "n": n,
+        "nats_per_token": interval(torch.cat(gains)),
+    }
+
+
+def longest(lm, K: int) -> int:
+    """Tokens of a passage for K vectors: more than they hold, as far as the context has room."""
+    return min(200 * K, lm.context - K - 8)
 
 
 def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
@@ -124,11 +153,12 @@ def main():
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["loss", "one-pass", "horizon"],
-        choices=["loss", "one-pass", "horizon"],
+        default=["loss", "context", "one-pass", "horizon"],
+        choices=["loss", "context", "one-pass", "horizon"],
     )
     parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", default="auto", help="'encoder', 'noise' or 'auto'")
     parser.add_argument(
         "--set",
@@ -142,20 +172,22 @@ def main():
     from memvec import load_lm
     from memvec.cramming.recipe import Recipe
 
-    lm = load_lm(args.model, device="cpu")
+    lm = load_lm(args.model, device=args.device)
     stream = torch.from_numpy(np.load(args.work / "valid.npy").astype(np.int64))
     recipe = Recipe.of(**{"start": args.start, **dict(pair.split("=") for pair in args.set)})
 
     def rows():
         if "loss" in args.parts:
             yield losses(lm, stream, 128)
+        if "context" in args.parts:
+            yield context_gain(lm, stream, 24, 48, 512)
         if "one-pass" in args.parts and lm.encoder is not None:
             for K in args.vectors:
                 for T in (8, 12, 16, 24, 32, 48):
                     yield one_pass(lm, stream, K, T, 128)
         if "horizon" in args.parts:
             for K in args.vectors:
-                yield horizon(lm, stream, K, min(160 * K, 448), args.passages, recipe)
+                yield horizon(lm, stream, K, longest(lm, K), args.passages, recipe)
 
     with (args.log or args.work / "evaluate.jsonl").open("a") as log:
         for row in rows():

@@ -57,7 +57,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from corpus import generator, ordinary_batch, passage_batch, prepare  # noqa: E402
+from corpus import BOS, generator, ordinary_batch, passage_batch, prepare, windows  # noqa: E402
 from decoder import Decoder, Shape  # noqa: E402
 from export import export  # noqa: E402
 
@@ -70,6 +70,8 @@ class Recipe:
     """Steps of ordinary text before the memory task begins."""
     steps: int = 1500
     """Steps in all, trunk and decay included."""
+    minutes: float = 0.0
+    """Training ends after so long, with all parts of the plan shortened alike; 0: after `steps`."""
     decay_share: float = 0.2
     """Share of the steps, at the end, over which the learning rate goes to zero."""
     warmup_steps: int = 40
@@ -103,6 +105,21 @@ class Recipe:
     """Gaussian noise on the vectors, as a share of their RMS, so that near misses decode too."""
     odd_share: float = 0.1
     """Share of passages that are not running text."""
+    most_tokens: int = 64
+    """No passage has more tokens per vector."""
+    trigger_share: float = 0.0
+    """Share of memory steps in which <s> stands between the vectors and the passage."""
+    use_share: float = 0.0
+    """Share of memory steps in which the vectors stand before what follows the passage ..."""
+    use_tokens: int = 48
+    """... for so many tokens, and the model is to say what it says behind the passage itself."""
+    inner_share: float = 0.0
+    """Share of memory steps in which the vectors first take `inner_steps` steps of descent."""
+    inner_steps: int = 2
+    inner_rate: float = 0.4
+    """Length of the first of these steps, as a share of the vectors' size; it falls to zero."""
+    long_crop: int = 512
+    """Every fourth step reads ordinary text in crops of this length, the others of 256."""
     seed: int = 0
     checkpoint_every: int = 100
 
@@ -144,16 +161,72 @@ def text_loss(model: Decoder, ids):
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def memory_loss(model: Decoder, encoder: Encoder, ids, K: int, noise: float, rng):
+def passage_logits(model: Decoder, vectors, embedded, trigger: bool):
+    """Logits (B, T, V) of a passage's tokens behind K vectors (B, K, D), and <s> with `trigger`."""
+    parts = [vectors.to(embedded.dtype), embedded[:, :-1]]
+    if trigger:
+        parts.insert(1, embed(model, embedded.new_full((len(embedded), 1), BOS, dtype=torch.long)))
+    inputs = torch.cat(parts, dim=1)
+    return F.linear(model(inputs)[:, -embedded.shape[1] :], model.embedding)
+
+
+def descended(model: Decoder, vectors, embedded, ids, recipe: Recipe, trigger: bool):
+    """The vectors (B, K, D) after some steps of cramming; the gradient passes the steps by.
+
+    Each step is as long as a share of the vector's own size, whatever the size of its gradient.
+    """
+    moved = vectors.detach()
+    size = moved.float().pow(2).mean(-1, keepdim=True).sqrt()
+    for step in range(recipe.inner_steps):
+        leaf = moved.requires_grad_()
+        logits = passage_logits(model, leaf, embedded.detach(), trigger)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient = gradient.float()
+        unit = gradient / gradient.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        rate = recipe.inner_rate * (1 - step / recipe.inner_steps)
+        moved = (moved - rate * size * unit).detach()
+    return vectors + (moved - vectors.detach())
+
+
+def noisy(vectors, noise: float, rng):
+    """The vectors (B, K, D) with Gaussian noise of a share of their RMS."""
+    rms = vectors.detach().float().pow(2).mean().sqrt()
+    return vectors + noise * rms * torch.randn(vectors.shape, generator=rng).to(vectors)
+
+
+def memory_loss(
+    model: Decoder, encoder: Encoder, ids, K: int, recipe: Recipe, rng, *, inner, trigger
+):
     """Passages ids (B, T) through K vectors and back: mean loss, right arg-maxes (B, T)."""
     embedded = embed(model, ids)
     vectors = encoder(model, embedded, K)
-    rms = vectors.detach().float().pow(2).mean().sqrt()
-    vectors = vectors + noise * rms * torch.randn(vectors.shape, generator=rng).to(vectors)
-    inputs = torch.cat((vectors.to(embedded.dtype), embedded[:, :-1]), dim=1)
-    logits = F.linear(model(inputs)[:, K - 1 :], model.embedding)
+    if inner:
+        vectors = descended(model, vectors, embedded, ids, recipe, trigger)
+    logits = passage_logits(model, noisy(vectors, recipe.noise, rng), embedded, trigger)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
     return loss, logits.detach().argmax(-1) == ids
+
+
+def use_loss(model: Decoder, encoder: Encoder, ids, following, K: int, recipe: Recipe, rng):
+    """KL, nats per token, of what follows (B, C) passages (B, T): behind <s> and text, to vectors.
+
+    The first of the following tokens is not counted: behind the vectors alone comes the passage.
+    """
+    embedded, behind = embed(model, ids), embed(model, following)
+    vectors = noisy(encoder(model, embedded, K), recipe.noise, rng)
+    seen = torch.cat((vectors.to(embedded.dtype), behind[:, :-1]), dim=1)
+    logits = F.linear(model(seen)[:, K:], model.embedding)
+    with torch.no_grad():
+        start = embed(model, ids.new_full((len(ids), 1), BOS))
+        text = torch.cat((start, embedded, behind[:, :-1]), dim=1)
+        told = F.linear(model(text)[:, 1 + ids.shape[1] :], model.embedding)
+    return F.kl_div(
+        logits.float().log_softmax(-1).flatten(0, 1),
+        told.float().log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
 
 
 @dataclass
@@ -191,6 +264,8 @@ class Run:
         self.targets = {
             K: self.recipe.first_target * K for K in range(1, self.recipe.max_vectors + 1)
         }
+        # passages whose vectors are crammed a little may be longer: targets of their own
+        self.inner_targets = dict(self.targets)
         self.accuracy = dict.fromkeys(self.targets, 0.0)
         self.seconds = 0.0
 
@@ -200,6 +275,7 @@ class Run:
             "encoder": self.encoder.state_dict(),
             "optimizers": [opt.state_dict() for opt in self.optimizers],
             "progress": (self.step, self.tokens, self.targets, self.accuracy, self.seconds),
+            "inner_targets": self.inner_targets,
             "shape": dataclasses.asdict(self.shape),
             "recipe": dataclasses.asdict(self.recipe),
         }
@@ -214,15 +290,27 @@ class Run:
         for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
         self.step, self.tokens, self.targets, self.accuracy, self.seconds = state["progress"]
+        self.inner_targets = state["inner_targets"]
 
     def half_width(self):
         """bfloat16 products, float32 weights."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
+    @property
+    def progress(self) -> float:
+        """Share of the plan that is done, by steps or by time, whichever is more."""
+        recipe = self.recipe
+        timed = self.seconds / (60 * recipe.minutes) if recipe.minutes else 0.0
+        return max(self.step / recipe.steps, timed)
+
+    def before(self, planned: int) -> bool:
+        """True until the step `planned` of a plan of `steps` steps."""
+        return self.progress < planned / self.recipe.steps
+
     def set_rates(self):
         """Warm up, stay, then decay linearly to zero at the last step."""
         recipe = self.recipe
-        left = (recipe.steps - self.step) / (recipe.decay_share * recipe.steps)
+        left = max(0.0, 1 - self.progress) / recipe.decay_share
         factor = min((self.step + 1) / recipe.warmup_steps, 1.0, left)
         for opt, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(opt.param_groups, rates, strict=True):
@@ -233,51 +321,88 @@ class Run:
         """One step on the training stream (N,); what the log says about it."""
         recipe, step = self.recipe, self.step
         seen = {"lr": self.set_rates()}
-        in_trunk = step < recipe.trunk_steps
+        in_trunk = self.before(recipe.trunk_steps)
         with self.half_width():
             rng = generator(recipe.seed, "text", step)
             budget = recipe.trunk_tokens if in_trunk else recipe.text_tokens
             # attention costs as the square of the length: long crops in every fourth step only
-            crops = ordinary_batch(stream, budget, 512 if step % 4 == 3 else 256, rng)
+            crops = ordinary_batch(stream, budget, recipe.long_crop if step % 4 == 3 else 256, rng)
             crops = crops.to(self.device)
             loss = text_loss(self.model, crops)
         loss.backward()
         seen["text"] = loss.item()
         self.tokens["text"] += crops.numel()
         if memory and not in_trunk:
-            seen |= self.memory_step(stream, generator(recipe.seed, "memory", step))
+            rng = generator(recipe.seed, "memory", step)
+            use = recipe.use_share > 0 and float(torch.rand((), generator=rng)) < recipe.use_share
+            seen |= (self.use_step if use else self.memory_step)(stream, rng)
         for opt in self.optimizers:
             opt.step()
             opt.zero_grad(set_to_none=True)
         self.step += 1
         return seen
 
+    def draw_vectors(self, rng) -> int:
+        """How many vectors hold the passages of a step."""
+        recipe = self.recipe
+        several = torch.rand((), generator=rng) >= recipe.single_share
+        return int(torch.randint(2, recipe.max_vectors + 1, (), generator=rng)) if several else 1
+
+    def length(self, share: float, target: float, K: int, room: int = 2) -> int:
+        """Tokens of a passage: a multiple of K near a share of the target; `room` stays free."""
+        least = 2 if K > 1 else 4
+        most = (self.shape.max_position_embeddings - K - room) // K
+        return K * min(max(round(share * target / K), least), self.recipe.most_tokens, most)
+
+    def use_step(self, stream, rng) -> dict:
+        """Adds the gradients of passages whose vectors stand before what follows them."""
+        recipe = self.recipe
+        K = self.draw_vectors(rng)
+        # from a few tokens a vector up: what is usable is seldom near what is possible
+        share, C = 0.05 + 1.15 * float(torch.rand((), generator=rng)), recipe.use_tokens
+        T = self.length(share, self.targets[K], K, C + 1)
+        count = recipe.memory_tokens // (2 * (T + C))
+        both = windows(stream, count, T + C, rng).to(self.device)
+        with self.half_width():
+            ids, following = both[:, :T], both[:, T:]
+            loss = use_loss(self.model, self.encoder, ids, following, K, recipe, rng)
+        loss.backward()
+        self.tokens["memory"] += both.numel()
+        return {"use": loss.item()}
+
     def memory_step(self, stream, rng) -> dict:
         """Adds the gradients of one batch of passages; moves the target length of its K."""
         recipe = self.recipe
-        several = torch.rand((), generator=rng) >= recipe.single_share
-        K = int(torch.randint(2, recipe.max_vectors + 1, (), generator=rng)) if several else 1
+        K = self.draw_vectors(rng)
+        inner, trigger = (
+            wanted > 0 and float(torch.rand((), generator=rng)) < wanted
+            for wanted in (recipe.inner_share, recipe.trigger_share)
+        )
+        targets = self.inner_targets if inner else self.targets
         # K vectors are of use only for what one cannot hold
-        target = max(self.targets[K], recipe.least_share * K * self.targets[1])
-        longest = recipe.longest if self.step < recipe.wide_from else recipe.longest_wide
+        target = max(targets[K], recipe.least_share * K * targets[1])
+        longest = recipe.longest if self.before(recipe.wide_from) else recipe.longest_wide
         span = longest - recipe.shortest
         share = recipe.shortest + span * float(torch.rand((), generator=rng))
-        T = K * min(max(round(share * target / K), 2 if K > 1 else 4), 64)
-        count = recipe.memory_tokens // (2 * (T + K))
+        T = self.length(share, target, K)
+        passes = 2 + inner * recipe.inner_steps
+        count = max(2, recipe.memory_tokens // (passes * (T + K)))
         ids, odd = passage_batch(stream, count, T, recipe.odd_share, self.shape.vocab_size, rng)
         ids = ids.to(self.device)
         with self.half_width():
-            loss, right = memory_loss(self.model, self.encoder, ids, K, recipe.noise, rng)
+            loss, right = memory_loss(
+                self.model, self.encoder, ids, K, recipe, rng, inner=inner, trigger=trigger
+            )
         loss.backward()
         self.tokens["memory"] += ids.numel()
         accuracy = right[: count - odd].float().mean().item()
         # K > 1 come up less often, so they take larger steps
         factor = 1.02 if K == 1 else 1.04
         if share > 0.8 and accuracy > recipe.rise_above:
-            self.targets[K] = min(target * factor, 64.0 * K)
+            targets[K] = min(target * factor, float(recipe.most_tokens) * K)
         elif share < 1.2 and accuracy < recipe.fall_below:
-            self.targets[K] = max(target / factor, 4.0)
-        if 0.8 < share < 1.2:
+            targets[K] = max(target / factor, 4.0)
+        if 0.8 < share < 1.2 and not inner:
             self.accuracy[K] += 0.2 * (accuracy - self.accuracy[K])
         return {"memory": loss.item(), f"K{K}": accuracy, f"T{K}": T}
 
@@ -295,20 +420,22 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
     log = (work / f"{name}.jsonl").open("a", buffering=1)
     sums: dict[str, list] = {}
     last = time.monotonic()
-    while run.step < run.recipe.steps:
+    while run.progress < 1:
         for key, value in run.train_step(streams["train"], memory).items():
             sums.setdefault(key, []).append(value)
         now = time.monotonic()
-        run.seconds, last = run.seconds + now - last, now
+        # the first step also compiles
+        run.seconds, last = run.seconds + (now - last) * (run.step > 1), now
         if run.step % 10 == 0:
             record = {"step": run.step, "seconds": round(run.seconds, 1), **run.tokens}
             record = {f"tokens_{k}" if k in run.tokens else k: v for k, v in record.items()}
             record |= {key: round(sum(v) / len(v), 4) for key, v in sums.items()}
             record["targets"] = [round(v, 1) for v in run.targets.values()]
+            record["inner_targets"] = [round(v, 1) for v in run.inner_targets.values()]
             record["accuracy"] = [round(v, 3) for v in run.accuracy.values()]
             print(json.dumps(record), file=log)
             sums = {}
-        if run.step % run.recipe.checkpoint_every == 0 or run.step == run.recipe.steps:
+        if run.step % run.recipe.checkpoint_every == 0 or run.progress >= 1:
             loss = valid_loss(run, streams["valid"])
             print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
             run.save(work / f"{name}.pt")
