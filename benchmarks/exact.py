@@ -43,7 +43,7 @@ from torch.nn.functional import cross_entropy
 
 from common import arguments, clock, median_and_spread, report
 from memvec.cramming.engine import Engine
-from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
 from memvec.decoding import decode_ids
 from memvec.loading import load_lm
@@ -57,7 +57,7 @@ HORIZONS = {"pocket": 74, "r256": 22}
 SHARES = (0.3, 0.6, 0.9)
 QUICK = {"pocket": (0.2,), "r256": (0.5,)}  # shares
 QUICK_STEPS, QUICK_PASSAGES = 160, 3  # of theirs
-PAPER = PRESETS["paper"]
+PAPER = Recipe.of("paper")
 RATES = (PAPER.lr, 0.1, 0.5)
 LIMITS = (40, 160, 600, 2000, PAPER.steps)  # steps after which their passages may be given up
 DRAWS = 4000

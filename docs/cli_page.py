@@ -5,6 +5,7 @@ python docs/cli_page.py
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import typer
 
+from memvec import registry
 from memvec.cli import app
-from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.recipe import Recipe
 
 PAGE = Path(__file__).parent / "cli.md"
 HEAD = """# Command line
@@ -33,11 +35,8 @@ standard error. `--json` prints one JSON object for programs.
 RECIPE = """## Recipe fields
 
 A recipe holds every choice that changes the vectors. `--preset` picks a recipe by name, and
-`--set FIELD=VALUE` changes a field. In Python: `memvec.Recipe.of("paper", steps=100)`. The presets
-other than `default` are published recipes: `paper` (Kuratov et al., 2025), `one-step` (Mezentsev &
-Oseledets, 2025), and `progressive`, `temperature`, `low-dim`, `margin-ce` and `margin` (Tarasov et
-al., 2026). Their learning rate of 0 stands for the published one of the model's family; `margin-ce`
-asks for a margin, and `margin` also weighs tokens by what they lack of it ("+LM").
+`--set FIELD=VALUE` changes a field. In Python: `memvec.Recipe.of("paper", steps=100)`. A plug-in
+adds a preset with `@memvec.register("preset", "mine")` above a function that returns a `Recipe`.
 """
 
 
@@ -79,15 +78,24 @@ def commands(command: Any, name: str) -> list[str]:
     return lines + [f"    {line}" for line in examples] + [""] * bool(examples)
 
 
+def presets() -> list[str]:
+    """Every preset by name, with its documentation."""
+    rows = ["| preset | recipe |", "|---|---|"]
+    for name in registry.BUILT_IN["preset"]:
+        rows.append(f"| `{name}` | {cell(inspect.getdoc(registry.get('preset', name)) or '')} |")
+    return [*rows, ""]
+
+
 def recipe() -> list[str]:
     """Every field of a recipe: the default, what other presets change, the meaning."""
     rows = ["| field | default | meaning | other presets |", "|---|---|---|---|"]
-    base = PRESETS["default"]
+    base = Recipe()
+    known = {name: Recipe.of(name) for name in registry.BUILT_IN["preset"]}
     for item in fields(Recipe):
         usual = getattr(base, item.name)
         other = [
             f"{name} `{getattr(preset, item.name)}`"
-            for name, preset in PRESETS.items()
+            for name, preset in known.items()
             if getattr(preset, item.name) != usual
         ]
         text = cell(str(item.metadata["help"]))
@@ -98,7 +106,7 @@ def recipe() -> list[str]:
 def page() -> str:
     """The whole page."""
     root = typer.main.get_command(app)
-    lines = [HEAD, *commands(root, "memvec"), RECIPE, *recipe()]
+    lines = [HEAD, *commands(root, "memvec"), RECIPE, *presets(), *recipe()]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -14,6 +14,7 @@ from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
+from memvec.lab.study.price import hours
 from memvec.loading import load_lm
 from memvec.model.estimate import (
     estimate,
@@ -21,7 +22,6 @@ from memvec.model.estimate import (
     kept_bytes,
     layer_bytes,
     max_batch_size,
-    seconds,
 )
 from memvec.model.large import layers_of, recomputed, saved_bytes
 from memvec.model.lm import FrozenLM
@@ -254,4 +254,4 @@ def test_8b_at_1568_tokens_fits_16_slots_in_80_gb_with_checkpointing_only():
 
 def test_time_is_operations_over_speed():
     facts = facts_of_config(LLAMA_8B, 2)
-    assert seconds(facts, tokens=100.0, steps=10.0, flops=facts.parameters) == pytest.approx(4000)
+    assert hours(facts, 1000.0, flops=facts.parameters) == pytest.approx(4000 / 3600)

@@ -18,12 +18,11 @@ import torch
 
 import memvec
 from conftest import TRAINED_ON, reader
-from memvec import codec
+from memvec import codec, registry
 from memvec.cli import display
 from memvec.cli.options import Storage
 from memvec.codec import CramStatus
 from memvec.cramming.engine import Progress
-from memvec.cramming.recipe import PRESETS
 from memvec.export import names as target_names
 from memvec.journal import Journal
 from memvec.storage import STORAGES
@@ -368,7 +367,8 @@ def test_the_help_of_every_verb_ends_with_examples(command, verb):
 
 def test_help_lists_what_can_be_chosen(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    for verb, names in (("cram", PRESETS), ("cram", STORAGES), ("export", target_names())):
+    presets = registry.names("preset")
+    for verb, names in (("cram", presets), ("cram", STORAGES), ("export", target_names())):
         words = re.findall(r"[\w-]+", command(verb, "--help").out.decode())
         assert set(names) <= set(words)
     assert set(Storage) == set(STORAGES)

@@ -15,7 +15,8 @@ import torch
 
 from conftest import QUICK, reader, tiny
 from memvec import codec, cram_job
-from memvec.certificate import account, failures
+from memvec.certificate import account
+from memvec.cli.display import failures
 from memvec.codec import CramStatus, cram, decode
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module

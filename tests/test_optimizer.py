@@ -16,7 +16,7 @@ from memvec.cramming.objectives import (
     score,
 )
 from memvec.cramming.optimizers import Adam, AdamW
-from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import annealed_temperature, next_look_ahead
 from memvec.errors import MemvecError
 from memvec.model import memory
@@ -328,6 +328,6 @@ def test_presets_are_recipes_with_changes(untyped):
         Recipe.of("papre")
     paper = Recipe.of("paper", steps="7")
     assert paper.steps == 7
-    assert paper.record() == PRESETS["paper"].record() | {"steps": 7}
+    assert paper.record() == Recipe.of("paper").record() | {"steps": 7}
     assert (paper.lr, paper.beta1, paper.beta2, paper.weight_decay) == (0.01, 0.9, 0.9, 0.01)
-    assert (paper.patience, PRESETS["paper"].steps, paper.margin) == (2000, 4999, 0.0)
+    assert (paper.patience, Recipe.of("paper").steps, paper.margin) == (2000, 4999, 0.0)

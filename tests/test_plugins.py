@@ -123,6 +123,16 @@ def test_an_optimizer_and_a_start_have_names_too(plugins):
     assert all(torch.equal(o.vectors, torch.ones(2, tiny().width)) for o in plain)
 
 
+def test_a_preset_is_a_function_that_returns_a_recipe(plugins):
+    @memvec.register("preset", "gentle")
+    def gentle():
+        return Recipe(lr=0.02, start="noise")
+
+    assert Recipe.of("gentle", steps="7") == Recipe(lr=0.02, start="noise", steps=7)
+    with pytest.raises(MemvecError, match="unknown preset 'gentel': did you mean 'gentle'"):
+        Recipe.of("gentel")
+
+
 def test_an_unknown_name_lists_the_registered_ones(plugins):
     memvec.register("objective", "mine")(lambda *_: None)
     with pytest.raises(MemvecError, match="one of cross-entropy, margin, deficit, mine"):

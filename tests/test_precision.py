@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conftest import FAMILIES, QUICK, one_step, passages, tiny
+from memvec import registry
 from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
-from memvec.cramming.recipe import PRESETS
 from memvec.decoding import decode_ids
 from memvec.loading import load_lm
 from memvec.model import precision
@@ -89,7 +89,8 @@ def test_a_copy_that_disagrees_is_not_used(monkeypatch):
 
 
 def test_published_recipes_compute_in_the_models_own_dtype():
-    for name, recipe in PRESETS.items():
+    for name in registry.names("preset"):
+        recipe = Recipe.of(name)
         assert recipe.compute == ("auto" if name in ("default", "usable") else "model"), name
 
 

@@ -16,10 +16,10 @@ from transformers import get_scheduler
 
 from conftest import one_step, passages, tiny
 from memvec import registry
-from memvec.cramming.coordinates import basis
+from memvec.arms.low_dim import basis
 from memvec.cramming.engine import Engine
 from memvec.cramming.optimizers import learning_rate
-from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
 
 MOVES = 20
@@ -72,7 +72,7 @@ def mezentsev(lm, ids, vectors):
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_one_step_as_published(family):
-    passage, recipe = passages(12)[0], PRESETS["one-step"]
+    passage, recipe = passages(12)[0], Recipe.of("one-step")
     lm = one_step(tiny(family))
     engine = Engine(lm, recipe, vectors=2, batch_size=1)
     engine.push(passage)
@@ -170,7 +170,7 @@ PUBLISHED = {
     "temperature": lambda *a: tarasov(*a, temperature=0.25),
     "margin-ce": lambda *a: tarasov(*a, epsilon=0.5),
     "margin": lambda *a: tarasov(*a, epsilon=0.5, reweigh=True),
-    "low-dim": lambda *a: tarasov(*a, low_dim=PRESETS["low-dim"]),
+    "low-dim": lambda *a: tarasov(*a, low_dim=Recipe.of("low-dim")),
     "geometric": lambda *a: tarasov(*a, doubling=True),
     "alignment": lambda *a: tarasov(*a, align=1),
 }
@@ -181,7 +181,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
 def test_the_first_moves_are_the_publications(preset, family):
     lm, (passage,) = tiny(family), passages(12, seed=30)
-    recipe = replace(PRESETS[preset], **CHANGED.get(preset, {}))
+    recipe = replace(Recipe.of(preset), **CHANGED.get(preset, {}))
     (start,) = start_vectors(lm, [passage.ids], 1, recipe)
     theirs = PUBLISHED[preset](lm, passage.ids, start)
     found = ours(recipe, passage, family)
@@ -192,13 +192,13 @@ def test_the_first_moves_are_the_publications(preset, family):
 
 def test_a_rate_of_zero_is_that_of_the_family_and_any_other_stays():
     for family, rate in (("gpt-neox", 0.5), ("llama", 0.1)):
-        assert Engine(tiny(family), PRESETS["progressive"]).recipe.lr == rate
+        assert Engine(tiny(family), Recipe.of("progressive")).recipe.lr == rate
         assert Engine(tiny(family), Recipe.of("low-dim", lr=0.3)).recipe.lr == 0.3
-        assert Engine(tiny(family), PRESETS["paper"]).recipe.lr == 0.01
+        assert Engine(tiny(family), Recipe.of("paper")).recipe.lr == 0.01
 
 
 def test_every_published_preset_is_checked():
-    assert set(PUBLISHED) | {"default", "one-step", "usable"} == set(PRESETS)
+    assert set(PUBLISHED) | {"default", "one-step", "usable"} == set(registry.names("preset"))
 
 
 def test_the_learning_rate_is_the_published_schedule():
@@ -231,8 +231,8 @@ def test_coordinates_take_up_any_vectors(name, K):
 def test_where_published_recipes_begin():
     """Uniform in [0, 0.02); a linear layer's bias, uniform in +-1/sqrt(d), plus a little."""
     lm, passage = tiny(), passages(5, seed=31)[0]
-    (uniform,) = start_vectors(lm, [passage.ids], 64, PRESETS["progressive"])
+    (uniform,) = start_vectors(lm, [passage.ids], 64, Recipe.of("progressive"))
     assert 0 <= float(uniform.min()) < 0.001 < 0.019 < float(uniform.max()) < 0.02
-    (linear,) = start_vectors(lm, [passage.ids], 64, PRESETS["low-dim"])
+    (linear,) = start_vectors(lm, [passage.ids], 64, Recipe.of("low-dim"))
     assert float(linear.std()) == pytest.approx((1 / 256 / 3 + 1e-4 / 9) ** 0.5, rel=0.2)
     assert float(linear.mean()) == pytest.approx(0, abs=0.01)

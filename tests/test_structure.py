@@ -78,8 +78,10 @@ def test_nothing_imports_the_command_line(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_core_stands_without_the_lab_and_what_is_beside_it(name):
-    if name.split(".")[1:2] not in [[part] for part in BESIDE]:
-        assert [other for other in GRAPH[name] if other.startswith("memvec.lab")] == []
+    """What the core takes from beside it, it takes on request: an encoder, workers, the Hub."""
+    if name.split(".")[1:2] not in [[part] for part in BESIDE] and name != "memvec.__main__":
+        beside = {other for other in GRAPH[name] if other.split(".")[1] in BESIDE}
+        assert beside - {"memvec.encoders.files", "memvec.workers", "memvec.hub"} == set()
 
 
 def lines_of_code(path: Path) -> int:
@@ -107,7 +109,7 @@ def test_the_core_is_small():
     core = [
         path for name, path in MODULES.items() if name.split(".")[1:2] not in [[p] for p in BESIDE]
     ]
-    assert sum(lines_of_code(path) for path in core) < 5150
+    assert sum(lines_of_code(path) for path in core) < 5000
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -328,6 +328,8 @@ def test_a_model_without_bos_is_certified_and_used(untyped):
     for context in ("vectors", "text"):
         answer = memvec.use(lm, mem, "fox", context=context, max_new_tokens=3)
         assert isinstance(answer, str)
+    with pytest.raises(MemvecError, match="has no start token, so an answer needs a question"):
+        memvec.use(lm, mem, "", context="nothing")
 
 
 def test_vectors_without_a_trigger_are_not_used():

@@ -19,7 +19,8 @@ from conftest import QUICK, reader, tiny
 from memvec import codec
 from memvec.cli import display
 from memvec.errors import MemvecError, NotExactError
-from memvec.vectors import MemVectors, _digest, existing_path, pretty_json
+from memvec.vectors import MemVectors, _digest, existing_path
+from memvec.writing import pretty_json
 
 TEXTS = ["the fox\r\n", "Zürich 👍"]
 

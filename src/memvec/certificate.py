@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,17 +93,3 @@ def account(mem: MemVectors, text: bytes) -> dict[str, int]:
     s = mem.summary()
     size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
     return metrics.byte_account(text, size, s["lm_bits"])
-
-
-def failures(mem: MemVectors) -> Iterable[str]:
-    """A sentence for each passage that is not exact."""
-    for i, p in enumerate(mem.passages):
-        if not p.exact:
-            why = {
-                "done": "its decoding disagrees",
-                "budget": f"{p.steps} steps were not enough",
-                "not-finite": "the loss was not finite",
-            }[p.status]
-            yield (
-                f"passage {i} ({p.tokens} tokens) came back only up to token {p.horizon}: {why}."
-            )

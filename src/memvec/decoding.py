@@ -8,10 +8,10 @@ is a token like any other) and inherits no generation settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.corrections import table
@@ -53,11 +53,15 @@ def decode_ids(
     def work(rows: slice) -> list[list[int]]:
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
         prefix = lm.start_ids(given.to(lm.device), start)
-        stepper = _cached_steps if cached and lm.has_cache else _uncached_steps
         wanted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
         fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
-        tokens = list(stepper(lm, vectors[rows].to(lm.device), prefix, fixed))
+        inputs = torch.cat([vectors[rows].to(lm.device, lm.dtype), lm.embed(prefix)], dim=1)
+
+        def choose(logits: Tensor, i: int) -> Tensor:
+            return torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
+
+        tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached))
         if start == "first-token":
             tokens.insert(0, prefix[:, 0])
         decoded = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
@@ -95,26 +99,41 @@ def first_error(decoded: Sequence[int], truth: Sequence[int]) -> int | None:
     return next(wrong, None)
 
 
-def _cached_steps(lm: FrozenLM, vectors: Tensor, prefix: Tensor, fixed: Tensor) -> Iterator[Tensor]:
-    n, argument = fixed.shape[1], lm.caching.argument
-    if n < 1:
+# (logits (B, V) of the next position, its number) -> its token ids (B)
+Choose = Callable[[Tensor, int], Tensor]
+
+
+def free_running(
+    lm: FrozenLM,
+    inputs: Float[Tensor, "B N D"],
+    tokens: int,
+    choose: Choose,
+    cached: bool = True,
+) -> Iterator[Int[Tensor, " B"]]:
+    """The token ids that `choose` takes behind free inputs, one position at a time.
+
+    What it takes is what the model reads next, through its cache if it has one and `cached`.
+    """
+    steps = _cached_steps if cached and lm.has_cache else _uncached_steps
+    return steps(lm, inputs.to(lm.dtype), tokens, choose)
+
+
+def _cached_steps(lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose) -> Iterator[Tensor]:
+    if tokens < 1:
         return
+    argument = lm.caching.argument
     assert argument is not None, "a model without a cache is decoded without one"
-    inputs = torch.cat([vectors.to(lm.dtype), lm.embed(prefix)], dim=1)
     logits, cache = step(lm.model, argument, inputs_embeds=inputs)
-    for i in range(n):
-        tokens = torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
-        yield tokens
-        if i < n - 1:
-            logits, cache = step(lm.model, argument, cache, input_ids=tokens[:, None])
+    for i in range(tokens):
+        ids = choose(logits, i)
+        yield ids
+        if i < tokens - 1:
+            logits, cache = step(lm.model, argument, cache, input_ids=ids[:, None])
 
 
-def _uncached_steps(
-    lm: FrozenLM, vectors: Tensor, prefix: Tensor, fixed: Tensor
-) -> Iterator[Tensor]:
-    inputs = torch.cat([vectors.to(lm.dtype), lm.embed(prefix)], dim=1)
-    for i in range(fixed.shape[1]):
+def _uncached_steps(lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose) -> Iterator[Tensor]:
+    for i in range(tokens):
         logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -1].float()
-        tokens = torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
-        yield tokens
-        inputs = torch.cat([inputs, lm.embed(tokens[:, None])], dim=1)
+        ids = choose(logits, i)
+        yield ids
+        inputs = torch.cat([inputs, lm.embed(ids[:, None])], dim=1)

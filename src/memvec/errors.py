@@ -26,6 +26,14 @@ class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that memvec was tested with."""
 
 
+def check_minimum(minimum: int, /, **options: float | None) -> None:
+    """Raise MemvecError, which names the option, for a value below the minimum; None is none."""
+    for name, value in options.items():
+        if value is not None and not value >= minimum:
+            option = name.replace("_", "-")
+            raise MemvecError(f"--{option} must be at least {minimum}, not {value:g}.")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or the whole list."""
     known = sorted(known)

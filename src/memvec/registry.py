@@ -29,6 +29,7 @@ from memvec.errors import MemvecError, did_you_mean
 Choice = TypeVar("Choice")
 
 KINDS = {
+    "preset": "() -> Recipe: every choice of how passages are crammed, under one name",
     "objective": "(logits, ids, temperature, recipe) -> loss of each position",
     "term": "a class made from (lm, module, recipe, K, start_rule): a second loss on the vectors",
     "queries": "(lm, ids, recipe) -> token ids that the model reads behind the vectors",
@@ -45,10 +46,23 @@ GROUP = "memvec.plugins"
 
 # kind -> name -> where it is
 BUILT_IN: dict[str, dict[str, str]] = {
+    "preset": {
+        "default": "memvec.cramming.recipe:Recipe",
+        "usable": "memvec.usable.preset:usable",
+        "paper": "memvec.arms.presets:paper",
+        "one-step": "memvec.arms.presets:one_step",
+        "progressive": "memvec.arms.presets:progressive",
+        "temperature": "memvec.arms.presets:temperature",
+        "low-dim": "memvec.arms.presets:low_dim",
+        "margin-ce": "memvec.arms.presets:margin_ce",
+        "margin": "memvec.arms.presets:margin",
+        "alignment": "memvec.arms.presets:alignment",
+        "geometric": "memvec.arms.presets:geometric",
+    },
     "objective": {
         "cross-entropy": "memvec.cramming.objectives:CrossEntropy",
-        "margin": "memvec.cramming.objectives:margin",
-        "deficit": "memvec.cramming.objectives:Deficit",
+        "margin": "memvec.arms.objectives:margin",
+        "deficit": "memvec.arms.objectives:Deficit",
     },
     "term": {
         "none": "memvec.cramming.terms:NoTerm",
@@ -66,7 +80,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "coordinates": {
         "direct": "memvec.cramming.coordinates:Direct",
-        "low-dim": "memvec.cramming.coordinates:LowDim",
+        "low-dim": "memvec.arms.low_dim:LowDim",
     },
     "optimizer": {
         "adam": "memvec.cramming.optimizers:Adam",
@@ -76,9 +90,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "noise": "memvec.cramming.starts:noise",
         "last-tokens": "memvec.cramming.starts:last_tokens",
         "embeddings": "memvec.cramming.starts:embeddings",
-        "uniform": "memvec.cramming.starts:uniform",
-        "linear": "memvec.cramming.starts:linear",
-        "normal": "memvec.cramming.starts:normal",
+        "uniform": "memvec.arms.starts:uniform",
+        "linear": "memvec.arms.low_dim:linear",
+        "normal": "memvec.arms.starts:normal",
     },
     "source": {
         "files": "memvec.lab.sources.files:Files",

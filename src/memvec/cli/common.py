@@ -126,16 +126,3 @@ def renamed_seats(batch_size: int | None, seats: int | None) -> int | None:
     if batch_size is not None:
         raise MemvecError("--seats and --batch-size are the same option: leave out --seats.")
     return seats
-
-
-def check_sizes(vectors: int, tokens: int | None, batch_size: int | None) -> None:
-    """Raise MemvecError for a size below 1."""
-    for name, value in (("vectors", vectors), ("tokens", tokens), ("batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise MemvecError(f"--{name} must be at least 1, not {value}.")
-
-
-def check_workers(workers: int) -> None:
-    """Raise MemvecError for a negative number of workers."""
-    if workers < 0:
-        raise MemvecError(f"--workers must be at least 0, not {workers}.")

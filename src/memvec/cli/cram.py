@@ -14,9 +14,9 @@ import typer
 
 from memvec import __version__
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, check_sizes, check_workers, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, recipe_of, renamed_seats
 from memvec.cramming.recipe import Recipe
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
     from memvec.journal import Journal
@@ -165,8 +165,8 @@ class _Request:
         """Raise MemvecError for what can be seen to be wrong before the model loads."""
         from memvec.passages.documents import peek
 
-        check_sizes(self.vectors, self.tokens, self.batch_size)
-        check_workers(self.workers)
+        check_minimum(1, vectors=self.vectors, tokens=self.tokens, batch_size=self.batch_size)
+        check_minimum(0, workers=self.workers)
         if self.layout == "one-step-shared" and (self.workers or self.address):
             raise MemvecError(
                 "--shared-m crams all passages together: leave out --workers and --on."
@@ -204,8 +204,7 @@ def _usable(
     """The preset and the fields of a recipe for usable vectors."""
     if preset not in ("default", "usable"):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
-    if weight is not None and not weight >= 0:
-        raise MemvecError(f"--use-weight must be at least 0, not {weight:g}.")
+    check_minimum(0, use_weight=weight)
     return "usable", {**fields, "term_weight": weight, "trigger": trigger, "queries": queries}
 
 
@@ -319,7 +318,6 @@ def _workers(request: _Request, lm: FrozenLM) -> Iterator[Workers | None]:
 
 def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: bool) -> None:
     """Print the result; exit code 3 and a sentence for each passage that is not exact."""
-    from memvec.certificate import failures
     from memvec.cli import display
 
     if json:
@@ -327,6 +325,6 @@ def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: boo
     else:
         display.summary(mem, saved, byte_counts)
     if not mem.exact:
-        for sentence in failures(mem):
+        for sentence in display.failures(mem):
             display.say(sentence)
         raise typer.Exit(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from memvec.lab.statistics import Mean
 from memvec.model.estimate import duration
 from memvec.vectors import MemVectors
-from memvec.vectors import pretty_json as to_json
+from memvec.writing import pretty_json as to_json
 
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus
@@ -36,6 +36,7 @@ __all__ = [
     "doctor",
     "duration",
     "facts_table",
+    "failures",
     "inspect",
     "model",
     "planned",
@@ -325,3 +326,17 @@ def _verdict(exact: bool, right: Any, total: Any) -> str:
     if exact:
         return f"[green]exact[/green] ({right} of {total} passages decode freely)"
     return f"[red]NOT exact[/red] ({right} of {total} passages decode freely)"
+
+
+def failures(mem: MemVectors) -> Iterable[str]:
+    """A sentence for each passage that is not exact."""
+    for i, p in enumerate(mem.passages):
+        if not p.exact:
+            why = {
+                "done": "its decoding disagrees",
+                "budget": f"{p.steps} steps were not enough",
+                "not-finite": "the loss was not finite",
+            }[p.status]
+            yield (
+                f"passage {i} ({p.tokens} tokens) came back only up to token {p.horizon}: {why}."
+            )

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from memvec.cramming.recipe import PRESETS, Recipe
+from memvec.cramming.recipe import Recipe
+from memvec.registry import BUILT_IN
 
 
 class Storage(StrEnum):
@@ -77,7 +78,9 @@ Tokens = Annotated[
     int | None,
     typer.Option(help="Tokens per passage; default: chosen by the information in the text."),
 ]
-Preset = Annotated[str, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")]
+Preset = Annotated[
+    str, typer.Option(help=f"Recipe: {', '.join(BUILT_IN['preset'])}, or one of a plug-in.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other field of the recipe, e.g. --set temperature=0.5."),

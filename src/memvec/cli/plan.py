@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, check_sizes, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, recipe_of, renamed_seats
+from memvec.errors import check_minimum
 
 EXAMPLES = options.examples("memvec plan book.txt", "memvec plan book.txt --vectors 4 --json")
 
@@ -38,7 +39,7 @@ def plan(
     """Estimate the vectors, bytes and minutes that a text will take, from a sample of it."""
     recipe = recipe_of(preset, set_)
     batch_size = renamed_seats(batch_size, seats)
-    check_sizes(vectors, tokens, batch_size)
+    check_minimum(1, vectors=vectors, tokens=tokens, batch_size=batch_size)
     choice = ModelChoice.of(model, revision, device, dtype, load)
 
     from memvec.cli import display

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import check_workers
 from memvec.cli.study_tables import (
     FORMATS,
     print_check,
@@ -19,7 +18,7 @@ from memvec.cli.study_tables import (
     print_report_table,
     print_rows,
 )
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError, check_minimum, did_you_mean
 
 if TYPE_CHECKING:
     from memvec.lab.study.pool import Pool
@@ -171,7 +170,7 @@ def _run(
 
 
 def _pool_maker(device: str, workers: int, on: str | None) -> Callable[[ModelSpec], Pool]:
-    check_workers(workers)
+    check_minimum(0, workers=workers)
 
     def make(model: ModelSpec) -> Pool:
         if workers or on:

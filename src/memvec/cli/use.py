@@ -9,7 +9,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, open_file
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -85,8 +85,7 @@ def _settings(
     new_tokens: int, sample: bool, temperature: float | None, top_p: float | None
 ) -> dict[str, Any]:
     """Settings of the model's `generate`. Raises MemvecError for values out of range."""
-    if new_tokens < 1:
-        raise MemvecError(f"--max-new-tokens must be at least 1, not {new_tokens}.")
+    check_minimum(1, max_new_tokens=new_tokens)
     if temperature is not None and not temperature > 0:
         raise MemvecError(f"--temperature must be more than 0, not {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:

@@ -32,7 +32,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vectors, triggered
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import fits, forget_freed_memory
 from memvec.model.precision import for_steps
@@ -65,10 +65,7 @@ class Engine:
         poll: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        if vectors < 1:
-            raise MemvecError(f"--vectors must be at least 1, not {vectors}.")
-        if batch_size < 1:
-            raise MemvecError(f"--batch-size must be at least 1, not {batch_size}.")
+        check_minimum(1, vectors=vectors, batch_size=batch_size)
         recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.recipe = recipe.for_family(str(lm.config.model_type))
         self.lm = lm = triggered(lm, self.recipe)

@@ -1,7 +1,13 @@
 """A recipe: every choice that changes the vectors, in one frozen, validated, documented object.
 
-The text under each field is the command line's help and the documentation. Presets are recipes
-with names; `Recipe.of("paper", steps=100)` is a preset with changes.
+The text under each field is the command line's help and the documentation. A preset is a function
+that returns a recipe, registered under a name: `Recipe()` is the default one, and
+`Recipe.of("paper", steps=100)` is another with changes. The published recipes are in
+`memvec.arms.presets`; one of your own is
+
+    @register("preset", "mine")
+    def mine():
+        return Recipe(schedule="whole", lr=0.05)
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from memvec import registry
 from memvec.cramming.fields import (
     CHOICES,
     MINIMUM,
@@ -172,16 +179,15 @@ class Recipe:
     @classmethod
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:
         """A preset by name, with fields changed. Raises MemvecError for unknown names or values."""
-        if preset not in PRESETS:
-            raise MemvecError(f"unknown preset '{preset}': {did_you_mean(preset, PRESETS)}")
+        base: Recipe = registry.get("preset", preset)()
         known = {item.name: item for item in fields(cls)}
         typed = {}
         for name, value in changes.items():
             name = name.replace("-", "_")
             if name not in known:
                 raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
-            typed[name] = converted(name, value, type(getattr(PRESETS[preset], name)))
-        return replace(PRESETS[preset], **typed)
+            typed[name] = converted(name, value, type(getattr(base, name)))
+        return replace(base, **typed)
 
     def in_logits(self, spread: float) -> Recipe:
         """The same recipe for a model whose logits spread so far, with everything in logits."""
@@ -201,107 +207,3 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores."""
         return asdict(self)
-
-
-# Published recipes, to the letter except that the vectors kept are the measured ones and nothing is
-# called exact before it decodes. tests/test_published.py checks each against its definition.
-#
-# Tarasov et al. 2026 (paper, and the launcher of its progressive runs in
-# github.com/mrsndmn/compression_horizon): one more token a stage, at most 1000 steps for each and
-# 10 000 in all; the first token is in the loss, which is a tokenizer's BOS (a source's `bos`).
-# In its sweep a rate of 0.5 or 1 is best for three of four models.
-_PROGRESSIVE = Recipe(
-    unit="logits",
-    temperature=1.0,
-    margin=0.0,
-    schedule="growing",
-    look_ahead=1,
-    narrow_after=0,
-    stuck_after=0,
-    optimizer="adamw",
-    lr=0.0,
-    lr_large=0.0,
-    warmup=100,
-    decay=10_000,
-    lr_end=1e-3,
-    beta1=0.9,
-    beta1_rise=0.0,
-    beta2=0.9,
-    weight_decay=0.01,
-    start="uniform",
-    compute="model",
-    steps=10_000,
-    patience=1000,
-)
-PRESETS: dict[str, Recipe] = {
-    "default": Recipe(),
-    "progressive": _PROGRESSIVE,
-    # Their loss is 1/T of ours, which Adam does not feel.
-    "temperature": replace(_PROGRESSIVE, temperature=0.25),
-    "low-dim": replace(_PROGRESSIVE, coordinates="low-dim", start="linear"),
-    # A token is right from this margin (their "CE"), and weighs what it lacks of it ("+LM").
-    "margin-ce": replace(_PROGRESSIVE, margin=0.5),
-    "margin": replace(_PROGRESSIVE, objective="deficit", margin=0.5),
-    # Their "hybrid": hidden states of the first four layers near those of the plain text.
-    "alignment": replace(_PROGRESSIVE, term="alignment", term_weight=1.0, align_layers=4),
-    # Targets that double, and are bisected after the steps that a stage has.
-    "geometric": replace(_PROGRESSIVE, schedule="geometric", narrow_after=1000, patience=10_000),
-    # The text behind a trigger, and the vectors as its context (docs/usable.md).
-    "usable": Recipe(
-        term="use",
-        margin=0.05,
-        query_count=64,
-        settle=300,
-        decay=300,
-        lr=0.3,
-        lr_large=0.0,
-        lr_end=0.05,
-        beta1=0.9,
-        beta1_rise=0.0,
-        beta2=0.8,
-        start="last-tokens",
-        start_rule="bos",
-        steps=900,
-        patience=900,
-    ),
-    # Kuratov et al., section 4 and the published train.py: of 5000 losses, the first before a move.
-    "paper": Recipe(
-        unit="logits",
-        temperature=1.0,
-        margin=0.0,
-        schedule="whole",
-        stuck_after=0,
-        optimizer="adamw",
-        lr=0.01,
-        lr_large=0.0,
-        beta1=0.9,
-        beta1_rise=0.0,
-        beta2=0.9,
-        weight_decay=0.01,
-        start="noise",
-        start_rule="paper",
-        compute="model",
-        steps=4999,
-        patience=2000,
-        if_not_exact="stop",
-    ),
-    # Mezentsev & Oseledets 2025 (arXiv 2505.21189), section 4, for `--one-step`.
-    "one-step": Recipe(
-        unit="logits",
-        temperature=1.0,
-        margin=0.0,
-        schedule="whole",
-        stuck_after=0,
-        optimizer="adamw",
-        lr=0.01,
-        lr_large=0.0,
-        beta1=0.9,
-        beta1_rise=0.0,
-        beta2=0.9,
-        weight_decay=0.01,
-        start="normal",
-        compute="model",
-        steps=5000,
-        patience=5000,
-    ),
-}

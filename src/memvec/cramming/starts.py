@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec import registry
-from memvec.cramming.coordinates import basis
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
@@ -52,27 +51,6 @@ def last_tokens(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Flo
     last = [ids[0]] * (K - len(ids)) + list(ids[-K:])
     rows = lm.embed(torch.tensor(last, device=lm.device)).float().cpu()
     return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
-
-
-def uniform(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Uniform in [0, 0.02), as progressive cramming was run (Tarasov et al. 2026, 'random0.02')."""
-    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
-    return 0.02 * torch.rand(K, lm.width, generator=generator)
-
-
-def normal(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Standard normal, as one-step decoding was run (Mezentsev & Oseledets 2025)."""
-    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
-    return torch.randn(K, lm.width, generator=generator)
-
-
-def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Where a fresh linear layer puts the first coefficients of low-dim coordinates."""
-    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
-    z, W = basis(recipe, K, lm.width)
-    bias = 2 * torch.rand(K, lm.width, generator=generator) - 1
-    vectors: Tensor = z @ W + bias / recipe.dimensions**0.5
-    return vectors
 
 
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:

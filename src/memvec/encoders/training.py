@@ -24,7 +24,7 @@ from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
@@ -59,8 +59,7 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         for name in ("steps", "slots", "hidden", "layers", "heads", "positions"):
-            if getattr(self, name) < 1:
-                raise MemvecError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+            check_minimum(1, **{name: getattr(self, name)})
         if self.hidden % self.heads:
             raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
         if not 0 < self.size < float("inf"):

@@ -22,7 +22,8 @@ from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target
 from memvec.header import PassageRecord
 from memvec.passages.passage import ids_hash
-from memvec.vectors import MemVectors, pretty_json
+from memvec.vectors import MemVectors
+from memvec.writing import pretty_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

@@ -19,7 +19,7 @@ from typing import Any
 
 from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
-from memvec.errors import MemvecError
+from memvec.errors import check_minimum
 from memvec.lab.sources import seeded_random
 from memvec.lab.statistics import Mean, mean_interval
 from memvec.model.lm import FrozenLM
@@ -75,8 +75,7 @@ def plan(
     Options are those of `memvec.cram`; `seed` decides where passages are taken. Raises MemvecError
     for bad input, as `cram` does.
     """
-    if sample < 2:
-        raise MemvecError(f"--sample must be at least 2, not {sample}.")
+    check_minimum(2, sample=sample)
     clock = _Clock(on_status)
     began = time.perf_counter()
     work = CramJob(

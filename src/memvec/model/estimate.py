@@ -25,7 +25,6 @@ from memvec.model.memory import LOGITS_AT_ONCE
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-OPERATIONS = 4  # per parameter and forward-backward token: weights get no gradient
 LOGITS_COPIES = 3  # of a chunk of logits at once: the head's own, divided, exponentiated
 # MLPs whose activation transformers writes out: intermediate tensors that autograd keeps.
 WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
@@ -223,11 +222,6 @@ def max_batch_size(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> i
     logits = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # at most, at any number of slots
     each = one.activations + one.passing + one.state
     return max(1, int((free - logits) / each))
-
-
-def seconds(f: Facts, *, tokens: float, steps: float, flops: float) -> float:
-    """Time of `steps` steps over `tokens` tokens in all, at `flops` operations per second."""
-    return OPERATIONS * f.parameters * tokens * steps / flops
 
 
 def duration(seconds: float) -> str:

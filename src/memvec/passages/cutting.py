@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memvec import metrics
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class Cutter:
     ) -> None:
         if (bits is None) == (tokens is None):
             raise ValueError("give either bits or tokens")
-        if tokens is not None and tokens < 1:
-            raise MemvecError(f"--tokens must be at least 1, not {tokens}.")
+        check_minimum(1, tokens=tokens)
         if tokens is not None and max_tokens is not None and tokens > max_tokens:
             raise MemvecError(f"--tokens {tokens} does not fit the context: at most {max_tokens}.")
         self.lm, self.bits, self.tokens = lm, bits, tokens

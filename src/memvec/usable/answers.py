@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.usable.columns import Ids
-from memvec.usable.generate import write_behind
+from memvec.usable.generate import check_room, write_behind
+
+SHORTER = "fewer examples, or another column"
 
 
 class Likelihood(NamedTuple):
@@ -39,7 +40,7 @@ def likelihoods(lm: FrozenLM, asked: Sequence[Asked], batch_size: int = 1) -> li
     """
     shared: dict[tuple[int, Ids, Ids], list[int]] = {}
     for i, one in enumerate(asked):
-        check_room(lm, one.inputs.shape[1] + len(one.question), len(one.answer))
+        check_room(lm, one.inputs.shape[1] + len(one.question), len(one.answer), SHORTER)
         shared.setdefault((id(one.inputs), one.question, one.answer[:-1]), []).append(i)
     groups = sorted(shared.values(), key=lambda group: -_length(asked[group[0]]))
     out: dict[int, Likelihood] = {}
@@ -85,7 +86,7 @@ def written(lm: FrozenLM, asked: Asked, until: Sequence[str], **settings: Any) -
     """
     ids = torch.tensor([asked.question], device=lm.device).long()
     inputs = torch.cat([asked.inputs.to(lm.dtype), lm.embed(ids)], 1)
-    check_room(lm, inputs.shape[1], int(settings["max_new_tokens"]))
+    check_room(lm, inputs.shape[1], int(settings["max_new_tokens"]), SHORTER)
     stops = [stop for stop in until if stop]
 
     def stopped(ids: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -95,14 +96,3 @@ def written(lm: FrozenLM, asked: Asked, until: Sequence[str], **settings: Any) -
 
     text = write_behind(lm, inputs, {**settings, "stopping_criteria": [stopped]})
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
-
-
-def check_room(lm: FrozenLM, before: int, answer: int) -> None:
-    """Raise MemvecError if so many inputs and tokens of an answer are too many, or too few."""
-    if before < 1:
-        raise MemvecError(f"{lm.name} has no start token, so an answer needs a question.")
-    if lm.context is not None and before + answer > lm.context:
-        raise MemvecError(
-            f"a request of {before} inputs and {answer} tokens of an answer does not fit the "
-            f"context of {lm.name} ({lm.context}): use fewer examples, or another column."
-        )

@@ -26,7 +26,7 @@ from torch import Tensor
 from memvec.cram_job import CramJob
 from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError, check_minimum, did_you_mean
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
@@ -67,13 +67,6 @@ def column_named(name: str) -> ColumnName:
         if column == name:
             return column
     raise MemvecError(f"there is no column '{name}': {did_you_mean(name, COLUMNS)}")
-
-
-def check_sizes(vectors: int, tokens: int) -> None:
-    """Raise MemvecError for sizes below 1."""
-    for what, value in (("vectors", vectors), ("tokens", tokens)):
-        if value < 1:
-            raise MemvecError(f"--{what} must be at least 1, not {value}.")
 
 
 def split_text(text: str, split: str = SPLIT) -> tuple[str, str]:
@@ -132,7 +125,7 @@ class Column:
         batch_size: int | None = None,
         cache: Path | None = None,
     ) -> None:
-        check_sizes(vectors, tokens)
+        check_minimum(1, vectors=vectors, tokens=tokens)
         self.lm, self.name = lm, column_named(name)
         self.vectors, self.tokens, self.batch_size = vectors, tokens, batch_size
         self.recipe = recipe or Recipe.of("usable")

@@ -19,10 +19,10 @@ from typing import Any
 
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import ids_hash
-from memvec.usable.columns import COLUMNS, SPLIT, check_sizes, column_named
+from memvec.usable.columns import COLUMNS, SPLIT, column_named
 from memvec.usable.receipts import (
     Answer,
     Figure,
@@ -72,14 +72,9 @@ class Evaluation:
             raise MemvecError("there is no column to evaluate: name at least one.")
         for column in self.columns:
             column_named(column)
-        check_sizes(self.vectors, self.tokens)
-        for name, value, least in (
-            ("limit", self.limit, 1),
-            ("fewshot", self.examples, 0),
-            ("batch-size", self.batch_size, 1),
-        ):
-            if value is not None and value < least:
-                raise MemvecError(f"--{name} must be at least {least}, not {value}.")
+        check_minimum(1, vectors=self.vectors, tokens=self.tokens)
+        check_minimum(1, limit=self.limit, batch_size=self.batch_size)
+        check_minimum(0, fewshot=self.examples)
         if self.tasks_folder is not None and not self.tasks_folder.is_dir():
             raise MemvecError(f"there is no folder {self.tasks_folder} with task files.")
         if not self.split:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 from memvec.usable.certificate import check_usable
 from memvec.usable.queries import text_inputs
@@ -21,6 +21,7 @@ from memvec.vectors import MemVectors
 
 Context = Literal["vectors", "text", "nothing"]
 NEW_TOKENS = 128  # generated at the most, unless the settings say otherwise
+SHORTER = "fewer passages, or a shorter prompt or answer"
 
 
 @torch.no_grad()
@@ -51,9 +52,11 @@ def use(
         inputs = [text_inputs(lm, ()), *inputs]
     if asked:
         inputs.append(lm.embed(torch.tensor([asked], device=lm.device)))
-    together = torch.cat([part.to(lm.dtype) for part in inputs if part.shape[1]], dim=1)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
-    _check_room(lm, together.shape[1], int(options["max_new_tokens"]))
+    new_tokens = int(options["max_new_tokens"])
+    check_minimum(1, max_new_tokens=new_tokens)
+    check_room(lm, sum(part.shape[1] for part in inputs), new_tokens, SHORTER)
+    together = torch.cat([part.to(lm.dtype) for part in inputs if part.shape[1]], dim=1)
     return write_behind(lm, together, options, streamer)
 
 
@@ -88,13 +91,14 @@ def _context(
     return lm.embed(torch.tensor([ids], device=lm.device))
 
 
-def _check_room(lm: FrozenLM, inputs: int, new_tokens: int) -> None:
-    if new_tokens < 1:
-        raise MemvecError(f"--max-new-tokens must be at least 1, not {new_tokens}.")
-    if lm.context is not None and inputs + new_tokens > lm.context:
+def check_room(lm: FrozenLM, inputs: int, answer: int, remedy: str) -> None:
+    """Raise MemvecError if inputs and the tokens of an answer are too many, or too few."""
+    if inputs < 1:
+        raise MemvecError(f"{lm.name} has no start token, so an answer needs a question.")
+    if lm.context is not None and inputs + answer > lm.context:
         raise MemvecError(
-            f"{inputs} inputs and {new_tokens} new tokens do not fit the context of {lm.name} "
-            f"({lm.context}): use fewer passages, or a shorter prompt or answer."
+            f"{inputs} inputs and an answer of {answer} tokens do not fit the context of {lm.name} "
+            f"({lm.context}): use {remedy}."
         )
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from memvec import registry
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed
-from memvec.decoding import BATCH
+from memvec.decoding import BATCH, free_running
 from memvec.errors import MemvecError, did_you_mean
-from memvec.model import caching, memory
+from memvec.model import memory
 from memvec.model.lm import FrozenLM
 
 # Query ids (M, L), right-padded with 0, and the tokens of each row (M).
@@ -52,25 +52,14 @@ def continued(
 
     Sampled at temperature 1, or greedy without a generator.
     """
-    argument = lm.caching.argument
-    written: list[Tensor] = []
-    cache, logits, ids = None, None, None
-    for _ in range(tokens):
-        if argument is None:
-            past = [] if not written else [lm.embed(torch.stack(written, 1))]
-            whole = torch.cat([inputs, *past], 1)
-            logits = lm.model(inputs_embeds=whole, use_cache=False).logits[:, -1].float()
-        elif ids is None:
-            logits, cache = caching.step(lm.model, argument, inputs_embeds=inputs)
-        else:
-            logits, cache = caching.step(lm.model, argument, cache, input_ids=ids[:, None])
+
+    def choose(logits: Tensor, i: int) -> Tensor:
         if generator is None:
-            ids = logits.argmax(-1)
-        else:  # drawn on the CPU: the same everywhere
-            shares = logits.softmax(-1).cpu()
-            ids = torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
-        written.append(ids)
-    return torch.stack(written, 1)
+            return logits.argmax(-1)
+        shares = logits.softmax(-1).cpu()  # drawn on the CPU: the same everywhere
+        return torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
+
+    return torch.stack(list(free_running(lm, inputs, tokens, choose)), 1)
 
 
 def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:

@@ -16,7 +16,9 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Planned, too_long
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import Spec
-from memvec.model.estimate import Facts, estimate, seconds
+from memvec.model.estimate import Facts, estimate
+
+OPERATIONS = 4  # per parameter and forward-backward token: weights get no gradient
 
 GPU_FLOPS = 120e12  # sustained on an A100 in bfloat16: 40 % of its peak, an assumption
 CPU_FLOPS = 100e9  # two cores with AVX-512: 64 GFLOP/s a core for pocket, 16 slots of 64 tokens
@@ -45,7 +47,7 @@ def price(planned: Sequence[Planned]) -> list[Price]:
             prices.append(Price(model, cells, passages, None, None, None))
             continue
         tokens = sum(_tokens(p) * p.passages for p in mine)
-        gpu, cpu = (_hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
+        gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
         memory = max(_memory(p, facts) for p in mine)
         prices.append(
             Price(
@@ -70,8 +72,9 @@ def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[
     return sentences
 
 
-def _hours(facts: Facts, tokens: float, flops: float) -> float:
-    return seconds(facts, tokens=tokens, steps=1.0, flops=flops) / 3600
+def hours(facts: Facts, tokens: float, flops: float) -> float:
+    """Time of so many forward-backward tokens, at `flops` operations per second."""
+    return OPERATIONS * facts.parameters * tokens / flops / 3600
 
 
 def _length(p: Planned) -> int:

@@ -1,0 +1,56 @@
+"""Low-dimensional coordinates (Tarasov et al. 2026): few numbers, and a matrix that moves too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import passage_seed
+from memvec.model.lm import FrozenLM
+
+
+def basis(recipe: Recipe, K: int, D: int) -> tuple[Float[Tensor, "K d"], Float[Tensor, "d D"]]:
+    """First coefficients and matrix of `LowDim`, the same for all passages: uniform in [0, 0.02)
+    and in +-1/sqrt(d), which is how the published code and a fresh linear layer begin."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    d = recipe.dimensions
+    z = 0.02 * torch.rand(K, d, generator=generator)
+    return z, (2 * torch.rand(d, D, generator=generator) - 1) / d**0.5
+
+
+class LowDim:
+    """z W + b with d coefficients z per vector, where W and b of the passage move as well
+    (Tarasov et al. 2026): d D + K (d + D) numbers, a preconditioner rather than a smaller code.
+
+    b is per vector, so that any vectors can be taken up; for one vector that is the publication's.
+    """
+
+    def __init__(self, recipe: Recipe, K: int, D: int) -> None:
+        self.z, self.W = basis(recipe, K, D)
+        self.sizes = [self.z.numel(), self.W.numel(), K * D]
+
+    def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B n"]:
+        """The common z and W, and the b that makes these vectors of them."""
+        z, W = self.z.to(vectors.device), self.W.to(vectors.device)
+        common = torch.cat([z.flatten(), W.flatten()]).expand(len(vectors), -1)
+        return torch.cat([common, (vectors - z @ W).flatten(1)], dim=1)
+
+    def vectors(self, parameters: Float[Tensor, "B n"]) -> Float[Tensor, "B K D"]:
+        """z W + b."""
+        z, W, b = torch.split(parameters, self.sizes, dim=1)
+        lifted = z.reshape(-1, *self.z.shape) @ W.reshape(-1, *self.W.shape)
+        vectors: Tensor = lifted + b.reshape_as(lifted)
+        return vectors
+
+
+def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Where a fresh linear layer puts the first coefficients of low-dim coordinates."""
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    z, W = basis(recipe, K, lm.width)
+    bias = 2 * torch.rand(K, lm.width, generator=generator) - 1
+    vectors: Tensor = z @ W + bias / recipe.dimensions**0.5
+    return vectors

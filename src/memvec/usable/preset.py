@@ -1,0 +1,26 @@
+"""The recipe whose vectors stand for their text as context, too (docs/usable.md)."""
+
+from __future__ import annotations
+
+from memvec.cramming.recipe import Recipe
+
+
+def usable() -> Recipe:
+    """The text comes behind a trigger, and the vectors alone are its context."""
+    return Recipe(
+        term="use",
+        margin=0.05,
+        query_count=64,
+        settle=300,
+        decay=300,
+        lr=0.3,
+        lr_large=0.0,
+        lr_end=0.05,
+        beta1=0.9,
+        beta1_rise=0.0,
+        beta2=0.8,
+        start="last-tokens",
+        start_rule="bos",
+        steps=900,
+        patience=900,
+    )
