@@ -25,10 +25,12 @@ KINDS = {bool: "true or false", int: "number", float: "number", dict: "JSON"}
 def unit(sentence: str, kind: Any = None) -> str:
     """The unit that a column's sentence names: behind its last comma, inside its brackets or as its
     first noun; else what kind of value it is."""
-    if behind := re.search(rf", ({UNITS})(?: \(.*\))?$", sentence):
+    if behind := re.search(rf", ({UNITS})(?: \([^)]*\))?(?:;|$)", sentence):
         return behind[1]
     if listed := re.search(r"\[(.* .*)\]", sentence):
-        return ", ".join(re.findall(rf"\b(?:{UNITS})\b", listed[1]))
+        units = list(dict.fromkeys(re.findall(rf"\b(?:{UNITS})\b", listed[1])))
+        if units:
+            return ", ".join(units)
     if noun := re.match(rf"(?:\S+ )?({UNITS})\b", sentence):
         return noun[1]
     if re.search(r"\bshare of\b", sentence):

@@ -60,6 +60,7 @@ def test_the_search_finds_the_longest_length_and_ends(longest):
     assert len(tried) <= 7
 
 
+@pytest.mark.slow
 def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
     """For a growing recipe; one passage at a time, because another batch rounds differently."""
     from at_costs import growing

@@ -374,7 +374,7 @@ def test_help_lists_what_can_be_chosen(command, monkeypatch):
     assert set(Storage) == set(STORAGES)
 
 
-@pytest.mark.parametrize("verb", ["cram", "plan"])
+@pytest.mark.parametrize("verb", ["cram", pytest.param("plan", marks=pytest.mark.slow)])
 def test_the_old_name_of_the_batch_size_works_with_a_warning(command, folder, letter, verb):
     warning = "memvec: --seats is now --batch-size; the old name goes away in the next release.\n"
     words = [verb, letter, "-m", folder, *FAST[:4], "--set", "steps=600"]

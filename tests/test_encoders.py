@@ -87,6 +87,7 @@ def test_training_learns():
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
     lm, partial = tiny(), tmp_path / "e.partial"

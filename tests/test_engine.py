@@ -169,7 +169,7 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
 
 
 @pytest.mark.parametrize("rule", START_RULES)
-@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("vectors", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_outcomes_figures_are_those_of_its_vectors(rule, vectors):
     """Measured again from the stored vectors with nothing but the model's logits."""
     lm, recipe = tiny(), Recipe(steps=40, start_rule=rule)
@@ -336,7 +336,7 @@ def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family, poi
         torch.testing.assert_close(outcome.vectors, sound[ids].vectors, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("unit", ["spread", "logits"])
+@pytest.mark.parametrize("unit", ["spread", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("margin", "raised"), [(0.5, 1.0), (0.0, 0.05), (0.02, 0.05), (1.0, 2.0)])
 def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raised, unit):
     """With twice the margin, or a twentieth of the logits' spread where none was asked."""

@@ -122,7 +122,7 @@ def test_a_batch_crams_like_single_passages(family):
         torch.testing.assert_close(a.vectors, b.vectors, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @shows("grid", SERVED)
 def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
     """Exact is exact: whatever the batch, with the cache or without, from any storage type."""

@@ -85,6 +85,7 @@ def test_a_tie_counts_as_the_arg_max_takes_it():
         assert (found.margin[0] > 0).tolist() == right.tolist()
 
 
+@pytest.mark.slow
 def test_a_tie_in_the_last_token_ends_the_papers_run():
     """Two tokens share their row of the head: the passage with the first of them ends."""
     model = deepcopy(tiny().model)

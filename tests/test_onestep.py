@@ -214,6 +214,7 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     assert (did["compute"], did["lr_large"], did["stuck_after"]) == ("model", 0.0, 0)
 
 
+@pytest.mark.slow
 def test_a_shared_m_couples_passages_and_slots_only_group_them():
     """Coupled by design: another neighbour is another result; how many sit together is not."""
     lm = one_step(tiny())

@@ -11,6 +11,7 @@ from conftest import FAMILIES, QUICK, one_step, passages, tiny
 from memvec import registry
 from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
+from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.loading import load_lm
 from memvec.model import precision

@@ -177,37 +177,46 @@ def extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
-@pytest.mark.parametrize(
-    ("protocol", "value", "sentence"),
-    [
-        ("context", '{"after_context": {}}', "context, numbers of tokens is stored as []"),
-        ("context", '{"after_context": {"4": [1, 0], "8": [1, 0]}}', "context 4 is stored as [1.0"),
-        ("context", '{"after_context": {"4": [1], "8": [1]}}', "extra is stored as"),
-        ("copy", '{"after_copy": [1.0, 0]}', "copy is stored as [1.0"),
-        ("copy", '{"after_copy": null}', "copy is stored as [nan"),
-        (
-            "upper-bound",
+FALSIFIED: list[dict[str, tuple[str, str]]] = [  # protocol -> its false `extra`, what is said
+    {
+        "context": ('{"after_context": {}}', "context, numbers of tokens is stored as []"),
+        "copy": ('{"after_copy": [1.0, 0]}', "copy is stored as [1.0"),
+        "upper-bound": (
             '{"needed_bits": 99.5, "least_moved_bits": 1}',
             "needed_bits is stored as [99.5]",
         ),
-        (
-            "upper-bound",
+        "usable": ('{"words": [[1]]}', "extra is stored as"),
+    },
+    {
+        "context": (
+            '{"after_context": {"4": [1, 0], "8": [1, 0]}}',
+            "context 4 is stored as [1.0",
+        ),
+        "copy": ('{"after_copy": null}', "copy is stored as [nan"),
+        "upper-bound": (
             '{"needed_bits": 1, "least_moved_bits": 99.5}',
             "least_moved_bits is stored as [99.5]",
         ),
-        ("upper-bound", '{"copy": null}', "extra is stored as"),
-        ("usable", '{"words": [[1]]}', "extra is stored as"),
-    ],
-)
+    },
+    {
+        "context": ('{"after_context": {"4": [1], "8": [1]}}', "extra is stored as"),
+        "upper-bound": ('{"copy": null}', "extra is stored as"),
+    },
+]
+
+
+@pytest.mark.parametrize("falsified", FALSIFIED)
 def test_the_check_sees_a_falsified_measurement_of_each_protocol(
-    extras: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, value: str, sentence: str
+    extras: Path, monkeypatch: pytest.MonkeyPatch, falsified: dict[str, tuple[str, str]]
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
-    before = falsify(extras, value, protocol)
+    before = {name: falsify(extras, value, name) for name, (value, _) in falsified.items()}
     wrong = check_study(extras)["wrong"]
-    restore(extras, before)
-    named = [s for s in wrong if sentence in s]
-    assert len(named) == len(before), wrong
+    for rows in before.values():
+        restore(extras, rows)
+    for name, (_, sentence) in falsified.items():
+        named = [s for s in wrong if sentence in s and f"({name}, " in s]
+        assert len(named) == len(before[name]), (name, wrong)
 
 
 def falsify(folder: Path, extra: str, protocol: str = "") -> list[tuple[str, int, str]]:

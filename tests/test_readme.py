@@ -93,6 +93,7 @@ def test_the_eight_lines_print_what_is_shown(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == outputs(part)[0]
 
 
+@pytest.mark.slow
 def test_the_python_of_the_start_page_runs(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", section(START, "In Python"), re.DOTALL).group(1)
     monkeypatch.chdir(tmp_path)

@@ -13,10 +13,12 @@ from memvec.cramming.starts import start_vectors
 from memvec.decoding import decode_ids
 from memvec.model.reading import START_RULES
 
+SLOW, OTHERS = pytest.mark.slow, ("gpt2", "mamba")  # `make check` leaves them out
+
 
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("rule", START_RULES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=SLOW) for f in OTHERS)])
 def test_the_engine_with_the_papers_recipe_is_the_reference(family, rule, K):
     lm, asked = tiny(family), passages(3, 6, 4, seed=21)
     # Small steps: rounding differences between a batch and one passage must not grow.

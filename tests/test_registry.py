@@ -143,9 +143,12 @@ PLUGIN = """
 """
 
 USE = """
+    import io
     import json
+    import sys
 
     from memvec import export, registry
+    from memvec.cli import main
     from memvec.errors import MemvecError
     from memvec.lab.study.spec import Spec, parse_spec
 
@@ -169,7 +172,17 @@ USE = """
 
     spec = parse_spec(SPEC.replace("KIND", "counting").replace("KEY", "step"), "spec")
     (source,) = spec.sources
+    def ended(*words):
+        sys.argv, sys.stderr = ["memvec", *words], io.StringIO()
+        try:
+            main()
+        except SystemExit as end:
+            return end.code, sys.stderr.getvalue()
+
+    export_to = ("export", "none.mem", "--to")
     print(json.dumps({
+        "misspelt": ended(*export_to, "nowhre"),
+        "known": ended(*export_to, "nowhere"),
         "sources": registry.names("source"),
         "ids": [p.passage.ids for p in source.passages(None, 2, 4)],
         "settings": source.settings(),
@@ -190,13 +203,13 @@ def installed(folder: Path, source: str) -> Path:
     return folder
 
 
-def python(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{textwrap.dedent(code)}"
-    words = [sys.executable, "-c", code, *arguments]
+    words = [sys.executable, "-c", code]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
-def test_a_package_adds_a_source_and_a_target(tmp_path):
+def test_a_package_adds_a_source_and_a_target_that_the_command_knows(tmp_path):
     ran = python(installed(tmp_path, PLUGIN), USE)
     assert ran.returncode == 0, ran.stderr
     seen = json.loads(ran.stdout)
@@ -209,17 +222,12 @@ def test_a_package_adds_a_source_and_a_target(tmp_path):
         "spec: unknown kind 'countin' in sources [1]: did you mean 'counting'?",
         "spec: unknown key 'stepp' in sources [1]: did you mean 'step'?",
     ]
-
-
-def test_the_command_knows_a_packages_target(tmp_path):
-    code = "from memvec.cli import main\nmain()"
-    words = ("export", "none.mem", "--to")
-    ran = python(installed(tmp_path, PLUGIN), code, *words, "nowhre")
-    assert ran.returncode == 2
-    assert "did you mean 'nowhere'" in ran.stderr
-    ran = python(tmp_path, code, *words, "nowhere")
-    assert ran.returncode == 2
-    assert "none.mem" in ran.stderr  # the target is known: what is missing is the file
+    for word, (code, sentence) in (
+        ("did you mean 'nowhere'", seen["misspelt"]),
+        ("none.mem", seen["known"]),  # the target is known: what is missing is the file
+    ):
+        assert code == 2
+        assert word in sentence
 
 
 def test_a_package_that_cannot_be_imported_is_named_in_one_sentence(tmp_path):

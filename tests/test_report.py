@@ -234,6 +234,7 @@ def test_a_recipe_that_differs_in_everything_is_numbered(tmp_path: Path) -> None
         assert [*recipe_names(store).values()] == ["recipe 1", "recipe 2"]
 
 
+@pytest.mark.slow
 def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Path) -> None:
     text = EVERYTHING.replace("seeds = [0, 1, 2]\n", "")
     tables = made_up(

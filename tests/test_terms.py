@@ -62,6 +62,7 @@ def hidden(lm, inputs):
     return lm.model(inputs_embeds=inputs, output_hidden_states=True, use_cache=False).hidden_states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_aligned_passages_are_exact_and_nearer_to_the_text(family):
     asked = passages(4, 4, seed=3)

@@ -26,7 +26,7 @@ class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that memvec was tested with."""
 
 
-def check_minimum(minimum: int, /, **options: float | None) -> None:
+def check_minimum(minimum: int, /, **options: int | float | None) -> None:
     """Raise MemvecError, which names the option, for a value below the minimum; None is none."""
     for name, value in options.items():
         if value is not None and not value >= minimum:

@@ -13,7 +13,7 @@ from memvec.model.lm import FrozenLM
 from memvec.usable.columns import Ids
 from memvec.usable.generate import check_room, write_behind
 
-SHORTER = "fewer examples, or another column"
+SHORTER = "use fewer examples, or another column"
 
 
 class Likelihood(NamedTuple):

@@ -21,7 +21,7 @@ from memvec.vectors import MemVectors
 
 Context = Literal["vectors", "text", "nothing"]
 NEW_TOKENS = 128  # generated at the most, unless the settings say otherwise
-SHORTER = "fewer passages, or a shorter prompt or answer"
+SHORTER = "use fewer passages, or a shorter prompt or answer"
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def check_room(lm: FrozenLM, inputs: int, answer: int, remedy: str) -> None:
     if lm.context is not None and inputs + answer > lm.context:
         raise MemvecError(
             f"{inputs} inputs and an answer of {answer} tokens do not fit the context of {lm.name} "
-            f"({lm.context}): use {remedy}."
+            f"({lm.context}): {remedy}."
         )
 
 
