@@ -413,6 +413,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def every_protocol(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished study of every protocol in 'out'; tests take copies of it."""
+    import studies
+
+    base = tmp_path_factory.mktemp("every-protocol")
+    studies.run(studies.spec_in(base), base, base / "out", studies.EVERYTHING)
+    return base
+
+
 @pytest.fixture
 def untyped() -> Iterator[None]:
     """As in daily use: no signature is checked, so that memvec's own sentences are heard."""

@@ -107,8 +107,9 @@ def test_the_two_commands_print_what_is_shown(shell):
     cram, decode = commands(part)
     crammed, decoded = outputs(part)
     assert_alike(shell(cram).decode(), crammed)
-    assert shell(decode).decode().strip() == decoded.strip()
-    assert shell(decode) == HEADLINE.read_bytes()
+    written = shell(decode)
+    assert written.decode().strip() == decoded.strip()
+    assert written == HEADLINE.read_bytes()
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
-from studies import EVERYTHING, HEAD, everything, maker, run, spec_in
+from studies import HEAD, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
 RUN = '[[runs]]\nprotocol = "exact"\nlengths = [8]\n'
@@ -133,11 +133,9 @@ def test_one_model_may_replace_all_others() -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(every_protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study with every protocol."""
-    base = tmp_path_factory.mktemp("study")
-    run(spec_in(base), base, base / "out", EVERYTHING)
-    return base
+    return shutil.copytree(every_protocol, tmp_path_factory.mktemp("study") / "done")
 
 
 # Protocols whose studies have files of their own: test_book, test_onestep_studies, test_frontier.

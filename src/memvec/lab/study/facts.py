@@ -6,6 +6,7 @@ and the built-in model, is read from its own config. Both are read by `model.est
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -25,10 +26,8 @@ def facts_of_name(name: str) -> Facts | None:
 
     Raises MemvecError for a folder whose config cannot be read.
     """
-    text = files("memvec.lab.study").joinpath("facts.json").read_text("utf-8")
-    known = json.loads(text)["models"].get(name)
-    if known is not None:
-        return facts_of_config(_config(known["config"]), NUMBER, known["parameters"])
+    if (known := _known(name)) is not None:
+        return known
     folder = POCKET if name == "pocket" else Path(name).expanduser()
     file = folder / "config.json"
     if not file.is_file():
@@ -40,6 +39,16 @@ def facts_of_name(name: str) -> Facts | None:
     if not facts.hidden or not facts.layers:
         raise MemvecError(f"{file} is not a model's config: it has no hidden size or no layers.")
     return facts
+
+
+@functools.cache
+def _known(name: str) -> Facts | None:
+    """Facts of a model that the package's own table has, None for another."""
+    text = files("memvec.lab.study").joinpath("facts.json").read_text("utf-8")
+    known = json.loads(text)["models"].get(name)
+    if known is None:
+        return None
+    return facts_of_config(_config(known["config"]), NUMBER, known["parameters"])
 
 
 def _config(record: dict[str, Any]) -> PretrainedConfig:
