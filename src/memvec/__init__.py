@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from memvec.codec import cram, decode, measure, verify
-    from memvec.cramming.engine import Engine
-    from memvec.cramming.recipe import Recipe
-    from memvec.errors import MemvecError, NotExactError
-    from memvec.loading import load_lm
-    from memvec.model.lm import FrozenLM
-    from memvec.registry import register
-    from memvec.usable.certificate import certify_use
-    from memvec.usable.generate import use
-    from memvec.vectors import MemVectors
+if TYPE_CHECKING:  # a name 'as' itself is one that this package gives on
+    from memvec.codec import cram as cram
+    from memvec.codec import decode as decode
+    from memvec.codec import measure as measure
+    from memvec.codec import verify as verify
+    from memvec.cramming.engine import Engine as Engine
+    from memvec.cramming.recipe import Recipe as Recipe
+    from memvec.errors import MemvecError as MemvecError
+    from memvec.errors import NotExactError as NotExactError
+    from memvec.loading import load_lm as load_lm
+    from memvec.model.lm import FrozenLM as FrozenLM
+    from memvec.registry import register as register
+    from memvec.usable.certificate import certify_use as certify_use
+    from memvec.usable.generate import use as use
+    from memvec.vectors import MemVectors as MemVectors
 
 _WHERE = {
     "load_lm": "memvec.loading",
@@ -40,22 +44,7 @@ _WHERE = {
     "NotExactError": "memvec.errors",
 }
 
-__all__ = [
-    "Engine",
-    "FrozenLM",
-    "MemVectors",
-    "MemvecError",
-    "NotExactError",
-    "Recipe",
-    "certify_use",
-    "cram",
-    "decode",
-    "load_lm",
-    "measure",
-    "register",
-    "use",
-    "verify",
-]
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -71,12 +71,8 @@ class CramJob:
         if lm.reading.shares_m:
             recipe = without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
-        self.recipe, self.storage, self.journal, self.on_status = (
-            recipe,
-            storage,
-            journal,
-            on_status,
-        )
+        self.recipe, self.storage = recipe, storage
+        self.journal, self.on_status = journal, on_status
         self.engine = Engine(
             lm,
             recipe,
