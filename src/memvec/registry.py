@@ -69,6 +69,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "low-dim": "memvec.cramming.coordinates:LowDim",
     },
     "optimizer": {
+        "nadam": "memvec.cramming.optimizers:NAdam",
         "adam": "memvec.cramming.optimizers:Adam",
         "adamw": "memvec.cramming.optimizers:AdamW",
     },
