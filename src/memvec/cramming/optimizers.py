@@ -119,8 +119,8 @@ class NAdam(Adam):
 
     The newest gradient counts twice: in the mean, and once more beside it with the share that it
     would have in the next mean. Steps are as large as the vectors: what the last one overshot is
-    corrected a move earlier, which fits a seventh more text in at equal cost (docs/log.md). The
-    mean is corrected for its first moves as Adam's is.
+    corrected a move earlier (docs/log.md has what that gains). The mean is corrected for its first
+    moves as Adam's is.
     """
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
