@@ -101,13 +101,14 @@ def test_every_published_arm_runs_and_pays_for_its_stages():
     assert (both.term, both.coordinates, both.start) == ("alignment", "low-dim", "linear")
     assert (both.dimensions, both.align_layers, both.term_weight) == (32, 2, 1.0)
     lm = tiny()
-    asked = [type(p)(p.ids, i) for i, p in enumerate(passages(12, 12, seed=35))]
-    for recipe in recipes.values():
-        free = growing(lm, recipe, asked, [30, 200], staged=False)
-        paid = growing(lm, recipe, asked, [30, 200], staged=True)
-        assert all(a[1] <= b[1] for a, b in zip(paid, free, strict=True))
-        assert all(0 <= row[0] <= row[1] <= 12 for row in paid)
+    asked = [type(p)(p.ids, i) for i, p in enumerate(passages(4, 8, seed=35))]
+    for name, recipe in recipes.items():
+        paid = growing(lm, recipe, asked, [20, 60], staged=True)
+        assert all(0 <= row[0] <= row[1] <= 8 for row in paid)
         assert any(row[1] > 0 for row in paid)
+        if name.startswith("geometric"):
+            free = growing(lm, recipe, asked, [20, 60], staged=False)
+            assert all(a[1] <= b[1] for a, b in zip(paid, free, strict=True))
 
 
 def test_the_same_words_from_a_file_are_the_same_passages(tmp_path):
