@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from memvec.arms.geometric import GeometricState
 from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.schedules import ScheduleState
 from memvec.decoding import decode_ids, first_error
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -27,10 +29,11 @@ def growing(
 ) -> list[list[int]]:
     """Horizon of each passage at each cost, from the best vectors that it had by then.
 
-    `staged`: the recipe grows by stages of one token, each of which ends with a forward pass that
-    finds all of it right and is followed by no backward pass: half of what a step costs.
+    `staged`: the recipe grows by stages (of one token, or up to a target), each of which ends with
+    a forward pass that finds all of it right and is followed by no backward pass: half of what a
+    step costs.
     """
-    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
+    engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages), poll=1)
     for passage in passages:
         engine.push(passage)
     engine.fill(len(passages))
@@ -40,13 +43,15 @@ def growing(
     ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
     while True:
         last = engine.batch.vectors, engine.batch.schedule.best
+        targets = _targets(engine.batch.schedule)
         engine.step()
         batch = engine.batch
         spent, stopped = batch.spent.tolist(), batch.stopped.tolist()
         stages = zip(last[1].clamp_min(0).tolist(), batch.schedule.best.tolist(), strict=True)
         for row, (old, new) in enumerate(stages):
             if staged:
-                ended[row] += sum(stage + before for stage in range(old + 1, new + 1)) / 2
+                done = _stages_done(old, new, None if targets is None else targets[row])
+                ended[row] += sum(stage + before for stage in done) / 2
             paid = spent[row] + ended[row]
             for at, cost in enumerate(costs):
                 # The step that goes past a cost was not paid for at that cost.
@@ -74,6 +79,18 @@ def growing(
         sure = int(enough[: len(passage)].int().cumprod(0).sum())
         horizons[document][at] = max(0, min(right, sure, vectors[document, at][1]))
     return horizons
+
+
+def _targets(schedule: ScheduleState) -> list[int] | None:
+    """Where the stage of each passage ends, in tokens; None if every token is a stage."""
+    return schedule.target.tolist() if isinstance(schedule, GeometricState) else None
+
+
+def _stages_done(old: int, new: int, target: int | None) -> list[int]:
+    """Tokens of each stage that a measurement ended, when `old` right tokens became `new`."""
+    if target is None:
+        return list(range(old + 1, new + 1))
+    return [target] if old < target <= new else []
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     python benchmarks/horizon.py --quick
     python benchmarks/horizon.py --cases pocket-natural --corpus novels.parquet
+    python benchmarks/horizon.py --cases r256 --published alignment geometric progressive --each
 
 The horizon of a passage is the number of leading tokens that meet the margin its recipe asks for
 and that free-running decoding gives back from the vectors as stored. The default is held to a
@@ -9,11 +10,13 @@ margin of at least `--margin` 0.5 logits here, `margin` asks for 0.5 as publishe
 published recipes for 0 (`--same-margin`: for the default's). The cost is what the passage itself
 had to forward and back until then, in tokens: what counted at each step, plus the vectors; and for
 the published recipes half as much for the forward pass that ends each of their stages of one token
-(their step is measured first and taken only if the stage goes on). Passages are longer than
-anybody gets; `at_end` counts those that were not.
+(their step is measured first and taken only if the stage goes on; a stage of `geometric` is one of
+its targets). `alignment` also pays for its forward pass over the plain text. Passages are longer
+than anybody gets; `at_end` counts those that were not.
 
 The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
 encoder where it has one. Each published recipe runs at each learning rate of a sweep (SWEEP).
+Models are computed in float32 on any device (`--dtype`), so that a figure does not depend on it.
 
 The paper's recipe crams passages of fixed length, so for each passage its longest length has to be
 searched, and the search is part of its cost: lengths of 2, 4, 8 ... predicted tokens, each begun
@@ -23,7 +26,8 @@ was completed and decoded freely by then.
 
 The table has a row for each budget of each case: the default from both starts, the best published
 recipe at that budget (best of all recipes and rates, seen afterwards), the paper's at its best
-rate, and the ratios of the means with paired 95 % bootstrap intervals over passages. RESULT has the
+rate, and the ratios of the means with paired 95 % bootstrap intervals over passages; with `--each`,
+a row for each recipe, rate and budget. RESULT has the
 smallest ratio over all budgets of all cases (but for the tiny models, which are shown), with its
 interval (`_low`, `_high`) and the budget it was found at (`_budget`): `ratio` is default from noise
 to paper, `ratio_published` default from noise to best published, and `ratio_published_encoder` the
@@ -45,6 +49,7 @@ from at_costs import fixed, growing
 from common import arguments, ratio_of_means, report, save_figure, summary
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
+from memvec.model.large import layers_of
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import random_model
@@ -58,6 +63,9 @@ SWEEP = {
     "margin": (0.1, 0.5, 1.0),
     "low-dim 256": (0.1, 0.5, 1.0),
     "low-dim 32": (0.1, 0.5, 1.0),
+    "alignment": (0.1, 0.5, 1.0),
+    "alignment low-dim 256": (0.1, 0.5, 1.0),
+    "geometric": (0.1, 0.5, 1.0),
     "paper": (0.01, 0.1, 0.5),
 }
 OURS, OURS_ENCODER, PAPER = "default, noise", "default, encoder", "paper"
@@ -71,41 +79,56 @@ class Case:
     """A model and a kind of text; `tokens` is the length of its passages, `budget` the cost that
     a passage may reach, in forward-backward tokens."""
 
-    load: Callable[[], FrozenLM]
-    text: Callable[[FrozenLM, int, int, Path | None], list[Passage]]
+    shape: str  # a name of benchmarks/models.py; "": the model that --model names
+    text: Callable[[FrozenLM, int, int, argparse.Namespace], list[Passage]]
     tokens: int
     passages: int
     budget: int
 
+    def load(self, options: argparse.Namespace) -> FrozenLM:
+        """The model, on the device and in the dtype that were asked for."""
+        where = {"device": options.device, "dtype": options.dtype}
+        return random_model(self.shape, **where) if self.shape else load_lm(options.model, **where)
 
-def _natural(lm: FrozenLM, n: int, T: int, corpus: Path | None) -> list[Passage]:
-    return passages_of(lm, n, T, corpus=corpus)
+
+def _natural(lm: FrozenLM, n: int, T: int, options: argparse.Namespace) -> list[Passage]:
+    return passages_of(lm, n, T, corpus=options.corpus)
 
 
-def _random(lm: FrozenLM, n: int, T: int, corpus: Path | None) -> list[Passage]:
+def _words(lm: FrozenLM, n: int, T: int, options: argparse.Namespace) -> list[Passage]:
+    return random_words(lm, n, T, words=options.words)
+
+
+def _random(lm: FrozenLM, n: int, T: int, options: argparse.Namespace) -> list[Passage]:
     return random_tokens(lm, n, T)
 
 
 # Each budget ends where a model's vectors fill and the recipes come to the same end.
 CASES = {
-    "pocket-natural": Case(load_lm, _natural, 128, 12, 3000),
-    "pocket-words": Case(load_lm, lambda lm, n, T, _: random_words(lm, n, T), 96, 12, 1500),
-    "pythia-160m": Case(lambda: random_model("pythia-160m"), _random, 96, 4, 800),
-    "tiny-gpt2": Case(lambda: random_model("tiny-gpt2"), _random, 48, 16, 12_000),
-    "tiny-qwen3": Case(lambda: random_model("tiny-qwen3"), _random, 48, 16, 12_000),
+    "pocket-natural": Case("", _natural, 128, 12, 3000),
+    "pocket-words": Case("", _words, 96, 12, 1500),
+    "r256": Case("r256", _random, 96, 8, 1500),
+    "pythia-160m": Case("pythia-160m", _random, 96, 4, 800),
+    "tiny-gpt2": Case("tiny-gpt2", _random, 48, 16, 12_000),
+    "tiny-qwen3": Case("tiny-qwen3", _random, 48, 16, 12_000),
 }
 QUICK = {"pocket-natural": (4, 480), "pocket-words": (4, 320)}  # passages, budget
 SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
 QUICK_SWEEP = {"low-dim 256": (0.1, 0.5), "paper": (0.01, 0.1)}  # the best for few tokens
 
 
-def published(sweep: dict[str, tuple[float, ...]], margin: float) -> dict[str, Recipe]:
-    """Each published recipe at each rate, held to a margin of at least so many logits."""
+def published(sweep: dict[str, tuple[float, ...]], margin: float, layers: int) -> dict[str, Recipe]:
+    """Each published recipe at each rate, held to a margin of at least so many logits, for a model
+    of so many layers."""
     recipes = {}
     for name, rates in sweep.items():
-        preset, _, size = name.partition(" ")
+        preset, *more = name.split()
+        changes: dict[str, Any] = {}
+        if more:
+            changes = {"coordinates": "low-dim", "start": "linear", "dimensions": int(more[-1])}
         for lr in rates:
-            recipe = Recipe.of(preset, lr=lr, **({"dimensions": int(size)} if size else {}))
+            recipe = Recipe.of(preset, lr=lr, **changes)
+            recipe = replace(recipe, align_layers=min(recipe.align_layers, layers))
             recipes[f"{name}, lr {lr:g}"] = replace(recipe, margin=max(recipe.margin, margin))
     return recipes
 
@@ -212,6 +235,12 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {k: _interval(v, digits[k]) if k in digits else v for k, v in row.items()}
 
 
+def each(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the long table, its mean as text with its interval."""
+    named = {k: row[k] for k in ("case", "recipe", "start", "spent", "n")}
+    return {**named, "horizon": _interval(row, 1), "at_end": row["at_end"]}
+
+
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     """A panel per case: mean horizon and its interval against tokens spent."""
     for axis, case in zip(axes, dict.fromkeys(row["case"] for row in rows), strict=True):
@@ -236,6 +265,9 @@ def options_of(arguments_given: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__ or "")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; --quick: two")
     parser.add_argument("--corpus", type=Path, help="parquet of texts for the natural case")
+    parser.add_argument("--words", type=Path, help="file of words, one a line; default: wordfreq's")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda:0")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--passages", type=int, help="passages per case")
     parser.add_argument("--margin", type=float, default=0.5, help="the default's least, in logits")
     parser.add_argument(
@@ -246,6 +278,7 @@ def options_of(arguments_given: list[str] | None = None) -> argparse.Namespace:
         "--published", nargs="+", choices=SWEEP, help="recipes; default: all; --quick: two"
     )
     parser.add_argument("--lr", type=float, nargs="+", help="their learning rates, not the sweep's")
+    parser.add_argument("--each", action="store_true", help="a row for each recipe and budget")
     return parser.parse_args(arguments_given)
 
 
@@ -262,20 +295,21 @@ def main() -> None:
         case = CASES[name]
         n, budget = QUICK.get(name, (3, 600)) if options.quick else (case.passages, case.budget)
         n, budget = options.passages or n, options.budget or budget
-        lm = load_lm(options.model) if name.startswith("pocket") else case.load()
-        texts = case.text(lm, n, case.tokens, options.corpus)
+        lm = case.load(options)
+        texts = case.text(lm, n, case.tokens, options)
         passages = [Passage(passage.ids, i) for i, passage in enumerate(texts)]
         points = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS
         costs = [round(budget * (i + 1) / points) for i in range(points)]
         recipes = ours(lm, options.margin)
-        recipes |= published(sweep, recipes[OURS].margin if options.same_margin else 0.0)
+        theirs = recipes[OURS].margin if options.same_margin else 0.0
+        recipes |= published(sweep, theirs, len(layers_of(lm.model)))
         print(f"{name}: {len(recipes)} recipes", file=sys.stderr, flush=True)
         found = curves(lm, recipes, passages, costs)
         rows += long_rows(name, found, costs, case.tokens)
         budgets += budget_rows(name, found, costs, case.tokens)
     cases = len({row["case"] for row in rows})
     save_figure(options.out / "horizon", lambda axes: draw(axes, rows), cases)
-    table = [shown(row) for row in budgets]
+    table = [each(row) for row in rows] if options.each else [shown(row) for row in budgets]
     report("horizon", rows, options, shown=table, **compare(budgets))
 
 

@@ -98,11 +98,14 @@ def random_model(
     name: str,
     *,
     device: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int = 0,
     **changes: int,
 ) -> FrozenLM:
-    """A model of that shape, its weights from the seed; bfloat16 on a GPU, float32 on a CPU."""
+    """A model of that shape, its weights from the seed; bfloat16 on a GPU, float32 on a CPU.
+
+    `dtype` may be torch's or its name.
+    """
     kind, options = SHAPES[name]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,4 +121,6 @@ def random_model(
                 parameter.normal_(0, std)
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    elif isinstance(dtype, str):
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     return FrozenLM(model.to(device, dtype), name=f"random {name}")

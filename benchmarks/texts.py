@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from memvec.lab.sources.random_tokens import random_token_passages
-from memvec.lab.sources.random_words import frequent_words, random_word_passages
+from memvec.lab.sources.random_words import frequent_words, random_word_passages, read_words
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
@@ -51,9 +51,15 @@ def _excerpt(text: str, draw: random.Random, characters: int = 20_000) -> str:
     return text[at : at + characters]
 
 
-def random_words(lm: FrozenLM, n: int, T: int, seed: int = 0) -> list[Passage]:
-    """n passages of T tokens of words drawn evenly from the 100 000 most frequent."""
-    found = random_word_passages(lm, frequent_words(), n, T, seed=seed)
+def random_words(
+    lm: FrozenLM, n: int, T: int, seed: int = 0, words: Path | None = None
+) -> list[Passage]:
+    """n passages of T tokens of words drawn evenly from the 100 000 most frequent.
+
+    `words` is a file of them, one a line: the same list as a file gives the same passages.
+    """
+    drawn = frequent_words() if words is None else read_words(str(words))
+    found = random_word_passages(lm, drawn, n, T, seed=seed)
     return [item.passage for item in found]
 
 

@@ -80,6 +80,50 @@ def test_horizons_at_a_cost_are_those_of_a_run_with_that_budget():
         assert horizon <= outcome.metrics.horizon
 
 
+def test_what_ends_a_stage_is_paid_for_once_a_token_or_once_a_target():
+    from at_costs import _stages_done
+
+    assert _stages_done(3, 6, None) == [4, 5, 6]
+    assert _stages_done(6, 6, None) == []
+    assert _stages_done(3, 6, 8) == []
+    assert _stages_done(3, 9, 8) == [8]
+    assert _stages_done(8, 9, 8) == []
+
+
+def test_every_published_arm_runs_and_pays_for_its_stages():
+    """Doubling targets end fewer stages than single tokens, and alignment reads the text too."""
+    from at_costs import growing
+    from horizon import published
+
+    arms = ("progressive", "geometric", "alignment", "alignment low-dim 32")
+    recipes = published(dict.fromkeys(arms, (0.5,)), 0.0, layers=2)
+    assert list(recipes) == [f"{name}, lr 0.5" for name in arms]
+    both = recipes["alignment low-dim 32, lr 0.5"]
+    assert (both.term, both.coordinates, both.start) == ("alignment", "low-dim", "linear")
+    assert (both.dimensions, both.align_layers, both.term_weight) == (32, 2, 1.0)
+    lm = tiny()
+    asked = [type(p)(p.ids, i) for i, p in enumerate(passages(4, 8, seed=35))]
+    for name, recipe in recipes.items():
+        paid = growing(lm, recipe, asked, [20, 60], staged=True)
+        assert all(0 <= row[0] <= row[1] <= 8 for row in paid)
+        assert any(row[1] > 0 for row in paid)
+        if name.startswith("geometric"):
+            free = growing(lm, recipe, asked, [20, 60], staged=False)
+            assert all(a[1] <= b[1] for a, b in zip(paid, free, strict=True))
+
+
+def test_the_same_words_from_a_file_are_the_same_passages(tmp_path):
+    from memvec.lab.sources.random_words import frequent_words
+    from memvec.loading import load_lm
+    from texts import random_words
+
+    file = tmp_path / "words.txt"
+    file.write_text("\n".join(frequent_words()), "utf-8")
+    lm = load_lm()
+    listed = random_words(lm, 2, 12, words=file)
+    assert [p.ids for p in listed] == [p.ids for p in random_words(lm, 2, 12)]
+
+
 @pytest.mark.slow
 def test_the_papers_horizon_is_paid_for_by_its_search():
     from at_costs import fixed
@@ -151,11 +195,14 @@ def test_the_least_ratio_over_the_budgets_is_reported_and_its_budget_named():
 def test_every_published_recipe_runs_at_each_rate_of_the_sweep():
     from horizon import SWEEP, published
 
-    recipes = published(SWEEP, margin=0.0)
+    recipes = published(SWEEP, margin=0.0, layers=12)
     assert len(recipes) == sum(len(rates) for rates in SWEEP.values())
     assert recipes["low-dim 32, lr 0.5"].dimensions == 32
     assert {recipe.lr for recipe in recipes.values()} >= {0.01, 0.1, 0.5, 1.0}
-    assert published({"progressive": (0.1,)}, margin=0.7)["progressive, lr 0.1"].margin == 0.7
+    assert (
+        published({"progressive": (0.1,)}, margin=0.7, layers=12)["progressive, lr 0.1"].margin
+        == 0.7
+    )
 
 
 def test_a_published_run_is_read_at_smaller_step_limits():

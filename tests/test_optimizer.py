@@ -147,11 +147,15 @@ def test_a_stuck_passage_cools_down_to_a_third_and_no_further(after):
         assert found == pytest.approx([max(least, value) for value in slow])
 
 
+@pytest.mark.parametrize("name", ["adam", "nadam"])
 @pytest.mark.parametrize("rise", [0.0, 0.25, 0.4])
-def test_the_mean_gradient_against_its_definition(rise):
-    """A weighted mean of all gradients so far, with weights that add up to one."""
+def test_the_mean_gradient_against_its_definition(rise, name):
+    """A weighted mean of all gradients so far, with weights that add up to one.
+
+    `nadam` follows the mean that there would be if the newest gradient came once more.
+    """
     recipe = Recipe(lr=1.0, beta1=0.9, beta1_rise=rise, beta2=0.0)
-    adam, parameters = Adam(recipe), torch.zeros(1, 1, 2)
+    adam, parameters = registry.get("optimizer", name)(recipe), torch.zeros(1, 1, 2)
     state = adam.fresh(parameters)
     gradients = torch.randn(40, 1, 1, 2, generator=torch.Generator().manual_seed(7))
     weights = []
@@ -160,10 +164,18 @@ def test_the_mean_gradient_against_its_definition(rise):
         weights = [w * decay for w in weights] + [1 - decay]
         share = torch.tensor(weights) / sum(weights)
         mean = (share[:, None, None, None] * gradients[: t + 1]).sum(0)
+        if name == "nadam":
+            mean = decay * mean + (1 - decay) * gradient
         before = parameters.clone()
         adam.step(parameters, gradient, state, torch.tensor([True]))
         torch.testing.assert_close(before - parameters, mean / gradient.abs(), rtol=1e-4, atol=1e-4)
     assert sum(weights) == pytest.approx(1.0 if rise else 1 - 0.9**40)
+
+
+def test_the_default_looks_ahead_and_published_recipes_do_not():
+    assert Recipe().optimizer == "nadam"
+    names = registry.names("preset")
+    assert {n for n in names if Recipe.of(n).optimizer == "nadam"} == {"default"}
 
 
 def test_each_passage_has_its_own_rate():

@@ -83,6 +83,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "low-dim": "memvec.arms.low_dim:LowDim",
     },
     "optimizer": {
+        "nadam": "memvec.cramming.optimizers:NAdam",
         "adam": "memvec.cramming.optimizers:Adam",
         "adamw": "memvec.cramming.optimizers:AdamW",
     },

@@ -1,5 +1,7 @@
 """How it is moved: Adam for B passages at once, each with its own moments and its own step count.
 
+`nadam` is the default recipe's, `adamw` the published ones'.
+
 One stacked parameter and the *sum* of per-passage losses make B separate runs out of one; what a
 library optimiser lacks is a step count per passage (a newcomer's bias correction starts at 1 while
 its neighbours are at 500) and moments that leave with the passage, so those are here.
@@ -73,6 +75,10 @@ class Adam:
             torch.zeros(len(parameters), device=parameters.device),
         )
 
+    def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
+        """What the step follows, from the mean gradient, the newest one and the mean's decay."""
+        return mean
+
     @torch.no_grad()
     def step(
         self,
@@ -97,6 +103,7 @@ class Adam:
         count = state.count.clamp_min(1).reshape(shape)
         # A decay that rises from 0 leaves no share of the mean to what was there before.
         mean = state.mean / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
+        mean = self.direction(mean, gradient, decay)
         scale = (state.square / (1 - beta2**count)).sqrt_().add_(1e-8)
         change = mean.div_(scale)
         if self.weight_decay:
@@ -105,6 +112,19 @@ class Adam:
         if lr_scale is not None:
             rate = rate * lr_scale.reshape(shape)
         parameters.sub_(change.mul_(rate).masked_fill_(~on, 0))
+
+
+class NAdam(Adam):
+    """Adam that follows the mean gradient one decay ahead (Nesterov's momentum; Dozat 2016).
+
+    The newest gradient counts twice: in the mean, and once more beside it with the share that it
+    would have in the next mean. Steps are as large as the vectors: what the last one overshot is
+    corrected a move earlier (docs/log.md has what that gains). The mean is corrected for its first
+    moves as Adam's is.
+    """
+
+    def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
+        return gradient.lerp(mean, decay)
 
 
 class AdamW(Adam):

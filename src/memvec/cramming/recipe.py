@@ -95,7 +95,9 @@ class Recipe:
     )
     coordinates: str = documented("direct", "what is moved")
     dimensions: int = documented(256, "coefficients per vector of 'low-dim' coordinates")
-    optimizer: str = documented("adam", "how it is moved")
+    optimizer: str = documented(
+        "nadam", "how it is moved; 'nadam': Adam whose mean gradient is taken a move ahead"
+    )
     lr: float = documented(
         0.1,
         "learning rate; beside lr_large, that of vectors which an encoder put near where they have "
