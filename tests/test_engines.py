@@ -1,88 +1,325 @@
-"""Engines: the runner's protocol, with transformers in this Python, and what is refused."""
+"""Engines: the runner's protocol, what is refused before it starts, and engines that are there.
+
+vLLM's runners run here on a stand-in for it (engines_fake). With MEMVEC_ENGINES, a folder of the
+environments `vllm`, `llama.cpp` and `mlx`, the engines themselves run too.
+"""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
+import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from conftest import QUICK, build, reader, tiny
+import memvec
+from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec, engines
-from memvec.engines import run
+from memvec.cramming.recipe import Recipe
+from memvec.engines import Prompt, run
+from memvec.engines.folder import folder_of, model_alone
+from memvec.engines.request import write_request
 from memvec.errors import MemvecError
-from memvec.passages.passage import ids_hash
+from memvec.export import limits
+from memvec.passages.passage import Passage, ids_hash
 from memvec.vectors import MemVectors
 from test_interop import crammed
 
 pytestmark = pytest.mark.slow  # left out of `make check`
+HERE = Path(__file__).parent
+RUNNERS = Path(run.__file__).parent / "runners"
+THERE = Path(os.environ.get("MEMVEC_ENGINES", "/nowhere"))
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a tiny model's weights, of a family."""
 
-    def save(family):
+    def save(family="llama"):
         build(family).save_pretrained(tmp_path / family)
         return tmp_path / family
 
     return save
 
 
+@pytest.fixture
+def stand_in(tmp_path):
+    """A Python in whose environment `vllm` is the stand-in."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "engines_fake"} exec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
-def test_an_engine_gives_the_passages_back(rule, saved):
-    mem = crammed(tiny(), rule)
-    version, ids = engines.decode_with("transformers", mem, tiny(), model=saved("llama"), batch=4)
-    assert version.startswith("transformers ")
+@pytest.mark.parametrize("engine", ["transformers", "peft", "vllm", "vllm-server"])
+def test_an_engine_gives_the_passages_back(engine, rule, saved, stand_in):
+    lm = tiny()
+    mem = crammed(lm, rule, (*passages(2, 3), Passage((5, 1, 7))))  # 1 is the model's EOS
+    version, ids = engines.decode_with(
+        engine, mem, lm, model=saved(), python=stand_in, batch=2, settings={"threads": 1}
+    )
+    assert version.startswith(engine.removesuffix("-server"))
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
 
 
-def test_another_models_vectors_are_refused_before_the_engine_starts(saved):
+def test_a_request_keeps_batches_and_plain_prompts_apart(saved):
+    lm = tiny()
+    mem = crammed(lm)
+    prompts, _ = engines.decode.passage_prompts(mem, lm)
+    plain = Prompt(None, [3, 4, 5], 4)
+    asked = [*prompts, plain]
+    answer = engines.run_engine(
+        "transformers", sys.executable, saved(), "float32", asked, batches=[[3, 0], [2, 1], [3]]
+    )
+    assert [len(batch) for batch in answer.ids] == [2, 2, 1]
+    assert answer.ids[0][0] == answer.ids[2][0]
+    ids = lm.model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=4, min_new_tokens=4)
+    assert answer.ids[2][0] == ids[0, 3:].tolist()
+    for i, row in ((0, answer.ids[0][1]), (2, answer.ids[1][0]), (1, answer.ids[1][1])):
+        assert ids_hash(row) == mem.passages[i].sha256
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_answer_behind_vectors_for_use_is_that_of_memvec_use(
+    engine, folder, stand_in, monkeypatch
+):
+    lm = reader()
+    recipe = Recipe.of(start_rule="bos", steps=600, patience=600)
+    files = [
+        codec.cram(lm, text, vectors=2, tokens=2, recipe=recipe) for text in ("the fox", "dog")
+    ]
+    for asked in (files[0], files):
+        expected = memvec.use(lm, asked, " ran", max_new_tokens=9)
+        _, text = engines.answer_with(
+            engine, asked, lm, " ran", max_new_tokens=9, model=folder, python=stand_in
+        )
+        assert text == expected
+    with pytest.raises(MemvecError, match="no passage 7"):
+        engines.answer_with(engine, files[0], lm, "x", passages=[7], model=folder, python="/no")
+    with pytest.raises(MemvecError, match="do not fit the context"):
+        engines.answer_with(engine, files, lm, "x", max_new_tokens=9999, model=folder)
+    plain = codec.cram(lm, "fox", vectors=2, tokens=2, recipe=QUICK)
+    with pytest.raises(MemvecError, match="have no trigger"):
+        engines.answer_with(engine, plain, lm, "x", model=folder, python="/no/python")
+    with pytest.raises(MemvecError, match="no vectors to use"):
+        engines.answer_with(engine, [], lm, "x", model=folder)
+
+
+def test_the_chat_of_the_server_has_the_vectors_in_front_of_the_text(saved, stand_in):
+    lm, path = tiny(), saved()
+    vectors, tokens = torch.randn(2, lm.width), [3, 9, 4]
+    behind = lm.embed(torch.tensor(tokens)).detach()
+    asked = Prompt(vectors, tokens, 5, behind, "3 9 4")  # the stand-in's tokenizer is `int`
+    found = [
+        engines.run_engine(name, stand_in, path, "float32", [asked], settings=settings).ids
+        for name, settings in (("vllm", {}), ("vllm-server", {"chat": True}))
+    ]
+    assert found[0] == found[1]
+    long = Prompt(vectors, tokens, 50, behind)
+    with pytest.raises(MemvecError, match=r"the server refused: .*too many tokens"):
+        engines.run_engine("vllm-server", stand_in, path, "float32", [long])
+
+
+# ---------------------------------------------------------------------- wrong files
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_another_models_vectors_are_refused_before_the_engine_starts(engine):
     mem = crammed(tiny())
     for lm, why in ((tiny(seed=1), "other weights"), (tiny("opt-projected"), "numbers each")):
         with pytest.raises(MemvecError, match=why):
-            engines.decode_with("vllm", mem, lm, model="nowhere", python="/no/python")
+            engines.decode_with(engine, mem, lm, model="nowhere", python="/no/python")
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_vectors_of_another_width_are_refused_before_the_engine_starts(engine, saved, untyped):
+    folder = saved()
+    for width in (4, 64):
+        asked = [Prompt(torch.zeros(2, width), [], 3)]
+        with pytest.raises(MemvecError, match=f"have {width} numbers each and the model in .* 32"):
+            engines.run_engine(engine, "/no/python", folder, "float32", asked)
+    with pytest.raises(MemvecError, match=r"no config\.json"):
+        engines.run_engine(engine, "/no/python", folder / "none", "float32", asked)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_damaged_request_is_refused_before_the_engine_is_imported(engine, tmp_path, monkeypatch):
+    """The runner's file is not there, so an import of it would say so."""
+    monkeypatch.setitem(run.ENGINES, engine, "on_nothing")
+    write_request(tmp_path, "nowhere", "float32", [Prompt(torch.zeros(2, 4), [], 3)], [[0]])
+    prompt, request = tmp_path / "prompt-0000.npy", tmp_path / "request.json"
+    whole, asked = prompt.read_bytes(), request.read_text()
+
+    def refused(why):
+        with pytest.raises(MemvecError, match=why) as error:
+            run.start(engine, sys.executable, tmp_path)
+        assert len(str(error.value).splitlines()) == 1
+
+    prompt.write_bytes(whole[:-4])
+    refused(r"prompt-0000\.npy .* cut short")
+    prompt.unlink()
+    refused("missing")
+    prompt.write_bytes(whole)
+    for changes, why in (
+        ({"width": 8}, "takes vectors of 8"),
+        ({"batches": [[1]]}, "a prompt that is not there"),
+        ({"prompts": []}, "a prompt that is not there"),
+    ):
+        request.write_text(json.dumps({**json.loads(asked), **changes}))
+        refused(why)
+    given = json.loads(asked)
+    given["prompts"][0]["tokens"] = [1, 2]
+    request.write_text(json.dumps(given))
+    refused("none is a vector")
+    given["prompts"][0] |= {"tokens": [], "file": None}
+    request.write_text(json.dumps(given))
+    refused("neither vectors nor tokens")
+    request.write_text(asked[:-9])
+    refused(r"no whole request\.json")
+    request.write_text(asked)
+    refused("on_nothing")  # and the whole one is not
+
+
+def test_a_request_is_of_one_width_and_finite(tmp_path):
+    def written(*prompts):
+        write_request(tmp_path, "x", "float32", prompts, [[i] for i in range(len(prompts))])
+
+    with pytest.raises(MemvecError, match="no prompt"):
+        written()
+    with pytest.raises(MemvecError, match="not one width"):
+        written(Prompt(torch.zeros(1, 4), [], 1), Prompt(torch.zeros(1, 5), [], 1))
+    with pytest.raises(MemvecError, match="not finite"):
+        written(Prompt(torch.full((1, 4), torch.nan), [], 1))
+
+
+# ---------------------------------------------------------------------- what an engine cannot do
 
 
 def test_a_model_that_the_engine_cannot_take_is_refused():
+    for engine in limits.NAMES:
+        lm = tiny("gemma3", "bfloat16")
+        with pytest.raises(MemvecError, match="scales"):
+            limits.refuse(engine, lm)
+        with pytest.raises(MemvecError, match="hidden size"):
+            limits.refuse(engine, tiny("opt-projected", "bfloat16"))
     with pytest.raises(MemvecError, match="mlx-lm takes no input embeddings for models of the"):
-        run.refuse("mlx", tiny("gpt2"))
-    with pytest.raises(MemvecError, match="scales"):
-        run.refuse("vllm", tiny("gemma3"))
+        run.refuse_model("mlx", tiny("gpt2"))
+    with pytest.raises(MemvecError, match="writes no GGUF file for models of the type gpt2"):
+        run.refuse_model("llama.cpp", tiny("gpt2"))
+    run.refuse_model("llama.cpp", tiny("gpt2"), "its.gguf")
+    for engine in ("transformers", "peft"):
+        run.refuse_model(engine, tiny("gemma3"))
 
 
-def test_a_damaged_request_is_refused_before_the_engine_is_imported(tmp_path):
-    """The engine vllm is not installed here, so an import of it would say so."""
-    run.write_request(tmp_path, "nowhere", "float32", [torch.zeros(2, 4)], [3])
-    prompt, request = tmp_path / "prompt-0000.npy", tmp_path / "request.json"
-    whole, asked = prompt.read_bytes(), request.read_text()
-    prompt.write_bytes(whole[:-4])
-    with pytest.raises(MemvecError, match=r"prompt-0000\.npy .* cut short"):
-        run.start("vllm", sys.executable, tmp_path)
-    prompt.write_bytes(whole)
-    request.write_text(json.dumps({**json.loads(asked), "width": 8}))
-    with pytest.raises(MemvecError, match="takes vectors of 8"):
-        run.start("vllm", sys.executable, tmp_path)
-    request.write_text(asked[:-9])
-    with pytest.raises(MemvecError, match=r"no whole request\.json"):
-        run.start("vllm", sys.executable, tmp_path)
+@pytest.mark.parametrize("engine", limits.NAMES)
+def test_token_ids_in_every_layer_and_another_dtype_are_refused(engine):
+    lm = copy.copy(tiny(dtype="bfloat16"))
+    lm.config = copy.deepcopy(lm.config)
+    lm.config.hidden_size_per_layer_input = 8  # as Gemma 3n's
+    with pytest.raises(MemvecError, match="feeds token ids into every layer"):
+        limits.refuse(engine, lm)
+    with pytest.raises(MemvecError, match=r"takes vectors in .* loaded in float64"):
+        limits.refuse(engine, tiny(dtype="float64"))
 
 
-def test_an_engine_that_fails_says_why(tmp_path):
+def test_vectors_that_an_engine_cannot_decode_are_refused():
+    lm = tiny()
+    mem = crammed(lm)
+    header = copy.deepcopy(mem.header)
+    header.passages[0].corrections = [(0, 3)]
+    with pytest.raises(MemvecError, match="no corrections"):
+        engines.decode_with("vllm", MemVectors(mem.vectors, header), lm, python="/no/python")
+    with pytest.raises(MemvecError, match="reads a model's folder, and tiny-llama is none"):
+        engines.decode_with("vllm", mem, lm, python="/no/python")
+
+
+def test_an_engine_that_fails_says_why(tmp_path, saved):
+    asked, folder = [Prompt(torch.zeros(1, 32), [], 1)], saved()
     with pytest.raises(MemvecError, match="did you mean 'vllm'"):
-        engines.run_engine("vlm", sys.executable, "x", "float32", [torch.zeros(1, 4)], [1])
+        engines.run_engine("vlm", sys.executable, folder, "float32", asked)
     with pytest.raises(MemvecError, match="there is no Python to run transformers"):
-        engines.run_engine(
-            "transformers", tmp_path / "none", "x", "float32", [torch.zeros(1, 4)], [1]
-        )
-    with pytest.raises(MemvecError, match="transformers did not generate: "):
-        engines.run_engine(
-            "transformers", sys.executable, tmp_path, "float32", [torch.zeros(1, 4)], [1]
-        )
+        engines.run_engine("transformers", tmp_path / "none", folder, "float32", asked)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MemvecError, match=r"transformers did not generate: \w+Error: "):
+        engines.run_engine("transformers", sys.executable, folder, "float32", asked)
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -ILL $$\n")
+    killed.chmod(0o755)
+    with pytest.raises(MemvecError, match="it was ended by SIGILL"):
+        engines.run_engine("transformers", killed, folder, "float32", asked)
 
 
-def test_the_command_certifies_in_an_engine(command, folder, tmp_path):
+# ---------------------------------------------------------------------- the model's folder
+
+
+def test_an_engine_sees_the_models_own_weights_only(saved):
+    folder = saved()
+    with model_alone(folder) as same:
+        assert same == folder
+    (folder / "encoder.safetensors").write_bytes(b"x")
+    with model_alone(folder) as alone:
+        assert {p.name for p in alone.iterdir()} == {p.name for p in folder.iterdir()} - {
+            "encoder.safetensors"
+        }
+        assert (alone / "config.json").read_text() == (folder / "config.json").read_text()
+    assert not alone.exists()
+
+
+def test_the_built_in_model_has_a_folder():
+    lm = copy.copy(tiny())
+    lm.name = "pocket"
+    assert (folder_of(lm) / "config.json").is_file()
+
+
+# ---------------------------------------------------------------------- GGUF
+
+
+def gguf_of():
+    spec = importlib.util.spec_from_file_location("gguf_of", RUNNERS / "gguf_of.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_read_without_torch(dtype, tmp_path):
+    build("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    found = dict(gguf_of().weights(tmp_path))
+    expected = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.array_equal(found[name], tensor.float().numpy())
+
+
+def test_neighbours_turn_as_halves_do():
+    """Turning neighbours in the new order of rows is turning halves in the old one."""
+    generator = np.random.default_rng(0)
+    heads, size = 3, 8
+    weight, x = generator.normal(size=(heads * size, 5)), generator.normal(size=5)
+    angles = generator.normal(size=size // 2)
+    cos, sin = np.cos(angles), np.sin(angles)
+    old = (weight @ x).reshape(heads, 2, size // 2)
+    halves = np.stack([old[:, 0] * cos - old[:, 1] * sin, old[:, 1] * cos + old[:, 0] * sin], 1)
+    new = (gguf_of().neighbours(weight, heads) @ x).reshape(heads, size // 2, 2)
+    even, odd = new[..., 0], new[..., 1]
+    turned = np.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    assert np.allclose(turned.swapaxes(1, 2), halves)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in):
     lm = reader()
     mem = codec.cram(lm, ["the fox"], vectors=2, tokens=2, recipe=QUICK)
     mem.save(tmp_path / "a.mem")
@@ -90,6 +327,34 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path):
     ran = command(*words, "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["decoded_by"].startswith("transformers ")
+    own = ["--engine-python", stand_in, "--engine-model", folder]
+    shown = command(*words[:-1], "vllm", *own)
+    assert shown.code == 0, shown.err
+    assert b"vllm" in shown.out
     MemVectors(-mem.vectors, mem.header).save(tmp_path / "b.mem")
     words[1] = tmp_path / "b.mem"
     assert command(*words).code == 3
+    for option in ("--engine-python", "--engine-model"):
+        alone = command(*words[:-2], option, folder)
+        assert alone.code == 2
+        assert alone.sentence.endswith(f"{option} is for an engine: name one with --engine.")
+
+
+# ---------------------------------------------------------------------- engines that are there
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-server", "llama.cpp", "mlx"])
+def test_the_engine_itself(engine, tmp_path, monkeypatch):
+    python = THERE / engine.removesuffix("-server") / "bin" / "python"
+    if not python.is_file():
+        pytest.skip(f"there is no {python}: set MEMVEC_ENGINES")
+    monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
+    import engines_models as models
+
+    folder = models.folder_of("llama", tmp_path)
+    lm = models.lm_of("llama", "float32", folder)
+    recipe = Recipe.of(start_rule="bos", steps=800, patience=800)
+    asked = models.passages_of(lm, 2)[:4]
+    mem = models.crammed(lm, recipe, 2, asked, tmp_path / "a.mem")
+    _, ids = engines.decode_with(engine, mem, lm, model=folder, python=python, batch=4)
+    assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]

@@ -125,6 +125,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "vllm": "memvec.export.vllm:Vllm",
         "sglang": "memvec.export.sglang:Sglang",
         "peft": "memvec.export.peft:Peft",
+        "llama.cpp": "memvec.export.llama_cpp:LlamaCpp",
+        "mlx": "memvec.export.mlx:Mlx",
         "npy": "memvec.export.npy:Npy",
     },
     "encoder": {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = options.examples(
     "memvec verify letter.mem",
-    "memvec verify letter.mem --engine vllm --engine-python .venv-vllm/bin/python",
+    "memvec verify letter.mem --engine vllm --engine-python .engines/vllm/bin/python",
 )
 
 Use = Annotated[
@@ -28,12 +28,19 @@ EngineName = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        help="Let an inference engine decode, in its own environment: transformers, mlx or vllm.",
+        help="Let an inference engine decode, in its own environment: transformers, peft, vllm, "
+        "vllm-server, llama.cpp or mlx.",
     ),
 ]
 EnginePython = Annotated[
     Path | None,
     typer.Option(help="Python of the engine's environment; default: the one that runs memvec."),
+]
+EngineModel = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that the engine reads the model from, or a GGUF file; default: the model's."
+    ),
 ]
 
 
@@ -48,6 +55,7 @@ def verify(
     use: Use = False,
     engine: EngineName = None,
     engine_python: EnginePython = None,
+    engine_model: EngineModel = None,
     json: options.Json = False,
 ) -> None:
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
@@ -57,10 +65,11 @@ def verify(
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     if engine is None:
+        _refuse_alone(engine_python, engine_model)
         decoded = mem.decode_passages(lm, force=force)
         certificate, exact = certificate_of(lm, mem, decoded)
     else:
-        version, decoded = _in_engine(engine, engine_python, lm, mem)
+        version, decoded = _in_engine(engine, engine_python, engine_model, lm, mem)
         certificate, exact = certificate_of(lm, mem, decoded)
         # What else a certificate says is of the decoder here, which did not run.
         kept = ("exact", "passages", "exact_passages", "decoded_in", "date")
@@ -86,15 +95,19 @@ def _worth(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str,
     return certify_use(lm, mem, decoded).model_dump(mode="json")
 
 
+def _refuse_alone(python: Path | None, model: Path | None) -> None:
+    """Raise MemvecError for options of an engine where there is none."""
+    from memvec.errors import MemvecError
+
+    for given, option in ((python, "--engine-python"), (model, "--engine-model")):
+        if given is not None:
+            raise MemvecError(f"{option} is for an engine: name one with --engine.")
+
+
 def _in_engine(
-    engine: str, python: Path | None, lm: FrozenLM, mem: MemVectors
+    engine: str, python: Path | None, model: Path | None, lm: FrozenLM, mem: MemVectors
 ) -> tuple[str, list[list[int]]]:
     """(engine and release, token ids of every passage). Raises MemvecError as `decode_with`."""
     from memvec.engines import decode_with
-    from memvec.errors import MemvecError
-    from memvec.loading import POCKET
 
-    folder = POCKET if lm.name == "pocket" else Path(lm.name).expanduser()
-    if not (folder / "config.json").is_file():
-        raise MemvecError(f"{engine} reads a model's folder: give it with --model, not {lm.name}.")
-    return decode_with(engine, mem, lm, model=folder, python=python or sys.executable)
+    return decode_with(engine, mem, lm, model=model, python=python or sys.executable)

@@ -3,6 +3,7 @@
     manifest.json     what each item is, how many tokens to generate, how passages make documents,
                       and the certificate
     passage-0000...   the passages in order, each in the target's own format
+    decode.py ...     programs of the target, if it has any, that run without memvec
 
 Every item is written, read back as the target's loader reads it, and decoded freely at batch
 size 1, before the folder gets its name: a folder that exists is certified, and an export that is
@@ -61,6 +62,8 @@ def export(
         _certify(mem, lm, target, [aside / name for name in names], items)
         manifest = _manifest(mem, lm, target, names, items)
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
+        for name, program in target.programs.items():
+            shutil.copyfile(program, aside / name)
         aside.chmod(0o755)
         if output.exists():
             shutil.rmtree(output)

@@ -16,13 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.export.target import (
-    Item,
-    Target,
-    prompt,
-    refuse_other_width,
-    refuse_scaled_embeddings,
-)
+from memvec.export.limits import refuse
+from memvec.export.target import Item, Target, prompt
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -36,8 +31,7 @@ class Sglang(Target):
     suffix = ".json"
 
     def refuse(self, lm: FrozenLM) -> None:
-        refuse_other_width(lm, "SGLang")
-        refuse_scaled_embeddings(lm, "SGLang")
+        refuse("sglang", lm)
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
         body = {

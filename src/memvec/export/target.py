@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from memvec import __version__
 from memvec.decoding import decode_ids
-from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -41,12 +40,14 @@ class Target:
     """Common skeleton; made with the name it is registered under.
 
     `dtype` names the only dtype the target takes, None for the model's own; `suffix` ends the name
-    of each passage's file ('' for a folder); `description` is one line for the command line.
+    of each passage's file ('' for a folder); `description` is one line for the command line;
+    `programs` are files that are copied into the folder, by the name that they get there.
     """
 
     description: ClassVar[str]
     dtype: ClassVar[str | None] = None
     suffix: ClassVar[str]
+    programs: ClassVar[dict[str, Path]] = {}
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -86,30 +87,3 @@ def embedded(given: Sequence[int], lm: FrozenLM) -> Float[Tensor, "n D"]:
     """Embeddings of given tokens as the model sees them, on the CPU."""
     ids = torch.tensor(list(given), dtype=torch.long, device=lm.device)
     return lm.embed(ids).cpu() if given else torch.empty(0, lm.width, dtype=lm.dtype)
-
-
-@torch.no_grad()
-def refuse_scaled_embeddings(lm: FrozenLM, engine: str) -> None:
-    """Raise MemvecError for models that scale embeddings on their way in (Gemma).
-
-    Engines have their own code for such models, and some scale given vectors once more:
-    the file does not determine what the model would see.
-    """
-    ids = torch.arange(1, 5, device=lm.device)
-    weight: Tensor = lm.embedding.weight  # type: ignore[assignment]
-    if not torch.allclose(lm.embed(ids).float(), weight[ids].float(), rtol=1e-2, atol=1e-4):
-        raise MemvecError(
-            f"{lm.name} scales its token embeddings, and {engine} may scale given vectors again: "
-            f"an export for {engine} cannot be certified; use --to transformers."
-        )
-
-
-def refuse_other_width(lm: FrozenLM, engine: str) -> None:
-    """Raise MemvecError where input vectors are not as wide as hidden states (projected OPT)."""
-    config: Any = lm.config.get_text_config()
-    hidden = int(getattr(config, "hidden_size", lm.width))
-    if hidden != lm.width:
-        raise MemvecError(
-            f"{engine} takes vectors of the hidden size {hidden}, and {lm.name} reads vectors of "
-            f"{lm.width}: use --to transformers."
-        )

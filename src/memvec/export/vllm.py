@@ -19,13 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.export.target import (
-    Item,
-    Target,
-    prompt,
-    refuse_other_width,
-    refuse_scaled_embeddings,
-)
+from memvec.export.limits import refuse
+from memvec.export.target import Item, Target, prompt
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -38,8 +33,7 @@ class Vllm(Target):
     suffix = ".json"
 
     def refuse(self, lm: FrozenLM) -> None:
-        refuse_other_width(lm, "vLLM")
-        refuse_scaled_embeddings(lm, "vLLM")
+        refuse("vllm", lm)
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
         buffer = io.BytesIO()

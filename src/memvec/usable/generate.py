@@ -47,7 +47,7 @@ def use(
     if not files:
         raise MemvecError("there are no vectors to use: give at least one file.")
     asked = lm.tokenize(prompt)
-    inputs = [_context(lm, one, passages, context) for one in files]
+    inputs = [context_inputs(lm, one, passages, context) for one in files]
     if context != "vectors" and lm.bos_id is not None:  # one BOS in front of everything
         inputs = [text_inputs(lm, ()), *inputs]
     if asked:
@@ -67,14 +67,18 @@ def write_behind(
 
     Raises MemvecError for a model that does not generate.
     """
-    ids, ends = _generated(lm, inputs, streamer, options), set(_ends(lm))
+    ids, ends = _generated(lm, inputs, streamer, options), set(end_ids(lm))
     return lm.text([token for token in ids if token not in ends])
 
 
-def _context(
+def context_inputs(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None, context: Context
 ) -> Float[Tensor, "1 N D"]:
-    """The inputs of one file: its vectors in a row, its text, or nothing."""
+    """The inputs of one file: its vectors in a row, its text, or nothing.
+
+    Raises MemvecError for vectors of another model, vectors without a trigger, or a passage that is
+    not there.
+    """
     mem.check_model(lm)
     check_usable(mem)
     which = range(len(mem.passages)) if passages is None else passages
@@ -109,14 +113,14 @@ def _generated(
     if generate is None:
         raise MemvecError(f"{lm.name} is no model that generates.")
     mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
-    options.setdefault("pad_token_id", _ends(lm)[0] if _ends(lm) else 0)
+    options.setdefault("pad_token_id", end_ids(lm)[0] if end_ids(lm) else 0)
     options.setdefault("use_cache", lm.has_cache)
     out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)
     ids: list[int] = out[0].tolist()
     return ids
 
 
-def _ends(lm: FrozenLM) -> list[int]:
+def end_ids(lm: FrozenLM) -> list[int]:
     """The model's end-of-text tokens."""
     end = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
     return [] if end is None else [end] if isinstance(end, int) else list(end)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from asked import Prompt
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
@@ -18,25 +19,29 @@ def version() -> str:
 
 
 class Engine:
-    """A model in one dtype; raises ValueError if its code takes no `input_embeddings`."""
+    """A model in one dtype; its `generate` raises ValueError if it takes no embeddings."""
 
     def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
         self.dtype = getattr(mx, dtype)
         self.model, _ = load_model(Path(model), model_config=_base_of_rope(Path(model)))
         self.model.set_dtype(self.dtype)
 
-    def generate(self, prompts: list[Any], new_tokens: list[int]) -> list[list[int]]:
-        """Greedy token ids behind prompts (N, D)."""
-        found = []
-        for prompt, wanted in zip(prompts, new_tokens, strict=True):
+    def generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Greedy token ids behind each prompt, one prompt after the other."""
+        return [self.one(prompt) for prompt in prompts]
+
+    def one(self, prompt: Prompt) -> list[int]:
+        """Greedy token ids behind one prompt."""
+        if prompt.inputs is None:
+            steps = generate_step(mx.array(prompt.tokens), self.model, max_tokens=prompt.new_tokens)
+        else:
             steps = generate_step(
                 mx.array([], dtype=mx.int32),
                 self.model,
-                max_tokens=wanted,
-                input_embeddings=mx.array(prompt).astype(self.dtype),
+                max_tokens=prompt.new_tokens,
+                input_embeddings=mx.array(prompt.inputs).astype(self.dtype),
             )
-            found.append([int(token) for token, _ in steps])
-        return found
+        return [int(token) for token, _ in steps]
 
 
 def _base_of_rope(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""transformers: `generate(inputs_embeds=...)` of prompts of one length at a time."""
+"""transformers: `generate(inputs_embeds=...)`; the prompts of one length are one batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from importlib.metadata import version as installed
 from typing import Any
 
 import torch
+from asked import Prompt
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 
@@ -22,18 +23,26 @@ class Engine:
         self.model.eval().generation_config = GenerationConfig(pad_token_id=0)
 
     @torch.no_grad()
-    def generate(self, prompts: list[Any], new_tokens: list[int]) -> list[list[int]]:
-        """Greedy token ids behind prompts (N, D); those of one length are one batch."""
-        found: list[list[int]] = [[] for _ in prompts]
-        for length in {len(prompt) for prompt in prompts}:
-            rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            inputs = torch.stack([torch.from_numpy(prompts[i]) for i in rows]).to(self.model.dtype)
-            ids = self.model.generate(
-                inputs_embeds=inputs,
-                attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long),
-                max_new_tokens=max(new_tokens[i] for i in rows),
+    def generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Greedy token ids behind each prompt."""
+        inputs = [self.inputs(prompt) for prompt in prompts]
+        ids: list[list[int]] = [[] for _ in prompts]
+        for length in sorted({len(one) for one in inputs}):
+            rows = [i for i, one in enumerate(inputs) if len(one) == length]
+            stacked = torch.stack([inputs[i] for i in rows])
+            written = self.model.generate(
+                inputs_embeds=stacked,
+                attention_mask=torch.ones(stacked.shape[:2], dtype=torch.long),
+                max_new_tokens=max(prompts[i].new_tokens for i in rows),
                 do_sample=False,
             ).tolist()
-            for i, row in zip(rows, ids, strict=True):
-                found[i] = row[: new_tokens[i]]
-        return found
+            for i, row in zip(rows, written, strict=True):
+                ids[i] = row[: prompts[i].new_tokens]
+        return ids
+
+    def inputs(self, prompt: Prompt) -> torch.Tensor:
+        """What the model reads, (N, D)."""
+        if prompt.inputs is None:
+            embedded: torch.Tensor = self.model.get_input_embeddings()(torch.tensor(prompt.tokens))
+            return embedded
+        return torch.from_numpy(prompt.inputs).to(self.model.dtype)

@@ -1,7 +1,8 @@
-"""vLLM, offline: `prompt_embeds`, all prompts of a call scheduled together.
+"""vLLM, offline: `prompt_embeds`, all prompts of a batch scheduled together.
 
 Engine and caller share one process, no graph is compiled, and the tokenizer is left out.
-`settings["prefix_caching"]` switches vLLM's cache of prefixes on; it is off without it.
+`settings`: "prefix_caching" switches vLLM's cache of prefixes on (it is off without it), and
+"block_size" says how many inputs a block of that cache has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
+from asked import Prompt
 from vllm import LLM, SamplingParams
+
+WARM_UP = 64  # tokens
 
 
 def version() -> str:
@@ -39,16 +43,36 @@ class Engine:
             dtype=dtype,
             enable_prompt_embeds=True,
             enable_prefix_caching=bool(settings.get("prefix_caching", False)),
+            block_size=settings.get("block_size"),
             enforce_eager=True,
             skip_tokenizer_init=True,
         )
+        self.warm_up()
 
-    def generate(self, prompts: list[Any], new_tokens: list[int]) -> list[list[int]]:
-        """Greedy token ids behind prompts (N, D)."""
-        asked = [{"prompt_embeds": torch.from_numpy(p).to(self.dtype)} for p in prompts]
+    def warm_up(self) -> None:
+        """Let it read one prompt of many tokens first.
+
+        vLLM 0.32 on a CPU with AMX, in bfloat16: its attention uses the tiles, which a process must
+        ask the kernel for, and does not ask. oneDNN does for a product of many rows; if the first
+        prompt is one vector, nothing has, and the process ends with SIGILL.
+        """
+        room = self.llm.llm_engine.model_config.max_model_len - 1
+        params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        self.llm.generate({"prompt_token_ids": [0] * min(WARM_UP, room)}, params, use_tqdm=False)
+
+    def generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Greedy token ids behind each prompt."""
         params = [
-            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
-            for n in new_tokens
+            SamplingParams(
+                temperature=0, max_tokens=p.new_tokens, ignore_eos=True, detokenize=False
+            )
+            for p in prompts
         ]
-        outputs = self.llm.generate(asked, params, use_tqdm=False)
+        outputs = self.llm.generate([self.asked(p) for p in prompts], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def asked(self, prompt: Prompt) -> dict[str, Any]:
+        """A prompt as vLLM takes it."""
+        if prompt.inputs is None:
+            return {"prompt_token_ids": prompt.tokens}
+        return {"prompt_embeds": torch.from_numpy(prompt.inputs).to(self.dtype)}

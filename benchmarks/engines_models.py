@@ -1,0 +1,257 @@
+"""What benchmarks/engines.py asks for: tiny models, vectors crammed for them, and their prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import memvec
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+from memvec.engines import Prompt
+from memvec.engines.decode import passage_prompts
+from memvec.environment import environment
+from memvec.export.target import embedded
+from memvec.header import DocumentRecord, Header, PassageRecord
+from memvec.loading import POCKET, load_lm
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage, ids_hash
+from memvec.storage import STORAGES
+from memvec.vectors import MemVectors
+
+V, EOS = 64, 1
+LENGTHS = {1: 3, 2: 5, 8: 10}  # tokens of a passage, by K
+PASSAGES = 16
+RULES = ("vectors", "bos", "first-token")
+USE_VECTORS, USE_TOKENS, USE_PASSAGES = 4, 8, 4
+QUESTION_TOKENS, ANSWER_TOKENS = 40, 8
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# In float32 the first questions are asked, whatever the answers; in bfloat16 those of many whose
+# answers have the largest leads, because rounding decides the others (docs/engines.md).
+QUESTIONS, CANDIDATES = 4, 128
+# Heads of 32: vLLM's CPU kernels know none that are smaller.
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+}
+FAMILIES = {
+    "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "smollm3": "SmolLM3Config",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that make one cell with each way of asking: the ids that each must give, hashed.
+
+    `K` vectors and a start rule, or 'use'; `begins`: ids that each answer is put behind before it
+    is hashed; `eos`: whether a passage with the model's EOS is among them.
+    """
+
+    K: int
+    rule: str
+    prompts: list[Prompt]
+    begins: list[list[int]]
+    hashes: list[str]
+    eos: bool
+    leads: list[float]  # of the answers of 'use': the smallest lead of each
+
+
+def folder_of(family: str, work: Path) -> Path:
+    """A folder with a tiny random model of a family, or the built-in model's own."""
+    if family == "pocket":
+        return POCKET
+    folder = work / f"tiny-{family}"
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        config = getattr(transformers, FAMILIES[family])(**SHAPE)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2:  # large: a vector must move the logits
+                    weight.normal_(0, 0.2 if "embed" in name else 0.3)
+        model.save_pretrained(folder)
+    return folder
+
+
+def lm_of(family: str, dtype: str, folder: Path) -> FrozenLM:
+    """The model in a dtype."""
+    if family == "pocket":
+        return load_lm("pocket", dtype=dtype, device="cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return FrozenLM(model.eval(), name=f"tiny-{family}")
+
+
+def passages_of(lm: FrozenLM, K: int) -> list[Passage]:
+    """Random passages over the model's vocabulary; the first holds its EOS."""
+    generator = torch.Generator().manual_seed(K)
+    vocabulary = lm.embedding.weight.shape[0]
+    asked = []
+    for i in range(PASSAGES):
+        ids = torch.randint(2, vocabulary, (LENGTHS[K],), generator=generator).tolist()
+        if i == 0:
+            ids[len(ids) // 2] = EOS
+        asked.append(Passage(tuple(ids), i))
+    return asked
+
+
+def crammed(
+    lm: FrozenLM, recipe: Recipe, K: int, passages: list[Passage], path: Path
+) -> MemVectors:
+    """Vectors of the passages that became exact, crammed once and kept at `path`."""
+    if path.is_file():
+        mem = MemVectors.load(path)
+        mem.check_model(lm)
+        return mem
+    dtype = str(lm.dtype).removeprefix("torch.")
+    made = Engine(lm, recipe, vectors=K, storage=STORAGES[dtype], batch_size=PASSAGES)
+    kept = [o for o in sorted(made.run(passages), key=lambda o: o.passage.document) if o.exact]
+    records = [
+        PassageRecord(
+            **o.result.model_dump(),
+            sha256=ids_hash(o.passage.ids),
+            first=o.passage.ids[0] if recipe.start_rule == "first-token" else None,
+        )
+        for o in kept
+    ]
+    empty = hashlib.sha256(b"").hexdigest()
+    header = Header(
+        model=lm.description(),
+        start_rule=recipe.start_rule,
+        recipe=recipe.record(),
+        environment=environment(),
+        documents=[DocumentRecord(name="ids", sha256=empty, size=1, passages=len(records))],
+        passages=records,
+    )
+    mem = MemVectors(torch.stack([o.vectors for o in kept]), header)
+    mem.save(path)
+    return mem
+
+
+def groups_of(family: str, lm: FrozenLM, asked_K: list[int], work: Path) -> list[Group]:
+    """The prompts of every K and start rule, and those of vectors for use."""
+    dtype = str(lm.dtype).removeprefix("torch.")
+    groups = []
+    for K in asked_K:
+        for rule in RULES:
+            recipe = Recipe.of(start_rule=rule, steps=800, patience=800)
+            passages = passages_of(lm, K)
+            mem = crammed(lm, recipe, K, passages, work / f"{family}-{dtype}-{K}-{rule}.mem")
+            prompts, begins = passage_prompts(mem, lm)
+            hashes = [p.sha256 for p in mem.passages]
+            eos = ids_hash(passages[0].ids) in hashes
+            groups.append(Group(K, rule, prompts, begins, hashes, eos, []))
+    return [*groups, use_group(family, lm, work)]
+
+
+def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
+    """Questions behind vectors for use; the answers are those of memvec's own decoder."""
+    dtype = str(lm.dtype).removeprefix("torch.")
+    recipe = Recipe.of("usable", settle=100, steps=400, patience=400)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = lm.embedding.weight.shape[0]
+
+    def random(n: int) -> list[int]:
+        return torch.randint(2, vocabulary, (n,), generator=generator).tolist()
+
+    has_text = family == "pocket"
+    ids = lm.tokenize(_text()) if has_text else random(USE_TOKENS * USE_PASSAGES)
+    passages = [
+        Passage(tuple(ids[at * USE_TOKENS : (at + 1) * USE_TOKENS]), at)
+        for at in range(USE_PASSAGES)
+    ]
+    mem = crammed(lm, recipe, USE_VECTORS, passages, work / f"{family}-{dtype}-use.mem")
+    questions = _questions(lm) if has_text else [random(QUESTION_TOKENS) for _ in range(CANDIDATES)]
+    prompts, hashes, leads = [], [], []
+    for i, vectors in enumerate(mem.vectors):
+        cast = vectors.to(lm.dtype)
+        asked = questions[i * QUESTIONS :][:QUESTIONS] if dtype == "float32" else questions
+        answers = sorted(zip(*answered(lm, cast, asked), asked, strict=True), key=lambda a: -a[1])
+        for answer, least, tokens in answers[:QUESTIONS]:
+            text = lm.text(tokens) if has_text else None
+            if text is not None:
+                _same_as_use(lm, mem, i, text, answer)
+            behind = embedded(tokens, lm).float()
+            prompts.append(Prompt(cast.float(), tokens, ANSWER_TOKENS, behind, text))
+            hashes.append(ids_hash(answer))
+            leads.append(least)
+    return Group(USE_VECTORS, "use", prompts, [[] for _ in prompts], hashes, False, leads)
+
+
+def _text() -> str:
+    return (EXAMPLES / "harbour.txt").read_text(encoding="utf-8")
+
+
+def _questions(lm: FrozenLM) -> list[list[int]]:
+    """Pieces of an example text whose text is tokenized to the same tokens again."""
+    ids = lm.tokenize(_text())[USE_TOKENS * USE_PASSAGES :]
+    step = max(1, (len(ids) - QUESTION_TOKENS) // (2 * CANDIDATES))
+    pieces = [ids[at : at + QUESTION_TOKENS] for at in range(0, len(ids) - QUESTION_TOKENS, step)]
+    return [piece for piece in pieces if lm.tokenize(lm.text(piece)) == piece][:CANDIDATES]
+
+
+@torch.no_grad()
+def answered(
+    lm: FrozenLM, vectors: torch.Tensor, questions: list[list[int]]
+) -> tuple[list[list[int]], list[float]]:
+    """memvec's own answers behind vectors and questions, and the smallest lead in each of them.
+
+    The lead of a token is that of its logit over the next one, in standard deviations of them.
+    """
+    asked = torch.stack([torch.cat([vectors, embedded(tokens, lm)]) for tokens in questions])
+    # One at a time, as `memvec.use` does: another batch shape rounds differently.
+    answers = [decode_ids(lm, one[None], [ANSWER_TOKENS])[0] for one in asked]
+    written = torch.stack([embedded(answer[:-1], lm) for answer in answers])
+    inputs = torch.cat([asked, written], 1)
+    logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -ANSWER_TOKENS:].float()
+    best = logits.topk(2, dim=-1).values
+    leads = ((best[..., 0] - best[..., 1]) / logits.std(-1)).amin(-1)
+    return answers, leads.tolist()
+
+
+def _same_as_use(lm: FrozenLM, mem: MemVectors, i: int, text: str, answer: list[int]) -> None:
+    """Raise RuntimeError if `memvec.use` writes anything else than the answer up to an EOS."""
+    ends = [at for at, token in enumerate(answer) if token == EOS]
+    expected = lm.text(answer[: ends[0]] if ends else answer)
+    if memvec.use(lm, mem, text, passages=[i], max_new_tokens=ANSWER_TOKENS) != expected:
+        raise RuntimeError(f"memvec.use and its decoder differ on passage {i}: {text!r}")
+
+
+def plain_prompts(lm: FrozenLM, lengths: set[int]) -> list[Prompt]:
+    """Prompts without vectors that stand in a batch beside those with them."""
+    generator = torch.Generator().manual_seed(5)
+    vocabulary = lm.embedding.weight.shape[0]
+    return [
+        Prompt(None, torch.randint(2, vocabulary, (n,), generator=generator).tolist(), 6)
+        for n in (*sorted(lengths), 3, 7, 12)
+    ]
+
+
+def lead(lm: FrozenLM, prompt: Prompt, right: list[int], wrong: int) -> float:
+    """How far the right token leads the wrong one behind a prompt and its right tokens so far.
+
+    In standard deviations of the logits, as memvec's own forward pass has them.
+    """
+    parts: list[Any] = [prompt.vectors] if prompt.vectors is not None else []
+    parts.append(embedded([*prompt.tokens, *right[:-1]], lm).float())
+    with torch.no_grad():
+        inputs = torch.cat(parts)[None].to(lm.dtype)
+        logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].float()
+    return float((logits[right[-1]] - logits[wrong]) / logits.std())

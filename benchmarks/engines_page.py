@@ -1,0 +1,148 @@
+"""docs/engines.md from the cells of benchmarks/engines.py."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+NOTES = Path(__file__).parent / "engines_notes.md"
+# Below this lead, in standard deviations of the logits, bfloat16 has been seen to decide.
+TIE = 0.3
+Row = dict[str, Any]
+HEAD = """# Engines
+
+Written by `make engines` (`benchmarks/engines.py`): each engine ran in its own environment, greedily,
+on the CPU ({machine}), and its token ids were compared with the hashes of what was crammed, or, behind
+vectors for use, with memvec's own answers. **{exact} of {cells} cells are exact ({share:.1f} %)**:
+{passages}.
+
+A cell is one engine, model, dtype, number of vectors K, start rule and way of asking, with up to 16
+passages. Models: {models}, all random and tiny but `pocket`, the built-in one. K: {Ks}. Start rules:
+{rules}; *use* is four questions behind each of four passages' vectors for use. A passage with the
+model's EOS is in {eos} of the {decoding} cells that decode passages; only passages that memvec itself
+certified are asked for ({left_out} of {asked} were not, and are left out).
+"""
+
+
+def page(rows: list[Row], engines: list[str]) -> str:
+    """The page; an engine without a cell is listed as not run."""
+    parts = [_head(rows), _by_way(rows), _by_model(rows), _not_exact(rows)]
+    missing = [name for name in engines if name not in {row["engine"] for row in rows}]
+    if missing:
+        parts.append(f"Not run here, because it is not installed: {', '.join(missing)}.\n")
+    return "\n".join([*(part for part in parts if part), NOTES.read_text(encoding="utf-8")])
+
+
+def _head(rows: list[Row]) -> str:
+    decoding = [row for row in rows if row["rule"] != "use"]
+    # Every engine is asked for the same passages, so that those of one of them count.
+    files = {(r["model"], r["dtype"], r["K"], r["rule"]): r["passages"] for r in decoding}
+    exact = sum(is_exact(row) for row in rows)
+    return HEAD.format(
+        machine=platform.machine(),
+        exact=exact,
+        cells=len(rows),
+        share=100 * exact / max(1, len(rows)),
+        passages=f"{sum(r['exact'] for r in rows)} of {sum(r['passages'] for r in rows)} answers",
+        models=", ".join(_distinct(row["model"] for row in rows)),
+        Ks=", ".join(str(K) for K in sorted({row["K"] for row in decoding})),
+        rules=", ".join(f"*{rule}*" for rule in _distinct(row["rule"] for row in decoding)),
+        eos=sum(row["eos"] for row in decoding),
+        decoding=len(decoding),
+        left_out=16 * len(files) - sum(files.values()),
+        asked=16 * len(files),
+    )
+
+
+def is_exact(row: Row) -> bool:
+    """Whether a cell is exact: the engine ran, and every answer is right."""
+    return not row["why"] and row["exact"] == row["passages"]
+
+
+def _by_way(rows: list[Row]) -> str:
+    lines = [
+        "## Ways of asking",
+        "",
+        "| engine | way | float32 | bfloat16 | answers exact |",
+        "|---|---|---|---|---|",
+    ]
+    for engine, way in _distinct((row["engine"], row["way"]) for row in rows):
+        own = [row for row in rows if (row["engine"], row["way"]) == (engine, way)]
+        by_dtype = [
+            _share(row for row in own if row["dtype"] == d) for d in ("float32", "bfloat16")
+        ]
+        answers = f"{sum(row['exact'] for row in own)} of {sum(row['passages'] for row in own)}"
+        lines.append(f"| {_version(rows, engine)} | {way} | {' | '.join(by_dtype)} | {answers} |")
+    return "\n".join([*lines, ""])
+
+
+def _by_model(rows: list[Row]) -> str:
+    models = _distinct(row["model"] for row in rows)
+    lines = [
+        "## Models",
+        "",
+        "Cells that are exact, of both dtypes and all ways.",
+        "",
+        f"| engine | {' | '.join(models)} |",
+        f"|---|{'---|' * len(models)}",
+    ]
+    for engine in _distinct(row["engine"] for row in rows):
+        own = [
+            _share(row for row in rows if (row["engine"], row["model"]) == (engine, model))
+            for model in models
+        ]
+        lines.append(f"| {engine} | {' | '.join(own)} |")
+    return "\n".join([*lines, ""])
+
+
+def _share(rows: Iterable[Row]) -> str:
+    """'exact of cells'; 'refused' where memvec did not start the engine; '–' where nothing ran."""
+    own = list(rows)
+    if not own:
+        return "–"
+    if all(row["why"] for row in own):
+        return "refused" if all(refused(row) for row in own) else "failed"
+    return f"{sum(is_exact(row) for row in own)} of {len(own)}"
+
+
+def refused(row: Row) -> bool:
+    """Whether memvec refused the model before the engine started."""
+    return bool(row["why"]) and "did not generate" not in row["why"]
+
+
+def _version(rows: list[Row], engine: str) -> str:
+    """The engine's name and release, as it said them itself."""
+    said = [row["version"] for row in rows if row["engine"] == engine and row["version"]]
+    name = said[0] if said else engine
+    return f"{name}, server" if engine.endswith("-server") else name
+
+
+def _not_exact(rows: list[Row]) -> str:
+    wrong = [row for row in rows if not is_exact(row)]
+    if not wrong:
+        return ""
+    seen: dict[str, int] = {}
+    for row in wrong:
+        what = f"{row['engine']}, {row['model']}, {row['dtype']}"
+        what += f": {row['why']}" if row["why"] else _errors(row)
+        seen[what] = seen.get(what, 0) + 1
+    lines = [f"- {what}" + (f" ({n} cells)" if n > 1 else "") for what, n in seen.items()]
+    return "\n".join(["## Cells that are not exact, and why", "", *lines, ""])
+
+
+def _errors(row: Row) -> str:
+    """What went wrong in a cell, and the cause as far as the leads of the right tokens tell it."""
+    leads = [float(re.findall(r"by (-?[\d.]+)$", error)[0]) for error in row["errors"]]
+    what = f", K = {row['K']}, {row['rule']}, {row['way']}: {row['exact']} of {row['passages']}; "
+    what += f"where they part, the right token leads by {min(leads):.3f} to {max(leads):.3f} "
+    what += "standard deviations of the logits"
+    if row["dtype"] == "bfloat16" and max(leads) < TIE:
+        return f"{what}: bfloat16 rounds such ties otherwise in each engine."
+    return f"{what}: this is no tie, and the cause is not known."
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))

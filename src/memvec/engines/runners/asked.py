@@ -1,0 +1,69 @@
+"""A request as it lies in a folder: read and checked before the engine is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RequestError(Exception):
+    """A request that no engine should see, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine reads of one request, and how many tokens it writes behind it.
+
+    `inputs` (N, D) float32 are the first `vectors` rows, [mem] vectors, and the embeddings of
+    `tokens` behind them; None for a plain prompt, which is its `tokens` alone. `text` is the text
+    of the tokens, for an engine that is asked with text.
+    """
+
+    inputs: Any
+    vectors: int
+    tokens: list[int]
+    new_tokens: int
+    text: str | None = None
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[Prompt]]:
+    """The request and its prompts. Raises RequestError if anything of it is damaged."""
+    try:
+        request: dict[str, Any] = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+        prompts = [prompt_of(folder, given, request["width"]) for given in request["prompts"]]
+        batches = [i for batch in request["batches"] for i in batch]
+        request["model"], request["dtype"], request["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RequestError(f"{folder} holds no whole request.json: write it again.") from None
+    if not all(0 <= i < len(prompts) for i in batches):
+        raise RequestError("a batch of the request names a prompt that is not there.")
+    return request, prompts
+
+
+def prompt_of(folder: Path, given: dict[str, Any], width: int) -> Prompt:
+    """One prompt. Raises RequestError for a file that is not the one that was written."""
+    tokens, wanted, text = given["tokens"], given["new_tokens"], given.get("text")
+    if given["file"] is None:
+        if not tokens:
+            raise RequestError("a prompt of the request has neither vectors nor tokens.")
+        return Prompt(None, 0, tokens, wanted, text)
+    path = folder / given["file"]
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != given["sha256"]:
+        raise RequestError(f"{path.name} of the request is missing, cut short or changed.")
+    inputs = np.load(path, allow_pickle=False)
+    if inputs.ndim != 2 or not len(inputs) or inputs.shape[1] != width:
+        raise RequestError(
+            f"{path.name} has the shape {inputs.shape} and the model takes vectors of {width}."
+        )
+    if not np.isfinite(inputs).all():
+        raise RequestError(f"{path.name} has numbers that are not finite.")
+    vectors = len(inputs) - len(tokens)
+    if vectors < 1:
+        raise RequestError(f"{path.name} has {len(inputs)} rows, of which none is a vector.")
+    return Prompt(inputs, vectors, tokens, wanted, text)

@@ -1,0 +1,61 @@
+"""PEFT: the vectors are a prompt-tuning adapter, the tokens behind them its `input_ids`.
+
+A batch is run prompt by prompt: an adapter holds one passage's vectors. `use_cache=False` because
+PEFT 0.21 looks for the cache by the name that transformers gave it before 5.24.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed
+from typing import Any
+
+import torch
+from asked import Prompt
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+
+def version() -> str:
+    """The engine and its release, and that of transformers, which generates."""
+    return f"peft {installed('peft')} (transformers {installed('transformers')})"
+
+
+class Engine:
+    """A model, adapted to each prompt's vectors."""
+
+    def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.model.eval().generation_config = GenerationConfig(pad_token_id=0)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Greedy token ids behind each prompt."""
+        return [self.one(prompt) for prompt in prompts]
+
+    def one(self, prompt: Prompt) -> list[int]:
+        """Greedy token ids behind one prompt."""
+        given = torch.tensor([prompt.tokens], dtype=torch.long)
+        asked = {
+            "input_ids": given,
+            "attention_mask": torch.ones_like(given),
+            "max_new_tokens": prompt.new_tokens,
+            "do_sample": False,
+            "use_cache": False,
+        }
+        if prompt.inputs is None:
+            ids = self.model.generate(**asked)
+        else:
+            config = PromptTuningConfig(
+                task_type="CAUSAL_LM",
+                num_virtual_tokens=prompt.vectors,
+                token_dim=prompt.inputs.shape[1],
+                num_transformer_submodules=1,
+                num_attention_heads=1,
+                num_layers=1,
+            )
+            adapted: Any = get_peft_model(self.model, config)
+            weight = adapted.prompt_encoder["default"].embedding.weight
+            weight.copy_(torch.from_numpy(prompt.inputs[: prompt.vectors]))
+            ids = adapted.eval().generate(**asked)
+        written: list[int] = ids[0, given.shape[1] :].tolist()
+        return written

@@ -1,0 +1,46 @@
+"""For llama.cpp's `llama_batch.embd`: NumPy files of the vectors, and two programs beside them.
+
+`passage-0000.npy` holds (K, D) float32, the numbers of the model's dtype; tokens that the start
+rule gives are in the manifest (`given`), for `llama_batch.token` behind them. `decode.py` decodes
+the folder with llama-cpp-python, `make_gguf.py` writes the model file that it reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.export.limits import refuse
+from memvec.export.target import Item, Target, embedded
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+HERE = Path(__file__).parent
+
+
+class LlamaCpp(Target):
+    """`llama_batch.embd` of llama.cpp."""
+
+    description = "llama_batch.embd of llama.cpp, with a program that decodes them"
+    suffix = ".npy"
+    programs: ClassVar[dict[str, Path]] = {
+        "decode.py": HERE / "scripts" / "decode_llama_cpp.py",
+        "make_gguf.py": HERE.parent / "engines" / "runners" / "gguf_of.py",
+    }
+
+    def refuse(self, lm: FrozenLM) -> None:
+        # The model file may come from llama.cpp's own program, whatever the model's type is.
+        refuse("llama.cpp", lm, writes_model=False)
+
+    def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
+        np.save(path, item.vectors.to(lm.dtype).float().numpy(), allow_pickle=False)
+
+    def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+        vectors = torch.from_numpy(np.load(path, allow_pickle=False)).to(lm.dtype)
+        return torch.cat([vectors, embedded(item.given, lm)])

@@ -1,0 +1,1 @@
+"""Programs that lie in an export's folder and run in an engine's environment, without memvec."""

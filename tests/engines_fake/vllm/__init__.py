@@ -1,0 +1,39 @@
+"""Stands for vLLM in the tests: the parts that memvec's runner calls, on transformers."""
+
+import types
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+
+class SamplingParams:
+    def __init__(self, **asked):
+        self.asked = asked
+        assert asked["temperature"] == 0
+
+
+class LLM:
+    def __init__(self, model, *, dtype, enable_prompt_embeds, enforce_eager, **others):
+        assert enable_prompt_embeds
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.model.eval().generation_config = GenerationConfig(pad_token_id=0)
+        config = types.SimpleNamespace(max_model_len=self.model.config.max_position_embeddings)
+        self.llm_engine = types.SimpleNamespace(model_config=config)
+
+    @torch.no_grad()
+    def generate(self, prompts, params, use_tqdm):
+        prompts = [prompts] if isinstance(prompts, dict) else prompts
+        params = params if isinstance(params, list) else [params]
+        outputs = []
+        for prompt, one in zip(prompts, params, strict=True):
+            if "prompt_embeds" in prompt:
+                inputs = prompt["prompt_embeds"]
+                assert inputs.dtype == self.model.dtype
+            else:
+                inputs = self.model.get_input_embeddings()(torch.tensor(prompt["prompt_token_ids"]))
+            ids = self.model.generate(
+                inputs_embeds=inputs[None], max_new_tokens=one.asked["max_tokens"], do_sample=False
+            )
+            written = types.SimpleNamespace(token_ids=ids[0].tolist())
+            outputs.append(types.SimpleNamespace(outputs=[written]))
+        return outputs
