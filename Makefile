@@ -172,6 +172,26 @@ lock-eval:
 	@mv .venv-lock/lock requirements-eval.lock
 	@rm -r .venv-lock
 
+# Engines run in environments of their own: .engines/NAME, or those of another folder. One that
+# cannot be made here is said to be missing, and the page lists its engine as not run.
+ENGINES ?= .engines
+.PHONY: engines
+engines: $(VENV)/.tested
+	@for name in vllm llama.cpp mlx; do \
+		$(MAKE) --no-print-directory $(ENGINES)/$$name/bin/python || \
+			echo "memvec: no environment for $$name" >&2; \
+	done
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --work .runs/engines --environments $(ENGINES)
+
+# An install that fails leaves nothing, so that it is tried again.
+$(ENGINES)/%/bin/python:
+	@echo "memvec: making the environment $(ENGINES)/$*, as in benchmarks/engines-$*.txt"
+	@rm -rf $(ENGINES)/$*
+	@mkdir -p $(ENGINES)
+	@$(PYTHON) -m venv $(ENGINES)/$*
+	@$(ENGINES)/$*/bin/python $(PIP) install --requirement benchmarks/engines-$*.txt || \
+		{ rm -rf $(ENGINES)/$*; exit 1; }
+
 .PHONY: suite
 suite:
 	$(BIN)/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"

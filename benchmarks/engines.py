@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,14 @@ from engines_models import (
     lm_of,
     plain_prompts,
 )
-from engines_page import page
+from engines_page import is_exact, page
 from memvec.decoding import decode_ids
-from memvec.engines import Prompt, run_engine
-from memvec.engines.run import refuse_model
+from memvec.engines.folder import model_alone
+from memvec.engines.request import write_request
+from memvec.engines.run import Answer, answer_in, refuse_model
+from memvec.engines.run import start as start_engine
 from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import ids_hash
 
 PAGE = Path(__file__).parent.parent / "docs" / "engines.md"
@@ -49,6 +54,8 @@ ENVIRONMENT = {
     "llama.cpp": "llama.cpp",
     "mlx": "mlx",
 }
+PREPARED: dict[tuple[str, str], tuple[FrozenLM, list[Group]]] = {}
+LEAST = 0.98  # share of exact cells below which this program fails
 ALONE, TOGETHER, MIXED = "batch 1", "batch 16", "batch 16 and plain prompts"
 CACHED, CHAT = "prefix cache on, asked twice", "chat"
 CACHE = {"prefix_caching": True, "block_size": 32}
@@ -72,84 +79,144 @@ def batches_of(way: str, own: list[int], plain: list[int]) -> list[list[int]]:
     return [own, own] if way == CACHED else [own]
 
 
+@dataclass(frozen=True)
+class Start:
+    """One start of an engine's model: what it is asked for, and where the request lies."""
+
+    family: str
+    dtype: str
+    lm: FrozenLM
+    groups: list[Group]
+    cells: list[tuple[Group, str, list[int], slice]]  # group, way, its prompts, its batches
+    batches: list[list[int]]
+    folder: Path
+
+
 def run(engine: str, python: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every cell of one engine."""
+    """Every cell of one engine, which runs in one process unless it fails."""
     rows: list[dict[str, Any]] = []
-    for family in arguments.families:
-        folder = folder_of(family, arguments.work)
-        for dtype in arguments.dtypes:
-            lm = lm_of(family, dtype, folder)
-            groups = groups_of(family, lm, arguments.vectors, arguments.work)
-            for settings, ways in WAYS[engine]:
-                if settings.get("chat") and family != "pocket":
-                    continue  # the tiny models have no tokenizer
-                about = {"engine": engine, "model": family, "dtype": dtype}
-                started = time.perf_counter()
-                cells = ask(engine, python, lm, folder, dtype, groups, settings, ways)
-                rows += [about | cell for cell in cells]
-                exact = sum(cell["exact"] == cell["passages"] for cell in cells)
-                print(
-                    f"{engine}, {family}, {dtype}, {', '.join(ways)}: {exact} of {len(cells)} "
-                    f"cells exact ({time.perf_counter() - started:.0f} s)",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                for why in {cell["why"] for cell in cells if cell["why"]}:
-                    print(f"  {why}", file=sys.stderr, flush=True)
-    return rows
+    with ExitStack() as stack:
+        made = arguments.work / "requests" / engine
+        made.mkdir(parents=True, exist_ok=True)
+        starts, refusals = [], []
+        for family in arguments.families:
+            folder = folder_of(family, arguments.work)
+            alone = stack.enter_context(model_alone(folder))
+            for dtype in arguments.dtypes:
+                lm, groups = prepared(family, dtype, folder, arguments)
+                for settings, ways in WAYS[engine]:
+                    if settings.get("chat") and family != "pocket":
+                        continue  # the tiny models have no tokenizer
+                    name = "-".join([family, dtype, *settings])
+                    start = asked(family, dtype, lm, groups, settings, ways, made / name)
+                    try:
+                        refuse_model(engine, lm)
+                    except MemvecError as error:
+                        refusals.append(cells_of(engine, start, None, str(error)))
+                        continue
+                    write(start, alone, settings, arguments.resume)
+                    starts.append(start)
+        for start, answer, why in answers(engine, python, starts):
+            cells = cells_of(engine, start, answer, why)
+            rows += cells
+            exact = sum(is_exact(cell) for cell in cells)
+            ways = ", ".join(dict.fromkeys(cell["way"] for cell in cells))
+            about = f"{engine}, {start.family}, {start.dtype}, {ways}"
+            say(f"{about}: {exact} of {len(cells)} cells exact {why}")
+    return rows + [row for refused in refusals for row in refused]
 
 
-def ask(
-    engine: str,
-    python: str,
-    lm: Any,
-    folder: Path,
+def say(line: str) -> None:
+    """Print a line for whoever waits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def prepared(
+    family: str, dtype: str, folder: Path, arguments: argparse.Namespace
+) -> tuple[FrozenLM, list[Group]]:
+    """The model and its prompts, made once for all engines."""
+    if (family, dtype) not in PREPARED:
+        lm = lm_of(family, dtype, folder)
+        PREPARED[family, dtype] = lm, groups_of(family, lm, arguments.vectors, arguments.work)
+    return PREPARED[family, dtype]
+
+
+def asked(
+    family: str,
     dtype: str,
+    lm: FrozenLM,
     groups: list[Group],
     settings: dict[str, Any],
     ways: list[str],
-) -> list[dict[str, Any]]:
-    """The cells of one start of an engine."""
+    folder: Path,
+) -> Start:
+    """What one start of an engine is asked for."""
     own = [g for g in groups if g.rule == "use" or not settings.get("chat")]
-    prompts: list[Prompt] = [p for group in own for p in group.prompts]
-    at = 0
-    ranges = []
-    for group in own:
-        ranges.append(list(range(at, at := at + len(group.prompts))))
-    plain = plain_prompts(lm, {group.K for group in own})
-    prompts += plain
-    extra = list(range(at, len(prompts)))
-    cells, batches = [], []
-    for group, indices in zip(own, ranges, strict=True):
+    sizes = [len(group.prompts) for group in own]
+    extra = list(range(sum(sizes), sum(sizes) + len(plain_prompts(lm, {g.K for g in own}))))
+    cells, batches, at = [], [], 0
+    for group, size in zip(own, sizes, strict=True):
+        indices = list(range(at, at := at + size))
         for way in ways:
-            asked = batches_of(way, indices, extra)
-            cells.append((group, way, indices, len(batches), len(batches) + len(asked)))
-            batches += asked
-    version, why, ids = "", "", []
-    try:
-        refuse_model(engine, lm)
-        answer = run_engine(
-            engine, python, folder, dtype, prompts, batches=batches, settings=settings
-        )
-        version, ids = answer.version, answer.ids
-    except MemvecError as error:
-        why = str(error)
+            more = batches_of(way, indices, extra)
+            cells.append((group, way, indices, slice(len(batches), len(batches) + len(more))))
+            batches += more
+    return Start(family, dtype, lm, own, cells, batches, folder)
+
+
+def write(start: Start, model: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Write the request of one start; with `resume`, an answer to the same request stays there."""
+    path = start.folder / "request.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    prompts = [prompt for group in start.groups for prompt in group.prompts]
+    prompts += plain_prompts(start.lm, {group.K for group in start.groups})
+    start.folder.mkdir(exist_ok=True)
+    write_request(start.folder, model, start.dtype, prompts, start.batches, settings)
+    if not resume or before | {"model": ""} != json.loads(path.read_text()) | {"model": ""}:
+        (start.folder / "answer.json").unlink(missing_ok=True)
+
+
+def answers(
+    engine: str, python: str, starts: list[Start]
+) -> Iterator[tuple[Start, Answer | None, str]]:
+    """The answer to each request, or why there is none; after a failure the others are asked."""
+    done = [one for one in starts if (one.folder / "answer.json").is_file()]
+    yield from ((one, answer_in(one.folder), "") for one in done)
+    left = [one for one in starts if one not in done]
+    while left:
+        why = ""
+        try:
+            start_engine(engine, python, *(one.folder for one in left))
+        except MemvecError as error:
+            why = str(error)
+        answered = [one for one in left if (one.folder / "answer.json").is_file()]
+        yield from ((one, answer_in(one.folder), "") for one in answered)
+        if why:
+            yield left[len(answered)], None, why
+        left = left[len(answered) + bool(why) :]
+
+
+def cells_of(engine: str, start: Start, answer: Answer | None, why: str) -> list[dict[str, Any]]:
+    """The cells of one start of an engine."""
     out = []
-    for group, way, indices, first, last in cells:
-        row = {"K": group.K, "rule": group.rule, "way": way, "passages": len(indices)}
-        row |= {"eos": group.eos, "version": version, "exact": 0, "why": why, "errors": []}
-        row |= {"leads": [round(one, 3) for one in group.leads]}
-        if not why:
-            right, row["errors"] = compared(
-                lm, group, indices, batches[first:last], ids[first:last]
-            )
-            row["exact"] = right
+    for group, way, indices, which in start.cells:
+        row = {"engine": engine, "model": start.family, "dtype": start.dtype}
+        row |= {"K": group.K, "rule": group.rule, "way": way, "passages": len(indices)}
+        row |= {"eos": group.eos, "exact": 0, "why": why, "errors": []}
+        row |= {"version": answer.version if answer else "", "leads": group.leads}
+        if answer is not None:
+            ids, batches = answer.ids[which], start.batches[which]
+            row["exact"], row["errors"] = compared(start.lm, group, indices, batches, ids)
         out.append(row)
     return out
 
 
 def compared(
-    lm: Any, group: Group, indices: list[int], batches: list[list[int]], ids: list[list[list[int]]]
+    lm: FrozenLM,
+    group: Group,
+    indices: list[int],
+    batches: list[list[int]],
+    ids: list[list[list[int]]],
 ) -> tuple[int, list[str]]:
     """Passages that are exact each time they were asked for, and a sentence on each other one."""
     given: dict[int, list[list[int]]] = {}
@@ -165,7 +232,7 @@ def compared(
     return len(indices) - len(wrong), wrong
 
 
-def difference(lm: Any, group: Group, at: int, row: list[int]) -> str:
+def difference(lm: FrozenLM, group: Group, at: int, row: list[int]) -> str:
     """Where an answer goes wrong, and by how much the right token leads in memvec's own pass."""
     prompt = group.prompts[at]
     parts = [prompt.vectors, prompt.embedded]
@@ -188,6 +255,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--vectors", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep answers of a run that broke off"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     kept = arguments.work / "cells.json"
@@ -208,6 +278,10 @@ def main() -> None:
         )
         kept.write_text(json.dumps(rows, indent=1))
     arguments.page.write_text(page(rows, list(WAYS)), encoding="utf-8")
+    exact = sum(is_exact(row) for row in rows)
+    print(f"{arguments.page}: {exact} of {len(rows)} cells exact", file=sys.stderr)
+    if exact < LEAST * len(rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

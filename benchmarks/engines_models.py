@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,21 +179,36 @@ def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
         for at in range(USE_PASSAGES)
     ]
     mem = crammed(lm, recipe, USE_VECTORS, passages, work / f"{family}-{dtype}-use.mem")
-    questions = _questions(lm) if has_text else [random(QUESTION_TOKENS) for _ in range(CANDIDATES)]
+    kept = work / f"{family}-{dtype}-use.json"
+    if not kept.is_file():
+        random_ones = [random(QUESTION_TOKENS) for _ in range(CANDIDATES)]
+        chosen = _chosen(lm, mem, _questions(lm) if has_text else random_ones, has_text)
+        kept.write_text(json.dumps(chosen), encoding="utf-8")
     prompts, hashes, leads = [], [], []
+    for one in json.loads(kept.read_text(encoding="utf-8")):
+        cast = mem.vectors[one["passage"]].to(lm.dtype).float()
+        behind = embedded(one["question"], lm).float()
+        prompts.append(Prompt(cast, one["question"], ANSWER_TOKENS, behind, one["text"]))
+        hashes.append(ids_hash(one["answer"]))
+        leads.append(one["lead"])
+    return Group(USE_VECTORS, "use", prompts, [[] for _ in prompts], hashes, False, leads)
+
+
+def _chosen(
+    lm: FrozenLM, mem: MemVectors, questions: list[list[int]], has_text: bool
+) -> list[dict[str, Any]]:
+    """The questions that are asked behind each passage's vectors, and memvec's own answers."""
+    chosen = []
     for i, vectors in enumerate(mem.vectors):
-        cast = vectors.to(lm.dtype)
-        asked = questions[i * QUESTIONS :][:QUESTIONS] if dtype == "float32" else questions
-        answers = sorted(zip(*answered(lm, cast, asked), asked, strict=True), key=lambda a: -a[1])
-        for answer, least, tokens in answers[:QUESTIONS]:
+        asked = questions if lm.dtype != torch.float32 else questions[i * QUESTIONS :][:QUESTIONS]
+        answers = zip(*answered(lm, vectors.to(lm.dtype), asked), asked, strict=True)
+        for answer, least, tokens in sorted(answers, key=lambda a: -a[1])[:QUESTIONS]:
             text = lm.text(tokens) if has_text else None
             if text is not None:
                 _same_as_use(lm, mem, i, text, answer)
-            behind = embedded(tokens, lm).float()
-            prompts.append(Prompt(cast.float(), tokens, ANSWER_TOKENS, behind, text))
-            hashes.append(ids_hash(answer))
-            leads.append(least)
-    return Group(USE_VECTORS, "use", prompts, [[] for _ in prompts], hashes, False, leads)
+            own = {"passage": i, "question": tokens, "text": text}
+            chosen.append({**own, "answer": answer, "lead": round(least, 4)})
+    return chosen
 
 
 def _text() -> str:

@@ -14,16 +14,16 @@ TIE = 0.3
 Row = dict[str, Any]
 HEAD = """# Engines
 
-Written by `make engines` (`benchmarks/engines.py`): each engine ran in its own environment, greedily,
-on the CPU ({machine}), and its token ids were compared with the hashes of what was crammed, or, behind
-vectors for use, with memvec's own answers. **{exact} of {cells} cells are exact ({share:.1f} %)**:
-{passages}.
+Written by `make engines` (`benchmarks/engines.py`): each engine ran in its own environment,
+greedily, on the CPU ({machine}), and its token ids were compared with the hashes of what was
+crammed, or, behind vectors for use, with memvec's own answers. **{exact} of {cells} cells are exact
+({share:.1f} %)**, {passages}.
 
 A cell is one engine, model, dtype, number of vectors K, start rule and way of asking, with up to 16
-passages. Models: {models}, all random and tiny but `pocket`, the built-in one. K: {Ks}. Start rules:
-{rules}; *use* is four questions behind each of four passages' vectors for use. A passage with the
-model's EOS is in {eos} of the {decoding} cells that decode passages; only passages that memvec itself
-certified are asked for ({left_out} of {asked} were not, and are left out).
+passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K: {Ks}. Start
+rules: {rules}; *use* is four questions behind the vectors for use of each of four passages. A
+passage with the model's EOS is in {eos} of the {decoding} cells that decode passages. Only passages
+that memvec itself certified are asked for: {left_out} of {asked} were not exact and are left out.
 """
 
 

@@ -228,8 +228,10 @@ def test_token_ids_in_every_layer_and_another_dtype_are_refused(engine):
     lm.config.hidden_size_per_layer_input = 8  # as Gemma 3n's
     with pytest.raises(MemvecError, match="feeds token ids into every layer"):
         limits.refuse(engine, lm)
+    wide = copy.copy(tiny())
+    wide.dtype = torch.float64
     with pytest.raises(MemvecError, match=r"takes vectors in .* loaded in float64"):
-        limits.refuse(engine, tiny(dtype="float64"))
+        limits.refuse(engine, wide)
 
 
 def test_vectors_that_an_engine_cannot_decode_are_refused():
@@ -338,6 +340,45 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in)
         alone = command(*words[:-2], option, folder)
         assert alone.code == 2
         assert alone.sentence.endswith(f"{option} is for an engine: name one with --engine.")
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def test_the_page_counts_what_is_exact_and_names_the_rest(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
+    from engines_page import page
+
+    def row(**changes):
+        return {
+            "engine": "vllm",
+            "model": "llama",
+            "dtype": "float32",
+            "K": 1,
+            "rule": "bos",
+            "way": "batch 1",
+            "passages": 16,
+            "exact": 16,
+            "eos": True,
+            "why": "",
+            "errors": [],
+            "version": "vllm 7.1",
+        } | changes
+
+    tie = {"exact": 15, "errors": ["passage 3, token 2: the right token leads by 0.020"]}
+    far = {"exact": 15, "errors": ["passage 3, token 2: the right token leads by 0.900"]}
+    failed = {"engine": "mlx", "exact": 0, "version": ""}
+    rows = [row(), row(K=2, dtype="bfloat16", **tie), row(K=8, dtype="bfloat16", **far)]
+    rows += [row(why="mlx-lm takes none.", **failed)] * 2
+    rows += [row(why="mlx did not generate: OSError: none", dtype="bfloat16", **failed)]
+    text = page(rows, ["vllm", "mlx", "peft"])
+    assert "**1 of 6 cells are exact\n(16.7 %)**, 46 of 96 answers." in text
+    assert "| vllm 7.1 | batch 1 | 1 of 1 | 0 of 2 | 46 of 48 |" in text
+    assert "| mlx | batch 1 | refused | failed | 0 of 48 |" in text
+    assert "0.020 to 0.020 standard deviations of the logits: bfloat16 rounds such ties" in text
+    assert "0.900 to 0.900 standard deviations of the logits: this is no tie" in text
+    assert "- mlx, llama, float32: mlx-lm takes none. (2 cells)" in text
+    assert "Not run here, because it is not installed: peft." in text
 
 
 # ---------------------------------------------------------------------- engines that are there

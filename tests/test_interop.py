@@ -329,7 +329,7 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch):
     (tmp_path / "examples/letter.txt").write_text(letter)
     monkeypatch.chdir(tmp_path)
     lines = [line.strip() for line in PAGE.splitlines() if line.startswith("    memvec ")]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         ran = command(*line.split()[1:])
         assert ran.code == 0, (line, ran.err)

@@ -76,7 +76,8 @@ def run_engine(
     with tempfile.TemporaryDirectory() as made, model_alone(path) as alone:
         folder = Path(made)
         write_request(folder, alone, dtype, prompts, each, settings)
-        return start(engine, python, folder)
+        start(engine, python, folder)
+        return answer_in(folder)
 
 
 def _check_width(model: Path, prompts: Sequence[Prompt]) -> None:
@@ -93,9 +94,12 @@ def _check_width(model: Path, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def start(engine: str, python: str | os.PathLike[str], folder: Path) -> Answer:
-    """Run the engine on a request that lies in `folder`. Raises MemvecError as `run_engine`."""
-    words = [str(python), str(RUNNERS), ENGINES[engine], str(folder)]
+def start(engine: str, python: str | os.PathLike[str], *folders: Path) -> None:
+    """Run the engine on the requests that lie in folders, one after the other in one process.
+
+    Raises MemvecError as `run_engine`; the requests before the one that failed have their answers.
+    """
+    words = [str(python), str(RUNNERS), ENGINES[engine], *map(str, folders)]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     try:
@@ -108,6 +112,10 @@ def start(engine: str, python: str | os.PathLike[str], folder: Path) -> Answer:
         ) from None
     if done.returncode:
         raise MemvecError(f"{engine} did not generate: {_reason(done.returncode, done.stderr)}")
+
+
+def answer_in(folder: Path) -> Answer:
+    """The answer that an engine wrote into a request's folder."""
     answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     return Answer(answer["version"], answer["ids"])
 

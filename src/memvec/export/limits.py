@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
-# Model types whose code in mlx-lm 0.32 takes `input_embeddings` and does not scale them.
+# Model types whose code in mlx-lm 0.32 takes `input_embeddings` and does not scale them; OLMo 2,
+# for which memvec puts the vectors in their place itself (engines/runners/on_mlx.py).
 MLX_TAKES = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "lfm2"}
+MLX_TAKES |= {"olmo2"}
 # Model types of which memvec's runner writes the GGUF file for llama.cpp itself.
 GGUF_WRITTEN = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"}
 # Not taken by an engine whatever the model's dtype is: MLX on a CPU knows no other than these.

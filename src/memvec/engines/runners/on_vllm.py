@@ -7,6 +7,7 @@ Engine and caller share one process, no graph is compiled, and the tokenizer is 
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.metadata import version as installed
 from typing import Any
@@ -19,6 +20,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import torch
 from asked import Prompt
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 WARM_UP = 64  # tokens
 
@@ -59,6 +61,12 @@ class Engine:
         room = self.llm.llm_engine.model_config.max_model_len - 1
         params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         self.llm.generate({"prompt_token_ids": [0] * min(WARM_UP, room)}, params, use_tqdm=False)
+
+    def close(self) -> None:
+        """Leave the process as it was, for the next request."""
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt."""

@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -61,6 +62,7 @@ class Engine:
             words += ["--block-size", str(settings["block_size"])]
         own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         own["VLLM_NO_USAGE_STATS"] = "1"
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with us
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             words, env={**own, **os.environ}, stdout=self.log, stderr=subprocess.STDOUT
