@@ -64,7 +64,7 @@ WAYS: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
     "transformers": [({}, [ALONE, TOGETHER, MIXED])],
     "peft": [({}, [ALONE])],  # an adapter holds the vectors of one passage
     "vllm": [({}, [ALONE, TOGETHER, MIXED]), (CACHE, [CACHED])],
-    "vllm-server": [({}, [MIXED]), ({"chat": True}, [CHAT])],
+    "vllm-server": [({"chat": True}, [CHAT]), ({}, [MIXED])],
     "llama.cpp": [({}, [ALONE, TOGETHER, MIXED])],
     "mlx": [({}, [ALONE])],  # generate_step takes one prompt
 }

@@ -200,9 +200,14 @@ def _chosen(
     """The questions that are asked behind each passage's vectors, and memvec's own answers."""
     chosen = []
     for i, vectors in enumerate(mem.vectors):
-        asked = questions if lm.dtype != torch.float32 else questions[i * QUESTIONS :][:QUESTIONS]
-        answers = zip(*answered(lm, vectors.to(lm.dtype), asked), asked, strict=True)
-        for answer, least, tokens in sorted(answers, key=lambda a: -a[1])[:QUESTIONS]:
+        cast, asked = vectors.to(lm.dtype), questions[i * QUESTIONS :][:QUESTIONS]
+        if lm.dtype != torch.float32:
+            _, leads = answered(lm, cast, questions)
+            best = sorted(range(len(questions)), key=lambda q: -leads[q])[:QUESTIONS]
+            asked = [questions[q] for q in best]
+        for tokens in asked:
+            # Alone, as `memvec.use` does: another batch shape rounds differently.
+            (answer,), (least,) = answered(lm, cast, [tokens])
             text = lm.text(tokens) if has_text else None
             if text is not None:
                 _same_as_use(lm, mem, i, text, answer)
@@ -232,8 +237,7 @@ def answered(
     The lead of a token is that of its logit over the next one, in standard deviations of them.
     """
     asked = torch.stack([torch.cat([vectors, embedded(tokens, lm)]) for tokens in questions])
-    # One at a time, as `memvec.use` does: another batch shape rounds differently.
-    answers = [decode_ids(lm, one[None], [ANSWER_TOKENS])[0] for one in asked]
+    answers = decode_ids(lm, asked, [ANSWER_TOKENS] * len(asked))
     written = torch.stack([embedded(answer[:-1], lm) for answer in answers])
     inputs = torch.cat([asked, written], 1)
     logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -ANSWER_TOKENS:].float()

@@ -237,8 +237,8 @@ def test_token_ids_in_every_layer_and_another_dtype_are_refused(engine):
 def test_vectors_that_an_engine_cannot_decode_are_refused():
     lm = tiny()
     mem = crammed(lm)
-    header = copy.deepcopy(mem.header)
-    header.passages[0].corrections = [(0, 3)]
+    first = mem.passages[0].model_copy(update={"corrections": [(0, 3)]})
+    header = mem.header.model_copy(update={"passages": [first, *mem.passages[1:]]})
     with pytest.raises(MemvecError, match="no corrections"):
         engines.decode_with("vllm", MemVectors(mem.vectors, header), lm, python="/no/python")
     with pytest.raises(MemvecError, match="reads a model's folder, and tiny-llama is none"):

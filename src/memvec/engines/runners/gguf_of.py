@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 ARCHITECTURES = {
@@ -39,6 +38,8 @@ def write(folder: Path, path: Path, dtype: str) -> None:
 
     Raises ValueError for a model whose settings are not all written down here.
     """
+    import gguf  # the other functions do without
+
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = ARCHITECTURES.get(config["model_type"])
     rope = config.get("rope_parameters") or {}
