@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from asked import Prompt, RequestError
 
-SECONDS = 600  # a server that is not up by then will not be
+SECONDS = 1800  # on a busy machine a server takes minutes to start
 WARM_UP = 64  # tokens
 PLAIN = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
 PLAIN += "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
