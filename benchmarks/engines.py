@@ -277,7 +277,8 @@ def main() -> None:
             key=lambda r: (list(WAYS).index(r["engine"]), r["model"], r["dtype"] != "float32")
         )
         kept.write_text(json.dumps(rows, indent=1))
-    arguments.page.write_text(page(rows, list(WAYS)), encoding="utf-8")
+    planned = {name: [way for _, ways in starts for way in ways] for name, starts in WAYS.items()}
+    arguments.page.write_text(page(rows, planned), encoding="utf-8")
     exact = sum(is_exact(row) for row in rows)
     print(f"{arguments.page}: {exact} of {len(rows)} cells exact", file=sys.stderr)
     if exact < LEAST * len(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,9 @@ that memvec itself certified are asked for: {left_out} of {asked} were not exact
 """
 
 
-def page(rows: list[Row], engines: list[str]) -> str:
-    """The page; an engine without a cell is listed as not run."""
-    parts = [_head(rows), _by_way(rows), _by_model(rows), _not_exact(rows)]
-    missing = [name for name in engines if name not in {row["engine"] for row in rows}]
-    if missing:
-        parts.append(f"Not run here, because it is not installed: {', '.join(missing)}.\n")
+def page(rows: list[Row], planned: dict[str, list[str]]) -> str:
+    """The page; `planned` are the ways of each engine, and what has no cell is listed as not run."""
+    parts = [_head(rows), _by_way(rows), _by_model(rows), _not_run(rows, planned), _not_exact(rows)]
     return "\n".join([*(part for part in parts if part), NOTES.read_text(encoding="utf-8")])
 
 
@@ -41,7 +39,7 @@ def _head(rows: list[Row]) -> str:
     # Every engine is asked for the same passages, so that those of one of them count.
     files = {(r["model"], r["dtype"], r["K"], r["rule"]): r["passages"] for r in decoding}
     exact = sum(is_exact(row) for row in rows)
-    return HEAD.format(
+    text = HEAD.format(
         machine=platform.machine(),
         exact=exact,
         cells=len(rows),
@@ -55,6 +53,8 @@ def _head(rows: list[Row]) -> str:
         left_out=16 * len(files) - sum(files.values()),
         asked=16 * len(files),
     )
+    wrapped = [textwrap.fill(part, 100, break_on_hyphens=False) for part in text.split("\n\n")]
+    return "\n\n".join(wrapped) + "\n"
 
 
 def is_exact(row: Row) -> bool:
@@ -96,6 +96,27 @@ def _by_model(rows: list[Row]) -> str:
         ]
         lines.append(f"| {engine} | {' | '.join(own)} |")
     return "\n".join([*lines, ""])
+
+
+def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
+    """What was planned and has no cell: engines, and the models and ways of the others."""
+    models = _distinct(row["model"] for row in rows)
+    lines = []
+    for engine, ways in planned.items():
+        own = [row for row in rows if row["engine"] == engine]
+        if not own:
+            lines.append(f"- {engine}: no cell.")
+            continue
+        wholes = {"model": models, "dtype": ["float32", "bfloat16"], "way": ways}
+        lacks = [
+            f"{kind} {value}"
+            for kind, values in wholes.items()
+            for value in values
+            if value not in {row[kind] for row in own}
+        ]
+        if lacks:
+            lines.append(f"- {engine}: {', '.join(lacks)}.")
+    return "\n".join(["No cell was run of", "", *lines, ""]) if lines else ""
 
 
 def _share(rows: Iterable[Row]) -> str:
