@@ -29,7 +29,7 @@ that memvec itself certified are asked for: {left_out} of {asked} were not exact
 
 
 def page(rows: list[Row], planned: dict[str, list[str]]) -> str:
-    """The page; `planned` are the ways of each engine, and what has no cell is listed as not run."""
+    """The page; `planned` are the ways of each engine, and what has no cell is listed."""
     parts = [_head(rows), _by_way(rows), _by_model(rows), _not_run(rows, planned), _not_exact(rows)]
     return "\n".join([*(part for part in parts if part), NOTES.read_text(encoding="utf-8")])
 
