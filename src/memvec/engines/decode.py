@@ -12,9 +12,9 @@ import torch
 from memvec.engines.folder import folder_of
 from memvec.engines.request import Prompt
 from memvec.engines.run import known, refuse_model, run_engine
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.export.target import embedded
-from memvec.usable.generate import check_room, context_inputs, end_ids
+from memvec.usable.generate import SHORTER, check_room, context_inputs, end_ids
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -102,7 +102,8 @@ def use_prompt(
     """The vectors of files, one behind the other, and a prompt behind them."""
     vectors = torch.cat([context_inputs(lm, one, passages, "vectors")[0] for one in files])
     tokens = lm.tokenize(prompt)
-    check_room(lm, len(vectors) + len(tokens), new_tokens)
+    check_minimum(1, max_new_tokens=new_tokens)
+    check_room(lm, len(vectors) + len(tokens), new_tokens, SHORTER)
     cast = vectors.to(lm.dtype).float().cpu()
     return Prompt(cast, tokens, new_tokens, embedded(tokens, lm).float(), prompt)
 
