@@ -6,18 +6,11 @@ import re
 import runpy
 from pathlib import Path
 
-import pytest
-
 import memvec
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "docs/pocket-full"
 AGAIN = "run: make page"
-
-# The page waits for its run with the longer lengths of the spec; take this mark away after it.
-waiting = pytest.mark.xfail(
-    strict=True, reason="docs/pocket-full is of the model until 2026-11-22: make page"
-)
 
 
 def shipped() -> dict:
@@ -27,7 +20,6 @@ def shipped() -> dict:
     return json.loads(data[1])
 
 
-@waiting
 def test_the_page_was_made_by_todays_model():
     made_by, lm = shipped()["reproduce"]["models"]["pocket"], memvec.load_lm("pocket")
     assert lm.encoder is not None
@@ -35,12 +27,10 @@ def test_the_page_was_made_by_todays_model():
     assert made_by["width"] == lm.width
 
 
-@waiting
 def test_the_page_was_made_by_todays_spec():
     assert shipped()["reproduce"]["spec"] == (ROOT / "studies/pocket-full.toml").read_text("utf-8")
 
 
-@waiting
 def test_the_rows_of_the_page_have_todays_columns():
     columns = [
         name for name, *_ in runpy.run_path(str(ROOT / "docs/study_columns.py"))["columns"]()
