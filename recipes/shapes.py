@@ -19,6 +19,7 @@ import json
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class Plan:
     memory_from: float
     seed: int
     config: dict = field(default_factory=dict)
+    tokens: int = 0  # of ordinary text; 0: as many as `flops` pay for
+    stops: tuple = MEASURED_AT
 
 
 def read(path: Path) -> dict[str, Plan]:
@@ -120,16 +123,21 @@ def valid_loss(trained: Trained, stream) -> float:
     return sum(trained.text_loss(part).item() for part in ids.split(16)) / 4
 
 
+def save(trained: Trained, tokenizer, folder: Path) -> None:
+    """The language model and its tokenizer, as transformers loads them."""
+    trained.lm.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
 def measure(trained: Trained, tokenizer, stream, args) -> dict:
     """Valid loss and the horizon of one vector, as the model is now."""
     from memvec import load_lm
     from memvec.cramming.recipe import Recipe
 
     with tempfile.TemporaryDirectory() as folder:
-        trained.lm.save_pretrained(folder)
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-        ).save_pretrained(folder)
+        save(trained, tokenizer, Path(folder))
         lm = load_lm(folder, device="cpu", dtype="float32")
         recipe = Recipe.of(steps=args.cram_steps, start="noise")
         row = horizon(lm, stream, 1, 64, args.passages, recipe)
@@ -142,24 +150,25 @@ def measure(trained: Trained, tokenizer, stream, args) -> dict:
     }
 
 
-def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
-    """Train one model, and measure it on the way."""
+def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Trained, dict]]:
+    """Train one model; the model as it is at each of the plan's stops, and what it has read.
+
+    Stops that come to the same step are one. `scale` is of the plan's text.
+    """
     trained = Trained(plan)
     N = sum(p.numel() for p in trained.lm.parameters())
-    steps = max(10, round(plan.flops * args.scale / (6 * N) / plan.tokens_per_step))
+    read = plan.tokens or plan.flops / (6 * N)
+    steps = max(10, round(read * scale / plan.tokens_per_step))
     opt = torch.optim.AdamW(
         trained.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    began, tokens, target, accuracy, rows = time.monotonic(), 0, 7.0, 0.0, []
-    stops = {round(share * steps): share for share in MEASURED_AT}
+    tokens, target, accuracy = 0, 7.0, 0.0
+    asked = {round(share * steps): share for share in plan.stops}
     for step in range(steps + 1):
-        if step in stops:
-            row = {"model": name, "step": step, "of": steps, "share": stops[step], "tokens": tokens}
-            row |= {"parameters": N, "n": args.passages, "cram_steps": args.cram_steps}
-            row |= measure(trained, tokenizer, streams["valid"], args)
-            row |= {"encoder_length": round(target, 1), "encoder_accuracy": round(accuracy, 3)}
-            rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
-            print(json.dumps(rows[-1]), flush=True)
+        if step in asked:
+            row = {"step": step, "of": steps, "share": asked[step], "tokens": tokens}
+            row |= {"parameters": N, "encoder_length": round(target, 1)}
+            yield trained, row | {"encoder_accuracy": round(accuracy, 3)}
         if step == steps:
             break
         rate = plan.lr * min((step + 1) / plan.warmup, 1.0, (steps - step) / (0.2 * steps))
@@ -191,6 +200,16 @@ def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
+
+
+def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
+    """Train one model, and measure it on the way."""
+    began, rows = time.monotonic(), []
+    for trained, reached in trained_to(plan, streams, args.scale):
+        row = {"model": name, **reached, "n": args.passages, "cram_steps": args.cram_steps}
+        row |= measure(trained, tokenizer, streams["valid"], args)
+        rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 

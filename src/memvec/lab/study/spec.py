@@ -14,6 +14,7 @@ Every field has a description; unknown keys get a did-you-mean.
 
 from __future__ import annotations
 
+import glob
 import tomllib
 import warnings
 from pathlib import Path
@@ -37,7 +38,9 @@ class Strict(BaseModel):
 class ModelSpec(Strict):
     """A model of the study."""
 
-    name: str = Field(description="Hub id, folder, or the built-in 'pocket'")
+    name: str = Field(
+        description="Hub id, folder, or the built-in 'pocket'; with * or ?, every folder that fits"
+    )
     revision: str | None = Field(default=None, description="revision of a Hub model")
     dtype: str = Field(
         default="auto", description="auto, float32, bfloat16, float16 or bfloat16-autocast"
@@ -102,6 +105,7 @@ def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
     except tomllib.TOMLDecodeError as error:
         raise MemvecError(f"{where} is not TOML: {error}.") from None
     _name_sources(data)
+    _find_folders(data, where)
     _take_options(data, where)
     if "seats" in data and "batch_size" not in data:
         data["batch_size"] = data.pop("seats")
@@ -138,6 +142,28 @@ def _name_sources(data: dict[str, Any]) -> None:
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and not source.get("name") and "kind" in source:
             source["name"] = str(source["kind"])
+
+
+def _find_folders(data: dict[str, Any], where: str) -> None:
+    """Put the folders of models that a pattern fits in its place, in the order of their names.
+
+    Raises MemvecError for a pattern that fits none.
+    """
+    models = data.get("models")
+    found: list[Any] = []
+    for model in models if isinstance(models, list) else []:
+        name = model.get("name") if isinstance(model, dict) else None
+        if not isinstance(name, str) or not set("*?") & set(name):
+            found.append(model)
+            continue
+        pattern = str(Path(name).expanduser() / "config.json")
+        # Path.glob takes no absolute pattern.
+        folders = sorted(str(Path(file).parent) for file in glob.glob(pattern))  # noqa: PTH207
+        if not folders:
+            raise MemvecError(f"{where}: no folder with a model fits '{name}'.")
+        found += [{**model, "name": folder} for folder in folders]
+    if found:
+        data["models"] = found
 
 
 def _take_options(data: dict[str, Any], where: str) -> None:

@@ -1,0 +1,261 @@
+"""How exact capacity changes while a model is trained, and with its width and depth.
+
+Every model of the spec is a checkpoint: a folder whose memvec.json says which run it belongs to
+and how much text it has read (`training_of`; recipes/checkpoints.py writes such folders). Cramming
+is that of the protocol `exact`.
+
+Runs that differ by their seed are one line with an interval over seeds. Where the runs of a family
+have several widths D and depths L, the bits of a vector are fitted as c · D^a · L^b by least
+squares of the logarithms, before training and at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import stdtrit
+
+from memvec.cramming.certify import Outcome
+from memvec.errors import MemvecError
+from memvec.lab.protocols.exact import Exact
+from memvec.lab.protocols.protocol import Card, Compared, extra_of
+from memvec.lab.report.data import Data
+from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.table import Table, TableCell
+from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.statistics import LEVEL, Mean, mean_interval
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+
+ASKED = {"run": str, "family": str, "seed": int, "step": int, "tokens": int, "valid": float}
+
+
+class Checkpoints(Exact):
+    """Exact horizons of the checkpoints of training runs."""
+
+    extras = {  # noqa: RUF012
+        "run": "name of the training run",
+        "family": "architecture of the run's model",
+        "seed": "seed of the training run",
+        "step": "training steps that the checkpoint has behind it",
+        "tokens": "tokens of text that it has read",
+        "valid": "its loss on held-out text, nats per token, by the recipe that trained it",
+        "width": "D, numbers of an input vector",
+        "layers": "L, layers of the model",
+    }
+
+    def extra(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        sizes = {"width": lm.width, "layers": int(lm.config.get_text_config().num_hidden_layers)}
+        return {**training_of(lm), **sizes}
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        again = training_of(passage.lm)
+        weight = passage.lm.embedding.weight
+        again["width"] = int(weight.shape[1])  # type: ignore[union-attr,index]
+        again["layers"] = int(passage.lm.config.get_text_config().num_hidden_layers)
+        compared = [
+            Compared(name, [float(stored[name])], [float(again[name])], [1e-9])
+            for name in self.extras
+            if name not in ("run", "family")
+        ]
+        same = [float(stored[name] == again[name]) for name in ("run", "family")]
+        return [*compared, Compared("run and family", same, [1.0, 1.0], [0.0, 0.0])]
+
+    def cards(self, data: Data) -> list[Card]:
+        return []  # one for each checkpoint would be too many
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        stages = stages_of(data.of(self.name))
+        rows: list[list[TableCell]] = [
+            [
+                *(shape_name(first), int(first["tokens"]), float(part["valid"].mean())),
+                *(m.mean, m.low, m.high, mean_interval(part["horizon"].tolist()).mean),
+                *(mean_interval(part["bits"].tolist()).mean, m.n, int(part["n"].sum())),
+            ]
+            for part in stages
+            for first in [part.iloc[0]]
+            for m in [per_dimension(part)]
+        ]
+        columns = ["model", "tokens read", "valid loss", "bits / dimension", "low", "high"]
+        return [
+            Table(
+                "checkpoints",
+                "Exact capacity over training",
+                "Means over training seeds (each the mean of its passages) with the 95 % interval "
+                "over seeds; valid loss in nats per token; bits are those of the exact horizon.",
+                [*columns, "exact tokens", "bits / vector", "seeds", "passages"],
+                rows,
+            ),
+            _exponents_table(stages),
+        ]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        stages = [p for p in stages_of(data.of(self.name)) if p.attrs["kept"] > 2]
+        panels = []
+        for label, measure in (("bits per dimension", "bits_per_dimension"), ("tokens", "horizon")):
+            series = [
+                line_of_means(
+                    name, _places(parts), [mean_interval(p[measure].tolist()) for p in parts]
+                )
+                for name, parts in _lines(stages)
+            ]
+            panels.append(Panel(f"exact {label}", "tokens read", label, series, log=True))
+        losses = [
+            Series(name, _places(parts), [float(p["valid"].mean()) for p in parts], "line")
+            for name, parts in _lines(stages)
+        ]
+        panels.append(Panel("valid loss", "tokens read", "nats per token", losses, log=True))
+        sentences = [_sentence(name, parts) for name, parts in _lines(stages)]
+        caption = (
+            "Intervals: 95 %, over training seeds. The first point, at half of the second's x, "
+        )
+        caption += f"is the model before training. {' '.join(sentences)}"
+        return [Plot("checkpoints", "Capacity over training", caption, panels)]
+
+
+def training_of(lm: FrozenLM) -> dict[str, Any]:
+    """What the model's folder says about its training, by the names of ASKED.
+
+    Raises MemvecError for a model whose folder says nothing.
+    """
+    record = lm.facts.get("training")
+    if not isinstance(record, dict) or any(
+        not isinstance(record.get(name), kind) for name, kind in ASKED.items()
+    ):
+        raise MemvecError(
+            f"{lm.name} has no record of its training, which protocol 'checkpoints' needs: "
+            "'training' in its memvec.json must have "
+            f"{', '.join(ASKED)} (recipes/checkpoints.py writes it)."
+        )
+    return {name: record[name] for name in ASKED}
+
+
+def stages_of(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    """For each shape of model and stage of its training one table, with a row for each seed.
+
+    Columns: family, width, layers, tokens, valid, horizon (tokens), bits, bits_per_dimension, n
+    (passages). `attrs["kept"]` is the number of stages that its shape has.
+    """
+    for name in Checkpoints.extras:
+        rows = rows.assign(**{f"_{name}": extra_of(rows, "checkpoints", name)})
+    seeds = []
+    shape = ["_family", "_width", "_layers"]
+    for _, part in rows.groupby([*shape, "_tokens", "_seed"], sort=False):
+        first, bits = part.iloc[0], float(part["horizon_gain"].mean())
+        known = {name: first[f"_{name}"] for name in ("family", "width", "layers", "tokens")}
+        known |= {"valid": float(first["_valid"]), "horizon": float(part["horizon"].mean())}
+        known |= {"bits": bits, "bits_per_dimension": bits / first["_width"] / first["vectors"]}
+        seeds.append(known | {"n": len(part)})
+    if not seeds:
+        return []
+    table = pd.DataFrame(seeds).sort_values("tokens", kind="stable")
+    stages = []
+    for _, own in table.groupby(["family", "width", "layers"], sort=False):
+        kept = int(own["tokens"].nunique())
+        for _, part in own.groupby("tokens"):
+            part.attrs["kept"] = kept
+            stages.append(part)
+    return stages
+
+
+def shape_name(row: pd.Series) -> str:
+    """A model of a family, a width and a depth, in words."""
+    return f"{row['family']}, D {int(row['width'])}, L {int(row['layers'])}"
+
+
+def per_dimension(part: pd.DataFrame) -> Mean:
+    """Bits per dimension of a stage: mean over seeds with its interval."""
+    return mean_interval(part["bits_per_dimension"].tolist())
+
+
+def _lines(stages: list[pd.DataFrame]) -> Iterator[tuple[str, list[pd.DataFrame]]]:
+    """(shape, its stages in the order of training)."""
+    names = list(dict.fromkeys(shape_name(part.iloc[0]) for part in stages))
+    for name in names:
+        yield name, [part for part in stages if shape_name(part.iloc[0]) == name]
+
+
+def _places(parts: list[pd.DataFrame]) -> list[float]:
+    """Tokens read at each stage, for an axis of powers of two: nothing stands at half the first."""
+    read = [float(part["tokens"].iloc[0]) for part in parts]
+    least = min((value for value in read if value > 0), default=2.0)
+    return [value or least / 2 for value in read]
+
+
+def _sentence(name: str, parts: list[pd.DataFrame]) -> str:
+    """What a line does, from its ends and its lowest point."""
+    means = [per_dimension(part).mean for part in parts]
+    lowest = int(np.argmin(means))
+    read = int(parts[lowest]["tokens"].iloc[0])
+    return (
+        f"{name}: {means[0]:.2f} bits per dimension before training, the least, "
+        f"{means[lowest]:.2f}, after {read} tokens, {means[-1]:.2f} at the end."
+    )
+
+
+class Exponents(NamedTuple):
+    """bits = c · D^width · L^depth over n models, each exponent with its 95 % interval."""
+
+    width: tuple[float, float, float]
+    depth: tuple[float, float, float]
+    r_squared: float
+    n: int
+
+
+def exponents(
+    width: NDArray[np.float64], depth: NDArray[np.float64], bits: NDArray[np.float64]
+) -> Exponents | None:
+    """Least squares of log bits on log D and log L; None if too few models say anything about both.
+
+    Intervals are Student's, with n - 3 degrees of freedom. A model that holds no bits has no
+    logarithm and is left out.
+    """
+    some = bits > 0
+    x = np.column_stack([np.ones(some.sum()), np.log(width[some]), np.log(depth[some])])
+    y, n = np.log(bits[some]), int(some.sum())
+    if n < 4 or np.linalg.matrix_rank(x) < 3:
+        return None
+    found, *_ = np.linalg.lstsq(x, y, rcond=None)
+    rest = y - x @ found
+    error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * (rest @ rest) / (n - 3))
+    half = float(stdtrit(n - 3, LEVEL)) * error
+    about = ((y - y.mean()) ** 2).sum()
+    r_squared = 1 - float(rest @ rest) / float(about) if about else math.nan
+    ends = [(float(v), float(v - h), float(v + h)) for v, h in zip(found, half, strict=True)]
+    return Exponents(ends[1], ends[2], r_squared, n)
+
+
+def _exponents_table(stages: list[pd.DataFrame]) -> Table:
+    """The fits of each family, before training and at its end."""
+    rows: list[list[TableCell]] = []
+    ends: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for _, parts in _lines(stages):
+        family = str(parts[0]["family"].iloc[0])
+        ends.setdefault((family, "before training"), []).append(parts[0])
+        ends.setdefault((family, "at the end"), []).append(parts[-1])
+    for (family, when), parts in ends.items():
+        columns = ([float(p[name].mean()) for p in parts] for name in ("width", "layers", "bits"))
+        fit = exponents(*(np.array(column) for column in columns))
+        if fit is not None:
+            rows.append([family, when, *fit.width, *fit.depth, fit.r_squared, fit.n])
+    return Table(
+        "exponents",
+        "Width and depth: bits of a vector as c · D^a · L^b",
+        "Least squares of logarithms over the models of a family (mean over seeds where there are "
+        "several), with 95 % intervals.",
+        ["family", "when", "a (width)", "low", "high", "b (depth)", "low", "high", "R²", "models"],
+        rows,
+    )
