@@ -25,7 +25,7 @@ KINDS = {bool: "true or false", int: "number", float: "number", dict: "JSON"}
 def unit(sentence: str, kind: Any = None) -> str:
     """The unit that a column's sentence names: behind its last comma, inside its brackets or as its
     first noun; else what kind of value it is."""
-    if behind := re.search(rf", ({UNITS})(?: \([^)]*\))?(?:;|$)", sentence):
+    if behind := re.search(rf", ({UNITS}|text|number)(?: \([^)]*\))?(?:;|$)", sentence):
         return behind[1]
     if listed := re.search(r"\[(.* .*)\]", sentence):
         units = list(dict.fromkeys(re.findall(rf"\b(?:{UNITS})\b", listed[1])))

@@ -40,14 +40,14 @@ class Checkpoints(Exact):
     """Exact horizons of the checkpoints of training runs."""
 
     extras = {  # noqa: RUF012
-        "run": "name of the training run",
-        "family": "architecture of the run's model",
-        "seed": "seed of the training run",
+        "run": "name of the training run, text",
+        "family": "architecture of the run's model, text",
+        "seed": "seed of the training run, number",
         "step": "training steps that the checkpoint has behind it",
         "tokens": "tokens of text that it has read",
-        "valid": "its loss on held-out text, nats per token, by the recipe that trained it",
-        "width": "D, numbers of an input vector",
-        "layers": "L, layers of the model",
+        "valid": "mean loss of a token of held-out text by the recipe that trained it, nats",
+        "width": "D of an input vector, number",
+        "layers": "L of the model, number",
     }
 
     def extra(
