@@ -109,6 +109,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "paper": "memvec.lab.protocols.paper:Paper",
         "exact": "memvec.lab.protocols.exact:Exact",
         "vectors": "memvec.lab.protocols.vectors:Vectors",
+        "transfer": "memvec.lab.protocols.transfer:TransferProtocol",
         "checkpoints": "memvec.lab.protocols.checkpoints:Checkpoints",
         "one-step": "memvec.lab.protocols.one_step:OneStep",
         "one-step-arrangements": ("memvec.lab.protocols.one_step_arrangements:OneStepArrangements"),

@@ -104,6 +104,8 @@ class Checkpoints(Exact):
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         stages = [p for p in stages_of(data.of(self.name)) if p.attrs["kept"] > 2]
+        if not stages:
+            return []
         panels = []
         for label, measure in (("bits per dimension", "bits_per_dimension"), ("tokens", "horizon")):
             series = [

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from memvec import metrics
 from memvec.cramming.certify import Outcome
+from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
@@ -130,6 +131,18 @@ class Protocol:
         predicted position, from the pass that made the row's other figures.
         """
         return {}
+
+    def extra_of_cell(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        recipe: Recipe,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """`extra`; a protocol that crams again, and so needs the cell's recipe, overrides this."""
+        return self.extra(lm, sourced, outcome, start, options)
 
     def between(
         self,

@@ -140,7 +140,8 @@ def _extra(
 ) -> dict[str, Any]:
     """What the protocol measures besides; it must be what the protocol documents."""
     protocol = protocol_of(cell.protocol)
-    extra: dict[str, Any] = protocol.extra(lm, sourced, outcome, start, cell.options)
+    made = (cell.made_recipe(), cell.options)
+    extra: dict[str, Any] = protocol.extra_of_cell(lm, sourced, outcome, start, *made)
     if extra.keys() != protocol.extras.keys():
         raise MemvecError(
             f"protocol '{cell.protocol}' measured {sorted(extra)} and documents "

@@ -1,0 +1,158 @@
+"""Vectors of one model made from those of another by a linear map.
+
+The map is fitted on pairs: passages that were crammed into K vectors of either model. It is ridge
+regression of the target's numbers (K · D) on the origin's (K · D'), both without their means; the
+penalty is the one of a grid whose leave-one-out error is least, so that no pair is judged by a map
+that was fitted on it.
+
+A `Transfer` is an encoder of the target: what it reads is crammed into the origin first. So the
+same measures apply, and the engine can start from it; in one pass it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.encoders.base import OnePassEncoder
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+
+Floats = NDArray[np.float64]
+PENALTIES = np.logspace(-6, 3, 19)  # of the mean squared singular value
+MIN_PAIRS = 8
+
+
+class LinearMap(NamedTuple):
+    """y = (x - mean_in) @ weight + mean_out, and how well it does on pairs that it was not fitted
+    on: `explained` is 1 - the leave-one-out squared error over that of the mean (0 or less: the map
+    knows nothing)."""
+
+    weight: Floats  # (inputs, outputs)
+    mean_in: Floats
+    mean_out: Floats
+    penalty: float
+    explained: float
+    pairs: int
+
+    def __call__(self, x: Floats) -> Floats:
+        """Rows (n, inputs) to rows (n, outputs)."""
+        mapped: Floats = (x - self.mean_in) @ self.weight + self.mean_out
+        return mapped
+
+
+def fit_linear(x: Floats, y: Floats) -> LinearMap:
+    """Ridge regression of y (n, outputs) on x (n, inputs), its penalty by leave-one-out.
+
+    The leave-one-out residual of row i is its residual over 1 - h_ii, with h the hat matrix of the
+    fit and of the mean. Raises MemvecError for fewer than MIN_PAIRS rows.
+    """
+    n = len(x)
+    if n < MIN_PAIRS:
+        raise MemvecError(f"a linear map needs at least {MIN_PAIRS} pairs, not {n}.")
+    mean_in, mean_out = x.mean(0), y.mean(0)
+    u, s, vt = np.linalg.svd(x - mean_in, full_matrices=False)
+    turned = u.T @ (y - mean_out)
+    best: tuple[float, float] | None = None
+    for share in PENALTIES:
+        penalty = float(share * (s**2).mean())
+        keep = s**2 / (s**2 + penalty)
+        rest = (y - mean_out) - u @ (keep[:, None] * turned)
+        leverage = (u**2 * keep).sum(1) + 1 / n
+        error = float(np.square(rest / (1 - leverage).clip(1e-9)[:, None]).sum())
+        if best is None or error < best[0]:
+            best = (error, penalty)
+    assert best is not None
+    error, penalty = best
+    weight = vt.T @ ((s / (s**2 + penalty))[:, None] * turned)
+    # The mean's own leave-one-out error: each residual over 1 - 1 / n.
+    about = float(np.square((y - mean_out) * n / (n - 1)).sum())
+    explained = 1 - error / about if about else 0.0
+    return LinearMap(weight, mean_in, mean_out, penalty, explained, n)
+
+
+class Transfer(OnePassEncoder):
+    """The linear map from `origin`'s vectors to those of the model that it is an encoder of.
+
+    `recipe` crams into the origin; `K` is the number of vectors that the map was fitted for.
+    """
+
+    identity = "linear-transfer"
+
+    def __init__(self, origin: FrozenLM, recipe: Recipe, K: int, mapping: LinearMap) -> None:
+        self.origin, self.recipe, self.mapping = origin, recipe, mapping
+        self.max_vectors = K
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Transfer:
+        """Itself: the origin stays where it is."""
+        return self
+
+    def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        """Cram the passages into the origin and map what comes out.
+
+        Raises MemvecError for another K than the map's.
+        """
+        if self.max_vectors != K:
+            raise MemvecError(
+                f"the linear map is for K = {self.max_vectors}, and {K} vectors are asked for."
+            )
+        made, _ = crammed(self.origin, ids.tolist(), K, self.recipe)
+        mapped = torch.from_numpy(self.mapping(made)).to(lm.device, torch.float32)
+        return mapped.reshape(len(ids), K, lm.width)
+
+
+def crammed(
+    lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """The vectors (n, K · D) of passages of token ids, and which of them (n) decode exactly."""
+    engine = Engine(lm, recipe, vectors=K)
+    asked = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
+    found = {outcome.passage.document: outcome for outcome in engine.run(asked)}
+    outcomes = [found[i] for i in range(len(asked))]
+    rows: Floats = np.stack([o.vectors.flatten().double().numpy() for o in outcomes])
+    return rows, np.array([o.exact for o in outcomes])
+
+
+def fit_transfer(
+    origin: FrozenLM,
+    target: FrozenLM,
+    passages: Sequence[Sequence[int]],
+    K: int,
+    recipe: Recipe,
+    origin_recipe: Recipe | None = None,
+) -> Transfer:
+    """Fit the map on passages of token ids that are exact in K vectors of either model.
+
+    `recipe` crams into the target, and into the origin unless `origin_recipe` is given. Raises
+    MemvecError if the two models do not have the same tokens, or if too few passages are exact.
+    """
+    if not same_tokens(origin, target):
+        raise MemvecError(
+            f"{origin.name} and {target.name} do not have the same tokens, so no passage is the "
+            "same for both: take models with one tokenizer."
+        )
+    from_recipe = origin_recipe or recipe
+    x, exact_there = crammed(origin, passages, K, from_recipe)
+    y, exact_here = crammed(target, passages, K, recipe)
+    both = exact_there & exact_here
+    return Transfer(origin, from_recipe, K, fit_linear(x[both], y[both]))
+
+
+def same_tokens(first: FrozenLM, second: FrozenLM) -> bool:
+    """True if two models read a text as the same ids, as far as their vocabularies say."""
+    if first.vocab_size != second.vocab_size:
+        return False
+    if first.tokenizer is None or second.tokenizer is None:
+        return first.tokenizer is second.tokenizer
+    own: dict[str, int] = first.tokenizer.get_vocab()
+    other: dict[str, int] = second.tokenizer.get_vocab()
+    return own == other

@@ -1,0 +1,217 @@
+"""Vectors of another model, carried over by a linear map: how many steps do they save?
+
+Both models cram the same passages; on `pairs` passages that the origin itself samples, a linear map
+from its vectors to this model's is fitted (memvec.encoders.transfer). A passage of the study is
+then crammed into the origin, its vectors are mapped, and decoded here as they are; and cramming
+goes on from them, beside cramming from the recipe's own start, which is the row's.
+
+The fit is made once for a cell in each process that works on it, and its passages belong to the
+cell alone: rows do not depend on who makes them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import Field
+
+from memvec.cramming.certify import Outcome
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+from memvec.encoders.transfer import MIN_PAIRS, Transfer, fit_transfer, same_tokens
+from memvec.lab import slow
+from memvec.lab.protocols import protocol
+from memvec.lab.protocols.protocol import Compared, Protocol, extra_of
+from memvec.lab.report.data import Data, short
+from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.table import Table, TableCell
+from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.sources.sampled import sampled_passages
+from memvec.lab.statistics import mean_interval, ratio_of_means, share_interval
+from memvec.lab.study.spec import RunSpec
+from memvec.loading import load_lm
+from memvec.metrics import horizon
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+
+TIE = 1e-2  # logits: below, an arg-max may flip when sums are taken in another order
+FIT_SEED = 77  # of the passages that the map is fitted on: never those of a source
+
+
+class TransferProtocol(Protocol):
+    """Steps from mapped vectors beside steps from the recipe's start."""
+
+    preset = "default"
+    changes = {"start": "noise"}  # noqa: RUF012
+    extras = {  # noqa: RUF012
+        "mapped": "K x D numbers of the vectors that the map made, number",
+        "at_once": "leading tokens that decode freely from the mapped vectors as they are",
+        "steps_mapped": "steps from the mapped vectors until the passage is exact or given up",
+        "exact_mapped": "1 if the passage is exact from there, else 0, number",
+        "cosine": "cosine between the mapped vectors and those of the row, number",
+        "explained": "share of the squared deviation of this model's vectors that the map explains "
+        "(leave-one-out over the pairs)",
+        "pairs": "passages that the map was fitted on, exact in both models, number",
+    }
+
+    class Options(protocol.Options):
+        """Where the vectors come from."""
+
+        origin: str = Field(description="model that the passages are crammed into first")
+        pairs: int = Field(
+            default=512, ge=MIN_PAIRS, description="passages that the map is fitted on"
+        )
+        origin_seed: int = Field(default=0, ge=0, description="seed of the starts in the origin")
+
+    def problem(self, run: RunSpec) -> str | None:
+        if run.recipe.get("start", "noise") in ("encoder", "auto"):
+            return "compares mapped vectors with another start, so start cannot be an encoder's"
+        if run.recipe.get("start_rule", "vectors") != "vectors":
+            return "decodes mapped vectors with nothing behind them, so start_rule is 'vectors'"
+        return None
+
+    def extra_of_cell(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        recipe: Recipe,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        passage, K = sourced.passage, len(outcome.vectors)
+        asked = (options["origin"], options["origin_seed"], options["pairs"])
+        transfer = _fitted(lm, recipe, K, len(passage), *asked)
+        truth = torch.tensor([passage.ids])
+        mapped = transfer.encode(lm, truth, K)
+        decoded = torch.tensor(decode_ids(lm, mapped, [len(passage)]))
+        began = mapped_start(lm, transfer)
+        (again,) = Engine(began, replace(recipe, start="encoder"), vectors=K).run([passage])
+        flat = mapped.flatten().double()
+        cosine = torch.cosine_similarity(flat, outcome.vectors.flatten().double(), dim=0)
+        return {
+            "mapped": mapped[0].tolist(),
+            "at_once": int(horizon(decoded == truth)),
+            "steps_mapped": again.steps,
+            "exact_mapped": int(again.exact),
+            "cosine": float(cosine),
+            "explained": transfer.mapping.explained,
+            "pairs": transfer.mapping.pairs,
+        }
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        """What follows from the mapped vectors; neither fit nor cramming is repeated."""
+        mapped, truth = torch.tensor(stored["mapped"], dtype=torch.float32), passage.ids
+        decoded = slow.greedy(passage.lm, mapped, [], len(truth))
+        right = next((i for i, t in enumerate(truth) if decoded[i] != t), len(truth))
+        _, margin = slow.teacher_forced(passage.lm, mapped, truth, "vectors")
+        tied = bool((abs(margin) < TIE).any())
+        a, b = (v.flatten().double() for v in (mapped, passage.vectors))
+        cosine = float(torch.cosine_similarity(a, b, dim=0))
+        pairs = float(stored["pairs"])
+        return [
+            Compared(
+                "at_once", [float(stored["at_once"])], [float(right)], [len(truth) if tied else 0.0]
+            ),
+            Compared("cosine", [float(stored["cosine"])], [cosine], [1e-5]),
+            Compared("pairs", [pairs], [min(pairs, float(passage.options["pairs"]))], [0.0]),
+        ]
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        rows: list[list[TableCell]] = []
+        for (model, origin, seed, series), part in _pairs(data, self.name):
+            own, mapped = (part[c].astype(float).tolist() for c in ("steps", "_steps_mapped"))
+            saved = ratio_of_means(mapped, own)
+            whole = part["_at_once"] >= part["predicted"]
+            at_once = share_interval(int(whole.sum()), len(part))
+            row: list[TableCell] = [_origin(origin, seed), short(model), series]
+            row += [int(part["length"].iloc[0]), int(part["vectors"].iloc[0])]
+            row += [float(part["_explained"].mean()), float(part["_cosine"].mean()), str(at_once)]
+            row += [mean_interval(part["_at_once"].tolist()).mean]
+            row += [float(part["steps"].mean()), float(part["_steps_mapped"].mean())]
+            row += [saved.value, saved.low, saved.high, int(part["_pairs"].iloc[0]), len(part)]
+            rows.append(row)
+        columns = ["from", "to", "source", "tokens", "K", "explained", "cosine", "exact at once"]
+        columns += ["tokens at once", "steps", "steps from the map", "ratio", "low", "high"]
+        return [
+            Table(
+                "transfer",
+                "Vectors of another model through a linear map",
+                "Explained: share of the squared deviation from the mean, leave-one-out over the "
+                "pairs. Exact at once: passages that decode whole from the mapped vectors. Steps: "
+                "means until exact or given up; their ratio with its 95 % interval (paired "
+                "bootstrap over passages).",
+                [*columns, "pairs", "n"],
+                rows,
+            )
+        ]
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        panels = []
+        for (model, origin, seed, series), part in _pairs(data, self.name):
+            steps = part["steps"].astype(float).tolist()
+            mapped = part["_steps_mapped"].astype(float).tolist()
+            ends = [0.0, max(*steps, *mapped)]
+            panels.append(
+                Panel(
+                    f"{_origin(origin, seed)} to {short(model)}, {series}",
+                    "steps from the recipe's start",
+                    "steps from mapped vectors",
+                    [Series("a passage", steps, mapped), Series("y = x", ends, ends, "dashed")],
+                )
+            )
+        if not panels:
+            return []
+        return [
+            Plot(
+                "transfer",
+                "Steps until exact from another model's vectors",
+                "Below the dashed line the map saves steps.",
+                panels,
+            )
+        ]
+
+
+def mapped_start(lm: FrozenLM, transfer: Transfer) -> FrozenLM:
+    """The model with the map as its encoder, for an engine that starts from it."""
+    view = copy.copy(lm)
+    view.encoder = transfer
+    return view
+
+
+@functools.lru_cache(maxsize=4)
+def _fitted(
+    lm: FrozenLM, recipe: Recipe, K: int, length: int, origin: str, seed: int, pairs: int
+) -> Transfer:
+    """The map of a cell, from passages that the origin samples."""
+    there = load_lm(origin, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."))
+    made = sampled_passages(there, pairs, length, seed=FIT_SEED)
+    passages = [sourced.passage.ids for sourced in made]
+    if not same_tokens(there, lm):
+        passages = passages[:0]  # refused below, in its sentence
+    return fit_transfer(there, lm, passages, K, recipe, replace(recipe, seed=seed))
+
+
+def _origin(name: str, seed: int) -> str:
+    """The origin in words."""
+    return short(name) + (f", seed {seed}" if seed else "")
+
+
+def _pairs(data: Data, name: str) -> Iterator[tuple[tuple[str, str, int, str], pd.DataFrame]]:
+    """((target, origin, its seed, series), rows), with what was measured besides as columns."""
+    rows = data.restarts(name)
+    for key in ("at_once", "steps_mapped", "cosine", "explained", "pairs"):
+        rows = rows.assign(**{f"_{key}": extra_of(rows, name, key)})
+    for key in ("origin", "origin_seed"):
+        rows = rows.assign(**{f"_{key}": data.option(rows, key)})
+    keys = ["model", "_origin", "_origin_seed", "series", "length", "vectors"]
+    for (model, origin, seed, series, *_), part in rows.groupby(keys, sort=False):
+        yield (str(model), str(origin), int(str(seed)), str(series)), part
