@@ -39,18 +39,18 @@ SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")
 
 
 def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
-    """Every candidate's fields, with those of [base] and of the candidate it is a twin of."""
+    """Every candidate's fields, with those of [base] and of the one that it is the same as."""
     tables = tomllib.loads(path.read_text())
     base = tables.pop("base", {})
+
+    def whole(name: str) -> dict:
+        table = tables[name]
+        like = whole(table["same_as"]) if "same_as" in table else {}
+        return {**like, **{key: value for key, value in table.items() if key != "same_as"}}
+
     found = {}
     for name in tables:
-        table = tables[name]
-        while like := table.pop("same_as", None):
-            table = {**tables[like], **table}
-            tables[name] = table
-        model = tables[table["twin_of"]] | {"memory": False} if "twin_of" in table else {}
-        fields = {**base, **model, **table}
-        fields.pop("twin_of", None)
+        fields = {**base, **whole(name)}
         unknown = fields.keys() - FIELDS - {"memory"}
         if unknown:
             raise SystemExit(f"{path.name}: [{name}] has no field '{min(unknown)}'")

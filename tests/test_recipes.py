@@ -58,3 +58,46 @@ def test_every_small_model_can_be_made_and_trained():
         (loss + trained.text_loss(ids)).backward()
         assert all(p.grad is not None for p in trained.parameters())
         assert 0 <= right <= 1
+
+
+def test_a_candidate_takes_over_what_another_has():
+    """A twin differs by the memory task alone, also where its own twin is taken over."""
+    import candidates
+
+    found = candidates.read(FOLDER / "candidates.toml", 1.0, 0.0)
+    assert found["final-twin"] == found["final"] | {"memory": False}
+    assert found["final-llama"] == found["final-twin"] | {"norm": "before"}
+
+
+@pytest.mark.slow
+def test_checkpoints_are_whole_folders_with_their_record(tmp_path, capsys):
+    """A run keeps each stop, is not made twice, and its folders load with what they have read."""
+    import json
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    import checkpoints
+    import shapes
+    from corpus import train_tokenizer
+    from memvec.lab.protocols.checkpoints import training_of
+    from memvec.loading import load_lm
+
+    plans = shapes.read(FOLDER / "checkpoints.toml")
+    runs = [name for name in plans if name != "base"]
+    assert {plans[name].family for name in runs} == {"LlamaConfig", "Olmo2Config"}
+    assert max(len(plans[name].stops) for name in runs) >= 10
+    sizes = plans["llama-64x2"].config | {"hidden_size": 32, "intermediate_size": 48}
+    plan = replace(plans["llama-64x2"], config=sizes, tokens=10_240, stops=[0.0, 0.5, 1.0])
+    stream = torch.randint(2, 300, (4000,), generator=torch.Generator().manual_seed(0))
+    tokenizer = train_tokenizer(["the cat sat on the mat " * 50], 300)
+    args = SimpleNamespace(work=tmp_path, scale=1.0)
+    for _ in range(2):
+        checkpoints.run("small", plan, tokenizer, {"train": stream, "valid": stream}, args)
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[:1] == "{"]
+    assert [row["step"] for row in shown] == [0, 5, 10]
+    folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    assert [path.name for path in folders] == [f"small-step-{n:05d}" for n in (0, 5, 10)]
+    for folder, row in zip(folders, shown, strict=True):
+        record = training_of(load_lm(str(folder), check=False))
+        assert record == {key: row[key] for key in record}
+    assert shown[0]["valid"] > shown[2]["valid"]

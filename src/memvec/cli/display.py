@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.lab.statistics import Mean
 from memvec.model.estimate import duration
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json as to_json
@@ -22,6 +21,7 @@ from memvec.writing import pretty_json as to_json
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus
     from memvec.lab.plan import Plan
+    from memvec.lab.statistics import Mean
     from memvec.model.lm import FrozenLM
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
