@@ -135,11 +135,7 @@ def fit_transfer(
     `recipe` crams into the target, and into the origin unless `origin_recipe` is given. Raises
     MemvecError if the two models do not have the same tokens, or if too few passages are exact.
     """
-    if not same_tokens(origin, target):
-        raise MemvecError(
-            f"{origin.name} and {target.name} do not have the same tokens, so no passage is the "
-            "same for both: take models with one tokenizer."
-        )
+    check_same_tokens(origin, target)
     from_recipe = origin_recipe or recipe
     x, exact_there = crammed(origin, passages, K, from_recipe)
     y, exact_here = crammed(target, passages, K, recipe)
@@ -147,12 +143,11 @@ def fit_transfer(
     return Transfer(origin, from_recipe, K, fit_linear(x[both], y[both]))
 
 
-def same_tokens(first: FrozenLM, second: FrozenLM) -> bool:
-    """True if two models read a text as the same ids, as far as their vocabularies say."""
-    if first.vocab_size != second.vocab_size:
-        return False
-    if first.tokenizer is None or second.tokenizer is None:
-        return first.tokenizer is second.tokenizer
-    own: dict[str, int] = first.tokenizer.get_vocab()
-    other: dict[str, int] = second.tokenizer.get_vocab()
-    return own == other
+def check_same_tokens(first: FrozenLM, second: FrozenLM) -> None:
+    """Raise MemvecError unless two models read a text as the same ids, by their vocabularies."""
+    own, other = (lm.tokenizer and lm.tokenizer.get_vocab() for lm in (first, second))
+    if first.vocab_size != second.vocab_size or own != other:
+        raise MemvecError(
+            f"{first.name} and {second.name} do not have the same tokens, so no passage is the "
+            "same for both: take models with one tokenizer."
+        )

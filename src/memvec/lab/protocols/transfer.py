@@ -25,7 +25,7 @@ from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
-from memvec.encoders.transfer import MIN_PAIRS, Transfer, fit_transfer, same_tokens
+from memvec.encoders.transfer import MIN_PAIRS, Transfer, check_same_tokens, fit_transfer
 from memvec.lab import slow
 from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Compared, Protocol, extra_of
@@ -193,10 +193,9 @@ def _fitted(
 ) -> Transfer:
     """The map of a cell, from passages that the origin samples."""
     there = load_lm(origin, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."))
+    check_same_tokens(there, lm)
     made = sampled_passages(there, pairs, length, seed=FIT_SEED)
     passages = [sourced.passage.ids for sourced in made]
-    if not same_tokens(there, lm):
-        passages = passages[:0]  # refused below, in its sentence
     return fit_transfer(there, lm, passages, K, recipe, replace(recipe, seed=seed))
 
 
