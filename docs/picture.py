@@ -51,7 +51,7 @@ def svg() -> str:
     scale = TALLEST / max(alone)
     pitch = (WIDTH - LEFT - 20) / len(words)
     title = (
-        f"One vector of {D} numbers gives {len(words)} tokens back exactly: "
+        f"One vector of {D} numbers, {len(words)} tokens exact: "
         f"{before:.0f} bits without it, {after:.1f} with it"
     )
     parts = [
