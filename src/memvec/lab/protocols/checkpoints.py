@@ -4,9 +4,11 @@ Every model of the spec is a checkpoint: a folder whose memvec.json says which r
 and how much text it has read (`training_of`; recipes/checkpoints.py writes such folders). Cramming
 is that of the protocol `exact`.
 
-Runs that differ by their seed are one line with an interval over seeds. Where the runs of a family
-have several widths D and depths L, the bits of a vector are fitted as c · D^a · L^b by least
-squares of the logarithms, before training and at its end.
+The bits of a vector are those that the model alone needs for the tokens of the exact horizon, as on
+the page on capacity; what the vectors take off them, the information gain, is in the rows. Runs
+that differ by their seed are one line with an interval over seeds. Where the runs of a family have
+several widths D and depths L, these bits are fitted as c · D^a · L^b by least squares of the
+logarithms, before training and at its end.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class Checkpoints(Exact):
         return []  # one for each checkpoint would be too many
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        stages = stages_of(data.of(self.name))
+        stages = stages_of(data, self.name)
         rows: list[list[TableCell]] = [
             [
                 *(shape_name(first), int(first["tokens"]), float(part["valid"].mean())),
@@ -95,7 +97,8 @@ class Checkpoints(Exact):
                 "checkpoints",
                 "Exact capacity over training",
                 "Means over training seeds (each the mean of its passages) with the 95 % interval "
-                "over seeds; valid loss in nats per token; bits are those of the exact horizon.",
+                "over seeds; valid loss in nats per token; bits: what the model alone needs for "
+                "the tokens of the exact horizon.",
                 [*columns, "exact tokens", "bits / vector", "seeds", "passages"],
                 rows,
             ),
@@ -103,7 +106,7 @@ class Checkpoints(Exact):
         ]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
-        stages = [p for p in stages_of(data.of(self.name)) if p.attrs["kept"] > 2]
+        stages = [p for p in stages_of(data, self.name) if p.attrs["kept"] > 2]
         if not stages:
             return []
         panels = []
@@ -145,18 +148,21 @@ def training_of(lm: FrozenLM) -> dict[str, Any]:
     return {name: record[name] for name in ASKED}
 
 
-def stages_of(rows: pd.DataFrame) -> list[pd.DataFrame]:
+def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
     """For each shape of model and stage of its training one table, with a row for each seed.
 
-    Columns: family, width, layers, tokens, valid, horizon (tokens), bits, bits_per_dimension, n
-    (passages). `attrs["kept"]` is the number of stages that its shape has.
+    Columns: family, width, layers, tokens, valid, horizon (tokens), bits (of the horizon, by the
+    model alone), bits_per_dimension, n (passages). `attrs["kept"]` is the number of stages that its
+    shape has.
     """
+    rows = data.restarts(protocol)
     for name in Checkpoints.extras:
-        rows = rows.assign(**{f"_{name}": extra_of(rows, "checkpoints", name)})
+        rows = rows.assign(**{f"_{name}": extra_of(rows, protocol, name)})
+    rows = rows.assign(_bits=[_bits_alone(data, row) for row in rows.to_dict("records")])
     seeds = []
     shape = ["_family", "_width", "_layers"]
     for _, part in rows.groupby([*shape, "_tokens", "_seed"], sort=False):
-        first, bits = part.iloc[0], float(part["horizon_gain"].mean())
+        first, bits = part.iloc[0], float(part["_bits"].mean())
         known = {name: first[f"_{name}"] for name in ("family", "width", "layers", "tokens")}
         known |= {"valid": float(first["_valid"]), "horizon": float(part["horizon"].mean())}
         known |= {"bits": bits, "bits_per_dimension": bits / first["_width"] / first["vectors"]}
@@ -171,6 +177,12 @@ def stages_of(rows: pd.DataFrame) -> list[pd.DataFrame]:
             part.attrs["kept"] = kept
             stages.append(part)
     return stages
+
+
+def _bits_alone(data: Data, row: Mapping[Any, Any]) -> float:
+    """Bits that the model alone needs for the tokens of a row's horizon."""
+    _, positions = data.store.tensors(row["cell"], row["number"])
+    return float(positions[0, : int(row["horizon"])].double().sum())
 
 
 def shape_name(row: pd.Series) -> str:
