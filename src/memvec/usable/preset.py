@@ -13,7 +13,7 @@ def usable() -> Recipe:
         query_count=64,
         settle=300,
         decay=300,
-        optimizer="adam",
+        optimizer="nadam",
         lr=0.3,
         lr_large=0.0,
         lr_end=0.05,
