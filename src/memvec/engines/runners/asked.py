@@ -1,10 +1,12 @@
-"""A request as it lies in a folder: read and checked before the engine is imported."""
+"""What every runner shares: a request, read and checked before the engine is imported."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,16 @@ class Prompt:
     tokens: list[int]
     new_tokens: int
     text: str | None = None
+
+
+def release_of(*distributions: str) -> str:
+    """Name and release of the first of these that is installed: builds have names of their own."""
+    for name in distributions:
+        try:
+            return f"{name} {installed(name)}"
+        except PackageNotFoundError:
+            continue
+    return distributions[-1]
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Prompt]]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as lib
 import numpy as np
-from asked import Prompt, RequestError
+from asked import Prompt, RequestError, release_of
 
 CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers for the types
 SEQUENCES = 32  # at the most, decoded together
@@ -26,7 +25,7 @@ SAID: list[str] = []  # errors of llama.cpp
 
 def version() -> str:
     """The engine and its release: that of the Python package, which holds its own llama.cpp."""
-    return f"llama.cpp (llama-cpp-python {installed('llama-cpp-python')})"
+    return f"llama.cpp ({release_of('llama-cpp-python')})"
 
 
 def said() -> str:

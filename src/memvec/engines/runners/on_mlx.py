@@ -7,12 +7,11 @@ model looks up in its table of embeddings, for the one pass that reads the promp
 from __future__ import annotations
 
 import json
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from asked import Prompt
+from asked import Prompt, release_of
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import does_model_support_input_embeddings, load_model
@@ -20,7 +19,7 @@ from mlx_lm.utils import does_model_support_input_embeddings, load_model
 
 def version() -> str:
     """The engine and its release."""
-    return f"mlx-lm {installed('mlx-lm')} (mlx {installed('mlx')})"
+    return f"{release_of('mlx-lm')} ({release_of('mlx')})"
 
 
 class Engine:

@@ -6,26 +6,24 @@ PEFT 0.21 looks for the cache by the name that transformers gave it before 5.24.
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed
 from typing import Any
 
 import torch
-from asked import Prompt
+from asked import Prompt, release_of
+from on_transformers import greedy
 from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 
 def version() -> str:
     """The engine and its release, and that of transformers, which generates."""
-    return f"peft {installed('peft')} (transformers {installed('transformers')})"
+    return f"{release_of('peft')} ({release_of('transformers')})"
 
 
 class Engine:
     """A model, adapted to each prompt's vectors."""
 
     def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self.model.eval().generation_config = GenerationConfig(pad_token_id=0)
+        self.model = greedy(model, dtype)
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed
 from typing import Any
 
 import torch
-from asked import Prompt
+from asked import Prompt, release_of
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 
 def version() -> str:
     """The engine and its release."""
-    return f"transformers {installed('transformers')}"
+    release: str = release_of("transformers")
+    return release
+
+
+def greedy(model: str, dtype: str) -> Any:
+    """The model in a folder, which generates greedily whatever its own generation config says."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    loaded.eval().generation_config = GenerationConfig(pad_token_id=0)
+    return loaded
 
 
 class Engine:
-    """A model that generates greedily, whatever its own generation config says."""
+    """A model of transformers in one dtype."""
 
     def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self.model.eval().generation_config = GenerationConfig(pad_token_id=0)
+        self.model = greedy(model, dtype)
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:

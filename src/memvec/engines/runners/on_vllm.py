@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import os
-from importlib.metadata import version as installed
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -18,7 +17,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
-from asked import Prompt
+from asked import Prompt, release_of
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -27,12 +26,8 @@ WARM_UP = 64  # tokens
 
 def version() -> str:
     """The engine and its release; the CPU build is a distribution of its own."""
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            return f"{name} {installed(name)}"
-        except ImportError:  # PackageNotFoundError
-            continue
-    return "vllm"
+    release: str = release_of("vllm-cpu", "vllm")
+    return release
 
 
 class Engine:

