@@ -174,14 +174,17 @@ lock-eval:
 
 # Engines run in environments of their own: .engines/NAME, or those of another folder. One that
 # cannot be made here is said to be missing, and the page lists its engine as not run.
+# ASKED=--resume keeps the answers of earlier starts, and ASKED='--engines vllm' asks one engine.
 ENGINES ?= .engines
+ENGINES_WORK ?= .runs/engines
+ASKED ?=
 .PHONY: engines
 engines: $(VENV)/.tested
 	@for name in vllm llama.cpp mlx; do \
 		$(MAKE) --no-print-directory $(ENGINES)/$$name/bin/python || \
 			echo "memvec: no environment for $$name" >&2; \
 	done
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --work .runs/engines --environments $(ENGINES)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --work $(ENGINES_WORK) --environments $(ENGINES) $(ASKED)
 
 # An install that fails leaves nothing, so that it is tried again.
 $(ENGINES)/%/bin/python:

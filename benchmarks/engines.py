@@ -7,8 +7,12 @@ together, those with plain prompts among them, and for vLLM the cache of prefixe
 and its chat. The passages are random tokens, and one of them holds the model's EOS. A cell of rule
 'use' has questions behind vectors for use, and memvec's own answers. A cell passes if the engine's
 greedy tokens of every passage hash to what was crammed. `--environments` is a folder of virtual
-environments named after the engines; an engine without one is listed as not run. Vectors are
-crammed once and kept in `--work`, and so are the cells.
+environments named after the engines; an engine without one is listed as not run.
+
+Vectors are crammed once and kept in `--work`, and so are the answers and the cells. The page is of
+all cells that are there: engines and models may be run in several starts, one after the other or
+side by side. `--resume` asks only for what has no answer yet, and `--engines` without a name for
+nothing: it writes the page.
 """
 
 from __future__ import annotations
@@ -243,6 +247,32 @@ def difference(lm: FrozenLM, group: Group, at: int, row: list[int]) -> str:
     return f"passage {at}, token {first}: the right token leads by {by:.3f}"
 
 
+def keep(new: list[dict[str, Any]], path: Path) -> None:
+    """Put cells in the place of those of the same engine, model and dtype, beside all others."""
+
+    def start_of(row: dict[str, Any]) -> tuple[str, ...]:
+        return row["engine"], row["model"], row["dtype"]
+
+    asked, models = {start_of(row) for row in new}, [*FAMILIES, "pocket"]
+    rows = [row for row in kept_in(path) if start_of(row) not in asked] + new
+    rows.sort(
+        key=lambda row: (
+            list(WAYS).index(row["engine"]),
+            models.index(row["model"]),
+            row["dtype"] != "float32",
+        )
+    )
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(rows, indent=1))
+    aside.replace(path)
+
+
+def kept_in(path: Path) -> list[dict[str, Any]]:
+    """The cells of every start so far."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    return rows
+
+
 def main() -> None:
     """Run the engines that were named, and write the page."""
     parser = argparse.ArgumentParser(
@@ -255,13 +285,10 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--vectors", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument(
-        "--resume", action="store_true", help="keep answers of a run that broke off"
-    )
+    parser.add_argument("--resume", action="store_true", help="keep the answers of earlier starts")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     kept = arguments.work / "cells.json"
-    rows = json.loads(kept.read_text()) if kept.is_file() else []
     for engine in arguments.engines:
         name = ENVIRONMENT[engine]
         python = sys.executable
@@ -270,13 +297,8 @@ def main() -> None:
             if not Path(python).is_file():
                 print(f"{engine}: not run, there is no {python}", file=sys.stderr)
                 continue
-        new = run(engine, python, arguments)
-        asked = {(r["engine"], r["model"], r["dtype"]) for r in new}
-        rows = [r for r in rows if (r["engine"], r["model"], r["dtype"]) not in asked] + new
-        rows.sort(
-            key=lambda r: (list(WAYS).index(r["engine"]), r["model"], r["dtype"] != "float32")
-        )
-        kept.write_text(json.dumps(rows, indent=1))
+        keep(run(engine, python, arguments), kept)
+    rows = kept_in(kept)
     planned = {name: [way for _, ways in starts for way in ways] for name, starts in WAYS.items()}
     arguments.page.write_text(page(rows, planned), encoding="utf-8")
     exact = sum(is_exact(row) for row in rows)

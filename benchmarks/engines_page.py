@@ -15,10 +15,10 @@ TIE = 0.3
 Row = dict[str, Any]
 HEAD = """# Engines
 
-Written by `make engines` (`benchmarks/engines.py`): each engine ran in its own environment,
-greedily, on the CPU ({machine}), and its token ids were compared with the hashes of what was
-crammed, or, behind vectors for use, with memvec's own answers. **{exact} of {cells} cells are exact
-({share:.1f} %)**, {passages}.
+Written by `make engines` (`benchmarks/engines.py`), from one start or several: each engine ran in
+its own environment, greedily, on the CPU ({machine}), and its token ids were compared with the
+hashes of what was crammed, or, behind vectors for use, with memvec's own answers. **{exact} of
+{cells} cells are exact ({share:.1f} %)**, {passages}.
 
 A cell is one engine, model, dtype, number of vectors K, start rule and way of asking, with up to 16
 passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K: {Ks}. Start
@@ -135,9 +135,9 @@ def refused(row: Row) -> bool:
 
 
 def _version(rows: list[Row], engine: str) -> str:
-    """The engine's name and release, as it said them itself."""
+    """The engine's name and release, as it said them itself; all, if the starts had several."""
     said = [row["version"] for row in rows if row["engine"] == engine and row["version"]]
-    name = said[0] if said else engine
+    name = "; ".join(_distinct(said)) or engine
     return f"{name}, server" if engine.endswith("-server") else name
 
 

@@ -34,6 +34,15 @@ POCKET = ROOT / "src/memvec/pocket/model.safetensors"
 PAGE = (ROOT / "docs/interop.md").read_text(encoding="utf-8")
 FAMILIES = ["llama", "gpt-neox", "opt", "opt-projected", "gpt2", "mamba", "gemma3", "bloom"]
 ENGINES = ["vllm", "sglang"]  # inference servers
+# Fields of GenerateReqInput and SamplingParams in SGLang 0.5.23, and what they hold.
+SGLANG = {"input_embeds": list, "sampling_params": dict}
+SAMPLING = {
+    "temperature": int,
+    "max_new_tokens": int,
+    "ignore_eos": bool,
+    "skip_special_tokens": bool,
+    "spaces_between_special_tokens": bool,
+}
 # peft 0.21 reads an attribute that transformers 5.23 renamed, and says that generate's own
 # position ids are left out (November 2026).
 PEFT_SAYS = pytest.mark.filterwarnings(
@@ -224,6 +233,8 @@ def test_sglang_reads_the_very_numbers(tmp_path):
         assert torch.equal(numbers.bfloat16(), vectors.bfloat16())
         assert torch.equal(numbers.bfloat16().float(), numbers)  # its cast loses nothing
         assert body["sampling_params"]["max_new_tokens"] == passage["new_tokens"]
+        assert {name: type(value) for name, value in body.items()} == SGLANG
+        assert {name: type(value) for name, value in body["sampling_params"].items()} == SAMPLING
 
 
 def test_numpy_files_hold_the_vectors(tmp_path):
@@ -334,12 +345,9 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch):
         ran = command(*line.split()[1:])
         assert ran.code == 0, (line, ran.err)
     snippets = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 3
     shown = []
     for code in snippets:
-        if "import LLM" in code:
-            compile(code, "docs/interop.md", "exec")
-            continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "docs/interop.md", "exec"), {})

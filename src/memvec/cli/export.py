@@ -56,3 +56,5 @@ def export(
             f"{folder}: {len(manifest['passages'])} passages for {target.description}, exact in "
             f"{manifest['dtype']}."
         )
+        if target.argument:
+            display.say(f"Decode it there: python {folder}/decode.py {target.argument}")

@@ -1,7 +1,7 @@
 """The folder of an export: one item per passage and a manifest, certified before it exists.
 
     manifest.json     what each item is, how many tokens to generate, how passages make documents,
-                      and the certificate
+                      the certificate, and the hashes of the other files
     passage-0000...   the passages in order, each in the target's own format
     decode.py ...     programs of the target, if it has any, that run without memvec
 
@@ -12,6 +12,7 @@ not exact is never left on disk.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -61,6 +62,7 @@ def export(
             target.write(aside / name, item, lm)
         _certify(mem, lm, target, [aside / name for name in names], items)
         manifest = _manifest(mem, lm, target, names, items)
+        manifest["files"] = _hashes(aside)
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
         for name, program in target.programs.items():
             shutil.copyfile(program, aside / name)
@@ -141,6 +143,15 @@ def _certify(
         f"{target.name} reads them: {', '.join(wrong[:MAX_NAMED])}{more}; cram for it with "
         f"--dtype {dtype} --storage {dtype}, or with a larger --margin."
     )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of the passages, by which `decode.py` knows damaged ones."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _manifest(

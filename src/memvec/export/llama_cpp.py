@@ -2,7 +2,7 @@
 
 `passage-0000.npy` holds (K, D) float32, the numbers of the model's dtype; tokens that the start
 rule gives are in the manifest (`given`), for `llama_batch.token` behind them. `decode.py` decodes
-the folder with llama-cpp-python, `make_gguf.py` writes the model file that it reads.
+the folder with llama-cpp-python; `make_gguf.py` writes the model file that it reads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.export.limits import refuse
-from memvec.export.target import Item, Target, embedded
+from memvec.export.target import Item, Target, decoder, embedded
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
-
-HERE = Path(__file__).parent
 
 
 class LlamaCpp(Target):
@@ -30,9 +28,10 @@ class LlamaCpp(Target):
     description = "llama_batch.embd of llama.cpp, with a program that decodes them"
     suffix = ".npy"
     programs: ClassVar[dict[str, Path]] = {
-        "decode.py": HERE / "scripts" / "decode_llama_cpp.py",
-        "make_gguf.py": HERE.parent / "engines" / "runners" / "gguf_of.py",
+        **decoder("decode_llama_cpp.py"),
+        "make_gguf.py": Path(__file__).parent.parent / "engines" / "runners" / "gguf_of.py",
     }
+    argument = "MODEL_FOLDER"
 
     def refuse(self, lm: FrozenLM) -> None:
         # The model file may come from llama.cpp's own program, whatever the model's type is.

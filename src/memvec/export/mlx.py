@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from memvec.export.limits import refuse
-from memvec.export.target import Item, Target, prompt
+from memvec.export.target import Item, Target, decoder, prompt
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -25,9 +25,8 @@ class Mlx(Target):
 
     description = "input_embeddings of mlx-lm, with a program that decodes them"
     suffix = ".safetensors"
-    programs: ClassVar[dict[str, Path]] = {
-        "decode.py": Path(__file__).parent / "scripts" / "decode_mlx.py"
-    }
+    programs: ClassVar[dict[str, Path]] = decoder("decode_mlx.py")
+    argument = "MODEL_FOLDER"
 
     def refuse(self, lm: FrozenLM) -> None:
         refuse("mlx", lm)

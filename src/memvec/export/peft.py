@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from memvec.errors import MemvecError
-from memvec.export.target import Item, Target, embedded
+from memvec.export.target import Item, Target, decoder, embedded
 from memvec.export.transformers import plain_generation
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Peft(Target):
 
     description = "prompt-tuning adapters of PEFT, one per passage"
     suffix = ""
+    programs: ClassVar[dict[str, Path]] = decoder("decode_peft.py")
+    argument = "MODEL_FOLDER"
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
         path.mkdir()

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from memvec.export.limits import refuse
-from memvec.export.target import Item, Target, prompt
+from memvec.export.target import Item, Target, decoder, prompt
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -29,6 +29,8 @@ class Sglang(Target):
     description = "input_embeds of SGLang's /generate"
     dtype = "bfloat16"
     suffix = ".json"
+    programs: ClassVar[dict[str, Path]] = decoder("decode_sglang.py")
+    argument = "http://localhost:30000"
 
     def refuse(self, lm: FrozenLM) -> None:
         refuse("sglang", lm)

@@ -22,6 +22,13 @@ from memvec.decoding import decode_ids
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def decoder(script: str) -> dict[str, Path]:
+    """The programs of a folder that decodes itself where memvec is not installed."""
+    return {"decode.py": SCRIPTS / script, "passages.py": SCRIPTS / "passages.py"}
+
 
 @dataclass(frozen=True)
 class Item:
@@ -41,13 +48,15 @@ class Target:
 
     `dtype` names the only dtype the target takes, None for the model's own; `suffix` ends the name
     of each passage's file ('' for a folder); `description` is one line for the command line;
-    `programs` are files that are copied into the folder, by the name that they get there.
+    `programs` are files that are copied into the folder, by the name that they get there (those
+    of `decoder`), and `argument` is what its `decode.py` is given, '' where there is none.
     """
 
     description: ClassVar[str]
     dtype: ClassVar[str | None] = None
     suffix: ClassVar[str]
     programs: ClassVar[dict[str, Path]] = {}
+    argument: ClassVar[str] = ""
 
     def __init__(self, name: str) -> None:
         self.name = name

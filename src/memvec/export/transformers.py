@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from memvec.errors import MemvecError
-from memvec.export.target import Item, Target, prompt
+from memvec.export.target import Item, Target, decoder, prompt
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -30,6 +30,8 @@ class Transformers(Target):
 
     description = "generate(inputs_embeds=...) of transformers"
     suffix = ".safetensors"
+    programs: ClassVar[dict[str, Path]] = decoder("decode_transformers.py")
+    argument = "MODEL_FOLDER"
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
         save_file({"inputs_embeds": prompt(item, lm)[None].contiguous()}, path)
@@ -38,26 +40,35 @@ class Transformers(Target):
         inputs: Tensor = load_file(path)["inputs_embeds"]
         return inputs[0]
 
-    @torch.no_grad()
     def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
-        model: Any = lm.model
-        prompt = self.read(path, item, lm).to(lm.device)
-        with plain_generation(lm):
-            try:
-                ids = model.generate(
-                    inputs_embeds=prompt[None], max_new_tokens=item.new_tokens, do_sample=False
-                )
-            except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-                reason = str(error).strip().splitlines()
-                raise MemvecError(
-                    f"generate() of {lm.name} does not take inputs_embeds "
-                    f"({reason[0] if reason else type(error).__name__})."
-                ) from error
-        new_ids: list[int] = ids[0].tolist()
-        return new_ids
+        return generated(lm, self.read(path, item, lm), item.new_tokens)
 
     def certified_by(self) -> str:
         return f"transformers {version('transformers')}"
+
+
+@torch.no_grad()
+def generated(lm: FrozenLM, inputs: Float[Tensor, "N D"], new_tokens: int) -> list[int]:
+    """Exactly `new_tokens` greedy token ids of the model's own `generate` behind inputs.
+
+    Raises MemvecError for a model whose `generate` takes no vectors.
+    """
+    if not new_tokens:
+        return []
+    model: Any = lm.model
+    with plain_generation(lm):
+        try:
+            ids = model.generate(
+                inputs_embeds=inputs[None].to(lm.device), max_new_tokens=new_tokens, do_sample=False
+            )
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()
+            raise MemvecError(
+                f"generate() of {lm.name} does not take inputs_embeds "
+                f"({reason[0] if reason else type(error).__name__})."
+            ) from error
+    written: list[int] = ids[0].tolist()
+    return written
 
 
 @contextlib.contextmanager

@@ -13,14 +13,14 @@ import base64
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from memvec.export.limits import refuse
-from memvec.export.target import Item, Target, prompt
+from memvec.export.target import Item, Target, decoder, prompt
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -31,6 +31,8 @@ class Vllm(Target):
 
     description = "prompt_embeds of vLLM, offline and for its server"
     suffix = ".json"
+    programs: ClassVar[dict[str, Path]] = decoder("decode_vllm.py")
+    argument = "MODEL_FOLDER"
 
     def refuse(self, lm: FrozenLM) -> None:
         refuse("vllm", lm)

@@ -1,22 +1,22 @@
 """Decode the passages of this folder with llama.cpp, greedily.
 
     pip install llama-cpp-python numpy gguf
-    python make_gguf.py MODEL_FOLDER model.gguf float32    (or llama.cpp's convert_hf_to_gguf.py)
-    python decode.py model.gguf
+    python decode.py MODEL          (its folder, or a GGUF file of it, for instance by make_gguf.py)
 
 Vectors go through `llama_batch.embd`, tokens through `llama_batch.token`. Prints one list of token
 ids for each passage, and ends with 3 if one does not have the hash of what was crammed.
 """
 
 import ctypes
-import hashlib
-import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import llama_cpp as lib
 import numpy as np
+from make_gguf import write
+from passages import MANIFEST, decode, model_folder, refuse_width
 
 CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers for the types
 
@@ -40,35 +40,45 @@ def step(context: Any, inputs: Any, start: int) -> Any:
     return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (size,))
 
 
-def main(path: str) -> int:
-    """Decode every passage; 0 if all have their hashes, else 3."""
-    folder = Path(__file__).parent
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+def loaded(given: Path) -> Any:
+    """The model of a GGUF file, or of a folder, of which such a file is written first."""
+    params = lib.llama_model_default_params()
+    with tempfile.TemporaryDirectory() as made:
+        path = given
+        if given.is_dir():
+            path = Path(made) / "model.gguf"
+            params.use_mmap = False  # the file is gone when it is read
+            write(model_folder(), path, MANIFEST["dtype"])
+        model = lib.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        sys.exit(f"{given} is no model that llama.cpp loads.")
+    refuse_width(str(given), lib.llama_model_n_embd(model))
+    return model
+
+
+def main(given: Path) -> None:
+    """Decode every passage, and end with 0 if all have their hashes, else 3."""
     lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    if not model or lib.llama_model_n_embd(model) != manifest["width"]:
-        sys.exit(f"{path} is no model that reads vectors of {manifest['width']} numbers.")
     params = lib.llama_context_default_params()
     # Both change arg-maxes where they are left as they are.
-    params.flash_attn_type, params.type_k = 0, CACHE[manifest["dtype"]]
+    params.flash_attn_type, params.type_k = 0, CACHE[MANIFEST["dtype"]]
     params.type_v = params.type_k
-    context = lib.llama_init_from_model(model, params)
-    wrong = 0
-    for passage in manifest["passages"]:
+    context = lib.llama_init_from_model(loaded(given), params)
+
+    def behind(path: Path, passage: dict[str, Any]) -> list[int]:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        vectors = np.load(folder / passage["file"], allow_pickle=False)
+        vectors = np.load(path, allow_pickle=False)
         logits, at = step(context, vectors, 0), len(vectors)
         if passage["given"]:
             logits, at = step(context, passage["given"], at), at + len(passage["given"])
-        ids = list(passage["starts_with"])
-        for _ in range(passage["new_tokens"]):
-            ids.append(int(logits.argmax()))
+        ids = [int(logits.argmax())]
+        while len(ids) < passage["new_tokens"]:
             logits, at = step(context, ids[-1:], at), at + 1
-        print(ids)
-        digest = hashlib.sha256(np.array(ids, dtype="<i4").tobytes()).hexdigest()
-        wrong += digest != passage["sha256"]
-    return 3 if wrong else 0
+            ids.append(int(logits.argmax()))
+        return ids
+
+    sys.exit(decode(behind))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(Path(sys.argv[1] if len(sys.argv) == 2 else "MODEL"))

