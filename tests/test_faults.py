@@ -11,9 +11,9 @@ import torch
 
 from conftest import QUICK, build, one_step, passages, reader
 from memvec import codec
+from memvec.arms.shared_m import Shared
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.shared_m import Shared
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.journal import Journal

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
+from memvec.arms.shared_m import Shared
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.shared_m import Shared
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import export, names

@@ -17,6 +17,7 @@ BESIDE = (
     "lab",
     "usable",
     "arms",
+    "spaces",
     "encoders",
     "export",
     "engines",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,10 +13,9 @@ from memvec.certificate import verify
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.shared_m import Shared, without_parts
 from memvec.environment import environment
 from memvec.errors import MemvecError
-from memvec.header import DocumentRecord, Header, PassageRecord
+from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
 from memvec.journal import Journal
 from memvec.model.batch_size import default_batch_size
 from memvec.model.estimate import duration, estimate, facts_of
@@ -68,8 +68,8 @@ class CramJob:
         workers: Workers | None = None,
     ) -> None:
         self.workers = workers
-        if lm.reading.shares_m:
-            recipe = without_parts(recipe)
+        if lm.reading.crammer:
+            recipe = lm.reading.crammer.without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
         self.recipe, self.storage = recipe, storage
         self.journal, self.on_status = journal, on_status
@@ -94,7 +94,7 @@ class CramJob:
         cutter, shortest = self.cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
         self.choose_batch_size(passages)
-        if self.lm.reading.shares_m:
+        if self.lm.reading.crammer:
             self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
         else:
             self.cram(passages)
@@ -122,7 +122,7 @@ class CramJob:
         memory = estimate(facts, **sizes)
         slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
         sentence = f"{slots} of up to {longest} tokens: {memory.sentence()}."
-        if self.workers is not None or self.lm.reading.shares_m:
+        if self.workers is not None or self.lm.reading.crammer:
             return sentence
         each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
         if not each:  # too little memory even for that many slots
@@ -163,8 +163,8 @@ class CramJob:
             if not halved:
                 return
 
-    def _shared(self) -> Shared:
-        return Shared(
+    def _shared(self) -> Any:
+        return self.lm.reading.crammer(
             self.lm,
             self.engine.recipe,
             batch_size=self.engine.batch_size,
@@ -189,7 +189,7 @@ class CramJob:
         if self.tokens is not None:
             return Cutter(self.lm, tokens=self.tokens, max_tokens=max_tokens), shortest
         share = float(self.lm.facts.get("fill", FILL))
-        share = share / 2 if self.lm.reading.shares_m else share
+        share = share / 2 if self.lm.reading.crammer else share
         bits = share * self.K * self._bits_per_vector(max_tokens)
         return Cutter(self.lm, bits=bits, max_tokens=max_tokens), shortest
 
@@ -265,13 +265,14 @@ class CramJob:
 
     def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
-        if not self.lm.reading.shares_m:
+        if not self.lm.reading.crammer:
             for outcome in fallen:
                 self.engine.push_again(outcome)
             return self.engine.run()
         which, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
         jobs = [Job.again(o, raised=spread if id(o) in which else None) for o in self._in_order()]
-        return self._shared().run(jobs)
+        crammed: list[Outcome] = self._shared().run(jobs)
+        return crammed
 
     def _in_order(self) -> list[Outcome]:
         return [self.done[key] for key in sorted(self.done)]
@@ -305,6 +306,7 @@ class CramJob:
             start_rule=self.engine.start_rule,
             trigger=self.engine.lm.other_trigger,
             layout=self.lm.layout,
+            space=_space_record(self.engine.lm),
             packing=self.storage.packing,
             recipe=self.engine.recipe.record(),
             environment=environment(),
@@ -330,3 +332,11 @@ class CramJob:
                     self.stage, self.total, done, vectors, self.split, progress, self.expected
                 )
             )
+
+
+def _space_record(lm: FrozenLM) -> SpaceRecord | None:
+    """What a file says of the space of a model's vectors; None for inputs."""
+    reading = lm.reading
+    if reading.space == "inputs":
+        return None
+    return SpaceRecord(name=reading.space, numbers=lm.numbers, options=dict(reading.options))

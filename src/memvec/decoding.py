@@ -9,13 +9,14 @@ is a token like any other) and inherits no generation settings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.corrections import table
-from memvec.model.caching import step
+from memvec.model.caching import behind, step
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 from memvec.model.reading import StartRule
@@ -56,12 +57,12 @@ def decode_ids(
         wanted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
         fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
-        inputs = torch.cat([vectors[rows].to(lm.device, lm.dtype), lm.embed(prefix)], dim=1)
+        inputs, cache = lm.reading.opening(lm, vectors[rows].to(lm.device), prefix)
 
         def choose(logits: Tensor, i: int) -> Tensor:
             return torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
 
-        tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached))
+        tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached, cache))
         if start == "first-token":
             tokens.insert(0, prefix[:, 0])
         decoded = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
@@ -109,21 +110,25 @@ def free_running(
     tokens: int,
     choose: Choose,
     cached: bool = True,
+    cache: Callable[[], Any] = lambda: None,
 ) -> Iterator[Int[Tensor, " B"]]:
     """The token ids that `choose` takes behind free inputs, one position at a time.
 
     What it takes is what the model reads next, through its cache if it has one and `cached`.
+    `cache` makes the cache that the inputs stand behind, anew at each call; None: an empty one.
     """
     steps = _cached_steps if cached and lm.has_cache else _uncached_steps
-    return steps(lm, inputs.to(lm.dtype), tokens, choose)
+    return steps(lm, inputs.to(lm.dtype), tokens, choose, cache)
 
 
-def _cached_steps(lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose) -> Iterator[Tensor]:
+def _cached_steps(
+    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, opened: Callable[[], Any]
+) -> Iterator[Tensor]:
     if tokens < 1:
         return
     argument = lm.caching.argument
     assert argument is not None, "a model without a cache is decoded without one"
-    logits, cache = step(lm.model, argument, inputs_embeds=inputs)
+    logits, cache = step(lm.model, argument, opened(), inputs_embeds=inputs)
     for i in range(tokens):
         ids = choose(logits, i)
         yield ids
@@ -131,9 +136,12 @@ def _cached_steps(lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose) -> 
             logits, cache = step(lm.model, argument, cache, input_ids=ids[:, None])
 
 
-def _uncached_steps(lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose) -> Iterator[Tensor]:
+def _uncached_steps(
+    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, opened: Callable[[], Any]
+) -> Iterator[Tensor]:
     for i in range(tokens):
-        logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -1].float()
+        options = behind(lm.caching.argument, opened())
+        logits = lm.model(inputs_embeds=inputs, **options).logits[:, -1].float()
         ids = choose(logits, i)
         yield ids
         inputs = torch.cat([inputs, lm.embed(ids[:, None])], dim=1)

@@ -61,6 +61,14 @@ class _Identity(BaseModel):
     vocabulary: int = Field(ge=2)
 
 
+class SpaceRecord(Record):
+    """Where the numbers of a vector stand, if they are not inputs."""
+
+    name: str = Field(description="of the registry's kind 'space'")
+    numbers: int = Field(ge=1, description="numbers of a vector (W)")
+    options: dict[str, Any] = Field(description="what makes the space again, with the model")
+
+
 class Header(Record):
     """Everything but the numbers."""
 
@@ -72,6 +80,9 @@ class Header(Record):
         default="prefix",
         description="how the model reads the vectors: in front of a passage, or (model/reading.py) "
         "two of them as [e, m, ..., m], with an m of each passage or one that all share",
+    )
+    space: SpaceRecord | None = Field(
+        default=None, description="where the numbers of a vector stand; none: they are inputs"
     )
     trigger: int | None = Field(
         default=None,
@@ -101,8 +112,8 @@ class Header(Record):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        if self.layout != "prefix" and self.start_rule != "vectors":
-            raise ValueError("one-step vectors are not followed by tokens")
+        if self.layout != "prefix" and (self.start_rule != "vectors" or self.space):
+            raise ValueError("one-step vectors are inputs that are not followed by tokens")
         if sum(d.passages for d in self.documents) != len(self.passages):
             raise ValueError("the documents do not add up to the passages")
         return self

@@ -35,6 +35,8 @@ KINDS = {
     "queries": "(lm, ids, recipe) -> token ids that the model reads behind the vectors",
     "schedule": "a class made from (recipe, K): which positions count, and how soft the loss is",
     "coordinates": "a class made from (recipe, K, D): parameters to [mem] vectors",
+    "layout": "a class made from (): how a model reads [mem] vectors",
+    "space": "(lm, options) -> how the model reads the numbers of a vector, and how many there are",
     "optimizer": "a class made from (recipe): one step of stacked parameters",
     "start": "(lm, ids, K, recipe) -> first vectors",
     "source": "a pydantic model that yields passages for a study",
@@ -58,6 +60,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "margin": "memvec.arms.presets:margin",
         "alignment": "memvec.arms.presets:alignment",
         "geometric": "memvec.arms.presets:geometric",
+        "prefix": "memvec.spaces.presets:prefix",
+        "prefix-layer": "memvec.spaces.presets:prefix_layer",
     },
     "objective": {
         "cross-entropy": "memvec.cramming.objectives:CrossEntropy",
@@ -81,6 +85,17 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "coordinates": {
         "direct": "memvec.cramming.coordinates:Direct",
         "low-dim": "memvec.arms.low_dim:LowDim",
+    },
+    "layout": {
+        "prefix": "memvec.model.reading:Prefix",
+        "one-step": "memvec.arms.one_step:OneStep",
+        "one-step-shared": "memvec.arms.one_step:OneStepSharedM",
+    },
+    "space": {
+        "inputs": "memvec.model.reading:in_front",
+        "prefix": "memvec.spaces.keys_values:KeysValues",
+        "prefix-layer": "memvec.spaces.keys_values:OneLayer",
+        "shared-basis": "memvec.spaces.shared_basis:SharedBasis",
     },
     "optimizer": {
         "nadam": "memvec.cramming.optimizers:NAdam",
@@ -121,6 +136,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "upper-bound": "memvec.lab.protocols.upper_bound:UpperBound",
         "geometry": "memvec.lab.protocols.geometry:Geometry",
         "usable": "memvec.lab.protocols.usable:Usable",
+        "spaces": "memvec.lab.protocols.spaces:Spaces",
     },
     "export": {
         "transformers": "memvec.export.transformers:Transformers",

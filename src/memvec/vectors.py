@@ -28,7 +28,7 @@ from memvec.errors import MemvecError, NotExactError
 from memvec.header import Header, PassageRecord
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import StartRule, reading_named
+from memvec.model.reading import StartRule, in_space, reading_named
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES, Storage
@@ -48,10 +48,15 @@ class MemVectors:
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
                 f"got {tuple(vectors.shape)}."
             )
+        if header.space and header.space.numbers != vectors.shape[2]:
+            raise MemvecError(
+                f"vectors in the space '{header.space.name}' have {header.space.numbers} numbers "
+                f"by their header and {vectors.shape[2]} here."
+            )
         reading = reading_named(header.layout)
         if reading.fixed_vectors not in (None, vectors.shape[1]):
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
-        if reading.shares_m and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
+        if reading.crammer and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
@@ -114,6 +119,7 @@ class MemVectors:
             "bits_per_number": width,
             "start_rule": self.header.start_rule,
             "layout": self.header.layout,
+            "space": self.header.space.name if self.header.space else "inputs",
             "tokens": sum(p.tokens for p in self.passages),
             "tokens_per_vector": mean,
             "tokens_per_vector_error": error,
@@ -186,8 +192,11 @@ class MemVectors:
         )
 
     def view(self, lm: FrozenLM) -> FrozenLM:
-        """The model as it reads these vectors: their layout and their trigger."""
-        return lm.read_as(self.header.layout).with_trigger(self.header.trigger)
+        """The model as it reads these vectors: their layout, their space and their trigger."""
+        lm = lm.read_as(self.header.layout)
+        if (space := self.header.space) is not None:
+            lm = in_space(lm, space.name, space.options)
+        return lm.with_trigger(self.header.trigger)
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
         """The bytes of every document. Raises like `tokens`."""
@@ -204,10 +213,10 @@ class MemVectors:
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
         theirs = self.header.model
-        if self.vectors.shape[2] != lm.width:
+        if self.vectors.shape[2] != (takes := self.view(lm).numbers):
             raise MemvecError(
                 f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
-                f"{lm.width}: they were made for {theirs.get('name')}."
+                f"{takes}: they were made for {theirs.get('name')}."
             )
         made_for = Fingerprint(
             theirs["config"], theirs["weights"], tuple(theirs["probe"]), theirs["dtype"]

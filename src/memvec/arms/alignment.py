@@ -38,6 +38,8 @@ class Alignment(Term):
         layers = layers_of(module.model)
         if not lm.reading.feeds_back:
             raise MemvecError("one-step vectors stand before no tokens, so nothing can be aligned.")
+        if lm.reading.space.startswith("prefix"):
+            raise MemvecError("keys and values stand before no states, so nothing can be aligned.")
         if not 1 <= recipe.align_layers <= len(layers):
             raise MemvecError(
                 f"{lm.name} has {len(layers)} layers: the recipe's align_layers cannot be "

@@ -17,6 +17,7 @@ from memvec.cli import options
 from memvec.cli.common import ModelChoice, recipe_of, renamed_seats
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
+from memvec.registry import BUILT_IN
 
 if TYPE_CHECKING:
     from memvec.journal import Journal
@@ -46,6 +47,13 @@ SharedM = Annotated[
         "together, so they depend on each other, and an interrupted run starts again.",
     ),
 ]
+Space = Annotated[
+    str | None,
+    typer.Option(
+        "--space", help=options.recipe_help("space") + "; the preset of this name, if there is one"
+    ),
+]
+Layer = Annotated[int | None, typer.Option("--layer", help=options.recipe_help("layer"))]
 Margin = Annotated[float | None, typer.Option(help=options.recipe_help("margin"))]
 Steps = Annotated[int | None, typer.Option(help=options.recipe_help("steps"))]
 Corrections = Annotated[int | None, typer.Option(help=options.recipe_help("corrections"))]
@@ -77,6 +85,8 @@ def cram(
     tokens: options.Tokens = None,
     one_step: OneStep = False,
     shared_m: SharedM = False,
+    space: Space = None,
+    layer: Layer = None,
     preset: options.Preset = "default",
     margin: Margin = None,
     steps: Steps = None,
@@ -106,16 +116,14 @@ def cram(
     json: options.Json = False,
 ) -> None:
     r"""Cram a text into \[mem] vectors, certify that it decodes exactly, and save them."""
-    fields = {"margin": margin, "steps": steps, "corrections": corrections, "seed": seed}
-    if usable or use_weight is not None:
-        preset, fields = _usable(preset, fields, use_weight, trigger, queries)
-    elif trigger or queries:
-        raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
+    fields: dict[str, Any] = {"margin": margin, "steps": steps, "corrections": corrections}
+    fields |= {"seed": seed, "start": start, "start_rule": start_rule, "space": space}
+    fields |= {"layer": layer, "term_weight": use_weight, "trigger": trigger, "queries": queries}
     request = _Request(
         file=file,
         output=output,
         choice=ModelChoice.of(model, revision, device, dtype, load, encoder),
-        recipe=recipe_of(preset, set_, start=start, start_rule=start_rule, **fields),
+        recipe=recipe_of(_preset(preset, usable, fields), set_, **fields),
         vectors=vectors,
         tokens=tokens,
         layout=_layout(one_step, shared_m, vectors),
@@ -194,18 +202,17 @@ class _Request:
         return {"questions": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _usable(
-    preset: str,
-    fields: dict[str, Any],
-    weight: float | None,
-    trigger: str | None,
-    queries: str | None,
-) -> tuple[str, dict[str, Any]]:
-    """The preset and the fields of a recipe for usable vectors."""
+def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
+    """The preset, or the one that vectors for use or in another space than inputs have."""
+    if not usable and fields["term_weight"] is None:
+        if fields["trigger"] or fields["queries"]:
+            raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
+        own = preset == "default" and fields["space"] in BUILT_IN["preset"]
+        return fields["space"] if own else preset
     if preset not in ("default", "usable"):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
-    check_minimum(0, use_weight=weight)
-    return "usable", {**fields, "term_weight": weight, "trigger": trigger, "queries": queries}
+    check_minimum(0, use_weight=fields["term_weight"])
+    return "usable"
 
 
 def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:

@@ -287,7 +287,7 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     spread = "" if math.isnan(error) else f" ± {error:.1f}"
     table.add_row(
         "passages",
-        f"{s['passages']}, {s['vectors_per_passage']} vectors each, D {s['width']}, {s['storage']}",
+        f"{s['passages']}, {s['vectors_per_passage']} vectors each, {_size(s)}, {s['storage']}",
     )
     table.add_row(
         "tokens",
@@ -312,6 +312,13 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     table.add_row(
         "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"
     )
+
+
+def _size(summary: dict[str, Any]) -> str:
+    """Numbers of a vector, and where they stand if they are no input."""
+    if summary["space"] == "inputs":
+        return f"D {summary['width']}"
+    return f"W {summary['width']} (space {summary['space']})"
 
 
 def _bytes(counts: Mapping[str, int]) -> str:

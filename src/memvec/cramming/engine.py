@@ -75,7 +75,7 @@ class Engine:
         self.recipe = replace(
             self.recipe,
             compute="model" if self.module is lm else "bfloat16",
-            lr_large=self.recipe.lr_large if lm.reading.feeds_back else 0.0,
+            lr_large=self.recipe.lr_large if lm.reading.enlarges else 0.0,
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress

@@ -16,6 +16,7 @@ NotExactName = Literal["raise-margin", "stop"]
 REGISTERED: dict[str, tuple[str, ...]] = {
     "objective": (),
     "coordinates": (),
+    "space": (),
     "optimizer": (),
     "schedule": (),
     "term": (),
@@ -34,6 +35,7 @@ MINIMUM: dict[str, float] = {
     "narrow_after": 0,
     "stuck_after": 0,
     "dimensions": 1,
+    "layer": 0,
     "lr": 0.0,
     "lr_large": 0.0,
     "warmup": 0,

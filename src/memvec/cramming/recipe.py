@@ -93,8 +93,18 @@ class Recipe:
         "steps without progress after which a passage is stuck: the temperature falls, to a third "
         "at the lowest, until there is progress, and its vectors are large from then on; 0: never",
     )
+    space: str = documented(
+        "inputs",
+        "where the numbers of a vector stand: 'inputs', in the model's input; 'prefix', as a key "
+        "and a value in every layer; 'prefix-layer', in one layer; 'shared-basis', as `dimensions` "
+        "coefficients of an input",
+    )
+    layer: int = documented(0, "the layer of 'prefix-layer', the first is 0")
     coordinates: str = documented("direct", "what is moved")
-    dimensions: int = documented(256, "coefficients per vector of 'low-dim' coordinates")
+    dimensions: int = documented(
+        256,
+        "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'",
+    )
     optimizer: str = documented(
         "nadam", "how it is moved; 'nadam': Adam whose mean gradient is taken a move ahead"
     )
@@ -207,5 +217,10 @@ class Recipe:
         return self if self.lr else replace(self, lr=0.5 if family == "gpt_neox" else 0.1)
 
     def record(self) -> dict[str, Any]:
-        """As a plain dictionary, for files and stores."""
-        return asdict(self)
+        """As a plain dictionary, for files and stores; with its space if that is not the input."""
+        record = asdict(self)
+        return (
+            record
+            if self.space != "inputs"
+            else {name: value for name, value in record.items() if name not in ("space", "layer")}
+        )

@@ -15,7 +15,7 @@ from memvec import registry
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import StartRule
+from memvec.model.reading import StartRule, in_space
 from memvec.passages.passage import ids_hash
 
 
@@ -75,7 +75,8 @@ def start_vectors(
     """
     name = start_of(lm, recipe)
     if name != "encoder":
-        return [registry.get("start", name)(lm, ids, K, recipe) for ids in passages]
+        start = registry.get("start", name)
+        return [lm.reading.begun_at(lm, start(lm, ids, K, recipe)) for ids in passages]
     if lm.encoder is None:
         raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
     batches: dict[int, list[int]] = {}
@@ -89,7 +90,8 @@ def start_vectors(
 
 
 def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
-    """The model with the recipe's trigger. Raises MemvecError if that is not one of its tokens."""
+    """The model with the recipe's space and trigger. Raises MemvecError if it has them not."""
+    lm = in_space(lm, recipe.space, recipe.record())
     return lm if recipe.trigger == "bos" else lm.with_trigger(lm.token_named(recipe.trigger))
 
 
@@ -100,6 +102,12 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
         rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
     else:
         rule = recipe.start_rule
+    if rule not in lm.reading.start_rules:
+        rules = " or ".join(lm.reading.start_rules)
+        raise MemvecError(
+            f"in the space '{lm.reading.space}' a token stands before the first predicted one: "
+            f"use --start-rule {rules}, not {rule}."
+        )
     if rule == "bos" and lm.trigger is None:
         raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
     return rule

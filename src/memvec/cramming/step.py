@@ -70,7 +70,7 @@ class Step:
         self.start_rule, self.storage = start_rule, storage
         self.given = int(start_rule == "first-token")  # leading tokens that are not predicted
         self.coordinates: Coordinates = registry.get("coordinates", recipe.coordinates)(
-            recipe, K, lm.width
+            recipe, K, lm.numbers
         )
         self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
@@ -126,7 +126,7 @@ class Step:
     def rehearse(self, tokens: int, batch_size: int) -> None:
         """A forward and backward pass of `batch_size` passages of `tokens` tokens, dropped."""
         device = self.lm.device
-        vectors = torch.zeros(batch_size, self.K, self.lm.width, device=device).requires_grad_()
+        vectors = torch.zeros(batch_size, self.K, self.lm.numbers, device=device).requires_grad_()
         ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=device)
         with torch.enable_grad():
             states = self.module.states(vectors, ids, self.start_rule)

@@ -114,8 +114,15 @@ def check(
     """Raise MemvecError if an engine cannot be asked for these vectors; nothing is started."""
     known(engine)
     mem.check_model(lm)
-    if mem.header.layout != "prefix" or any(p.corrections for p in mem.passages):
-        raise MemvecError(f"{engine} decodes plain vectors: no one-step layout, no corrections.")
+    if (
+        mem.header.layout != "prefix"
+        or mem.header.space
+        or any(p.corrections for p in mem.passages)
+    ):
+        raise MemvecError(
+            f"{engine} decodes plain vectors: no one-step layout, no other space than inputs, no "
+            "corrections."
+        )
     refuse_model(engine, lm, model)
 
 

@@ -84,6 +84,11 @@ def _check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: b
             f"one-step vectors are read in one forward pass, which no export is for: "
             f"{target.name} generates token by token."
         )
+    if mem.header.space is not None:
+        raise MemvecError(
+            f"vectors in the space '{mem.header.space.name}' are no inputs, which is what "
+            f"{target.name} takes: cram the text with --space inputs."
+        )
     mem.check_model(lm)
     dtype = str(lm.dtype).removeprefix("torch.")
     if target.dtype not in (None, dtype):

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memvec.lab import slow_space
 from memvec.model.lm import FrozenLM
 
 Floats = NDArray[np.float64]
@@ -54,14 +55,19 @@ class SlowPassage:
 
 @torch.no_grad()
 def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> Floats:
-    """(K + N, V) logits of the model's own forward on [vectors (K, D), ids (N,)], float64."""
+    """(K + N, V) logits of the model's own forward on [vectors (K, D), ids (N,)], float64.
+
+    (N, V) behind the keys and values of a space.
+    """
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     if vectors is None:
         out = lm.model(input_ids=table, use_cache=False)
     else:
-        front = vectors.to(lm.device, lm.dtype)[None]
-        inputs = torch.cat([front, lm.embedding(table)], dim=1)
-        out = lm.model(inputs_embeds=inputs, use_cache=False)
+        front, options = slow_space.front(lm, vectors)
+        inputs = lm.embedding(table)
+        if front is not None:
+            inputs = torch.cat([front.to(lm.device, lm.dtype)[None], inputs], dim=1)
+        out = lm.model(inputs_embeds=inputs, **options)
     table_of_logits: Floats = out.logits[0].double().cpu().numpy()
     return table_of_logits
 

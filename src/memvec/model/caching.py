@@ -65,6 +65,11 @@ def step(
     return out.logits[:, -1].float(), out.get(argument)
 
 
+def behind(argument: str | None, cache: Any) -> dict[str, Any]:
+    """Options of a forward behind what a cache holds; without one where there is none."""
+    return {"use_cache": False} if cache is None else {"use_cache": True, str(argument): cache}
+
+
 @torch.no_grad()
 def cached_logits(
     model: nn.Module,

@@ -153,7 +153,8 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     facts = facts_of_config(lm.config, steps.dtype.itemsize, own)
     weights = float(sum(map(_bytes, parameters.values())))
     kept = kept_bytes(steps, tokens)
-    return replace(facts, weights=weights, kept=kept, checkpointing=lm.checkpointing)
+    measured = replace(facts, weights=weights, kept=kept, width=lm.numbers)
+    return replace(measured, checkpointing=lm.checkpointing)
 
 
 def _bytes(parameter: Tensor) -> int:
@@ -172,13 +173,13 @@ def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
     """
     if lm.layout != "prefix":
         return None
-    T = max(2, min(tokens, MAX_MEASURED))
+    T = max(4, min(tokens, MAX_MEASURED))
     sizes = []
     for t in (T // 2, T):  # what any passage keeps, however short, is none of its tokens'
         ids = torch.zeros(1, t, dtype=torch.long, device=lm.device)
-        vectors = torch.zeros(1, 1, lm.width, device=lm.device, requires_grad=True)
+        vectors = torch.zeros(1, 1, lm.numbers, device=lm.device, requires_grad=True)
         with torch.enable_grad(), saved_bytes(lm.model) as kept:
-            lm.states(vectors, ids)
+            lm.states(vectors, ids, "first-token")
         sizes.append(kept())
     return (sizes[1] - sizes[0]) / (T - T // 2)
 

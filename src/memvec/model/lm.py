@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memvec.errors import MemvecError, SlowPathWarning
-from memvec.model.caching import find_cache
+from memvec.model.caching import behind, find_cache
 from memvec.model.configuration import context_length, start_token
 from memvec.model.fingerprint import fingerprint_of
 from memvec.model.heads import split_head
@@ -177,6 +177,11 @@ class FrozenLM:
         return view
 
     @property
+    def numbers(self) -> int:
+        """Numbers of a vector (W), as they are trained and stored; D for inputs."""
+        return self.reading.numbers(self)
+
+    @property
     def trigger(self) -> int | None:
         """The token that follows the vectors under the start rule 'bos': BOS, or another one."""
         return self.bos_id if self.other_trigger is None else self.other_trigger
@@ -232,12 +237,20 @@ class FrozenLM:
         `head` turns them into logits. For a model whose head we may not take apart these are the
         logits already, and `head` leaves them as they are.
         """
-        predicted = ids.shape[1] - (start == "first-token")
-        return self.states_of(self.inputs(vectors, ids, start), keep=predicted)
+        return self.reading.states(self, vectors, ids, start)
 
-    def states_of(self, inputs: Float[Tensor, "B N D"], keep: int) -> Float[Tensor, "B keep H"]:
-        """States at the last `keep` positions of free inputs; `head` turns them into logits."""
-        return self._run(inputs, keep)
+    def states_of(
+        self, inputs: Float[Tensor, "B N D"], keep: int, cache: Any = None
+    ) -> Float[Tensor, "B keep H"]:
+        """States at the last `keep` positions of free inputs, behind what a cache holds."""
+        out: Tensor
+        options = behind(self.caching.argument, cache)
+        with self._sparing():
+            if self._body is not None:
+                out = self._body(inputs_embeds=inputs, **options)[0][:, -keep:]
+            else:
+                out = self.model(inputs_embeds=inputs, **options).logits[:, -keep:]
+        return out.to(self.device)  # the last layer may live on another one
 
     def inputs_before(self, K: int, start: StartRule) -> int:
         """Inputs that a forward pass reads besides one for each predicted token."""
@@ -270,16 +283,7 @@ class FrozenLM:
         """
         if self._body is None:
             raise MemvecError(f"{self.name} does not give its hidden states apart from its logits.")
-        return self._run(inputs, keep)
-
-    def _run(self, inputs: Tensor, keep: int) -> Tensor:
-        out: Tensor
-        with self._sparing():
-            if self._body is not None:
-                out = self._body(inputs_embeds=inputs, use_cache=False)[0][:, -keep:]
-            else:
-                out = self.model(inputs_embeds=inputs, use_cache=False).logits[:, -keep:]
-        return out.to(self.device)  # the last layer may live on another one
+        return self.states_of(inputs, keep)
 
     @contextlib.contextmanager
     def _sparing(self) -> Iterator[None]:

@@ -1,24 +1,26 @@
 """How a model reads [mem] vectors: what stands before each predicted token, and how it is decoded.
 
-`Prefix` puts the vectors in front of the passage, which is decoded token by token. `OneStep` is
-Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation" (arXiv
-2505.21189, EMNLP 2025): the model reads [e, m, m, ..., m], as many inputs as the passage has
-tokens, and the output at position i is token i. Nothing is fed back, so nothing can be continued;
-in the paper's tables two vectors hold about half of the tokens that one vector gives back token by
-token. With a shared m, P passages are in P + 1 vectors.
+`Prefix` puts the vectors in front of the passage, which is decoded token by token; memvec.arms has
+two that decode a passage in one forward pass.
 
 A model has one reading (`FrozenLM.reading`); the engine, certification, metrics and files ask it.
+
+A *space* says which numbers of a vector are trained and stored: those of an input (`inputs`, D of
+them), or W others that a reading of memvec.spaces makes something of that the model reads.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.errors import MemvecError, did_you_mean
+from memvec import registry
+from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -35,7 +37,38 @@ class Prefix:
     layout: Layout = "prefix"
     fixed_vectors: int | None = None  # the number of vectors it takes, None for any
     feeds_back: bool = True  # each decoded token is read before the next
-    shares_m: bool = False  # all passages of a file share one vector
+    crammer: Any = None  # what crams all passages together, where they share one vector
+    enlarges: bool = True  # vectors may be made large, and move in large steps
+    space: str = "inputs"  # where the numbers of a vector stand
+    start_rules: tuple[StartRule, ...] = START_RULES
+    options: Mapping[str, Any] = {}  # what a file keeps of the space, to make it again
+
+    def numbers(self, lm: FrozenLM) -> int:
+        """Numbers of a vector (W), as they are trained and stored."""
+        return lm.width
+
+    def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
+        """The numbers that stand for input vectors, or nearly: where a passage begins."""
+        return vectors
+
+    def states(
+        self,
+        lm: FrozenLM,
+        vectors: Float[Tensor, "B K W"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule,
+    ) -> Float[Tensor, "B N H"]:
+        """Hidden states at the predicting positions."""
+        inputs = self.inputs(lm, vectors, ids, start)
+        return lm.states_of(inputs, keep=ids.shape[1] - (start == "first-token"))
+
+    def opening(
+        self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
+    ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
+        """What free decoding begins with: inputs, and what makes the cache that they stand behind
+        (None for an empty one)."""
+        inputs = torch.cat([vectors.to(lm.device, lm.dtype), lm.embed(given)], dim=1)
+        return inputs, lambda: None
 
     def inputs(
         self,
@@ -81,87 +114,29 @@ class Prefix:
         return passages
 
 
-class OneStep(Prefix):
-    """[e, m x (T - 1)] for vectors (B, 2, D): one forward pass gives all tokens of a passage."""
-
-    layout: Layout = "one-step"
-    fixed_vectors = 2
-    feeds_back = False
-
-    def inputs(
-        self,
-        lm: FrozenLM,
-        vectors: Float[Tensor, "B K D"] | None,
-        ids: Int[Tensor, "B T"],
-        start: StartRule = "vectors",
-    ) -> Float[Tensor, "B N D"]:
-        """[e, m x (T - 1)]; without vectors as any model reads its tokens.
-
-        No input depends on a token: `ids` says how many there are. Raises MemvecError for another
-        number of vectors or a start rule that gives tokens.
-        """
-        if vectors is None:
-            return super().inputs(lm, vectors, ids, start)
-        if vectors.shape[1] != 2:
-            raise MemvecError(
-                f"one-step decoding takes two vectors, e and m, not {vectors.shape[1]}."
-            )
-        if start != "vectors":
-            raise MemvecError(
-                "one-step decoding continues no given tokens: use --start-rule vectors, "
-                f"not {start}."
-            )
-        vectors = vectors.to(lm.dtype)
-        return torch.cat([vectors[:, :1], vectors[:, 1:].expand(-1, ids.shape[1] - 1, -1)], dim=1)
-
-    def inputs_before(self, K: int, start: StartRule) -> int:
-        """None: each input predicts a token."""
-        return 0
-
-    def context(self, lm: FrozenLM) -> int | None:
-        """Less than the model's own where every layer sees a sliding window.
-
-        Past the last position that e reaches, every window holds copies of m only, and every
-        answer is the same.
-        """
-        config: Any = lm.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None) or []
-        if not window or getattr(config, "use_sliding_window", True) is False:
-            return lm.context
-        if any("sliding" not in str(kind) for kind in kinds):
-            return lm.context
-        reach = int(config.num_hidden_layers) * (int(window) - 1) + 1
-        return min(lm.context or reach + 2, reach + 2)
-
-
-class OneStepSharedM(OneStep):
-    """The same with one m for all passages of a file, stored once: [m, e_1 ... e_P]."""
-
-    layout: Layout = "one-step-shared"
-    shares_m = True
-
-    def rows(self, vectors: Float[Tensor, "P K D"]) -> Float[Tensor, "R k D"]:
-        """[m, e_1 ... e_P] as (P + 1, 1, D)."""
-        return torch.cat([vectors[:1, 1:], vectors[:, :1]]).contiguous()
-
-    def vectors(self, rows: Float[Tensor, "R k D"]) -> Float[Tensor, "P K D"]:
-        """(e_p, m) of each passage."""
-        return torch.cat([rows[1:], rows[:1].expand(len(rows) - 1, -1, -1)], dim=1).contiguous()
-
-    def row_count(self, passages: int) -> int:
-        """One for each passage, and one for m."""
-        return passages + 1
-
-
 PREFIX = Prefix()
-READINGS: dict[str, Prefix] = {
-    reading.layout: reading for reading in (PREFIX, OneStep(), OneStepSharedM())
-}
 
 
+def in_front(lm: FrozenLM, options: Mapping[str, Any]) -> Prefix:
+    """The space `inputs`: as the model reads vectors already."""
+    return lm.reading
+
+
+def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
+    """A model with its vectors in a space of the registry.
+
+    `options` are a recipe's record, or what a file keeps. Raises MemvecError where the model, or
+    its reading, has no such space.
+    """
+    if name in ("inputs", lm.reading.space):
+        return lm
+    if lm.layout != "prefix":
+        raise MemvecError(f"vectors read in one step are inputs: leave out the space '{name}'.")
+    return lm.read_as(registry.get("space", name)(lm.read_as(PREFIX), options))
+
+
+@functools.cache
 def reading_named(layout: str) -> Prefix:
     """The reading of a layout. Raises MemvecError for an unknown one."""
-    if layout not in READINGS:
-        raise MemvecError(f"unknown layout '{layout}': {did_you_mean(layout, READINGS)}")
-    return READINGS[layout]
+    reading: Prefix = PREFIX if layout == "prefix" else registry.get("layout", layout)()
+    return reading

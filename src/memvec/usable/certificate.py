@@ -135,11 +135,18 @@ def certify_use(
 
 def check_usable(mem: MemVectors) -> None:
     """Raise MemvecError for vectors behind which nothing but their passage can be read."""
+    if mem.header.space is not None:
+        raise MemvecError(only_inputs(mem.header.space.name))
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
             "these vectors have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with --usable."
         )
+
+
+def only_inputs(space: str) -> str:
+    """The sentence for vectors of another space, which nothing measures as context."""
+    return f"vectors in the space '{space}' are no inputs, and only inputs are used as context."
 
 
 def _spread(n: int, most: int) -> list[int]:

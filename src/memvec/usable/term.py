@@ -25,7 +25,7 @@ from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
-from memvec.usable.certificate import certify_use
+from memvec.usable.certificate import certify_use, only_inputs
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import (
     Teacher,
@@ -46,6 +46,8 @@ class Use(Term):
     ) -> None:
         if not lm.reading.feeds_back:
             raise MemvecError("vectors that are read in one step cannot stand in front of a query.")
+        if lm.reading.space != "inputs":
+            raise MemvecError(only_inputs(lm.reading.space))
         if start_rule == "vectors":
             raise MemvecError(
                 "vectors that are to be used as context need a trigger behind which the passage "

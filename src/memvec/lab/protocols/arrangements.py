@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memvec.arms.one_step import OneStep
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import OneStep, StartRule
+from memvec.model.reading import StartRule
 
 Arrangement = Literal["e", "halves", "pairs", "m-for-each", "m-for-rest"]
 ARRANGEMENTS: tuple[Arrangement, ...] = get_args(Arrangement)

@@ -104,7 +104,7 @@ def _cells(
             seed,
             recipe_of(run, seed).record(),
             options_of(run),
-            spec.storage,
+            run.storage or spec.storage,
             spec.fixed_shapes,
         )
 

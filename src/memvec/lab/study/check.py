@@ -151,8 +151,9 @@ def _check_row(
     wrong = [*_compare(row, slow, dtype, worst), *_positions(slow, positions.numpy(), dtype, worst)]
     wrong += _extra(cell.protocol, row["extra"], slow, worst)
     wrong = [f"{place}: {sentence}" for sentence in wrong]
-    if vectors.shape != (cell.vectors, lm.width) or not torch.isfinite(vectors.float()).all():
-        wrong.append(f"{place}: vectors are not {cell.vectors} x {lm.width} finite numbers.")
+    numbers = slow.passage.lm.numbers
+    if vectors.shape != (cell.vectors, numbers) or not torch.isfinite(vectors.float()).all():
+        wrong.append(f"{place}: vectors are not {cell.vectors} x {numbers} finite numbers.")
     if not store.sealed(row["cell"], row["number"]):
         wrong.append(f"{place}: the row was changed after it was written.")
     if lm.tokenizer is not None:

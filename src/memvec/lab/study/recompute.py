@@ -108,7 +108,8 @@ def _with_vectors(
     bits, margin = slow.teacher_forced(lm, front, ids, start)
     middle = [lm.trigger] if start == "bos" else []
     decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
-    return bits, margin, decoded, cell.vectors - 1
+    before = -1 if lm.reading.space.startswith("prefix") else cell.vectors - 1  # the start token
+    return bits, margin, decoded, before
 
 
 def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floats]:

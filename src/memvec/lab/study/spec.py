@@ -63,6 +63,9 @@ class RunSpec(Strict):
     budget: int = Field(
         default=0, ge=0, description="maximum of forward-backward tokens for a passage; 0: no limit"
     )
+    storage: Storage | None = Field(
+        default=None, description="dtype of this run's stored vectors; default: the spec's"
+    )
     options: dict[str, Any] = Field(
         default={}, description="options of the protocol; they may stand in the run itself"
     )

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from memvec.arms.shared_m import Shared, without_parts
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress, resolve_start_rule
-from memvec.cramming.shared_m import Shared, without_parts
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage

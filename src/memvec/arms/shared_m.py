@@ -54,6 +54,8 @@ def without_parts(recipe: Recipe) -> Recipe:
 class Shared:
     """Crams passages into an e each and one m. Raises MemvecError for what cannot be crammed so."""
 
+    without_parts = staticmethod(without_parts)
+
     def __init__(
         self,
         lm: FrozenLM,

@@ -1,0 +1,94 @@
+"""One forward pass for all tokens of a passage: Mezentsev & Oseledets, "Exploring the Latent
+Capacity of LLMs for One-Step Text Generation" (arXiv 2505.21189, EMNLP 2025).
+
+The model reads [e, m, m, ..., m], as many inputs as the passage has tokens, and the output at
+position i is token i. Nothing is fed back, so nothing can be continued; in the paper's tables two
+vectors hold about half of the tokens that one vector gives back token by token. With a shared m, P
+passages are in P + 1 vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.arms.shared_m import Shared
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import Layout, Prefix, StartRule
+
+
+class OneStep(Prefix):
+    """[e, m x (T - 1)] for vectors (B, 2, D): one forward pass gives all tokens of a passage."""
+
+    layout: Layout = "one-step"
+    fixed_vectors = 2
+    feeds_back = enlarges = False
+
+    def inputs(
+        self,
+        lm: FrozenLM,
+        vectors: Float[Tensor, "B K D"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule = "vectors",
+    ) -> Float[Tensor, "B N D"]:
+        """[e, m x (T - 1)]; without vectors as any model reads its tokens.
+
+        No input depends on a token: `ids` says how many there are. Raises MemvecError for another
+        number of vectors or a start rule that gives tokens.
+        """
+        if vectors is None:
+            return super().inputs(lm, vectors, ids, start)
+        if vectors.shape[1] != 2:
+            raise MemvecError(
+                f"one-step decoding takes two vectors, e and m, not {vectors.shape[1]}."
+            )
+        if start != "vectors":
+            raise MemvecError(
+                "one-step decoding continues no given tokens: use --start-rule vectors, "
+                f"not {start}."
+            )
+        vectors = vectors.to(lm.dtype)
+        return torch.cat([vectors[:, :1], vectors[:, 1:].expand(-1, ids.shape[1] - 1, -1)], dim=1)
+
+    def inputs_before(self, K: int, start: StartRule) -> int:
+        """None: each input predicts a token."""
+        return 0
+
+    def context(self, lm: FrozenLM) -> int | None:
+        """Less than the model's own where every layer sees a sliding window.
+
+        Past the last position that e reaches, every window holds copies of m only, and every
+        answer is the same.
+        """
+        config: Any = lm.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None) or []
+        if not window or getattr(config, "use_sliding_window", True) is False:
+            return lm.context
+        if any("sliding" not in str(kind) for kind in kinds):
+            return lm.context
+        reach = int(config.num_hidden_layers) * (int(window) - 1) + 1
+        return min(lm.context or reach + 2, reach + 2)
+
+
+class OneStepSharedM(OneStep):
+    """The same with one m for all passages of a file, stored once: [m, e_1 ... e_P]."""
+
+    layout: Layout = "one-step-shared"
+    crammer = Shared
+
+    def rows(self, vectors: Float[Tensor, "P K D"]) -> Float[Tensor, "R k D"]:
+        """[m, e_1 ... e_P] as (P + 1, 1, D)."""
+        return torch.cat([vectors[:1, 1:], vectors[:, :1]]).contiguous()
+
+    def vectors(self, rows: Float[Tensor, "R k D"]) -> Float[Tensor, "P K D"]:
+        """(e_p, m) of each passage."""
+        return torch.cat([rows[1:], rows[:1].expand(len(rows) - 1, -1, -1)], dim=1).contiguous()
+
+    def row_count(self, passages: int) -> int:
+        """One for each passage, and one for m."""
+        return passages + 1

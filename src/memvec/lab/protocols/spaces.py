@@ -1,0 +1,145 @@
+"""Where the trained numbers stand: inputs, keys and values in all layers or in one, a shared basis.
+
+Each run of a spec names a space in its recipe (`recipe = { space = "prefix" }`) and K; a vector has
+as many numbers as the space gives it, so counts of numbers, and of stored bits, are compared
+between rows and not fixed by K. The exact horizon within the recipe's budget is the measure, as in
+the protocol `exact`. Every space has a token between its vectors and the passage here (start rule
+'bos'), so that the same tokens have to come back.
+
+Besides, each passage's vectors are read as context: `texts` continuations that the model writes
+behind the text, with the first word given, for behind keys and values nothing predicts it. The
+vectors are crammed to be exact only: the term `use` trains inputs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from memvec.cramming.certify import Outcome
+from memvec.cramming.recipe import Recipe
+from memvec.lab import slow_use
+from memvec.lab.protocols import protocol, spaces_report
+from memvec.lab.protocols.exact import exact_result
+from memvec.lab.protocols.protocol import Capacity, Card, Compared, Protocol
+from memvec.lab.report.data import Data
+from memvec.lab.report.plot import Plot
+from memvec.lab.report.table import Table
+from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.study.spec import RunSpec
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.usable.certificate import SEED
+from memvec.usable.queries import queries_of, text_inputs
+
+
+class Spaces(Protocol):
+    """Exact horizon by where the numbers stand."""
+
+    preset = "default"
+    changes = {"start_rule": "bos"}  # noqa: RUF012
+    measures_horizon = True
+    extras = {  # noqa: RUF012
+        "space": "where the numbers of a vector stand",
+        "numbers": "numbers of the passage's vectors, all K together",
+        "words": "token ids of the held-out texts that were read behind each context",
+        "kl": "KL from the model behind the text, a word after the first, behind [the vectors, "
+        "nothing], nats",
+    }
+
+    class Options(protocol.Options):
+        """What is read behind the vectors."""
+
+        texts: int = Field(default=2, ge=1, description="held-out continuations of each passage")
+        words: int = Field(default=24, ge=2, description="tokens of each")
+
+    def problem(self, run: RunSpec) -> str | None:
+        if run.recipe.get("start_rule", "bos") != "bos":
+            return "compares spaces behind one start rule, so start_rule must be 'bos'"
+        return None
+
+    def extra(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        ids, vectors = sourced.passage.ids, outcome.vectors.float()
+        asked = Recipe(query_count=options["texts"], query_tokens=options["words"], seed=SEED)
+        words = queries_of(lm, ids, asked)[0]
+        return {
+            "space": space_of(lm),
+            "numbers": vectors.numel(),
+            "words": words.tolist(),
+            "kl": list(divergences(lm, vectors, ids, words)),
+        }
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        lm, ids, vectors = passage.lm, passage.ids, passage.vectors
+        words = [[int(token) for token in row] for row in stored["words"]]
+        bos = [] if lm.bos_id is None else [lm.bos_id]
+        again: tuple[list[float], list[float]] = ([], [])
+        for row in words:
+            text = slow_use.log_probabilities(lm, None, [*bos, *ids, row[0]], row[1:])
+            behind = slow_use.log_probabilities(lm, vectors, row[:1], row[1:])
+            alone = slow_use.log_probabilities(lm, None, [*bos, row[0]], row[1:])
+            for values, q in zip(again, (behind, alone), strict=True):
+                values.append(float((np.exp(text) * (text - q)).sum(1).mean()))
+        kl = [sum(values) / len(values) for values in again]
+        near = 2 * passage.bits_tolerance / len(passage.lm_bits)
+        numbers = float(vectors.numel())
+        same = 0.0 if stored["space"] == space_of(lm) else 1.0
+        return [
+            Compared("space", [same], [0.0], [0.0]),
+            Compared("numbers", [float(stored["numbers"])], [numbers], [0.0]),
+            Compared("kl", [float(value) for value in stored["kl"]], kl, [near, near]),
+        ]
+
+    def capacity(self, rows: pd.DataFrame) -> Capacity | None:
+        r = exact_result(rows)
+        return Capacity(r.horizon.mean, r.horizon.low, r.horizon.high, str(r.horizon))
+
+    def cards(self, data: Data) -> list[Card]:
+        return spaces_report.cards(data, data.of(self.name))
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        return spaces_report.tables(data, data.of(self.name))
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        return spaces_report.figures(data, data.of(self.name))
+
+
+def space_of(lm: FrozenLM) -> str:
+    """The space of a model's reading, with what tells it from others of its name."""
+    options = lm.reading.options
+    more = {"prefix-layer": f" {options.get('layer')}", "shared-basis": f" {lm.numbers}"}
+    return lm.reading.space + more.get(lm.reading.space, "")
+
+
+@torch.no_grad()
+def divergences(
+    lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
+) -> tuple[float, float]:
+    """KL from the model behind the text, a word after the first, behind the vectors (K, W) and
+    behind nothing, nats; words (M, L)."""
+    words = words.to(lm.device)
+    M = len(words)
+
+    def behind(inputs: Tensor) -> Tensor:
+        whole = torch.cat([inputs.expand(M, -1, -1).to(lm.dtype), lm.embed(words[:, :-1])], 1)
+        return lm.head(lm.states_of(whole, keep=words.shape[1] - 1)).log_softmax(-1)
+
+    text, nothing = behind(text_inputs(lm, ids)), behind(text_inputs(lm, ()))
+    rows = vectors[None].expand(M, -1, -1).to(lm.device)
+    read = lm.head(lm.states(rows, words, "first-token")).log_softmax(-1)
+    first, second = (float((text.exp() * (text - q)).sum(-1).mean()) for q in (read, nothing))
+    return first, second

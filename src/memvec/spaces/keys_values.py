@@ -1,0 +1,256 @@
+"""Keys and values in front of the passage: prefix tuning (Li & Liang 2021, arXiv 2101.00190).
+
+A vector is what a model's cache holds of one position: a key and a value of each key-value head, in
+every layer (`prefix`) or in one (`prefix-layer`). K of them stand in the model's own DynamicCache
+before its forward begins, so the tokens behind have positions from K on, and decoding is the
+model's own with its cache. Nothing predicts a token at the places of the prefix, so a token is
+given before the first one that has to come back: BOS, or the passage's first.
+
+The numbers are counted in units: powers of two near the root mean square of the keys, and of the
+values, that the model itself computes in each layer. One learning rate then fits all layers, and
+so does one scale of integers for each vector. The units are in the file.
+
+With `prefix-layer`, the other layers hold at these K positions what the model computes for K times
+one token (BOS, or token 0): they see constants, the same for every passage, so whatever comes back
+came through the one layer. Cutting attention there instead would need a mask of its own for each
+layer, which few models take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.model.agreement import agree
+from memvec.model.lm import FrozenLM
+from memvec.model.probes import probe_ids
+from memvec.model.reading import Prefix, StartRule
+
+# Keys and values (1, heads, K, width) of each layer.
+Layers = list[tuple[Tensor, Tensor]]
+
+
+class KeysValues(Prefix):
+    """A key and a value of each head in every layer. Raises MemvecError for a model without them.
+
+    `options` may hold `units`: the exponents of two in which keys and values are counted, for each
+    layer in turn; without them they are measured.
+    """
+
+    space = "prefix"
+    enlarges = False
+    start_rules = ("bos", "first-token")
+
+    def __init__(self, lm: FrozenLM, options: Mapping[str, Any]) -> None:
+        self.lm = lm
+        probe = _probed(lm, self.space)
+        self.layers = self._trained(len(probe), options)
+        # (heads, width) of keys, of values, for each trained layer in turn.
+        tables = [table for layer in self.layers for table in probe[layer]]
+        self.shapes = [(int(t.shape[1]), int(t.shape[3])) for t in tables]
+        self.sizes = [heads * width for heads, width in self.shapes]
+        units = options.get("units")
+        self.units = [_unit(t) for t in tables] if units is None else _checked(units, len(tables))
+        self.options = {"units": self.units}
+        each = [torch.full((n,), 2.0**unit) for n, unit in zip(self.sizes, self.units, strict=True)]
+        self.unit = torch.cat(each)
+        self._agrees(probe)
+
+    def _trained(self, layers: int, options: Mapping[str, Any]) -> list[int]:
+        """The layers whose keys and values are trained."""
+        return list(range(layers))
+
+    def _constants(self, K: int) -> Layers | None:
+        """Keys and values of all layers for K positions, where not all of them are trained."""
+        return None
+
+    def numbers(self, lm: FrozenLM) -> int:
+        """Of all trained layers: 2 x key-value heads x head width each, where both are equal."""
+        return sum(self.sizes)
+
+    def inputs_before(self, K: int, start: StartRule) -> int:
+        """None: keys and values are not computed."""
+        return 0
+
+    @torch.no_grad()
+    def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
+        """The keys and values that the model computes for input vectors."""
+        layers = keys_values(self.lm, vectors[None].to(self.lm.device, self.lm.dtype))
+        return self._flat(layers).cpu()
+
+    def _flat(self, layers: Layers) -> Float[Tensor, "K W"]:
+        tables = [t[0] for layer in self.layers for t in layers[layer]]
+        rows = torch.cat([t.transpose(0, 1).flatten(1).float() for t in tables], dim=-1)
+        return rows / self.unit.to(rows.device)
+
+    def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"]) -> Any:
+        """The model's own cache with these keys and values in it, differentiable."""
+        from transformers import DynamicCache  # two seconds that a list of spaces should not cost
+
+        scaled = (vectors * self.unit.to(vectors.device)).to(lm.rounding)
+        parts = iter(torch.split(scaled, self.sizes, dim=-1))
+        shapes = iter(self.shapes)
+
+        def table() -> Tensor:
+            flat: Tensor = next(parts)
+            return flat.reshape(*flat.shape[:2], *next(shapes)).transpose(1, 2)
+
+        cache = DynamicCache()
+        constants = self._constants(vectors.shape[1])
+        for layer in range(len(constants or self.layers)):
+            if layer in self.layers:
+                cache.update(table(), table(), layer)
+            elif constants:
+                keys, values = (t.to(vectors.device, lm.rounding) for t in constants[layer])
+                rows = (len(vectors), -1, -1, -1)
+                cache.update(keys.expand(rows), values.expand(rows), layer)
+        return cache
+
+    def inputs(
+        self,
+        lm: FrozenLM,
+        vectors: Float[Tensor, "B K W"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule = "vectors",
+    ) -> Float[Tensor, "B N D"]:
+        """The tokens alone: keys and values stand behind the inputs, in the cache."""
+        if vectors is None:
+            return super().inputs(lm, None, ids, start)
+        if start == "vectors":
+            raise MemvecError(_nothing_before(self.space))
+        return lm.embed(torch.cat([lm.start_ids(ids, start)[:, : int(start == "bos")], ids], 1))[
+            :, :-1
+        ]
+
+    def states(
+        self,
+        lm: FrozenLM,
+        vectors: Float[Tensor, "B K W"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule,
+    ) -> Float[Tensor, "B N H"]:
+        """Hidden states at the predicting positions, behind the prefix."""
+        if vectors is None:
+            return super().states(lm, None, ids, start)
+        inputs = self.inputs(lm, vectors, ids, start)
+        return lm.states_of(inputs, keep=inputs.shape[1], cache=self.cache(lm, vectors))
+
+    def opening(
+        self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
+    ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
+        """The given token, behind a cache that holds the prefix."""
+        if not given.shape[1]:
+            raise MemvecError(_nothing_before(self.space))
+        return lm.embed(given), lambda: self.cache(lm, vectors.to(lm.device))
+
+    @torch.no_grad()
+    def _agrees(self, probe: Layers) -> None:
+        """Refuse a model that reads its own keys and values otherwise when we hand them in."""
+        ids = probe_ids(self.lm, 7)
+        whole = KeysValues.__new__(KeysValues)  # all layers, whatever is trained
+        whole.layers = list(range(len(probe)))
+        tables = [table for layer in probe for table in layer]
+        whole.shapes = [(int(t.shape[1]), int(t.shape[3])) for t in tables]
+        whole.sizes = [heads * width for heads, width in whole.shapes]
+        whole.unit = torch.ones(sum(whole.sizes))
+        two = [(keys[:, :, :2], values[:, :, :2]) for keys, values in probe]
+        states = whole.states(self.lm, whole._flat(two)[None], ids[:, 2:], "first-token")
+        ok, detail = agree(self.lm.head(states), self.lm.own_logits(ids)[:, 2:-1], self.lm.rounding)
+        if not ok:
+            raise _unfit(self.lm, self.space, f"its own, handed in again, give others, {detail}")
+
+
+class OneLayer(KeysValues):
+    """A key and a value of each head in one layer; the others see the same at every passage.
+
+    `options`: `layer`, from 0; `filler`, the token whose keys and values the others see.
+    """
+
+    space = "prefix-layer"
+
+    def __init__(self, lm: FrozenLM, options: Mapping[str, Any]) -> None:
+        super().__init__(lm, options)
+        filler = options.get("filler", lm.bos_id or 0)
+        if not isinstance(filler, int) or not 0 <= filler < lm.vocab_size:
+            raise MemvecError(f"{lm.name} has no token {filler} for the layers without a prefix.")
+        self.filler = filler
+        self.options = {**self.options, "layer": self.layers[0], "filler": filler}
+        self._kept: dict[int, Layers] = {}
+
+    def _trained(self, layers: int, options: Mapping[str, Any]) -> list[int]:
+        layer = options.get("layer", 0)
+        if not isinstance(layer, int) or not 0 <= layer < layers:
+            raise MemvecError(
+                f"{self.lm.name} has layers 0 to {layers - 1}: no prefix stands in layer {layer}."
+            )
+        return [layer]
+
+    @torch.no_grad()
+    def _constants(self, K: int) -> Layers:
+        if K not in self._kept:
+            ids = torch.full((1, K), self.filler, device=self.lm.device)
+            self._kept[K] = keys_values(self.lm, self.lm.embed(ids))
+        return self._kept[K]
+
+
+def keys_values(lm: FrozenLM, inputs: Float[Tensor, "1 K D"]) -> Layers:
+    """Keys and values that a model computes for free inputs, layer by layer."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    lm.states_of(inputs, keep=1, cache=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@torch.no_grad()
+def _probed(lm: FrozenLM, space: str) -> Layers:
+    """Keys and values of seven tokens. Raises MemvecError for a model that keeps none."""
+    if not lm.has_cache:
+        raise _unfit(lm, space, "it decodes without a cache")
+    if lm.checkpointing:
+        raise _unfit(lm, space, "checkpointing computes layers twice, and a cache grows at each")
+    inputs = lm.embed(probe_ids(lm, 7))
+    try:
+        layers = keys_values(lm, inputs)
+        whole = layers and all(t.dim() == 4 and t.shape[2] == 7 for pair in layers for t in pair)
+    except Exception as error:  # the model's code is not ours: whatever it raises is its answer
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _unfit(lm, space, first) from error
+    if not whole:
+        raise _unfit(lm, space, "its cache is of another kind")
+    return layers
+
+
+def _unit(table: Tensor) -> int:
+    """The power of two nearest to the root mean square, as its exponent."""
+    size = float(table.float().square().mean().sqrt())
+    return round(math.log2(size)) if size > 0 and math.isfinite(size) else 0
+
+
+def _checked(units: Any, count: int) -> list[int]:
+    """Units of a file. Raises MemvecError if they are not so many small integers."""
+    if not isinstance(units, list) or len(units) != count:
+        raise MemvecError(f"a prefix in this model has {count} units, and its header has others.")
+    if any(not isinstance(unit, int) or abs(unit) > 64 for unit in units):
+        raise MemvecError("the units of a prefix are exponents of two, from -64 to 64.")
+    return units
+
+
+def _nothing_before(space: str) -> str:
+    return (
+        f"in the space '{space}' a token stands before the first predicted one: use --start-rule "
+        "bos or first-token, not vectors."
+    )
+
+
+def _unfit(lm: FrozenLM, space: str, reason: str) -> MemvecError:
+    return MemvecError(
+        f"{lm.name} keeps no keys and values that the space '{space}' could put a prefix in "
+        f"({reason}): use --space inputs."
+    )

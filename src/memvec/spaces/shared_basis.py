@@ -1,0 +1,73 @@
+"""Few coefficients on a basis that all passages share: an input vector is z W, and z is stored.
+
+W (d, D) has orthogonal rows, drawn from the recipe's seed and never trained or stored, so that d
+numbers are what a vector is. (The coordinates 'low-dim' move a matrix of each passage as well, and
+store the D numbers of the vector.) Rows are of length sqrt(D / d): a vector is as large (RMS) as
+its coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import Prefix, StartRule
+
+
+class SharedBasis(Prefix):
+    """d coefficients of each vector. `options`: `dimensions` d, `seed`.
+
+    Raises MemvecError for more dimensions than an input has.
+    """
+
+    space = "shared-basis"
+
+    def __init__(self, lm: FrozenLM, options: Mapping[str, Any]) -> None:
+        d, seed = options.get("dimensions"), options.get("seed")
+        if not isinstance(d, int) or not 1 <= d <= lm.width or not isinstance(seed, int):
+            raise MemvecError(
+                f"an input vector of {lm.name} has {lm.width} numbers, so a shared basis has 1 to "
+                f"{lm.width} dimensions, not {d}: use --set dimensions."
+            )
+        self.options = {"dimensions": d, "seed": seed}
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(lm.width, d, generator=generator, dtype=torch.float64)
+        rows = torch.linalg.qr(drawn).Q.T * (lm.width / d) ** 0.5
+        self.basis = rows.float()
+
+    def numbers(self, lm: FrozenLM) -> int:
+        """d."""
+        return len(self.basis)
+
+    def vectors_of(self, z: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape D"]:
+        """The input vectors of coefficients."""
+        vectors: Tensor = z.float() @ self.basis.to(z.device)
+        return vectors
+
+    def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K d"]:
+        """The coefficients whose vectors are nearest."""
+        d, D = self.basis.shape
+        nearest: Tensor = vectors.float() @ self.basis.T.to(vectors.device) * (d / D)
+        return nearest
+
+    def inputs(
+        self,
+        lm: FrozenLM,
+        vectors: Float[Tensor, "B K d"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule = "vectors",
+    ) -> Float[Tensor, "B N D"]:
+        """The vectors of the coefficients in front of the passage."""
+        return super().inputs(lm, None if vectors is None else self.vectors_of(vectors), ids, start)
+
+    def opening(
+        self, lm: FrozenLM, vectors: Float[Tensor, "B K d"], given: Int[Tensor, "B n"]
+    ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
+        """The vectors, and the given tokens."""
+        return super().opening(lm, self.vectors_of(vectors), given)

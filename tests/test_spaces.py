@@ -1,0 +1,395 @@
+"""Where the numbers of a vector stand: every space with the same engine, file and certificate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
+from memvec import codec
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import start_vectors, triggered
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.export import export, target
+from memvec.header import Header
+from memvec.journal import Journal
+from memvec.lab import slow
+from memvec.lab.report.report import write_report
+from memvec.lab.study.check import check_study
+from memvec.lab.study.spec import read_spec
+from memvec.spaces.presets import prefix
+from memvec.storage import STORAGES
+from memvec.usable.generate import use
+from memvec.vectors import MemVectors
+from studies import HEAD, run, spec_in
+
+FAMILIES = ["llama", "qwen3", "gpt2", "gpt-neox", "olmo2", "gemma3", "deepseek-v3"]
+SPACES = {
+    "prefix": replace(QUICK, space="prefix", start_rule="bos", compute="model"),
+    "prefix-layer": replace(
+        QUICK, space="prefix-layer", layer=1, start_rule="first-token", compute="model"
+    ),
+    "shared-basis": replace(QUICK, space="shared-basis", dimensions=24, compute="model"),
+}
+ASKED = passages(5, 4, 3, seed=3)
+every_space = pytest.mark.parametrize("recipe", SPACES.values(), ids=SPACES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def numbers_of(view, recipe, K, seed=0):
+    """Numbers near those of a start, for passages that nobody crams."""
+    starts = start_vectors(view, [p.ids for p in ASKED], K, recipe)
+    noise = torch.randn(torch.stack(starts).shape, generator=torch.Generator().manual_seed(seed))
+    return torch.stack(starts) + 0.3 * noise
+
+
+@every_space
+@every_family
+@pytest.mark.parametrize("K", [1, 7])
+def test_a_space_is_read_as_the_models_own_forward_reads_it(recipe, family, K):
+    """Against a DynamicCache that is filled number by number, and a whole forward for each token;
+    gemma3's window is shorter than seven vectors."""
+    view = triggered(tiny(family), recipe)
+    vectors, rule = numbers_of(view, recipe, K), recipe.start_rule
+    assert vectors.shape == (3, K, view.numbers)
+    ids = torch.tensor([p.ids[:3] for p in ASKED])
+    ours = view.head(view.states(vectors, ids, rule))
+    given = ids[:, :1].tolist() if rule == "first-token" else [[view.trigger]] * 3
+    given = [[]] * 3 if rule == "vectors" else given
+    for row, (numbers, before) in enumerate(zip(vectors, given, strict=True)):
+        true = ids[row].tolist()[int(rule == "first-token") :]
+        table = slow.logits(view, numbers, [*before, *true])[-len(true) - 1 : -1]
+        torch.testing.assert_close(ours[row].double(), torch.tensor(table), atol=2e-4, rtol=1e-3)
+        greedy = slow.greedy(view, numbers, before, 9)
+        first = [before[0]] if rule == "first-token" else None
+        for cached in (True, False):
+            lengths = [9 + int(rule == "first-token")]
+            options = {"start": rule, "first": first, "cached": cached}
+            (decoded,) = decode_ids(view, numbers[None], lengths, **options)
+            assert decoded[-9:] == greedy
+
+
+@every_space
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt-neox", "olmo2"])
+def test_what_is_crammed_is_exact_by_an_independent_decode(recipe, family):
+    lm = tiny(family)
+    engine = Engine(lm, recipe, vectors=2, batch_size=3)
+    outcomes = list(engine.run(ASKED))
+    assert all(o.exact for o in outcomes)
+    for o in outcomes:
+        ids, rule = list(o.passage.ids), engine.start_rule
+        given = [engine.lm.trigger] if rule == "bos" else ids[: int(rule == "first-token")]
+        wanted = ids[int(rule == "first-token") :]
+        assert slow.greedy(engine.lm, o.vectors.float(), given, len(wanted)) == wanted
+        bits, margin = slow.teacher_forced(engine.lm, o.vectors, ids, rule)
+        assert o.metrics.mem_bits == pytest.approx(float(bits.sum()), abs=1e-2)
+        assert o.metrics.margin == pytest.approx(float(margin.min()), abs=2e-3)
+
+
+@every_space
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_passages_never_touch(recipe, family):
+    """Bit-equal at one shape of the batch, whoever is beside; the same to rounding at another."""
+    lm, few = tiny(family), replace(recipe, steps=8, margin=1e3)
+    options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
+    together = {o.passage: o for o in Engine(lm, few, **options).run(ASKED)}
+    (beside,) = (o for o in Engine(lm, few, **options).run(ASKED[:2]) if o.passage == ASKED[0])
+    torch.testing.assert_close(beside.vectors, together[ASKED[0]].vectors, atol=0, rtol=0)
+    (alone,) = Engine(lm, few, vectors=2, batch_size=1).run(ASKED[:1])
+    torch.testing.assert_close(alone.vectors, together[ASKED[0]].vectors, atol=2e-2, rtol=2e-2)
+
+
+# Each storage with a prefix, each space in float32 and as integers.
+@pytest.mark.parametrize(
+    ("recipe", "storage"),
+    [(SPACES["prefix"], storage) for storage in STORAGES]
+    + [(SPACES[name], storage) for name in SPACES for storage in ("float32", "int8")][2:],
+)
+def test_a_file_decodes_as_what_was_saved(recipe, storage, tmp_path):
+    lm, text = reader(), "the fox"
+    mem = codec.cram(lm, [text], vectors=2, tokens=2, recipe=recipe, storage=storage)
+    assert mem.exact
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert again.header == mem.header
+    assert torch.equal(again.vectors, mem.vectors)
+    assert again.decode_passages(lm) == mem.decode_passages(lm)
+    assert codec.decode(lm, again) == [text]
+    assert codec.verify(lm, again)[0]["exact"] is True
+    results = codec.measure(lm, again, text)
+    assert [r.mem_bits for r in results] == pytest.approx([p.mem_bits for p in mem.passages])
+    figures = again.summary()
+    assert (figures["space"], figures["width"]) == (recipe.space, again.header.space.numbers)
+    held = len(mem.passages) * 2
+    assert again.size == STORAGES[storage].size(held, again.header.space.numbers)
+
+
+@every_space
+def test_a_run_that_was_interrupted_gives_the_same_file(recipe, tmp_path):
+    lm, options = reader(), {"vectors": 2, "tokens": 2, "recipe": recipe}
+
+    def stop(status):
+        if status.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        codec.cram(
+            lm,
+            ["the fox sat"],
+            **options,
+            batch_size=1,
+            on_status=stop,
+            journal=(journal := Journal(tmp_path / "j", {"a": 1})),
+        )
+    assert len(journal) > 0
+    journal.close(delete=False)
+    journal = Journal(tmp_path / "j", {"a": 1})
+    again = codec.cram(lm, ["the fox sat"], **options, batch_size=1, journal=journal)
+    uninterrupted = codec.cram(lm, ["the fox sat"], **options, batch_size=1)
+    assert torch.equal(again.vectors, uninterrupted.vectors)
+    assert codec.decode(lm, again) == ["the fox sat"]
+    journal.close(delete=True)
+
+
+# ---------------------------------------------------------------------- what stands where
+
+
+def test_inputs_are_as_they_were():
+    """A recipe that names the default space is one without, in its record too."""
+    lm = tiny()
+    assert triggered(lm, replace(QUICK, space="inputs")) is lm
+    assert "space" not in QUICK.record()
+    assert Recipe(**QUICK.record()) == QUICK
+    named = SPACES["prefix-layer"]
+    assert Recipe(**named.record()) == named
+    mem = codec.cram(reader(), ["the fox"], vectors=2, tokens=2, recipe=QUICK)
+    assert mem.header.space is None
+    older = mem.header.model_dump(mode="json")
+    del older["space"]  # a file of before there were spaces
+    assert Header.model_validate(older) == mem.header
+
+
+def test_a_prefix_begins_as_the_model_computes_it_for_inputs():
+    """The keys and values of K inputs are K inputs: nothing is lost on the way."""
+    recipe = SPACES["prefix"]
+    lm = tiny("gpt-neox")
+    view = triggered(lm, recipe)
+    inputs = lm.embed(torch.tensor([[3, 5, 7]]))
+    vectors = view.reading.begun_at(view, inputs[0])[None]
+    ids = torch.tensor([[4, 2, 6]])
+    torch.testing.assert_close(
+        view.head(view.states(vectors, ids, "bos")),
+        lm.head(lm.states(inputs, ids, "bos")),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    size = vectors.square().mean().sqrt()
+    assert 0.5 < float(size) < 2
+
+
+def test_other_layers_than_the_chosen_one_see_no_passage():
+    """With a prefix in the last layer, what the first layer hands on is that of K fillers."""
+    lm = tiny("llama")
+    recipe = SPACES["prefix-layer"]
+    view = triggered(lm, recipe)
+    vectors = numbers_of(view, recipe, 2)
+    cache = view.reading.cache(view, vectors)
+    with torch.no_grad():
+        own = triggered(lm, SPACES["prefix"])
+        fillers = own.reading.begun_at(own, lm.embed(torch.tensor([[lm.bos_id] * 2]))[0])
+        plain = own.reading.cache(own, fillers[None])
+    assert torch.equal(cache.layers[0].keys, plain.layers[0].keys.expand(3, -1, -1, -1))
+    assert torch.equal(cache.layers[0].values, plain.layers[0].values.expand(3, -1, -1, -1))
+    assert not torch.allclose(cache.layers[1].keys, plain.layers[1].keys.expand(3, -1, -1, -1))
+
+
+def test_numbers_are_counted():
+    heads, width, layers = 2, 8, 2
+    assert triggered(tiny("llama"), SPACES["prefix"]).numbers == layers * 2 * heads * width
+    assert triggered(tiny("llama"), SPACES["prefix-layer"]).numbers == 2 * heads * width
+    assert triggered(tiny("llama"), SPACES["shared-basis"]).numbers == 24
+
+
+def test_keys_and_values_cost_no_input():
+    lm, recipe = tiny(), replace(SPACES["prefix"], steps=4, margin=1e3, schedule="whole")
+    (outcome,) = Engine(lm, recipe, vectors=3, batch_size=1).run(ASKED[:1])
+    assert outcome.spent == 4 * 5  # BOS and four tokens predict five
+
+
+def test_a_bfloat16_copy_computes_the_steps():
+    recipe = replace(SPACES["prefix"], compute="bfloat16")
+    assert all(o.exact for o in Engine(tiny(), recipe, vectors=2, batch_size=3).run(ASKED))
+    assert all(o.exact for o in Engine(tiny("llama", "bfloat16"), recipe, vectors=2).run(ASKED))
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("mamba", ""), ("rwkv", "without a cache"), ("falcon-h1", ""), ("lfm2", ""), ("xlm", "")],
+)
+def test_a_model_without_such_a_cache_is_refused(family, reason):
+    sentence = f"^tiny-{family} keeps no keys and values .*{reason}.*use --space inputs.$"
+    for space in ("prefix", "prefix-layer"):
+        with pytest.raises(MemvecError, match=sentence):
+            Engine(tiny(family), SPACES[space])
+
+
+def test_what_a_space_cannot_do_is_one_sentence(tmp_path):
+    lm, prefix = tiny(), SPACES["prefix"]
+    with pytest.raises(MemvecError, match=r"^tiny-llama has layers 0 to 1: no prefix stands in la"):
+        Engine(lm, replace(SPACES["prefix-layer"], layer=2))
+    with pytest.raises(MemvecError, match=r"^the recipe's layer must be at least 0, not -1\.$"):
+        replace(SPACES["prefix-layer"], layer=-1)
+    with pytest.raises(MemvecError, match=r"^in the space 'prefix' a token stands before .*bos"):
+        Engine(lm, replace(prefix, start_rule="vectors"))
+    with pytest.raises(MemvecError, match=r"^vectors read in one step are inputs: leave out the"):
+        Engine(one_step(lm), prefix, vectors=2)
+    with pytest.raises(MemvecError, match=r"^the recipe's space cannot be 'prefixes': it is one"):
+        replace(prefix, space="prefixes")
+    with pytest.raises(MemvecError, match=r"1 to 32 dimensions, not 256: use --set dimensions\.$"):
+        Engine(lm, Recipe(space="shared-basis"))
+    sparing = FrozenLM(build("llama"), name="tiny", checkpointing=True)
+    with pytest.raises(MemvecError, match=r"^tiny keeps no keys .*checkpointing computes"):
+        Engine(sparing, prefix)
+    text = reader()
+    mem = codec.cram(text, ["the fox"], vectors=1, tokens=1, recipe=prefix)
+    for name in ("transformers", "npy"):
+        with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, whi"):
+            export(mem, text, target(name), tmp_path / name)
+    with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, and"):
+        use(text, mem, "the")
+    with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, and"):
+        Engine(lm, replace(prefix, term="use"))
+    with pytest.raises(MemvecError, match=r"^keys and values stand before no states, so nothing"):
+        Engine(lm, replace(prefix, term="alignment", align_layers=1))
+
+
+def test_a_header_cannot_claim_another_space():
+    lm = reader()
+    mem = codec.cram(lm, ["the fox"], vectors=1, tokens=1, recipe=SPACES["prefix"])
+    space = mem.header.space
+
+    def with_space(**changes):
+        changed = space.model_copy(update=changes)
+        return MemVectors(mem.vectors, mem.header.model_copy(update={"space": changed}))
+
+    with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' have 7 numbers by"):
+        with_space(numbers=7)
+    for name, options, sentence in (
+        ("prefix", {"units": [0]}, r"^a prefix in this model has \d+ units"),
+        ("prefix", {"units": [99] * len(space.options["units"])}, "^the units of a prefix"),
+        ("prefix-layer", {"layer": 9}, "no prefix stands in layer 9"),
+        ("prefix-layer", {"layer": 0, "filler": -1}, "has no token -1"),
+        ("prefix-layer", {"layer": 0}, "numbers each and"),
+        ("shared-basis", {"dimensions": "x"}, "a shared basis has 1 to"),
+        ("elsewhere", {}, "^unknown space 'elsewhere'"),
+    ):
+        with pytest.raises(MemvecError, match=sentence):
+            with_space(name=name, options=options).decode_passages(lm)
+    bare = mem.header.model_copy(update={"space": None})
+    with pytest.raises(MemvecError, match="numbers each and"):
+        MemVectors(mem.vectors, bare).decode_passages(lm)
+    rule = mem.header.model_copy(update={"start_rule": "vectors"})
+    with pytest.raises(MemvecError, match=r"^in the space 'prefix' a token stands before"):
+        MemVectors(mem.vectors, rule).decode_passages(lm)
+
+
+# ---------------------------------------------------------------------- the study
+
+STUDY = HEAD.replace('name = "small"', 'name = "spaces"') + "".join(
+    f"""
+[[runs]]
+protocol = "spaces"
+sources = ["book"]
+lengths = [6]
+vectors = [{K}]
+passages = 3
+texts = 2
+words = 5
+storage = "{storage}"
+recipe = {{ {recipe}, steps = 40 }}
+"""
+    for K, storage, recipe in (
+        (2, "float32", 'preset = "default"'),
+        (1, "float32", 'preset = "prefix"'),
+        (1, "bfloat16", 'preset = "prefix"'),
+        (2, "float32", 'preset = "prefix-layer", layer = 1'),
+        (2, "float32", 'space = "shared-basis", dimensions = 16'),
+        (2, "float32", 'coordinates = "low-dim", dimensions = 4'),
+    )
+)
+
+
+@pytest.mark.slow
+def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    out = tmp_path / "out"
+    run(spec_in(tmp_path, STUDY), tmp_path, out)
+    checked = check_study(out)
+    assert checked["wrong"] == []
+    assert checked["unchecked"] == []
+    assert checked["rows"] == 18
+    write_report(out, out / "report", figures=False)
+    with (out / "report" / "tables" / "spaces.csv").open() as file:
+        table = pd.read_csv(file)
+    D, layer, every = 64, 2 * 32, 2 * 2 * 32  # reader(): two key-value heads of 16, two layers
+    sizes = dict(zip(table["space"] + " " + table["storage"], table["numbers"], strict=True))
+    assert sizes == {
+        "inputs float32": 2 * D,
+        "prefix float32": every,
+        "prefix bfloat16": every,
+        "prefix-layer 1 float32": 2 * layer,
+        "shared-basis 16 float32": 2 * 16,
+        "inputs, low-dim float32": 2 * D,
+    }
+    bits = dict(zip(table["space"] + " " + table["storage"], table["stored bits"], strict=True))
+    assert bits["prefix bfloat16"] * 2 == bits["prefix float32"] == 32 * every
+    assert table["numbers"].is_monotonic_increasing
+    assert (table["n"] == 3).all()
+    assert (table["exact tokens"] <= 6).all()
+    assert "Where the numbers stand" in (out / "report" / "index.html").read_text("utf-8")
+    with pytest.raises(MemvecError, match=r"run 1 \(spaces\) compares spaces behind one"):
+        spec_in(tmp_path, STUDY.replace('preset = "default"', 'start_rule = "vectors"'))
+
+
+def test_the_shipped_spec_is_valid():
+    spec = read_spec(Path(__file__).parent.parent / "studies" / "spaces.toml")
+    asked = {run.recipe.get("preset", run.recipe.get("space", "inputs")) for run in spec.runs}
+    assert asked >= {"inputs", "prefix", "prefix-layer", "shared-basis"}
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def test_the_command_crams_and_decodes_a_prefix(tmp_path, folder, command):
+    text, file = tmp_path / "a.txt", tmp_path / "a.mem.safetensors"
+    text.write_text("the fox", "utf-8")
+    ran = command("cram", text, "-m", folder, "--space", "prefix", "--tokens", 3, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["space"] == "prefix"
+    header = MemVectors.load(file).header
+    assert (header.start_rule, header.recipe["lr"]) == ("bos", prefix().lr)
+    shown = command("inspect", file)
+    assert "W 128 (space prefix)" in " ".join(shown.out.decode().split())
+    assert command("decode", file, "-m", folder).out == b"the fox"
+    assert command("verify", file, "-m", folder).code == 0
+    wrong = ["cram", text, "-m", folder, "--force", "--space"]
+    for options in (
+        ["prefix", "--one-step"],
+        ["prefix-layer", "--layer", 2],
+        ["prefix", "--start-rule", "vectors"],
+        ["prefixes"],
+    ):
+        ran = command(*wrong, *options)
+        assert ran.code == 2
+        assert ran.out == b""
+    out = tmp_path / "out"
+    assert command("export", file, "-m", folder, "--to", "npy", "-o", out).code == 2
