@@ -137,6 +137,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "geometry": "memvec.lab.protocols.geometry:Geometry",
         "usable": "memvec.lab.protocols.usable:Usable",
         "spaces": "memvec.lab.protocols.spaces:Spaces",
+        "reading": "memvec.lab.protocols.reading:Reading",
     },
     "export": {
         "transformers": "memvec.export.transformers:Transformers",

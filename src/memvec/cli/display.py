@@ -314,7 +314,7 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     )
 
 
-def _size(summary: dict[str, Any]) -> str:
+def _size(summary: Mapping[str, Any]) -> str:
     """Numbers of a vector, and where they stand if they are no input."""
     if summary["space"] == "inputs":
         return f"D {summary['width']}"

@@ -51,6 +51,8 @@ SHOWN: dict[str, Callable[[Line], Any]] = {
 
 def lines(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
     """One for each space, in the order of the spec."""
+    if rows.empty:
+        return
     settings = dict(data.store.db.execute("SELECT cell, settings FROM cells").fetchall())
     rows = rows.assign(
         space=extra_of(rows, "spaces", "space"),

@@ -1,0 +1,144 @@
+"""What the model does with vectors inside: attention on them, answers layer by layer, their path.
+
+Three looks at vectors (K, D) behind which a start token and the passage stand:
+
+- the share of attention that falls on the vectors, in each layer (`attention_shares`);
+- the logit lens (nostalgebraist 2020): what the final norm and the head make of each layer's state
+  where the first token is predicted (`logit_lens`);
+- the way that the optimiser goes from the start to the end, in the plane of its first two principal
+  components (`Path`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memvec import metrics
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+@contextlib.contextmanager
+def eager(lm: FrozenLM) -> Iterator[None]:
+    """While this holds, the model writes its attention out, so that its weights can be read.
+
+    Raises MemvecError for a model that has no such attention.
+    """
+    before = getattr(lm.config, "_attn_implementation", None)
+    change: Any = getattr(lm.model, "set_attn_implementation", None)
+    if before is None or change is None:
+        raise MemvecError(f"{lm.name} has no attention whose weights could be read.")
+    try:
+        change("eager")
+        yield
+    except ValueError as error:  # transformers' word for an implementation that a model lacks
+        raise MemvecError(f"{lm.name} has no attention whose weights could be read.") from error
+    finally:
+        change(before)
+
+
+@torch.no_grad()
+def attention_shares(lm: FrozenLM, inputs: Float[Tensor, "1 N D"], K: int) -> list[float]:
+    """Share of attention on the first K inputs, of all positions behind them, for each layer.
+
+    Mean over heads and positions. Raises MemvecError for a model without attention weights.
+    """
+    with eager(lm):
+        out = lm.model(inputs_embeds=inputs.to(lm.dtype), use_cache=False, output_attentions=True)
+    tables = getattr(out, "attentions", None) or ()
+    layers = [table for table in tables if table is not None]
+    if len(layers) != int(lm.config.get_text_config().num_hidden_layers):
+        raise MemvecError(f"{lm.name} has no attention whose weights could be read.")
+    return [float(table[0, :, K:, :K].float().sum(-1).mean()) for table in layers]
+
+
+@torch.no_grad()
+def logit_lens(
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], position: int, token: int
+) -> list[list[float]]:
+    """For each layer, [-log2 p of a token, its rank (1: the arg-max), the arg-max's id].
+
+    The state at a position goes through the final norm and the head at once.
+
+    Raises MemvecError for a model whose norm is not where others have it.
+    """
+    found: list[list[float]] = []
+    norm, layers = _norm_and_layers(lm)
+    states: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, out: Any) -> None:
+        states.append((out[0] if isinstance(out, tuple) else out)[:, position])
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        last = lm.hidden(inputs.to(lm.dtype), keep=inputs.shape[1])[:, position]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not torch.allclose(norm(states[-1]), last, atol=1e-2, rtol=1e-2):
+        raise _no_lens(lm)
+    for state in states:
+        logits = lm.head(norm(state))[0]
+        bits = float(metrics.surprisal(logits[None, None], torch.tensor([[token]]))[0, 0])
+        rank = 1 + int((logits > logits[token]).sum())
+        found.append([bits, float(rank), float(logits.argmax())])
+    return found
+
+
+def _norm_and_layers(lm: FrozenLM) -> tuple[nn.Module, list[nn.Module]]:
+    count = int(getattr(lm.config.get_text_config(), "num_hidden_layers", 0))
+    stacks = [m for m in lm.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    named = {name.rsplit(".", 1)[-1]: module for name, module in lm.model.named_modules()}
+    norm = next((named[name] for name in NORMS if name in named), None)
+    if not stacks or norm is None or not lm.has_split_head:
+        raise _no_lens(lm)
+    return norm, list(stacks[0])
+
+
+def _no_lens(lm: FrozenLM) -> MemvecError:
+    return MemvecError(f"{lm.name} has no final norm where a logit lens could look through.")
+
+
+class Path(NamedTuple):
+    """The vectors of each step in the plane of their first two principal components."""
+
+    x: list[float]
+    y: list[float]
+    leading: list[int]  # leading tokens that each step's best vectors gave back
+    explained: float  # share of the variance that lies in the plane
+
+
+def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: str) -> Path:
+    """Cram a passage once more, alone, and keep where its vectors go."""
+    points: list[Tensor] = []
+    leading: list[int] = []
+    engine = Engine(lm, recipe, vectors=K, batch_size=1, storage=storage)
+
+    def look(_: Any) -> None:
+        if engine.batch is not None:
+            vectors = engine.one_step.coordinates.vectors(engine.batch.parameters.detach())
+            points.append(vectors[0].flatten().double().cpu())
+            leading.append(max(0, int(engine.batch.schedule.best[0])))
+
+    engine.on_progress = look
+    list(engine.run([Passage(tuple(ids))]))
+    if len(points) < 3:
+        return Path([0.0] * len(points), [0.0] * len(points), leading, 1.0)
+    rows = torch.stack(points)
+    rows = rows - rows.mean(0)
+    left, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
+    plane = left[:, :2] * sizes[:2]
+    plane = plane * torch.sign(plane[-1])  # a component has no sign of its own: the end is positive
+    explained = float(sizes[:2].square().sum() / sizes.square().sum().clamp_min(1e-30))
+    return Path(plane[:, 0].tolist(), plane[:, 1].tolist(), leading, explained)

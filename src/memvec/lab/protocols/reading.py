@@ -1,0 +1,121 @@
+"""Where the model reads the vectors: attention, knocked-out layers, the logit lens, and their path.
+
+Vectors are crammed by the default recipe with BOS behind them, so that every token is predicted at
+a position that has to look at the vectors. Then, for each passage: the share of attention on them
+in each layer; the leading tokens that are left when attention to them is cut in one layer, and in
+all from a layer on (`memvec.usable.knockout`); what each layer would answer at the first position
+(`memvec.lab.inside`); and the optimiser's path, of the passage crammed once more alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from memvec import metrics
+from memvec.cramming.certify import Outcome
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.lab import inside, slow, slow_use
+from memvec.lab.protocols import reading_report
+from memvec.lab.protocols.protocol import Compared, Protocol
+from memvec.lab.protocols.usable import cases
+from memvec.lab.report.data import Data
+from memvec.lab.report.plot import Plot
+from memvec.lab.report.table import Table
+from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.study.spec import RunSpec
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.usable.knockout import knocked_out, layer_count
+
+TIE = 1e-2  # logits: a margin so small may have either sign on another path
+
+
+class Reading(Protocol):
+    """Which layers read the vectors, and what becomes of them there."""
+
+    preset = "default"
+    changes = {"start_rule": "bos"}  # noqa: RUF012
+    measures_horizon = True
+    extras = {  # noqa: RUF012
+        "attention": "for each layer, the share of attention on the vectors, mean over heads and "
+        "the positions behind them",
+        "cut": "for attention to the vectors cut in a layer ('2'), in it and all above ('2+') and "
+        "in none: [right ones before the first error, tokens, mean margin, logits]",
+        "lens": "for each layer, what its state makes of the first token at once: [-log2 p, bits; "
+        "its rank; id of the arg-max]",
+        "path": "the vectors of every step in the plane of their first two principal components: "
+        "{x, y, leading: leading right tokens of the best so far, explained: share of the variance "
+        "in the plane}",
+    }
+
+    def problem(self, run: RunSpec) -> str | None:
+        if run.recipe or run.budget or run.seeds != (0,):
+            return (
+                "traces the path of its own recipe with seed 0, so leave out `recipe`, `budget` "
+                "and `seeds`"
+            )
+        return None
+
+    def extra(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        if start != "bos":
+            raise MemvecError("protocol 'reading' needs a BOS token behind the vectors.")
+        ids, vectors = sourced.passage.ids, outcome.vectors.float()
+        layers, K = layer_count(lm), len(vectors)
+        table = torch.tensor([ids], device=lm.device)
+        rows = vectors[None].to(lm.device)
+        inputs = lm.inputs(rows, table, "bos")
+        cut = {}
+        for name, without in cases(layers).items():
+            with torch.no_grad(), knocked_out(lm, without, K):
+                margin = metrics.margins(lm.logits(rows, table, "bos"), table)
+            cut[name] = [float(metrics.horizon(margin > 0)[0]), float(margin.mean())]
+        recipe = Recipe.of(self.preset, **self.changes)
+        storage = str(outcome.vectors.dtype).removeprefix("torch.")
+        path = inside.path_of(lm, ids, K, recipe, storage)
+        return {
+            "attention": inside.attention_shares(lm, inputs, K),
+            "cut": cut,
+            "lens": inside.logit_lens(lm, inputs, K, ids[0]),
+            "path": path._asdict(),
+        }
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        lm, ids, vectors = passage.lm, passage.ids, passage.vectors
+        layers = int(lm.config.get_text_config().num_hidden_layers)
+        count = [float(layers)]
+        compared = [
+            Compared("attention, layers", [float(len(stored["attention"]))], count, [0.0]),
+            Compared("lens, layers", [float(len(stored["lens"]))], count, [0.0]),
+        ]
+        near = 10 * passage.bits_tolerance / len(passage.lm_bits)
+        for name, without in cases(layers).items():
+            with slow_use.apart(lm, without, len(vectors)):
+                _, margin = slow.teacher_forced(lm, vectors, ids, "bos")
+            again = [float(np.cumprod(margin > 0).sum()), float(margin.mean())]
+            tie = bool((np.abs(margin) < TIE).any())
+            limits = [float(len(ids)) if tie else 0.0, near]
+            compared.append(Compared(f"cut {name}", stored["cut"][name], again, limits))
+        # What the last layer makes of the first token is the model's own answer.
+        whole = slow.logits(lm, vectors, [lm.trigger])[-1:]
+        bits, _ = slow.bits_and_margins(whole, ids[:1])
+        compared.append(Compared("lens last", stored["lens"][-1][:1], [float(bits[0])], [near]))
+        return compared
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        return reading_report.tables(data.of(self.name))
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        return reading_report.figures(data.of(self.name))

@@ -1,0 +1,135 @@
+"""Where a model reads its vectors: what is measured inside, and the study that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import QUICK, passages, reader, tiny
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.lab import inside
+from memvec.lab.report.report import write_report
+from memvec.lab.study.check import check_study
+from memvec.lab.study.spec import read_spec
+from studies import HEAD, run, spec_in
+
+K = 2
+(ASKED,) = passages(5, seed=4)
+
+
+def inputs_of(lm):
+    vectors = torch.randn(1, K, lm.width, generator=torch.Generator().manual_seed(1))
+    return lm.inputs(vectors * 0.4, torch.tensor([ASKED.ids]), "bos")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox"])
+def test_attention_shares_are_those_of_the_written_out_softmax(family):
+    """Recomputed from what the first layer makes of its queries and keys, one head at a time."""
+    lm = tiny(family)
+    inputs, before = inputs_of(lm), lm.config._attn_implementation
+    whole = lm.states_of(inputs, keep=3)
+    shares = inside.attention_shares(lm, inputs, K)
+    assert lm.config._attn_implementation == before  # nothing stays behind
+    assert torch.equal(lm.states_of(inputs, keep=3), whole)
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
+    if family != "llama":
+        return
+    layer = lm.model.model.layers[0]
+    with torch.no_grad():
+        x = layer.input_layernorm(inputs)
+        cos, sin = lm.model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        shares_by_hand = []
+        for head in range(4):
+            q = layer.self_attn.q_proj(x)[0].reshape(-1, 4, 8)[:, head]
+            k = layer.self_attn.k_proj(x)[0].reshape(-1, 2, 8)[:, head // 2]
+            q, k = (v * cos[0] + _turned(v) * sin[0] for v in (q, k))
+            scores = (q @ k.T) / 8**0.5
+            scores += torch.full_like(scores, -torch.inf).triu(1)
+            shares_by_hand.append(float(scores.softmax(-1)[K:, :K].sum(-1).mean()))
+    assert shares[0] == pytest.approx(np.mean(shares_by_hand), abs=1e-4)
+
+
+def _turned(v):
+    half = v.shape[-1] // 2
+    return torch.cat([-v[..., half:], v[..., :half]], -1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox", "gpt2"])
+def test_the_lens_of_the_last_layer_is_the_models_answer(family):
+    lm = tiny(family)
+    inputs, token = inputs_of(lm), ASKED.ids[0]
+    lens = inside.logit_lens(lm, inputs, K, token)
+    logits = lm.model(inputs_embeds=inputs).logits[0, K].double()
+    bits = float((logits.logsumexp(0) - logits[token]) / np.log(2))
+    rank = 1 + int((logits > logits[token]).sum())
+    assert len(lens) == 2
+    assert lens[-1] == [pytest.approx(bits, abs=1e-3), rank, int(logits.argmax())]
+
+
+def test_models_without_such_insides_are_refused():
+    lm = tiny("mamba")
+    with pytest.raises(MemvecError, match="has no attention whose weights could be read"):
+        inside.attention_shares(lm, inputs_of(lm), K)
+
+
+def test_a_path_goes_from_the_start_to_the_end():
+    """Its plane is that of numpy's principal components; distances in it never exceed the true."""
+    lm = tiny()
+    recipe = Recipe(start_rule="bos", steps=QUICK.steps, compute="model")
+    path = inside.path_of(lm, ASKED.ids, K, recipe, "float32")
+    assert len(path.x) == len(path.y) == len(path.leading) > 3
+    assert 0 < path.explained <= 1 + 1e-9
+    assert path.leading == sorted(path.leading)
+    assert np.mean(path.x) == pytest.approx(0, abs=1e-6 * np.ptp(path.x))
+    assert np.std(path.x) >= np.std(path.y)
+    assert path.x[-1] >= 0
+    assert path.y[-1] >= 0
+    again = inside.path_of(lm, ASKED.ids, K, recipe, "float32")
+    assert again == path
+
+
+STUDY = (
+    HEAD.replace('name = "small"', 'name = "reading"')
+    + """
+[[runs]]
+protocol = "reading"
+sources = ["random-tokens"]
+lengths = [3]
+vectors = [2]
+passages = 2
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    out = tmp_path / "out"
+    run(spec_in(tmp_path, STUDY), tmp_path, out)
+    checked = check_study(out)
+    assert checked["wrong"] == []
+    assert checked["unchecked"] == []
+    write_report(out, out / "report", figures=False)
+    table = pd.read_csv(out / "report" / "tables" / "reading.csv")
+    assert table["layer"].tolist() == [0, 1]
+    assert table["attention share"].between(0, 1).all()
+    assert table["left without it"].between(0, 1).all()
+    assert (table["n"] == 2).all()
+    # Cut in the last layer and all above it is cut in the last layer.
+    last = table.iloc[-1]
+    assert last["left without it"] == last["left without it and above"]
+    page = (out / "report" / "index.html").read_text("utf-8")
+    assert "The optimiser's paths" in page or "The optimiser&#x27;s paths" in page
+    with pytest.raises(MemvecError, match=r"traces the path of its own recipe with seed 0"):
+        spec_in(tmp_path, STUDY + "recipe = { lr = 0.2 }\n")
+
+
+def test_the_shipped_spec_is_valid():
+    spec = read_spec(Path(__file__).parent.parent / "studies" / "reading.toml")
+    assert [run.protocol for run in spec.runs] == ["reading"]
