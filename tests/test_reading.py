@@ -86,6 +86,7 @@ def test_a_path_goes_from_the_start_to_the_end():
     assert len(path.x) == len(path.y) == len(path.leading) > 3
     assert 0 < path.explained <= 1 + 1e-9
     assert path.leading == sorted(path.leading)
+    assert path.leading[-1] == len(ASKED)
     assert np.mean(path.x) == pytest.approx(0, abs=1e-6 * np.ptp(path.x))
     assert np.std(path.x) >= np.std(path.y)
     assert path.x[-1] >= 0

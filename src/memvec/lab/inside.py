@@ -132,7 +132,9 @@ def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: s
             leading.append(max(0, int(engine.batch.schedule.best[0])))
 
     engine.on_progress = look
-    list(engine.run([Passage(tuple(ids))]))
+    (outcome,) = engine.run([Passage(tuple(ids))])
+    points.append(outcome.vectors.flatten().double())  # what was kept, and is moved no more
+    leading.append(outcome.metrics.horizon)
     if len(points) < 3:
         return Path([0.0] * len(points), [0.0] * len(points), leading, 1.0)
     rows = torch.stack(points)

@@ -130,12 +130,18 @@ def _paths(found: list[Group]) -> Plot:
             hover = [f"passage {number}, step {s}: {path['leading'][s]} tokens" for s in steps]
             series.append(Series(f"passage {number}", path["x"], path["y"], "line", hover=hover))
         panels.append(Panel(group.name, "first component", "second component", series))
-        explained += [float(path["explained"]) for path in group.path]
+        # Three points always lie in a plane.
+        explained += [float(p["explained"]) for p in group.path if len(p["x"]) > 3]
+    share = (
+        f"The planes hold {100 * float(np.mean(explained)):.0f} % of the variance (mean of "
+        f"{len(explained)} passages of more than three steps; {100 * min(explained):.0f} to "
+        f"{100 * max(explained):.0f} %). "
+        if explained
+        else ""
+    )
     caption = (
         "The vectors of every step of a passage, in the plane of their own first two principal "
-        "components; the passage was crammed once more, alone. A path ends at positive values. The "
-        f"planes hold {100 * float(np.mean(explained)):.0f} % of the variance (mean of "
-        f"{len(explained)} passages; {100 * min(explained):.0f} to {100 * max(explained):.0f} %). "
-        "Point at a step to see how many leading tokens came back by then."
+        "components; the passage was crammed once more, alone. A path ends at positive values. "
+        f"{share}Point at a step to see how many leading tokens came back by then."
     )
     return Plot("reading-paths", "The optimiser's paths", caption, panels)

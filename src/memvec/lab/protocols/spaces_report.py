@@ -33,6 +33,7 @@ class Line:
     space: str
     K: int
     storage: str
+    budget: int  # forward-backward tokens a passage; 0: no limit
     numbers: int  # of all K vectors
     stored_bits: int
     exact: ExactResult
@@ -59,16 +60,20 @@ def lines(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
         numbers=extra_of(rows, "spaces", "numbers"),
         kl=extra_of(rows, "spaces", "kl"),
     )
-    moved = rows["cell"].map(lambda cell: json.loads(settings[cell])["recipe"]["coordinates"])
+    recipes = {cell: json.loads(settings[cell])["recipe"] for cell in set(rows["cell"])}
+    rows["budget"] = rows["cell"].map(lambda cell: recipes[cell]["budget"])
+    moved = rows["cell"].map(lambda cell: recipes[cell]["coordinates"])
     rows["space"] = rows["space"].where(moved == "direct", rows["space"] + ", " + moved)
-    keys = ["model", "source", "space", "vectors", "storage"]
-    for (model, source, space, K, storage), part in rows.groupby(keys, sort=False):
+    # `series` parts recipes that differ in anything else.
+    keys = ["model", "source", "space", "vectors", "storage", "budget", "series"]
+    for (model, source, space, K, storage, budget, _), part in rows.groupby(keys, sort=False):
         numbers = int(part["numbers"].iloc[0])
         stored = 8 * STORAGES[str(storage)].size(int(K), numbers // int(K))
         kept = part[part["length"] == part["length"].max()]
         gain = kept["horizon_gain"]
         yield Line(
-            *(str(model), str(source), str(space), int(K), str(storage), numbers, stored),
+            *(str(model), str(source), str(space), int(K), str(storage), int(budget)),
+            *(numbers, stored),
             exact_result(part),
             ratio_of_means([k[0] for k in kept["kl"]], [k[1] for k in kept["kl"]]),
             mean_interval((gain / numbers).tolist()),
@@ -98,7 +103,7 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
     """Every line in the order of its numbers; then the same by stored bits."""
     columns = ["model", "source", "space", "K", "numbers", "storage", "stored bits"]
     columns += ["exact tokens", "low", "high", "n", "censored", "bits / number", "low", "high"]
-    columns += ["bits / stored bit", "spent", "KL / nothing", "low", "high"]
+    columns += ["bits / stored bit", "budget", "spent", "KL / nothing", "low", "high"]
     found = sorted(lines(data, rows), key=lambda line: (line.model, line.source, line.numbers))
     by_bits = sorted(found, key=lambda line: (line.model, line.source, line.stored_bits))
     note = (
@@ -123,7 +128,8 @@ def _row(line: Line) -> list[TableCell]:
         *(short(line.model), line.source, line.space, line.K, line.numbers, line.storage),
         *(line.stored_bits, r.horizon.mean, r.horizon.low, r.horizon.high, r.horizon.n),
         *(str(r.censored), line.per_number.mean, line.per_number.low, line.per_number.high),
-        *(line.per_bit.mean, r.spent.mean, line.kl.value, line.kl.low, line.kl.high),
+        *(line.per_bit.mean, line.budget or "none", r.spent.mean),
+        *(line.kl.value, line.kl.low, line.kl.high),
     ]
 
 
@@ -133,11 +139,13 @@ def figures(data: Data, rows: pd.DataFrame) -> list[Plot]:
     panels = []
     for model in dict.fromkeys(line.model for line in found):
         own = [line for line in found if line.model == model]
+        several = len({line.budget for line in own})
         for y, x in MEASURES:
             series = []
-            for space in dict.fromkeys(line.space for line in own):
-                mine = [line for line in own if line.space == space]
-                series.append(_series(space, sorted(mine, key=SHOWN[x]), x, y))
+            for space, budget in dict.fromkeys((line.space, line.budget) for line in own):
+                mine = [line for line in own if (line.space, line.budget) == (space, budget)]
+                name = space if several < 2 else f"{space}, budget {budget}"
+                series.append(_series(name, sorted(mine, key=SHOWN[x]), x, y))
             panels.append(Panel(f"{short(model)}: {y} by {x}", x, y, series, log=True))
     compared = len({line.numbers for line in found})
     caption = (
