@@ -198,7 +198,8 @@ def test_a_rate_of_zero_is_that_of_the_family_and_any_other_stays():
 
 
 def test_every_published_preset_is_checked():
-    assert set(PUBLISHED) | {"default", "one-step", "usable"} == set(registry.names("preset"))
+    ours = {"default", "one-step", "usable", "prefix", "prefix-layer"}
+    assert set(PUBLISHED) | ours == set(registry.names("preset"))
 
 
 def test_the_learning_rate_is_the_published_schedule():

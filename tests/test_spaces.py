@@ -352,6 +352,9 @@ def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
     bits = dict(zip(table["space"] + " " + table["storage"], table["stored bits"], strict=True))
     assert bits["prefix bfloat16"] * 2 == bits["prefix float32"] == 32 * every
     assert table["numbers"].is_monotonic_increasing
+    used = pd.read_csv(out / "report" / "tables" / "utilisation.csv")
+    limits = used["theoretical tokens"].sort_values().to_numpy()  # of W numbers a vector, not of D
+    assert limits / limits[0] == pytest.approx(table["numbers"].to_numpy() / 32, rel=1e-6)
     assert (table["n"] == 3).all()
     assert (table["exact tokens"] <= 6).all()
     assert "Where the numbers stand" in (out / "report" / "index.html").read_text("utf-8")

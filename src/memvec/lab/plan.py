@@ -168,7 +168,7 @@ def _cram(
         per_piece=outside_steps / max(1, len(work.spent)),
         per_token=cutting + certifying,
     )
-    return times, mem.storage.size(work.K, work.lm.width) / work.K
+    return times, mem.storage.size(work.K, mem.vectors.shape[2]) / work.K
 
 
 @dataclass(frozen=True)

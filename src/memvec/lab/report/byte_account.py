@@ -46,7 +46,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
             len(lzma.compress(whole, preset=9)),
             _huffman_bits(whole) / 8,
             float(exact["lm_bits"].sum()) / 8,
-            len(exact) * K * int(data.models[str(model)]["width"]) * number,
+            len(exact) * K * data.width(longest.iloc[0]) * number,
         ]
         row: list[TableCell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
         row += [str(share_interval(len(exact), len(longest))), size]

@@ -17,6 +17,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import plane_of
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.store import Store
+from memvec.storage import STORAGES
 
 MAX_DIFFERENCES = 3  # between recipes, in a name; more are too long
 
@@ -54,6 +55,19 @@ class Data:
         settings = dict(self.store.db.execute("SELECT cell, settings FROM cells").fetchall())
         values = {c: json.loads(settings[c])["options"].get(name) for c in set(rows["cell"])}
         return rows["cell"].map(values)
+
+    def width(self, row: pd.Series) -> int:
+        """Numbers of a vector of a row: the model's D, or those of the recipe's space."""
+        cell = str(row["cell"])
+        size, predicted, storage, settings = self.store.db.execute(
+            "SELECT size, predicted, storage, settings FROM rows JOIN cells USING (cell) "
+            "WHERE cell=? LIMIT 1",
+            (cell,),
+        ).fetchone()
+        if json.loads(settings)["recipe"].get("space", "inputs") == "inputs":
+            return int(self.models[str(row["model"])]["width"])
+        numbers = (int(size) - 16 * int(predicted)) // STORAGES[storage].dtype.itemsize
+        return numbers // int(row["vectors"])
 
     def in_plane(self, plane: str) -> pd.DataFrame:
         """Rows of all protocols that are compared in one plane (`Protocol.plane`)."""

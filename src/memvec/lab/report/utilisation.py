@@ -54,7 +54,7 @@ def utilisations(data: Data) -> list[Utilisation]:
 def _utilisation(data: Data, group: pd.DataFrame, gains: Gains) -> Utilisation:
     first = group.iloc[0]
     facts = data.models[str(first["model"])]
-    D, V, K = int(facts["width"]), int(facts["vocabulary"]), int(first["vectors"])
+    D, V, K = data.width(first), int(facts["vocabulary"]), int(first["vectors"])
     bits, tokens = (mean_interval(values).mean for values in (gains.bits, gains.tokens))
     return Utilisation(
         str(first["model"]),
