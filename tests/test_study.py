@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import typer
 from rich.console import Console
+from transformers import Olmo2Config
 
 from conftest import reader
 from memvec.cli.study import check, export, ls, validate
@@ -99,7 +101,12 @@ def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
-def test_ready_specs_are_valid_and_priced_without_weights(path: Path) -> None:
+def test_ready_specs_are_valid_and_priced_without_weights(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r'"(\.runs/[^"]+)"', path.read_text("utf-8")):  # what a recipe makes
+        Olmo2Config(hidden_size=128).save_pretrained(tmp_path / name.replace("*", "a"))
     spec = read_spec(path)
     planned = expand(spec, path.parent)
     check_lengths(planned)
@@ -138,8 +145,10 @@ def done(every_protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return shutil.copytree(every_protocol, tmp_path_factory.mktemp("study") / "done")
 
 
-# Protocols whose studies have files of their own: test_book, test_onestep_studies, test_frontier.
+# Protocols whose studies have files of their own: test_book, test_onestep_studies, test_frontier,
+# test_checkpoints, test_transfer, test_spaces, test_reading.
 ELSEWHERE = {"book", "one-step-arrangements", "one-step-groups", "usable"}
+ELSEWHERE |= {"checkpoints", "transfer", "spaces", "reading"}
 
 
 @pytest.mark.slow
