@@ -22,6 +22,7 @@ from memvec.lab import slow_space
 from memvec.model.lm import FrozenLM
 
 Floats = NDArray[np.float64]
+TIE = 1e-2  # logits: below, an arg-max may flip when sums are taken in another order
 TIED = float(np.finfo(np.float32).tiny)  # margin of a tie that the arg-max gets right
 
 

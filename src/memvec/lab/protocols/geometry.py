@@ -34,7 +34,6 @@ from memvec.passages.passage import Passage
 POINTS = 11  # on the straight line, both ends included
 MAX_SOLUTIONS = 400  # of a group, for cosines and components
 MAX_COLOURS = 10  # passages shown in a plane of components
-TIE = 1e-2  # logits: below, an arg-max may flip when sums are taken in another order
 
 
 class Geometry(Protocol):
@@ -63,7 +62,7 @@ class Geometry(Protocol):
             vectors = (1 - t) * a.float() + t * b.float()
             _, margin = slow.teacher_forced(lm, vectors, ids, start)
             accuracy.append(float((margin > 0).mean()))
-            allowed.append(int((np.abs(margin) < TIE).sum()) / len(margin) + 1e-6)
+            allowed.append(int((np.abs(margin) < slow.TIE).sum()) / len(margin) + 1e-6)
         return accuracy, allowed
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:

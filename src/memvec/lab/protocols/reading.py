@@ -33,8 +33,6 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.usable.knockout import knocked_out, layer_count
 
-TIE = 1e-2  # logits: a margin so small may have either sign on another path
-
 
 class Reading(Protocol):
     """Which layers read the vectors, and what becomes of them there."""
@@ -105,7 +103,7 @@ class Reading(Protocol):
             with slow_use.apart(lm, without, len(vectors)):
                 _, margin = slow.teacher_forced(lm, vectors, ids, "bos")
             again = [float(np.cumprod(margin > 0).sum()), float(margin.mean())]
-            tie = bool((np.abs(margin) < TIE).any())
+            tie = bool((np.abs(margin) < slow.TIE).any())
             limits = [float(len(ids)) if tie else 0.0, near]
             compared.append(Compared(f"cut {name}", stored["cut"][name], again, limits))
         # What the last layer makes of the first token is the model's own answer.

@@ -42,7 +42,6 @@ from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 
-TIE = 1e-2  # logits: below, an arg-max may flip when sums are taken in another order
 FIT_SEED = 77  # of the passages that the map is fitted on: never those of a source
 
 
@@ -113,7 +112,7 @@ class TransferProtocol(Protocol):
         decoded = slow.greedy(passage.lm, mapped, [], len(truth))
         right = next((i for i, t in enumerate(truth) if decoded[i] != t), len(truth))
         _, margin = slow.teacher_forced(passage.lm, mapped, truth, "vectors")
-        tied = bool((abs(margin) < TIE).any())
+        tied = bool((abs(margin) < slow.TIE).any())
         a, b = (v.flatten().double() for v in (mapped, passage.vectors))
         cosine = float(torch.cosine_similarity(a, b, dim=0))
         pairs = float(stored["pairs"])
