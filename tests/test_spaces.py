@@ -20,13 +20,16 @@ from memvec.errors import MemvecError
 from memvec.export import export, target
 from memvec.header import Header
 from memvec.journal import Journal
-from memvec.lab import slow
+from memvec.lab import slow, slow_use
 from memvec.lab.report.report import write_report
 from memvec.lab.study.check import check_study
 from memvec.lab.study.spec import read_spec
 from memvec.spaces.presets import prefix
 from memvec.storage import STORAGES
+from memvec.usable.certificate import behind_each, contexts_of
+from memvec.usable.columns import Column
 from memvec.usable.generate import use
+from memvec.usable.queries import queries_of
 from memvec.vectors import MemVectors
 from studies import HEAD, run, spec_in
 
@@ -104,6 +107,61 @@ def test_passages_never_touch(recipe, family):
     torch.testing.assert_close(beside.vectors, together[ASKED[0]].vectors, atol=0, rtol=0)
     (alone,) = Engine(lm, few, vectors=2, batch_size=1).run(ASKED[:1])
     torch.testing.assert_close(alone.vectors, together[ASKED[0]].vectors, atol=2e-2, rtol=2e-2)
+
+
+USED = {"term": "use", "query_count": 3, "query_tokens": 5, "settle": 12, "lr_large": 0.0}
+BOS = {"start_rule": "bos"}
+
+
+@every_space
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "olmo2"])
+def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, family):
+    """One word at a time in numpy; behind keys and values the first word of a query is given."""
+    recipe = replace(recipe, **USED, **BOS)
+    engine = Engine(tiny(family), recipe, vectors=2, batch_size=3)
+    for passage in ASKED:
+        engine.push(passage)
+    engine.fill(3)
+    batch, view = engine.batch, engine.lm
+    loss = engine.one_step.measure(batch, engine.columns).term.loss
+    given = int(recipe.space.startswith("prefix"))
+    for row, job in enumerate(engine.jobs):
+        words = batch.term.queries[row, 0, : int(batch.term.length[row, 0])].tolist()
+        text = [view.bos_id, *job.passage.ids]
+        numbers = batch.parameters[row].detach()
+        slow_kl, _ = slow_use.divergence_and_nll(view, numbers, [], text, [words], given)
+        assert float(loss[row]) == pytest.approx(slow_kl, abs=2e-3, rel=2e-2)
+    # What a step forwards and backwards besides: the inputs in front, and a query but for its end.
+    front = 0 if given else 2
+    assert engine.one_step.term.inputs(torch.tensor([3])).tolist() == [front + 5 - 1]
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_usable_vectors_of_a_space_are_certified_and_written_behind(space, tmp_path):
+    lm, recipe = reader(), replace(SPACES[space], **USED, **BOS)
+    text = "the cat sat on the mat"
+    mem = codec.cram(lm, [text], vectors=2, tokens=3, recipe=recipe)
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert again.exact
+    assert codec.decode(lm, again) == [text]
+    worth = again.header.use["held_out"]["contexts"]
+    assert {"nothing", "vectors", "exact-only vectors"} <= set(worth)
+    view, ids = again.view(lm), again.tokens(lm)
+    given = int(space.startswith("prefix"))
+    words = queries_of(lm, ids[0], Recipe(query_count=2, query_tokens=6, seed=1))[0]
+    contexts = contexts_of(view, again.vectors[0].float(), ids[0], None)
+    for name, figures in behind_each(view, contexts, words).items():
+        vectors = again.vectors[0].float() if name == "vectors" else None
+        before = [] if vectors is not None else slow_use.context_ids(lm, ids[0], 2)[name]
+        own = [lm.bos_id, *ids[0]]
+        kl, nll = slow_use.divergence_and_nll(view, vectors, before, own, words.tolist(), given)
+        assert (figures.kl, figures.nll) == pytest.approx((kl, nll), abs=1e-4)
+    # All passages in a row, twice, and a prompt behind them.
+    prompt = lm.tokenize("the dog")
+    rows = torch.cat([*again.vectors, *again.vectors]).float()
+    written = lm.text(slow.greedy(view, rows, prompt, 5))
+    assert use(lm, [again, again], "the dog", max_new_tokens=5) == written
+    assert use(lm, again, "the dog", context="nothing", max_new_tokens=5)
 
 
 # Each storage with a prefix, each space in float32 and as integers.
@@ -263,10 +321,15 @@ def test_what_a_space_cannot_do_is_one_sentence(tmp_path):
     for name in ("transformers", "npy"):
         with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, whi"):
             export(mem, text, target(name), tmp_path / name)
-    with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, and"):
-        use(text, mem, "the")
-    with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, and"):
-        Engine(lm, replace(prefix, term="use"))
+    with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' predict nothing by th"):
+        use(text, mem, "")
+    with pytest.raises(MemvecError, match=r"^in the space 'prefix' the first token of a query is"):
+        Engine(lm, replace(prefix, term="use", query_tokens=1))
+    inputs = codec.cram(text, ["the fox"], vectors=1, tokens=1, recipe=replace(QUICK, **BOS))
+    with pytest.raises(MemvecError, match=r"^files of different spaces cannot stand in one row"):
+        use(text, [mem, inputs], "the")
+    with pytest.raises(MemvecError, match=r"^a context is crammed into inputs here: leave out"):
+        Column(text, "crammed", recipe=prefix)
     with pytest.raises(MemvecError, match=r"^keys and values stand before no states, so nothing"):
         Engine(lm, replace(prefix, term="alignment", align_layers=1))
 
@@ -323,6 +386,7 @@ recipe = {{ {recipe}, steps = 40 }}
         (2, "float32", 'preset = "prefix-layer", layer = 1'),
         (2, "float32", 'space = "shared-basis", dimensions = 16'),
         (2, "float32", 'coordinates = "low-dim", dimensions = 4'),
+        (1, "float32", 'preset = "usable", space = "prefix", settle = 4, query_count = 2'),
     )
 )
 
@@ -335,7 +399,7 @@ def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
     checked = check_study(out)
     assert checked["wrong"] == []
     assert checked["unchecked"] == []
-    assert checked["rows"] == 18
+    assert checked["rows"] == 21
     write_report(out, out / "report", figures=False)
     with (out / "report" / "tables" / "spaces.csv").open() as file:
         table = pd.read_csv(file)
@@ -345,6 +409,7 @@ def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
         "inputs float32": 2 * D,
         "prefix float32": every,
         "prefix bfloat16": every,
+        "prefix, for use float32": every,
         "prefix-layer 1 float32": 2 * layer,
         "shared-basis 16 float32": 2 * 16,
         "inputs, low-dim float32": 2 * D,

@@ -14,7 +14,7 @@ from memvec.engines.request import Prompt
 from memvec.engines.run import known, refuse_model, run_engine
 from memvec.errors import MemvecError, check_minimum
 from memvec.export.target import embedded
-from memvec.usable.generate import SHORTER, check_room, context_inputs, end_ids
+from memvec.usable.generate import SHORTER, check_room, end_ids, in_a_row
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -100,7 +100,7 @@ def use_prompt(
     passages: Sequence[int] | None = None,
 ) -> Prompt:
     """The vectors of files, one behind the other, and a prompt behind them."""
-    vectors = torch.cat([context_inputs(lm, one, passages, "vectors")[0] for one in files])
+    vectors = in_a_row(lm, files, passages)[1][0]
     tokens = lm.tokenize(prompt)
     check_minimum(1, max_new_tokens=new_tokens)
     check_room(lm, len(vectors) + len(tokens), new_tokens, SHORTER)

@@ -40,15 +40,24 @@ def context_ids(lm: FrozenLM, ids: Sequence[int], K: int) -> dict[str, list[int]
 
 
 def divergence_and_nll(
-    lm: FrozenLM, vectors: Tensor | None, before: Sequence[int], text: Sequence[int], words: Any
+    lm: FrozenLM,
+    vectors: Tensor | None,
+    before: Sequence[int],
+    text: Sequence[int],
+    words: Any,
+    given: int = 0,
 ) -> tuple[float, float]:
-    """(KL from the model behind `text`, NLL of the words) behind [vectors, before], nats a word."""
+    """(KL from the model behind `text`, NLL of the words) behind [vectors, before], nats a word.
+
+    The first `given` words of each row are read and not predicted.
+    """
     kl, nll = [], []
     for row in words:
-        p = log_probabilities(lm, None, text, row)
-        q = log_probabilities(lm, vectors, before, row)
+        first, rest = row[:given], row[given:]
+        p = log_probabilities(lm, None, [*text, *first], rest)
+        q = log_probabilities(lm, vectors, [*before, *first], rest)
         kl.append(float((np.exp(p) * (p - q)).sum(1).mean()))
-        nll.append(-float(q[np.arange(len(row)), row].mean()))
+        nll.append(-float(q[np.arange(len(rest)), rest].mean()))
     return float(np.mean(kl)), float(np.mean(nll))
 
 

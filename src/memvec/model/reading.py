@@ -39,6 +39,7 @@ class Prefix:
     feeds_back: bool = True  # each decoded token is read before the next
     crammer: Any = None  # what crams all passages together, where they share one vector
     enlarges: bool = True  # vectors may be made large, and move in large steps
+    predicts: bool = True  # the last vector predicts the token behind it
     space: str = "inputs"  # where the numbers of a vector stand
     start_rules: tuple[StartRule, ...] = START_RULES
     options: Mapping[str, Any] = {}  # what a file keeps of the space, to make it again
@@ -61,6 +62,15 @@ class Prefix:
         """Hidden states at the predicting positions."""
         inputs = self.inputs(lm, vectors, ids, start)
         return lm.states_of(inputs, keep=ids.shape[1] - (start == "first-token"))
+
+    def states_as_context(
+        self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], ids: Int[Tensor, "B L"]
+    ) -> Float[Tensor, "B N H"]:
+        """States that predict other tokens than the passage's, right behind the vectors.
+
+        N = L; L - 1 where the vectors predict nothing, for then the first token is given.
+        """
+        return self.states(lm, vectors, ids, "vectors" if self.predicts else "first-token")
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]

@@ -45,6 +45,7 @@ class KeysValues(Prefix):
 
     space = "prefix"
     enlarges = False
+    predicts = False
     start_rules = ("bos", "first-token")
 
     def __init__(self, lm: FrozenLM, options: Mapping[str, Any]) -> None:

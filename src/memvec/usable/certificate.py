@@ -10,12 +10,15 @@ exact only) it reads the same words, and two figures say how far it is from the 
            share of what the text tells about the words that follow; 0 no context, 1 the whole text
 
 The words are queries that cramming never saw: continuations of the text that the model samples with
-another seed, and the true continuation of a passage, where the document goes on behind it.
+another seed, and the true continuation of a passage, where the document goes on behind it. Vectors
+that predict nothing (keys and values, memvec.spaces) have the first word given; it is left out of
+the figures of every context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,6 +27,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from memvec import registry
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
@@ -43,8 +47,10 @@ TOKENS = 48  # of each, and of the true continuation
 SEED = 7919  # added to the recipe's: other continuations than cramming saw
 FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
 
-# Inputs (1, N, D) of each context, by name.
-Contexts = dict[str, Float[Tensor, "1 N D"]]
+# What a model says behind a context: words (M, L) -> log-probabilities (M, n, V) of the last n = L
+# words, or of all but the first.
+Context = Callable[[Int[Tensor, "M L"]], Float[Tensor, "M n V"]]
+Contexts = dict[str, Context]
 
 
 class Worth(Record):
@@ -135,18 +141,11 @@ def certify_use(
 
 def check_usable(mem: MemVectors) -> None:
     """Raise MemvecError for vectors behind which nothing but their passage can be read."""
-    if mem.header.space is not None:
-        raise MemvecError(only_inputs(mem.header.space.name))
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
             "these vectors have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with --usable."
         )
-
-
-def only_inputs(space: str) -> str:
-    """The sentence for vectors of another space, which nothing measures as context."""
-    return f"vectors in the space '{space}' are no inputs, and only inputs are used as context."
 
 
 def _spread(n: int, most: int) -> list[int]:
@@ -173,11 +172,13 @@ def exact_only_vectors(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]
 ) -> list[Tensor | None]:
     """As many vectors for each passage, crammed by the default recipe; None where not exact."""
-    recipe = Recipe(start_rule=mem.header.start_rule, term="none")
+    space = lm.reading.space  # its own preset has the rates of its numbers
+    recipe = Recipe.of(space if space in registry.names("preset") else "default")
     storage: Storage = mem.storage
+    trigger = "bos" if lm.other_trigger is None else f"#{lm.other_trigger}"
     engine = Engine(
         lm,
-        replace(recipe, trigger="bos" if lm.other_trigger is None else f"#{lm.other_trigger}"),
+        replace(recipe, space=space, start_rule=mem.header.start_rule, trigger=trigger),
         vectors=mem.vectors.shape[1],
         storage=storage,
         batch_size=min(32, len(passages)),
@@ -195,25 +196,43 @@ def contexts_of(
 ) -> Contexts:
     """The text, nothing, ends of the text, exact-only vectors if there are any, and the vectors."""
     K = len(vectors)
-    found = {FULL: text_inputs(lm, ids), NONE: text_inputs(lm, ())}
-    for n in (K, 2 * K, 4 * K, 8 * K):
-        if n < len(ids):
-            found[f"last {n} tokens"] = text_inputs(lm, ids[-n:])
+    ends = {f"last {n} tokens": ids[-n:] for n in (K, 2 * K, 4 * K, 8 * K) if n < len(ids)}
+    found: Contexts = {
+        name: functools.partial(_behind_text, lm, text)
+        for name, text in ({FULL: ids, NONE: ()} | ends).items()
+    }
     if exact_only is not None:
-        found[EXACT_ONLY] = exact_only[None].to(lm.device)
-    found[VECTORS] = vectors[None].to(lm.device)
+        found[EXACT_ONLY] = functools.partial(_behind_vectors, lm, exact_only)
+    found[VECTORS] = functools.partial(_behind_vectors, lm, vectors)
     return found
+
+
+def _behind_text(
+    lm: FrozenLM, ids: Sequence[int], words: Int[Tensor, "M L"]
+) -> Float[Tensor, "M n V"]:
+    log_p = log_p_behind(lm, text_inputs(lm, ids), words)
+    return log_p[:, int(not lm.reading.predicts) :]
+
+
+def _behind_vectors(
+    lm: FrozenLM, vectors: Float[Tensor, "K W"], words: Int[Tensor, "M L"]
+) -> Float[Tensor, "M n V"]:
+    rows = vectors.to(lm.device).expand(len(words), -1, -1)
+    return lm.head(lm.reading.states_as_context(lm, rows, words)).log_softmax(-1)
 
 
 @torch.no_grad()
 def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> dict[str, Figures]:
-    """KL from the first context (the text) and NLL of the words behind each context."""
+    """KL from the first context (the text) and NLL of the words behind each context.
+
+    `lm` reads vectors in the space that they are in (`MemVectors.view`), here and in `contexts_of`.
+    """
     words = words.to(lm.device)
     reference: Tensor | None = None
     figures = {}
-    for name, inputs in contexts.items():
-        log_q = log_p_behind(lm, inputs, words)
-        nll = -log_q.gather(-1, words[..., None]).mean()
+    for name, context in contexts.items():
+        log_q = context(words)
+        nll = -log_q.gather(-1, words[:, -log_q.shape[1] :, None]).mean()
         reference = log_q if reference is None else reference
         kl = (reference.exp() * (reference - log_q)).sum(-1).mean()
         figures[name] = Figures(float(kl), float(nll))

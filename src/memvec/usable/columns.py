@@ -111,7 +111,7 @@ class Column:
     A context is cut into equal passages of at most `tokens` tokens, with `vectors` (K) vectors
     each, crammed by `recipe`. `cache` is a folder that keeps what is crammed, each passage from the
     moment that it is done, under the model, the recipe and its token ids. Raises MemvecError for an
-    unknown column, sizes below 1 or a folder that cannot be written.
+    unknown column, sizes below 1, another space than inputs, or a folder that cannot be written.
     """
 
     def __init__(
@@ -129,6 +129,10 @@ class Column:
         self.lm, self.name = lm, column_named(name)
         self.vectors, self.tokens, self.batch_size = vectors, tokens, batch_size
         self.recipe = recipe or Recipe.of("usable")
+        if self.recipe.space != "inputs":
+            raise MemvecError(
+                f"a context is crammed into inputs here: leave out the space '{self.recipe.space}'."
+            )
         self.cache = cache
         self._crammed: dict[Ids, list[Outcome]] = {}
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.errors import MemvecError, check_minimum
@@ -41,40 +41,51 @@ def use(
     `context` puts the text itself in the vectors' place, or nothing, for comparison. `settings` go
     to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
     tokens without them); `streamer` is one of transformers'. Raises MemvecError for vectors of
-    another model, vectors without a trigger, or more inputs than the model's context holds.
+    another model, vectors without a trigger, files of different spaces, or more inputs than the
+    model's context holds.
     """
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
     if not files:
         raise MemvecError("there are no vectors to use: give at least one file.")
-    asked = lm.tokenize(prompt)
-    inputs = [context_inputs(lm, one, passages, context) for one in files]
-    if context != "vectors" and lm.bos_id is not None:  # one BOS in front of everything
-        inputs = [text_inputs(lm, ()), *inputs]
-    if asked:
-        inputs.append(lm.embed(torch.tensor([asked], device=lm.device)))
+    asked = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
     new_tokens = int(options["max_new_tokens"])
     check_minimum(1, max_new_tokens=new_tokens)
-    check_room(lm, sum(part.shape[1] for part in inputs), new_tokens, SHORTER)
-    together = torch.cat([part.to(lm.dtype) for part in inputs if part.shape[1]], dim=1)
-    return write_behind(lm, together, options, streamer)
+    for one in files:
+        _chosen(lm, one, passages)
+    if context == "vectors":
+        view, rows = in_a_row(lm, files, passages)
+        inputs, cache = _opened(view, rows, asked)
+        slots = rows.shape[1] + asked.shape[1]
+    else:
+        ids = _text_of(lm, files, passages) if context == "text" else []
+        given = torch.tensor([ids], dtype=torch.long, device=lm.device)
+        # One BOS in front of everything, where the model has one.
+        first = [text_inputs(lm, ())] if lm.bos_id is not None else []
+        inputs, cache = torch.cat([*first, lm.embed(torch.cat([given, asked], 1))], 1), None
+        slots = inputs.shape[1]
+    check_room(lm, slots, new_tokens, SHORTER)
+    return write_behind(lm, inputs.to(lm.dtype), options, streamer, cache)
 
 
 def write_behind(
-    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], options: dict[str, Any], streamer: Any = None
+    lm: FrozenLM,
+    inputs: Float[Tensor, "1 N D"],
+    options: dict[str, Any],
+    streamer: Any = None,
+    cache: Any = None,
 ) -> str:
     """What the model writes behind free inputs; `options` are those of its `generate`.
 
-    Raises MemvecError for a model that does not generate.
+    `cache` holds what stands before the inputs, if anything. Raises MemvecError for a model that
+    does not generate.
     """
-    ids, ends = _generated(lm, inputs, streamer, options), set(end_ids(lm))
+    ids, ends = _generated(lm, inputs, streamer, options, cache), set(end_ids(lm))
     return lm.text([token for token in ids if token not in ends])
 
 
-def context_inputs(
-    lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None, context: Context
-) -> Float[Tensor, "1 N D"]:
-    """The inputs of one file: its vectors in a row, its text, or nothing.
+def _chosen(lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None) -> Sequence[int]:
+    """The passages of a file that stand in front of the prompt.
 
     Raises MemvecError for vectors of another model, vectors without a trigger, or a passage that is
     not there.
@@ -85,14 +96,54 @@ def context_inputs(
     for i in which:
         if not 0 <= i < len(mem.passages):
             raise MemvecError(f"there is no passage {i} in a file of {len(mem.passages)}.")
-    if context == "vectors":
-        rows = [mem.vectors[i].float() for i in which]
-        return torch.cat(rows)[None].to(lm.device)
-    if context == "nothing":
-        return text_inputs(lm, ())[:, :0]
-    tokens = mem.tokens(lm)
-    ids = [token for i in which for token in tokens[i]]
-    return lm.embed(torch.tensor([ids], device=lm.device))
+    return which
+
+
+def in_a_row(
+    lm: FrozenLM, files: Sequence[MemVectors], passages: Sequence[int] | None = None
+) -> tuple[FrozenLM, Float[Tensor, "1 N W"]]:
+    """The vectors of all files one behind the other, and the model as it reads them.
+
+    `passages` takes some of a single file. Raises MemvecError if the vectors are not all in one
+    space, are of another model, have no trigger, or if a passage is not there.
+    """
+    chosen = [_chosen(lm, one, passages) for one in files]
+    spaces = [mem.header.space for mem in files]
+    if any(space != spaces[0] for space in spaces[1:]):
+        raise MemvecError("files of different spaces cannot stand in one row: use them one by one.")
+    rows = [mem.vectors[i].float() for mem, which in zip(files, chosen, strict=True) for i in which]
+    return files[0].view(lm), torch.cat(rows)[None].to(lm.device)
+
+
+def _text_of(
+    lm: FrozenLM, files: Sequence[MemVectors], passages: Sequence[int] | None
+) -> list[int]:
+    """Token ids of all files, or of some passages of a single one; raises as `in_a_row`."""
+    ids: list[int] = []
+    for mem in files:
+        which, tokens = _chosen(lm, mem, passages), mem.tokens(lm)
+        ids += [token for i in which for token in tokens[i]]
+    return ids
+
+
+def _opened(
+    lm: FrozenLM, rows: Float[Tensor, "1 N W"], asked: Int[Tensor, "1 n"]
+) -> tuple[Float[Tensor, "1 m D"], Any]:
+    """Inputs for `generate` behind vectors, and the cache that holds the vectors, if one does.
+
+    `generate` leaves out as many of its inputs as the cache has positions; so many zeros stand in
+    front. Raises MemvecError without a prompt where the vectors predict nothing.
+    """
+    if not lm.reading.predicts and not asked.shape[1]:
+        raise MemvecError(
+            f"vectors in the space '{lm.reading.space}' predict nothing by themselves: give a "
+            "prompt."
+        )
+    inputs, made = lm.reading.opening(lm, rows, asked)
+    cache = made()
+    if cache is not None:
+        inputs = torch.cat([inputs.new_zeros(1, rows.shape[1], inputs.shape[2]), inputs], 1)
+    return inputs, cache
 
 
 def check_room(lm: FrozenLM, inputs: int, answer: int, remedy: str) -> None:
@@ -107,7 +158,11 @@ def check_room(lm: FrozenLM, inputs: int, answer: int, remedy: str) -> None:
 
 
 def _generated(
-    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], streamer: Any, options: dict[str, Any]
+    lm: FrozenLM,
+    inputs: Float[Tensor, "1 N D"],
+    streamer: Any,
+    options: dict[str, Any],
+    cache: Any,
 ) -> list[int]:
     generate: Any = getattr(lm.model, "generate", None)
     if generate is None:
@@ -115,6 +170,8 @@ def _generated(
     mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
     options.setdefault("pad_token_id", end_ids(lm)[0] if end_ids(lm) else 0)
     options.setdefault("use_cache", lm.has_cache)
+    if cache is not None:
+        options[str(lm.caching.argument)] = cache
     out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)
     ids: list[int] = out[0].tolist()
     return ids

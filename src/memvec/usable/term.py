@@ -4,7 +4,7 @@
 
 The passage is asked for behind a trigger, [vectors] BOS -> passage; behind the vectors alone comes
 a query. Nothing of the trigger is in the term, and the two modes of the same vectors are told apart
-by what follows them.
+by what follows them. Behind keys and values (memvec.spaces) the first token of a query is given.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
-from memvec.usable.certificate import certify_use, only_inputs
+from memvec.usable.certificate import certify_use
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import (
     Teacher,
     answer_positions,
     divergence,
     joined,
-    states_behind,
     teacher_of,
 )
 from memvec.vectors import MemVectors
@@ -46,14 +45,18 @@ class Use(Term):
     ) -> None:
         if not lm.reading.feeds_back:
             raise MemvecError("vectors that are read in one step cannot stand in front of a query.")
-        if lm.reading.space != "inputs":
-            raise MemvecError(only_inputs(lm.reading.space))
         if start_rule == "vectors":
             raise MemvecError(
                 "vectors that are to be used as context need a trigger behind which the passage "
                 "comes: use --start-rule bos, or --trigger with a token."
             )
+        if recipe.query_tokens < 2 and not lm.reading.predicts:
+            raise MemvecError(
+                f"in the space '{lm.reading.space}' the first token of a query is given, so "
+                "query_tokens must be at least 2."
+            )
         super().__init__(lm, module, recipe, K, start_rule)
+        self.given = int(not lm.reading.predicts)  # leading tokens of a query, not predicted
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
         """The queries of each passage and what the model says of them after the text."""
@@ -73,18 +76,25 @@ class Use(Term):
         which = batch.steps % teacher.queries.shape[1]
         ids, length = teacher.queries[row, which], teacher.length[row, which]
         with torch.enable_grad():
-            states = states_behind(self.module, vectors, with_padding(ids, padding_rows))
-        counted = answer_positions(length, ids.shape[1])
+            states = self.module.reading.states_as_context(
+                self.module, vectors, with_padding(ids, padding_rows)
+            )
+        counted = answer_positions(length, ids.shape[1])[:, self.given :]
         share = counted / counted.sum(-1, keepdim=True)
         # Padding rows are computed as well: products keep their shape, and so their rounding.
-        kept = (teacher.top[row, which], teacher.log_p[row, which], teacher.log_rest[row, which])
+        kept = [
+            part[row, which, self.given :]
+            for part in (teacher.top, teacher.log_p, teacher.log_rest)
+        ]
         top, log_p, log_rest, weight = (with_padding(t, padding_rows) for t in (*kept, share))
         loss, gradient = self._divergence(states.detach(), (top, log_p, log_rest), weight)
         return TermLoss(loss[:B], (states,), (gradient,))
 
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The vectors and a query."""
-        return torch.full_like(counted, self.K + self.recipe.query_tokens - 1)
+        """The vectors, where they are inputs, and a query but for its last token."""
+        start: StartRule = "first-token" if self.given else "vectors"
+        before = self.lm.inputs_before(self.K, start) - self.given
+        return torch.full_like(counted, before + self.recipe.query_tokens)
 
     def certificate(
         self, mem: MemVectors, passages: Sequence[Sequence[int]]

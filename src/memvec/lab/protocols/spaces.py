@@ -7,8 +7,9 @@ the protocol `exact`. Every space has a token between its vectors and the passag
 'bos'), so that the same tokens have to come back.
 
 Besides, each passage's vectors are read as context: `texts` continuations that the model writes
-behind the text, with the first word given, for behind keys and values nothing predicts it. The
-vectors are crammed to be exact only: the term `use` trains inputs alone.
+behind the text, with the first word given, for behind keys and values nothing predicts it. With
+`recipe = { preset = "usable", space = "prefix" }` the vectors are crammed to stand for the text as
+well, and the figures are of both.
 """
 
 from __future__ import annotations

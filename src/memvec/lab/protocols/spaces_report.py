@@ -64,6 +64,8 @@ def lines(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
     rows["budget"] = rows["cell"].map(lambda cell: recipes[cell]["budget"])
     moved = rows["cell"].map(lambda cell: recipes[cell]["coordinates"])
     rows["space"] = rows["space"].where(moved == "direct", rows["space"] + ", " + moved)
+    usable = rows["cell"].map(lambda cell: recipes[cell]["term"] == "use")
+    rows["space"] = rows["space"].where(~usable, rows["space"] + ", for use")
     # `series` parts recipes that differ in anything else.
     keys = ["model", "source", "space", "vectors", "storage", "budget", "series"]
     for (model, source, space, K, storage, budget, _), part in rows.groupby(keys, sort=False):
@@ -111,7 +113,7 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
         "over the exact horizon. Censored passages came back whole: their space may hold more. "
         "Spent: forward-backward tokens a passage. KL / nothing: KL from the model behind the text "
         "on words that it writes behind it, the first given, over that of no context (bootstrap); "
-        "the vectors are crammed to be exact only, which makes none of them stand for the text."
+        "lines 'for use' were crammed to stand for the text as well, all others to be exact only."
     )
     return [
         Table(key, title, note, columns, [_row(line) for line in ordered])

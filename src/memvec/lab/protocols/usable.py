@@ -69,6 +69,9 @@ class Usable(Protocol):
                 "reads the vectors with and without a trigger, so start_rule must be 'bos' "
                 "(`trigger` says which token)"
             )
+        other = run.recipe.get("space", "inputs") != "inputs"
+        if other and (run.options.get("layers") or run.options.get("directions")):
+            return "looks into inputs only, so `layers` and `directions` have no other space"
         return None
 
     def extra(
@@ -107,11 +110,12 @@ class Usable(Protocol):
         near = 2 * passage.bits_tolerance / len(passage.lm_bits)  # nats a word
         before = slow_use.context_ids(lm, ids, len(vectors))
         text = before["text"]
+        given = int(lm.reading.space.startswith("prefix"))  # keys and values predict nothing
         again = {
-            name: slow_use.divergence_and_nll(lm, None, own, text, words)
+            name: slow_use.divergence_and_nll(lm, None, own, text, words, given)
             for name, own in before.items()
         }
-        again["vectors"] = slow_use.divergence_and_nll(lm, vectors, [], text, words)
+        again["vectors"] = slow_use.divergence_and_nll(lm, vectors, [], text, words, given)
         compared += _entries("contexts", stored["contexts"], again, [near, near])
         rms = float(vectors.double().square().mean().sqrt())
         compared.append(Compared("rms", [float(stored["rms"])], [rms], [1e-4 * rms]))
