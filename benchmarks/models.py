@@ -52,6 +52,19 @@ SHAPES = {
             "tie_word_embeddings": True,
         },
     ),
+    "llama-3.1-8b": (
+        "LlamaConfig",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 14_336,
+            "max_position_embeddings": 8192,
+        },
+    ),
     "r256": (  # untrained, it holds about one bit per dimension (docs/capacity.md)
         "LlamaConfig",
         {
@@ -100,11 +113,13 @@ def random_model(
     device: str = "auto",
     dtype: torch.dtype | str | None = None,
     seed: int = 0,
+    on_device: bool = False,
     **changes: int,
 ) -> FrozenLM:
     """A model of that shape, its weights from the seed; bfloat16 on a GPU, float32 on a CPU.
 
-    `dtype` may be torch's or its name.
+    `dtype` may be torch's or its name. `on_device` draws the weights there and in that dtype: other
+    weights than on a CPU, but no second copy of a model that hardly fits.
     """
     kind, options = SHAPES[name]
     if device == "auto":
@@ -112,15 +127,17 @@ def random_model(
     keep_freed_memory()
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
     config = getattr(transformers, kind)(**(special | options | changes))
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    elif isinstance(dtype, str):
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    where, drawn = (torch.device(device), dtype) if on_device else (torch.device("cpu"), None)
+    with where:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=drawn)
     std = model.get_input_embeddings().weight.shape[1] ** -0.5
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, std)
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    elif isinstance(dtype, str):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     return FrozenLM(model.to(device, dtype), name=f"random {name}")

@@ -1,0 +1,192 @@
+"""How near a step comes to the machine's limit, and where the rest of its time goes; on any device.
+
+    python benchmarks/gpu.py                   # on a GPU: the shapes of Llama 3.2 1B and 3.1 8B
+    python benchmarks/gpu.py --quick
+    python benchmarks/gpu.py --shapes pocket pythia-160m --slots 1 8 32 --tokens 16 64 256
+
+For each shape x slots x tokens, an engine step with every slot taken and every position counted, in
+the dtype that steps really use, beside a bare forward and backward to the vectors of the same
+module (autograd through the whole cross-entropy, nothing else), turn by turn:
+
+- `mfu`: operations of the step over its time, as a share of the best square product of this machine
+  in that dtype, measured at the start. Operations: 4 for each weight and token (2 forward, 2
+  backward to the input; weights get no gradient), and 6 T for each token, layer and number of the
+  attention (causal, forward and backward).
+- `overhead`: the engine's median time over the bare one's.
+- `outside`: share of the operators' own time that is neither a matrix product nor attention.
+- `launch`: share of the time in which a GPU computes nothing, because it waits to be told what.
+- `passages`: exact passages a minute, all slots filled twice with `--crammed` random tokens for one
+  vector, from noise; 0 leaves it out.
+
+A cell whose step would take longer than `--longest` seconds at half of the machine's rate is left
+out, and the table says so. Weights are random, so every shape is made in memory, on the device.
+RESULT: the smallest MFU, the largest overhead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from common import arguments, interleaved, median_and_spread, report
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+from models import SHAPES, random_model
+from step import occupied, operations
+from texts import random_tokens
+
+# Operators that are matrix products, or made of them; all others are what `outside` counts.
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "attention", "convolution")
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of the square products that set the peak
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Operations a second of the best square product."""
+    best = 0.0
+    for n in SIDES[device.type]:
+        a = torch.randn(n, n, device=device).to(dtype)
+        seconds = interleaved({"product": lambda a=a: a @ a}, rounds, warmup=2)["product"]
+        best = max(best, 2 * n**3 / min(seconds))
+    return best
+
+
+def step_operations(lm: FrozenLM, slots: int, T: int) -> float:
+    """Operations of a forward and a backward to the input of so many rows (see the top)."""
+    config = lm.config.get_text_config()
+    attention = 6 * T * int(config.hidden_size) * int(config.num_hidden_layers)
+    return float(slots * T * (operations(lm) + attention))
+
+
+def shares(work: Any, device: torch.device) -> tuple[float, float | None]:
+    """`outside`, and `launch` on a GPU, of one call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        wall = time.perf_counter() - began
+    on_gpu = device.type == "cuda"
+    own = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profile.key_averages()
+        if event.key.startswith("aten::")
+    }
+    total = sum(own.values())
+    products = sum(t for key, t in own.items() if any(part in key for part in PRODUCTS))
+    outside = 1 - products / total if total else 0.0
+    return outside, max(0.0, 1 - total * 1e-6 / wall) if on_gpu else None
+
+
+def model_of(name: str) -> FrozenLM:
+    """A shape with random weights, made on the device; or a model by name."""
+    return random_model(name, on_device=True) if name in SHAPES else load_lm(name)
+
+
+def cell(lm: FrozenLM, slots: int, T: int, rounds: int, rate: float) -> dict[str, Any]:
+    """One row: both times, and where the engine's goes."""
+    engine = occupied(lm, slots, T, compute="auto")
+    module = engine.module
+    ids, vectors = engine.batch.ids, engine.batch.vectors.clone().requires_grad_()
+
+    def bare() -> None:
+        inputs = torch.cat([vectors.to(module.dtype), module.embed(ids[:, :-1])], dim=1)
+        logits = module.model(inputs_embeds=inputs, use_cache=False).logits.float()
+        loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+        torch.autograd.grad(loss, vectors)
+
+    seconds = interleaved({"engine": engine.step, "bare": bare}, rounds, warmup=1)
+    median, low, high = median_and_spread(seconds["engine"])
+    outside, launch = shares(engine.step, lm.device)
+    return {
+        "model": lm.name,
+        "slots": slots,
+        "tokens": T,
+        "dtype": str(module.rounding).removeprefix("torch."),
+        "ms": 1e3 * median,
+        "p10": 1e3 * low,
+        "p90": 1e3 * high,
+        "n": rounds,
+        "tokens/s": slots * T / median,
+        "GFLOP/s": step_operations(lm, slots, T) / median / 1e9,
+        "mfu": step_operations(lm, slots, T) / median / rate,
+        "overhead": median / statistics.median(seconds["bare"]),
+        "outside": outside,
+        "launch": "" if launch is None else launch,
+    }
+
+
+def passages_a_minute(lm: FrozenLM, slots: int, tokens: int) -> tuple[float, int]:
+    """Exact passages a minute, and how many of all were exact; decoding that certifies is in it."""
+    asked = random_tokens(lm, 2 * slots, tokens)
+    engine = Engine(lm, Recipe(start="noise", steps=400), batch_size=slots)
+    began = time.perf_counter()
+    exact = sum(outcome.exact for outcome in engine.run(asked))
+    return 60 * exact / (time.perf_counter() - began), exact
+
+
+def chosen(options: argparse.Namespace) -> tuple[list[str], list[int], list[int], int]:
+    """Shapes, slots, tokens and rounds: as asked, or what fits the device."""
+    gpu = torch.cuda.is_available()
+    shapes = ["llama-3.2-1b", "llama-3.1-8b"] if gpu else ["pocket", "pythia-160m", "llama-3.2-1b"]
+    slots, tokens = ([8, 32, 128], [32, 128, 512]) if gpu else ([1, 8, 32], [16, 64, 256, 512])
+    if options.quick:
+        shapes, slots, tokens = ["tiny-llama"], [8], [32]
+    rounds = 3 if options.quick else options.rounds
+    return options.shapes or shapes, options.slots or slots, options.tokens or tokens, rounds
+
+
+def main() -> None:
+    """The grid, then passages a minute of each shape at the most slots."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(SHAPES)}, or models")
+    parser.add_argument("--slots", nargs="+", type=int)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--longest", type=float, default=20.0)
+    parser.add_argument("--crammed", type=int, default=4)
+    options = parser.parse_args()
+    shapes, slots, tokens, rounds = chosen(options)
+    rows: list[dict[str, Any]] = []
+    rates: dict[torch.dtype, float] = {}
+    for shape in shapes:
+        lm = model_of(shape)
+        dtype = occupied(lm, 1, 2, compute="auto").module.rounding
+        rate = rates.setdefault(dtype, peak_rate(lm.device, dtype))
+        for n in slots:
+            for T in tokens:
+                if step_operations(lm, n, T) > 0.5 * rate * options.longest:
+                    print(f"left out: {lm.name}, {n} slots, {T} tokens: over {options.longest} s.")
+                    continue
+                rows.append(cell(lm, n, T, rounds, rate))
+        if options.crammed:
+            rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed)
+            print(
+                f"{lm.name}: {rate_exact:.1f} exact passages a minute of {options.crammed} random "
+                f"tokens ({exact} of {2 * max(slots)} exact, {max(slots)} slots)"
+            )
+    if not rows:
+        raise SystemExit("every cell was left out: raise --longest.")
+    for dtype, rate in rates.items():
+        print(f"best square product in {dtype}: {rate / 1e9:.0f} GFLOP/s")
+    report(
+        "gpu",
+        rows,
+        options,
+        mfu=min(row["mfu"] for row in rows),
+        overhead=max(row["overhead"] for row in rows),
+    )
+
+
+if __name__ == "__main__":
+    main()
