@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memvec.model.agreement import TOLERANCE
+from memvec.model.norms import join_norms
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -94,6 +95,7 @@ def _rounded(lm: FrozenLM) -> nn.Module | None:
         }
         model = copy.deepcopy(lm.model, rounded)
         widen_attention(model)
+        join_norms(model)
         COPIES[lm.model] = model if _agrees(lm, lm.computed_by(model)) else None
     return COPIES[lm.model]
 
