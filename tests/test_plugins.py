@@ -84,8 +84,8 @@ def test_coordinates_need_not_reach_every_vector(plugins, storage):
 
     @memvec.register("coordinates", "subspace")
     class Subspace:
-        def __init__(self, recipe, K, D):
-            generator = torch.Generator().manual_seed(0)
+        def __init__(self, recipe, K, lm):
+            D, generator = lm.width, torch.Generator().manual_seed(0)
             self.basis = torch.linalg.qr(torch.randn(D, D // 2, generator=generator)).Q.T
 
         def parameters(self, vectors):
@@ -97,7 +97,7 @@ def test_coordinates_need_not_reach_every_vector(plugins, storage):
     recipe = Recipe.of(coordinates="subspace", steps=800, patience=800)
     outcomes = crammed(recipe, storage=storage)
     assert sum(o.exact for o in outcomes) >= 2
-    basis = Subspace(recipe, 2, tiny().width).basis
+    basis = Subspace(recipe, 2, tiny()).basis
     for outcome in outcomes:
         vectors = outcome.vectors.float()
         rest = vectors - vectors @ basis.T @ basis

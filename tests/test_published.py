@@ -223,8 +223,9 @@ def test_the_learning_rate_is_the_published_schedule():
 @pytest.mark.parametrize("name", registry.names("coordinates"))
 @pytest.mark.parametrize("K", [1, 3])
 def test_coordinates_take_up_any_vectors(name, K):
-    vectors = torch.randn(2, K, D, generator=torch.Generator().manual_seed(6))
-    coordinates = registry.get("coordinates", name)(Recipe(dimensions=8), K, D)
+    lm = tiny()
+    vectors = torch.randn(2, K, lm.width, generator=torch.Generator().manual_seed(6))
+    coordinates = registry.get("coordinates", name)(Recipe(dimensions=8), K, lm)
     found = coordinates.vectors(coordinates.parameters(vectors))
     torch.testing.assert_close(found, vectors, rtol=0, atol=1e-6)
 

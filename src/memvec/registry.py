@@ -34,7 +34,7 @@ KINDS = {
     "term": "a class made from (lm, module, recipe, K, start_rule): a second loss on the vectors",
     "queries": "(lm, ids, recipe) -> token ids that the model reads behind the vectors",
     "schedule": "a class made from (recipe, K): which positions count, and how soft the loss is",
-    "coordinates": "a class made from (recipe, K, D): parameters to [mem] vectors",
+    "coordinates": "a class made from (recipe, K, lm): parameters to [mem] vectors",
     "layout": "a class made from (): how a model reads [mem] vectors",
     "space": "(lm, options) -> how the model reads the numbers of a vector, and how many there are",
     "optimizer": "a class made from (recipe): one step of stacked parameters",
@@ -84,6 +84,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "coordinates": {
         "direct": "memvec.cramming.coordinates:Direct",
+        "principal": "memvec.cramming.principal:Principal",
         "low-dim": "memvec.arms.low_dim:LowDim",
     },
     "layout": {

@@ -29,9 +29,9 @@ class LowDim:
     b is per vector, so that any vectors can be taken up; for one vector that is the publication's.
     """
 
-    def __init__(self, recipe: Recipe, K: int, D: int) -> None:
-        self.z, self.W = basis(recipe, K, D)
-        self.sizes = [self.z.numel(), self.W.numel(), K * D]
+    def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
+        self.z, self.W = basis(recipe, K, lm.numbers)
+        self.sizes = [self.z.numel(), self.W.numel(), K * lm.numbers]
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B n"]:
         """The common z and W, and the b that makes these vectors of them."""

@@ -1,9 +1,9 @@
 """What is moved: the numbers the optimiser sees, and how [mem] vectors come from them.
 
-Here the vectors themselves; `memvec.arms.low_dim` moves a few numbers and the matrix that makes
-vectors of them. The vectors that the model reads are always the ones that will be stored: rounded
-to the storage dtype, with gradients passed straight through the rounding, so that what is measured
-is what is kept.
+Here the vectors themselves; `memvec.cramming.principal` turns them, and `memvec.arms.low_dim` moves
+a few numbers and the matrix that makes vectors of them. The vectors that the model reads are always
+the ones that will be stored: rounded to the storage dtype, with gradients passed straight through
+the rounding, so that what is measured is what is kept.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
+from memvec.model.lm import FrozenLM
 from memvec.storage import Storage
 
 
 class Coordinates(Protocol):
     """Parameters (B, ...) of B passages, and the vectors (B, K, D) they stand for.
 
-    Made from a recipe, K and D. Coordinates need not reach every vector: what is measured and kept
-    is always what `vectors` gives.
+    Made from a recipe, K and a model. Coordinates need not reach every vector: what is measured and
+    kept is always what `vectors` gives.
     """
 
-    def __init__(self, recipe: Recipe, K: int, D: int) -> None: ...
+    def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None: ...
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Tensor:
         """Parameters whose vectors are these, or the nearest that the coordinates reach."""
@@ -37,7 +38,7 @@ class Coordinates(Protocol):
 class Direct:
     """The vectors themselves, as in the paper."""
 
-    def __init__(self, recipe: Recipe, K: int, D: int) -> None:
+    def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
         pass
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Tensor:

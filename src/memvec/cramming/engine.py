@@ -71,11 +71,15 @@ class Engine:
         self.lm = lm = triggered(lm, self.recipe)
         self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
-        # As it was done, for the record. Large steps are for vectors that stand in front of tokens.
+        # As it was done, for the record. Large steps are for vectors that stand in front of tokens,
+        # and the directions that a model has are those of its inputs.
+        turned = self.recipe.coordinates == "principal"
+        inputs = lm.reading.enlarges and lm.numbers == lm.width
         self.recipe = replace(
             self.recipe,
             compute="model" if self.module is lm else "bfloat16",
             lr_large=self.recipe.lr_large if lm.reading.enlarges else 0.0,
+            coordinates="direct" if turned and not inputs else self.recipe.coordinates,
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress

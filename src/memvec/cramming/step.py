@@ -70,7 +70,7 @@ class Step:
         self.start_rule, self.storage = start_rule, storage
         self.given = int(start_rule == "first-token")  # leading tokens that are not predicted
         self.coordinates: Coordinates = registry.get("coordinates", recipe.coordinates)(
-            recipe, K, lm.numbers
+            recipe, K, lm
         )
         self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
