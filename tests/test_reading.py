@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from conftest import QUICK, passages, reader, tiny
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab import inside
+from memvec.lab import inside, slow_inside
 from memvec.lab.report.report import write_report
 from memvec.lab.study.check import check_study
 from memvec.lab.study.spec import read_spec
@@ -72,6 +75,24 @@ def test_the_lens_of_the_last_layer_is_the_models_answer(family):
     assert lens[-1] == [pytest.approx(bits, abs=1e-3), rank, int(logits.argmax())]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox", "gpt2", "gemma"])
+def test_the_slow_path_finds_the_same_inside(family):
+    """Shares from queries and keys one by one, the lens by leaving layers out; nothing stays."""
+    lm = tiny(family)
+    vectors = 0.4 * torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
+    inputs, token = lm.inputs(vectors[None], torch.tensor([ASKED.ids]), "bos"), ASKED.ids[0]
+    before, layers = lm.config._attn_implementation, lm.config.num_hidden_layers
+    whole = lm.states_of(inputs, keep=3)
+    shares = slow_inside.attention_shares(lm, vectors, [lm.trigger, *ASKED.ids[:-1]])
+    assert shares == pytest.approx(inside.attention_shares(lm, inputs, K), abs=1e-4)
+    slow_lens = slow_inside.lens(lm, vectors, [lm.trigger], token)
+    fast = inside.logit_lens(lm, inputs, K, token)
+    for ours, theirs in zip(fast, slow_lens, strict=True):
+        assert ours == [pytest.approx(theirs[0], abs=1e-2), *theirs[1:]]
+    assert (lm.config._attn_implementation, lm.config.num_hidden_layers) == (before, layers)
+    assert torch.equal(lm.states_of(inputs, keep=3), whole)
+
+
 def test_models_without_such_insides_are_refused():
     lm = tiny("mamba")
     with pytest.raises(MemvecError, match="has no attention whose weights could be read"):
@@ -127,6 +148,17 @@ def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
     assert last["left without it"] == last["left without it and above"]
     page = (out / "report" / "index.html").read_text("utf-8")
     assert "The optimiser's paths" in page or "The optimiser&#x27;s paths" in page
+    for name, change in (("attention", 0.1), ("lens", 1.0)):
+        with contextlib.closing(sqlite3.connect(out / "study.sqlite")) as db:
+            (kept,) = db.execute("SELECT extra FROM rows WHERE number = 0").fetchone()
+            extra = json.loads(kept)
+            first = extra[name][0]
+            extra[name][0] = first + change if name == "attention" else [first[0] + 1, *first[1:]]
+            db.execute("UPDATE rows SET extra = ? WHERE number = 0", (json.dumps(extra),))
+            db.commit()
+            assert name in str(check_study(out)["wrong"])
+            db.execute("UPDATE rows SET extra = ? WHERE number = 0", (kept,))
+            db.commit()
     with pytest.raises(MemvecError, match=r"traces the path of its own recipe with seed 0"):
         spec_in(tmp_path, STUDY + "recipe = { lr = 0.2 }\n")
 

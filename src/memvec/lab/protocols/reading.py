@@ -19,7 +19,7 @@ from memvec import metrics
 from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab import inside, slow, slow_use
+from memvec.lab import inside, slow, slow_inside, slow_use
 from memvec.lab.protocols import reading_report
 from memvec.lab.protocols.protocol import Compared, Protocol
 from memvec.lab.protocols.usable import cases
@@ -93,10 +93,13 @@ class Reading(Protocol):
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
         lm, ids, vectors = passage.lm, passage.ids, passage.vectors
         layers = int(lm.config.get_text_config().num_hidden_layers)
-        count = [float(layers)]
+        shares = slow_inside.attention_shares(lm, vectors, [lm.trigger, *ids[:-1]])
+        lens = slow_inside.lens(lm, vectors, [lm.trigger], ids[0])
+        bits, again_bits = ([row[0] for row in rows] for rows in (stored["lens"], lens))
+        off = [0.05 * row[0] + 0.05 for row in lens]  # of bits, which may be many in early layers
         compared = [
-            Compared("attention, layers", [float(len(stored["attention"]))], count, [0.0]),
-            Compared("lens, layers", [float(len(stored["lens"]))], count, [0.0]),
+            Compared("attention", stored["attention"], shares, [1e-3] * layers),
+            Compared("lens, bits", bits, again_bits, off),
         ]
         near = 10 * passage.bits_tolerance / len(passage.lm_bits)
         for name, without in cases(layers).items():
@@ -106,10 +109,6 @@ class Reading(Protocol):
             tie = bool((np.abs(margin) < slow.TIE).any())
             limits = [float(len(ids)) if tie else 0.0, near]
             compared.append(Compared(f"cut {name}", stored["cut"][name], again, limits))
-        # What the last layer makes of the first token is the model's own answer.
-        whole = slow.logits(lm, vectors, [lm.trigger])[-1:]
-        bits, _ = slow.bits_and_margins(whole, ids[:1])
-        compared.append(Compared("lens last", stored["lens"][-1][:1], [float(bits[0])], [near]))
         return compared
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
