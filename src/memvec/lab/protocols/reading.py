@@ -99,7 +99,7 @@ class Reading(Protocol):
         off = [0.05 * row[0] + 0.05 for row in lens]  # of bits, which may be many in early layers
         compared = [
             Compared("attention", stored["attention"], shares, [1e-3] * layers),
-            Compared("lens, bits", bits, again_bits, off),
+            Compared("lens", bits, again_bits, off),
         ]
         near = 10 * passage.bits_tolerance / len(passage.lm_bits)
         for name, without in cases(layers).items():
