@@ -18,8 +18,8 @@ module (autograd through the whole cross-entropy, nothing else), turn by turn:
 - `passages`: exact passages a minute, all slots filled twice with `--crammed` random tokens for one
   vector, from noise; 0 leaves it out.
 
-A cell whose step would take longer than `--longest` seconds at half of the machine's rate is left
-out, and the table says so. Weights are random, so every shape is made in memory, on the device.
+A cell that does not fit the model's context, or whose step would take longer than `--longest`
+seconds at half of the machine's rate, is left out, and a line says so. Weights are random, so every shape is made in memory, on the device.
 RESULT: the smallest MFU, the largest overhead.
 """
 
@@ -126,6 +126,13 @@ def cell(lm: FrozenLM, slots: int, T: int, rounds: int, rate: float) -> dict[str
     }
 
 
+def left_out(lm: FrozenLM, slots: int, T: int, most: float) -> str | None:
+    """Why a cell is not measured, if it is not."""
+    if lm.context is not None and lm.context <= T:
+        return f"its context is {lm.context}"
+    return "a step takes too long" if step_operations(lm, slots, T) > most else None
+
+
 def passages_a_minute(lm: FrozenLM, slots: int, tokens: int) -> tuple[float, int]:
     """Exact passages a minute, and how many of all were exact; decoding that certifies is in it."""
     asked = random_tokens(lm, 2 * slots, tokens)
@@ -165,8 +172,8 @@ def main() -> None:
         rate = rates.setdefault(dtype, peak_rate(lm.device, dtype))
         for n in slots:
             for T in tokens:
-                if step_operations(lm, n, T) > 0.5 * rate * options.longest:
-                    print(f"left out: {lm.name}, {n} slots, {T} tokens: over {options.longest} s.")
+                if why := left_out(lm, n, T, 0.5 * rate * options.longest):
+                    print(f"left out: {lm.name}, {n} slots, {T} tokens: {why}.")
                     continue
                 rows.append(cell(lm, n, T, rounds, rate))
         if options.crammed:
