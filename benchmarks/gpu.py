@@ -19,7 +19,8 @@ module (autograd through the whole cross-entropy, nothing else), turn by turn:
   vector, from noise; 0 leaves it out.
 
 A cell that does not fit the model's context, or whose step would take longer than `--longest`
-seconds at half of the machine's rate, is left out, and a line says so. Weights are random, so every shape is made in memory, on the device.
+seconds at half of the machine's rate, is left out, and a line says so. Weights are random, so every
+shape is made in memory, on the device.
 RESULT: the smallest MFU, the largest overhead.
 """
 
