@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import passages, tiny
+from conftest import FrozenLM, build, passages, tiny
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 
@@ -18,6 +18,7 @@ PROGRAMS = [
     "bits",
     "book",
     "exact",
+    "gpu",
     "horizon",
     "margins",
     "peak",
@@ -42,6 +43,33 @@ def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, 
     said = capsys.readouterr().out
     for word in ("--quick", "--json", "--out", "RESULT"):
         assert word in said
+
+
+def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
+    """Counted by torch itself on the way there; the way back to the input has as many products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from gpu import left_out, shares, step_operations
+
+    lm = FrozenLM(build("llama"), name="tiny")
+    lm.model.set_attn_implementation("eager")  # products that torch counts
+    slots, T = 3, 16
+    inputs = torch.randn(slots, T, lm.width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        lm.model(inputs_embeds=inputs, use_cache=False)
+    counted = counter.get_total_flops()
+    # Attention is counted whole by torch, causal here, and its way back has twice as many products.
+    whole = 4 * T * T * slots * lm.width * lm.config.num_hidden_layers
+    ours = step_operations(lm, slots, T) - 3 * whole / 2
+    assert ours / 2 == pytest.approx(counted - whole, rel=0.02)
+    a = torch.randn(256, 256)
+    outside, launch = shares(lambda: a @ a, a.device)
+    assert launch is None
+    assert outside < 0.3
+    assert shares(lambda: (a + 1).exp(), a.device)[0] == 1
+    assert left_out(lm, 1, 10_000, 1e30) == f"its context is {lm.context}"
+    assert left_out(lm, 1, 4, 1.0) == "a step takes too long"
+    assert left_out(lm, 1, 4, 1e30) is None
 
 
 @pytest.mark.parametrize("longest", range(12))
