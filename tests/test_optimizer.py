@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from conftest import tiny
 from memvec import metrics, registry
 from memvec.cramming.coordinates import Direct, as_stored
 from memvec.cramming.objectives import (
@@ -300,7 +301,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
     vectors = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    direct = Direct(Recipe(), 1, 8)
+    direct = Direct(Recipe(), 1, tiny())
     stored = as_stored(direct.vectors(direct.parameters(vectors)), storage_of(dtype))
     assert stored.dtype == torch.float32
     assert torch.equal(stored, vectors.to(dtype).float())

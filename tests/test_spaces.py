@@ -136,6 +136,7 @@ def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, fam
     assert engine.one_step.term.inputs(torch.tensor([3])).tolist() == [front + 5 - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_usable_vectors_of_a_space_are_certified_and_written_behind(space, tmp_path):
     lm, recipe = reader(), replace(SPACES[space], **USED, **BOS)
