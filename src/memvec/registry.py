@@ -120,6 +120,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "random-tokens": "memvec.lab.sources.random_tokens:RandomTokens",
         "sampled": "memvec.lab.sources.sampled:Sampled",
         "book": "memvec.lab.sources.book:WholeBook",
+        "sentences": "memvec.lab.sources.sentences:Sentences",
     },
     "protocol": {
         "paper": "memvec.lab.protocols.paper:Paper",
@@ -139,6 +140,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "usable": "memvec.lab.protocols.usable:Usable",
         "spaces": "memvec.lab.protocols.spaces:Spaces",
         "reading": "memvec.lab.protocols.reading:Reading",
+        "sentences": "memvec.lab.protocols.sentences:Sentences",
     },
     "export": {
         "transformers": "memvec.export.transformers:Transformers",

@@ -23,6 +23,7 @@ from memvec.cli import (
     export,
     inspect,
     plan,
+    sentences,
     study,
     use,
     verify,
@@ -48,6 +49,7 @@ app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(study.app, name="study")
 app.add_typer(encoder.app, name="encoder")
+app.add_typer(sentences.lab, name="lab")
 
 
 @app.callback(invoke_without_command=True)

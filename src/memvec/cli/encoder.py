@@ -152,17 +152,22 @@ def _token_stream(
 
     from memvec.lab.sources.text_readers import read_texts
 
+    ids: list[int] = []
+    for _, one in read_texts(text, None, column, pairs_of(where)):
+        for start in range(0, len(one), PIECE):
+            ids += lm.tokenize(one[start : start + PIECE])
+    return torch.tensor(ids)
+
+
+def pairs_of(where: list[str] | None) -> dict[str, str]:
+    """Columns and values from --where. Raises MemvecError for one without an equals sign."""
     values = {}
     for pair in where or []:
         name, equals, value = pair.partition("=")
         if not equals:
             raise MemvecError(f"--where takes COLUMN=VALUE, not '{pair}'.")
         values[name] = value
-    ids: list[int] = []
-    for _, one in read_texts(text, None, column, values):
-        for start in range(0, len(one), PIECE):
-            ids += lm.tokenize(one[start : start + PIECE])
-    return torch.tensor(ids)
+    return values
 
 
 # ---------------------------------------------------------------------- measure

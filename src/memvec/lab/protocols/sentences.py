@@ -1,0 +1,198 @@
+"""Sentence by sentence: what the predicted latent of the next sentence tells about it.
+
+Each passage is a whole sentence (source `sentences`) and is crammed into K vectors, which are its
+own latent: exact, and the lower end of the scale. A latent model (`memvec lab sentences train`)
+predicts that latent from those of the `context` sentences before, and the row says what the
+sentence's tokens cost behind the prediction, as it is or written and encoded again, behind the text
+before, and behind nothing (memvec.lab.sentences.evaluate has all ways). `horizon`: the furthest
+that the latent model is rolled ahead on its own predictions.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from memvec.cramming.certify import Outcome
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.lab import slow
+from memvec.lab.protocols import protocol, sentences_report
+from memvec.lab.protocols.protocol import Card, Compared, Protocol
+from memvec.lab.report.data import Data
+from memvec.lab.report.plot import Plot
+from memvec.lab.report.table import Table
+from memvec.lab.sentences import evaluate, latents
+from memvec.lab.sentences.files import load_latent_model
+from memvec.lab.sentences.flops import costs
+from memvec.lab.sentences.model import LatentModel
+from memvec.lab.slow import SlowPassage
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.sources.sentences import SentencePassage
+from memvec.lab.study.spec import RunSpec
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+
+# Ways whose bits the slow path computes again.
+RECOMPUTED = ("nothing", "latents", "predicted", "text", "full", "encoded")
+
+
+class Sentences(Protocol):
+    """Bits of a sentence behind its predicted latent, beside text and nothing."""
+
+    preset = "default"
+    changes = {"start": "encoder"}  # noqa: RUF012
+    extras = {  # noqa: RUF012
+        "latent_model": "hash of the latent model's file, text",
+        "sizes": "tokens of each of the sentences before, which are the last ones of the text "
+        "before",
+        "bits": "bits of the sentence's tokens, each way (memvec.lab.sentences.evaluate.WAYS)",
+        "predicted": "the predicted latent, K x D numbers",
+        "written": "token ids of the sentence that the predicted latent decodes to",
+        "continuous": "bits of the tokens, rolled 2, 3, ... sentences ahead on its predictions",
+        "discretised": "the same, with each prediction written and encoded again, bits",
+        "exact": "latents of the sentences before: [encoded ones that decode exactly, crammed "
+        "ones, all], number",
+        "encoded_exact": "1 if the sentence's own encoded latent decodes exactly, else 0, number",
+        "flops": "operations of the sentence each way (memvec.lab.sentences.flops.COSTS), number",
+    }
+
+    class Options(protocol.Options):
+        """The latent model, and what it reads."""
+
+        latents: str = Field(description="file of the latent model (memvec lab sentences train)")
+        context: int = Field(default=8, ge=1, description="sentences before that are read")
+        horizon: int = Field(default=3, ge=1, description="sentences ahead that are predicted")
+
+    def problem(self, run: RunSpec) -> str | None:
+        if run.recipe.get("start_rule", "vectors") != "vectors":
+            return "reads latents with nothing behind them, so start_rule is 'vectors'"
+        return None
+
+    def extra_of_cell(
+        self,
+        lm: FrozenLM,
+        sourced: SourcedPassage,
+        outcome: Outcome,
+        start: StartRule,
+        recipe: Recipe,
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        if not isinstance(sourced, SentencePassage):
+            raise MemvecError("protocol 'sentences' takes a source of the kind 'sentences'.")
+        model, ids = _latent_model(lm, options["latents"]), sourced.passage.ids
+        if len(outcome.vectors) != model.vectors:
+            raise MemvecError(
+                f"the latent model in {options['latents']} has {model.vectors} vectors per "
+                f"sentence, and the study asks for {len(outcome.vectors)}: set vectors to it."
+            )
+        sizes = sourced.sizes[-options["context"] :]
+        if len(sizes) < options["context"]:
+            raise MemvecError(
+                f"{sourced.name} has {len(sizes)} sentences before it, fewer than the context of "
+                f"{options['context']}: raise 'before' of the source."
+            )
+        before = _cut(sourced.before, sizes)
+        measured = evaluate.measure(
+            lm, model, before, sourced.before, ids, recipe, options["horizon"]
+        )
+        whole = len(evaluate.fitting(lm, sourced.before, len(ids)))
+        return {
+            **asdict(measured),
+            "predicted": measured.predicted.tolist(),
+            "written": list(measured.written),
+            "encoded_exact": int(measured.encoded_exact),
+            "latent_model": model.identity,
+            "sizes": list(sizes),
+            "flops": costs(lm, model, len(ids), sum(sizes), whole, len(sizes)),
+        }
+
+    def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
+        """The prediction by the file that made it, and the bits of RECOMPUTED on the slow path.
+
+        What was crammed, or written and encoded again on the way to the last sentence, is not
+        repeated.
+        """
+        lm, ids = passage.lm, passage.ids
+        model = _latent_model(lm, passage.options["latents"])
+        before = _cut(passage.before, [int(size) for size in stored["sizes"]])
+        known = latents.encode(lm, before, model.vectors)
+        predicted = torch.tensor(stored["predicted"], dtype=torch.float32)
+        scale = float(predicted.abs().max())
+        gap = float((model.predict(known[None])[0] - predicted).abs().max()) / scale
+        front = {
+            "nothing": model.predict(known[None, :0])[0],
+            "latents": known.flatten(0, 1),
+            "predicted": predicted,
+            "encoded": latents.encode(lm, [ids], model.vectors)[0],
+        }
+        again = {
+            name: float(slow.teacher_forced(lm, vectors, ids, "vectors")[0].sum())
+            for name, vectors in front.items()
+        }
+        bos = [] if lm.bos_id is None else [lm.bos_id]
+        whole = evaluate.fitting(lm, passage.before, len(ids))
+        again["text"] = passage.bits_after([*bos, *[t for s in before for t in s]])[0]
+        again["full"] = passage.bits_after([*bos, *whole])[0]
+        limit = 5 * passage.bits_tolerance
+        flops = costs(lm, model, len(ids), sum(map(len, before)), len(whole), len(before))
+        return [
+            Compared(
+                "latent_model", [float(stored["latent_model"] == model.identity)], [1.0], [0.0]
+            ),
+            Compared("predicted", [gap], [0.0], [1e-3]),
+            *(
+                Compared(f"bits {name}", [float(stored["bits"][name])], [again[name]], [limit])
+                for name in RECOMPUTED
+            ),
+            _written(passage, predicted, stored["written"]),
+            Compared(
+                "flops",
+                [float(stored["flops"][name]) for name in flops],
+                list(flops.values()),
+                [1e-6 * value for value in flops.values()],
+            ),
+        ]
+
+    def cards(self, data: Data) -> list[Card]:
+        return sentences_report.cards(data, self.name)
+
+    def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        return sentences_report.tables(data, self.name)
+
+    def figures(self, data: Data, *, compare: bool) -> list[Plot]:
+        return sentences_report.figures(data, self.name)
+
+
+def _written(passage: SlowPassage, predicted: torch.Tensor, stored: Any) -> Compared:
+    """Which of the written tokens are the arg-max again; after a tie everything may follow."""
+    said = [int(token) for token in stored]
+    decoded = slow.greedy(passage.lm, predicted, [], len(said))
+    same = next((i for i, token in enumerate(said) if decoded[i] != token), len(said))
+    _, margin = slow.teacher_forced(passage.lm, predicted, said, "vectors")
+    tied = bool((abs(margin) < slow.TIE).any())
+    return Compared("written", [float(len(said))], [float(same)], [math.inf if tied else 0.0])
+
+
+def _cut(text: tuple[int, ...], sizes: Any) -> list[tuple[int, ...]]:
+    """The last sentences of a text, by their token counts."""
+    found, end = [], len(text)
+    for size in reversed(sizes):
+        found.append(tuple(text[end - size : end]))
+        end -= size
+    if end < 0:
+        raise ValueError(f"sentences of {sum(sizes)} tokens in a text of {len(text)}")
+    return found[::-1]
+
+
+@functools.lru_cache(maxsize=4)
+def _latent_model(lm: FrozenLM, path: str) -> LatentModel:
+    """The latent model of a cell, read once in each process that works on it."""
+    return load_latent_model(Path(path), lm)

@@ -1,0 +1,198 @@
+"""Tables and figures of the protocol 'sentences': bits each way, how far ahead, and the cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from memvec.lab.protocols.protocol import Card, extra_of
+from memvec.lab.report.data import Data, averaged, short
+from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.table import Table, TableCell
+from memvec.lab.sentences.evaluate import WAYS
+from memvec.lab.sentences.flops import COSTS
+from memvec.lab.statistics import Interval, paired_difference, ratio_of_means, share_interval
+
+
+class Group(NamedTuple):
+    """The sentences of one model, source, limit, K, latent model and context.
+
+    `bits`: of each sentence's tokens, each way. `ahead`: the same by regime, rolled 1, 2, ...
+    sentences ahead.
+    """
+
+    name: str
+    rows: pd.DataFrame
+    tokens: list[float]
+    bits: dict[str, list[float]]
+    ahead: dict[str, list[list[float]]]
+
+    def per_token(self, bits: Sequence[float]) -> Interval:
+        """Bits per token: sum over sum, with the bootstrap over sentences."""
+        return ratio_of_means(bits, self.tokens)
+
+    def gained(self, way: str) -> float:
+        """What a way saves against nothing, over what the text of the same sentences saves."""
+        alone = sum(self.bits["alone"])
+        text = alone - sum(self.bits["text"])
+        return (alone - sum(self.bits[way])) / text if text else math.nan
+
+
+def groups(data: Data, protocol: str) -> Iterator[Group]:
+    """In the order of the spec."""
+    rows = data.restarts(protocol)
+    for key in ("latents", "context"):
+        rows = rows.assign(**{f"_{key}": data.option(rows, key)})
+    keys = ["model", "source", "length", "vectors", "_latents", "_context"]
+    for (model, source, length, K, file, context), whole in rows.groupby(keys, sort=False):
+        part = averaged(whole)
+        found = extra_of(part, protocol, "bits")
+        bits = {"alone": part["lm_bits"].tolist(), "own": part["mem_bits"].tolist()}
+        bits |= {way: [float(b[way]) for b in found] for way in found[0]}
+        ahead = {}
+        for regime, first in (("continuous", "predicted"), ("discretised", "discretised")):
+            further = [list(map(float, row)) for row in extra_of(part, protocol, regime)]
+            ahead[regime] = [bits[first], *map(list, zip(*further, strict=True))]
+        name = f"{short(str(model))}, {source}, {short(str(file))}, K = {K}, "
+        name += f"up to {length} tokens, {context} before"
+        yield Group(name, part, part["tokens"].astype(float).tolist(), bits, ahead)
+
+
+def cards(data: Data, protocol: str) -> list[Card]:
+    """How much of the text's gain each latent model's prediction keeps."""
+    return [
+        Card(
+            f"{100 * group.gained('predicted'):.0f} %",
+            f"of what the text of the sentences before saves, saved by the predicted latent "
+            f"({group.name})",
+        )
+        for group in groups(data, protocol)
+    ]
+
+
+def tables(data: Data, protocol: str) -> list[Table]:
+    """Bits each way, sentences ahead, operations, and what of the latents is exact."""
+    found = list(groups(data, protocol))
+    return [_ways(found), _ahead(found), _flops(found, protocol), _exact(found, protocol)]
+
+
+def _ways(found: list[Group]) -> Table:
+    rows: list[list[TableCell]] = []
+    for group in found:
+        for way, meaning in WAYS.items():
+            value = group.per_token(group.bits[way])
+            saved = paired_difference(group.bits["alone"], group.bits[way])
+            rows.append(
+                [
+                    *(group.name, meaning, value.value, value.low, value.high),
+                    *(2**value.value, saved.value, saved.low, saved.high),
+                    *(group.gained(way), len(group.tokens)),
+                ]
+            )
+    columns = ["latent model", "in front of the sentence", "bits / token", "low", "high"]
+    columns += ["perplexity", "bits saved", "low", "high", "of what its text saves", "n"]
+    note = (
+        "Bits of the true next sentence by the frozen model: sum over sum of tokens with the 95 % "
+        "bootstrap interval over sentences; perplexity: 2 to that power. Saved: bits of a sentence "
+        "against nothing but the start token, mean with its 95 % interval (paired, Student's t), "
+        "and over what the text of the same sentences saves."
+    )
+    return Table("sentences", "The next sentence, each way", note, columns, rows)
+
+
+def _ahead(found: list[Group]) -> Table:
+    rows: list[list[TableCell]] = []
+    for group in found:
+        for regime, by_step in group.ahead.items():
+            for step, bits in enumerate(by_step, 1):
+                value = group.per_token(bits)
+                rows.append([group.name, regime, step, *value, len(group.tokens)])
+    columns = ["latent model", "regime", "sentences ahead", "bits / token", "low", "high", "n"]
+    note = (
+        "Continuous: predictions are fed back as they are. Discretised: each is written as a "
+        "sentence and encoded again, the last one too."
+    )
+    return Table("sentences-ahead", "Predicted further ahead", note, columns, rows)
+
+
+def _flops(found: list[Group], protocol: str) -> Table:
+    rows: list[list[TableCell]] = []
+    for group in found:
+        every = extra_of(group.rows, protocol, "flops")
+        text = [float(row["text"]) for row in every]
+        for way, meaning in COSTS.items():
+            own = [float(row[way]) for row in every]
+            part = ratio_of_means(own, text)
+            rows.append([group.name, meaning, sum(own) / len(own) / 1e6, *part, len(own)])
+    columns = ["latent model", "the next sentence", "million operations", "of the first", "low"]
+    note = (
+        "Computed from shapes (memvec.lab.sentences.flops), mean over sentences; the ratio with "
+        "its 95 % bootstrap interval. What stands before was read or encoded when it was made."
+    )
+    return Table("sentences-flops", "Operations", note, [*columns, "high", "n"], rows)
+
+
+def _exact(found: list[Group], protocol: str) -> Table:
+    rows: list[list[TableCell]] = []
+    for group in found:
+        counts = extra_of(group.rows, protocol, "exact")
+        own, n = extra_of(group.rows, protocol, "encoded_exact"), len(group.rows)
+        encoded, made, every = (sum(int(c[i]) for c in counts) for i in range(3))
+        lines = (
+            ("the sentence, encoded", sum(map(int, own)), n),
+            ("the sentence, crammed", round(float(group.rows["exact"].sum())), n),
+            ("sentences before, encoded", encoded, every),
+            ("sentences before, crammed", made, every),
+        )
+        rows += [[group.name, what, str(share_interval(k, m)), m] for what, k, m in lines]
+    note = "Share of latents from which the sentence decodes whole; 95 % Wilson intervals."
+    return Table(
+        "sentences-exact", "Latents that decode", note, ["latent model", "of", "exact", "n"], rows
+    )
+
+
+def figures(data: Data, protocol: str) -> list[Plot]:
+    """Bits each way, and how they rise with the sentences ahead."""
+    found = list(groups(data, protocol))
+    if not found:
+        return []
+    ways = [_series(g.name, g, [g.bits[way] for way in WAYS], first=0) for g in found]
+    panels = [Panel("in front of the sentence", "", "bits per token", ways, list(WAYS))]
+    for group in found:
+        lines = [_series(regime, group, bits) for regime, bits in group.ahead.items()]
+        for way in ("alone", "text"):
+            level = group.per_token(group.bits[way]).value
+            ends = [1.0, float(max(2, len(group.ahead["continuous"])))]
+            lines.append(Series(way, ends, [level, level], "dashed"))
+        panels.append(Panel(group.name, "sentences ahead", "bits per token", lines))
+    return [Plot("sentences", "Sentence by sentence", " ".join(map(_sentence, found)), panels)]
+
+
+def _series(name: str, group: Group, bits: list[list[float]], first: int = 1) -> Series:
+    values = [group.per_token(b) for b in bits]
+    x = [float(i + first) for i in range(len(values))]
+    low, high = [v.low for v in values], [v.high for v in values]
+    mark = "line" if first else "points"
+    return Series(name, x, [v.value for v in values], mark, low, high)  # type: ignore[arg-type]
+
+
+def _sentence(group: Group) -> str:
+    """What a latent model does, from its rows."""
+
+    def said(way: str) -> str:
+        v = group.per_token(group.bits[way])
+        return f"{v.value:.2f} [{v.low:.2f}, {v.high:.2f}]"
+
+    over = paired_difference(group.bits["nothing"], group.bits["predicted"])
+    return (
+        f"{group.name}, n {len(group.tokens)}: a token of the next sentence costs {said('alone')} "
+        f"bits behind nothing, {said('predicted')} behind the predicted latent, "
+        f"{said('discretised')} when that is written and encoded again, {said('text')} behind the "
+        f"text of the same sentences and {said('full')} behind all that fits; the prediction from "
+        f"no sentence costs {said('nothing')}, so that the sentences before save "
+        f"{over.value:.1f} [{over.low:.1f}, {over.high:.1f}] bits of a sentence through latents. "
+        "Intervals: 95 %."
+    )

@@ -1,0 +1,1 @@
+"""Language modelling sentence by sentence: latents, and a model that predicts the next one."""

@@ -1,0 +1,79 @@
+"""A text as sentences of at most so many tokens, and where a decoded sentence ends.
+
+Sentences end by the rule of `memvec.lab.sources.written.sentences`: a full stop, a question mark or
+an exclamation mark, and behind it white space and a capital or a digit. White space in a text is
+one space, and a sentence begins with the space in front of it, so that the tokens of a text are
+those of its sentences one after the other. A sentence longer than the limit is cut into parts of
+equal length: they count as sentences of their own, and are marked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memvec.errors import MemvecError, check_minimum
+from memvec.lab.sources.written import sentences
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+NEXT = " The"  # what a sentence is asked to end before
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Token ids of a sentence; `whole` is False for a part of one longer than the limit."""
+
+    ids: tuple[int, ...]
+    whole: bool = True
+
+
+def cut_sentences(
+    lm: FrozenLM, text: str, max_tokens: int, count: int | None = None
+) -> list[Sentence]:
+    """The sentences of a text, in order, each of at most `max_tokens` tokens; the first `count`."""
+    check_minimum(1, max_tokens=max_tokens)
+    found: list[Sentence] = []
+    for sentence in sentences(" ".join(text.split())):
+        if count is not None and len(found) >= count:
+            break
+        ids = lm.tokenize(" " + sentence)
+        parts = -(-len(ids) // max_tokens)
+        bounds = [round(i * len(ids) / parts) for i in range(parts + 1)] if parts else [0]
+        found += [
+            Sentence(tuple(ids[start:end]), whole=parts == 1)
+            for start, end in itertools.pairwise(bounds)
+        ]
+    return found[:count]
+
+
+def need_two(found: Sequence[Sentence], name: str) -> None:
+    """Raise MemvecError for a text of one sentence: nothing stands before it to predict it from."""
+    if len(found) < 2:
+        raise MemvecError(
+            f"{name} has {len(found)} sentence(s) and nothing to predict one from: give a text of "
+            "at least two."
+        )
+
+
+def share_cut(found: Sequence[Sentence]) -> float:
+    """Share of sentences that are parts of longer ones; 0 of none."""
+    return sum(not s.whole for s in found) / max(len(found), 1)
+
+
+def first_sentence(lm: FrozenLM, ids: Sequence[int]) -> tuple[int, ...]:
+    """The tokens (at least one) up to the first end of a sentence in what a model wrote.
+
+    All of them where none ends. An end counts when the next token begins a word, so that what
+    closes a quotation stays with its sentence.
+    """
+    for n in range(1, len(ids)):
+        text = lm.text(ids[:n])
+        follows = lm.text([ids[n]])
+        begins = follows[:1].isspace() or not follows.strip()
+        if begins and text.strip() and len(sentences(text.strip() + NEXT)) > 1:
+            return tuple(ids[:n])
+    return tuple(ids)

@@ -1,0 +1,148 @@
+"""How probable a sentence is, each way: bits of its tokens behind text, latents and predictions.
+
+All ways score the same T tokens of the true sentence by the same frozen LM; what stands in front
+of them differs (WAYS). Rolled h sentences ahead, the latent model has seen no sentence of the last
+h - 1: its own predictions stand in their place, as they are or written and encoded again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec import metrics
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.lab.sentences import latents
+from memvec.lab.sentences.latents import Ids
+from memvec.lab.sentences.model import LatentModel
+from memvec.model.lm import FrozenLM
+
+WAYS = {
+    "alone": "nothing but the start token",
+    "nothing": "the latent predicted from no sentence",
+    "latents": "the latents of the sentences before, side by side",
+    "discretised": "the predicted latent, written and encoded again",
+    "predicted": "the predicted latent",
+    "crammed": "the latent predicted from crammed latents",
+    "text": "the text of the sentences before",
+    "full": "all text before that fits the context",
+    "encoded": "the sentence's own latent, encoded in one pass",
+    "own": "the sentence's own latent, crammed",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One sentence, each way but `alone` and `own`, which cramming measures itself.
+
+    `bits`: of all its tokens, by WAYS. `predicted`: (K, D). `written`: what that decodes to.
+    `continuous` and `discretised`: bits rolled 2, 3, ... sentences ahead. `exact`: of the latents
+    of the sentences before, [encoded ones that decode exactly, crammed ones, all]; `encoded_exact`:
+    whether the sentence's own encoded latent does.
+    """
+
+    bits: dict[str, float]
+    predicted: Tensor
+    written: tuple[int, ...]
+    continuous: list[float]
+    discretised: list[float]
+    exact: list[int]
+    encoded_exact: bool
+
+
+@torch.no_grad()
+def bits_behind(lm: FrozenLM, vectors: Float[Tensor, "N D"], ids: Ids) -> float:
+    """Bits of a sentence right behind vectors."""
+    table = torch.tensor([list(ids)], device=lm.device)
+    rows = vectors[None].to(lm.device)
+    return float(metrics.surprisal(lm.logits(rows, table), table).double().sum())
+
+
+@torch.no_grad()
+def bits_behind_text(lm: FrozenLM, before: Ids, ids: Ids) -> float:
+    """Bits of a sentence behind text and a start token, where the model has one.
+
+    Raises ValueError if nothing stands before it.
+    """
+    head = [] if lm.bos_id is None else [lm.bos_id]
+    whole = [*head, *before, *ids]
+    if len(whole) == len(ids):
+        raise ValueError("the first token needs something before it")
+    table = torch.tensor([whole], device=lm.device)
+    logits = lm.own_logits(table)[:, -len(ids) - 1 : -1]
+    return float(metrics.surprisal(logits, table[:, -len(ids) :]).double().sum())
+
+
+def fitting(lm: FrozenLM, before: Ids, n: int) -> Ids:
+    """The last tokens of a text that fit the model's context in front of n others."""
+    if lm.context is None:
+        return before
+    room = lm.context - n - int(lm.bos_id is not None)
+    return before[max(0, len(before) - room) :] if room > 0 else ()
+
+
+def measure(
+    lm: FrozenLM,
+    model: LatentModel,
+    before: Sequence[Ids],
+    text: Ids,
+    ids: Ids,
+    recipe: Recipe,
+    horizon: int,
+) -> Measured:
+    """A sentence `ids` behind the sentences `before`, and behind all of the `text` before it.
+
+    `recipe` crams the latents of the sentences before. Raises MemvecError if they do not fit the
+    context, there are not as many as `horizon`, or a sentence is longer than the model's limit.
+    """
+    check_lengths(lm, model, [*before, ids], horizon)
+    K = model.vectors
+    known = latents.encoded(lm, before, K)
+    made = latents.crammed(lm, before, K, recipe)
+    own = latents.encoded(lm, [ids], K)
+    row = known.vectors[None]
+    ((step,),) = model.discretised(lm, row, 1)
+    continuous, discretised = [], []
+    for ahead in range(2, horizon + 1):
+        seen = row[:, : row.shape[1] - ahead + 1]
+        continuous.append(bits_behind(lm, model.continuous(seen, ahead)[-1][0], ids))
+        discretised.append(bits_behind(lm, model.discretised(lm, seen, ahead)[-1][0].again, ids))
+    bits = {
+        "nothing": bits_behind(lm, model.predict(row[:, :0])[0], ids),
+        "latents": bits_behind(lm, known.vectors.flatten(0, 1), ids),
+        "discretised": bits_behind(lm, step.again, ids),
+        "predicted": bits_behind(lm, step.predicted, ids),
+        "crammed": bits_behind(lm, model.predict(made.vectors[None])[0], ids),
+        "text": bits_behind_text(lm, [*itertools.chain(*before)], ids),
+        "full": bits_behind_text(lm, fitting(lm, text, len(ids)), ids),
+        "encoded": bits_behind(lm, own.vectors[0], ids),
+    }
+    exact = [sum(known.exact), sum(made.exact), len(before)]
+    return Measured(bits, step.predicted, step.ids, continuous, discretised, exact, own.exact[0])
+
+
+def check_lengths(lm: FrozenLM, model: LatentModel, sentences: Sequence[Ids], horizon: int) -> None:
+    """Raise MemvecError for sentences (the last one is asked for) that cannot be measured."""
+    longest, before = max(map(len, sentences)), len(sentences) - 1
+    if longest > model.max_tokens:
+        raise MemvecError(
+            f"a sentence of {longest} tokens is longer than those that the latent model was "
+            f"trained on, up to {model.max_tokens}: cut at that length."
+        )
+    if before < horizon:
+        raise MemvecError(
+            f"{before} sentence(s) are too few to predict {horizon} ahead: give more, or lower "
+            "horizon."
+        )
+    needed = max(sum(map(len, sentences)) + 1, before * model.vectors + len(sentences[-1]))
+    if lm.context is not None and needed > lm.context:
+        raise MemvecError(
+            f"{before} sentences before do not fit the context of {lm.name} ({lm.context} tokens): "
+            "take fewer."
+        )

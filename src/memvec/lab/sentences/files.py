@@ -1,0 +1,106 @@
+"""Files of latent models: safetensors; the metadata say which LM and encoder it is for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.lab.sentences.latents import need_encoder
+from memvec.lab.sentences.model import LatentModel, LatentNetwork
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
+from memvec.writing import write_atomically
+
+FORMAT = "memvec-sentences"
+LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512}  # a file may claim
+
+
+def save_latent_model(path: Path, model: LatentModel, lm: FrozenLM) -> None:
+    """Write a latent model trained beside a frozen LM, atomically: never half a file."""
+    metadata = {
+        "format": FORMAT,
+        "version": "1",
+        "shape": json.dumps(model.network.shape),
+        "vectors": str(model.vectors),
+        "max_tokens": str(model.max_tokens),
+        "window": str(model.window),
+        "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
+        "encoder": need_encoder(lm).identity,
+        "about": json.dumps(model.about),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
+    """The latent model in a file, on the LM's device.
+
+    Raises MemvecError if there is no such file, it is no latent model, is damaged, or was trained
+    beside another LM or another encoder.
+    """
+    tensors, metadata = _open(path)
+    if metadata.get("format") != FORMAT:
+        raise MemvecError(f"{path} is no latent model of sentences: memvec lab sentences train.")
+    try:
+        _check_model(path, metadata, lm)
+        shape = {key: int(json.loads(metadata["shape"])[key]) for key in LARGEST}
+        if any(not 1 <= size <= LARGEST[key] for key, size in shape.items()):
+            raise ValueError(f"a shape of {shape}")
+        K, max_tokens, window = (int(metadata[k]) for k in ("vectors", "max_tokens", "window"))
+        if min(K, max_tokens, window) < 1:
+            raise ValueError(f"{K} vectors, {max_tokens} tokens, {window} sentences")
+        network = LatentNetwork(K * lm.width, **shape)
+        network.load_state_dict(tensors)
+        about = json.loads(metadata["about"])
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise MemvecError(f"{path} is not a latent model that memvec can read: {error}") from None
+    network = network.to(lm.device).eval().requires_grad_(False)
+    identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return LatentModel(network, K, max_tokens, window, about, identity)
+
+
+def model_of(path: Path) -> str:
+    """The name of the LM that a latent model was trained beside. Raises MemvecError as above."""
+    _, metadata = _open(path)
+    try:
+        return str(json.loads(metadata["model"])["name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise MemvecError(f"{path} is not a latent model that memvec can read: {error}") from None
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise MemvecError(
+            f"there is no latent model {path}: make one with memvec lab sentences train."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise MemvecError(f"{path} is not a latent model that memvec can read: {error}") from None
+
+
+def _check_model(path: Path, metadata: dict[str, str], lm: FrozenLM) -> None:
+    """Raise MemvecError if the file was made for another LM or another encoder."""
+    made: dict[str, Any] = json.loads(metadata["model"])
+    probe = tuple(map(float, made["probe"]))
+    made_for = Fingerprint(made["config"], made["weights"], probe, made["dtype"])
+    if not made_for.matches(lm.fingerprint):
+        raise MemvecError(
+            f"{path} was trained beside other weights (of {made.get('name')}) than those of "
+            f"{lm.name}: train one for this model with memvec lab sentences train."
+        )
+    if need_encoder(lm).identity != metadata["encoder"]:
+        raise MemvecError(
+            f"{path} was trained on the latents of another encoder than {lm.name} has now: name it "
+            "with --encoder, or train anew."
+        )

@@ -1,0 +1,100 @@
+"""A text, sentence by sentence: what each latent decodes to, and what the model predicts next."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError, check_minimum
+from memvec.lab.sentences import latents
+from memvec.lab.sentences.cutting import Sentence, cut_sentences, need_two
+from memvec.lab.sentences.evaluate import bits_behind, bits_behind_text, fitting
+from memvec.lab.sentences.latents import Latents
+from memvec.lab.sentences.model import LatentModel
+from memvec.model.lm import FrozenLM
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sentence on the way.
+
+    Bits per token of the true sentence: `alone` behind a start token, `text` behind the text of the
+    sentences that the latent model read, `predicted` behind its prediction, and `discretised`
+    behind the prediction, written and encoded again.
+    """
+
+    number: int
+    sentence: str
+    tokens: int
+    whole: bool  # False for a part of a longer sentence
+    exact: bool  # its own latent decodes to it
+    decoded: str  # what its own latent decodes to, as many tokens
+    predicted: str  # what its latent predicted from the sentences before decodes to
+    alone: float
+    text: float
+    predicted_bits: float
+    discretised_bits: float
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def look(
+    lm: FrozenLM,
+    model: LatentModel,
+    text: str,
+    *,
+    name: str = "the text",
+    count: int = 20,
+    recipe: Recipe | None = None,
+) -> Iterator[Shown]:
+    """The first `count` sentences of a text; their latents are crammed by `recipe` if given.
+
+    Raises MemvecError for a text of fewer than two sentences, or for a model that starts no text
+    without a BOS token.
+    """
+    check_minimum(2, count=count)
+    found = cut_sentences(lm, text, model.max_tokens, count)
+    need_two(found, name)
+    if lm.bos_id is None:
+        raise MemvecError(f"{lm.name} has no BOS token, so nothing stands before a first sentence.")
+    ids = [s.ids for s in found]
+    if recipe is None:
+        known = latents.encoded(lm, ids, model.vectors)
+    else:
+        known = latents.crammed(lm, ids, model.vectors, recipe)
+    for i, sentence in enumerate(found):
+        yield _shown(lm, model, i, found, known, sentence)
+
+
+def _shown(
+    lm: FrozenLM,
+    model: LatentModel,
+    i: int,
+    found: Sequence[Sentence],
+    known: Latents,
+    sentence: Sentence,
+) -> Shown:
+    ids, n = sentence.ids, len(sentence.ids)
+    before = [s.ids for s in found[max(0, i - model.window + 1) : i]]
+    ((step,),) = model.discretised(lm, known.vectors[None, :i], 1)
+    (decoded,) = decode_ids(lm, known.vectors[i : i + 1], [n])
+    text = fitting(lm, tuple(itertools.chain(*before)), n)
+    return Shown(
+        number=i + 1,
+        sentence=lm.text(ids).strip(),
+        tokens=n,
+        whole=sentence.whole,
+        exact=known.exact[i],
+        decoded=lm.text(decoded).strip(),
+        predicted=lm.text(step.ids).strip(),
+        alone=bits_behind_text(lm, (), ids) / n,
+        text=bits_behind_text(lm, text, ids) / n,
+        predicted_bits=bits_behind(lm, step.predicted, ids) / n,
+        discretised_bits=bits_behind(lm, step.again, ids) / n,
+    )

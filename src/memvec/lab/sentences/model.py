@@ -1,0 +1,132 @@
+"""The latent model: a small causal transformer over latents of sentences.
+
+It reads a learned start and the latents of the sentences before, and its output behind sentence i
+is a prediction of the latent of sentence i + 1. Latents are counted from the mean of the training
+set's in units of their standard deviation, number by number, on both sides. The frozen LM turns a
+predicted latent into a sentence, or says how probable a given one is behind it.
+
+Fed with its own predictions it goes on without text (`continuous`); `discretised` writes each
+prediction as a sentence and encodes that again (Hwang et al. 2025, arXiv 2505.22202, call the two
+regimes so; their latent model is an adapted copy of the LM, this one stands beside it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from memvec.encoders.slots import position_codes
+from memvec.lab.sentences import latents
+from memvec.model.lm import FrozenLM
+
+
+class LatentNetwork(nn.Module):
+    """Latents of W = K · D numbers to predictions of the next ones."""
+
+    def __init__(self, numbers: int, *, hidden: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.shape = {"hidden": hidden, "layers": layers, "heads": heads}
+        self.into = nn.Linear(numbers, hidden)
+        self.start = nn.Parameter(0.02 * torch.randn(hidden))
+        layer = nn.TransformerEncoderLayer(
+            hidden,
+            heads,
+            4 * hidden,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
+        )
+        self.out = nn.Linear(hidden, numbers)
+        nn.init.normal_(self.out.weight, std=0.1 / hidden**0.5)  # it begins near the mean latent
+        nn.init.zeros_(self.out.bias)
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(numbers))
+
+    mean: Tensor
+    std: Tensor
+
+    def scaled(self, known: Float[Tensor, "n W"]) -> LatentNetwork:
+        """The same network, for latents with the mean and the spread of these."""
+        self.mean.copy_(known.mean(0))
+        self.std.copy_(known.std(0).clamp_min(1e-6))
+        return self
+
+    def normalised(self, vectors: Float[Tensor, "*shape W"]) -> Float[Tensor, "*shape W"]:
+        """Latents in the units that the network counts in."""
+        return (vectors - self.mean) / self.std
+
+    def forward(self, before: Float[Tensor, "B S W"]) -> Float[Tensor, "B S+1 W"]:
+        """Predictions of the sentences 0 to S, each from those before it alone."""
+        start = self.start.expand(len(before), 1, -1)
+        inputs = torch.cat([start, self.into(self.normalised(before))], dim=1)
+        inputs = inputs + position_codes(inputs.shape[1], inputs.shape[2], inputs.device)
+        mask = nn.Transformer.generate_square_subsequent_mask(inputs.shape[1], inputs.device)
+        states: Tensor = self.layers(inputs, mask=mask, is_causal=True)
+        predicted: Tensor = self.mean + self.std * self.out(states)
+        return predicted
+
+
+class Step(NamedTuple):
+    """A prediction (K, D), the sentence that it decodes to, and that sentence's own latent."""
+
+    predicted: Tensor
+    ids: tuple[int, ...]
+    again: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LatentModel:
+    """A trained latent network and what it was trained for.
+
+    `vectors`: K. `max_tokens`: limit of a sentence. `window`: sentences of one training sequence;
+    at most `window` - 1 are read before a prediction. `identity`: hash of its file.
+    """
+
+    network: LatentNetwork
+    vectors: int
+    max_tokens: int
+    window: int
+    about: dict[str, Any]
+    identity: str = "in-memory"
+
+    @torch.no_grad()
+    def predict(self, before: Float[Tensor, "B S K D"]) -> Float[Tensor, "B K D"]:
+        """The latent of the sentence behind S >= 0 others, from the last `window` - 1 of them."""
+        _, S, K, D = before.shape
+        kept = before[:, max(0, S - self.window + 1) :].flatten(2).to(self.network.mean.device)
+        predicted: Tensor = self.network(kept)[:, -1].reshape(-1, K, D)
+        return predicted.cpu()
+
+    def continuous(
+        self, before: Float[Tensor, "B S K D"], steps: int
+    ) -> list[Float[Tensor, "B K D"]]:
+        """`steps` predictions, each from the latents before and the predictions so far."""
+        predictions = []
+        for _ in range(steps):
+            predictions.append(self.predict(before))
+            before = torch.cat([before, predictions[-1][:, None]], dim=1)
+        return predictions
+
+    def discretised(
+        self, lm: FrozenLM, before: Float[Tensor, "B S K D"], steps: int
+    ) -> list[list[Step]]:
+        """The same, where each prediction is decoded to a sentence and that is encoded again.
+
+        For each step the B sequences. Raises MemvecError for a model without an encoder.
+        """
+        found = []
+        for _ in range(steps):
+            predicted = self.predict(before)
+            said = latents.written(lm, predicted, self.max_tokens)
+            again = latents.encode(lm, said, self.vectors)
+            found.append([Step(*step) for step in zip(predicted, said, again, strict=True)])
+            before = torch.cat([before, again[:, None]], dim=1)
+        return found

@@ -1,0 +1,354 @@
+"""Training a latent model beside a frozen LM: predict the latents of the next sentences.
+
+What is minimised is one of two losses, or their sum:
+
+- `tokens`: cross-entropy of the next sentence's tokens behind the predicted latent, through the
+  frozen LM, per token. Its gradient goes through the LM into the prediction (Hwang et al. 2025:
+  contextual embeddings);
+- `latents`: squared distance of the prediction to the next sentence's encoded latent, per number,
+  in units of the latents' spread (their semantic embeddings: the target says the sentence itself).
+
+Sentences are encoded once, in bulk; a sequence is `window` consecutive sentences, and all of them
+are predicted at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.objectives import score
+from memvec.encoders.training import CROSS_ENTROPY
+from memvec.errors import MemvecError, check_minimum, did_you_mean
+from memvec.lab.sentences.cutting import Sentence, share_cut
+from memvec.lab.sentences.latents import encode, need_encoder
+from memvec.lab.sentences.model import LatentModel, LatentNetwork
+from memvec.model.lm import FrozenLM
+from memvec.model.precision import for_steps
+from memvec.passages.passage import Passage, padded_ids
+from memvec.writing import write_atomically
+
+LOSSES = ("tokens", "latents", "both")
+HELD_OUT = 0.02  # share of each document's sentences, at its end, that is never trained on
+CHECKPOINT_EVERY = 50
+GROUPS = 4  # of sentences by length in a step, so that short ones are not padded to the longest
+CHECKED = 96  # held-out sentences that tell how training goes
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """Every choice of a training run."""
+
+    steps: int = 1000
+    vectors: int = 3
+    max_tokens: int = 45
+    window: int = 16
+    """Sentences of a sequence."""
+    batch: int = 4
+    """Sequences of a step."""
+    hidden: int = 384
+    layers: int = 3
+    heads: int = 6
+    loss: str = "tokens"
+    """One of LOSSES."""
+    lr: float = 1e-3
+    warmup: int = 50
+    sentences: int = 30_000
+    """Sentences that are encoded, at most; the same number from the start of each document."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "vectors", "max_tokens", "batch", "hidden", "layers", "heads"):
+            check_minimum(1, **{name: getattr(self, name)})
+        check_minimum(2, window=self.window, sentences=self.sentences)
+        if self.hidden % self.heads:
+            raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
+        if not 0 < self.lr < 1:
+            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+        if self.loss not in LOSSES:
+            raise MemvecError(f"--loss is not '{self.loss}': {did_you_mean(self.loss, LOSSES)}")
+
+
+@dataclass(frozen=True)
+class LatentProgress:
+    """The state of a run, for a progress display."""
+
+    step: int
+    steps: int
+    bits: float  # per token behind the predictions, mean of the last step; NaN for 'latents'
+    distance: float  # squared, per number, in units of the latents' spread
+    held_out: float | None  # bits per token of held-out sentences, at every checkpoint
+    seconds: float
+
+
+class LatentTraining:
+    """A run that can be stopped after any checkpoint and resumed.
+
+    `documents`: their sentences, in order. What step n trains on depends on the seed and on n
+    alone. Raises MemvecError: no encoder, too little text, sentences too long for the encoder or
+    the LM's context, a loss that is not finite, a partial file of another run.
+    """
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        documents: Sequence[Sequence[Sentence]],
+        plan: LatentPlan,
+        on_encoded: Callable[[int], None] | None = None,
+    ) -> None:
+        _check_sizes(lm, plan)
+        self.lm, self.plan = lm, plan
+        self.fast = for_steps(lm, "auto")  # the model that the loss is differentiated through
+        kept = _beginnings(documents, plan.sentences)
+        self.train, self.held_out = _parted(kept)
+        self.sentences = [s for document in kept for s in document]
+        self.identity = {
+            "plan": asdict(plan),
+            "weights": lm.fingerprint.weights,
+            "encoder": need_encoder(lm).identity,
+            "text": hashlib.sha256(repr([s.ids for s in self.sentences]).encode()).hexdigest(),
+        }
+        ids = [s.ids for s in self.sentences]
+        self.latents = encode(lm, ids, plan.vectors, fast=True, on_progress=on_encoded).flatten(1)
+        torch.manual_seed(plan.seed)
+        shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads")}
+        self.network = LatentNetwork(plan.vectors * lm.width, **shape)
+        known = torch.cat([self.latents[start:end] for start, end in self.train])
+        self.network.scaled(known).to(lm.device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.01
+        )
+        self.step, self.seconds = 0, 0.0
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(
+        self,
+        partial: Path | None = None,
+        on_progress: Callable[[LatentProgress], None] | None = None,
+    ) -> LatentModel:
+        """Train to the last step. With `partial`, a stopped run goes on from its checkpoint."""
+        if partial is not None and partial.exists():
+            self._load(partial)
+        while self.step < self.plan.steps:
+            began = time.perf_counter()
+            bits, distance = self._train_step()
+            self.seconds += time.perf_counter() - began
+            at_checkpoint = self.step % CHECKPOINT_EVERY == 0 or self.step == self.plan.steps
+            held_out = self.held_out_bits() if at_checkpoint else None
+            if on_progress is not None:
+                on_progress(
+                    LatentProgress(
+                        self.step, self.plan.steps, bits, distance, held_out, self.seconds
+                    )
+                )
+            if partial is not None and at_checkpoint:
+                self._save(partial)
+        plan = self.plan
+        return LatentModel(
+            self.network.eval().requires_grad_(False),
+            plan.vectors,
+            plan.max_tokens,
+            plan.window,
+            self.about(),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What a file says of the run."""
+        return {
+            **self.identity,
+            "seconds": round(self.seconds, 1),
+            "documents": len(self.train),
+            "sentences": len(self.sentences),
+            "tokens": sum(len(s.ids) for s in self.sentences),
+            "cut": share_cut(self.sentences),
+        }
+
+    def _train_step(self) -> tuple[float, float]:
+        """One step; mean bits per token (NaN without that loss) and mean squared distance."""
+        plan, network = self.plan, self.network.train()
+        rows, there = self._sequences(self._generator("step", self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr * self._rate()
+        known = self.latents[rows].to(self.lm.device)
+        predicted = network(known[:, :-1])[there]
+        gap = network.normalised(predicted) - network.normalised(known[there])
+        distance = gap.square().mean()
+        loss = torch.zeros((), device=self.lm.device)
+        bits = math.nan
+        if plan.loss != "latents":
+            nats, slope = self._through_lm(predicted, rows[there])
+            loss, bits = (predicted * slope).sum(), nats / math.log(2)
+        if plan.loss != "tokens":
+            loss = loss + distance
+        if not math.isfinite(float(distance.detach())) or (
+            plan.loss != "latents" and math.isnan(bits)
+        ):
+            raise MemvecError(
+                f"the loss was not finite at step {self.step + 1}: lower --lr (now {plan.lr})."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return bits, float(distance.detach())
+
+    def _through_lm(
+        self, predicted: Float[Tensor, "M W"], sentences: Tensor, backward: bool = True
+    ) -> tuple[float, Float[Tensor, "M W"]]:
+        """Mean nats per token of M sentences (indices) behind their predicted latents, through the
+        frozen LM, and its gradient at the latents (zeros without `backward`)."""
+        lm, K = self.fast, self.plan.vectors
+        passages = [Passage(self.sentences[i].ids) for i in sentences.tolist()]
+        order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
+        total = sum(len(p) for p in passages)
+        slope, nats = torch.zeros_like(predicted), 0.0
+        size = -(-len(order) // GROUPS)
+        for at in range(0, len(order), size):
+            some = order[at : at + size]
+            lengths = torch.tensor([len(passages[i]) for i in some], device=lm.device)
+            longest = int(lengths.max())
+            ids = padded_ids([passages[i] for i in some], longest).to(lm.device)
+            counts = torch.arange(longest, device=lm.device) < lengths[:, None]
+            with torch.set_grad_enabled(backward):
+                vectors = predicted[some].detach().reshape(-1, K, lm.width)
+                vectors.requires_grad_(backward)
+                states = lm.states(vectors, ids, "vectors")
+            scores = score(lm.head, states, ids, CROSS_ENTROPY, V=lm.vocab_size)
+            nats += float(scores.loss[counts].double().sum())
+            if backward:
+                weights = counts[..., None] / total
+                (slope[some],) = (
+                    g.flatten(1)
+                    for g in torch.autograd.grad(
+                        states, vectors, (scores.gradient * weights).to(states.dtype)
+                    )
+                )
+        return nats / total, slope
+
+    @torch.no_grad()
+    def held_out_bits(self) -> float:
+        """Bits per token of held-out sentences behind their predictions, the same every time."""
+        rows, there = self._sequences(self._generator("held out", 0), held_out=True)
+        known = self.latents[rows].to(self.lm.device)
+        predicted = self.network.eval()(known[:, :-1])[there]
+        nats, _ = self._through_lm(predicted, rows[there], backward=False)
+        return nats / math.log(2)
+
+    def _rate(self) -> float:
+        """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""
+        left = 1 - self.step / self.plan.steps
+        return min((self.step + 1) / self.plan.warmup, 0.01 + 0.99 * left)
+
+    # ------------------------------------------------------------------ text and files
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.plan.seed}/{purpose}/{number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _sequences(self, draw: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """Indices of sentences (B, window), and where there is one: texts may be shorter."""
+        plan, spans = self.plan, self.held_out if held_out else self.train
+        count = -(-CHECKED // plan.window) if held_out else plan.batch
+        sizes = torch.tensor([float(end - start) for start, end in spans])
+        chosen = torch.multinomial(sizes, count, replacement=True, generator=draw)
+        rows = torch.zeros(count, plan.window, dtype=torch.long)
+        there = torch.zeros(count, plan.window, dtype=torch.bool)
+        for row, here, span in zip(rows, there, chosen.tolist(), strict=True):
+            start, end = spans[span]
+            n = min(plan.window, end - start)
+            first = start + int(torch.randint(end - start - n + 1, (), generator=draw))
+            row[:n], here[:n] = torch.arange(first, first + n), True
+        return rows, there
+
+    def _save(self, partial: Path) -> None:
+        state = {
+            "identity": self.identity,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": [self.step, self.seconds],
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(partial, buffer.getvalue())
+
+    def _load(self, partial: Path) -> None:
+        try:
+            state: dict[str, Any] = torch.load(partial, weights_only=True, map_location="cpu")
+            same = state["identity"] == self.identity
+        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError):
+            raise MemvecError(f"{partial} cannot be read: delete it to start over.") from None
+        if not same:
+            raise MemvecError(
+                f"{partial} is of a run with another model, text or settings: delete it to start "
+                "over."
+            )
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        step, self.seconds = state["progress"]
+        self.step = int(step)
+
+
+def _check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
+    """Raise MemvecError for sentences that the encoder does not read whole, or with no room."""
+    encoder, K = need_encoder(lm), plan.vectors
+    if not lm.has_split_head:
+        raise MemvecError(f"{lm.name} does not give its hidden states: no latent model for it.")
+    if encoder.tokens and plan.max_tokens > encoder.tokens * K:
+        raise MemvecError(
+            f"--max-tokens {plan.max_tokens} is more than the encoder of {lm.name} reads into {K} "
+            f"vector(s), {encoder.tokens * K} tokens: lower it, or raise --vectors."
+        )
+    if lm.context is not None and plan.max_tokens + K > lm.context:
+        raise MemvecError(
+            f"--max-tokens {plan.max_tokens} and {K} vector(s) do not fit the context of {lm.name} "
+            f"({lm.context} tokens)."
+        )
+
+
+def _beginnings(documents: Sequence[Sequence[Sentence]], count: int) -> list[list[Sentence]]:
+    """The beginnings of documents of at least two sentences, `count` sentences of all together."""
+    some = [document for document in documents if len(document) > 1]
+    if not some:
+        raise MemvecError(
+            "there is no text of at least two sentences, so there is no next sentence to predict: "
+            "give more text."
+        )
+    share = of_each(count, len(some))
+    return [list(document[:share]) for document in some]
+
+
+def of_each(count: int, documents: int) -> int:
+    """Sentences of each document, for `count` of all together: at least two."""
+    return max(2, count // documents)
+
+
+def _parted(
+    documents: Sequence[Sequence[Sentence]],
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(spans to train on, spans held out) as first and last index over all documents' sentences.
+
+    Short documents have nothing held out; without any, the training spans are what is checked.
+    """
+    train, held_out, start = [], [], 0
+    for document in documents:
+        end = start + len(document)
+        cut = int(len(document) * HELD_OUT)
+        cut = cut if cut >= 2 else 0
+        train.append((start, end - cut))
+        if cut:
+            held_out.append((end - cut, end))
+        start = end
+    return train, held_out or train

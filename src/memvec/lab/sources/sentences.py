@@ -1,0 +1,93 @@
+"""Source `sentences`: whole sentences of texts, each with all the sentences before it.
+
+Other sources take passages of one length. Here `length` is the limit of a sentence: longer ones
+are cut (memvec.lab.sentences.cutting) and stand before others only; what is asked for are whole
+sentences that have at least `before` others in front of them. They are drawn by the seed over all
+texts, and no sentence is drawn twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from memvec.errors import MemvecError
+from memvec.lab.sentences.cutting import cut_sentences, need_two
+from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
+from memvec.lab.sources.text_readers import read_texts, resolve
+from memvec.lab.sources.written import MAX_BEFORE
+from memvec.passages.passage import Passage
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+@dataclass(frozen=True)
+class SentencePassage(SourcedPassage):
+    """A sentence; `sizes` are the token counts of the sentences before it, whose ids are the last
+    ones of `before`."""
+
+    sizes: tuple[int, ...] = ()
+
+
+class Sentences(Source):
+    """Whole sentences, with what stands before them."""
+
+    kind: Literal["sentences"] = "sentences"
+    starts_alike: ClassVar[bool] = False  # another limit cuts other sentences
+
+    path: str | None = Field(default=None, description="the texts: a file, or a folder of files")
+    column: str = Field(default="text", description="column of a table that holds the text")
+    where: dict[str, str] = Field(default={}, description="keep table rows with these values")
+    before: int = Field(default=8, ge=1, description="sentences that stand before one, at least")
+    min_tokens: int = Field(default=4, ge=1, description="tokens of a sentence, at least")
+
+    def missing(self, base: Path | None) -> str | None:
+        """A sentence if there is no such file."""
+        if self.path is None:
+            return f"source '{self.name}' needs a path."
+        file = resolve(self.path, base)
+        return None if file.exists() else f"source missing: there is no file or folder {file}."
+
+    def passages(
+        self, lm: FrozenLM, count: int, length: int, base: Path | None = None
+    ) -> Iterator[SourcedPassage]:
+        """`count` sentences of at most `length` tokens.
+
+        Raises MemvecError for a text of one sentence, or if there are too few sentences.
+        """
+        if problem := self.missing(base):
+            raise MemvecError(problem)
+        texts = read_texts(str(self.path), base, self.column, self.where)
+        cut = [cut_sentences(lm, text, length) for _, text in texts]
+        for (name, _), found in zip(texts, cut, strict=True):
+            need_two(found, name)
+        places = [
+            (document, i)
+            for document, found in enumerate(cut)
+            for i in range(self.before, len(found))
+            if found[i].whole and len(found[i].ids) >= self.min_tokens
+        ]
+        seeded_random("sentences", self.seed).shuffle(places)
+        distinct = {cut[document][i].ids: (document, i) for document, i in reversed(places)}
+        drawn = list(reversed(distinct.items()))
+        if count > len(drawn):
+            raise MemvecError(
+                f"source '{self.name}' has {len(drawn)} whole sentences of {self.min_tokens} to "
+                f"{length} tokens behind {self.before} others: lower passages from {count}, or "
+                "give more text."
+            )
+        for number, (ids, (document, i)) in enumerate(drawn[:count]):
+            sizes = tuple(len(s.ids) for s in cut[document][:i])
+            text = [token for s in cut[document][:i] for token in s.ids]
+            yield SentencePassage(
+                number,
+                Passage(ids, document, len(text)),
+                f"{texts[document][0]}, sentence {i + 1}",
+                tuple(text[-MAX_BEFORE:]),
+                sizes,
+            )
