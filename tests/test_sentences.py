@@ -28,7 +28,8 @@ from memvec.lab.sentences.files import load_latent_model, save_latent_model
 from memvec.lab.sentences.flops import Shape, costs, shape_of
 from memvec.lab.sentences.inspect import look
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
-from memvec.lab.sentences.training import LatentPlan, LatentTraining
+from memvec.lab.sentences.plan import LatentPlan
+from memvec.lab.sentences.training import LatentTraining
 from memvec.lab.sources.sentences import Sentences
 from memvec.lab.study.check import check_study
 from memvec.lab.study.pool import Here

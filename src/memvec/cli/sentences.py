@@ -15,7 +15,8 @@ from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.lab.sentences.inspect import Shown
-    from memvec.lab.sentences.training import LatentPlan, LatentProgress
+    from memvec.lab.sentences.plan import LatentPlan
+    from memvec.lab.sentences.training import LatentProgress
 
 lab = typer.Typer(
     name="lab",
@@ -72,7 +73,7 @@ def train(
 
     After an interruption the same command goes on from its last checkpoint.
     """
-    from memvec.lab.sentences.training import LatentPlan
+    from memvec.lab.sentences.plan import LatentPlan
 
     plan = LatentPlan(
         steps=steps,

@@ -30,54 +30,20 @@ from torch import Tensor
 
 from memvec.cramming.objectives import score
 from memvec.encoders.training import CROSS_ENTROPY
-from memvec.errors import MemvecError, check_minimum, did_you_mean
+from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import Sentence, share_cut
 from memvec.lab.sentences.latents import encode, need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
+from memvec.lab.sentences.plan import LatentPlan, check_sizes
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 from memvec.writing import write_atomically
 
-LOSSES = ("tokens", "latents", "both")
 HELD_OUT = 0.02  # share of each document's sentences, at its end, that is never trained on
 CHECKPOINT_EVERY = 50
 GROUPS = 4  # of sentences by length in a step, so that short ones are not padded to the longest
 CHECKED = 96  # held-out sentences that tell how training goes
-
-
-@dataclass(frozen=True)
-class LatentPlan:
-    """Every choice of a training run."""
-
-    steps: int = 1000
-    vectors: int = 3
-    max_tokens: int = 45
-    window: int = 16
-    """Sentences of a sequence."""
-    batch: int = 4
-    """Sequences of a step."""
-    hidden: int = 384
-    layers: int = 3
-    heads: int = 6
-    loss: str = "tokens"
-    """One of LOSSES."""
-    lr: float = 1e-3
-    warmup: int = 50
-    sentences: int = 30_000
-    """Sentences that are encoded, at most; the same number from the start of each document."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "vectors", "max_tokens", "batch", "hidden", "layers", "heads"):
-            check_minimum(1, **{name: getattr(self, name)})
-        check_minimum(2, window=self.window, sentences=self.sentences)
-        if self.hidden % self.heads:
-            raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
-        if not 0 < self.lr < 1:
-            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
-        if self.loss not in LOSSES:
-            raise MemvecError(f"--loss is not '{self.loss}': {did_you_mean(self.loss, LOSSES)}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +73,7 @@ class LatentTraining:
         plan: LatentPlan,
         on_encoded: Callable[[int], None] | None = None,
     ) -> None:
-        _check_sizes(lm, plan)
+        check_sizes(lm, plan)
         self.lm, self.plan = lm, plan
         self.fast = for_steps(lm, "auto")  # the model that the loss is differentiated through
         kept = _beginnings(documents, plan.sentences)
@@ -299,23 +265,6 @@ class LatentTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         step, self.seconds = state["progress"]
         self.step = int(step)
-
-
-def _check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
-    """Raise MemvecError for sentences that the encoder does not read whole, or with no room."""
-    encoder, K = need_encoder(lm), plan.vectors
-    if not lm.has_split_head:
-        raise MemvecError(f"{lm.name} does not give its hidden states: no latent model for it.")
-    if encoder.tokens and plan.max_tokens > encoder.tokens * K:
-        raise MemvecError(
-            f"--max-tokens {plan.max_tokens} is more than the encoder of {lm.name} reads into {K} "
-            f"vector(s), {encoder.tokens * K} tokens: lower it, or raise --vectors."
-        )
-    if lm.context is not None and plan.max_tokens + K > lm.context:
-        raise MemvecError(
-            f"--max-tokens {plan.max_tokens} and {K} vector(s) do not fit the context of {lm.name} "
-            f"({lm.context} tokens)."
-        )
 
 
 def _beginnings(documents: Sequence[Sequence[Sentence]], count: int) -> list[list[Sentence]]:

@@ -1,0 +1,62 @@
+"""What is chosen of the training of a latent model, and whether a frozen LM allows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memvec.errors import MemvecError, check_minimum, did_you_mean
+from memvec.lab.sentences.latents import need_encoder
+from memvec.model.lm import FrozenLM
+
+LOSSES = ("tokens", "latents", "both")
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """Every choice of a training run."""
+
+    steps: int = 1000
+    vectors: int = 3
+    max_tokens: int = 45
+    window: int = 16
+    """Sentences of a sequence."""
+    batch: int = 4
+    """Sequences of a step."""
+    hidden: int = 384
+    layers: int = 3
+    heads: int = 6
+    loss: str = "tokens"
+    """One of LOSSES."""
+    lr: float = 1e-3
+    warmup: int = 50
+    sentences: int = 30_000
+    """Sentences that are encoded, at most; the same number from the start of each document."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "vectors", "max_tokens", "batch", "hidden", "layers", "heads"):
+            check_minimum(1, **{name: getattr(self, name)})
+        check_minimum(2, window=self.window, sentences=self.sentences)
+        if self.hidden % self.heads:
+            raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
+        if not 0 < self.lr < 1:
+            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+        if self.loss not in LOSSES:
+            raise MemvecError(f"--loss is not '{self.loss}': {did_you_mean(self.loss, LOSSES)}")
+
+
+def check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
+    """Raise MemvecError for sentences that the encoder does not read whole, or with no room."""
+    encoder, K = need_encoder(lm), plan.vectors
+    if not lm.has_split_head:
+        raise MemvecError(f"{lm.name} does not give its hidden states: no latent model for it.")
+    if encoder.tokens and plan.max_tokens > encoder.tokens * K:
+        raise MemvecError(
+            f"--max-tokens {plan.max_tokens} is more than the encoder of {lm.name} reads into {K} "
+            f"vector(s), {encoder.tokens * K} tokens: lower it, or raise --vectors."
+        )
+    if lm.context is not None and plan.max_tokens + K > lm.context:
+        raise MemvecError(
+            f"--max-tokens {plan.max_tokens} and {K} vector(s) do not fit the context of {lm.name} "
+            f"({lm.context} tokens)."
+        )
