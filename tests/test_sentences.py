@@ -581,7 +581,7 @@ def test_the_commands_train_and_show(home, tmp_path, command):
     assert steps == [
         step for step in steps if step["exact"] == (step["decoded"] == step["sentence"])
     ]
-    ran = command(*show, out, text, "--count", 2, "--cram")
+    ran = command(*show, out, text, "--count", 2)
     assert ran.code == 0
     assert b"its latent:" in ran.out
     (tmp_path / "one.txt").write_text("The cat sat.", "utf-8")
@@ -618,6 +618,14 @@ def test_the_inspector_says_what_decoding_says():
             evaluate.bits_behind(lm, predicted[0], ids) / n, rel=1e-4
         )
     assert steps[0].alone == pytest.approx(steps[0].text)
+    made = latents.crammed(lm, [s.ids for s in sentences], K, replace(QUICK, steps=10))
+    crammed = [*look(lm, model, TEXT, count=3, recipe=replace(QUICK, steps=10))]
+    assert [step.exact for step in crammed] == made.exact
+    assert crammed[2].predicted_bits == pytest.approx(
+        evaluate.bits_behind(lm, model.predict(made.vectors[None, :2])[0], sentences[2].ids)
+        / len(sentences[2].ids),
+        rel=1e-4,
+    )
     assert asdict(steps[0]) == steps[0].record()
     with pytest.raises(MemvecError, match="has no one-pass encoder"):
         next(look(reader(), model, TEXT))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Card, extra_of
@@ -34,11 +34,11 @@ class Group(NamedTuple):
         """Bits per token: sum over sum, with the bootstrap over sentences."""
         return ratio_of_means(bits, self.tokens)
 
-    def gained(self, way: str) -> float:
+    def gained(self, way: str) -> Interval:
         """What a way saves against nothing, over what the text of the same sentences saves."""
-        alone = sum(self.bits["alone"])
-        text = alone - sum(self.bits["text"])
-        return (alone - sum(self.bits[way])) / text if text else math.nan
+        alone = np.array(self.bits["alone"])
+        saved, by_text = (alone - np.array(self.bits[name]) for name in (way, "text"))
+        return ratio_of_means(saved.tolist(), by_text.tolist())
 
 
 def groups(data: Data, protocol: str) -> Iterator[Group]:
@@ -63,14 +63,17 @@ def groups(data: Data, protocol: str) -> Iterator[Group]:
 
 def cards(data: Data, protocol: str) -> list[Card]:
     """How much of the text's gain each latent model's prediction keeps."""
-    return [
-        Card(
-            f"{100 * group.gained('predicted'):.0f} %",
-            f"of what the text of the sentences before saves, saved by the predicted latent "
-            f"({group.name})",
+    found = []
+    for group in groups(data, protocol):
+        share = group.gained("predicted")
+        found.append(
+            Card(
+                f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]",
+                "of the bits that the text of the sentences before saves, saved by the predicted "
+                f"latent ({group.name})",
+            )
         )
-        for group in groups(data, protocol)
-    ]
+    return found
 
 
 def tables(data: Data, protocol: str) -> list[Table]:
@@ -89,16 +92,18 @@ def _ways(found: list[Group]) -> Table:
                 [
                     *(group.name, meaning, value.value, value.low, value.high),
                     *(2**value.value, saved.value, saved.low, saved.high),
-                    *(group.gained(way), len(group.tokens)),
+                    *group.gained(way),
+                    len(group.tokens),
                 ]
             )
     columns = ["latent model", "in front of the sentence", "bits / token", "low", "high"]
-    columns += ["perplexity", "bits saved", "low", "high", "of what its text saves", "n"]
+    columns += ["perplexity", "bits saved", "low", "high", "of what its text saves"]
+    columns += ["low", "high", "n"]
     note = (
         "Bits of the true next sentence by the frozen model: sum over sum of tokens with the 95 % "
         "bootstrap interval over sentences; perplexity: 2 to that power. Saved: bits of a sentence "
         "against nothing but the start token, mean with its 95 % interval (paired, Student's t), "
-        "and over what the text of the same sentences saves."
+        "and over what the text of the same sentences saves (bootstrap)."
     )
     return Table("sentences", "The next sentence, each way", note, columns, rows)
 

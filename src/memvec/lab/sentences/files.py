@@ -21,6 +21,7 @@ from memvec.writing import write_atomically
 
 FORMAT = "memvec-sentences"
 LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512}  # a file may claim
+MOST_VECTORS = 4096
 
 
 def save_latent_model(path: Path, model: LatentModel, lm: FrozenLM) -> None:
@@ -55,7 +56,7 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
         if any(not 1 <= size <= LARGEST[key] for key, size in shape.items()):
             raise ValueError(f"a shape of {shape}")
         K, max_tokens, window = (int(metadata[k]) for k in ("vectors", "max_tokens", "window"))
-        if min(K, max_tokens, window) < 1:
+        if min(K, max_tokens, window) < 1 or K > MOST_VECTORS:
             raise ValueError(f"{K} vectors, {max_tokens} tokens, {window} sentences")
         network = LatentNetwork(K * lm.width, **shape)
         network.load_state_dict(tensors)
