@@ -179,21 +179,21 @@ def test_continuous_feeds_predictions_back():
 
 
 def test_discretised_is_decoding_and_encoding_by_hand():
+    """Sequences of two lengths, rolled on one step and two, as each alone."""
     lm = with_encoder(reader())
-    model, before = untrained(lm, window=9), latents_of(lm, 2, 2)
-    steps = model.discretised(lm, before, 2)
-    seen = before
-    for step in steps:
-        again = []
-        for b in range(2):
-            predicted = model.network(seen[b : b + 1].flatten(2))[0, -1].reshape(1, K, lm.width)
+    model, before = untrained(lm, window=9), latents_of(lm, 2, 3)
+    found = model.discretised(lm, [before[0], before[1, :2]], [1, 2])
+    assert [len(steps) for steps in found] == [1, 2]
+    for seen, steps in zip((before[0], before[1, :2]), found, strict=True):
+        for step in steps:
+            predicted = model.network(seen[None].flatten(2))[0, -1].reshape(1, K, lm.width)
             (decoded,) = decode_ids(lm, predicted, [LIMIT], batch=1)
             ids = first_sentence(lm, decoded)
-            assert step[b].ids == ids
-            torch.testing.assert_close(step[b].predicted, predicted[0], atol=1e-5, rtol=1e-5)
-            again.append(lm.encoder.encode(lm, torch.tensor([ids]), K))
-            torch.testing.assert_close(step[b].again, again[-1][0], atol=1e-5, rtol=1e-5)
-        seen = torch.cat([seen, torch.stack(again)], 1)
+            assert step.ids == ids
+            torch.testing.assert_close(step.predicted, predicted[0], atol=1e-5, rtol=1e-5)
+            again = lm.encoder.encode(lm, torch.tensor([ids]), K)
+            torch.testing.assert_close(step.again, again[0], atol=1e-5, rtol=1e-5)
+            seen = torch.cat([seen, again])
 
 
 def test_what_is_saved_predicts_the_same(tmp_path):
@@ -354,7 +354,7 @@ def test_every_way_is_the_frozen_models_own_probability():
     # Two ahead, the last sentence is not read.
     two = model.continuous(known[None, :2], 2)[-1][0]
     assert found.continuous == [pytest.approx(bits(two), rel=1e-4)]
-    snapped = model.discretised(lm, known[None, :2], 2)[-1][0].again
+    snapped = model.discretised(lm, [known[:2]], [2])[0][-1].again
     assert found.discretised == [pytest.approx(bits(snapped), rel=1e-4)]
 
 

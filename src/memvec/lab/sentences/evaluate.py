@@ -103,28 +103,36 @@ def measure(
     """
     check_lengths(lm, model, [*before, ids], horizon)
     K = model.vectors
-    known = latents.encoded(lm, before, K)
+    vectors, decodes = latents.encoded(lm, [*before, ids], K)
+    known, own, S = vectors[:-1], vectors[-1], len(before)
     made = latents.crammed(lm, before, K, recipe)
-    own = latents.encoded(lm, [ids], K)
-    row = known.vectors[None]
-    ((step,),) = model.discretised(lm, row, 1)
-    continuous, discretised = [], []
-    for ahead in range(2, horizon + 1):
-        seen = row[:, : row.shape[1] - ahead + 1]
-        continuous.append(bits_behind(lm, model.continuous(seen, ahead)[-1][0], ids))
-        discretised.append(bits_behind(lm, model.discretised(lm, seen, ahead)[-1][0].again, ids))
+    aheads = range(1, horizon + 1)
+    seen = [known[: S - ahead + 1] for ahead in aheads]
+    rolled = [steps[-1] for steps in model.discretised(lm, seen, aheads)]
+    continuous = [
+        bits_behind(lm, model.continuous(some[None], ahead)[-1][0], ids)
+        for some, ahead in zip(seen, aheads, strict=True)
+    ]
+    discretised = [bits_behind(lm, step.again, ids) for step in rolled]
     bits = {
-        "nothing": bits_behind(lm, model.predict(row[:, :0])[0], ids),
-        "latents": bits_behind(lm, known.vectors.flatten(0, 1), ids),
-        "discretised": bits_behind(lm, step.again, ids),
-        "predicted": bits_behind(lm, step.predicted, ids),
+        "nothing": bits_behind(lm, model.predict(known[None, :0])[0], ids),
+        "latents": bits_behind(lm, known.flatten(0, 1), ids),
+        "discretised": discretised[0],
+        "predicted": continuous[0],
         "crammed": bits_behind(lm, model.predict(made.vectors[None])[0], ids),
         "text": bits_behind_text(lm, [*itertools.chain(*before)], ids),
         "full": bits_behind_text(lm, fitting(lm, text, len(ids)), ids),
-        "encoded": bits_behind(lm, own.vectors[0], ids),
+        "encoded": bits_behind(lm, own, ids),
     }
-    exact = [sum(known.exact), sum(made.exact), len(before)]
-    return Measured(bits, step.predicted, step.ids, continuous, discretised, exact, own.exact[0])
+    return Measured(
+        bits,
+        rolled[0].predicted,
+        rolled[0].ids,
+        continuous[1:],
+        discretised[1:],
+        [sum(decodes[:-1]), sum(made.exact), S],
+        decodes[-1],
+    )
 
 
 def check_lengths(lm: FrozenLM, model: LatentModel, sentences: Sequence[Ids], horizon: int) -> None:

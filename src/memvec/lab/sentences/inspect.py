@@ -82,7 +82,7 @@ def _shown(
 ) -> Shown:
     ids, n = sentence.ids, len(sentence.ids)
     before = [s.ids for s in found[max(0, i - model.window + 1) : i]]
-    ((step,),) = model.discretised(lm, known.vectors[None, :i], 1)
+    ((step,),) = model.discretised(lm, [known.vectors[:i]], [1])
     (decoded,) = decode_ids(lm, known.vectors[i : i + 1], [n])
     text = fitting(lm, tuple(itertools.chain(*before)), n)
     return Shown(

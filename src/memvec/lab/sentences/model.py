@@ -12,6 +12,7 @@ regimes so; their latent model is an adapted copy of the LM, this one stands bes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,17 +117,22 @@ class LatentModel:
         return predictions
 
     def discretised(
-        self, lm: FrozenLM, before: Float[Tensor, "B S K D"], steps: int
+        self, lm: FrozenLM, before: Sequence[Float[Tensor, "_ K D"]], steps: Sequence[int]
     ) -> list[list[Step]]:
         """The same, where each prediction is decoded to a sentence and that is encoded again.
 
-        For each step the B sequences. Raises MemvecError for a model without an encoder.
+        `before` are sequences of their own lengths (S, K, D), each rolled on as many steps as
+        `steps` says; those that are on the way are decoded together. Raises MemvecError for a model
+        without an encoder.
         """
-        found = []
-        for _ in range(steps):
-            predicted = self.predict(before)
+        seen = list(before)
+        found: list[list[Step]] = [[] for _ in before]
+        for round_ in range(max(steps, default=0)):
+            rows = [i for i, count in enumerate(steps) if count > round_]
+            predicted = torch.cat([self.predict(seen[i][None]) for i in rows])
             said = latents.written(lm, predicted, self.max_tokens)
             again = latents.encode(lm, said, self.vectors)
-            found.append([Step(*step) for step in zip(predicted, said, again, strict=True)])
-            before = torch.cat([before, again[:, None]], dim=1)
+            for i, *step in zip(rows, predicted, said, again, strict=True):
+                found[i].append(Step(*step))
+                seen[i] = torch.cat([seen[i], found[i][-1].again[None]])
         return found
