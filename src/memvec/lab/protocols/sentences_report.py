@@ -10,11 +10,13 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, averaged, short
-from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.plot import Mark, Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.sentences.evaluate import WAYS
 from memvec.lab.sentences.flops import COSTS
 from memvec.lab.statistics import Interval, paired_difference, ratio_of_means, share_interval
+
+SAVING = ("nothing", "predicted", "crammed", "text", "full")  # ways that may tell the next
 
 
 class Group(NamedTuple):
@@ -25,6 +27,7 @@ class Group(NamedTuple):
     """
 
     name: str
+    label: str  # the latent model's file, without its folder and kind
     rows: pd.DataFrame
     tokens: list[float]
     bits: dict[str, list[float]]
@@ -56,9 +59,10 @@ def groups(data: Data, protocol: str) -> Iterator[Group]:
         for regime, first in (("continuous", "predicted"), ("discretised", "discretised")):
             further = [list(map(float, row)) for row in extra_of(part, protocol, regime)]
             ahead[regime] = [bits[first], *map(list, zip(*further, strict=True))]
-        name = f"{short(str(model))}, {source}, {short(str(file))}, K = {K}, "
-        name += f"up to {length} tokens, {context} before"
-        yield Group(name, part, part["tokens"].astype(float).tolist(), bits, ahead)
+        label = short(str(file)).removesuffix(".safetensors")
+        name = f"{label} ({short(str(model))}, {source}, K = {K}, up to {length} tokens, "
+        name += f"{context} before)"
+        yield Group(name, label, part, part["tokens"].astype(float).tolist(), bits, ahead)
 
 
 def cards(data: Data, protocol: str) -> list[Card]:
@@ -160,28 +164,44 @@ def _exact(found: list[Group], protocol: str) -> Table:
 
 
 def figures(data: Data, protocol: str) -> list[Plot]:
-    """Bits each way, and how they rise with the sentences ahead."""
+    """Bits each way, what each saves where a prediction saves anything, and sentences ahead."""
     found = list(groups(data, protocol))
     if not found:
         return []
-    ways = [_series(g.name, g, [g.bits[way] for way in WAYS], first=0) for g in found]
+    ways = [_series(g.label, g, [g.bits[way] for way in WAYS], "points") for g in found]
     panels = [Panel("in front of the sentence", "", "bits per token", ways, list(WAYS))]
+    saving = [_saved(group) for group in found if group.gained("predicted").value > 0]
+    if saving:
+        panels.append(
+            Panel("saved against nothing", "", "bits of a sentence", saving, list(SAVING))
+        )
     for group in found:
-        lines = [_series(regime, group, bits) for regime, bits in group.ahead.items()]
+        steps = len(group.ahead["continuous"])
+        if steps == 1:
+            continue
+        lines = [_series(regime, group, bits, "line") for regime, bits in group.ahead.items()]
         for way in ("alone", "text"):
             level = group.per_token(group.bits[way]).value
-            ends = [1.0, float(max(2, len(group.ahead["continuous"])))]
-            lines.append(Series(way, ends, [level, level], "dashed"))
-        panels.append(Panel(group.name, "sentences ahead", "bits per token", lines))
+            lines.append(Series(way, [0.0, steps - 1.0], [level, level], "dashed"))
+        names = [str(step) for step in range(1, steps + 1)]
+        panels.append(Panel(group.label, "sentences ahead", "bits per token", lines, names))
     return [Plot("sentences", "Sentence by sentence", " ".join(map(_sentence, found)), panels)]
 
 
-def _series(name: str, group: Group, bits: list[list[float]], first: int = 1) -> Series:
+def _series(name: str, group: Group, bits: list[list[float]], mark: Mark) -> Series:
+    """Bits per token with their intervals, one place after the other."""
     values = [group.per_token(b) for b in bits]
-    x = [float(i + first) for i in range(len(values))]
+    x = [float(i) for i in range(len(values))]
     low, high = [v.low for v in values], [v.high for v in values]
-    mark = "line" if first else "points"
-    return Series(name, x, [v.value for v in values], mark, low, high)  # type: ignore[arg-type]
+    return Series(name, x, [v.value for v in values], mark, low, high)
+
+
+def _saved(group: Group) -> Series:
+    """Bits of a sentence that each of SAVING saves, with intervals."""
+    values = [paired_difference(group.bits["alone"], group.bits[way]) for way in SAVING]
+    x = [float(i) for i in range(len(values))]
+    low, high = [v.low for v in values], [v.high for v in values]
+    return Series(group.label, x, [v.value for v in values], "points", low, high)
 
 
 def _sentence(group: Group) -> str:
