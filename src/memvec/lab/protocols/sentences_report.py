@@ -170,7 +170,7 @@ def figures(data: Data, protocol: str) -> list[Plot]:
         return []
     ways = [_series(g.label, g, [g.bits[way] for way in WAYS], "points") for g in found]
     panels = [Panel("in front of the sentence", "", "bits per token", ways, list(WAYS))]
-    saving = [_saved(group) for group in found if group.gained("predicted").value > 0]
+    saving = [_saved(g) for g in found if sum(g.bits["predicted"]) < sum(g.bits["alone"])]
     if saving:
         panels.append(
             Panel("saved against nothing", "", "bits of a sentence", saving, list(SAVING))
