@@ -432,7 +432,7 @@ horizon = 2
 lengths = [12]
 vectors = [2]
 passages = 4
-recipe = { steps = 30 }
+recipe = { steps = 12 }
 """
 
 
@@ -532,7 +532,7 @@ def test_sentences_are_drawn_once_and_alike(home):
 def test_what_a_study_cannot_measure_is_one_sentence(home, tmp_path, change, sentence):
     text = SPEC.replace(*change).replace("HOME", str(home)).replace("passages = 4", "passages = 1")
     text = text.replace("before = 3\n", "" if "files" in change[1] else "before = 3\n")
-    text = text.replace("steps = 30", "steps = 2").replace("lengths = [12]", "lengths = [10]")
+    text = text.replace("steps = 12", "steps = 2").replace("lengths = [12]", "lengths = [10]")
     spec = parse_spec(text, "test")
     run = lambda: run_study(  # noqa: E731
         spec, tmp_path / "out", lambda m: Here(load_lm(m.name)), base=home, text="{}"
@@ -548,7 +548,7 @@ def test_the_shipped_spec_is_valid():
     spec = read_spec(Path(__file__).parent.parent / "studies" / "sentences.toml")
     assert {run.protocol for run in spec.runs} == {"sentences"}
     with pytest.raises(MemvecError, match="start_rule is 'vectors'"):
-        parse_spec(SPEC.replace("steps = 30", 'start_rule = "bos"'), "test")
+        parse_spec(SPEC.replace("steps = 12", 'start_rule = "bos"'), "test")
 
 
 # ---------------------------------------------------------------------- the commands
