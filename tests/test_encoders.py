@@ -91,7 +91,7 @@ def test_training_learns():
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
     lm, partial = tiny(), tmp_path / "e.partial"
-    monkeypatch.setattr("memvec.encoders.training.CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
     whole = Training(lm, stream(lm), SMALL).run()
 
     def interrupt(now):

@@ -146,9 +146,10 @@ def done(every_protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 # Protocols whose studies have files of their own: test_book, test_onestep_studies, test_frontier,
-# test_checkpoints, test_transfer, test_spaces, test_reading, test_sentences.
+# test_checkpoints, test_transfer, test_spaces, test_reading, test_sentences,
+# test_recurrent.
 ELSEWHERE = {"book", "one-step-arrangements", "one-step-groups", "usable"}
-ELSEWHERE |= {"checkpoints", "transfer", "spaces", "reading", "sentences"}
+ELSEWHERE |= {"checkpoints", "transfer", "spaces", "reading", "sentences", "recurrent"}
 
 
 @pytest.mark.slow

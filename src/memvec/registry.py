@@ -127,6 +127,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "exact": "memvec.lab.protocols.exact:Exact",
         "vectors": "memvec.lab.protocols.vectors:Vectors",
         "transfer": "memvec.lab.protocols.transfer:TransferProtocol",
+        "recurrent": "memvec.lab.protocols.recurrent:Recurrent",
         "checkpoints": "memvec.lab.protocols.checkpoints:Checkpoints",
         "one-step": "memvec.lab.protocols.one_step:OneStep",
         "one-step-arrangements": ("memvec.lab.protocols.one_step_arrangements:OneStepArrangements"),
@@ -154,6 +155,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "encoder": {
         "summary": "memvec.encoders.summary:read",
         "slots": "memvec.encoders.slots:read",
+        "recurrent": "memvec.encoders.recurrent:read",
     },
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}

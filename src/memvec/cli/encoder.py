@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memvec.cli import options
-from memvec.errors import MemvecError
+from memvec.cli.encoder_recurrent import plan_of, print_segments
+from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
     from memvec.encoders.measure import Comparison
-    from memvec.encoders.training import TrainingProgress
+    from memvec.encoders.recurrent_measure import SegmentComparison
+    from memvec.encoders.training_run import Plan, TrainingProgress, TrainingRun
     from memvec.model.lm import FrozenLM
 
 app = typer.Typer(
@@ -50,6 +52,7 @@ Column = Annotated[str, typer.Option(help="Column of a table that holds the text
     epilog=options.examples(
         "memvec encoder train --text books --steps 500",
         "memvec encoder train -m EleutherAI/pythia-160m --text train.jsonl -o pythia.safetensors",
+        "memvec encoder train --recurrent --text books --slots 4 -o recurrent.safetensors",
     )
 )
 def train(
@@ -60,7 +63,12 @@ def train(
         typer.Option("-o", "--out", help="Default: encoder.safetensors, in the model's folder."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
-    slots: Annotated[int, typer.Option(help="Maximum number of vectors per passage.")] = 1,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum number of vectors per passage, or vectors of a memory; default: 1, or 4."
+        ),
+    ] = None,
     hidden: Annotated[int, typer.Option(help="Width of the encoder.")] = 256,
     layers: Annotated[int, typer.Option(help="Layers of the encoder.")] = 4,
     heads: Annotated[int, typer.Option(help="Attention heads of the encoder.")] = 4,
@@ -68,6 +76,18 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     size: Annotated[float, typer.Option(help="Size (RMS) of its vectors at the start.")] = 12.8,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    recurrent: Annotated[
+        bool, typer.Option("--recurrent", help="Carry a memory from segment to segment.")
+    ] = False,
+    segments: Annotated[
+        int | None, typer.Option(help="Segments of the longest chain; default: 8.")
+    ] = None,
+    lags: Annotated[
+        int | None, typer.Option(help="How many of the newest segments to give back; default: 6.")
+    ] = None,
+    segment_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a segment; default: 8.")
+    ] = None,
     where: Where = None,
     column: Column = "text",
     device: options.Device = "auto",
@@ -76,39 +96,49 @@ def train(
 ) -> None:
     """Train an encoder for a frozen model: it encodes passages into slots and gives them back.
 
-    After an interruption the same command goes on from its last checkpoint.
+    With --recurrent it reads a document segment by segment and gives back the newest ones. After an
+    interruption the same command goes on from its last checkpoint.
     """
-    from memvec.encoders.training import TrainingPlan
-
-    plan = TrainingPlan(
-        steps=steps,
-        slots=slots,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        lr=lr,
-        size=size,
-        seed=seed,
+    own = {"segments": segments, "lags": lags, "segment_tokens": segment_tokens}
+    shape = {"slots": slots, "hidden": hidden, "layers": layers, "heads": heads, "size": size}
+    plan = plan_of(
+        recurrent, own, {**shape, "steps": steps, "positions": positions, "lr": lr, "seed": seed}
     )
     target = _target(model, out, force)
 
-    from memvec.cli.display import say
-    from memvec.encoders.files import save_encoder
-    from memvec.encoders.training import Training
     from memvec.loading import load_lm
 
     lm = load_lm(model, device=device, dtype=dtype)
-    stream = _token_stream(lm, text, column, where)
-    training = Training(lm, stream, plan)
+    _train(lm, _token_stream(lm, text, column, where), plan, target)
+
+
+def _train(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan, target: Path) -> None:
+    """Train by a plan and write the encoder."""
+    from memvec.cli.display import say
+    from memvec.encoders.files import save_encoder
+    from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
+    from memvec.encoders.training import Training, TrainingPlan
+
+    training: TrainingRun
+    if isinstance(plan, RecurrentPlan):
+        training = RecurrentTraining(lm, stream, plan)
+    else:
+        assert isinstance(plan, TrainingPlan)
+        training = Training(lm, stream, plan)
     partial = target.with_name(target.name + ".partial")
-    encoder = training.run(partial, _progress_lines())
-    seconds = round(training.seconds, 1)
-    facts = {**training.identity, "seconds": seconds, "tokens": len(stream)}
+    encoder = training.run(partial, _progress_lines(training.reached))
+    facts = {**training.identity, "seconds": round(training.seconds, 1), "tokens": len(stream)}
     save_encoder(target, encoder, lm, facts)
     partial.unlink(missing_ok=True)
+    if isinstance(plan, RecurrentPlan):
+        say(
+            f"{target}: a memory of {plan.slots} vector(s), trained on chains of up to "
+            f"{plan.segments} segments of {plan.segment_tokens} tokens; memvec encoder measure "
+            f"--encoder {target} --segments {plan.segments} shows how far back it gives them back."
+        )
+        return
     say(
-        f"{target}: {slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
+        f"{target}: {plan.slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
         f"--encoder {target} starts from it, memvec encoder measure shows what it saves."
     )
 
@@ -123,7 +153,7 @@ def _target(model: str, out: Path | None, force: bool) -> Path:
     return target
 
 
-def _progress_lines() -> Callable[[TrainingProgress], None]:
+def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
     """Prints a line every ten seconds, and one for the last step."""
     from memvec.cli.display import say
 
@@ -137,7 +167,7 @@ def _progress_lines() -> Callable[[TrainingProgress], None]:
         left = now.seconds / now.step * (now.steps - now.step)
         say(
             f"step {now.step} of {now.steps}: {now.loss_bits:.2f} bits per token, "
-            f"{now.accuracy:.0%} right, {now.target:.1f} tokens per vector, "
+            f"{now.accuracy:.0%} right, {now.target:.1f} {reached}, "
             f"{left / 60:.0f} min left"
         )
 
@@ -178,6 +208,7 @@ def pairs_of(where: list[str] | None) -> dict[str, str]:
         "memvec encoder measure --text held-out.txt",
         "memvec encoder measure -m EleutherAI/pythia-160m --encoder pythia.safetensors "
         "--text held-out.txt --json",
+        "memvec encoder measure --encoder recurrent.safetensors --text held-out.txt --segments 8",
     )
 )
 def measure(
@@ -191,38 +222,82 @@ def measure(
     passages: Annotated[int, typer.Option(help="Number of passages of each length.")] = 16,
     steps: Annotated[int, typer.Option(help="Maximum steps of cramming per passage.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of the places where passages are taken.")] = 0,
+    segments: Annotated[
+        int | None,
+        typer.Option(help="Segments of a document, for a recurrent encoder, instead of --lengths."),
+    ] = None,
+    lags: Annotated[
+        int | None,
+        typer.Option(help="With --segments: newest segments to ask for; default: all trained for."),
+    ] = None,
     where: Where = None,
     column: Column = "text",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Show an encoder beside cramming: what one pass gives back, and how many steps it saves."""
-    import torch
+    """Show an encoder beside cramming: what one pass gives back, and how many steps it saves.
 
+    With --segments: how many segments back the memory of a recurrent encoder gives a document back.
+    """
     from memvec.cramming.recipe import Recipe
-    from memvec.encoders.measure import compare
     from memvec.loading import load_lm
 
-    try:
-        tokens_per_vector = [int(part) for part in lengths.split(",")]
-    except ValueError:
-        raise MemvecError(f"--lengths takes numbers with commas, not '{lengths}'.") from None
+    tokens_per_vector = _numbers(lengths)
     if min(tokens_per_vector) < 1 or passages < 1:
         raise MemvecError("--lengths and --passages start at 1.")
+    check_minimum(1, segments=segments, lags=lags)
+    if segments is None and lags is not None:
+        raise MemvecError("--lags is of recurrent encoders: add --segments.")
     lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
+    recipe = Recipe.of(steps=steps)
+    if segments is None:
+        from memvec.encoders.measure import compare
+
+        stream = _token_stream(lm, text, column, where)
+        ids = _drawn(stream, text, max(longest, *tokens_per_vector), passages, seed)
+        comparison = compare(lm, ids, tokens_per_vector, recipe)
+        _show(comparison, json, lambda: _print_comparison(lm.name, comparison))
+        return
+    from memvec.encoders.recurrent import recurrent_of
+    from memvec.encoders.recurrent_measure import check_chain, compare_segments
+
+    own = recurrent_of(lm)
+    tokens = segments * own.segment
+    check_chain(lm, own, tokens, segments, lags or own.lags)
     stream = _token_stream(lm, text, column, where)
-    longest = max(longest, *tokens_per_vector)
-    if len(stream) < longest + passages:
-        raise MemvecError(f"{text} has {len(stream)} tokens, too few for passages of {longest}.")
-    draw = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(stream) - longest + 1, (passages, 1), generator=draw)
-    ids = stream[starts + torch.arange(longest)]
-    comparison = compare(lm, ids, tokens_per_vector, Recipe.of(steps=steps))
+    ids = _drawn(stream, text, tokens, passages, seed)
+    back = compare_segments(lm, ids, segments, lags, recipe)
+    _show(back, json, lambda: print_segments(lm.name, back))
+
+
+def _show(found: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]) -> None:
+    """Print what was measured, as JSON or as tables."""
     if json:
-        typer.echo(jsonlib.dumps(comparison.record(), indent=1))
+        typer.echo(jsonlib.dumps(found.record(), indent=1))
     else:
-        _print_comparison(lm.name, comparison)
+        printed()
+
+
+def _numbers(lengths: str) -> list[int]:
+    """The numbers of --lengths. Raises MemvecError."""
+    try:
+        return [int(part) for part in lengths.split(",")]
+    except ValueError:
+        raise MemvecError(f"--lengths takes numbers with commas, not '{lengths}'.") from None
+
+
+def _drawn(
+    stream: Int[Tensor, " N"], text: str, tokens: int, count: int, seed: int
+) -> Int[Tensor, "count tokens"]:
+    """Passages from random places of a text. Raises MemvecError if it is too short."""
+    import torch
+
+    if len(stream) < tokens + count:
+        raise MemvecError(f"{text} has {len(stream)} tokens, too few for passages of {tokens}.")
+    draw = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream) - tokens + 1, (count, 1), generator=draw)
+    return stream[starts + torch.arange(tokens)]
 
 
 def _print_comparison(name: str, comparison: Comparison) -> None:

@@ -12,11 +12,11 @@ import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -55,6 +55,17 @@ class OnePassEncoder(ABC):
                 part = part[:, : self.tokens * (last - first)]
             vectors.append(self.read(lm, part, last - first).float())
         return torch.cat(vectors, dim=1)
+
+
+class TrainedEncoder(OnePassEncoder):
+    """An encoder that was trained beside a frozen LM, as a network with a shape of its own."""
+
+    kind: str  # a name of `memvec.registry`, which says what reads its file
+    network: nn.Module
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Its shape, as its file records it."""
 
 
 @dataclass(frozen=True)

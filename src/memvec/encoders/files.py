@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from memvec import registry
-from memvec.encoders.base import EncoderFile, OnePassEncoder
-from memvec.encoders.slots import SlotEncoder
+from memvec.encoders.base import EncoderFile, OnePassEncoder, TrainedEncoder
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -57,13 +56,13 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
 
 
 def save_encoder(
-    path: Path, encoder: SlotEncoder, lm: FrozenLM, about: dict[str, Any] | None = None
+    path: Path, encoder: TrainedEncoder, lm: FrozenLM, about: dict[str, Any] | None = None
 ) -> None:
     """Write an encoder trained beside a frozen LM, atomically: never half a file."""
     metadata = {
         "format": "memvec-encoder",
         "version": "1",
-        "kind": "slots",
+        "kind": encoder.kind,
         "shape": json.dumps(encoder.settings()),
         "tokens": str(encoder.tokens),
         "max_vectors": str(encoder.max_vectors),

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memvec.encoders.base import EncoderFile, OnePassEncoder
+from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -84,8 +84,11 @@ class SlotNetwork(nn.Module):
         return vectors
 
 
-class SlotEncoder(OnePassEncoder):
+class SlotEncoder(TrainedEncoder):
     """A slot network as an encoder. It stays in float32."""
+
+    kind = "slots"
+    network: SlotNetwork
 
     def __init__(self, network: SlotNetwork, tokens: int = 0) -> None:
         self.network, self.tokens = network.eval(), tokens

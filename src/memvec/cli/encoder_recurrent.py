@@ -1,0 +1,89 @@
+"""What `memvec encoder` does for recurrent encoders: their plan, and the tables of --segments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.encoders.recurrent_measure import SegmentComparison
+    from memvec.encoders.training_run import Plan
+
+LAG_COLUMNS = ("lag", "exact", "leading tokens", "teacher-forced", "crammed alone: exact")
+CHAIN_COLUMNS = (
+    *("segments", "carried: tokens per vector", "crammed whole: tokens per vector"),
+    *("crammed whole: exact", "crammed alone: tokens per vector", "vectors"),
+)
+
+
+def plan_of(recurrent: bool, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Plan:
+    """The plan of a training run from options, None where not given; `own`: of recurrent encoders.
+
+    Raises MemvecError for options that need --recurrent, and for values that no plan has.
+    """
+    from memvec.encoders.recurrent_training import RecurrentPlan
+    from memvec.encoders.training import TrainingPlan
+
+    shared = {name: value for name, value in shared.items() if value is not None}
+    given = {name: value for name, value in own.items() if value is not None}
+    if recurrent:
+        return RecurrentPlan(**shared, **given)
+    if given:
+        option = "--" + min(given).replace("_", "-")
+        raise MemvecError(f"{option} is of recurrent encoders: add --recurrent.")
+    return TrainingPlan(**shared)
+
+
+def print_segments(name: str, found: SegmentComparison) -> None:
+    """Two tables: the longest chain by lag, and what is left of each chain."""
+    from rich.table import Table
+
+    from memvec.cli.display import out
+    from memvec.lab.statistics import mean_interval, share_interval
+
+    n, T, K = found.documents, found.segment, found.vectors
+    longest = found.chains[-1].segments
+    alone = share_interval(sum(t == T for t in found.alone), len(found.alone))
+    title = f"After {longest} segments of {T} tokens in {K} vectors, {name}, n {n}"
+    table = Table(title=title, title_justify="left")
+    for column in LAG_COLUMNS:
+        table.add_column(column, justify="right")
+    for at in (at for at in found.lags if at.segments == longest):
+        table.add_row(
+            str(at.lag),
+            str(share_interval(sum(t == T for t in at.leading), n)),
+            _mean(at.leading),
+            f"{sum(at.right) / (n * T):.0%}",
+            str(alone),
+        )
+    out.print(table)
+    table = Table(title=f"What {K} vectors hold, n {n}", title_justify="left")
+    for column in CHAIN_COLUMNS:
+        table.add_column(column, justify="right")
+    own = mean_interval([(t if t == T else 0) / K for t in found.alone])
+    for chain in found.chains:
+        size = chain.segments * T
+        table.add_row(
+            str(chain.segments),
+            _mean([t / K for t in chain.exact_tokens]),
+            _mean([t / K for t in chain.whole]),
+            str(share_interval(sum(t == size for t in chain.whole), n)),
+            f"{own.mean:.1f}",
+            str(K * chain.segments),
+        )
+    out.print(table)
+    out.print(
+        "Carried: tokens of the segments that come back whole, over all lags asked. Crammed whole: "
+        "leading tokens of the chain in the same K vectors. Crammed alone: K vectors a segment. "
+        "Exact is decided by free decoding; 95 % intervals over documents."
+    )
+
+
+def _mean(values: Any) -> str:
+    """A mean with the half width of its 95 % interval."""
+    from memvec.lab.statistics import mean_interval
+
+    found = mean_interval(list(values))
+    return f"{found.mean:.1f}" + (f" ± {found.high - found.mean:.1f}" if found.n > 1 else "")

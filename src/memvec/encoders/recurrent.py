@@ -1,0 +1,267 @@
+"""The recurrent encoder: K vectors that a frozen LM carries from segment to segment of a document.
+
+The memory of segment i is predicted from the memory of segment i - 1 and the segment: the LM reads
+[memory, segment, K slots], and its last hidden states at the slots, with a small trained network
+beside them, say what each vector becomes (memory handed on as inputs: the Recurrent Memory
+Transformer, Bulatov et al. 2022, arXiv 2207.06881). The LM itself stays frozen.
+
+Vectors move up one place with every segment, and each keeps a share of what it was: at the start of
+training the memory is a queue, whose newest vector stands for the newest segment. What is written
+over, kept or packed together is learned.
+
+The memory says nothing of which segment is asked for, so one trained vector a lag, the question,
+stands behind it, where a trigger would: [memory, question r, passage] gives back the segment r
+before the newest. Behind, because the memory can then be read once for all lags, and because
+[memory, question] are K + 1 [mem] vectors like any others: they decode through the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from memvec.encoders.base import EncoderFile, TrainedEncoder
+from memvec.encoders.slots import position_codes
+from memvec.encoders.summary import SummaryEncoder
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+# What a file may claim, so that no file asks for more memory than it has.
+LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096, "lags": 4096}
+LARGEST |= {"segment": 65_536}
+KEPT, RENEWED = -3.0, 4.0  # gates at the start: an older vector is kept, the newest is written
+
+
+class RecurrentNetwork(nn.Module):
+    """What is trained: slots (K, D), questions (R, D), and the network that updates a memory.
+
+    `width` is D, `states` is H. Memories are (B, K, D) in float32.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        states: int,
+        *,
+        hidden: int,
+        layers: int,
+        heads: int,
+        slots: int,
+        lags: int,
+        segment: int,
+    ) -> None:
+        super().__init__()
+        self.shape = {"hidden": hidden, "layers": layers, "heads": heads}
+        self.shape |= {"slots": slots, "lags": lags, "segment": segment}
+        self.first = nn.Parameter(torch.randn(slots, width))  # the memory before any segment
+        self.slots = nn.Parameter(torch.randn(slots, width))
+        self.questions = nn.Parameter(torch.randn(lags, width))
+        self.map = nn.Linear(states, width)
+        self.from_states = nn.Linear(states, hidden)
+        self.from_memory = nn.Linear(width, hidden)
+        self.from_tokens = nn.Linear(width, hidden)
+        self.places = nn.Parameter(0.02 * torch.randn(2 * slots, hidden))
+        layer = nn.TransformerEncoderLayer(
+            hidden,
+            heads,
+            4 * hidden,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
+        )
+        self.out = nn.Linear(hidden, width)
+        self.gate = nn.Linear(hidden, width)
+        gates = torch.full((slots, 1), KEPT)
+        gates[-1] = RENEWED
+        self.openness = nn.Parameter(gates)
+        # Mean and spread of the LM's embeddings, and scale of the vectors: set by `begun`.
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(()))
+        self.register_buffer("size", torch.ones(()))
+
+    mean: Tensor
+    std: Tensor
+    size: Tensor
+
+    @torch.no_grad()
+    def begun(
+        self, mean: Tensor, std: float, size: float, own: SummaryEncoder | None
+    ) -> RecurrentNetwork:
+        """The same network before training, for embeddings of that mean (D) and deviation.
+
+        `own`: the LM's summary encoder; the newest vector then begins as its vector of the segment.
+        Without one it begins at the network's output times `size`.
+        """
+        self.mean.copy_(mean)
+        self.std.fill_(std)
+        self.size.fill_(size)
+        for parameter in (self.slots, self.questions):
+            parameter.mul_(std).add_(mean)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        if own is None:
+            nn.init.zeros_(self.map.weight)
+            self.map.bias.copy_(mean)
+            self.first.mul_(size).add_(mean)
+            return self
+        self.slots.copy_(own.summary[:1].float() + std * 0.1 * torch.randn_like(self.slots))
+        self.map.weight.copy_(own.weight)
+        self.map.bias.copy_(own.bias)
+        self.first.mul_(0.5).add_(own.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        return self
+
+    def forward(
+        self,
+        memory: Float[Tensor, "B K D"],
+        embedded: Float[Tensor, "B T D"],
+        heard: Float[Tensor, "B K H"],
+    ) -> Float[Tensor, "B K D"]:
+        """The memory after a segment; `heard`: the LM's states at the slots behind it."""
+        K = memory.shape[1]
+        tokens = self.from_tokens((embedded - self.mean) / self.std)
+        tokens = tokens + position_codes(tokens.shape[1], tokens.shape[2], tokens.device)
+        read = [
+            self.from_states(layer_norm(heard, heard.shape[-1:])) + self.places[:K],
+            self.from_memory(layer_norm(memory, memory.shape[-1:])) + self.places[K:],
+            tokens,
+        ]
+        outputs: Tensor = self.layers(torch.cat(read, dim=1))[:, :K]
+        new = self.map(heard) + self.size * self.out(outputs)
+        share = torch.sigmoid(self.gate(outputs) + self.openness)
+        moved = torch.cat([memory[:, 1:], memory[:, -1:]], dim=1)
+        carried: Tensor = moved + share * (new - moved)
+        return carried
+
+
+class RecurrentEncoder(TrainedEncoder):
+    """A recurrent network as an encoder. It stays in float32.
+
+    `segment`: tokens of a segment in training; `lags`: how many of the newest segments it was
+    trained to give back.
+    """
+
+    kind = "recurrent"
+    network: RecurrentNetwork
+
+    def __init__(self, network: RecurrentNetwork, tokens: int = 0) -> None:
+        self.network, self.tokens = network.eval(), tokens
+        self.slots, self.lags, self.segment = (
+            int(network.shape[name]) for name in ("slots", "lags", "segment")
+        )
+        self.max_vectors = self.slots + 1
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> RecurrentEncoder:
+        return RecurrentEncoder(self.network.to(device).eval().requires_grad_(False), self.tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """Its shape, as its file records it."""
+        return dict(self.network.shape)
+
+    def empty(self, B: int) -> Float[Tensor, "B K D"]:
+        """The memory before the first segment."""
+        return self.network.first.expand(B, -1, -1)
+
+    def carry(
+        self, lm: FrozenLM, memory: Float[Tensor, "B K D"], ids: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B K D"]:
+        """The memory after a segment, in float32; differentiable in the encoder and the memory."""
+        embedded = lm.embed(ids)
+        slots = self.network.slots.expand(len(ids), -1, -1)
+        inputs = torch.cat([memory.to(lm.dtype), embedded, slots.to(lm.dtype)], dim=1)
+        heard = lm.hidden(inputs, keep=self.slots).float()
+        carried: Tensor = self.network(memory, embedded.float(), heard)
+        return carried
+
+    def memories(
+        self, lm: FrozenLM, ids: Int[Tensor, "B N"], segment: int
+    ) -> list[Float[Tensor, "B K D"]]:
+        """The memory after each segment of documents, whose N tokens are whole segments.
+
+        Raises MemvecError if they are not.
+        """
+        if ids.shape[1] < segment or ids.shape[1] % segment:
+            raise MemvecError(
+                f"a document of {ids.shape[1]} tokens is no chain of whole segments of {segment}."
+            )
+        memory, found = self.empty(len(ids)), []
+        for part in torch.split(ids, segment, dim=1):
+            memory = self.carry(lm, memory, part)
+            found.append(memory)
+        return found
+
+    def asked(self, memory: Float[Tensor, "B K D"], lag: int) -> Float[Tensor, "B K1 D"]:
+        """What stands before the segment `lag` before the newest: the memory and the question.
+
+        Raises MemvecError for a lag that no question was trained for.
+        """
+        if not 0 <= lag < self.lags:
+            raise MemvecError(
+                f"lag {lag} is out of range: this encoder was trained for lags 0 to "
+                f"{self.lags - 1}."
+            )
+        question = self.network.questions[lag].expand(len(memory), 1, -1)
+        return torch.cat([memory, question], dim=1)
+
+    def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        """A passage as the first segment: the newest K of the vectors that stand before it.
+
+        K = slots + 1 are all of them, the question of lag 0 with the memory.
+        """
+        memory = self.carry(lm, self.empty(len(ids)), ids)
+        return self.asked(memory, 0) if self.slots < K else memory[:, self.slots - K :]
+
+
+def recurrent_of(lm: FrozenLM) -> RecurrentEncoder:
+    """The model's recurrent encoder. Raises MemvecError if it has none, or one of another kind."""
+    if not isinstance(lm.encoder, RecurrentEncoder):
+        raise MemvecError(
+            f"{lm.name} has no recurrent encoder: train one with memvec encoder train --recurrent, "
+            "and name it with --encoder."
+        )
+    return lm.encoder
+
+
+def state_width(lm: FrozenLM) -> int:
+    """H, numbers of a hidden state. Raises MemvecError where they are not given apart."""
+    with torch.no_grad():
+        blank = torch.zeros(1, 1, lm.width, dtype=lm.dtype, device=lm.device)
+        return int(lm.hidden(blank, keep=1).shape[-1])
+
+
+def read(file: EncoderFile, lm: FrozenLM) -> RecurrentEncoder:
+    """The recurrent encoder in a file.
+
+    Raises MemvecError if its tensors do not fit its shape or the model, before memory is taken for
+    a shape that no file of this size can have.
+    """
+    shape = {name: int(json.loads(file.metadata["shape"])[name]) for name in LARGEST}
+    for name, largest in LARGEST.items():
+        if not 1 <= shape[name] <= largest:
+            raise MemvecError(
+                f"{file.path} claims {shape[name]} {name}: not an encoder of memvec's."
+            )
+    claimed = shape["layers"] * 12 * shape["hidden"] ** 2
+    claimed += (2 * shape["slots"] + shape["lags"]) * lm.width
+    if claimed > 2 * sum(tensor.numel() for tensor in file.tensors.values()) + 1024:
+        raise MemvecError(f"{file.path} claims more than it holds: the file is damaged.")
+    try:
+        network = RecurrentNetwork(lm.width, state_width(lm), **shape)
+        network.load_state_dict({k: v.float() for k, v in file.tensors.items()})
+    except (RuntimeError, ValueError, AssertionError):
+        raise MemvecError(
+            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
+        ) from None
+    return RecurrentEncoder(network)

@@ -1,0 +1,116 @@
+"""Training a recurrent encoder: carry a memory over a chain of segments, give the newest ones back.
+
+Each step takes chains of n segments and goes back through all of them: the loss is the
+cross-entropy of the segments 0 to R - 1 before the newest, each from the last memory and the
+question of its lag. n is drawn from 1 to a number that rises along a line to the plan's segments
+over the first half of the steps. A little noise on the last memory makes near misses decode, too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from memvec.encoders.recurrent import RecurrentEncoder, RecurrentNetwork, state_width
+from memvec.encoders.summary import SummaryEncoder
+from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.errors import MemvecError, check_minimum
+from memvec.model.lm import FrozenLM
+
+BARE = 10.0  # questions and the first memory move so many times faster than what is multiplied
+
+
+@dataclass(frozen=True)
+class RecurrentPlan(Plan):
+    """Every choice of a run that trains a recurrent encoder."""
+
+    slots: int = 4
+    layers: int = 2
+    segments: int = 8
+    """Segments of the longest chain."""
+    lags: int = 6
+    """How many of the newest segments are asked for."""
+    segment_tokens: int = 8
+    noise: float = 0.04
+    """Gaussian noise on the last memory, as a share of its RMS."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("segments", "lags", "segment_tokens"):
+            check_minimum(1, **{name: getattr(self, name)})
+        if self.lags > self.segments:
+            raise MemvecError(
+                f"--lags {self.lags} ask for more segments than a chain of --segments "
+                f"{self.segments} has: lags are from 1 to that."
+            )
+
+
+class RecurrentTraining(TrainingRun):
+    """A run of a recurrent encoder. It begins at the LM's summary encoder, where there is one."""
+
+    reached = "segments"
+    plan: RecurrentPlan
+
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: RecurrentPlan) -> None:
+        super().__init__(lm, stream, plan)
+        own = lm.encoder if isinstance(lm.encoder, SummaryEncoder) else None
+        self.identity["begun_at"] = own.identity if own else None
+        network = RecurrentNetwork(
+            lm.width,
+            state_width(lm),
+            hidden=plan.hidden,
+            layers=plan.layers,
+            heads=plan.heads,
+            slots=plan.slots,
+            lags=plan.lags,
+            segment=plan.segment_tokens,
+        )
+        self.network = network.begun(self.mean.cpu(), lm.embedding_std, plan.size, own)
+        self.network.to(lm.device)
+        bare = [network.questions, network.first]
+        inside = {id(p) for p in bare}
+        rest = [p for p in network.parameters() if id(p) not in inside]
+        self.optimizer = self.optimized([{"params": rest}, {"params": bare, "rate": BARE}])
+        self.target = 1.0
+        largest = plan.segment_tokens + 2 * plan.slots
+        if lm.context is not None and largest > lm.context:
+            raise MemvecError(
+                f"a segment of {plan.segment_tokens} tokens between {plan.slots} vectors and "
+                f"{plan.slots} slots does not fit the context of {lm.name} ({lm.context})."
+            )
+        if plan.segments * plan.segment_tokens > len(self.text):
+            raise MemvecError(
+                f"{len(stream)} tokens are too few to train an encoder on chains of "
+                f"{plan.segments} segments: give more text."
+            )
+
+    def _train_step(self) -> tuple[float, float]:
+        plan, T = self.plan, self.plan.segment_tokens
+        self.target = float(self._longest_chain())
+        draw = self._generator("step", self.step)
+        n = int(torch.randint(1, int(self.target) + 1, (), generator=draw))
+        lags = min(n, plan.lags)
+        positions = n * (2 * plan.slots + T) + lags * (plan.slots + 1 + T)
+        ids = self._windows(self.text, max(1, plan.positions // positions), n * T, draw)
+        encoder = RecurrentEncoder(self.network.train())  # type: ignore[arg-type]
+        memory = encoder.memories(self.fast, ids, T)[-1]
+        size = memory.detach().pow(2).mean().sqrt()
+        noise = torch.randn(memory.shape, generator=draw).to(memory.device)
+        memory = memory + plan.noise * size * noise
+        vectors = torch.cat([encoder.asked(memory, lag) for lag in range(lags)])
+        parts = torch.split(ids, T, dim=1)
+        return self._descend(vectors, torch.cat([parts[-1 - lag] for lag in range(lags)]))
+
+    def _longest_chain(self) -> int:
+        """Segments of the longest chain at this step."""
+        risen = 2 * (self.step + 1) / self.plan.steps
+        return max(1, min(self.plan.segments, math.ceil(self.plan.segments * risen)))
+
+    def _finished(self) -> RecurrentEncoder:
+        encoder = RecurrentEncoder(self.network.eval())  # type: ignore[arg-type]
+        encoder.tokens = self.plan.segment_tokens
+        return encoder

@@ -1,0 +1,218 @@
+"""What every training of an encoder beside a frozen LM shares: its plan, its steps, its files.
+
+It learns from text and the LM's own gradient: vectors of the encoder stand where crammed vectors
+would, the frozen LM predicts a passage from them, and the loss goes back through it into the
+encoder. A kind of encoder adds its network, the vectors and passages of a step, and what it is at
+the end (`training.py`, `recurrent_training.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memvec.cramming.objectives import score
+from memvec.cramming.recipe import Recipe
+from memvec.encoders.base import TrainedEncoder
+from memvec.errors import MemvecError, check_minimum
+from memvec.model.lm import FrozenLM
+from memvec.model.precision import for_steps
+from memvec.writing import write_atomically
+
+CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)
+HELD_OUT = 0.02  # share of the text, at its end, that is never trained on
+FEWEST_HELD_OUT = 68  # tokens
+CHECKPOINT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices of every training run."""
+
+    steps: int = 2000
+    slots: int = 1
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    positions: int = 2048
+    """Positions of the frozen LM per step."""
+    lr: float = 1e-3
+    size: float = 12.8
+    """Scale of the vectors before training: a large one outlasts all layers (docs/log.md)."""
+    warmup: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "slots", "hidden", "layers", "heads", "positions"):
+            check_minimum(1, **{name: getattr(self, name)})
+        if self.hidden % self.heads:
+            raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
+        if not 0 < self.size < float("inf"):
+            raise MemvecError(f"--size must be a number above 0, not {self.size}.")
+        if not 0 < self.lr < 1:
+            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """The state of a run, for a progress display."""
+
+    step: int
+    steps: int
+    loss_bits: float  # mean bits per token of the last step
+    accuracy: float  # teacher-forced, of the last step
+    target: float  # how far it has come: tokens per vector, or segments, that it is trained on now
+    seconds: float
+
+
+class TrainingRun(ABC):
+    """A run that can be stopped after any checkpoint and resumed.
+
+    `stream`: token ids (N,) of the text. Its last 2 % are held out. What step n trains on depends
+    on the seed and on n alone. Raises MemvecError: text too short, loss not finite, a partial file
+    of another run.
+    """
+
+    reached = "tokens per vector"  # what `target` counts
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    target: float
+
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan) -> None:
+        if not lm.has_split_head:
+            raise MemvecError(f"{lm.name} does not give its hidden states: no encoder for it.")
+        self.lm, self.plan = lm, plan
+        self.fast = for_steps(lm, "auto")  # the model that the loss is differentiated through
+        cut = int(len(stream) * (1 - HELD_OUT))
+        self.text, self.held_out = stream[:cut], stream[cut:]
+        if len(self.held_out) < FEWEST_HELD_OUT:
+            raise MemvecError(
+                f"{len(stream)} tokens are too few to train an encoder on: give more text."
+            )
+        self.identity: dict[str, Any] = {
+            "plan": asdict(plan),
+            "weights": lm.fingerprint.weights,
+            "text": hashlib.sha256(stream.to(torch.int32).numpy().tobytes()).hexdigest(),
+        }
+        torch.manual_seed(plan.seed)
+        weight: Tensor = lm.embedding.weight  # type: ignore[assignment]
+        self.mean = weight.detach()[:50_000].float().mean(0)  # (D) of the LM's embeddings
+        self.step, self.seconds = 0, 0.0
+
+    def optimized(self, groups: Any) -> torch.optim.Optimizer:
+        """An optimiser of parameters, or of groups, whose `rate` is a multiple of the plan's."""
+        return torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(
+        self,
+        partial: Path | None = None,
+        on_progress: Callable[[TrainingProgress], None] | None = None,
+    ) -> TrainedEncoder:
+        """Train to the last step; returns the encoder.
+
+        With `partial`, a stopped run resumes from its last checkpoint there.
+        """
+        if partial is not None and partial.exists():
+            self._load(partial)
+        while self.step < self.plan.steps:
+            began = time.perf_counter()
+            loss, accuracy = self._train_step()
+            self.seconds += time.perf_counter() - began
+            if on_progress is not None:
+                on_progress(
+                    TrainingProgress(
+                        self.step, self.plan.steps, loss, accuracy, self.target, self.seconds
+                    )
+                )
+            if partial is not None and self.step % CHECKPOINT_EVERY == 0:
+                self._save(partial)
+        return self._finished()
+
+    @abstractmethod
+    def _train_step(self) -> tuple[float, float]:
+        """One step; mean bits per token and teacher-forced accuracy."""
+
+    @abstractmethod
+    def _finished(self) -> TrainedEncoder:
+        """The encoder after the last step."""
+
+    def _descend(
+        self, vectors: Float[Tensor, "B K D"], ids: Int[Tensor, "B T"]
+    ) -> tuple[float, float]:
+        """Move the network so that the LM gives passages back from vectors made of them.
+
+        Returns mean bits per token and teacher-forced accuracy.
+        """
+        plan, lm = self.plan, self.fast
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("rate", 1.0) * plan.lr * self._rate()
+        states = lm.states(vectors, ids, "vectors")
+        scores = score(lm.head, states, ids, CROSS_ENTROPY, V=lm.vocab_size)
+        loss = float(scores.loss.mean()) / torch.log(torch.tensor(2.0)).item()
+        if not loss < float("inf"):
+            raise MemvecError(
+                f"the loss was not finite at step {self.step + 1}: lower --lr (now {plan.lr})."
+            )
+        states.backward(scores.gradient.to(states.dtype) / ids.numel())  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, float((scores.margin > 0).float().mean())
+
+    def _rate(self) -> float:
+        """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""
+        left = 1 - self.step / self.plan.steps
+        return min((self.step + 1) / self.plan.warmup, 0.01 + 0.99 * left)
+
+    # ------------------------------------------------------------------ text and files
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.plan.seed}/{purpose}/{number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _windows(
+        self, stream: Int[Tensor, " N"], count: int, T: int, draw: torch.Generator
+    ) -> Int[Tensor, "count T"]:
+        starts = torch.randint(len(stream) - T + 1, (count, 1), generator=draw)
+        return stream[starts + torch.arange(T)].to(self.lm.device)
+
+    def _save(self, partial: Path) -> None:
+        state = {
+            "identity": self.identity,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": [self.step, self.target, self.seconds],
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(partial, buffer.getvalue())
+
+    def _load(self, partial: Path) -> None:
+        try:
+            state: dict[str, Any] = torch.load(partial, weights_only=True, map_location="cpu")
+            same = state["identity"] == self.identity
+        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError):
+            raise MemvecError(f"{partial} cannot be read: delete it to start over.") from None
+        if not same:
+            raise MemvecError(
+                f"{partial} is of a run with another model, text or settings: delete it to start "
+                "over."
+            )
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        step, self.target, self.seconds = state["progress"]
+        self.step = int(step)

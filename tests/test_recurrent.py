@@ -1,0 +1,493 @@
+"""Recurrent memory: what is carried from segment to segment, its training, its file, its study."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import QUICK, build, byte_tokenizer, tiny
+from memvec.decoding import decode_ids
+from memvec.encoders.files import load_encoder, save_encoder
+from memvec.encoders.recurrent import (
+    RecurrentEncoder,
+    RecurrentNetwork,
+    recurrent_of,
+    state_width,
+)
+from memvec.encoders.recurrent_measure import compare_segments
+from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
+from memvec.encoders.slots import SlotEncoder, SlotNetwork
+from memvec.encoders.summary import SummaryEncoder
+from memvec.errors import MemvecError
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.report.data import read_data
+from memvec.lab.study.check import check_study
+from memvec.lab.study.pool import Here
+from memvec.lab.study.run import run_study
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
+from memvec.loading import load_lm
+from test_encoders import stream
+from test_protocols import falsify, restore
+
+T = 3
+SMALL = RecurrentPlan(
+    steps=4, slots=2, hidden=16, layers=1, heads=2, positions=96, segments=3, lags=2,
+    segment_tokens=T,
+)  # fmt: skip
+
+
+def network_of(lm, seed=0, own=None, **changes):
+    """An untrained network whose update does something: no output is zero."""
+    torch.manual_seed(seed)
+    shape = {"hidden": 16, "layers": 1, "heads": 2, "slots": 2, "lags": 2, "segment": T} | changes
+    network = RecurrentNetwork(lm.width, state_width(lm), **shape)
+    network.begun(lm.embedding.weight.mean(0), lm.embedding_std, 3.0, own)
+    torch.nn.init.normal_(network.gate.weight, std=0.3)
+    torch.nn.init.normal_(network.map.weight, std=0.3)
+    return network
+
+
+def encoder_of(lm, **options):
+    return RecurrentEncoder(network_of(lm, **options)).to(lm.device, lm.dtype)
+
+
+def with_encoder(lm, encoder):
+    view = copy.copy(lm)
+    view.encoder = encoder
+    return view
+
+
+def test_batched_equals_single_and_reloaded_equals_saved(tmp_path):
+    lm = tiny()
+    encoder, ids = encoder_of(lm), stream(lm, 36).view(4, 9)
+    together = encoder.memories(lm, ids, T)
+    assert [m.shape for m in together] == [(4, 2, lm.width)] * 3
+    for row, alone in enumerate(ids):
+        for memory, whole in zip(encoder.memories(lm, alone[None], T), together, strict=True):
+            torch.testing.assert_close(memory[0], whole[row], rtol=1e-4, atol=1e-5)
+    file = tmp_path / "recurrent.safetensors"
+    save_encoder(file, encoder, lm, {"steps": 1})
+    again = load_encoder(file, lm)
+    assert isinstance(again, RecurrentEncoder)
+    assert (again.slots, again.lags, again.segment, again.max_vectors) == (2, 2, T, 3)
+    for memory, whole in zip(again.memories(lm, ids, T), together, strict=True):
+        assert torch.equal(memory, whole)
+    assert torch.equal(again.asked(memory, 1), encoder.asked(memory, 1))
+    with pytest.raises(MemvecError, match="was trained for other weights"):
+        load_encoder(file, tiny(seed=1))
+
+
+def test_a_memory_is_carried_and_only_from_behind():
+    """It depends on each earlier segment, and on nothing that comes later."""
+    lm = tiny()
+    encoder, ids = encoder_of(lm), stream(lm, 12)[None]
+    before = encoder.memories(lm, ids, T)
+    for changed in range(4):
+        other = ids.clone()
+        other[0, changed * T] = ids[0, changed * T] % (lm.vocab_size - 3) + 2
+        after = encoder.memories(lm, other, T)
+        same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert same == [i < changed for i in range(4)]
+
+
+def test_one_segment_at_lag_0_is_the_ordinary_encoder():
+    lm = tiny()
+    encoder, ids = encoder_of(lm), stream(lm, 12).view(4, T)
+    (memory,) = encoder.memories(lm, ids, T)
+    ordinary = encoder.encode(lm, ids, encoder.max_vectors)
+    assert torch.equal(ordinary, encoder.asked(memory, 0))
+    assert torch.equal(encoder.encode(lm, ids, 2), memory)
+    assert torch.equal(encoder.encode(lm, ids, 1), memory[:, 1:])
+
+
+def test_before_training_it_is_a_queue_of_the_own_encoder():
+    """The newest vector is nearly that of the summary encoder, the older ones move up."""
+    lm = tiny()
+    torch.manual_seed(0)
+    D = lm.width
+    own = SummaryEncoder(torch.randn(1, D), torch.randn(D, D) / D**0.5, torch.randn(D))
+    network = RecurrentNetwork(D, D, hidden=16, layers=1, heads=2, slots=3, lags=2, segment=T)
+    encoder = RecurrentEncoder(network.begun(torch.zeros(D), 0.01, 1.0, own))
+    with torch.no_grad():
+        network.first.zero_()
+        for gates in (network.openness[:-1], -network.openness[-1:]):
+            assert (gates < -2).all()
+        network.openness.mul_(10)  # gates that are shut, and open
+        first, second = encoder.memories(lm, stream(lm, 6)[None], T)
+        inputs = torch.cat([torch.zeros(1, 3, D), lm.embed(stream(lm, 6)[None, :T])], dim=1)
+        slots = network.slots.expand(1, -1, -1)
+        heard = lm.hidden(torch.cat([inputs, slots], dim=1), keep=1)
+    expected = heard @ own.weight.T + own.bias
+    torch.testing.assert_close(first[:, -1:], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(second[:, 1], first[:, 2], rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", ["llama", "opt-projected", "mamba"])
+def test_training_moves_the_encoder_and_nothing_else(family):
+    lm = tiny(family)
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    plan = replace(SMALL, positions=200)
+    training = RecurrentTraining(lm, stream(lm), plan)
+    training.step = 3  # a step whose chains are the longest
+    training._longest_chain = lambda: 3
+    start = {k: v.clone() for k, v in training.network.state_dict().items()}
+    drawn = []
+    given = training._windows
+    training._windows = lambda *a: drawn.append(a[2]) or given(*a)
+    while training.step < 8:
+        training._train_step()
+    for key, value in lm.model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.grad is None
+    assert {tokens // T for tokens in drawn} >= {1, 3}
+    moved = {k for k, v in training.network.state_dict().items() if not torch.equal(v, start[k])}
+    assert moved == start.keys() - {"mean", "std", "size"}
+
+
+def test_the_loss_goes_back_to_the_first_segment():
+    """The gradient of one step is autograd's, through logits and the whole chain."""
+    lm, seen = tiny(), {}
+    training = RecurrentTraining(lm, stream(lm), replace(SMALL, noise=0.0))
+    training._longest_chain = lambda: 3
+
+    def chain(step):
+        return int(torch.randint(1, 4, (), generator=training._generator("step", step)))
+
+    training.step = next(step for step in range(50) if chain(step) == 3)
+    training.optimizer.step = lambda: seen.update(
+        {k: p.grad.clone() for k, p in training.network.named_parameters()}
+    )
+    given = training._windows
+    training._windows = lambda *a: seen.setdefault("ids", given(*a))
+    torch.nn.utils.clip_grad_norm_, clip = (lambda *_: None), torch.nn.utils.clip_grad_norm_
+    try:
+        training._train_step()
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    ids, encoder = seen.pop("ids"), RecurrentEncoder(training.network)
+    memory = encoder.memories(lm, ids, T)[-1]
+    losses = []
+    for lag in range(2):
+        truth = ids[:, (2 - lag) * T : (3 - lag) * T]
+        logits = lm.logits(encoder.asked(memory, lag), truth)
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten()))
+    names, parameters = zip(*training.network.named_parameters(), strict=True)
+    again = torch.autograd.grad(sum(losses) / 2, parameters)
+    for name, gradient in zip(names, again, strict=True):
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
+        assert gradient.abs().max() > 0, name
+
+
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    lm, partial = tiny(), tmp_path / "e.partial"
+    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
+    whole = RecurrentTraining(lm, stream(lm), SMALL).run()
+
+    def interrupt(now):
+        if now.step > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RecurrentTraining(lm, stream(lm), SMALL).run(partial, interrupt)
+    seen = []
+    again = RecurrentTraining(lm, stream(lm), SMALL).run(partial, seen.append)
+    assert [now.step for now in seen] == [3, 4]
+    assert seen[-1].target == SMALL.segments
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    with pytest.raises(MemvecError, match="another model, text or settings"):
+        RecurrentTraining(lm, stream(lm), replace(SMALL, lags=1)).run(partial)
+
+
+@pytest.mark.slow
+def test_training_learns_to_give_earlier_segments_back():
+    """After training the memory says more of every lag than before."""
+    lm = tiny()
+    plan = replace(SMALL, steps=160, hidden=32, positions=400, lr=3e-3, segments=2)
+    losses = []
+    RecurrentTraining(lm, stream(lm), plan).run(on_progress=lambda now: losses.append(now))
+    late = [now.loss_bits for now in losses[-30:]]
+    assert sum(late) / 30 < 0.9 * sum(now.loss_bits for now in losses[:20]) / 20
+
+
+# ---------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"segments": 0}, "--segments must be at least 1"),
+        ({"lags": 0}, "--lags must be at least 1"),
+        ({"lags": 4}, "--lags 4 ask for more segments than a chain of --segments 3 has"),
+        ({"segment_tokens": 0}, "--segment-tokens must be at least 1"),
+        ({"hidden": 15}, "no multiple"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(changes, says):
+    with pytest.raises(MemvecError, match=says):
+        replace(SMALL, **changes)
+
+
+def test_texts_and_segments_that_do_not_fit_are_refused():
+    lm = tiny()
+    with pytest.raises(MemvecError, match="too few to train an encoder on chains of 3000"):
+        RecurrentTraining(lm, stream(lm), replace(SMALL, segments=3000))
+    with pytest.raises(MemvecError, match="a segment of 125 tokens between 2 vectors"):
+        RecurrentTraining(lm, stream(lm), replace(SMALL, segment_tokens=125))
+    encoder = encoder_of(lm)
+    with pytest.raises(MemvecError, match="10 tokens is no chain of whole segments of 3"):
+        encoder.memories(lm, stream(lm, 10)[None], T)
+    (memory,) = encoder.memories(lm, stream(lm, 12)[:T][None], T)
+    for lag in (-1, 2):
+        with pytest.raises(MemvecError, match=f"lag {lag} is out of range: .* lags 0 to 1"):
+            encoder.asked(memory, lag)
+
+
+def test_documents_and_encoders_that_cannot_be_compared_are_refused():
+    lm = tiny()
+    recurrent, ids = with_encoder(lm, encoder_of(lm)), stream(lm, 12).view(2, 6)
+    slots = SlotEncoder(SlotNetwork(lm.width, hidden=16, layers=1, heads=2, slots=2))
+    for other in (None, slots):
+        with pytest.raises(MemvecError, match="no recurrent encoder"):
+            compare_segments(with_encoder(lm, other), ids, 2)
+    for segments, lags, says in [
+        (0, None, "--segments must be at least 1"),
+        (3, None, "a document of 6 tokens has 2 segments of 3, not 3"),
+        (2, 0, "--lags must be at least 1"),
+        (2, 3, "--lags 3 is out of range"),
+    ]:
+        with pytest.raises(MemvecError, match=says):
+            compare_segments(recurrent, ids, segments, lags)
+    with pytest.raises(MemvecError, match="do not fit the context"):
+        compare_segments(recurrent, stream(lm, 150)[None], 50)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    lm, file = tiny(), tmp_path / "recurrent.safetensors"
+    save_encoder(file, encoder_of(lm), lm)
+    tensors = load_file(file)
+    shape = encoder_of(lm).settings()
+
+    def written(**changes):
+        told = {"kind": "recurrent", "shape": json.dumps(shape | changes)}
+        save_file(tensors, file, told)
+        return file
+
+    for changes, says in [
+        ({"slots": 999_999}, "claims 999999 slots"),
+        ({"lags": 4000, "slots": 4000}, "claims more than it holds"),
+        ({"lags": 3}, "does not fit"),
+        ({"segment": "many"}, "can read"),
+    ]:
+        with pytest.raises(MemvecError, match=says):
+            load_encoder(written(**changes), lm)
+    del shape["lags"]
+    with pytest.raises(MemvecError, match="can read"):
+        load_encoder(written(), lm)
+
+
+# ---------------------------------------------------------------------- measures
+
+
+def test_what_is_measured_is_what_decodes():
+    lm = with_encoder(tiny(), encoder_of(tiny()))
+    ids = stream(lm, 18, seed=3).view(2, 9)
+    found = compare_segments(lm, ids, 3, None, QUICK)
+    assert [(at.segments, at.lag) for at in found.lags] == [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)]
+    encoder = recurrent_of(lm)
+    for at in found.lags:
+        memory = encoder.memories(lm, ids, T)[at.segments - 1]
+        end = (at.segments - at.lag) * T
+        truth = ids[:, end - T : end]
+        decoded = decode_ids(lm, encoder.asked(memory, at.lag), [T] * 2, cached=False)
+        for row in range(2):
+            right = [a == b for a, b in zip(decoded[row], truth[row].tolist(), strict=True)]
+            assert at.leading[row] == ([*right, False].index(False))
+            assert at.right[row] >= at.leading[row]
+    assert (found.vectors, found.segment, found.documents) == (2, T, 2)
+    assert found.alone == (T,) * 6  # three tokens in two vectors are always exact
+    assert found.chains[0].whole == (T, T)
+    for chain in found.chains:
+        own = [at for at in found.lags if at.segments == chain.segments]
+        exact = [sum(T for at in own if at.leading[row] == T) for row in range(2)]
+        assert chain.exact_tokens == tuple(exact)
+
+
+def test_from_the_command_line(command, tmp_path):
+    folder, text, file = tmp_path / "model", tmp_path / "text.txt", tmp_path / "r.safetensors"
+    tokenizer = byte_tokenizer()
+    build("llama", 0, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text.write_text("The boats came in one by one, and nobody on the quay counted them. " * 90)
+    small = ("--steps", 3, "--hidden", 16, "--layers", 1, "--heads", 2, "--positions", 64)
+    chain = ("--recurrent", "--slots", 2, "--segments", 3, "--lags", 2, "--segment-tokens", 2)
+    train = ("encoder", "train", "-m", folder, "--text", text, *small, "-o", file)
+    ran = command(*train, *chain)
+    assert ran.code == 0
+    assert "3 segments of 2 tokens" in ran.err
+    measure = ("encoder", "measure", "-m", folder, "--encoder", file, "--text", text)
+    asked = (*measure, "--segments", 3, "--passages", 2, "--steps", 30)
+    shown = command(*asked)
+    assert shown.code == 0
+    assert "After 3 segments of 2 tokens in 2 vectors" in shown.out.decode()
+    record = json.loads(command(*asked, "--lags", 1, "--json").out)
+    assert [(at["segments"], at["lag"]) for at in record["lags"]] == [(1, 0), (2, 0), (3, 0)]
+    assert len(record["alone"]) == 6
+    short = tmp_path / "short.txt"
+    short.write_text("The boats")
+    own = tmp_path / "own.safetensors"
+    lm = load_lm(str(folder))
+    save_encoder(own, SlotEncoder(SlotNetwork(lm.width, hidden=8, layers=1, heads=1, slots=1)), lm)
+    for wrong, says in [
+        ((*train, "--force", "--segments", 3), "--segments is of recurrent encoders"),
+        ((*train, "--force", *chain, "--lags", 9), "--lags 9 ask for more segments"),
+        ((*measure, "--segments", 0), "--segments must be at least 1"),
+        ((*measure, "--segments", 3, "--lags", 3), "--lags 3 is out of range"),
+        ((*measure, "--lags", 2), "--lags is of recurrent encoders"),
+        ((*measure[:-1], short, "--segments", 60), "too few for passages of 120"),
+        ((*measure[:-3], own, "--text", text, "--segments", 2), "no recurrent encoder"),
+    ]:
+        ran = command(*wrong)
+        assert (ran.code, ran.out) == (2, b""), wrong
+        assert says in ran.err
+
+
+# ---------------------------------------------------------------------- the study
+
+STUDY = """
+name = "carried"
+batch_size = 4
+[[models]]
+name = "FOLDER"
+[[sources]]
+kind = "random-tokens"
+[[runs]]
+protocol = "recurrent"
+encoder = "ENCODER"
+vectors = [2]
+lengths = [3, 9]
+passages = 3
+recipe = { steps = 40 }
+"""
+
+
+def written_encoder(folder: Path, file: Path) -> Path:
+    lm = load_lm(str(folder))
+    save_encoder(file, encoder_of(lm), lm)
+    return file
+
+
+def spec_text(folder: Path, encoder: Path) -> str:
+    return STUDY.replace("FOLDER", str(folder)).replace("ENCODER", str(encoder))
+
+
+@pytest.fixture(scope="module")
+def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    text = spec_text(folder, written_encoder(folder, out / "r.safetensors"))
+    kept = json.dumps({"toml": text, "model": None})
+    make = lambda model: Here(load_lm(model.name))  # noqa: E731
+    run_study(parse_spec(text, "test"), out / "out", make, base=folder, text=kept)
+    return out / "out"
+
+
+def test_rows_are_measured_recomputed_and_shown(study):
+    found = check_study(study)
+    assert found["wrong"] == []
+    assert found["unchecked"] == []
+    assert {"memory", "back", "right", "segment"} <= found["worst"].keys()
+    with Store(study) as store:
+        data = read_data(store)
+        by_lag, by_chain = protocol_of("recurrent").tables(data, compare=False)
+        (figure,) = protocol_of("recurrent").figures(data, compare=False)
+        (card,) = protocol_of("recurrent").cards(data)
+    lags = [dict(zip(by_lag.columns, row, strict=True)) for row in by_lag.rows]
+    assert [(row["segments"], row["lag"], row["n"]) for row in lags] == [
+        (1, 0, 3),
+        (3, 0, 3),
+        (3, 1, 3),
+    ]
+    extras = [json.loads(e) for e in data.rows[data.rows["length"] == 9]["extra"]]
+    exact = [sum(e["back"][lag] == T for e in extras) for lag in range(2)]
+    assert [row["exact"].split(" ")[0] for row in lags[1:]] == [f"{e / 3:.0%}"[:-1] for e in exact]
+    chains = [dict(zip(by_chain.columns, row, strict=True)) for row in by_chain.rows]
+    whole = data.rows[data.rows["length"] == 9]["horizon"].mean() / 2
+    assert chains[1]["crammed whole"] == pytest.approx(whole)
+    assert chains[1]["carried"] == pytest.approx(sum(exact) * T / 3 / 2)
+    assert (chains[1]["its vectors"], chains[1]["crammed alone"]) == (6, T / 2)
+    assert len(figure.panels) == 2
+    assert card.value == f"{chains[1]['reach']} of 3 segments"
+
+
+def test_a_changed_result_is_found(study):
+    for changed, name in [
+        ({"back": [3, 3]}, "back"),
+        ({"right": [0, 0]}, "right"),
+        ({"segment": 4}, "segment"),
+        ({"memory": [[0.5] * 64] * 2}, "memory"),
+    ]:
+        with Store(study) as store:
+            rows = store.db.execute("SELECT cell, number, extra FROM rows").fetchall()
+        restore(study, [(c, n, json.dumps(json.loads(e) | changed)) for c, n, e in rows])
+        assert name in str(check_study(study)["wrong"])
+        restore(study, rows)
+    before = falsify(study, '{"back": 1}', "recurrent")
+    assert "does not write" in str(check_study(study)["wrong"])
+    restore(study, before)
+
+
+def test_an_encoder_that_is_gone_is_one_sentence(study):
+    file = study.parent / "r.safetensors"
+    aside = shutil.move(file, study.parent / "aside")
+    from memvec.lab.protocols import recurrent
+
+    recurrent.carried_by.cache_clear()
+    try:
+        with pytest.raises(MemvecError, match="not an encoder that memvec can read"):
+            check_study(study)
+    finally:
+        shutil.move(aside, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ('recipe = { start = "encoder" }', "start cannot be an encoder's"),
+        ('recipe = { start_rule = "bos" }', "start_rule is 'vectors'"),
+        ("lags = -1", "option lags"),
+        ("", "option encoder: Field required"),
+    ],
+)
+def test_runs_that_cannot_be_are_one_sentence(change, sentence):
+    text = STUDY.split("encoder =")[0] + "lengths = [3]\n" + change
+    if change:
+        text += '\nencoder = "r.safetensors"\n'
+    with pytest.raises(MemvecError, match=sentence):
+        parse_spec(text.replace("FOLDER", "pocket"), "test")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("vectors = [2]", "vectors = [1]", "has a memory of 2 vectors"),
+        ("lengths = [3, 9]", "lengths = [4]", "4 tokens is no chain of whole segments of 3"),
+        ("vectors = [2]", "vectors = [2]\nlags = 3", "--lags 3 is out of range"),
+    ],
+)
+def test_cells_that_do_not_fit_the_encoder_are_one_sentence(tmp_path, folder, old, new, sentence):
+    text = spec_text(folder, written_encoder(folder, tmp_path / "r.safetensors"))
+    text = text.replace(old, new).replace("steps = 40", "steps = 2")
+    spec = parse_spec(text, "test")
+    with pytest.raises(MemvecError, match=sentence):
+        run_study(spec, tmp_path / "out", lambda m: Here(load_lm(m.name)), base=folder)
