@@ -7,8 +7,8 @@ Notable:
 - it is one command of memvec with the options that are here, and any of them can be changed behind
   it: `python recipes/recurrent.py --text books --where "" --steps 200`;
 - a run that is stopped goes on from its last checkpoint;
-- the model and its own one-pass encoder stay as they are: the recurrent encoder begins as a queue of
-  that encoder's vectors, and is a file beside the model.
+- the model and its own one-pass encoder stay as they are: the recurrent encoder begins as a queue
+  of that encoder's vectors, and is a file beside the model.
 
 Writes --work/encoder.safetensors (9 MB).
 """
