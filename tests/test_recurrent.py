@@ -364,6 +364,10 @@ def test_from_the_command_line(command, recipe, tmp_path):
     record = json.loads(command(*asked, "--lags", 1, "--json").out)
     assert [(at["segments"], at["lag"]) for at in record["lags"]] == [(1, 0), (2, 0), (3, 0)]
     assert len(record["alone"]) == 6
+    bare = json.loads(command(*asked[:-1], 0, "--json").out)
+    assert [at["leading"] for at in bare["lags"]] != []
+    assert (bare["alone"], bare["chains"][0]["whole"]) == ([], [])
+    assert "–" in command(*asked[:-1], 0).out.decode()
     short = tmp_path / "short.txt"
     short.write_text("The boats")
     own = tmp_path / "own.safetensors"

@@ -220,7 +220,9 @@ def measure(
     ] = "4,8,12,16,24",
     longest: Annotated[int, typer.Option(help="Tokens of the passages that are crammed.")] = 96,
     passages: Annotated[int, typer.Option(help="Number of passages of each length.")] = 16,
-    steps: Annotated[int, typer.Option(help="Maximum steps of cramming per passage.")] = 400,
+    steps: Annotated[
+        int, typer.Option(help="Maximum steps of cramming per passage; 0, with --segments: none.")
+    ] = 400,
     seed: Annotated[int, typer.Option(help="Seed of the places where passages are taken.")] = 0,
     segments: Annotated[
         int | None,
@@ -246,17 +248,17 @@ def measure(
     tokens_per_vector = _numbers(lengths)
     if min(tokens_per_vector) < 1 or passages < 1:
         raise MemvecError("--lengths and --passages start at 1.")
-    check_minimum(1, segments=segments, lags=lags)
+    check_minimum(1, segments=segments, lags=lags, steps=steps if segments is None else None)
+    check_minimum(0, steps=steps)
     if segments is None and lags is not None:
         raise MemvecError("--lags is of recurrent encoders: add --segments.")
     lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
-    recipe = Recipe.of(steps=steps)
     if segments is None:
         from memvec.encoders.measure import compare
 
         stream = _token_stream(lm, text, column, where)
         ids = _drawn(stream, text, max(longest, *tokens_per_vector), passages, seed)
-        comparison = compare(lm, ids, tokens_per_vector, recipe)
+        comparison = compare(lm, ids, tokens_per_vector, Recipe.of(steps=steps))
         _show(comparison, json, lambda: _print_comparison(lm.name, comparison))
         return
     from memvec.encoders.recurrent import recurrent_of
@@ -267,7 +269,8 @@ def measure(
     check_chain(lm, own, tokens, segments, lags or own.lags)
     stream = _token_stream(lm, text, column, where)
     ids = _drawn(stream, text, tokens, passages, seed)
-    back = compare_segments(lm, ids, segments, lags, recipe)
+    controls = Recipe.of(steps=steps) if steps else None
+    back = compare_segments(lm, ids, segments, lags, controls)
     _show(back, json, lambda: print_segments(lm.name, back))
 
 

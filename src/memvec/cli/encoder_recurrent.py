@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memvec.errors import MemvecError
@@ -41,11 +41,10 @@ def print_segments(name: str, found: SegmentComparison) -> None:
     from rich.table import Table
 
     from memvec.cli.display import out
-    from memvec.lab.statistics import mean_interval, share_interval
 
     n, T, K = found.documents, found.segment, found.vectors
     longest = found.chains[-1].segments
-    alone = share_interval(sum(t == T for t in found.alone), len(found.alone))
+    alone = _exact(found.alone, T)
     title = f"After {longest} segments of {T} tokens in {K} vectors, {name}, n {n}"
     table = Table(title=title, title_justify="left")
     for column in LAG_COLUMNS:
@@ -53,24 +52,23 @@ def print_segments(name: str, found: SegmentComparison) -> None:
     for at in (at for at in found.lags if at.segments == longest):
         table.add_row(
             str(at.lag),
-            str(share_interval(sum(t == T for t in at.leading), n)),
+            _exact(at.leading, T),
             _mean(at.leading),
             f"{sum(at.right) / (n * T):.0%}",
-            str(alone),
+            alone,
         )
     out.print(table)
     table = Table(title=f"What {K} vectors hold, n {n}", title_justify="left")
     for column in CHAIN_COLUMNS:
         table.add_column(column, justify="right")
-    own = mean_interval([(t if t == T else 0) / K for t in found.alone])
+    own = _mean([(t if t == T else 0) / K for t in found.alone])
     for chain in found.chains:
-        size = chain.segments * T
         table.add_row(
             str(chain.segments),
             _mean([t / K for t in chain.exact_tokens]),
             _mean([t / K for t in chain.whole]),
-            str(share_interval(sum(t == size for t in chain.whole), n)),
-            f"{own.mean:.1f}",
+            _exact(chain.whole, chain.segments * T),
+            own,
             str(K * chain.segments),
         )
     out.print(table)
@@ -81,9 +79,18 @@ def print_segments(name: str, found: SegmentComparison) -> None:
     )
 
 
-def _mean(values: Any) -> str:
-    """A mean with the half width of its 95 % interval."""
+def _exact(leading: Sequence[int], tokens: int) -> str:
+    """The share of passages that come back whole, with its interval; a dash for none measured."""
+    from memvec.lab.statistics import share_interval
+
+    return str(share_interval(sum(t == tokens for t in leading), len(leading))) if leading else "–"
+
+
+def _mean(values: Sequence[float | int]) -> str:
+    """A mean with the half width of its 95 % interval; a dash for none measured."""
     from memvec.lab.statistics import mean_interval
 
+    if not values:
+        return "–"
     found = mean_interval(list(values))
     return f"{found.mean:.1f}" + (f" ± {found.high - found.mean:.1f}" if found.n > 1 else "")

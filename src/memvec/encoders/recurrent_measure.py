@@ -42,7 +42,7 @@ class AfterSegments:
 
     segments: int
     exact_tokens: tuple[int, ...]  # of the segments that come back whole, over all lags asked
-    whole: tuple[int, ...]  # leading tokens of the chain, crammed whole into the same K vectors
+    whole: tuple[int, ...]  # leading tokens of the chain crammed into the same K; () if it is not
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SegmentComparison:
     documents: int  # n
     lags: tuple[AtLag, ...]
     chains: tuple[AfterSegments, ...]
-    alone: tuple[int, ...]  # leading tokens of every segment of every document, crammed alone
+    alone: tuple[int, ...]  # leading tokens of every segment, crammed alone; () if they are not
 
     def record(self) -> dict[str, Any]:
         """As plain numbers."""
@@ -71,13 +71,14 @@ def compare_segments(
 ) -> SegmentComparison:
     """Measure lm.encoder, a recurrent one, on the first `segments` segments of documents.
 
-    `lags`: how many of the newest segments to ask for; default: those it was trained for. Raises
-    MemvecError if the model has no recurrent encoder, a document has fewer segments, a lag is out
-    of range, or the chain does not fit the context.
+    `lags`: how many of the newest segments to ask for; default: those it was trained for.
+    `recipe` is that of the controls; without one, nothing is crammed. Raises MemvecError if the
+    model has no recurrent encoder, a document has fewer segments, a lag is out of range, or the
+    chain does not fit the context.
     """
     encoder = recurrent_of(lm)
     check_minimum(1, segments=segments, lags=lags)
-    T, K, recipe = encoder.segment, encoder.slots, recipe or Recipe()
+    T, K = encoder.segment, encoder.slots
     lags = encoder.lags if lags is None else lags
     check_chain(lm, encoder, documents.shape[1], segments, lags)
     ids = documents[:, : segments * T].to(lm.device)
@@ -88,10 +89,11 @@ def compare_segments(
         part = ids[:, : i * T]
         found = [recall(lm, memory, part, lag) for lag in range(min(i, lags))]
         exact = torch.tensor([at.leading for at in found]).eq(T).sum(0) * T
-        whole = crammed_leading(lm, part.tolist(), K, recipe, batch_size)
         at_lags += found
+        whole = crammed_leading(lm, part.tolist(), K, recipe, batch_size) if recipe else ()
         chains.append(AfterSegments(i, tuple(exact.tolist()), tuple(whole)))
-    alone = crammed_leading(lm, ids.reshape(-1, T).tolist(), K, recipe, batch_size)
+    own = ids.reshape(-1, T).tolist()
+    alone = crammed_leading(lm, own, K, recipe, batch_size) if recipe else ()
     return SegmentComparison(K, T, len(ids), tuple(at_lags), tuple(chains), tuple(alone))
 
 
