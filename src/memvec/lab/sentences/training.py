@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.objectives import score
-from memvec.encoders.training import CROSS_ENTROPY
+from memvec.encoders.training_run import CROSS_ENTROPY
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import Sentence, share_cut
 from memvec.lab.sentences.latents import encode, need_encoder
