@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -177,6 +178,8 @@ def main() -> None:
                     print(f"left out: {lm.name}, {n} slots, {T} tokens: {why}.")
                     continue
                 rows.append(cell(lm, n, T, rounds, rate))
+                done = f"{lm.name}, {n} slots, {T} tokens: {rows[-1]['ms']:.0f} ms a step"
+                print(done, file=sys.stderr)
         if options.crammed:
             rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed)
             print(
