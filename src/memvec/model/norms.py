@@ -1,7 +1,7 @@
 """RMS norms of the model that steps are computed with, each as one function with its own gradient.
 
 transformers writes a norm as eight operators, and autograd goes back through as many. In bfloat16
-on a CPU that is a fifth to a third of a whole step, since products are fast and every operator goes
+on a CPU that is a tenth to a fifth of a whole step, since products are fast and every operator goes
 through memory (docs/log.md). Here the way there has four and the way back four. Sums and factors
 are float32, as in the originals; results are rounded once.
 """
