@@ -9,8 +9,6 @@ the end (`training.py`, `recurrent_training.py`).
 from __future__ import annotations
 
 import hashlib
-import io
-import pickle
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,10 +23,10 @@ from torch import Tensor, nn
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.encoders.base import TrainedEncoder
+from memvec.encoders.checkpoint import load_checkpoint, save_checkpoint
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
-from memvec.writing import write_atomically
 
 CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)
 HELD_OUT = 0.02  # share of the text, at its end, that is never trained on
@@ -191,28 +189,11 @@ class TrainingRun(ABC):
         return stream[starts + torch.arange(T)].to(self.lm.device)
 
     def _save(self, partial: Path) -> None:
-        state = {
-            "identity": self.identity,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": [self.step, self.target, self.seconds],
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(partial, buffer.getvalue())
+        progress = [self.step, self.target, self.seconds]
+        save_checkpoint(partial, self.identity, self.network, self.optimizer, progress)
 
     def _load(self, partial: Path) -> None:
-        try:
-            state: dict[str, Any] = torch.load(partial, weights_only=True, map_location="cpu")
-            same = state["identity"] == self.identity
-        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError):
-            raise MemvecError(f"{partial} cannot be read: delete it to start over.") from None
-        if not same:
-            raise MemvecError(
-                f"{partial} is of a run with another model, text or settings: delete it to start "
-                "over."
-            )
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        step, self.target, self.seconds = state["progress"]
+        step, self.target, self.seconds = load_checkpoint(
+            partial, self.identity, self.network, self.optimizer
+        )
         self.step = int(step)

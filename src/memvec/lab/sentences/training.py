@@ -15,9 +15,7 @@ are predicted at once.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.objectives import score
+from memvec.encoders.checkpoint import load_checkpoint, save_checkpoint
 from memvec.encoders.training_run import CROSS_ENTROPY
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import Sentence, share_cut
@@ -38,7 +37,6 @@ from memvec.lab.sentences.plan import LatentPlan, check_sizes
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
-from memvec.writing import write_atomically
 
 HELD_OUT = 0.02  # share of each document's sentences, at its end, that is never trained on
 CHECKPOINT_EVERY = 50
@@ -240,30 +238,11 @@ class LatentTraining:
         return rows, there
 
     def _save(self, partial: Path) -> None:
-        state = {
-            "identity": self.identity,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": [self.step, self.seconds],
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(partial, buffer.getvalue())
+        progress = [self.step, self.seconds]
+        save_checkpoint(partial, self.identity, self.network, self.optimizer, progress)
 
     def _load(self, partial: Path) -> None:
-        try:
-            state: dict[str, Any] = torch.load(partial, weights_only=True, map_location="cpu")
-            same = state["identity"] == self.identity
-        except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError):
-            raise MemvecError(f"{partial} cannot be read: delete it to start over.") from None
-        if not same:
-            raise MemvecError(
-                f"{partial} is of a run with another model, text or settings: delete it to start "
-                "over."
-            )
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        step, self.seconds = state["progress"]
+        step, self.seconds = load_checkpoint(partial, self.identity, self.network, self.optimizer)
         self.step = int(step)
 
 

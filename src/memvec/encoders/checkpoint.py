@@ -1,0 +1,62 @@
+"""Checkpoints of a training run: what it takes to go on as if it had not been interrupted."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memvec.errors import MemvecError
+from memvec.writing import write_atomically
+
+
+def save_checkpoint(
+    partial: Path,
+    identity: dict[str, Any],
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Sequence[float],
+) -> None:
+    """Write a run's state beside its file, whole or not at all.
+
+    `identity` is what the run depends on (model, text, settings), `progress` its own counters.
+    """
+    state = {
+        "identity": identity,
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": list(progress),
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(partial, buffer.getvalue())
+
+
+def load_checkpoint(
+    partial: Path,
+    identity: dict[str, Any],
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> list[float]:
+    """Put the state of a checkpoint back; returns its `progress`.
+
+    Raises MemvecError for a file that cannot be read, or one of a run with another identity.
+    """
+    try:
+        state: dict[str, Any] = torch.load(partial, weights_only=True, map_location="cpu")
+        same = state["identity"] == identity
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError):
+        raise MemvecError(f"{partial} cannot be read: delete it to start over.") from None
+    if not same:
+        raise MemvecError(
+            f"{partial} is of a run with another model, text or settings: delete it to start over."
+        )
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    progress: list[float] = state["progress"]
+    return progress
