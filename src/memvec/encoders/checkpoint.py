@@ -20,7 +20,7 @@ def save_checkpoint(
     identity: dict[str, Any],
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: Sequence[float],
+    progress: Sequence[float | int],
 ) -> None:
     """Write a run's state beside its file, whole or not at all.
 
@@ -42,7 +42,7 @@ def load_checkpoint(
     identity: dict[str, Any],
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> list[float]:
+) -> list[float | int]:
     """Put the state of a checkpoint back; returns its `progress`.
 
     Raises MemvecError for a file that cannot be read, or one of a run with another identity.
@@ -58,5 +58,5 @@ def load_checkpoint(
         )
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
-    progress: list[float] = state["progress"]
+    progress: list[float | int] = state["progress"]
     return progress
