@@ -210,6 +210,7 @@ def python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_package_adds_a_source_and_a_target_that_the_command_knows(tmp_path):
     ran = python(installed(tmp_path, PLUGIN), USE)
     assert ran.returncode == 0, ran.stderr

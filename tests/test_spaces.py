@@ -55,7 +55,7 @@ def numbers_of(view, recipe, K, seed=0):
 
 @every_space
 @every_family
-@pytest.mark.parametrize("K", [1, 7])
+@pytest.mark.parametrize("K", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_space_is_read_as_the_models_own_forward_reads_it(recipe, family, K):
     """Against a DynamicCache that is filled number by number, and a whole forward for each token;
     gemma3's window is shorter than seven vectors."""
@@ -96,6 +96,7 @@ def test_what_is_crammed_is_exact_by_an_independent_decode(recipe, family):
         assert o.metrics.margin == pytest.approx(float(margin.min()), abs=2e-3)
 
 
+@pytest.mark.slow
 @every_space
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_passages_never_touch(recipe, family):
