@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from memvec.encoders.base import EncoderFile, TrainedEncoder
-from memvec.encoders.slots import position_codes
+from memvec.encoders.slots import position_codes, transformer
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
 
@@ -68,18 +68,7 @@ class RecurrentNetwork(nn.Module):
         self.from_memory = nn.Linear(width, hidden)
         self.from_tokens = nn.Linear(width, hidden)
         self.places = nn.Parameter(0.02 * torch.randn(2 * slots, hidden))
-        layer = nn.TransformerEncoderLayer(
-            hidden,
-            heads,
-            4 * hidden,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        self.layers = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
-        )
+        self.layers = transformer(hidden, layers, heads)
         self.out = nn.Linear(hidden, width)
         self.gate = nn.Linear(hidden, width)
         gates = torch.full((slots, 1), KEPT)

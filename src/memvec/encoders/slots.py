@@ -34,6 +34,23 @@ def position_codes(T: int, width: int, device: torch.device) -> Float[Tensor, "T
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
 
 
+def transformer(hidden: int, layers: int, heads: int) -> nn.TransformerEncoder:
+    """The small network beside a frozen LM: norms first, no dropout, batches first."""
+    layer = nn.TransformerEncoderLayer(
+        hidden,
+        heads,
+        4 * hidden,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    # Nested tensors cannot help: rows of one batch have one length.
+    return nn.TransformerEncoder(
+        layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
+    )
+
+
 class SlotNetwork(nn.Module):
     """Embedded passages (B, T, D) to vectors (B, K, D), K <= S slots."""
 
@@ -42,19 +59,7 @@ class SlotNetwork(nn.Module):
         self.shape = {"hidden": hidden, "layers": layers, "heads": heads, "slots": slots}
         self.into = nn.Linear(width, hidden)
         self.slots = nn.Parameter(0.02 * torch.randn(slots, hidden))
-        layer = nn.TransformerEncoderLayer(
-            hidden,
-            heads,
-            4 * hidden,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        # Nested tensors cannot help: passages of one batch have one length.
-        self.layers = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
-        )
+        self.layers = transformer(hidden, layers, heads)
         self.out = nn.Linear(hidden, width)
         # Mean and spread of the LM's embeddings, and scale of the vectors: set by `scaled`.
         self.register_buffer("mean", torch.zeros(width))

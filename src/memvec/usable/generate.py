@@ -51,14 +51,17 @@ def use(
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
     new_tokens = int(options["max_new_tokens"])
     check_minimum(1, max_new_tokens=new_tokens)
-    for one in files:
-        _chosen(lm, one, passages)
     if context == "vectors":
         view, rows = in_a_row(lm, files, passages)
         inputs, cache = _opened(view, rows, asked)
         slots = rows.shape[1] + asked.shape[1]
     else:
-        ids = _text_of(lm, files, passages) if context == "text" else []
+        ids: list[int] = []
+        for one in files:
+            which = _chosen(lm, one, passages)
+            if context == "text":
+                tokens = one.tokens(lm)
+                ids += [token for i in which for token in tokens[i]]
         given = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS in front of everything, where the model has one.
         first = [text_inputs(lm, ())] if lm.bos_id is not None else []
@@ -113,17 +116,6 @@ def in_a_row(
         raise MemvecError("files of different spaces cannot stand in one row: use them one by one.")
     rows = [mem.vectors[i].float() for mem, which in zip(files, chosen, strict=True) for i in which]
     return files[0].view(lm), torch.cat(rows)[None].to(lm.device)
-
-
-def _text_of(
-    lm: FrozenLM, files: Sequence[MemVectors], passages: Sequence[int] | None
-) -> list[int]:
-    """Token ids of all files, or of some passages of a single one; raises as `in_a_row`."""
-    ids: list[int] = []
-    for mem in files:
-        which, tokens = _chosen(lm, mem, passages), mem.tokens(lm)
-        ids += [token for i in which for token in tokens[i]]
-    return ids
 
 
 def _opened(

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from memvec.encoders.slots import position_codes
+from memvec.encoders.slots import position_codes, transformer
 from memvec.lab.sentences import latents
 from memvec.model.lm import FrozenLM
 
@@ -33,18 +33,7 @@ class LatentNetwork(nn.Module):
         self.shape = {"hidden": hidden, "layers": layers, "heads": heads}
         self.into = nn.Linear(numbers, hidden)
         self.start = nn.Parameter(0.02 * torch.randn(hidden))
-        layer = nn.TransformerEncoderLayer(
-            hidden,
-            heads,
-            4 * hidden,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        self.layers = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
-        )
+        self.layers = transformer(hidden, layers, heads)
         self.out = nn.Linear(hidden, numbers)
         nn.init.normal_(self.out.weight, std=0.1 / hidden**0.5)  # it begins near the mean latent
         nn.init.zeros_(self.out.bias)
