@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec import registry
 from memvec.cramming.recipe import Recipe
 from memvec.model.lm import FrozenLM
 from memvec.storage import Storage
@@ -23,7 +24,8 @@ class Coordinates(Protocol):
     """Parameters (B, ...) of B passages, and the vectors (B, K, D) they stand for.
 
     Made from a recipe, K and a model. Coordinates need not reach every vector: what is measured and
-    kept is always what `vectors` gives.
+    kept is always what `vectors` gives. Those with `of_inputs` true are for vectors in the model's
+    input; in other spaces vectors are moved directly.
     """
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None: ...
@@ -33,6 +35,13 @@ class Coordinates(Protocol):
 
     def vectors(self, parameters: Tensor) -> Float[Tensor, "B K D"]:
         """The vectors of parameters, differentiable."""
+
+
+def fitting(name: str, lm: FrozenLM) -> str:
+    """The coordinates of that name; 'direct' where they are of inputs and vectors are not."""
+    of_inputs = getattr(registry.get("coordinates", name), "of_inputs", False)
+    are_inputs = lm.reading.enlarges and lm.numbers == lm.width
+    return name if are_inputs or not of_inputs else "direct"
 
 
 class Direct:

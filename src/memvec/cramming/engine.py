@@ -28,6 +28,7 @@ from torch import Tensor
 
 from memvec.cramming.batch import BatchState, Job, Progress, Waiting
 from memvec.cramming.certify import Finished, Outcome, certify
+from memvec.cramming.coordinates import fitting
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vectors, triggered
 from memvec.cramming.step import Step
@@ -71,15 +72,12 @@ class Engine:
         self.lm = lm = triggered(lm, self.recipe)
         self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
-        # As it was done, for the record. Large steps are for vectors that stand in front of tokens,
-        # and the directions that a model has are those of its inputs.
-        turned = self.recipe.coordinates == "principal"
-        inputs = lm.reading.enlarges and lm.numbers == lm.width
+        # As it was done, for the record. Large steps are for vectors that stand in front of tokens.
         self.recipe = replace(
             self.recipe,
             compute="model" if self.module is lm else "bfloat16",
             lr_large=self.recipe.lr_large if lm.reading.enlarges else 0.0,
-            coordinates="direct" if turned and not inputs else self.recipe.coordinates,
+            coordinates=fitting(self.recipe.coordinates, lm),
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.on_progress = fixed_shapes, on_progress

@@ -31,6 +31,8 @@ FOUND: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 class Principal:
     """The vectors, turned: parameters = vectors Q, whose columns are the principal directions."""
 
+    of_inputs = True  # the directions that a model has are those of its inputs
+
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
         self.directions = principal_directions(lm)
 
