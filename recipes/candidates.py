@@ -82,7 +82,8 @@ def train(name: str, fields: dict, args, streams, tokenizer) -> Path:
     run, memory = make(fields, args.device)
     if (work / f"{name}.pt").exists():
         run.load(work / f"{name}.pt")
-    pocket.train(run, streams, work, name, memory)
+    with run.graphs.own_stream():
+        pocket.train(run, streams, work, name, memory)
     export(run, tokenizer, out)
     if not memory:
         (out / "encoder.safetensors").unlink()  # never trained

@@ -95,10 +95,10 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
     }
 
 
-def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """Random numbers that depend on nothing but the three arguments."""
+def generator(seed: int, purpose: str, step: int, device: str = "cpu") -> torch.Generator:
+    """Random numbers that depend on nothing but the arguments."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def windows(stream, count: int, length: int, rng) -> torch.Tensor:

@@ -59,6 +59,20 @@ def normalise(x, weight, eps: float):
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
+@torch.compile(dynamic=True)
+def added(stream, part, weight, eps: float):
+    """The stream plus the RMS norm of a part."""
+    wide = part.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(part.dtype)
+    return stream + normed
+
+
+@torch.compile(dynamic=True)
+def gated(gate, up):
+    """SwiGLU: silu(gate) times up."""
+    return F.silu(gate) * up
+
+
 class Norm(nn.Module):
     """RMS norm with a learnt gain."""
 
@@ -69,6 +83,10 @@ class Norm(nn.Module):
 
     def forward(self, x):
         return normalise(x, self.weight, self.eps)
+
+    def add(self, stream, part):
+        """The stream plus the norm of a part."""
+        return added(stream, part, self.weight, self.eps)
 
 
 @torch.compile(dynamic=True)
@@ -122,7 +140,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -151,8 +169,8 @@ class LayerNormAfter(nn.Module):
         self.post_feedforward_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
 
     def forward(self, x, cos, sin):
-        x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
-        return x + self.post_feedforward_layernorm(self.mlp(x))
+        x = self.post_attention_layernorm.add(x, self.self_attn(x, cos, sin))
+        return self.post_feedforward_layernorm.add(x, self.mlp(x))
 
 
 class Trunk(nn.Module):

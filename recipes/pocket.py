@@ -19,16 +19,19 @@ Notable:
 - Muon for the matrices of the layers, AdamW for embedding, norms and encoder; float32 weights,
   bfloat16 products (autocast);
 - what a step trains on depends on the seed and the step's number alone, so a run is repeatable up
-  to the order of float sums.
+  to the order of float sums;
+- lengths lie on a grid of four to the octave, so that few shapes occur, and on a GPU each shape is
+  a graph that is captured once (`graphs.py`). What a step says is read when the next has begun.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ENVIRONMENT = {
@@ -60,6 +63,12 @@ from torch import nn  # noqa: E402
 from corpus import BOS, generator, ordinary_batch, passage_batch, prepare, windows  # noqa: E402
 from decoder import Decoder, Shape  # noqa: E402
 from export import export  # noqa: E402
+from graphs import Graphs  # noqa: E402
+from optimizers import optimizers  # noqa: E402
+
+# How many vectors a passage may have, and how many of its tokens each may hold.
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+LENGTHS = sorted({2, 3} | {round(4 * 2 ** (i / 4)) for i in range(33)})
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Recipe:
     lr_rest: float = 3e-3
     lr_encoder: float = 1e-3
     max_vectors: int = 4
-    """K is drawn from 1 to this."""
+    """K is one of COUNTS, up to this."""
     single_share: float = 0.35
     """Share of steps with K = 1; the others are equally often."""
     least_share: float = 0.8
@@ -122,6 +131,7 @@ class Recipe:
     """Every fourth step reads ordinary text in crops of this length, the others of 256."""
     seed: int = 0
     checkpoint_every: int = 100
+    log_every: int = 10
 
 
 class Encoder(nn.Module):
@@ -151,7 +161,9 @@ class Encoder(nn.Module):
 
 def embed(model: Decoder, ids):
     """(B, T) → (B, T, D) in the dtype of the residual stream."""
-    return F.embedding(ids, model.embedding).bfloat16()
+    # not F.embedding, whose backward sorts the ids
+    rows = model.embedding.index_select(0, ids.flatten())
+    return rows.view(*ids.shape, -1).bfloat16()
 
 
 def text_loss(model: Decoder, ids):
@@ -189,32 +201,36 @@ def descended(model: Decoder, vectors, embedded, ids, recipe: Recipe, trigger: b
     return vectors + (moved - vectors.detach())
 
 
-def noisy(vectors, noise: float, rng):
-    """The vectors (B, K, D) with Gaussian noise of a share of their RMS."""
+def noisy(vectors, noise, share: float):
+    """The vectors (B, K, D) with standard noise (B, K, D), times a share of the vectors' RMS."""
     rms = vectors.detach().float().pow(2).mean().sqrt()
-    return vectors + noise * rms * torch.randn(vectors.shape, generator=rng).to(vectors)
+    return vectors + share * rms * noise
 
 
-def memory_loss(
-    model: Decoder, encoder: Encoder, ids, K: int, recipe: Recipe, rng, *, inner, trigger
-):
-    """Passages ids (B, T) through K vectors and back: mean loss, right arg-maxes (B, T)."""
+def memory_loss(model: Decoder, encoder: Encoder, ids, noise, recipe: Recipe, *, inner, trigger):
+    """Passages ids (B, T) through K vectors and back: mean loss, right arg-maxes (B, T).
+
+    noise (B, K, D) is drawn from a standard normal distribution.
+    """
+    K = noise.shape[1]
     embedded = embed(model, ids)
     vectors = encoder(model, embedded, K)
     if inner:
         vectors = descended(model, vectors, embedded, ids, recipe, trigger)
-    logits = passage_logits(model, noisy(vectors, recipe.noise, rng), embedded, trigger)
+    logits = passage_logits(model, noisy(vectors, noise, recipe.noise), embedded, trigger)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
     return loss, logits.detach().argmax(-1) == ids
 
 
-def use_loss(model: Decoder, encoder: Encoder, ids, following, K: int, recipe: Recipe, rng):
+def use_loss(model: Decoder, encoder: Encoder, ids, following, noise, recipe: Recipe):
     """KL, nats per token, of what follows (B, C) passages (B, T): behind <s> and text, to vectors.
 
     The first of the following tokens is not counted: behind the vectors alone comes the passage.
+    noise (B, K, D) is drawn from a standard normal distribution.
     """
+    K = noise.shape[1]
     embedded, behind = embed(model, ids), embed(model, following)
-    vectors = noisy(encoder(model, embedded, K), recipe.noise, rng)
+    vectors = noisy(encoder(model, embedded, K), noise, recipe.noise)
     seen = torch.cat((vectors.to(embedded.dtype), behind[:, :-1]), dim=1)
     logits = F.linear(model(seen)[:, K:], model.embedding)
     with torch.no_grad():
@@ -227,6 +243,19 @@ def use_loss(model: Decoder, encoder: Encoder, ids, following, K: int, recipe: R
         log_target=True,
         reduction="batchmean",
     )
+
+
+@dataclass
+class Said:
+    """What a step says, still on the device, and what its passages were."""
+
+    values: dict = field(default_factory=dict)
+    """Name → tensor."""
+    K: int = 0
+    T: int = 0
+    share: float = 0.0
+    """T over the target length."""
+    inner: bool = False
 
 
 @dataclass
@@ -245,29 +274,30 @@ class Run:
         matrices = [p for p in self.model.model.layers.parameters() if p.dim() == 2]
         inside = {id(p) for p in matrices}
         rest = [p for p in self.model.parameters() if id(p) not in inside]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=self.recipe.lr_matrices, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(
-                [
-                    {"params": rest, "lr": self.recipe.lr_rest},
-                    {"params": [self.encoder.summary], "lr": self.recipe.lr_rest},
-                    {"params": self.encoder.map.parameters(), "lr": self.recipe.lr_encoder},
-                ],
-                betas=(0.9, 0.95),
-                weight_decay=0.0,
-                fused=True,
-            ),
-        ]
-        self.base_rates = [[g["lr"] for g in opt.param_groups] for opt in self.optimizers]
+        recipe = self.recipe
+        self.optimizers = optimizers(
+            [(matrices, recipe.lr_matrices)],
+            [
+                (rest, recipe.lr_rest),
+                ([self.encoder.summary], recipe.lr_rest),
+                (self.encoder.map.parameters(), recipe.lr_encoder),
+            ],
+            self.device,
+        )
+        self.base_rates = [[float(g["lr"]) for g in opt.param_groups] for opt in self.optimizers]
+        self.parameters = [*self.model.parameters(), *self.encoder.parameters()]
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.graphs = Graphs(self.device)
         self.step = 0
         self.tokens = {"text": 0, "memory": 0}
-        self.targets = {
-            K: self.recipe.first_target * K for K in range(1, self.recipe.max_vectors + 1)
-        }
+        counts = [K for K in COUNTS if self.recipe.max_vectors >= K]
+        self.targets = {K: self.recipe.first_target * K for K in counts}
         # passages whose vectors are crammed a little may be longer: targets of their own
         self.inner_targets = dict(self.targets)
         self.accuracy = dict.fromkeys(self.targets, 0.0)
         self.seconds = 0.0
+        self.unread = Said()
 
     def save(self, path: Path):
         state = {
@@ -314,97 +344,164 @@ class Run:
         factor = min((self.step + 1) / recipe.warmup_steps, 1.0, left)
         for opt, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(opt.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+                group["lr"].fill_(rate * factor)
         return factor
 
+    def on_device(self, ids):
+        """Token ids, copied without waiting for the device."""
+        return ids.pin_memory().to(self.device, non_blocking=True) if self.graphs.on_gpu else ids
+
+    def add_gradients(self, name, losses, *inputs):
+        """Add the gradients of a loss, the first of what losses(*inputs) gives back; give it back.
+
+        `name` tells apart what losses computes from inputs of the same shapes.
+        """
+
+        def work(*inputs):
+            with self.half_width():
+                loss, *others = losses(*inputs)
+            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            pairs = [
+                (p.grad, g) for p, g in zip(self.parameters, found, strict=True) if g is not None
+            ]
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+            return loss.detach(), *others
+
+        return self.graphs(name, work, *inputs)
+
+    def move(self):
+        """A step of both optimisers; the gradients are zero afterwards."""
+        for opt in self.optimizers:
+            opt.step()
+        torch._foreach_zero_([p.grad for p in self.parameters])
+        return ()
+
     def train_step(self, stream, memory: bool) -> dict:
-        """One step on the training stream (N,); what the log says about it."""
-        recipe, step = self.recipe, self.step
+        """One step on the training stream (N,); what the log says about the one before."""
         seen = {"lr": self.set_rates()}
+        said = self.begin(stream, memory)
+        seen |= self.settle()
+        self.unread = said
+        return seen
+
+    def settle(self) -> dict:
+        """What the last step says, if nobody has read it yet."""
+        said, self.unread = self.unread, Said()
+        return self.read(said)
+
+    def begin(self, stream, memory: bool) -> Said:
+        """Tell the device all of a step, without waiting for it."""
+        recipe, step = self.recipe, self.step
         in_trunk = self.before(recipe.trunk_steps)
-        with self.half_width():
-            rng = generator(recipe.seed, "text", step)
-            budget = recipe.trunk_tokens if in_trunk else recipe.text_tokens
-            # attention costs as the square of the length: long crops in every fourth step only
-            crops = ordinary_batch(stream, budget, recipe.long_crop if step % 4 == 3 else 256, rng)
-            crops = crops.to(self.device)
-            loss = text_loss(self.model, crops)
-        loss.backward()
-        seen["text"] = loss.item()
-        self.tokens["text"] += crops.numel()
+        rng = generator(recipe.seed, "text", step)
+        budget = recipe.trunk_tokens if in_trunk else recipe.text_tokens
+        # attention costs as the square of the length: long crops in every fourth step only
+        length = min(recipe.long_crop, budget) if step % 4 == 3 else 256
+        crops = ordinary_batch(stream, budget, length, rng)
+        said = Said()
         if memory and not in_trunk:
             rng = generator(recipe.seed, "memory", step)
             use = recipe.use_share > 0 and float(torch.rand((), generator=rng)) < recipe.use_share
-            seen |= (self.use_step if use else self.memory_step)(stream, rng)
-        for opt in self.optimizers:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
+            said = (self.use_step if use else self.memory_step)(stream, rng)
+        (said.values["text"],) = self.add_gradients(
+            "text", lambda ids: (text_loss(self.model, ids),), self.on_device(crops)
+        )
+        self.tokens["text"] += crops.numel()
+        self.graphs("move", self.move)
         self.step += 1
-        return seen
+        return said
+
+    def read(self, said: Said) -> dict:
+        """Wait for what a step says; move the target length of its K."""
+        recipe = self.recipe
+        values = {name: value.item() for name, value in said.values.items()}
+        if "right" not in values:
+            return values
+        K, accuracy = said.K, values.pop("right")
+        targets = self.inner_targets if said.inner else self.targets
+        # K > 1 come up less often, so they take larger steps
+        factor = 1.02 if K == 1 else 1.04
+        if said.share > 0.8 and accuracy > recipe.rise_above:
+            targets[K] = min(self.target(targets, K) * factor, float(recipe.most_tokens) * K)
+        elif said.share < 1.2 and accuracy < recipe.fall_below:
+            targets[K] = max(self.target(targets, K) / factor, 4.0)
+        if 0.8 < said.share < 1.2 and not said.inner:
+            self.accuracy[K] += 0.2 * (accuracy - self.accuracy[K])
+        return {**values, f"K{K}": accuracy, f"T{K}": said.T}
 
     def draw_vectors(self, rng) -> int:
         """How many vectors hold the passages of a step."""
-        recipe = self.recipe
-        several = torch.rand((), generator=rng) >= recipe.single_share
-        return int(torch.randint(2, recipe.max_vectors + 1, (), generator=rng)) if several else 1
+        several = torch.rand((), generator=rng) >= self.recipe.single_share
+        more = [K for K in self.targets if K > 1]
+        return more[int(torch.randint(len(more), (), generator=rng))] if several and more else 1
 
-    def length(self, share: float, target: float, K: int, room: int = 2) -> int:
-        """Tokens of a passage: a multiple of K near a share of the target; `room` stays free."""
+    def target(self, targets, K: int) -> float:
+        """Target length of K vectors, which are of use only for what one cannot hold."""
+        return max(targets[K], self.recipe.least_share * K * targets[1])
+
+    def length(self, tokens: float, K: int, room: int = 2) -> int:
+        """Tokens of a passage: K times one of LENGTHS, near `tokens`; `room` stays free."""
         least = 2 if K > 1 else 4
         most = (self.shape.max_position_embeddings - K - room) // K
-        return K * min(max(round(share * target / K), least), self.recipe.most_tokens, most)
+        most = min(most, self.recipe.most_tokens)
+        allowed = [n for n in LENGTHS if least <= n <= most]
+        return K * min(allowed, key=lambda n: abs(math.log(n * K / tokens)))
 
-    def use_step(self, stream, rng) -> dict:
+    def noise_of(self, count: int, K: int):
+        """Standard noise (B, K, D) of this step."""
+        rng = generator(self.recipe.seed, "noise", self.step, self.device)
+        size = (count, K, self.shape.hidden_size)
+        return torch.randn(size, generator=rng, device=self.device)
+
+    def use_step(self, stream, rng) -> Said:
         """Adds the gradients of passages whose vectors stand before what follows them."""
         recipe = self.recipe
         K = self.draw_vectors(rng)
         # from a few tokens a vector up: what is usable is seldom near what is possible
         share, C = 0.05 + 1.15 * float(torch.rand((), generator=rng)), recipe.use_tokens
-        T = self.length(share, self.targets[K], K, C + 1)
+        T = self.length(share * self.targets[K], K, C + 1)
         count = recipe.memory_tokens // (2 * (T + C))
-        both = windows(stream, count, T + C, rng).to(self.device)
-        with self.half_width():
-            ids, following = both[:, :T], both[:, T:]
-            loss = use_loss(self.model, self.encoder, ids, following, K, recipe, rng)
-        loss.backward()
+        both = self.on_device(windows(stream, count, T + C, rng))
+        (loss,) = self.add_gradients(
+            "use",
+            lambda ids, following, noise: (
+                use_loss(self.model, self.encoder, ids, following, noise, recipe),
+            ),
+            both[:, :T],
+            both[:, T:],
+            self.noise_of(count, K),
+        )
         self.tokens["memory"] += both.numel()
-        return {"use": loss.item()}
+        return Said({"use": loss}, K, T)
 
-    def memory_step(self, stream, rng) -> dict:
-        """Adds the gradients of one batch of passages; moves the target length of its K."""
+    def memory_step(self, stream, rng) -> Said:
+        """Adds the gradients of one batch of passages."""
         recipe = self.recipe
         K = self.draw_vectors(rng)
         inner, trigger = (
             wanted > 0 and float(torch.rand((), generator=rng)) < wanted
             for wanted in (recipe.inner_share, recipe.trigger_share)
         )
-        targets = self.inner_targets if inner else self.targets
-        # K vectors are of use only for what one cannot hold
-        target = max(targets[K], recipe.least_share * K * targets[1])
+        target = self.target(self.inner_targets if inner else self.targets, K)
         longest = recipe.longest if self.before(recipe.wide_from) else recipe.longest_wide
         span = longest - recipe.shortest
         share = recipe.shortest + span * float(torch.rand((), generator=rng))
-        T = self.length(share, target, K)
+        T = self.length(share * target, K)
         passes = 2 + inner * recipe.inner_steps
         count = max(2, recipe.memory_tokens // (passes * (T + K)))
         ids, odd = passage_batch(stream, count, T, recipe.odd_share, self.shape.vocab_size, rng)
-        ids = ids.to(self.device)
-        with self.half_width():
+
+        def losses(ids, noise):
             loss, right = memory_loss(
-                self.model, self.encoder, ids, K, recipe, rng, inner=inner, trigger=trigger
+                self.model, self.encoder, ids, noise, recipe, inner=inner, trigger=trigger
             )
-        loss.backward()
+            return loss, right[: count - odd].float().mean()
+
+        loss, right = self.add_gradients(
+            ("memory", inner, trigger), losses, self.on_device(ids), self.noise_of(count, K)
+        )
         self.tokens["memory"] += ids.numel()
-        accuracy = right[: count - odd].float().mean().item()
-        # K > 1 come up less often, so they take larger steps
-        factor = 1.02 if K == 1 else 1.04
-        if share > 0.8 and accuracy > recipe.rise_above:
-            targets[K] = min(target * factor, float(recipe.most_tokens) * K)
-        elif share < 1.2 and accuracy < recipe.fall_below:
-            targets[K] = max(target / factor, 4.0)
-        if 0.8 < share < 1.2 and not inner:
-            self.accuracy[K] += 0.2 * (accuracy - self.accuracy[K])
-        return {"memory": loss.item(), f"K{K}": accuracy, f"T{K}": T}
+        return Said({"memory": loss, "right": right}, K, T, T / target, inner)
 
 
 @torch.no_grad()
@@ -416,7 +513,7 @@ def valid_loss(run: Run, stream, crops: int = 32, length: int = 256) -> float:
 
 
 def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
-    """Train to the last step; one JSON line per ten steps, checkpoints that a next call resumes."""
+    """Train to the last step; a JSON line every few steps, checkpoints that a next call resumes."""
     log = (work / f"{name}.jsonl").open("a", buffering=1)
     sums: dict[str, list] = {}
     last = time.monotonic()
@@ -426,7 +523,7 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
         now = time.monotonic()
         # the first step also compiles
         run.seconds, last = run.seconds + (now - last) * (run.step > 1), now
-        if run.step % 10 == 0:
+        if run.step % run.recipe.log_every == 0:
             record = {"step": run.step, "seconds": round(run.seconds, 1), **run.tokens}
             record = {f"tokens_{k}" if k in run.tokens else k: v for k, v in record.items()}
             record |= {key: round(sum(v) / len(v), 4) for key, v in sums.items()}
@@ -436,7 +533,12 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
             print(json.dumps(record), file=log)
             sums = {}
         if run.step % run.recipe.checkpoint_every == 0 or run.progress >= 1:
+            run.settle()
             loss = valid_loss(run, streams["valid"])
+            if not math.isfinite(loss):
+                raise SystemExit(
+                    f"{name}: the loss is {loss} after step {run.step}; lower the rates"
+                )
             print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
             run.save(work / f"{name}.pt")
         if run.step == run.recipe.trunk_steps and memory:
@@ -476,9 +578,9 @@ def arguments():
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    for field in (*dataclasses.fields(Recipe), *dataclasses.fields(Shape)):
+    for option in (*dataclasses.fields(Recipe), *dataclasses.fields(Shape)):
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=field.type, default=field.default
+            f"--{option.name.replace('_', '-')}", type=option.type, default=option.default
         )
     return parser.parse_args()
 
@@ -503,7 +605,8 @@ def main():
         f"step {run.step} of {recipe.steps}, {len(streams['train']):,} training tokens"
     )
     if not args.export_only:
-        train(run, streams, args.work, name, memory=not args.twin)
+        with run.graphs.own_stream():
+            train(run, streams, args.work, name, memory=not args.twin)
     if not args.twin or args.export_only:
         export(run, tokenizer, args.out)
 

@@ -101,3 +101,26 @@ def test_checkpoints_are_whole_folders_with_their_record(tmp_path, capsys):
         record = training_of(load_lm(str(folder), check=False))
         assert record == {key: row[key] for key in record}
     assert shown[0]["valid"] > shown[2]["valid"]
+
+
+def test_stacked_muon_is_muon():
+    """Matrices of one shape move together as each does alone, wide and tall ones."""
+    from optimizers import Muon
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (12, 8), (8, 12), (8, 8)]
+    ours, theirs = (
+        [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+        for g in (generator, torch.Generator().manual_seed(0))
+    )
+    stacked = Muon(ours, torch.tensor(0.05))
+    single = torch.optim.Muon(theirs, lr=0.05, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        stacked.step()
+        single.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # both round to bfloat16 in between
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
