@@ -58,6 +58,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from corpus import BOS, generator, ordinary_batch, passage_batch, prepare, windows  # noqa: E402
@@ -107,6 +108,11 @@ class Recipe:
     shortest: float = 0.5
     longest: float = 1.4
     """Passage lengths are drawn between these multiples of the target ..."""
+    short_share: float = 0.0
+    """Share of memory steps with shorter passages, down to four tokens, each octave equally often.
+
+    Without them an encoder whose target has become long no longer knows short passages.
+    """
     wide_from: int = 500
     longest_wide: float = 3.0
     """... and up to this one from this step on: long passages teach more, once short ones work."""
@@ -322,6 +328,13 @@ class Run:
         self.step, self.tokens, self.targets, self.accuracy, self.seconds = state["progress"]
         self.inner_targets = state["inner_targets"]
 
+    def begin_with(self, folder: Path):
+        """Take over the weights of an exported folder; the optimisers begin anew."""
+        weights = load_file(folder / "model.safetensors", device=self.device)
+        weights.pop("lm_head.weight", None)  # tied
+        self.model.load_state_dict(weights)
+        self.encoder.load_state_dict(load_file(folder / "encoder.safetensors", device=self.device))
+
     def half_width(self):
         """bfloat16 products, float32 weights."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
@@ -486,6 +499,9 @@ class Run:
         longest = recipe.longest if self.before(recipe.wide_from) else recipe.longest_wide
         span = longest - recipe.shortest
         share = recipe.shortest + span * float(torch.rand((), generator=rng))
+        if float(torch.rand((), generator=rng)) < recipe.short_share:
+            octaves = math.log2(max(recipe.shortest * target / 4, 1.0))
+            share = 4 / target * 2 ** (octaves * float(torch.rand((), generator=rng)))
         T = self.length(share * target, K)
         passes = 2 + inner * recipe.inner_steps
         count = max(2, recipe.memory_tokens // (passes * (T + K)))
@@ -576,6 +592,9 @@ def arguments():
         action="store_true",
         help="export the last checkpoint as it stands, without training",
     )
+    parser.add_argument(
+        "--begin", type=Path, metavar="FOLDER", help="an exported model whose weights to begin with"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     for option in (*dataclasses.fields(Recipe), *dataclasses.fields(Shape)):
@@ -600,6 +619,8 @@ def main():
         run.load(args.work / f"{name}.pt")
     elif args.twin:
         run.load(args.work / "trunk.pt")
+    elif args.begin:
+        run.begin_with(args.begin)
     print(
         f"{name}: {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"step {run.step} of {recipe.steps}, {len(streams['train']):,} training tokens"

@@ -124,3 +124,70 @@ def test_stacked_muon_is_muon():
     for a, b in zip(ours, theirs, strict=True):
         # both round to bfloat16 in between
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
+
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+TASKS = {"use_share": 0.3, "trigger_share": 0.5, "short_share": 0.3, "inner_share": 0.3}
+
+
+def small_run(**fields):
+    """A run of `pocket.py` whose steps take milliseconds, and its stream of tokens."""
+    import pocket
+
+    budgets = dict.fromkeys(("trunk_tokens", "text_tokens", "memory_tokens"), 512)
+    recipe = pocket.Recipe(steps=12, trunk_steps=2, wide_from=4, **budgets, **TASKS | fields)
+    shape = pocket.Shape(vocab_size=60, num_hidden_layers=2, **SMALL)
+    stream = torch.randint(2, 60, (5000,), generator=torch.Generator().manual_seed(0))
+    return pocket.Run(recipe, shape), stream
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+    """Stopped and resumed is uninterrupted: the same weights, targets and tokens read."""
+    whole, stream = small_run()
+    halves, _ = small_run()
+    for step in range(10):
+        if step == 5:
+            for run in (whole, halves):
+                run.settle()  # as `train` does before each checkpoint
+            halves.save(tmp_path / "half.pt")
+            halves, _ = small_run()
+            halves.load(tmp_path / "half.pt")
+        whole.train_step(stream, memory=True)
+        halves.train_step(stream, memory=True)
+    assert whole.tokens == halves.tokens
+    assert whole.tokens["memory"] > 0
+    assert whole.targets == halves.targets
+    for a, b in zip(whole.parameters, halves.parameters, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_run_begins_with_an_exported_model(tmp_path):
+    from corpus import train_tokenizer
+    from export import export
+
+    done, stream = small_run()
+    for _ in range(4):
+        done.train_step(stream, memory=True)
+    export(done, train_tokenizer(["the cat sat on the mat " * 50], 60), tmp_path)
+    begun, _ = small_run()
+    begun.begin_with(tmp_path)
+    for ours, theirs in zip(begun.parameters, done.parameters, strict=True):
+        assert torch.equal(ours, theirs.bfloat16().float())
+
+
+def test_lengths_lie_on_their_grid_and_reach_short_passages():
+    """Every octave from four tokens to the target is drawn, and none beyond what has room."""
+    import pocket
+
+    run, stream = small_run(short_share=1.0, use_share=0.0, inner_share=0.0, first_target=100.0)
+    drawn = []
+    for step in range(40):
+        run.step = 2 + step
+        rng = pocket.generator(0, "memory", step)
+        said = run.memory_step(stream, rng)
+        assert said.T % said.K == 0
+        assert said.T // said.K in pocket.LENGTHS
+        assert run.shape.max_position_embeddings > said.T + said.K
+        drawn.append(said.T)
+    for octave in (4, 8, 16, 32):
+        assert any(octave <= T < 2 * octave for T in drawn), octave
