@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import preloaded
 import support
 from memvec.cramming.recipe import Recipe
 from memvec.errors import SlowPathWarning
@@ -37,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: left out of `make check`, part of `make test`")
     if (path := config.getoption("--models")) is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(support.Writer(path))
+    if not hasattr(config, "workerinput"):  # one for all of xdist's workers
+        os.environ["MEMVEC_TEST_PYTHON"], end = preloaded.begin()
+        config.add_cleanup(end)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -429,6 +433,15 @@ def untyped() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# ---------------------------------------------------------------------- programs
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """The path of a Python that starts at once, in a process of its own (tests/preloaded.py)."""
+    return os.environ["MEMVEC_TEST_PYTHON"]
 
 
 # ---------------------------------------------------------------------- the command line

@@ -6,7 +6,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from copy import copy
 from pathlib import Path
 
@@ -249,10 +248,10 @@ codec.cram(load_lm(sys.argv[1]), [sys.argv[3]], vectors=2, tokens=2, batch_size=
 
 
 @pytest.mark.slow
-def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path):
+def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path, python):
     path = tmp_path / "j"
     ran = subprocess.run(
-        [sys.executable, "-c", KILLED, folder, path, TEXT],
+        [python, "-c", KILLED, folder, path, TEXT],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == -signal.SIGKILL

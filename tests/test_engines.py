@@ -49,10 +49,10 @@ def saved(tmp_path):
 
 
 @pytest.fixture
-def stand_in(tmp_path):
+def stand_in(tmp_path, python):
     """A Python in whose environment `vllm` is the stand-in."""
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "engines_fake"} exec {sys.executable} "$@"\n')
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={HERE / "engines_fake"} exec {python} "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -72,14 +72,14 @@ def test_an_engine_gives_the_passages_back(engine, rule, saved, stand_in):
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
 
 
-def test_a_request_keeps_batches_and_plain_prompts_apart(saved):
+def test_a_request_keeps_batches_and_plain_prompts_apart(saved, python):
     lm = tiny()
     mem = crammed(lm)
     prompts, _ = engines.decode.passage_prompts(mem, lm)
     plain = Prompt(None, [3, 4, 5], 4)
     asked = [*prompts, plain]
     answer = engines.run_engine(
-        "transformers", sys.executable, saved(), "float32", asked, batches=[[3, 0], [2, 1], [3]]
+        "transformers", python, saved(), "float32", asked, batches=[[3, 0], [2, 1], [3]]
     )
     assert [len(batch) for batch in answer.ids] == [2, 2, 1]
     assert answer.ids[0][0] == answer.ids[2][0]
@@ -245,15 +245,15 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
         engines.decode_with("vllm", mem, lm, python="/no/python")
 
 
-def test_an_engine_that_fails_says_why(tmp_path, saved):
+def test_an_engine_that_fails_says_why(tmp_path, saved, python):
     asked, folder = [Prompt(torch.zeros(1, 32), [], 1)], saved()
     with pytest.raises(MemvecError, match="did you mean 'vllm'"):
-        engines.run_engine("vlm", sys.executable, folder, "float32", asked)
+        engines.run_engine("vlm", python, folder, "float32", asked)
     with pytest.raises(MemvecError, match="there is no Python to run transformers"):
         engines.run_engine("transformers", tmp_path / "none", folder, "float32", asked)
     (folder / "model.safetensors").unlink()
     with pytest.raises(MemvecError, match=r"transformers did not generate: \w+Error: "):
-        engines.run_engine("transformers", sys.executable, folder, "float32", asked)
+        engines.run_engine("transformers", python, folder, "float32", asked)
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -ILL $$\n")
     killed.chmod(0o755)
@@ -326,7 +326,7 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in)
     mem = codec.cram(lm, ["the fox"], vectors=2, tokens=2, recipe=QUICK)
     mem.save(tmp_path / "a.mem")
     words = ["verify", tmp_path / "a.mem", "--model", folder, "--engine", "transformers"]
-    ran = command(*words, "--json")
+    ran = command(*words, "--json")  # in the Python that runs the command
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["decoded_by"].startswith("transformers ")
     own = ["--engine-python", stand_in, "--engine-model", folder]
@@ -335,7 +335,7 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in)
     assert b"vllm" in shown.out
     MemVectors(-mem.vectors, mem.header).save(tmp_path / "b.mem")
     words[1] = tmp_path / "b.mem"
-    assert command(*words).code == 3
+    assert command(*words, *own).code == 3
     for option in ("--engine-python", "--engine-model"):
         alone = command(*words[:-2], option, folder)
         assert alone.code == 2

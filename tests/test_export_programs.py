@@ -38,7 +38,7 @@ def exported(target: str, folder: Path, rule: str = "vectors", dtype: torch.dtyp
     return mem
 
 
-def run(folder: Path, argument: object, python: object = sys.executable):
+def run(folder: Path, argument: object, python: object):
     """The program's end: exit code, the ids that it printed, the last line of what it said."""
     where = {**os.environ, "PYTHONPATH": str(HERE / "engines_fake")}
     done = subprocess.run(
@@ -60,9 +60,9 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("target", ["transformers", "peft", "vllm"])
-def test_a_folder_decodes_itself(target, rule, model, tmp_path):
+def test_a_folder_decodes_itself(target, rule, model, tmp_path, python):
     mem = exported(target, tmp_path / "out", rule)
-    code, ids, said = run(tmp_path / "out", model)
+    code, ids, said = run(tmp_path / "out", model, python)
     assert code == 0, said
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
 
@@ -79,7 +79,7 @@ def test_a_folder_decodes_itself_in_the_engine(target, tmp_path, monkeypatch):
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
 
 
-def test_a_server_is_asked_with_the_bodies(tmp_path):
+def test_a_server_is_asked_with_the_bodies(tmp_path, python):
     mem = exported("sglang", tmp_path / "out", "bos", torch.bfloat16)
     lm, asked = in_dtype("llama", torch.bfloat16), []
 
@@ -102,7 +102,8 @@ def test_a_server_is_asked_with_the_bodies(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        code, ids, said = run(tmp_path / "out", f"http://127.0.0.1:{server.server_port}/")
+        address = f"http://127.0.0.1:{server.server_port}/"
+        code, ids, said = run(tmp_path / "out", address, python)
     finally:
         server.shutdown()
         server.server_close()
@@ -137,17 +138,17 @@ def assert_refused(folder: Path, why: str):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_another_model_does_not_pass(model, tmp_path):
+def test_another_model_does_not_pass(model, tmp_path, python):
     """One of another width is refused; passages of other weights do not have their hashes."""
     exported("transformers", tmp_path / "out")
     build("llama", seed=1).save_pretrained(tmp_path / "other")
-    code, _, said = run(tmp_path / "out", tmp_path / "other")
+    code, _, said = run(tmp_path / "out", tmp_path / "other", python)
     assert (code, said.endswith("did not come back.")) == (3, True)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
-    code, _, said = run(tmp_path / "out", model)
+    code, _, said = run(tmp_path / "out", model, python)
     assert (code, said) == (1, f"{model} reads vectors of 48 numbers, and these have 32.")
-    code, _, said = run(tmp_path / "out", tmp_path)
+    code, _, said = run(tmp_path / "out", tmp_path, python)
     assert (code, said) == (1, f"{tmp_path} is no folder of a model: it has no config.json.")
 
 

@@ -22,10 +22,11 @@ def code_cells(notebook):
 @pytest.mark.slow
 @pytest.mark.skipif(not POCKET.exists(), reason="the built-in model is not made yet")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
+def test_a_notebook_runs(path, tmp_path, monkeypatch, python):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.executable", python)  # for the commands that a cell starts
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))  # for the commands that a cell starts
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     run = runpy.run_path(str(ROOT / "examples/notebooks.py"))["run"]
     began = time.monotonic()

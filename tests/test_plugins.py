@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -151,7 +150,7 @@ def plugged_in(logits, ids, temperature, recipe):
 
 
 @pytest.mark.slow
-def test_an_installed_package_is_known_to_the_command(folder, tmp_path):
+def test_an_installed_package_is_known_to_the_command(folder, tmp_path, python):
     """As pip leaves it: a module, and metadata that names the entry point."""
     place = tmp_path / "site"
     (place / "plugged_in-1.0.dist-info").mkdir(parents=True)
@@ -165,7 +164,7 @@ def test_an_installed_package_is_known_to_the_command(folder, tmp_path):
     words = ["cram", "a.txt", "--model", str(folder), "--tokens", "2"]
     words += ["--set", "objective=plugged-in", "--json"]
     ran = subprocess.run(
-        [sys.executable, "-m", "memvec", *words],
+        [python, "-m", "memvec", *words],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

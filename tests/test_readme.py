@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,12 +54,12 @@ def assert_alike(real: str, shown: str) -> None:
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path, python):
     """Run a command line in a folder that has the examples and the command `memvec`."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     memvec = tmp_path / "bin" / "memvec"
     memvec.parent.mkdir()
-    memvec.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m memvec "$@"\n')
+    memvec.write_text(f'#!/bin/sh\nexec "{python}" -m memvec "$@"\n')
     memvec.chmod(0o755)
     search = os.pathsep.join([str(memvec.parent), os.environ["PATH"]])
     environment = {

@@ -204,15 +204,15 @@ def installed(folder: Path, source: str) -> Path:
     return folder
 
 
-def python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+def ran_beside(folder: Path, code: str, python: str) -> subprocess.CompletedProcess[str]:
+    """The end of a program in whose environment the distribution in a folder is installed."""
     code = f"import sys; sys.path.insert(0, {str(folder)!r})\n{textwrap.dedent(code)}"
-    words = [sys.executable, "-c", code]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_a_package_adds_a_source_and_a_target_that_the_command_knows(tmp_path):
-    ran = python(installed(tmp_path, PLUGIN), USE)
+def test_a_package_adds_a_source_and_a_target_that_the_command_knows(tmp_path, python):
+    ran = ran_beside(installed(tmp_path, PLUGIN), USE, python)
     assert ran.returncode == 0, ran.stderr
     seen = json.loads(ran.stdout)
     assert seen["sources"] == [*registry.BUILT_IN["source"], "counting"]
@@ -241,7 +241,7 @@ def test_a_package_that_cannot_be_imported_is_named_in_one_sentence(tmp_path):
         except MemvecError as error:
             print(error)
     """
-    ran = python(installed(tmp_path, "import no_such_library"), use)
+    ran = ran_beside(installed(tmp_path, "import no_such_library"), use, sys.executable)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [
         "the plug-in 'mine' (counting) cannot be imported: No module named 'no_such_library'"

@@ -481,36 +481,36 @@ recipe = { lr = 0.1, steps = 40 }
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def command(base: Path, out: str, *more: str) -> list[str]:
+def command(python: str, base: Path, out: str, *more: str) -> list[str]:
     words = ["study", "run", base / "s.toml", "-o", base / out, *more]
-    return [sys.executable, "-m", "memvec.cli", *map(str, words)]
+    return [python, "-m", "memvec.cli", *map(str, words)]
 
 
 @pytest.fixture(scope="module")
-def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory, python: str) -> Path:
     """A folder with a spec for a model on disk, and its uninterrupted study in 'whole'."""
     base = tmp_path_factory.mktemp("killed")
     text = KILLED.replace("MODEL", str(folder))
     spec_in(base, text)
     (base / "s.toml").write_text(text)
-    subprocess.run(command(base, "whole"), check=True, env=ENV, capture_output=True)
+    subprocess.run(command(python, base, "whole"), check=True, env=ENV, capture_output=True)
     return base
 
 
 @pytest.mark.slow
-def test_kill_9_loses_nothing_but_running_slots(killed: Path) -> None:
-    whole = everything(killed / "whole")
+def test_kill_9_loses_nothing_but_running_slots(killed: Path, python: str) -> None:
+    whole, words = everything(killed / "whole"), command(python, killed, "cut")
     file = killed / "cut" / "study.sqlite"
     for least in (1, 5):  # rows that must be there before the kill
         process = subprocess.Popen(
-            command(killed, "cut"), env=ENV, stderr=subprocess.DEVNULL, start_new_session=True
+            words, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True
         )
         end = time.monotonic() + 120
         while time.monotonic() < end and process.poll() is None:
             if file.exists() and count(file) >= least:
                 break
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGUSR1)  # what tests/preloaded.py passes on as a SIGKILL
         process.wait()
         kept = everything(killed / "cut")
         assert all(whole[key] == row for key, row in kept.items())
@@ -518,7 +518,7 @@ def test_kill_9_loses_nothing_but_running_slots(killed: Path) -> None:
     some = next((killed / "cut" / "vectors").glob("*.bin"))
     with some.open("ab") as stream:
         stream.write(b"half a vector")
-    ran = subprocess.run(command(killed, "cut", "--json"), env=ENV, capture_output=True, check=True)
+    ran = subprocess.run([*words, "--json"], env=ENV, capture_output=True, check=True)
     status = json.loads(ran.stdout.splitlines()[-1])
     assert status["rows_now"] == len(whole) - len(kept)
     assert everything(killed / "cut") == whole
@@ -541,7 +541,7 @@ def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
     whole = everything(killed / "whole")
     file, struck = killed / "ray" / "study.sqlite", 0
     with (killed / "ray.log").open("w") as log:
-        words = command(killed, "ray", "--workers", "2")
+        words = command(sys.executable, killed, "ray", "--workers", "2")
         process = subprocess.Popen(words, env=ENV, stdout=log, stderr=log)
         try:
             end = time.monotonic() + 590  # Ray takes its time on a busy machine
