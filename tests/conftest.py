@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import preloaded
 import support
+import typechecks  # noqa: F401  (before memvec is imported)
 from memvec.cramming.recipe import Recipe
 from memvec.errors import SlowPathWarning
 from memvec.model.lm import FrozenLM

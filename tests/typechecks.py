@@ -1,0 +1,104 @@
+"""Types and shapes of every call into memvec, checked at a fraction of jaxtyping's own cost.
+
+pytest runs with `--jaxtyping-packages`, whose import hook puts `@jaxtyping.jaxtyped(...)` on every
+function and class of memvec. That decorator binds the arguments to a signature, checks them, calls
+the function and checks arguments and result together; and it makes its checks anew each time that
+a function inside another is defined. All this was half of the suite's processor time. The one here
+checks arguments and result once each, and keeps the checks of a function by its code.
+
+As there, letters of shapes (B, K, T, D, V) mean the same numbers within one call, and
+`jaxtyping_disable` switches all checks off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import beartype
+import jaxtyping
+
+Check = Callable[..., Any]
+one_call = functools.partial(jaxtyping.jaxtyped, "context")  # what letters mean in it
+known: dict[types.CodeType, tuple[Check, Check, bool]] = {}
+
+
+def jaxtyped(*, typechecker: object) -> Callable[[Any], Any]:
+    """The decorator, as the import hook calls it."""
+    return checked
+
+
+def checked(what: Any) -> Any:
+    """The function with its types checked at each call; of a class, a dataclass's `__init__`."""
+    if inspect.isclass(what):
+        if dataclasses.is_dataclass(what) and not hasattr(what.__init__, "checks"):
+            what.__init__ = checked(what.__init__)
+        return what
+    if what.__code__ not in known:
+        known[what.__code__] = checks_of(what)
+    takes, gives, has_letters = known[what.__code__]
+
+    @functools.wraps(what)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if jaxtyping.config.jaxtyping_disable:
+            return what(*args, **kwargs)
+        if not has_letters:
+            takes(*args, **kwargs)
+            return gives(what(*args, **kwargs))
+        with one_call():
+            takes(*args, **kwargs)
+            return gives(what(*args, **kwargs))
+
+    call.checks = True
+    return call
+
+
+def checks_of(function: types.FunctionType) -> tuple[Check, Check, bool]:
+    """What checks a function's arguments, what checks its result and returns it, and whether they
+    have letters in common."""
+    signature, empty = inspect.signature(function), inspect.Parameter.empty
+    hints = {name: hint_of(p.annotation, function) for name, p in signature.parameters.items()}
+    result = hint_of(signature.return_annotation, function)
+    plain = [
+        p.replace(annotation=empty, default=empty if p.default is empty else None)
+        for p in signature.parameters.values()
+    ]
+    names = signature.replace(parameters=plain, return_annotation=empty)
+    made: dict[str, Any] = {}
+    exec(f"def takes{names}: pass\ndef gives(result): return result", made)
+    for one, types_of in (("takes", hints), ("gives", {"return": result})):
+        made[one].__annotations__ = {k: v for k, v in types_of.items() if v is not Any}
+        made[one].__qualname__, made[one].__module__ = function.__qualname__, function.__module__
+    made["takes"].__defaults__ = function.__defaults__
+    made["takes"].__kwdefaults__ = function.__kwdefaults__
+    shaped = any(has_shape(hint) for hint in (*hints.values(), result))
+    return beartype.beartype(made["takes"]), beartype.beartype(made["gives"]), shaped
+
+
+def hint_of(annotation: Any, function: types.FunctionType) -> Any:
+    """An annotation that may be a string; Any for none, and where its names are for mypy only."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+
+    def it() -> None: ...
+
+    it.__annotations__ = {"it": annotation}
+    try:
+        return typing.get_type_hints(it, function.__globals__, include_extras=True)["it"]
+    except Exception:
+        return Any
+
+
+def has_shape(hint: Any) -> bool:
+    """Whether an array with letters is part of a type."""
+    array = inspect.isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)
+    return array or any(has_shape(inner) for inner in typing.get_args(hint))
+
+
+jaxtyping.jaxtyped = jaxtyped
