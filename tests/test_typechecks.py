@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation as Wrong
 from jaxtyping import Float, Int
+from jaxtyping import TypeCheckError as Wrong
 from torch import Tensor
 
 import typechecks
@@ -32,6 +32,16 @@ def transposed(x: Float[Tensor, "B T"]) -> Float[Tensor, "T B"]:
 class Point:
     x: Float[Tensor, " D"]
     y: Float[Tensor, " D"]
+    name: str = ""
+
+
+@typechecks.checked
+@dataclasses.dataclass
+class Numbers:
+    """Its `__init__` has the code of the other, but not its types."""
+
+    x: int
+    y: int
     name: str = ""
 
 
@@ -77,6 +87,9 @@ def test_a_dataclass_is_checked_when_it_is_made():
     for wrong in ((X[0], X[:, 0]), (X, X), (X[0], X[1], 1)):
         with pytest.raises(Wrong):
             Point(*wrong)
+    assert Numbers(1, 2).y == 2
+    with pytest.raises(Wrong):
+        Numbers(X[0], X[1])
 
 
 def test_checks_can_be_switched_off(untyped):

@@ -4,7 +4,7 @@ pytest runs with `--jaxtyping-packages`, whose import hook puts `@jaxtyping.jaxt
 function and class of memvec. That decorator binds the arguments to a signature, checks them, calls
 the function and checks arguments and result together; and it makes its checks anew each time that
 a function inside another is defined. All this was half of the suite's processor time. The one here
-checks arguments and result once each, and keeps the checks of a function by its code.
+checks arguments and result once each, and makes a function's checks once, when it is called.
 
 As there, letters of shapes (B, K, T, D, V) mean the same numbers within one call, and
 `jaxtyping_disable` switches all checks off.
@@ -20,12 +20,14 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-import beartype
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 Check = Callable[..., Any]
+checking = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 one_call = functools.partial(jaxtyping.jaxtyped, "context")  # what letters mean in it
-known: dict[types.CodeType, tuple[Check, Check, bool]] = {}
+# By the identity of a function's code, which is kept: two functions may have equal code.
+known: dict[int, tuple[types.CodeType, Check, Check, bool]] = {}
 
 
 def jaxtyped(*, typechecker: object) -> Callable[[Any], Any]:
@@ -39,15 +41,16 @@ def checked(what: Any) -> Any:
         if dataclasses.is_dataclass(what) and not hasattr(what.__init__, "checks"):
             what.__init__ = checked(what.__init__)
         return what
-    if what.__code__ not in known:
-        known[what.__code__] = checks_of(what)
-    takes, gives, has_letters = known[what.__code__]
+    code = what.__code__
 
     @functools.wraps(what)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         if jaxtyping.config.jaxtyping_disable:
             return what(*args, **kwargs)
+        if id(code) not in known:
+            known[id(code)] = (code, *checks_of(what))
+        _, takes, gives, has_letters = known[id(code)]
         if not has_letters:
             takes(*args, **kwargs)
             return gives(what(*args, **kwargs))
@@ -78,7 +81,7 @@ def checks_of(function: types.FunctionType) -> tuple[Check, Check, bool]:
     made["takes"].__defaults__ = function.__defaults__
     made["takes"].__kwdefaults__ = function.__kwdefaults__
     shaped = any(has_shape(hint) for hint in (*hints.values(), result))
-    return beartype.beartype(made["takes"]), beartype.beartype(made["gives"]), shaped
+    return checking(made["takes"]), checking(made["gives"]), shaped
 
 
 def hint_of(annotation: Any, function: types.FunctionType) -> Any:
