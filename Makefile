@@ -18,8 +18,9 @@ TORCH ?= torch==2.13.0
 UV ?= uv==0.13.9
 PIP = -m pip --quiet --quiet --disable-pip-version-check
 # Each process takes half of the files and, when it is done, some of the other's tests: what the
-# tests of a file share (a study, a model) is made once.
-SUITE = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+# tests of a file share (a study, a model) is made once. What pytest makes of the tests' code is kept
+# for the next run, in images whose Python keeps nothing too.
+SUITE = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Every extra but 'eval', which has a lock of its own.
 EXTRAS = $(foreach extra,study hub peft ray big benchmarks,--extra $(extra))
 COMPILE = uv pip compile --quiet $(EXTRAS) --group test --group build --python-version 3.11

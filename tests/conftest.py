@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network for a model is a wrong test
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+gc.disable()  # until all is imported: collections would take a quarter of that time
 
 import jaxtyping
 import pytest
@@ -56,6 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         family = parameters.params.get("family") if parameters is not None else None
         if family in FAMILIES | ALSO and family not in IN_EVERY_CHECK:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collect again, but never look through what the imports made: it is large, and it stays."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

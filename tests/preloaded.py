@@ -29,11 +29,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 LIBRARIES = """
-import gc, peft, pydantic, rich.console, safetensors.torch, tokenizers, torch, typer
+import gc
+gc.disable()
+import peft, pydantic, rich.console, safetensors.torch, tokenizers, torch, typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import LlamaForCausalLM, Olmo2ForCausalLM, PreTrainedTokenizerFast
 gc.collect()
 gc.freeze()  # a collection in a program does not touch, and so copy, what all of them share
+gc.enable()
 """
 
 # Nothing passes a SIGKILL on; SIGUSR1, which ends a Python as abruptly, becomes one.
