@@ -49,7 +49,7 @@ PASSED_ON = {
 
 def begin() -> tuple[str, Callable[[], None]]:
     """Start the process that forks; returns the path of the Python for tests, and what ends it."""
-    if os.environ.get("MEMVEC_TRUE_PYTHON") or not hasattr(os, "fork"):
+    if os.environ.get("MEMVEC_TRUE_PYTHON") or sys.platform != "linux":
         return sys.executable, lambda: None
     folder = Path(tempfile.mkdtemp(prefix="memvec-"))  # short: so must a socket's path be
     words = [sys.executable, "-P", __file__]
@@ -85,7 +85,10 @@ def run(path: str, words: list[str]) -> int:
         line.sendall(json.dumps([words, dict(os.environ), str(Path.cwd())]).encode() + b"\n")
         for number in PASSED_ON:
             signal.signal(number, lambda number, _: line.send(bytes([PASSED_ON[number]])))
-        status = json.loads(line.makefile().readline())
+        ended = line.makefile().readline()
+    if not ended:
+        sys.exit("the process that forks has ended: MEMVEC_TRUE_PYTHON=1 does without it.")
+    status = json.loads(ended)
     if os.WIFSIGNALED(status):
         if os.WTERMSIG(status) != signal.SIGKILL:
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
