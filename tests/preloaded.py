@@ -107,6 +107,8 @@ def serve(path: str) -> list[str] | None:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
     listening.listen(64)
+    # Programs can be interrupted, also where a shell started all this in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("listening", flush=True)
     imported, keepers = False, 0
     while listening in select.select([listening, 0], [], [])[0]:
