@@ -52,9 +52,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(params, list(update.unbind()))
 
 
-def optimizers(matrices, others, device: str):
-    """Muon for matrices [(params, rate)], AdamW for the others; rates are tensors on the device."""
-    ((params, rate),) = matrices
+def optimizers(matrices, rate: float, others, device: str):
+    """Muon for matrices at a rate, AdamW for others [(params, rate)]; rates are tensors there."""
 
     def tensor(rate: float):
         return torch.tensor(rate, device=device)
@@ -64,4 +63,4 @@ def optimizers(matrices, others, device: str):
     adam = torch.optim.AdamW(
         groups, lr=tensor(0.0), betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu
     )
-    return [Muon(params, tensor(rate)), adam]
+    return [Muon(matrices, tensor(rate)), adam]

@@ -282,7 +282,8 @@ class Run:
         rest = [p for p in self.model.parameters() if id(p) not in inside]
         recipe = self.recipe
         self.optimizers = optimizers(
-            [(matrices, recipe.lr_matrices)],
+            matrices,
+            recipe.lr_matrices,
             [
                 (rest, recipe.lr_rest),
                 ([self.encoder.summary], recipe.lr_rest),
