@@ -52,19 +52,19 @@ class Shape:
         )
 
 
-@torch.compile(dynamic=True)
-def normalise(x, weight, eps: float):
+def rms_norm(x, weight, eps: float):
     """RMS norm in float32, back in the dtype of x."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
+normalise = torch.compile(rms_norm, dynamic=True)
+
+
 @torch.compile(dynamic=True)
 def added(stream, part, weight, eps: float):
     """The stream plus the RMS norm of a part."""
-    wide = part.float()
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(part.dtype)
-    return stream + normed
+    return stream + rms_norm(part, weight, eps)
 
 
 @torch.compile(dynamic=True)

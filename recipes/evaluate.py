@@ -100,7 +100,7 @@ def context_gain(lm, stream, T: int, C: int, n: int) -> dict:
 
 def longest(lm, K: int) -> int:
     """Tokens of a passage for K vectors: more than they hold, as far as the context has room."""
-    return min(400 * K, lm.context - K - 8)
+    return min(200 * K, lm.context - K - 8)
 
 
 def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
@@ -158,6 +158,7 @@ def main():
         choices=["loss", "context", "one-pass", "horizon"],
     )
     parser.add_argument("--passages", type=int, default=16)
+    parser.add_argument("--tokens", type=int, help="of each passage whose horizon is measured")
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", default="auto", help="'encoder', 'noise' or 'auto'")
@@ -188,7 +189,7 @@ def main():
                     yield one_pass(lm, stream, K, T, 128)
         if "horizon" in args.parts:
             for K in args.vectors:
-                yield horizon(lm, stream, K, longest(lm, K), args.passages, recipe)
+                yield horizon(lm, stream, K, args.tokens or longest(lm, K), args.passages, recipe)
 
     with (args.log or args.work / "evaluate.jsonl").open("a") as log:
         for row in rows():

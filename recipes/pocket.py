@@ -138,6 +138,7 @@ class Recipe:
     seed: int = 0
     checkpoint_every: int = 100
     log_every: int = 10
+    """Steps between two lines of the log."""
 
 
 class Encoder(nn.Module):
@@ -322,19 +323,34 @@ class Run:
 
     def load(self, path: Path):
         state = torch.load(path, weights_only=True, map_location=self.device)
-        self.model.load_state_dict(state["model"])
-        self.encoder.load_state_dict(state["encoder"])
-        for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            opt.load_state_dict(saved)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.encoder.load_state_dict(state["encoder"])
+            for opt, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                opt.load_state_dict(saved)
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(
+                f"{path} is of another shape or recipe: use another --work."
+            ) from error
         self.step, self.tokens, self.targets, self.accuracy, self.seconds = state["progress"]
         self.inner_targets = state["inner_targets"]
 
     def begin_with(self, folder: Path):
         """Take over the weights of an exported folder; the optimisers begin anew."""
-        weights = load_file(folder / "model.safetensors", device=self.device)
-        weights.pop("lm_head.weight", None)  # tied
-        self.model.load_state_dict(weights)
-        self.encoder.load_state_dict(load_file(folder / "encoder.safetensors", device=self.device))
+        try:
+            weights, encoder = (
+                load_file(folder / f"{name}.safetensors", device=self.device)
+                for name in ("model", "encoder")
+            )
+            weights.pop("lm_head.weight", None)  # tied
+            self.model.load_state_dict(weights)
+            self.encoder.load_state_dict(encoder)
+        except FileNotFoundError as error:
+            raise SystemExit(
+                f"--begin {folder}: it has no model and encoder."
+            ) from error
+        except RuntimeError as error:
+            raise SystemExit(f"--begin {folder}: that model has another shape.") from error
 
     def half_width(self):
         """bfloat16 products, float32 weights."""
@@ -458,7 +474,7 @@ class Run:
         least = 2 if K > 1 else 4
         most = (self.shape.max_position_embeddings - K - room) // K
         most = min(most, self.recipe.most_tokens)
-        allowed = [n for n in LENGTHS if least <= n <= most]
+        allowed = [n for n in LENGTHS if least <= n <= most] or [most]
         return K * min(allowed, key=lambda n: abs(math.log(n * K / tokens)))
 
     def noise_of(self, count: int, K: int):
