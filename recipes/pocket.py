@@ -346,9 +346,7 @@ class Run:
             self.model.load_state_dict(weights)
             self.encoder.load_state_dict(encoder)
         except FileNotFoundError as error:
-            raise SystemExit(
-                f"--begin {folder}: it has no model and encoder."
-            ) from error
+            raise SystemExit(f"--begin {folder}: it has no model and encoder.") from error
         except RuntimeError as error:
             raise SystemExit(f"--begin {folder}: that model has another shape.") from error
 
