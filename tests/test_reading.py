@@ -83,9 +83,9 @@ def test_the_slow_path_finds_the_same_inside(family):
     inputs, token = lm.inputs(vectors[None], torch.tensor([ASKED.ids]), "bos"), ASKED.ids[0]
     before, layers = lm.config._attn_implementation, lm.config.num_hidden_layers
     whole = lm.states_of(inputs, keep=3)
-    shares = slow_inside.attention_shares(lm, vectors, [lm.trigger, *ASKED.ids[:-1]])
+    shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *ASKED.ids[:-1]])
     assert shares == pytest.approx(inside.attention_shares(lm, inputs, K), abs=1e-4)
-    slow_lens = slow_inside.lens(lm, vectors, [lm.trigger], token)
+    slow_lens = slow_inside.lens(lm, vectors, list(lm.trigger), token)
     fast = inside.logit_lens(lm, inputs, K, token)
     for ours, theirs in zip(fast, slow_lens, strict=True):
         assert ours == [pytest.approx(theirs[0], abs=1e-2), *theirs[1:]]

@@ -64,7 +64,7 @@ def test_a_space_is_read_as_the_models_own_forward_reads_it(recipe, family, K):
     assert vectors.shape == (3, K, view.numbers)
     ids = torch.tensor([p.ids[:3] for p in ASKED])
     ours = view.head(view.states(vectors, ids, rule))
-    given = ids[:, :1].tolist() if rule == "first-token" else [[view.trigger]] * 3
+    given = ids[:, :1].tolist() if rule == "first-token" else [list(view.trigger)] * 3
     given = [[]] * 3 if rule == "vectors" else given
     for row, (numbers, before) in enumerate(zip(vectors, given, strict=True)):
         true = ids[row].tolist()[int(rule == "first-token") :]
@@ -88,7 +88,7 @@ def test_what_is_crammed_is_exact_by_an_independent_decode(recipe, family):
     assert all(o.exact for o in outcomes)
     for o in outcomes:
         ids, rule = list(o.passage.ids), engine.start_rule
-        given = [engine.lm.trigger] if rule == "bos" else ids[: int(rule == "first-token")]
+        given = list(engine.lm.trigger) if rule == "bos" else ids[: int(rule == "first-token")]
         wanted = ids[int(rule == "first-token") :]
         assert slow.greedy(engine.lm, o.vectors.float(), given, len(wanted)) == wanted
         bits, margin = slow.teacher_forced(engine.lm, o.vectors, ids, rule)

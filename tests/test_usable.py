@@ -16,6 +16,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
+from memvec.model.trigger import token_named
 from memvec.usable import generate, queries, teacher
 from memvec.usable.certificate import certify_use
 from memvec.vectors import MemVectors
@@ -187,7 +188,7 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
     assert again.header.use == mem.header.use
     assert codec.decode(lm, again) == ["the cat sat on the mat and the dog"]
     if trigger != "bos":
-        assert again.header.trigger == lm.token_named(trigger)
+        assert again.header.trigger == token_named(lm, trigger)
         other = MemVectors(again.vectors, again.header.model_copy(update={"trigger": None}))
         certificate, _ = codec.verify(lm, other)
         assert not certificate["exact"]  # behind another token the passage does not come
@@ -321,7 +322,7 @@ def test_a_model_without_bos_needs_a_trigger(untyped):
     with pytest.raises(MemvecError, match="need a trigger"):
         Engine(lm, replace(USABLE, trigger="#3", start_rule="vectors"))
     with pytest.raises(MemvecError, match="a trigger is one"):
-        reader("words").token_named("the cat")
+        token_named(reader("words"), "the cat")
 
 
 @pytest.mark.slow

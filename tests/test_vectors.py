@@ -19,7 +19,8 @@ from conftest import QUICK, reader, tiny
 from memvec import codec
 from memvec.cli import display
 from memvec.errors import MemvecError, NotExactError
-from memvec.vectors import MemVectors, _digest, existing_path
+from memvec.vectors import MemVectors
+from memvec.vectors_file import digest_of, existing_path
 from memvec.writing import pretty_json
 
 TEXTS = ["the fox\r\n", "Zürich 👍"]
@@ -49,7 +50,7 @@ def forged(mem: MemVectors, path: Path, vectors: torch.Tensor | None = None, **c
     text = json.dumps(header)
     vectors = mem.vectors if vectors is None else vectors
     tensors = {"vectors": vectors}
-    path.write_bytes(to_safetensors(tensors, {"memvec": text, "sha256": _digest(text, tensors)}))
+    path.write_bytes(to_safetensors(tensors, {"memvec": text, "sha256": digest_of(text, tensors)}))
     return path
 
 
@@ -84,7 +85,7 @@ def test_the_digest_covers_what_the_numbers_are(mem, tmp_path):
     file = tmp_path / "a.mem"
     other = mem.vectors.view(torch.bfloat16)
     metadata = {"memvec": mem.header.model_dump_json()}
-    metadata["sha256"] = _digest(metadata["memvec"], {"vectors": mem.vectors})
+    metadata["sha256"] = digest_of(metadata["memvec"], {"vectors": mem.vectors})
     file.write_bytes(to_safetensors({"vectors": other}, metadata))
     with pytest.raises(MemvecError, match="digest does not match"):
         MemVectors.load(file)

@@ -301,10 +301,13 @@ class CramJob:
             )
             for i, d in enumerate(self.documents)
         ]
+        soft, other = self.engine.lm.soft, self.engine.lm.other_trigger
+        token = other[0] if other is not None and soft is None else None
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
-            trigger=self.engine.lm.other_trigger,
+            trigger=token,
+            soft_trigger=0 if soft is None else len(soft),
             layout=self.lm.layout,
             space=_space_record(self.engine.lm),
             packing=self.storage.packing,
@@ -313,7 +316,7 @@ class CramJob:
             documents=documents,
             passages=passages,
         )
-        return MemVectors(torch.stack([o.vectors for o in outcomes]), header)
+        return MemVectors(torch.stack([o.vectors for o in outcomes]), header, soft)
 
     def _text(self, document: Document) -> str:
         return document.data(self.lm).decode(document.encoding)

@@ -89,6 +89,11 @@ class Header(Record):
         ge=0,
         description="token id that follows the vectors under the start rule 'bos'; none: the BOS",
     )
+    soft_trigger: int = Field(
+        default=0,
+        ge=0,
+        description="soft tokens that follow them instead, the rows of the tensor 'trigger'",
+    )
     packing: PackingName | None = Field(
         default=None, description="integers that the numbers are stored as; none: as they are"
     )
@@ -114,6 +119,8 @@ class Header(Record):
     def _adds_up(self) -> Self:
         if self.layout != "prefix" and (self.start_rule != "vectors" or self.space):
             raise ValueError("one-step vectors are inputs that are not followed by tokens")
+        if self.soft_trigger and (self.start_rule != "bos" or self.trigger is not None):
+            raise ValueError("a crammed trigger stands where BOS or another token would")
         if sum(d.passages for d in self.documents) != len(self.passages):
             raise ValueError("the documents do not add up to the passages")
         return self

@@ -18,6 +18,8 @@ from memvec.model.lm import FrozenLM
 from memvec.model.memory import keep_freed_memory, out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
+from memvec.model.trigger import FILE_NAME as TRIGGER_FILE
+from memvec.model.trigger import load_trigger
 from memvec.versions import warn_of_untested_versions
 
 DTYPES = {
@@ -150,11 +152,13 @@ def _weights(
 
 
 def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -> None:
-    """What a model's folder holds besides weights: measured facts, and a one-pass encoder."""
+    """What a model's folder holds besides weights: measured facts, an encoder, and a trigger."""
     if local is not None and (facts := local / "memvec.json").is_file():
         lm.facts = json.loads(facts.read_text())
     if local is not None and (own := local / "encoder.safetensors").is_file():
         lm.encoder = load_encoder(own, lm)
+    if local is not None and (own := local / TRIGGER_FILE).is_file():
+        lm.own_trigger = load_trigger(own, lm)
     if encoder is not None:
         lm.encoder = load_encoder(Path(encoder).expanduser(), lm)
 

@@ -9,17 +9,13 @@ codes take eight times their size once they are numbers).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from memvec import corrections, hub, metrics
@@ -29,20 +25,23 @@ from memvec.header import Header, PassageRecord
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space, reading_named
+from memvec.model.trigger import with_trigger
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES, Storage
-from memvec.writing import write_atomically
+from memvec.vectors_file import existing_path, read_file, write_file
 
 
 class MemVectors:
     """P sets of K [mem] vectors, `vectors` (P, K, D), and a header.
 
+    `trigger` (R, D) is the crammed trigger that follows them, if the header says that one does.
+
     The vectors are in the dtype they are stored in; those stored as integers are float32 here, the
     very numbers that the integers stand for.
     """
 
-    def __init__(self, vectors: Tensor, header: Header) -> None:
+    def __init__(self, vectors: Tensor, header: Header, trigger: Tensor | None = None) -> None:
         if vectors.dim() != 3 or len(vectors) != len(header.passages):
             raise MemvecError(
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
@@ -58,7 +57,13 @@ class MemVectors:
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
         if reading.crammer and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
+        if header.soft_trigger != (0 if trigger is None else len(trigger)):
+            raise MemvecError(
+                f"these vectors need a trigger of {header.soft_trigger} soft tokens by their "
+                "header, and it is not what came with them."
+            )
         self.vectors = vectors.detach().cpu().contiguous()
+        self.trigger = None if trigger is None else trigger.detach().float().cpu().contiguous()
         self.header = header
         if header.packing is not None:
             kept = self.vectors.float()
@@ -193,10 +198,13 @@ class MemVectors:
 
     def view(self, lm: FrozenLM) -> FrozenLM:
         """The model as it reads these vectors: their layout, their space and their trigger."""
+        own = self.header.trigger if self.trigger is None else self.trigger
+        return with_trigger(self._in_space(lm), own)
+
+    def _in_space(self, lm: FrozenLM) -> FrozenLM:
         lm = lm.read_as(self.header.layout)
-        if (space := self.header.space) is not None:
-            lm = in_space(lm, space.name, space.options)
-        return lm.with_trigger(self.header.trigger)
+        space = self.header.space
+        return lm if space is None else in_space(lm, space.name, space.options)
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
         """The bytes of every document. Raises like `tokens`."""
@@ -213,7 +221,7 @@ class MemVectors:
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
         theirs = self.header.model
-        if self.vectors.shape[2] != (takes := self.view(lm).numbers):
+        if self.vectors.shape[2] != (takes := self._in_space(lm).numbers):
             raise MemvecError(
                 f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
                 f"{takes}: they were made for {theirs.get('name')}."
@@ -237,61 +245,17 @@ class MemVectors:
         target = Path(path)
         if target.exists() and not force:
             raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
-        header = self.header.model_dump_json()
         tensors = self.storage.pack(self.stored)
-        digest = _digest(header, tensors)
-        data = to_safetensors(tensors, {"memvec": header, "sha256": digest})
-        write_atomically(target, data)
+        if self.trigger is not None:
+            tensors["trigger"] = self.trigger
+        write_file(target, self.header, tensors)
         return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MemVectors:
         """Read and check a file. Raises MemvecError: missing, truncated, foreign or changed."""
-        file = existing_path(path)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                names = set(opened.keys())
-                if "memvec" not in metadata or names not in ({"vectors"}, {"codes", "scales"}):
-                    raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
-                header = Header.model_validate_json(metadata["memvec"])
-                if (header.packing is None) != (names == {"vectors"}):
-                    raise MemvecError(
-                        f"{file} claims the packing {header.packing} and does not hold it: it is "
-                        "damaged."
-                    )
-                first = "vectors" if header.packing is None else "codes"
-                shape = opened.get_slice(first).get_shape()
-                rows = reading_named(header.layout).row_count(len(header.passages))
-                if len(shape) != 3 or shape[0] != rows or 0 in shape:
-                    raise MemvecError(
-                        f"{file} claims {len(header.passages)} passages and holds vectors of shape "
-                        f"{tuple(shape)}: it is damaged."
-                    )
-                tensors = {name: opened.get_tensor(name) for name in sorted(names)}
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"]) or "header"
-            raise MemvecError(f"{file} has a damaged header ({where}: {problem['msg']}).") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise MemvecError(
-                f"{file} is not a file of [mem] vectors, or is truncated: {error}."
-            ) from None
-        dtype = str(tensors[first].dtype).removeprefix("torch.")
-        storage = STORAGES.get(header.packing or dtype)
-        if storage is None:
-            raise MemvecError(f"{file} stores {dtype}, which memvec does not write.")
-        if _digest(metadata["memvec"], tensors) != metadata.get("sha256"):
-            raise MemvecError(
-                f"{file} was changed after it was written: its digest does not match."
-            )
-        try:
-            vectors = storage.unpack(tensors)
-        except ValueError as error:
-            raise MemvecError(f"{file} {error}.") from None
-        if not bool(torch.isfinite(vectors.float()).all()):
-            raise MemvecError(f"{file} holds numbers that are not finite.")
-        return cls(reading_named(header.layout).vectors(vectors), header)
+        header, vectors, trigger = read_file(existing_path(path))
+        return cls(reading_named(header.layout).vectors(vectors), header, trigger)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""
@@ -312,30 +276,9 @@ class MemVectors:
             p.model_copy(update={"exact": e}) for p, e in zip(self.passages, exact, strict=True)
         ]
         header = self.header.model_copy(update={"certificate": certificate, "passages": passages})
-        return MemVectors(self.vectors, header)
+        return MemVectors(self.vectors, header, self.trigger)
 
     def with_use(self, use: dict[str, Any] | None) -> MemVectors:
         """The same vectors with what they are worth as context."""
-        return MemVectors(self.vectors, self.header.model_copy(update={"use": use}))
-
-
-def existing_path(path: str | os.PathLike[str]) -> Path:
-    """The file a person means: `letter.mem` also finds `letter.mem.safetensors`."""
-    file = Path(path)
-    if file.is_dir():
-        raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
-    longer = file.with_name(file.name + ".safetensors")
-    if not file.exists() and longer.exists():
-        return longer
-    if not file.exists():
-        raise MemvecError(f"there is no file {file}.")
-    return file
-
-
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        flat = tensors[name].contiguous().flatten()
-        digest.update(f"{name} {flat.dtype} {list(tensors[name].shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        header = self.header.model_copy(update={"use": use})
+        return MemVectors(self.vectors, header, self.trigger)

@@ -25,6 +25,7 @@ from memvec.cli import (
     plan,
     sentences,
     study,
+    trigger,
     use,
     verify,
 )
@@ -49,6 +50,7 @@ app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(study.app, name="study")
 app.add_typer(encoder.app, name="encoder")
+app.add_typer(trigger.app, name="trigger")
 app.add_typer(sentences.lab, name="lab")
 
 

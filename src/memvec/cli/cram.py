@@ -191,15 +191,19 @@ class _Request:
             "layout": self.layout,
             "storage": self.storage,
             "version": __version__,
-            **self._questions(),
+            **self._files(lm),
         }
 
-    def _questions(self) -> dict[str, str]:
-        """A hash of the file of questions, if the recipe names one: its name says too little."""
-        path = Path(self.recipe.queries)
-        if self.recipe.term != "use" or not path.is_file():
-            return {}
-        return {"questions": hashlib.sha256(path.read_bytes()).hexdigest()}
+    def _files(self, lm: FrozenLM) -> dict[str, str]:
+        """Hashes of the files that the recipe names: their names say too little."""
+        found = {}
+        if self.recipe.term == "use" and (path := Path(self.recipe.queries)).is_file():
+            found["questions"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if self.recipe.trigger == "auto" and lm.own_trigger is not None:
+            found["trigger"] = lm.own_trigger.identity
+        elif (path := Path(self.recipe.trigger)).is_file():
+            found["trigger"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
 
 
 def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.encoder_recurrent import plan_of, print_segments
+from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -30,20 +31,10 @@ app = typer.Typer(
 )
 
 REPORT_EVERY = 10.0  # seconds between lines of progress
-PIECE = 100_000  # characters tokenised at once: tokens of a novel take 100 times its memory
 COLUMNS = (
     *("tokens", "one pass: exact", "leading tokens", "crammed from encoder", "steps"),
     *("from noise", "steps", "fewer"),
 )
-
-Texts = Annotated[
-    str, typer.Option("--text", help="txt, jsonl, parquet, csv, a folder of them, or -.")
-]
-Where = Annotated[
-    list[str] | None, typer.Option(help="Keep table rows with COLUMN=VALUE, e.g. split=train.")
-]
-Column = Annotated[str, typer.Option(help="Column of a table that holds the text.")]
-
 
 # ---------------------------------------------------------------------- train
 
@@ -104,12 +95,12 @@ def train(
     plan = plan_of(
         recurrent, own, {**shape, "steps": steps, "positions": positions, "lr": lr, "seed": seed}
     )
-    target = _target(model, out, force)
+    target = target_of(model, "encoder.safetensors", out, force)
 
     from memvec.loading import load_lm
 
     lm = load_lm(model, device=device, dtype=dtype)
-    _train(lm, _token_stream(lm, text, column, where), plan, target)
+    _train(lm, token_stream(lm, text, column, where), plan, target)
 
 
 def _train(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan, target: Path) -> None:
@@ -143,16 +134,6 @@ def _train(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan, target: Path) ->
     )
 
 
-def _target(model: str, out: Path | None, force: bool) -> Path:
-    """The file to write, by default in the model's folder; MemvecError if it cannot be written."""
-    target = out or (Path(model) if Path(model).is_dir() else Path()) / "encoder.safetensors"
-    if target.exists() and not force:
-        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
-    if not target.parent.is_dir():
-        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
-    return target
-
-
 def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
     """Prints a line every ten seconds, and one for the last step."""
     from memvec.cli.display import say
@@ -172,32 +153,6 @@ def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
         )
 
     return show
-
-
-def _token_stream(
-    lm: FrozenLM, text: str, column: str, where: list[str] | None
-) -> Int[Tensor, " N"]:
-    """Token ids of all the text, one text after the other."""
-    import torch
-
-    from memvec.lab.sources.text_readers import read_texts
-
-    ids: list[int] = []
-    for _, one in read_texts(text, None, column, pairs_of(where)):
-        for start in range(0, len(one), PIECE):
-            ids += lm.tokenize(one[start : start + PIECE])
-    return torch.tensor(ids)
-
-
-def pairs_of(where: list[str] | None) -> dict[str, str]:
-    """Columns and values from --where. Raises MemvecError for one without an equals sign."""
-    values = {}
-    for pair in where or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise MemvecError(f"--where takes COLUMN=VALUE, not '{pair}'.")
-        values[name] = value
-    return values
 
 
 # ---------------------------------------------------------------------- measure
@@ -256,8 +211,8 @@ def measure(
     if segments is None:
         from memvec.encoders.measure import compare
 
-        stream = _token_stream(lm, text, column, where)
-        ids = _drawn(stream, text, max(longest, *tokens_per_vector), passages, seed)
+        stream = token_stream(lm, text, column, where)
+        ids = drawn(stream, text, max(longest, *tokens_per_vector), passages, seed)
         comparison = compare(lm, ids, tokens_per_vector, Recipe.of(steps=steps))
         _show(comparison, json, lambda: _print_comparison(lm.name, comparison))
         return
@@ -267,8 +222,8 @@ def measure(
     own = recurrent_of(lm)
     tokens = segments * own.segment
     check_chain(lm, own, tokens, segments, lags or own.lags)
-    stream = _token_stream(lm, text, column, where)
-    ids = _drawn(stream, text, tokens, passages, seed)
+    stream = token_stream(lm, text, column, where)
+    ids = drawn(stream, text, tokens, passages, seed)
     controls = Recipe.of(steps=steps) if steps else None
     back = compare_segments(lm, ids, segments, lags, controls)
     _show(back, json, lambda: print_segments(lm.name, back))
@@ -288,19 +243,6 @@ def _numbers(lengths: str) -> list[int]:
         return [int(part) for part in lengths.split(",")]
     except ValueError:
         raise MemvecError(f"--lengths takes numbers with commas, not '{lengths}'.") from None
-
-
-def _drawn(
-    stream: Int[Tensor, " N"], text: str, tokens: int, count: int, seed: int
-) -> Int[Tensor, "count tokens"]:
-    """Passages from random places of a text. Raises MemvecError if it is too short."""
-    import torch
-
-    if len(stream) < tokens + count:
-        raise MemvecError(f"{text} has {len(stream)} tokens, too few for passages of {tokens}.")
-    draw = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(stream) - tokens + 1, (count, 1), generator=draw)
-    return stream[starts + torch.arange(tokens)]
 
 
 def _print_comparison(name: str, comparison: Comparison) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memvec.cli import options
-from memvec.cli.encoder import REPORT_EVERY, Column, Texts, Where, pairs_of
+from memvec.cli.encoder import REPORT_EVERY
+from memvec.cli.training_text import Column, Texts, Where, pairs_of
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:

@@ -54,6 +54,8 @@ class Engine:
     settings that cannot work with the model.
     """
 
+    step_type: type[Step] = Step
+
     def __init__(
         self,
         lm: FrozenLM,
@@ -84,7 +86,7 @@ class Engine:
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
-        self.one_step = Step(
+        self.one_step = self.step_type(
             lm, self.module, self.recipe, vectors, self.start_rule, self.storage, fixed_shapes
         )
         self.schedule = self.one_step.schedule
@@ -119,7 +121,7 @@ class Engine:
         """Longest passage that fits the model's context behind the vectors."""
         if self.lm.context is None:
             return None
-        return self.lm.context - self.K - (self.start_rule == "bos")
+        return self.lm.context - self.K - len(self.lm.trigger) * (self.start_rule == "bos")
 
     def trial(self, tokens: int, batch_size: int) -> float:
         """Seconds of a step of `batch_size` passages of `tokens` tokens: one is made, and dropped.

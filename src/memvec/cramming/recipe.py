@@ -148,7 +148,8 @@ class Recipe:
     trigger: str = documented(
         "bos",
         "the token that follows the vectors under the start rule 'bos', behind which the passage "
-        "comes: 'bos', the text of another token, or its number as '#17'",
+        "comes: 'bos', the text of another token, its number as '#17', a file of 'memvec trigger "
+        "train', or 'auto': the crammed trigger of the model's folder if it has one, else BOS",
     )
     compute: ComputeName = documented(
         "auto",

@@ -16,6 +16,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space
+from memvec.model.trigger import trigger_named, with_trigger
 from memvec.passages.passage import ids_hash
 
 
@@ -92,7 +93,7 @@ def start_vectors(
 def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
     """The model with the recipe's space and trigger. Raises MemvecError if it has them not."""
     lm = in_space(lm, recipe.space, recipe.record())
-    return lm if recipe.trigger == "bos" else lm.with_trigger(lm.token_named(recipe.trigger))
+    return lm if recipe.trigger == "bos" else with_trigger(lm, trigger_named(lm, recipe.trigger))
 
 
 def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
@@ -108,7 +109,7 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
             f"in the space '{lm.reading.space}' a token stands before the first predicted one: "
             f"use --start-rule {rules}, not {rule}."
         )
-    if rule == "bos" and lm.trigger is None:
+    if rule == "bos" and not lm.trigger:
         raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
     return rule
 

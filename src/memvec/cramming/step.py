@@ -12,6 +12,7 @@ paper's choices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -239,7 +240,7 @@ class Step:
         for output, at in zip(measured.term.outputs, term_slopes, strict=True):
             outputs.append(output)
             slopes.append(at * rows.reshape(-1, *(1 for _ in at.shape[1:])).to(at.dtype))
-        (gradient,) = torch.autograd.grad(outputs, batch.parameters, slopes)
+        gradient = self.gradient(outputs, batch, slopes)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
         self.optimizer.step(
             batch.parameters, gradient, batch.optimizer, moving, batch.schedule.lr_scale
@@ -249,6 +250,13 @@ class Step:
         before = self.lm.inputs_before(self.K, self.start_rule)
         spent = counted + before + self.term.inputs(counted)
         batch.spent = batch.spent + spent * moving
+
+    def gradient(
+        self, outputs: Sequence[Tensor], batch: BatchState, slopes: Sequence[Tensor]
+    ) -> Tensor:
+        """The gradient of every slot's loss at its parameters, from those at some outputs."""
+        (gradient,) = torch.autograd.grad(outputs, batch.parameters, slopes)
+        return gradient
 
     @torch.no_grad()
     def enlarged(self, parameters: Tensor, rows: Bool[Tensor, " B"]) -> Tensor:

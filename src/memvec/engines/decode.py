@@ -128,14 +128,16 @@ def check(
 
 def passage_prompts(mem: MemVectors, lm: FrozenLM) -> tuple[list[Prompt], list[list[int]]]:
     """The prompt of each passage, and the tokens of it that are given and not generated."""
-    trigger = mem.view(lm).trigger if mem.header.start_rule == "bos" else None
+    plain = mem.header.start_rule == "bos" and mem.trigger is None
+    trigger = list(mem.view(lm).trigger) if plain else []
     prompts, starts = [], []
     for vectors, record in zip(mem.vectors, mem.passages, strict=True):
         begins = [] if record.first is None else [record.first]
-        given = begins if trigger is None else [trigger]
+        given = trigger or begins
         wanted = record.tokens - len(begins)
         # As the model reads them: rounded to its dtype.
-        cast = vectors.to(lm.dtype).to(torch.float32)
+        soft = [] if mem.trigger is None else [mem.trigger]
+        cast = torch.cat([vectors.float(), *soft]).to(lm.dtype).to(torch.float32)
         prompts.append(Prompt(cast, given, wanted, embedded(given, lm).float()))
         starts.append(begins)
     return prompts, starts

@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from memvec.environment import environment
 from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target
@@ -113,15 +115,16 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
             f"passage {i} has corrections, which only 'memvec decode' puts in their places: cram "
             "it without --corrections."
         )
-    given: tuple[int, ...] = ()
-    if rule == "bos":
-        trigger = mem.view(lm).trigger
-        if trigger is None:
+    vectors, given = mem.vectors[i], tuple[int, ...]()
+    if mem.trigger is not None:  # soft tokens are vectors to everybody else
+        vectors = torch.cat([vectors.float(), mem.trigger])
+    elif rule == "bos":
+        given = mem.view(lm).trigger
+        if not given:
             raise MemvecError(f"{lm.name} has no BOS token, and these vectors need one.")
-        given = (trigger,)
     elif rule == "first-token" and record.first is not None:
         given = (record.first,)
-    return Item(mem.vectors[i], given, record.tokens - len(_given_of_passage(record)))
+    return Item(vectors, given, record.tokens - len(_given_of_passage(record)))
 
 
 def _given_of_passage(record: PassageRecord) -> list[int]:
@@ -171,6 +174,7 @@ def _manifest(
         "model": {k: model[k] for k in ("name", "revision", "config", "weights")},
         "dtype": model["dtype"],
         "vectors_per_passage": mem.vectors.shape[1],
+        "trigger_vectors": mem.header.soft_trigger,  # behind them, in each item
         "width": mem.vectors.shape[2],
         "start_rule": mem.header.start_rule,
         "documents": [

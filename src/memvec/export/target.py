@@ -34,8 +34,9 @@ def decoder(script: str) -> dict[str, Path]:
 class Item:
     """One passage to export.
 
-    `vectors` (K, D) as stored; `given`: token ids that follow them in the input (BOS, or the
-    passage's first token, or none); `new_tokens`: number of tokens to generate.
+    `vectors` (K, D) as stored, and a crammed trigger behind them if there is one; `given`: token
+    ids that follow them in the input (BOS, or the passage's first token, or none); `new_tokens`:
+    number of tokens to generate.
     """
 
     vectors: Float[Tensor, "K D"]

@@ -65,7 +65,7 @@ def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> F
         out = lm.model(input_ids=table, use_cache=False)
     else:
         front, options = slow_space.front(lm, vectors)
-        inputs = lm.embedding(table)
+        inputs = lm.embed(table)
         if front is not None:
             inputs = torch.cat([front.to(lm.device, lm.dtype)[None], inputs], dim=1)
         out = lm.model(inputs_embeds=inputs, **options)
@@ -110,7 +110,7 @@ def teacher_forced(
 ) -> tuple[Floats, Floats]:
     """Bits and margins of the predicted tokens after the vectors (K, D) and the start token."""
     given = int(start == "first-token")
-    middle = [lm.trigger] if start == "bos" else []
+    middle = list(lm.trigger) if start == "bos" else []
     n = len(ids) - given
     table = logits(lm, vectors.float(), [*middle, *ids])[-n - 1 : -1]
     return bits_and_margins(table, tuple(ids)[given:])

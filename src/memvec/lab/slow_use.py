@@ -116,7 +116,7 @@ def margin_gradients(lm: FrozenLM, vectors: Tensor, ids: Sequence[int]) -> Float
     """(T, K·D) gradients of each token's margin behind the trigger."""
     rows = []
     for at, token in enumerate(ids):
-        point, logits = _last_logits(lm, vectors, [lm.trigger, *ids[:at]])
+        point, logits = _last_logits(lm, vectors, [*lm.trigger, *ids[:at]])
         others = torch.cat([logits[:token], logits[token + 1 :]])
         (gradient,) = torch.autograd.grad(logits[token] - others.max(), point)
         rows.append(gradient.double().cpu().numpy().ravel())
@@ -152,6 +152,6 @@ def _last_logits(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> tu
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     with torch.enable_grad():
         point = vectors.to(lm.device, lm.dtype).detach().clone().requires_grad_()
-        inputs = torch.cat([point[None], lm.embedding(table)], 1)
+        inputs = torch.cat([point[None], lm.embed(table)], 1)
         logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].float()
     return point, logits

@@ -34,6 +34,7 @@ from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
 from memvec.model.reading import PREFIX, Layout, Prefix, StartRule, reading_named
 from memvec.model.spread import embedding_std, logit_spread
+from memvec.model.trigger import CrammedTrigger, embedded
 
 if TYPE_CHECKING:
     from memvec.encoders.base import OnePassEncoder
@@ -68,7 +69,9 @@ class FrozenLM:
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Prefix = PREFIX
-        self.other_trigger: int | None = None
+        self.other_trigger: tuple[int, ...] | None = None  # instead of BOS (memvec.model.trigger)
+        self.soft: Tensor | None = None  # rows (R, D) of soft tokens, of a view with a crammed one
+        self.own_trigger: CrammedTrigger | None = None  # of the model's folder
         self._original: FrozenLM | None = None  # the model that `read_as` made this view of
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -149,9 +152,11 @@ class FrozenLM:
     # ------------------------------------------------------------------ vectors to logits
 
     def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-        """Embeddings of token ids, as they are handed to the model."""
-        embedded: Tensor = self.embedding(ids)
-        return embedded
+        """Embeddings of token ids (soft tokens among them), as they are handed to the model."""
+        if self.soft is not None:
+            return embedded(self, ids)
+        plain: Tensor = self.embedding(ids)
+        return plain
 
     @property
     def layout(self) -> Layout:
@@ -182,40 +187,10 @@ class FrozenLM:
         return self.reading.numbers(self)
 
     @property
-    def trigger(self) -> int | None:
-        """The token that follows the vectors under the start rule 'bos': BOS, or another one."""
-        return self.bos_id if self.other_trigger is None else self.other_trigger
-
-    def with_trigger(self, token: int | None) -> FrozenLM:
-        """This model with another token than BOS between the vectors and the passage; None: BOS.
-
-        Raises MemvecError for a token that the model does not have.
-        """
-        if token == self.other_trigger:
-            return self
-        if token is not None and not 0 <= token < self.vocab_size:
-            raise MemvecError(
-                f"{self.name} has no token {token} to use as a trigger: its vocabulary has "
-                f"{self.vocab_size}."
-            )
-        view = copy.copy(self)
-        view.other_trigger = token
-        return view
-
-    def token_named(self, name: str) -> int:
-        """The id of a token given as its text, or as '#' and its number.
-
-        Raises MemvecError if the text is not one token.
-        """
-        if name.startswith("#") and name[1:].isdigit():
-            return int(name[1:])
-        ids = self.tokenize(name)
-        if len(ids) != 1:
-            raise MemvecError(
-                f"'{name}' is {len(ids)} tokens of {self.name} and a trigger is one: give another, "
-                "or its number as '#17'."
-            )
-        return ids[0]
+    def trigger(self) -> tuple[int, ...]:
+        """The tokens that follow the vectors under the start rule 'bos': BOS, or others."""
+        bos = () if self.bos_id is None else (self.bos_id,)
+        return bos if self.other_trigger is None else self.other_trigger
 
     def inputs(
         self,
@@ -254,7 +229,8 @@ class FrozenLM:
 
     def inputs_before(self, K: int, start: StartRule) -> int:
         """Inputs that a forward pass reads besides one for each predicted token."""
-        return self.reading.inputs_before(K, start)
+        longer = len(self.trigger) - 1 if start == "bos" else 0  # than one start token
+        return self.reading.inputs_before(K, start) + longer
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""
@@ -298,9 +274,9 @@ class FrozenLM:
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
         """The tokens that are given between the vectors and the first predicted token."""
         if start == "bos":
-            if self.trigger is None:
+            if not self.trigger:
                 raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
-            return ids.new_full((len(ids), 1), self.trigger)
+            return ids.new_tensor(self.trigger).expand(len(ids), -1)
         return ids[:, : int(start == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:

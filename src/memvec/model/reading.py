@@ -96,10 +96,13 @@ class Prefix:
         """
         parts = [] if vectors is None else [vectors.to(lm.dtype)]
         if start == "bos":
-            token = lm.bos_id if vectors is None else lm.trigger
-            if token is None:
+            if vectors is not None:
+                before = lm.start_ids(ids, start)
+            elif lm.bos_id is not None:
+                before = ids.new_full((len(ids), 1), lm.bos_id)
+            else:
                 raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
-            parts.append(lm.embed(ids.new_full((len(ids), 1), token)))
+            parts.append(lm.embed(before))
         parts.append(lm.embed(ids[:, :-1]))
         return torch.cat(parts, dim=1)
 

@@ -125,9 +125,8 @@ class KeysValues(Prefix):
             return super().inputs(lm, None, ids, start)
         if start == "vectors":
             raise MemvecError(_nothing_before(self.space))
-        return lm.embed(torch.cat([lm.start_ids(ids, start)[:, : int(start == "bos")], ids], 1))[
-            :, :-1
-        ]
+        given = lm.start_ids(ids, start) if start == "bos" else ids[:, :0]
+        return lm.embed(torch.cat([given, ids[:, :-1]], 1))
 
     def states(
         self,
@@ -140,7 +139,8 @@ class KeysValues(Prefix):
         if vectors is None:
             return super().states(lm, None, ids, start)
         inputs = self.inputs(lm, vectors, ids, start)
-        return lm.states_of(inputs, keep=inputs.shape[1], cache=self.cache(lm, vectors))
+        keep = ids.shape[1] - (start == "first-token")
+        return lm.states_of(inputs, keep=keep, cache=self.cache(lm, vectors))
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]

@@ -78,7 +78,9 @@ class WorthTable(Record):
 class UseCertificate(Record):
     """What the vectors of a file are worth as context."""
 
-    trigger: str = Field(description="what the passage comes behind: 'bos', or a token id")
+    trigger: str = Field(
+        description="what the passage comes behind: 'bos', a token id, or 'crammed'"
+    )
     vectors: int = Field(ge=1, description="vectors of each passage (K)")
     held_out: WorthTable
     continuation: WorthTable | None = Field(
@@ -131,7 +133,7 @@ def certify_use(
         if i in following
     ]
     return UseCertificate(
-        trigger="bos" if mem.header.trigger is None else str(mem.header.trigger),
+        trigger=_trigger_of(mem),
         vectors=K,
         held_out=worth_table(held_out, QUERIES, TOKENS),
         continuation=worth_table(true, 1, TOKENS) if true else None,
@@ -146,6 +148,13 @@ def check_usable(mem: MemVectors) -> None:
             "these vectors have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with --usable."
         )
+
+
+def _trigger_of(mem: MemVectors) -> str:
+    """What the certificate calls the trigger."""
+    if mem.trigger is not None:
+        return "crammed"
+    return "bos" if mem.header.trigger is None else str(mem.header.trigger)
 
 
 def _spread(n: int, most: int) -> list[int]:
@@ -175,10 +184,9 @@ def exact_only_vectors(
     space = lm.reading.space  # its own preset has the rates of its numbers
     recipe = Recipe.of(space if space in registry.names("preset") else "default")
     storage: Storage = mem.storage
-    trigger = "bos" if lm.other_trigger is None else f"#{lm.other_trigger}"
     engine = Engine(
-        lm,
-        replace(recipe, space=space, start_rule=mem.header.start_rule, trigger=trigger),
+        lm,  # which has the trigger already: 'bos' leaves it as it is
+        replace(recipe, space=space, start_rule=mem.header.start_rule, trigger="bos"),
         vectors=mem.vectors.shape[1],
         storage=storage,
         batch_size=min(32, len(passages)),

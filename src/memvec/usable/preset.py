@@ -22,6 +22,7 @@ def usable() -> Recipe:
         beta2=0.8,
         start="last-tokens",
         start_rule="bos",
+        trigger="auto",
         steps=900,
         patience=900,
     )

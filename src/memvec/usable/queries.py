@@ -34,10 +34,11 @@ Queries = tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]
 def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
     """What the model reads of a text as its context: BOS, if the model has one, and the text.
 
-    No text for a model without BOS is the trigger alone: a model has to read something.
+    No text for a model without BOS is the trigger alone, or its first token where the trigger is
+    crammed: a model has to read something.
     """
     bos = [] if lm.bos_id is None else [lm.bos_id]
-    read = [*bos, *ids] or [token for token in (lm.trigger,) if token is not None]
+    read = [*bos, *ids] or ([0] if lm.soft is not None else list(lm.trigger))
     return lm.embed(torch.tensor([read], dtype=torch.long, device=lm.device))
 
 

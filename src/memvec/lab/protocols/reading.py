@@ -93,8 +93,8 @@ class Reading(Protocol):
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
         lm, ids, vectors = passage.lm, passage.ids, passage.vectors
         layers = int(lm.config.get_text_config().num_hidden_layers)
-        shares = slow_inside.attention_shares(lm, vectors, [lm.trigger, *ids[:-1]])
-        lens = slow_inside.lens(lm, vectors, [lm.trigger], ids[0])
+        shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *ids[:-1]])
+        lens = slow_inside.lens(lm, vectors, list(lm.trigger), ids[0])
         bits, again_bits = ([row[0] for row in rows] for rows in (stored["lens"], lens))
         off = [0.05 * row[0] + 0.05 for row in lens]  # of bits, which may be many in early layers
         compared = [

@@ -106,7 +106,7 @@ def _with_vectors(
         bits, margin = slow.bits_and_margins(table, ids[given:])
         return bits, margin, [int(token) for token in table.argmax(1)], len(order) - n
     bits, margin = slow.teacher_forced(lm, front, ids, start)
-    middle = [lm.trigger] if start == "bos" else []
+    middle = list(lm.trigger) if start == "bos" else []
     decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
     before = -1 if lm.reading.space.startswith("prefix") else cell.vectors - 1  # the start token
     return bits, margin, decoded, before

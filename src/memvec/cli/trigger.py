@@ -1,0 +1,87 @@
+"""`memvec trigger`: train the soft tokens behind which usable vectors give their passage back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memvec.cli import options
+from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
+
+if TYPE_CHECKING:
+    from memvec.usable.trigger_training import BatchReport
+
+app = typer.Typer(
+    name="trigger",
+    help="Crammed triggers: soft tokens that ask usable vectors for their passage.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `train` a command of a group, beside which others may come."""
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec trigger train --text books -o trigger.safetensors",
+        "memvec cram letter.txt --usable --vectors 4 --tokens 24 --trigger trigger.safetensors",
+    )
+)
+def train(
+    text: Texts,
+    model: options.Model = "pocket",
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Default: trigger.safetensors, in the model's folder."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Soft tokens of the trigger.")] = 4,
+    vectors: Annotated[int, typer.Option(help="Vectors of a passage.")] = 4,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of every second passage; the others have twice as many.")
+    ] = 24,
+    batches: Annotated[int, typer.Option(help="Batches of passages, one after the other.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Passages of a batch.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate of the trigger.")] = 0.3,
+    seed: Annotated[int, typer.Option(help="Seed of its first numbers, and of the passages.")] = 0,
+    set_: options.Set = None,
+    where: Where = None,
+    column: Column = "text",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    force: options.Force = False,
+) -> None:
+    """Train a trigger for a frozen model: soft tokens that ask any vectors for their passage.
+
+    Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
+    model's folder, --usable takes it by itself. After an interruption the same command goes on.
+    """
+    from memvec.cli.common import recipe_of
+    from memvec.cli.display import say
+    from memvec.loading import load_lm
+    from memvec.model.trigger import FILE_NAME
+    from memvec.usable.trigger_training import TriggerPlan, train_trigger
+
+    plan = TriggerPlan(rows, vectors, tokens, batches, batch_size, lr, seed)
+    recipe = recipe_of("usable", set_)
+    target = target_of(model, FILE_NAME, out, force)
+    lm = load_lm(model, device=device, dtype=dtype)
+    stream = token_stream(lm, text, column, where)
+    passages = drawn(stream, text, 2 * tokens, batches * batch_size, seed).tolist()
+    passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]
+    partial = target.with_name(target.name + ".partial")
+
+    def show(batch: BatchReport) -> None:
+        left = batch.seconds * (batch.batches - batch.number)
+        say(
+            f"batch {batch.number} of {batch.batches}: {batch.exact} of {batch.passages} passages "
+            f"exact, KL to the text {batch.kl:.3f} nats a token, {left / 60:.0f} min left"
+        )
+
+    train_trigger(lm, passages, plan, recipe, partial, show)
+    partial.replace(target)
+    say(f"{target}: {rows} soft tokens; memvec cram --usable --trigger {target} asks by it.")

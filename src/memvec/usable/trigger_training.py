@@ -1,0 +1,200 @@
+"""Training of a crammed trigger: R soft tokens that all passages share, once for a model.
+
+Passages are crammed for use in slots as ever, and what they want of the trigger moves it: its
+gradient is the mean of theirs.
+
+    [vectors] trigger   -> the passage         vectors and trigger move
+    [vectors] anything  -> as behind the text  vectors move
+
+Behind BOS the vectors alone have to say both. A trigger that has learned to ask for the passage
+takes half of that from them, and leaves more of them for what the text means (docs/usable.md).
+
+Passages come in batches; each begins with new vectors and the trigger of the last one, and the file
+of the trigger is written behind each, so that a run that is interrupted goes on with the next. What
+is learned is for any passage: cramming takes the trigger as it is, and no passage depends on
+another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.cramming.batch import BatchState
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.step import Measurement, Step
+from memvec.errors import MemvecError, check_minimum
+from memvec.model.lm import FrozenLM
+from memvec.model.trigger import save_trigger, stored_trigger, with_trigger
+from memvec.passages.passage import Passage
+
+LAST_RATE = 0.05  # share of the learning rate at the end
+NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
+
+
+@dataclass(frozen=True)
+class TriggerPlan:
+    """The choices of a training: R soft tokens, on passages of T tokens in K vectors each."""
+
+    rows: int = 4
+    vectors: int = 4
+    tokens: int = 24
+    batches: int = 4
+    batch_size: int = 16
+    """Passages of a batch."""
+    lr: float = 0.3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "vectors", "tokens", "batches", "batch_size"):
+            check_minimum(1, **{name: getattr(self, name)})
+        if not 0 < self.lr < math.inf:
+            raise MemvecError(f"--lr must be a number above 0, not {self.lr}.")
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What a batch came to: passages that decode exactly, and their last KL, nats per token."""
+
+    number: int
+    batches: int
+    exact: int
+    passages: int
+    kl: float
+    seconds: float
+
+
+class SharedStep(Step):
+    """A step whose slots also move the trigger of the model that they share."""
+
+    optimizer_of_rows: torch.optim.Optimizer
+    rate: Callable[[int], float]  # share of the learning rate at a step of the batch
+    taken: int = 0
+    last_kl: float = math.nan
+
+    def measure(self, batch: BatchState, columns: int, padding_rows: int = 0) -> Measurement:
+        measured = super().measure(batch, columns, padding_rows)
+        self.last_kl = float(measured.term.loss.mean())
+        return measured
+
+    def gradient(
+        self, outputs: Sequence[Tensor], batch: BatchState, slopes: Sequence[Tensor]
+    ) -> Tensor:
+        rows = self.lm.soft
+        assert rows is not None
+        own, shared = torch.autograd.grad(outputs, [batch.parameters, rows], slopes)
+        if not bool(torch.isfinite(shared).all()):
+            raise MemvecError("the gradient of the trigger is not finite: use a smaller --lr.")
+        rows.grad = shared / len(batch)
+        for group in self.optimizer_of_rows.param_groups:
+            group["lr"] = group["initial_lr"] * self.rate(self.taken)
+        self.optimizer_of_rows.step()
+        self.taken += 1
+        return own
+
+
+class TriggerEngine(Engine):
+    """An engine whose steps move the trigger, too."""
+
+    step_type = SharedStep
+
+
+def first_rows(lm: FrozenLM, plan: TriggerPlan) -> Float[Tensor, "R D"]:
+    """Soft tokens to begin with: the token that opens a text, of size (RMS) 1, and noise.
+
+    Noise alone for a model without such a token. The last row, behind which the passage comes, is
+    the token itself.
+    """
+    generator = torch.Generator().manual_seed(plan.seed)
+    noise = torch.randn(plan.rows, lm.width, generator=generator)
+    if lm.bos_id is None:
+        return noise
+    token = lm.embed(torch.tensor([lm.bos_id], device=lm.device)).float().cpu()
+    token = token / token.square().mean().sqrt().clamp_min(1e-8)
+    noise[-1] = 0
+    return token + NOISE * noise
+
+
+def train_trigger(
+    lm: FrozenLM,
+    passages: Sequence[Sequence[int]],
+    plan: TriggerPlan,
+    recipe: Recipe,
+    path: Path,
+    on_batch: Callable[[BatchReport], None] | None = None,
+) -> Float[Tensor, "R D"]:
+    """Train a trigger on passages (token ids; `plan.batches` x `plan.batch_size` of them).
+
+    `path` gets the trigger behind each batch, and a training of the same plan that finds it there
+    goes on from it. `recipe` is what passages are crammed by; its trigger is the one that learns.
+    Raises MemvecError for too few passages, a recipe without a second mode, or another plan's file.
+    """
+    if recipe.term != "use":
+        raise MemvecError("a trigger is trained by a recipe with the term 'use' (preset usable).")
+    if len(passages) < plan.batches * plan.batch_size:
+        raise MemvecError(
+            f"{plan.batches} batches of {plan.batch_size} need as many passages, and there are "
+            f"{len(passages)}."
+        )
+    recipe = replace(recipe, trigger="bos", start_rule="bos")
+    read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
+    identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}
+    rows, done = first_rows(lm, plan), 0
+    if path.is_file():
+        found, about = stored_trigger(path, lm)
+        done = int(about.pop("batches_done", 0))
+        if about != identity:
+            raise MemvecError(f"{path} is of another training: delete it, or use another -o.")
+        rows = found.rows
+    for number in range(done, plan.batches):
+        own = passages[number * plan.batch_size : (number + 1) * plan.batch_size]
+        rows, report = _crammed(lm, rows, [list(ids) for ids in own], plan, recipe, number)
+        save_trigger(path, rows, lm, identity | {"batches_done": number + 1})
+        if on_batch is not None:
+            on_batch(report)
+    return rows
+
+
+def _crammed(
+    lm: FrozenLM,
+    rows: Float[Tensor, "R D"],
+    passages: list[list[int]],
+    plan: TriggerPlan,
+    recipe: Recipe,
+    number: int,
+) -> tuple[Float[Tensor, "R D"], BatchReport]:
+    """New vectors for a batch of passages, and the trigger that they have moved."""
+    shared = rows.to(lm.device).clone().requires_grad_()
+    engine = TriggerEngine(
+        with_trigger(lm, shared), recipe, vectors=plan.vectors, batch_size=len(passages)
+    )
+    step = engine.one_step
+    assert isinstance(step, SharedStep)
+    step.optimizer_of_rows = torch.optim.NAdam(
+        [{"params": [shared], "initial_lr": plan.lr}], lr=plan.lr, betas=(0.9, 0.8)
+    )
+    length = max(1, recipe.settle)
+
+    def rate(taken: int) -> float:
+        share = min(1.0, (number + taken / length) / plan.batches)
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
+
+    step.rate = rate
+    outcomes = list(engine.run(Passage(tuple(ids), i) for i, ids in enumerate(passages)))
+    report = BatchReport(
+        number + 1,
+        plan.batches,
+        sum(outcome.exact for outcome in outcomes),
+        len(outcomes),
+        step.last_kl,
+        engine.seconds,
+    )
+    return shared.detach().cpu(), report

@@ -1,0 +1,107 @@
+"""The file of [mem] vectors: safetensors that hold a header, a digest, and no pickle.
+
+What is read is checked before it is believed: names and shapes against the header, the digest over
+header and tensors, and that every number is finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.header import Header
+from memvec.model.reading import reading_named
+from memvec.storage import STORAGES
+from memvec.writing import write_atomically
+
+
+def existing_path(path: str | os.PathLike[str]) -> Path:
+    """The file a person means: `letter.mem` also finds `letter.mem.safetensors`."""
+    file = Path(path)
+    if file.is_dir():
+        raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
+    longer = file.with_name(file.name + ".safetensors")
+    if not file.exists() and longer.exists():
+        return longer
+    if not file.exists():
+        raise MemvecError(f"there is no file {file}.")
+    return file
+
+
+def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Write a header and the tensors of a storage (and `trigger`, if any), atomically."""
+    text = header.model_dump_json()
+    data = to_safetensors(dict(tensors), {"memvec": text, "sha256": digest_of(text, tensors)})
+    write_atomically(path, data)
+
+
+def read_file(file: Path) -> tuple[Header, Tensor, Tensor | None]:
+    """The header, the stored rows (R, k, D) as numbers, and the crammed trigger (R, D), if any.
+
+    Raises MemvecError for a file that is truncated, foreign, damaged or changed.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            held = set(opened.keys())
+            names = held - {"trigger"}
+            if "memvec" not in metadata or names not in ({"vectors"}, {"codes", "scales"}):
+                raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
+            header = Header.model_validate_json(metadata["memvec"])
+            trigger = opened.get_tensor("trigger") if "trigger" in held else None
+            if (header.packing is None) != (names == {"vectors"}):
+                raise MemvecError(
+                    f"{file} claims the packing {header.packing} and does not hold it: it is "
+                    "damaged."
+                )
+            first = "vectors" if header.packing is None else "codes"
+            shape = opened.get_slice(first).get_shape()
+            rows = reading_named(header.layout).row_count(len(header.passages))
+            if len(shape) != 3 or shape[0] != rows or 0 in shape:
+                raise MemvecError(
+                    f"{file} claims {len(header.passages)} passages and holds vectors of shape "
+                    f"{tuple(shape)}: it is damaged."
+                )
+            tensors = {name: opened.get_tensor(name) for name in sorted(names)}
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "header"
+        raise MemvecError(f"{file} has a damaged header ({where}: {problem['msg']}).") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MemvecError(
+            f"{file} is not a file of [mem] vectors, or is truncated: {error}."
+        ) from None
+    dtype = str(tensors[first].dtype).removeprefix("torch.")
+    storage = STORAGES.get(header.packing or dtype)
+    if storage is None:
+        raise MemvecError(f"{file} stores {dtype}, which memvec does not write.")
+    extra = {} if trigger is None else {"trigger": trigger}
+    if digest_of(metadata["memvec"], tensors | extra) != metadata.get("sha256"):
+        raise MemvecError(f"{file} was changed after it was written: its digest does not match.")
+    try:
+        vectors = storage.unpack(tensors)
+    except ValueError as error:
+        raise MemvecError(f"{file} {error}.") from None
+    numbers = [vectors] if trigger is None else [vectors, trigger]
+    if not all(bool(torch.isfinite(t.float()).all()) for t in numbers):
+        raise MemvecError(f"{file} holds numbers that are not finite.")
+    return header, vectors, trigger
+
+
+def digest_of(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """The digest of a file: over its header as it is written, and the bytes of its tensors."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        flat = tensors[name].contiguous().flatten()
+        digest.update(f"{name} {flat.dtype} {list(tensors[name].shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

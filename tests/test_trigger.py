@@ -1,0 +1,300 @@
+"""Crammed triggers: soft tokens that all passages share, behind which each is given back."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import memvec
+from conftest import build, passages, reader, tiny
+from memvec import codec, engines
+from memvec.cramming.batch import Job
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import triggered
+from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.export import export
+from memvec.export import target as target_of
+from memvec.lab import slow
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+from memvec.model.trigger import load_trigger, save_trigger, stored_trigger, with_trigger
+from memvec.passages.passage import Passage
+from memvec.usable import trigger_training
+from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
+from memvec.vectors import MemVectors
+
+USABLE = Recipe.of(
+    "usable", settle=20, decay=20, steps=400, query_count=3, query_tokens=5, compute="model"
+)
+FAMILIES = ["llama", "gpt2", "gemma2", "opt-projected", "mamba"]
+TEXT = "the cat sat on the mat and the dog"
+PLAN = TriggerPlan(rows=2, vectors=2, tokens=4, batches=3, batch_size=2)
+ASKED = [list(p.ids) for p in passages(4, 4, 4, 4, 4, 4, seed=5)]
+
+
+def rows_for(lm: FrozenLM, R: int, seed: int = 0) -> torch.Tensor:
+    """Soft tokens of the size of the model's own."""
+    generator = torch.Generator().manual_seed(seed)
+    return lm.embedding_std * torch.randn(R, lm.width, generator=generator)
+
+
+@pytest.fixture
+def trigger_file(tmp_path: Path) -> Path:
+    """A trigger of three soft tokens for the tiny reader."""
+    lm = reader("words")
+    save_trigger(tmp_path / "trigger.safetensors", rows_for(lm, 3), lm, {"plan": "none"})
+    return tmp_path / "trigger.safetensors"
+
+
+@pytest.fixture
+def mem(trigger_file: Path) -> MemVectors:
+    """A text in usable vectors behind that trigger."""
+    recipe = replace(USABLE, trigger=str(trigger_file))
+    return codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
+
+
+# ---------------------------------------------------------------------- how it is read
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("space", ["inputs", "prefix"])
+def test_soft_tokens_that_are_embeddings_are_those_tokens(family, space):
+    """Bit for bit, alone and in front of others; a token trigger is the reference."""
+    lm = tiny(family)
+    if space != "inputs":
+        if family in ("mamba", "opt-projected"):
+            pytest.skip("no keys and values to train, or refused")
+        lm = triggered(lm, Recipe.of(space, start_rule="bos", trigger="#3"))
+    ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
+    vectors = torch.randn(3, 2, lm.numbers, generator=torch.Generator().manual_seed(1))
+    token = with_trigger(lm, 3)
+    soft = with_trigger(lm, lm.embed(torch.tensor([3], device=lm.device)))
+    assert torch.equal(token.logits(vectors, ids, "bos"), soft.logits(vectors, ids, "bos"))
+    three = with_trigger(lm, rows_for(lm, 3))
+    assert three.inputs_before(2, "bos") == token.inputs_before(2, "bos") + 2
+    table = slow.logits(three, vectors[0], [*three.trigger, *ids[0].tolist()])
+    ours = three.logits(vectors[:1], ids[:1], "bos")[0]
+    torch.testing.assert_close(ours.double(), torch.tensor(table[-5:-1]), atol=2e-4, rtol=1e-3)
+    for cached in (True, False):
+        (decoded,) = decode_ids(three, vectors[:1], [6], start="bos", cached=cached)
+        assert decoded == slow.greedy(three, vectors[0], list(three.trigger), 6)
+
+
+def test_a_model_is_not_changed_by_a_view_of_it():
+    lm = tiny()
+    view = with_trigger(lm, rows_for(lm, 2))
+    assert (lm.soft, lm.other_trigger) == (None, None)
+    assert with_trigger(view, None).trigger == lm.trigger
+    assert with_trigger(view, 3).soft is None
+    with pytest.raises(MemvecError, match="numbers"):
+        with_trigger(lm, torch.zeros(2, lm.width + 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passages_are_exact_behind_it(family):
+    lm = tiny(family)
+    view = with_trigger(lm, rows_for(lm, 3))
+    recipe = Recipe(start="noise", start_rule="bos", steps=600, patience=600)
+    engine = Engine(view, recipe, vectors=2, batch_size=3)
+    assert engine.max_tokens() is None or engine.max_tokens() == lm.context - 2 - 3
+    for outcome in engine.run(passages(3, 3, 2)):
+        assert outcome.exact
+        ids = list(outcome.passage.ids)
+        found = slow.greedy(view, outcome.vectors.float(), list(view.trigger), len(ids))
+        assert found == ids
+        bits, margin = slow.teacher_forced(view, outcome.vectors, ids, "bos")
+        assert outcome.metrics.mem_bits == pytest.approx(float(bits.sum()), abs=1e-2)
+        assert outcome.metrics.margin == pytest.approx(float(margin.min()), abs=2e-3)
+
+
+# ---------------------------------------------------------------------- in a file
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
+    lm = reader("words")
+    recipe = replace(USABLE, trigger=str(trigger_file))
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=4, recipe=recipe, storage=storage)
+    trigger_file.unlink()  # what is in the file is enough
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert mem.exact
+    assert again.header.soft_trigger == 3
+    assert torch.equal(again.trigger, rows_for(lm, 3))
+    assert codec.decode(lm, again) == [TEXT]
+    assert memvec.certify_use(lm, again).trigger == "crammed"
+    assert memvec.use(lm, again, "the dog", max_new_tokens=3)
+    assert codec.verify(lm, again)[0]["exact"]
+
+
+def test_vectors_without_their_trigger_are_refused(mem, tmp_path):
+    with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
+        MemVectors(mem.vectors, mem.header)
+    file = mem.save(tmp_path / "a.mem")
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in ("vectors", "trigger")}
+        metadata = opened.metadata()
+    tensors["trigger"] = -tensors["trigger"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(MemvecError, match="digest"):
+        MemVectors.load(file)
+
+
+def test_other_software_gets_it_as_vectors(mem, tmp_path):
+    lm = reader("words")
+    manifest = export(mem, lm, target_of("transformers"), tmp_path / "out")
+    assert manifest["certificate"]["exact"]
+    assert (manifest["vectors_per_passage"], manifest["trigger_vectors"]) == (2, 3)
+    assert all(item["given"] == [] for item in manifest["passages"])
+    prompts, _ = engines.decode.passage_prompts(mem, lm)
+    assert [prompt.vectors.shape[0] for prompt in prompts] == [5] * len(mem.passages)
+    for prompt, record, ids in zip(prompts, mem.passages, mem.tokens(lm), strict=True):
+        assert torch.equal(prompt.vectors[2:], mem.trigger)
+        assert decode_ids(lm, prompt.vectors[None], [record.tokens]) == [ids]
+
+
+def test_auto_is_the_folders_own_trigger(folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    plain = load_lm(str(own))
+    assert triggered(plain, Recipe(trigger="auto")).trigger == (plain.bos_id,)
+    save_trigger(own / "trigger.safetensors", rows_for(plain, 2), plain, {})
+    lm = load_lm(str(own))
+    assert torch.equal(triggered(lm, Recipe(trigger="auto")).soft, rows_for(plain, 2))
+    assert triggered(lm, Recipe(trigger="bos")).soft is None
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
+    """Batched equals single, and single equals autograd of both losses written out."""
+    lm, one_step = tiny(family), replace(USABLE, trigger="bos", look_ahead=100)
+
+    def gradient(asked: list[list[int]]) -> torch.Tensor:
+        rows = first_rows(lm, PLAN).requires_grad_()
+        engine = TriggerEngine(with_trigger(lm, rows), one_step, vectors=2, batch_size=len(asked))
+        step = engine.one_step
+        step.optimizer_of_rows = torch.optim.SGD([{"params": [rows], "initial_lr": 0.0}], lr=0.0)
+        step.rate = lambda taken: 1.0
+        for i, ids in enumerate(asked):
+            engine.push(Passage(tuple(ids), i))
+        engine.fill(len(asked))
+        engine.step()
+        return rows.grad
+
+    alone = [gradient([ids]) for ids in ASKED[:2]]
+    torch.testing.assert_close(gradient(ASKED[:2]), sum(alone) / 2, atol=1e-6, rtol=1e-4)
+    rows = first_rows(lm, PLAN).requires_grad_()
+    view = with_trigger(lm, rows)
+    engine = Engine(with_trigger(lm, rows.detach()), one_step, vectors=2, batch_size=1)
+    start = engine._first_vectors([Job(Passage(tuple(ASKED[0]), 0), 0.0)])
+    logits = view.logits(start, torch.tensor([ASKED[0]]), "bos")[0]
+    T = engine.recipe.temperature
+    true = torch.tensor(ASKED[0])
+    loss = torch.nn.functional.cross_entropy(logits / T, true) * T
+    (written_out,) = torch.autograd.grad(loss, rows)
+    torch.testing.assert_close(alone[0], written_out, atol=1e-6, rtol=1e-4)
+
+
+def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
+    lm, whole, parts = tiny(), tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    reports = []
+    rows = train_trigger(lm, ASKED, PLAN, USABLE, whole, reports.append)
+    assert not torch.equal(rows, first_rows(lm, PLAN))
+    assert [(r.number, r.batches, r.passages) for r in reports] == [(1, 3, 2), (2, 3, 2), (3, 3, 2)]
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_trigger(lm, ASKED, PLAN, USABLE, parts, killed)
+    assert stored_trigger(parts, lm)[1]["batches_done"] == 1
+    assert torch.equal(train_trigger(lm, ASKED, PLAN, USABLE, parts), rows)
+    assert torch.equal(load_trigger(parts, lm).rows, rows)
+    assert torch.equal(train_trigger(lm, ASKED, PLAN, USABLE, parts), rows)  # nothing is left to do
+
+
+def test_a_trigger_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        trigger_training, "first_rows", lambda lm, plan: torch.full((2, 16), torch.nan)
+    )
+    lm = FrozenLM(build("llama", hidden_size=16), name="narrow")
+    with pytest.raises(MemvecError, match="not finite"):
+        train_trigger(lm, ASKED, PLAN, USABLE, tmp_path / "a.safetensors")
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_what_is_no_trigger_of_this_model_is_refused(trigger_file, tmp_path):
+    lm, other = reader("words"), reader("words", seed=3)
+    with pytest.raises(MemvecError, match="there is no trigger"):
+        triggered(lm, Recipe(trigger=str(tmp_path / "none.safetensors")))
+    with pytest.raises(MemvecError, match="trained for other weights"):
+        triggered(other, Recipe(trigger=str(trigger_file)))
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(trigger_file.read_bytes()[:-20])
+    with pytest.raises(MemvecError, match="not a trigger"):
+        load_trigger(broken, lm)
+    save_file({"trigger": rows_for(lm, 2)}, broken, {"format": "memvec-trigger"})
+    with pytest.raises(MemvecError, match="not a trigger"):
+        load_trigger(broken, lm)
+    save_trigger(broken, rows_for(lm, 2) * torch.inf, lm, {})
+    with pytest.raises(MemvecError, match="damaged"):
+        load_trigger(broken, lm)
+
+
+def test_a_training_that_cannot_work_is_refused(tmp_path):
+    lm, path = tiny(), tmp_path / "a.safetensors"
+    with pytest.raises(MemvecError, match="at least 1"):
+        TriggerPlan(rows=0)
+    with pytest.raises(MemvecError, match="above 0"):
+        TriggerPlan(lr=0.0)
+    with pytest.raises(MemvecError, match="term 'use'"):
+        train_trigger(lm, ASKED, PLAN, Recipe(), path)
+    with pytest.raises(MemvecError, match="need as many passages"):
+        train_trigger(lm, ASKED[:5], PLAN, USABLE, path)
+    train_trigger(lm, ASKED, replace(PLAN, batches=1), USABLE, path)
+    with pytest.raises(MemvecError, match="another training"):
+        train_trigger(lm, ASKED, replace(PLAN, batches=1, seed=1), USABLE, path)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_trained_and_taken_by_the_command(command, folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    (tmp_path / "books.txt").write_text(f"{TEXT}, and so it went on. " * 8)
+    letter = tmp_path / "letter.txt"
+    letter.write_text("the cat sat")
+    quick = ["--set", "settle=10", "--set", "decay=10", "--set", "query_count=2"]
+    quick += ["--set", "query_tokens=4", "--set", "steps=400"]
+    sizes = ["--rows", 2, "--vectors", 2, "--tokens", 4, "--batches", 2, "--batch-size", 2]
+    ran = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
+    assert ran.code == 0, ran.err
+    assert "batch 2 of 2" in ran.err
+    assert "2 soft tokens" in ran.err
+    again = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
+    assert (again.code, "use --force" in again.sentence) == (2, True)
+    cram = ["cram", letter, "-m", own, "--usable", "--vectors", 2, "--tokens", 6, *quick]
+    assert command(*cram).code == 0
+    assert command("decode", tmp_path / "letter.mem").out == b"the cat sat"
+    assert MemVectors.load(tmp_path / "letter.mem").header.soft_trigger == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_another_dtype_reads_it_rounded(dtype):
+    lm = FrozenLM(build("llama").to(dtype), name="rounded")
+    rows = rows_for(lm, 2)
+    view = with_trigger(lm, rows)
+    found = view.embed(torch.tensor([[*view.trigger, 3]]))
+    assert torch.equal(found[0, :2], rows.to(dtype))
+    assert torch.equal(found[0, 2], lm.embed(torch.tensor(3)))
