@@ -276,7 +276,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     letter = tmp_path / "letter.txt"
     letter.write_text("the cat sat")
     quick = ["--set", "settle=10", "--set", "decay=10", "--set", "query_count=2"]
-    quick += ["--set", "query_tokens=4", "--set", "steps=400"]
+    quick += ["--set", "query_tokens=4", "--set", "steps=200"]
     sizes = ["--rows", 2, "--vectors", 2, "--tokens", 4, "--batches", 2, "--batch-size", 2]
     ran = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
     assert ran.code == 0, ran.err

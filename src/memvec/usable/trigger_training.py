@@ -144,7 +144,10 @@ def train_trigger(
             f"{plan.batches} batches of {plan.batch_size} need as many passages, and there are "
             f"{len(passages)}."
         )
-    recipe = replace(recipe, trigger="bos", start_rule="bos")
+    length = max(1, recipe.settle)  # steps of a batch: nobody waits for its slowest passage
+    recipe = replace(
+        recipe, trigger="bos", start_rule="bos", steps=length, patience=length, if_not_exact="stop"
+    )
     read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}
     rows, done = first_rows(lm, plan), 0
@@ -181,10 +184,9 @@ def _crammed(
     step.optimizer_of_rows = torch.optim.NAdam(
         [{"params": [shared], "initial_lr": plan.lr}], lr=plan.lr, betas=(0.9, 0.8)
     )
-    length = max(1, recipe.settle)
 
     def rate(taken: int) -> float:
-        share = min(1.0, (number + taken / length) / plan.batches)
+        share = min(1.0, (number + taken / recipe.steps) / plan.batches)
         return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
 
     step.rate = rate
