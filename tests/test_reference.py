@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import passages, tiny
+from memvec.arms.reference import cram_one
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.reference import cram_one
 from memvec.cramming.starts import start_vectors
 from memvec.decoding import decode_ids
 from memvec.model.reading import START_RULES

@@ -25,10 +25,11 @@ from memvec.export import target as target_of
 from memvec.lab import slow
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import load_trigger, save_trigger, stored_trigger, with_trigger
+from memvec.model.trigger import with_trigger
 from memvec.passages.passage import Passage
 from memvec.usable import trigger_training
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
+from memvec.usable.triggers import load_trigger, save_trigger, stored_trigger
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(

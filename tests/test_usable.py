@@ -16,9 +16,9 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import token_named
 from memvec.usable import generate, queries, teacher
 from memvec.usable.certificate import certify_use
+from memvec.usable.triggers import token_named
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(

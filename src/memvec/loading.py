@@ -18,8 +18,8 @@ from memvec.model.lm import FrozenLM
 from memvec.model.memory import keep_freed_memory, out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
-from memvec.model.trigger import FILE_NAME as TRIGGER_FILE
-from memvec.model.trigger import load_trigger
+from memvec.usable.triggers import FILE_NAME as TRIGGER_FILE
+from memvec.usable.triggers import load_trigger
 from memvec.versions import warn_of_untested_versions
 
 DTYPES = {

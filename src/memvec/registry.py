@@ -84,7 +84,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "coordinates": {
         "direct": "memvec.cramming.coordinates:Direct",
-        "principal": "memvec.cramming.principal:Principal",
+        "principal": "memvec.arms.principal:Principal",
         "low-dim": "memvec.arms.low_dim:LowDim",
     },
     "layout": {

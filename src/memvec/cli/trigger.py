@@ -63,8 +63,8 @@ def train(
     from memvec.cli.common import recipe_of
     from memvec.cli.display import say
     from memvec.loading import load_lm
-    from memvec.model.trigger import FILE_NAME
     from memvec.usable.trigger_training import TriggerPlan, train_trigger
+    from memvec.usable.triggers import FILE_NAME
 
     plan = TriggerPlan(rows, vectors, tokens, batches, batch_size, lr, seed)
     recipe = recipe_of("usable", set_)

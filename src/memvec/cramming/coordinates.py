@@ -1,6 +1,6 @@
 """What is moved: the numbers the optimiser sees, and how [mem] vectors come from them.
 
-Here the vectors themselves; `memvec.cramming.principal` turns them, and `memvec.arms.low_dim` moves
+Here the vectors themselves; `memvec.arms.principal` turns them, and `memvec.arms.low_dim` moves
 a few numbers and the matrix that makes vectors of them. The vectors that the model reads are always
 the ones that will be stored: rounded to the storage dtype, with gradients passed straight through
 the rounding, so that what is measured is what is kept.

@@ -16,8 +16,9 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space
-from memvec.model.trigger import trigger_named, with_trigger
+from memvec.model.trigger import with_trigger
 from memvec.passages.passage import ids_hash
+from memvec.usable.triggers import trigger_named
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:

@@ -6,7 +6,7 @@
     move      the optimiser moves the passages that are not
 
 Measure, then move: the vectors kept of a finished passage are the ones that were measured, rounded
-to the storage dtype already. `cramming/reference.py` is the same loop for one passage with the
+to the storage dtype already. `arms/reference.py` is the same loop for one passage with the
 paper's choices.
 """
 

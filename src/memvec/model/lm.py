@@ -34,10 +34,11 @@ from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
 from memvec.model.reading import PREFIX, Layout, Prefix, StartRule, reading_named
 from memvec.model.spread import embedding_std, logit_spread
-from memvec.model.trigger import CrammedTrigger, embedded
+from memvec.model.trigger import embedded
 
 if TYPE_CHECKING:
     from memvec.encoders.base import OnePassEncoder
+    from memvec.usable.triggers import CrammedTrigger
 
 
 class FrozenLM:

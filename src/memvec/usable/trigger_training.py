@@ -33,8 +33,9 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.step import Measurement, Step
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import save_trigger, stored_trigger, with_trigger
+from memvec.model.trigger import with_trigger
 from memvec.passages.passage import Passage
+from memvec.usable.triggers import save_trigger, stored_trigger
 
 LAST_RATE = 0.05  # share of the learning rate at the end
 NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
