@@ -12,9 +12,10 @@ measures:
     backward    slope at the states -> gradient at the vectors
 
 What lies between and behind them (schedule, weights, optimiser, a second term) is a few kernels and
-stays as it is. `torch.cuda.make_graphed_callables` splits a pass in the same way, but would leave
-the head's losses outside, which are a third of the launches, runs each shape three times to warm
-up, and knows no device that a test could stand in for.
+stays as it is. `torch.cuda.make_graphed_callables` splits a pass in the same way. Around the states
+alone it would leave the head's losses outside, whose operators are more than those of the layers
+where there are many positions (docs/log.md); it warms up three times, which an engine's first step
+does anyway, and knows no device that a test could stand in for.
 
 Graphs read and write at fixed addresses. Inputs are therefore copied into tensors that stay, and
 what a replay leaves at its outputs holds until the next replay. All graphs of an engine share one
