@@ -344,6 +344,18 @@ def test_transformers_looks_for_packed_sequences_again_afterwards():
     assert transformers.masking_utils.find_packed_sequence_indices is looks
 
 
+def test_attention_is_as_plain_in_a_capture_as_without():
+    """No mask of all positions, which rules the flash kernel out on a GPU."""
+    engine = Engine(tiny(), replace(ENDLESS, steps=3), graphs=True)
+    list(engine.run(passages(5)))
+    forward = Recorder.made[0].tapes[0]
+    kernels = [step for step in forward.steps if "attention" in str(step[0])]
+    assert kernels
+    for _, args, kwargs, _ in kernels:
+        assert kwargs.get("attn_mask") is None
+        assert any(arg is True for arg in args)  # is_causal
+
+
 # ---------------------------------------------------------------------- on a GPU
 
 
