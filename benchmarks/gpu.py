@@ -1,6 +1,7 @@
 """How near a step comes to the machine's limit, and where the rest of its time goes; on any device.
 
     python benchmarks/gpu.py                   # on a GPU: the shapes of Llama 3.2 1B and 3.1 8B
+    python benchmarks/gpu.py --graphs          # each step also replayed from CUDA graphs
     python benchmarks/gpu.py --quick
     python benchmarks/gpu.py --shapes pocket pythia-160m --slots 1 8 32 --tokens 16 64 256
 
@@ -15,13 +16,15 @@ module (autograd through the whole cross-entropy, nothing else), turn by turn:
 - `overhead`: the engine's median time over the bare one's.
 - `outside`: share of the operators' own time that is neither a matrix product nor attention.
 - `launch`: share of the time in which a GPU computes nothing, because it waits to be told what.
+- with `--graphs`, turn by turn with both: `graphs ms`, `graphs mfu`, how many `times` faster than
+  the engine without, and the seconds of the step that captures (`capture s`).
 - `passages`: exact passages a minute, all slots filled twice with `--crammed` random tokens for one
   vector, from noise; 0 leaves it out.
 
 A cell that does not fit the model's context, or whose step would take longer than `--longest`
 seconds at half of the machine's rate, is left out, and a line says so. Weights are random, so every
 shape is made in memory, on the device.
-RESULT: the smallest MFU, the largest overhead.
+RESULT: the smallest MFU, the largest overhead; with `--graphs` how many times faster, at least.
 """
 
 from __future__ import annotations
@@ -95,8 +98,17 @@ def model_of(name: str) -> FrozenLM:
     return random_model(name, on_device=True) if name in SHAPES else load_lm(name)
 
 
-def cell(lm: FrozenLM, slots: int, T: int, rounds: int, rate: float) -> dict[str, Any]:
-    """One row: both times, and where the engine's goes."""
+def captured(lm: FrozenLM, slots: int, T: int) -> tuple[Engine, float]:
+    """An engine whose next step is a replay, and the seconds of the step that captured it."""
+    engine = occupied(lm, slots, T, compute="auto", graphs=True)
+    engine.step()  # as it is
+    return engine, interleaved({"capture": engine.step}, rounds=1, warmup=0)["capture"][0]
+
+
+def cell(
+    lm: FrozenLM, slots: int, T: int, rounds: int, rate: float, graphs: bool = False
+) -> dict[str, Any]:
+    """One row: the times, and where the engine's goes."""
     engine = occupied(lm, slots, T, compute="auto")
     module = engine.module
     ids, vectors = engine.batch.ids, engine.batch.vectors.clone().requires_grad_()
@@ -107,10 +119,14 @@ def cell(lm: FrozenLM, slots: int, T: int, rounds: int, rate: float) -> dict[str
         loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
         torch.autograd.grad(loss, vectors)
 
-    seconds = interleaved({"engine": engine.step, "bare": bare}, rounds, warmup=1)
+    works, capture = {"engine": engine.step, "bare": bare}, 0.0
+    if graphs:
+        replayed, capture = captured(lm, slots, T)
+        works["graphs"] = replayed.step
+    seconds = interleaved(works, rounds, warmup=1)
     median, low, high = median_and_spread(seconds["engine"])
     outside, launch = shares(engine.step, lm.device)
-    return {
+    row = {
         "model": lm.name,
         "slots": slots,
         "tokens": T,
@@ -126,6 +142,11 @@ def cell(lm: FrozenLM, slots: int, T: int, rounds: int, rate: float) -> dict[str
         "outside": outside,
         "launch": "" if launch is None else launch,
     }
+    if graphs:
+        again = statistics.median(seconds["graphs"])
+        row |= {"graphs ms": 1e3 * again, "graphs mfu": row["mfu"] * median / again}
+        row |= {"times": median / again, "capture s": capture}
+    return row
 
 
 def left_out(lm: FrozenLM, slots: int, T: int, most: float) -> str | None:
@@ -135,10 +156,12 @@ def left_out(lm: FrozenLM, slots: int, T: int, most: float) -> str | None:
     return "a step takes too long" if step_operations(lm, slots, T) > most else None
 
 
-def passages_a_minute(lm: FrozenLM, slots: int, tokens: int) -> tuple[float, int]:
+def passages_a_minute(
+    lm: FrozenLM, slots: int, tokens: int, graphs: bool = False
+) -> tuple[float, int]:
     """Exact passages a minute, and how many of all were exact; decoding that certifies is in it."""
     asked = random_tokens(lm, 2 * slots, tokens)
-    engine = Engine(lm, Recipe(start="noise", steps=400), batch_size=slots)
+    engine = Engine(lm, Recipe(start="noise", steps=400), batch_size=slots, graphs=graphs)
     began = time.perf_counter()
     exact = sum(outcome.exact for outcome in engine.run(asked))
     return 60 * exact / (time.perf_counter() - began), exact
@@ -164,7 +187,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--longest", type=float, default=20.0)
     parser.add_argument("--crammed", type=int, default=4)
+    parser.add_argument("--graphs", action="store_true", help="also replayed steps; CUDA only")
     options = parser.parse_args()
+    if options.graphs and not torch.cuda.is_available():
+        raise SystemExit("--graphs replays CUDA graphs, and there is no GPU here: leave it out.")
     shapes, slots, tokens, rounds = chosen(options)
     rows: list[dict[str, Any]] = []
     rates: dict[torch.dtype, float] = {}
@@ -177,14 +203,15 @@ def main() -> None:
                 if why := left_out(lm, n, T, 0.5 * rate * options.longest):
                     print(f"left out: {lm.name}, {n} slots, {T} tokens: {why}.")
                     continue
-                rows.append(cell(lm, n, T, rounds, rate))
+                rows.append(cell(lm, n, T, rounds, rate, options.graphs))
                 done = f"{lm.name}, {n} slots, {T} tokens: {rows[-1]['ms']:.0f} ms a step"
                 print(done, file=sys.stderr)
-        if options.crammed:
-            rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed)
+        for graphs in [False, True][: options.graphs + 1] if options.crammed else []:
+            rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed, graphs)
             print(
-                f"{lm.name}: {rate_exact:.1f} exact passages a minute of {options.crammed} random "
-                f"tokens ({exact} of {2 * max(slots)} exact, {max(slots)} slots)"
+                f"{lm.name}{', graphs' * graphs}: {rate_exact:.1f} exact passages a minute of "
+                f"{options.crammed} random tokens ({exact} of {2 * max(slots)} exact, "
+                f"{max(slots)} slots)"
             )
     if not rows:
         raise SystemExit("every cell was left out: raise --longest.")
@@ -196,6 +223,7 @@ def main() -> None:
         options,
         mfu=min(row["mfu"] for row in rows),
         overhead=max(row["overhead"] for row in rows),
+        **({"times": min(row["times"] for row in rows)} if options.graphs else {}),
     )
 
 

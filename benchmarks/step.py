@@ -47,11 +47,13 @@ def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
     return [Passage(tuple(row)) for row in ids.tolist()]
 
 
-def occupied(lm: FrozenLM, batch_size: int, T: int, compute: str = "model") -> Engine:
+def occupied(
+    lm: FrozenLM, batch_size: int, T: int, compute: str = "model", graphs: bool = False
+) -> Engine:
     """An engine with every slot taken by T tokens, all of which count; `compute` as a recipe's."""
     # A margin nobody reaches, so that all slots stay occupied.
     recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute=compute)
-    engine = Engine(lm, recipe, batch_size=batch_size)
+    engine = Engine(lm, recipe, batch_size=batch_size, graphs=graphs)
     for passage in passages(lm, batch_size, T):
         engine.push(passage)
     engine.fill(batch_size)

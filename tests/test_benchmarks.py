@@ -72,6 +72,24 @@ def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
     assert left_out(lm, 1, 4, 1e30) is None
 
 
+def test_a_row_of_the_gpu_benchmark_has_replayed_steps_beside_the_others(monkeypatch):
+    """On a CPU, through the recorder: times mean nothing here, only that both are measured."""
+    from gpu import captured, cell
+    from memvec import graphs
+    from recorder import Recorder
+
+    monkeypatch.setitem(graphs.BACKENDS, "cpu", Recorder)
+    monkeypatch.setattr(Recorder, "made", [])
+    lm = FrozenLM(build("llama"), name="tiny")
+    engine, seconds = captured(lm, 2, 8)
+    assert list(engine.one_step.passed.captured) == [((2, 1, lm.width), (2, 8))]
+    assert seconds > 0
+    plain, both = cell(lm, 2, 8, 1, 1e9), cell(lm, 2, 8, 1, 1e9, graphs=True)
+    assert both.keys() - plain.keys() == {"graphs ms", "graphs mfu", "times", "capture s"}
+    assert both["times"] == pytest.approx(both["ms"] / both["graphs ms"])
+    assert both["graphs mfu"] == pytest.approx(both["mfu"] * both["times"])
+
+
 @pytest.mark.parametrize("longest", range(12))
 def test_the_search_finds_the_longest_length_and_ends(longest):
     from at_costs import Search

@@ -23,10 +23,12 @@ BESIDE = (
     "engines",
     "hub",
     "workers",
+    "graphs",
     "cli",
 )
-# What the core asks for: the encoder or the trigger of a model's folder, workers, the Hub.
+# What the core asks for: the encoder or trigger of a model's folder, graphs, workers, the Hub.
 ON_REQUEST = {
+    "memvec.graphs",
     "memvec.encoders.files",
     "memvec.usable.triggers",
     "memvec.workers",

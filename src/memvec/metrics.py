@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LN2 = math.log(2.0)
+LOOKS_FREELY = {"cpu"}  # devices that need not wait until a value can be looked at
 TIED = float(torch.finfo(torch.float32).tiny)  # margin of a tie that the arg-max gets right
 
 
@@ -46,11 +47,13 @@ def first_of_ties(
     the first token of those that tie; every other tie stays 0, which is not right.
     """
     tied = margin == 0
+    if margin.device.type not in LOOKS_FREELY:
+        return torch.where(tied & (logits.argmax(-1) == ids), TIED, margin)
     if not bool(tied.any()):
         return margin
     first = torch.zeros_like(tied)
     first[tied] = logits[tied].argmax(-1) == ids[tied]
-    return torch.where(first, torch.full_like(margin, TIED), margin)
+    return torch.where(first, TIED, margin)
 
 
 def horizon(right: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:

@@ -34,8 +34,9 @@ from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vect
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_minimum
+from memvec.graphs import columns_for, rows_for
 from memvec.model.lm import FrozenLM
-from memvec.model.memory import fits, forget_freed_memory
+from memvec.model.memory import fits, forget_freed_memory, in_batches, out_of_memory
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Status
@@ -50,8 +51,9 @@ class Engine:
     """Crams passages with K vectors each, up to `slots` at once.
 
     `storage` is how vectors will be stored and are certified (memvec.storage). `poll` is how many
-    steps pass between looks at who is done (a look makes the device wait). Raises MemvecError for
-    settings that cannot work with the model.
+    steps pass between looks at who is done (a look makes the device wait). `graphs` replays steps
+    on a GPU instead of launching each kernel (memvec.graphs); rows and columns are then rounded up
+    to few shapes. Raises MemvecError for settings that cannot work with the model.
     """
 
     step_type: type[Step] = Step
@@ -65,6 +67,7 @@ class Engine:
         batch_size: int = 32,
         storage: str | torch.dtype | Storage = "float32",
         fixed_shapes: bool = False,
+        graphs: bool = False,
         poll: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -82,13 +85,12 @@ class Engine:
             coordinates=fitting(self.recipe.coordinates, lm),
         )
         self.storage = storage_of(storage)
-        self.fixed_shapes, self.on_progress = fixed_shapes, on_progress
+        self.fixed_shapes, self.graphs, self.on_progress = fixed_shapes, graphs, on_progress
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
-        self.one_step = self.step_type(
-            lm, self.module, self.recipe, vectors, self.start_rule, self.storage, fixed_shapes
-        )
+        rest = (self.start_rule, self.storage, fixed_shapes, graphs)
+        self.one_step = self.step_type(lm, self.module, self.recipe, vectors, *rest)
         self.schedule = self.one_step.schedule
         self.waiting = Waiting()
         self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
@@ -182,7 +184,7 @@ class Engine:
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
             # Room for what may count before the next look; what comes sooner waits for it.
             need = int(counted.max()) + self.schedule.may_count(self.poll - 1)
-            rounded = -(-need // COLUMNS) * COLUMNS
+            rounded = columns_for(need) if self.graphs else -(-need // COLUMNS) * COLUMNS
             self.columns = longest if self.fixed_shapes else min(longest, rounded)
 
     def _new_rows(self, jobs: list[Job], columns: int) -> BatchState:
@@ -233,8 +235,9 @@ class Engine:
     def step(self) -> None:
         """One step for all slots: measure, keep what is better, move the rest."""
         assert self.batch is not None, "no slot is taken"
-        padding_rows = self.batch_size - len(self.jobs) if self.fixed_shapes else 0
-        self.one_step(self.batch, self.columns, padding_rows)
+        B, slots = len(self.jobs), self.batch_size
+        rows = slots if self.fixed_shapes else rows_for(B, slots) if self.graphs else B
+        self.one_step(self.batch, self.columns, rows - B)
         self.steps += 1
         before = self.lm.inputs_before(self.K, self.start_rule)
         self.tokens += (self.columns + before) * len(self.jobs)
@@ -263,27 +266,19 @@ class Engine:
             else:
                 yield outcome
 
-    def _certified(self, finished: list[Finished]) -> Iterator[Outcome]:
+    def _certified(self, finished: list[Finished]) -> list[Outcome]:
         """Certify together, or in halves where memory runs out."""
-        outcomes: list[Outcome] = []
-
-        def together() -> None:
-            outcomes.extend(
-                certify(self.lm, finished, self.start_rule, self.storage, self.recipe.corrections)
-            )
-
-        if fits(together):
-            yield from outcomes
-            return
-        forget_freed_memory()
-        if len(finished) == 1:
+        rest, n = (self.start_rule, self.storage, self.recipe.corrections), len(finished)
+        try:
+            return in_batches(lambda rows: list(certify(self.lm, finished[rows], *rest)), n, n)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            longest = max(len(f.passage) for f in finished)
             raise MemvecError(
-                f"one passage of {len(finished[0].passage)} tokens cannot be decoded in the memory "
-                f"of {self.lm.device}: use fewer --tokens."
-            )
-        half = len(finished) // 2
-        yield from self._certified(finished[:half])
-        yield from self._certified(finished[half:])
+                f"a passage of up to {longest} tokens cannot be decoded in the memory of "
+                f"{self.lm.device}: use fewer --tokens."
+            ) from error
 
     def _may_go_on(self, outcome: Outcome) -> bool:
         if self.recipe.if_not_exact == "stop":

@@ -22,12 +22,13 @@ from torch import Tensor
 from memvec import registry
 from memvec.cramming.batch import BatchState
 from memvec.cramming.coordinates import Coordinates, as_stored
-from memvec.cramming.objectives import objective_named, score
+from memvec.cramming.objectives import Score, objective_named, score
 from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
+from memvec.graphs import Graphs, Pass
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -53,7 +54,7 @@ class Step:
 
     `module` is what steps are computed with: the model itself, or a copy of its weights in a faster
     dtype; then arrivals are confirmed in the model's own dtype. `fixed_shapes` keeps margins from
-    depending on how many passages arrive together.
+    depending on how many passages arrive together. `graphs` replays steps (memvec.graphs).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Step:
         start_rule: StartRule,
         storage: Storage,
         fixed_shapes: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.fixed_shapes = fixed_shapes
         self.lm, self.module, self.recipe, self.K = lm, module, recipe, K
@@ -77,6 +79,7 @@ class Step:
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
         self.objective = objective_named(recipe.objective)
         self.term: Term = registry.get("term", recipe.term)(lm, module, recipe, K, start_rule)
+        self.passed: Pass = Graphs(self.forward, module, self.term) if graphs else self.forward
         # True if the losses of a step add up to -ln p(passage | vectors), in the model's own dtype.
         plain = (recipe.objective, recipe.schedule, recipe.temperature, recipe.stuck_after)
         self.measures_passage = module is lm and plain == ("cross-entropy", "whole", 1.0, 0)
@@ -108,21 +111,28 @@ class Step:
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
             ids = with_padding(batch.ids[:, : columns + self.given], padding_rows)
             rows = with_padding(vectors, padding_rows)
+            temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
+            temperature = with_padding(temperature, padding_rows, self.recipe.temperature)
             with self.term.watching():
-                states = self.module.states(rows, ids, self.start_rule)
+                states, scores = self.passed(rows, ids, temperature)
             term = self.term.measure(rows, batch, columns, padding_rows)
-        temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
-        scores = score(
-            self.module.head,
-            states,
-            ids[:, self.given :],
-            self.recipe,
-            temperature=with_padding(temperature, padding_rows, self.recipe.temperature),
-            V=self.lm.vocab_size,
-        )
         return Measurement(
             states, scores.gradient, vectors.detach(), scores.loss[:B], scores.margin[:B], term
         )
+
+    def forward(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        ids: Int[Tensor, "N n"],
+        temperature: Float[Tensor, " N"] | None = None,
+        lm: FrozenLM | None = None,
+    ) -> tuple[Float[Tensor, "N T H"], Score]:
+        """The states that predict the tokens, and their losses, margins and gradients; with
+        `module`, or another model."""
+        lm = lm or self.module
+        states, truth = lm.states(vectors, ids, self.start_rule), ids[:, self.given :]
+        V = self.lm.vocab_size
+        return states, score(lm.head, states, truth, self.recipe, temperature=temperature, V=V)
 
     def rehearse(self, tokens: int, batch_size: int) -> None:
         """A forward and backward pass of `batch_size` passages of `tokens` tokens, dropped."""
@@ -130,10 +140,7 @@ class Step:
         vectors = torch.zeros(batch_size, self.K, self.lm.numbers, device=device).requires_grad_()
         ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=device)
         with torch.enable_grad():
-            states = self.module.states(vectors, ids, self.start_rule)
-        scores = score(
-            self.module.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
-        )
+            states, scores = self.forward(vectors, ids)
         # .item() waits for the device
         torch.autograd.grad(states, vectors, scores.gradient)[0].sum().item()
 
@@ -193,13 +200,8 @@ class Step:
         if self.fixed_shapes:
             rows = torch.arange(len(arrived), device=arrived.device)
         ids, length = with_padding(batch.ids[rows], padding_rows), batch.length[rows]
-        states = self.lm.states(
-            with_padding(batch.vectors[rows], padding_rows), ids, self.start_rule
-        )
-        scores = score(
-            self.lm.head, states, ids[:, self.given :], self.recipe, V=self.lm.vocab_size
-        )
-        margin = scores.margin[: len(rows)]
+        vectors = with_padding(batch.vectors[rows], padding_rows)
+        margin = self.forward(vectors, ids, lm=self.lm)[1].margin[: len(rows)]
         within = torch.arange(margin.shape[1], device=margin.device) < length[:, None]
         ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
         smallest = ranked.gather(1, batch.corrections[rows][:, None])[:, 0]

@@ -12,9 +12,12 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 Result = TypeVar("Result")
+# Objects that hold memory for what can be made again, and give it up when asked to `forget()`.
+HOLDERS: WeakSet[Any] = WeakSet()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
 # Logits held at once: 64 MiB in float32, a few times that while they are scored.
@@ -78,8 +81,10 @@ def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) ->
 
 
 def forget_freed_memory() -> None:
-    """Let a GPU's allocator give back what a failed step left in pieces."""
+    """Let a GPU's allocator give back what a failed step left in pieces, and all `HOLDERS`."""
     import torch
 
+    for holder in list(HOLDERS):
+        holder.forget()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,0 +1,273 @@
+"""Steps that a GPU replays instead of being told again, kernel by kernel (CUDA graphs).
+
+A step of few tokens makes thousands of short kernels, and telling a GPU about them takes longer
+than computing them (docs/log.md, "The engine on a GPU, as it is"). The first step of a shape (slots
+x columns) runs as it is, which warms up; the second is captured, and from then on replayed. A
+capture is used only if its first replay gives what the step itself gives.
+
+Two graphs a shape, because the weights of positions depend on the margins that the forward pass
+measures:
+
+    forward     vectors, ids, temperature -> states, and what `score` says of them
+    backward    slope at the states -> gradient at the vectors
+
+What lies between and behind them (schedule, weights, optimiser, a second term) is a few kernels and
+stays as it is. `torch.cuda.make_graphed_callables` splits a pass in the same way. Around the states
+alone it would leave the head's losses outside, whose operators are more than those of the layers
+where there are many positions (docs/log.md); it warms up three times, which an engine's first step
+does anyway, and knows no device that a test could stand in for.
+
+Graphs read and write at fixed addresses. Inputs are therefore copied into tensors that stay, and
+what a replay leaves at its outputs holds until the next replay. All graphs of an engine share one
+pool of memory: a backward pass always follows its own forward pass, so that no graph needs what
+another one left there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.cramming.objectives import Score
+from memvec.cramming.terms import Term
+from memvec.errors import MemvecError
+from memvec.model import memory
+from memvec.model.lm import FrozenLM
+
+# (vectors, ids, temperature) -> states, and their losses, margins and gradients
+Pass = Callable[
+    [Float[Tensor, "N K D"], Int[Tensor, "N n"], Float[Tensor, " N"]],
+    tuple[Float[Tensor, "N T H"], Score],
+]
+Replay = Callable[[], None]
+
+HELD = 32  # shapes whose graphs are kept; beyond, the one that was not used for longest is dropped
+FEWEST_COLUMNS = 16
+TOLERANCE = 0.02  # of the size of a figure: kernels that add in any order differ by less
+
+
+class Backend(Protocol):
+    """What captures work on a device."""
+
+    def capture(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        """Do not compute, but note the work. Returns what repeats it, reading and writing at the
+        same addresses, and the tensors that it writes."""
+
+
+class CudaGraphs:
+    """CUDA graphs in one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capture(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
+        """See `Backend`. Other threads (of a loader, say) may go on meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        options: dict[str, Any] = {"pool": self.pool, "stream": self.stream}
+        # torch.cuda.graph does not leave its stream when a capture is broken off.
+        here = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        with here, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+            outputs = work()
+        return graph.replay, outputs
+
+
+# Device type -> what captures there, made for a device.
+BACKENDS: dict[str, Callable[[torch.device], Backend]] = {"cuda": CudaGraphs}
+
+
+def columns_for(need: int) -> int:
+    """Columns of a forward pass in which `need` are predicted: two lengths an octave, so that few
+    graphs serve a passage that grows."""
+    power = max(FEWEST_COLUMNS, 1 << (need - 1).bit_length())
+    return power * 3 // 4 if power > FEWEST_COLUMNS and need <= power * 3 // 4 else power
+
+
+def rows_for(taken: int, slots: int) -> int:
+    """Rows of a forward pass with so many slots taken of so many: the next power of two, so that
+    passages come and go within one shape."""
+    return min(slots, 1 << (taken - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Both graphs of one shape, and the tensors that they read and write."""
+
+    given: tuple[Tensor, ...]  # vectors, ids, temperature
+    forward: Replay
+    states: Float[Tensor, "N T H"]
+    scores: Score
+    slope: Float[Tensor, "N T H"]
+    backward: Replay
+    gradient: Float[Tensor, "N K D"]
+
+    def __call__(self, *given: Tensor) -> tuple[Float[Tensor, "N T H"], Score]:
+        """A `Pass`, replayed."""
+        states: Tensor = _Replayed.apply(*given, self)  # type: ignore[no-untyped-call]
+        loss, margin = self.scores.loss.clone(), self.scores.margin.clone()
+        return states, Score(loss, margin, self.scores.gradient)
+
+
+class Graphs:
+    """A `Pass` with the same figures as `work`, replayed wherever a shape comes again.
+
+    The states that it gives back serve as what a gradient is asked of, not as values: they, and
+    `Score.gradient`, hold until the next call. Raises MemvecError for a device, a model or a
+    second term that cannot be captured.
+    """
+
+    def __init__(self, work: Pass, module: FrozenLM, term: Term) -> None:
+        if reason := why_not(module, term):
+            raise MemvecError(f"graphs cannot be used: {reason}. Leave them out.")
+        self.work, self.module = work, module
+        memory.HOLDERS.add(self)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all graphs, and the memory that they hold."""
+        self.captured: dict[Any, Captured] = {}
+        self.seen: set[Any] = set()
+        self.backend = BACKENDS[self.module.device.type](self.module.device)
+
+    def __call__(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        ids: Int[Tensor, "N n"],
+        temperature: Float[Tensor, " N"],
+    ) -> tuple[Float[Tensor, "N T H"], Score]:
+        """States, attached to the vectors, and their scores.
+
+        Raises MemvecError if the model's code cannot be captured, torch.OutOfMemoryError if there
+        is no room for it.
+        """
+        given = (vectors, ids, temperature)
+        shape = (vectors.shape, ids.shape)
+        if shape not in self.seen:
+            self.seen.add(shape)
+            return self.work(*given)
+        if (captured := self.captured.pop(shape, None)) is None:
+            captured = self._capture(*given)
+            self._check(captured, *given)
+        self.captured[shape] = captured  # the newest at the end
+        if len(self.captured) > HELD:
+            del self.captured[next(iter(self.captured))]
+        return captured(*given)
+
+    def _capture(self, *given: Tensor) -> Captured:
+        """Both graphs for inputs of these shapes."""
+        # Zeros, so that the check below sees an input that is not copied.
+        kept = tuple(torch.zeros_like(tensor.detach()) for tensor in given)
+        vectors = kept[0].requires_grad_()
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.enable_grad(), consecutive_positions():
+                states, scores = self.work(*kept)
+            return states, scores.loss, scores.margin, scores.gradient
+
+        with self._explained():
+            replay, (states, *figures) = self.backend.capture(forward)
+            slope = torch.zeros_like(states)
+            again, (gradient,) = self.backend.capture(
+                lambda: torch.autograd.grad(states, vectors, slope)
+            )
+        scores = Score(*figures)
+        return Captured(kept, replay, states.detach(), scores, slope, again, gradient)
+
+    def _check(self, captured: Captured, vectors: Tensor, *others: Tensor) -> None:
+        """Raise MemvecError if a replay does not give what the work itself gives."""
+        figures = []
+        for passed in (self.work, captured):
+            at = vectors.detach().requires_grad_()
+            states, scores = passed(at, *others)
+            (gradient,) = torch.autograd.grad(states, at, scores.gradient)
+            figures.append([scores.loss, scores.margin, gradient])
+        for mine, theirs in zip(*figures, strict=True):
+            mine, theirs = mine.nan_to_num(), theirs.nan_to_num()
+            if (mine - theirs).norm() > TOLERANCE * mine.norm():
+                raise MemvecError(
+                    f"graphs cannot be used: a replayed step of {self.module.name} gives other "
+                    "figures than the step itself. Leave them out."
+                )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong in a capture, as what it is: too little memory, or code that waits."""
+        try:
+            yield
+        except RuntimeError as error:
+            # The end of a capture that ran out of memory fails in its turn.
+            if any(memory.out_of_memory(e) for e in (error, error.__context__) if e is not None):
+                raise torch.OutOfMemoryError("no memory to capture a step") from error
+            reason, name = str(error).splitlines()[0], self.module.name
+            raise MemvecError(
+                f"graphs cannot be used: a step of {name} cannot be captured ({reason}). Leave "
+                "them out."
+            ) from error
+
+
+class _Replayed(torch.autograd.Function):
+    """The states of a replayed forward pass, whose backward pass is replayed too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, vectors: Tensor, ids: Tensor, temperature: Tensor, captured: Captured
+    ) -> Tensor:
+        for kept, new in zip(captured.given, (vectors, ids, temperature), strict=True):
+            kept.copy_(new)
+        captured.forward()
+        ctx.captured = captured
+        return captured.states.detach()  # a tensor of its own, at the same address
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        captured: Captured = ctx.captured
+        captured.slope.copy_(slopes[0])
+        captured.backward()
+        return captured.gradient.clone(), None, None, None
+
+
+def why_not(module: FrozenLM, term: Term) -> str | None:
+    """Why the steps of a model, with a second term, cannot be captured; None if nothing is known
+    to be in the way."""
+    name, device = module.name, module.device.type
+    if device not in BACKENDS:
+        return f"they are CUDA graphs, and {name} is on the {device}"
+    if any(parameter.device != module.device for parameter in module.model.parameters()):
+        return f"{name} is spread over several devices"
+    if module.offload:
+        return "with offload, a step waits for the computer's memory"
+    if module.quantize:
+        return f"{name} is quantized, and its kernels are not known to be replayable"
+    if module.reading.crammer:
+        return "passages that share a vector are not crammed in slots"
+    if type(term).watching is not Term.watching:
+        return f"the term {type(term).__name__} reads along in the layers, which do not run again"
+    return None
+
+
+@contextlib.contextmanager
+def consecutive_positions() -> Iterator[None]:
+    """Within, transformers takes each row for one sequence, as it is, without looking.
+
+    It looks at positions for packed sequences, which makes the device wait; while a graph is
+    captured it cannot look, and would give every model a mask of all positions, with which
+    attention takes a slower kernel (`masking_utils.find_packed_sequence_indices`, 5.24).
+    """
+    from transformers import masking_utils
+
+    looks = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if looks is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks

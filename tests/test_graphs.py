@@ -1,0 +1,393 @@
+"""Replayed steps are the steps: on a CPU through a recorder that knows fixed tensors only."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from copy import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from conftest import QUICK, build, passages, tiny
+from memvec import graphs, metrics
+from memvec.cramming import engine as engine_module
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.model import memory
+from memvec.model.lm import FrozenLM
+from recorder import NoWaiting, Recorder
+
+ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
+LENGTHS = (9, 3, 6, 2, 4)
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """The recorder in place of CUDA; the CPU is not looked at more freely than a GPU."""
+    monkeypatch.setattr(metrics, "LOOKS_FREELY", set())
+    monkeypatch.setitem(graphs.BACKENDS, "cpu", Recorder)
+    monkeypatch.setattr(Recorder, "made", [])
+
+
+def watched(engine):
+    """How often each shape is computed, while it goes on."""
+    shapes, passed = Counter(), engine.one_step.passed
+
+    def counting(vectors, ids, temperature):
+        shapes[vectors.shape, ids.shape] += 1
+        return passed(vectors, ids, temperature)
+
+    engine.one_step.passed = counting
+    return shapes
+
+
+def outcomes(engine, asked):
+    """All that differs from passage to passage, by its ids."""
+    return {
+        o.passage.ids: (o.steps, o.spent, o.status, o.exact, o.least_mem_bits, o.vectors.tolist())
+        for o in engine.run(asked)
+    }
+
+
+RECIPES = {
+    "default": ENDLESS,
+    "exact": replace(QUICK, steps=40),
+    "whole, adamw": replace(ENDLESS, schedule="whole", optimizer="adamw", decay=9, warmup=2),
+    "adam, stuck": replace(ENDLESS, optimizer="adam", stuck_after=3, patience=8),
+    "principal, deficit": replace(ENDLESS, coordinates="principal", objective="deficit"),
+    "margin, bos": replace(ENDLESS, objective="margin", start_rule="bos"),
+    "first token": replace(ENDLESS, start_rule="first-token", corrections=1),
+}
+
+
+@pytest.mark.parametrize(("family", "K"), [("llama", 1), ("gpt2", 2)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_replayed_steps_are_the_steps(family, K, name):
+    """Bit-equal at the same shapes, while passages of other lengths take the slots."""
+    lm, asked, recipe = tiny(family), passages(*LENGTHS, seed=3), RECIPES[name]
+    options = {"vectors": K, "batch_size": 2, "fixed_shapes": True, "storage": "bfloat16"}
+    replayed = Engine(lm, recipe, graphs=True, **options)
+    shapes = watched(replayed)
+    assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
+    (recorder,) = Recorder.made
+    again = sum(count > 1 for count in shapes.values())
+    assert again >= 1
+    assert len(recorder.tapes) == 2 * again  # forward and backward of each shape that came twice
+
+
+@pytest.mark.parametrize("poll", [1, 4])
+def test_rounded_shapes_are_few_and_replayed_as_they_are_computed(poll):
+    lm, asked = tiny(), passages(40, 33, 21, 40, 9, 18, seed=5)
+    recipe = replace(ENDLESS, look_ahead=6, margin=0.0, steps=30)
+    replayed = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
+    plain = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
+    plain.one_step.passed = plain.one_step.forward  # the same shapes, nothing captured
+    shapes = watched(replayed)
+    assert outcomes(replayed, asked) == outcomes(plain, asked)
+    assert {vectors[0] for vectors, _ in shapes} <= {1, 2, 3}
+    assert {ids[1] for _, ids in shapes} <= {16, 24, 32, *map(len, asked)}
+
+
+def test_rows_and_columns_are_rounded_up():
+    taken = (1, 2, 3, 4, 5, 8, 9, 12)
+    assert [graphs.rows_for(n, 12) for n in taken] == [1, 2, 4, 4, 8, 8, 12, 12]
+    for need in range(1, 3000):
+        columns = graphs.columns_for(need)
+        assert need <= columns <= max(16, 1.5 * need)
+    assert len({graphs.columns_for(need) for need in range(1, 1025)}) == 13
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
+    """The vectors, the ids or the temperatures stay those of the capture: the engine says so, and
+    without its check the recorder would show it."""
+    lm, asked = tiny(), passages(*LENGTHS, seed=3)
+    recipe = replace(ENDLESS, stuck_after=2, margin=0.1)
+    options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}
+    whole = outcomes(Engine(lm, recipe, **options), asked)
+    capture = graphs.Graphs._capture
+
+    def careless(self, *given):
+        captured = capture(self, *given)
+        kept = list(captured.given)
+        kept[missing] = kept[missing].detach().clone()  # copied to where nobody reads
+        return replace(captured, given=tuple(kept))
+
+    monkeypatch.setattr(graphs.Graphs, "_capture", careless)
+    with pytest.raises(MemvecError, match="gives other figures than the step itself"):
+        outcomes(Engine(lm, recipe, graphs=True, **options), asked)
+    monkeypatch.setattr(graphs.Graphs, "_check", lambda *_: None)
+    assert outcomes(Engine(lm, recipe, graphs=True, **options), asked) != whole
+
+
+def test_an_output_that_is_kept_is_seen_to_be_overwritten():
+    lm = tiny()
+    one = Engine(lm, ENDLESS, graphs=True).one_step
+    vectors = torch.zeros(2, 1, lm.width, requires_grad=True)
+    ids, temperature = torch.ones(2, 5, dtype=torch.long), torch.ones(2)
+    one.passed(vectors, ids, temperature)
+    _, first = one.passed(vectors, ids, temperature)
+    kept, held = first.margin.clone(), first.gradient.clone()
+    _, second = one.passed(vectors + 1, ids, temperature)
+    assert torch.equal(first.margin, kept)  # small ones are copies
+    assert not torch.equal(first.margin, second.margin)
+    assert not torch.equal(first.gradient, held)  # large ones hold until the next call
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_as_many_graphs_are_kept_as_fit(monkeypatch):
+    monkeypatch.setattr(graphs, "HELD", 1)
+    lm, asked = tiny(), passages(40, 33, 21, 5, seed=5)
+    recipe = replace(ENDLESS, schedule="whole")
+    engine = Engine(lm, recipe, batch_size=2, graphs=True)
+    replays, shapes = engine.one_step.passed, watched(engine)
+    plain = Engine(lm, recipe, batch_size=2, graphs=True)
+    plain.one_step.passed = plain.one_step.forward
+    assert outcomes(engine, asked) == outcomes(plain, asked)
+    assert len(shapes) > 1
+    assert len(replays.captured) == 1
+
+
+def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monkeypatch):
+    """As CUDA says it: the end of the broken capture fails in its turn."""
+    lm, asked, held = tiny(), passages(5, 4, 3, 5, seed=2), []
+
+    class Small(Recorder):
+        def capture(self, work):
+            replay, outputs = super().capture(work)
+            if len(outputs) > 1 and len(outputs[0]) > 2:  # a forward pass of more than two rows
+                try:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                finally:
+                    raise RuntimeError("CUDA error: capture was invalidated")
+            held.append(weakref.ref(outputs[0]))
+            return replay, outputs
+
+    monkeypatch.setitem(graphs.BACKENDS, "cpu", Small)
+    engine = Engine(lm, QUICK, vectors=2, batch_size=4, graphs=True)
+    found = list(engine.run(asked))
+    assert engine.batch_size == 2
+    assert {o.exact for o in found} == {True}
+    assert len(found) == len(asked)
+    assert held
+    Recorder.made.clear()
+    memory.forget_freed_memory()
+    gc.collect()
+    assert all(output() is None for output in held)
+
+
+def test_a_certification_that_finds_no_room_goes_on_in_halves_without_the_graphs(monkeypatch):
+    lm, asked, captured = tiny(), passages(5, 4, 3, 5, seed=2), []
+    engine = Engine(lm, QUICK, vectors=2, batch_size=4, graphs=True)
+    replays, certify = engine.one_step.passed, engine_module.certify
+
+    def narrow(lm, finished, *others):
+        captured.append(len(replays.captured))
+        if len(finished) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return certify(lm, finished, *others)
+
+    monkeypatch.setattr(engine_module, "certify", narrow)
+    found = list(engine.run(asked))
+    assert {o.passage for o in found} == set(asked)
+    assert {o.exact for o in found} == {True}
+    assert captured[0] > 0  # the first one, in vain
+    assert captured[1] == 0
+
+
+def test_a_passage_that_cannot_be_decoded_alone_is_said(monkeypatch):
+    def nowhere(lm, finished, *others):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(engine_module, "certify", nowhere)
+    engine = Engine(tiny(), replace(ENDLESS, steps=1), batch_size=3)
+    with pytest.raises(MemvecError, match=r"up to 5 tokens cannot be decoded in the memory of cpu"):
+        list(engine.run(passages(5, 4, 3)))
+
+
+def test_graphs_go_with_their_engine():
+    engine = Engine(tiny(), ENDLESS, graphs=True)
+    replays = weakref.ref(engine.one_step.passed)
+    assert replays() in memory.HOLDERS
+    del engine
+    gc.collect()
+    assert replays() is None
+
+
+# ---------------------------------------------------------------------- what cannot be captured
+
+
+def no_graphs(lm, word, **options):
+    with pytest.raises(MemvecError, match=f"^graphs cannot be used: .*{word}") as said:
+        Engine(lm, Recipe(**options), graphs=True)
+    assert "\n" not in str(said.value)
+    assert str(said.value).endswith(" Leave them out.")
+
+
+def test_what_cannot_be_captured_is_said_at_once(monkeypatch):
+    no_graphs(tiny(), "reads along in the layers", term="alignment", align_layers=1)
+    for name, value, word in [("offload", True, "offload"), ("quantize", "4bit", "quantized")]:
+        lm = copy(tiny())
+        setattr(lm, name, value)
+        no_graphs(lm, word)
+    lm = copy(tiny())
+    lm.device = torch.device("meta")
+    monkeypatch.setitem(graphs.BACKENDS, "meta", Recorder)
+    assert "spread over several devices" in graphs.why_not(lm, Engine(tiny()).one_step.term)
+    no_graphs(tiny().read_as("one-step-shared"), "share a vector")
+    monkeypatch.delitem(graphs.BACKENDS, "cpu")
+    no_graphs(tiny(), "CUDA graphs, and tiny-llama is on the cpu")
+
+
+def test_code_that_waits_is_named(monkeypatch):
+    """Nothing is computed wrongly: the first step is as it is, the second one says so."""
+    lm = copy(tiny())
+    states = lm.states
+
+    def looking(vectors, ids, start):
+        return states(vectors, ids, start) * (1.0 if float(vectors.detach().sum()) else 2.0)
+
+    monkeypatch.setattr(lm, "states", looking)
+    engine = Engine(lm, ENDLESS, graphs=True)
+    for passage in passages(4):
+        engine.push(passage)
+    engine.fill(1)
+    engine.step()
+    with pytest.raises(MemvecError, match=r"step of tiny-llama cannot be captured \(operation"):
+        engine.step()
+
+
+# ---------------------------------------------------------------------- other ways to compute
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("llama", {"space": "prefix", "start_rule": "bos"}),
+        ("llama", {"space": "shared-basis", "dimensions": 8}),
+        ("llama", {"term": "use", "start_rule": "bos", "query_tokens": 4}),
+        ("gpt-neox", {"compute": "bfloat16"}),
+        ("gemma3", {}),
+        ("mixtral", {}),
+    ],
+)
+def test_other_recipes_and_models_are_replayed_too(family, recipe):
+    lm, asked = tiny(family), passages(*LENGTHS, seed=3)
+    recipe, options = replace(ENDLESS, **recipe), {"batch_size": 2, "fixed_shapes": True}
+    replayed = Engine(lm, recipe, graphs=True, **options)
+    assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
+    assert Recorder.made[0].tapes
+
+
+@pytest.mark.parametrize("name", ["checkpointing", "one-step", "no split head"])
+def test_other_passes_are_replayed_too(name):
+    lm, asked = copy(tiny()), passages(*LENGTHS, seed=3)
+    if name == "checkpointing":
+        lm.checkpointing = True
+    elif name == "one-step":
+        lm = lm.read_as("one-step")
+    else:
+        lm._body, lm._head = None, lambda states: states
+    options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}
+    replayed = Engine(lm, ENDLESS, graphs=True, **options)
+    assert outcomes(replayed, asked) == outcomes(Engine(lm, ENDLESS, **options), asked)
+    assert Recorder.made[0].tapes
+
+
+# ---------------------------------------------------------------------- nothing waits
+
+
+@pytest.mark.parametrize("storage", ["float32", "int4"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_step_waits_once_it_is_captured(name, storage):
+    engine = Engine(tiny(), RECIPES[name], vectors=2, storage=storage, graphs=True, poll=8)
+    for passage in passages(6, 5, 4):
+        engine.push(passage)
+    engine.fill(3)
+    engine.step()
+    engine.step()
+    with NoWaiting():
+        for _ in range(4):
+            engine.step()
+
+
+def test_ties_are_counted_alike_with_and_without_a_look(monkeypatch):
+    torch.manual_seed(0)
+    logits = torch.randint(0, 3, (2, 50, 6)).float()  # ties everywhere
+    ids = torch.randint(0, 6, (2, 50))
+    with monkeypatch.context() as here:
+        here.setattr(metrics, "LOOKS_FREELY", {"cpu"})
+        looked = metrics.margins(logits, ids)
+    with NoWaiting():
+        unseen = metrics.margins(logits, ids)
+    assert torch.equal(looked, unseen)
+    assert (looked == metrics.TIED).any()
+    assert (looked == 0).any()
+
+
+def test_transformers_looks_for_packed_sequences_again_afterwards():
+    looks = transformers.masking_utils.find_packed_sequence_indices
+    positions = torch.tensor([[0, 1, 0, 1]])
+    with graphs.consecutive_positions():
+        assert transformers.masking_utils.find_packed_sequence_indices(positions) is None
+    assert transformers.masking_utils.find_packed_sequence_indices is looks
+    assert looks(positions) is not None
+    with pytest.raises(ValueError, match="x"), graphs.consecutive_positions():
+        raise ValueError("x")
+    assert transformers.masking_utils.find_packed_sequence_indices is looks
+
+
+def test_attention_is_as_plain_in_a_capture_as_without():
+    """No mask of all positions, which rules the flash kernel out on a GPU."""
+    engine = Engine(tiny(), replace(ENDLESS, steps=3), graphs=True)
+    list(engine.run(passages(5)))
+    forward = Recorder.made[0].tapes[0]
+    kernels = [step for step in forward.steps if "attention" in str(step[0])]
+    assert kernels
+    for _, args, kwargs, _ in kernels:
+        assert kwargs.get("attn_mask") is None
+        assert any(arg is True for arg in args)  # is_causal
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gpt2"])
+def test_cuda_graphs_give_what_the_steps_give(family, dtype):
+    """Figures of single passes: over many steps, kernels that add in any order drift apart."""
+    lm = FrozenLM(build(family).cuda().to(dtype), name=f"cuda-{family}")
+    one = Engine(lm, ENDLESS, vectors=2, graphs=True).one_step
+    generator = torch.Generator().manual_seed(0)
+    for i in range(12):  # two shapes in turn: the first time as it is, then captured, then replayed
+        rows, columns = [(4, 9), (3, 17)][i % 2]
+        vectors = torch.randn(rows, 2, lm.width, generator=generator).cuda().requires_grad_()
+        ids = torch.randint(lm.vocab_size, (rows, columns), generator=generator).cuda()
+        temperature = (0.5 + torch.rand(rows, generator=generator)).cuda()
+        figures = []
+        for passed in (one.forward, one.passed):
+            with torch.enable_grad():
+                states, scores = passed(vectors, ids, temperature)
+            (gradient,) = torch.autograd.grad(states, vectors, scores.gradient)
+            figures.append((scores.loss, scores.margin, gradient))
+        for plain, replayed in zip(*figures, strict=True):
+            torch.testing.assert_close(replayed, plain, rtol=1e-2, atol=1e-3 * float(plain.norm()))
+    assert len(one.passed.captured) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_passages_are_exact_with_cuda_graphs():
+    lm = FrozenLM(build("llama").cuda(), name="cuda-llama")
+    engine = Engine(lm, QUICK, vectors=2, batch_size=2, graphs=True)
+    assert [o.exact for o in engine.run(passages(5, 3, 4, 2, seed=3))] == [True] * 4
+    assert engine.one_step.passed.captured
+    memory.forget_freed_memory()
+    assert not engine.one_step.passed.captured
