@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import QUICK, passages, tiny
-from memvec.cramming import principal
+from memvec.arms import principal
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids

@@ -191,17 +191,15 @@ class _Request:
             "layout": self.layout,
             "storage": self.storage,
             "version": __version__,
-            **self._files(lm),
+            **self._files(),
         }
 
-    def _files(self, lm: FrozenLM) -> dict[str, str]:
+    def _files(self) -> dict[str, str]:
         """Hashes of the files that the recipe names: their names say too little."""
         found = {}
         if self.recipe.term == "use" and (path := Path(self.recipe.queries)).is_file():
             found["questions"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        if self.recipe.trigger == "auto" and lm.own_trigger is not None:
-            found["trigger"] = lm.own_trigger.identity
-        elif (path := Path(self.recipe.trigger)).is_file():
+        if (path := Path(self.recipe.trigger)).is_file():
             found["trigger"] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 

@@ -277,7 +277,8 @@ class FrozenLM:
         if start == "bos":
             if not self.trigger:
                 raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
-            return ids.new_tensor(self.trigger).expand(len(ids), -1)
+            # Filled, not copied from the CPU: a GPU is not made to wait.
+            return torch.cat([ids.new_full((len(ids), 1), token) for token in self.trigger], 1)
         return ids[:, : int(start == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:
@@ -307,6 +308,7 @@ class FrozenLM:
             "width": self.width,
             "vocabulary": self.vocab_size,
             "encoder": self.encoder.identity if self.encoder else None,
+            **({"trigger": self.own_trigger.identity} if self.own_trigger else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
         }
 
