@@ -169,6 +169,7 @@ def test_auto_is_the_folders_own_trigger(folder, tmp_path):
     lm = load_lm(str(own))
     assert torch.equal(triggered(lm, Recipe(trigger="auto")).soft, rows_for(plain, 2))
     assert triggered(lm, Recipe(trigger="bos")).soft is None
+    assert triggered(lm, Recipe.of("prefix", trigger="auto", start_rule="bos")).soft is None
 
 
 # ---------------------------------------------------------------------- training

@@ -149,7 +149,7 @@ class Recipe:
         "bos",
         "the token that follows the vectors under the start rule 'bos', behind which the passage "
         "comes: 'bos', the text of another token, its number as '#17', a file of 'memvec trigger "
-        "train', or 'auto': the crammed trigger of the model's folder if it has one, else BOS",
+        "train', or 'auto': the one in the model's folder, if there is one (for inputs), else BOS",
     )
     compute: ComputeName = documented(
         "auto",

@@ -9,6 +9,7 @@ def usable() -> Recipe:
     """The text comes behind a trigger, and the vectors alone are its context."""
     return Recipe(
         term="use",
+        term_weight=12.0,
         margin=0.05,
         query_count=64,
         settle=300,

@@ -54,11 +54,13 @@ def token_named(lm: FrozenLM, name: str) -> int:
 def trigger_named(lm: FrozenLM, name: str) -> int | Float[Tensor, "R D"] | None:
     """The trigger of a recipe: 'bos' (None), 'auto', a token, or a file of a crammed trigger.
 
-    'auto' is the crammed trigger in the model's folder, if there is one, else BOS. Raises
+    'auto' is the crammed trigger in the model's folder, if there is one, else BOS; in other spaces
+    than the inputs that it was trained behind, BOS. Raises
     MemvecError for a text that is not one token, or a file that is no trigger of this model.
     """
     if name == "auto":
-        return None if lm.own_trigger is None else lm.own_trigger.rows
+        own = lm.own_trigger if lm.reading.space == "inputs" else None
+        return None if own is None else own.rows
     if name == "bos":
         return None
     if (path := Path(name).expanduser()).suffix == ".safetensors":
