@@ -20,6 +20,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
+from memvec.model.trigger import with_trigger
 from recorder import NoWaiting, Recorder
 
 ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
@@ -286,18 +287,21 @@ def test_other_recipes_and_models_are_replayed_too(family, recipe):
     assert Recorder.made[0].tapes
 
 
-@pytest.mark.parametrize("name", ["checkpointing", "one-step", "no split head"])
+@pytest.mark.parametrize("name", ["checkpointing", "one-step", "no split head", "soft tokens"])
 def test_other_passes_are_replayed_too(name):
     lm, asked = copy(tiny()), passages(*LENGTHS, seed=3)
     if name == "checkpointing":
         lm.checkpointing = True
     elif name == "one-step":
         lm = lm.read_as("one-step")
+    elif name == "soft tokens":
+        lm = with_trigger(lm, torch.ones(3, lm.width))
     else:
         lm._body, lm._head = None, lambda states: states
     options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}
-    replayed = Engine(lm, ENDLESS, graphs=True, **options)
-    assert outcomes(replayed, asked) == outcomes(Engine(lm, ENDLESS, **options), asked)
+    recipe = replace(ENDLESS, start_rule="bos") if name == "soft tokens" else ENDLESS
+    replayed = Engine(lm, recipe, graphs=True, **options)
+    assert outcomes(replayed, asked) == outcomes(Engine(lm, recipe, **options), asked)
     assert Recorder.made[0].tapes
 
 
