@@ -157,7 +157,8 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
         lm.facts = json.loads(facts.read_text())
     if local is not None and (own := local / "encoder.safetensors").is_file():
         lm.encoder = load_encoder(own, lm)
-    if local is not None and (own := local / TRIGGER_FILE).is_file():
+    # A quantized model has other weights than those that its folder's trigger was trained for.
+    if local is not None and not lm.quantize and (own := local / TRIGGER_FILE).is_file():
         lm.own_trigger = load_trigger(own, lm)
     if encoder is not None:
         lm.encoder = load_encoder(Path(encoder).expanduser(), lm)
