@@ -172,6 +172,20 @@ def test_auto_is_the_folders_own_trigger(folder, tmp_path):
     assert triggered(lm, Recipe.of("prefix", trigger="auto", start_rule="bos")).soft is None
 
 
+def test_the_built_in_models_own_trigger_is_of_its_weights():
+    lm = load_lm("pocket")
+    assert lm.own_trigger.rows.shape == (4, lm.width)
+    assert lm.description()["trigger"] == lm.own_trigger.identity
+    assert torch.equal(triggered(lm, Recipe.of("usable")).soft, lm.own_trigger.rows)
+
+
+def test_a_quantized_model_does_without_its_folders_trigger():
+    pytest.importorskip("torchao")
+    lm = load_lm("pocket", quantize="8bit")
+    assert lm.own_trigger is None
+    assert triggered(lm, Recipe.of("usable")).trigger == (lm.bos_id,)
+
+
 # ---------------------------------------------------------------------- training
 
 
@@ -290,6 +304,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     assert command(*cram).code == 0
     assert command("decode", tmp_path / "letter.mem").out == b"the cat sat"
     assert MemVectors.load(tmp_path / "letter.mem").header.soft_trigger == 2
+    assert b"crammed trigger" in command("inspect", tmp_path / "letter.mem").out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -143,6 +143,7 @@ class MemVectors:
             "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, held), width),
             "text_bytes": sum(d.size for d in self.header.documents),
             "vector_bytes": self.size,
+            "trigger_bytes": 0 if self.trigger is None else 4 * self.trigger.numel(),
             "edit_bytes": sum(
                 8 + len(new.encode()) for d in self.header.documents for _, _, new in d.edits
             ),

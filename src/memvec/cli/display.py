@@ -308,6 +308,7 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
             "corrections", f"{s['corrections']} tokens listed, {s['correction_bytes']} bytes"
         )
     read = f"start rule {s['start_rule']}" if s["layout"] == "prefix" else f"read {s['layout']}"
+    read += f", a crammed trigger of {s['trigger_bytes']} bytes" if s["trigger_bytes"] else ""
     table.add_row("smallest margin", f"{s['margin']:.2f} logits; {read}")
     table.add_row(
         "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"
