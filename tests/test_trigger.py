@@ -29,7 +29,7 @@ from memvec.model.trigger import with_trigger
 from memvec.passages.passage import Passage
 from memvec.usable import trigger_training
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
-from memvec.usable.triggers import load_trigger, save_trigger, stored_trigger
+from memvec.usable.triggers import load_trigger, named_files, save_trigger, stored_trigger
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(
@@ -159,6 +159,15 @@ def test_other_software_gets_it_as_vectors(mem, tmp_path):
     for prompt, record, ids in zip(prompts, mem.passages, mem.tokens(lm), strict=True):
         assert torch.equal(prompt.vectors[2:], mem.trigger)
         assert decode_ids(lm, prompt.vectors[None], [record.tokens]) == [ids]
+
+
+def test_another_trigger_under_the_same_name_is_another_setting(trigger_file):
+    recipe = replace(USABLE, trigger=str(trigger_file))
+    first = named_files(recipe)
+    save_trigger(trigger_file, rows_for(reader("words"), 2), reader("words"), {})
+    assert list(first) == ["trigger"]
+    assert named_files(recipe) != first
+    assert named_files(USABLE) == {}
 
 
 def test_auto_is_the_folders_own_trigger(folder, tmp_path):

@@ -3,7 +3,6 @@ r"""`memvec cram`: a text becomes a file of \[mem] vectors, certified to decode 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -184,6 +183,8 @@ class _Request:
 
     def settings(self, lm: FrozenLM) -> dict[str, Any]:
         """What decides a passage's vectors: an interrupted run goes on only under the same."""
+        from memvec.usable.triggers import named_files
+
         return {
             "model": lm.description(),
             "recipe": self.recipe.record(),
@@ -191,17 +192,8 @@ class _Request:
             "layout": self.layout,
             "storage": self.storage,
             "version": __version__,
-            **self._files(),
+            **named_files(self.recipe),
         }
-
-    def _files(self) -> dict[str, str]:
-        """Hashes of the files that the recipe names: their names say too little."""
-        found = {}
-        if self.recipe.term == "use" and (path := Path(self.recipe.queries)).is_file():
-            found["questions"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        if (path := Path(self.recipe.trigger)).is_file():
-            found["trigger"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
 
 
 def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:

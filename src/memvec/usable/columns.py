@@ -33,6 +33,7 @@ from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import storage_of
 from memvec.usable.queries import text_inputs
+from memvec.usable.triggers import named_files
 
 ColumnName = Literal["full", "none", "truncated", "crammed"]
 COLUMNS: tuple[ColumnName, ...] = get_args(ColumnName)
@@ -206,5 +207,6 @@ class Column:
             "vectors": self.vectors,
             "storage": STORAGE,
             "start_rule": job.engine.start_rule,
+            **named_files(job.engine.recipe),
         }
         return Journal(self.cache / "contexts.journal", settings)

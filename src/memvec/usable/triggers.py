@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -66,6 +67,19 @@ def trigger_named(lm: FrozenLM, name: str) -> int | Float[Tensor, "R D"] | None:
     if (path := Path(name).expanduser()).suffix == ".safetensors":
         return load_trigger(path, lm).rows
     return token_named(lm, name)
+
+
+def named_files(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the files that a recipe names, its questions and its trigger.
+
+    Their names say too little for whoever goes on with what was made by them.
+    """
+    named = {"questions": recipe.queries if recipe.term == "use" else "", "trigger": recipe.trigger}
+    return {
+        what: hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        for what, name in named.items()
+        if Path(name).is_file()
+    }
 
 
 def save_trigger(
