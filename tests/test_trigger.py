@@ -307,6 +307,10 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     assert ran.code == 0, ran.err
     assert "batch 2 of 2" in ran.err
     assert "2 soft tokens" in ran.err
+    again = command(
+        "trigger", "train", "--text", tmp_path / "books.txt", "-o", tmp_path / "trigger"
+    )
+    assert (again.code, "trigger.safetensors: --trigger" in again.sentence) == (2, True)
     again = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
     assert (again.code, "use --force" in again.sentence) == (2, True)
     cram = ["cram", letter, "-m", own, "--usable", "--vectors", 2, "--tokens", 6, *quick]

@@ -177,10 +177,11 @@ class MemVectors:
         self.check_model(lm, force=force)
         lm = self.view(lm)
         longest = max((p.tokens for p in self.passages), default=0)
-        if lm.context is not None and longest + self.vectors.shape[1] > lm.context + 1:
-            raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
         first: list[int] | None = None
         rule: StartRule = self.header.start_rule
+        inputs = longest + lm.inputs_before(self.vectors.shape[1], rule)
+        if lm.context is not None and inputs > lm.context:
+            raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
         if rule == "first-token":
             # A token that the model does not have (a forged file) is as wrong as any other.
             first = [min(p.first or 0, lm.vocab_size - 1) for p in self.passages]

@@ -9,6 +9,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
+from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.usable.trigger_training import BatchReport
@@ -69,6 +70,10 @@ def train(
     plan = TriggerPlan(rows, vectors, tokens, batches, batch_size, lr, seed)
     recipe = recipe_of("usable", set_)
     target = target_of(model, FILE_NAME, out, force)
+    if target.suffix != ".safetensors":
+        raise MemvecError(
+            f"name the trigger {target.name}.safetensors: --trigger knows it by that."
+        )
     lm = load_lm(model, device=device, dtype=dtype)
     stream = token_stream(lm, text, column, where)
     passages = drawn(stream, text, 2 * tokens, batches * batch_size, seed).tolist()
