@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
 from memvec.workers.actor import NEWS_EVERY, Loading, News, OnProgress, Unit, Worker
@@ -59,8 +61,8 @@ class Workers:
         self.count = workers or gpus or max(1, int(resources.get("CPU", 1)))
         self.loading, self.device = loading, device
         self.gpu = gpus >= self.count > 0
-        cores = os.cpu_count() or 1
-        self.threads = 0 if self.gpu else max(1, cores // self.count)
+        # torch's number: it knows what this process may use (affinity, OMP_NUM_THREADS).
+        self.threads = 0 if self.gpu else max(1, torch.get_num_threads() // self.count)
         self._hired = 0
         self.news = self.ray.remote(num_cpus=0)(News).remote()
         self._news_request: Any = None
