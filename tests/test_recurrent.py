@@ -488,7 +488,7 @@ def test_an_encoder_that_is_gone_is_one_sentence(study):
         ('recipe = { start = "encoder" }', "start cannot be an encoder's"),
         ('recipe = { start_rule = "bos" }', "start_rule is 'vectors'"),
         ("lags = -1", "option lags"),
-        ("", "option encoder: Field required"),
+        ("", "needs the option 'encoder'"),
     ],
 )
 def test_runs_that_cannot_be_are_one_sentence(change, sentence):

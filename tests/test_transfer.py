@@ -184,7 +184,7 @@ def test_a_changed_result_is_found(study):
         ("recipe = { start = 'encoder' }", "start cannot be an encoder's"),
         ("recipe = { start_rule = 'bos' }", "start_rule is 'vectors'"),
         ("pairs = 3", "option pairs: Input should be greater than or equal to 8"),
-        ("", "option origin: Field required"),
+        ("", "needs the option 'origin'"),
     ],
 )
 def test_what_cannot_be_carried_over_is_one_sentence(change, sentence):

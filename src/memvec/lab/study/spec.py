@@ -257,6 +257,8 @@ def _check_run(run: RunSpec, place: str) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise MemvecError(f"{place} needs the option '{name}'.") from None
         raise MemvecError(f"{place}: option {name}: {first['msg']}.") from None
 
 
