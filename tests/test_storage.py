@@ -16,7 +16,8 @@ from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError
 from memvec.storage import STORAGES, storage_of
-from memvec.vectors import MemVectors, _digest
+from memvec.vectors import MemVectors
+from memvec.vectors_file import digest_of
 
 PACKED = ["int8", "int4"]
 TEXT = "the cat sat on the lazy dog"
@@ -161,7 +162,7 @@ def forged(mem: MemVectors, path, change, *, honest: bool = False):
     tensors, header = mem.storage.pack(mem.vectors), mem.header.model_dump_json()
     true = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors = change(tensors)
-    digest = _digest(header, true if honest else tensors)
+    digest = digest_of(header, true if honest else tensors)
     path.write_bytes(to_safetensors(tensors, {"memvec": header, "sha256": digest}))
     return path
 
