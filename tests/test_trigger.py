@@ -67,8 +67,10 @@ def mem(trigger_file: Path) -> MemVectors:
 
 @pytest.mark.parametrize(
     ("space", "family"),
-    [*(("inputs", family) for family in FAMILIES)]
-    + [("prefix", "llama"), ("prefix", "gpt2"), ("prefix", "gemma2")],
+    [
+        *(("inputs", family) for family in FAMILIES),
+        *(("prefix", family) for family in ("llama", "gpt2", "gemma2")),
+    ],
 )
 def test_soft_tokens_that_are_embeddings_are_those_tokens(space, family):
     """Bit for bit, alone and in front of others; a token trigger is the reference."""
