@@ -279,6 +279,7 @@ def test_code_that_waits_is_named(monkeypatch):
         ("mixtral", {}),
     ],
 )
+@pytest.mark.slow
 def test_other_recipes_and_models_are_replayed_too(family, recipe):
     lm, asked = tiny(family), passages(*LENGTHS, seed=3)
     recipe, options = replace(ENDLESS, **recipe), {"batch_size": 2, "fixed_shapes": True}
@@ -288,6 +289,7 @@ def test_other_recipes_and_models_are_replayed_too(family, recipe):
 
 
 @pytest.mark.parametrize("name", ["checkpointing", "one-step", "no split head", "soft tokens"])
+@pytest.mark.slow
 def test_other_passes_are_replayed_too(name):
     lm, asked = copy(tiny()), passages(*LENGTHS, seed=3)
     if name == "checkpointing":

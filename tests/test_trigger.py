@@ -122,7 +122,7 @@ def test_passages_are_exact_behind_it(family):
 # ---------------------------------------------------------------------- in a file
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
     lm = reader("words")
     recipe = replace(USABLE, trigger=str(trigger_file))
@@ -298,6 +298,7 @@ def test_a_training_that_cannot_work_is_refused(tmp_path):
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     (tmp_path / "books.txt").write_text(f"{TEXT}, and so it went on. " * 8)
