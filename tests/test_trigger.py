@@ -141,6 +141,8 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
 def test_vectors_without_their_trigger_are_refused(mem, tmp_path):
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header)
+    with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
+        MemVectors(mem.vectors, mem.header, mem.trigger[:, 0])
     file = mem.save(tmp_path / "a.mem")
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in ("vectors", "trigger")}

@@ -57,7 +57,8 @@ class MemVectors:
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
         if reading.crammer and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
-        if header.soft_trigger != (0 if trigger is None else len(trigger)):
+        soft = torch.empty(0, 0) if trigger is None else trigger
+        if soft.dim() != 2 or header.soft_trigger != len(soft):
             raise MemvecError(
                 f"these vectors need a trigger of {header.soft_trigger} soft tokens by their "
                 "header, and it is not what came with them."
@@ -228,10 +229,7 @@ class MemVectors:
                 f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
                 f"{takes}: they were made for {theirs.get('name')}."
             )
-        made_for = Fingerprint(
-            theirs["config"], theirs["weights"], tuple(theirs["probe"]), theirs["dtype"]
-        )
-        if not force and not made_for.matches(lm.fingerprint):
+        if not force and not Fingerprint.of_record(theirs).matches(lm.fingerprint):
             raise MemvecError(
                 f"these vectors were made for other weights (of {theirs.get('name')}) than "
                 f"those of {lm.name}: load that model, or try with --force."

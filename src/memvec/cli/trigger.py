@@ -89,4 +89,4 @@ def train(
 
     train_trigger(lm, passages, plan, recipe, partial, show)
     partial.replace(target)
-    say(f"{target}: {rows} soft tokens; memvec cram --usable --trigger {target} asks by it.")
+    say(f"{target}: {rows} soft tokens; memvec cram --usable --trigger {target} uses it.")

@@ -87,9 +87,7 @@ def _check_model(file: EncoderFile, lm: FrozenLM) -> None:
     model = json.loads(file.metadata.get("model", "null"))
     if not model:
         return
-    probe = tuple(map(float, model["probe"]))
-    made_for = Fingerprint(model["config"], model["weights"], probe, model["dtype"])
-    if not made_for.matches(lm.fingerprint):
+    if not Fingerprint.of_record(model).matches(lm.fingerprint):
         raise MemvecError(
             f"{file.path} was trained for other weights (of {model.get('name')}) than those of "
             f"{lm.name}: train one for this model with memvec encoder train."

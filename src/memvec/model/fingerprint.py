@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ class Fingerprint:
     weights: str
     probe: tuple[float, ...]
     dtype: str
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Fingerprint:
+        """The fingerprint in a record of a model. KeyError, TypeError or ValueError: none."""
+        probe = tuple(map(float, record["probe"]))
+        return cls(record["config"], record["weights"], probe, record["dtype"])
 
     def matches(self, other: Fingerprint) -> bool:
         """True if both come from the same model (probe logits within 2 % of their size + 0.1).

@@ -113,10 +113,11 @@ def stored_trigger(path: Path, lm: FrozenLM) -> tuple[CrammedTrigger, dict[str, 
             facts = file.metadata() or {}
             model, about = json.loads(facts["model"]), json.loads(facts["about"])
             rows = file.get_tensor("trigger")
-        probe = tuple(map(float, model["probe"]))
-        made_for = Fingerprint(model["config"], model["weights"], probe, model["dtype"])
+        made_for = Fingerprint.of_record(model)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise MemvecError(f"{path} is not a trigger that memvec can read: {error}.") from None
+        raise MemvecError(
+            f"{path} is not a trigger that memvec can read ({error!r}): make one with {MADE_BY}."
+        ) from None
     if rows.dim() != 2 or not len(rows) or not bool(torch.isfinite(rows).all()):
         raise MemvecError(f"{path} holds no trigger, or one that is not finite: it is damaged.")
     if not made_for.matches(lm.fingerprint):
