@@ -191,3 +191,44 @@ def test_lengths_lie_on_their_grid_and_reach_short_passages():
         drawn.append(said.T)
     for octave in (4, 8, 16, 32):
         assert any(octave <= T < 2 * octave for T in drawn), octave
+
+
+def test_the_losses_of_a_start_are_those_of_use():
+    """The text itself as vectors diverges by nothing; a passage is asked for behind the trigger."""
+    import usable_start
+    from memvec import load_lm
+
+    lm = load_lm("pocket")
+    ids, query = torch.arange(300, 312).reshape(2, 6), torch.arange(400, 410).reshape(2, 5)
+    trigger = lm.own_trigger.rows
+    bos = lm.embed(torch.full((2, 1), lm.bos_id))
+    whole = torch.cat([bos, lm.embed(ids)], 1)
+    missed, kl = usable_start.losses(lm, trigger, whole, ids, query)
+    torch.testing.assert_close(kl, torch.zeros(2), atol=1e-5, rtol=0)
+    asked = torch.cat([whole, trigger.expand(2, -1, -1), lm.embed(ids)], 1)
+    logits = lm.model(inputs_embeds=asked).logits[:, -7:-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    torch.testing.assert_close(missed, expected, atol=1e-4, rtol=1e-4)
+    assert float(usable_start.losses(lm, trigger, bos, ids, query)[1].min()) > 0.01
+
+
+@pytest.mark.slow
+def test_a_start_is_trained_kept_and_measured(tmp_path, capsys):
+    import usable_start
+
+    prose = (FOLDER.parent / "examples" / "harbour.txt").read_text(encoding="utf-8")
+    (tmp_path / "books").mkdir()
+    for name in ("a", "39"):  # a text to learn from, and one held out, by the hash of its name
+        (tmp_path / "books" / f"{name}.txt").write_text(prose, encoding="utf-8")
+    command = ["--corpus", str(tmp_path / "books"), "--work", str(tmp_path / "work")]
+    command += ["--vectors", "2", "--tokens", "6", "--passages", "2", "--steps", "40"]
+    command += ["--set", "query_count=4", "query_tokens=8"]
+    with pytest.raises(SystemExit, match="train it with"):
+        usable_start.main([*command, "--minutes", "0"])
+    usable_start.main([*command, "--minutes", "0.03"])
+    learned = torch.load(tmp_path / "work" / "start.pt", weights_only=True)
+    first = capsys.readouterr().out.splitlines()[-1]
+    assert first.startswith("6 tokens, 40 steps: exact ")
+    assert float(learned["map.bias"].abs().max()) > 0
+    usable_start.main([*command, "--minutes", "0"])  # what was kept gives the same vectors
+    assert capsys.readouterr().out.splitlines()[-1] == first
