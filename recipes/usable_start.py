@@ -120,6 +120,12 @@ def train(start, lm, trigger, stream, args) -> None:
         torch.save(start.state_dict(), args.work / "start.pt")
 
 
+def between(interval, digits: int = 2) -> str:
+    """An interval as it is printed."""
+    low, high = interval
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def measure(start, lm, stream, T: int, steps: int, args) -> str:
     """Cram held-out passages from the start in some steps; a line of what came of it."""
     from memvec.cramming.engine import Engine
@@ -157,12 +163,12 @@ def measure(start, lm, stream, T: int, steps: int, args) -> str:
     cost = (read + sum(o.spent for o in usable.values())) / sum(o.spent for o in plain.values())
     parts = [
         f"{T} tokens, {steps} steps: exact {len(exact)} of {len(asked)}, cost {cost:.1f}",
-        f"KL {own.kl:.4f} {list(own.kl_interval)}, kept {own.kept:.2f} {list(own.kept_interval)}",
+        f"KL {own.kl:.4f} {between(own.kl_interval, 4)}",
+        f"kept {own.kept:.2f} {between(own.kept_interval)}",
     ]
     for name, other in worth.contexts.items():
         if name != VECTORS:
-            low, high = other.over_vectors_interval
-            parts.append(f"{name} {other.over_vectors:.2f} [{low:.2f}, {high:.2f}]")
+            parts.append(f"{name} {other.over_vectors:.2f} {between(other.over_vectors_interval)}")
     return "; ".join(parts)
 
 

@@ -193,6 +193,7 @@ def test_lengths_lie_on_their_grid_and_reach_short_passages():
         assert any(octave <= T < 2 * octave for T in drawn), octave
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_start_are_those_of_use():
     """The text itself as vectors diverges by nothing; a passage is asked for behind the trigger."""
     import usable_start
