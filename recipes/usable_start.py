@@ -70,8 +70,9 @@ class Start(nn.Module):
 
 def log_p(lm, before, ids):
     """Log-probabilities (B, L, V) of each of ids behind some inputs."""
-    inputs = torch.cat([before, lm.embed(ids[:, :-1]).to(before.dtype)], 1).to(lm.dtype)
-    return lm.head(lm.states_of(inputs, keep=ids.shape[1])).float().log_softmax(-1)
+    from memvec.usable.teacher import states_behind
+
+    return lm.head(states_behind(lm, before, ids)).log_softmax(-1)
 
 
 def losses(lm, trigger, vectors, ids, query):
@@ -202,7 +203,12 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)
     start = Start(lm, args.vectors)
     if (found := args.work / "start.pt").is_file():
-        start.load_state_dict(torch.load(found, weights_only=True))
+        try:
+            start.load_state_dict(torch.load(found, weights_only=True))
+        except RuntimeError:
+            raise SystemExit(
+                f"{found} is of another --model or --vectors: use another --work"
+            ) from None
     elif not args.minutes:
         raise SystemExit(f"there is no {found} to measure: train it with --minutes 25")
     train(start, for_steps(lm, "bfloat16"), lm.own_trigger.rows, streams["train"], args)
@@ -222,10 +228,7 @@ def streams_of(lm, args):
     tokenizer = args.work / "tokenizer.json"
     if not tokenizer.exists():
         lm.tokenizer.backend_tokenizer.save(str(tokenizer))
-    return {
-        split: torch.as_tensor(stream).long()
-        for split, stream in prepare(args.corpus, args.work, lm.vocab_size)[1].items()
-    }
+    return prepare(args.corpus, args.work, lm.vocab_size)[1]
 
 
 if __name__ == "__main__":
