@@ -7,7 +7,7 @@ Passages are crammed by the preset 'usable' (memvec.usable), then each context i
 text, and the share of the text's gain that is kept. Controls: nothing, the last K, 2 K, 4 K and 8 K
 tokens of the text, and vectors that are exact only. Only passages that are exact count, and n says
 how many of how many. `cost` is forward-backward tokens of a passage over those of exact-only
-vectors of the same number from noise.
+vectors of the same number from noise; the pass of an encoder that begins counts as one of them.
 
 RESULT is for the first --tokens and --vectors: `exact` (share of passages), `kept`, `kl` and
 `kl_none` (nats per token), `over_truncation` (KL of the last N K tokens over KL of the vectors,
@@ -27,6 +27,7 @@ import torch
 from common import arguments, report, save_figure
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import start_of
 from memvec.lab.statistics import share_interval
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
@@ -62,7 +63,9 @@ def setting(
             contexts = contexts_of(lm, usable[i].vectors.float(), text.ids[:T], exact_only)
             measured.append(behind_each(lm, contexts, torch.tensor([text.ids[T:]])))
     exact = share_interval(len(measured), len(texts))
-    cost = sum(usable[i].spent for i in usable) / sum(plain[i].spent for i in plain)
+    read = len(asked) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
+    spent = read + sum(usable[i].spent for i in usable)
+    cost = spent / sum(plain[i].spent for i in plain)
     if not measured:
         raise SystemExit(f"no passage of {T} tokens is exact in {K} usable vectors")
     worth = tabulated(measured, 1, CONTINUATION)
@@ -130,14 +133,21 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="+", default=(4,))
     parser.add_argument("--passages", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--encoder", type=Path, help="file of a usable encoder")
+    parser.add_argument("--preset", default="usable", help="a recipe of usable vectors")
     parser.add_argument("--set", nargs="*", default=(), help="fields of the recipe, name=value")
     options = parser.parse_args()
-    options.recipe = Recipe.of("usable", **dict(item.split("=", 1) for item in options.set))
+    changes = dict(item.split("=", 1) for item in options.set)
+    options.recipe = Recipe.of(options.preset, **changes)
     if options.quick:
         options.shape, options.tokens, options.vectors = "tiny-llama", (6,), (2,)
         options.passages = 4
         options.recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=8, query_count=4)
-    lm = random_model(options.shape) if options.shape else load_lm(options.model)
+    lm = (
+        random_model(options.shape)
+        if options.shape
+        else load_lm(options.model, encoder=options.encoder)
+    )
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
     for T in options.tokens:

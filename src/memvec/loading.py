@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from memvec.encoders.files import load_encoder
+from memvec.encoders.files import read_encoders
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model.large import loading_options
 from memvec.model.lm import FrozenLM
@@ -52,7 +52,7 @@ def load_lm(
     on a GPU; 'bfloat16-autocast' is mixed precision: float32 weights, products in bfloat16.
     `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
     default: the model's, in float32 where a CPU's kernel for the dtype is slow (precision.py).
-    `encoder` is a file of `memvec encoder train`; default: the one in the model's folder, if any.
+    `encoder` is a file of `memvec encoder train`; default: those in the model's folder, if any.
 
     For big models: `device_map` ('auto', or transformers' dictionary) spreads layers over devices;
     `quantize` '8bit' or '4bit' keeps linear weights in few bits (vectors are then for exactly this
@@ -152,16 +152,13 @@ def _weights(
 
 
 def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -> None:
-    """What a model's folder holds besides weights: measured facts, an encoder, and a trigger."""
+    """What a model's folder holds besides weights: measured facts, encoders, and a trigger."""
     if local is not None and (facts := local / "memvec.json").is_file():
         lm.facts = json.loads(facts.read_text())
-    if local is not None and (own := local / "encoder.safetensors").is_file():
-        lm.encoder = load_encoder(own, lm)
     # A quantized model has other weights than those that its folder's trigger was trained for.
     if local is not None and not lm.quantize and (own := local / TRIGGER_FILE).is_file():
         lm.own_trigger = load_trigger(own, lm)
-    if encoder is not None:
-        lm.encoder = load_encoder(Path(encoder).expanduser(), lm)
+    read_encoders(lm, local, encoder)
 
 
 def _local_folder(name: str) -> Path | None:

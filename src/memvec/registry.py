@@ -51,6 +51,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "preset": {
         "default": "memvec.cramming.recipe:Recipe",
         "usable": "memvec.usable.preset:usable",
+        "usable-quick": "memvec.usable.preset:usable_quick",
         "paper": "memvec.arms.presets:paper",
         "one-step": "memvec.arms.presets:one_step",
         "progressive": "memvec.arms.presets:progressive",
@@ -105,8 +106,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "start": {
         "noise": "memvec.cramming.starts:noise",
-        "last-tokens": "memvec.cramming.starts:last_tokens",
-        "embeddings": "memvec.cramming.starts:embeddings",
+        "last-tokens": "memvec.usable.starts:last_tokens",
+        "embeddings": "memvec.arms.starts:embeddings",
         "uniform": "memvec.arms.starts:uniform",
         "linear": "memvec.arms.low_dim:linear",
         "normal": "memvec.arms.starts:normal",
@@ -156,6 +157,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "summary": "memvec.encoders.summary:read",
         "slots": "memvec.encoders.slots:read",
         "recurrent": "memvec.encoders.recurrent:read",
+        "usable": "memvec.encoders.usable:read",
     },
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}

@@ -1,7 +1,11 @@
-"""Where the vectors of published programs begin; those of low-dim coordinates in `low_dim`."""
+"""Other places to begin: those of published programs, and the passage's own embeddings.
+
+Those of low-dim coordinates are in `low_dim`.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import passage_seed
+from memvec.cramming.starts import noise, passage_seed
 from memvec.model.lm import FrozenLM
 
 
@@ -23,3 +27,12 @@ def normal(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Te
     """Standard normal, as one-step decoding was run (Mezentsev & Oseledets 2025)."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
     return torch.randn(K, lm.width, generator=generator)
+
+
+@torch.no_grad()
+def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
+    """Mean embedding of each K-th of the passage, with a little noise to part equal passages."""
+    rows = lm.embed(torch.tensor([list(ids)], device=lm.device))[0].float().cpu()
+    bounds = [len(ids) * k // K for k in range(K + 1)]
+    spans = (slice(a, max(b, a + 1)) for a, b in itertools.pairwise(bounds))
+    return torch.stack([rows[span].mean(0) for span in spans]) + 0.1 * noise(lm, ids, K, recipe)

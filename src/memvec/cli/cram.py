@@ -203,10 +203,10 @@ def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
             raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
         own = preset == "default" and fields["space"] in BUILT_IN["preset"]
         return fields["space"] if own else preset
-    if preset not in ("default", "usable"):
+    if preset not in ("default", "usable", "usable-quick"):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
     check_minimum(0, use_weight=fields["term_weight"])
-    return "usable"
+    return "usable" if preset == "default" else preset
 
 
 def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memvec.cli import encoder_plan as plan
 from memvec.cli import options
-from memvec.cli.encoder_recurrent import plan_of, print_segments
+from memvec.cli.encoder_recurrent import print_segments
 from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
 from memvec.errors import MemvecError, check_minimum
 
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+    from memvec.encoders.base import TrainedEncoder
     from memvec.encoders.measure import Comparison
     from memvec.encoders.recurrent_measure import SegmentComparison
-    from memvec.encoders.training_run import Plan, TrainingProgress, TrainingRun
+    from memvec.encoders.training_run import Plan, TrainingProgress
     from memvec.model.lm import FrozenLM
 
 app = typer.Typer(
@@ -44,41 +46,32 @@ COLUMNS = (
         "memvec encoder train --text books --steps 500",
         "memvec encoder train -m EleutherAI/pythia-160m --text train.jsonl -o pythia.safetensors",
         "memvec encoder train --recurrent --text books --slots 4 -o recurrent.safetensors",
+        "memvec encoder train --usable -m folder --text books --slots 4 --steps 8000",
     )
 )
 def train(
     text: Texts,
     model: options.Model = "pocket",
-    out: Annotated[
-        Path | None,
-        typer.Option("-o", "--out", help="Default: encoder.safetensors, in the model's folder."),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of vectors per passage, or vectors of a memory; default: 1, or 4."
-        ),
-    ] = None,
-    hidden: Annotated[int, typer.Option(help="Width of the encoder.")] = 256,
-    layers: Annotated[int, typer.Option(help="Layers of the encoder.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads of the encoder.")] = 4,
-    positions: Annotated[int, typer.Option(help="Positions of the model per step.")] = 2048,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    size: Annotated[float, typer.Option(help="Size (RMS) of its vectors at the start.")] = 12.8,
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
-    recurrent: Annotated[
-        bool, typer.Option("--recurrent", help="Carry a memory from segment to segment.")
-    ] = False,
-    segments: Annotated[
-        int | None, typer.Option(help="Segments of the longest chain; default: 8.")
-    ] = None,
-    lags: Annotated[
-        int | None, typer.Option(help="How many of the newest segments to give back; default: 6.")
-    ] = None,
-    segment_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a segment; default: 8.")
-    ] = None,
+    out: plan.Out = None,
+    recurrent: plan.Recurrent = False,
+    usable: plan.Usable = False,
+    steps: plan.Steps = None,
+    slots: plan.Slots = None,
+    positions: plan.Positions = None,
+    lr: plan.Lr = None,
+    seed: plan.Seed = None,
+    hidden: plan.Hidden = None,
+    layers: plan.Layers = None,
+    heads: plan.Heads = None,
+    size: plan.Size = None,
+    segments: plan.Segments = None,
+    lags: plan.Lags = None,
+    segment_tokens: plan.SegmentTokens = None,
+    rank: plan.Rank = None,
+    shortest: plan.Shortest = None,
+    longest: plan.Longest = None,
+    query_tokens: plan.QueryTokens = None,
+    use_weight: plan.UseWeight = None,
     where: Where = None,
     column: Column = "text",
     device: options.Device = "auto",
@@ -87,49 +80,57 @@ def train(
 ) -> None:
     """Train an encoder for a frozen model: it encodes passages into slots and gives them back.
 
-    With --recurrent it reads a document segment by segment and gives back the newest ones. After an
-    interruption the same command goes on from its last checkpoint.
+    With --recurrent it reads a document segment by segment and gives back the newest ones; with
+    --usable its vectors stand for the passage, too. After an interruption the same command goes on
+    from its last checkpoint.
     """
-    own = {"segments": segments, "lags": lags, "segment_tokens": segment_tokens}
-    shape = {"slots": slots, "hidden": hidden, "layers": layers, "heads": heads, "size": size}
-    plan = plan_of(
-        recurrent, own, {**shape, "steps": steps, "positions": positions, "lr": lr, "seed": seed}
-    )
-    target = target_of(model, "encoder.safetensors", out, force)
+    from memvec.encoders.files import FILE_NAME, USABLE_FILE_NAME
+
+    given = {"steps": steps, "slots": slots, "positions": positions, "lr": lr, "seed": seed}
+    given |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size}
+    given |= {"segments": segments, "lags": lags, "segment_tokens": segment_tokens, "rank": rank}
+    given |= {"shortest": shortest, "longest": longest, "query_tokens": query_tokens}
+    choices = plan.plan_of(plan.kind_of(recurrent, usable), given | {"weight": use_weight})
+    target = target_of(model, USABLE_FILE_NAME if usable else FILE_NAME, out, force)
 
     from memvec.loading import load_lm
 
     lm = load_lm(model, device=device, dtype=dtype)
-    _train(lm, token_stream(lm, text, column, where), plan, target)
+    _train(lm, token_stream(lm, text, column, where), choices, target)
 
 
-def _train(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan, target: Path) -> None:
+def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: Plan, target: Path) -> None:
     """Train by a plan and write the encoder."""
     from memvec.cli.display import say
     from memvec.encoders.files import save_encoder
-    from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
-    from memvec.encoders.training import Training, TrainingPlan
 
-    training: TrainingRun
-    if isinstance(plan, RecurrentPlan):
-        training = RecurrentTraining(lm, stream, plan)
-    else:
-        assert isinstance(plan, TrainingPlan)
-        training = Training(lm, stream, plan)
+    training = plan.training_of(lm, stream, choices)
     partial = target.with_name(target.name + ".partial")
     encoder = training.run(partial, _progress_lines(training.reached))
     facts = {**training.identity, "seconds": round(training.seconds, 1), "tokens": len(stream)}
     save_encoder(target, encoder, lm, facts)
     partial.unlink(missing_ok=True)
-    if isinstance(plan, RecurrentPlan):
-        say(
-            f"{target}: a memory of {plan.slots} vector(s), trained on chains of up to "
-            f"{plan.segments} segments of {plan.segment_tokens} tokens; memvec encoder measure "
-            f"--encoder {target} --segments {plan.segments} shows how far back it gives them back."
+    say(f"{target}: {_what_it_is(encoder, choices, target)}")
+
+
+def _what_it_is(encoder: TrainedEncoder, choices: Plan, target: Path) -> str:
+    """What was trained, and what to do with it."""
+    from memvec.encoders.recurrent_training import RecurrentPlan
+
+    if isinstance(choices, RecurrentPlan):
+        return (
+            f"a memory of {choices.slots} vector(s), trained on chains of up to "
+            f"{choices.segments} segments of {choices.segment_tokens} tokens; memvec encoder "
+            f"measure --encoder {target} --segments {choices.segments} shows how far back it gives "
+            "them back."
         )
-        return
-    say(
-        f"{target}: {plan.slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
+    if encoder.for_use:
+        return (
+            f"up to {choices.slots} vector(s) of a passage; memvec cram --usable --encoder "
+            f"{target} starts from it."
+        )
+    return (
+        f"{choices.slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
         f"--encoder {target} starts from it, memvec encoder measure shows what it saves."
     )
 
@@ -148,7 +149,7 @@ def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
         left = now.seconds / now.step * (now.steps - now.step)
         say(
             f"step {now.step} of {now.steps}: {now.loss_bits:.2f} bits per token, "
-            f"{now.accuracy:.0%} right, {now.target:.1f} {reached}, "
+            f"{now.accuracy:.0%} right, {now.target:.3g} {reached}, "
             f"{left / 60:.0f} min left"
         )
 
@@ -208,6 +209,7 @@ def measure(
     if segments is None and lags is not None:
         raise MemvecError("--lags is of recurrent encoders: add --segments.")
     lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
+    _check_measured(lm, encoder)
     if segments is None:
         from memvec.encoders.measure import compare
 
@@ -227,6 +229,20 @@ def measure(
     controls = Recipe.of(steps=steps) if steps else None
     back = compare_segments(lm, ids, segments, lags, controls)
     _show(back, json, lambda: print_segments(lm.name, back))
+
+
+def _check_measured(lm: FrozenLM, encoder: Path | None) -> None:
+    """Raise MemvecError for the file of an encoder for use, which is not measured here."""
+    own = lm.usable_encoder
+    if encoder is None or own is None:
+        return
+    from memvec.encoders.files import load_encoder
+
+    if load_encoder(encoder.expanduser(), lm).for_use:
+        raise MemvecError(
+            f"{encoder} is a start of vectors that are to be used, and measured by what these are "
+            "worth: memvec cram --usable --preset usable-quick, then memvec verify --use."
+        )
 
 
 def _show(found: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]) -> None:

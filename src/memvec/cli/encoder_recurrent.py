@@ -1,39 +1,18 @@
-"""What `memvec encoder` does for recurrent encoders: their plan, and the tables of --segments."""
+"""What `memvec encoder` prints of recurrent encoders: the tables of --segments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from memvec.errors import MemvecError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memvec.encoders.recurrent_measure import SegmentComparison
-    from memvec.encoders.training_run import Plan
 
 LAG_COLUMNS = ("lag", "exact", "leading tokens", "teacher-forced", "crammed alone: exact")
 CHAIN_COLUMNS = (
     *("segments", "carried: tokens per vector", "crammed whole: tokens per vector"),
     *("crammed whole: exact", "crammed alone: tokens per vector", "vectors"),
 )
-
-
-def plan_of(recurrent: bool, own: Mapping[str, Any], shared: Mapping[str, Any]) -> Plan:
-    """The plan of a training run from options, None where not given; `own`: of recurrent encoders.
-
-    Raises MemvecError for options that need --recurrent, and for values that no plan has.
-    """
-    from memvec.encoders.recurrent_training import RecurrentPlan
-    from memvec.encoders.training import TrainingPlan
-
-    shared = {name: value for name, value in shared.items() if value is not None}
-    given = {name: value for name, value in own.items() if value is not None}
-    if recurrent:
-        return RecurrentPlan(**shared, **given)
-    if given:
-        option = "--" + min(given).replace("_", "-")
-        raise MemvecError(f"{option} is of recurrent encoders: add --recurrent.")
-    return TrainingPlan(**shared)
 
 
 def print_segments(name: str, found: SegmentComparison) -> None:

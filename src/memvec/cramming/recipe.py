@@ -138,7 +138,8 @@ class Recipe:
     weight_decay: float = documented(0.0, "decoupled weight decay (adamw)")
     start: str = documented(
         "auto",
-        "where vectors begin; 'auto': the model's one-pass encoder if it has one, else noise",
+        "where vectors begin; 'auto': the model's one-pass encoder for such vectors if it has one, "
+        "else noise, or for 'use' the last tokens of the passage",
     )
     start_rule: StartRuleName = documented(
         "vectors",

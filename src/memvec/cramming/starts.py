@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,9 @@ from memvec.model.reading import StartRule, in_space
 from memvec.model.trigger import with_trigger
 from memvec.passages.passage import ids_hash
 from memvec.usable.triggers import trigger_named
+
+if TYPE_CHECKING:
+    from memvec.encoders.base import OnePassEncoder
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
@@ -34,32 +37,21 @@ def noise(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Ten
     return torch.randn(K, lm.width, generator=generator) * lm.embedding_std
 
 
-@torch.no_grad()
-def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Mean embedding of each K-th of the passage, with a little noise to part equal passages."""
-    rows = lm.embed(torch.tensor([list(ids)], device=lm.device))[0].float().cpu()
-    bounds = [len(ids) * k // K for k in range(K + 1)]
-    spans = (slice(a, max(b, a + 1)) for a, b in itertools.pairwise(bounds))
-    return torch.stack([rows[span].mean(0) for span in spans]) + 0.1 * noise(lm, ids, K, recipe)
-
-
-@torch.no_grad()
-def last_tokens(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Embeddings of the last K tokens of the passage, each of size (RMS) 1.
-
-    As context they are worth what the end of the text is worth, where noise is worth less than
-    nothing (docs/usable.md). A passage of fewer tokens repeats its first.
-    """
-    last = [ids[0]] * (K - len(ids)) + list(ids[-K:])
-    rows = lm.embed(torch.tensor(last, device=lm.device)).float().cpu()
-    return rows / rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
+def encoder_of(lm: FrozenLM, recipe: Recipe) -> OnePassEncoder | None:
+    """The model's encoder for what the recipe makes; None if it has none."""
+    return lm.usable_encoder if recipe.term == "use" else lm.encoder
 
 
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
-    """The start that applies to this model: 'auto' is its encoder if it has one, else noise."""
+    """The start that applies to this model: 'auto' is its encoder if it has one.
+
+    Without one: the last tokens of the passage for vectors that are to be used, else noise.
+    """
     if recipe.start != "auto":
         return recipe.start
-    return "encoder" if lm.encoder is not None else "noise"
+    if encoder_of(lm, recipe) is not None:
+        return "encoder"
+    return "last-tokens" if recipe.term == "use" else "noise"
 
 
 def start_vectors(
@@ -79,15 +71,16 @@ def start_vectors(
     if name != "encoder":
         start = registry.get("start", name)
         return [lm.reading.begun_at(lm, start(lm, ids, K, recipe)) for ids in passages]
-    if lm.encoder is None:
-        raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
+    if (encoder := encoder_of(lm, recipe)) is None:
+        kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
+        raise MemvecError(f"{lm.name} has no {kind} encoder: use --start {other}.")
     batches: dict[int, list[int]] = {}
     for i, ids in enumerate(passages):
         batches.setdefault(i if alone else len(ids), []).append(i)
     vectors: dict[int, Tensor] = {}
     for alike in batches.values():
         table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
-        vectors |= dict(zip(alike, lm.encoder.encode(lm, table, K).cpu(), strict=True))
+        vectors |= dict(zip(alike, encoder.encode(lm, table, K).cpu(), strict=True))
     return [vectors[i] for i in range(len(passages))]
 
 
@@ -121,7 +114,7 @@ ENCODER_REACH = 2
 
 def encoder_reach(lm: FrozenLM, recipe: Recipe, K: int) -> float:
     """Length (tokens) up to which the recipe's start is near what a passage needs; 0: never."""
-    encoder = lm.encoder
+    encoder = encoder_of(lm, recipe)
     if encoder is None or start_of(lm, recipe) != "encoder" or not recipe.lr_large:
         return 0.0
     # An encoder that names no length is a good start at any length.

@@ -29,7 +29,27 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
-FILE_NAME = "encoder.safetensors"  # in a model's folder
+# In a model's folder: the encoder of exact vectors, and that of vectors for use.
+FILE_NAME = "encoder.safetensors"
+USABLE_FILE_NAME = "usable-encoder.safetensors"
+
+
+def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) -> None:
+    """Give a model the encoders of its folder, and in the place of one of them that of a file.
+
+    A quantized model gets no usable encoder from its folder: its weights are not those that this
+    was trained for. Raises MemvecError as `load_encoder` does.
+    """
+    if folder is not None and (own := folder / FILE_NAME).is_file():
+        lm.encoder = load_encoder(own, lm)
+    if folder is not None and not lm.quantize and (own := folder / USABLE_FILE_NAME).is_file():
+        lm.usable_encoder = load_encoder(own, lm)
+    if file is not None:
+        encoder = load_encoder(Path(file).expanduser(), lm)
+        if encoder.for_use:
+            lm.usable_encoder = encoder
+        else:
+            lm.encoder = encoder
 
 
 def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memvec.encoders.recurrent import RecurrentEncoder, RecurrentNetwork, state_width
 from memvec.encoders.summary import SummaryEncoder
-from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.encoders.training_run import NetworkPlan, TrainingRun
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 
@@ -25,7 +25,7 @@ BARE = 10.0  # questions and the first memory move so many times faster than wha
 
 
 @dataclass(frozen=True)
-class RecurrentPlan(Plan):
+class RecurrentPlan(NetworkPlan):
     """Every choice of a run that trains a recurrent encoder."""
 
     slots: int = 4

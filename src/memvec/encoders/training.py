@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memvec.decoding import decode_ids
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.encoders.training_run import NetworkPlan, TrainingRun
 from memvec.errors import MemvecError
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
@@ -23,7 +23,7 @@ RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracy that moves the tar
 
 
 @dataclass(frozen=True)
-class TrainingPlan(Plan):
+class TrainingPlan(NetworkPlan):
     """Every choice of a training run. Lengths in tokens per vector."""
 
     first_target: float = 2.0

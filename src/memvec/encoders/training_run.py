@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,26 +40,35 @@ class Plan:
 
     steps: int = 2000
     slots: int = 1
-    hidden: int = 256
-    layers: int = 4
-    heads: int = 4
     positions: int = 2048
     """Positions of the frozen LM per step."""
     lr: float = 1e-3
-    size: float = 12.8
-    """Scale of the vectors before training: a large one outlasts all layers (docs/log.md)."""
     warmup: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "slots", "hidden", "layers", "heads", "positions"):
-            check_minimum(1, **{name: getattr(self, name)})
+        check_minimum(1, **{name: getattr(self, name) for name in ("steps", "slots", "positions")})
+        if not 0 < self.lr < 1:
+            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+
+
+@dataclass(frozen=True)
+class NetworkPlan(Plan):
+    """The choices of a run whose encoder has a network beside the LM."""
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    size: float = 12.8
+    """Scale of the vectors before training: a large one outlasts all layers (docs/log.md)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_minimum(1, **{name: getattr(self, name) for name in ("hidden", "layers", "heads")})
         if self.hidden % self.heads:
             raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
         if not 0 < self.size < float("inf"):
             raise MemvecError(f"--size must be a number above 0, not {self.size}.")
-        if not 0 < self.lr < 1:
-            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class TrainingProgress:
     steps: int
     loss_bits: float  # mean bits per token of the last step
     accuracy: float  # teacher-forced, of the last step
-    target: float  # how far it has come: tokens per vector, or segments, that it is trained on now
+    target: float  # how far it has come, in what the run's `reached` says
     seconds: float
 
 
@@ -82,7 +91,7 @@ class TrainingRun(ABC):
     of another run.
     """
 
-    reached = "tokens per vector"  # what `target` counts
+    reached = "tokens per vector"  # that it is trained on now: what `target` counts
     network: nn.Module
     optimizer: torch.optim.Optimizer
     target: float
@@ -154,22 +163,33 @@ class TrainingRun(ABC):
 
         Returns mean bits per token and teacher-forced accuracy.
         """
-        plan, lm = self.plan, self.fast
-        for group in self.optimizer.param_groups:
-            group["lr"] = group.get("rate", 1.0) * plan.lr * self._rate()
-        states = lm.states(vectors, ids, "vectors")
-        scores = score(lm.head, states, ids, CROSS_ENTROPY, V=lm.vocab_size)
+        states = self.fast.states(vectors, ids, "vectors")
+        loss, accuracy, gradient = self._scored(states, ids)
+        self._move([states], [gradient])
+        return loss, accuracy
+
+    def _scored(
+        self, states: Float[Tensor, "B T H"], ids: Int[Tensor, "B T"]
+    ) -> tuple[float, float, Float[Tensor, "B T H"]]:
+        """Mean bits per token, teacher-forced accuracy, and the gradient of the mean loss, nats."""
+        scores = score(self.fast.head, states, ids, CROSS_ENTROPY, V=self.lm.vocab_size)
         loss = float(scores.loss.mean()) / torch.log(torch.tensor(2.0)).item()
         if not loss < float("inf"):
             raise MemvecError(
-                f"the loss was not finite at step {self.step + 1}: lower --lr (now {plan.lr})."
+                f"the loss was not finite at step {self.step + 1}: lower --lr (now {self.plan.lr})."
             )
-        states.backward(scores.gradient.to(states.dtype) / ids.numel())  # type: ignore[no-untyped-call]
+        accuracy = float((scores.margin > 0).float().mean())
+        return loss, accuracy, scores.gradient.to(states.dtype) / ids.numel()
+
+    def _move(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """One step of the optimiser by the gradients at what the LM gave."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("rate", 1.0) * self.plan.lr * self._rate()
+        torch.autograd.backward(outputs, gradients)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss, float((scores.margin > 0).float().mean())
 
     def _rate(self) -> float:
         """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""

@@ -51,9 +51,10 @@ class FrozenLM:
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
     a fixed probe: the unit of a recipe's temperature and margin), `caching` (what the model's cache
     is called, or why decoding goes without one), `autocast` (the dtype that products are cast to in
-    mixed precision, else None), `fingerprint`, `encoder` (None for most models),
-    `facts` (the model folder's memvec.json: measured bits per vector), `reading` (how it reads
-    vectors: in front of a passage unless `read_as` says otherwise).
+    mixed precision, else None), `fingerprint`, `encoder` (None for most models), `usable_encoder`
+    (that of vectors for use; None for most models), `facts` (the model folder's memvec.json:
+    measured bits per vector), `reading` (how it reads vectors: in front of a passage unless
+    `read_as` says otherwise).
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class FrozenLM:
         self.fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
         self.facts: dict[str, Any] = {}
         self.encoder: OnePassEncoder | None = None
+        self.usable_encoder: OnePassEncoder | None = None
 
     # ------------------------------------------------------------------ tokens and text
 
@@ -179,7 +181,7 @@ class FrozenLM:
         view = copy.copy(self)
         original = self._original or self
         view.reading, view.context, view._original = reading, reading.context(original), original
-        view.facts, view.encoder = {}, None
+        view.facts, view.encoder, view.usable_encoder = {}, None, None
         return view
 
     @property
@@ -309,6 +311,7 @@ class FrozenLM:
             "vocabulary": self.vocab_size,
             "encoder": self.encoder.identity if self.encoder else None,
             **({"trigger": self.own_trigger.identity} if self.own_trigger else {}),
+            **({"usable_encoder": e.identity} if (e := self.usable_encoder) else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from memvec.cramming.recipe import Recipe
 
 
@@ -21,9 +23,21 @@ def usable() -> Recipe:
         beta1=0.9,
         beta1_rise=0.0,
         beta2=0.8,
-        start="last-tokens",
         start_rule="bos",
         trigger="auto",
         steps=900,
         patience=900,
+    )
+
+
+def usable_quick() -> Recipe:
+    """The same in a twelfth of the steps, for a model with a usable encoder (docs/usable.md)."""
+    return replace(
+        usable(),
+        start="encoder",
+        settle=24,
+        decay=24,
+        query_count=24,
+        query_tokens=24,
+        lr=0.15,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memvec.cramming.rows import Rows
 from memvec.model import memory
+from memvec.model.heads import Head
 from memvec.model.lm import FrozenLM
 
 SMALLEST_MASS = 1e-7  # of what is outside the kept tokens, so that its logarithm is finite
@@ -47,7 +48,7 @@ def teacher_of(
     for at in range(0, len(queries), at_once):
         rows = queries[at : at + at_once].to(lm.device)
         states = states_behind(lm, inputs.expand(len(rows), -1, -1), rows)
-        kept.append(_largest(lm.head(states), n))
+        kept.append(likeliest(lm.head(states), n))
     tops, log_p, log_rest = (torch.cat(parts)[None] for parts in zip(*kept, strict=True))
     return Teacher(
         queries[None].to(lm.device), length[None].to(lm.device), tops.int(), log_p, log_rest
@@ -83,6 +84,39 @@ def divergence(
     return (log_p.exp() * (log_p - log_top)).sum(-1) + p_rest * (log_rest - rest.log())
 
 
+def divergence_at(
+    head: Head,
+    states: Float[Tensor, "B L H"],
+    kept: tuple[Int[Tensor, "B L n"], Float[Tensor, "B L n"], Float[Tensor, "B L"]],
+    share: Float[Tensor, "B L"],
+    *,
+    V: int,
+) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L H"]]:
+    """Divergence of each passage, nats, and its gradient at the states.
+
+    `kept` is (top, log_p, log_rest) of a Teacher, `share` the weight of each position. Logits over
+    the vocabulary exist for a few rows at a time.
+    """
+    B, L, H = states.shape
+    flat = states.reshape(B * L, H)
+    top, log_p, log_rest = (part.reshape(B * L, *part.shape[2:]) for part in kept)
+    weight = share.reshape(-1)
+    losses, gradient = flat.new_empty(B * L, dtype=torch.float32), torch.empty_like(flat)
+    rows = max(1, memory.LOGITS_AT_ONCE // V)
+
+    def chunk(here: slice) -> None:
+        with torch.enable_grad():
+            part = flat[here].requires_grad_()
+            each = divergence(head(part).float(), top[here], log_p[here], log_rest[here])
+            each = each * weight[here]
+            (gradient[here],) = torch.autograd.grad(each.sum(), part)
+        losses[here] = each.detach()
+
+    for at in range(0, B * L, rows):
+        chunk(slice(at, at + rows))
+    return losses.reshape(B, L).sum(-1), gradient.reshape(B, L, H)
+
+
 def answer_positions(length: Int[Tensor, " B"], columns: int) -> Bool[Tensor, "B L"]:
     """Positions that a query has."""
     return torch.arange(columns, device=length.device) < length[:, None]
@@ -96,7 +130,8 @@ def joined(teachers: Sequence[Teacher]) -> Teacher:
     return first
 
 
-def _largest(logits: Float[Tensor, "M L V"], n: int) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(logits: Float[Tensor, "*shape V"], n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n likeliest tokens, their log-probabilities, and that of all others; nats."""
     log_p = logits.log_softmax(-1)
     values, ids = log_p.topk(n, dim=-1)
     rest = (1 - values.exp().sum(-1)).clamp_min(SMALLEST_MASS)

@@ -21,19 +21,12 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import Rows, with_padding
 from memvec.cramming.terms import Term, TermLoss
 from memvec.errors import MemvecError
-from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
 from memvec.usable.certificate import certify_use
 from memvec.usable.queries import queries_of, text_inputs
-from memvec.usable.teacher import (
-    Teacher,
-    answer_positions,
-    divergence,
-    joined,
-    teacher_of,
-)
+from memvec.usable.teacher import Teacher, answer_positions, divergence_at, joined, teacher_of
 from memvec.vectors import MemVectors
 
 
@@ -87,7 +80,9 @@ class Use(Term):
             for part in (teacher.top, teacher.log_p, teacher.log_rest)
         ]
         top, log_p, log_rest, weight = (with_padding(t, padding_rows) for t in (*kept, share))
-        loss, gradient = self._divergence(states.detach(), (top, log_p, log_rest), weight)
+        loss, gradient = divergence_at(
+            self.module.head, states.detach(), (top, log_p, log_rest), weight, V=self.lm.vocab_size
+        )
         return TermLoss(loss[:B], (states,), (gradient,))
 
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
@@ -109,31 +104,3 @@ class Use(Term):
         queries, length = queries_of(self.lm, passage.ids, self.recipe)
         text = text_inputs(self.lm, passage.ids)
         return teacher_of(self.lm, text, queries, length, self.recipe.teacher_top)
-
-    def _divergence(
-        self,
-        states: Float[Tensor, "B L H"],
-        kept: tuple[Tensor, Tensor, Tensor],
-        share: Float[Tensor, "B L"],
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L H"]]:
-        """Loss of each passage and its gradient at the states, a few rows of logits at a time."""
-        B, L, H = states.shape
-        flat = states.reshape(B * L, H)
-        top, log_p, log_rest = (part.reshape(B * L, *part.shape[2:]) for part in kept)
-        weight = share.reshape(-1)
-        losses, gradient = flat.new_empty(B * L, dtype=torch.float32), torch.empty_like(flat)
-        rows = max(1, memory.LOGITS_AT_ONCE // self.lm.vocab_size)
-
-        def chunk(here: slice) -> None:
-            with torch.enable_grad():
-                part = flat[here].requires_grad_()
-                each = divergence(
-                    self.module.head(part).float(), top[here], log_p[here], log_rest[here]
-                )
-                each = each * weight[here]
-                (gradient[here],) = torch.autograd.grad(each.sum(), part)
-            losses[here] = each.detach()
-
-        for at in range(0, B * L, rows):
-            chunk(slice(at, at + rows))
-        return losses.reshape(B, L).sum(-1), gradient.reshape(B, L, H)

@@ -146,8 +146,16 @@ def train_trigger(
             f"{len(passages)}."
         )
     length = max(1, recipe.settle)  # steps of a batch: nobody waits for its slowest passage
+    # An encoder for use was trained behind another trigger, and has none to begin with here.
+    start = "last-tokens" if recipe.start == "auto" else recipe.start
     recipe = replace(
-        recipe, trigger="bos", start_rule="bos", steps=length, patience=length, if_not_exact="stop"
+        recipe,
+        start=start,
+        trigger="bos",
+        start_rule="bos",
+        steps=length,
+        patience=length,
+        if_not_exact="stop",
     )
     read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}

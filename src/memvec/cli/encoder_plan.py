@@ -1,0 +1,127 @@
+"""The options of `memvec encoder train`, and the plan and run of each kind of encoder."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from memvec.encoders.training_run import Plan, TrainingRun
+    from memvec.model.lm import FrozenLM
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--out",
+        help="Default: encoder.safetensors (with --usable: usable-encoder.safetensors), in the "
+        "model's folder.",
+    ),
+]
+Recurrent = Annotated[
+    bool, typer.Option("--recurrent", help="Carry a memory from segment to segment.")
+]
+Usable = Annotated[
+    bool, typer.Option("--usable", help="A start for vectors that are to be used: cram --usable.")
+]
+Steps = Annotated[int | None, typer.Option(help="Training steps; default: 2000.")]
+Slots = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum number of vectors per passage, or vectors of a memory; default: 1, or 4."
+    ),
+]
+Positions = Annotated[
+    int | None, typer.Option(help="Positions of the model per step; default: 2048.")
+]
+Lr = Annotated[
+    float | None, typer.Option(help="Learning rate; default: 0.001, or 0.002 with --usable.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights and batches; default: 0.")]
+Hidden = Annotated[int | None, typer.Option(help="Width of the encoder; default: 256.")]
+Layers = Annotated[int | None, typer.Option(help="Layers of the encoder; default: 4, or 2.")]
+Heads = Annotated[int | None, typer.Option(help="Attention heads of the encoder; default: 4.")]
+Size = Annotated[
+    float | None, typer.Option(help="Size (RMS) of its vectors at the start; default: 12.8.")
+]
+Segments = Annotated[
+    int | None, typer.Option(help="With --recurrent: segments of the longest chain; default: 8.")
+]
+Lags = Annotated[
+    int | None,
+    typer.Option(help="With --recurrent: how many of the newest to give back; default: 6."),
+]
+SegmentTokens = Annotated[
+    int | None, typer.Option(help="With --recurrent: tokens of a segment; default: 8.")
+]
+Rank = Annotated[int | None, typer.Option(help="With --usable: rank of the adapters; default: 64.")]
+Shortest = Annotated[
+    int | None,
+    typer.Option(help="With --usable: tokens per vector of the shortest passages; default: 4."),
+]
+Longest = Annotated[
+    int | None, typer.Option(help="With --usable: of the longest passages; default: 12.")
+]
+QueryTokens = Annotated[
+    int | None, typer.Option(help="With --usable: tokens that follow a passage; default: 32.")
+]
+UseWeight = Annotated[
+    float | None,
+    typer.Option(help="With --usable: weight of use beside exactness; default: 8."),
+]
+NAMES = {"weight": "--use-weight"}  # of options that are not called as the plan's fields are
+
+
+def kind_of(recurrent: bool, usable: bool) -> str:
+    """The kind of encoder to train. Raises MemvecError if two were asked for."""
+    if recurrent and usable:
+        raise MemvecError("--recurrent and --usable are two kinds of encoders: give one of them.")
+    return "recurrent" if recurrent else "usable" if usable else "slots"
+
+
+def plan_of(kind: str, given: dict[str, Any]) -> Plan:
+    """The plan of a training run from options, None where not given.
+
+    Raises MemvecError for options that this kind of encoder does not have, and for values that no
+    plan has.
+    """
+    from memvec.encoders.recurrent_training import RecurrentPlan
+    from memvec.encoders.training import TrainingPlan
+    from memvec.encoders.usable_training import UsablePlan
+
+    plans: dict[str, type[Plan]] = {
+        "slots": TrainingPlan,
+        "recurrent": RecurrentPlan,
+        "usable": UsablePlan,
+    }
+    known = {name: {field.name for field in fields(plan)} for name, plan in plans.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in sorted(given.keys() - known[kind]):
+        option = NAMES.get(name, "--" + name.replace("_", "-"))
+        others = [other for other in plans if name in known[other]]
+        if kind == "slots":
+            raise MemvecError(f"{option} is of {others[0]} encoders: add --{others[0]}.")
+        raise MemvecError(f"{option} is not of {kind} encoders: leave it out.")
+    return plans[kind](**given)
+
+
+def training_of(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan) -> TrainingRun:
+    """The run of a plan."""
+    from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
+    from memvec.encoders.training import Training, TrainingPlan
+    from memvec.encoders.usable_training import UsablePlan, UsableTraining
+
+    if isinstance(plan, RecurrentPlan):
+        return RecurrentTraining(lm, stream, plan)
+    if isinstance(plan, UsablePlan):
+        return UsableTraining(lm, stream, plan)
+    assert isinstance(plan, TrainingPlan)
+    return Training(lm, stream, plan)

@@ -1,0 +1,103 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): a frozen model that reads as another.
+
+Each linear map W x that the model calls becomes W x + U (D x); D (r, in) and U (out, r) are
+trained, and W is as it was. They are hooks that stand only while a passage is encoded: the model
+that reads the vectors is the frozen one. (The library `peft` adapts a model for good, and is an
+extra here.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+def linear_maps(lm: FrozenLM) -> dict[str, nn.Module]:
+    """The linear maps of the model by name, all but the head, in the model's order."""
+    head = lm.model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        name: module
+        for name, module in lm.model.named_modules()
+        if _sizes(module) is not None and module is not head
+    }
+
+
+@torch.no_grad()
+def called_maps(lm: FrozenLM) -> list[str]:
+    """Names of the linear maps that a forward pass calls.
+
+    Others cannot be adapted from outside: parts of the model that do not read text, experts that
+    are not asked, and matrices that a kernel multiplies by itself (Mamba's step sizes).
+    """
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in linear_maps(lm).items()
+    ]
+    try:
+        lm.own_logits(torch.arange(8, device=lm.device)[None] % lm.vocab_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in linear_maps(lm) if name in called]
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear map (GPT-2 has another class for it); None for others."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    nx, nf = getattr(module, "nx", None), getattr(module, "nf", None)
+    return (nx, nf) if isinstance(nx, int) and isinstance(nf, int) else None
+
+
+class Adapters(nn.Module):
+    """Pairs (D, U), one for each linear map of the model that is named; U begins at zero."""
+
+    def __init__(self, lm: FrozenLM, names: Sequence[str], rank: int) -> None:
+        super().__init__()
+        maps = linear_maps(lm)
+        if missing := [name for name in names if name not in maps]:
+            raise MemvecError(
+                f"this encoder adapts {missing[0]}, which {lm.name} has not: it was made for "
+                "another model."
+            )
+        self.names, self.rank = list(names), rank
+        sizes = [_sizes(maps[name]) or (0, 0) for name in names]
+        self.down = nn.ParameterList(
+            torch.randn(rank, inputs) * max(1, inputs) ** -0.5 for inputs, _ in sizes
+        )
+        self.up = nn.ParameterList(torch.zeros(outputs, rank) for _, outputs in sizes)
+
+    @contextlib.contextmanager
+    def on(self, lm: FrozenLM) -> Iterator[None]:
+        """Within this, the model reads with the adapters, in its own dtype."""
+        maps = linear_maps(lm)
+        hooks = []
+        try:
+            for name, down, up in zip(self.names, self.down, self.up, strict=True):
+                hooks.append(maps[name].register_forward_hook(_added(down, up)))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"]) -> Any:
+    """A hook that adds U (D x) to what a linear map gives."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        return output + linear(linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+    return hook

@@ -1,0 +1,106 @@
+"""The usable encoder: where cramming for use begins, in one pass of the model with adapters.
+
+The frozen LM, with low-rank adapters that stand only for this pass, reads BOS, the passage and K
+summary embeddings. Its last hidden states there, through a linear map, are added to the embeddings
+of the passage's last K tokens, which cramming for use begins as without it (docs/usable.md). The
+summaries, the adapters and the map are trained by both losses of use (`usable_training.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memvec.encoders.adapters import Adapters, called_maps
+from memvec.encoders.base import EncoderFile, TrainedEncoder
+from memvec.encoders.recurrent import state_width
+from memvec.encoders.summary import SummaryEncoder
+from memvec.errors import MemvecError
+from memvec.usable.starts import last_embeddings
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+class UsableNetwork(nn.Module):
+    """What is trained: summaries (S, D), the adapters, a map (H to D), shares (S, 1) of tokens."""
+
+    def __init__(self, lm: FrozenLM, modules: list[str], *, slots: int, rank: int) -> None:
+        super().__init__()
+        self.shape: dict[str, Any] = {"slots": slots, "rank": rank, "modules": modules}
+        self.summary = nn.Parameter(torch.zeros(slots, lm.width))
+        self.adapters = Adapters(lm, modules, rank)
+        self.map = nn.Linear(state_width(lm), lm.width)
+        self.share = nn.Parameter(torch.ones(slots, 1))
+        nn.init.normal_(self.map.weight, std=0.01)
+        nn.init.zeros_(self.map.bias)
+
+    def begun(self, lm: FrozenLM, mean: Float[Tensor, " D"]) -> UsableNetwork:
+        """The same network with summaries near the LM's own, or near its mean embedding, and noise.
+
+        Equal summaries could not come to stand for different parts of a text.
+        """
+        own = lm.encoder if isinstance(lm.encoder, SummaryEncoder) else None
+        base = (mean if own is None else own.summary[0]).float().cpu()
+        noise = torch.randn_like(self.summary) * (0.1 * base.std())
+        with torch.no_grad():
+            self.summary.copy_(base + noise)
+        return self
+
+
+class UsableEncoder(TrainedEncoder):
+    """A usable network as an encoder: passages (B, T) to vectors (B, K, D), K <= S."""
+
+    kind = "usable"
+    for_use = True
+    network: UsableNetwork
+
+    def __init__(self, network: UsableNetwork) -> None:
+        self.network = network.eval()
+        self.max_vectors = int(network.shape["slots"])
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> UsableEncoder:
+        return UsableEncoder(self.network.to(device).requires_grad_(False))
+
+    def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
+        network = self.network
+        summary = network.summary[:K].to(lm.dtype).expand(len(ids), -1, -1)
+        start = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
+        inputs = torch.cat([lm.embed(torch.cat([*start, ids], 1)), summary], 1)
+        with network.adapters.on(lm):
+            hidden = lm.hidden(inputs, keep=K)
+        weight, bias = network.map.weight.float(), network.map.bias.float()
+        added: Tensor = nn.functional.linear(hidden.float(), weight, bias)
+        return network.share[:K].float() * last_embeddings(lm, ids, K) + added
+
+    def settings(self) -> dict[str, Any]:
+        """Its shape, as its file records it."""
+        return dict(self.network.shape)
+
+
+def fresh(lm: FrozenLM, *, slots: int, rank: int) -> UsableNetwork:
+    """An untrained network that adapts every linear map that the model calls."""
+    return UsableNetwork(lm, called_maps(lm), slots=slots, rank=rank)
+
+
+def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
+    """The usable encoder in a file.
+
+    Raises MemvecError if its tensors do not fit the model. Slots and rank are those of its tensors,
+    so no file asks for more memory than it holds.
+    """
+    modules = [str(name) for name in json.loads(file.metadata["shape"])["modules"]]
+    slots = len(file.tensors["summary"])
+    rank = len(file.tensors["adapters.down.0"])
+    network = UsableNetwork(lm, modules, slots=slots, rank=rank)
+    try:
+        network.load_state_dict({k: v.float() for k, v in file.tensors.items()})
+    except (RuntimeError, ValueError):
+        raise MemvecError(
+            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
+        ) from None
+    return UsableEncoder(network)

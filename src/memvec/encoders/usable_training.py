@@ -1,0 +1,132 @@
+"""Training a usable encoder: vectors of one pass that give the passage back and stand for it.
+
+The losses are those of cramming for use (memvec.usable.term), behind the model's own trigger:
+
+    cross-entropy of the passage behind [vectors] trigger
+    + weight x mean over a query's tokens of KL(model behind [BOS text] || model behind [vectors])
+
+Passages are drawn from the text, and a passage's query is what follows it there. Every fourth step
+may have fewer vectors than slots, so that these are a start of any number of vectors up to that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import resolve_start_rule, triggered
+from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh
+from memvec.errors import MemvecError, check_minimum
+from memvec.model.lm import FrozenLM
+from memvec.usable.teacher import divergence_at, likeliest, states_behind
+
+SHARE_OF_MEAN = 0.05  # of the newest step, in the running mean of the divergence that is shown
+
+
+@dataclass(frozen=True)
+class UsablePlan(Plan):
+    """Every choice of a run that trains a usable encoder. Lengths in tokens."""
+
+    slots: int = 4
+    lr: float = 2e-3
+    rank: int = 64
+    """Rank of the adapters."""
+    query_tokens: int = 32
+    """Tokens behind each passage, on which the vectors stand for it."""
+    weight: float = 8.0
+    """Of the divergence beside the cross-entropy."""
+    shortest: int = 4
+    longest: int = 12
+    """Tokens per vector of the shortest and the longest passages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank", "query_tokens", "shortest"):
+            check_minimum(1, **{name: getattr(self, name)})
+        if self.longest < self.shortest:
+            raise MemvecError(
+                f"--longest {self.longest} is below --shortest {self.shortest} tokens per vector."
+            )
+        if not 0 <= self.weight < float("inf"):
+            raise MemvecError(f"--use-weight must be a number from 0, not {self.weight}.")
+
+
+class UsableTraining(TrainingRun):
+    """A run of a usable encoder, behind the trigger that the model has in its folder, or BOS."""
+
+    reached = "nats a token to the text"
+    plan: UsablePlan
+    network: UsableNetwork
+
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: UsablePlan) -> None:
+        super().__init__(lm, stream, plan)
+        if lm.checkpointing:  # its second forward pass would come when the adapters are gone
+            raise MemvecError("a usable encoder is trained without checkpointing: leave it out.")
+        recipe = Recipe.of("usable")
+        resolve_start_rule(triggered(lm, recipe), recipe)
+        self.fast = triggered(self.fast, recipe)
+        trigger = lm.own_trigger
+        self.identity["trigger"] = None if trigger is None else trigger.identity
+        self.top = min(recipe.teacher_top, lm.vocab_size - 1)
+        self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
+        self.network.to(lm.device)
+        self.optimizer = self.optimized(self.network.parameters())
+        self.target = 0.0
+        rows = 1 if lm.own_trigger is None else len(lm.own_trigger.rows)
+        longest = plan.slots * plan.longest
+        largest = longest + max(plan.slots + rows, plan.query_tokens + 1)
+        if lm.context is not None and largest > lm.context:
+            raise MemvecError(
+                f"passages of {longest} tokens with --slots {plan.slots} and "
+                f"--query-tokens {plan.query_tokens} do not fit the context of {lm.name} "
+                f"({lm.context}): use fewer, or a smaller --longest."
+            )
+        if longest + plan.query_tokens > len(self.text):
+            raise MemvecError(
+                f"{len(stream)} tokens are too few to train an encoder on passages of {longest} "
+                f"and {plan.query_tokens} behind them: give more text."
+            )
+
+    def _train_step(self) -> tuple[float, float]:
+        plan = self.plan
+        draw = self._generator("step", self.step)
+        K = plan.slots
+        if self.step % 4 == 3:
+            K = int(torch.randint(1, plan.slots + 1, (), generator=draw))
+        T = K * int(torch.randint(plan.shortest, plan.longest + 1, (), generator=draw))
+        count = max(1, plan.positions // (3 * T + 2 * plan.query_tokens + 4 * K))
+        both = self._windows(self.text, count, T + plan.query_tokens, draw)
+        ids, query = both[:, :T], both[:, T:]
+        vectors = UsableEncoder(self.network).read(self.fast, ids, K)
+        given = self.fast.states(vectors, ids, "bos")
+        loss, accuracy, gradient = self._scored(given, ids)
+        used = self.fast.states(vectors, query, "vectors")
+        nats, slope = self._divergence(used, ids, query)
+        self._move([given, used], [gradient, plan.weight * slope])
+        share = max(SHARE_OF_MEAN, 1 / self.step)
+        self.target += share * (nats - self.target)
+        return loss, accuracy
+
+    def _divergence(
+        self, states: Float[Tensor, "B L H"], ids: Int[Tensor, "B T"], query: Int[Tensor, "B L"]
+    ) -> tuple[float, Float[Tensor, "B L H"]]:
+        """Mean divergence from the model behind the text, nats, and its gradient at the states."""
+        lm = self.fast
+        start = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
+        with torch.no_grad():
+            text = lm.embed(torch.cat([*start, ids], 1))
+            kept = likeliest(lm.head(states_behind(lm, text, query)), self.top)
+        share = torch.full(query.shape, 1 / query.numel(), device=query.device)
+        losses, gradient = divergence_at(
+            lm.head, states.detach(), kept, share, V=self.lm.vocab_size
+        )
+        return float(losses.sum()), gradient
+
+    def _finished(self) -> UsableEncoder:
+        """The encoder, rounded as its file keeps it: in half of float32's bytes."""
+        return UsableEncoder(self.network.to(torch.bfloat16))

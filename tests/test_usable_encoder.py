@@ -1,0 +1,385 @@
+"""The usable encoder: where vectors that are to be used begin, in one pass with adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import memvec
+from conftest import build, tiny
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import start_of, start_vectors, triggered
+from memvec.encoders.adapters import called_maps, linear_maps
+from memvec.encoders.files import load_encoder, save_encoder
+from memvec.encoders.usable import UsableEncoder, fresh
+from memvec.encoders.usable_training import UsablePlan, UsableTraining
+from memvec.errors import MemvecError
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+from memvec.usable.queries import text_inputs
+from memvec.usable.starts import last_tokens
+from memvec.usable.teacher import log_p_behind
+from memvec.usable.triggers import save_trigger
+
+FAMILIES = ["llama", "gpt2", "gemma2", "opt-projected", "mamba"]
+SMALL = UsablePlan(
+    steps=6, slots=2, rank=4, positions=80, query_tokens=5, shortest=2, longest=4, warmup=2
+)
+USABLE = Recipe.of(
+    "usable", settle=20, decay=20, steps=400, query_count=3, query_tokens=5, compute="model"
+)
+
+
+def stream(lm: FrozenLM, n: int = 4000, seed: int = 0) -> torch.Tensor:
+    """Token ids with something to learn: half of the tokens follow from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, lm.vocab_size, (n,), generator=generator)
+    ids[1::2] = (ids[::2] + 1).clamp_max(lm.vocab_size - 1)
+    return ids
+
+
+def encoder_of(lm: FrozenLM, seed: int = 0, slots: int = 2) -> UsableEncoder:
+    """An encoder of random weights whose adapters do something."""
+    torch.manual_seed(seed)
+    network = fresh(lm, slots=slots, rank=3).begun(lm, lm.embedding.weight.float().mean(0).cpu())
+    for up in network.adapters.up:
+        torch.nn.init.normal_(up, std=0.1)
+    return UsableEncoder(network)
+
+
+def with_encoder(lm: FrozenLM, encoder: UsableEncoder | None = None) -> FrozenLM:
+    """The same model with an encoder for use; what other tests share stays as it was."""
+    view = copy.copy(lm)
+    view.usable_encoder = encoder or encoder_of(lm)
+    return view
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_the_sum_of_both_matrices_and_gone_afterwards(family):
+    """Inside, the model is one whose weights are W + U D; outside, it is the frozen one."""
+    lm = tiny(family)
+    adapters, ids = encoder_of(lm).network.adapters, stream(lm, 12).view(2, 6)
+    plain, inputs = lm.own_logits(ids), lm.embed(ids)
+    merged = copy.deepcopy(lm.model)
+    for name, down, up in zip(adapters.names, adapters.down, adapters.up, strict=True):
+        product = (up @ down).detach()  # Conv1D of GPT-2 multiplies from the other side
+        merged.get_submodule(name).weight.data += product.T if family == "gpt2" else product
+    with adapters.on(lm):
+        found = lm.hidden(inputs, keep=6)
+    expected = lm.computed_by(merged).hidden(inputs, keep=6)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert float((found - lm.hidden(inputs, keep=6)).detach().abs().max()) > 1e-3
+    assert torch.equal(lm.own_logits(ids), plain)
+    with pytest.raises(KeyboardInterrupt), adapters.on(lm):
+        raise KeyboardInterrupt
+    assert torch.equal(lm.own_logits(ids), plain)
+
+
+def test_the_head_is_not_adapted():
+    lm = tiny("llama")
+    head = lm.model.get_output_embeddings()
+    assert all(module is not head for module in linear_maps(lm).values())
+    assert len(called_maps(lm)) == 2 * 7  # two layers of attention and gated products
+
+
+def test_what_no_hook_can_reach_is_left_out():
+    lm = tiny("mamba")
+    assert set(linear_maps(lm)) - set(called_maps(lm)) == {
+        f"backbone.layers.{i}.mixer.dt_proj" for i in (0, 1)
+    }
+
+
+# ---------------------------------------------------------------------- the vectors it gives
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("K", "T"), [(1, 6), (2, 6), (5, 10), (2, 1)])
+def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, family, K, T):
+    lm = tiny(family)
+    encoder, ids = encoder_of(lm), stream(lm, 4 * T).view(4, T)
+    together = encoder.encode(lm, ids, K)
+    assert together.shape == (4, K, lm.width)
+    alone = torch.cat([encoder.encode(lm, row[None], K) for row in ids])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    save_encoder(tmp_path / "encoder.safetensors", encoder, lm, {"steps": 1})
+    again = load_encoder(tmp_path / "encoder.safetensors", lm)
+    assert (again.for_use, again.max_vectors, len(again.identity)) == (True, 2, 16)
+    torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=1e-5)
+
+
+def test_untrained_it_begins_at_the_last_tokens():
+    lm = tiny()
+    encoder, ids = UsableEncoder(fresh(lm, slots=3, rank=2)), stream(lm, 10)
+    with torch.no_grad():
+        encoder.network.map.weight.zero_()
+    found = encoder.encode(lm, ids[None], 3)[0]
+    torch.testing.assert_close(found, last_tokens(lm, ids.tolist(), 3, Recipe()))
+
+
+def test_a_model_in_another_dtype_reads_with_it(tmp_path):
+    lm, file = tiny(), tmp_path / "encoder.safetensors"
+    save_encoder(file, encoder_of(lm), lm)
+    half = FrozenLM(build("llama").to(torch.bfloat16), name="half")
+    ids = stream(lm, 12).view(2, 6)
+    found, exact = load_encoder(file, half).encode(half, ids, 2), encoder_of(lm).encode(lm, ids, 2)
+    assert found.dtype == torch.float32
+    assert float((found - exact).abs().max() / exact.abs().max()) < 0.1
+
+
+# ---------------------------------------------------------------------- what takes it
+
+
+def test_auto_takes_it_for_use_and_for_nothing_else():
+    lm = with_encoder(tiny())
+    ids = [p.tolist() for p in stream(lm, 18).view(3, 6)]
+    assert start_of(tiny(), USABLE) == "last-tokens"
+    assert start_of(lm, USABLE) == "encoder"
+    assert start_of(lm, Recipe()) == "noise"
+    assert start_of(lm, replace(USABLE, start="last-tokens")) == "last-tokens"
+    taken = torch.stack(start_vectors(triggered(lm, USABLE), ids, 2, USABLE))
+    expected = lm.usable_encoder.encode(lm, torch.tensor(ids), 2)
+    torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-5)
+    assert lm.read_as("one-step").usable_encoder is None
+    with pytest.raises(MemvecError, match=r"no usable encoder: use --start last-tokens"):
+        start_vectors(tiny(), ids, 2, replace(USABLE, start="encoder"))
+
+
+def test_passages_do_not_depend_on_who_is_beside_them():
+    """Each alone and all together: the same first vectors, certified either way."""
+    lm = with_encoder(tiny())
+    asked = [Passage(tuple(row.tolist()), i) for i, row in enumerate(stream(lm, 12).view(3, 4))]
+    together = {o.passage.document: o for o in Engine(lm, USABLE, vectors=2).run(asked)}
+    assert all(outcome.exact for outcome in together.values())
+    for passage in asked:
+        (alone,) = Engine(lm, USABLE, vectors=2, batch_size=1).run([passage])
+        assert alone.exact
+    ids = [list(passage.ids) for passage in asked]
+    view = triggered(lm, USABLE)
+    batch = start_vectors(view, ids, 2, USABLE)
+    for one, each in zip(start_vectors(view, ids, 2, USABLE, alone=True), batch, strict=True):
+        torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_with_one_gives_it_and_its_identity(folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    plain = load_lm(str(own))
+    save_encoder(own / "usable-encoder.safetensors", encoder_of(plain), plain)
+    lm = load_lm(str(own))
+    assert lm.encoder is None
+    assert lm.description()["usable_encoder"] == lm.usable_encoder.identity
+    assert "usable_encoder" not in plain.description()
+    named = load_lm(str(folder), encoder=own / "usable-encoder.safetensors")
+    assert named.usable_encoder.identity == lm.usable_encoder.identity
+    assert named.encoder is None
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt-projected", "mamba"])
+def test_training_moves_the_encoder_and_nothing_else(family):
+    lm = tiny(family)
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    training = UsableTraining(lm, stream(lm), replace(SMALL, lr=0.1))
+    start = {k: v.clone() for k, v in training.network.state_dict().items()}
+    encoder = training.run()
+    for key, value in lm.model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.grad is None
+    now = {k: v.float() for k, v in encoder.network.state_dict().items()}
+    still = {k for k in start if torch.equal(now[k], start[k].bfloat16().float())}
+    assert still == set()
+    assert 0 < training.target < 5
+
+
+@pytest.mark.parametrize("trigger", [False, True])
+def test_the_gradient_is_that_of_both_losses_written_out(trigger):
+    """One step's gradient against autograd through whole distributions, behind BOS or a trigger."""
+    lm = copy.copy(tiny())
+    if trigger:
+        rows = lm.embedding_std * torch.randn(3, lm.width)
+        lm.own_trigger = memvec.usable.triggers.CrammedTrigger(rows, "of a test")
+    training, seen = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0)), {}
+    training.optimizer.step = lambda: seen.update(
+        {k: p.grad.clone() for k, p in training.network.named_parameters() if p.grad is not None}
+    )
+    given = training._windows
+    training._windows = lambda *a: seen.setdefault("ids", given(*a))
+    torch.nn.utils.clip_grad_norm_, clip = (lambda *_: None), torch.nn.utils.clip_grad_norm_
+    try:
+        training._train_step()
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    both = seen.pop("ids")
+    ids, query = both[:, :-5], both[:, -5:]
+    view = triggered(lm, Recipe.of("usable"))
+    vectors = UsableEncoder(training.network).read(view, ids, SMALL.slots)
+    logits = view.logits(vectors, ids, "bos")
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    for i, row in enumerate(ids.tolist()):
+        true = log_p_behind(lm, text_inputs(lm, row), query[i : i + 1])
+        said = log_p_behind(lm, vectors[i : i + 1], query[i : i + 1])
+        loss = loss + 3.0 / len(ids) * (true.exp() * (true - said)).sum(-1).mean()
+    names = [n for n, p in training.network.named_parameters() if n in seen]
+    parameters = [p for n, p in training.network.named_parameters() if n in seen]
+    for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(seen[name], gradient, rtol=2e-3, atol=2e-5)
+
+
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    lm, partial = tiny(), tmp_path / "e.partial"
+    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
+    whole = UsableTraining(lm, stream(lm), SMALL).run()
+
+    def interrupt(now):
+        if now.step > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        UsableTraining(lm, stream(lm), SMALL).run(partial, interrupt)
+    steps = []
+    again = UsableTraining(lm, stream(lm), SMALL).run(partial, lambda now: steps.append(now.step))
+    assert steps == [4, 5, 6]
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key])
+    for other in (replace(SMALL, weight=1.0), replace(SMALL, rank=5)):
+        with pytest.raises(MemvecError, match="another model, text or settings"):
+            UsableTraining(lm, stream(lm), other).run(partial)
+
+
+@pytest.mark.slow
+def test_training_learns_both():
+    lm = tiny()
+    plan = replace(SMALL, steps=200, rank=8, positions=400, longest=2, lr=2e-2, warmup=20)
+    bits, nats = [], []
+
+    def note(now):
+        bits.append(now.loss_bits)
+        nats.append(now.target)
+
+    UsableTraining(lm, stream(lm), plan).run(on_progress=note)
+    assert sum(bits[-20:]) < 0.96 * sum(bits[:20])
+    assert nats[-1] < 0.9 * nats[9]
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"query_tokens": 0}, "query"),
+        ({"longest": 1}, "--longest 1 is below"),
+        ({"weight": -1.0}, "--use-weight"),
+        ({"lr": 0.0}, "--lr"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(changes, says):
+    with pytest.raises(MemvecError, match=says):
+        replace(SMALL, **changes)
+
+
+def test_runs_that_cannot_be_are_refused():
+    lm = tiny()
+    with pytest.raises(MemvecError, match="do not fit the context"):
+        UsableTraining(lm, stream(lm), replace(SMALL, longest=64))
+    mamba = tiny("mamba")  # of any length
+    with pytest.raises(MemvecError, match="too few to train an encoder on passages of 4000"):
+        UsableTraining(mamba, stream(mamba), replace(SMALL, longest=2000))
+    sparing = FrozenLM(build("llama"), name="sparing", checkpointing=True)
+    with pytest.raises(MemvecError, match="without checkpointing"):
+        UsableTraining(sparing, stream(lm), SMALL)
+    training = UsableTraining(lm, stream(lm), SMALL)
+    with torch.no_grad():
+        training.network.summary.fill_(float("nan"))
+    with pytest.raises(MemvecError, match="not finite at step 1"):
+        training.run()
+
+
+def test_its_files_are_checked(tmp_path):
+    lm, file = tiny(), tmp_path / "encoder.safetensors"
+    save_encoder(file, encoder_of(lm), lm)
+    with pytest.raises(MemvecError, match="was trained for other weights"):
+        load_encoder(file, tiny(seed=1))
+    tensors, modules = load_file(file), called_maps(lm)
+
+    def written(tensors, modules):
+        shape = json.dumps({"modules": modules})
+        save_file(tensors, file, {"kind": "usable", "shape": shape})
+        return file
+
+    load_encoder(written(tensors, modules), lm)
+    with pytest.raises(MemvecError, match=r"adapts model.nothing, which"):
+        load_encoder(written(tensors, [*modules[:-1], "model.nothing"]), lm)
+    with pytest.raises(MemvecError, match="does not fit"):
+        load_encoder(written(tensors, modules[:-1]), lm)
+    narrow = tensors | {"adapters.up.0": tensors["adapters.up.0"][:1].contiguous()}
+    with pytest.raises(MemvecError, match="does not fit"):
+        load_encoder(written(narrow, modules), lm)
+    with pytest.raises(MemvecError, match="can read"):
+        load_encoder(written({"map.bias": tensors["map.bias"]}, modules), lm)
+    save_file(tensors, file, {"kind": "usable", "shape": "{}"})
+    with pytest.raises(MemvecError, match="can read"):
+        load_encoder(file, lm)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_trained_and_taken_by_the_command(command, folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    books, letter = tmp_path / "books.txt", tmp_path / "letter.txt"
+    books.write_text("the cat sat on the mat and the dog, and so it went on. " * 200)
+    letter.write_text("the cat sat")
+    lm = load_lm(str(own))
+    save_trigger(own / "trigger.safetensors", 0.1 * torch.randn(2, lm.width), lm, {})
+    sizes = ["--slots", 2, "--rank", 4, "--steps", 4, "--positions", 80]
+    sizes += ["--shortest", 2, "--longest", 3, "--query-tokens", 4]
+    train = ["encoder", "train", "--usable", "-m", own, "--text", books, *sizes]
+    ran = command(*train)
+    assert ran.code == 0, ran.err
+    assert "nats a token to the text" in ran.err
+    assert "memvec cram --usable --encoder" in ran.err
+    file = own / "usable-encoder.safetensors"
+    assert load_lm(str(own)).usable_encoder is not None
+    assert command(*train).code == 2
+    quick = ["--set", "settle=10", "--set", "decay=10", "--set", "query_count=2"]
+    quick += ["--set", "query_tokens=4", "--set", "steps=200"]
+    cram = ["cram", letter, "-m", own, "--usable", "--vectors", 2, "--tokens", 6, *quick]
+    assert command(*cram).code == 0
+    header = json.loads(command("inspect", tmp_path / "letter.mem", "--json").out)
+    identity = load_encoder(file, load_lm(str(own))).identity
+    assert header["model"]["usable_encoder"] == identity
+    assert command("decode", tmp_path / "letter.mem").out == b"the cat sat"
+    quickly = ["cram", letter, "-m", own, "--usable", "--preset", "usable-quick", "--vectors", 2]
+    ran = command(*quickly, "--tokens", 6, "--set", "query_tokens=4", "-o", tmp_path / "q.mem")
+    assert ran.code == 0, ran.err
+    assert command("decode", tmp_path / "q.mem").out == b"the cat sat"
+    for wrong, says in [
+        (("encoder", "train", "--usable", "--recurrent", "--text", books), "two kinds"),
+        (("encoder", "train", "--usable", "--lags", 2, "--text", books), "--lags is not of usable"),
+        (("encoder", "train", "--rank", 2, "--text", books), "--rank is of usable encoders: add"),
+        (("encoder", "train", "--use-weight", 2, "--text", books), "--use-weight is of usable"),
+        (("encoder", "measure", "-m", own, "--encoder", file, "--text", books), "cram --usable"),
+        (
+            ("cram", letter, "-m", folder, "--preset", "usable-quick", "-o", "n"),
+            "no usable encoder",
+        ),
+    ]:
+        ran = command(*wrong)
+        assert (ran.code, ran.out) == (2, b"")
+        assert says in ran.sentence
