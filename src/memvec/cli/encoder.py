@@ -208,8 +208,7 @@ def measure(
     check_minimum(0, steps=steps)
     if segments is None and lags is not None:
         raise MemvecError("--lags is of recurrent encoders: add --segments.")
-    lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
-    _check_measured(lm, encoder)
+    lm = _measured(load_lm(model, device=device, dtype=dtype, encoder=encoder), encoder)
     if segments is None:
         from memvec.encoders.measure import compare
 
@@ -231,18 +230,17 @@ def measure(
     _show(back, json, lambda: print_segments(lm.name, back))
 
 
-def _check_measured(lm: FrozenLM, encoder: Path | None) -> None:
-    """Raise MemvecError for the file of an encoder for use, which is not measured here."""
-    own = lm.usable_encoder
-    if encoder is None or own is None:
-        return
-    from memvec.encoders.files import load_encoder
+def _measured(lm: FrozenLM, encoder: Path | None) -> FrozenLM:
+    """The model. Raises MemvecError for the file of an encoder for use, not measured here."""
+    if encoder is not None and lm.usable_encoder is not None:
+        from memvec.encoders.files import load_encoder
 
-    if load_encoder(encoder.expanduser(), lm).for_use:
-        raise MemvecError(
-            f"{encoder} is a start of vectors that are to be used, and measured by what these are "
-            "worth: memvec cram --usable --preset usable-quick, then memvec verify --use."
-        )
+        if load_encoder(encoder.expanduser(), lm).for_use:
+            raise MemvecError(
+                f"{encoder} is a start of vectors that are to be used, and measured by what these "
+                "are worth: memvec cram --usable --preset usable-quick, then memvec verify --use."
+            )
+    return lm
 
 
 def _show(found: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]) -> None:
