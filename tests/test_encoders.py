@@ -19,6 +19,7 @@ from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from trainings import assert_gradient_of, one_step, stopped_and_resumed
 
 SMALL = TrainingPlan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
 
@@ -56,23 +57,12 @@ def test_training_moves_the_encoder_and_nothing_else(family):
 def test_the_loss_gradient_is_that_of_plain_cross_entropy():
     """One training step's gradient against autograd through logits of the whole batch."""
     lm, plan = tiny(), replace(SMALL, slots=1)
-    training, seen = Training(lm, stream(lm), plan), {}
-    training.optimizer.step = lambda: seen.update(
-        {k: p.grad.clone() for k, p in training.network.named_parameters()}
-    )
-    given = training._windows
-    training._windows = lambda *a: seen.setdefault("ids", given(*a))
-    torch.nn.utils.clip_grad_norm_, clip = (lambda *_: None), torch.nn.utils.clip_grad_norm_
-    try:
-        training._train_step()
-    finally:
-        torch.nn.utils.clip_grad_norm_ = clip
-    ids = seen.pop("ids")
+    training = Training(lm, stream(lm), plan)
+    ids, found = one_step(training)
     logits = lm.logits(training.network(lm.embed(ids), 1), ids)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
-    names, parameters = zip(*training.network.named_parameters(), strict=True)
-    for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
-        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
+    assert found.keys() == dict(training.network.named_parameters()).keys()
+    assert_gradient_of(training, loss, found, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -91,21 +81,7 @@ def test_training_learns():
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
     lm, partial = tiny(), tmp_path / "e.partial"
-    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
-    whole = Training(lm, stream(lm), SMALL).run()
-
-    def interrupt(now):
-        if now.step > stop:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Training(lm, stream(lm), SMALL).run(partial, interrupt)
-    steps = []
-    again = Training(lm, stream(lm), SMALL).run(partial, lambda now: steps.append(now.step))
-    assert steps == list(range(stop + 1, SMALL.steps + 1))
-    for key, value in whole.network.state_dict().items():
-        assert torch.equal(value, again.network.state_dict()[key])
-    assert whole.tokens == again.tokens
+    stopped_and_resumed(lambda: Training(lm, stream(lm), SMALL), partial, stop, monkeypatch)
     for other in (replace(SMALL, lr=0.01), replace(SMALL, steps=9)):
         with pytest.raises(MemvecError, match="another model, text or settings"):
             Training(lm, stream(lm), other).run(partial)

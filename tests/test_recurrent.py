@@ -37,6 +37,7 @@ from memvec.lab.study.store import Store
 from memvec.loading import load_lm
 from test_encoders import stream
 from test_protocols import falsify, restore
+from trainings import assert_gradient_of, one_step, stopped_and_resumed
 
 ROOT = Path(__file__).parent.parent
 T = 3
@@ -159,7 +160,7 @@ def test_training_moves_the_encoder_and_nothing_else(family):
 
 def test_the_loss_goes_back_to_the_first_segment():
     """The gradient of one step is autograd's, through logits and the whole chain."""
-    lm, seen = tiny(), {}
+    lm = tiny()
     training = RecurrentTraining(lm, stream(lm), replace(SMALL, noise=0.0))
     training._longest_chain = lambda: 3
 
@@ -167,47 +168,25 @@ def test_the_loss_goes_back_to_the_first_segment():
         return int(torch.randint(1, 4, (), generator=training._generator("step", step)))
 
     training.step = next(step for step in range(50) if chain(step) == 3)
-    training.optimizer.step = lambda: seen.update(
-        {k: p.grad.clone() for k, p in training.network.named_parameters()}
-    )
-    given = training._windows
-    training._windows = lambda *a: seen.setdefault("ids", given(*a))
-    torch.nn.utils.clip_grad_norm_, clip = (lambda *_: None), torch.nn.utils.clip_grad_norm_
-    try:
-        training._train_step()
-    finally:
-        torch.nn.utils.clip_grad_norm_ = clip
-    ids, encoder = seen.pop("ids"), RecurrentEncoder(training.network)
+    ids, found = one_step(training)
+    encoder = RecurrentEncoder(training.network)
     memory = encoder.memories(lm, ids, T)[-1]
     losses = []
     for lag in range(2):
         truth = ids[:, (2 - lag) * T : (3 - lag) * T]
         logits = lm.logits(encoder.asked(memory, lag), truth)
         losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten()))
-    names, parameters = zip(*training.network.named_parameters(), strict=True)
-    again = torch.autograd.grad(sum(losses) / 2, parameters)
-    for name, gradient in zip(names, again, strict=True):
-        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
-        assert gradient.abs().max() > 0, name
+    assert found.keys() == dict(training.network.named_parameters()).keys()
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+    assert_gradient_of(training, sum(losses) / 2, found, rtol=1e-3, atol=1e-6)
 
 
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     lm, partial = tiny(), tmp_path / "e.partial"
-    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
-    whole = RecurrentTraining(lm, stream(lm), SMALL).run()
-
-    def interrupt(now):
-        if now.step > 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        RecurrentTraining(lm, stream(lm), SMALL).run(partial, interrupt)
-    seen = []
-    again = RecurrentTraining(lm, stream(lm), SMALL).run(partial, seen.append)
-    assert [now.step for now in seen] == [3, 4]
+    _, seen = stopped_and_resumed(
+        lambda: RecurrentTraining(lm, stream(lm), SMALL), partial, 2, monkeypatch
+    )
     assert seen[-1].target == SMALL.segments
-    for key, value in whole.network.state_dict().items():
-        assert torch.equal(value, again.network.state_dict()[key])
     with pytest.raises(MemvecError, match="another model, text or settings"):
         RecurrentTraining(lm, stream(lm), replace(SMALL, lags=1)).run(partial)
 

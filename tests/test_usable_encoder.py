@@ -29,6 +29,7 @@ from memvec.usable.queries import text_inputs
 from memvec.usable.starts import last_tokens
 from memvec.usable.teacher import log_p_behind
 from memvec.usable.triggers import save_trigger
+from trainings import assert_gradient_of, one_step, stopped_and_resumed
 
 FAMILIES = ["llama", "gpt2", "gemma2", "opt-projected", "mamba"]
 SMALL = UsablePlan(
@@ -211,18 +212,8 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
     if trigger:
         rows = lm.embedding_std * torch.randn(3, lm.width)
         lm.own_trigger = memvec.usable.triggers.CrammedTrigger(rows, "of a test")
-    training, seen = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0)), {}
-    training.optimizer.step = lambda: seen.update(
-        {k: p.grad.clone() for k, p in training.network.named_parameters() if p.grad is not None}
-    )
-    given = training._windows
-    training._windows = lambda *a: seen.setdefault("ids", given(*a))
-    torch.nn.utils.clip_grad_norm_, clip = (lambda *_: None), torch.nn.utils.clip_grad_norm_
-    try:
-        training._train_step()
-    finally:
-        torch.nn.utils.clip_grad_norm_ = clip
-    both = seen.pop("ids")
+    training = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0))
+    both, found = one_step(training)
     ids, query = both[:, :-5], both[:, -5:]
     view = triggered(lm, Recipe.of("usable"))
     vectors = UsableEncoder(training.network).read(view, ids, SMALL.slots)
@@ -232,28 +223,12 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
         true = log_p_behind(lm, text_inputs(lm, row), query[i : i + 1])
         said = log_p_behind(lm, vectors[i : i + 1], query[i : i + 1])
         loss = loss + 3.0 / len(ids) * (true.exp() * (true - said)).sum(-1).mean()
-    names = [n for n, p in training.network.named_parameters() if n in seen]
-    parameters = [p for n, p in training.network.named_parameters() if n in seen]
-    for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
-        torch.testing.assert_close(seen[name], gradient, rtol=2e-3, atol=2e-5)
+    assert_gradient_of(training, loss, found, rtol=2e-3, atol=2e-5)
 
 
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     lm, partial = tiny(), tmp_path / "e.partial"
-    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
-    whole = UsableTraining(lm, stream(lm), SMALL).run()
-
-    def interrupt(now):
-        if now.step > 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        UsableTraining(lm, stream(lm), SMALL).run(partial, interrupt)
-    steps = []
-    again = UsableTraining(lm, stream(lm), SMALL).run(partial, lambda now: steps.append(now.step))
-    assert steps == [4, 5, 6]
-    for key, value in whole.network.state_dict().items():
-        assert torch.equal(value, again.network.state_dict()[key])
+    stopped_and_resumed(lambda: UsableTraining(lm, stream(lm), SMALL), partial, 3, monkeypatch)
     for other in (replace(SMALL, weight=1.0), replace(SMALL, rank=5)):
         with pytest.raises(MemvecError, match="another model, text or settings"):
             UsableTraining(lm, stream(lm), other).run(partial)
