@@ -87,6 +87,20 @@ def test_duplicate_cells_and_impossible_lengths_are_told() -> None:
         check_lengths(expand(parse_spec(text + RUN.replace("[8]", "[4096]"), "spec")))
 
 
+def test_another_file_under_the_name_that_a_recipe_has_is_another_cell(tmp_path: Path) -> None:
+    (trigger := tmp_path / "trigger.safetensors").write_bytes(b"one")
+    run = '[[runs]]\nprotocol = "usable"\nlengths = [8]\n'
+    spec = parse_spec(f'{HEAD}{run}recipe = {{ trigger = "{trigger}" }}\n', "spec")
+    first = expand(spec)[0].cell
+    assert expand(spec)[0].cell.key == first.key
+    trigger.write_bytes(b"another")
+    second = expand(spec)[0].cell
+    assert (second.recipe, second.key == first.key) == (first.recipe, False)
+    assert list(second.settings()["files"]) == ["trigger"]
+    plain = expand(parse_spec(HEAD + run, "spec"))[0].cell  # as cells were before they had files
+    assert "files" not in plain.settings()
+
+
 def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path) -> None:
     spec = spec_in(tmp_path, HEAD + RUN.replace("[8]", "[400]"))
     with pytest.raises(MemvecError, match="impossible length: 400 tokens"):

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
+from memvec.usable.triggers import named_files
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,21 @@ class Cell:
     options: dict[str, Any]
     storage: str
     fixed_shapes: bool
+    files: dict[str, str] = field(default_factory=dict)
+    """Hashes of the files that the recipe names: another trigger under one name is another cell."""
 
     @property
     def key(self) -> str:
         """Sixteen hex digits of the SHA-256 of all fields."""
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        text = json.dumps(self.settings(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """As a plain dictionary."""
-        return asdict(self)
+        """As a plain dictionary; without `files` where the recipe names none."""
+        settings = asdict(self)
+        if not self.files:
+            del settings["files"]
+        return settings
 
     def made_recipe(self) -> Recipe:
         """The recipe as an object."""
@@ -92,6 +98,7 @@ def _cells(
     """A run's cells for one model: sources x lengths x vectors x seeds."""
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
     for source, length, K, seed in itertools.product(*axes):
+        recipe = recipe_of(run, seed)
         yield Cell(
             run.protocol,
             model.name,
@@ -102,10 +109,11 @@ def _cells(
             length,
             K,
             seed,
-            recipe_of(run, seed).record(),
+            recipe.record(),
             options_of(run),
             run.storage or spec.storage,
             spec.fixed_shapes,
+            named_files(recipe),
         )
 
 
