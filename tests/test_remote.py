@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from conftest import reader
 from memvec import codec
 from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import Recipe
@@ -23,7 +25,7 @@ from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Workers, combined
+from memvec.workers import Batch, Crew, Decoding, Workers, combined, decode_passages
 from memvec.workers.pool import Member
 from studies import HEAD
 from test_report import alike
@@ -43,7 +45,12 @@ class Actor:
         )
 
     def results(self, unit: Unit | Batch) -> Any:
-        """(key, result) for the unit's passages, then its end."""
+        """(key, result) for the unit's passages, then its end; batches are really decoded."""
+        if isinstance(unit, Decoding):
+            yield from itertools.islice(unit.work(reader("words"), "scripted", None), self.rows)
+            if self.end == "error" and self.rows < len(unit.keys()):
+                yield DiedError("killed")
+            return
         for item in unit.passages[: self.rows]:
             if isinstance(item, SourcedPassage):
                 yield item.number, alike(unit.cell.key, item.number, 1, "exact")
@@ -150,6 +157,35 @@ def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end
     whole = [(10 * i, 1 + i % 4) for i in range(9)]
     halves = [(10 * i + j, 2) for i in range(9) if i % 4 == 3 for j in (0, 2)]
     assert sorted(seen) == sorted(whole + halves)
+
+
+@pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
+def test_workers_decode_what_one_process_decodes(
+    rows: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same batches, each once, also if a worker dies; other devices are not asked."""
+    lm = reader("words")
+    batches: list[int] = []
+    plain = MemVectors.decode_passages
+
+    def counted(mem: MemVectors, lm: Any) -> list[list[int]]:
+        batches.append(len(mem.passages))
+        return plain(mem, lm)
+
+    recipe = Recipe(steps=20, if_not_exact="stop")  # what does not fit decodes wrong alike
+    mem = codec.cram(lm, ["the cat sat on the mat " * 25], vectors=2, tokens=2, recipe=recipe)
+    expected = mem.decode_passages(lm)
+    monkeypatch.setattr(MemVectors, "decode_passages", counted)
+    healthy = Actor(99, "done")
+    made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
+    made.gpu = False
+    assert decode_passages(lm, mem, made) == expected
+    assert sorted(batches) == sorted([32] * (len(expected) // 32) + [len(expected) % 32])
+    batches.clear()
+    made.gpu = True  # their certificate would be of another device
+    assert decode_passages(lm, mem, made) == expected
+    assert decode_passages(lm, mem, None) == expected
+    assert batches == [len(expected)] * 2
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from memvec.certificate import verify
+from memvec.certificate import certificate_of
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
@@ -25,7 +25,7 @@ from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import Storage
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Workers
+from memvec.workers import Batch, Crew, Workers, decode_passages
 
 FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps.
 # A model's folder may know better (`fill` in memvec.json): an encoder makes short passages cheap.
@@ -250,7 +250,8 @@ class CramJob:
         self._tell()
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
-            certificate, exact = verify(self.lm, mem)
+            decoded = decode_passages(self.lm, mem, self.workers)
+            certificate, exact = certificate_of(self.lm, mem, decoded)
             pairs = zip(self._in_order(), exact, strict=True)
             fallen = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
             stop = not attempts_left or self.recipe.if_not_exact == "stop"

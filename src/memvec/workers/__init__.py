@@ -6,18 +6,21 @@ no result yet back to the queue and is replaced; after three deaths per worker t
 sentence. What a unit is, its owner decides: passages of a study's cell (memvec.lab), or of a long
 document (`Crew`, for memvec.codec).
 
-actor.py   what lives in an actor, and how it loads its model
-pool.py    the driver's side: hand out units, collect results, replace the dead
-crew.py    a document's passages over the pool, behind the interface of one engine
+actor.py     what lives in an actor, and how it loads its model
+pool.py      the driver's side: hand out units, collect results, replace the dead
+crew.py      a document's passages over the pool, behind the interface of one engine
+decoding.py  the decode that certifies a result, over the pool
 """
 
 from memvec.workers.actor import Loading, News, OnProgress, Unit, Worker
 from memvec.workers.crew import Batch, Crew
+from memvec.workers.decoding import Decoding, decode_passages
 from memvec.workers.pool import Workers, combined
 
 __all__ = [
     "Batch",
     "Crew",
+    "Decoding",
     "Loading",
     "News",
     "OnProgress",
@@ -25,4 +28,5 @@ __all__ = [
     "Worker",
     "Workers",
     "combined",
+    "decode_passages",
 ]
