@@ -157,6 +157,7 @@ def test_auto_takes_it_for_use_and_for_nothing_else():
         start_vectors(tiny(), ids, 2, replace(USABLE, start="encoder"))
 
 
+@pytest.mark.slow
 def test_passages_do_not_depend_on_who_is_beside_them():
     """Each alone and all together: the same first vectors, certified either way."""
     lm = with_encoder(tiny())

@@ -98,6 +98,6 @@ def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"]) -> Any:
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
-        return output + linear(linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return output + linear(linear(x, down.to(x)), up.to(x))  # a layer may be on any device
 
     return hook
