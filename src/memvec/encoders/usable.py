@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 class UsableNetwork(nn.Module):
     """What is trained: summaries (S, D), the adapters, a map (H to D), shares (S, 1) of tokens."""
 
-    def __init__(self, lm: FrozenLM, modules: list[str], *, slots: int, rank: int) -> None:
+    def __init__(
+        self, lm: FrozenLM, modules: list[str], *, states: int, slots: int, rank: int
+    ) -> None:
         super().__init__()
         self.shape: dict[str, Any] = {"slots": slots, "rank": rank, "modules": modules}
         self.summary = nn.Parameter(torch.zeros(slots, lm.width))
         self.adapters = Adapters(lm, modules, rank)
-        self.map = nn.Linear(state_width(lm), lm.width)
+        self.map = nn.Linear(states, lm.width)
         self.share = nn.Parameter(torch.ones(slots, 1))
         nn.init.normal_(self.map.weight, std=0.01)
         nn.init.zeros_(self.map.bias)
@@ -84,7 +86,7 @@ class UsableEncoder(TrainedEncoder):
 
 def fresh(lm: FrozenLM, *, slots: int, rank: int) -> UsableNetwork:
     """An untrained network that adapts every linear map that the model calls."""
-    return UsableNetwork(lm, called_maps(lm), slots=slots, rank=rank)
+    return UsableNetwork(lm, called_maps(lm), states=state_width(lm), slots=slots, rank=rank)
 
 
 def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
@@ -96,9 +98,11 @@ def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
     modules = [str(name) for name in json.loads(file.metadata["shape"])["modules"]]
     slots = len(file.tensors["summary"])
     rank = len(file.tensors["adapters.down.0"])
-    network = UsableNetwork(lm, modules, slots=slots, rank=rank)
+    states = state_width(lm)
+    with torch.device("meta"):  # no random numbers that the file's would replace
+        network = UsableNetwork(lm, modules, states=states, slots=slots, rank=rank)
     try:
-        network.load_state_dict({k: v.float() for k, v in file.tensors.items()})
+        network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
     except (RuntimeError, ValueError):
         raise MemvecError(
             f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
