@@ -8,10 +8,12 @@ text, and the share of the text's gain that is kept. Controls: nothing, the last
 tokens of the text, and vectors that are exact only. Only passages that are exact count, and n says
 how many of how many. `cost` is forward-backward tokens of a passage over those of exact-only
 vectors of the same number from noise; the pass of an encoder that begins counts as one of them.
+`cost_queries` has the queries besides: to sample them, and to read them behind the text, are
+forward passes, which count a third.
 
 RESULT is for the first --tokens and --vectors: `exact` (share of passages), `kept`, `kl` and
 `kl_none` (nats per token), `over_truncation` (KL of the last N K tokens over KL of the vectors,
-with N 2 below 48 tokens and 4 from there; above 1 the vectors are better), `cost`.
+with N 2 below 48 tokens and 4 from there; above 1 the vectors are better), both costs.
 
 `--quick` is a tiny random-weight model, and its RESULT is for that.
 """
@@ -65,7 +67,7 @@ def setting(
     exact = share_interval(len(measured), len(texts))
     read = len(asked) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
     spent = read + sum(usable[i].spent for i in usable)
-    cost = spent / sum(plain[i].spent for i in plain)
+    from_noise = sum(plain[i].spent for i in plain)
     if not measured:
         raise SystemExit(f"no passage of {T} tokens is exact in {K} usable vectors")
     worth = tabulated(measured, 1, CONTINUATION)
@@ -97,12 +99,22 @@ def setting(
         "kl": mine.kl,
         "kl_none": worth.contexts[NONE].kl,
         "kl_exact_only": worth.contexts[EXACT_ONLY].kl if EXACT_ONLY in worth.contexts else 0.0,
-        "cost": cost,
+        "cost": spent / from_noise,
+        "cost_queries": (spent + len(asked) * query_tokens(T, options.recipe) / 3) / from_noise,
     }
     if rival is not None:
         result["over_truncation"] = rival.over_vectors
         result["over_truncation_low"], result["over_truncation_high"] = rival.over_vectors_interval
     return rows, result
+
+
+def query_tokens(T: int, recipe: Recipe) -> int:
+    """Tokens that forward passes read to sample the queries of a passage, and to teach with them.
+
+    The model continues BOS and the text once for each, through its cache, and then reads them.
+    """
+    M, L = recipe.query_count, recipe.query_tokens
+    return (1 + T) + M * L + M * (1 + T + L)
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:

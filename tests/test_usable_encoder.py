@@ -359,3 +359,26 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
         ran = command(*wrong)
         assert (ran.code, ran.out) == (2, b"")
         assert says in ran.sentence
+
+
+# ---------------------------------------------------------------------- the built-in model's
+
+
+def test_the_built_in_model_has_one_of_its_weights():
+    lm = load_lm("pocket")
+    assert (lm.usable_encoder.kind, lm.usable_encoder.max_vectors) == ("usable", 4)
+    assert lm.description()["usable_encoder"] == lm.usable_encoder.identity
+    assert start_of(lm, Recipe.of("usable")) == "encoder"
+
+
+@pytest.mark.slow
+def test_a_few_steps_from_it_are_exact_and_usable():
+    """On a text of ours: exact, and nearer to the text than none of it is, by the certificate."""
+    text = (Path(__file__).parent.parent / "examples" / "letter.txt").read_text("utf-8")[:160]
+    lm = load_lm("pocket")
+    mem = memvec.cram(lm, text, vectors=4, tokens=24, recipe=Recipe.of("usable-quick"))
+    assert mem.exact
+    assert memvec.decode(lm, mem) == [text]
+    assert max(p.steps for p in mem.passages) < 100
+    contexts = memvec.certify_use(lm, mem).held_out.contexts
+    assert contexts["vectors"].kl < 0.5 * contexts["nothing"].kl
