@@ -149,6 +149,8 @@ def test_auto_takes_it_for_use_and_for_nothing_else():
     assert start_of(lm, USABLE) == "encoder"
     assert start_of(lm, Recipe()) == "noise"
     assert start_of(lm, replace(USABLE, start="last-tokens")) == "last-tokens"
+    assert start_of(lm, replace(USABLE, trigger="bos")) == "last-tokens"
+    assert start_of(lm, replace(USABLE, trigger="bos", start="encoder")) == "encoder"
     taken = torch.stack(start_vectors(triggered(lm, USABLE), ids, 2, USABLE))
     expected = lm.usable_encoder.encode(lm, torch.tensor(ids), 2)
     torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-5)

@@ -45,13 +45,15 @@ def encoder_of(lm: FrozenLM, recipe: Recipe) -> OnePassEncoder | None:
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
     """The start that applies to this model: 'auto' is its encoder if it has one.
 
-    Without one: the last tokens of the passage for vectors that are to be used, else noise.
+    Without one: noise, or the last tokens of the passage for vectors that are to be used. Those
+    begin there behind another trigger than the model's own, too: their encoder knows that one only.
     """
     if recipe.start != "auto":
         return recipe.start
-    if encoder_of(lm, recipe) is not None:
-        return "encoder"
-    return "last-tokens" if recipe.term == "use" else "noise"
+    fits = encoder_of(lm, recipe) is not None
+    if recipe.term == "use":
+        return "encoder" if fits and recipe.trigger == "auto" else "last-tokens"
+    return "encoder" if fits else "noise"
 
 
 def start_vectors(
