@@ -277,6 +277,10 @@ def test_runs_that_cannot_be_are_refused():
     mamba = tiny("mamba")  # of any length
     with pytest.raises(MemvecError, match="too few to train an encoder on passages of 4000"):
         UsableTraining(mamba, stream(mamba), replace(SMALL, longest=2000))
+    nameless = copy.copy(lm)
+    nameless.bos_id = None
+    with pytest.raises(MemvecError, match=r"no trigger in its folder.*memvec trigger train"):
+        UsableTraining(nameless, stream(lm), SMALL)
     sparing = FrozenLM(build("llama"), name="sparing", checkpointing=True)
     with pytest.raises(MemvecError, match="without checkpointing"):
         UsableTraining(sparing, stream(lm), SMALL)

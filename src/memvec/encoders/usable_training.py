@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import resolve_start_rule, triggered
+from memvec.cramming.starts import triggered
 from memvec.encoders.training_run import Plan, TrainingRun
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
+from memvec.model.trigger import MADE_BY
 from memvec.usable.teacher import divergence_at, likeliest, states_behind
 
 SHARE_OF_MEAN = 0.05  # of the newest step, in the running mean of the divergence that is shown
@@ -68,8 +69,12 @@ class UsableTraining(TrainingRun):
         if lm.checkpointing:  # its second forward pass would come when the adapters are gone
             raise MemvecError("a usable encoder is trained without checkpointing: leave it out.")
         recipe = Recipe.of("usable")
-        resolve_start_rule(triggered(lm, recipe), recipe)
         self.fast = triggered(self.fast, recipe)
+        if not self.fast.trigger:
+            raise MemvecError(
+                f"{lm.name} has no BOS token and no trigger in its folder to ask for a passage "
+                f"with: make one with {MADE_BY}."
+            )
         trigger = lm.own_trigger
         self.identity["trigger"] = None if trigger is None else trigger.identity
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
