@@ -59,6 +59,8 @@ def examine(
         "embedding std": f"{lm.embedding_std:.4g}",
         "logits": "only where needed" if lm.has_split_head else "whole model each time",
         "one-pass encoder": "yes" if lm.encoder is not None else "no",
+        "for use": f"trigger: {'its own' if lm.own_trigger else 'BOS' if lm.trigger else 'none'}, "
+        f"encoder: {'yes' if lm.usable_encoder else 'no'}",
     }
     failed = [check for check in results if not check.ok]
     if not failed:
