@@ -208,7 +208,7 @@ def measure(
     check_minimum(0, steps=steps)
     if segments is None and lags is not None:
         raise MemvecError("--lags is of recurrent encoders: add --segments.")
-    lm = _measured(load_lm(model, device=device, dtype=dtype, encoder=encoder), encoder)
+    lm = _with_encoder(load_lm(model, device=device, dtype=dtype), encoder)
     if segments is None:
         from memvec.encoders.measure import compare
 
@@ -230,16 +230,19 @@ def measure(
     _show(back, json, lambda: print_segments(lm.name, back))
 
 
-def _measured(lm: FrozenLM, encoder: Path | None) -> FrozenLM:
-    """The model. Raises MemvecError for the file of an encoder for use, not measured here."""
-    if encoder is not None and lm.usable_encoder is not None:
-        from memvec.encoders.files import load_encoder
+def _with_encoder(lm: FrozenLM, file: Path | None) -> FrozenLM:
+    """The model with the encoder of a file. Raises MemvecError for one of vectors for use."""
+    if file is None:
+        return lm
+    from memvec.encoders.files import load_encoder
 
-        if load_encoder(encoder.expanduser(), lm).for_use:
-            raise MemvecError(
-                f"{encoder} is a start of vectors that are to be used, and measured by what these "
-                "are worth: memvec cram --usable --preset usable-quick, then memvec verify --use."
-            )
+    encoder = load_encoder(file.expanduser(), lm)
+    if encoder.for_use:
+        raise MemvecError(
+            f"{file} is a start of vectors that are to be used, and measured by what these are "
+            "worth: memvec cram --usable --preset usable-quick, then memvec verify --use."
+        )
+    lm.encoder = encoder
     return lm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,21 +88,26 @@ def kind_of(recurrent: bool, usable: bool) -> str:
     return "recurrent" if recurrent else "usable" if usable else "slots"
 
 
+def kinds() -> dict[str, tuple[type[Plan], Callable[[FrozenLM, Tensor, Any], TrainingRun]]]:
+    """The plan and the run of each kind of encoder."""
+    from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
+    from memvec.encoders.training import Training, TrainingPlan
+    from memvec.encoders.usable_training import UsablePlan, UsableTraining
+
+    return {
+        "slots": (TrainingPlan, Training),
+        "recurrent": (RecurrentPlan, RecurrentTraining),
+        "usable": (UsablePlan, UsableTraining),
+    }
+
+
 def plan_of(kind: str, given: dict[str, Any]) -> Plan:
     """The plan of a training run from options, None where not given.
 
     Raises MemvecError for options that this kind of encoder does not have, and for values that no
     plan has.
     """
-    from memvec.encoders.recurrent_training import RecurrentPlan
-    from memvec.encoders.training import TrainingPlan
-    from memvec.encoders.usable_training import UsablePlan
-
-    plans: dict[str, type[Plan]] = {
-        "slots": TrainingPlan,
-        "recurrent": RecurrentPlan,
-        "usable": UsablePlan,
-    }
+    plans = {name: plan for name, (plan, _) in kinds().items()}
     known = {name: {field.name for field in fields(plan)} for name, plan in plans.items()}
     given = {name: value for name, value in given.items() if value is not None}
     for name in sorted(given.keys() - known[kind]):
@@ -115,13 +121,5 @@ def plan_of(kind: str, given: dict[str, Any]) -> Plan:
 
 def training_of(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan) -> TrainingRun:
     """The run of a plan."""
-    from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
-    from memvec.encoders.training import Training, TrainingPlan
-    from memvec.encoders.usable_training import UsablePlan, UsableTraining
-
-    if isinstance(plan, RecurrentPlan):
-        return RecurrentTraining(lm, stream, plan)
-    if isinstance(plan, UsablePlan):
-        return UsableTraining(lm, stream, plan)
-    assert isinstance(plan, TrainingPlan)
-    return Training(lm, stream, plan)
+    run = next(run for kind, run in kinds().values() if kind is type(plan))
+    return run(lm, stream, plan)

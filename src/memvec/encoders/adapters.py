@@ -41,16 +41,17 @@ def called_maps(lm: FrozenLM) -> list[str]:
     are not asked, and matrices that a kernel multiplies by itself (Mamba's step sizes).
     """
     called: set[str] = set()
+    maps = linear_maps(lm)
     hooks = [
         module.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, module in linear_maps(lm).items()
+        for name, module in maps.items()
     ]
     try:
         lm.own_logits(torch.arange(8, device=lm.device)[None] % lm.vocab_size)
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name in linear_maps(lm) if name in called]
+    return [name for name in maps if name in called]
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -72,7 +73,7 @@ class Adapters(nn.Module):
                 f"this encoder adapts {missing[0]}, which {lm.name} has not: it was made for "
                 "another model."
             )
-        self.names, self.rank = list(names), rank
+        self.names = list(names)
         sizes = [_sizes(maps[name]) or (0, 0) for name in names]
         self.down = nn.ParameterList(
             torch.randn(rank, inputs) * max(1, inputs) ** -0.5 for inputs, _ in sizes

@@ -18,7 +18,7 @@ from torch import Tensor
 from memvec.encoders.recurrent import RecurrentEncoder, RecurrentNetwork, state_width
 from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.training_run import NetworkPlan, TrainingRun
-from memvec.errors import MemvecError, check_minimum
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
 BARE = 10.0  # questions and the first memory move so many times faster than what is multiplied
@@ -40,8 +40,7 @@ class RecurrentPlan(NetworkPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("segments", "lags", "segment_tokens"):
-            check_minimum(1, **{name: getattr(self, name)})
+        self.at_least_1("segments", "lags", "segment_tokens")
         if self.lags > self.segments:
             raise MemvecError(
                 f"--lags {self.lags} ask for more segments than a chain of --segments "

@@ -47,9 +47,13 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_minimum(1, **{name: getattr(self, name) for name in ("steps", "slots", "positions")})
+        self.at_least_1("steps", "slots", "positions")
         if not 0 < self.lr < 1:
             raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+
+    def at_least_1(self, *names: str) -> None:
+        """Raise MemvecError if one of these fields is below 1."""
+        check_minimum(1, **{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class NetworkPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_minimum(1, **{name: getattr(self, name) for name in ("hidden", "layers", "heads")})
+        self.at_least_1("hidden", "layers", "heads")
         if self.hidden % self.heads:
             raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
         if not 0 < self.size < float("inf"):

@@ -20,6 +20,7 @@ from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.encoders.recurrent import state_width
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
+from memvec.usable.queries import behind_bos
 from memvec.usable.starts import last_embeddings
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ class UsableNetwork(nn.Module):
         self, lm: FrozenLM, modules: list[str], *, states: int, slots: int, rank: int
     ) -> None:
         super().__init__()
-        self.shape: dict[str, Any] = {"slots": slots, "rank": rank, "modules": modules}
         self.summary = nn.Parameter(torch.zeros(slots, lm.width))
         self.adapters = Adapters(lm, modules, rank)
         self.map = nn.Linear(states, lm.width)
@@ -63,7 +63,7 @@ class UsableEncoder(TrainedEncoder):
 
     def __init__(self, network: UsableNetwork) -> None:
         self.network = network.eval()
-        self.max_vectors = int(network.shape["slots"])
+        self.max_vectors = len(network.summary)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> UsableEncoder:
         return UsableEncoder(self.network.to(device).requires_grad_(False))
@@ -71,8 +71,7 @@ class UsableEncoder(TrainedEncoder):
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
         network = self.network
         summary = network.summary[:K].to(lm.dtype).expand(len(ids), -1, -1)
-        start = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
-        inputs = torch.cat([lm.embed(torch.cat([*start, ids], 1)), summary], 1)
+        inputs = torch.cat([behind_bos(lm, ids), summary], 1)
         with network.adapters.on(lm):
             hidden = lm.hidden(inputs, keep=K)
         weight, bias = network.map.weight.float(), network.map.bias.float()
@@ -80,8 +79,8 @@ class UsableEncoder(TrainedEncoder):
         return network.share[:K].float() * last_embeddings(lm, ids, K) + added
 
     def settings(self) -> dict[str, Any]:
-        """Its shape, as its file records it."""
-        return dict(self.network.shape)
+        """The linear maps that it adapts; slots and rank are those of its tensors."""
+        return {"modules": self.network.adapters.names}
 
 
 def fresh(lm: FrozenLM, *, slots: int, rank: int) -> UsableNetwork:

@@ -21,9 +21,10 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
 from memvec.encoders.training_run import Plan, TrainingRun
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh
-from memvec.errors import MemvecError, check_minimum
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.trigger import MADE_BY
+from memvec.usable.queries import behind_bos
 from memvec.usable.teacher import divergence_at, likeliest, states_behind
 
 SHARE_OF_MEAN = 0.05  # of the newest step, in the running mean of the divergence that is shown
@@ -47,8 +48,7 @@ class UsablePlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "query_tokens", "shortest"):
-            check_minimum(1, **{name: getattr(self, name)})
+        self.at_least_1("rank", "query_tokens", "shortest")
         if self.longest < self.shortest:
             raise MemvecError(
                 f"--longest {self.longest} is below --shortest {self.shortest} tokens per vector."
@@ -122,10 +122,8 @@ class UsableTraining(TrainingRun):
     ) -> tuple[float, Float[Tensor, "B L H"]]:
         """Mean divergence from the model behind the text, nats, and its gradient at the states."""
         lm = self.fast
-        start = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
         with torch.no_grad():
-            text = lm.embed(torch.cat([*start, ids], 1))
-            kept = likeliest(lm.head(states_behind(lm, text, query)), self.top)
+            kept = likeliest(lm.head(states_behind(lm, behind_bos(lm, ids), query)), self.top)
         share = torch.full(query.shape, 1 / query.numel(), device=query.device)
         losses, gradient = divergence_at(
             lm.head, states.detach(), kept, share, V=self.lm.vocab_size

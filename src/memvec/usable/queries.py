@@ -37,9 +37,15 @@ def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
     No text for a model without BOS is the trigger alone, or its first token where the trigger is
     crammed: a model has to read something.
     """
-    bos = [] if lm.bos_id is None else [lm.bos_id]
-    read = [*bos, *ids] or ([0] if lm.soft is not None else list(lm.trigger))
-    return lm.embed(torch.tensor([read], dtype=torch.long, device=lm.device))
+    if not ids and lm.bos_id is None:
+        ids = [0] if lm.soft is not None else list(lm.trigger)
+    return behind_bos(lm, torch.tensor([list(ids)], dtype=torch.long, device=lm.device))
+
+
+def behind_bos(lm: FrozenLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B N D"]:
+    """Texts of one length as the model reads them: BOS, if it has one, and their tokens."""
+    bos = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
+    return lm.embed(torch.cat([*bos, ids], 1))
 
 
 @torch.no_grad()

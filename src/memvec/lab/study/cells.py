@@ -97,8 +97,8 @@ def _cells(
 ) -> Iterator[Cell]:
     """A run's cells for one model: sources x lengths x vectors x seeds."""
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
+    files = named_files(recipe_of(run, seed=0))  # the seed names none
     for source, length, K, seed in itertools.product(*axes):
-        recipe = recipe_of(run, seed)
         yield Cell(
             run.protocol,
             model.name,
@@ -109,11 +109,11 @@ def _cells(
             length,
             K,
             seed,
-            recipe.record(),
+            recipe_of(run, seed).record(),
             options_of(run),
             run.storage or spec.storage,
             spec.fixed_shapes,
-            named_files(recipe),
+            files,
         )
 
 
