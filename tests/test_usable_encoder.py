@@ -351,7 +351,12 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     ran = command(*quickly, "--tokens", 6, "--set", "query_tokens=4", "-o", tmp_path / "q.mem")
     assert ran.code == 0, ran.err
     assert command("decode", tmp_path / "q.mem").out == b"the cat sat"
+    other = tmp_path / "other.safetensors"
+    small = ["--steps", 1, "--hidden", 16, "--layers", 1, "--heads", 2, "--positions", 64]
+    assert command("encoder", "train", "-m", own, "--text", books, "-o", other, *small).code == 0
     for wrong, says in [
+        (("cram", letter, "-m", own, "--encoder", file, "-o", "n"), "add --usable"),
+        (("cram", letter, "-m", own, "--usable", "--encoder", other, "-o", "n"), "is no start of"),
         (("encoder", "train", "--usable", "--recurrent", "--text", books), "two kinds"),
         (("encoder", "train", "--usable", "--lags", 2, "--text", books), "--lags is not of usable"),
         (("encoder", "train", "--rank", 2, "--text", books), "--rank is of usable encoders: add"),

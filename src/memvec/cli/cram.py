@@ -181,6 +181,20 @@ class _Request:
         peek(self.file)
         _check_target(self.target, self.force)
 
+    def check_encoder(self, lm: FrozenLM) -> None:
+        """Raise MemvecError for the file of an encoder that these vectors do not begin from."""
+        from memvec.cramming.starts import encoder_of
+
+        file, own = self.choice.encoder, encoder_of(lm, self.recipe)
+        if file is None or (own is not None and own.file == file.expanduser()):
+            return
+        if self.recipe.term == "use":
+            raise MemvecError(
+                f"{file} is no start of vectors that are to be used: leave it out, or train one "
+                "with memvec encoder train --usable."
+            )
+        raise MemvecError(f"{file} is a start of vectors that are to be used: add --usable.")
+
     def settings(self, lm: FrozenLM) -> dict[str, Any]:
         """What decides a passage's vectors: an interrupted run goes on only under the same."""
         from memvec.usable.triggers import named_files
@@ -249,6 +263,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
     from memvec.passages.documents import read_document
 
     lm = request.choice.load()
+    request.check_encoder(lm)
     document = read_document(lm, request.file, encoding=request.encoding, largest=request.max_bytes)
     partial = request.target.with_name(request.target.name + ".partial")
     journal = Journal(partial, request.settings(lm))

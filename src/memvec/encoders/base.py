@@ -33,6 +33,7 @@ class OnePassEncoder(ABC):
     tokens: int = 0
     max_vectors: int = 1
     for_use: bool = False  # a start of vectors that stand for their text as context
+    file: Path | None = None  # that it was read from
     identity: str = "in-memory"  # hash of its file: part of the record, as starts change vectors
 
     @abstractmethod

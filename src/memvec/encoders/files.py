@@ -70,7 +70,7 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error!r}") from None
     encoder = encoder.to(lm.device, lm.dtype)
-    encoder.tokens = tokens
+    encoder.tokens, encoder.file = tokens, path
     encoder.identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return encoder
 
