@@ -20,7 +20,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import with_trigger
+from memvec.usable.around import CrammedTrigger, with_trigger
 from recorder import NoWaiting, Recorder
 
 ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
@@ -297,7 +297,7 @@ def test_other_passes_are_replayed_too(name):
     elif name == "one-step":
         lm = lm.read_as("one-step")
     elif name == "soft tokens":
-        lm = with_trigger(lm, torch.ones(3, lm.width))
+        lm = with_trigger(lm, CrammedTrigger(torch.ones(3, lm.width)))
     else:
         lm._body, lm._head = None, lambda states: states
     options = {"batch_size": 2, "fixed_shapes": True, "vectors": 2}

@@ -26,10 +26,12 @@ BESIDE = (
     "graphs",
     "cli",
 )
-# What the core asks for: the encoder or trigger of a model's folder, graphs, workers, the Hub.
+# What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
+# graphs, workers, the Hub.
 ON_REQUEST = {
     "memvec.graphs",
     "memvec.encoders.files",
+    "memvec.usable.around",
     "memvec.usable.triggers",
     "memvec.workers",
     "memvec.hub",

@@ -1,8 +1,9 @@
-"""Crammed triggers: soft tokens that all passages share, behind which each is given back."""
+"""What stands around vectors: BOS or soft tokens in front, a trigger behind; and its training."""
 
 from __future__ import annotations
 
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,18 @@ from memvec.export import target as target_of
 from memvec.lab import slow
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import with_trigger
 from memvec.passages.passage import Passage
 from memvec.usable import trigger_training
+from memvec.usable.around import (
+    CrammedTrigger,
+    front_rows,
+    with_front,
+    with_soft_tokens,
+    with_trigger,
+)
+from memvec.usable.certificate import VECTORS, contexts_of
+from memvec.usable.queries import queries_of, text_inputs
+from memvec.usable.teacher import log_p_behind
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
 from memvec.usable.triggers import load_trigger, named_files, save_trigger, stored_trigger
 from memvec.vectors import MemVectors
@@ -37,7 +47,7 @@ USABLE = Recipe.of(
 )
 FAMILIES = ["llama", "gpt2", "gemma2", "opt-projected", "mamba"]
 TEXT = "the cat sat on the mat and the dog"
-PLAN = TriggerPlan(rows=2, vectors=2, tokens=4, batches=3, batch_size=2)
+PLAN = TriggerPlan(rows=2, front=1, vectors=2, tokens=4, batches=3, batch_size=2)
 ASKED = [list(p.ids) for p in passages(4, 4, 4, 4, 4, 4, seed=5)]
 
 
@@ -47,11 +57,16 @@ def rows_for(lm: FrozenLM, R: int, seed: int = 0) -> torch.Tensor:
     return lm.embedding_std * torch.randn(R, lm.width, generator=generator)
 
 
+def soft_for(lm: FrozenLM, R: int, P: int = 0) -> CrammedTrigger:
+    """R soft tokens behind vectors and P in front of them."""
+    return CrammedTrigger(rows_for(lm, R), front=rows_for(lm, P, seed=1) if P else None)
+
+
 @pytest.fixture
 def trigger_file(tmp_path: Path) -> Path:
-    """A trigger of three soft tokens for the tiny reader."""
+    """Three soft tokens behind and two in front for the tiny reader."""
     lm = reader("words")
-    save_trigger(tmp_path / "trigger.safetensors", rows_for(lm, 3), lm, {"plan": "none"})
+    save_trigger(tmp_path / "trigger.safetensors", soft_for(lm, 3, 2), lm, {"plan": "none"})
     return tmp_path / "trigger.safetensors"
 
 
@@ -80,9 +95,9 @@ def test_soft_tokens_that_are_embeddings_are_those_tokens(space, family):
     ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
     vectors = torch.randn(3, 2, lm.numbers, generator=torch.Generator().manual_seed(1))
     token = with_trigger(lm, 3)
-    soft = with_trigger(lm, lm.embed(torch.tensor([3], device=lm.device)))
+    soft = with_trigger(lm, CrammedTrigger(lm.embed(torch.tensor([3], device=lm.device))))
     assert torch.equal(token.logits(vectors, ids, "bos"), soft.logits(vectors, ids, "bos"))
-    three = with_trigger(lm, rows_for(lm, 3))
+    three = with_trigger(lm, soft_for(lm, 3))
     assert three.inputs_before(2, "bos") == token.inputs_before(2, "bos") + 2
     table = slow.logits(three, vectors[0], [*three.trigger, *ids[0].tolist()])
     ours = three.logits(vectors[:1], ids[:1], "bos")[0]
@@ -92,23 +107,77 @@ def test_soft_tokens_that_are_embeddings_are_those_tokens(space, family):
         assert decoded == slow.greedy(three, vectors[0], list(three.trigger), 6)
 
 
+@pytest.mark.parametrize(("front", "P"), [("none", 2), ("bos", 0), ("bos", 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_in_front_is_read_as_vectors_would_be(family, front, P):
+    """Bit for bit, in every reading of the same vectors; the slow path agrees."""
+    lm = tiny(family)
+    view = with_trigger(with_front(lm, front), soft_for(lm, 3, P))
+    plain = with_trigger(lm, soft_for(lm, 3))
+    F = len(view.front)
+    rows = [lm.embed(torch.tensor([lm.bos_id]))] if front == "bos" else []
+    rows = torch.cat([*rows, rows_for(lm, P, seed=1)]) if P else rows[0]
+    assert (F, len(front_rows(view))) == (P + (front == "bos"),) * 2
+    torch.testing.assert_close(front_rows(view), rows, rtol=0, atol=0)
+    ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    longer = torch.cat([rows.expand(3, -1, -1), vectors], 1)
+    for start in ("bos", "vectors", "first-token"):
+        ours = view.logits(vectors, ids, start)
+        assert torch.equal(ours, plain.logits(longer, ids, start))
+        assert view.inputs_before(2, start) == plain.inputs_before(2, start) + F
+    table = slow.logits(view, vectors[0], [*view.trigger, *ids[0].tolist()])
+    ours = view.logits(vectors[:1], ids[:1], "bos")[0]
+    torch.testing.assert_close(ours.double(), torch.tensor(table[-5:-1]), atol=2e-4, rtol=1e-3)
+    decoded = decode_ids(view, vectors, [6] * 3, start="bos")
+    assert decoded == decode_ids(plain, longer, [6] * 3, start="bos")
+    words = torch.tensor([[1, 2, 3]])
+    context = contexts_of(view, vectors[0], ids[0].tolist(), None)[VECTORS](words)
+    assert torch.equal(context, log_p_behind(lm, longer[:1], words))
+
+
+@pytest.mark.parametrize("asked", ["none", "bos", "auto"])
+def test_a_front_is_as_it_was_asked_for(asked):
+    lm = tiny()
+    bos = () if asked == "none" else (lm.bos_id,)
+    view = triggered(lm, Recipe(front=asked, start_rule="bos"))
+    assert (view.front, lm.front) == (bos, ())
+    both = with_front(with_trigger(lm, soft_for(lm, 3, 2)), asked)
+    assert both.front[: len(bos)] == bos
+    assert len(both.front) == len(bos) + 2
+    assert with_front(both, "none").front == both.front[len(bos) :]
+    assert with_trigger(both, None).front == bos
+    headless = copy(lm)
+    headless.bos_id = None
+    kept = triggered(lm, Recipe.of("prefix"))
+    for other in (headless, kept):
+        if asked == "bos":
+            with pytest.raises(MemvecError, match="use front=none"):
+                with_front(other, asked)
+        else:
+            assert with_front(other, asked) is other
+
+
 def test_a_model_is_not_changed_by_a_view_of_it():
     lm = tiny()
-    view = with_trigger(lm, rows_for(lm, 2))
-    assert (lm.soft, lm.other_trigger) == (None, None)
+    view = with_trigger(lm, soft_for(lm, 2, 1))
+    assert (lm.soft, lm.other_trigger, lm.front) == (None, None, ())
+    assert with_trigger(view, None).front == ()
     assert with_trigger(view, None).trigger == lm.trigger
     assert with_trigger(view, 3).soft is None
     with pytest.raises(MemvecError, match="numbers"):
-        with_trigger(lm, torch.zeros(2, lm.width + 1))
+        with_trigger(lm, CrammedTrigger(torch.zeros(2, lm.width + 1)))
 
 
+@pytest.mark.parametrize("P", [0, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_passages_are_exact_behind_it(family):
+def test_passages_are_exact_behind_it(family, P):
     lm = tiny(family)
-    view = with_trigger(lm, rows_for(lm, 3))
+    view = with_trigger(with_front(lm, "auto" if P else "none"), soft_for(lm, 3, P))
     recipe = Recipe(start="noise", start_rule="bos", steps=600, patience=600)
     engine = Engine(view, recipe, vectors=2, batch_size=3)
-    assert engine.max_tokens() is None or engine.max_tokens() == lm.context - 2 - 3
+    around = 2 + 3 + len(view.front)
+    assert engine.max_tokens() is None or engine.max_tokens() == lm.context - around
     for outcome in engine.run(passages(3, 3, 2)):
         assert outcome.exact
         ids = list(outcome.passage.ids)
@@ -130,24 +199,29 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
     trigger_file.unlink()  # what is in the file is enough
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert mem.exact
-    assert again.header.soft_trigger == 3
-    assert torch.equal(again.trigger, rows_for(lm, 3))
+    header = again.header
+    assert (header.front, header.soft_trigger, header.soft_front) == ("bos", 3, 2)
+    assert torch.equal(again.soft["trigger"], rows_for(lm, 3))
+    assert torch.equal(again.soft["front"], rows_for(lm, 2, seed=1))
     assert codec.decode(lm, again) == [TEXT]
     assert memvec.certify_use(lm, again).trigger == "crammed"
     assert memvec.use(lm, again, "the dog", max_new_tokens=3)
     assert codec.verify(lm, again)[0]["exact"]
 
 
-def test_vectors_without_their_trigger_are_refused(mem, tmp_path):
+@pytest.mark.parametrize("changed", ["trigger", "front"])
+def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header)
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
-        MemVectors(mem.vectors, mem.header, mem.trigger[:, 0])
+        MemVectors(mem.vectors, mem.header, {**mem.soft, "trigger": mem.soft["trigger"][:, 0]})
+    with pytest.raises(MemvecError, match="and 2 in front"):
+        MemVectors(mem.vectors, mem.header, {"trigger": mem.soft["trigger"]})
     file = mem.save(tmp_path / "a.mem")
     with safe_open(file, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in ("vectors", "trigger")}
+        tensors = {name: opened.get_tensor(name) for name in ("vectors", "trigger", "front")}
         metadata = opened.metadata()
-    tensors["trigger"] = -tensors["trigger"]
+    tensors[changed] = -tensors[changed]
     save_file(tensors, file, metadata)
     with pytest.raises(MemvecError, match="digest"):
         MemVectors.load(file)
@@ -157,19 +231,21 @@ def test_other_software_gets_it_as_vectors(mem, tmp_path):
     lm = reader("words")
     manifest = export(mem, lm, target_of("transformers"), tmp_path / "out")
     assert manifest["certificate"]["exact"]
-    assert (manifest["vectors_per_passage"], manifest["trigger_vectors"]) == (2, 3)
+    around = [manifest[f"{name}_vectors"] for name in ("front", "trigger")]
+    assert (manifest["vectors_per_passage"], *around) == (2, 1 + 2, 3)  # BOS in front, too
     assert all(item["given"] == [] for item in manifest["passages"])
     prompts, _ = engines.decode.passage_prompts(mem, lm)
-    assert [prompt.vectors.shape[0] for prompt in prompts] == [5] * len(mem.passages)
+    assert [prompt.vectors.shape[0] for prompt in prompts] == [8] * len(mem.passages)
     for prompt, record, ids in zip(prompts, mem.passages, mem.tokens(lm), strict=True):
-        assert torch.equal(prompt.vectors[2:], mem.trigger)
+        assert torch.equal(prompt.vectors[1:3], mem.soft["front"])
+        assert torch.equal(prompt.vectors[5:], mem.soft["trigger"])
         assert decode_ids(lm, prompt.vectors[None], [record.tokens]) == [ids]
 
 
 def test_another_trigger_under_the_same_name_is_another_setting(trigger_file):
     recipe = replace(USABLE, trigger=str(trigger_file))
     first = named_files(recipe)
-    save_trigger(trigger_file, rows_for(reader("words"), 2), reader("words"), {})
+    save_trigger(trigger_file, soft_for(reader("words"), 2), reader("words"), {})
     assert list(first) == ["trigger"]
     assert named_files(recipe) != first
     assert named_files(USABLE) == {}
@@ -179,7 +255,7 @@ def test_auto_is_the_folders_own_trigger(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     plain = load_lm(str(own))
     assert triggered(plain, Recipe(trigger="auto")).trigger == (plain.bos_id,)
-    save_trigger(own / "trigger.safetensors", rows_for(plain, 2), plain, {})
+    save_trigger(own / "trigger.safetensors", soft_for(plain, 2), plain, {})
     lm = load_lm(str(own))
     assert torch.equal(triggered(lm, Recipe(trigger="auto")).soft, rows_for(plain, 2))
     assert triggered(lm, Recipe(trigger="bos")).soft is None
@@ -210,7 +286,8 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
 
     def gradient(asked: list[list[int]]) -> torch.Tensor:
         rows = first_rows(lm, PLAN).requires_grad_()
-        engine = TriggerEngine(with_trigger(lm, rows), one_step, vectors=2, batch_size=len(asked))
+        view = with_soft_tokens(lm, rows, PLAN.rows)
+        engine = TriggerEngine(view, one_step, vectors=2, batch_size=len(asked))
         step = engine.one_step
         step.optimizer_of_rows = torch.optim.SGD([{"params": [rows], "initial_lr": 0.0}], lr=0.0)
         step.rate = lambda taken: 1.0
@@ -223,13 +300,19 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
     alone = [gradient([ids]) for ids in ASKED[:2]]
     torch.testing.assert_close(gradient(ASKED[:2]), sum(alone) / 2, atol=1e-6, rtol=1e-4)
     rows = first_rows(lm, PLAN).requires_grad_()
-    view = with_trigger(lm, rows)
-    engine = Engine(with_trigger(lm, rows.detach()), one_step, vectors=2, batch_size=1)
+    view = with_soft_tokens(with_front(lm, "auto"), rows, PLAN.rows)
+    fixed = with_soft_tokens(lm, rows.detach(), PLAN.rows)
+    engine = Engine(fixed, one_step, vectors=2, batch_size=1)
     start = engine._first_vectors([Job(Passage(tuple(ASKED[0]), 0), 0.0)])
     logits = view.logits(start, torch.tensor([ASKED[0]]), "bos")[0]
     T = engine.recipe.temperature
     true = torch.tensor(ASKED[0])
     loss = torch.nn.functional.cross_entropy(logits / T, true) * T
+    words = queries_of(lm, ASKED[0], one_step)[0][:1]
+    log_p = log_p_behind(lm, text_inputs(lm, ASKED[0]), words)
+    log_q = log_p_behind(lm, view.behind_front(start), words)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    loss = loss + one_step.term_weight * kl
     (written_out,) = torch.autograd.grad(loss, rows)
     torch.testing.assert_close(alone[0], written_out, atol=1e-6, rtol=1e-4)
 
@@ -237,8 +320,10 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
 def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     lm, whole, parts = tiny(), tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     reports = []
-    rows = train_trigger(lm, ASKED, PLAN, USABLE, whole, reports.append)
-    assert not torch.equal(rows, first_rows(lm, PLAN))
+    soft = train_trigger(lm, ASKED, PLAN, USABLE, whole, reports.append)
+    moved = soft.table != first_rows(lm, PLAN)
+    assert (soft.table.shape, soft.front.shape) == ((3, lm.width), (1, lm.width))
+    assert moved.all()
     assert [(r.number, r.batches, r.passages) for r in reports] == [(1, 3, 2), (2, 3, 2), (3, 3, 2)]
 
     def killed(*given):
@@ -247,14 +332,23 @@ def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_trigger(lm, ASKED, PLAN, USABLE, parts, killed)
     assert stored_trigger(parts, lm)[1]["batches_done"] == 1
-    assert torch.equal(train_trigger(lm, ASKED, PLAN, USABLE, parts), rows)
-    assert torch.equal(load_trigger(parts, lm).rows, rows)
-    assert torch.equal(train_trigger(lm, ASKED, PLAN, USABLE, parts), rows)  # nothing is left to do
+    again = train_trigger(lm, ASKED, PLAN, USABLE, parts)
+    assert torch.equal(again.table, soft.table)
+    assert torch.equal(load_trigger(parts, lm).table, soft.table)
+    again = train_trigger(lm, ASKED, PLAN, USABLE, parts)  # nothing is left to do
+    assert torch.equal(again.table, soft.table)
+
+
+def test_soft_tokens_behind_the_vectors_alone(tmp_path):
+    plan = replace(PLAN, front=0, batches=1)
+    soft = train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors")
+    assert soft.front is None
+    assert load_trigger(tmp_path / "a.safetensors", tiny()).front is None
 
 
 def test_a_trigger_that_is_not_finite_ends_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        trigger_training, "first_rows", lambda lm, plan: torch.full((2, 16), torch.nan)
+        trigger_training, "first_rows", lambda lm, plan: torch.full((3, 16), torch.nan)
     )
     lm = FrozenLM(build("llama", hidden_size=16), name="narrow")
     with pytest.raises(MemvecError, match="not finite"):
@@ -277,9 +371,11 @@ def test_what_is_no_trigger_of_this_model_is_refused(trigger_file, tmp_path):
     save_file({"trigger": rows_for(lm, 2)}, broken, {"format": "memvec-trigger"})
     with pytest.raises(MemvecError, match="not a trigger"):
         load_trigger(broken, lm)
-    save_trigger(broken, rows_for(lm, 2) * torch.inf, lm, {})
-    with pytest.raises(MemvecError, match="damaged"):
-        load_trigger(broken, lm)
+    for part in ("rows", "front"):
+        lost = soft_for(lm, 2, 2)
+        save_trigger(broken, replace(lost, **{part: getattr(lost, part) * torch.inf}), lm, {})
+        with pytest.raises(MemvecError, match="damaged"):
+            load_trigger(broken, lm)
 
 
 def test_a_training_that_cannot_work_is_refused(tmp_path):
@@ -308,11 +404,24 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     letter.write_text("the cat sat")
     quick = ["--set", "settle=10", "--set", "decay=10", "--set", "query_count=2"]
     quick += ["--set", "query_tokens=4", "--set", "steps=200"]
-    sizes = ["--rows", 2, "--vectors", 2, "--tokens", 4, "--batches", 2, "--batch-size", 2]
+    sizes = [
+        "--rows",
+        2,
+        "--front",
+        1,
+        "--vectors",
+        2,
+        "--tokens",
+        4,
+        "--batches",
+        2,
+        "--batch-size",
+        2,
+    ]
     ran = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
     assert ran.code == 0, ran.err
     assert "batch 2 of 2" in ran.err
-    assert "2 soft tokens" in ran.err
+    assert "3 soft tokens" in ran.err
     again = command(
         "trigger", "train", "--text", tmp_path / "books.txt", "-o", tmp_path / "trigger"
     )
@@ -322,15 +431,16 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     cram = ["cram", letter, "-m", own, "--usable", "--vectors", 2, "--tokens", 6, *quick]
     assert command(*cram).code == 0
     assert command("decode", tmp_path / "letter.mem").out == b"the cat sat"
-    assert MemVectors.load(tmp_path / "letter.mem").header.soft_trigger == 2
-    assert b"crammed trigger" in command("inspect", tmp_path / "letter.mem").out
+    header = MemVectors.load(tmp_path / "letter.mem").header
+    assert (header.soft_trigger, header.soft_front) == (2, 1)
+    assert b"behind BOS, a trigger of" in command("inspect", tmp_path / "letter.mem").out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_another_dtype_reads_it_rounded(dtype):
     lm = FrozenLM(build("llama").to(dtype), name="rounded")
     rows = rows_for(lm, 2)
-    view = with_trigger(lm, rows)
+    view = with_trigger(lm, CrammedTrigger(rows))
     found = view.embed(torch.tensor([[*view.trigger, 3]]))
     assert torch.equal(found[0, :2], rows.to(dtype))
     assert torch.equal(found[0, 2], lm.embed(torch.tensor(3)))

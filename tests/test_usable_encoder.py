@@ -25,6 +25,7 @@ from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.usable.around import CrammedTrigger
 from memvec.usable.queries import text_inputs
 from memvec.usable.starts import last_tokens
 from memvec.usable.teacher import log_p_behind
@@ -213,8 +214,8 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
     """One step's gradient against autograd through whole distributions, behind BOS or a trigger."""
     lm = copy.copy(tiny())
     if trigger:
-        rows = lm.embedding_std * torch.randn(3, lm.width)
-        lm.own_trigger = memvec.usable.triggers.CrammedTrigger(rows, "of a test")
+        rows = lm.embedding_std * torch.randn(5, lm.width)
+        lm.own_trigger = CrammedTrigger(rows[:3], "of a test", front=rows[3:])
     training = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0))
     both, found = one_step(training)
     ids, query = both[:, :-5], both[:, -5:]
@@ -224,7 +225,7 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     for i, row in enumerate(ids.tolist()):
         true = log_p_behind(lm, text_inputs(lm, row), query[i : i + 1])
-        said = log_p_behind(lm, vectors[i : i + 1], query[i : i + 1])
+        said = log_p_behind(lm, view.behind_front(vectors[i : i + 1]), query[i : i + 1])
         loss = loss + 3.0 / len(ids) * (true.exp() * (true - said)).sum(-1).mean()
     assert_gradient_of(training, loss, found, rtol=2e-3, atol=2e-5)
 
@@ -328,7 +329,8 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     books.write_text("the cat sat on the mat and the dog, and so it went on. " * 200)
     letter.write_text("the cat sat")
     lm = load_lm(str(own))
-    save_trigger(own / "trigger.safetensors", 0.1 * torch.randn(2, lm.width), lm, {})
+    soft = CrammedTrigger(0.1 * torch.randn(2, lm.width))
+    save_trigger(own / "trigger.safetensors", soft, lm, {})
     sizes = ["--slots", 2, "--rank", 4, "--steps", 4, "--positions", 80]
     sizes += ["--shortest", 2, "--longest", 3, "--query-tokens", 4]
     train = ["encoder", "train", "--usable", "-m", own, "--text", books, *sizes]

@@ -24,6 +24,7 @@ from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import Storage
+from memvec.usable.around import recorded
 from memvec.vectors import MemVectors
 from memvec.workers import Batch, Crew, Workers, decode_passages
 
@@ -302,13 +303,11 @@ class CramJob:
             )
             for i, d in enumerate(self.documents)
         ]
-        soft, other = self.engine.lm.soft, self.engine.lm.other_trigger
-        token = other[0] if other is not None and soft is None else None
+        around, soft = recorded(self.engine.lm)
         header = Header(
             model=self.lm.description(),
             start_rule=self.engine.start_rule,
-            trigger=token,
-            soft_trigger=0 if soft is None else len(soft),
+            **around,
             layout=self.lm.layout,
             space=_space_record(self.engine.lm),
             packing=self.storage.packing,

@@ -84,6 +84,9 @@ class Header(Record):
     space: SpaceRecord | None = Field(
         default=None, description="where the numbers of a vector stand; none: they are inputs"
     )
+    front: Literal["none", "bos"] = Field(
+        default="none", description="what stands in front of the vectors of a passage"
+    )
     trigger: int | None = Field(
         default=None,
         ge=0,
@@ -93,6 +96,9 @@ class Header(Record):
         default=0,
         ge=0,
         description="soft tokens that follow them instead, the rows of the tensor 'trigger'",
+    )
+    soft_front: int = Field(
+        default=0, ge=0, description="soft tokens in front of them, behind `front`: tensor 'front'"
     )
     packing: PackingName | None = Field(
         default=None, description="integers that the numbers are stored as; none: as they are"
@@ -119,7 +125,10 @@ class Header(Record):
     def _adds_up(self) -> Self:
         if self.layout != "prefix" and (self.start_rule != "vectors" or self.space):
             raise ValueError("one-step vectors are inputs that are not followed by tokens")
-        if self.soft_trigger and (self.start_rule != "bos" or self.trigger is not None):
+        if (self.front != "none" or self.soft_front) and (self.layout != "prefix" or self.space):
+            raise ValueError("tokens stand in front of inputs that a passage follows only")
+        token = self.start_rule != "bos" or self.trigger is not None or not self.soft_trigger
+        if (self.soft_trigger or self.soft_front) and token:
             raise ValueError("a crammed trigger stands where BOS or another token would")
         if sum(d.passages for d in self.documents) != len(self.passages):
             raise ValueError("the documents do not add up to the passages")

@@ -205,7 +205,8 @@ def _figures(mem: MemVectors) -> str:
         "texts": f"{s['documents']}, {s['text_bytes']} bytes",
         "passages": f"{s['passages']} of {s['vectors_per_passage']} vectors, D {s['width']}, "
         f"{s['storage']}",
-        "layout": f"{s['layout']}, start rule `{s['start_rule']}`",
+        "layout": f"{s['layout']}, start rule `{s['start_rule']}`"
+        + (", BOS in front" if s["front"] == "bos" else ""),
         "tokens": f"{s['tokens']}, {s['tokens_per_vector']:.1f} per vector",
         "information gain": f"{s['information_gain_bits']:.0f} bits, "
         f"{s['bits_per_vector']:.0f} per vector",

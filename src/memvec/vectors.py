@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,26 @@ from memvec.header import Header, PassageRecord
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space, reading_named
-from memvec.model.trigger import with_trigger
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES, Storage
+from memvec.usable.around import surrounded
 from memvec.vectors_file import existing_path, read_file, write_file
 
 
 class MemVectors:
     """P sets of K [mem] vectors, `vectors` (P, K, D), and a header.
 
-    `trigger` (R, D) is the crammed trigger that follows them, if the header says that one does.
+    `soft` has the soft tokens around them, if the header says that there are some: `trigger` (R, D)
+    behind them, `front` (P, D) in front.
 
     The vectors are in the dtype they are stored in; those stored as integers are float32 here, the
     very numbers that the integers stand for.
     """
 
-    def __init__(self, vectors: Tensor, header: Header, trigger: Tensor | None = None) -> None:
+    def __init__(
+        self, vectors: Tensor, header: Header, soft: Mapping[str, Tensor] | None = None
+    ) -> None:
         if vectors.dim() != 3 or len(vectors) != len(header.passages):
             raise MemvecError(
                 f"{len(header.passages)} passages need vectors of shape (P, K, D), "
@@ -57,14 +60,15 @@ class MemVectors:
             raise MemvecError(f"one-step vectors are two, e and m, not {vectors.shape[1]}.")
         if reading.crammer and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
-        soft = torch.empty(0, 0) if trigger is None else trigger
-        if soft.dim() != 2 or header.soft_trigger != len(soft):
+        self.soft = {name: rows.detach().float().cpu() for name, rows in (soft or {}).items()}
+        counts = {"trigger": header.soft_trigger, "front": header.soft_front}
+        shapes = [(len(self.soft.get(name, ())), n) for name, n in counts.items()]
+        if any(a != b for a, b in shapes) or any(rows.dim() != 2 for rows in self.soft.values()):
             raise MemvecError(
-                f"these vectors need a trigger of {header.soft_trigger} soft tokens by their "
-                "header, and it is not what came with them."
+                f"these vectors need a trigger of {header.soft_trigger} soft tokens and "
+                f"{header.soft_front} in front by their header, which did not come with them."
             )
         self.vectors = vectors.detach().cpu().contiguous()
-        self.trigger = None if trigger is None else trigger.detach().float().cpu().contiguous()
         self.header = header
         if header.packing is not None:
             kept = self.vectors.float()
@@ -124,6 +128,7 @@ class MemVectors:
             "storage": self.storage.name,
             "bits_per_number": width,
             "start_rule": self.header.start_rule,
+            "front": self.header.front,
             "layout": self.header.layout,
             "space": self.header.space.name if self.header.space else "inputs",
             "tokens": sum(p.tokens for p in self.passages),
@@ -144,7 +149,7 @@ class MemVectors:
             "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, held), width),
             "text_bytes": sum(d.size for d in self.header.documents),
             "vector_bytes": self.size,
-            "trigger_bytes": 0 if self.trigger is None else 4 * self.trigger.numel(),
+            "trigger_bytes": sum(4 * rows.numel() for rows in self.soft.values()),
             "edit_bytes": sum(
                 8 + len(new.encode()) for d in self.header.documents for _, _, new in d.edits
             ),
@@ -200,9 +205,9 @@ class MemVectors:
         )
 
     def view(self, lm: FrozenLM) -> FrozenLM:
-        """The model as it reads these vectors: their layout, their space and their trigger."""
-        own = self.header.trigger if self.trigger is None else self.trigger
-        return with_trigger(self._in_space(lm), own)
+        """The model as it reads these vectors: their layout, space, front and trigger."""
+        header = self.header
+        return surrounded(self._in_space(lm), header.front, header.trigger, self.soft)
 
     def _in_space(self, lm: FrozenLM) -> FrozenLM:
         lm = lm.read_as(self.header.layout)
@@ -245,17 +250,14 @@ class MemVectors:
         target = Path(path)
         if target.exists() and not force:
             raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
-        tensors = self.storage.pack(self.stored)
-        if self.trigger is not None:
-            tensors["trigger"] = self.trigger
-        write_file(target, self.header, tensors)
+        write_file(target, self.header, self.storage.pack(self.stored) | self.soft)
         return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MemVectors:
         """Read and check a file. Raises MemvecError: missing, truncated, foreign or changed."""
-        header, vectors, trigger = read_file(existing_path(path))
-        return cls(reading_named(header.layout).vectors(vectors), header, trigger)
+        header, vectors, soft = read_file(existing_path(path))
+        return cls(reading_named(header.layout).vectors(vectors), header, soft)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write a folder with the vectors and a card: see `memvec.hub.save_pretrained`."""
@@ -276,9 +278,9 @@ class MemVectors:
             p.model_copy(update={"exact": e}) for p, e in zip(self.passages, exact, strict=True)
         ]
         header = self.header.model_copy(update={"certificate": certificate, "passages": passages})
-        return MemVectors(self.vectors, header, self.trigger)
+        return MemVectors(self.vectors, header, self.soft)
 
     def with_use(self, use: dict[str, Any] | None) -> MemVectors:
         """The same vectors with what they are worth as context."""
         header = self.header.model_copy(update={"use": use})
-        return MemVectors(self.vectors, header, self.trigger)
+        return MemVectors(self.vectors, header, self.soft)

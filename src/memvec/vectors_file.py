@@ -38,14 +38,15 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a header and the tensors of a storage (and `trigger`, if any), atomically."""
+    """Write a header and the tensors of a storage, and the soft tokens, if any, atomically."""
     text = header.model_dump_json()
-    data = to_safetensors(dict(tensors), {"memvec": text, "sha256": digest_of(text, tensors)})
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = to_safetensors(tensors, {"memvec": text, "sha256": digest_of(text, tensors)})
     write_atomically(path, data)
 
 
-def read_file(file: Path) -> tuple[Header, Tensor, Tensor | None]:
-    """The header, the stored rows (R, k, D) as numbers, and the crammed trigger (R, D), if any.
+def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
+    """The header, the stored rows (R, k, D) as numbers, and the soft tokens, if any.
 
     Raises MemvecError for a file that is truncated, foreign, damaged or changed.
     """
@@ -53,11 +54,11 @@ def read_file(file: Path) -> tuple[Header, Tensor, Tensor | None]:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             held = set(opened.keys())
-            names = held - {"trigger"}
+            names = held - {"trigger", "front"}
             if "memvec" not in metadata or names not in ({"vectors"}, {"codes", "scales"}):
                 raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
             header = Header.model_validate_json(metadata["memvec"])
-            trigger = opened.get_tensor("trigger") if "trigger" in held else None
+            soft = {name: opened.get_tensor(name) for name in sorted(held - names)}
             if (header.packing is None) != (names == {"vectors"}):
                 raise MemvecError(
                     f"{file} claims the packing {header.packing} and does not hold it: it is "
@@ -84,17 +85,15 @@ def read_file(file: Path) -> tuple[Header, Tensor, Tensor | None]:
     storage = STORAGES.get(header.packing or dtype)
     if storage is None:
         raise MemvecError(f"{file} stores {dtype}, which memvec does not write.")
-    extra = {} if trigger is None else {"trigger": trigger}
-    if digest_of(metadata["memvec"], tensors | extra) != metadata.get("sha256"):
+    if digest_of(metadata["memvec"], tensors | soft) != metadata.get("sha256"):
         raise MemvecError(f"{file} was changed after it was written: its digest does not match.")
     try:
         vectors = storage.unpack(tensors)
     except ValueError as error:
         raise MemvecError(f"{file} {error}.") from None
-    numbers = [vectors] if trigger is None else [vectors, trigger]
-    if not all(bool(torch.isfinite(t.float()).all()) for t in numbers):
+    if not all(bool(torch.isfinite(t.float()).all()) for t in (vectors, *soft.values())):
         raise MemvecError(f"{file} holds numbers that are not finite.")
-    return header, vectors, trigger
+    return header, vectors, soft
 
 
 def digest_of(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -283,8 +283,7 @@ def facts_table(title: str) -> Table:
 
 
 def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
-    error = s["tokens_per_vector_error"]
-    spread = "" if math.isnan(error) else f" ± {error:.1f}"
+    spread = "" if math.isnan(error := s["tokens_per_vector_error"]) else f" ± {error:.1f}"
     table.add_row(
         "passages",
         f"{s['passages']}, {s['vectors_per_passage']} vectors each, {_size(s)}, {s['storage']}",
@@ -308,7 +307,8 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
             "corrections", f"{s['corrections']} tokens listed, {s['correction_bytes']} bytes"
         )
     read = f"start rule {s['start_rule']}" if s["layout"] == "prefix" else f"read {s['layout']}"
-    read += f", a crammed trigger of {s['trigger_bytes']} bytes" if s["trigger_bytes"] else ""
+    read += ", behind BOS" if s["front"] == "bos" else ""
+    read += f", a trigger of {s['trigger_bytes']} bytes" if s["trigger_bytes"] else ""
     table.add_row("smallest margin", f"{s['margin']:.2f} logits; {read}")
     table.add_row(
         "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"

@@ -40,7 +40,8 @@ def train(
         Path | None,
         typer.Option("-o", "--out", help="Default: trigger.safetensors, in the model's folder."),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Soft tokens of the trigger.")] = 4,
+    rows: Annotated[int, typer.Option(help="Soft tokens behind the vectors.")] = 4,
+    front: Annotated[int, typer.Option(help="Soft tokens in front of them, behind BOS.")] = 4,
     vectors: Annotated[int, typer.Option(help="Vectors of a passage.")] = 4,
     tokens: Annotated[
         int, typer.Option(help="Tokens of every second passage; the others have twice as many.")
@@ -67,7 +68,7 @@ def train(
     from memvec.usable.trigger_training import TriggerPlan, train_trigger
     from memvec.usable.triggers import FILE_NAME
 
-    plan = TriggerPlan(rows, vectors, tokens, batches, batch_size, lr, seed)
+    plan = TriggerPlan(rows, front, vectors, tokens, batches, batch_size, lr, seed)
     recipe = recipe_of("usable", set_)
     target = target_of(model, FILE_NAME, out, force)
     if target.suffix != ".safetensors":
@@ -89,4 +90,4 @@ def train(
 
     train_trigger(lm, passages, plan, recipe, partial, show)
     partial.replace(target)
-    say(f"{target}: {rows} soft tokens; memvec cram --usable --trigger {target} uses it.")
+    say(f"{target}: {rows + front} soft tokens; memvec cram --usable --trigger {target} uses it.")

@@ -123,7 +123,8 @@ class Engine:
         """Longest passage that fits the model's context behind the vectors."""
         if self.lm.context is None:
             return None
-        return self.lm.context - self.K - len(self.lm.trigger) * (self.start_rule == "bos")
+        around = len(self.lm.front) + len(self.lm.trigger) * (self.start_rule == "bos")
+        return self.lm.context - self.K - around
 
     def trial(self, tokens: int, batch_size: int) -> float:
         """Seconds of a step of `batch_size` passages of `tokens` tokens: one is made, and dropped.

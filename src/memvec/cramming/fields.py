@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from memvec import registry
 from memvec.errors import MemvecError
+from memvec.usable.around import FrontName
 
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
 UnitName = Literal["spread", "logits"]
@@ -24,6 +25,7 @@ REGISTERED: dict[str, tuple[str, ...]] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "start_rule": get_args(StartRuleName),
+    "front": get_args(FrontName),
     "unit": get_args(UnitName),
     "compute": get_args(ComputeName),
     "if_not_exact": get_args(NotExactName),

@@ -28,6 +28,7 @@ from memvec.cramming.fields import (
     converted,
 )
 from memvec.errors import MemvecError, did_you_mean
+from memvec.usable.around import FrontName
 
 
 def documented(default: Any, text: str) -> Any:
@@ -145,6 +146,11 @@ class Recipe:
         "vectors",
         "what follows the vectors: nothing, the model's BOS, the passage's first token; 'paper': "
         "BOS if the tokenizer adds one, else the first token",
+    )
+    front: FrontName = documented(
+        "none",
+        "what stands in front of the vectors: 'none', as in the paper; 'bos', the model's BOS, as "
+        "in front of a text; 'auto': BOS, where the model has one and vectors are inputs",
     )
     trigger: str = documented(
         "bos",

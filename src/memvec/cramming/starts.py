@@ -16,8 +16,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space
-from memvec.model.trigger import with_trigger
 from memvec.passages.passage import ids_hash
+from memvec.usable.around import with_front, with_trigger
 from memvec.usable.triggers import trigger_named
 
 if TYPE_CHECKING:
@@ -46,13 +46,15 @@ def start_of(lm: FrozenLM, recipe: Recipe) -> str:
     """The start that applies to this model: 'auto' is its encoder if it has one.
 
     Without one: noise, or the last tokens of the passage for vectors that are to be used. Those
-    begin there behind another trigger than the model's own, too: their encoder knows that one only.
+    begin there behind another trigger or front than the model's own, too: their encoder knows those
+    only.
     """
     if recipe.start != "auto":
         return recipe.start
     fits = encoder_of(lm, recipe) is not None
     if recipe.term == "use":
-        return "encoder" if fits and recipe.trigger == "auto" else "last-tokens"
+        own = recipe.trigger == recipe.front == "auto"
+        return "encoder" if fits and own else "last-tokens"
     return "encoder" if fits else "noise"
 
 
@@ -88,8 +90,12 @@ def start_vectors(
 
 
 def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
-    """The model with the recipe's space and trigger. Raises MemvecError if it has them not."""
+    """The model with the recipe's space, front and trigger. Raises MemvecError if it has them not.
+
+    'none' and 'bos', the defaults, leave a model that has another front or trigger as it is.
+    """
     lm = in_space(lm, recipe.space, recipe.record())
+    lm = lm if recipe.front == "none" else with_front(lm, recipe.front)
     return lm if recipe.trigger == "bos" else with_trigger(lm, trigger_named(lm, recipe.trigger))
 
 

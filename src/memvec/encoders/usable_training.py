@@ -23,7 +23,7 @@ from memvec.encoders.training_run import Plan, TrainingRun
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import MADE_BY
+from memvec.usable.around import MADE_BY
 from memvec.usable.queries import behind_bos
 from memvec.usable.teacher import divergence_at, likeliest, states_behind
 
@@ -82,9 +82,9 @@ class UsableTraining(TrainingRun):
         self.network.to(lm.device)
         self.optimizer = self.optimized(self.network.parameters())
         self.target = 0.0
-        rows = 1 if lm.own_trigger is None else len(lm.own_trigger.rows)
+        before = self.fast.inputs_before(plan.slots, "bos")
         longest = plan.slots * plan.longest
-        largest = longest + max(plan.slots + rows, plan.query_tokens + 1)
+        largest = longest + max(before, plan.query_tokens + 1)
         if lm.context is not None and largest > lm.context:
             raise MemvecError(
                 f"passages of {longest} tokens with --slots {plan.slots} and "

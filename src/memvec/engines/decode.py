@@ -14,6 +14,7 @@ from memvec.engines.request import Prompt
 from memvec.engines.run import known, refuse_model, run_engine
 from memvec.errors import MemvecError, check_minimum
 from memvec.export.target import embedded
+from memvec.usable.around import front_rows
 from memvec.usable.generate import SHORTER, check_room, end_ids, in_a_row
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def use_prompt(
     passages: Sequence[int] | None = None,
 ) -> Prompt:
     """The vectors of files, one behind the other, and a prompt behind them."""
-    vectors = in_a_row(lm, files, passages)[1][0]
+    view, rows = in_a_row(lm, files, passages)
+    vectors = view.behind_front(rows)[0]
     tokens = lm.tokenize(prompt)
     check_minimum(1, max_new_tokens=new_tokens)
     check_room(lm, len(vectors) + len(tokens), new_tokens, SHORTER)
@@ -128,16 +130,18 @@ def check(
 
 def passage_prompts(mem: MemVectors, lm: FrozenLM) -> tuple[list[Prompt], list[list[int]]]:
     """The prompt of each passage, and the tokens of it that are given and not generated."""
-    plain = mem.header.start_rule == "bos" and mem.trigger is None
-    trigger = list(mem.view(lm).trigger) if plain else []
+    plain = mem.header.start_rule == "bos" and not mem.soft
+    view = mem.view(lm)
+    trigger = list(view.trigger) if plain else []
+    front = front_rows(view).float().cpu()
     prompts, starts = [], []
     for vectors, record in zip(mem.vectors, mem.passages, strict=True):
         begins = [] if record.first is None else [record.first]
         given = trigger or begins
         wanted = record.tokens - len(begins)
         # As the model reads them: rounded to its dtype.
-        soft = [] if mem.trigger is None else [mem.trigger]
-        cast = torch.cat([vectors.float(), *soft]).to(lm.dtype).to(torch.float32)
+        soft = [mem.soft["trigger"]] if mem.soft else []
+        cast = torch.cat([front, vectors.float(), *soft]).to(lm.dtype).to(torch.float32)
         prompts.append(Prompt(cast, given, wanted, embedded(given, lm).float()))
         starts.append(begins)
     return prompts, starts

@@ -26,6 +26,7 @@ from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target
 from memvec.header import PassageRecord
 from memvec.passages.passage import ids_hash
+from memvec.usable.around import front_rows
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json
 
@@ -115,11 +116,14 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
             f"passage {i} has corrections, which only 'memvec decode' puts in their places: cram "
             "it without --corrections."
         )
-    vectors, given = mem.vectors[i], tuple[int, ...]()
-    if mem.trigger is not None:  # soft tokens are vectors to everybody else
-        vectors = torch.cat([vectors.float(), mem.trigger])
-    elif rule == "bos":
-        given = mem.view(lm).trigger
+    view, given = mem.view(lm), tuple[int, ...]()
+    # What all passages share, front and soft tokens, is vectors to everybody else.
+    soft = [mem.soft["trigger"]] if mem.soft else []
+    vectors = mem.vectors[i]
+    if view.front or soft:
+        vectors = torch.cat([front_rows(view).float().cpu(), vectors.float(), *soft])
+    if rule == "bos" and not soft:
+        given = view.trigger
         if not given:
             raise MemvecError(f"{lm.name} has no BOS token, and these vectors need one.")
     elif rule == "first-token" and record.first is not None:
@@ -174,7 +178,8 @@ def _manifest(
         "model": {k: model[k] for k in ("name", "revision", "config", "weights")},
         "dtype": model["dtype"],
         "vectors_per_passage": mem.vectors.shape[1],
-        "trigger_vectors": mem.header.soft_trigger,  # behind them, in each item
+        "front_vectors": len(mem.view(lm).front),  # before them, in each item
+        "trigger_vectors": mem.header.soft_trigger,  # behind them
         "width": mem.vectors.shape[2],
         "start_rule": mem.header.start_rule,
         "documents": [

@@ -34,7 +34,8 @@ def decoder(script: str) -> dict[str, Path]:
 class Item:
     """One passage to export.
 
-    `vectors` (K, D) as stored, and a crammed trigger behind them if there is one; `given`: token
+    `vectors` (K, D) as stored, behind what stands in front of them and with a crammed trigger
+    behind them, if there are such; `given`: token
     ids that follow them in the input (BOS, or the passage's first token, or none); `new_tokens`:
     number of tokens to generate.
     """

@@ -56,7 +56,7 @@ class SlowPassage:
 
 @torch.no_grad()
 def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> Floats:
-    """(K + N, V) logits of the model's own forward on [vectors (K, D), ids (N,)], float64.
+    """(F + K + N, V) logits of the model's own forward on [front, vectors, ids (N,)], float64.
 
     (N, V) behind the keys and values of a space.
     """
@@ -67,10 +67,16 @@ def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> F
         front, options = slow_space.front(lm, vectors)
         inputs = lm.embed(table)
         if front is not None:
-            inputs = torch.cat([front.to(lm.device, lm.dtype)[None], inputs], dim=1)
+            front = torch.cat([first_rows(lm), front.to(lm.device, lm.dtype)])
+            inputs = torch.cat([front[None], inputs], dim=1)
         out = lm.model(inputs_embeds=inputs, **options)
     table_of_logits: Floats = out.logits[0].double().cpu().numpy()
     return table_of_logits
+
+
+def first_rows(lm: FrozenLM) -> Tensor:
+    """The embeddings (F, D) of the tokens in front of the vectors."""
+    return lm.embed(torch.tensor(list(lm.front), dtype=torch.long, device=lm.device))
 
 
 @torch.no_grad()

@@ -81,8 +81,8 @@ def both_modes(
 
 @contextlib.contextmanager
 def apart(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
-    """While this holds, the attention of these layers is computed of the first K positions and of
-    those behind them apart: the softmax of the latter never meets the former."""
+    """While this holds, the attention of these layers is computed of the first F + K positions, and
+    again without the K vectors among them: the softmax of those behind never meets a vector."""
     named = [
         module
         for name, module in lm.model.named_modules()
@@ -91,23 +91,23 @@ def apart(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             module: Any = named[layer]
-            module.forward = _in_two(module.forward, K)
+            module.forward = _in_two(module.forward, len(lm.front), K)
             stack.callback(delattr, module, "forward")
         yield
 
 
-def _in_two(forward: Callable[..., Any], K: int) -> Callable[..., Any]:
+def _in_two(forward: Callable[..., Any], F: int, K: int) -> Callable[..., Any]:
     def run(hidden_states: Tensor, **given: Any) -> Any:
-        parts = []
-        for part in (slice(0, K), slice(K, hidden_states.shape[1])):
+        parts, N = [], hidden_states.shape[1]
+        for part in ([*range(F + K)], [*range(F), *range(F + K, N)]):
             own = dict(given)
             own["position_embeddings"] = tuple(x[:, part] for x in given["position_embeddings"])
             if given.get("attention_mask") is not None:
-                own["attention_mask"] = given["attention_mask"][..., part, part]
+                own["attention_mask"] = given["attention_mask"][..., part, :][..., part]
             if given.get("position_ids") is not None:
                 own["position_ids"] = given["position_ids"][:, part]
             parts.append(forward(hidden_states=hidden_states[:, part], **own))
-        return torch.cat([p[0] for p in parts], 1), *parts[0][1:]
+        return torch.cat([parts[0][0], parts[1][0][:, F:]], 1), *parts[0][1:]
 
     return run
 
@@ -152,6 +152,6 @@ def _last_logits(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> tu
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     with torch.enable_grad():
         point = vectors.to(lm.device, lm.dtype).detach().clone().requires_grad_()
-        inputs = torch.cat([point[None], lm.embed(table)], 1)
+        inputs = torch.cat([slow.first_rows(lm)[None], point[None], lm.embed(table)], 1)
         logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].float()
     return point, logits

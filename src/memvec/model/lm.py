@@ -33,12 +33,12 @@ from memvec.model.large import offloaded, recomputed
 from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
 from memvec.model.reading import PREFIX, Layout, Prefix, StartRule, reading_named
+from memvec.model.soft_tokens import embedded
 from memvec.model.spread import embedding_std, logit_spread
-from memvec.model.trigger import embedded
 
 if TYPE_CHECKING:
     from memvec.encoders.base import OnePassEncoder
-    from memvec.usable.triggers import CrammedTrigger
+    from memvec.usable.around import CrammedTrigger
 
 
 class FrozenLM:
@@ -71,8 +71,9 @@ class FrozenLM:
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Prefix = PREFIX
-        self.other_trigger: tuple[int, ...] | None = None  # instead of BOS (memvec.model.trigger)
+        self.other_trigger: tuple[int, ...] | None = None  # instead of BOS (memvec.usable.around)
         self.soft: Tensor | None = None  # rows (R, D) of soft tokens, of a view with a crammed one
+        self.front: tuple[int, ...] = ()  # tokens in front of the vectors (memvec.usable.around)
         self.own_trigger: CrammedTrigger | None = None  # of the model's folder
         self._original: FrozenLM | None = None  # the model that `read_as` made this view of
         self.model = model.eval().requires_grad_(False)
@@ -195,6 +196,12 @@ class FrozenLM:
         bos = () if self.bos_id is None else (self.bos_id,)
         return bos if self.other_trigger is None else self.other_trigger
 
+    def behind_front(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
+        """Vectors as the model reads them: in its dtype, with the front before them (N = F + K)."""
+        ids = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # a GPU is not made to wait
+        front = [self.embed(token * ids) for token in self.front]
+        return torch.cat([*front, vectors.to(self.dtype)], 1)
+
     def inputs(
         self,
         vectors: Float[Tensor, "B K D"] | None,
@@ -233,7 +240,7 @@ class FrozenLM:
     def inputs_before(self, K: int, start: StartRule) -> int:
         """Inputs that a forward pass reads besides one for each predicted token."""
         longer = len(self.trigger) - 1 if start == "bos" else 0  # than one start token
-        return self.reading.inputs_before(K, start) + longer
+        return len(self.front) + self.reading.inputs_before(K, start) + longer
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""

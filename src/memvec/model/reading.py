@@ -77,7 +77,7 @@ class Prefix:
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
         """What free decoding begins with: inputs, and what makes the cache that they stand behind
         (None for an empty one)."""
-        inputs = torch.cat([vectors.to(lm.device, lm.dtype), lm.embed(given)], dim=1)
+        inputs = torch.cat([lm.behind_front(vectors.to(lm.device)), lm.embed(given)], dim=1)
         return inputs, lambda: None
 
     def inputs(
@@ -87,14 +87,14 @@ class Prefix:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """What stands before each predicted token.
+        """What stands before each predicted token; in front of the vectors, the model's `front`.
 
         `start` says what follows the vectors: nothing ('vectors': token 1 is predicted from the
         last vector), the model's BOS or the trigger that stands for it ('bos'), or the
         passage's first token ('first-token': tokens 2 to T are predicted). Without vectors,
         'vectors' means nothing, and BOS is used.
         """
-        parts = [] if vectors is None else [vectors.to(lm.dtype)]
+        parts = [] if vectors is None else [lm.behind_front(vectors)]
         if start == "bos":
             if vectors is not None:
                 before = lm.start_ids(ids, start)

@@ -152,7 +152,7 @@ def check_usable(mem: MemVectors) -> None:
 
 def _trigger_of(mem: MemVectors) -> str:
     """What the certificate calls the trigger."""
-    if mem.trigger is not None:
+    if mem.soft:
         return "crammed"
     return "bos" if mem.header.trigger is None else str(mem.header.trigger)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from memvec.cram_job import CramJob
 from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import triggered
 from memvec.errors import MemvecError, check_minimum, did_you_mean
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
@@ -156,9 +157,10 @@ class Column:
         if self.name == "crammed" and ids:
             self.prepare([ids])
             outcomes = self._crammed[ids]
-            rows = torch.cat([outcome.vectors.float() for outcome in outcomes])
+            rows = torch.cat([outcome.vectors.float() for outcome in outcomes])[None]
             exact = all(outcome.exact for outcome in outcomes)
-            return StandIn(rows[None].to(self.lm.device), len(rows), exact)
+            inputs = triggered(self.lm, self.recipe).behind_front(rows.to(self.lm.device))
+            return StandIn(inputs, rows.shape[1], exact)
         kept = {
             "full": len(ids),
             "truncated": min(len(ids), self.vectors * len(self.pieces(ids))),

@@ -54,7 +54,7 @@ def use(
     if context == "vectors":
         view, rows = in_a_row(lm, files, passages)
         inputs, cache = _opened(view, rows, asked)
-        slots = rows.shape[1] + asked.shape[1]
+        slots = len(view.front) + rows.shape[1] + asked.shape[1]
     else:
         ids: list[int] = []
         for one in files:

@@ -49,7 +49,9 @@ def layer_count(lm: FrozenLM) -> int:
     """
     layers, token = len(attention_modules(lm)), lm.embed(torch.tensor([[2]], device=lm.device))
     # Two vectors that differ, the same token behind each.
-    inputs = torch.stack([torch.cat([part, token[0]]) for part in (-token[0], 2 * token[0])])
+    inputs = lm.behind_front(
+        torch.stack([torch.cat([part, token[0]]) for part in (-token[0], 2 * token[0])])
+    )
     with knocked_out(lm, range(layers), 1):
         first, second = lm.states_of(inputs, keep=1)
     if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
@@ -74,15 +76,18 @@ def _is_attention(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
-    """While this holds, positions from K on do not attend to the first K in these layers.
+    """While this holds, positions behind K vectors do not attend to them in these layers.
+
+    What stands in front of the vectors stays in sight.
 
     Raises MemvecError as `attention_modules` does.
     """
-    modules = attention_modules(lm)
+    modules, first = attention_modules(lm), len(lm.front)
 
     def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         states = given["hidden_states"] if "hidden_states" in given else args[0]
-        return args, {**given, "attention_mask": _without(given["attention_mask"], states, K)}
+        mask = _without(given["attention_mask"], states, first, first + K)
+        return args, {**given, "attention_mask": mask}
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -92,14 +97,15 @@ def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]
 
 
 def _without(
-    mask: Tensor | None, states: Float[Tensor, "B N D"], K: int
+    mask: Tensor | None, states: Float[Tensor, "B N D"], first: int, end: int
 ) -> Float[Tensor, "b 1 N N"]:
-    """The additive mask of a layer, with the first K positions hidden from all behind them."""
+    """The additive mask of a layer, with positions first to end hidden from all behind them."""
     N, lowest = states.shape[1], torch.finfo(states.dtype).min
     position = torch.arange(N, device=states.device)
     seen = position[None] <= position[:, None]
     if mask is not None:  # a sliding window, say: what it hides stays hidden
         seen = mask if mask.dtype == torch.bool else mask > lowest / 2
-    seen = seen & ~((position[:, None] >= K) & (position[None] < K))
+    hidden = (position[None] >= first) & (position[None] < end)
+    seen = seen & ~((position[:, None] >= end) & hidden)
     added = torch.zeros(seen.shape, dtype=states.dtype, device=states.device)
     return added.masked_fill(~seen, lowest).reshape(-1, 1, N, N)

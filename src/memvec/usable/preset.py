@@ -24,6 +24,7 @@ def usable() -> Recipe:
         beta1_rise=0.0,
         beta2=0.8,
         start_rule="bos",
+        front="auto",
         trigger="auto",
         steps=900,
         patience=900,

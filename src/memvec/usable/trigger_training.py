@@ -1,13 +1,14 @@
-"""Training of a crammed trigger: R soft tokens that all passages share, once for a model.
+"""Training of a crammed trigger: soft tokens that all passages share, once for a model.
 
-Passages are crammed for use in slots as ever, and what they want of the trigger moves it: its
-gradient is the mean of theirs.
+Passages are crammed for use in slots as ever, and what they want of the soft tokens moves these:
+their gradient is the mean of the passages'.
 
-    [vectors] trigger   -> the passage         vectors and trigger move
-    [vectors] anything  -> as behind the text  vectors move
+    BOS front [vectors] trigger   -> the passage         front, vectors and trigger move
+    BOS front [vectors] anything  -> as behind the text  front and vectors move
 
 Behind BOS the vectors alone have to say both. A trigger that has learned to ask for the passage
-takes half of that from them, and leaves more of them for what the text means (docs/usable.md).
+takes half of that from them, and soft tokens in front of them say how they are to be read: more of
+them is left for what the text means (docs/usable.md).
 
 Passages come in batches; each begins with new vectors and the trigger of the last one, and the file
 of the trigger is written behind each, so that a run that is interrupted goes on with the next. What
@@ -33,8 +34,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.step import Measurement, Step
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import with_trigger
 from memvec.passages.passage import Passage
+from memvec.usable.around import CrammedTrigger, with_soft_tokens
 from memvec.usable.triggers import save_trigger, stored_trigger
 
 LAST_RATE = 0.05  # share of the learning rate at the end
@@ -43,9 +44,12 @@ NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
 
 @dataclass(frozen=True)
 class TriggerPlan:
-    """The choices of a training: R soft tokens, on passages of T tokens in K vectors each."""
+    """The choices of a training, on passages of T tokens in K vectors each."""
 
     rows: int = 4
+    """Soft tokens behind the vectors (R)."""
+    front: int = 4
+    """Soft tokens in front of them (P); 0: none."""
     vectors: int = 4
     tokens: int = 24
     batches: int = 4
@@ -57,6 +61,7 @@ class TriggerPlan:
     def __post_init__(self) -> None:
         for name in ("rows", "vectors", "tokens", "batches", "batch_size"):
             check_minimum(1, **{name: getattr(self, name)})
+        check_minimum(0, front=self.front)
         if not 0 < self.lr < math.inf:
             raise MemvecError(f"--lr must be a number above 0, not {self.lr}.")
 
@@ -108,19 +113,19 @@ class TriggerEngine(Engine):
     step_type = SharedStep
 
 
-def first_rows(lm: FrozenLM, plan: TriggerPlan) -> Float[Tensor, "R D"]:
+def first_rows(lm: FrozenLM, plan: TriggerPlan) -> Float[Tensor, "N D"]:
     """Soft tokens to begin with: the token that opens a text, of size (RMS) 1, and noise.
 
-    Noise alone for a model without such a token. The last row, behind which the passage comes, is
-    the token itself.
+    Noise alone for a model without such a token. The trigger's rows come first; its last one,
+    behind which the passage comes, is the token itself.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    noise = torch.randn(plan.rows, lm.width, generator=generator)
+    noise = torch.randn(plan.rows + plan.front, lm.width, generator=generator)
     if lm.bos_id is None:
         return noise
     token = lm.embed(torch.tensor([lm.bos_id], device=lm.device)).float().cpu()
     token = token / token.square().mean().sqrt().clamp_min(1e-8)
-    noise[-1] = 0
+    noise[plan.rows - 1] = 0
     return token + NOISE * noise
 
 
@@ -131,7 +136,7 @@ def train_trigger(
     recipe: Recipe,
     path: Path,
     on_batch: Callable[[BatchReport], None] | None = None,
-) -> Float[Tensor, "R D"]:
+) -> CrammedTrigger:
     """Train a trigger on passages (token ids; `plan.batches` x `plan.batch_size` of them).
 
     `path` gets the trigger behind each batch, and a training of the same plan that finds it there
@@ -165,28 +170,38 @@ def train_trigger(
         done = int(about.pop("batches_done", 0))
         if about != identity:
             raise MemvecError(f"{path} is of another training: delete it, or use another -o.")
-        rows = found.rows
+        rows = found.table
     for number in range(done, plan.batches):
         own = passages[number * plan.batch_size : (number + 1) * plan.batch_size]
         rows, report = _crammed(lm, rows, [list(ids) for ids in own], plan, recipe, number)
-        save_trigger(path, rows, lm, identity | {"batches_done": number + 1})
+        trigger = _parts(rows, plan)
+        save_trigger(path, trigger, lm, identity | {"batches_done": number + 1})
         if on_batch is not None:
             on_batch(report)
-    return rows
+    return _parts(rows, plan)
+
+
+def _parts(table: Float[Tensor, "N D"], plan: TriggerPlan) -> CrammedTrigger:
+    """The soft tokens behind the vectors, and those in front."""
+    front = table[plan.rows :] if plan.front else None
+    return CrammedTrigger(table[: plan.rows], front=front)
 
 
 def _crammed(
     lm: FrozenLM,
-    rows: Float[Tensor, "R D"],
+    rows: Float[Tensor, "N D"],
     passages: list[list[int]],
     plan: TriggerPlan,
     recipe: Recipe,
     number: int,
-) -> tuple[Float[Tensor, "R D"], BatchReport]:
+) -> tuple[Float[Tensor, "N D"], BatchReport]:
     """New vectors for a batch of passages, and the trigger that they have moved."""
     shared = rows.to(lm.device).clone().requires_grad_()
     engine = TriggerEngine(
-        with_trigger(lm, shared), recipe, vectors=plan.vectors, batch_size=len(passages)
+        with_soft_tokens(lm, shared, plan.rows),
+        recipe,
+        vectors=plan.vectors,
+        batch_size=len(passages),
     )
     step = engine.one_step
     assert isinstance(step, SharedStep)

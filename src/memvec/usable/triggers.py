@@ -1,39 +1,29 @@
 """Triggers by name: BOS, another token, or the file of a crammed one (docs/usable.md).
 
-The file is safetensors: `trigger` (R, D), and metadata that say how it was trained, and for which
-model.
+The file is safetensors: `trigger` (R, D), `front` (P, D) if there are soft tokens in front of the
+vectors, and metadata that say how they were trained, and for which model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.model.trigger import MADE_BY
+from memvec.usable.around import MADE_BY, CrammedTrigger
 from memvec.writing import write_atomically
 
 FILE_NAME = "trigger.safetensors"  # in a model's folder
-
-
-@dataclass(frozen=True)
-class CrammedTrigger:
-    """R soft tokens (R, D), float32, and the hash of the file they came from ('' without one)."""
-
-    rows: Float[Tensor, "R D"]
-    identity: str = ""
 
 
 def token_named(lm: FrozenLM, name: str) -> int:
@@ -52,7 +42,7 @@ def token_named(lm: FrozenLM, name: str) -> int:
     return ids[0]
 
 
-def trigger_named(lm: FrozenLM, name: str) -> int | Float[Tensor, "R D"] | None:
+def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
     """The trigger of a recipe: 'bos' (None), 'auto', a token, or a file of a crammed trigger.
 
     'auto' is the crammed trigger in the model's folder, if there is one, else BOS; in other spaces
@@ -60,12 +50,11 @@ def trigger_named(lm: FrozenLM, name: str) -> int | Float[Tensor, "R D"] | None:
     MemvecError for a text that is not one token, or a file that is no trigger of this model.
     """
     if name == "auto":
-        own = lm.own_trigger if lm.reading.space == "inputs" else None
-        return None if own is None else own.rows
+        return lm.own_trigger if lm.reading.space == "inputs" else None
     if name == "bos":
         return None
     if (path := Path(name).expanduser()).suffix == ".safetensors":
-        return load_trigger(path, lm).rows
+        return load_trigger(path, lm)
     return token_named(lm, name)
 
 
@@ -82,9 +71,7 @@ def named_files(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def save_trigger(
-    path: Path, rows: Float[Tensor, "R D"], lm: FrozenLM, about: dict[str, Any]
-) -> None:
+def save_trigger(path: Path, trigger: CrammedTrigger, lm: FrozenLM, about: dict[str, Any]) -> None:
     """Write a crammed trigger, atomically; `about` is how it was trained."""
     metadata = {
         "format": "memvec-trigger",
@@ -92,7 +79,13 @@ def save_trigger(
         "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about),
     }
-    write_atomically(path, save({"trigger": rows.detach().float().cpu().contiguous()}, metadata))
+    parts = {"trigger": trigger.rows, "front": trigger.front}
+    tensors = {
+        name: rows.detach().float().cpu().contiguous()
+        for name, rows in parts.items()
+        if rows is not None
+    }
+    write_atomically(path, save(tensors, metadata))
 
 
 def load_trigger(path: Path, lm: FrozenLM) -> CrammedTrigger:
@@ -113,12 +106,15 @@ def stored_trigger(path: Path, lm: FrozenLM) -> tuple[CrammedTrigger, dict[str, 
             facts = file.metadata() or {}
             model, about = json.loads(facts["model"]), json.loads(facts["about"])
             rows = file.get_tensor("trigger")
+            front = file.get_tensor("front") if "front" in file.keys() else None  # noqa: SIM118
         made_for = Fingerprint.of_record(model)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise MemvecError(
             f"{path} is not a trigger that memvec can read ({error!r}): make one with {MADE_BY}."
         ) from None
-    if rows.dim() != 2 or not len(rows) or not bool(torch.isfinite(rows).all()):
+    parts = [rows] if front is None else [rows, front]
+    shaped = all(part.dim() == 2 and len(part) for part in parts)
+    if not shaped or not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MemvecError(f"{path} holds no trigger, or one that is not finite: it is damaged.")
     if not made_for.matches(lm.fingerprint):
         raise MemvecError(
@@ -126,4 +122,4 @@ def stored_trigger(path: Path, lm: FrozenLM) -> tuple[CrammedTrigger, dict[str, 
             f"{lm.name}: train one for this model with {MADE_BY}."
         )
     identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return CrammedTrigger(rows.float(), identity), about
+    return CrammedTrigger(rows.float(), identity, None if front is None else front.float()), about

@@ -49,7 +49,7 @@ class Decoding:
 def passages_of(mem: MemVectors, first: int, end: int) -> MemVectors:
     """Some passages of a result. Copied: a view would travel to a worker with all the others."""
     header = mem.header.model_copy(update={"passages": mem.passages[first:end]})
-    return MemVectors(mem.vectors[first:end].clone(), header, mem.trigger)
+    return MemVectors(mem.vectors[first:end].clone(), header, mem.soft)
 
 
 def decode_passages(lm: FrozenLM, mem: MemVectors, workers: Workers | None) -> list[list[int]]:

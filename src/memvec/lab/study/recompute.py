@@ -51,9 +51,10 @@ def recompute(
 
     `tie` is a margin of about zero, logits; `bits_limit` how far sums may differ, bits per token.
     """
-    start, K = start_rule(lm, cell), cell.vectors
+    start = start_rule(lm, cell)
     lm = triggered(lm, cell.made_recipe())
     given = int(start == "first-token")
+    between = len(lm.trigger) if start == "bos" else given
     n = len(ids) - given
     front = vectors.float()
     bits, margin, decoded, beside = _with_vectors(lm, cell, front, ids, start)
@@ -83,7 +84,7 @@ def recompute(
     return Slow(
         columns,
         (retries, int(cell.recipe["steps"])),
-        _spent(cell, int(row["steps"]) - retries, n, K, beside, start),
+        _spent(cell, int(row["steps"]) - retries, n, beside, between),
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
         SlowPassage(
@@ -108,7 +109,8 @@ def _with_vectors(
     bits, margin = slow.teacher_forced(lm, front, ids, start)
     middle = list(lm.trigger) if start == "bos" else []
     decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
-    before = -1 if lm.reading.space.startswith("prefix") else cell.vectors - 1  # the start token
+    # The start token is counted apart.
+    before = -1 if lm.reading.space.startswith("prefix") else len(lm.front) + cell.vectors - 1
     return bits, margin, decoded, before
 
 
@@ -149,20 +151,20 @@ def _retries(margins: tuple[float, ...], asked: float) -> int:
     return next((i for i, m in enumerate(margins) if math.isclose(m, asked, rel_tol=SPREAD)), 0)
 
 
-def _spent(cell: Cell, moves: int, n: int, K: int, before: int, start: str) -> tuple[int, int]:
+def _spent(cell: Cell, moves: int, n: int, before: int, between: int) -> tuple[int, int]:
     """The range of forward-backward tokens of so many moves.
 
     A move costs the positions that counted (all n, or with a growing horizon at least the
-    look-ahead), the vectors (`before`) and the start token that stand before them, and what the
-    second loss reads: the vectors and a query.
+    look-ahead), the vectors with what is in front of them (`before`), the tokens behind them
+    (`between`), and what the second loss reads: the vectors and a query.
     """
     growing = cell.recipe["schedule"] == "growing"
     # a look-ahead that narrows ends at one token
-    ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * K
+    ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * cell.vectors
     fewest = min(n, ahead) if growing else n
-    beside = before + (start != "vectors")
+    beside = before + between
     if cell.recipe.get("term", "none") == "use":
-        beside += K + int(cell.recipe["query_tokens"]) - 1
+        beside += before + int(cell.recipe["query_tokens"])
     if cell.recipe.get("term", "none") == "alignment":  # a third of the text once more
         return moves * (fewest + beside + (fewest + 2) // 3), moves * (n + beside + (n + 2) // 3)
     return moves * (fewest + beside), moves * (n + beside)

@@ -14,6 +14,7 @@ from typing import Any
 from memvec.arms.shared_m import Shared, without_parts
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress, resolve_start_rule
+from memvec.cramming.starts import triggered
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage
@@ -28,12 +29,14 @@ def find_passages(
     lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None
 ) -> list[SourcedPassage]:
     """The cell's passages: `count` of them, from its source."""
-    start = resolve_start_rule(lm, cell.made_recipe())
+    recipe = cell.made_recipe()
+    start = resolve_start_rule(lm, recipe)
     tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
     shortest = 1 + (start == "first-token") + source.bos
     if tokens < shortest:
         raise MemvecError(f"a length of {cell.length} leaves nothing to cram: use at least 2.")
-    longest = None if lm.context is None else lm.context - cell.vectors - (start == "bos")
+    around = cell.vectors + len(triggered(lm, recipe).front) + (start == "bos")
+    longest = None if lm.context is None else lm.context - around
     if longest is not None and tokens > longest:
         raise MemvecError(
             f"impossible length: {tokens} tokens and {cell.vectors} vectors do not fit the "

@@ -1,0 +1,141 @@
+"""What stands around the vectors: in front of them nothing or BOS, behind them a trigger.
+
+Models read every text behind their BOS and lay on it the attention that no other token asks for
+(Xiao et al. 2023, arXiv 2309.17453). Vectors that come first have to be that place, too; behind
+BOS they are free for what the text says. All contexts that they are compared with have it.
+
+The trigger is what follows the vectors under the start rule 'bos': BOS, another token, or R soft
+tokens that were trained for it, and with them P in front of the vectors, behind BOS. Soft tokens
+are the same for all passages.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+FrontName = Literal["none", "bos", "auto"]
+MADE_BY = "memvec trigger train"
+
+
+@dataclass(frozen=True)
+class CrammedTrigger:
+    """Soft tokens, float32: R behind the vectors, and P in front of them or none.
+
+    `identity` is the hash of the file they came from, '' without one.
+    """
+
+    rows: Float[Tensor, "R D"]
+    identity: str = ""
+    front: Float[Tensor, "P D"] | None = None
+
+    @property
+    def table(self) -> Float[Tensor, "N D"]:
+        """All of them, those behind the vectors first (N = R + P)."""
+        return self.rows if self.front is None else torch.cat([self.rows, self.front])
+
+
+def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
+    """The model with nothing or BOS in front of the vectors; 'auto': BOS, where that can be.
+
+    It can stand in front of inputs that a passage follows, in a model that has a BOS. Soft tokens
+    in front of the vectors stay. Raises MemvecError for 'bos' where it cannot.
+    """
+    fits = lm.layout == "prefix" and lm.reading.space == "inputs"
+    if front == "bos" and lm.bos_id is None:
+        raise MemvecError(f"{lm.name} has no BOS token to put in front of vectors: use front=none.")
+    if front == "bos" and not fits:
+        raise MemvecError(
+            f"BOS stands in front of inputs that a passage follows, not of {lm.reading.space} in "
+            f"the layout '{lm.layout}': use front=none."
+        )
+    tokens = (lm.bos_id,) if front != "none" and fits and lm.bos_id is not None else ()
+    if tokens == _tokens(lm):
+        return lm
+    view = copy.copy(lm)
+    view.front = (*tokens, *lm.front[len(_tokens(lm)) :])
+    return view
+
+
+@torch.no_grad()
+def front_rows(lm: FrozenLM) -> Float[Tensor, "F D"]:
+    """The inputs that stand in front of the vectors, in the model's dtype; none: (0, D)."""
+    return lm.behind_front(torch.empty(1, 0, lm.width, device=lm.device))[0]
+
+
+def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM:
+    """The model with another token, or soft tokens, between the vectors and the passage; None: BOS.
+
+    Raises MemvecError for a token that the model does not have, or rows of another width.
+    """
+    if trigger is None and lm.other_trigger is None:
+        return lm
+    if isinstance(trigger, CrammedTrigger):
+        return with_soft_tokens(lm, trigger.table, len(trigger.rows))
+    if trigger is not None and not 0 <= trigger < lm.vocab_size:
+        raise MemvecError(
+            f"{lm.name} has no token {trigger} to use as a trigger: its vocabulary has "
+            f"{lm.vocab_size}."
+        )
+    view = copy.copy(lm)
+    view.soft, view.front = None, _tokens(lm)
+    view.other_trigger = None if trigger is None else (trigger,)
+    return view
+
+
+def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], behind: int) -> FrozenLM:
+    """The model with the first `behind` rows as its trigger, the others in front of the vectors.
+
+    Gradients flow to the table. Raises MemvecError for rows of another width.
+    """
+    if table.shape[1] != lm.width:
+        raise MemvecError(
+            f"this trigger has vectors of {table.shape[1]} numbers and {lm.name} takes "
+            f"{lm.width}: train one for this model with {MADE_BY}."
+        )
+    first = _rows(lm)
+    ids = range(first, first + len(table))
+    view = copy.copy(lm)
+    view.soft = table.to(lm.device)
+    view.other_trigger, view.front = tuple(ids[:behind]), (*_tokens(lm), *ids[behind:])
+    return view
+
+
+def surrounded(
+    lm: FrozenLM, front: FrontName, token: int | None, soft: Mapping[str, Tensor]
+) -> FrozenLM:
+    """The model with what a file says of the front, the trigger and soft tokens by name."""
+    lm = with_front(lm, front)
+    if not soft:
+        return with_trigger(lm, token)
+    return with_trigger(lm, CrammedTrigger(soft["trigger"], front=soft.get("front")))
+
+
+def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of them (fields of its header), and the soft tokens by name."""
+    other, behind = lm.other_trigger, len(lm.trigger)
+    soft = {} if lm.soft is None else {"trigger": lm.soft[:behind], "front": lm.soft[behind:]}
+    soft = {name: rows for name, rows in soft.items() if len(rows)}
+    counts = {f"soft_{name}": len(soft.get(name, ())) for name in ("trigger", "front")}
+    token = other[0] if other is not None and not soft else None
+    return {"front": "bos" if _tokens(lm) else "none", "trigger": token, **counts}, soft
+
+
+def _tokens(lm: FrozenLM) -> tuple[int, ...]:
+    """What stands in front of the vectors, without soft tokens."""
+    return tuple(token for token in lm.front if token < _rows(lm))
+
+
+def _rows(lm: FrozenLM) -> int:
+    return len(lm.embedding.weight)  # type: ignore[arg-type]
