@@ -233,11 +233,11 @@ def test_resumed_is_uninterrupted(tmp_path):
 # ---------------------------------------------------------------------- in use
 
 
-@pytest.fixture(scope="module")
-def crammed():
-    lm = reader("words")
+@pytest.fixture(scope="module", params=["bos", "none"])
+def crammed(request):
+    lm, recipe = reader("words"), replace(USABLE, front=request.param)
     texts = ["the cat sat on the mat", "a dog and the fox"]
-    return lm, [codec.cram(lm, t, vectors=2, tokens=3, recipe=USABLE) for t in texts]
+    return lm, [codec.cram(lm, t, vectors=2, tokens=3, recipe=recipe) for t in texts]
 
 
 @pytest.mark.parametrize("which", [[0], [0, 1]])
@@ -249,7 +249,8 @@ def test_use_writes_what_the_model_writes_by_hand(crammed, which, context):
     asked = lm.embed(torch.tensor([lm.tokenize("the lazy")]))
     bos = lm.embed(torch.tensor([[lm.bos_id]]))
     if context == "vectors":
-        inputs = [v[None].float() for mem in chosen for v in mem.vectors]
+        front = [bos] if mems[0].header.front == "bos" else []
+        inputs = [*front, *(v[None].float() for mem in chosen for v in mem.vectors)]
     elif context == "text":
         inputs = [bos, *(lm.embed(torch.tensor([i])) for mem in chosen for i in mem.tokens(lm))]
     else:
@@ -274,7 +275,9 @@ def test_one_passage_can_be_used_alone(crammed, passage):
     lm, mems = crammed
     alone = generate.use(lm, mems[0], "fox", passages=[passage], max_new_tokens=4)
     asked = lm.embed(torch.tensor([lm.tokenize("fox")]))
-    assert alone == greedy(lm, torch.cat([mems[0].vectors[passage][None].float(), asked], 1), 4)
+    front = [lm.embed(torch.tensor([[lm.bos_id]]))] if mems[0].header.front == "bos" else []
+    inputs = torch.cat([*front, mems[0].vectors[passage][None].float(), asked], 1)
+    assert alone == greedy(lm, inputs, 4)
     with pytest.raises(MemvecError, match="no passage 7"):
         generate.use(lm, mems[0], "fox", passages=[7])
 
