@@ -151,6 +151,7 @@ def test_auto_takes_it_for_use_and_for_nothing_else():
     assert start_of(lm, Recipe()) == "noise"
     assert start_of(lm, replace(USABLE, start="last-tokens")) == "last-tokens"
     assert start_of(lm, replace(USABLE, trigger="bos")) == "last-tokens"
+    assert start_of(lm, replace(USABLE, front="none")) == "last-tokens"
     assert start_of(lm, replace(USABLE, trigger="bos", start="encoder")) == "encoder"
     taken = torch.stack(start_vectors(triggered(lm, USABLE), ids, 2, USABLE))
     expected = lm.usable_encoder.encode(lm, torch.tensor(ids), 2)
