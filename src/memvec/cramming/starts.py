@@ -45,17 +45,14 @@ def encoder_of(lm: FrozenLM, recipe: Recipe) -> OnePassEncoder | None:
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
     """The start that applies to this model: 'auto' is its encoder if it has one.
 
-    Without one: noise, or the last tokens of the passage for vectors that are to be used. Those
-    begin there behind another trigger or front than the model's own, too: their encoder knows those
-    only.
+    Without one that fits: noise, or the last tokens of the passage for vectors that are to be used.
     """
     if recipe.start != "auto":
         return recipe.start
-    fits = encoder_of(lm, recipe) is not None
-    if recipe.term == "use":
-        own = recipe.trigger == recipe.front == "auto"
-        return "encoder" if fits and own else "last-tokens"
-    return "encoder" if fits else "noise"
+    encoder = encoder_of(lm, recipe)
+    if encoder is not None and encoder.fits(lm, recipe):
+        return "encoder"
+    return "last-tokens" if recipe.term == "use" else "noise"
 
 
 def start_vectors(

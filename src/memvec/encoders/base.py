@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from memvec.cramming.recipe import Recipe
     from memvec.model.lm import FrozenLM
 
 
@@ -35,6 +36,10 @@ class OnePassEncoder(ABC):
     for_use: bool = False  # a start of vectors that stand for their text as context
     file: Path | None = None  # that it was read from
     identity: str = "in-memory"  # hash of its file: part of the record, as starts change vectors
+
+    def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
+        """True if what the recipe asks of this model is what the encoder was trained for."""
+        return True
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> OnePassEncoder:

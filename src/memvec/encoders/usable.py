@@ -24,6 +24,7 @@ from memvec.usable.queries import behind_bos
 from memvec.usable.starts import last_embeddings
 
 if TYPE_CHECKING:
+    from memvec.cramming.recipe import Recipe
     from memvec.model.lm import FrozenLM
 
 
@@ -55,18 +56,25 @@ class UsableNetwork(nn.Module):
 
 
 class UsableEncoder(TrainedEncoder):
-    """A usable network as an encoder: passages (B, T) to vectors (B, K, D), K <= S."""
+    """A usable network as an encoder: passages (B, T) to vectors (B, K, D), K <= S.
+
+    `trigger` is the identity of the crammed trigger that it was trained with; None: BOS.
+    """
 
     kind = "usable"
     for_use = True
     network: UsableNetwork
 
-    def __init__(self, network: UsableNetwork) -> None:
-        self.network = network.eval()
+    def __init__(self, network: UsableNetwork, trigger: str | None = None) -> None:
+        self.network, self.trigger = network.eval(), trigger
         self.max_vectors = len(network.summary)
 
+    def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
+        """True for the model's own trigger and front, if it is still the one of the training."""
+        return recipe.trigger == recipe.front == "auto" and own_trigger_of(lm) == self.trigger
+
     def to(self, device: torch.device, dtype: torch.dtype) -> UsableEncoder:
-        return UsableEncoder(self.network.to(device).requires_grad_(False))
+        return UsableEncoder(self.network.to(device).requires_grad_(False), self.trigger)
 
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
         network = self.network
@@ -79,8 +87,13 @@ class UsableEncoder(TrainedEncoder):
         return network.share[:K].float() * last_embeddings(lm, ids, K) + added
 
     def settings(self) -> dict[str, Any]:
-        """The linear maps that it adapts; slots and rank are those of its tensors."""
-        return {"modules": self.network.adapters.names}
+        """The linear maps that it adapts, and its trigger; slots and rank are in its tensors."""
+        return {"modules": self.network.adapters.names, "trigger": self.trigger}
+
+
+def own_trigger_of(lm: FrozenLM) -> str | None:
+    """The identity of the crammed trigger in the model's folder; None: it has none."""
+    return None if lm.own_trigger is None else lm.own_trigger.identity
 
 
 def fresh(lm: FrozenLM, *, slots: int, rank: int) -> UsableNetwork:
@@ -94,7 +107,8 @@ def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
     Raises MemvecError if its tensors do not fit the model. Slots and rank are those of its tensors,
     so no file asks for more memory than it holds.
     """
-    modules = [str(name) for name in json.loads(file.metadata["shape"])["modules"]]
+    shape = json.loads(file.metadata["shape"])
+    modules, trigger = [str(name) for name in shape["modules"]], shape.get("trigger")
     slots = len(file.tensors["summary"])
     rank = len(file.tensors["adapters.down.0"])
     states = state_width(lm)
@@ -106,4 +120,4 @@ def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
         raise MemvecError(
             f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
         ) from None
-    return UsableEncoder(network)
+    return UsableEncoder(network, None if trigger is None else str(trigger))

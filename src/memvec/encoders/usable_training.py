@@ -20,7 +20,7 @@ from torch import Tensor
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
 from memvec.encoders.training_run import Plan, TrainingRun
-from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh
+from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.usable.around import MADE_BY
@@ -75,8 +75,7 @@ class UsableTraining(TrainingRun):
                 f"{lm.name} has no BOS token and no trigger in its folder to ask for a passage "
                 f"with: make one with {MADE_BY}."
             )
-        trigger = lm.own_trigger
-        self.identity["trigger"] = None if trigger is None else trigger.identity
+        self.identity["trigger"] = own_trigger_of(lm)
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
         self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
         self.network.to(lm.device)
@@ -132,4 +131,4 @@ class UsableTraining(TrainingRun):
 
     def _finished(self) -> UsableEncoder:
         """The encoder, rounded as its file keeps it: in half of float32's bytes."""
-        return UsableEncoder(self.network.to(torch.bfloat16))
+        return UsableEncoder(self.network.to(torch.bfloat16), own_trigger_of(self.lm))

@@ -60,13 +60,20 @@ def examine(
         "logits": "only where needed" if lm.has_split_head else "whole model each time",
         "one-pass encoder": "yes" if lm.encoder is not None else "no",
         "for use": f"trigger: {'its own' if lm.own_trigger else 'BOS' if lm.trigger else 'none'}, "
-        f"encoder: {'yes' if lm.usable_encoder else 'no'}",
+        f"encoder: {_encoder_for_use(lm)}",
     }
     failed = [check for check in results if not check.ok]
     if not failed:
         report["facts"]["speed"] = f"{speed(lm):.0f} tokens per second, forward and backward"
     reason = f"'{failed[0].name}' fails, {failed[0].detail}" if failed else None
     return report | {"can_be_crammed": not failed, "reason": reason}
+
+
+def _encoder_for_use(lm: FrozenLM) -> str:
+    """Whether vectors for use begin from an encoder."""
+    if lm.usable_encoder is None:
+        return "no"
+    return "yes" if lm.usable_encoder.fits(lm, Recipe.of("usable")) else "of another trigger"
 
 
 def speed(lm: FrozenLM, tokens: int = 64, batch_size: int = 16, seconds: float = 2.0) -> float:
