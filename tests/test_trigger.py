@@ -215,8 +215,10 @@ def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
         MemVectors(mem.vectors, mem.header)
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header, {**mem.soft, "trigger": mem.soft["trigger"][:, 0]})
-    with pytest.raises(MemvecError, match="and 2 in front"):
-        MemVectors(mem.vectors, mem.header, {"trigger": mem.soft["trigger"]})
+    for front in (None, torch.ones(2, 1)):
+        other = {"trigger": mem.soft["trigger"]} | ({} if front is None else {"front": front})
+        with pytest.raises(MemvecError, match="and 2 in front"):
+            MemVectors(mem.vectors, mem.header, other)
     file = mem.save(tmp_path / "a.mem")
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in ("vectors", "trigger", "front")}
@@ -240,6 +242,17 @@ def test_other_software_gets_it_as_vectors(mem, tmp_path):
         assert torch.equal(prompt.vectors[1:3], mem.soft["front"])
         assert torch.equal(prompt.vectors[5:], mem.soft["trigger"])
         assert decode_ids(lm, prompt.vectors[None], [record.tokens]) == [ids]
+
+
+@pytest.mark.parametrize("base", [Recipe.of("prefix"), Recipe(space="shared-basis", dimensions=24)])
+def test_spaces_take_what_is_behind_the_vectors_only(trigger_file, tmp_path, base):
+    recipe = replace(base, start_rule="bos", trigger=str(trigger_file), front="auto")
+    mem = codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    header = again.header
+    assert (header.front, header.soft_trigger, header.soft_front) == ("none", 3, 0)
+    assert again.exact
+    assert codec.decode(reader("words"), again) == [TEXT]
 
 
 def test_another_trigger_under_the_same_name_is_another_setting(trigger_file):
@@ -376,6 +389,11 @@ def test_what_is_no_trigger_of_this_model_is_refused(trigger_file, tmp_path):
         save_trigger(broken, replace(lost, **{part: getattr(lost, part) * torch.inf}), lm, {})
         with pytest.raises(MemvecError, match="damaged"):
             load_trigger(broken, lm)
+    with safe_open(trigger_file, framework="pt") as opened:
+        tensors, metadata = {"trigger": opened.get_tensor("trigger")}, opened.metadata()
+    save_file(tensors | {"front": torch.ones(2, lm.width + 1)}, broken, metadata)
+    with pytest.raises(MemvecError, match="damaged"):
+        load_trigger(broken, lm)
 
 
 def test_a_training_that_cannot_work_is_refused(tmp_path):

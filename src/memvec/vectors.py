@@ -63,7 +63,8 @@ class MemVectors:
         self.soft = {name: rows.detach().float().cpu() for name, rows in (soft or {}).items()}
         counts = {"trigger": header.soft_trigger, "front": header.soft_front}
         shapes = [(len(self.soft.get(name, ())), n) for name, n in counts.items()]
-        if any(a != b for a, b in shapes) or any(rows.dim() != 2 for rows in self.soft.values()):
+        widths = {rows.shape[1:] for rows in self.soft.values()}
+        if any(a != b for a, b in shapes) or any(len(w) != 1 for w in widths) or len(widths) > 1:
             raise MemvecError(
                 f"these vectors need a trigger of {header.soft_trigger} soft tokens and "
                 f"{header.soft_front} in front by their header, which did not come with them."

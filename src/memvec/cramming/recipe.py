@@ -229,10 +229,10 @@ class Recipe:
         return self if self.lr else replace(self, lr=0.5 if family == "gpt_neox" else 0.1)
 
     def record(self) -> dict[str, Any]:
-        """As a plain dictionary, for files and stores; with its space if that is not the input."""
-        record = asdict(self)
-        return (
-            record
-            if self.space != "inputs"
-            else {name: value for name, value in record.items() if name not in ("space", "layer")}
-        )
+        """As a plain dictionary, for files and stores; with its space and front if it has one.
+
+        Without them it is as it was before there were such fields.
+        """
+        absent = {"space", "layer"} if self.space == "inputs" else set()
+        absent |= {"front"} if self.front == "none" else set()
+        return {name: value for name, value in asdict(self).items() if name not in absent}

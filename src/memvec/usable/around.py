@@ -52,7 +52,7 @@ def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
     It can stand in front of inputs that a passage follows, in a model that has a BOS. Soft tokens
     in front of the vectors stay. Raises MemvecError for 'bos' where it cannot.
     """
-    fits = lm.layout == "prefix" and lm.reading.space == "inputs"
+    fits = _takes_front(lm)
     if front == "bos" and lm.bos_id is None:
         raise MemvecError(f"{lm.name} has no BOS token to put in front of vectors: use front=none.")
     if front == "bos" and not fits:
@@ -77,12 +77,14 @@ def front_rows(lm: FrozenLM) -> Float[Tensor, "F D"]:
 def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM:
     """The model with another token, or soft tokens, between the vectors and the passage; None: BOS.
 
-    Raises MemvecError for a token that the model does not have, or rows of another width.
+    Soft tokens in front of the vectors are left out where nothing can stand there. Raises
+    MemvecError for a token that the model does not have, or rows of another width.
     """
     if trigger is None and lm.other_trigger is None:
         return lm
     if isinstance(trigger, CrammedTrigger):
-        return with_soft_tokens(lm, trigger.table, len(trigger.rows))
+        table = trigger.table if _takes_front(lm) else trigger.rows
+        return with_soft_tokens(lm, table, len(trigger.rows))
     if trigger is not None and not 0 <= trigger < lm.vocab_size:
         raise MemvecError(
             f"{lm.name} has no token {trigger} to use as a trigger: its vocabulary has "
@@ -130,6 +132,11 @@ def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     counts = {f"soft_{name}": len(soft.get(name, ())) for name in ("trigger", "front")}
     token = other[0] if other is not None and not soft else None
     return {"front": "bos" if _tokens(lm) else "none", "trigger": token, **counts}, soft
+
+
+def _takes_front(lm: FrozenLM) -> bool:
+    """True if something can stand in front of the vectors: they are inputs before a passage."""
+    return lm.layout == "prefix" and lm.reading.space == "inputs"
 
 
 def _tokens(lm: FrozenLM) -> tuple[int, ...]:

@@ -114,6 +114,7 @@ def stored_trigger(path: Path, lm: FrozenLM) -> tuple[CrammedTrigger, dict[str, 
         ) from None
     parts = [rows] if front is None else [rows, front]
     shaped = all(part.dim() == 2 and len(part) for part in parts)
+    shaped = shaped and parts[0].shape[1] == parts[-1].shape[1]
     if not shaped or not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MemvecError(f"{path} holds no trigger, or one that is not finite: it is damaged.")
     if not made_for.matches(lm.fingerprint):
