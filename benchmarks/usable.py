@@ -29,7 +29,7 @@ import torch
 from common import arguments, report, save_figure
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import start_of
+from memvec.cramming.starts import start_of, triggered
 from memvec.lab.statistics import share_interval
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
@@ -56,13 +56,16 @@ def setting(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of one length and number of vectors, a row for each context; and the RESULT of it."""
     asked = [Passage(text.ids[:T], i) for i, text in enumerate(texts)]
+    view = triggered(lm, options.recipe)
     usable = crammed(lm, asked, options.recipe, K, options.batch_size)
     plain = crammed(lm, asked, EXACT_FROM_NOISE, K, options.batch_size)
     measured = []
     for i, text in enumerate(texts):
         if usable[i].exact:
-            exact_only = plain[i].vectors.float() if plain[i].exact else None
-            contexts = contexts_of(lm, usable[i].vectors.float(), text.ids[:T], exact_only)
+            contexts = contexts_of(view, usable[i].vectors.float(), text.ids[:T], None)
+            if plain[i].exact:  # as they were crammed: nothing in front
+                own = contexts_of(lm, plain[i].vectors.float(), text.ids[:T], None)
+                contexts[EXACT_ONLY] = own[VECTORS]
             measured.append(behind_each(lm, contexts, torch.tensor([text.ids[T:]])))
     exact = share_interval(len(measured), len(texts))
     read = len(asked) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0

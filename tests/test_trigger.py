@@ -140,7 +140,9 @@ def test_what_is_in_front_is_read_as_vectors_would_be(family, front, P):
 def test_a_front_is_as_it_was_asked_for(asked):
     lm = tiny()
     bos = () if asked == "none" else (lm.bos_id,)
-    view = triggered(lm, Recipe(front=asked, start_rule="bos"))
+    recipe = Recipe(front=asked, start_rule="bos")
+    assert recipe.record().get("front", "none") == asked  # absent where nothing stands there
+    view = triggered(lm, recipe)
     assert (view.front, lm.front) == (bos, ())
     both = with_front(with_trigger(lm, soft_for(lm, 3, 2)), asked)
     assert both.front[: len(bos)] == bos
