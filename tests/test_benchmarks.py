@@ -11,6 +11,7 @@ import torch
 from conftest import FrozenLM, build, passages, tiny
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import triggered
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 PROGRAMS = [
@@ -331,3 +332,29 @@ def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(t
             torch.testing.assert_close(answer.vectors, expected)
     assert [(answer.reached, answer.steps) for answer in seed] == [(5, 7), (5, 7)]
     assert [(answer.reached, answer.steps) for answer in full] == [(8, 3), (7, 3)]
+
+
+def test_usable_vectors_are_measured_as_they_were_crammed():
+    """Behind their front and their trigger: KL by the slow path, which knows neither engine."""
+    from types import SimpleNamespace
+
+    from memvec.lab import slow_use
+    from memvec.passages.passage import Passage
+    from usable import CONTINUATION, crammed, setting
+
+    lm, T = tiny(), 4
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, lm.vocab_size, (2, T + CONTINUATION), generator=generator).tolist()
+    texts = [Passage(tuple(row), i) for i, row in enumerate(ids)]
+    recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=4, query_count=2)
+    _, result = setting(lm, texts, T, 2, SimpleNamespace(recipe=recipe, batch_size=2))
+    asked = [Passage(text.ids[:T], i) for i, text in enumerate(texts)]
+    outcomes = crammed(lm, asked, recipe, 2, 2)
+    view, found = triggered(lm, recipe), []
+    for i, text in enumerate(texts):
+        before = slow_use.context_ids(lm, text.ids[:T], 2)["text"]
+        vectors, words = outcomes[i].vectors, [text.ids[T:]]
+        found.append(slow_use.divergence_and_nll(view, vectors, [], before, words)[0])
+    assert view.front == (lm.bos_id,)
+    assert result["exact"] == 1
+    assert result["kl"] == pytest.approx(sum(found) / 2, rel=2e-3)
