@@ -32,7 +32,7 @@ def usable() -> Recipe:
 
 
 def usable_quick() -> Recipe:
-    """The same in a tenth of the steps, for a model with a usable encoder (docs/usable.md).
+    """The same in a fourteenth of the steps, for a model with a usable encoder (docs/usable.md).
 
     Its few queries are enough for its few steps: to sample them and to read them behind the text
     costs less than a passage of exact vectors.
@@ -40,10 +40,10 @@ def usable_quick() -> Recipe:
     return replace(
         usable(),
         start="encoder",
-        term_weight=36.0,
-        settle=26,
-        decay=26,
-        query_count=12,
+        term_weight=72.0,
+        settle=22,
+        decay=22,
+        query_count=6,
         query_tokens=24,
         lr=0.1,
     )
