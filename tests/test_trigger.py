@@ -171,12 +171,12 @@ def test_a_model_is_not_changed_by_a_view_of_it():
         with_trigger(lm, CrammedTrigger(torch.zeros(2, lm.width + 1)))
 
 
-@pytest.mark.parametrize("P", [0, 2])
+@pytest.mark.parametrize("P", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_passages_are_exact_behind_it(family, P):
     lm = tiny(family)
     view = with_trigger(with_front(lm, "auto" if P else "none"), soft_for(lm, 3, P))
-    recipe = Recipe(start="noise", start_rule="bos", steps=600, patience=600)
+    recipe = Recipe(start="noise", start_rule="bos", steps=1500, patience=1500)
     engine = Engine(view, recipe, vectors=2, batch_size=3)
     around = 2 + 3 + len(view.front)
     assert engine.max_tokens() is None or engine.max_tokens() == lm.context - around
@@ -281,7 +281,7 @@ def test_the_built_in_models_own_trigger_is_of_its_weights():
     lm = load_lm("pocket")
     assert lm.own_trigger.rows.shape == (4, lm.width)
     assert lm.description()["trigger"] == lm.own_trigger.identity
-    assert torch.equal(triggered(lm, Recipe.of("usable")).soft, lm.own_trigger.rows)
+    assert torch.equal(triggered(lm, Recipe.of("usable")).soft, lm.own_trigger.table)
 
 
 def test_a_quantized_model_does_without_its_folders_trigger():
