@@ -87,7 +87,9 @@ def test_each_column_puts_its_own_in_the_context_s_place():
         assert embedded[name].exact is None
     slots = {name: stand.slots for name, stand in embedded.items()}
     assert slots == {"full": 7, "none": 0, "truncated": 6, "crammed": 6}, "7 tokens in 3 passages"
-    assert embedded["crammed"].inputs.shape == (1, 6, lm.width)
+    inputs = embedded["crammed"].inputs  # behind BOS, too
+    assert inputs.shape == (1, 1 + 6, lm.width)
+    assert torch.equal(inputs[:, :1], lm.embed(torch.tensor([bos])))
     assert embedded["crammed"].exact is True
     assert Column(lm, "crammed", **SIZES).stand_in(()).slots == 0
 

@@ -11,9 +11,10 @@ the batch stays full and nobody waits for the slowest. Passages keep their slots
 certified: a run that is killed loses no more than its slots.
 
 Slots share nothing but a batch: losses are summed, moments and step counts are per slot, and seeds
-come from token ids. At a fixed batch shape a passage's vectors are bit-equal whoever is beside it;
-`fixed_shapes=True` keeps the shape fixed to the end, otherwise empty slots are dropped and columns
-that nobody counts are left out, which changes rounding only.
+come from token ids. At a fixed batch shape and in the same slot a passage's vectors are bit-equal
+whoever is beside it; `fixed_shapes=True` keeps the shape fixed to the end, otherwise empty slots
+are dropped and columns that nobody counts are left out. That, and another slot, changes rounding
+only.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 
 from memvec import registry
 from memvec.errors import MemvecError
-from memvec.usable.around import FrontName
 
 StartRuleName = Literal["vectors", "bos", "first-token", "paper"]
+FrontName = Literal["none", "bos", "auto"]
 UnitName = Literal["spread", "logits"]
 ComputeName = Literal["auto", "model", "bfloat16"]
 NotExactName = Literal["raise-margin", "stop"]

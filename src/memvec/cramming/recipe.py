@@ -21,6 +21,7 @@ from memvec.cramming.fields import (
     MINIMUM,
     REGISTERED,
     ComputeName,
+    FrontName,
     NotExactName,
     StartRuleName,
     UnitName,
@@ -28,7 +29,6 @@ from memvec.cramming.fields import (
     converted,
 )
 from memvec.errors import MemvecError, did_you_mean
-from memvec.usable.around import FrontName
 
 
 def documented(default: Any, text: str) -> Any:

@@ -14,18 +14,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec.cramming.fields import FrontName
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-FrontName = Literal["none", "bos", "auto"]
 MADE_BY = "memvec trigger train"
 
 
