@@ -127,8 +127,8 @@ class Header(Record):
             raise ValueError("one-step vectors are inputs that are not followed by tokens")
         if (self.front != "none" or self.soft_front) and (self.layout != "prefix" or self.space):
             raise ValueError("tokens stand in front of inputs that a passage follows only")
-        token = self.start_rule != "bos" or self.trigger is not None or not self.soft_trigger
-        if (self.soft_trigger or self.soft_front) and token:
+        misplaced = self.start_rule != "bos" or self.trigger is not None or not self.soft_trigger
+        if (self.soft_trigger or self.soft_front) and misplaced:
             raise ValueError("a crammed trigger stands where BOS or another token would")
         if sum(d.passages for d in self.documents) != len(self.passages):
             raise ValueError("the documents do not add up to the passages")

@@ -14,7 +14,7 @@ from memvec.engines.request import Prompt
 from memvec.engines.run import known, refuse_model, run_engine
 from memvec.errors import MemvecError, check_minimum
 from memvec.export.target import embedded
-from memvec.usable.around import front_rows
+from memvec.usable.around import in_full
 from memvec.usable.generate import SHORTER, check_room, end_ids, in_a_row
 
 if TYPE_CHECKING:
@@ -133,15 +133,13 @@ def passage_prompts(mem: MemVectors, lm: FrozenLM) -> tuple[list[Prompt], list[l
     plain = mem.header.start_rule == "bos" and not mem.soft
     view = mem.view(lm)
     trigger = list(view.trigger) if plain else []
-    front = front_rows(view).float().cpu()
     prompts, starts = [], []
     for vectors, record in zip(mem.vectors, mem.passages, strict=True):
         begins = [] if record.first is None else [record.first]
         given = trigger or begins
         wanted = record.tokens - len(begins)
         # As the model reads them: rounded to its dtype.
-        soft = [mem.soft["trigger"]] if mem.soft else []
-        cast = torch.cat([front, vectors.float(), *soft]).to(lm.dtype).to(torch.float32)
+        cast = in_full(view, vectors).to(lm.dtype).to(torch.float32)
         prompts.append(Prompt(cast, given, wanted, embedded(given, lm).float()))
         starts.append(begins)
     return prompts, starts

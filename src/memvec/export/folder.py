@@ -19,14 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from memvec.environment import environment
 from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target
 from memvec.header import PassageRecord
 from memvec.passages.passage import ids_hash
-from memvec.usable.around import front_rows
+from memvec.usable.around import in_full
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json
 
@@ -117,12 +115,8 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
             "it without --corrections."
         )
     view, given = mem.view(lm), tuple[int, ...]()
-    # What all passages share, front and soft tokens, is vectors to everybody else.
-    soft = [mem.soft["trigger"]] if mem.soft else []
-    vectors = mem.vectors[i]
-    if view.front or soft:
-        vectors = torch.cat([front_rows(view).float().cpu(), vectors.float(), *soft])
-    if rule == "bos" and not soft:
+    vectors = in_full(view, mem.vectors[i]) if view.front or mem.soft else mem.vectors[i]
+    if rule == "bos" and not mem.soft:
         given = view.trigger
         if not given:
             raise MemvecError(f"{lm.name} has no BOS token, and these vectors need one.")

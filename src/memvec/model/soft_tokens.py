@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 
+def first_soft_id(lm: FrozenLM) -> int:
+    """The id of the first soft token; those below it are the model's own."""
+    return len(lm.embedding.weight)  # type: ignore[arg-type]
+
+
 def embedded(lm: FrozenLM, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
     """Embeddings of token ids, soft tokens among them; gradients flow to the soft tokens."""
     assert lm.soft is not None
-    rows = len(lm.embedding.weight)  # type: ignore[arg-type]
-    soft = ids >= rows
+    first = first_soft_id(lm)
+    soft = ids >= first
     plain: Tensor = lm.embedding(ids.masked_fill(soft, 0))
-    own = lm.soft.to(plain.dtype)[(ids - rows).clamp_min(0)]
+    own = lm.soft.to(plain.dtype)[(ids - first).clamp_min(0)]
     return torch.where(soft[..., None], own, plain)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from memvec.cramming.fields import FrontName
 from memvec.errors import MemvecError
+from memvec.model.soft_tokens import first_soft_id
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -74,6 +75,15 @@ def front_rows(lm: FrozenLM) -> Float[Tensor, "F D"]:
     return lm.behind_front(torch.empty(1, 0, lm.width, device=lm.device))[0]
 
 
+def in_full(lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "N D"]:
+    """Vectors with the front before them and the soft tokens behind, float32 on the CPU.
+
+    `lm` is the view that reads them. Other software knows no soft tokens: to it all are vectors.
+    """
+    behind = recorded(lm)[1].get("trigger", vectors[:0])
+    return torch.cat([part.float().cpu() for part in (front_rows(lm), vectors, behind)])
+
+
 def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM:
     """The model with another token, or soft tokens, between the vectors and the passage; None: BOS.
 
@@ -106,7 +116,7 @@ def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], behind: int) -> 
             f"this trigger has vectors of {table.shape[1]} numbers and {lm.name} takes "
             f"{lm.width}: train one for this model with {MADE_BY}."
         )
-    first = _rows(lm)
+    first = first_soft_id(lm)
     ids = range(first, first + len(table))
     view = copy.copy(lm)
     view.soft = table.to(lm.device)
@@ -141,8 +151,4 @@ def _takes_front(lm: FrozenLM) -> bool:
 
 def _tokens(lm: FrozenLM) -> tuple[int, ...]:
     """What stands in front of the vectors, without soft tokens."""
-    return tuple(token for token in lm.front if token < _rows(lm))
-
-
-def _rows(lm: FrozenLM) -> int:
-    return len(lm.embedding.weight)  # type: ignore[arg-type]
+    return tuple(token for token in lm.front if token < first_soft_id(lm))
