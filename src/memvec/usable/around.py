@@ -58,8 +58,8 @@ def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
         raise MemvecError(f"{lm.name} has no BOS token to put in front of vectors: use front=none.")
     if front == "bos" and not fits:
         raise MemvecError(
-            f"BOS stands in front of inputs that a passage follows, not of {lm.reading.space} in "
-            f"the layout '{lm.layout}': use front=none."
+            f"BOS can stand in front of inputs that a passage follows, which vectors in the space "
+            f"'{lm.reading.space}' with the layout '{lm.layout}' are not: use front=none."
         )
     tokens = (lm.bos_id,) if front != "none" and fits and lm.bos_id is not None else ()
     if tokens == _tokens(lm):
@@ -135,7 +135,7 @@ def surrounded(
 
 
 def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file says of them (fields of its header), and the soft tokens by name."""
+    """Front and trigger of a view as fields of a file's header, and its soft tokens by name."""
     other, behind = lm.other_trigger, len(lm.trigger)
     soft = {} if lm.soft is None else {"trigger": lm.soft[:behind], "front": lm.soft[behind:]}
     soft = {name: rows for name, rows in soft.items() if len(rows)}
