@@ -8,8 +8,8 @@ text, and the share of the text's gain that is kept. Controls: nothing, the last
 tokens of the text, and vectors that are exact only. Only passages that are exact count, and n says
 how many of how many. `cost` is forward-backward tokens of a passage over those of exact-only
 vectors of the same number from noise; the pass of an encoder that begins counts as one of them.
-`cost_queries` has the queries besides: to sample them, and to read them behind the text, are
-forward passes, which count a third.
+`cost_queries` has the queries besides: they are sampled behind the text by forward passes, which
+count a third.
 
 RESULT is for the first --tokens and --vectors: `exact` (share of passages), `kept`, `kl` and
 `kl_none` (nats per token), `over_truncation` (KL of the last N K tokens over KL of the vectors,
@@ -112,12 +112,12 @@ def setting(
 
 
 def query_tokens(T: int, recipe: Recipe) -> int:
-    """Tokens that forward passes read to sample the queries of a passage, and to teach with them.
+    """Tokens that forward passes read to sample the queries of a passage.
 
-    The model continues BOS and the text once for each, through its cache, and then reads them.
+    Each reads BOS and the text and continues them through the cache. What the model says on the way
+    is what the queries teach: nothing is read a second time.
     """
-    M, L = recipe.query_count, recipe.query_tokens
-    return (1 + T) + M * L + M * (1 + T + L)
+    return recipe.query_count * (1 + T + recipe.query_tokens - 1)
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
@@ -124,6 +125,22 @@ def test_what_is_kept_of_a_passage_depends_on_it_alone():
         assert torch.equal(together.log_p[row], alone.log_p[0])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("top", [1, 7, 10_000])
+def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
+    lm, recipe = triggered(family)
+    recipe = replace(recipe, teacher_top=top, query_count=BATCH + 1)  # two batches of samples
+    ids = passages(4)[0].ids
+    words, _, said = queries.continuations(lm, ids, recipe)
+    again = teacher.said_behind(lm, queries.text_inputs(lm, ids), words, top)
+    assert said is not None
+    assert said.top.shape == (len(words), 5, min(top, lm.vocab_size - 1))
+    torch.testing.assert_close(said.log_p, again.log_p, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(said.log_rest.exp(), again.log_rest.exp(), atol=1e-4, rtol=1e-3)
+    assert said.top.dtype == again.top.dtype
+    assert float((said.top == again.top).float().mean()) > 0.99  # but for ties
+
+
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 @pytest.mark.slow
 def test_a_passage_does_not_feel_its_neighbours(family):
@@ -158,7 +175,7 @@ def test_the_second_loss_falls_and_exactness_stays(family):
         inputs = {o.passage.ids: o.vectors[None].float() for o in outcomes}
         total = 0.0
         for ids, vectors in inputs.items():
-            words, _ = queries.continuations(engine.lm, ids, replace(recipe, seed=77))
+            words, *_ = queries.continuations(engine.lm, ids, replace(recipe, seed=77))
             text = queries.text_inputs(engine.lm, ids).expand(len(words), -1, -1)
             behind = engine.lm.behind_front(vectors.expand(len(words), -1, -1))
             p = lm.head(teacher.states_behind(lm, text, words)).log_softmax(-1)
@@ -315,8 +332,11 @@ def test_bad_queries_are_a_sentence(tmp_path):
 def test_questions_of_a_person_are_queries(tmp_path):
     lm, file = reader("words"), tmp_path / "questions.txt"
     file.write_text("the cat\nfox\n")
-    rows, length = queries.queries_of(lm, lm.tokenize("a dog"), replace(USABLE, queries=str(file)))
+    rows, length, said = queries.queries_of(
+        lm, lm.tokenize("a dog"), replace(USABLE, queries=str(file))
+    )
     assert rows.shape == (2, USABLE.query_tokens)
+    assert said is None  # a question is not sampled
     assert length.tolist() == [USABLE.query_tokens] * 2
     assert rows[0, :2].tolist() == lm.tokenize("the cat")
 

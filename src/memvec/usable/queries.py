@@ -4,7 +4,7 @@ A query is a row of token ids. The model that has read the text and the model th
 predict each of them, and the two are compared (memvec.usable.term). A source of queries is
 
     @register("queries", "mine")
-    def mine(lm, ids, recipe):      # token ids of the passage -> (M, L) and the length of each row
+    def mine(lm, ids, recipe):      # token ids of the passage -> Queries, or (M, L) and (M)
         ...
 
 Everything random comes from the passage's own token ids and the recipe's seed.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,9 +27,19 @@ from memvec.decoding import BATCH, free_running
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
+from memvec.usable.teacher import Said, likeliest
 
-# Query ids (M, L), right-padded with 0, and the tokens of each row (M).
-Queries = tuple[Int[Tensor, "M L"], Int[Tensor, " M"]]
+
+class Queries(NamedTuple):
+    """The queries of a passage: ids (M, L), right-padded with 0, and the tokens of each row (M).
+
+    `said` is what the model says behind the text at each of them, where the source has it from
+    sampling them there: the `teacher_top` likeliest tokens.
+    """
+
+    ids: Int[Tensor, "M L"]
+    length: Int[Tensor, " M"]
+    said: Said | None = None
 
 
 def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
@@ -54,24 +65,29 @@ def continued(
     inputs: Float[Tensor, "B N D"],
     tokens: int,
     generator: torch.Generator | None = None,
-) -> Int[Tensor, "B n"]:
-    """What the model writes behind some inputs, `tokens` tokens.
+    top: int = 0,
+) -> tuple[Int[Tensor, "B n"], list[Said]]:
+    """What the model writes behind some inputs, `tokens` tokens, and what it says at each of them.
 
-    Sampled at temperature 1, or greedy without a generator.
+    Sampled at temperature 1, or greedy without a generator. What it says is its `top` likeliest
+    tokens, one entry for each position; empty for 0.
     """
+    said: list[Said] = []
 
     def choose(logits: Tensor, i: int) -> Tensor:
+        if top:
+            said.append(likeliest(logits, min(top, lm.vocab_size - 1)))
         if generator is None:
             return logits.argmax(-1)
         shares = logits.softmax(-1).cpu()  # drawn on the CPU: the same everywhere
         return torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
 
-    return torch.stack(list(free_running(lm, inputs, tokens, choose)), 1)
+    return torch.stack(list(free_running(lm, inputs, tokens, choose)), 1), said
 
 
 def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     """Texts that the model itself writes after the passage, sampled at temperature 1."""
-    return _sampled(lm, text_inputs(lm, ids), ids, recipe)
+    return _sampled(lm, text_inputs(lm, ids), ids, recipe, recipe.teacher_top)
 
 
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
@@ -93,10 +109,10 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
             )
         behind = lm.embed(torch.tensor([asked], device=lm.device))
         inputs = torch.cat([text, behind], 1)
-        answer = continued(lm, inputs, recipe.query_tokens - len(asked))[0].cpu()
-        rows.append(torch.cat([torch.tensor(asked, dtype=torch.long), answer]))
+        answer, _ = continued(lm, inputs, recipe.query_tokens - len(asked))
+        rows.append(torch.cat([torch.tensor(asked, dtype=torch.long), answer[0].cpu()]))
         lengths.append(len(rows[-1]))
-    return torch.stack(rows), torch.tensor(lengths)
+    return Queries(torch.stack(rows), torch.tensor(lengths))
 
 
 def questions_of(path: Path) -> list[str]:
@@ -124,8 +140,7 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
             f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens or --tokens."
         )
     if recipe.queries in registry.names("queries"):
-        found: Queries = registry.get("queries", recipe.queries)(lm, ids, recipe)
-        return found
+        return Queries(*registry.get("queries", recipe.queries)(lm, ids, recipe))
     path = Path(recipe.queries)
     if not path.exists():
         names = registry.names("queries")
@@ -137,13 +152,21 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
 
 
 def _sampled(
-    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Sequence[int], recipe: Recipe
+    lm: FrozenLM,
+    inputs: Float[Tensor, "1 N D"],
+    ids: Sequence[int],
+    recipe: Recipe,
+    top: int = 0,
 ) -> Queries:
     M, L = recipe.query_count, recipe.query_tokens
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
 
-    def work(rows: slice) -> list[Tensor]:
+    def work(rows: slice) -> list[tuple[Tensor, ...]]:
         n = len(range(M)[rows])
-        return list(continued(lm, inputs.expand(n, -1, -1), L, generator).cpu())
+        written, said = continued(lm, inputs.expand(n, -1, -1), L, generator, top)
+        parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
+        return list(zip(written.cpu(), *parts, strict=True))
 
-    return torch.stack(memory.in_batches(work, M, BATCH)), torch.full((M,), L)
+    found = memory.in_batches(work, M, BATCH)
+    written, *said = (torch.stack(part) for part in zip(*found, strict=True))
+    return Queries(written, torch.full((M,), L), Said(*said) if said else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +21,14 @@ from memvec.model.heads import Head
 from memvec.model.lm import FrozenLM
 
 SMALLEST_MASS = 1e-7  # of what is outside the kept tokens, so that its logarithm is finite
+
+
+class Said(NamedTuple):
+    """What a model says at some positions: its n likeliest tokens, and the rest."""
+
+    top: Int[Tensor, "*shape n"]  # token ids
+    log_p: Float[Tensor, "*shape n"]  # their log-probabilities, nats
+    log_rest: Float[Tensor, "*shape"]  # log of the mass of all others, nats
 
 
 @dataclass
@@ -34,25 +43,18 @@ class Teacher(Rows):
 
 
 @torch.no_grad()
-def teacher_of(
-    lm: FrozenLM,
-    inputs: Float[Tensor, "1 N D"],
-    queries: Int[Tensor, "M L"],
-    length: Int[Tensor, " M"],
-    top: int,
-) -> Teacher:
-    """The distributions of the model behind some inputs (the text) at each token of the queries."""
+def said_behind(
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], queries: Int[Tensor, "M L"], top: int
+) -> Said:
+    """What the model says behind some inputs (the text) at each token of the queries."""
     n, L = min(top, lm.vocab_size - 1), queries.shape[1]
     at_once = max(1, memory.LOGITS_AT_ONCE // (lm.vocab_size * L))
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[Said] = []
     for at in range(0, len(queries), at_once):
         rows = queries[at : at + at_once].to(lm.device)
         states = states_behind(lm, inputs.expand(len(rows), -1, -1), rows)
-        kept.append(likeliest(lm.head(states), n))
-    tops, log_p, log_rest = (torch.cat(parts)[None] for parts in zip(*kept, strict=True))
-    return Teacher(
-        queries[None].to(lm.device), length[None].to(lm.device), tops.int(), log_p, log_rest
-    )
+        found.append(likeliest(lm.head(states), n))
+    return Said(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def states_behind(
@@ -130,9 +132,9 @@ def joined(teachers: Sequence[Teacher]) -> Teacher:
     return first
 
 
-def likeliest(logits: Float[Tensor, "*shape V"], n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The n likeliest tokens, their log-probabilities, and that of all others; nats."""
+def likeliest(logits: Float[Tensor, "*shape V"], n: int) -> Said:
+    """The n likeliest tokens, and what is left for all others."""
     log_p = logits.log_softmax(-1)
     values, ids = log_p.topk(n, dim=-1)
     rest = (1 - values.exp().sum(-1)).clamp_min(SMALLEST_MASS)
-    return ids, values, rest.log()
+    return Said(ids.int(), values, rest.log())

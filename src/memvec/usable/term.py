@@ -26,7 +26,7 @@ from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
 from memvec.usable.certificate import certify_use
 from memvec.usable.queries import queries_of, text_inputs
-from memvec.usable.teacher import Teacher, answer_positions, divergence_at, joined, teacher_of
+from memvec.usable.teacher import Teacher, answer_positions, divergence_at, joined, said_behind
 from memvec.vectors import MemVectors
 
 
@@ -101,6 +101,10 @@ class Use(Term):
 
     def _teacher(self, passage: Passage) -> Teacher:
         # A passage alone: what is computed for it does not depend on who is beside it.
-        queries, length = queries_of(self.lm, passage.ids, self.recipe)
-        text = text_inputs(self.lm, passage.ids)
-        return teacher_of(self.lm, text, queries, length, self.recipe.teacher_top)
+        lm, ids = self.lm, passage.ids
+        asked = queries_of(lm, ids, self.recipe)
+        said = asked.said or said_behind(
+            lm, text_inputs(lm, ids), asked.ids, self.recipe.teacher_top
+        )
+        queries, length = asked.ids.to(lm.device), asked.length.to(lm.device)
+        return Teacher(queries[None], length[None], *(part[None] for part in said))
