@@ -75,6 +75,24 @@ def test_lengths_come_from_information_where_none_is_given(monkeypatch):
     assert len(known.passages) >= len(estimated.passages)
 
 
+@pytest.mark.parametrize(("text", "whole"), [("the fox and a dog", True), (TEXT * 3, False)])
+def test_a_text_that_fits_as_it_is_is_not_cut(monkeypatch, text, whole):
+    """What is tried grows until it does not fit, or is the text."""
+    lm, probed, once = reader(), [], cram_job.CramJob._probed
+
+    def seen(self, ids, length):
+        probed.append(length)
+        return once(self, ids, length)
+
+    monkeypatch.setattr(cram_job.CramJob, "_probed", seen)
+    monkeypatch.setattr(cram_job, "PROBE_TOKENS", 1)
+    mem = codec.cram(lm, [text], vectors=2, recipe=QUICK)
+    n = len(lm.tokenize(text))
+    assert probed == [min(2 * 2**i, n) for i in range(len(probed))]
+    assert (probed[-1] == n) == whole == (len(mem.passages) == 1)
+    assert codec.decode(lm, mem) == [text]
+
+
 def test_a_passage_that_does_not_fit_is_halved_until_it_does():
     lm, seen = reader(), []
     mem = codec.cram(lm, [TEXT], vectors=1, tokens=8, recipe=HASTY, on_status=seen.append)

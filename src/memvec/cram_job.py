@@ -33,6 +33,7 @@ FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost
 TRIAL = 8  # passages of the step that is timed before the start
 PROBED = 8  # passages on which an unknown model's bits per vector are estimated
 PROBE_STEPS = 200
+PROBE_TOKENS = 128  # of each, for a vector; twice as many where all of them are given back
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class CramJob:
             vectors=K,
             batch_size=batch_size or 1,
             storage=storage,
-            on_progress=self._progress,
+            on_progress=self._tell,
         )
         self._batch_size = batch_size
         self.total = sum(len(d.ids) for d in documents)
@@ -149,7 +150,7 @@ class CramJob:
     def _crew(self, workers: Workers) -> Crew:
         e = self.engine
         batch = Batch((), self.recipe, self.K, e.batch_size, self.storage.name, self.lm.layout)
-        return Crew(workers, batch, self._progress)
+        return Crew(workers, batch, self._tell)
 
     def _cram_shared(self, jobs: list[Job]) -> None:
         """All passages together, because they share m; again with the halves of those that fail."""
@@ -170,7 +171,7 @@ class CramJob:
             self.engine.recipe,
             batch_size=self.engine.batch_size,
             storage=self.storage,
-            on_progress=self._progress,
+            on_progress=self._tell,
         )
 
     # ------------------------------------------------------------------ passages in
@@ -195,31 +196,36 @@ class CramJob:
         return Cutter(self.lm, bits=bits, max_tokens=max_tokens), shortest
 
     def _bits_per_vector(self, max_tokens: int | None) -> float:
-        """Measured for the model (its folder's memvec.json), else estimated on these documents."""
+        """Measured for the model (its folder's memvec.json), else estimated on these documents.
+
+        Infinite where nothing has to be cut.
+        """
         table = self.lm.facts.get("bits_per_vector", {})
         known = [float(table[k]) for k in sorted(table, key=int) if int(k) <= self.K]
         if known:
             return known[-1]
         ids = max((d.ids for d in self.documents), key=len)
-        length = min(len(ids), max_tokens or 10**9, 128 * self.K)
+        limit, length = min(len(ids), max_tokens or len(ids)), PROBE_TOKENS * self.K
+        bits, whole = self._probed(ids, min(length, limit))
+        while whole and length < limit:
+            length *= 2
+            bits, whole = self._probed(ids, min(length, limit))
+        return math.inf if whole else bits  # a document that fits as it is has no need to be cut
+
+    def _probed(self, ids: Sequence[int], length: int) -> tuple[float, bool]:
+        """Bits per vector given back of passages of `length` tokens, and whether all of each is."""
         room = len(ids) - length
         starts = sorted({room * i // PROBED for i in range(PROBED)})
         probes = [Passage(tuple(ids[at : at + length])) for at in starts]
         recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
-        engine = Engine(
-            self.lm,
-            recipe,
-            vectors=self.K,
-            batch_size=min(
-                len(probes), self._batch_size or default_batch_size(self.lm, length, self.K)
-            ),
-            storage=self.storage,
-        )
-        reached = []
+        slots = min(len(probes), self._batch_size or default_batch_size(self.lm, length, self.K))
+        engine = Engine(self.lm, recipe, vectors=self.K, batch_size=slots, storage=self.storage)
+        reached, whole = [], True
         for outcome in engine.run(p for p in probes if len(p) > engine.given):
             n = max(outcome.metrics.horizon, 1)
+            whole = whole and outcome.exact
             reached.append(float(surprisals(self.lm, outcome.passage.ids[:n]).sum()) / self.K)
-        return math.fsum(reached) / len(reached)
+        return math.fsum(reached) / len(reached), whole
 
     def _known(self, passage: Passage) -> list[Passage]:
         """What is left of a passage: nothing if the journal has it, else itself or its parts."""
@@ -299,7 +305,7 @@ class CramJob:
                 encoding=d.encoding,
                 edits=list(d.edits),
                 passages=sum(1 for o in outcomes if o.passage.document == i),
-                text=self._text(d) if keep_text else None,
+                text=d.data(self.lm).decode(d.encoding) if keep_text else None,
             )
             for i, d in enumerate(self.documents)
         ]
@@ -318,23 +324,13 @@ class CramJob:
         )
         return MemVectors(torch.stack([o.vectors for o in outcomes]), header, soft)
 
-    def _text(self, document: Document) -> str:
-        return document.data(self.lm).decode(document.encoding)
-
     # ------------------------------------------------------------------ news
-
-    def _progress(self, progress: Progress) -> None:
-        self._tell(progress)
 
     def _tell(self, progress: Progress | None = None) -> None:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
-            vectors = self.K * len(self.done)
-            self.on_status(
-                CramStatus(
-                    self.stage, self.total, done, vectors, self.split, progress, self.expected
-                )
-            )
+            held, news = self.K * len(self.done), (progress, self.expected)
+            self.on_status(CramStatus(self.stage, self.total, done, held, self.split, *news))
 
 
 def _space_record(lm: FrozenLM) -> SpaceRecord | None:
