@@ -423,7 +423,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     letter = tmp_path / "letter.txt"
     letter.write_text("the cat sat")
     quick = ["--set", "settle=10", "--set", "decay=10", "--set", "query_count=2"]
-    quick += ["--set", "query_tokens=4", "--set", "steps=200"]
+    quick += ["--set", "query_tokens=4", "--set", "steps=600"]
     sizes = [
         "--rows",
         2,
