@@ -43,7 +43,7 @@ def usable_quick() -> Recipe:
         term_weight=72.0,
         settle=22,
         decay=22,
-        query_count=6,
-        query_tokens=24,
+        query_count=5,
+        query_tokens=22,
         lr=0.1,
     )
