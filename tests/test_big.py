@@ -12,6 +12,7 @@ import transformers
 
 from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
+from memvec.cli.expected import memory
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
 from memvec.lab.study.price import hours
@@ -249,7 +250,7 @@ def test_8b_at_1568_tokens_fits_16_slots_in_80_gb_with_checkpointing_only():
     assert max_batch_size(sparing, free=free, tokens=1568) >= 16
     assert max_batch_size(facts, free=free, tokens=1568) < 16
     assert max_batch_size(facts, free=0.0, tokens=1568) == 1
-    assert "GiB at the peak" in spared.sentence()
+    assert "GiB at the peak" in memory(spared)
 
 
 def test_time_is_operations_over_speed():

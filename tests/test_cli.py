@@ -20,11 +20,13 @@ import memvec
 from conftest import TRAINED_ON, reader
 from memvec import codec, registry
 from memvec.cli import display
+from memvec.cli.expected import sentence
 from memvec.cli.options import Storage
-from memvec.codec import CramStatus
+from memvec.cram_job import CramStatus, Expected
 from memvec.cramming.engine import Progress
 from memvec.export import names as target_names
 from memvec.journal import Journal
+from memvec.model.estimate import Estimate
 from memvec.storage import STORAGES
 
 TEXT = "the lazy dog\r\n\té 👍\n\n"
@@ -483,6 +485,7 @@ def test_the_catalogue_is_what_it_says():
 
 # ---------------------------------------------------------------------- progress
 
+TWO = Expected(2, 9, Estimate(5e8, 5e8, 0.0, 0.0, 0.0), 0.0, 1.0)
 BUSY = CramStatus("cramming", 100, 40, 3, 1, Progress(2, 5, 7.0, 30, 400))
 
 
@@ -492,8 +495,8 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
     with display.progress("it") as show:
         show(replace(BUSY, stage="measuring"))
         now[0] = 9.0
-        show(replace(BUSY, expected="2 slots: 1 GiB.", done=20))  # 20 of an earlier run
-        assert capsys.readouterr().err == "2 slots: 1 GiB.\n"
+        show(replace(BUSY, expected=TWO, done=20))  # 20 of an earlier run
+        assert capsys.readouterr().err == f"{sentence(TWO)}\n"
         now[0] = 19.5
         show(BUSY)
         line = capsys.readouterr().err

@@ -16,6 +16,7 @@ from conftest import QUICK, reader, tiny
 from memvec import codec, cram_job
 from memvec.certificate import account
 from memvec.cli.display import failures
+from memvec.cli.expected import sentence
 from memvec.codec import CramStatus, cram, decode
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
@@ -115,9 +116,9 @@ def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
     failed = [i for i, p in enumerate(mem.passages) if not p.exact]
     sentences = list(failures(mem))
     assert len(sentences) == len(failed)
-    for i, sentence in zip(failed, sentences, strict=True):
-        assert sentence.startswith(f"passage {i} ")
-        assert "0 steps were not enough" in sentence
+    for i, failure in zip(failed, sentences, strict=True):
+        assert failure.startswith(f"passage {i} ")
+        assert "0 steps were not enough" in failure
     with pytest.raises(NotExactError):
         codec.decode(lm, mem)
 
@@ -392,7 +393,8 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
         workers=object() if workers else None,
     )
     work.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5, 6))])
-    said = told[-1].expected
+    assert (told[-1].expected.step > 0) is not workers
+    said = sentence(told[-1].expected)
     assert said.startswith("2 slots of up to 3 tokens: about ")
     assert ("A step takes about" in said) is not workers
     assert work.engine.steps == 0

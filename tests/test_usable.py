@@ -142,10 +142,12 @@ def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.slow
-def test_a_passage_does_not_feel_its_neighbours(family):
+def test_a_passage_does_not_feel_its_neighbours(family, every):
     """In the same slot, bit by bit: products may round the rows of another slot otherwise."""
     lm, recipe = triggered(family)
+    recipe = replace(recipe, objective_every=every)
     # Of one length, and done together: the shape and the slots stay the same.
     asked, others = passages(4, 4, 4, seed=5), passages(4, 4, 4, seed=6)
     recipe = replace(recipe, settle=30, decay=30, steps=30, if_not_exact="stop")
@@ -185,6 +187,83 @@ def test_the_second_loss_falls_and_exactness_stays(family):
         before = len(engine.lm.front) + 2
         assert int(term.inputs(torch.tensor([3]))) == before + recipe.query_tokens - 1
     assert kept[8.0] < kept[0.0]
+
+
+# ---------------------------------------------------------------------- turns
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("between", [[0, 1], [1]])
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.slow
+def test_between_its_turns_a_passage_follows_the_second_loss_alone(family, between, fixed_shapes):
+    lm, recipe = triggered(family)
+    recipe = replace(recipe, objective_every=2, optimizer="adam", look_ahead=100)
+    engine = Engine(lm, recipe, vectors=2, batch_size=2, fixed_shapes=fixed_shapes)
+    for passage in passages(5, 3, seed=4):
+        engine.push(passage)
+    engine.fill(2)
+    batch, step, view = engine.batch, engine.one_step, engine.lm
+    engine.step()
+    batch.steps[[row for row in (0, 1) if row not in between]] = 2  # it is their turn
+    before, seen = batch.take(torch.arange(2)), []
+    follow = step.gradient
+    step.gradient = lambda *given: seen.append(follow(*given)) or seen[-1]
+    at = batch.parameters.detach().clone().requires_grad_()
+    total = 0.0
+    for row in range(2):  # the slow way: the queries, and who is asked, through autograd
+        ids, vectors = torch.tensor([engine.jobs[row].passage.ids]), at[row : row + 1]
+        which = int(batch.steps[row])
+        query, length = batch.term.queries[row, which][None], int(batch.term.length[row, which])
+        text = queries.text_inputs(view, engine.jobs[row].passage.ids)
+        p = view.head(teacher.states_behind(view, text, query)).log_softmax(-1)
+        q = view.head(teacher.states_behind(view, view.behind_front(vectors), query))
+        kl = (p.exp() * (p - q.log_softmax(-1))).sum(-1)[0, :length].mean()
+        total = total + recipe.term_weight * kl
+        if row not in between:
+            logits = view.head(view.states(vectors, ids, "bos")).float() / recipe_in(engine)
+            cross = torch.nn.functional.cross_entropy(logits[0], ids[0])
+            total = total + cross * recipe_in(engine)
+    (slow,) = torch.autograd.grad(total, at)
+    engine.step()
+    torch.testing.assert_close(seen[0], slow, atol=1e-3, rtol=3e-2)
+    assert torch.equal(batch.vectors[between], before.vectors[between])
+    assert torch.equal(batch.schedule.stale[between], before.schedule.stale[between])
+    assert (batch.steps - before.steps).tolist() == [1, 1]
+    # The vectors and what stands in front of them, and a query but for its last token; and for who
+    # is asked the same again, the trigger, and the passage but for its last token.
+    around = len(view.front) + 2
+    of_query = around + recipe.query_tokens - 1
+    of_passage = [around + len(view.trigger) + n - 1 for n in (5, 3)]
+    wanted = [of_query + (row not in between) * of_passage[row] for row in range(2)]
+    assert (batch.spent - before.spent).tolist() == wanted
+
+
+@pytest.mark.parametrize("poll", [1, 4])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.slow
+def test_turns_cost_less_and_passages_stay_exact(slots, poll):
+    lm, recipe = triggered("llama")
+    recipe = replace(recipe, settle=90, decay=90)
+    asked, spent = passages(4, 3, 4, 2, 3, seed=9), {}
+    for every in (1, 3):
+        options = {"vectors": 2, "batch_size": slots, "poll": poll}
+        engine = Engine(lm, replace(recipe, objective_every=every), **options)
+        outcomes = {o.passage.ids: o for o in engine.run(asked)}
+        assert all(o.exact and o.steps >= recipe.settle for o in outcomes.values())
+        assert len(outcomes) == len(asked)
+        spent[every] = sum(o.spent for o in outcomes.values())
+    assert spent[3] < spent[1]
+
+
+def test_turns_are_for_the_term_use():
+    for term in ("none", "alignment"):
+        with pytest.raises(MemvecError, match="objective_every 2 is for the term 'use' only"):
+            replace(QUICK, term=term, objective_every=2)
+    with pytest.raises(MemvecError, match="objective_every must be at least 1"):
+        replace(USABLE, objective_every=0)
+    assert "objective_every" not in Recipe().record()
+    assert replace(USABLE, objective_every=3).record()["objective_every"] == 3
 
 
 # ---------------------------------------------------------------------- files and certificates

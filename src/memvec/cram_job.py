@@ -18,7 +18,7 @@ from memvec.errors import MemvecError
 from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
 from memvec.journal import Journal
 from memvec.model.batch_size import default_batch_size
-from memvec.model.estimate import duration, estimate, facts_of
+from memvec.model.estimate import Estimate, estimate, facts_of
 from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
@@ -37,6 +37,17 @@ PROBE_TOKENS = 128  # of each, for a vector; twice as many where all of them are
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What cramming will take."""
+
+    slots: int
+    tokens: int  # of the longest passage
+    memory: Estimate
+    step: float  # seconds of one for all slots; 0: not tried, or there was too little memory
+    fills: float  # how many times the slots are filled
+
+
+@dataclass(frozen=True)
 class CramStatus:
     """How a cram of documents stands, for whoever shows it."""
 
@@ -46,7 +57,7 @@ class CramStatus:
     vectors: int  # vectors finished
     split: int  # passages that did not fit and were halved
     engine: Progress | None = None
-    expected: str = ""  # memory and time that the slots will take, once they are known
+    expected: Expected | None = None  # once it is known
 
 
 class CramJob:
@@ -88,7 +99,8 @@ class CramJob:
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}
         self.split = 0
-        self.stage, self.expected = "measuring", ""
+        self.stage = "measuring"
+        self.expected: Expected | None = None
         self._tell()
 
     def run(self, keep_text: bool) -> MemVectors:
@@ -113,28 +125,19 @@ class CramJob:
         self.stage = "cramming"
         self._tell()
 
-    def _expected(self, passages: Sequence[Passage]) -> str:
+    def _expected(self, passages: Sequence[Passage]) -> Expected:
         """What the slots will take: memory from the configuration, time from a trial step.
 
         How many steps a passage needs is what cramming finds out (`memvec plan` does, on a sample).
         """
-        batch_size, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
-        sizes = {"batch_size": batch_size, "tokens": longest, "vectors": self.K}
+        slots, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         facts = facts_of(self.lm, longest, self.engine.module)
-        memory = estimate(facts, **sizes)
-        slots = f"{batch_size} slot{'s' * (batch_size > 1)}"
-        sentence = f"{slots} of up to {longest} tokens: {memory.sentence()}."
-        if self.workers is not None or self.lm.reading.crammer:
-            return sentence
-        each = self.engine.trial(longest, min(batch_size, TRIAL)) * max(1.0, batch_size / TRIAL)
-        if not each:  # too little memory even for that many slots
-            return sentence
-        fills = sum(map(len, passages)) / longest / batch_size
-        ten = 10 * each * max(1.0, fills)
-        return (
-            f"{sentence} A step takes about {duration(each)}: every 10 steps that passages need on "
-            f"average, {duration(ten)} in all."
-        )
+        memory = estimate(facts, batch_size=slots, tokens=longest, vectors=self.K)
+        step = 0.0
+        if self.workers is None and not self.lm.reading.crammer:
+            step = self.engine.trial(longest, min(slots, TRIAL)) * max(1.0, slots / TRIAL)
+        fills = sum(map(len, passages)) / longest / slots
+        return Expected(slots, longest, memory, step, max(1.0, fills))
 
     def cram(self, passages: Iterable[Passage]) -> None:
         """Passages to outcomes in `done`, halved where they do not fit."""

@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.model.estimate import duration
+from memvec.cli.expected import duration, sentence
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json as to_json
 
 if TYPE_CHECKING:
-    from memvec.cram_job import CramStatus
+    from memvec.cram_job import CramStatus, Expected
     from memvec.lab.plan import Plan
     from memvec.lab.statistics import Mean
     from memvec.model.lm import FrozenLM
@@ -111,15 +111,15 @@ def _plain_lines(title: str) -> Callable[[CramStatus], None]:
     return show
 
 
-def _say_once() -> Callable[[str], None]:
-    """A function that prints the first sentence which is not empty, and no other."""
+def _say_once() -> Callable[[Expected | None], None]:
+    """A function that prints what cramming will take, the first time that it is known."""
     printed = False
 
-    def say_first(sentence: str) -> None:
+    def say_first(expected: Expected | None) -> None:
         nonlocal printed
-        if sentence and not printed:
+        if expected and not printed:
             printed = True
-            say(sentence)
+            say(sentence(expected))
 
     return say_first
 

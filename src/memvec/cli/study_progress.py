@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memvec.cli.display import PLAIN_EVERY, err, say
+from memvec.cli.expected import duration
 from memvec.lab.study.run import StudyStatus
-from memvec.model.estimate import duration
 
 
 def line(status: StudyStatus) -> str:

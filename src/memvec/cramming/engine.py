@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec import registry
 from memvec.cramming.batch import BatchState, Job, Progress, Waiting
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import fitting
@@ -57,7 +58,7 @@ class Engine:
     to few shapes. Raises MemvecError for settings that cannot work with the model.
     """
 
-    step_type: type[Step] = Step
+    step_type: type[Step] | None = None  # instead of the term's
 
     def __init__(
         self,
@@ -91,7 +92,8 @@ class Engine:
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
         rest = (self.start_rule, self.storage, fixed_shapes, graphs)
-        self.one_step = self.step_type(lm, self.module, self.recipe, vectors, *rest)
+        made = self.step_type or registry.get("term", self.recipe.term).step_type or Step
+        self.one_step: Step = made(lm, self.module, self.recipe, vectors, *rest)
         self.schedule = self.one_step.schedule
         self.waiting = Waiting()
         self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
@@ -251,9 +253,8 @@ class Engine:
 
     def _report(self) -> None:
         if self.on_progress is not None:
-            horizon = 0.0
-            if self.batch is not None:
-                horizon = float(self.batch.schedule.best.clamp_min(0).float().mean())
+            best = None if self.batch is None else self.batch.schedule.best
+            horizon = 0.0 if best is None else float(best.clamp_min(0).float().mean())
             now = (self.steps, self.tokens, self.seconds)
             self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, *now))
 

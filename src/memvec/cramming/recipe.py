@@ -59,6 +59,9 @@ class Recipe:
         "those of the plain text; 'none'",
     )
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
+    objective_every: int = documented(
+        1, "for 'use': a passage is asked for in one step of so many, until it is to settle"
+    )
     align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
         "continuations",
@@ -192,6 +195,8 @@ class Recipe:
             value = getattr(self, name)
             if not value >= minimum or value == float("inf"):
                 raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
+        if self.objective_every > 1 and self.term != "use":
+            raise MemvecError(f"objective_every {self.objective_every} is for the term 'use' only.")
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):
@@ -229,10 +234,11 @@ class Recipe:
         return self if self.lr else replace(self, lr=0.5 if family == "gpt_neox" else 0.1)
 
     def record(self) -> dict[str, Any]:
-        """As a plain dictionary, for files and stores; with its space and front if it has one.
+        """As a plain dictionary, for files and stores; without what it has no use for.
 
-        Without them it is as it was before there were such fields.
+        Without space, front and steps between, it is as it was before there were such fields.
         """
         absent = {"space", "layer"} if self.space == "inputs" else set()
         absent |= {"front"} if self.front == "none" else set()
+        absent |= {"objective_every"} if self.objective_every == 1 else set()
         return {name: value for name, value in asdict(self).items() if name not in absent}

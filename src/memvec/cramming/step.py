@@ -41,6 +41,7 @@ TERM_MEAN = 0.9  # decay of the running mean of a term, whose loss changes with 
 class Measurement:
     """What one forward pass gave, for the slots (without padding rows)."""
 
+    asked: Bool[Tensor, " B"]  # whose passage was asked for; of others no token counts as right
     states: Float[Tensor, "N T H"]  # with padding rows, attached to the parameters
     gradient: Float[Tensor, "N T H"]  # of each position's loss at its state, with padding rows
     vectors: Float[Tensor, "B K D"]  # as stored
@@ -68,7 +69,7 @@ class Step:
         fixed_shapes: bool = False,
         graphs: bool = False,
     ) -> None:
-        self.fixed_shapes = fixed_shapes
+        self.fixed_shapes, self.keeps_shape = fixed_shapes, fixed_shapes or graphs
         self.lm, self.module, self.recipe, self.K = lm, module, recipe, K
         self.start_rule, self.storage = start_rule, storage
         self.given = int(start_rule == "first-token")  # leading tokens that are not predicted
@@ -82,7 +83,8 @@ class Step:
         self.passed: Pass = Graphs(self.forward, module, self.term) if graphs else self.forward
         # True if the losses of a step add up to -ln p(passage | vectors), in the model's own dtype.
         plain = (recipe.objective, recipe.schedule, recipe.temperature, recipe.stuck_after)
-        self.measures_passage = module is lm and plain == ("cross-entropy", "whole", 1.0, 0)
+        all_asked = module is lm and recipe.objective_every == 1
+        self.measures_passage = all_asked and plain == ("cross-entropy", "whole", 1.0, 0)
 
     def __call__(self, batch: BatchState, columns: int, padding_rows: int = 0) -> None:
         """Measure all slots over so many predicted columns, keep what is better, move the rest.
@@ -96,7 +98,7 @@ class Step:
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
             column < counted[:, None], measured.margin, batch.target_margin
-        )
+        ).masked_fill(~measured.asked[:, None], 0)
         self._stop(batch, measured, weight)
         self._move(batch, measured, weight, newly_enlarged, counted, padding_rows)
 
@@ -105,7 +107,7 @@ class Step:
     def measure(self, batch: BatchState, columns: int, padding_rows: int = 0) -> Measurement:
         """One forward pass: losses, margins and gradients at the states, from the vectors as they
         will be stored."""
-        B = len(batch)
+        B, asked = len(batch), self.asked(batch)
         parameters = batch.parameters.requires_grad_()
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
@@ -114,11 +116,25 @@ class Step:
             temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
             temperature = with_padding(temperature, padding_rows, self.recipe.temperature)
             with self.term.watching():
-                states, scores = self.passed(rows, ids, temperature)
+                states, scores = self.score_of(rows, ids, temperature, asked)
             term = self.term.measure(rows, batch, columns, padding_rows)
-        return Measurement(
-            states, scores.gradient, vectors.detach(), scores.loss[:B], scores.margin[:B], term
-        )
+        margin = scores.margin[:B].masked_fill(~asked[:, None], -torch.inf)
+        rest = (vectors.detach(), scores.loss[:B], margin, term)
+        return Measurement(asked, states, scores.gradient, *rest)
+
+    def asked(self, batch: BatchState) -> Bool[Tensor, " B"]:
+        """Whose passage is asked for in this step: here everybody's."""
+        return torch.ones_like(batch.stopped)
+
+    def score_of(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        ids: Int[Tensor, "N n"],
+        temperature: Float[Tensor, " N"],
+        asked: Bool[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "N T H"], Score]:
+        """The pass that asks for passages; rows that are not asked may be left out."""
+        return self.passed(vectors, ids, temperature)
 
     def forward(
         self,
@@ -157,6 +173,7 @@ class Step:
         leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
         reached = self.schedule.reached(leading, (right & within).sum(-1))
         better, gained = self.schedule.record(batch.schedule, reached)
+        batch.schedule.stale = batch.schedule.stale - (~measured.asked).long()
         better = self._better_by_term(batch, measured.term.loss, better, leading)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
@@ -250,7 +267,7 @@ class Step:
         # A passage pays for what counts for it, as if it were alone, not for its neighbours' width.
         batch.steps = batch.steps + moving
         before = self.lm.inputs_before(self.K, self.start_rule)
-        spent = counted + before + self.term.inputs(counted)
+        spent = (counted + before) * measured.asked + self.term.inputs(counted)
         batch.spent = batch.spent + spent * moving
 
     def gradient(

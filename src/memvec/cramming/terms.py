@@ -35,6 +35,7 @@ from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
     from memvec.cramming.batch import BatchState
+    from memvec.cramming.step import Step
     from memvec.vectors import MemVectors
 
 # Steps behind `settle` after which a passage that is not exact yet feels half of the term.
@@ -63,8 +64,10 @@ class Term:
     """The common skeleton of a second loss; made once for an engine.
 
     `module` is what steps are computed with: `lm` itself, or a copy of its weights in a faster
-    dtype.
+    dtype. `step_type` is a Step of its own, for a term that changes what a step does.
     """
+
+    step_type: type[Step] | None = None
 
     def __init__(
         self, lm: FrozenLM, module: FrozenLM, recipe: Recipe, K: int, start_rule: StartRule

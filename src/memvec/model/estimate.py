@@ -12,7 +12,6 @@ a CPU holds more than its tensors, by as much as its allocator keeps for the nex
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,18 +77,6 @@ class Estimate:
     def total(self) -> float:
         """All parts at the peak."""
         return self.weights + self.step + self.state
-
-    def sentence(self) -> str:
-        """For people, in GiB, or MiB where that is little."""
-        unit, name = (2**30, "GiB") if self.total >= 2**30 else (2**20, "MiB")
-        digits = 1 if name == "GiB" else 0
-        rest = self.total - self.weights - self.activations
-        parts = (self.total, self.weights, self.activations, rest)
-        total, weights, activations, more = (f"{part / unit:.{digits}f}" for part in parts)
-        return (
-            f"about {total} {name} at the peak: weights {weights}, activations {activations}, "
-            f"logits or gradients, and optimiser {more}"
-        )
 
 
 def facts_of_config(config: Any, number: int, parameters: float | None = None) -> Facts:
@@ -223,12 +210,3 @@ def max_batch_size(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> i
     logits = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # at most, at any number of slots
     each = one.activations + one.passing + one.state
     return max(1, int((free - logits) / each))
-
-
-def duration(seconds: float) -> str:
-    """For people: seconds, minutes or hours."""
-    if math.isnan(seconds):
-        return "?"
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -32,18 +32,20 @@ def usable() -> Recipe:
 
 
 def usable_quick() -> Recipe:
-    """The same in a fourteenth of the steps, for a model with a usable encoder (docs/usable.md).
+    """The same in a seventh of the steps, for a model with a usable encoder (docs/usable.md).
 
-    Its few queries are enough for its few steps: to sample them and to read them behind the text
-    costs less than a passage of exact vectors.
+    The passage is asked for in every fourth of them only. Its few queries are enough for its few
+    steps: to sample them behind the text costs less than a passage of exact vectors.
     """
     return replace(
         usable(),
         start="encoder",
         term_weight=72.0,
-        settle=22,
-        decay=22,
-        query_count=5,
-        query_tokens=22,
+        settle=44,
+        decay=44,
+        objective_every=4,
+        query_count=8,
+        query_tokens=16,
         lr=0.1,
+        lr_end=0.1,
     )

@@ -27,11 +27,14 @@ from memvec.passages.passage import Passage
 from memvec.usable.certificate import certify_use
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import Teacher, answer_positions, divergence_at, joined, said_behind
+from memvec.usable.turns import Turns
 from memvec.vectors import MemVectors
 
 
 class Use(Term):
     """Divergence from the model that has read the text, on one query of each passage at a step."""
+
+    step_type = Turns
 
     def __init__(
         self, lm: FrozenLM, module: FrozenLM, recipe: Recipe, K: int, start_rule: StartRule

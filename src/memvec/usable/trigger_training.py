@@ -161,6 +161,7 @@ def train_trigger(
         steps=length,
         patience=length,
         if_not_exact="stop",
+        objective_every=1,  # each step moves the trigger, too
     )
     read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}

@@ -1,0 +1,45 @@
+"""What cramming will take, in words: memory, and the time of a step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memvec.cram_job import Expected
+    from memvec.model.estimate import Estimate
+
+
+def sentence(expected: Expected) -> str:
+    """The slots, their memory, and what ten steps for every passage take."""
+    slots = f"{expected.slots} slot{'s' * (expected.slots > 1)}"
+    said = f"{slots} of up to {expected.tokens} tokens: {memory(expected.memory)}."
+    if not expected.step:
+        return said
+    ten = 10 * expected.step * expected.fills
+    return (
+        f"{said} A step takes about {duration(expected.step)}: every 10 steps that passages need "
+        f"on average, {duration(ten)} in all."
+    )
+
+
+def memory(estimate: Estimate) -> str:
+    """Its parts in GiB, or MiB where that is little."""
+    unit, name = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
+    digits = 1 if name == "GiB" else 0
+    rest = estimate.total - estimate.weights - estimate.activations
+    parts = (estimate.total, estimate.weights, estimate.activations, rest)
+    total, weights, activations, more = (f"{part / unit:.{digits}f}" for part in parts)
+    return (
+        f"about {total} {name} at the peak: weights {weights}, activations {activations}, "
+        f"logits or gradients, and optimiser {more}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
