@@ -242,6 +242,30 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
             UsableTraining(lm, stream(lm), other).run(partial)
 
 
+def test_a_trained_encoder_goes_on_being_trained(tmp_path):
+    """`--begin`: from its numbers, as a run of its own that can be stopped, too."""
+    lm, file, partial = tiny(), tmp_path / "first.safetensors", tmp_path / "e.partial"
+    save_encoder(file, UsableTraining(lm, stream(lm), SMALL).run(), lm)
+    first, plan = load_encoder(file, lm), replace(SMALL, begin=str(file), seed=1)
+    training = UsableTraining(lm, stream(lm), plan)
+    for key, value in training.network.state_dict().items():
+        assert torch.equal(value, first.network.state_dict()[key])
+        assert training.network.get_parameter(key).requires_grad
+    assert training.identity["plan"]["begin"] == first.identity
+    went_on = training.run(partial)
+    assert not torch.equal(went_on.network.summary, first.network.summary)
+    for changes, says in [
+        ({"rank": 5}, "slots of rank"),
+        ({"slots": 3}, "the same --slots and --rank"),
+        ({"begin": str(tmp_path / "none.safetensors")}, "memvec can read"),
+    ]:
+        with pytest.raises(MemvecError, match=says):
+            UsableTraining(lm, stream(lm), replace(plan, **changes))
+    pocket = load_lm("pocket")
+    with pytest.raises(MemvecError, match="is no usable encoder: --begin goes on from one"):
+        UsableTraining(pocket, stream(lm), replace(SMALL, begin=str(pocket.encoder.file)))
+
+
 @pytest.mark.slow
 def test_training_learns_both():
     """In the built-in model: random weights lay on BOS in front what they had for the vectors."""
@@ -378,6 +402,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
         (("encoder", "train", "--usable", "--lags", 2, "--text", books), "--lags is not of usable"),
         (("encoder", "train", "--rank", 2, "--text", books), "--rank is of usable encoders: add"),
         (("encoder", "train", "--use-weight", 2, "--text", books), "--use-weight is of usable"),
+        (("encoder", "train", "--begin", file, "--text", books), "--begin is of usable encoders"),
         (("encoder", "measure", "-m", own, "--encoder", file, "--text", books), "cram --usable"),
         (
             ("cram", letter, "-m", folder, "--preset", "usable-quick", "-o", "n"),

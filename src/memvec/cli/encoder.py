@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,6 +72,7 @@ def train(
     longest: plan.Longest = None,
     query_tokens: plan.QueryTokens = None,
     use_weight: plan.UseWeight = None,
+    begin: plan.Begin = None,
     where: Where = None,
     column: Column = "text",
     device: options.Device = "auto",
@@ -86,10 +87,11 @@ def train(
     """
     from memvec.encoders.files import FILE_NAME, USABLE_FILE_NAME
 
-    given = {"steps": steps, "slots": slots, "positions": positions, "lr": lr, "seed": seed}
-    given |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size}
+    given: dict[str, Any] = {"steps": steps, "slots": slots, "positions": positions, "lr": lr}
+    given |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size, "seed": seed}
     given |= {"segments": segments, "lags": lags, "segment_tokens": segment_tokens, "rank": rank}
     given |= {"shortest": shortest, "longest": longest, "query_tokens": query_tokens}
+    given |= {"begin": begin}
     choices = plan.plan_of(plan.kind_of(recurrent, usable), given | {"weight": use_weight})
     target = target_of(model, USABLE_FILE_NAME if usable else FILE_NAME, out, force)
 

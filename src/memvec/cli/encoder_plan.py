@@ -78,6 +78,10 @@ UseWeight = Annotated[
     float | None,
     typer.Option(help="With --usable: weight of use beside exactness; default: 8."),
 ]
+Begin = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="With --usable: an encoder that goes on being trained."),
+]
 NAMES = {"weight": "--use-weight"}  # of options that are not called as the plan's fields are
 
 

@@ -12,6 +12,7 @@ may have fewer vectors than slots, so that these are a start of any number of ve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
+from memvec.encoders.files import load_encoder
 from memvec.encoders.training_run import Plan, TrainingRun
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
 from memvec.errors import MemvecError
@@ -45,6 +47,8 @@ class UsablePlan(Plan):
     shortest: int = 4
     longest: int = 12
     """Tokens per vector of the shortest and the longest passages."""
+    begin: str = ""
+    """File of a usable encoder that goes on being trained; none: a new one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +82,8 @@ class UsableTraining(TrainingRun):
         self.identity["trigger"] = own_trigger_of(lm)
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
         self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
+        if plan.begin:
+            self._begin(Path(plan.begin).expanduser())
         self.network.to(lm.device)
         self.optimizer = self.optimized(self.network.parameters())
         self.target = 0.0
@@ -95,6 +101,25 @@ class UsableTraining(TrainingRun):
                 f"{len(stream)} tokens are too few to train an encoder on passages of {longest} "
                 f"and {plan.query_tokens} behind them: give more text."
             )
+
+    def _begin(self, path: Path) -> None:
+        """Take the numbers of an encoder; its digest stands for it in the run's identity.
+
+        Raises MemvecError as `load_encoder` does, for one of another kind, and for other --slots
+        or another --rank than it has.
+        """
+        encoder = load_encoder(path, self.lm)
+        if not isinstance(encoder, UsableEncoder):
+            raise MemvecError(f"{path} is no usable encoder: --begin goes on from one.")
+        try:
+            self.network.load_state_dict(encoder.network.state_dict())
+        except RuntimeError:
+            rank = len(encoder.network.adapters.down[0])
+            raise MemvecError(
+                f"{path} has {encoder.max_vectors} slots of rank {rank}: give --begin the same "
+                "--slots and --rank."
+            ) from None
+        self.identity["plan"]["begin"] = encoder.identity
 
     def _train_step(self) -> tuple[float, float]:
         plan = self.plan

@@ -8,10 +8,14 @@ from memvec.cramming.recipe import Recipe
 
 
 def usable() -> Recipe:
-    """The text comes behind a trigger, and the vectors alone are its context."""
+    """The text comes behind a trigger, and the vectors alone are its context.
+
+    The passage is asked for in every fourth step only (`memvec.usable.turns`).
+    """
     return Recipe(
         term="use",
         term_weight=12.0,
+        objective_every=4,
         margin=0.05,
         query_count=64,
         settle=300,
@@ -34,8 +38,8 @@ def usable() -> Recipe:
 def usable_quick() -> Recipe:
     """The same in a seventh of the steps, for a model with a usable encoder (docs/usable.md).
 
-    The passage is asked for in every fourth of them only. Its few queries are enough for its few
-    steps: to sample them behind the text costs less than a passage of exact vectors.
+    Its few queries are enough for its few steps: to sample them behind the text costs less than a
+    passage of exact vectors.
     """
     return replace(
         usable(),
@@ -43,7 +47,6 @@ def usable_quick() -> Recipe:
         term_weight=72.0,
         settle=44,
         decay=44,
-        objective_every=4,
         query_count=8,
         query_tokens=16,
         lr=0.1,
