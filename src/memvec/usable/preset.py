@@ -8,14 +8,10 @@ from memvec.cramming.recipe import Recipe
 
 
 def usable() -> Recipe:
-    """The text comes behind a trigger, and the vectors alone are its context.
-
-    The passage is asked for in every fourth step only (`memvec.usable.turns`).
-    """
+    """The text comes behind a trigger, and the vectors alone are its context."""
     return Recipe(
         term="use",
         term_weight=12.0,
-        objective_every=4,
         margin=0.05,
         query_count=64,
         settle=300,
@@ -38,8 +34,8 @@ def usable() -> Recipe:
 def usable_quick() -> Recipe:
     """The same in a seventh of the steps, for a model with a usable encoder (docs/usable.md).
 
-    Its few queries are enough for its few steps: to sample them behind the text costs less than a
-    passage of exact vectors.
+    From an encoder's vectors it is enough to ask for the passage in every fourth step, and for so
+    few steps few queries are: to sample them costs less than a passage of exact vectors.
     """
     return replace(
         usable(),
@@ -47,6 +43,7 @@ def usable_quick() -> Recipe:
         term_weight=72.0,
         settle=40,
         decay=40,
+        objective_every=4,
         query_count=8,
         query_tokens=16,
         lr=0.1,
