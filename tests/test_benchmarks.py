@@ -334,6 +334,7 @@ def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(t
     assert [(answer.reached, answer.steps) for answer in full] == [(8, 3), (7, 3)]
 
 
+@pytest.mark.slow
 def test_usable_vectors_are_measured_as_they_were_crammed():
     """Behind their front and their trigger: KL by the slow path, which knows neither engine."""
     from types import SimpleNamespace

@@ -68,6 +68,7 @@ RECIPES = {
 
 @pytest.mark.parametrize(("family", "K"), [("llama", 1), ("gpt2", 2)])
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
 def test_replayed_steps_are_the_steps(family, K, name):
     """Bit-equal at the same shapes, while passages of other lengths take the slots."""
     lm, asked, recipe = tiny(family), passages(*LENGTHS, seed=3), RECIPES[name]
@@ -82,6 +83,7 @@ def test_replayed_steps_are_the_steps(family, K, name):
 
 
 @pytest.mark.parametrize("poll", [1, 4])
+@pytest.mark.slow
 def test_rounded_shapes_are_few_and_replayed_as_they_are_computed(poll):
     lm, asked = tiny(), passages(40, 33, 21, 40, 9, 18, seed=5)
     recipe = replace(ENDLESS, look_ahead=6, margin=0.0, steps=30)

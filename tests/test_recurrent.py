@@ -321,6 +321,7 @@ def test_the_study_asks_for_what_the_recipe_trains(recipe):
     assert max(run.lengths) > options["segments"] * options["segment-tokens"]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(command, recipe, tmp_path):
     folder, text, file = (tmp_path / name for name in ("model", "text.txt", "encoder.safetensors"))
     tokenizer = byte_tokenizer()

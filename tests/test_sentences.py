@@ -554,6 +554,7 @@ def test_the_shipped_spec_is_valid():
 # ---------------------------------------------------------------------- the commands
 
 
+@pytest.mark.slow
 def test_the_commands_train_and_show(home, tmp_path, command):
     text, out = home / "text.txt", tmp_path / "s.safetensors"
     train = (

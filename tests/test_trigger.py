@@ -194,6 +194,7 @@ def test_passages_are_exact_behind_it(family, P):
 
 
 @pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
     lm = reader("words")
     recipe = replace(USABLE, trigger=str(trigger_file))
@@ -212,6 +213,7 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
 
 
 @pytest.mark.parametrize("changed", ["trigger", "front"])
+@pytest.mark.slow
 def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header)
@@ -231,6 +233,7 @@ def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
         MemVectors.load(file)
 
 
+@pytest.mark.slow
 def test_other_software_gets_it_as_vectors(mem, tmp_path):
     lm = reader("words")
     manifest = export(mem, lm, target_of("transformers"), tmp_path / "out")
@@ -332,6 +335,7 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
     torch.testing.assert_close(alone[0], written_out, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     lm, whole, parts = tiny(), tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     reports = []

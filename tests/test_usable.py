@@ -345,6 +345,7 @@ def crammed(request):
 
 @pytest.mark.parametrize("which", [[0], [0, 1]])
 @pytest.mark.parametrize("context", ["vectors", "text", "nothing"])
+@pytest.mark.slow
 def test_use_writes_what_the_model_writes_by_hand(crammed, which, context):
     lm, mems = crammed
     chosen = [mems[i] for i in which]
