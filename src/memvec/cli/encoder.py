@@ -91,8 +91,8 @@ def train(
     given |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size, "seed": seed}
     given |= {"segments": segments, "lags": lags, "segment_tokens": segment_tokens, "rank": rank}
     given |= {"shortest": shortest, "longest": longest, "query_tokens": query_tokens}
-    given |= {"begin": begin}
-    choices = plan.plan_of(plan.kind_of(recurrent, usable), given | {"weight": use_weight})
+    given |= {"begin": begin, "weight": use_weight}
+    choices = plan.plan_of(plan.kind_of(recurrent, usable), given)
     target = target_of(model, USABLE_FILE_NAME if usable else FILE_NAME, out, force)
 
     from memvec.loading import load_lm

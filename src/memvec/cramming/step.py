@@ -173,6 +173,7 @@ class Step:
         leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
         reached = self.schedule.reached(leading, (right & within).sum(-1))
         better, gained = self.schedule.record(batch.schedule, reached)
+        # Who was not asked could make no progress, so the step is none without it.
         batch.schedule.stale = batch.schedule.stale - (~measured.asked).long()
         better = self._better_by_term(batch, measured.term.loss, better, leading)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)

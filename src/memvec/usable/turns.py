@@ -22,7 +22,8 @@ from memvec.cramming.step import Step
 class Turns(Step):
     """A step for a term with forward passes of its own.
 
-    All rows are computed with `fixed_shapes` and `graphs`, where products keep their shape.
+    All rows are computed with `fixed_shapes` and `graphs`, where products keep their shape. Without
+    them a GPU waits, in each step, until it is known which rows are asked.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
