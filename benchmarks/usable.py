@@ -30,6 +30,7 @@ from common import arguments, report, save_figure
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, triggered
+from memvec.decoding import BATCH
 from memvec.lab.statistics import share_interval
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
@@ -114,10 +115,12 @@ def setting(
 def query_tokens(T: int, recipe: Recipe) -> int:
     """Tokens that forward passes read to sample the queries of a passage.
 
-    Each reads BOS, the text, and through the cache all of the query but its last token. What the
-    model says on the way is what the queries teach: nothing is read a second time.
+    BOS and the text once for each `BATCH` queries, and through the cache all of each query but its
+    last token. What the model says on the way is what the queries teach: nothing is read a second
+    time.
     """
-    return recipe.query_count * (T + recipe.query_tokens)
+    readings = -(-recipe.query_count // BATCH)
+    return readings * (T + 1) + recipe.query_count * (recipe.query_tokens - 1)
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ from memvec.lab import slow
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from memvec.usable import trigger_training
+from memvec.usable import trigger_training, turns
 from memvec.usable.around import (
     CrammedTrigger,
     front_rows,
@@ -36,6 +36,7 @@ from memvec.usable.around import (
     with_trigger,
 )
 from memvec.usable.certificate import VECTORS, contexts_of
+from memvec.usable.front import with_front_read
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import log_p_behind
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
@@ -134,6 +135,53 @@ def test_what_is_in_front_is_read_as_vectors_would_be(family, front, P):
     words = torch.tensor([[1, 2, 3]])
     context = contexts_of(view, vectors[0], ids[0].tolist(), None)[VECTORS](words)
     assert torch.equal(context, log_p_behind(lm, longer[:1], words))
+
+
+@pytest.mark.parametrize("start", ["bos", "vectors", "first-token"])
+@pytest.mark.parametrize(("front", "P"), [("none", 2), ("bos", 0), ("bos", 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_front_that_is_read_once_is_the_front(family, front, P, start):
+    """States and gradients of the whole input; each step reads the front's inputs less."""
+    lm = tiny(family)
+    view = with_trigger(with_front(lm, front), soft_for(lm, 3, P))
+    once = with_front_read(view)
+    if family == "mamba":  # it keeps no keys and values
+        assert once is view
+        return
+    F = len(view.front)
+    assert view.inputs_before(2, start) - once.inputs_before(2, start) == F
+    ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(3, 2, lm.width, generator=generator).requires_grad_()
+    whole, behind = view.states(vectors, ids, start), once.states(vectors, ids, start)
+    torch.testing.assert_close(behind, whole, atol=1e-5, rtol=1e-4)
+    slope = torch.randn(whole.shape, generator=generator)
+    slopes = [torch.autograd.grad(states, vectors, slope)[0] for states in (whole, behind)]
+    torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
+    assert torch.equal(once.states(None, ids, "bos"), lm.states(None, ids, "bos"))
+    assert view.front  # the view that reads it at every step is as it was
+
+
+def test_without_a_front_nothing_is_kept():
+    lm = tiny()
+    assert with_front_read(lm) is lm
+
+
+def test_cramming_for_use_does_not_read_the_front_again(trigger_file, monkeypatch):
+    """Each pass counts the front's inputs less, and does the same."""
+    lm = reader("words")
+    ids = lm.tokenize(TEXT)
+    asked = [Passage(tuple(ids[at : at + 4]), at) for at in range(3)]
+    recipe = replace(USABLE, trigger=str(trigger_file), front="auto", steps=6)
+    once = list(Engine(lm, recipe, vectors=2, batch_size=3).run(asked))
+    monkeypatch.setattr(turns, "with_front_read", lambda lm: lm)
+    whole = list(Engine(lm, recipe, vectors=2, batch_size=3).run(asked))
+    front = len(triggered(lm, recipe).front)
+    assert front > 1
+    for ours, theirs in zip(once, whole, strict=True):
+        torch.testing.assert_close(ours.vectors, theirs.vectors, atol=1e-3, rtol=1e-3)
+        assert (ours.passage, ours.steps, theirs.steps) == (theirs.passage, 6, 6)
+        assert theirs.spent - ours.spent == 2 * front * 6  # in front of the passage, and a query
 
 
 @pytest.mark.parametrize("asked", ["none", "bos", "auto"])

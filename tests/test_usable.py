@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import memvec
 from conftest import QUICK, build, passages, reader, tiny
@@ -139,6 +141,28 @@ def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
     torch.testing.assert_close(said.log_rest.exp(), again.log_rest.exp(), atol=1e-4, rtol=1e-3)
     assert said.top.dtype == again.top.dtype
     assert float((said.top == again.top).float().mean()) > 0.99  # but for ties
+
+
+@pytest.mark.parametrize(("family", "once"), [("llama", True), ("gemma2", True), ("mamba", False)])
+def test_the_text_is_read_once_for_queries_that_are_sampled_together(family, once):
+    """Where a cache of keys and values can be repeated; the benchmark counts queries so."""
+    lm, recipe = triggered(family)
+    recipe, ids, read = replace(recipe, query_count=5), passages(4)[0].ids, []
+
+    def count(module: nn.Module, args: Any, options: Any) -> None:
+        given = options.get("input_ids")
+        given = options["inputs_embeds"][..., 0] if given is None else given
+        read.append(given.numel())
+
+    hook = lm.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        queries.continuations(lm, ids, recipe)
+    finally:
+        hook.remove()
+    text = len(ids) + (lm.bos_id is not None)
+    # A row reads the last input of the text itself, and all of its query but the last token.
+    inputs = text - 1 + 5 * (1 if once else text)  # a cache is known once it holds something
+    assert sum(read) == inputs + 5 * (recipe.query_tokens - 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])

@@ -103,6 +103,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "nadam": "memvec.cramming.optimizers:NAdam",
         "adam": "memvec.cramming.optimizers:Adam",
         "adamw": "memvec.cramming.optimizers:AdamW",
+        "full-matrix": "memvec.arms.full_matrix:FullMatrix",
     },
     "start": {
         "noise": "memvec.cramming.starts:noise",

@@ -243,7 +243,7 @@ class Engine:
         rows = slots if self.fixed_shapes else rows_for(B, slots) if self.graphs else B
         self.one_step(self.batch, self.columns, rows - B)
         self.steps += 1
-        before = self.lm.inputs_before(self.K, self.start_rule)
+        before = self.one_step.module.inputs_before(self.K, self.start_rule)
         self.tokens += (self.columns + before) * len(self.jobs)
 
     def _share_time(self, seconds: float) -> None:

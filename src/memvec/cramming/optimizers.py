@@ -59,10 +59,10 @@ class OptimizerState(Rows):
 class Adam:
     """Adam (Kingma & Ba 2015) for B passages that start and stop at different moves.
 
-    `weight_decay` is decoupled as in AdamW and 0 here; beta1 may rise from move to move.
+    It decays no weights (AdamW does); beta1 may rise from move to move.
     """
 
-    weight_decay = 0.0
+    decays = False
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -78,6 +78,10 @@ class Adam:
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
         """What the step follows, from the mean gradient, the newest one and the mean's decay."""
         return mean
+
+    def change(self, mean: Tensor, scale: Tensor, state: OptimizerState) -> Tensor:
+        """The step at rate 1, from what it follows and the root of the mean square."""
+        return mean.div_(scale)
 
     @torch.no_grad()
     def step(
@@ -104,10 +108,9 @@ class Adam:
         # A decay that rises from 0 leaves no share of the mean to what was there before.
         mean = state.mean / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
         mean = self.direction(mean, gradient, decay)
-        scale = (state.square / (1 - beta2**count)).sqrt_().add_(1e-8)
-        change = mean.div_(scale)
-        if self.weight_decay:
-            change.add_(parameters, alpha=self.weight_decay)
+        change = self.change(mean, (state.square / (1 - beta2**count)).sqrt_().add_(1e-8), state)
+        if self.decays:
+            change.add_(parameters, alpha=self.recipe.weight_decay)
         rate = learning_rate(count - 1, self.recipe)
         if lr_scale is not None:
             rate = rate * lr_scale.reshape(shape)
@@ -130,6 +133,4 @@ class NAdam(Adam):
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019), as the paper's code has it."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self.weight_decay = recipe.weight_decay
+    decays = True

@@ -173,8 +173,6 @@ class Step:
         leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
         reached = self.schedule.reached(leading, (right & within).sum(-1))
         better, gained = self.schedule.record(batch.schedule, reached)
-        # Who was not asked could make no progress, so the step is none without it.
-        batch.schedule.stale = batch.schedule.stale - (~measured.asked).long()
         better = self._better_by_term(batch, measured.term.loss, better, leading)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
@@ -183,7 +181,7 @@ class Step:
         arrived = (leading >= batch.length) & (batch.length <= columns)
         if self.recipe.settle:  # those that were kept, once they have had their time
             arrived = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
-        if self.module is not self.lm:
+        if self.module.model is not self.lm.model:
             arrived = self.confirmed(batch, arrived, padding_rows)
         batch.done = batch.done | arrived
         return gained
@@ -267,7 +265,7 @@ class Step:
         )
         # A passage pays for what counts for it, as if it were alone, not for its neighbours' width.
         batch.steps = batch.steps + moving
-        before = self.lm.inputs_before(self.K, self.start_rule)
+        before = self.module.inputs_before(self.K, self.start_rule)
         spent = (counted + before) * measured.asked + self.term.inputs(counted)
         batch.spent = batch.spent + spent * moving
 

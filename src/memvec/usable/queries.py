@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,8 +26,12 @@ from memvec.cramming.starts import passage_seed
 from memvec.decoding import BATCH, free_running
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model import memory
+from memvec.model.caching import step
 from memvec.model.lm import FrozenLM
 from memvec.usable.teacher import Said, likeliest
+
+# Layers of a cache that hold keys and values and nothing else; hybrids repeat only a part.
+REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 class Queries(NamedTuple):
@@ -66,11 +70,13 @@ def continued(
     tokens: int,
     generator: torch.Generator | None = None,
     top: int = 0,
-) -> tuple[Int[Tensor, "B n"], list[Said]]:
+    rows: int = 1,
+) -> tuple[Int[Tensor, "R n"], list[Said]]:
     """What the model writes behind some inputs, `tokens` tokens, and what it says at each of them.
 
     Sampled at temperature 1, or greedy without a generator. What it says is its `top` likeliest
-    tokens, one entry for each position; empty for 0.
+    tokens, one entry for each position; empty for 0. Inputs of one row are read once for `rows`
+    continuations.
     """
     said: list[Said] = []
 
@@ -82,7 +88,25 @@ def continued(
         shares = logits.softmax(-1).cpu()  # drawn on the CPU: the same everywhere
         return torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
 
-    return torch.stack(list(free_running(lm, inputs, tokens, choose)), 1), said
+    inputs, cache = (inputs, None) if rows == 1 else _shared(lm, inputs, rows)
+    return torch.stack(list(free_running(lm, inputs, tokens, choose, cache=lambda: cache)), 1), said
+
+
+def _shared(
+    lm: FrozenLM, inputs: Float[Tensor, "1 N D"], rows: int
+) -> tuple[Float[Tensor, "R n D"], Any]:
+    """The last of some inputs for each row, and a cache that holds the others, read once.
+
+    For a cache whose rows cannot be repeated: all of the inputs for each row, and None.
+    """
+    argument = lm.caching.argument
+    if argument is not None and inputs.shape[1] > 1:
+        _, cache = step(lm.model, argument, inputs_embeds=inputs[:, :-1].to(lm.dtype))
+        layers = [type(layer).__name__ for layer in getattr(cache, "layers", ())]
+        if layers and set(layers) <= REPEATABLE:
+            cache.batch_repeat_interleave(rows)
+            return inputs[:, -1:].expand(rows, -1, -1), cache
+    return inputs.expand(rows, -1, -1), None
 
 
 def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
@@ -163,7 +187,7 @@ def _sampled(
 
     def work(rows: slice) -> list[tuple[Tensor, ...]]:
         n = len(range(M)[rows])
-        written, said = continued(lm, inputs.expand(n, -1, -1), L, generator, top)
+        written, said = continued(lm, inputs, L, generator, top, rows=n)
         parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
         return list(zip(written.cpu(), *parts, strict=True))
 

@@ -91,7 +91,7 @@ class Use(Term):
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """The vectors, where they are inputs, and a query but for its last token."""
         start: StartRule = "first-token" if self.given else "vectors"
-        before = self.lm.inputs_before(self.K, start) - self.given
+        before = self.module.inputs_before(self.K, start) - self.given
         return torch.full_like(counted, before + self.recipe.query_tokens)
 
     def certificate(

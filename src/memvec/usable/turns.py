@@ -1,9 +1,11 @@
-"""A step in which not every passage is asked for (`Recipe.objective_every`).
+"""A step for vectors that are to be used: behind a front that is read once, asked for in turns.
+
+What stands in front of the vectors is the same at every step (memvec.usable.front).
 
 Most of what a step costs is to ask for the passage, and most of what it tells is that its tokens
 are as right as before. Until a passage settles (`Recipe.settle`) it is asked for in one step of so
-many; the steps between follow the term `use` alone (docs/usable.md). Turns go by the passage's own
-steps, whoever is beside it.
+many (`Recipe.objective_every`); the steps between follow the term `use` alone (docs/usable.md).
+Turns go by the passage's own steps, whoever is beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from memvec.cramming.batch import BatchState
 from memvec.cramming.objectives import Score
-from memvec.cramming.step import Step
+from memvec.cramming.step import Measurement, Step
+from memvec.usable.front import with_front_read
 
 
 class Turns(Step):
@@ -28,12 +31,21 @@ class Turns(Step):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.module = self.term.module = with_front_read(self.module)
         self.leaves_out = self.recipe.objective_every > 1 and not self.keeps_shape
 
     def asked(self, batch: BatchState) -> Bool[Tensor, " B"]:
         """Everybody but passages between two turns that have time left to settle."""
         turn = batch.steps % self.recipe.objective_every == 0
         return turn | (batch.steps >= self.recipe.settle)
+
+    def _keep_best(
+        self, batch: BatchState, measured: Measurement, padding_rows: int
+    ) -> Int[Tensor, " B"]:
+        gained = super()._keep_best(batch, measured, padding_rows)
+        # Who was not asked could make no progress, so the step is none without it.
+        batch.schedule.stale = batch.schedule.stale - (~measured.asked).long()
+        return gained
 
     def score_of(
         self,

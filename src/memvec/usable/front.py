@@ -1,0 +1,61 @@
+"""The front read once: steps begin behind the keys and values of what stands before the vectors.
+
+BOS and soft tokens in front of the vectors are the same for all passages and at every step
+(memvec.usable.around). Nothing before them changes what the model computes for them, so their keys
+and values are computed once for an engine and stand in its cache, as a prefix does
+(memvec.spaces.keys_values). States are those of the whole input, up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.errors import MemvecError
+from memvec.model.reading import Prefix, StartRule
+from memvec.spaces.keys_values import KeysValues
+from memvec.usable.around import front_rows
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
+
+
+class BehindFront(Prefix):
+    """Vectors in front of the passage, behind the keys and values of the model's front.
+
+    Raises MemvecError for a model without keys and values that could be handed in again.
+    """
+
+    def __init__(self, lm: FrozenLM) -> None:
+        self.held = KeysValues(lm, {})
+        self.front = self.held.begun_at(lm, front_rows(lm)).to(lm.device)
+
+    def states(
+        self,
+        lm: FrozenLM,
+        vectors: Float[Tensor, "B K D"] | None,
+        ids: Int[Tensor, "B T"],
+        start: StartRule,
+    ) -> Float[Tensor, "B N H"]:
+        """Hidden states at the predicting positions."""
+        if vectors is None:
+            return super().states(lm, None, ids, start)
+        cache = self.held.cache(lm, self.front.expand(len(ids), -1, -1))
+        inputs = self.inputs(lm, vectors, ids, start)
+        return lm.states_of(inputs, keep=ids.shape[1] - (start == "first-token"), cache=cache)
+
+
+def with_front_read(lm: FrozenLM) -> FrozenLM:
+    """The model whose inputs begin behind its front; the model itself where it has none to keep."""
+    if not lm.front or type(lm.reading) is not Prefix:
+        return lm
+    try:
+        reading = BehindFront(lm)
+    except MemvecError:  # it keeps no keys and values, or reads them otherwise when handed in
+        return lm
+    view = copy.copy(lm)
+    view.reading, view.front = reading, ()
+    return view

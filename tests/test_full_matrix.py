@@ -1,0 +1,110 @@
+"""The optimiser with the whole matrix of the last gradients, and the front that is read once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import QUICK, passages, tiny
+from memvec.arms import full_matrix
+from memvec.arms.full_matrix import DECAY, FLOOR, WINDOW, FullMatrix, inverse_root
+from memvec.cramming.engine import Engine
+from memvec.cramming.optimizers import NAdam
+from memvec.cramming.recipe import Recipe
+from memvec.decoding import decode_ids
+
+RECIPE = Recipe(optimizer="full-matrix", lr=0.03, lr_large=0.0, beta1=0.8, beta1_rise=0.0)
+WHOLE = replace(QUICK, optimizer="full-matrix", compute="model")
+
+
+def slow_direction(gradients, mean):
+    """(M + e)^(-1/2) m by the eigenvectors of the whole matrix, newest gradient first."""
+    weighted = [(DECAY ** (i / 2) * g).double() for i, g in enumerate(gradients[:WINDOW])]
+    matrix = sum(torch.outer(g, g) for g in weighted)
+    values, vectors = torch.linalg.eigh(matrix)
+    root = (values.clamp_min(0) + FLOOR * values[-1]).sqrt()
+    return vectors @ ((vectors.T @ mean.double()) / root)
+
+
+@pytest.mark.parametrize("moves", [1, 2, 7, WINDOW + 9])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_the_direction_is_that_of_the_whole_matrix(moves, scale):
+    """By a window that is filled in part, or has forgotten; whatever unit gradients have."""
+    random = torch.Generator().manual_seed(moves)
+    gradients = scale * torch.randn(moves, 24, generator=random) * torch.logspace(0, -2, 24)
+    mean = scale * torch.randn(24, generator=random)
+    kept = torch.zeros(1, WINDOW, 24)
+    kept[0, : min(moves, WINDOW)] = gradients[:WINDOW]
+    found = inverse_root(kept, mean[None])[0].double()
+    slow = slow_direction(gradients / scale, mean / scale)
+    torch.testing.assert_close(found / found.norm(), slow / slow.norm(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (4, 7)])
+def test_steps_are_as_long_as_nadams_and_those_of_a_passage_alone(shape):
+    random = torch.Generator().manual_seed(0)
+    together = torch.randn(shape, generator=random)
+    alone = [row[None].clone() for row in together]
+    ours, plain = FullMatrix(RECIPE), NAdam(RECIPE)
+    state, states = ours.fresh(together), [ours.fresh(row) for row in alone]
+    moments = plain.fresh(together)
+    for _ in range(WINDOW // 2):
+        gradient = torch.randn(shape, generator=random)
+        moving = torch.rand(len(together), generator=random) > 0.3
+        before, beside = together.clone(), together.clone()
+        ours.step(together, gradient, state, moving)
+        plain.step(beside, gradient, moments, moving)
+        lengths = [(after - before).flatten(1).norm(dim=1) for after in (together, beside)]
+        torch.testing.assert_close(lengths[0], lengths[1], rtol=1e-3, atol=1e-5)
+        for b, row in enumerate(alone):
+            ours.step(row, gradient[b : b + 1], states[b], moving[b : b + 1])
+            assert torch.equal(row[0], together[b])
+
+
+def test_who_stands_still_keeps_its_window_and_a_gradient_of_zeros_moves_nobody():
+    ours, stacked = FullMatrix(RECIPE), torch.ones(2, 3, 4)
+    state = ours.fresh(stacked)
+    ours.step(stacked, torch.randn(2, 3, 4), state, torch.tensor([True, True]))
+    kept, before = state.take(torch.arange(2)), stacked.clone()
+    ours.step(stacked, torch.full((2, 3, 4), 3.0), state, torch.tensor([False, False]))
+    assert torch.equal(stacked, before)
+    for now, then in zip(vars(state).values(), vars(kept).values(), strict=True):
+        assert torch.equal(now, then)
+    fresh = ours.fresh(stacked)
+    ours.step(stacked, torch.zeros(2, 3, 4), fresh, torch.tensor([True, True]))
+    assert torch.equal(stacked, before)
+
+
+def test_a_gradient_that_is_not_finite_fails_its_own_passage_only():
+    ours, stacked = FullMatrix(RECIPE), torch.zeros(2, 6)
+    state, gradient = ours.fresh(stacked), torch.ones(2, 6)
+    gradient[0, 3] = torch.nan
+    for _ in range(3):
+        ours.step(stacked, gradient, state, torch.tensor([True, True]))
+    assert not bool(torch.isfinite(stacked[0]).all())
+    assert bool(torch.isfinite(stacked[1]).all())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "gemma2", "opt-projected"])
+def test_what_is_crammed_is_exact_and_kept_as_measured(family):
+    lm, asked = tiny(family), passages(3, 2, 4, seed=6)
+    outcomes = {o.passage.ids: o for o in Engine(lm, WHOLE, vectors=2, batch_size=3).run(asked)}
+    assert sum(o.exact for o in outcomes.values()) >= 2
+    for ids, outcome in outcomes.items():
+        if outcome.exact:
+            rows = outcome.vectors[None].float()
+            assert tuple(decode_ids(lm, rows, [len(ids)])[0]) == ids
+
+
+def test_a_passage_does_not_feel_its_neighbours(monkeypatch):
+    """Also where its window is shorter than its way."""
+    monkeypatch.setattr(full_matrix, "WINDOW", 5)
+    lm, asked = tiny(), passages(4, 4, 4, seed=5)
+    few = replace(WHOLE, steps=12, margin=1e3)
+    options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
+    together = {o.passage.ids: o for o in Engine(lm, few, **options).run(asked)}
+    for passage in asked:
+        (alone,) = Engine(lm, few, **options).run([passage])
+        assert torch.equal(alone.vectors, together[passage.ids].vectors)
