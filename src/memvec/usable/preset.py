@@ -32,20 +32,22 @@ def usable() -> Recipe:
 
 
 def usable_quick() -> Recipe:
-    """The same in a seventh of the steps, for a model with a usable encoder (docs/usable.md).
+    """The same in a sixth of the steps, for a model with a usable encoder (docs/usable.md).
 
-    From an encoder's vectors it is enough to ask for the passage in every fourth step, and for so
+    From an encoder's vectors it is enough to ask for the passage in every fifth step, and for so
     few steps few queries are: to sample them costs less than a passage of exact vectors.
     """
     return replace(
         usable(),
         start="encoder",
-        term_weight=72.0,
-        settle=40,
-        decay=40,
-        objective_every=4,
-        query_count=8,
-        query_tokens=16,
-        lr=0.1,
+        optimizer="full-matrix",
+        term_weight=36.0,
+        margin=0.01,
+        settle=50,
+        decay=50,
+        objective_every=5,
+        query_count=12,
+        query_tokens=20,
+        lr=0.15,
         lr_end=0.1,
     )
