@@ -163,8 +163,12 @@ def test_a_front_that_is_read_once_is_the_front(family, front, P, start):
 
 
 def test_without_a_front_nothing_is_kept():
+    """Nor in a model whose layers lie in several places."""
     lm = tiny()
     assert with_front_read(lm) is lm
+    elsewhere = copy(with_front(lm, "bos"))
+    elsewhere.offload = True
+    assert with_front_read(elsewhere) is elsewhere
 
 
 def test_cramming_for_use_does_not_read_the_front_again(trigger_file, monkeypatch):

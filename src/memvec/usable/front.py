@@ -49,8 +49,12 @@ class BehindFront(Prefix):
 
 
 def with_front_read(lm: FrozenLM) -> FrozenLM:
-    """The model whose inputs begin behind its front; the model itself where it has none to keep."""
-    if not lm.front or type(lm.reading) is not Prefix:
+    """The model whose inputs begin behind its front; the model itself where it has none to keep.
+
+    Nor is one kept of a model on several devices: its layers' keys and values lie apart.
+    """
+    devices = {parameter.device for parameter in lm.model.parameters()}
+    if not lm.front or type(lm.reading) is not Prefix or lm.offload or len(devices) > 1:
         return lm
     try:
         reading = BehindFront(lm)
