@@ -84,7 +84,7 @@ def recompute(
     return Slow(
         columns,
         (retries, int(cell.recipe["steps"])),
-        _spent(cell, int(row["steps"]) - retries, n, beside, between),
+        _spent(cell, int(row["steps"]) - retries, n, beside, between, len(lm.front)),
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
         SlowPassage(
@@ -151,20 +151,26 @@ def _retries(margins: tuple[float, ...], asked: float) -> int:
     return next((i for i, m in enumerate(margins) if math.isclose(m, asked, rel_tol=SPREAD)), 0)
 
 
-def _spent(cell: Cell, moves: int, n: int, before: int, between: int) -> tuple[int, int]:
+def _spent(
+    cell: Cell, moves: int, n: int, before: int, between: int, front: int
+) -> tuple[int, int]:
     """The range of forward-backward tokens of so many moves.
 
     A move costs the positions that counted (all n, or with a growing horizon at least the
     look-ahead), the vectors with what is in front of them (`before`), the tokens behind them
-    (`between`), and what the second loss reads: the vectors and a query.
+    (`between`), and what the second loss reads: the vectors and a query. For use the `front` may
+    have been read once for all moves, and the passage asked for in one move of so many.
     """
     growing = cell.recipe["schedule"] == "growing"
     # a look-ahead that narrows ends at one token
     ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * cell.vectors
     fewest = min(n, ahead) if growing else n
     beside = before + between
-    if cell.recipe.get("term", "none") == "use":
-        beside += before + int(cell.recipe["query_tokens"])
     if cell.recipe.get("term", "none") == "alignment":  # a third of the text once more
         return moves * (fewest + beside + (fewest + 2) // 3), moves * (n + beside + (n + 2) // 3)
-    return moves * (fewest + beside), moves * (n + beside)
+    if cell.recipe.get("term", "none") != "use":
+        return moves * (fewest + beside), moves * (n + beside)
+    query = before + int(cell.recipe["query_tokens"])
+    asked = -(-moves // int(cell.recipe.get("objective_every", 1)))
+    least = moves * (query - front) + asked * (fewest + beside - front)
+    return least, moves * (query + n + beside)
