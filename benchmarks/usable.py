@@ -117,7 +117,7 @@ def query_tokens(T: int, recipe: Recipe) -> int:
 
     BOS and the text once for each `BATCH` queries, and through the cache all of each query but its
     last token. What the model says on the way is what the queries teach: nothing is read a second
-    time.
+    time. (A model whose cache cannot be repeated, as Mamba's, reads the text for each query.)
     """
     readings = -(-recipe.query_count // BATCH)
     return readings * (T + 1) + recipe.query_count * (recipe.query_tokens - 1)

@@ -24,6 +24,7 @@ PROGRAMS = [
     "margins",
     "peak",
     "peers",
+    "recipes",
     "step",
     "usable",
     "vectors",

@@ -1,4 +1,4 @@
-"""The optimiser with the whole matrix of the last gradients, and the front that is read once."""
+"""The optimiser with the whole matrix of the last gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import QUICK, passages, tiny
+from conftest import QUICK, tiny
 from memvec.arms import full_matrix
 from memvec.arms.full_matrix import DECAY, FLOOR, WINDOW, FullMatrix, inverse_root
-from memvec.cramming.engine import Engine
 from memvec.cramming.optimizers import NAdam
 from memvec.cramming.recipe import Recipe
-from memvec.decoding import decode_ids
+from properties import alone_as_beside_others, exact_as_measured
 
 RECIPE = Recipe(optimizer="full-matrix", lr=0.03, lr_large=0.0, beta1=0.8, beta1_rise=0.0)
 WHOLE = replace(QUICK, optimizer="full-matrix", compute="model")
@@ -89,22 +88,10 @@ def test_a_gradient_that_is_not_finite_fails_its_own_passage_only():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "gemma2", "opt-projected"])
 def test_what_is_crammed_is_exact_and_kept_as_measured(family):
-    lm, asked = tiny(family), passages(3, 2, 4, seed=6)
-    outcomes = {o.passage.ids: o for o in Engine(lm, WHOLE, vectors=2, batch_size=3).run(asked)}
-    assert sum(o.exact for o in outcomes.values()) >= 2
-    for ids, outcome in outcomes.items():
-        if outcome.exact:
-            rows = outcome.vectors[None].float()
-            assert tuple(decode_ids(lm, rows, [len(ids)])[0]) == ids
+    exact_as_measured(tiny(family), WHOLE)
 
 
 def test_a_passage_does_not_feel_its_neighbours(monkeypatch):
     """Also where its window is shorter than its way."""
     monkeypatch.setattr(full_matrix, "WINDOW", 5)
-    lm, asked = tiny(), passages(4, 4, 4, seed=5)
-    few = replace(WHOLE, steps=12, margin=1e3)
-    options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
-    together = {o.passage.ids: o for o in Engine(lm, few, **options).run(asked)}
-    for passage in asked:
-        (alone,) = Engine(lm, few, **options).run([passage])
-        assert torch.equal(alone.vectors, together[passage.ids].vectors)
+    alone_as_beside_others(WHOLE)

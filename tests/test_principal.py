@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import QUICK, passages, tiny
+from conftest import QUICK, tiny
 from memvec.arms import principal
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.decoding import decode_ids
 from memvec.model.lm import FrozenLM
+from properties import alone_as_beside_others, exact_as_measured
 
 TURNED = replace(QUICK, coordinates="principal", compute="model")
 FAMILIES = ["llama", "gpt2", "mamba", "gemma2", "opt-projected", "qwen3-moe"]
@@ -60,23 +60,11 @@ def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch
 
 @every_family
 def test_what_is_crammed_is_exact_and_kept_as_measured(family):
-    lm, asked = tiny(family), passages(3, 2, 4, seed=6)
-    outcomes = {o.passage.ids: o for o in Engine(lm, TURNED, vectors=2, batch_size=3).run(asked)}
-    assert sum(o.exact for o in outcomes.values()) >= 2
-    for ids, outcome in outcomes.items():
-        if outcome.exact:
-            rows = outcome.vectors[None].float()
-            assert tuple(decode_ids(lm, rows, [len(ids)])[0]) == ids
+    exact_as_measured(tiny(family), TURNED)
 
 
 def test_a_passage_does_not_feel_its_neighbours():
-    lm, asked = tiny(), passages(4, 4, 4, seed=5)
-    few = replace(TURNED, steps=12, margin=1e3)
-    options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
-    together = {o.passage.ids: o for o in Engine(lm, few, **options).run(asked)}
-    for passage in asked:
-        (alone,) = Engine(lm, few, **options).run([passage])
-        assert torch.equal(alone.vectors, together[passage.ids].vectors)
+    alone_as_beside_others(TURNED)
 
 
 def test_other_spaces_are_moved_directly_and_say_so():

@@ -27,6 +27,7 @@ from memvec.lab import slow
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.spaces import keys_values
 from memvec.usable import trigger_training, turns
 from memvec.usable.around import (
     CrammedTrigger,
@@ -162,13 +163,26 @@ def test_a_front_that_is_read_once_is_the_front(family, front, P, start):
     assert view.front  # the view that reads it at every step is as it was
 
 
-def test_without_a_front_nothing_is_kept():
+def test_without_a_front_nothing_is_kept(monkeypatch):
     """Nor in a model whose layers lie in several places."""
     lm = tiny()
     assert with_front_read(lm) is lm
     elsewhere = copy(with_front(lm, "bos"))
     elsewhere.offload = True
     assert with_front_read(elsewhere) is elsewhere
+    own = keys_values.keys_values
+
+    def apart(lm: FrozenLM, inputs: torch.Tensor) -> keys_values.Layers:
+        *first, last = own(lm, inputs)
+        return [*first, tuple(table.to("meta") for table in last)]
+
+    monkeypatch.setattr(keys_values, "keys_values", apart)
+    spread = with_front(lm, "bos")
+    assert with_front_read(spread) is spread
+    with pytest.raises(
+        MemvecError, match=r"its layers lie on several devices\): use --space inputs"
+    ):
+        keys_values.KeysValues(lm, {})
 
 
 def test_cramming_for_use_does_not_read_the_front_again(trigger_file, monkeypatch):

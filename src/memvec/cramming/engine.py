@@ -284,10 +284,9 @@ class Engine:
             ) from error
 
     def _may_go_on(self, outcome: Outcome) -> bool:
-        if self.recipe.if_not_exact == "stop":
-            return False
-        budget = self.recipe.budget
-        return outcome.steps < self.recipe.steps and (not budget or outcome.spent < budget)
+        recipe = self.recipe
+        affordable = not recipe.budget or outcome.spent < recipe.budget
+        return recipe.if_not_exact != "stop" and outcome.steps < recipe.steps and affordable
 
     # ------------------------------------------------------------------ retire
 

@@ -69,11 +69,8 @@ class Adam:
 
     def fresh(self, parameters: Tensor) -> OptimizerState:
         """Empty state for parameters (B, ...)."""
-        return OptimizerState(
-            torch.zeros_like(parameters),
-            torch.zeros_like(parameters),
-            torch.zeros(len(parameters), device=parameters.device),
-        )
+        mean, count = torch.zeros_like(parameters), parameters.new_zeros(len(parameters))
+        return OptimizerState(mean, mean.clone(), count)
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
         """What the step follows, from the mean gradient, the newest one and the mean's decay."""
@@ -111,9 +108,8 @@ class Adam:
         change = self.change(mean, (state.square / (1 - beta2**count)).sqrt_().add_(1e-8), state)
         if self.decays:
             change.add_(parameters, alpha=self.recipe.weight_decay)
-        rate = learning_rate(count - 1, self.recipe)
-        if lr_scale is not None:
-            rate = rate * lr_scale.reshape(shape)
+        scale = 1.0 if lr_scale is None else lr_scale.reshape(shape)
+        rate = learning_rate(count - 1, self.recipe) * scale
         parameters.sub_(change.mul_(rate).masked_fill_(~on, 0))
 
 

@@ -114,7 +114,9 @@ class Recipe:
         "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'",
     )
     optimizer: str = documented(
-        "nadam", "how it is moved: 'nadam', Adam a move ahead; 'full-matrix', so in fewer steps"
+        "nadam",
+        "how it is moved: 'nadam', Adam whose mean gradient is taken a move ahead; 'full-matrix', "
+        "the same turned by the matrix of the last gradients, in fewer steps",
     )
     lr: float = documented(
         0.1,

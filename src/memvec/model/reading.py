@@ -60,8 +60,12 @@ class Prefix:
         start: StartRule,
     ) -> Float[Tensor, "B N H"]:
         """Hidden states at the predicting positions."""
-        inputs = self.inputs(lm, vectors, ids, start)
-        return lm.states_of(inputs, keep=ids.shape[1] - (start == "first-token"))
+        keep, cache = ids.shape[1] - (start == "first-token"), self.cache(lm, vectors)
+        return lm.states_of(self.inputs(lm, vectors, ids, start), keep, cache)
+
+    def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
+        """What the model's cache holds before its inputs; None: nothing."""
+        return None
 
     def states_as_context(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], ids: Int[Tensor, "B L"]
@@ -78,7 +82,7 @@ class Prefix:
         """What free decoding begins with: inputs, and what makes the cache that they stand behind
         (None for an empty one)."""
         inputs = torch.cat([lm.behind_front(vectors.to(lm.device)), lm.embed(given)], dim=1)
-        return inputs, lambda: None
+        return inputs, lambda: self.cache(lm, vectors)
 
     def inputs(
         self,

@@ -90,8 +90,10 @@ class KeysValues(Prefix):
         rows = torch.cat([t.transpose(0, 1).flatten(1).float() for t in tables], dim=-1)
         return rows / self.unit.to(rows.device)
 
-    def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"]) -> Any:
+    def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
         """The model's own cache with these keys and values in it, differentiable."""
+        if vectors is None:
+            return None
         from transformers import DynamicCache  # two seconds that a list of spaces should not cost
 
         scaled = (vectors * self.unit.to(vectors.device)).to(lm.rounding)
@@ -127,20 +129,6 @@ class KeysValues(Prefix):
             raise MemvecError(_nothing_before(self.space))
         given = lm.start_ids(ids, start) if start == "bos" else ids[:, :0]
         return lm.embed(torch.cat([given, ids[:, :-1]], 1))
-
-    def states(
-        self,
-        lm: FrozenLM,
-        vectors: Float[Tensor, "B K W"] | None,
-        ids: Int[Tensor, "B T"],
-        start: StartRule,
-    ) -> Float[Tensor, "B N H"]:
-        """Hidden states at the predicting positions, behind the prefix."""
-        if vectors is None:
-            return super().states(lm, None, ids, start)
-        inputs = self.inputs(lm, vectors, ids, start)
-        keep = ids.shape[1] - (start == "first-token")
-        return lm.states_of(inputs, keep=keep, cache=self.cache(lm, vectors))
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
@@ -225,6 +213,8 @@ def _probed(lm: FrozenLM, space: str) -> Layers:
         raise _unfit(lm, space, first) from error
     if not whole:
         raise _unfit(lm, space, "its cache is of another kind")
+    if len({table.device for pair in layers for table in pair}) > 1:
+        raise _unfit(lm, space, "its layers lie on several devices")
     return layers
 
 

@@ -9,13 +9,13 @@ and values are computed once for an engine and stand in its cache, as a prefix d
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from memvec.errors import MemvecError
-from memvec.model.reading import Prefix, StartRule
+from memvec.model.reading import Prefix
 from memvec.spaces.keys_values import KeysValues
 from memvec.usable.around import front_rows
 
@@ -33,28 +33,16 @@ class BehindFront(Prefix):
         self.held = KeysValues(lm, {})
         self.front = self.held.begun_at(lm, front_rows(lm)).to(lm.device)
 
-    def states(
-        self,
-        lm: FrozenLM,
-        vectors: Float[Tensor, "B K D"] | None,
-        ids: Int[Tensor, "B T"],
-        start: StartRule,
-    ) -> Float[Tensor, "B N H"]:
-        """Hidden states at the predicting positions."""
+    def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K D"] | None) -> Any:
+        """Keys and values of the front for each row; without vectors there is none."""
         if vectors is None:
-            return super().states(lm, None, ids, start)
-        cache = self.held.cache(lm, self.front.expand(len(ids), -1, -1))
-        inputs = self.inputs(lm, vectors, ids, start)
-        return lm.states_of(inputs, keep=ids.shape[1] - (start == "first-token"), cache=cache)
+            return None
+        return self.held.cache(lm, self.front.expand(len(vectors), -1, -1))
 
 
 def with_front_read(lm: FrozenLM) -> FrozenLM:
-    """The model whose inputs begin behind its front; the model itself where it has none to keep.
-
-    Nor is one kept of a model on several devices: its layers' keys and values lie apart.
-    """
-    devices = {parameter.device for parameter in lm.model.parameters()}
-    if not lm.front or type(lm.reading) is not Prefix or lm.offload or len(devices) > 1:
+    """The model whose inputs begin behind its front; the model itself where it has none to keep."""
+    if not lm.front or type(lm.reading) is not Prefix or lm.offload:
         return lm
     try:
         reading = BehindFront(lm)

@@ -1,11 +1,10 @@
-"""A step for vectors that are to be used: behind a front that is read once, asked for in turns.
-
-What stands in front of the vectors is the same at every step (memvec.usable.front).
+"""The step of the term `use`: not every passage is asked for, and the front is read only once.
 
 Most of what a step costs is to ask for the passage, and most of what it tells is that its tokens
 are as right as before. Until a passage settles (`Recipe.settle`) it is asked for in one step of so
 many (`Recipe.objective_every`); the steps between follow the term `use` alone (docs/usable.md).
-Turns go by the passage's own steps, whoever is beside it.
+Turns go by the passage's own steps, whoever is beside it. What stands in front of the vectors is
+the same at every step, and is read once for all of them (memvec.usable.front).
 """
 
 from __future__ import annotations

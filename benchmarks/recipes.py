@@ -1,0 +1,83 @@
+"""How much does a change of the recipe save? Forward-backward tokens until exact, side by side.
+
+    python benchmarks/recipes.py --quick
+    python benchmarks/recipes.py --corpus novels.parquet --set optimizer=full-matrix
+
+The same passages by the default recipe and by the same with the fields of `--set` changed, from
+noise unless `--start` says otherwise. RESULT `ratio` is the tokens that the changed recipe spends
+over those of the default one at the greatest length, ratio of the means over passages, with its
+95 % bootstrap interval over them, and `exact` the smaller share of exact passages.
+
+`--quick` is a tiny random-weight model, and its RESULT is for that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common import arguments, ratio_of_means, report
+from memvec.cramming.recipe import Recipe
+from memvec.loading import load_lm
+from memvec.passages.passage import Passage
+from models import SHAPES, random_model
+from texts import passages_of, random_tokens
+from usable import crammed
+
+
+def main() -> None:
+    """Every length, both recipes."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
+    parser.add_argument("--corpus", type=Path, help="held-out texts; default: our own prose")
+    parser.add_argument("--tokens", type=int, nargs="+", default=(32, 56))
+    parser.add_argument("--vectors", type=int, default=1)
+    parser.add_argument("--passages", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--start", default="noise", help="of both recipes")
+    parser.add_argument("--set", nargs="+", default=["optimizer=full-matrix"], help="name=value")
+    options = parser.parse_args()
+    if options.quick:
+        options.shape, options.tokens, options.passages = "tiny-llama", (3, 6), 4
+    lm = random_model(options.shape) if options.shape else load_lm(options.model)
+    both: dict[str, Any] = {"steps": options.steps, "start": options.start}
+    changes = dict(item.split("=", 1) for item in options.set)
+    recipes = {
+        "default": Recipe.of("default", **both),
+        " ".join(options.set): Recipe.of("default", **both, **changes),
+    }
+    rows: list[dict[str, Any]] = []
+    result: dict[str, float] = {}
+    for T in options.tokens:
+        if lm.tokenizer is None:
+            texts = random_tokens(lm, options.passages, T)
+        else:
+            texts = passages_of(lm, options.passages, T, corpus=options.corpus)
+        asked = [Passage(text.ids, i) for i, text in enumerate(texts)]
+        made = [crammed(lm, asked, r, options.vectors, len(asked)) for r in recipes.values()]
+        found = [[outcomes[i] for i in range(len(asked))] for outcomes in made]
+        spent = [[outcome.spent for outcome in outcomes] for outcomes in found]
+        ratio, low, high = ratio_of_means(spent[1], spent[0])
+        exact = [sum(outcome.exact for outcome in outcomes) for outcomes in found]
+        for name, outcomes, tokens, right in zip(recipes, found, spent, exact, strict=True):
+            rows.append(
+                {
+                    "model": lm.name,
+                    "tokens": T,
+                    "vectors": options.vectors,
+                    "recipe": name,
+                    "n": len(outcomes),
+                    "exact": right,
+                    "steps": sum(outcome.steps for outcome in outcomes) / len(outcomes),
+                    "spent": sum(tokens) / len(outcomes),
+                }
+            )
+        rows[-1] |= {"ratio": ratio, "low": low, "high": high}
+        rows[-2] |= {"ratio": 1.0, "low": 1.0, "high": 1.0}
+        result = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+        result["exact"] = min(exact) / len(asked)
+    report("recipes", rows, options, **result)
+
+
+if __name__ == "__main__":
+    main()
