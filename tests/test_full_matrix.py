@@ -9,7 +9,15 @@ import torch
 
 from conftest import QUICK, tiny
 from memvec.arms import full_matrix
-from memvec.arms.full_matrix import DECAY, FLOOR, WINDOW, FullMatrix, inverse_root
+from memvec.arms.full_matrix import (
+    DECAY,
+    FLOOR,
+    INVERSES,
+    WINDOW,
+    FullMatrix,
+    inverses,
+    turned_by,
+)
 from memvec.cramming.optimizers import NAdam
 from memvec.cramming.recipe import Recipe
 from properties import alone_as_beside_others, exact_as_measured
@@ -18,27 +26,37 @@ RECIPE = Recipe(optimizer="full-matrix", lr=0.03, lr_large=0.0, beta1=0.8, beta1
 WHOLE = replace(QUICK, optimizer="full-matrix", compute="model")
 
 
-def slow_direction(gradients, mean):
-    """(M + e)^(-1/2) m by the eigenvectors of the whole matrix, newest gradient first."""
-    weighted = [(DECAY ** (i / 2) * g).double() for i, g in enumerate(gradients[:WINDOW])]
+def slow_direction(gradients, vector):
+    """(M + floor)^(-1/2) v by the eigenvectors of the whole matrix; the newest gradient is last."""
+    weighted = [(DECAY ** (i / 2) * g).double() for i, g in enumerate(reversed(gradients))][:WINDOW]
     matrix = sum(torch.outer(g, g) for g in weighted)
     values, vectors = torch.linalg.eigh(matrix)
-    root = (values.clamp_min(0) + FLOOR * values[-1]).sqrt()
-    return vectors @ ((vectors.T @ mean.double()) / root)
+    root = (values.clamp_min(0) + FLOOR * values.sum()).sqrt()
+    return vectors @ ((vectors.T @ vector.double()) / root)
 
 
-@pytest.mark.parametrize("moves", [1, 2, 7, WINDOW + 9])
+@pytest.mark.parametrize("moves", [1, 2, 7, WINDOW, 2 * WINDOW + 9])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 def test_the_direction_is_that_of_the_whole_matrix(moves, scale):
     """By a window that is filled in part, or has forgotten; whatever unit gradients have."""
     random = torch.Generator().manual_seed(moves)
     gradients = scale * torch.randn(moves, 24, generator=random) * torch.logspace(0, -2, 24)
-    mean = scale * torch.randn(24, generator=random)
-    kept = torch.zeros(1, WINDOW, 24)
-    kept[0, : min(moves, WINDOW)] = gradients[:WINDOW]
-    found = inverse_root(kept, mean[None])[0].double()
-    slow = slow_direction(gradients / scale, mean / scale)
-    torch.testing.assert_close(found / found.norm(), slow / slow.norm(), rtol=1e-3, atol=1e-4)
+    vector = torch.randn(24, generator=random)
+    ours, place = FullMatrix(RECIPE), torch.zeros(1, 24)
+    state = ours.fresh(place)
+    for gradient in gradients:
+        ours.step(place, gradient[None], state, torch.tensor([True]))
+    found = turned_by(state.gradients, state.products, state.count, vector[None])[0].double()
+    slow = slow_direction(gradients / scale, vector)
+    torch.testing.assert_close(found / found.norm(), slow / slow.norm(), rtol=0, atol=0.006)
+
+
+@pytest.mark.parametrize(("N", "error"), [(INVERSES, 6e-3), (6, 3e-4), (8, 1e-5)])
+def test_a_sum_of_inverses_is_the_inverse_root(N, error):
+    shift, share = inverses(FLOOR, N, torch.device("cpu"))
+    x = torch.cat([torch.zeros(1), torch.logspace(-8, 0, 200)])[:, None].double()
+    root = (x[:, 0] + FLOOR).rsqrt()
+    assert ((share / (x + shift)).sum(1) / root - 1).abs().max() < error
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5), (4, 7)])

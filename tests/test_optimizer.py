@@ -174,10 +174,10 @@ def test_the_mean_gradient_against_its_definition(rise, name):
 
 
 def test_the_default_looks_ahead_and_published_recipes_do_not():
-    assert Recipe().optimizer == "nadam"
+    assert Recipe().optimizer == "full-matrix"
     for name, where in registry.BUILT_IN["preset"].items():
         published = where.startswith("memvec.arms.")
-        ours = {"usable-quick": "full-matrix"}.get(name, "nadam")
+        ours = "nadam" if name == "usable" else "full-matrix"
         assert Recipe.of(name).optimizer == ("adamw" if published else ours), name
     assert issubclass(registry.get("optimizer", "full-matrix"), NAdam)
 

@@ -1,6 +1,6 @@
 """How it is moved: Adam for B passages at once, each with its own moments and its own step count.
 
-`nadam` is the default recipe's, `adamw` the published ones'.
+`adamw` is the published recipes'; the default's (`memvec.arms.full_matrix`) turns `nadam`'s step.
 
 One stacked parameter and the *sum* of per-passage losses make B separate runs out of one; what a
 library optimiser lacks is a step count per passage (a newcomer's bias correction starts at 1 while

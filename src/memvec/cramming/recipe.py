@@ -114,9 +114,9 @@ class Recipe:
         "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'",
     )
     optimizer: str = documented(
-        "nadam",
-        "how it is moved: 'nadam', Adam whose mean gradient is taken a move ahead; 'full-matrix', "
-        "the same turned by the matrix of the last gradients, in fewer steps",
+        "full-matrix",
+        "how it is moved: 'full-matrix', Adam's step turned by the matrix of the passage's last "
+        "gradients; 'nadam', Adam whose mean gradient is taken a move ahead; 'adam'; 'adamw'",
     )
     lr: float = documented(
         0.1,

@@ -31,7 +31,7 @@ BOTH_ENDS = ("gemma2", "gemma3", "gemma3_text")
 QUERIES_AND_KEYS = ("olmo2", "olmo3", "qwen3", "qwen3_moe", "gemma3", "gemma3_text")
 FUSED = ("gpt_neox",)  # queries, keys and values are one tensor, which the values hold on to
 MAX_MEASURED = 256  # tokens of the passage with which `kept` is measured
-STATE_COPIES = 8  # of a slot's vectors: parameters, best, gradient, moments and the update
+STATE_COPIES = 70  # of a slot's vectors: 60 last gradients; parameters, best, moments, update ...
 
 
 @dataclass(frozen=True)
