@@ -107,7 +107,7 @@ class Recipe:
     coordinates: str = documented(
         "direct",
         "what is moved: 'direct', the numbers of the vectors; 'principal', the same in the model's "
-        "principal directions, which takes about a fifth fewer steps",
+        "principal directions, which takes 'nadam' about a fifth fewer steps",
     )
     dimensions: int = documented(
         256,
