@@ -73,9 +73,9 @@ def start_vectors(
         start = registry.get("start", name)
         return [lm.reading.begun_at(lm, start(lm, ids, K, recipe)) for ids in passages]
     if (encoder := encoder_of(lm, recipe)) is None:
-        if recipe.term == "use":
-            raise MemvecError(f"{lm.name} has no usable encoder: use --start last-tokens.")
-        raise MemvecError(f"{lm.name} has no one-pass encoder: use --start noise.")
+        kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
+        raise MemvecError(f"{lm.name} has no {kind} encoder: use --start {other}.")
+    encoder.refuse_unfit(lm, recipe)
     batches: dict[int, list[int]] = {}
     for i, ids in enumerate(passages):
         batches.setdefault(i if alone else len(ids), []).append(i)

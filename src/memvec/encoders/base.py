@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.errors import MemvecError
+
 if TYPE_CHECKING:
     from memvec.cramming.recipe import Recipe
     from memvec.model.lm import FrozenLM
@@ -40,6 +42,14 @@ class OnePassEncoder(ABC):
     def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
         """True if what the recipe asks of this model is what the encoder was trained for."""
         return True
+
+    def refuse_unfit(self, lm: FrozenLM, recipe: Recipe) -> None:
+        """Raise MemvecError if it is not: from there vectors take longer than from anywhere."""
+        if not self.fits(lm, recipe):
+            raise MemvecError(
+                f"the usable encoder of {lm.name} knows one trigger and front, and these are "
+                "others: use --start last-tokens, or trigger and front 'auto'."
+            )
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> OnePassEncoder:
