@@ -15,6 +15,7 @@ are left out, and named.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from common import arguments, ratio_of_separate_means, report, save_figure, summary
@@ -61,14 +62,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--patience", type=int, default=300)
+    parser.add_argument("--set", nargs="*", default=[], help="name=value: changes to the recipe")
     options = parser.parse_args()
     if options.quick:
         options.shape, options.vectors, options.tokens = "tiny-llama", (1, 16), 12
         options.passages, options.steps, options.patience = 3, 100, 100
     lm = random_model(options.shape) if options.shape else load_lm(options.model)
+    changed = Recipe.of("default", **dict(item.split("=", 1) for item in options.set))
     ways = {
-        f"{options.steps} steps": Recipe(steps=options.steps, patience=FOREVER),
-        "convergence": Recipe(steps=FOREVER, patience=options.patience),
+        f"{options.steps} steps": replace(changed, steps=options.steps, patience=FOREVER),
+        "convergence": replace(changed, steps=FOREVER, patience=options.patience),
     }
     rows, found = [], {}
     context = lm.context or FOREVER
