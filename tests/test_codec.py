@@ -33,7 +33,7 @@ from memvec.vectors import MemVectors
 
 TEXT = "the cat sat on the lazy dog, é\r\n"
 OPTIONS = {"vectors": 2, "tokens": 2, "recipe": QUICK}
-HASTY = Recipe(steps=150, patience=30)  # long passages are given up, and halved, soon
+HASTY = Recipe(steps=30, patience=10)  # long passages are given up, and halved, soon
 
 
 # ---------------------------------------------------------------------- texts in, texts out
