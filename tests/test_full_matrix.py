@@ -13,6 +13,7 @@ from memvec.arms.full_matrix import (
     DECAY,
     FLOOR,
     INVERSES,
+    SPIKE,
     WINDOW,
     FullMatrix,
     inverses,
@@ -28,7 +29,10 @@ WHOLE = replace(QUICK, optimizer="full-matrix", compute="model")
 
 def slow_direction(gradients, vector):
     """(M + floor)^(-1/2) v by the eigenvectors of the whole matrix; the newest gradient is last."""
-    weighted = [(DECAY ** (i / 2) * g).double() for i, g in enumerate(reversed(gradients))][:WINDOW]
+    kept = [g.double() for g in gradients][-WINDOW:][::-1]
+    limit = SPIKE * sorted(float(g.norm()) for g in kept)[(len(kept) - 1) // 2]
+    kept = [g * min(1.0, limit / float(g.norm())) for g in kept]
+    weighted = [DECAY ** (i / 2) * g for i, g in enumerate(kept)]
     matrix = sum(torch.outer(g, g) for g in weighted)
     values, vectors = torch.linalg.eigh(matrix)
     root = (values.clamp_min(0) + FLOOR * values.sum()).sqrt()
@@ -37,10 +41,12 @@ def slow_direction(gradients, vector):
 
 @pytest.mark.parametrize("moves", [1, 2, 7, WINDOW, 2 * WINDOW + 9])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
-def test_the_direction_is_that_of_the_whole_matrix(moves, scale):
+@pytest.mark.parametrize("first", [1, 2500])
+def test_the_direction_is_that_of_the_whole_matrix(moves, scale, first):
     """By a window that is filled in part, or has forgotten; whatever unit gradients have."""
     random = torch.Generator().manual_seed(moves)
     gradients = scale * torch.randn(moves, 24, generator=random) * torch.logspace(0, -2, 24)
+    gradients[moves // 3] *= first
     vector = torch.randn(24, generator=random)
     ours, place = FullMatrix(RECIPE), torch.zeros(1, 24)
     state = ours.fresh(place)

@@ -28,6 +28,7 @@ from memvec.cramming.optimizers import NAdam, OptimizerState
 WINDOW = 60  # gradients of a passage that are kept: WINDOW x K x D numbers
 DECAY = 0.98  # of what a gradient weighs in the matrix, at each move
 FLOOR = 1e-4  # added to the matrix's eigenvalues, in units of their sum
+SPIKE = 100  # times the median norm: no gradient of the window weighs more than such a one
 INVERSES = 4  # in the sum: the root is right to 0.6 % for all eigenvalues
 
 
@@ -45,7 +46,8 @@ class Window(OptimizerState):
 class FullMatrix(NAdam):
     """NAdam whose mean gradient m is followed along (M + floor)^(-1/2) m, at Adam's length.
 
-    M is the sum of g gᵀ over the last `WINDOW` gradients g of the passage, each with its decay.
+    M is the sum of g gᵀ over the last `WINDOW` gradients g of the passage, each with its decay,
+    and none of them longer than `SPIKE` times their median.
     """
 
     def fresh(self, parameters: Tensor) -> Window:
@@ -87,6 +89,9 @@ def turned_by(
 ) -> Float[Tensor, "B P"]:
     """(M + floor)^(-1/2) v up to a factor, after `count` moves; writes the newest `products`.
 
+    The first gradients of a plain model can be thousands of times as long as those after them. The
+    floor would hide all others behind one of these, so what one weighs is limited by the median.
+
     With the weighted gradients as rows of G, M = Gᵀ G, and each inverse in the sum is by Woodbury's
     identity (M + s)^(-1) v = (v - Gᵀ (G Gᵀ + s)^(-1) G v) / s.
     """
@@ -97,7 +102,10 @@ def turned_by(
     products[slots, newest] = product
     products[slots, :, newest] = product
     age = (newest[:, None] - torch.arange(W, device=count.device)) % W
-    weight = DECAY ** (age / 2)
+    norm = products.diagonal(dim1=1, dim2=2).sqrt()
+    median = norm.where(norm > 0, torch.nan).nanmedian(1, keepdim=True).values
+    limit = (SPIKE * median / norm).nan_to_num(1, posinf=1).clamp_max(1)
+    weight = DECAY ** (age / 2) * limit
     size = (products.diagonal(dim1=1, dim2=2) * weight.square()).sum(1, keepdim=True)
     weight = weight / size.clamp_min(1e-30).sqrt()  # the eigenvalues' sum is 1 from here on
     matrix = products * weight[:, :, None] * weight[:, None, :]
