@@ -1,7 +1,7 @@
 """How much does a change of the recipe save? Forward-backward tokens until exact, side by side.
 
     python benchmarks/recipes.py --quick
-    python benchmarks/recipes.py --corpus novels.parquet --set optimizer=full-matrix
+    python benchmarks/recipes.py --corpus novels.parquet --set optimizer=nadam
 
 The same passages by the default recipe and by the same with the fields of `--set` changed, from
 noise unless `--start` says otherwise. RESULT `ratio` is the tokens that the changed recipe spends
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, ratio_of_means, report
-from memvec.cramming.recipe import Recipe
+from memvec.cli.common import recipe_of
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
@@ -35,16 +35,15 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--start", default="noise", help="of both recipes")
-    parser.add_argument("--set", nargs="+", default=["optimizer=full-matrix"], help="name=value")
+    parser.add_argument("--set", nargs="+", default=["optimizer=nadam"], help="name=value")
     options = parser.parse_args()
     if options.quick:
         options.shape, options.tokens, options.passages = "tiny-llama", (3, 6), 4
     lm = random_model(options.shape) if options.shape else load_lm(options.model)
     both: dict[str, Any] = {"steps": options.steps, "start": options.start}
-    changes = dict(item.split("=", 1) for item in options.set)
     recipes = {
-        "default": Recipe.of("default", **both),
-        " ".join(options.set): Recipe.of("default", **both, **changes),
+        name: recipe_of("default", changes, **both)
+        for name, changes in (("default", []), (" ".join(options.set), options.set))
     }
     rows: list[dict[str, Any]] = []
     result: dict[str, float] = {}

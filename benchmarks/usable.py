@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from common import arguments, report, save_figure
+from memvec.cli.common import recipe_of
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, triggered
@@ -155,8 +156,7 @@ def main() -> None:
     parser.add_argument("--preset", default="usable", help="a recipe of usable vectors")
     parser.add_argument("--set", nargs="*", default=(), help="fields of the recipe, name=value")
     options = parser.parse_args()
-    changes = dict(item.split("=", 1) for item in options.set)
-    options.recipe = Recipe.of(options.preset, **changes)
+    options.recipe = recipe_of(options.preset, options.set)
     if options.quick:
         options.shape, options.tokens, options.vectors = "tiny-llama", (6,), (2,)
         options.passages = 4

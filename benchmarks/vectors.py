@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from common import arguments, ratio_of_separate_means, report, save_figure, summary
+from memvec.cli.common import recipe_of
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
@@ -68,7 +69,7 @@ def main() -> None:
         options.shape, options.vectors, options.tokens = "tiny-llama", (1, 16), 12
         options.passages, options.steps, options.patience = 3, 100, 100
     lm = random_model(options.shape) if options.shape else load_lm(options.model)
-    changed = Recipe.of("default", **dict(item.split("=", 1) for item in options.set))
+    changed = recipe_of("default", options.set)
     ways = {
         f"{options.steps} steps": replace(changed, steps=options.steps, patience=FOREVER),
         "convergence": replace(changed, steps=FOREVER, patience=options.patience),

@@ -172,11 +172,11 @@ def main():
     args = parser.parse_args()
 
     from memvec import load_lm
-    from memvec.cramming.recipe import Recipe
+    from memvec.cli.common import recipe_of
 
     lm = load_lm(args.model, device=args.device)
     stream = torch.from_numpy(np.load(args.work / "valid.npy").astype(np.int64))
-    recipe = Recipe.of(**{"start": args.start, **dict(pair.split("=") for pair in args.set)})
+    recipe = recipe_of("default", args.set, start=args.start)
 
     def rows():
         if "loss" in args.parts:

@@ -21,6 +21,7 @@ from memvec.arms.full_matrix import (
 )
 from memvec.cramming.optimizers import NAdam
 from memvec.cramming.recipe import Recipe
+from memvec.model.estimate import STATE_COPIES
 from properties import alone_as_beside_others, exact_as_measured
 
 RECIPE = Recipe(optimizer="full-matrix", lr=0.03, lr_large=0.0, beta1=0.8, beta1_rise=0.0)
@@ -42,8 +43,12 @@ def slow_direction(gradients, vector):
 @pytest.mark.parametrize("moves", [1, 2, 7, WINDOW, 2 * WINDOW + 9])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("first", [1, 2500])
-def test_the_direction_is_that_of_the_whole_matrix(moves, scale, first):
-    """By a window that is filled in part, or has forgotten; whatever unit gradients have."""
+def test_the_direction_is_that_of_the_whole_matrix(moves, scale, first, monkeypatch):
+    """By a window that is filled in part, or has forgotten; whatever unit gradients have.
+
+    With enough inverses for float32: what four of them cost is bounded below.
+    """
+    monkeypatch.setattr(full_matrix, "INVERSES", 10)
     random = torch.Generator().manual_seed(moves)
     gradients = scale * torch.randn(moves, 24, generator=random) * torch.logspace(0, -2, 24)
     gradients[moves // 3] *= first
@@ -54,7 +59,7 @@ def test_the_direction_is_that_of_the_whole_matrix(moves, scale, first):
         ours.step(place, gradient[None], state, torch.tensor([True]))
     found = turned_by(state.gradients, state.products, state.count, vector[None])[0].double()
     slow = slow_direction(gradients / scale, vector)
-    torch.testing.assert_close(found / found.norm(), slow / slow.norm(), rtol=0, atol=0.006)
+    torch.testing.assert_close(found / found.norm(), slow / slow.norm(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("N", "error"), [(INVERSES, 6e-3), (6, 3e-4), (8, 1e-5)])
@@ -63,6 +68,10 @@ def test_a_sum_of_inverses_is_the_inverse_root(N, error):
     x = torch.cat([torch.zeros(1), torch.logspace(-8, 0, 200)])[:, None].double()
     root = (x[:, 0] + FLOOR).rsqrt()
     assert ((share / (x + shift)).sum(1) / root - 1).abs().max() < error
+
+
+def test_the_estimate_of_memory_counts_the_window():
+    assert STATE_COPIES >= WINDOW + 8
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5), (4, 7)])
