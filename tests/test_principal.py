@@ -1,4 +1,4 @@
-"""Vectors moved in the model's principal directions."""
+"""Vectors moved in the model's principal directions, and in whitened coordinates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from memvec.model.lm import FrozenLM
 from properties import alone_as_beside_others, exact_as_measured
 
 TURNED = replace(QUICK, coordinates="principal", compute="model")
+WHITENED = replace(TURNED, coordinates="whitened", optimizer="full-matrix")
+both = pytest.mark.parametrize("recipe", [TURNED, WHITENED], ids=["principal", "whitened"])
 FAMILIES = ["llama", "gpt2", "mamba", "gemma2", "opt-projected", "qwen3-moe"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -23,7 +25,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 def test_directions_are_those_of_gradients_taken_one_by_one(family):
     """Through autograd and the whole loss, row by row; the mean of g gᵀ is diagonal in them."""
     lm = tiny(family)
-    found = principal.principal_directions(lm)
+    found = principal.gradient_spectrum(lm).directions
     D, recipe = lm.width, Recipe().in_logits(lm.logit_spread)
     torch.testing.assert_close(found.T @ found, torch.eye(D), atol=1e-5, rtol=0)
     covariance = torch.zeros(D, D, dtype=torch.float64)
@@ -42,37 +44,60 @@ def test_directions_are_those_of_gradients_taken_one_by_one(family):
     assert float((turned - shares.diag()).abs().max()) < 2e-3 * float(shares.max())
     assert bool((shares.diff() > -1e-3 * shares.max()).all())  # from the least share on
     assert float(shares.sum()) == pytest.approx(principal.ROWS * D, rel=1e-3)
+    kept = principal.gradient_spectrum(lm).shares.double()
+    torch.testing.assert_close(kept, shares, rtol=2e-3, atol=2e-3 * float(shares.max()))
 
 
 def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch):
     lm = tiny()
-    found = principal.principal_directions(lm)
-    assert principal.principal_directions(lm) is found
+    found = principal.gradient_spectrum(lm)
+    assert principal.gradient_spectrum(lm) is found
     other = FrozenLM(lm.model, lm.tokenizer, name="the same weights")
-    assert principal.principal_directions(other) is found
+    assert principal.gradient_spectrum(other) is found
     monkeypatch.setattr(principal, "FOUND", {})
     monkeypatch.setattr(principal, "BATCH", 5)
-    again = principal.principal_directions(lm)
+    again = principal.gradient_spectrum(lm)
     # In the same order, up to sign, where shares are well apart: the largest ones.
-    along = (found * again).sum(0).abs()
+    along = (found.directions * again.directions).sum(0).abs()
     assert float(along[-4:].min()) > 0.99
+    torch.testing.assert_close(found.shares, again.shares, rtol=1e-3, atol=1e-3)
 
 
 @every_family
-def test_what_is_crammed_is_exact_and_kept_as_measured(family):
-    exact_as_measured(tiny(family), TURNED)
+def test_whitened_gradients_have_half_of_the_models_spread(family):
+    """The mean of W g (W g)ᵀ has the roots of the eigenvalues; steps are as long on average."""
+    lm = tiny(family)
+    shares, directions = principal.gradient_spectrum(lm)
+    white = principal.Whitened(Recipe(), 1, lm)
+    scaled, D = white.scaled.double(), lm.width
+    asked = torch.randn(3, 2, D)
+    torch.testing.assert_close(white.vectors(white.parameters(asked)), asked, atol=1e-4, rtol=1e-4)
+    assert float(scaled.square().sum()) == pytest.approx(D, rel=1e-4)
+    covariance = directions.double() @ shares.double().diag() @ directions.double().T
+    found = torch.linalg.eigvalsh(scaled @ covariance @ scaled)
+    wanted = shares.double() / (shares.double() / shares.mean() + principal.LEAST).sqrt()
+    wanted = wanted * float(found.sum() / wanted.sum())
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
 
 
-def test_a_passage_does_not_feel_its_neighbours():
-    alone_as_beside_others(TURNED)
+@both
+@every_family
+def test_what_is_crammed_is_exact_and_kept_as_measured(family, recipe):
+    exact_as_measured(tiny(family), recipe)
 
 
-def test_other_spaces_are_moved_directly_and_say_so():
+@both
+def test_a_passage_does_not_feel_its_neighbours(recipe):
+    alone_as_beside_others(recipe)
+
+
+@both
+def test_other_spaces_are_moved_directly_and_say_so(recipe):
     lm = tiny()
-    record = Engine(lm, TURNED).recipe.record()
-    assert record["coordinates"] == "principal"
+    record = Engine(lm, recipe).recipe.record()
+    assert record["coordinates"] == recipe.coordinates
     for changes in (
         {"space": "prefix", "start_rule": "bos"},
         {"space": "shared-basis", "dimensions": 8},
     ):
-        assert Engine(lm, replace(TURNED, **changes)).recipe.coordinates == "direct"
+        assert Engine(lm, replace(recipe, **changes)).recipe.coordinates == "direct"

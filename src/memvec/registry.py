@@ -86,6 +86,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "coordinates": {
         "direct": "memvec.cramming.coordinates:Direct",
         "principal": "memvec.arms.principal:Principal",
+        "whitened": "memvec.arms.principal:Whitened",
         "low-dim": "memvec.arms.low_dim:LowDim",
     },
     "layout": {

@@ -1,16 +1,19 @@
-"""The vectors in the model's principal directions: coordinates in which Adam needs fewer steps.
+"""The vectors in coordinates of the model's own, in which fewer steps are needed.
 
-Adam scales each coordinate by itself, so which coordinates it sees matters. Gradients at a model's
-input are long in some directions of its D and short in most, at whatever vectors and for whatever
-tokens; turned into these directions, every coordinate has a size of its own, and vectors are there
-after about four fifths of the steps (docs/log.md). The directions are those of gradients at drawn
-vectors for drawn tokens: they are the model's, not a passage's, and take `ROWS` times D forward and
-backward passes of `TOKENS` tokens, once for a model.
+Gradients at a model's input are long in some directions of its D and short in most, at whatever
+vectors and for whatever tokens. Adam scales each coordinate by itself: turned into these directions
+(`principal`), every coordinate has a size of its own, and vectors are there after about four fifths
+of the steps. An optimiser that follows a whole matrix does not feel a turn. Scaled as well
+(`whitened`), it knows the model's directions before a passage has shown any (docs/log.md).
+
+The directions are those of gradients at drawn vectors for drawn tokens: they are the model's, not a
+passage's, and take `ROWS` times D forward and backward passes of `TOKENS` tokens, once for a model.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +28,15 @@ from memvec.model.memory import in_batches
 TOKENS = 4  # drawn tokens behind each drawn vector
 ROWS = 4  # gradients for each direction; with one, a sixth of the steps is saved
 BATCH = 32
-FOUND: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+LEAST = 1e-4  # added to every share, in units of their mean: none is scaled up without an end
+FOUND: WeakKeyDictionary[nn.Module, Spectrum] = WeakKeyDictionary()
+
+
+class Spectrum(NamedTuple):
+    """Shares (D) of a model's gradients in its principal directions, the columns of (D, D)."""
+
+    shares: Float[Tensor, " D"]
+    directions: Float[Tensor, "D D"]
 
 
 class Principal:
@@ -34,7 +45,7 @@ class Principal:
     of_inputs = True  # the directions that a model has are those of its inputs
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
-        self.directions = principal_directions(lm)
+        self.directions = gradient_spectrum(lm).directions
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
         """The vectors' coordinates in the principal directions."""
@@ -47,12 +58,41 @@ class Principal:
         return vectors
 
 
-def principal_directions(lm: FrozenLM) -> Float[Tensor, "D D"]:
-    """Orthonormal columns: the principal directions of a model's gradients, made once for a model.
+class Whitened:
+    """The vectors, turned, scaled and turned back: parameters = vectors W^(-1), W = C^(-1/4).
 
-    Eigenvectors of the mean of g gᵀ / |g|² over `ROWS` times D gradients g of the default recipe's
-    loss, each at one vector of large normal numbers and `TOKENS` drawn tokens; float32, on the
-    model's device.
+    C is the mean of g gᵀ over the model's gradients g, in units of its mean eigenvalue. With W,
+    gradients have C^(1/2) in the place of C: half of what makes some directions long is gone, and
+    the other half is for the gradients of the passage itself to tell. W is scaled so that a step in
+    any direction is on average as long in the vectors as in the parameters.
+    """
+
+    of_inputs = True
+
+    def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
+        shares, directions = gradient_spectrum(lm)
+        scale = (shares / shares.mean() + LEAST) ** -0.25
+        scale = scale / scale.square().mean().sqrt()
+        self.scaled = ((directions * scale) @ directions.T).float()
+        self.back = ((directions / scale) @ directions.T).float()
+
+    def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
+        """The vectors' whitened coordinates."""
+        parameters: Tensor = vectors @ self.back
+        return parameters
+
+    def vectors(self, parameters: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
+        """The vectors with these coordinates."""
+        vectors: Tensor = parameters @ self.scaled
+        return vectors
+
+
+def gradient_spectrum(lm: FrozenLM) -> Spectrum:
+    """What a model's gradients at its input are made of, found once for a model.
+
+    The eigenvalues, from the least on, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times
+    D gradients g of the default recipe's loss, each at one vector of large normal numbers and
+    `TOKENS` drawn tokens; float32, on the model's device.
     """
     if lm.model not in FOUND:
         covariance = torch.zeros(lm.width, lm.width, dtype=torch.float64)
@@ -60,8 +100,11 @@ def principal_directions(lm: FrozenLM) -> Float[Tensor, "D D"]:
             each = in_batches(functools.partial(_gradients, lm, at), lm.width, BATCH)
             unit = torch.nn.functional.normalize(torch.stack(each).double(), dim=-1)
             covariance += (unit.T @ unit).cpu()
-        directions = torch.linalg.eigh(covariance).eigenvectors
-        FOUND[lm.model] = directions.float().to(lm.device)
+        shares, directions = torch.linalg.eigh(covariance)
+        device = lm.device
+        FOUND[lm.model] = Spectrum(
+            shares.clamp_min(0).float().to(device), directions.float().to(device)
+        )
     return FOUND[lm.model]
 
 

@@ -106,8 +106,9 @@ class Recipe:
     layer: int = documented(0, "the layer of 'prefix-layer', the first is 0")
     coordinates: str = documented(
         "direct",
-        "what is moved: 'direct', the numbers of the vectors; 'principal', the same in the model's "
-        "principal directions, which takes 'nadam' about a fifth fewer steps",
+        "what is moved: 'direct', the numbers of the vectors; 'whitened', these scaled along the "
+        "model's principal directions, which takes a fifth fewer steps, and 4 D short passes once "
+        "for a model; 'principal', turned into these directions, for 'nadam'",
     )
     dimensions: int = documented(
         256,
