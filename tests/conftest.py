@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import preloaded
 import support
-import typechecks  # noqa: F401  (before memvec is imported)
+import typechecks  # before memvec is imported
 from memvec.cramming.recipe import Recipe
 from memvec.errors import SlowPathWarning
 from memvec.model.lm import FrozenLM
@@ -61,6 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test begins with every call checked."""
+    typechecks.calls.clear()
+
+
 def pytest_runtestloop() -> None:
     """Collect again, but never look through what the imports made: it is large, and it stays."""
     gc.collect()

@@ -82,6 +82,25 @@ def test_a_function_in_another_keeps_its_checks_and_has_its_own_surroundings():
             made(factor)(ids[0])
 
 
+def test_of_many_calls_the_first_are_checked_and_then_some(monkeypatch):
+    monkeypatch.setattr(typechecks, "FIRST", 3)
+    monkeypatch.setattr(typechecks, "EVERY", 4)
+    noticed = []
+    for _ in range(12):
+        try:
+            transposed(X)
+            noticed.append(False)
+        except Wrong:
+            noticed.append(True)
+    assert noticed == [True] * 4 + [False] * 3 + [True] + [False] * 3 + [True]
+
+
+def test_each_test_begins_with_checks():
+    """Whatever the tests before it called, as the one above did."""
+    with pytest.raises(Wrong):
+        transposed(X)
+
+
 def test_a_dataclass_is_checked_when_it_is_made():
     assert Point(X[0], X[1], "a").name == "a"
     for wrong in ((X[0], X[:, 0]), (X, X), (X[0], X[1], 1)):
