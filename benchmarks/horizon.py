@@ -15,7 +15,7 @@ its targets). `alignment` also pays for its forward pass over the plain text. Pa
 than anybody gets; `at_end` counts those that were not.
 
 The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
-encoder where it has one. Each published recipe runs at each learning rate of a sweep (SWEEP).
+encoder where it has one; `--set` changes it. Each published recipe runs at each learning rate of a sweep (SWEEP).
 Models are computed in float32 on any device (`--dtype`), so that a figure does not depend on it.
 
 The paper's recipe crams passages of fixed length, so for each passage its longest length has to be
@@ -40,13 +40,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from at_costs import fixed, growing
 from common import arguments, ratio_of_means, report, save_figure, summary
+from memvec.cli.common import recipe_of
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.large import layers_of
@@ -133,13 +134,14 @@ def published(sweep: dict[str, tuple[float, ...]], margin: float, layers: int) -
     return recipes
 
 
-def ours(lm: FrozenLM, margin: float) -> dict[str, Recipe]:
+def ours(lm: FrozenLM, margin: float, changes: Sequence[str] = ()) -> dict[str, Recipe]:
     """The default from each start that the model has, held to a margin of so many logits.
 
     It may spend the whole budget: its own limits are for daily use. In the model's own dtype, like
     the published: a margin is one on the way, too.
     """
-    recipe = Recipe(steps=10**6, patience=10**6, compute="model").in_logits(lm.logit_spread)
+    recipe = recipe_of("default", list(changes), steps=10**6, patience=10**6, compute="model")
+    recipe = recipe.in_logits(lm.logit_spread)
     recipe = replace(recipe, margin=max(margin, recipe.margin))
     recipes = {OURS: replace(recipe, start="noise")}
     if lm.encoder is not None:
@@ -278,6 +280,7 @@ def options_of(arguments_given: list[str] | None = None) -> argparse.Namespace:
         "--published", nargs="+", choices=SWEEP, help="recipes; default: all; --quick: two"
     )
     parser.add_argument("--lr", type=float, nargs="+", help="their learning rates, not the sweep's")
+    parser.add_argument("--set", nargs="*", default=[], help="name=value: changes to the default")
     parser.add_argument("--each", action="store_true", help="a row for each recipe and budget")
     return parser.parse_args(arguments_given)
 
@@ -300,7 +303,7 @@ def main() -> None:
         passages = [Passage(passage.ids, i) for i, passage in enumerate(texts)]
         points = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS
         costs = [round(budget * (i + 1) / points) for i in range(points)]
-        recipes = ours(lm, options.margin)
+        recipes = ours(lm, options.margin, options.set)
         theirs = recipes[OURS].margin if options.same_margin else 0.0
         recipes |= published(sweep, theirs, len(layers_of(lm.model)))
         print(f"{name}: {len(recipes)} recipes", file=sys.stderr, flush=True)
