@@ -15,7 +15,7 @@ its targets). `alignment` also pays for its forward pass over the plain text. Pa
 than anybody gets; `at_end` counts those that were not.
 
 The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
-encoder where it has one; `--set` changes it. Each published recipe runs at each learning rate of a sweep (SWEEP).
+encoder where it has one; `--set` changes it. Each published recipe runs at each rate of a SWEEP.
 Models are computed in float32 on any device (`--dtype`), so that a figure does not depend on it.
 
 The paper's recipe crams passages of fixed length, so for each passage its longest length has to be
