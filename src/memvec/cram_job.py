@@ -51,7 +51,7 @@ class Expected:
 class CramStatus:
     """How a cram of documents stands, for whoever shows it."""
 
-    stage: str  # 'measuring', 'cramming' or 'certifying'
+    stage: str  # 'preparing', 'measuring', 'cramming' or 'certifying'
     tokens: int  # of all documents
     done: int  # tokens of finished passages
     vectors: int  # vectors finished
@@ -86,6 +86,13 @@ class CramJob:
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
         self.recipe, self.storage = recipe, storage
         self.journal, self.on_status = journal, on_status
+        self._batch_size = batch_size
+        self.total = sum(len(d.ids) for d in documents)
+        self.done: dict[tuple[int, int], Outcome] = {}
+        self.spent: dict[tuple[int, int, int], int] = {}
+        self.split = 0
+        self.expected: Expected | None = None
+        self._enter("preparing")  # coordinates may have a model's gradients to measure
         self.engine = Engine(
             lm,
             recipe,
@@ -94,14 +101,7 @@ class CramJob:
             storage=storage,
             on_progress=self._tell,
         )
-        self._batch_size = batch_size
-        self.total = sum(len(d.ids) for d in documents)
-        self.done: dict[tuple[int, int], Outcome] = {}
-        self.spent: dict[tuple[int, int, int], int] = {}
-        self.split = 0
-        self.stage = "measuring"
-        self.expected: Expected | None = None
-        self._tell()
+        self._enter("measuring")
 
     def run(self, keep_text: bool) -> MemVectors:
         """All of it."""
@@ -122,8 +122,7 @@ class CramJob:
         )
         if self.on_status is not None:
             self.expected = self._expected(passages)
-        self.stage = "cramming"
-        self._tell()
+        self._enter("cramming")
 
     def _expected(self, passages: Sequence[Passage]) -> Expected:
         """What the slots will take: memory from the configuration, time from a trial step.
@@ -159,13 +158,11 @@ class CramJob:
         """All passages together, because they share m; again with the halves of those that fail."""
         while jobs:
             self.done.clear()
-            crammed = self._shared().run(jobs)
-            jobs, halved = [], False
+            crammed, jobs, split = self._shared().run(jobs), [], self.split
             for outcome in crammed:
                 halves = self._take(outcome)
-                halved = halved or bool(halves)
                 jobs += [Job(h, self.engine.recipe.margin) for h in halves] or [Job.again(outcome)]
-            if not halved:
+            if self.split == split:
                 return
 
     def _shared(self) -> Any:
@@ -256,16 +253,14 @@ class CramJob:
     def certified(self, keep_text: bool) -> tuple[MemVectors, list[bool]]:
         """The result, decoded once more in the order and batches in which a user will, and which
         passages came back."""
-        self.stage = "certifying"
-        self._tell()
+        self._enter("certifying")
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
             decoded = decode_passages(self.lm, mem, self.workers)
             certificate, exact = certificate_of(self.lm, mem, decoded)
             pairs = zip(self._in_order(), exact, strict=True)
             fallen = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
-            stop = not attempts_left or self.recipe.if_not_exact == "stop"
-            if not fallen or stop:
+            if not fallen or not attempts_left or self.recipe.if_not_exact == "stop":
                 break
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
             for outcome in self._again(fallen):
@@ -290,12 +285,11 @@ class CramJob:
 
     def _result(self, keep_text: bool) -> MemVectors:
         outcomes = self._in_order()
-        given = self.engine.given
         passages = [
             PassageRecord(
                 **o.result.model_dump(),
                 sha256=ids_hash(o.passage.ids),
-                first=o.passage.ids[0] if given else None,
+                first=o.passage.ids[0] if self.engine.given else None,
                 corrections=list(o.corrections),
             )
             for o in outcomes
@@ -328,6 +322,10 @@ class CramJob:
         return MemVectors(torch.stack([o.vectors for o in outcomes]), header, soft)
 
     # ------------------------------------------------------------------ news
+
+    def _enter(self, stage: str) -> None:
+        self.stage = stage
+        self._tell()
 
     def _tell(self, progress: Progress | None = None) -> None:
         if self.on_status is not None:
