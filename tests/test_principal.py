@@ -11,6 +11,7 @@ from conftest import QUICK, tiny
 from memvec.arms import principal
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from properties import alone_as_beside_others, exact_as_measured
 
@@ -101,3 +102,26 @@ def test_other_spaces_are_moved_directly_and_say_so(recipe):
         {"space": "shared-basis", "dimensions": 8},
     ):
         assert Engine(lm, replace(recipe, **changes)).recipe.coordinates == "direct"
+
+
+def test_gradients_that_are_not_finite_are_left_out(monkeypatch):
+    lm, plain, D = tiny(), principal._gradients, 32
+    monkeypatch.setattr(principal, "FOUND", {})
+    whole = principal.gradient_spectrum(lm)
+
+    def sometimes(lm, at, rows):
+        found = plain(lm, at, rows)
+        return [torch.full((D,), torch.nan) if i % 8 == 0 else g for i, g in enumerate(found)]
+
+    monkeypatch.setattr(principal, "FOUND", {})
+    monkeypatch.setattr(principal, "_gradients", sometimes)
+    most = principal.gradient_spectrum(lm)
+    left = principal.ROWS * D * 7 / 8
+    assert float(whole.shares.sum()) == pytest.approx(principal.ROWS * D, rel=1e-4)
+    assert float(most.shares.sum()) == pytest.approx(left, rel=1e-4)
+    monkeypatch.setattr(principal, "FOUND", {})
+    monkeypatch.setattr(
+        principal, "_gradients", lambda lm, at, rows: [torch.full((D,), torch.inf)] * 32
+    )
+    with pytest.raises(MemvecError, match="are not finite, so its directions cannot be found"):
+        Engine(lm, WHITENED)

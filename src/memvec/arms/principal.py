@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 
@@ -92,14 +93,21 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
 
     The eigenvalues, from the least on, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times
     D gradients g of the default recipe's loss, each at one vector of large normal numbers and
-    `TOKENS` drawn tokens; float32, on the model's device.
+    `TOKENS` drawn tokens; float32, on the model's device. A gradient that is not finite is left
+    out. Raises MemvecError if none is.
     """
     if lm.model not in FOUND:
         covariance = torch.zeros(lm.width, lm.width, dtype=torch.float64)
         for at in range(0, ROWS * lm.width, lm.width):
             each = in_batches(functools.partial(_gradients, lm, at), lm.width, BATCH)
             unit = torch.nn.functional.normalize(torch.stack(each).double(), dim=-1)
+            unit = unit[unit.isfinite().all(-1)]
             covariance += (unit.T @ unit).cpu()
+        if not covariance.any():
+            raise MemvecError(
+                f"the gradients of {lm.name} at its input are not finite, so its directions cannot "
+                "be found: use --dtype float32, or --set coordinates=direct."
+            )
         shares, directions = torch.linalg.eigh(covariance)
         device = lm.device
         FOUND[lm.model] = Spectrum(
