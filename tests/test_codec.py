@@ -63,6 +63,7 @@ def test_storages_are_certified(storage):
     assert codec.decode(reader(), mem) == ["the fox"]
 
 
+@pytest.mark.slow
 def test_lengths_come_from_information_where_none_is_given(monkeypatch):
     """Estimated on the text's own passages, or read from the model's folder."""
     lm = reader()
@@ -76,6 +77,7 @@ def test_lengths_come_from_information_where_none_is_given(monkeypatch):
     assert len(known.passages) >= len(estimated.passages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "whole"), [("the fox and a dog", True), (TEXT * 3, False)])
 def test_a_text_that_fits_as_it_is_is_not_cut(monkeypatch, text, whole):
     """What is tried grows until it does not fit, or is the text."""

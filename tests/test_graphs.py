@@ -105,6 +105,7 @@ def test_rows_and_columns_are_rounded_up():
     assert len({graphs.columns_for(need) for need in range(1, 1025)}) == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", range(3))
 def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
     """The vectors, the ids or the temperatures stay those of the capture: the engine says so, and

@@ -107,6 +107,7 @@ def test_mappings_follow_the_registry():
         target("vlm")
 
 
+@pytest.mark.slow
 def test_an_abstract_encoder_costs_no_model():
     """So that the model can hold one without a circle."""
     code = "import memvec.encoders.base, sys; print('memvec.model' in sys.modules)"
