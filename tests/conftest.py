@@ -66,6 +66,7 @@ def pytest_runtest_setup() -> None:
     typechecks.calls.clear()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     """Collect again, but never look through what the imports made: it is large, and it stays."""
     gc.collect()
