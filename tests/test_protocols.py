@@ -115,6 +115,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry._ADDED["protocol"].pop("hardest")
 
 
+@pytest.mark.slow
 def test_a_protocol_of_another_package_runs_is_checked_and_reported(
     plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

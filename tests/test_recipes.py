@@ -142,6 +142,7 @@ def small_run(**fields):
     return pocket.Run(recipe, shape), stream
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     """Stopped and resumed is uninterrupted: the same weights, targets and tokens read."""
     whole, stream = small_run()
@@ -176,6 +177,7 @@ def test_a_run_begins_with_an_exported_model(tmp_path):
         assert torch.equal(ours, theirs.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_lengths_lie_on_their_grid_and_reach_short_passages():
     """Every octave from four tokens to the target is drawn, and none beyond what has room."""
     import pocket

@@ -399,6 +399,7 @@ def greedy(lm, inputs, tokens: int) -> str:
     return lm.text(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passage", [0, 1])
 def test_one_passage_can_be_used_alone(crammed, passage):
     lm, mems = crammed
