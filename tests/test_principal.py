@@ -70,7 +70,7 @@ def test_whitened_gradients_have_half_of_the_models_spread(family):
     lm = tiny(family)
     shares, directions = principal.gradient_spectrum(lm)
     white = principal.Whitened(Recipe(), 1, lm)
-    scaled, D = white.scaled.double(), lm.width
+    scaled, D = white.to_vectors.double(), lm.width
     asked = torch.randn(3, 2, D)
     torch.testing.assert_close(white.vectors(white.parameters(asked)), asked, atol=1e-4, rtol=1e-4)
     assert float(scaled.square().sum()) == pytest.approx(D, rel=1e-4)

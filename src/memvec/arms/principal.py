@@ -27,7 +27,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 
 TOKENS = 4  # drawn tokens behind each drawn vector
-ROWS = 4  # gradients for each direction; with one, a sixth of the steps is saved
+ROWS = 4  # gradients for each direction; with one, `principal` saves a sixth of the steps
 BATCH = 32
 LEAST = 1e-4  # added to every share, in units of their mean: none is scaled up without an end
 FOUND: WeakKeyDictionary[nn.Module, Spectrum] = WeakKeyDictionary()
@@ -46,46 +46,40 @@ class Principal:
     of_inputs = True  # the directions that a model has are those of its inputs
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
-        self.directions = gradient_spectrum(lm).directions
+        self.to_parameters, self.to_vectors = self.maps(gradient_spectrum(lm))
+
+    @staticmethod
+    def maps(found: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
+        """What vectors, and what parameters, are multiplied by from the right: Q and Qᵀ."""
+        return found.directions, found.directions.T
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
-        """The vectors' coordinates in the principal directions."""
-        turned: Tensor = vectors @ self.directions
-        return turned
-
-    def vectors(self, parameters: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
-        """The vectors with these coordinates."""
-        vectors: Tensor = parameters @ self.directions.T
-        return vectors
-
-
-class Whitened:
-    """The vectors, turned, scaled and turned back: parameters = vectors W^(-1), W = C^(-1/4).
-
-    C is the mean of g gᵀ over the model's gradients g, in units of its mean eigenvalue. With W,
-    gradients have C^(1/2) in the place of C: half of what makes some directions long is gone, and
-    the other half is for the gradients of the passage itself to tell. W is scaled so that a step in
-    any direction is on average as long in the vectors as in the parameters.
-    """
-
-    of_inputs = True
-
-    def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
-        shares, directions = gradient_spectrum(lm)
-        scale = (shares / shares.mean() + LEAST) ** -0.25
-        scale = scale / scale.square().mean().sqrt()
-        self.scaled = ((directions * scale) @ directions.T).float()
-        self.back = ((directions / scale) @ directions.T).float()
-
-    def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
-        """The vectors' whitened coordinates."""
-        parameters: Tensor = vectors @ self.back
+        """The coordinates of vectors."""
+        parameters: Tensor = vectors @ self.to_parameters
         return parameters
 
     def vectors(self, parameters: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
         """The vectors with these coordinates."""
-        vectors: Tensor = parameters @ self.scaled
+        vectors: Tensor = parameters @ self.to_vectors
         return vectors
+
+
+class Whitened(Principal):
+    """The vectors, turned, scaled and turned back: parameters = vectors W^(-1), W = C^(-1/4).
+
+    C is the mean of g gᵀ / |g|² over the model's gradients g, in units of its mean eigenvalue.
+    Gradients at the parameters have C^(1/2) in its place: half of what makes some directions long
+    is gone, and the other half is for the passage's own gradients to tell. W is scaled so that a
+    step in any direction is on average as long in the vectors as in the parameters.
+    """
+
+    @staticmethod
+    def maps(found: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
+        """W^(-1) and W, both symmetric."""
+        shares, directions = found
+        scale = (shares / shares.mean() + LEAST) ** -0.25
+        scale = scale / scale.square().mean().sqrt()
+        return (directions / scale) @ directions.T, (directions * scale) @ directions.T
 
 
 def gradient_spectrum(lm: FrozenLM) -> Spectrum:
@@ -108,11 +102,8 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
                 f"the gradients of {lm.name} at its input are not finite, so its directions cannot "
                 "be found: use --dtype float32, or --set coordinates=direct."
             )
-        shares, directions = torch.linalg.eigh(covariance)
-        device = lm.device
-        FOUND[lm.model] = Spectrum(
-            shares.clamp_min(0).float().to(device), directions.float().to(device)
-        )
+        shares, directions = (part.float().to(lm.device) for part in torch.linalg.eigh(covariance))
+        FOUND[lm.model] = Spectrum(shares.clamp_min(0), directions)
     return FOUND[lm.model]
 
 
