@@ -5,11 +5,12 @@
 Passages are crammed by the preset 'usable' (memvec.usable), then each context is measured on the
 48 tokens that truly follow, which cramming never saw: KL per token from the model that has read the
 text, and the share of the text's gain that is kept. Controls: nothing, the last K, 2 K, 4 K and 8 K
-tokens of the text, and vectors that are exact only. Only passages that are exact count, and n says
-how many of how many. `cost` is forward-backward tokens of a passage over those of exact-only
-vectors of the same number from noise; the pass of an encoder that begins counts as one of them.
-`cost_queries` has the queries besides: they are sampled behind the text by forward passes, which
-count a third.
+tokens of the text, and vectors that are exact only. `--in-a-row N` crams N passages that follow
+each other; their vectors stand one behind the other, as `memvec use` has them, beside those of the
+last passage alone. Only texts all of whose passages are exact count, and n says how many of how
+many. `cost` is forward-backward tokens of a passage over those of exact-only vectors of the same
+number from noise; the pass of an encoder that begins counts as one of them. `cost_queries` has the
+queries besides: they are sampled behind the text by forward passes, which count a third.
 
 RESULT is for the first --tokens and --vectors: `exact` (share of passages), `kept`, `kl` and
 `kl_none` (nats per token), `over_truncation` (KL of the last N K tokens over KL of the vectors,
@@ -28,6 +29,7 @@ import torch
 
 from common import arguments, report, save_figure
 from memvec.cli.common import recipe_of
+from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, triggered
@@ -42,45 +44,66 @@ from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
 CONTINUATION = 48  # tokens behind each passage
+LAST_PASSAGE = "vectors of the last passage"
 EXACT_FROM_NOISE = Recipe(start="noise", start_rule="bos")
 
 
 def crammed(
     lm: FrozenLM, asked: list[Passage], recipe: Recipe, K: int, batch_size: int
-) -> dict[int, Any]:
+) -> dict[int, Outcome]:
     """Outcomes by passage."""
     engine = Engine(lm, recipe, vectors=K, batch_size=batch_size)
     return {outcome.passage.document: outcome for outcome in engine.run(asked)}
+
+
+def in_a_row(outcomes: list[Outcome]) -> torch.Tensor | None:
+    """The vectors of passages one behind the other; None if a passage is not exact."""
+    if not all(outcome.exact for outcome in outcomes):
+        return None
+    return torch.cat([outcome.vectors.float() for outcome in outcomes])
 
 
 def setting(
     lm: FrozenLM, texts: list[Passage], T: int, K: int, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Rows of one length and number of vectors, a row for each context; and the RESULT of it."""
-    asked = [Passage(text.ids[:T], i) for i, text in enumerate(texts)]
+    parts, whole = options.in_a_row, T * options.in_a_row
+    asked = [
+        Passage(text.ids[part * T : (part + 1) * T], i * parts + part)
+        for i, text in enumerate(texts)
+        for part in range(parts)
+    ]
     view = triggered(lm, options.recipe)
     usable = crammed(lm, asked, options.recipe, K, options.batch_size)
     plain = crammed(lm, asked, EXACT_FROM_NOISE, K, options.batch_size)
     measured = []
     for i, text in enumerate(texts):
-        if usable[i].exact:
-            contexts = contexts_of(view, usable[i].vectors.float(), text.ids[:T], None)
-            if plain[i].exact:  # as they were crammed: nothing in front
-                own = contexts_of(lm, plain[i].vectors.float(), text.ids[:T], None)
+        mine = range(i * parts, (i + 1) * parts)
+        if (row := in_a_row([usable[part] for part in mine])) is not None:
+            contexts = contexts_of(view, row, text.ids[:whole], None)
+            if parts > 1:
+                last = contexts_of(view, row[-K:], text.ids[:whole], None)
+                contexts[LAST_PASSAGE] = last[VECTORS]
+            # exact-only vectors as they were crammed: nothing in front
+            if (exact_only := in_a_row([plain[part] for part in mine])) is not None:
+                own = contexts_of(lm, exact_only, text.ids[:whole], None)
                 contexts[EXACT_ONLY] = own[VECTORS]
-            measured.append(behind_each(lm, contexts, torch.tensor([text.ids[T:]])))
+            measured.append(behind_each(lm, contexts, torch.tensor([text.ids[whole:]])))
     exact = share_interval(len(measured), len(texts))
     read = len(asked) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
     spent = read + sum(usable[i].spent for i in usable)
     from_noise = sum(plain[i].spent for i in plain)
     if not measured:
-        raise SystemExit(f"no passage of {T} tokens is exact in {K} usable vectors")
+        raise SystemExit(
+            f"no text of {whole} tokens is exact in usable vectors, {K} for {T} tokens"
+        )
     worth = tabulated(measured, 1, CONTINUATION)
     rows = [
         {
             "model": lm.name,
             "tokens": T,
             "vectors": K,
+            "passages": parts,
             "context": name,
             "n": len(measured),
             "of": len(texts),
@@ -96,7 +119,7 @@ def setting(
         }
         for name, own in worth.contexts.items()
     ]
-    rival = worth.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K} tokens")
+    rival = worth.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K * parts} tokens")
     mine = worth.contexts[VECTORS]
     result = {
         "exact": exact.share,
@@ -151,6 +174,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=(24, 48))
     parser.add_argument("--vectors", type=int, nargs="+", default=(4,))
     parser.add_argument("--passages", type=int, default=32)
+    parser.add_argument("--in-a-row", type=int, default=1, help="passages of each text")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--encoder", type=Path, help="file of a usable encoder")
     parser.add_argument("--preset", default="usable", help="a recipe of usable vectors")
@@ -169,7 +193,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
     for T in options.tokens:
-        length = T + CONTINUATION
+        length = T * options.in_a_row + CONTINUATION
         if lm.tokenizer is None:
             texts = random_tokens(lm, options.passages, length)
         else:

@@ -336,8 +336,10 @@ def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(t
 
 
 @pytest.mark.slow
-def test_usable_vectors_are_measured_as_they_were_crammed():
-    """Behind their front and their trigger: KL by the slow path, which knows neither engine."""
+@pytest.mark.parametrize("parts", [1, 2])
+def test_usable_vectors_are_measured_as_they_were_crammed(parts):
+    """Behind their front and their trigger, those of several passages one behind the other: KL by
+    the slow path, which knows neither engine."""
     from types import SimpleNamespace
 
     from memvec.lab import slow_use
@@ -345,18 +347,24 @@ def test_usable_vectors_are_measured_as_they_were_crammed():
     from usable import CONTINUATION, crammed, setting
 
     lm, T = tiny(), 4
+    whole = T * parts
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, lm.vocab_size, (2, T + CONTINUATION), generator=generator).tolist()
+    ids = torch.randint(2, lm.vocab_size, (2, whole + CONTINUATION), generator=generator).tolist()
     texts = [Passage(tuple(row), i) for i, row in enumerate(ids)]
     recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=4, query_count=2)
-    _, result = setting(lm, texts, T, 2, SimpleNamespace(recipe=recipe, batch_size=2))
-    asked = [Passage(text.ids[:T], i) for i, text in enumerate(texts)]
-    outcomes = crammed(lm, asked, recipe, 2, 2)
-    view, found = triggered(lm, recipe), []
+    options = SimpleNamespace(recipe=recipe, batch_size=2, in_a_row=parts)
+    rows, result = setting(lm, texts, T, 2, options)
+    cut = [text.ids[at : at + T] for text in texts for at in range(0, whole, T)]
+    outcomes = crammed(lm, [Passage(ids, i) for i, ids in enumerate(cut)], recipe, 2, 2)
+    view, found, last = triggered(lm, recipe), [], []
     for i, text in enumerate(texts):
-        before = slow_use.context_ids(lm, text.ids[:T], 2)["text"]
-        vectors, words = outcomes[i].vectors, [text.ids[T:]]
-        found.append(slow_use.divergence_and_nll(view, vectors, [], before, words)[0])
+        before = slow_use.context_ids(lm, text.ids[:whole], 2)["text"]
+        vectors = torch.cat([outcomes[i * parts + part].vectors for part in range(parts)])
+        words = [text.ids[whole:]]
+        for kept, where in ((vectors, found), (vectors[-2:], last)):
+            where.append(slow_use.divergence_and_nll(view, kept, [], before, words)[0])
     assert view.front == (lm.bos_id,)
     assert result["exact"] == 1
     assert result["kl"] == pytest.approx(sum(found) / 2, rel=2e-3)
+    of_the_last = [row["kl"] for row in rows if row["context"] == "vectors of the last passage"]
+    assert of_the_last == pytest.approx([sum(last) / 2] * (parts - 1), rel=2e-3)

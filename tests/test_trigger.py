@@ -278,6 +278,19 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
     assert codec.verify(lm, again)[0]["exact"]
 
 
+def test_files_behind_different_fronts_do_not_stand_in_one_row(mem):
+    """Only one front can stand there; the others' vectors would be read behind a wrong one."""
+    lm = reader("words")
+    bare = codec.cram(lm, [TEXT], vectors=2, tokens=4, recipe=replace(USABLE, trigger="bos"))
+    moved = {**mem.soft, "front": mem.soft["front"] + 1e-3}
+    for other in (bare, MemVectors(mem.vectors, mem.header, moved)):
+        with pytest.raises(MemvecError, match=r"^these files were crammed behind different inputs"):
+            memvec.use(lm, [mem, other], "the dog", max_new_tokens=3)
+    same = MemVectors(mem.vectors, mem.header, dict(mem.soft))
+    for alike in ((mem, same), (bare, bare)):
+        assert memvec.use(lm, alike, "the dog", max_new_tokens=3)
+
+
 @pytest.mark.parametrize("changed", ["trigger", "front"])
 @pytest.mark.slow
 def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):

@@ -41,8 +41,8 @@ def use(
     `context` puts the text itself in the vectors' place, or nothing, for comparison. `settings` go
     to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
     tokens without them); `streamer` is one of transformers'. Raises MemvecError for vectors of
-    another model, vectors without a trigger, files of different spaces, or more inputs than the
-    model's context holds.
+    another model, vectors without a trigger, files of different spaces or fronts, or more inputs
+    than the model's context holds.
     """
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
     if not files:
@@ -108,14 +108,27 @@ def in_a_row(
     """The vectors of all files one behind the other, and the model as it reads them.
 
     `passages` takes some of a single file. Raises MemvecError if the vectors are not all in one
-    space, are of another model, have no trigger, or if a passage is not there.
+    space or behind one front, are of another model, have no trigger, or if a passage is not there.
     """
     chosen = [_chosen(lm, one, passages) for one in files]
     spaces = [mem.header.space for mem in files]
     if any(space != spaces[0] for space in spaces[1:]):
         raise MemvecError("files of different spaces cannot stand in one row: use them one by one.")
+    if not all(_same_front(files[0], mem) for mem in files[1:]):
+        raise MemvecError(
+            "these files were crammed behind different inputs in front (BOS or soft tokens), and "
+            "only one of them can stand there: cram them with the same front and trigger."
+        )
     rows = [mem.vectors[i].float() for mem, which in zip(files, chosen, strict=True) for i in which]
     return files[0].view(lm), torch.cat(rows)[None].to(lm.device)
+
+
+def _same_front(one: MemVectors, other: MemVectors) -> bool:
+    """True if the vectors of two files were crammed behind the same inputs."""
+    mine, theirs = one.soft.get("front"), other.soft.get("front")
+    if mine is None or theirs is None:
+        return mine is theirs and one.header.front == other.header.front
+    return one.header.front == other.header.front and torch.equal(mine, theirs)
 
 
 def _opened(
