@@ -38,13 +38,19 @@ from memvec.lab.statistics import share_interval
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from memvec.usable.certificate import EXACT_ONLY, NONE, VECTORS, behind_each, contexts_of
+from memvec.usable.certificate import (
+    EXACT_ONLY,
+    NONE,
+    VECTORS,
+    behind_each,
+    contexts_of,
+    contexts_of_row,
+)
 from memvec.usable.certificate import worth_table as tabulated
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
 CONTINUATION = 48  # tokens behind each passage
-LAST_PASSAGE = "vectors of the last passage"
 EXACT_FROM_NOISE = Recipe(start="noise", start_rule="bos")
 
 
@@ -57,10 +63,10 @@ def crammed(
 
 
 def in_a_row(outcomes: list[Outcome]) -> torch.Tensor | None:
-    """The vectors of passages one behind the other; None if a passage is not exact."""
+    """The vectors (n, K, D) of the passages of a text; None if one of them is not exact."""
     if not all(outcome.exact for outcome in outcomes):
         return None
-    return torch.cat([outcome.vectors.float() for outcome in outcomes])
+    return torch.stack([outcome.vectors.float() for outcome in outcomes])
 
 
 def setting(
@@ -80,13 +86,10 @@ def setting(
     for i, text in enumerate(texts):
         mine = range(i * parts, (i + 1) * parts)
         if (row := in_a_row([usable[part] for part in mine])) is not None:
-            contexts = contexts_of(view, row, text.ids[:whole], None)
-            if parts > 1:
-                last = contexts_of(view, row[-K:], text.ids[:whole], None)
-                contexts[LAST_PASSAGE] = last[VECTORS]
+            contexts = contexts_of_row(view, row, text.ids[:whole])
             # exact-only vectors as they were crammed: nothing in front
             if (exact_only := in_a_row([plain[part] for part in mine])) is not None:
-                own = contexts_of(lm, exact_only, text.ids[:whole], None)
+                own = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
                 contexts[EXACT_ONLY] = own[VECTORS]
             measured.append(behind_each(lm, contexts, torch.tensor([text.ids[whole:]])))
     exact = share_interval(len(measured), len(texts))

@@ -18,9 +18,11 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.journal import Journal
+from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
 from memvec.usable import generate, queries, teacher
 from memvec.usable.certificate import certify_use
+from memvec.usable.queries import continuations
 from memvec.usable.triggers import token_named
 from memvec.vectors import MemVectors
 
@@ -340,6 +342,38 @@ def test_the_true_continuation_is_measured_where_the_text_goes_on():
     )
     assert worth.continuation.passages == able
     assert "exact-only vectors" not in worth.continuation.contexts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [None, 110, 60])
+def test_a_text_of_several_passages_is_measured_whole(room):
+    """Its vectors one behind the other, as far as the context has room: the slow way."""
+    lm = reader("words")
+    texts = ["the cat sat on the mat and the dog ran " * 3, "a dog and", "the fox ran on the mat"]
+    mem = codec.cram(lm, texts, vectors=2, tokens=6, recipe=replace(USABLE, settle=2, steps=2))
+    counts = [document.passages for document in mem.header.documents]
+    assert counts[1] == 1 < min(counts[0], counts[2])
+    passages = [mem.passages[i].tokens for i in range(sum(counts))]
+    small = copy(lm)
+    small.context = room
+    ids = [list(range(2, 2 + tokens)) for tokens in passages]
+    worth = certify_use(small, mem, ids, exact_only=False).in_a_row
+    found, view, recipe = [], mem.view(lm), Recipe(query_count=4, query_tokens=48, seed=7919)
+    for first, n in ((0, counts[0]), (counts[0] + 1, counts[2])):
+        while room and 1 + sum(passages[first : first + n]) + 48 > room:
+            n -= 1
+        if n > 1:
+            text = [token for own in ids[first : first + n] for token in own]
+            words = continuations(view, text, recipe).ids.tolist()
+            vectors = mem.vectors[first : first + n].float().flatten(0, 1)
+            before = slow_use.context_ids(lm, text, 2)["text"]
+            found.append(slow_use.divergence_and_nll(view, vectors, [], before, words)[0])
+    if not found:
+        assert worth is None
+        return
+    assert worth.passages == len(found)
+    assert worth.contexts["vectors"].kl == pytest.approx(sum(found) / len(found), rel=2e-3)
+    assert "vectors of the last passage" in worth.contexts
 
 
 @pytest.mark.slow

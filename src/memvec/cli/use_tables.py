@@ -9,17 +9,23 @@ from rich.table import Table
 
 from memvec.cli.display import facts_table, out, safe
 
+MEASURED = {
+    "continuation": "Passages as context, on the true continuation",
+    "held_out": "Passages as context, on sampled continuations",
+    "in_a_row": "Texts of several passages as context, their vectors in a row",
+}
+
 
 def show_worth(use: Mapping[str, Any]) -> None:
     """Print a certificate of use: what each context is worth, on held-out words."""
     K = use["vectors"]
-    for key, what in (("continuation", "true continuation"), ("held_out", "sampled continuations")):
+    for key, what in MEASURED.items():
         measured = use.get(key)
         if not measured:
             continue
         table = Table(
-            title=f"As context, on the {what} (n {measured['passages']} passages, "
-            f"{measured['queries']} x {measured['tokens']} tokens, {K} vectors each)",
+            title=f"{what} (n {measured['passages']}, {measured['queries']} x "
+            f"{measured['tokens']} tokens, {K} vectors for each passage)",
             title_justify="left",
         )
         for column in ("context", "KL to the text, nats a token", "share of the gain kept"):

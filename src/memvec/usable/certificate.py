@@ -10,9 +10,14 @@ exact only) it reads the same words, and two figures say how far it is from the 
            share of what the text tells about the words that follow; 0 no context, 1 the whole text
 
 The words are queries that cramming never saw: continuations of the text that the model samples with
-another seed, and the true continuation of a passage, where the document goes on behind it. Vectors
-that predict nothing (keys and values, memvec.spaces) have the first word given; it is left out of
-the figures of every context.
+another seed, and the true continuation of a passage, where the document goes on behind it.
+
+Texts of several passages are measured as a whole, too: their vectors one behind the other, as
+`memvec.use` has them, beside the whole text. Each passage was crammed to stand alone, so a row of
+them is worth less than its parts (docs/usable.md).
+
+Vectors that predict nothing (keys and values, memvec.spaces) have the first word given; it is left
+out of the figures of every context.
 """
 
 from __future__ import annotations
@@ -45,7 +50,9 @@ PASSAGES = 32  # at most so many passages are measured, evenly spread over the f
 QUERIES = 4  # held-out continuations of each passage
 TOKENS = 48  # of each, and of the true continuation
 SEED = 7919  # added to the recipe's: other continuations than cramming saw
+ROWS = 8  # at most so many texts of several passages are measured whole
 FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
+LAST_PASSAGE = "vectors of the last passage"
 
 # What a model says behind a context: words (M, L) -> log-probabilities (M, n, V) of the last n = L
 # words, or of all but the first.
@@ -68,7 +75,7 @@ class Worth(Record):
 class WorthTable(Record):
     """The worth of every context on the same words."""
 
-    passages: int = Field(ge=1, description="passages that were measured")
+    passages: int = Field(ge=1, description="passages, or rows of them, that were measured")
     queries: int = Field(ge=1, description="texts for each")
     tokens: int = Field(ge=1, description="tokens of each")
     gain: float = Field(description="NLL without context - NLL with the text, nats per token")
@@ -85,6 +92,11 @@ class UseCertificate(Record):
     held_out: WorthTable
     continuation: WorthTable | None = Field(
         default=None, description="the same on the true continuations; none: no text goes on"
+    )
+    in_a_row: WorthTable | None = Field(
+        default=None,
+        description="all vectors of a text, on sampled continuations of it; none: no text has "
+        "several passages that fit the model's context together",
     )
     environment: dict[str, Any]
 
@@ -137,6 +149,7 @@ def certify_use(
         vectors=K,
         held_out=worth_table(held_out, QUERIES, TOKENS),
         continuation=worth_table(true, 1, TOKENS) if true else None,
+        in_a_row=_worth_in_a_row(view, mem, ids, recipe),
         environment=environment(),
     )
 
@@ -177,6 +190,33 @@ def _following(
     return found
 
 
+def _worth_in_a_row(
+    lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]], recipe: Recipe
+) -> WorthTable | None:
+    """The worth of whole texts' vectors; of a long text, of as many passages as fit the context."""
+    rows: list[range] = []
+    at = 0
+    for document in mem.header.documents:
+        n = document.passages
+        while n > 1 and not _fit(lm, passages[at : at + n], mem.vectors.shape[1]):
+            n -= 1
+        rows += [range(at, at + n)] if n > 1 else []
+        at += document.passages
+    measured = []
+    for which in _spread(len(rows), ROWS):
+        row = slice(rows[which].start, rows[which].stop)
+        text = [token for ids in passages[row] for token in ids]
+        contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
+        measured.append(behind_each(lm, contexts, continuations(lm, text, recipe)[0]))
+    return worth_table(measured, QUERIES, TOKENS) if measured else None
+
+
+def _fit(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int) -> bool:
+    """True if the model's context holds the text, and its vectors, before a continuation."""
+    text, row = 1 + sum(map(len, passages)), len(lm.front) + K * len(passages)
+    return lm.context is None or max(text, row) + TOKENS <= lm.context
+
+
 def exact_only_vectors(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]
 ) -> list[Tensor | None]:
@@ -212,6 +252,15 @@ def contexts_of(
     if exact_only is not None:
         found[EXACT_ONLY] = functools.partial(_behind_vectors, lm, exact_only)
     found[VECTORS] = functools.partial(_behind_vectors, lm, vectors)
+    return found
+
+
+def contexts_of_row(lm: FrozenLM, vectors: Float[Tensor, "n K D"], ids: Sequence[int]) -> Contexts:
+    """The same of a text of n passages whose vectors stand one behind the other; where there are
+    several, also the vectors of the last one alone."""
+    found = contexts_of(lm, vectors.flatten(0, 1), ids, None)
+    if len(vectors) > 1:
+        found[LAST_PASSAGE] = functools.partial(_behind_vectors, lm, vectors[-1])
     return found
 
 
