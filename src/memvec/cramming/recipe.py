@@ -30,6 +30,9 @@ from memvec.cramming.fields import (
 )
 from memvec.errors import MemvecError, did_you_mean
 
+# What is for the term 'use' only, and what it is without it.
+FOR_USE: dict[str, Any] = {"objective_every": 1, "neighbours": "none"}
+
 
 def documented(default: Any, text: str) -> Any:
     """A field with a default and the sentence that help texts show."""
@@ -68,6 +71,9 @@ class Recipe:
         "what the model reads behind the vectors for 'use': 'continuations' of the text by the "
         "model itself, 'samples' that it writes without the text, or the path of a file with a "
         "question on each line, which the model answers",
+    )
+    neighbours: str = documented(
+        "none", "for 'use': a file of usable vectors beside which these will stand, in a row"
     )
     query_count: int = documented(16, "queries of each passage; a step takes one of them")
     query_tokens: int = documented(48, "tokens of a query with the answer")
@@ -111,8 +117,7 @@ class Recipe:
         "for a model; 'principal', turned into these directions, for 'nadam'",
     )
     dimensions: int = documented(
-        256,
-        "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'",
+        256, "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'"
     )
     optimizer: str = documented(
         "full-matrix",
@@ -160,9 +165,9 @@ class Recipe:
     )
     trigger: str = documented(
         "bos",
-        "the token that follows the vectors under the start rule 'bos', behind which the passage "
-        "comes: 'bos', the text of another token, its number as '#17', a file of 'memvec trigger "
-        "train', or 'auto': the one in the model's folder, if there is one (for inputs), else BOS",
+        "what follows the vectors under the start rule 'bos', in front of the passage: 'bos', the "
+        "text of another token, its number as '#17', a file of 'memvec trigger train', or 'auto': "
+        "the one in the model's folder, if there is one (for inputs), else BOS",
     )
     compute: ComputeName = documented(
         "auto",
@@ -178,9 +183,7 @@ class Recipe:
         "it ends with the vectors that it has",
     )
     budget: int = documented(
-        0,
-        "maximum number of forward-backward tokens for a passage, checked after each step; "
-        "0: no limit",
+        0, "maximum forward-backward tokens for a passage, checked after each step; 0: no limit"
     )
     corrections: int = documented(
         0, "tokens of a passage that may be listed in the file where the vectors miss them"
@@ -198,8 +201,9 @@ class Recipe:
             value = getattr(self, name)
             if not value >= minimum or value == float("inf"):
                 raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
-        if self.objective_every > 1 and self.term != "use":
-            raise MemvecError(f"objective_every {self.objective_every} is for the term 'use' only.")
+        for name, unset in FOR_USE.items():
+            if self.term != "use" and getattr(self, name) != unset:
+                raise MemvecError(f"{name} {getattr(self, name)} is for the term 'use' only.")
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):
@@ -239,9 +243,10 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores; without what it has no use for.
 
-        Without space, front and steps between, it is as it was before there were such fields.
+        Without space, front, steps between and neighbours, it is as it was before there were such
+        fields.
         """
-        absent = {"space", "layer"} if self.space == "inputs" else set()
-        absent |= {"front"} if self.front == "none" else set()
-        absent |= {"objective_every"} if self.objective_every == 1 else set()
+        unset = FOR_USE | {"front": "none"}
+        absent = {name for name, value in unset.items() if getattr(self, name) == value}
+        absent |= {"space", "layer"} if self.space == "inputs" else set()
         return {name: value for name, value in asdict(self).items() if name not in absent}

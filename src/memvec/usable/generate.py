@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
+from memvec.usable.around import front_rows
 from memvec.usable.certificate import check_usable
 from memvec.usable.queries import text_inputs
 from memvec.vectors import MemVectors
@@ -114,21 +115,15 @@ def in_a_row(
     spaces = [mem.header.space for mem in files]
     if any(space != spaces[0] for space in spaces[1:]):
         raise MemvecError("files of different spaces cannot stand in one row: use them one by one.")
-    if not all(_same_front(files[0], mem) for mem in files[1:]):
+    view = files[0].view(lm)
+    fronts = [front_rows(mem.view(lm)) for mem in files]
+    if not all(torch.equal(front, fronts[0]) for front in fronts):
         raise MemvecError(
             "these files were crammed behind different inputs in front (BOS or soft tokens), and "
             "only one of them can stand there: cram them with the same front and trigger."
         )
     rows = [mem.vectors[i].float() for mem, which in zip(files, chosen, strict=True) for i in which]
-    return files[0].view(lm), torch.cat(rows)[None].to(lm.device)
-
-
-def _same_front(one: MemVectors, other: MemVectors) -> bool:
-    """True if the vectors of two files were crammed behind the same inputs."""
-    mine, theirs = one.soft.get("front"), other.soft.get("front")
-    if mine is None or theirs is None:
-        return mine is theirs and one.header.front == other.header.front
-    return one.header.front == other.header.front and torch.equal(mine, theirs)
+    return view, torch.cat(rows)[None].to(lm.device)
 
 
 def _opened(

@@ -114,6 +114,42 @@ def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     return _sampled(lm, text_inputs(lm, ids), ids, recipe, recipe.teacher_top)
 
 
+def continuations_behind(
+    lm: FrozenLM, texts: Sequence[Sequence[int]], ids: Sequence[int], recipe: Recipe
+) -> Queries:
+    """One continuation of each of some texts around a passage `ids`, as `continuations` has them.
+
+    Texts of one length are read together.
+    """
+    generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    alike: dict[int, list[int]] = {}
+    for i, text in enumerate(texts):
+        alike.setdefault(len(text), []).append(i)
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for which in alike.values():
+        table = torch.tensor([list(texts[i]) for i in which], device=lm.device)
+        rows = _written(lm, behind_bos(lm, table), recipe, generator)
+        found |= dict(zip(which, rows, strict=True))
+    written, *said = (
+        torch.stack(part) for part in zip(*(found[i] for i in range(len(texts))), strict=True)
+    )
+    return Queries(written, torch.full((len(texts),), recipe.query_tokens), Said(*said))
+
+
+def _written(
+    lm: FrozenLM, inputs: Float[Tensor, "B N D"], recipe: Recipe, generator: torch.Generator
+) -> list[tuple[Tensor, ...]]:
+    """What the model writes behind each row of inputs, and what it says at each token of it."""
+
+    def work(rows: slice) -> list[tuple[Tensor, ...]]:
+        top, tokens = recipe.teacher_top, recipe.query_tokens
+        written, said = continued(lm, inputs[rows], tokens, generator, top)
+        parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
+        return list(zip(written.cpu(), *parts, strict=True))
+
+    return memory.in_batches(work, len(inputs), BATCH)
+
+
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     """Texts that the model writes from nothing: they have nothing to do with the passage."""
     bos = lm.bos_id if lm.bos_id is not None else ids[0]

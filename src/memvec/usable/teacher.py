@@ -32,6 +32,15 @@ class Said(NamedTuple):
 
 
 @dataclass
+class Beside(Rows):
+    """Who stands beside the passages in each of M queries (memvec.usable.neighbours), n at most."""
+
+    which: Int[Tensor, "B M n"]  # neighbours, in their order, those in front first
+    in_front: Int[Tensor, "B M"]  # how many stand in front of the passage
+    count: Int[Tensor, "B M"]  # how many stand there at all
+
+
+@dataclass
 class Teacher(Rows):
     """The kept distributions of M queries of each of B passages, at L positions, n tokens each."""
 
@@ -40,6 +49,7 @@ class Teacher(Rows):
     top: Int[Tensor, "B M L n"]  # token ids
     log_p: Float[Tensor, "B M L n"]  # their log-probabilities, nats
     log_rest: Float[Tensor, "B M L"]  # log of the mass of all others, nats
+    beside: Beside
 
 
 @torch.no_grad()
@@ -122,6 +132,12 @@ def divergence_at(
 def answer_positions(length: Int[Tensor, " B"], columns: int) -> Bool[Tensor, "B L"]:
     """Positions that a query has."""
     return torch.arange(columns, device=length.device) < length[:, None]
+
+
+def nobody(M: int, device: torch.device) -> Beside:
+    """No neighbours in M queries of one passage."""
+    none = torch.zeros(1, M, dtype=torch.long, device=device)
+    return Beside(none[..., None][..., :0], none, none)
 
 
 def joined(teachers: Sequence[Teacher]) -> Teacher:

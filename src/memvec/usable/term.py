@@ -5,6 +5,7 @@
 The passage is asked for behind a trigger, [vectors] BOS -> passage; behind the vectors alone comes
 a query. Nothing of the trigger is in the term, and the two modes of the same vectors are told apart
 by what follows them. Behind keys and values (memvec.spaces) the first token of a query is given.
+With neighbours, most queries are read behind a row of passages (memvec.usable.neighbours).
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
 from memvec.usable.certificate import certify_use
+from memvec.usable.neighbours import Neighbours, neighbours_of
 from memvec.usable.queries import queries_of, text_inputs
-from memvec.usable.teacher import Teacher, answer_positions, divergence_at, joined, said_behind
+from memvec.usable.teacher import (
+    Beside,
+    Teacher,
+    answer_positions,
+    divergence_at,
+    joined,
+    nobody,
+    said_behind,
+)
 from memvec.usable.turns import Turns
 from memvec.vectors import MemVectors
 
@@ -53,6 +63,9 @@ class Use(Term):
             )
         super().__init__(lm, module, recipe, K, start_rule)
         self.given = int(not lm.reading.predicts)  # leading tokens of a query, not predicted
+        self.neighbours: Neighbours | None = None
+        if recipe.neighbours != "none":
+            self.neighbours = neighbours_of(lm, recipe)
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
         """The queries of each passage and what the model says of them after the text."""
@@ -72,9 +85,7 @@ class Use(Term):
         which = batch.steps % teacher.queries.shape[1]
         ids, length = teacher.queries[row, which], teacher.length[row, which]
         with torch.enable_grad():
-            states = self.module.reading.states_as_context(
-                self.module, vectors, with_padding(ids, padding_rows)
-            )
+            states = self._states(vectors, ids, teacher.beside, which, padding_rows)
         counted = answer_positions(length, ids.shape[1])[:, self.given :]
         share = counted / counted.sum(-1, keepdim=True)
         # Padding rows are computed as well: products keep their shape, and so their rounding.
@@ -92,6 +103,7 @@ class Use(Term):
         """The vectors, where they are inputs, and a query but for its last token."""
         start: StartRule = "first-token" if self.given else "vectors"
         before = self.module.inputs_before(self.K, start) - self.given
+        before += self.neighbours.most_inputs if self.neighbours else 0  # rows are padded to these
         return torch.full_like(counted, before + self.recipe.query_tokens)
 
     def certificate(
@@ -102,12 +114,41 @@ class Use(Term):
             return None
         return certify_use(self.lm, mem, passages).model_dump(mode="json")
 
+    def _states(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        ids: Int[Tensor, "B L"],
+        beside: Beside,
+        which: Int[Tensor, " B"],
+        padding_rows: int,
+    ) -> Float[Tensor, "N n H"]:
+        """States that predict a query behind the vectors, in a row where there are neighbours."""
+        module, words = self.module, with_padding(ids, padding_rows)
+        if self.neighbours is None:
+            return module.reading.states_as_context(module, vectors, words)
+        row = torch.arange(len(ids), device=ids.device)
+        parts = [part[row, which] for part in (beside.which, beside.in_front, beside.count)]
+        inputs, used = self.neighbours.row(
+            vectors, module.embed(words[:, :-1]), *(with_padding(p, padding_rows) for p in parts)
+        )
+        keep = inputs.shape[1] - self.K + 1  # the last of the vectors, if nobody is beside them
+        cache = module.reading.cache(module, vectors)
+        states = module.states_of(module.behind_front(inputs), keep, cache)
+        at = used[:, None] + torch.arange(words.shape[1], device=ids.device)
+        return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
+
     def _teacher(self, passage: Passage) -> Teacher:
-        # A passage alone: what is computed for it does not depend on who is beside it.
+        # A passage alone: what is computed for it does not depend on who is beside it in the batch.
         lm, ids = self.lm, passage.ids
-        asked = queries_of(lm, ids, self.recipe)
+        if self.neighbours is not None:
+            beside = self.neighbours.drawn(ids, self.recipe)
+            asked = self.neighbours.queries(lm, ids, self.recipe, beside)
+        else:
+            asked = queries_of(lm, ids, self.recipe)
+            beside = nobody(len(asked.ids), lm.device)
         said = asked.said or said_behind(
             lm, text_inputs(lm, ids), asked.ids, self.recipe.teacher_top
         )
         queries, length = asked.ids.to(lm.device), asked.length.to(lm.device)
-        return Teacher(queries[None], length[None], *(part[None] for part in said))
+        top, log_p, log_rest = (part[None] for part in said)
+        return Teacher(queries[None], length[None], top, log_p, log_rest, beside)

@@ -59,11 +59,15 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
 
 
 def named_files(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the files that a recipe names, its questions and its trigger.
+    """Hashes of the files that a recipe names: its questions, trigger and neighbours.
 
     Their names say too little for whoever goes on with what was made by them.
     """
-    named = {"questions": recipe.queries if recipe.term == "use" else "", "trigger": recipe.trigger}
+    named = {
+        "questions": recipe.queries if recipe.term == "use" else "",
+        "trigger": recipe.trigger,
+        "neighbours": recipe.neighbours,
+    }
     return {
         what: hashlib.sha256(Path(name).read_bytes()).hexdigest()
         for what, name in named.items()

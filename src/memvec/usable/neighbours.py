@@ -1,0 +1,124 @@
+"""Passages beside the one that is crammed, so that vectors can stand in a row (docs/usable.md).
+
+Vectors that were crammed alone take what follows them for the words right behind their text. With
+neighbours, most of the queries are read behind a row: vectors of other passages stand in front of
+those that are moved, or behind them, and the model that has read all of these texts is what is
+compared. The neighbours are the passages of a file of usable vectors, which stay as they are and
+are the same for everybody; which of them stand beside a passage is drawn from its own token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import passage_seed
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+from memvec.usable.around import front_rows
+from memvec.usable.certificate import check_usable
+from memvec.usable.queries import Queries, continuations_behind
+from memvec.usable.teacher import Beside
+from memvec.vectors import MemVectors
+
+MOST = 2  # neighbours beside a passage in one query
+# How many stand in front and how many behind, in the queries of a passage, in turn.
+PLACES = tuple((front, n - front) for n in range(MOST + 1) for front in range(n, -1, -1))
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The passages that may stand beside others: their token ids, and their vectors."""
+
+    ids: list[list[int]]
+    vectors: Float[Tensor, "J k D"]
+
+    @property
+    def most_inputs(self) -> int:
+        """Vectors that stand beside a passage at the most."""
+        return MOST * self.vectors.shape[1]
+
+    def drawn(self, ids: Sequence[int], recipe: Recipe) -> Beside:
+        """Who stands beside a passage in each of its queries, and where."""
+        generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed + 1))
+        M = recipe.query_count
+        which = torch.randint(len(self.ids), (M, MOST), generator=generator)
+        places = torch.tensor([PLACES[m % len(PLACES)] for m in range(M)])
+        device = self.vectors.device
+        beside = Beside(which[None], places[None, :, 0], places[None].sum(-1))
+        return beside._each(lambda part: part.to(device))
+
+    def queries(self, lm: FrozenLM, ids: Sequence[int], recipe: Recipe, beside: Beside) -> Queries:
+        """A continuation of the text, with its neighbours around it, for each query.
+
+        Raises MemvecError if they do not fit the model's context.
+        """
+        longest = 1 + len(ids) + MOST * max(map(len, self.ids)) + recipe.query_tokens
+        if lm.context is not None and longest > lm.context:
+            raise MemvecError(
+                f"a passage of {len(ids)} tokens, {MOST} neighbours and a query of "
+                f"{recipe.query_tokens} tokens do not fit the context of {lm.name} ({lm.context}): "
+                "use a file of shorter neighbours, or fewer query_tokens or --tokens."
+            )
+        texts = []
+        for m in range(recipe.query_count):
+            others = [self.ids[j] for j in beside.which[0, m].tolist()]
+            front, count = int(beside.in_front[0, m]), int(beside.count[0, m])
+            row = [*others[:front], ids, *others[front:count]]
+            texts.append([token for own in row for token in own])
+        return continuations_behind(lm, texts, ids, recipe)
+
+    def row(
+        self,
+        vectors: Float[Tensor, "N K D"],
+        words: Float[Tensor, "N W D"],
+        which: Int[Tensor, "N n"],
+        in_front: Int[Tensor, " N"],
+        count: Int[Tensor, " N"],
+    ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, " N"]]:
+        """The inputs of each slot (S = K + n k + W) and how many of its neighbours' precede the
+        words: the neighbours in front, the vectors, those behind, the words, and padding."""
+        K, k, W = vectors.shape[1], self.vectors.shape[1], words.shape[1]
+        others = self.vectors[which].flatten(1, 2).to(vectors.dtype)
+        source = torch.cat([vectors, others, words.to(vectors.dtype)], 1)
+        at = torch.arange(source.shape[1], device=vectors.device).expand(len(vectors), -1)
+        front, used = (k * in_front)[:, None], (k * count)[:, None]
+        # Where in `source` each input comes from.
+        index = torch.where(at < front, K + at, at - front)
+        index = torch.where(at >= front + K, at, index)
+        word = at - K - used
+        index = torch.where(word >= 0, K + others.shape[1] + word.clamp_max(W - 1), index)
+        return source.gather(1, index[..., None].expand(-1, -1, vectors.shape[2])), used[:, 0]
+
+
+def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
+    """The neighbours that a recipe names.
+
+    `lm` is the model with the front and the trigger that passages are crammed behind. Raises
+    MemvecError for a file of another model, of vectors that are not exact, that have no trigger or
+    that were crammed behind another front, and for a space or queries that take no neighbours.
+    """
+    if lm.reading.space != "inputs":
+        raise MemvecError(
+            f"neighbours are inputs beside inputs: leave out the space '{lm.reading.space}'."
+        )
+    if recipe.queries != "continuations":
+        raise MemvecError(
+            f"queries behind neighbours continue the text: leave out the queries "
+            f"'{recipe.queries}'."
+        )
+    mem = MemVectors.load(Path(recipe.neighbours).expanduser())
+    mem.check_model(lm)
+    check_usable(mem)
+    if not torch.equal(front_rows(mem.view(lm)), front_rows(lm)):
+        raise MemvecError(
+            f"the neighbours in {recipe.neighbours} were crammed behind other inputs in front (BOS "
+            "or soft tokens): cram them with this front and trigger."
+        )
+    return Neighbours(mem.tokens(lm), mem.vectors.float().to(lm.device))

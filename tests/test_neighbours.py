@@ -1,0 +1,249 @@
+"""Vectors of other passages beside those that are moved: what is read, compared and kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import memvec
+from conftest import passages, reader, tiny
+from memvec import codec
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.rows import with_padding
+from memvec.errors import MemvecError
+from memvec.lab import slow_use
+from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
+from memvec.usable.neighbours import MOST, PLACES, Neighbours
+from memvec.usable.term import Use
+from memvec.usable.triggers import named_files
+from memvec.vectors import MemVectors
+
+USABLE = Recipe.of(
+    "usable",
+    settle=20,
+    decay=20,
+    steps=400,
+    query_count=len(PLACES),
+    query_tokens=5,
+    compute="model",
+    teacher_top=10_000,
+)
+TEXT = "the cat sat on the mat and the dog"
+
+
+def some(lm: FrozenLM, k: int, n: int = 3) -> Neighbours:
+    """Passages of different lengths with vectors of noise."""
+    generator = torch.Generator().manual_seed(2)
+    ids = [list(p.ids) for p in passages(*range(3, 3 + n), seed=1)]
+    return Neighbours(ids, lm.embedding_std * torch.randn(n, k, lm.width, generator=generator))
+
+
+def with_neighbours(lm: FrozenLM, recipe: Recipe, beside: Neighbours, **options) -> Engine:
+    """An engine whose passages have these neighbours; a file holds those of a tokenizer's model."""
+    engine = Engine(lm, recipe, vectors=2, **options)
+    assert isinstance(engine.one_step.term, Use)
+    engine.one_step.term.neighbours = beside
+    return engine
+
+
+def test_every_place_in_a_row_is_taken():
+    assert len(set(PLACES)) == len(PLACES) == (MOST + 1) * (MOST + 2) // 2
+    assert {sum(place) for place in PLACES} == set(range(MOST + 1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("W", [1, 4])
+def test_a_row_is_its_parts_one_behind_the_other(k, K, W):
+    beside = some(tiny(), k)
+    D, N = beside.vectors.shape[2], len(PLACES)
+    generator = torch.Generator().manual_seed(0)
+    vectors, words = (torch.randn(N, n, D, generator=generator) for n in (K, W))
+    which = torch.randint(3, (N, MOST), generator=generator)
+    in_front = torch.tensor([front for front, _ in PLACES])
+    count = torch.tensor([sum(place) for place in PLACES])
+    inputs, used = beside.row(vectors, words, which, in_front, count)
+    assert inputs.shape == (N, K + MOST * k + W, D)
+    for i, (front, behind) in enumerate(PLACES):
+        others = [beside.vectors[j] for j in which[i].tolist()]
+        parts = [*others[:front], vectors[i], *others[front : front + behind], words[i]]
+        expected = torch.cat(parts)
+        assert torch.equal(inputs[i, : len(expected)], expected)
+        assert int(used[i]) == (front + behind) * k
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mamba", "opt-projected"])
+@pytest.mark.parametrize("front", ["none", "auto"])
+@pytest.mark.slow
+def test_the_second_loss_is_that_of_the_row(family, front):
+    """At every place, and for passages at different steps: one text at a time, the slow way."""
+    lm = tiny(family)
+    trigger = "bos" if lm.bos_id is not None else "#3"
+    recipe = replace(USABLE, front=front, trigger=trigger)
+    beside = some(lm, 2)
+    engine = with_neighbours(lm, recipe, beside, batch_size=2)
+    asked = passages(5, 3, seed=4)
+    for passage in asked:
+        engine.push(passage)
+    engine.fill(2)
+    batch, term, view = engine.batch, engine.one_step.term, engine.lm
+    texts = {row: job.passage.ids for row, job in enumerate(engine.jobs)}
+    for at in range(len(PLACES)):
+        batch.steps = torch.tensor([at, at + 2])  # at another place in each row
+        vectors = batch.parameters.detach()
+        rows = with_padding(vectors, 1).requires_grad_()
+        loss = term.measure(rows, batch, engine.columns, 1).loss
+        for row, ids in texts.items():
+            m = int(batch.steps[row]) % len(PLACES)
+            n_front, n_behind = PLACES[m]
+            which = batch.term.beside.which[row, m].tolist()
+            names = [*which[:n_front], None, *which[n_front : n_front + n_behind]]
+            text = [t for j in names for t in (ids if j is None else beside.ids[j])]
+            parts = [vectors[row] if j is None else beside.vectors[j] for j in names]
+            words = [batch.term.queries[row, m].tolist()]
+            before = slow_use.context_ids(view, text, 2)["text"]
+            row_vectors = torch.cat(parts).detach()
+            kl, _ = slow_use.divergence_and_nll(view, row_vectors, [], before, words)
+            assert float(loss[row]) == pytest.approx(kl, abs=2e-3, rel=2e-2)
+
+
+@pytest.mark.slow
+def test_gradients_go_to_the_vectors_that_are_moved():
+    lm = tiny()
+    engine = with_neighbours(lm, USABLE, some(lm, 2), batch_size=2)
+    for passage in passages(5, 3, seed=4):
+        engine.push(passage)
+    engine.fill(2)
+    batch, term = engine.batch, engine.one_step.term
+    generator = torch.Generator().manual_seed(0)
+    move = torch.randn(batch.parameters.shape, generator=generator)
+    for at in range(len(PLACES)):
+        batch.steps[:] = at
+        vectors = batch.parameters.detach().clone().requires_grad_()
+        measured = term.measure(vectors, batch, engine.columns, 0)
+        (gradient,) = torch.autograd.grad(measured.outputs, vectors, measured.gradients)
+        step = 1e-3
+        ends = [
+            term.measure(vectors.detach() + s * move, batch, engine.columns, 0).loss
+            for s in (step, -step)
+        ]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        expected = (gradient * move).sum((1, 2))
+        torch.testing.assert_close(slope, expected, atol=2e-3, rtol=5e-2)
+
+
+@pytest.mark.slow
+def test_who_stands_beside_a_passage_depends_on_it_alone():
+    lm = tiny()
+    beside = some(lm, 2)
+    recipe = replace(USABLE, settle=10, decay=10, steps=10, if_not_exact="stop")
+    options = {"batch_size": 3, "fixed_shapes": True}
+    asked, others = passages(4, 4, 4, seed=5), passages(4, 4, 4, seed=6)
+    together = {o.passage.ids: o for o in with_neighbours(lm, recipe, beside, **options).run(asked)}
+    mixed = [asked[0], *others[1:]]
+    found = {o.passage.ids: o for o in with_neighbours(lm, recipe, beside, **options).run(mixed)}
+    first = asked[0].ids
+    assert torch.equal(found[first].vectors, together[first].vectors)
+    drawn = [beside.drawn(p.ids, recipe).which.tolist() for p in asked]
+    assert drawn[0] == beside.drawn(first, recipe).which.tolist() != drawn[1]
+
+
+@pytest.mark.slow
+def test_with_neighbours_a_row_is_nearer_to_its_text():
+    """Four passages in a row, exact as ever, and closer to the whole text than without them."""
+    lm, exact = tiny(), {}
+    recipe = replace(USABLE, settle=120, decay=120, query_count=12 * len(PLACES), term_weight=30.0)
+    whole = [list(p.ids) for p in passages(*[4] * 8, seed=3)]
+    beside = [tuple(own) for own in whole[:4]]
+    made = Engine(lm, recipe, vectors=2, batch_size=4).run(numbered(beside))
+    made = sorted(made, key=lambda outcome: outcome.passage.document)
+    pool = Neighbours(whole[:4], torch.stack([o.vectors.float() for o in made]))
+    asked = numbered([tuple(own) for own in whole[4:]])
+    text = [token for own in whole[4:] for token in own]
+    words = [p.ids for p in passages(*[12] * 6, seed=9)]
+    figures = {}
+    for name in ("alone", "beside"):
+        engine = Engine(lm, recipe, vectors=2, batch_size=4)
+        if name == "beside":
+            engine = with_neighbours(lm, recipe, pool, batch_size=4)
+        outcomes = sorted(engine.run(asked), key=lambda outcome: outcome.passage.document)
+        exact[name] = all(outcome.exact for outcome in outcomes)
+        row = torch.cat([outcome.vectors.float() for outcome in outcomes])
+        before = slow_use.context_ids(engine.lm, text, 2)["text"]
+        figures[name] = slow_use.divergence_and_nll(engine.lm, row, [], before, words)[0]
+    assert exact == {"alone": True, "beside": True}
+    assert figures["beside"] < figures["alone"]
+
+
+def numbered(texts: list[tuple[int, ...]]) -> list[Passage]:
+    """A passage for each text, numbered."""
+    return [Passage(ids, i) for i, ids in enumerate(texts)]
+
+
+# ---------------------------------------------------------------------- in a file
+
+
+@pytest.mark.slow
+def test_neighbours_are_a_file_of_usable_vectors(tmp_path):
+    lm = reader("words")
+    file = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=USABLE).save(tmp_path / "n.mem")
+    recipe = replace(USABLE, neighbours=str(file))
+    mem = codec.cram(lm, ["a dog and the fox"], vectors=2, tokens=3, recipe=recipe)
+    assert mem.exact
+    assert mem.header.recipe["neighbours"] == str(file)
+    assert "neighbours" not in MemVectors.load(file).header.recipe
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    file.unlink()  # what is in the file is enough
+    assert codec.decode(lm, again) == ["a dog and the fox"]
+    assert memvec.use(lm, again, "the", max_new_tokens=2) is not None
+
+
+def test_other_neighbours_under_the_same_name_are_another_setting(tmp_path):
+    file = tmp_path / "n.mem"
+    recipe = replace(USABLE, neighbours=str(file))
+    assert named_files(recipe) == {}
+    found = []
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        found.append(named_files(recipe)["neighbours"])
+    assert found[0] != found[1]
+
+
+@pytest.mark.slow
+def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
+    lm = reader("words")
+    usable = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=replace(USABLE, front="none"))
+    plain = codec.cram(lm, ["the fox"], vectors=1, tokens=2, recipe=Recipe(compute="model"))
+    files = {"usable": usable.save(tmp_path / "u.mem"), "plain": plain.save(tmp_path / "p.mem")}
+    beside = replace(USABLE, neighbours=str(files["usable"]))
+    with pytest.raises(MemvecError, match=r"^neighbours n.mem is for the term 'use' only\.$"):
+        Recipe(neighbours="n.mem")
+    with pytest.raises(MemvecError, match=r"^there is no file"):
+        Engine(lm, replace(USABLE, neighbours=str(tmp_path / "none.mem")), vectors=2)
+    with pytest.raises(MemvecError, match=r"^these vectors have no trigger"):
+        Engine(lm, replace(USABLE, neighbours=str(files["plain"])), vectors=2)
+    with pytest.raises(MemvecError, match=r"were crammed behind other inputs in front"):
+        Engine(lm, beside, vectors=2)
+    with pytest.raises(MemvecError, match=r"^these vectors were made for other weights"):
+        Engine(reader("words", seed=1), beside, vectors=2)
+    with pytest.raises(MemvecError, match=r"leave out the queries 'samples'\.$"):
+        Engine(lm, replace(beside, front="none", queries="samples"), vectors=2)
+    with pytest.raises(MemvecError, match=r"leave out the space 'prefix'\.$"):
+        Engine(lm, replace(beside, front="none", space="prefix"), vectors=2)
+    narrow = replace(beside, front="none", query_tokens=120)
+    with pytest.raises(MemvecError, match=r"2 neighbours and a query of 120 tokens do not fit"):
+        list(Engine(lm, narrow, vectors=2).run([Passage((3, 4, 5))]))
+
+
+def test_numbers_of_a_row_are_finite():
+    """Padding behind the shorter rows is a word: no NaN can come from there."""
+    beside = some(tiny(), 2)
+    words = torch.zeros(2, 3, beside.vectors.shape[2])
+    which, none = torch.zeros(2, MOST, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    inputs, _ = beside.row(words[:, :2], words, which, none, none)
+    assert np.isfinite(inputs.numpy()).all()
