@@ -246,7 +246,6 @@ class Recipe:
         Without space, front, steps between and neighbours, it is as it was before there were such
         fields.
         """
-        unset = FOR_USE | {"front": "none"}
-        absent = {name for name, value in unset.items() if getattr(self, name) == value}
+        absent = {k for k, v in (FOR_USE | {"front": "none"}).items() if getattr(self, k) == v}
         absent |= {"space", "layer"} if self.space == "inputs" else set()
         return {name: value for name, value in asdict(self).items() if name not in absent}
