@@ -10,9 +10,9 @@ from rich.table import Table
 from memvec.cli.display import facts_table, out, safe
 
 MEASURED = {
-    "continuation": "Passages as context, on the true continuation",
-    "held_out": "Passages as context, on sampled continuations",
-    "in_a_row": "Texts of several passages as context, their vectors in a row",
+    "continuation": "passages, on their true continuations",
+    "held_out": "passages, on sampled continuations",
+    "in_a_row": "texts of several passages, their vectors in a row, on sampled continuations",
 }
 
 
@@ -24,7 +24,7 @@ def show_worth(use: Mapping[str, Any]) -> None:
         if not measured:
             continue
         table = Table(
-            title=f"{what} (n {measured['passages']}, {measured['queries']} x "
+            title=f"As context: {what} (n {measured['passages']}, {measured['queries']} x "
             f"{measured['tokens']} tokens, {K} vectors for each passage)",
             title_justify="left",
         )

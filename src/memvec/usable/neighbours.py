@@ -27,7 +27,7 @@ from memvec.usable.queries import Queries, continuations_behind
 from memvec.usable.teacher import Beside
 from memvec.vectors import MemVectors
 
-MOST = 2  # neighbours beside a passage in one query
+MOST = 1  # neighbour beside a passage in one query; more, up to three, are worth no more
 # How many stand in front and how many behind, in the queries of a passage, in turn.
 PLACES = tuple((front, n - front) for n in range(MOST + 1) for front in range(n, -1, -1))
 
