@@ -59,18 +59,19 @@ class Neighbours:
 
         Raises MemvecError if they do not fit the model's context.
         """
-        longest = 1 + len(ids) + MOST * max(map(len, self.ids)) + recipe.query_tokens
+        others = MOST * max(map(len, self.ids))
+        longest = 1 + len(ids) + others + recipe.query_tokens
         if lm.context is not None and longest > lm.context:
             raise MemvecError(
-                f"a passage of {len(ids)} tokens, {MOST} neighbours and a query of "
-                f"{recipe.query_tokens} tokens do not fit the context of {lm.name} ({lm.context}): "
-                "use a file of shorter neighbours, or fewer query_tokens or --tokens."
+                f"a passage of {len(ids)} tokens, neighbours of {others} and a query of "
+                f"{recipe.query_tokens} do not fit the context of {lm.name} ({lm.context}): use a "
+                "file of shorter neighbours, or fewer query_tokens or --tokens."
             )
         texts = []
         for m in range(recipe.query_count):
-            others = [self.ids[j] for j in beside.which[0, m].tolist()]
+            chosen = [self.ids[j] for j in beside.which[0, m].tolist()]
             front, count = int(beside.in_front[0, m]), int(beside.count[0, m])
-            row = [*others[:front], ids, *others[front:count]]
+            row = [*chosen[:front], ids, *chosen[front:count]]
             texts.append([token for own in row for token in own])
         return continuations_behind(lm, texts, ids, recipe)
 
