@@ -1,9 +1,9 @@
 """Passages beside the one that is crammed, so that vectors can stand in a row (docs/usable.md).
 
-Vectors that were crammed alone take what follows them for the words right behind their text. With
-neighbours, most of the queries are read behind a row: vectors of other passages stand in front of
-those that are moved, or behind them, and the model that has read all of these texts is what is
-compared. The neighbours are the passages of a file of usable vectors, which stay as they are and
+Vectors that were crammed alone take what follows them for the words right behind their text, and
+get in each other's way in a row. With neighbours, two of three queries are read behind a row:
+vectors of another passage stand in front of those that are moved, or behind them, and are compared
+with the model that has read both texts. The neighbours are the passages of a file of usable vectors, which stay as they are and
 are the same for everybody; which of them stand beside a passage is drawn from its own token ids.
 """
 
@@ -83,8 +83,10 @@ class Neighbours:
         in_front: Int[Tensor, " N"],
         count: Int[Tensor, " N"],
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, " N"]]:
-        """The inputs of each slot (S = K + n k + W) and how many of its neighbours' precede the
-        words: the neighbours in front, the vectors, those behind, the words, and padding."""
+        """The inputs of each slot (S = K + n k + W), and how many of them are neighbours'.
+
+        They are the neighbours in front, the vectors, those behind, the words, and padding.
+        """
         K, k, W = vectors.shape[1], self.vectors.shape[1], words.shape[1]
         others = self.vectors[which].flatten(1, 2).to(vectors.dtype)
         source = torch.cat([vectors, others, words.to(vectors.dtype)], 1)
