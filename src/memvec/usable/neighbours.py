@@ -3,8 +3,9 @@
 Vectors that were crammed alone take what follows them for the words right behind their text, and
 get in each other's way in a row. With neighbours, two of three queries are read behind a row:
 vectors of another passage stand in front of those that are moved, or behind them, and are compared
-with the model that has read both texts. The neighbours are the passages of a file of usable vectors, which stay as they are and
-are the same for everybody; which of them stand beside a passage is drawn from its own token ids.
+with the model that has read both texts. The neighbours are the passages of a file of usable
+vectors. They stay as they are, and are the same for everybody; which of them stand beside a passage
+is drawn from its own token ids.
 """
 
 from __future__ import annotations
