@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from common import arguments, median_and_spread, report
+from common import arguments, median_and_spread, report, run
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, report
+from common import arguments, report, run
 from memvec import metrics
 from memvec.corrections import size
 from memvec.cramming.certify import Outcome, positions
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

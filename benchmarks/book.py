@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import arguments, report
+from common import arguments, report, run
 from memvec.vectors import MemVectors
 from texts import PROSE
 
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

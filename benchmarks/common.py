@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memvec.environment import environment
+from memvec.errors import MemvecError
 from memvec.lab.statistics import (
     bootstrap_mean,
     median_and_spread,
@@ -36,6 +37,7 @@ __all__ = [
     "ratio_of_means",
     "ratio_of_separate_means",
     "report",
+    "run",
     "save_figure",
     "summary",
 ]
@@ -51,6 +53,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pocket", help="Hub id, folder or 'pocket'")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; what memvec refuses is one sentence and exit code 2, as in the command."""
+    try:
+        main()
+    except MemvecError as error:
+        print(f"memvec: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def clock() -> float:

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, clock, median_and_spread, report
+from common import arguments, clock, median_and_spread, report, run
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
@@ -246,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

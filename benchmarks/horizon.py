@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from at_costs import fixed, growing
-from common import arguments, ratio_of_means, report, save_figure, summary
+from common import arguments, ratio_of_means, report, run, save_figure, summary
 from memvec.cli.common import recipe_of
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
@@ -317,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

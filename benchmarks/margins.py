@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from common import arguments, report
+from common import arguments, report, run
 from memvec import metrics
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, report
+from common import arguments, report, run
 from memory import peak_memory, peak_tensors
 from memvec.cramming.objectives import score
 from memvec.loading import load_lm
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 import transformers
 
-from common import arguments, clock, ratio_of_means, report, summary
+from common import arguments, clock, ratio_of_means, report, run, summary
 from exact import Trial, per_minute, ratio_of_rates
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -373,4 +373,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import arguments, ratio_of_means, report
+from common import arguments, ratio_of_means, report, run
 from memvec.cli.common import recipe_of
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, interleaved, median_and_spread, report
+from common import arguments, interleaved, median_and_spread, report, run
 from memory import peak_memory
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -177,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import arguments, report
+from common import arguments, report, run
 from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
@@ -155,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, report, save_figure
+from common import arguments, report, run, save_figure
 from memvec.cli.common import recipe_of
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
@@ -215,4 +215,4 @@ def _line(result: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from common import arguments, ratio_of_separate_means, report, save_figure, summary
+from common import arguments, ratio_of_separate_means, report, run, save_figure, summary
 from memvec.cli.common import recipe_of
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

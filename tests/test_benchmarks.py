@@ -47,6 +47,26 @@ def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, 
         assert word in said
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "sentence"),
+    [
+        *((name, ["--set", "stepz=1"], "did you mean 'steps'") for name in ("recipes", "usable")),
+        ("horizon", ["--set", "lr=fast"], "lr"),
+        ("vectors", ["--quick", "--set", "margin=-1"], "margin must be at least"),
+        ("step", ["--model", "nowhere/at-all"], "nowhere/at-all"),
+    ],
+)
+def test_what_is_refused_is_one_sentence(name, words, sentence, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith("memvec: ")
+    assert sentence in said
+
+
 def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):
     """Counted by torch itself on the way there; the way back to the input has as many products."""
     from torch.utils.flop_counter import FlopCounterMode
