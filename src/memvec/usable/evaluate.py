@@ -52,8 +52,8 @@ class Evaluation:
 
     tasks: tuple[str, ...]
     columns: tuple[str, ...] = COLUMNS
-    vectors: int = 4
-    tokens: int = 24
+    vectors: int = 8
+    tokens: int = 48
     recipe: Recipe | None = None
     split: str = SPLIT
     cache: Path | None = None

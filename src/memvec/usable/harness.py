@@ -1,6 +1,6 @@
 """Vectors in lm-evaluation-harness: a model that puts something else in the context's place.
 
-    lm_eval --model memvec --model_args pretrained=NAME,context=crammed,vectors=4,tokens=24 ...
+    lm_eval --model memvec --model_args pretrained=NAME,context=crammed,vectors=8,tokens=48 ...
 
 Releases of the harness that look for plug-ins know this model once memvec is installed (entry-point
 group `lm_eval.models`). With the others, `python -m memvec.usable.harness` is the harness's own
@@ -65,8 +65,8 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         self,
         pretrained: str | FrozenLM = "pocket",
         context: str = "full",
-        vectors: int = 4,
-        tokens: int = 24,
+        vectors: int = 8,
+        tokens: int = 48,
         cache: str | Path | None = None,
         split: str = SPLIT,
         preset: str = PRESET,
