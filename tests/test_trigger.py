@@ -278,6 +278,7 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
     assert codec.verify(lm, again)[0]["exact"]
 
 
+@pytest.mark.slow
 def test_files_behind_different_fronts_do_not_stand_in_one_row(mem):
     """Only one front can stand there; the others' vectors would be read behind a wrong one."""
     lm = reader("words")

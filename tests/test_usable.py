@@ -518,6 +518,7 @@ def test_vectors_without_a_trigger_are_not_used():
             refused()
 
 
+@pytest.mark.slow
 def test_use_refuses_another_models_vectors(crammed):
     _, mems = crammed
     other = FrozenLM(build("llama", 1, vocab_size=50), name="other")
