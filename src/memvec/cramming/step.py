@@ -232,11 +232,10 @@ class Step:
         """Mark who failed, and everybody whose slot can be freed."""
         loss = (measured.loss * weight).sum(-1) + measured.term.loss
         batch.failed = batch.failed | ~torch.isfinite(loss)
-        exhausted = batch.steps >= self.recipe.steps
-        exhausted = exhausted | self.schedule.out_of_patience(batch.schedule)
+        over = (batch.steps >= self.recipe.steps) | self.schedule.out_of_patience(batch.schedule)
         if self.recipe.budget:
-            exhausted = exhausted | (batch.spent >= self.recipe.budget)
-        batch.stopped = batch.stopped | batch.done | batch.failed | exhausted
+            over = over | (batch.spent >= self.recipe.budget)
+        batch.stopped = batch.stopped | batch.done | batch.failed | over
 
     # ------------------------------------------------------------------ move
 
