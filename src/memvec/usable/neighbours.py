@@ -48,12 +48,10 @@ class Neighbours:
     def drawn(self, ids: Sequence[int], recipe: Recipe) -> Beside:
         """Who stands beside a passage in each of its queries, and where."""
         generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed + 1))
-        M = recipe.query_count
-        which = torch.randint(len(self.ids), (M, MOST), generator=generator)
-        places = torch.tensor([PLACES[m % len(PLACES)] for m in range(M)])
-        device = self.vectors.device
-        beside = Beside(which[None], places[None, :, 0], places[None].sum(-1))
-        return beside._each(lambda part: part.to(device))
+        M, device = recipe.query_count, self.vectors.device
+        which = torch.randint(len(self.ids), (1, M, MOST), generator=generator).to(device)
+        places = torch.tensor([[PLACES[m % len(PLACES)] for m in range(M)]], device=device)
+        return Beside(which, places[..., 0], places.sum(-1))
 
     def queries(self, lm: FrozenLM, ids: Sequence[int], recipe: Recipe, beside: Beside) -> Queries:
         """A continuation of the text, with its neighbours around it, for each query.
