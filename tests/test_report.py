@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 
 from conftest import reader
+from memvec.cli import display
 from memvec.cli.study import report
-from memvec.cli.study_tables import FORMATS
+from memvec.cli.study_tables import FORMATS, print_report_table
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.contents import all_plots, all_tables
@@ -406,3 +407,23 @@ def alike(cell: str, number: int, K: int, protocol: str) -> StoreEntry:
         extra=extra,
     )
     return StoreEntry(row, torch.ones(K, reader().width), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("terminal", [None, 40, 200])
+def test_a_table_of_the_terminal_has_every_cell(terminal, monkeypatch, capsys):
+    """A row is a line where there is no terminal; on a narrow one what is the same stands above."""
+    rows = [[f"model {i}", "novels", f"{i}.25", "always the same words"] for i in range(3)]
+    columns = ["model", "source", "bits", "note"]
+    table = Table("do", "How they do", "What they are.", columns, rows)
+    if terminal is not None:
+        plain = Console(force_terminal=True, color_system=None, width=terminal)
+        monkeypatch.setattr(display, "out", plain)
+    print_report_table(table, "text")
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    for row in rows:
+        if terminal != 40:
+            assert any(all(cell in line for cell in row) for line in lines)
+        assert any(row[0] in line and row[2] in line for line in lines)
+    above = "source novels, note always the same words"
+    assert (above in " ".join(said.split())) == (terminal == 40)

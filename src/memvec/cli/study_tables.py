@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memvec.lab.study.price import Price
 
 FORMATS = ("text", "markdown", "latex", "csv")  # of a report's tables
+WIDEST = 1000  # characters of a line where there is no terminal
 MAX_SENTENCES = 20  # disagreements that `check` lists
 
 
@@ -77,6 +78,7 @@ def print_check(checked: dict[str, Any]) -> None:
 
 def print_report_table(table: ReportTable, form: str) -> None:
     """One table of a report, in one of FORMATS."""
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -86,10 +88,29 @@ def print_report_table(table: ReportTable, form: str) -> None:
         forms = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
         typer.echo(forms[form]())
         return
-    title, note = escape(table.title), escape(table.note)
-    shown = Table(title=title, title_justify="left", caption=note, caption_justify="left")
-    for column in table.columns:
-        shown.add_column(escape(column), overflow="fold")
-    for row in table.shown():
-        shown.add_row(*map(escape, row))
-    out.print(shown)
+    # A file or a pipe is as wide as the table. On a narrower terminal, columns that say the same of
+    # all rows stand above the others.
+    console = out if out.is_terminal else Console(highlight=False, file=out.file, width=WIDEST)
+    rows, same = table.shown(), set[int]()
+    if len(rows) > 1 and _width(table.columns, rows) > console.width:
+        same = {i for i in range(len(table.columns)) if len({row[i] for row in rows}) == 1}
+    above = ", ".join(f"{table.columns[i]} {rows[0][i]}" for i in sorted(same))
+    title = f"{table.title} ({above})" if above else table.title
+    shown = Table(
+        title=escape(title),
+        title_justify="left",
+        caption=escape(table.note),
+        caption_justify="left",
+    )
+    kept = [i for i in range(len(table.columns)) if i not in same]
+    for i in kept:
+        shown.add_column(escape(table.columns[i]), overflow="fold")
+    for row in rows:
+        shown.add_row(*(escape(row[i]) for i in kept))
+    console.print(shown)
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Characters of a line of a table, with its borders."""
+    widest = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    return sum(widest) + 3 * len(widest) + 1
