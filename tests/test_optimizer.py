@@ -176,7 +176,7 @@ def test_the_mean_gradient_against_its_definition(rise, name):
 def test_the_default_looks_ahead_and_published_recipes_do_not():
     assert Recipe().optimizer == "full-matrix"
     for name, where in registry.BUILT_IN["preset"].items():
-        published = where.startswith("memvec.arms.")
+        published = where.startswith("memvec.arms.presets:")
         ours = "nadam" if name in ("usable", "prefix", "prefix-layer") else "full-matrix"
         assert Recipe.of(name).optimizer == ("adamw" if published else ours), name
     assert issubclass(registry.get("optimizer", "full-matrix"), NAdam)

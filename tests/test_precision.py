@@ -92,7 +92,7 @@ def test_a_copy_that_disagrees_is_not_used(monkeypatch):
 def test_published_recipes_compute_in_the_models_own_dtype():
     for name in registry.names("preset"):
         recipe = Recipe.of(name)
-        published = registry.BUILT_IN["preset"][name].startswith("memvec.arms.")
+        published = registry.BUILT_IN["preset"][name].startswith("memvec.arms.presets:")
         assert recipe.compute == ("model" if published else "auto"), name
 
 
