@@ -416,6 +416,7 @@ def test_a_table_of_the_terminal_has_every_cell(terminal, monkeypatch, capsys):
     columns = ["model", "source", "bits", "note"]
     table = Table("do", "How they do", "What they are.", columns, rows)
     if terminal is not None:
+        monkeypatch.setenv("TERM", "xterm")  # a dumb one is 80 columns wide, whatever it says
         plain = Console(force_terminal=True, color_system=None, width=terminal)
         monkeypatch.setattr(display, "out", plain)
     print_report_table(table, "text")
