@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from conftest import QUICK, build, passages, tiny
 from memvec import graphs, metrics
@@ -353,6 +354,10 @@ def test_transformers_looks_for_packed_sequences_again_afterwards():
     assert transformers.masking_utils.find_packed_sequence_indices is looks
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="an older transformers makes a mask in a capture: right, and slower",
+)
 def test_attention_is_as_plain_in_a_capture_as_without():
     """No mask of all positions, which rules the flash kernel out on a GPU."""
     engine = Engine(tiny(), replace(ENDLESS, steps=3), graphs=True)
