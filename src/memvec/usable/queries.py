@@ -128,26 +128,10 @@ def continuations_behind(
     found: dict[int, tuple[Tensor, ...]] = {}
     for which in alike.values():
         table = torch.tensor([list(texts[i]) for i in which], device=lm.device)
-        rows = _written(lm, behind_bos(lm, table), recipe, generator)
+        inputs, n = behind_bos(lm, table), len(which)
+        rows = _written(lm, inputs, n, recipe, generator, recipe.teacher_top)
         found |= dict(zip(which, rows, strict=True))
-    written, *said = (
-        torch.stack(part) for part in zip(*(found[i] for i in range(len(texts))), strict=True)
-    )
-    return Queries(written, torch.full((len(texts),), recipe.query_tokens), Said(*said))
-
-
-def _written(
-    lm: FrozenLM, inputs: Float[Tensor, "B N D"], recipe: Recipe, generator: torch.Generator
-) -> list[tuple[Tensor, ...]]:
-    """What the model writes behind each row of inputs, and what it says at each token of it."""
-
-    def work(rows: slice) -> list[tuple[Tensor, ...]]:
-        top, tokens = recipe.teacher_top, recipe.query_tokens
-        written, said = continued(lm, inputs[rows], tokens, generator, top)
-        parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
-        return list(zip(written.cpu(), *parts, strict=True))
-
-    return memory.in_batches(work, len(inputs), BATCH)
+    return _as_queries([found[i] for i in range(len(texts))], recipe)
 
 
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
@@ -218,15 +202,32 @@ def _sampled(
     recipe: Recipe,
     top: int = 0,
 ) -> Queries:
-    M, L = recipe.query_count, recipe.query_tokens
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
+    return _as_queries(_written(lm, inputs, recipe.query_count, recipe, generator, top), recipe)
+
+
+def _written(
+    lm: FrozenLM,
+    inputs: Float[Tensor, "B N D"],
+    M: int,
+    recipe: Recipe,
+    generator: torch.Generator,
+    top: int,
+) -> list[tuple[Tensor, ...]]:
+    """M texts behind M rows of inputs, or behind a single one, and what is said at each token."""
+    shared = len(inputs) == 1
 
     def work(rows: slice) -> list[tuple[Tensor, ...]]:
-        n = len(range(M)[rows])
-        written, said = continued(lm, inputs, L, generator, top, rows=n)
+        given, n = (inputs, len(range(M)[rows])) if shared else (inputs[rows], 1)
+        written, said = continued(lm, given, recipe.query_tokens, generator, top, rows=n)
         parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
         return list(zip(written.cpu(), *parts, strict=True))
 
-    found = memory.in_batches(work, M, BATCH)
+    return memory.in_batches(work, M, BATCH)
+
+
+def _as_queries(found: Sequence[tuple[Tensor, ...]], recipe: Recipe) -> Queries:
+    """What was written, with what the model says there, if that was kept."""
     written, *said = (torch.stack(part) for part in zip(*found, strict=True))
-    return Queries(written, torch.full((M,), L), Said(*said) if said else None)
+    length = torch.full((len(written),), recipe.query_tokens)
+    return Queries(written, length, Said(*said) if said else None)
