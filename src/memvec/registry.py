@@ -50,7 +50,7 @@ GROUP = "memvec.plugins"
 BUILT_IN: dict[str, dict[str, str]] = {
     "preset": {
         "default": "memvec.cramming.recipe:Recipe",
-        "capacity": "memvec.arms.most:capacity",
+        "capacity": "memvec.arms.capacity:capacity",
         "usable": "memvec.usable.preset:usable",
         "usable-quick": "memvec.usable.preset:usable_quick",
         "paper": "memvec.arms.presets:paper",
