@@ -34,6 +34,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, triggered
 from memvec.decoding import BATCH
+from memvec.errors import check_minimum
 from memvec.lab.statistics import share_interval
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--preset", default="usable", help="a recipe of usable vectors")
     parser.add_argument("--set", nargs="*", default=(), help="fields of the recipe, name=value")
     options = parser.parse_args()
+    check_minimum(1, in_a_row=options.in_a_row)
     options.recipe = recipe_of(options.preset, options.set)
     if options.quick:
         options.shape, options.tokens, options.vectors = "tiny-llama", (6,), (2,)

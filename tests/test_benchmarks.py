@@ -53,6 +53,7 @@ def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, 
         *((name, ["--set", "stepz=1"], "did you mean 'steps'") for name in ("recipes", "usable")),
         ("horizon", ["--set", "lr=fast"], "lr"),
         ("vectors", ["--quick", "--set", "margin=-1"], "margin must be at least"),
+        ("usable", ["--quick", "--in-a-row", "0"], "at least 1"),
         ("step", ["--model", "nowhere/at-all"], "nowhere/at-all"),
     ],
 )
