@@ -73,7 +73,7 @@ class Recipe:
         "question on each line, which the model answers",
     )
     neighbours: str = documented(
-        "none", "for 'use': a file of usable vectors beside which these will stand, in a row"
+        "none", "for 'use': a file of usable vectors to stand beside the passage's in most queries"
     )
     query_count: int = documented(16, "queries of each passage; a step takes one of them")
     query_tokens: int = documented(48, "tokens of a query with the answer")
