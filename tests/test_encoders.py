@@ -19,17 +19,9 @@ from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from trainings import assert_gradient_of, one_step, stopped_and_resumed
+from trainings import assert_gradient_of, one_step, stopped_and_resumed, stream
 
 SMALL = TrainingPlan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
-
-
-def stream(lm, n=4000, seed=0):
-    """Token ids with something to learn: half of the tokens follow from the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, lm.vocab_size, (n,), generator=generator)
-    ids[1::2] = (ids[::2] + 1).clamp_max(lm.vocab_size - 1)
-    return ids
 
 
 def network_of(lm, seed=0, **changes):

@@ -31,7 +31,7 @@ from memvec.usable.queries import text_inputs
 from memvec.usable.starts import last_tokens
 from memvec.usable.teacher import log_p_behind
 from memvec.usable.triggers import save_trigger
-from trainings import assert_gradient_of, one_step, stopped_and_resumed
+from trainings import assert_gradient_of, one_step, stopped_and_resumed, stream
 
 FAMILIES = ["llama", "gpt2", "gemma2", "opt-projected", "mamba"]
 SMALL = UsablePlan(
@@ -40,14 +40,6 @@ SMALL = UsablePlan(
 USABLE = Recipe.of(
     "usable", settle=20, decay=20, steps=400, query_count=3, query_tokens=5, compute="model"
 )
-
-
-def stream(lm: FrozenLM, n: int = 4000, seed: int = 0) -> torch.Tensor:
-    """Token ids with something to learn: half of the tokens follow from the one before."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, lm.vocab_size, (n,), generator=generator)
-    ids[1::2] = (ids[::2] + 1).clamp_max(lm.vocab_size - 1)
-    return ids
 
 
 def encoder_of(lm: FrozenLM, seed: int = 0, slots: int = 2) -> UsableEncoder:
@@ -416,9 +408,9 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
         (("cram", letter, "-m", own, "--usable", "--encoder", other, "-o", "n"), "is no start of"),
         (("encoder", "train", "--usable", "--recurrent", "--text", books), "two kinds"),
         (("encoder", "train", "--usable", "--lags", 2, "--text", books), "--lags is not of usable"),
-        (("encoder", "train", "--rank", 2, "--text", books), "--rank is of usable encoders: add"),
+        (("encoder", "train", "--rank", 2, "--text", books), "--rank is of usable and adapted"),
         (("encoder", "train", "--use-weight", 2, "--text", books), "--use-weight is of usable"),
-        (("encoder", "train", "--begin", file, "--text", books), "--begin is of usable encoders"),
+        (("encoder", "train", "--begin", file, "--text", books), "--begin is of usable and"),
         (("encoder", "measure", "-m", own, "--encoder", file, "--text", books), "cram --usable"),
         (
             ("cram", letter, "-m", folder, "--preset", "usable-quick", "-o", "n"),

@@ -1,4 +1,4 @@
-"""What tests of every encoder's training share: one step's gradient, and a run that is stopped."""
+"""What tests of every encoder's training share: text, a step's gradient, a run that is stopped."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import torch
 
 from memvec.encoders.base import TrainedEncoder
 from memvec.encoders.training_run import TrainingRun
+from memvec.model.lm import FrozenLM
+
+
+def stream(lm: FrozenLM, n: int = 4000, seed: int = 0) -> torch.Tensor:
+    """Token ids with something to learn: half of the tokens follow from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, lm.vocab_size, (n,), generator=generator)
+    ids[1::2] = (ids[::2] + 1).clamp_max(lm.vocab_size - 1)
+    return ids
 
 
 def one_step(training: TrainingRun) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

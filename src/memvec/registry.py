@@ -161,6 +161,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "slots": "memvec.encoders.slots:read",
         "recurrent": "memvec.encoders.recurrent:read",
         "usable": "memvec.encoders.usable:read",
+        "adapted": "memvec.encoders.adapted:read",
     },
 }
 _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
@@ -174,9 +175,9 @@ def register(kind: str, name: str) -> Callable[[Choice], Choice]:
     _check_kind(kind)
 
     def add(choice: Choice) -> Choice:
-        known = _ADDED[kind].get(name)
-        same = known is None or _place(known) == _place(choice)  # a module that is imported anew
-        if name in BUILT_IN[kind] or not same:
+        known = _ADDED[kind].get(name, choice)
+        # The same place is a module that is imported anew.
+        if name in BUILT_IN[kind] or _place(known) != _place(choice):
             raise MemvecError(
                 f"the name '{name}' is taken by another {kind}: register yours under another one."
             )

@@ -46,6 +46,7 @@ COLUMNS = (
         "memvec encoder train --text books --steps 500",
         "memvec encoder train -m EleutherAI/pythia-160m --text train.jsonl -o pythia.safetensors",
         "memvec encoder train --recurrent --text books --slots 4 -o recurrent.safetensors",
+        "memvec encoder train --adapted -m folder --text books --steps 5000",
         "memvec encoder train --usable -m folder --text books --slots 4 --steps 8000",
     )
 )
@@ -55,6 +56,7 @@ def train(
     out: plan.Out = None,
     recurrent: plan.Recurrent = False,
     usable: plan.Usable = False,
+    adapted: plan.Adapted = False,
     steps: plan.Steps = None,
     slots: plan.Slots = None,
     positions: plan.Positions = None,
@@ -81,19 +83,22 @@ def train(
 ) -> None:
     """Train an encoder for a frozen model: it encodes passages into slots and gives them back.
 
-    With --recurrent it reads a document segment by segment and gives back the newest ones; with
-    --usable its vectors stand for the passage, too. After an interruption the same command goes on
-    from its last checkpoint.
+    By default a network beside the model encodes; with --adapted the model itself, with adapters
+    of low rank. With --recurrent it reads a document segment by segment and gives back the newest
+    ones; with --usable its vectors stand for the passage, too. After an interruption the same
+    command goes on from its last checkpoint.
     """
-    from memvec.encoders.files import FILE_NAME, USABLE_FILE_NAME
+    from memvec.encoders.files import ADAPTED_FILE_NAME, FILE_NAME, USABLE_FILE_NAME
 
     given: dict[str, Any] = {"steps": steps, "slots": slots, "positions": positions, "lr": lr}
     given |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size, "seed": seed}
     given |= {"segments": segments, "lags": lags, "segment_tokens": segment_tokens, "rank": rank}
     given |= {"shortest": shortest, "longest": longest, "query_tokens": query_tokens}
     given |= {"begin": begin, "weight": use_weight}
-    choices = plan.plan_of(plan.kind_of(recurrent, usable), given)
-    target = target_of(model, USABLE_FILE_NAME if usable else FILE_NAME, out, force)
+    kind = plan.kind_of(recurrent=recurrent, usable=usable, adapted=adapted)
+    choices = plan.plan_of(kind, given)
+    names = {"usable": USABLE_FILE_NAME, "adapted": ADAPTED_FILE_NAME}
+    target = target_of(model, names.get(kind, FILE_NAME), out, force)
 
     from memvec.loading import load_lm
 

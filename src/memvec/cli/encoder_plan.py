@@ -23,8 +23,8 @@ Out = Annotated[
     typer.Option(
         "-o",
         "--out",
-        help="Default: encoder.safetensors (with --usable: usable-encoder.safetensors), in the "
-        "model's folder.",
+        help="Default: encoder.safetensors (with --adapted: adapted-encoder.safetensors, with "
+        "--usable: usable-encoder.safetensors), in the model's folder.",
     ),
 ]
 Recurrent = Annotated[
@@ -32,6 +32,10 @@ Recurrent = Annotated[
 ]
 Usable = Annotated[
     bool, typer.Option("--usable", help="A start for vectors that are to be used: cram --usable.")
+]
+Adapted = Annotated[
+    bool,
+    typer.Option("--adapted", help="The model itself with low-rank adapters, that of its folder."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps; default: 2000.")]
 Slots = Annotated[
@@ -63,13 +67,16 @@ Lags = Annotated[
 SegmentTokens = Annotated[
     int | None, typer.Option(help="With --recurrent: tokens of a segment; default: 8.")
 ]
-Rank = Annotated[int | None, typer.Option(help="With --usable: rank of the adapters; default: 64.")]
+Rank = Annotated[int | None, typer.Option(help="With --adapted, --usable: rank; default: 64.")]
 Shortest = Annotated[
     int | None,
-    typer.Option(help="With --usable: tokens per vector of the shortest passages; default: 4."),
+    typer.Option(
+        help="With --adapted, --usable: tokens per vector of the shortest passages; default: 4."
+    ),
 ]
 Longest = Annotated[
-    int | None, typer.Option(help="With --usable: of the longest passages; default: 12.")
+    int | None,
+    typer.Option(help="With --adapted, --usable: of the longest; default: 28, or 12."),
 ]
 QueryTokens = Annotated[
     int | None, typer.Option(help="With --usable: tokens that follow a passage; default: 32.")
@@ -80,20 +87,27 @@ UseWeight = Annotated[
 ]
 Begin = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="With --usable: an encoder that goes on being trained."),
+    typer.Option(metavar="FILE", help="With --adapted, --usable: an encoder to go on from."),
 ]
 NAMES = {"weight": "--use-weight"}  # of options that are not called as the plan's fields are
 
 
-def kind_of(recurrent: bool, usable: bool) -> str:
-    """The kind of encoder to train. Raises MemvecError if two were asked for."""
-    if recurrent and usable:
-        raise MemvecError("--recurrent and --usable are two kinds of encoders: give one of them.")
-    return "recurrent" if recurrent else "usable" if usable else "slots"
+def kind_of(**asked: bool) -> str:
+    """The kind of encoder to train, of those that were asked for.
+
+    Raises MemvecError for more than one.
+    """
+    kinds = [kind for kind, given in asked.items() if given]
+    if len(kinds) > 1:
+        raise MemvecError(
+            f"--{kinds[0]} and --{kinds[1]} are two kinds of encoders: give one of them."
+        )
+    return kinds[0] if kinds else "slots"
 
 
 def kinds() -> dict[str, tuple[type[Plan], Callable[[FrozenLM, Tensor, Any], TrainingRun]]]:
     """The plan and the run of each kind of encoder."""
+    from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
     from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
     from memvec.encoders.training import Training, TrainingPlan
     from memvec.encoders.usable_training import UsablePlan, UsableTraining
@@ -102,6 +116,7 @@ def kinds() -> dict[str, tuple[type[Plan], Callable[[FrozenLM, Tensor, Any], Tra
         "slots": (TrainingPlan, Training),
         "recurrent": (RecurrentPlan, RecurrentTraining),
         "usable": (UsablePlan, UsableTraining),
+        "adapted": (AdaptedPlan, AdaptedTraining),
     }
 
 
@@ -118,7 +133,8 @@ def plan_of(kind: str, given: dict[str, Any]) -> Plan:
         option = NAMES.get(name, "--" + name.replace("_", "-"))
         others = [other for other in plans if name in known[other]]
         if kind == "slots":
-            raise MemvecError(f"{option} is of {others[0]} encoders: add --{others[0]}.")
+            flags = " or ".join(f"--{other}" for other in others)
+            raise MemvecError(f"{option} is of {' and '.join(others)} encoders: add {flags}.")
         raise MemvecError(f"{option} is not of {kind} encoders: leave it out.")
     return plans[kind](**given)
 

@@ -29,8 +29,10 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
-# In a model's folder: the encoder of exact vectors, and that of vectors for use.
+# In a model's folder: the encoder that it was trained with, a better one that was trained beside it
+# later, and that of vectors for use.
 FILE_NAME = "encoder.safetensors"
+ADAPTED_FILE_NAME = "adapted-encoder.safetensors"
 USABLE_FILE_NAME = "usable-encoder.safetensors"
 
 
@@ -40,8 +42,9 @@ def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) ->
     A quantized model gets no usable encoder from its folder: its weights are not those that this
     was trained for. Raises MemvecError as `load_encoder` does.
     """
-    if folder is not None and (own := folder / FILE_NAME).is_file():
-        lm.encoder = load_encoder(own, lm)
+    for name in (FILE_NAME, ADAPTED_FILE_NAME):  # the second keeps the first as its own
+        if folder is not None and (own := folder / name).is_file():
+            lm.encoder = load_encoder(own, lm)
     if folder is not None and not lm.quantize and (own := folder / USABLE_FILE_NAME).is_file():
         lm.usable_encoder = load_encoder(own, lm)
     if file is not None:

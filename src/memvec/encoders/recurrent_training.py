@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from memvec.encoders.adapted import own_summary
 from memvec.encoders.recurrent import RecurrentEncoder, RecurrentNetwork, state_width
-from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.training_run import NetworkPlan, TrainingRun
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
@@ -56,7 +56,7 @@ class RecurrentTraining(TrainingRun):
 
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: RecurrentPlan) -> None:
         super().__init__(lm, stream, plan)
-        own = lm.encoder if isinstance(lm.encoder, SummaryEncoder) else None
+        own = own_summary(lm)
         self.identity["begun_at"] = own.identity if own else None
         network = RecurrentNetwork(
             lm.width,

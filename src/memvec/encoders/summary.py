@@ -37,7 +37,9 @@ class SummaryEncoder(OnePassEncoder):
         summary, weight, bias = (
             t.to(device, dtype) for t in (self.summary, self.weight, self.bias)
         )
-        return SummaryEncoder(summary, weight, bias, self.tokens)
+        moved = SummaryEncoder(summary, weight, bias, self.tokens)
+        moved.file, moved.identity = self.file, self.identity
+        return moved
 
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
         summary = self.summary[:K].expand(len(ids), -1, -1)

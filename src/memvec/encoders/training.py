@@ -11,15 +11,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from memvec.decoding import decode_ids
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.training_run import NetworkPlan, TrainingRun
+from memvec.encoders.training_run import FALL_BELOW, GRID, RISE_ABOVE, NetworkPlan, TrainingRun
 from memvec.errors import MemvecError
-from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
-
-GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracy that moves the target length
 
 
 @dataclass(frozen=True)
@@ -68,18 +63,5 @@ class Training(TrainingRun):
     def _finished(self) -> SlotEncoder:
         """The encoder, with its best length."""
         encoder = SlotEncoder(self.network.eval())  # type: ignore[arg-type]
-        encoder.tokens = self._best_length(encoder)
+        encoder.tokens = self.best_length(encoder, self.longest)
         return encoder
-
-    @torch.no_grad()
-    def _best_length(self, encoder: SlotEncoder, n: int = 64) -> int:
-        """The length with the largest mean horizon (tokens) of one pass, on held-out text."""
-        best, best_mean = 1, -1.0
-        for T in (t for t in GRID if t <= self.longest):
-            ids = self._windows(self.held_out, n, T, self._generator("length", T))
-            vectors = encoder.encode(self.lm, ids, 1)
-            decoded = torch.tensor(decode_ids(self.lm, vectors, [T] * n))
-            mean = float(horizon(decoded == ids.cpu()).float().mean())
-            if mean > best_mean:
-                best, best_mean = T, mean
-        return best

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
-from memvec.encoders.base import TrainedEncoder
+from memvec.decoding import decode_ids
+from memvec.encoders.base import OnePassEncoder, TrainedEncoder
 from memvec.encoders.checkpoint import load_checkpoint, save_checkpoint
 from memvec.errors import MemvecError, check_minimum
+from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
 
@@ -32,6 +34,8 @@ CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)
 HELD_OUT = 0.02  # share of the text, at its end, that is never trained on
 FEWEST_HELD_OUT = 68  # tokens
 CHECKPOINT_EVERY = 50
+GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # tokens per vector
+RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracy that moves a target length
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,22 @@ class TrainingRun(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+
+    @torch.no_grad()
+    def best_length(self, encoder: OnePassEncoder, longest: int, n: int = 64) -> int:
+        """The length (tokens) with the largest mean horizon of one pass, on n held-out passages.
+
+        Of one vector each, and `longest` tokens at the most.
+        """
+        best, best_mean = 1, -1.0
+        for T in (t for t in GRID if t <= longest):
+            ids = self._windows(self.held_out, n, T, self._generator("length", T))
+            vectors = encoder.encode(self.lm, ids, 1)
+            decoded = torch.tensor(decode_ids(self.lm, vectors, [T] * n))
+            mean = float(horizon(decoded == ids.cpu()).float().mean())
+            if mean > best_mean:
+                best, best_mean = T, mean
+        return best
 
     def _rate(self) -> float:
         """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""

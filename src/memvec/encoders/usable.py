@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.encoders.adapted import own_summary
 from memvec.encoders.adapters import Adapters, called_maps
 from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.encoders.recurrent import state_width
-from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
 from memvec.usable.queries import behind_bos
 from memvec.usable.starts import last_embeddings
@@ -47,7 +47,7 @@ class UsableNetwork(nn.Module):
 
         Equal summaries could not come to stand for different parts of a text.
         """
-        own = lm.encoder if isinstance(lm.encoder, SummaryEncoder) else None
+        own = own_summary(lm)
         base = (mean if own is None else own.summary[0]).float().cpu()
         noise = torch.randn_like(self.summary) * (0.1 * base.std())
         with torch.no_grad():
