@@ -283,9 +283,73 @@ def test_turns_cost_less_and_passages_stay_exact(slots, poll):
     assert spent[3] < spent[1]
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("rise", [0.0, 0.1])
+def test_the_weight_follows_whether_the_passage_came(every, rise):
+    """Step by step, from what was measured at the vectors: up where it came, else down."""
+    lm, recipe = triggered("llama")
+    recipe = replace(recipe, objective_every=every, term_rise=rise, settle=200, compute="model")
+    engine = Engine(lm, recipe, vectors=2, batch_size=3)
+    for passage in passages(2, 4, 3, seed=4):
+        engine.push(passage)
+    engine.fill(3)
+    step, seen, margins = engine.one_step, [], []
+    moved, kept = step.term.weight, step._keep_best
+    step.term.weight = lambda batch: seen.append(moved(batch)) or seen[-1]
+    step._keep_best = lambda batch, measured, padding: (
+        margins.append((measured.margin.clone(), measured.asked.clone()))
+        or kept(batch, measured, padding)
+    )
+    expected, ups = torch.full((3,), recipe.term_weight), 0
+    lengths = engine.batch.length.tolist()
+    for number in range(90):
+        asked = engine.batch.steps % every == 0
+        engine.step()
+        margin, measured = margins[-1]
+        assert torch.equal(asked, measured)
+        for row, length in enumerate(lengths):
+            came = bool((margin[row, :length] >= engine.batch.target_margin[row]).all())
+            if came := came and margin.shape[1] >= length:
+                ups += int(asked[row])
+            if asked[row] and rise:
+                low, high = recipe.term_weight / 32, recipe.term_weight * 128
+                factor = 1 + rise if came else (1 + rise) ** -7
+                expected[row] = (expected[row] * factor).clamp(low, high)
+        torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-6)
+        assert len(seen) == number + 1
+    assert 5 < ups < 90 * 3 - 20
+    # Behind the steps that it has to settle, a passage feels less and less of it, as ever.
+    step.recipe = step.term.recipe = replace(recipe, settle=10)
+    engine.batch.steps += 80
+    engine.batch.schedule.best *= 0
+    late = torch.exp2(-(engine.batch.steps - 10) / 40.0)
+    torch.testing.assert_close(moved(engine.batch), expected * late, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_weight_that_rises_keeps_passages_exact_and_apart():
+    """Where one weight is too much for some passages, each finds its own; nobody feels another."""
+    lm, recipe = triggered("llama")
+    recipe = replace(recipe, settle=100, decay=100, steps=100, patience=100, term_weight=100.0)
+    recipe = replace(recipe, if_not_exact="stop")
+    asked = passages(4, 4, 4, seed=5)
+    options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
+    fixed = list(Engine(lm, recipe, **options).run(asked))
+    rising = replace(recipe, term_rise=0.05)
+    found = {o.passage.ids: o for o in Engine(lm, rising, **options).run(asked)}
+    assert sum(o.exact for o in fixed) < sum(o.exact for o in found.values()) == 3
+    (alone,) = Engine(lm, rising, **options).run(asked[:1])
+    assert torch.equal(alone.vectors, found[asked[0].ids].vectors)
+
+
 def test_turns_are_for_the_term_use():
+    with pytest.raises(MemvecError, match=r"term_rise 0.03 is for use only: add --usable"):
+        replace(QUICK, term="none", term_rise=0.03)
+    with pytest.raises(MemvecError, match="term_rise must be at least 0"):
+        replace(USABLE, term_rise=-0.1)
+    assert "term_rise" not in USABLE.record()
     for term in ("none", "alignment"):
-        with pytest.raises(MemvecError, match="objective_every 2 is for the term 'use' only"):
+        with pytest.raises(MemvecError, match="objective_every 2 is for use only: add --usable"):
             replace(QUICK, term=term, objective_every=2)
     with pytest.raises(MemvecError, match="objective_every must be at least 1"):
         replace(USABLE, objective_every=0)

@@ -46,6 +46,7 @@ MINIMUM: dict[str, float] = {
     "beta1_rise": 0.0,
     "weight_decay": 0.0,
     "term_weight": 0.0,
+    "term_rise": 0.0,
     "objective_every": 1,
     "align_layers": 1,
     "query_count": 1,

@@ -31,7 +31,7 @@ from memvec.cramming.fields import (
 from memvec.errors import MemvecError, did_you_mean
 
 # What is for the term 'use' only, and what it is without it.
-FOR_USE: dict[str, Any] = {"objective_every": 1, "neighbours": "none"}
+FOR_USE: dict[str, Any] = {"objective_every": 1, "neighbours": "none", "term_rise": 0.0}
 
 
 def documented(default: Any, text: str) -> Any:
@@ -44,12 +44,8 @@ class Recipe:
     """How passages are crammed. Defaults are the best we know (docs/log.md)."""
 
     objective: str = documented("cross-entropy", "what is minimised")
-    temperature: float = documented(
-        0.2, "logits are divided by this in the loss; the paper's: 1 logit"
-    )
-    margin: float = documented(
-        0.28, "a token counts as right when its logit leads the best other one by this much"
-    )
+    temperature: float = documented(0.2, "what logits are divided by; the paper's: 1 logit")
+    margin: float = documented(0.28, "a token counts as right when its logit leads by this much")
     unit: UnitName = documented(
         "spread",
         "what temperature and margin are counted in: 'spread', the standard deviation of the "
@@ -62,6 +58,9 @@ class Recipe:
         "those of the plain text; 'none'",
     )
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
+    term_rise: float = documented(
+        0.0, "for 'use': how much the weight rises at a step with an exact passage; else it falls"
+    )
     objective_every: int = documented(
         1, "for 'use': a passage is asked for in one step of so many, until it is to settle"
     )
@@ -203,7 +202,7 @@ class Recipe:
                 raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
         for name, unset in FOR_USE.items():
             if self.term != "use" and getattr(self, name) != unset:
-                raise MemvecError(f"{name} {getattr(self, name)} is for the term 'use' only.")
+                raise MemvecError(f"{name} {getattr(self, name)} is for use only: add --usable.")
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):
@@ -243,8 +242,7 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores; without what it has no use for.
 
-        Without space, front, steps between and neighbours, it is as it was before there were such
-        fields.
+        Without space, front, what is for use only, it is as it was before there were such fields.
         """
         absent = {k for k, v in (FOR_USE | {"front": "none"}).items() if getattr(self, k) == v}
         absent |= {"space", "layer"} if self.space == "inputs" else set()

@@ -50,6 +50,7 @@ class Teacher(Rows):
     log_p: Float[Tensor, "B M L n"]  # their log-probabilities, nats
     log_rest: Float[Tensor, "B M L"]  # log of the mass of all others, nats
     beside: Beside
+    weight: Float[Tensor, " B"]  # of the term, in multiples of the recipe's
 
 
 @torch.no_grad()

@@ -99,6 +99,11 @@ class Use(Term):
         )
         return TermLoss(loss[:B], (states,), (gradient,))
 
+    def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
+        """That of every term, times what the passage's own steps made of it (`term_rise`)."""
+        assert isinstance(batch.term, Teacher)
+        return super().weight(batch) * batch.term.weight
+
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """The vectors, where they are inputs, and a query but for its last token."""
         start: StartRule = "first-token" if self.given else "vectors"
@@ -151,4 +156,5 @@ class Use(Term):
         )
         queries, length = asked.ids.to(lm.device), asked.length.to(lm.device)
         top, log_p, log_rest = (part[None] for part in said)
-        return Teacher(queries[None], length[None], top, log_p, log_rest, beside)
+        one = torch.ones(1, device=lm.device)
+        return Teacher(queries[None], length[None], top, log_p, log_rest, beside, one)

@@ -19,6 +19,11 @@ from memvec.cramming.batch import BatchState
 from memvec.cramming.objectives import Score
 from memvec.cramming.step import Measurement, Step
 from memvec.usable.front import with_front_read
+from memvec.usable.teacher import Teacher
+
+# A step without an exact passage takes back what so many steps with one have put on the weight, so
+# that it settles where seven of eight steps have one. How far it goes from the recipe's weight.
+FALLS, LEAST, MOST = 7, 1 / 32, 128.0
 
 
 class Turns(Step):
@@ -45,6 +50,25 @@ class Turns(Step):
         # Who was not asked could make no progress, so the step is none without it.
         batch.schedule.stale = batch.schedule.stale - (~measured.asked).long()
         return gained
+
+    def _better_by_term(
+        self,
+        batch: BatchState,
+        loss: Float[Tensor, " B"],
+        better: Bool[Tensor, " B"],
+        leading: Int[Tensor, " B"],
+    ) -> Bool[Tensor, " B"]:
+        """With `term_rise`, the weight also follows whether the passage, if it was asked for, came.
+
+        Exactness is a condition and use a wish: the weight that asks for as much use as leaves the
+        passage exact is another one for each passage, and at each stage of its cramming.
+        """
+        if rise := self.recipe.term_rise:
+            assert isinstance(batch.term, Teacher)
+            factor = torch.where(leading >= batch.length, 1 + rise, (1 + rise) ** -FALLS)
+            factor = torch.where(self.asked(batch), factor, 1.0)
+            batch.term.weight = (batch.term.weight * factor).clamp(LEAST, MOST)
+        return super()._better_by_term(batch, loss, better, leading)
 
     def score_of(
         self,
