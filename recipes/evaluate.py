@@ -160,6 +160,7 @@ def main():
     parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--tokens", type=int, help="of each passage whose horizon is measured")
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--encoder", type=Path, help="file of another one-pass encoder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", default="auto", help="'encoder', 'noise' or 'auto'")
     parser.add_argument(
@@ -174,7 +175,7 @@ def main():
     from memvec import load_lm
     from memvec.cli.common import recipe_of
 
-    lm = load_lm(args.model, device=args.device)
+    lm = load_lm(args.model, device=args.device, encoder=args.encoder)
     stream = torch.from_numpy(np.load(args.work / "valid.npy").astype(np.int64))
     recipe = recipe_of("default", args.set, start=args.start)
 

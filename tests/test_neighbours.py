@@ -223,7 +223,7 @@ def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
         Recipe(neighbours="n.mem")
     with pytest.raises(MemvecError, match=r"^there is no file"):
         Engine(lm, replace(USABLE, neighbours=str(tmp_path / "none.mem")), vectors=2)
-    with pytest.raises(MemvecError, match=r"^these vectors have no trigger"):
+    with pytest.raises(MemvecError, match=r"^the vectors in .*p.mem have no trigger"):
         Engine(lm, replace(USABLE, neighbours=str(files["plain"])), vectors=2)
     with pytest.raises(MemvecError, match=r"were crammed behind other inputs in front"):
         Engine(lm, beside, vectors=2)

@@ -154,11 +154,11 @@ def certify_use(
     )
 
 
-def check_usable(mem: MemVectors) -> None:
-    """Raise MemvecError for vectors behind which nothing but their passage can be read."""
+def check_usable(mem: MemVectors, what: str = "these vectors") -> None:
+    """Raise MemvecError, about `what`, for vectors that nothing but their passage is read behind."""
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
-            "these vectors have no trigger, so whatever follows them is taken for their passage: "
+            f"{what} have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with --usable."
         )
 

@@ -117,7 +117,7 @@ def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
         )
     mem = MemVectors.load(Path(recipe.neighbours).expanduser())
     mem.check_model(lm)
-    check_usable(mem)
+    check_usable(mem, f"the vectors in {recipe.neighbours}")
     if not torch.equal(front_rows(mem.view(lm)), front_rows(lm)):
         raise MemvecError(
             f"the neighbours in {recipe.neighbours} were crammed behind other inputs in front (BOS "
