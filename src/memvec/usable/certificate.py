@@ -155,7 +155,10 @@ def certify_use(
 
 
 def check_usable(mem: MemVectors, what: str = "these vectors") -> None:
-    """Raise MemvecError, about `what`, for vectors that nothing but their passage is read behind."""
+    """Raise MemvecError for vectors behind which nothing but their passage can be read.
+
+    `what`: what the sentence calls them.
+    """
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
             f"{what} have no trigger, so whatever follows them is taken for their passage: "
