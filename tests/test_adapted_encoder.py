@@ -252,7 +252,7 @@ def test_a_trained_encoder_goes_on_being_trained(tmp_path):
     assert training.identity["plan"]["begin"] == first.identity
     assert training.target == SMALL.longest
     assert not torch.equal(training.run().network.summary, first.network.summary)
-    with pytest.raises(MemvecError, match="adapters of rank 4: give --begin the same --rank"):
+    with pytest.raises(MemvecError, match="slots of rank 4: give --begin the same"):
         AdaptedTraining(lm, stream(lm), replace(plan, rank=5))
     pocket = load_lm("pocket")
     own = str(own_summary(pocket).file)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from memvec.encoders.adapters import Adapters, called_maps
+from memvec.encoders.adapters import Adapters, called_maps, load_network
 from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.encoders.recurrent import state_width
 from memvec.encoders.summary import SummaryEncoder
@@ -119,10 +119,5 @@ def read(file: EncoderFile, lm: FrozenLM) -> AdaptedEncoder:
     states, rank = state_width(lm), len(file.tensors["adapters.down.0"])
     with torch.device("meta"):  # no random numbers that the file's would replace
         network = AdaptedNetwork(lm, modules, states=states, rank=rank)
-    try:
-        network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
-    except (RuntimeError, ValueError):
-        raise MemvecError(
-            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
-        ) from None
+    load_network(network, file, lm)
     return AdaptedEncoder(network, slots, own_summary(lm))

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from memvec.encoders.adapted import AdaptedEncoder, AdaptedNetwork, fresh, own_summary
-from memvec.encoders.files import load_encoder
-from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE, Plan, TrainingRun
+from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
+from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
@@ -24,49 +23,34 @@ FIRST_TARGET = 2.0  # tokens per vector, beside a LM without a summary encoder
 
 
 @dataclass(frozen=True)
-class AdaptedPlan(Plan):
+class AdaptedPlan(AdapterPlan):
     """Every choice of a run that trains an adapted encoder. Lengths in tokens per vector."""
 
-    slots: int = 4
-    rank: int = 64
-    """Rank of the adapters."""
-    shortest: int = 4
     longest: int = 28
     several: float = 0.4
     """Share of steps with more than one vector for a passage."""
     size: float = 12.8
     """RMS of the vectors before training, beside a LM without a summary encoder."""
-    begin: str = ""
-    """File of an adapted encoder that goes on being trained; none: a new one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_1("rank", "shortest")
-        if self.longest < self.shortest:
-            raise MemvecError(
-                f"--longest {self.longest} is below --shortest {self.shortest} tokens per vector."
-            )
         if not 0 < self.size < float("inf"):
             raise MemvecError(f"--size must be a number above 0, not {self.size}.")
 
 
-class AdaptedTraining(TrainingRun):
+class AdaptedTraining(AdapterTraining):
     """A run of an adapted encoder."""
 
+    makes = AdaptedEncoder
     plan: AdaptedPlan
     network: AdaptedNetwork
 
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: AdaptedPlan) -> None:
         super().__init__(lm, stream, plan)
-        if lm.checkpointing:  # its second forward pass would come when the adapters are gone
-            raise MemvecError("an adapted encoder is trained without checkpointing: leave it out.")
         own = own_summary(lm)
         self.identity["begun_at"] = own.identity if own else None
         self.network = fresh(lm, rank=plan.rank).begun(lm, self.mean, plan.size)
-        if plan.begin:
-            self._begin(Path(plan.begin).expanduser())
-        self.network.to(lm.device)
-        self.optimizer = self.optimized(self.network.parameters())
+        self.begin()
         self.grows = own is None and not plan.begin
         self.target = FIRST_TARGET if self.grows else float(plan.longest)
         largest = plan.slots * (plan.longest + 1)
@@ -81,24 +65,6 @@ class AdaptedTraining(TrainingRun):
                 f"{len(stream)} tokens are too few to train an encoder on passages of "
                 f"{plan.slots * plan.longest}: give more text."
             )
-
-    def _begin(self, path: Path) -> None:
-        """Take the numbers of an encoder; its digest stands for it in the run's identity.
-
-        Raises MemvecError as `load_encoder` does, for one of another kind, and for another --rank
-        than it has.
-        """
-        encoder = load_encoder(path, self.lm)
-        if not isinstance(encoder, AdaptedEncoder):
-            raise MemvecError(f"{path} is no adapted encoder: --begin goes on from one.")
-        try:
-            self.network.load_state_dict(encoder.network.state_dict())
-        except RuntimeError:
-            rank = len(encoder.network.adapters.down[0])
-            raise MemvecError(
-                f"{path} has adapters of rank {rank}: give --begin the same --rank."
-            ) from None
-        self.identity["plan"]["begin"] = encoder.identity
 
     def _train_step(self) -> tuple[float, float]:
         plan = self.plan

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from memvec.encoders.base import EncoderFile
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -92,6 +93,19 @@ class Adapters(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def load_network(network: nn.Module, file: EncoderFile, lm: FrozenLM) -> None:
+    """Take the numbers of an encoder's file, in float32.
+
+    The network may be on the device `meta`. Raises MemvecError if the tensors are not its.
+    """
+    try:
+        network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
+    except (RuntimeError, ValueError):
+        raise MemvecError(
+            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
+        ) from None
 
 
 def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"]) -> Any:

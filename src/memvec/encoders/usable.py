@@ -16,10 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memvec.encoders.adapted import own_summary
-from memvec.encoders.adapters import Adapters, called_maps
+from memvec.encoders.adapters import Adapters, called_maps, load_network
 from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.encoders.recurrent import state_width
-from memvec.errors import MemvecError
 from memvec.usable.queries import behind_bos
 from memvec.usable.starts import last_embeddings
 
@@ -114,10 +113,5 @@ def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
     states = state_width(lm)
     with torch.device("meta"):  # no random numbers that the file's would replace
         network = UsableNetwork(lm, modules, states=states, slots=slots, rank=rank)
-    try:
-        network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
-    except (RuntimeError, ValueError):
-        raise MemvecError(
-            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
-        ) from None
+    load_network(network, file, lm)
     return UsableEncoder(network, None if trigger is None else str(trigger))

@@ -12,7 +12,6 @@ may have fewer vectors than slots, so that these are a start of any number of ve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
-from memvec.encoders.files import load_encoder
-from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
@@ -33,45 +31,32 @@ SHARE_OF_MEAN = 0.05  # of the newest step, in the running mean of the divergenc
 
 
 @dataclass(frozen=True)
-class UsablePlan(Plan):
+class UsablePlan(AdapterPlan):
     """Every choice of a run that trains a usable encoder. Lengths in tokens."""
 
-    slots: int = 4
     lr: float = 2e-3
-    rank: int = 64
-    """Rank of the adapters."""
     query_tokens: int = 32
     """Tokens behind each passage, on which the vectors stand for it."""
     weight: float = 8.0
     """Of the divergence beside the cross-entropy."""
-    shortest: int = 4
-    longest: int = 12
-    """Tokens per vector of the shortest and the longest passages."""
-    begin: str = ""
-    """File of a usable encoder that goes on being trained; none: a new one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_1("rank", "query_tokens", "shortest")
-        if self.longest < self.shortest:
-            raise MemvecError(
-                f"--longest {self.longest} is below --shortest {self.shortest} tokens per vector."
-            )
+        self.at_least_1("query_tokens")
         if not 0 <= self.weight < float("inf"):
             raise MemvecError(f"--use-weight must be a number from 0, not {self.weight}.")
 
 
-class UsableTraining(TrainingRun):
+class UsableTraining(AdapterTraining):
     """A run of a usable encoder, behind the trigger that the model has in its folder, or BOS."""
 
+    makes = UsableEncoder
     reached = "nats a token to the text"
     plan: UsablePlan
     network: UsableNetwork
 
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: UsablePlan) -> None:
         super().__init__(lm, stream, plan)
-        if lm.checkpointing:  # its second forward pass would come when the adapters are gone
-            raise MemvecError("a usable encoder is trained without checkpointing: leave it out.")
         recipe = Recipe.of("usable")
         self.fast = triggered(self.fast, recipe)
         if not self.fast.trigger:
@@ -82,10 +67,7 @@ class UsableTraining(TrainingRun):
         self.identity["trigger"] = own_trigger_of(lm)
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
         self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
-        if plan.begin:
-            self._begin(Path(plan.begin).expanduser())
-        self.network.to(lm.device)
-        self.optimizer = self.optimized(self.network.parameters())
+        self.begin()
         self.target = 0.0
         before = self.fast.inputs_before(plan.slots, "bos")
         longest = plan.slots * plan.longest
@@ -101,25 +83,6 @@ class UsableTraining(TrainingRun):
                 f"{len(stream)} tokens are too few to train an encoder on passages of {longest} "
                 f"and {plan.query_tokens} behind them: give more text."
             )
-
-    def _begin(self, path: Path) -> None:
-        """Take the numbers of an encoder; its digest stands for it in the run's identity.
-
-        Raises MemvecError as `load_encoder` does, for one of another kind, and for other --slots
-        or another --rank than it has.
-        """
-        encoder = load_encoder(path, self.lm)
-        if not isinstance(encoder, UsableEncoder):
-            raise MemvecError(f"{path} is no usable encoder: --begin goes on from one.")
-        try:
-            self.network.load_state_dict(encoder.network.state_dict())
-        except RuntimeError:
-            rank = len(encoder.network.adapters.down[0])
-            raise MemvecError(
-                f"{path} has {encoder.max_vectors} slots of rank {rank}: give --begin the same "
-                "--slots and --rank."
-            ) from None
-        self.identity["plan"]["begin"] = encoder.identity
 
     def _train_step(self) -> tuple[float, float]:
         plan = self.plan

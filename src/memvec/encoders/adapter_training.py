@@ -1,0 +1,77 @@
+"""What trainings of encoders with adapters share: sizes, and an encoder that goes on being trained.
+
+Such an encoder is the frozen LM itself, read with low-rank adapters (`adapters.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from jaxtyping import Int
+from torch import Tensor
+
+from memvec.encoders.base import TrainedEncoder
+from memvec.encoders.files import load_encoder
+from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.errors import MemvecError
+from memvec.model.lm import FrozenLM
+
+
+@dataclass(frozen=True)
+class AdapterPlan(Plan):
+    """The choices of every run that trains adapters. Lengths in tokens per vector."""
+
+    slots: int = 4
+    rank: int = 64
+    """Rank of the adapters."""
+    shortest: int = 4
+    longest: int = 12
+    """Tokens per vector of the shortest and the longest passages."""
+    begin: str = ""
+    """File of an encoder of the same kind that goes on being trained; none: a new one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least_1("rank", "shortest")
+        if self.longest < self.shortest:
+            raise MemvecError(
+                f"--longest {self.longest} is below --shortest {self.shortest} tokens per vector."
+            )
+
+
+class AdapterTraining(TrainingRun):
+    """A run of an encoder of the kind that `makes` is."""
+
+    makes: ClassVar[type[TrainedEncoder]]
+    plan: AdapterPlan
+
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: AdapterPlan) -> None:
+        super().__init__(lm, stream, plan)
+        if lm.checkpointing:  # its second forward pass would come when the adapters are gone
+            raise MemvecError("adapters are trained without checkpointing: leave it out.")
+
+    def begin(self) -> None:
+        """Take the numbers of the plan's encoder, if it names one, and make the optimiser.
+
+        Its digest stands for it in the run's identity. Raises MemvecError as `load_encoder` does,
+        for an encoder of another kind, and for other --slots or another --rank than it has.
+        """
+        if self.plan.begin:
+            path = Path(self.plan.begin).expanduser()
+            encoder = load_encoder(path, self.lm)
+            if not isinstance(encoder, self.makes):
+                kind = self.makes.kind
+                raise MemvecError(f"{path} is no {kind} encoder: --begin goes on from one.")
+            try:
+                self.network.load_state_dict(encoder.network.state_dict())
+            except RuntimeError:
+                rank = len(encoder.network.state_dict()["adapters.down.0"])
+                raise MemvecError(
+                    f"{path} has {encoder.max_vectors} slots of rank {rank}: give --begin the same "
+                    "--slots and --rank."
+                ) from None
+            self.identity["plan"]["begin"] = encoder.identity
+        self.network.to(self.lm.device)
+        self.optimizer = self.optimized(self.network.parameters())
