@@ -34,8 +34,7 @@ Usable = Annotated[
     bool, typer.Option("--usable", help="A start for vectors that are to be used: cram --usable.")
 ]
 Adapted = Annotated[
-    bool,
-    typer.Option("--adapted", help="The model itself with low-rank adapters, that of its folder."),
+    bool, typer.Option("--adapted", help="The model itself encodes, with low-rank adapters.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps; default: 2000.")]
 Slots = Annotated[
@@ -67,7 +66,9 @@ Lags = Annotated[
 SegmentTokens = Annotated[
     int | None, typer.Option(help="With --recurrent: tokens of a segment; default: 8.")
 ]
-Rank = Annotated[int | None, typer.Option(help="With --adapted, --usable: rank; default: 64.")]
+Rank = Annotated[
+    int | None, typer.Option(help="With --adapted, --usable: rank of the adapters; default: 64.")
+]
 Shortest = Annotated[
     int | None,
     typer.Option(
