@@ -56,7 +56,7 @@ def test_unknown_kinds_and_names_are_one_sentence():
         registry.register("sorce", "mine")
     with pytest.raises(MemvecError, match=r"^unknown source 'filse': did you mean 'files'\?$"):
         registry.get("source", "filse")
-    known = "recurrent, slots, summary, usable"
+    known = "adapted, recurrent, slots, summary, usable"
     with pytest.raises(MemvecError, match=rf"^unknown encoder '7': known: {known}\.$"):
         registry.get("encoder", "7")
 
