@@ -31,7 +31,15 @@ from memvec.usable.queries import text_inputs
 from memvec.usable.starts import last_tokens
 from memvec.usable.teacher import log_p_behind
 from memvec.usable.triggers import save_trigger
-from trainings import assert_gradient_of, one_step, stopped_and_resumed, stream
+from trainings import (
+    assert_gradient_of,
+    assert_moves_the_encoder_alone,
+    assert_reads_batched_and_reloaded,
+    assert_reads_in_another_dtype,
+    one_step,
+    stopped_and_resumed,
+    stream,
+)
 
 FAMILIES = ["llama", "gpt2", "gemma2", "opt-projected", "mamba"]
 SMALL = UsablePlan(
@@ -114,14 +122,8 @@ def test_what_no_hook_can_reach_is_left_out(monkeypatch):
 def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, family, K, T):
     lm = tiny(family)
     encoder, ids = encoder_of(lm), stream(lm, 4 * T).view(4, T)
-    together = encoder.encode(lm, ids, K)
-    assert together.shape == (4, K, lm.width)
-    alone = torch.cat([encoder.encode(lm, row[None], K) for row in ids])
-    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-    save_encoder(tmp_path / "encoder.safetensors", encoder, lm, {"steps": 1})
-    again = load_encoder(tmp_path / "encoder.safetensors", lm)
+    again = assert_reads_batched_and_reloaded(lm, encoder, ids, K, tmp_path / "e.safetensors")
     assert (again.for_use, again.max_vectors, len(again.identity)) == (True, 2, 16)
-    torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=1e-5)
 
 
 def test_untrained_it_begins_at_the_last_tokens():
@@ -135,12 +137,8 @@ def test_untrained_it_begins_at_the_last_tokens():
 
 def test_a_model_in_another_dtype_reads_with_it(tmp_path):
     lm, file = tiny(), tmp_path / "encoder.safetensors"
-    save_encoder(file, encoder_of(lm), lm)
     half = FrozenLM(build("llama").to(torch.bfloat16), name="half")
-    ids = stream(lm, 12).view(2, 6)
-    found, exact = load_encoder(file, half).encode(half, ids, 2), encoder_of(lm).encode(lm, ids, 2)
-    assert found.dtype == torch.float32
-    assert float((found - exact).abs().max() / exact.abs().max()) < 0.1
+    assert_reads_in_another_dtype(encoder_of(lm), lm, half, file)
 
 
 # ---------------------------------------------------------------------- what takes it
@@ -206,16 +204,8 @@ def test_a_folder_with_one_gives_it_and_its_identity(folder, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt-projected", "mamba"])
 def test_training_moves_the_encoder_and_nothing_else(family):
     lm = tiny(family)
-    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     training = UsableTraining(lm, stream(lm), replace(SMALL, lr=0.1))
-    start = {k: v.clone() for k, v in training.network.state_dict().items()}
-    encoder = training.run()
-    for key, value in lm.model.state_dict().items():
-        assert torch.equal(value, before[key])
-        assert value.grad is None
-    now = {k: v.float() for k, v in encoder.network.state_dict().items()}
-    still = {k for k in start if torch.equal(now[k], start[k].bfloat16().float())}
-    assert still == set()
+    assert_moves_the_encoder_alone(training)
     assert 0 < training.target < 5
 
 

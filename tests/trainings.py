@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from memvec.encoders.base import TrainedEncoder
+from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.training_run import TrainingRun
 from memvec.model.lm import FrozenLM
 
@@ -72,3 +73,49 @@ def stopped_and_resumed(
         assert torch.equal(value, again.network.state_dict()[key])
     assert whole.tokens == again.tokens
     return again, seen
+
+
+def assert_moves_the_encoder_alone(training: TrainingRun) -> TrainedEncoder:
+    """Every number of the network is moved and none of the model's; returns the encoder.
+
+    Of encoders that their files keep in bfloat16.
+    """
+    lm = training.lm
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    start = {k: v.clone() for k, v in training.network.state_dict().items()}
+    encoder = training.run()
+    for key, value in lm.model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.grad is None
+    now = {k: v.float() for k, v in encoder.network.state_dict().items()}
+    still = {k for k in start if torch.equal(now[k], start[k].bfloat16().float())}
+    assert still == set()
+    return encoder
+
+
+def assert_reads_batched_and_reloaded(
+    lm: FrozenLM, encoder: TrainedEncoder, ids: torch.Tensor, K: int, file: Path
+) -> TrainedEncoder:
+    """K vectors of passages together are those of each alone, and of the reloaded encoder.
+
+    Returns the latter.
+    """
+    together = encoder.encode(lm, ids, K)
+    assert together.shape == (len(ids), K, lm.width)
+    alone = torch.cat([encoder.encode(lm, row[None], K) for row in ids])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    save_encoder(file, encoder, lm, {"steps": 1})
+    again = load_encoder(file, lm)
+    torch.testing.assert_close(again.encode(lm, ids, K), together, rtol=1e-4, atol=1e-5)
+    return again
+
+
+def assert_reads_in_another_dtype(
+    encoder: TrainedEncoder, lm: FrozenLM, half: FrozenLM, file: Path
+) -> None:
+    """From its file, the same model in bfloat16 makes nearly the same vectors, in float32."""
+    save_encoder(file, encoder, lm)
+    ids = stream(lm, 12).view(2, 6)
+    found, exact = load_encoder(file, half).encode(half, ids, 2), encoder.encode(lm, ids, 2)
+    assert found.dtype == torch.float32
+    assert float((found - exact).abs().max() / exact.abs().max()) < 0.1

@@ -59,7 +59,7 @@ class Recipe:
     )
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
     term_rise: float = documented(
-        0.0, "for 'use': how much the weight rises at a step with an exact passage; else it falls"
+        0.0, "for 'use': the share by which its weight rises after an exact step; else it falls"
     )
     objective_every: int = documented(
         1, "for 'use': a passage is asked for in one step of so many, until it is to settle"
@@ -242,7 +242,7 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """As a plain dictionary, for files and stores; without what it has no use for.
 
-        Without space, front, what is for use only, it is as it was before there were such fields.
+        Without space, front and what is for use only, it is as it was before they were fields.
         """
         absent = {k for k, v in (FOR_USE | {"front": "none"}).items() if getattr(self, k) == v}
         absent |= {"space", "layer"} if self.space == "inputs" else set()

@@ -98,7 +98,7 @@ class Adapters(nn.Module):
 def load_network(network: nn.Module, file: EncoderFile, lm: FrozenLM) -> None:
     """Take the numbers of an encoder's file, in float32.
 
-    The network may be on the device `meta`. Raises MemvecError if the tensors are not its.
+    The network may be on the device `meta`. Raises MemvecError for tensors that do not fit it.
     """
     try:
         network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
