@@ -107,6 +107,39 @@ def test_passages_pushed_between_outcomes_are_crammed_too():
     assert set(seen) == {long, *halves}
 
 
+@pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}, {"poll": 8}])
+@pytest.mark.parametrize("schedule", ["growing", "whole", "geometric"])
+def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
+    """Of 40 tokens that the first vectors give back, as many come as the passage has room for
+    alone: beside one that is at its 70th token, too, in fixed shapes, and between rare looks."""
+    lm = copy(tiny())
+    first = torch.full((1, 1, lm.width), 0.5)
+    (own,) = decode_ids(lm, first, [90])
+    passage = Passage(tuple(own[:40]), 0)
+    other = Passage(tuple(own[:80]) + tuple((t + 5) % lm.vocab_size for t in own[80:]), 1)
+    recipe = replace(QUICK, margin=0.0, schedule=schedule, look_ahead=8, lr_large=0.0)
+    alone, beside = [], []
+    for seen, neighbours in ((alone, []), (beside, [other])):
+        options = shapes if neighbours else {}
+        engine = Engine(lm, recipe, vectors=1, batch_size=2, **options)
+        engine._first_vectors = lambda jobs: first.expand(len(jobs), -1, -1).clone()
+        for one in neighbours:
+            engine.push(one)
+        engine.fill(2)
+        if neighbours:
+            engine.batch.schedule.best[:] = 70  # it is so far on
+        engine.push(passage)
+        engine.fill(2)
+        row = [job.passage for job in engine.jobs].index(passage)
+        for _ in range(2):
+            engine.step()
+            if not engine.fixed_shapes and engine.poll == 1:
+                engine.fill(2)
+            seen.append((int(engine.batch.schedule.best[row]), bool(engine.batch.done[row])))
+    assert alone == beside
+    assert alone[0] == ((40, True) if schedule == "whole" else (16, False))
+
+
 @pytest.mark.parametrize("poll", [1, 3, 8])
 def test_looking_less_often_changes_nothing(poll):
     lm, (passage,) = tiny(), passages(4, seed=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import triggered as triggered_view
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
-from memvec.usable import generate, queries, teacher
-from memvec.usable.certificate import certify_use
+from memvec.usable import certificate, generate, queries, teacher
+from memvec.usable.certificate import FULL, NONE, VECTORS, Figures, certify_use, worth_table
 from memvec.usable.queries import continuations
 from memvec.usable.triggers import token_named
 from memvec.vectors import MemVectors
@@ -283,6 +285,39 @@ def test_turns_cost_less_and_passages_stay_exact(slots, poll):
     assert spent[3] < spent[1]
 
 
+@pytest.mark.parametrize("every", [2, 5])
+@pytest.mark.parametrize("schedule", ["growing", "geometric"])
+def test_a_stage_narrows_by_the_turns_that_a_passage_had(every, schedule):
+    """Of a passage that makes no progress, the same counts after so many turns, however rare."""
+    recipe = replace(USABLE, schedule=schedule, look_ahead=8, narrow_after=3, settle=1000, lr=1e-9)
+    counted = {}
+    for n in (1, every):
+        engine = Engine(tiny(), replace(recipe, objective_every=n), vectors=1, batch_size=1)
+        for passage in passages(20, seed=9):
+            engine.push(passage)
+        engine.fill(1)
+        counted[n], stale = [], []
+        for _ in range(10):
+            for _ in range(n):
+                engine.step()
+            batch = engine.batch
+            counted[n].append(int(engine.schedule.counted(batch.schedule, batch.length)))
+            stale.append(int(batch.schedule.stale))
+        assert stale == list(range(10))
+    assert counted[every] == counted[1]
+    assert counted[1][-1] < counted[1][0] < 20
+
+
+@pytest.mark.parametrize("schedule", ["growing", "whole"])
+@pytest.mark.parametrize("corrections", [0, 3])
+@pytest.mark.slow
+def test_a_passage_whose_misses_are_listed_settles(schedule, corrections):
+    recipe = replace(USABLE, schedule=schedule, corrections=corrections, settle=40, decay=40)
+    for outcome in Engine(tiny(), recipe, vectors=2, batch_size=3).run(passages(4, 3, 4, seed=9)):
+        assert (outcome.status, outcome.exact) == ("done", True)
+        assert 40 <= outcome.steps < recipe.steps
+
+
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("rise", [0.0, 0.1])
 def test_the_weight_follows_whether_the_passage_came(every, rise):
@@ -406,6 +441,36 @@ def test_the_true_continuation_is_measured_where_the_text_goes_on():
     )
     assert worth.continuation.passages == able
     assert "exact-only vectors" not in worth.continuation.contexts
+
+
+def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
+    full = {FULL: Figures(0.0, 1.0), NONE: Figures(1.0, 2.0)}
+    full |= {"last 4 tokens": Figures(0.4, 1.4), VECTORS: Figures(0.1, 1.1)}
+    short = {name: own for name, own in full.items() if name != "last 4 tokens"}
+    tables = [worth_table(own, 4, 48) for own in permutations([full, full, short])]
+    assert list(tables[0].contexts) == [name for name in full if name != FULL]
+    assert all(list(one.contexts) == list(tables[0].contexts) for one in tables)
+    assert all(one.contexts["last 4 tokens"].kl == pytest.approx(0.4) for one in tables)
+
+
+@pytest.mark.parametrize("seed", [0, 7919])
+def test_no_held_out_text_is_one_that_cramming_saw(seed, monkeypatch):
+    """Whatever the recipe's seed: it moves that of the certificate, too."""
+    lm, text = reader("words"), "the cat sat"
+    recipe = replace(USABLE, seed=seed, query_count=4, query_tokens=48, settle=1)
+    mem = codec.cram(lm, [text], vectors=2, tokens=4, recipe=recipe)
+    assert mem.exact
+    seen = []
+    monkeypatch.setattr(
+        certificate,
+        "continuations",
+        lambda *given: seen.append(continuations(*given)) or seen[-1],
+    )
+    certify_use(lm, mem, exact_only=False)
+    view = triggered_view(lm, recipe)
+    trained = continuations(view, lm.tokenize(text), recipe).ids.tolist()
+    assert seen[0].ids.shape == (4, 48)
+    assert not [words for words in seen[0].ids.tolist() if words in trained]
 
 
 @pytest.mark.slow

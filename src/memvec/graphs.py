@@ -48,7 +48,7 @@ Pass = Callable[
 Replay = Callable[[], None]
 
 HELD = 32  # shapes whose graphs are kept; beyond, the one that was not used for longest is dropped
-FEWEST_COLUMNS = 16
+COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 TOLERANCE = 0.02  # of the size of a figure: kernels that add in any order differ by less
 
 
@@ -84,10 +84,10 @@ BACKENDS: dict[str, Callable[[torch.device], Backend]] = {"cuda": CudaGraphs}
 
 
 def columns_for(need: int) -> int:
-    """Columns of a forward pass in which `need` are predicted: two lengths an octave, so that few
-    graphs serve a passage that grows."""
-    power = max(FEWEST_COLUMNS, 1 << (need - 1).bit_length())
-    return power * 3 // 4 if power > FEWEST_COLUMNS and need <= power * 3 // 4 else power
+    """Columns of a forward pass in which `need` are predicted: multiples of COLUMNS, two lengths
+    an octave, so that few graphs serve a passage that grows."""
+    power = max(COLUMNS, 1 << (need - 1).bit_length())
+    return power * 3 // 4 if power > 2 * COLUMNS and need <= power * 3 // 4 else power
 
 
 def rows_for(taken: int, slots: int) -> int:

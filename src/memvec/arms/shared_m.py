@@ -25,13 +25,14 @@ from torch import Tensor
 from memvec import registry
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
-from memvec.cramming.engine import COLUMNS, Job, Progress, resolve_start_rule
+from memvec.cramming.engine import Job, Progress, resolve_start_rule
 from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
+from memvec.graphs import COLUMNS
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import forget_freed_memory, out_of_memory

@@ -36,15 +36,13 @@ from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vect
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_minimum
-from memvec.graphs import columns_for, rows_for
+from memvec.graphs import COLUMNS, columns_for, rows_for
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import fits, forget_freed_memory, in_batches, out_of_memory
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
-
-COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 
 __all__ = ["Engine", "Job", "Progress", "Waiting", "resolve_start_rule"]
 

@@ -28,7 +28,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
-from memvec.graphs import Graphs, Pass
+from memvec.graphs import COLUMNS, Graphs, Pass
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -92,8 +92,7 @@ class Step:
         `padding_rows` empty rows are computed too, so that the batch keeps its shape.
         """
         measured = self.measure(batch, columns, padding_rows)
-        gained = self._keep_best(batch, measured, padding_rows)
-        newly_enlarged = self.schedule.advance(batch.schedule, gained)
+        newly_enlarged = self._keep_best(batch, measured, padding_rows)
         counted = self.schedule.counted(batch.schedule, batch.length).clamp_max(columns)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
@@ -164,27 +163,32 @@ class Step:
 
     def _keep_best(
         self, batch: BatchState, measured: Measurement, padding_rows: int
-    ) -> Int[Tensor, " B"]:
-        """Keep the vectors that did better than ever, mark who is done; tokens that each gained."""
-        columns = measured.margin.shape[1]
-        within = torch.arange(columns, device=measured.margin.device) < batch.length[:, None]
+    ) -> Bool[Tensor, " B"]:
+        """Keep the vectors that did better than ever, mark who is done, and let the schedule go on;
+        whose vectors are to be enlarged now."""
+        # Only columns that a passage would have alone count, whoever is beside it.
+        counted = self.schedule.counted(batch.schedule, batch.length)
+        room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.length)
+        within = torch.arange(measured.margin.shape[1], device=room.device) < room[:, None]
         right = (measured.margin >= batch.target_margin[:, None]) & (measured.margin > 0)
         missed = (~right & within).cumsum(-1)
-        leading = torch.minimum((missed <= batch.corrections[:, None]).sum(-1), batch.length)
+        leading = ((missed <= batch.corrections[:, None]) & within).sum(-1)
+        whole = leading >= batch.length
         reached = self.schedule.reached(leading, (right & within).sum(-1))
+        reached = torch.where(whole, batch.length, reached)  # misses that are listed are no loss
         better, gained = self.schedule.record(batch.schedule, reached)
         better = self._better_by_term(batch, measured.term.loss, better, leading)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
             bits = ((measured.loss.double() * within).sum(-1) / LN2).to(batch.least_mem_bits)
             batch.least_mem_bits = torch.fmin(batch.least_mem_bits, bits)
-        arrived = (leading >= batch.length) & (batch.length <= columns)
-        if self.recipe.settle:  # those that were kept, once they have had their time
-            arrived = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
+        # With `settle` those that were kept, once they have had their time.
+        settled = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
+        arrived = settled if self.recipe.settle else whole
         if self.module.model is not self.lm.model:
             arrived = self.confirmed(batch, arrived, padding_rows)
         batch.done = batch.done | arrived
-        return gained
+        return self.schedule.advance(batch.schedule, gained)
 
     def _better_by_term(
         self,

@@ -23,6 +23,7 @@ out of the figures of every context.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -133,12 +134,13 @@ def certify_use(
         contexts_of(view, mem.vectors[i].float(), ids[i], control)
         for i, control in zip(chosen, controls, strict=True)
     ]
-    recipe = Recipe(query_count=QUERIES, query_tokens=TOKENS, seed=SEED)
+    seed = SEED + int(mem.header.recipe.get("seed", 0))
+    recipe = Recipe(query_count=QUERIES, query_tokens=TOKENS, seed=seed)
     held_out = [
         behind_each(view, own, continuations(view, ids[i], recipe)[0])
         for own, i in zip(contexts, chosen, strict=True)
     ]
-    following = dict(_following(mem, ids))
+    following = _following(mem, ids)
     true = [
         behind_each(view, own, torch.tensor([following[i]]))
         for own, i in zip(contexts, chosen, strict=True)
@@ -177,19 +179,18 @@ def _spread(n: int, most: int) -> list[int]:
     return list(range(n)) if n <= most else sorted({n * i // most for i in range(most)})
 
 
-def _following(
-    mem: MemVectors, passages: Sequence[Sequence[int]]
-) -> list[tuple[int, Sequence[int]]]:
-    """(passage, the TOKENS tokens behind it), where its document has so many."""
-    found: list[tuple[int, Sequence[int]]] = []
+def _following(mem: MemVectors, passages: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
+    """The TOKENS tokens behind each passage, where its document has so many."""
+    found: dict[int, Sequence[int]] = {}
     at = 0
     for document in mem.header.documents:
-        own = range(at, at + document.passages)
-        for i in own:
-            behind = [t for j in own if j > i for t in passages[j]][:TOKENS]
+        end = at + document.passages
+        for i in range(at, end):
+            later = (t for j in range(i + 1, end) for t in passages[j])
+            behind = list(itertools.islice(later, TOKENS))
             if len(behind) == TOKENS:
-                found.append((i, behind))
-        at += document.passages
+                found[i] = behind
+        at = end
     return found
 
 
@@ -200,9 +201,7 @@ def _worth_in_a_row(
     rows: list[range] = []
     at = 0
     for document in mem.header.documents:
-        n = document.passages
-        while n > 1 and not _fit(lm, passages[at : at + n], mem.vectors.shape[1]):
-            n -= 1
+        n = _fitting(lm, passages[at : at + document.passages], mem.vectors.shape[1])
         rows += [range(at, at + n)] if n > 1 else []
         at += document.passages
     measured = []
@@ -214,10 +213,15 @@ def _worth_in_a_row(
     return worth_table(measured, QUERIES, TOKENS) if measured else None
 
 
-def _fit(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int) -> bool:
-    """True if the model's context holds the text, and its vectors, before a continuation."""
-    text, row = 1 + sum(map(len, passages)), len(lm.front) + K * len(passages)
-    return lm.context is None or max(text, row) + TOKENS <= lm.context
+def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int) -> int:
+    """How many passages, from the first on, the model's context holds before a continuation: their
+    text, and their vectors."""
+    text, row = 1, len(lm.front)
+    for n, ids in enumerate(passages):
+        text, row = text + len(ids), row + K
+        if lm.context is not None and max(text, row) + TOKENS > lm.context:
+            return n
+    return len(passages)
 
 
 def exact_only_vectors(
@@ -301,7 +305,8 @@ def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> 
 
 def worth_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> WorthTable:
     """Means and intervals over the passages; a context that a passage lacks is left out there."""
-    names = [name for name in measured[0] if name != FULL]
+    fullest = sorted(measured, key=len, reverse=True)  # the order in which contexts are shown
+    names = dict.fromkeys(name for own in fullest for name in own if name != FULL)
     gain = [own[NONE].nll - own[FULL].nll for own in measured]
     worth = {}
     for name in names:

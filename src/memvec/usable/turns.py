@@ -9,6 +9,7 @@ the same at every step, and is read once for all of them (memvec.usable.front).
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -45,11 +46,15 @@ class Turns(Step):
 
     def _keep_best(
         self, batch: BatchState, measured: Measurement, padding_rows: int
-    ) -> Int[Tensor, " B"]:
-        gained = super()._keep_best(batch, measured, padding_rows)
-        # Who was not asked could make no progress, so the step is none without it.
-        batch.schedule.stale = batch.schedule.stale - (~measured.asked).long()
-        return gained
+    ) -> Bool[Tensor, " B"]:
+        """For the schedule of who was not asked, this was no step."""
+        before = batch.schedule.head(len(batch))
+        newly_enlarged = super()._keep_best(batch, measured, padding_rows)
+        for field in fields(before):
+            was, now = (getattr(state, field.name) for state in (before, batch.schedule))
+            asked = measured.asked.reshape(-1, *(1 for _ in now.shape[1:]))
+            setattr(batch.schedule, field.name, torch.where(asked, now, was))
+        return newly_enlarged & measured.asked
 
     def _better_by_term(
         self,
