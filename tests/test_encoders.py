@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, build, byte_tokenizer, tiny
 from memvec.cramming.engine import Engine
+from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
@@ -79,9 +80,34 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
             Training(lm, stream(lm), other).run(partial)
     with pytest.raises(MemvecError, match="another model, text or settings"):
         Training(lm, stream(lm, seed=1), SMALL).run(partial)
+    with pytest.raises(MemvecError, match="another model, text or settings"):
+        Training(tiny(dtype="bfloat16"), stream(lm), SMALL).run(partial)
+    body = build("llama", seed=5)
+    with torch.no_grad():
+        body.get_input_embeddings().weight.copy_(lm.embedding.weight)
+    with pytest.raises(MemvecError, match="another model, text or settings"):
+        Training(FrozenLM(body, name="another body"), stream(lm), SMALL).run(partial)
     partial.write_bytes(b"not a checkpoint")
     with pytest.raises(MemvecError, match="cannot be read"):
         Training(lm, stream(lm), SMALL).run(partial)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])
+def test_a_network_reads_embeddings_of_unit_size(family):
+    """As the model is handed them: Gemma scales those that it stores."""
+    lm = tiny(family)
+    network = Training(lm, stream(lm), SMALL).network
+    with torch.no_grad():
+        handed_in = lm.embed(torch.arange(len(lm.embedding.weight)))
+    read = (handed_in.float() - network.mean) / network.std
+    assert float(read.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_shortest_text_is_trained_on_to_the_end():
+    lm = tiny()
+    plan = AdaptedPlan(steps=2, rank=2, longest=100, shortest=2, slots=1, positions=64, warmup=0)
+    encoder = AdaptedTraining(lm, stream(lm, n=3450), plan).run()
+    assert 1 <= encoder.tokens <= 69
 
 
 @pytest.mark.parametrize(

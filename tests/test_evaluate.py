@@ -9,6 +9,8 @@ import json
 import math
 import tomllib
 from copy import copy
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ from memvec.journal import Journal
 from memvec.usable import receipts
 from memvec.usable.answers import Asked, likelihoods, written
 from memvec.usable.columns import COLUMNS, Column, request_of, split_text
-from memvec.usable.evaluate import Evaluation, evaluate
+from memvec.usable.evaluate import Evaluation, _changes, evaluate
+from memvec.usable.queries import text_inputs
 from memvec.usable.receipts import Answer, Receipt, scores_of, table
 
 pytestmark = pytest.mark.slow  # left out of `make check`
@@ -94,6 +97,22 @@ def test_each_column_puts_its_own_in_the_context_s_place():
     assert Column(lm, "crammed", **SIZES).stand_in(()).slots == 0
 
 
+@pytest.mark.slow
+def test_a_context_that_does_not_fit_has_no_more_inputs_than_its_end():
+    """16 tokens in one vector are not exact: no passage is halved, which would give it more."""
+    lm = reader()
+    text = "the quick brown fox jumps over the lazy dog and the cat sat on the mat"
+    ids = tuple(lm.tokenize(text))
+    recipe = Recipe.of("usable", settle=5, decay=5, steps=10, patience=10, compute="model")
+    recipe = replace(recipe, query_count=2, query_tokens=4)
+    crammed, end = (
+        Column(lm, name, vectors=1, tokens=len(ids), recipe=recipe).stand_in(ids)
+        for name in ("crammed", "truncated")
+    )
+    assert crammed.exact is False
+    assert crammed.slots == end.slots == 1
+
+
 def test_the_passages_of_a_context_are_of_equal_length():
     column = Column(tiny(), vectors=2, tokens=3)
     assert column.pieces(IDS) == [(0, 2), (2, 4), (4, 7)]
@@ -149,6 +168,25 @@ def test_a_column_that_cannot_be_is_refused(arguments, sentence):
 
 
 # ---------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("preset", ["usable", "usable-quick", "default", "paper"])
+@pytest.mark.parametrize("changes", [{}, {"front": "none"}, {"lr": 0.5, "temperature": 1.0}])
+def test_a_recipe_is_evaluated_as_it_is_asked_for(preset, changes):
+    """Whatever it leaves as a recipe has it by default: the preset of the model lies below it."""
+    recipe = Recipe.of(preset, **changes)
+    assert Recipe.of("usable", **_changes(recipe)) == recipe
+
+
+def test_answers_of_no_token_and_of_one_are_told_apart():
+    lm = tiny()
+    inputs = text_inputs(lm, [3, 4])
+    asked = [Asked(inputs, (5,), answer) for answer in ((), (6,), (7,), (6, 7))]
+    alone = {one.answer: likelihoods(lm, [one])[0] for one in asked}
+    for order in permutations(asked):
+        for one, found in zip(order, likelihoods(lm, order, batch_size=4), strict=True):
+            assert found.greedy == alone[one.answer].greedy
+            assert found.value == pytest.approx(alone[one.answer].value, abs=1e-4)
 
 
 def test_likelihoods_are_those_of_the_model_s_own_forward():

@@ -201,15 +201,36 @@ def test_neighbours_are_a_file_of_usable_vectors(tmp_path):
     assert memvec.use(lm, again, "the", max_new_tokens=2) is not None
 
 
-def test_other_neighbours_under_the_same_name_are_another_setting(tmp_path):
-    file = tmp_path / "n.mem"
-    recipe = replace(USABLE, neighbours=str(file))
-    assert named_files(recipe) == {}
+def test_other_neighbours_under_the_same_name_are_another_setting(tmp_path, monkeypatch):
+    """Under each name that finds the file."""
+    file = tmp_path / "n.mem.safetensors"
+    recipes = [
+        replace(USABLE, neighbours=name)
+        for name in (str(file), str(tmp_path / "n.mem"), "~/n.mem.safetensors", "~/n.mem")
+    ]
+    monkeypatch.setenv("HOME", str(tmp_path))
     found = []
     for content in (b"one", b"two"):
         file.write_bytes(content)
-        found.append(named_files(recipe)["neighbours"])
+        found.append({named_files(recipe)["neighbours"] for recipe in recipes})
+    assert len(found[0]) == len(found[1]) == 1
     assert found[0] != found[1]
+
+
+@pytest.mark.slow
+def test_nobody_stands_beside_itself():
+    """A file of neighbours may hold the passage that is crammed, as one of others."""
+    lm = reader("words")
+    mem = codec.cram(lm, [TEXT, TEXT], vectors=2, tokens=3, recipe=replace(USABLE, front="none"))
+    held = Neighbours(mem.tokens(lm), mem.vectors.float())
+    recipe = replace(USABLE, query_count=60)
+    for ids in held.ids:
+        beside = held.drawn(ids, recipe)
+        drawn = {int(beside.which[0, m, 0]) for m in range(60) if beside.count[0, m]}
+        assert drawn == {j for j, own in enumerate(held.ids) if own != ids}
+    alone = Neighbours(held.ids[:1], held.vectors[:1])
+    with pytest.raises(MemvecError, match=r"^the file of neighbours holds no passage but the one"):
+        alone.drawn(held.ids[0], recipe)
 
 
 @pytest.mark.slow

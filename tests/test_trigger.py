@@ -438,6 +438,30 @@ def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     assert torch.equal(again.table, soft.table)
 
 
+@pytest.mark.slow
+def test_other_questions_under_the_same_name_are_another_training(tmp_path):
+    lm, questions, file = reader(), tmp_path / "questions.txt", tmp_path / "t.safetensors"
+    questions.write_text("the cat\n")
+    recipe = Recipe.of("usable", queries=str(questions), query_tokens=40, settle=3, decay=3)
+    ids = lm.tokenize("the quick brown fox jumps over the lazy dog ")
+    asked = [ids[i : i + 4] for i in range(4)]
+    plan = TriggerPlan(rows=1, front=1, vectors=1, tokens=4, batches=2, batch_size=2)
+
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_trigger(lm, asked, plan, recipe, file, on_batch=stop)
+    questions.write_text("the lazy dog\n")
+    with pytest.raises(MemvecError, match="is of another training"):
+        train_trigger(lm, asked, plan, recipe, file)
+    questions.write_text("the cat\n")
+    # The weight of use does not follow single passages here, and so the field is no part of it.
+    risen, reports = replace(recipe, term_rise=0.1), []
+    train_trigger(lm, asked, plan, risen, file, on_batch=reports.append)
+    assert [report.number for report in reports] == [2]
+
+
 def test_soft_tokens_behind_the_vectors_alone(tmp_path):
     plan = replace(PLAN, front=0, batches=1)
     soft = train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors")

@@ -68,7 +68,7 @@ class RecurrentTraining(TrainingRun):
             lags=plan.lags,
             segment=plan.segment_tokens,
         )
-        self.network = network.begun(self.mean.cpu(), lm.embedding_std, plan.size, own)
+        self.network = network.begun(self.mean.cpu(), self.std, plan.size, own)
         self.network.to(lm.device)
         bare = [network.questions, network.first]
         inside = {id(p) for p in bare}

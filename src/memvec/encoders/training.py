@@ -35,7 +35,7 @@ class Training(TrainingRun):
         super().__init__(lm, stream, plan)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots")}
         self.network = SlotNetwork(lm.width, **shape).to(lm.device)
-        self.network.scaled(self.mean, lm.embedding_std, plan.size)
+        self.network.scaled(self.mean, self.std, plan.size)
         self.optimizer = self.optimized(self.network.parameters())
         self.target = plan.first_target
         room = (lm.context or GRID[-1] + plan.slots) - plan.slots

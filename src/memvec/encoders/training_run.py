@@ -117,12 +117,15 @@ class TrainingRun(ABC):
             )
         self.identity: dict[str, Any] = {
             "plan": asdict(plan),
-            "weights": lm.fingerprint.weights,
+            "model": {**asdict(lm.fingerprint), "quantize": lm.quantize},
             "text": hashlib.sha256(stream.to(torch.int32).numpy().tobytes()).hexdigest(),
         }
         torch.manual_seed(plan.seed)
-        weight: Tensor = lm.embedding.weight  # type: ignore[assignment]
-        self.mean = weight.detach()[:50_000].float().mean(0)  # (D) of the LM's embeddings
+        rows: Tensor = lm.embedding.weight  # type: ignore[assignment]
+        first = torch.arange(min(len(rows), 50_000), device=lm.device)
+        with torch.no_grad():  # of the LM's embeddings as it is handed them: Gemma scales its own
+            handed_in = lm.embedding(first).float()
+        self.mean, self.std = handed_in.mean(0), float(handed_in.std())  # (D), scalar
         self.step, self.seconds = 0, 0.0
 
     def optimized(self, groups: Any) -> torch.optim.Optimizer:
@@ -203,10 +206,10 @@ class TrainingRun(ABC):
     def best_length(self, encoder: OnePassEncoder, longest: int, n: int = 64) -> int:
         """The length (tokens) with the largest mean horizon of one pass, on n held-out passages.
 
-        Of one vector each, and `longest` tokens at the most.
+        Of one vector each, and `longest` tokens at the most, or as many as are held out.
         """
         best, best_mean = 1, -1.0
-        for T in (t for t in GRID if t <= longest):
+        for T in (t for t in GRID if t <= min(longest, len(self.held_out))):
             ids = self._windows(self.held_out, n, T, self._generator("length", T))
             vectors = encoder.encode(self.lm, ids, 1)
             decoded = torch.tensor(decode_ids(self.lm, vectors, [T] * n))
@@ -218,7 +221,7 @@ class TrainingRun(ABC):
     def _rate(self) -> float:
         """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""
         left = 1 - self.step / self.plan.steps
-        return min((self.step + 1) / self.plan.warmup, 0.01 + 0.99 * left)
+        return min((self.step + 1) / max(1, self.plan.warmup), 0.01 + 0.99 * left)
 
     # ------------------------------------------------------------------ text and files
 

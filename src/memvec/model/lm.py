@@ -92,8 +92,7 @@ class FrozenLM:
         self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
         self.context = context_length(text_config)
         self.bos_id = start_token(text_config, tokenizer, rows=len(weight))
-        # As the model sees them: what is handed in as inputs_embeds.
-        with torch.no_grad():
+        with torch.no_grad():  # of the matrix, as published; some models scale its rows (Gemma)
             self.embedding_std = embedding_std(weight)
         with _answering(name), torch.no_grad():
             logits = self.own_logits(self._probe_ids())[0]

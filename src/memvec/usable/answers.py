@@ -38,10 +38,11 @@ def likelihoods(lm: FrozenLM, asked: Sequence[Asked], batch_size: int = 1) -> li
     Answers that differ in their last token only (the letters of a multiple choice) share a forward
     pass. Raises MemvecError for more inputs than the model's context holds.
     """
-    shared: dict[tuple[int, Ids, Ids], list[int]] = {}
+    shared: dict[tuple[int, Ids, int, Ids], list[int]] = {}
     for i, one in enumerate(asked):
         check_room(lm, one.inputs.shape[1] + len(one.question), len(one.answer), SHORTER)
-        shared.setdefault((id(one.inputs), one.question, one.answer[:-1]), []).append(i)
+        key = (id(one.inputs), one.question, len(one.answer), one.answer[:-1])
+        shared.setdefault(key, []).append(i)
     groups = sorted(shared.values(), key=lambda group: -_length(asked[group[0]]))
     out: dict[int, Likelihood] = {}
     for at in range(0, len(groups), batch_size):

@@ -107,6 +107,16 @@ def request_of(lm: FrozenLM, prompt: str, answer: str = "", split: str = SPLIT) 
     )
 
 
+class WholePassages(CramJob):
+    """Cramming in which no passage is halved: an inexact one stays, with as many vectors as the
+    truncated context has tokens."""
+
+    def _take(self, outcome: Outcome) -> list[Passage]:
+        self.done[outcome.passage.document, outcome.passage.offset] = outcome
+        self._tell()
+        return []
+
+
 class Column:
     """One column of a comparison.
 
@@ -176,7 +186,7 @@ class Column:
             for i, ids in enumerate(contexts)
             for start, end in self.pieces(ids)
         ]
-        job = CramJob(
+        job = WholePassages(
             self.lm,
             documents,
             self.vectors,

@@ -13,7 +13,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,8 @@ def evaluate(
 
 
 def _changes(recipe: Recipe | None) -> dict[str, Any]:
-    """Fields of a recipe, for the model's arguments."""
-    return {} if recipe is None else recipe.record()
+    """All fields of a recipe, for the model's arguments: they lie over a preset's there."""
+    return {} if recipe is None else asdict(recipe)
 
 
 def _tasks(what: Evaluation, manager: Any) -> dict[str, Any]:

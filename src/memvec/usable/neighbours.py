@@ -46,10 +46,20 @@ class Neighbours:
         return MOST * self.vectors.shape[1]
 
     def drawn(self, ids: Sequence[int], recipe: Recipe) -> Beside:
-        """Who stands beside a passage in each of its queries, and where."""
+        """Who stands beside a passage in each of its queries, and where; never the passage itself.
+
+        Raises MemvecError if there is nobody else.
+        """
+        others = [j for j, own in enumerate(self.ids) if own != list(ids)]
+        if not others:
+            raise MemvecError(
+                f"the file of neighbours holds no passage but the one of {len(ids)} tokens that is "
+                "to stand beside it: cram other texts for it."
+            )
         generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed + 1))
         M, device = recipe.query_count, self.vectors.device
-        which = torch.randint(len(self.ids), (1, M, MOST), generator=generator).to(device)
+        drawn = torch.randint(len(others), (1, M, MOST), generator=generator)
+        which = torch.tensor(others)[drawn].to(device)
         places = torch.tensor([[PLACES[m % len(PLACES)] for m in range(M)]], device=device)
         return Beside(which, places[..., 0], places.sum(-1))
 

@@ -36,7 +36,7 @@ from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.usable.around import CrammedTrigger, with_soft_tokens
-from memvec.usable.triggers import save_trigger, stored_trigger
+from memvec.usable.triggers import named_files, save_trigger, stored_trigger
 
 LAST_RATE = 0.05  # share of the learning rate at the end
 NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
@@ -162,9 +162,11 @@ def train_trigger(
         patience=length,
         if_not_exact="stop",
         objective_every=1,  # each step moves the trigger, too
+        term_rise=0.0,  # the weight follows passages that are asked for one by one
     )
     read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}
+    identity |= named_files(recipe)
     rows, done = first_rows(lm, plan), 0
     if path.is_file():
         found, about = stored_trigger(path, lm)

@@ -21,6 +21,7 @@ from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.usable.around import MADE_BY, CrammedTrigger
+from memvec.vectors_file import existing_path
 from memvec.writing import write_atomically
 
 FILE_NAME = "trigger.safetensors"  # in a model's folder
@@ -61,17 +62,18 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
 def named_files(recipe: Recipe) -> dict[str, str]:
     """Hashes of the files that a recipe names: its questions, trigger and neighbours.
 
-    Their names say too little for whoever goes on with what was made by them.
+    Their names say too little for whoever goes on with what was made by them. Raises MemvecError if
+    the file of neighbours is not there.
     """
-    named = {
-        "questions": recipe.queries if recipe.term == "use" else "",
-        "trigger": recipe.trigger,
-        "neighbours": recipe.neighbours,
-    }
+    named = {"trigger": Path(recipe.trigger).expanduser()}
+    if recipe.term == "use":
+        named["questions"] = Path(recipe.queries)
+    if recipe.neighbours != "none":
+        named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
     return {
-        what: hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        for what, name in named.items()
-        if Path(name).is_file()
+        what: hashlib.sha256(path.read_bytes()).hexdigest()
+        for what, path in named.items()
+        if path.is_file()
     }
 
 
