@@ -88,6 +88,8 @@ def test_the_command(command, folder, tmp_path):
     [
         (["--sample", 1], "--sample must be at least 2"),
         (["--vectors", 0], "--vectors must be at least 1"),
+        (["--max-bytes", 0], "--max-bytes must be at least 1"),
+        (["--seed", 2**64], "--seed must fit 64 bits"),
         (["--tokens", 9999], "does not fit the context"),
         (["--preset", "papr"], "unknown preset 'papr'"),
     ],

@@ -42,6 +42,13 @@ def every_source(base: Path) -> list[Source]:
     ]
 
 
+@pytest.mark.parametrize("words", [(100, 50), (0, 5), (-3, -1)])
+def test_chunks_of_no_words_are_refused(book: Path, words: tuple[int, int]) -> None:
+    source = Files(name="f", path=str(book / "book.txt"), chunk_words=words)
+    assert str(source.missing(None)).startswith("source 'f': chunk_words are [fewest, most], not [")
+    assert Files(name="f", path=str(book / "book.txt"), chunk_words=(5, 5)).missing(None) is None
+
+
 def test_a_passage_does_not_depend_on_what_else_is_asked_for(book: Path) -> None:
     lm = reader()
     for source in every_source(book):

@@ -466,8 +466,18 @@ def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
     with pytest.raises(MemvecError, match=r"--parquet .*x.csv: its name must end in .parquet"):
         export(done / "out", tmp_path / "x.csv")
     assert not list(tmp_path.iterdir())
-    export(done / "out", whole)
-    assert whole.is_file()
+    (tmp_path / "mine.csv").write_text("mine")
+    with pytest.raises(MemvecError, match=r"mine.csv exists and is no export of rows"):
+        export(done / "out", whole, tmp_path / "mine.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.csv"]
+    for _ in range(2):  # an export may be written anew
+        export(done / "out", whole)
+        assert whole.is_file()
+
+
+def test_a_check_of_fewer_than_no_rows_is_refused(done: Path) -> None:
+    with pytest.raises(MemvecError, match=r"^--sample must be at least 0, not -1\.$"):
+        check(done / "out", sample=-1)
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:

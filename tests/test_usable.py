@@ -618,8 +618,9 @@ def test_a_model_without_bos_needs_a_trigger(untyped):
     assert Engine(lm, replace(USABLE, trigger="#3")).start_rule == "bos"
     with pytest.raises(MemvecError, match="no token 99999"):
         Engine(lm, replace(USABLE, trigger="#99999"))
-    with pytest.raises(MemvecError, match="need a trigger"):
-        Engine(lm, replace(USABLE, trigger="#3", start_rule="vectors"))
+    for rule in ("vectors", "first-token"):
+        with pytest.raises(MemvecError, match="need a trigger"):
+            Engine(lm, replace(USABLE, trigger="#3", start_rule=rule))
     with pytest.raises(MemvecError, match="a trigger is one"):
         token_named(reader("words"), "the cat")
 
@@ -672,6 +673,9 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
     compared = command("use", file, "-m", folder, "-p", "the", "--compare", "--max-new-tokens", 3)
     assert compared.code == 0
     assert all(word in compared.out.decode() for word in ("vectors", "text", "nothing"))
+    again = ["--seed", 5, "--max-new-tokens", 8]  # a seed is of sampling
+    first = command("use", file, "-m", folder, "-p", "the", *again).out
+    assert first == command("use", file, "-m", folder, "-p", "the", "--sample", *again).out
     drawn = ["--temperature", 0.9, "--seed", 1, "--max-new-tokens", 3]
     assert command("use", file, "-m", folder, "-p", "the", *drawn).code == 0
     assert "do not fit" in command("use", file, "-m", folder, "-p", "the").sentence
@@ -685,6 +689,9 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
         (["--trigger", "#3"], "give --usable, too"),
         (["--usable", "--queries", "nowhere.txt"], "no source of queries, and no file"),
         (["--usable", "--one-step"], "cannot stand in front of a query"),
+        (["--usable", "--set", "term=none"], "--set term=none leaves nothing of --usable"),
+        (["--usable", "--start-rule", "first-token"], "use --start-rule bos"),
+        (["--usable", "--trigger", "#²"], "a trigger is one"),
     ],
 )
 def test_bad_options_are_one_sentence(folder, tmp_path, command, words, sentence):

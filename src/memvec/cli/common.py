@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,3 +127,29 @@ def renamed_seats(batch_size: int | None, seats: int | None) -> int | None:
     if batch_size is not None:
         raise MemvecError("--seats and --batch-size are the same option: leave out --seats.")
     return seats
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raise MemvecError, before hours of work, if a file cannot be written or is already there."""
+    if str(target).encode("utf-8", "replace").decode() != str(target):
+        raise MemvecError(  # the safetensors library could not read it again
+            f"{os.fsencode(target)!r} is no name in UTF-8: name the file to write with -o."
+        )
+    if target.is_dir():
+        raise MemvecError(f"{target} is a directory: name a file in it with -o.")
+    if target.exists() and not force:
+        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
+    if not target.parent.is_dir():
+        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+    try:
+        probe = target.with_name(f".{target.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MemvecError(f"{target.parent} cannot be written to: {error.strerror}.") from None
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise MemvecError for a seed of more than 64 bits; None is none."""
+    if seed is not None and abs(seed) >= 2**63:
+        raise MemvecError(f"--seed must fit 64 bits; {seed} does not.")

@@ -3,7 +3,6 @@ r"""`memvec cram`: a text becomes a file of \[mem] vectors, certified to decode 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,12 @@ import typer
 
 from memvec import __version__
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, check_target, recipe_of, renamed_seats
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.registry import BUILT_IN
+
+FOR_USE = ("usable", "usable-quick")  # presets
 
 if TYPE_CHECKING:
     from memvec.journal import Journal
@@ -122,7 +123,7 @@ def cram(
         file=file,
         output=output,
         choice=ModelChoice.of(model, revision, device, dtype, load, encoder),
-        recipe=recipe_of(_preset(preset, usable, fields), set_, **fields),
+        recipe=_recipe(_preset(preset, usable, fields), set_, fields),
         vectors=vectors,
         tokens=tokens,
         layout=_layout(one_step, shared_m, vectors),
@@ -174,12 +175,13 @@ class _Request:
 
         check_minimum(1, vectors=self.vectors, tokens=self.tokens, batch_size=self.batch_size)
         check_minimum(0, workers=self.workers)
+        check_minimum(1, max_bytes=self.max_bytes)
         if self.layout == "one-step-shared" and (self.workers or self.address):
             raise MemvecError(
                 "--shared-m crams all passages together: leave out --workers and --on."
             )
         peek(self.file)
-        _check_target(self.target, self.force)
+        check_target(self.target, self.force)
 
     def check_encoder(self, lm: FrozenLM) -> None:
         """Raise MemvecError for the file of an encoder that these vectors do not begin from."""
@@ -217,10 +219,21 @@ def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
             raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
         own = preset == "default" and fields["space"] in BUILT_IN["preset"]
         return fields["space"] if own else preset
-    if preset not in ("default", "usable", "usable-quick"):
+    if preset not in ("default", *FOR_USE):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
     check_minimum(0, use_weight=fields["term_weight"])
     return "usable" if preset == "default" else preset
+
+
+def _recipe(preset: str, assignments: list[str] | None, fields: dict[str, Any]) -> Recipe:
+    """The recipe; one of vectors for use stays one. Raises MemvecError as `recipe_of`."""
+    term = [item for item in assignments or [] if item.partition("=")[0].strip() == "term"]
+    if preset in FOR_USE and term and term[-1].partition("=")[2].strip() != "use":
+        raise MemvecError(
+            f"--set {term[-1]} leaves nothing of --usable: leave out one of them, or take the "
+            "fields that you want of its preset by --set."
+        )
+    return recipe_of(preset, assignments, **fields)
 
 
 def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:
@@ -231,25 +244,6 @@ def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:
     if not one_step:
         return "prefix"
     return "one-step-shared" if shared_m else "one-step"
-
-
-def _check_target(target: Path, force: bool) -> None:
-    if str(target).encode("utf-8", "replace").decode() != str(target):
-        raise MemvecError(  # the safetensors library could not read it again
-            f"{os.fsencode(target)!r} is no name in UTF-8: name the file to write with -o."
-        )
-    if target.is_dir():
-        raise MemvecError(f"{target} is a directory: name a file in it with -o.")
-    if target.exists() and not force:
-        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
-    if not target.parent.is_dir():
-        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
-    try:  # a cram may take hours: find out now whether its end can be written
-        probe = target.with_name(f".{target.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MemvecError(f"{target.parent} cannot be written to: {error.strerror}.") from None
 
 
 def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
@@ -276,10 +270,11 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
         finished = len(journal)
         journal.close(delete=finished == 0)
         if isinstance(error, KeyboardInterrupt):
-            display.say(
-                f"Interrupted. {finished} finished passages are kept in {journal.path}; "
-                "the same command goes on from there."
+            kept = (
+                f"{finished} finished passages are kept in {journal.path}; the same command goes "
+                "on from there."
             )
+            display.say(f"Interrupted. {kept if finished else 'No passage was finished.'}")
         raise
     journal.close(delete=mem.exact)
     return mem, saved, account(mem, document.data(lm))

@@ -11,6 +11,7 @@ import typer
 
 from memvec.cli import encoder_plan as plan
 from memvec.cli import options
+from memvec.cli.common import check_seed
 from memvec.cli.encoder_recurrent import print_segments
 from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
 from memvec.errors import MemvecError, check_minimum
@@ -97,6 +98,7 @@ def train(
     given |= {"begin": begin, "weight": use_weight}
     kind = plan.kind_of(recurrent=recurrent, usable=usable, adapted=adapted)
     choices = plan.plan_of(kind, given)
+    check_seed(seed)
     names = {"usable": USABLE_FILE_NAME, "adapted": ADAPTED_FILE_NAME}
     target = target_of(model, names.get(kind, FILE_NAME), out, force)
 
@@ -213,6 +215,7 @@ def measure(
         raise MemvecError("--lengths and --passages start at 1.")
     check_minimum(1, segments=segments, lags=lags, steps=steps if segments is None else None)
     check_minimum(0, steps=steps)
+    check_seed(seed)
     if segments is None and lags is not None:
         raise MemvecError("--lags is of recurrent encoders: add --segments.")
     lm = _with_encoder(load_lm(model, device=device, dtype=dtype), encoder)

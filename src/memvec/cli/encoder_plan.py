@@ -24,7 +24,7 @@ Out = Annotated[
         "-o",
         "--out",
         help="Default: encoder.safetensors (with --adapted: adapted-encoder.safetensors, with "
-        "--usable: usable-encoder.safetensors), in the model's folder.",
+        "--usable: usable-encoder.safetensors), in the model's folder or here.",
     ),
 ]
 Recurrent = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, check_seed, recipe_of, renamed_seats
 from memvec.errors import check_minimum
 
 EXAMPLES = options.examples("memvec plan book.txt", "memvec plan book.txt --vectors 4 --json")
@@ -39,7 +39,8 @@ def plan(
     """Estimate the vectors, bytes and minutes that a text will take, from a sample of it."""
     recipe = recipe_of(preset, set_)
     batch_size = renamed_seats(batch_size, seats)
-    check_minimum(1, vectors=vectors, tokens=tokens, batch_size=batch_size)
+    check_minimum(1, vectors=vectors, tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    check_seed(seed)
     choice = ModelChoice.of(model, revision, device, dtype, load)
 
     from memvec.cli import display

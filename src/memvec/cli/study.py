@@ -264,6 +264,8 @@ def export(
     for target, ending in targets:  # before anything is written
         if target is not None and target.suffix != ending:
             raise MemvecError(f"--{ending[1:]} {target}: its name must end in {ending}.")
+        if target is not None and target.exists() and not Path(f"{target}.columns.json").exists():
+            raise MemvecError(f"{target} exists and is no export of rows: name another file.")
     for target, _ in targets:
         if target is not None:
             n = export_rows(folder, target)
@@ -322,6 +324,7 @@ def check(
     """Recompute every column from the stored vectors, slowly and independently."""
     from memvec.lab.study.check import check_study
 
+    check_minimum(0, sample=sample)
     checked = check_study(folder, model=model, sample=sample, device=device)
     if json:
         typer.echo(jsonlib.dumps(checked, indent=2))

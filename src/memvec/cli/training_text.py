@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memvec.cli.common import check_seed, check_target
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -27,15 +28,12 @@ Column = Annotated[str, typer.Option(help="Column of a table that holds the text
 
 
 def target_of(model: str, name: str, out: Path | None, force: bool) -> Path:
-    """The file to write, by default `name` in the model's folder.
+    """The file to write, by default `name` in the model's folder, or here if it has none.
 
     Raises MemvecError if it exists (unless `force`) or cannot be written.
     """
     target = out or (Path(model) if Path(model).is_dir() else Path()) / name
-    if target.exists() and not force:
-        raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
-    if not target.parent.is_dir():
-        raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+    check_target(target, force)
     return target
 
 
@@ -73,6 +71,7 @@ def drawn(
 
     if len(stream) < tokens + count:
         raise MemvecError(f"{text} has {len(stream)} tokens, too few for passages of {tokens}.")
+    check_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - tokens + 1, (count, 1), generator=draw)
     return stream[starts + torch.arange(tokens)]

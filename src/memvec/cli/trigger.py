@@ -38,7 +38,9 @@ def train(
     model: options.Model = "pocket",
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Default: trigger.safetensors, in the model's folder."),
+        typer.Option(
+            "-o", "--out", help="Default: trigger.safetensors, in the model's folder or here."
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Soft tokens behind the vectors.")] = 4,
     front: Annotated[int, typer.Option(help="Soft tokens in front of them, behind BOS.")] = 4,
@@ -62,12 +64,13 @@ def train(
     Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
     model's folder, --usable takes it by itself. After an interruption the same command goes on.
     """
-    from memvec.cli.common import recipe_of
+    from memvec.cli.common import check_seed, recipe_of
     from memvec.cli.display import say
     from memvec.loading import load_lm
     from memvec.usable.trigger_training import TriggerPlan, train_trigger
     from memvec.usable.triggers import FILE_NAME
 
+    check_seed(seed)
     plan = TriggerPlan(rows, front, vectors, tokens, batches, batch_size, lr, seed)
     recipe = recipe_of("usable", set_)
     target = target_of(model, FILE_NAME, out, force)

@@ -2,13 +2,14 @@ r"""`memvec use`: a prompt behind the \[mem] vectors of a text, and what the mod
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, open_file
+from memvec.cli.common import ModelChoice, check_seed, open_file
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ Temperature = Annotated[float | None, typer.Option(help="Of sampling; implies --
 TopP = Annotated[
     float | None, typer.Option("--top-p", help="Of nucleus sampling; implies --sample.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Of sampling.")]
+Seed = Annotated[int | None, typer.Option(help="Of sampling; implies --sample.")]
 Compare = Annotated[
     bool,
     typer.Option(
@@ -66,13 +67,17 @@ def use(
     json: options.Json = False,
 ) -> None:
     """Write on behind the vectors of a text and a prompt, as behind the text itself."""
+    from memvec.usable.certificate import check_usable
     from memvec.vectors import MemVectors
 
-    settings = _settings(max_new_tokens, sample, temperature, top_p)
+    check_seed(seed)
+    settings = _settings(max_new_tokens, sample or seed is not None, temperature, top_p)
     choice = ModelChoice.of(model, revision, device, dtype, load)
     asked = _text(prompt)
     first, lm = open_file(files[0], choice)
     mems = [first, *(MemVectors.load(file) for file in files[1:])]
+    for file, mem in zip(files, mems, strict=True):
+        check_usable(mem, f"the vectors in {file}" if len(files) > 1 else "these vectors")
     if passage and len(mems) > 1:
         raise MemvecError("--passage picks from one file: name a single FILE with it.")
     if json or compare:
@@ -96,7 +101,15 @@ def _settings(
 
 
 def _text(prompt: str) -> str:
-    return sys.stdin.read() if prompt == "-" else prompt
+    """The prompt, or what standard input has. Raises MemvecError if it is not UTF-8."""
+    if prompt == "-" and sys.stdin is None:
+        raise MemvecError("standard input is closed: give the prompt itself.")
+    # What is not UTF-8 in the command line comes as surrogates.
+    try:
+        data = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+        return data.decode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise MemvecError(f"the prompt is not UTF-8 (byte {error.start}): convert it.") from None
 
 
 def _seed(seed: int | None) -> None:

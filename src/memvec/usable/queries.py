@@ -162,7 +162,7 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
 def questions_of(path: Path) -> list[str]:
     """The questions of a file, one on each line. Raises MemvecError if it cannot be used."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise MemvecError(f"{path} is not UTF-8: questions are read from a text file.") from None
     except OSError as error:

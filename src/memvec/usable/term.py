@@ -51,7 +51,7 @@ class Use(Term):
     ) -> None:
         if not lm.reading.feeds_back:
             raise MemvecError("vectors that are read in one step cannot stand in front of a query.")
-        if start_rule == "vectors":
+        if start_rule != "bos":
             raise MemvecError(
                 "vectors that are to be used as context need a trigger behind which the passage "
                 "comes: use --start-rule bos, or --trigger with a token."

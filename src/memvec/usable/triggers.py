@@ -32,7 +32,7 @@ def token_named(lm: FrozenLM, name: str) -> int:
 
     Raises MemvecError if the text is not one token.
     """
-    if name.startswith("#") and name[1:].isdigit():
+    if name.startswith("#") and name[1:].isdecimal():
         return int(name[1:])
     ids = lm.tokenize(name)
     if len(ids) != 1:

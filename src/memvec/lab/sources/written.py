@@ -52,6 +52,9 @@ class WrittenTexts(Source):
     splitter: Splitter = Field(default="punctuation", description="how sentences are split")
 
     def missing(self, base: Path | None) -> str | None:
+        fewest, most = self.chunk_words or (1, 1)
+        if not 1 <= fewest <= most:
+            return f"source '{self.name}': chunk_words are [fewest, most], not [{fewest}, {most}]."
         if self.rule == "suffix" or self.chunk_words is not None:
             try:
                 sentences("One. Two.", self.splitter)
