@@ -211,13 +211,12 @@ def measure(
     from memvec.loading import load_lm
 
     tokens_per_vector = _numbers(lengths)
-    if min(tokens_per_vector) < 1 or passages < 1:
-        raise MemvecError("--lengths and --passages start at 1.")
+    check_minimum(1, lengths=min(tokens_per_vector), passages=passages, longest=longest)
     check_minimum(1, segments=segments, lags=lags, steps=steps if segments is None else None)
     check_minimum(0, steps=steps)
-    check_seed(seed)
     if segments is None and lags is not None:
         raise MemvecError("--lags is of recurrent encoders: add --segments.")
+    check_seed(seed)
     lm = _with_encoder(load_lm(model, device=device, dtype=dtype), encoder)
     if segments is None:
         from memvec.encoders.measure import compare

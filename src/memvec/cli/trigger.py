@@ -38,9 +38,7 @@ def train(
     model: options.Model = "pocket",
     out: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--out", help="Default: trigger.safetensors, in the model's folder or here."
-        ),
+        typer.Option("-o", "--out", help="Default: trigger.safetensors in the model's folder."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Soft tokens behind the vectors.")] = 4,
     front: Annotated[int, typer.Option(help="Soft tokens in front of them, behind BOS.")] = 4,
