@@ -453,7 +453,7 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
     assert all(one.contexts["last 4 tokens"].kl == pytest.approx(0.4) for one in tables)
 
 
-@pytest.mark.parametrize("seed", [0, 7919])
+@pytest.mark.parametrize("seed", [0, 7919, -7919, 2**63 - 1])
 def test_no_held_out_text_is_one_that_cramming_saw(seed, monkeypatch):
     """Whatever the recipe's seed: it moves that of the certificate, too."""
     lm, text = reader("words"), "the cat sat"

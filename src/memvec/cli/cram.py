@@ -17,14 +17,14 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.registry import BUILT_IN
 
-FOR_USE = ("usable", "usable-quick")  # presets
-
 if TYPE_CHECKING:
     from memvec.journal import Journal
     from memvec.model.lm import FrozenLM
     from memvec.passages.documents import Document
     from memvec.vectors import MemVectors
     from memvec.workers import Workers
+
+FOR_USE = ("usable", "usable-quick")  # presets
 
 EXAMPLES = options.examples(
     "memvec cram letter.txt", "cat notes.md | memvec cram - --vectors 2 --json -o notes.mem"

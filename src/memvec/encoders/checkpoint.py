@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import nn
 
 from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
+
+
+def model_of(lm: FrozenLM) -> dict[str, Any]:
+    """What a run keeps of the model beside which it trains."""
+    return {**asdict(lm.fingerprint), "quantize": lm.quantize}
 
 
 def save_checkpoint(
@@ -25,7 +32,8 @@ def save_checkpoint(
 ) -> None:
     """Write a run's state beside its file, whole or not at all.
 
-    `identity` is what the run depends on (model, text, settings), `progress` its own counters.
+    `identity` is what the run depends on (text, settings, and as `model` what `model_of` says),
+    `progress` its own counters.
     """
     state = {
         "identity": identity,
@@ -65,7 +73,7 @@ def load_checkpoint(
 
 def _alike(found: dict[str, Any], identity: dict[str, Any]) -> bool:
     """True if both are of one run. Probe logits of one model differ a little between kernels."""
-    if {**found, "model": None} != {**identity, "model": None} or "model" not in found:
+    if {**found, "model": None} != {**identity, "model": None}:
         return False
     theirs, own = found["model"], identity["model"]
     same = [theirs[name] == own[name] for name in ("dtype", "quantize")]

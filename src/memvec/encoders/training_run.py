@@ -24,7 +24,7 @@ from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.base import OnePassEncoder, TrainedEncoder
-from memvec.encoders.checkpoint import load_checkpoint, save_checkpoint
+from memvec.encoders.checkpoint import load_checkpoint, model_of, save_checkpoint
 from memvec.errors import MemvecError, check_minimum
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
@@ -117,7 +117,7 @@ class TrainingRun(ABC):
             )
         self.identity: dict[str, Any] = {
             "plan": asdict(plan),
-            "model": {**asdict(lm.fingerprint), "quantize": lm.quantize},
+            "model": model_of(lm),
             "text": hashlib.sha256(stream.to(torch.int32).numpy().tobytes()).hexdigest(),
         }
         torch.manual_seed(plan.seed)
@@ -157,6 +157,8 @@ class TrainingRun(ABC):
                 )
             if partial is not None and self.step % CHECKPOINT_EVERY == 0:
                 self._save(partial)
+        if partial is not None:  # to measure the encoder takes minutes, and may be interrupted, too
+            self._save(partial)
         return self._finished()
 
     @abstractmethod

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.objectives import score
-from memvec.encoders.checkpoint import load_checkpoint, save_checkpoint
+from memvec.encoders.checkpoint import load_checkpoint, model_of, save_checkpoint
 from memvec.encoders.training_run import CROSS_ENTROPY
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import Sentence, share_cut
@@ -79,7 +79,7 @@ class LatentTraining:
         self.sentences = [s for document in kept for s in document]
         self.identity = {
             "plan": asdict(plan),
-            "weights": lm.fingerprint.weights,
+            "model": model_of(lm),
             "encoder": need_encoder(lm).identity,
             "text": hashlib.sha256(repr([s.ids for s in self.sentences]).encode()).hexdigest(),
         }
