@@ -271,6 +271,7 @@ def test_from_the_command_line(command, tmp_path, letter):
         (("encoder", "measure", "-m", folder, "--text", text), "no one-pass encoder"),
         (("encoder", "measure", "-m", folder, "--text", text, "--lengths", "a"), "numbers"),
         (("cram", letter, "-m", folder, "--encoder", letter, "-o", "b.mem"), "not an encoder"),
+        (("cram", letter, "-m", folder, "--encoder", "none", "-o", "b.mem"), "there is no encoder"),
     ]:
         ran = command(*wrong)
         assert (ran.code, ran.out) == (2, b"")

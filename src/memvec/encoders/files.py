@@ -97,12 +97,14 @@ def save_encoder(
 
 
 def _open(path: Path) -> EncoderFile:
+    if not path.is_file():
+        raise MemvecError(f"there is no encoder {path}: train one with memvec encoder train.")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return EncoderFile(path, tensors, file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise MemvecError(f"{path} is not an encoder that memvec can read: {error}") from error
+        raise MemvecError(f"{path} is not an encoder that memvec can read: {error}.") from error
 
 
 def _check_model(file: EncoderFile, lm: FrozenLM) -> None:
