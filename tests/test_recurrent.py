@@ -456,7 +456,7 @@ def test_an_encoder_that_is_gone_is_one_sentence(study):
 
     recurrent.carried_by.cache_clear()
     try:
-        with pytest.raises(MemvecError, match="^there is no encoder .*: train one with"):
+        with pytest.raises(MemvecError, match=r"^there is no encoder .*: train one with"):
             check_study(study)
     finally:
         shutil.move(aside, file)
