@@ -253,7 +253,7 @@ def test_a_trained_encoder_goes_on_being_trained(tmp_path):
     for changes, says in [
         ({"rank": 5}, "slots of rank"),
         ({"slots": 3}, "the same --slots and --rank"),
-        ({"begin": str(tmp_path / "none.safetensors")}, "memvec can read"),
+        ({"begin": str(tmp_path / "none.safetensors")}, "there is no encoder"),
     ]:
         with pytest.raises(MemvecError, match=says):
             UsableTraining(lm, stream(lm), replace(plan, **changes))
