@@ -109,12 +109,18 @@ def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Rec
     Raises MemvecError for an unknown preset or field, or a value that the field cannot have.
     """
     changes = {name: value for name, value in options.items() if value is not None}
+    return Recipe.of(preset, **(changes | assigned(assignments)))
+
+
+def assigned(assignments: list[str] | None) -> dict[str, str]:
+    """Names and values from --set. Raises MemvecError for one without an equals sign."""
+    values = {}
     for item in assignments or []:
         name, equals, value = item.partition("=")
         if not equals:
             raise MemvecError(f"--set takes name=value, not '{item}'.")
-        changes[name.strip()] = value.strip()
-    return Recipe.of(preset, **changes)
+        values[name.strip()] = value.strip()
+    return values
 
 
 def renamed_seats(batch_size: int | None, seats: int | None) -> int | None:

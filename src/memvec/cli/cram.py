@@ -12,7 +12,7 @@ import typer
 
 from memvec import __version__
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, check_target, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, assigned, check_target, recipe_of, renamed_seats
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.registry import BUILT_IN
@@ -227,10 +227,10 @@ def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
 
 def _recipe(preset: str, assignments: list[str] | None, fields: dict[str, Any]) -> Recipe:
     """The recipe; one of vectors for use stays one. Raises MemvecError as `recipe_of`."""
-    term = [item for item in assignments or [] if item.partition("=")[0].strip() == "term"]
-    if preset in FOR_USE and term and term[-1].partition("=")[2].strip() != "use":
+    term = assigned(assignments).get("term", "use")
+    if preset in FOR_USE and term != "use":
         raise MemvecError(
-            f"--set {term[-1]} leaves nothing of --usable: leave out one of them, or take the "
+            f"--set term={term} leaves nothing of --usable: leave out one of them, or take the "
             "fields that you want of its preset by --set."
         )
     return recipe_of(preset, assignments, **fields)

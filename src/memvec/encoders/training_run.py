@@ -155,10 +155,10 @@ class TrainingRun(ABC):
                         self.step, self.plan.steps, loss, accuracy, self.target, self.seconds
                     )
                 )
-            if partial is not None and self.step % CHECKPOINT_EVERY == 0:
+            # At the end, too: to measure the encoder takes minutes, and may be interrupted.
+            last = self.step == self.plan.steps
+            if partial is not None and (last or self.step % CHECKPOINT_EVERY == 0):
                 self._save(partial)
-        if partial is not None:  # to measure the encoder takes minutes, and may be interrupted, too
-            self._save(partial)
         return self._finished()
 
     @abstractmethod

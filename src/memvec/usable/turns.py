@@ -48,6 +48,8 @@ class Turns(Step):
         self, batch: BatchState, measured: Measurement, padding_rows: int
     ) -> Bool[Tensor, " B"]:
         """For the schedule of who was not asked, this was no step."""
+        if self.recipe.objective_every == 1:
+            return super()._keep_best(batch, measured, padding_rows)
         before = batch.schedule.head(len(batch))
         newly_enlarged = super()._keep_best(batch, measured, padding_rows)
         for field in fields(before):
