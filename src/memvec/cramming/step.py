@@ -177,7 +177,7 @@ class Step:
         reached = self.schedule.reached(leading, (right & within).sum(-1))
         reached = torch.where(whole, batch.length, reached)  # misses that are listed are no loss
         better, gained = self.schedule.record(batch.schedule, reached)
-        better = self._better_by_term(batch, measured.term.loss, better, leading)
+        better = self._better_by_term(batch, measured.term.loss, better, whole)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
             bits = ((measured.loss.double() * within).sum(-1) / LN2).to(batch.least_mem_bits)
@@ -195,12 +195,11 @@ class Step:
         batch: BatchState,
         loss: Float[Tensor, " B"],
         better: Bool[Tensor, " B"],
-        leading: Int[Tensor, " B"],
+        whole: Bool[Tensor, " B"],
     ) -> Bool[Tensor, " B"]:
         """Who is to be kept: more tokens than ever, or all of them and a smaller second term."""
         mean = TERM_MEAN * batch.term_mean + (1 - TERM_MEAN) * loss
         batch.term_mean = torch.where(torch.isfinite(batch.term_mean), mean, loss)
-        whole = (leading >= batch.length) & (batch.schedule.best >= batch.length)
         better = better | (whole & (batch.term_mean < batch.term_kept))
         batch.term_kept = torch.where(better, batch.term_mean, batch.term_kept)
         return better

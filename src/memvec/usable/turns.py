@@ -63,7 +63,7 @@ class Turns(Step):
         batch: BatchState,
         loss: Float[Tensor, " B"],
         better: Bool[Tensor, " B"],
-        leading: Int[Tensor, " B"],
+        whole: Bool[Tensor, " B"],
     ) -> Bool[Tensor, " B"]:
         """With `term_rise`, the weight also follows whether the passage, if it was asked for, came.
 
@@ -72,10 +72,10 @@ class Turns(Step):
         """
         if rise := self.recipe.term_rise:
             assert isinstance(batch.term, Teacher)
-            factor = torch.where(leading >= batch.length, 1 + rise, (1 + rise) ** -FALLS)
+            factor = torch.where(whole, 1 + rise, (1 + rise) ** -FALLS)
             factor = torch.where(self.asked(batch), factor, 1.0)
             batch.term.weight = (batch.term.weight * factor).clamp(LEAST, MOST)
-        return super()._better_by_term(batch, loss, better, leading)
+        return super()._better_by_term(batch, loss, better, whole)
 
     def score_of(
         self,
