@@ -229,10 +229,7 @@ def _recipe(preset: str, assignments: list[str] | None, fields: dict[str, Any]) 
     """The recipe; one of vectors for use stays one. Raises MemvecError as `recipe_of`."""
     term = assigned(assignments).get("term", "use")
     if preset in FOR_USE and term != "use":
-        raise MemvecError(
-            f"--set term={term} leaves nothing of --usable: leave out one of them, or take the "
-            "fields that you want of its preset by --set."
-        )
+        raise MemvecError(f"--set term={term} leaves nothing of --usable: leave out one of them.")
     return recipe_of(preset, assignments, **fields)
 
 
