@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,40 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
     asked = mem.header.recipe["margin"]
     assert mem.passages[0].margin_asked == pytest.approx(2 * asked)
     assert {p.margin_asked for p in mem.passages[1:]} == {asked}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_last_decode_that_disagrees_halves_what_has_no_step_left(monkeypatch, tmp_path, resumed):
+    """Also where the run ended before the halves were crammed: the journal knows of them."""
+    lm, honest = reader(), cram_job.certificate_of
+    options = OPTIONS | {"tokens": 4, "recipe": Recipe(steps=0, margin=1e3)}
+    everything_decodes(monkeypatch)
+
+    def lying(lm, mem, decoded):
+        certificate, _ = honest(lm, mem, decoded)
+        exact = [p.tokens <= 2 for p in mem.passages]
+        return certificate | {"exact": all(exact)}, exact
+
+    monkeypatch.setattr(cram_job, "certificate_of", lying)
+    record = journal(tmp_path / "j")
+    mem = codec.cram(lm, [TEXT], journal=record, **options)
+    if resumed:
+        monkeypatch.setattr(cram_job, "certificate_of", honest)
+        record.close()
+        mem = codec.cram(lm, [TEXT], journal=journal(tmp_path / "j"), **options)
+    assert max(p.tokens for p in mem.passages) == 2
+    assert {p.status for p in mem.passages} == {"budget"}
+    assert sum(p.tokens for p in mem.passages) == len(lm.tokenize(TEXT))
+
+
+def everything_decodes(monkeypatch) -> None:
+    """Certify whatever the engine hands on as exact."""
+    honest = engine_module.certify
+
+    def generous(*args):
+        return (replace(outcome, exact=True) for outcome in honest(*args))
+
+    monkeypatch.setattr(engine_module, "certify", generous)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -142,7 +141,11 @@ class CramJob:
         """Passages to outcomes in `done`, halved where they do not fit."""
         todo = [left for passage in passages for left in self._known(passage)]
         engine = self.engine if self.workers is None else self._crew(self.workers)
-        for outcome in engine.run(todo):
+        self._take_all(engine.run(todo), engine)
+
+    def _take_all(self, outcomes: Iterable[Outcome], engine: Engine | Crew) -> None:
+        """Outcomes to `done` and the journal; the halves of what does not fit to the engine."""
+        for outcome in outcomes:
             if self.journal is not None:
                 self.journal.put(outcome)
             for passage in self._take(outcome):
@@ -158,21 +161,19 @@ class CramJob:
         """All passages together, because they share m; again with the halves of those that fail."""
         while jobs:
             self.done.clear()
-            crammed, jobs, split = self._shared().run(jobs), [], self.split
+            shared = self.lm.reading.crammer(
+                self.lm,
+                self.engine.recipe,
+                batch_size=self.engine.batch_size,
+                storage=self.storage,
+                on_progress=self._tell,
+            )
+            crammed, jobs, split = shared.run(jobs), [], self.split
             for outcome in crammed:
                 halves = self._take(outcome)
                 jobs += [Job(h, self.engine.recipe.margin) for h in halves] or [Job.again(outcome)]
             if self.split == split:
                 return
-
-    def _shared(self) -> Any:
-        return self.lm.reading.crammer(
-            self.lm,
-            self.engine.recipe,
-            batch_size=self.engine.batch_size,
-            storage=self.storage,
-            on_progress=self._tell,
-        )
 
     # ------------------------------------------------------------------ passages in
 
@@ -220,12 +221,10 @@ class CramJob:
         recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
         slots = min(len(probes), self._batch_size or default_batch_size(self.lm, length, self.K))
         engine = Engine(self.lm, recipe, vectors=self.K, batch_size=slots, storage=self.storage)
-        reached, whole = [], True
-        for outcome in engine.run(p for p in probes if len(p) > engine.given):
-            n = max(outcome.metrics.horizon, 1)
-            whole = whole and outcome.exact
-            reached.append(float(surprisals(self.lm, outcome.passage.ids[:n]).sum()) / self.K)
-        return math.fsum(reached) / len(reached), whole
+        outcomes = list(engine.run(p for p in probes if len(p) > engine.given))
+        back = [o.passage.ids[: max(o.metrics.horizon, 1)] for o in outcomes]
+        bits = math.fsum(float(surprisals(self.lm, ids).sum()) for ids in back)
+        return bits / len(back) / self.K, all(o.exact for o in outcomes)
 
     def _known(self, passage: Passage) -> list[Passage]:
         """What is left of a passage: nothing if the journal has it, else itself or its parts."""
@@ -263,22 +262,25 @@ class CramJob:
             if not fallen or not attempts_left or self.recipe.if_not_exact == "stop":
                 break
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
-            for outcome in self._again(fallen):
-                self.done[outcome.passage.document, outcome.passage.offset] = outcome
+            self._again(fallen)
         mem = mem.with_certificate(certificate, exact)
         passages = [outcome.passage.ids for outcome in self._in_order()]
         return mem.with_use(self.engine.one_step.term.certificate(mem, passages)), exact
 
-    def _again(self, fallen: list[Outcome]) -> Iterable[Outcome]:
+    def _again(self, fallen: list[Outcome]) -> None:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
-        if not self.lm.reading.crammer:
-            for outcome in fallen:
+        if self.lm.reading.crammer:
+            which, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
+            raised = [(o, spread if id(o) in which else None) for o in self._in_order()]
+            self._cram_shared([Job.again(outcome, raised=by) for outcome, by in raised])
+            return
+        for outcome in fallen:
+            del self.done[outcome.passage.document, outcome.passage.offset]
+            if outcome.status == "done":
                 self.engine.push_again(outcome)
-            return self.engine.run()
-        which, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
-        jobs = [Job.again(o, raised=spread if id(o) in which else None) for o in self._in_order()]
-        crammed: list[Outcome] = self._shared().run(jobs)
-        return crammed
+            else:  # no step is left in which its margin could rise
+                self._take_all([replace(outcome, exact=False)], self.engine)
+        self._take_all(self.engine.run(), self.engine)
 
     def _in_order(self) -> list[Outcome]:
         return [self.done[key] for key in sorted(self.done)]
