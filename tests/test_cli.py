@@ -184,7 +184,7 @@ def test_interrupted_is_exit_code_130_and_goes_on(command, folder, letter, monke
     assert not letter.with_name("letter.mem.safetensors").exists()
     ran = command(*words)
     assert ran.code == 0
-    assert "2 passages of an earlier run are finished" in ran.err
+    assert "2 passages are finished by an earlier run" in ran.err
     assert command("decode", "letter.mem").out == TEXT.encode()
     assert not list(letter.parent.glob("*.partial*"))
 
@@ -224,6 +224,10 @@ BAD = [
     (["cram", "letter.txt", "--set", "lr"], "--set takes name=value"),
     (["cram", "letter.txt", "--set", "lrr=1"], "did you mean 'lr'"),
     (["cram", "letter.txt", "--set", "lr=x"], "recipe's lr must be float"),
+    (["cram", "letter.txt", "--layer", 3], "layer does nothing where space is 'inputs'"),
+    (["cram", "letter.txt", "--set", "query-count=9"], "query_count does nothing where term is"),
+    (["cram", "letter.txt", "--set", "weight_decay=1"], "nothing where optimizer is 'full-matrix'"),
+    (["plan", "letter.txt", "--preset", "paper", "--set", "look_ahead=2"], "schedule is 'whole'"),
     (["cram", "letter.txt", "--start", "encoder"], "no one-pass encoder"),
     (["cram", "letter.txt", "--start", "nois"], "it is one of auto, encoder, noise"),
     (["cram", "letter.txt", "--device", "gpu"], "unknown device"),
@@ -293,7 +297,7 @@ def test_only_what_these_settings_finished_is_gone_on_with(command, folder, lett
         other = command("cram", letter, "-m", folder, *FAST, "--margin", 0.9)
     assert "Going on" not in other.err
     ran = command("cram", letter, "-m", folder, *FAST)
-    assert "Going on: 1 passages" in ran.err
+    assert "Going on: 1 passage is finished" in ran.err
     assert command("decode", "letter.mem").out == TEXT.encode()
 
 
@@ -326,7 +330,7 @@ def test_a_full_disk_keeps_what_is_finished(command, folder, letter, monkeypatch
     assert "No space left on device" in ran.sentence
     ran = command("cram", letter, "-m", folder, *FAST)
     assert ran.code == 0
-    assert "of an earlier run are finished" in ran.err
+    assert "finished by an earlier run" in ran.err
 
 
 def test_a_folder_that_cannot_be_written(command, folder, letter, monkeypatch):

@@ -29,7 +29,7 @@ from memvec.lab.study import check as check_module
 from memvec.lab.study.cells import check_lengths, expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
-from memvec.lab.study.price import price, problems
+from memvec.lab.study.price import price, problems, tokens_at_most
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
@@ -77,6 +77,19 @@ def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:
         expand(parse_spec(HEAD + RUN + "recipe = { stepps = 4 }", "spec"))
     with pytest.raises(MemvecError, match="is not TOML"):
         parse_spec("name = ", "spec")
+
+
+@pytest.mark.parametrize("name", ["../t", "a/b", "", " ", "a\\\\b"])
+def test_the_name_of_a_study_is_no_path(name: str) -> None:
+    with pytest.raises(MemvecError, match="give it some letters, and no slash"):
+        parse_spec(HEAD.replace('"small"', f'"{name}"') + RUN, "spec")
+
+
+def test_what_a_passage_costs_is_no_more_than_its_budget() -> None:
+    text = f"{HEAD}{RUN}budget = 100\n{RUN}recipe = {{ steps = 10 }}\n"
+    text = text.replace("[8]", "[16]", 1).replace("[8]", "[4]")
+    limited, short = (tokens_at_most(planned) for planned in expand(parse_spec(text, "spec"))[:3:2])
+    assert (limited, short) == (100.0 + 17, (4 + 1) * 10)  # the last step may pass the budget
 
 
 def test_duplicate_cells_and_impossible_lengths_are_told() -> None:

@@ -396,6 +396,10 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     for wrong, says in [
         (("cram", letter, "-m", own, "--encoder", file, "-o", "n"), "add --usable"),
         (("cram", letter, "-m", own, "--usable", "--encoder", other, "-o", "n"), "is no start of"),
+        (
+            ("cram", letter, "-m", own, "--encoder", other, "--start", "noise", "-o", "n"),
+            "and so is --start noise: leave out one",
+        ),
         (("encoder", "train", "--usable", "--recurrent", "--text", books), "two kinds"),
         (("encoder", "train", "--usable", "--lags", 2, "--text", books), "--lags is not of usable"),
         (("encoder", "train", "--rank", 2, "--text", books), "--rank is of usable and adapted"),

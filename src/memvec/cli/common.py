@@ -103,13 +103,39 @@ def open_file(file: str, choice: ModelChoice) -> tuple[MemVectors, FrozenLM]:
     return mem, choice.load()
 
 
+# Fields of a recipe that nothing reads while another field has one of these values.
+_FOR_TERM = ("none", "alignment")
+IDLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "term_weight": ("term", ("none",)),
+    "align_layers": ("term", ("none", "use")),
+    "queries": ("term", _FOR_TERM),
+    "query_count": ("term", _FOR_TERM),
+    "query_tokens": ("term", _FOR_TERM),
+    "teacher_top": ("term", _FOR_TERM),
+    "layer": ("space", ("inputs", "prefix", "shared-basis")),
+    "weight_decay": ("optimizer", ("adam", "nadam", "full-matrix")),
+    "look_ahead": ("schedule", ("whole",)),
+    "narrow_after": ("schedule", ("whole",)),
+}
+
+
 def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Recipe:
     """A preset changed by the options that were given (not None), then by --set NAME=VALUE.
 
-    Raises MemvecError for an unknown preset or field, or a value that the field cannot have.
+    Raises MemvecError for an unknown preset or field, a value that the field cannot have, or a
+    field that does nothing in this recipe.
     """
     changes = {name: value for name, value in options.items() if value is not None}
-    return Recipe.of(preset, **(changes | assigned(assignments)))
+    changes |= {name.replace("-", "_"): value for name, value in assigned(assignments).items()}
+    recipe = Recipe.of(preset, **changes)
+    for name in changes:
+        if name in IDLE and getattr(recipe, IDLE[name][0]) in IDLE[name][1]:
+            owner = IDLE[name][0]
+            raise MemvecError(
+                f"the recipe's {name} does nothing where {owner} is '{getattr(recipe, owner)}': "
+                "leave it out, or change both."
+            )
+    return recipe
 
 
 def assigned(assignments: list[str] | None) -> dict[str, str]:

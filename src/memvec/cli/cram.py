@@ -13,6 +13,7 @@ import typer
 from memvec import __version__
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, assigned, check_target, recipe_of, renamed_seats
+from memvec.cli.expected import counted
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.registry import BUILT_IN
@@ -188,7 +189,14 @@ class _Request:
         from memvec.cramming.starts import encoder_of
 
         file, own = self.choice.encoder, encoder_of(lm, self.recipe)
-        if file is None or (own is not None and own.file == file.expanduser()):
+        if file is None:
+            return
+        if self.recipe.start not in ("auto", "encoder"):
+            raise MemvecError(
+                f"{file} is where vectors would begin, and so is --start {self.recipe.start}: "
+                "leave out one of them."
+            )
+        if own is not None and own.file == file.expanduser():
             return
         if self.recipe.term == "use":
             raise MemvecError(
@@ -246,7 +254,7 @@ def _layout(one_step: bool, shared_m: bool, vectors: int) -> str:
 def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
     """Cram and save: the vectors, their file, and the bytes that text and vectors take.
 
-    The journal of finished passages stays unless all of them are exact and saved.
+    The journal of finished passages stays until they are saved.
     """
     from memvec.certificate import account
     from memvec.cli import display
@@ -259,7 +267,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
     partial = request.target.with_name(request.target.name + ".partial")
     journal = Journal(partial, request.settings(lm))
     if len(journal):
-        display.say(f"Going on: {len(journal)} passages of an earlier run are finished.")
+        display.say(f"Going on: {counted(len(journal), 'passage')} finished by an earlier run.")
     try:
         mem = _cram(request, lm, document, journal)
         saved = mem.save(request.target, force=request.force)
@@ -268,12 +276,12 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
         journal.close(delete=finished == 0)
         if isinstance(error, KeyboardInterrupt):
             kept = (
-                f"{finished} finished passages are kept in {journal.path}; the same command goes "
-                "on from there."
+                f"{counted(finished, 'finished passage')} kept in {journal.path}; the same command "
+                "goes on from there."
             )
             display.say(f"Interrupted. {kept if finished else 'No passage was finished.'}")
         raise
-    journal.close(delete=mem.exact)
+    journal.close(delete=True)
     return mem, saved, account(mem, document.data(lm))
 
 

@@ -219,7 +219,7 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
     `figures` is the certificate of `certificate.certificate_of`, `exact` one flag per passage.
     """
     table = Table(title=f"{sum(exact)} of {len(exact)} passages exact", title_justify="left")
-    for column in ("passage", "tokens", "vectors", "margin", "bits", "decodes"):
+    for column in ("passage", "tokens", "vectors", "margin crammed", "bits crammed", "decodes"):
         table.add_column(column, justify="right")
     listed = list(range(len(exact)))
     if len(exact) > MAX_ROWS:
@@ -342,7 +342,7 @@ def failures(mem: MemVectors) -> Iterable[str]:
         if not p.exact:
             why = {
                 "done": "its decoding disagrees",
-                "budget": f"{p.steps} steps were not enough",
+                "budget": f"{p.steps} step{' was' if p.steps == 1 else 's were'} not enough",
                 "not-finite": "the loss was not finite",
             }[p.status]
             yield (

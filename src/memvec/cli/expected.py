@@ -36,6 +36,11 @@ def memory(estimate: Estimate) -> str:
     )
 
 
+def counted(n: int, noun: str) -> str:
+    """A number and what it counts: '1 passage is', '2 passages are'."""
+    return f"{n} {noun} is" if n == 1 else f"{n} {noun}s are"
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours."""
     if math.isnan(seconds):

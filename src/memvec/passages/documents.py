@@ -147,7 +147,7 @@ def read_document(
             raise MemvecError(f"{path} cannot be read: {error.strerror}.") from None
     if len(data) > largest:
         raise MemvecError(
-            f"{name} is larger than {largest / 1e6:g} MB, which would take very long to cram: "
+            f"{name} is larger than {largest} bytes, which would take very long to cram: "
             "cut it, or allow it with --max-bytes."
         )
     return Document.of(lm, data, name=name, encoding=encoding)

@@ -46,7 +46,7 @@ def price(planned: Sequence[Planned]) -> list[Price]:
         if facts is None:
             prices.append(Price(model, cells, passages, None, None, None))
             continue
-        tokens = sum(_tokens(p) * p.passages for p in mine)
+        tokens = sum(tokens_at_most(p) * p.passages for p in mine)
         gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
         memory = max(_memory(p, facts) for p in mine)
         prices.append(
@@ -82,7 +82,7 @@ def _length(p: Planned) -> int:
     return int(protocol_of(p.cell.protocol).tokens(p.cell.length, p.cell.vectors, "vectors"))
 
 
-def _tokens(p: Planned) -> float:
+def tokens_at_most(p: Planned) -> float:
     """Forward-backward tokens of a passage that uses all its steps, or its budget."""
     each = _length(p) + p.cell.vectors
     total = each * int(p.cell.recipe["steps"])

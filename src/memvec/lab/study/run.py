@@ -18,6 +18,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source
 from memvec.lab.study.cells import Planned, check_lengths, expand
 from memvec.lab.study.pool import Pool, Unit, in_units
+from memvec.lab.study.price import tokens_at_most
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage, ids_hash
@@ -84,7 +85,7 @@ class _Run:
         self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
         self.began = time.monotonic()
         self.done = {p.cell.key: len(store.done(p.cell.key)) for p in planned}
-        self.costs = {p.cell.key: _cost(p) for p in planned}
+        self.costs = {p.cell.key: tokens_at_most(p) for p in planned}
         self.reported = 0.0
         self.rows_now = 0
         self.cost_now = 0.0
@@ -221,9 +222,3 @@ def _name(p: Planned) -> str:
     return (
         f"{c.protocol} · {c.model} · {c.source} · {c.length} tokens · K {c.vectors} · seed {c.seed}"
     )
-
-
-def _cost(p: Planned) -> float:
-    """Rough forward-backward tokens of a row, for the time left."""
-    tokens = protocol_of(p.cell.protocol).tokens(p.cell.length, p.cell.vectors, "vectors")
-    return float((tokens + p.cell.vectors) * p.cell.recipe["steps"])

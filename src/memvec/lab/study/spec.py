@@ -224,6 +224,11 @@ def _place(loc: list[Any]) -> str:
 
 
 def _check(spec: Spec, where: str) -> None:
+    if not spec.name.strip() or set(spec.name) & set("/\\\0"):
+        raise MemvecError(
+            f"{where}: the name '{spec.name}' is that of a folder: give it some letters, and no "
+            "slash; --out takes a path."
+        )
     models = [m.name for m in spec.models]
     sources = [s.name for s in spec.sources]
     for kind, names in (("models", models), ("sources", sources)):
