@@ -342,7 +342,7 @@ def failures(mem: MemVectors) -> Iterable[str]:
         if not p.exact:
             why = {
                 "done": "its decoding disagrees",
-                "budget": f"{p.steps} step{' was' if p.steps == 1 else 's were'} not enough",
+                "budget": f"it was given up at step {p.steps}",
                 "not-finite": "the loss was not finite",
             }[p.status]
             yield (
