@@ -150,6 +150,38 @@ def test_looking_less_often_changes_nothing(poll):
     assert torch.equal(often.vectors, seldom.vectors)
 
 
+@pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}])
+@pytest.mark.parametrize("poll", [1, 3, 8])
+@pytest.mark.parametrize("look_ahead", [1, 8])
+def test_between_two_looks_a_passage_has_the_columns_that_it_has_alone(look_ahead, poll, shapes):
+    """Of 90 tokens that the first vectors give back, as many are found in each step, although the
+    neighbour, which is at its 80th token, has room for more."""
+    lm = copy(tiny())
+    first = torch.full((1, 1, lm.width), 0.5)
+    (own,) = decode_ids(lm, first, [90])
+    passage, other = Passage(tuple(own), 0), Passage((*own[:-1], (own[-1] + 5) % V), 1)
+    recipe = replace(QUICK, margin=0.0, look_ahead=look_ahead, lr=1e-6, lr_large=0.0)
+    alone, beside = [], []
+    for seen, neighbours in ((alone, []), (beside, [other])):
+        engine = Engine(lm, recipe, vectors=1, batch_size=2, poll=poll, **shapes)
+        engine._first_vectors = lambda jobs: first.expand(len(jobs), -1, -1).clone()
+        for one in neighbours:
+            engine.push(one)
+            engine.fill(2)
+            engine.batch.schedule.best[:] = 80
+        engine.push(passage)
+        engine.fill(2)
+        row = [job.passage for job in engine.jobs].index(passage)
+        for step in range(9):
+            if step % poll == 0:
+                engine.fill(2)
+            engine.step()
+            seen.append(int(engine.batch.schedule.best[row]))
+    assert alone == beside
+    assert alone[0] == 16
+    assert alone[-1] >= 32
+
+
 def test_a_fixed_shape_stays_fixed(monkeypatch):
     """The same (B, T) at every step, although passages leave one by one and nobody waits."""
     lm, shapes = copy(tiny()), set()

@@ -184,21 +184,18 @@ class MemVectors:
         self.check_model(lm, force=force)
         lm = self.view(lm)
         longest = max((p.tokens for p in self.passages), default=0)
-        first: list[int] | None = None
         rule: StartRule = self.header.start_rule
         inputs = longest + lm.inputs_before(self.vectors.shape[1], rule)
         if lm.context is not None and inputs > lm.context:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
-        if rule == "first-token":
-            # A token that the model does not have (a forged file) is as wrong as any other.
-            first = [min(p.first or 0, lm.vocab_size - 1) for p in self.passages]
-        vectors = self.vectors.float()
+        # A token that the model does not have (a forged file) is as wrong as any other.
+        first = [min(p.first or 0, lm.vocab_size - 1) for p in self.passages]
         return decode_ids(
             lm,
-            vectors,
+            self.vectors.float(),
             [p.tokens for p in self.passages],
             start=rule,
-            first=first,
+            first=first if rule == "first-token" else None,
             corrections=[
                 [(position, min(token, lm.vocab_size - 1)) for position, token in p.corrections]
                 for p in self.passages

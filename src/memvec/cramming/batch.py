@@ -51,9 +51,8 @@ class Job:
 
     def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
         """This job, ended with these vectors, as they will be stored."""
-        spent = (self.steps, self.spent, self.seconds)
-        least = self.least_mem_bits
-        return Finished(self.passage, vectors, status, self.margin, *spent, least_mem_bits=least)
+        rest = (self.margin, self.steps, self.spent, self.seconds)
+        return Finished(self.passage, vectors, status, *rest, least_mem_bits=self.least_mem_bits)
 
 
 class Waiting:
@@ -97,6 +96,7 @@ class BatchState(Rows):
 
     ids: Int[Tensor, "B T"]  # token ids, right-padded with 0
     length: Int[Tensor, " B"]  # tokens to predict
+    room: Int[Tensor, " B"]  # columns that a passage has until the next look
     corrections: Int[Tensor, " B"]  # tokens that may be missed: they will be listed
     margin_asked: Float[Tensor, " B"]  # margin that certification asks for, logits
     target_margin: Float[Tensor, " B"]  # the same, raised where steps run in another dtype

@@ -184,10 +184,13 @@ class Engine:
         if self.batch is not None:
             longest = self.batch.columns - self.given
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
-            # Room for what may count before the next look; what comes sooner waits for it.
-            need = int(counted.max()) + self.schedule.may_count(self.poll - 1)
-            rounded = columns_for(need) if self.graphs else -(-need // COLUMNS) * COLUMNS
-            self.columns = longest if self.fixed_shapes else min(longest, rounded)
+            # Room for what may count before the next look; what comes sooner waits for it, also
+            # where neighbours have more: everybody has the columns that it would have alone.
+            counted += self.schedule.may_count(self.poll - 1)
+            self.batch.room = -(-counted // COLUMNS) * COLUMNS
+            need = int(self.batch.room.max())
+            columns = columns_for(need) if self.graphs else need
+            self.columns = longest if self.fixed_shapes else min(longest, columns)
 
     def _new_rows(self, jobs: list[Job], columns: int) -> BatchState:
         """Rows of the batch for jobs that enter a slot."""
@@ -208,6 +211,7 @@ class Engine:
         return BatchState(
             ids=padded_ids([job.passage for job in jobs], columns).to(device),
             length=length,
+            room=length,
             corrections=(length - 1).clamp_max(self.recipe.corrections),
             margin_asked=margin,
             target_margin=margin.clone(),

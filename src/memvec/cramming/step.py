@@ -168,7 +168,7 @@ class Step:
         whose vectors are to be enlarged now."""
         # Only columns that a passage would have alone count, whoever is beside it.
         counted = self.schedule.counted(batch.schedule, batch.length)
-        room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.length)
+        room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.room).minimum(batch.length)
         within = torch.arange(measured.margin.shape[1], device=room.device) < room[:, None]
         right = (measured.margin >= batch.target_margin[:, None]) & (measured.margin > 0)
         missed = (~right & within).cumsum(-1)
