@@ -161,6 +161,8 @@ def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
             f"{now.accuracy:.0%} right, {now.target:.3g} {reached}, "
             f"{left / 60:.0f} min left"
         )
+        if now.step == now.steps:
+            say("The last step is done. If the encoder has a best length, it is measured now.")
 
     return show
 
