@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sqlite3
@@ -15,7 +16,7 @@ import torch
 
 from conftest import QUICK, reader, tiny
 from memvec import codec, cram_job
-from memvec.certificate import account
+from memvec.cli.common import account
 from memvec.cli.display import failures
 from memvec.cli.expected import sentence
 from memvec.codec import CramStatus, cram, decode
@@ -395,6 +396,13 @@ def test_the_account_compares_with_compressors():
     assert counts["text"] == len(TEXT.encode())
     assert counts["vectors"] == mem.size
     assert 0 < counts["arithmetic"] < counts["vectors"]
+    # The first tokens that stand in the file are part of what both sides hold.
+    given = replace(QUICK, start_rule="first-token")
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=given)
+    some = account(mem, TEXT.encode())
+    bits = sum(p.lm_bits for p in mem.passages) + len(mem.passages) * math.log2(lm.vocab_size)
+    assert some["vectors"] == mem.size + sum(1 + (p.first > 127) for p in mem.passages)
+    assert some["arithmetic"] == math.ceil(bits / 8)
 
 
 def test_documents_may_be_made_beforehand():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from copy import copy
 from dataclasses import replace
 
 import pandas as pd
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
 from memvec import codec
+from memvec.arms import shared_m
 from memvec.arms.shared_m import Shared
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
@@ -285,3 +287,23 @@ def test_the_published_rule_is_a_maximum_and_ours_is_not():
     assert result.lengths[3].accuracy.mean == pytest.approx(0.55)
     nothing = one_step_result(rows[rows["length"] == 32])
     assert (nothing.longest, nothing.always) == (None, None)
+
+
+@pytest.mark.parametrize("limit", [4, 8])
+def test_a_shared_m_keeps_its_limit_where_decoding_disagrees(monkeypatch, limit):
+    """Passages that go on with a larger margin have the steps that are left, not all again."""
+    honest, wrong = shared_m.certify, iter(range(10))
+
+    def disagreeing(*args):
+        for outcome in honest(*args):
+            lies = outcome.status == "done" and next(wrong, 9) < 2
+            yield replace(outcome, exact=False) if lies else outcome
+
+    monkeypatch.setattr(shared_m, "certify", disagreeing)
+    recipe = shared_m.without_parts(Recipe.of("one-step", steps=limit, lr=0.1, start="noise"))
+    lm = copy(one_step(tiny()))
+    lm.logit_spread = 40.0  # a raise is more than these steps can reach
+    jobs = [Job(p, recipe.margin) for p in passages(2, 2)]
+    outcomes = Shared(lm, recipe, batch_size=4, storage="float32").run(jobs)
+    assert next(wrong) >= 2  # it was asked again
+    assert all(0 < outcome.steps <= limit for outcome in outcomes)

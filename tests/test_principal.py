@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import QUICK, tiny
+from conftest import QUICK, passages, tiny
 from memvec.arms import principal
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -47,6 +47,24 @@ def test_directions_are_those_of_gradients_taken_one_by_one(family):
     assert float(shares.sum()) == pytest.approx(principal.ROWS * D, rel=1e-3)
     kept = principal.gradient_spectrum(lm).shares.double()
     torch.testing.assert_close(kept, shares, rtol=2e-3, atol=2e-3 * float(shares.max()))
+
+
+@both
+def test_what_was_crammed_before_changes_no_direction(recipe, monkeypatch):
+    """Nor what stands in front of the vectors: directions are the model's own."""
+    lm, (passage,) = tiny(), passages(6, seed=3)
+    recipe = replace(recipe, steps=6, margin=1e3)
+    behind = replace(recipe, front="bos")
+    found = []
+    for order in ([recipe, behind], [behind, recipe]):
+        monkeypatch.setattr(principal, "FOUND", {})
+        vectors = {}
+        for one in order:
+            (outcome,) = Engine(lm, one).run([passage])
+            vectors[one.front] = outcome.vectors
+        found.append(vectors)
+    for front in ("none", "bos"):
+        assert torch.equal(found[0][front], found[1][front])
 
 
 def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch):

@@ -149,7 +149,10 @@ def tarasov(
 
 
 def distance(lm, memory, read, layers):
-    """1 - cosine of the hidden states of the tokens that are read, with the vector and without."""
+    """1 - cosine of the hidden states of the tokens that are read, with the vector and without.
+
+    Of the first `layers` hidden states, as transformers lists them: the embeddings are the first.
+    """
     bos = lm.embedding(torch.tensor([lm.bos_id]))
     behind, plain = (
         lm.model(
@@ -159,11 +162,11 @@ def distance(lm, memory, read, layers):
     )
     return sum(
         (1 - torch.cosine_similarity(a[0, 1:], b[0, 1:], dim=-1)).mean()
-        for a, b in zip(behind[1 : layers + 1], plain[1 : layers + 1], strict=True)
+        for a, b in zip(behind[:layers], plain[:layers], strict=True)
     )
 
 
-CHANGED = {"alignment": {"align_layers": 1}}  # a tiny model has fewer layers than four
+CHANGED = {"alignment": {"align_layers": 1}}  # a tiny model has fewer layers than three
 PUBLISHED = {
     "paper": kuratov,
     "progressive": tarasov,
@@ -172,7 +175,7 @@ PUBLISHED = {
     "margin": lambda *a: tarasov(*a, epsilon=0.5, reweigh=True),
     "low-dim": lambda *a: tarasov(*a, low_dim=Recipe.of("low-dim")),
     "geometric": lambda *a: tarasov(*a, doubling=True),
-    "alignment": lambda *a: tarasov(*a, align=1),
+    "alignment": lambda *a: tarasov(*a, align=2),
 }
 
 

@@ -25,7 +25,7 @@ from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Decoding, Workers, combined, decode_passages
+from memvec.workers import Batch, Crew, Decoding, Loading, Workers, combined, decode_passages
 from memvec.workers.pool import Member
 from studies import HEAD
 from test_report import alike
@@ -117,6 +117,15 @@ def test_a_worker_that_dies_while_a_unit_is_being_made_loses_nothing() -> None:
 
     numbers = [f.row.number for f in made.stream(one_by_one(slowly()), None)]
     assert sorted(numbers) == list(range(6))
+
+
+def test_more_workers_than_ray_has_places_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would never place the last one, and its passages would wait for ever."""
+    here = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0})
+    monkeypatch.setattr("memvec.workers.pool._start_ray", lambda *_: here)
+    loading = Loading("pocket", None, "float32", None, {})
+    with pytest.raises(MemvecError, match="3 workers need as many CPUs, and Ray has 2 here"):
+        Workers(loading, workers=3)
 
 
 def test_workers_that_keep_dying_end_the_study() -> None:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from rich.console import Console
@@ -29,7 +30,9 @@ from memvec.lab.study import check as check_module
 from memvec.lab.study.cells import check_lengths, expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
+from memvec.lab.study.pool import Here
 from memvec.lab.study.price import price, problems, tokens_at_most
+from memvec.lab.study.recompute import Slow, SlowPassage
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
@@ -316,6 +319,26 @@ def test_the_check_sees_a_falsified_column(
         assert any(named.get(column, f": {column} is stored as") in s for s in wrong), wrong
 
 
+def test_a_tie_behind_the_first_error_excuses_no_other_horizon() -> None:
+    """In bfloat16, where many margins are ties: what decoding gives back ends at the first tie or
+    at the first token that is wrong beyond one."""
+    margins = np.array([2.0, 0.1, 3.0, -4.0, 0.2, -0.1])
+    nothing: dict[str, Any] = {"steps": (0, 0), "spent": (0, 0), "margins": (), "ties": 3}
+    nothing |= {"lm_ties": 3, "passage": object.__new__(SlowPassage)}
+
+    def allowed(margins: Any) -> dict[str, float | int]:
+        columns = {"predicted": 6, "horizon": 3}
+        return check_module._allowed(
+            Slow(columns=columns, positions=np.stack([margins] * 4), **nothing), "bfloat16"
+        )
+
+    for stored, ok in [(1, True), (3, True), (0, False), (6, False)]:
+        assert (abs(stored - 3) <= allowed(margins)["horizon"]) == ok
+    assert allowed(margins)["exact"] == 0
+    assert allowed(np.abs(margins))["exact"] == 1
+    assert allowed(margins + 0.3 * (margins > 0))["horizon"] == 0
+
+
 def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +365,48 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         data[at : at + 4] = b"\x00\x00\x00\x41"  # 8.0
         file.write_bytes(data)
         assert any(sentence in s for s in check_study(tmp_path / sentence)["wrong"]), sentence
+
+
+class DiesAfter(Here):
+    """A pool that stops behind its fourth row."""
+
+    def cram(self, units: Any, on_progress: Any) -> Any:
+        for i, finished in enumerate(super().cram(units, on_progress)):
+            if i == 4:
+                raise KeyboardInterrupt
+            yield finished
+
+
+@pytest.mark.parametrize(("protocol", "seeds"), [("paper", "[0]"), ("geometry", "[0, 1]")])
+def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
+    tmp_path: Path, protocol: str, seeds: str
+) -> None:
+    """Rows come in the order in which passages finish, not in that of their numbers."""
+    run_ = f'[[runs]]\nprotocol = "{protocol}"\nsources = ["random-tokens"]\nseeds = {seeds}\n'
+    run_ += "lengths = [4]\nrecipe = { lr = 0.1, steps = 300 }\n"
+    head = HEAD.replace("batch_size = 3", "batch_size = 8")
+    many, few = (spec_in(tmp_path, f"{head}{run_}passages = {n}\n") for n in (8, 4))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(many, tmp_path / "out", lambda model: DiesAfter(maker(model).lm), base=tmp_path)
+    with Store(tmp_path / "out") as store:
+        (cell, *_) = [c for (c,) in store.db.execute("SELECT DISTINCT cell FROM rows")]
+        assert set(store.done(cell)) != {0, 1, 2, 3}
+    status = run_study(few, tmp_path / "out", maker, base=tmp_path)
+    assert status.rows == status.planned
+    with Store(tmp_path / "out") as store:
+        assert store.counts() == (status.planned, status.planned)
+        assert set(store.done(cell)) >= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("what", ["encoder", "usable_encoder", "trigger"])
+def test_another_encoder_is_another_model(two_rows: Path, tmp_path: Path, what: str) -> None:
+    shutil.copytree(two_rows, tmp_path / "out")
+    with Store(tmp_path / "out", write=True) as store:
+        cell, text = store.db.execute("SELECT cell, description FROM cells").fetchone()
+        before = json.loads(text)
+        store.describe(cell, before)
+        with pytest.raises(MemvecError, match=f"has {what} other here, and the rows in"):
+            store.describe(cell, {**before, what: "other"})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from memvec import metrics
 from memvec.cramming.certify import Finished, certify
 from memvec.decoding import BATCH
 from memvec.environment import environment
@@ -81,15 +80,9 @@ def measure(
             Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
             for p, v, r in zip(asked, mem.vectors[at : at + BATCH], records, strict=True)
         ]
-        for outcome in certify(view, finished, mem.header.start_rule, mem.storage):
+        listed = [tuple((i, token) for i, token in r.corrections) for r in records]
+        for outcome in certify(view, finished, mem.header.start_rule, mem.storage, listed):
             results.append(outcome.result)
     if next(every, None) is not None:
         raise MemvecError("the texts go on after the last passage of these vectors.")
     return results
-
-
-def account(mem: MemVectors, text: bytes) -> dict[str, int]:
-    """Honest bytes of what was crammed: text, vectors with corrections and edits, compressors."""
-    s = mem.summary()
-    size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
-    return metrics.byte_account(text, size, s["lm_bits"])

@@ -114,9 +114,12 @@ def margin() -> Recipe:
 
 
 def alignment() -> Recipe:
-    """`progressive`, and hidden states of the first four layers near those of the plain text (their
-    "hybrid")."""
-    return replace(progressive(), term="alignment", term_weight=1.0, align_layers=4)
+    """`progressive`, and hidden states of the first layers near those of the plain text.
+
+    Their "hybrid" with L = 4, which counts the embeddings; these are the same in both, so three
+    layers are left.
+    """
+    return replace(progressive(), term="alignment", term_weight=1.0, align_layers=3)
 
 
 def geometric() -> Recipe:

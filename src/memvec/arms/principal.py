@@ -12,6 +12,7 @@ passage's, and take `ROWS` times D forward and backward passes of `TOKENS` token
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -85,12 +86,17 @@ class Whitened(Principal):
 def gradient_spectrum(lm: FrozenLM) -> Spectrum:
     """What a model's gradients at its input are made of, found once for a model.
 
+    It is the model's own, whatever stands around vectors and however they are read: nothing that
+    was crammed before changes it.
+
     The eigenvalues, from the least on, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times
     D gradients g of the default recipe's loss, each at one vector of large normal numbers and
     `TOKENS` drawn tokens; float32, on the model's device. A gradient that is not finite is left
     out. Raises MemvecError if none is.
     """
     if lm.model not in FOUND:
+        lm = copy.copy(lm.read_as("prefix"))
+        lm.front = ()
         covariance = torch.zeros(lm.width, lm.width, dtype=torch.float64)
         for at in range(0, ROWS * lm.width, lm.width):
             each = in_batches(functools.partial(_gradients, lm, at), lm.width, BATCH)

@@ -103,9 +103,9 @@ class Shared:
             forget_freed_memory()
 
     def _run(self, jobs: list[Job]) -> list[Outcome]:
-        spread = self.lm.logit_spread
+        spread, before = self.lm.logit_spread, jobs[0].steps
         for raises in range(RAISES + 1):
-            finished = self._cram(jobs)
+            finished = self._cram(jobs, self.recipe.steps - (jobs[0].steps - before))
             outcomes = [
                 outcome
                 for at in range(0, len(finished), self.batch_size)
@@ -114,14 +114,16 @@ class Shared:
                 )
             ]
             wrong = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
-            if not wrong or raises == RAISES:
+            out_of_steps = outcomes[0].steps - before >= self.recipe.steps
+            if not wrong or out_of_steps or raises == RAISES:
                 break
             jobs = [
                 Job.again(o, raised=spread if i in wrong else None) for i, o in enumerate(outcomes)
             ]
         return outcomes
 
-    def _cram(self, jobs: list[Job]) -> list[Finished]:
+    def _cram(self, jobs: list[Job], most: int) -> list[Finished]:
+        """Move all of them until they are right, for `most` steps."""
         recipe, device = self.recipe, self.lm.device
         began = time.perf_counter()
         own, shared = (t.to(device) for t in self._start(jobs))
@@ -164,7 +166,7 @@ class Shared:
                 status = "done"
                 break
             over = bool(recipe.budget) and int(spent.max()) >= recipe.budget
-            if steps >= recipe.steps or stale >= recipe.patience or over:
+            if steps >= most or stale >= recipe.patience or over:
                 break
             for parameters, slope, state in zip((own, shared), slopes, moments, strict=True):
                 moving = torch.ones(len(parameters), dtype=torch.bool, device=device)

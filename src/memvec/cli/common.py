@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,22 @@ def renamed_seats(batch_size: int | None, seats: int | None) -> int | None:
     if batch_size is not None:
         raise MemvecError("--seats and --batch-size are the same option: leave out --seats.")
     return seats
+
+
+def account(mem: MemVectors, text: bytes) -> dict[str, int]:
+    """Honest bytes of what was crammed: text, vectors with all that is listed, compressors.
+
+    Under the start rule 'first-token' a passage's first token is listed (LEB128) and costs the
+    arithmetic coder log2 V bits. A trigger is a model's, not a text's, and is not counted.
+    """
+    from memvec import metrics
+
+    s = mem.summary()
+    given = [p.first for p in mem.passages if p.first is not None]
+    size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
+    size += sum(-(-max(1, token.bit_length()) // 7) for token in given)
+    alone = math.log2(int(mem.header.model.get("vocabulary", 2)))
+    return metrics.byte_account(text, size, s["lm_bits"] + len(given) * alone)
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from memvec import __version__
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, assigned, check_target, recipe_of, renamed_seats
+from memvec.cli.common import ModelChoice, account, assigned, check_target, recipe_of, renamed_seats
 from memvec.cli.expected import counted
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
@@ -256,7 +256,6 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
     The journal of finished passages stays until they are saved.
     """
-    from memvec.certificate import account
     from memvec.cli import display
     from memvec.journal import Journal
     from memvec.passages.documents import read_document

@@ -78,11 +78,12 @@ def certify(
     finished: Sequence[Finished],
     start: StartRule,
     storage: Storage,
-    corrections: int = 0,
+    corrections: int | Sequence[Corrections] = 0,
 ) -> Iterator[Outcome]:
     """Decode and measure finished passages in a batch, from the vectors as stored.
 
-    Up to `corrections` tokens of each passage, those furthest below the margin asked, are listed.
+    Up to `corrections` tokens of each passage, those furthest below the margin asked, are listed,
+    or those that are given.
     """
     if not finished:
         return
@@ -94,19 +95,20 @@ def certify(
     given = int(start == "first-token")
     batch = positions(lm, vectors, passages, start)
     scores = [batch.passage(i, len(f.passage) - given) for i, f in enumerate(finished)]
-    listed = [
-        pick(own.margin, f.passage.ids, f.margin_asked, corrections)
-        for f, own in zip(finished, scores, strict=True)
-    ]
+    if isinstance(corrections, int):
+        n, each = corrections, zip(finished, scores, strict=True)
+        corrections = [pick(s.margin, f.passage.ids, f.margin_asked, n) for f, s in each]
     decoded = decode_ids(
         lm,
         vectors,
         [len(p) for p in passages],
         start=start,
         first=[p.ids[0] for p in passages] if start == "first-token" else None,
-        corrections=listed,
+        corrections=corrections,
     )
-    for f, kept, ids, own, fixed in zip(finished, vectors, decoded, scores, listed, strict=True):
+    for f, kept, ids, own, fixed in zip(
+        finished, vectors, decoded, scores, corrections, strict=True
+    ):
         error = first_error(ids, f.passage.ids)
         horizon = len(f.passage) - given if error is None else error - given
         yield Outcome(

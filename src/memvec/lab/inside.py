@@ -90,7 +90,8 @@ def logit_lens(
         raise _no_lens(lm)
     for state in states:
         logits = lm.head(norm(state))[0]
-        bits = float(metrics.surprisal(logits[None, None], torch.tensor([[token]]))[0, 0])
+        truth = torch.tensor([[token]], device=logits.device)
+        bits = float(metrics.surprisal(logits[None, None], truth)[0, 0])
         rank = 1 + int((logits > logits[token]).sum())
         found.append([bits, float(rank), float(logits.argmax())])
     return found
@@ -123,7 +124,7 @@ def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: s
     """Cram a passage once more, alone, and keep where its vectors go."""
     points: list[Tensor] = []
     leading: list[int] = []
-    engine = Engine(lm, recipe, vectors=K, batch_size=1, storage=storage)
+    engine = Engine(lm, recipe, vectors=K, batch_size=1, storage=storage, poll=1)
 
     def look(_: Any) -> None:
         if engine.batch is not None:

@@ -58,7 +58,13 @@ class Workers:
         self.ray = _start_ray(workers, address)
         resources = self.ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if device in ("auto", "cuda") else 0
-        self.count = workers or gpus or max(1, int(resources.get("CPU", 1)))
+        cpus = max(1, int(resources.get("CPU", 1)))
+        self.count = workers or gpus or cpus
+        if self.count > cpus:  # Ray would never place the last of them, nor say so
+            raise MemvecError(
+                f"{self.count} workers need as many CPUs, and Ray has {cpus} here: ask for fewer "
+                "--workers, or end the Ray that runs already (ray stop; in Python ray.shutdown())."
+            )
         self.loading, self.device = loading, device
         self.gpu = gpus >= self.count > 0
         # torch's number: it knows what this process may use (affinity, OMP_NUM_THREADS).

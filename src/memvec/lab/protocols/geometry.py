@@ -179,9 +179,10 @@ def solutions(data: Data, group: pd.DataFrame) -> tuple[NDArray[np.float64], NDA
 
 def paths(data: Data, group: pd.DataFrame) -> Iterator[list[float]]:
     """Accuracies along straight lines between restarts of a group's cells."""
-    cells = set(group["cell"])
-    for first, second, text in data.store.db.execute("SELECT first, second, accuracy FROM paths"):
-        if first in cells and second in cells:
+    cells, numbers = set(group["cell"]), set(group["number"])
+    query = "SELECT first, second, number, accuracy FROM paths"
+    for first, second, number, text in data.store.db.execute(query):
+        if first in cells and second in cells and number in numbers:
             yield json.loads(text)
 
 

@@ -93,8 +93,9 @@ class TransferProtocol(Protocol):
         mapped = transfer.encode(lm, truth, K)
         decoded = torch.tensor(decode_ids(lm, mapped, [len(passage)]))
         began = mapped_start(lm, transfer)
-        (again,) = Engine(began, replace(recipe, start="encoder"), vectors=K).run([passage])
-        flat = mapped.flatten().double()
+        recipe, storage = replace(recipe, start="encoder"), outcome.vectors.dtype
+        (again,) = Engine(began, recipe, vectors=K, storage=storage).run([passage])
+        flat = mapped.cpu().flatten().double()
         cosine = torch.cosine_similarity(flat, outcome.vectors.flatten().double(), dim=0)
         return {
             "mapped": mapped[0].tolist(),

@@ -58,7 +58,7 @@ class Group(NamedTuple):
     @property
     def exact(self) -> Share:
         """Share of passages that came back whole."""
-        return share_interval(int((self.rows["exact"] > 0).sum()), len(self.rows))
+        return share_interval(int((self.rows["exact"] == 1).sum()), len(self.rows))
 
     def contexts(self) -> list[str]:
         """Names of the contexts that any passage has, but the text itself."""

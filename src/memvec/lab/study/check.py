@@ -189,6 +189,11 @@ def _allowed(slow: Slow, dtype: str) -> dict[str, float | int]:
     ties, lm_ties = slow.ties, slow.lm_ties
     n = int(slow.columns["predicted"])
     loose = BITS[dtype] * n
+    # Until its first error, free decoding is teacher forcing: a flipped tie ends it, or the first
+    # token that no tie explains.
+    margins = slow.positions[2]
+    first, last = (int(np.argmax([*(margins < m), True])) for m in (TIE[dtype], -TIE[dtype]))
+    horizon = int(slow.columns["horizon"])
     return {
         "tokens": 0,
         "predicted": 0,
@@ -201,8 +206,8 @@ def _allowed(slow: Slow, dtype: str) -> dict[str, float | int]:
         "token_gain": ties + lm_ties,
         "lm_right": lm_ties,
         "horizon_token_gain": ties + lm_ties,
-        "horizon": math.inf if ties else 0,  # after a flipped tie everything may follow
-        "exact": 1 if ties else 0,
+        "horizon": max(horizon - first, last - horizon, 0),
+        "exact": int(first < last == n),
     }
 
 

@@ -84,7 +84,10 @@ class _Run:
         self.on_status = on_status
         self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
         self.began = time.monotonic()
-        self.done = {p.cell.key: len(store.done(p.cell.key)) for p in planned}
+        asked = {p.cell.key: p.passages for p in planned}
+        # Rows come in the order in which passages finish, so an earlier, longer plan may have left
+        # some that are not asked for now and none of some that are.
+        self.done = {key: sum(n < asked[key] for n in store.done(key)) for key in asked}
         self.costs = {p.cell.key: tokens_at_most(p) for p in planned}
         self.reported = 0.0
         self.rows_now = 0
@@ -92,6 +95,7 @@ class _Run:
         self.what, self.horizon = "starting", None  # type: tuple[str, float | None]
 
     def run(self, make_pool: MakePool) -> StudyStatus:
+        asked = {p.cell.key: p.passages for p in self.planned}
         for model in self.spec.models:
             mine = [p for p in self.planned if p.cell.model == model.name]
             if not any(self._left(p) for p in mine) and not any(self._open_pairs(mine)):
@@ -104,7 +108,7 @@ class _Run:
                 for finished in pool.cram(self._units(mine, pool), self._progress):
                     self.store.put(finished)
                     key = finished.row.cell
-                    self.done[key] += 1
+                    self.done[key] += finished.row.number < asked[key]
                     self.rows_now += 1
                     self.cost_now += self.costs[key]
                     self._report()
@@ -124,7 +128,7 @@ class _Run:
     # ------------------------------------------------------------------ what is to do
 
     def _left(self, p: Planned) -> int:
-        return max(0, p.passages - self.done[p.cell.key])
+        return p.passages - self.done[p.cell.key]
 
     def _units(self, planned: list[Planned], pool: Pool) -> Iterator[Unit]:
         """Units of all cells that are not done, made when they are asked for."""
@@ -132,7 +136,7 @@ class _Run:
         earlier: dict[str, dict[int, tuple[int, ...]]] = {}  # passages of each source
         for p in planned:
             known = self.store.done(p.cell.key)
-            if len(known) >= p.passages:
+            if not self._left(p):
                 continue
             self.what = _name(p)
             self.store.describe(p.cell.key, description)

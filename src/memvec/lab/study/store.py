@@ -131,7 +131,7 @@ class Store:
                 f"{description['name']} has other weights than the rows in {self.folder} were made "
                 "with: use another folder."
             )
-        for name in ("dtype", "quantize", "attention"):
+        for name in ("dtype", "quantize", "attention", "encoder", "usable_encoder", "trigger"):
             old, new = before.get(name), description.get(name)
             if old != new:
                 raise MemvecError(
