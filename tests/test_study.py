@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from rich.console import Console
 from transformers import Olmo2Config
@@ -24,6 +25,7 @@ from transformers import Olmo2Config
 from conftest import reader
 from memvec.cli.study import check, export, ls, validate
 from memvec.cli.study_progress import study_progress
+from memvec.cramming.certify import positions
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
 from memvec.lab.study import check as check_module
@@ -33,11 +35,13 @@ from memvec.lab.study.export import export_rows
 from memvec.lab.study.pool import Here
 from memvec.lab.study.price import price, problems, tokens_at_most
 from memvec.lab.study.recompute import Slow, SlowPassage
+from memvec.lab.study.recompute import _alone as check_alone
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
+from memvec.passages.passage import Passage
 from studies import HEAD, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
@@ -317,6 +321,19 @@ def test_the_check_sees_a_falsified_column(
         assert any("changed after it was written" in s for s in wrong)
     else:
         assert any(named.get(column, f": {column} is stored as") in s for s in wrong), wrong
+
+
+@pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_check_reads_a_text_alone_as_certification_does(rule: str, own: bool) -> None:
+    """Also one that begins with BOS: it stands behind no other, and its BOS is given."""
+    lm = reader()
+    ids = (lm.bos_id if own else 9, 7, 8, 5)
+    scores = positions(lm, torch.zeros(1, 1, lm.width), [Passage(ids)], rule)
+    bits, margin = check_alone(lm, ids, rule)
+    np.testing.assert_allclose(scores.lm_bits[0].numpy(), bits, atol=1e-4)
+    np.testing.assert_allclose(scores.lm_margin[0].numpy(), margin, atol=1e-4)
+    assert (bits[0] == 0) == (own and rule != "first-token")
 
 
 def test_a_tie_behind_the_first_error_excuses_no_other_horizon() -> None:

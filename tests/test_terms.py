@@ -13,6 +13,7 @@ from memvec.arms.geometric import NO_FAILURE, Geometric
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
+from memvec.passages.passage import Passage
 
 ALIGNED = replace(QUICK, term="alignment", term_weight=0.5, align_layers=2, compute="model")
 
@@ -160,3 +161,21 @@ def test_a_passage_pays_for_its_own_tokens_only():
             if outcome.passage.ids == short.ids:
                 spent[len(asked)] = outcome.spent / max(1, outcome.steps)
     assert spent[1] == spent[2] == 3 + 1 + 1  # tokens, inputs before them, a third of the tokens
+
+
+def test_a_text_with_its_own_bos_is_aligned_with_itself():
+    """Not with the states behind another BOS, where the model never reads a text."""
+    lm, (passage,) = tiny(), passages(5, seed=2)
+    passage = Passage((lm.bos_id, *passage.ids[1:]), 0)
+    engine = Engine(lm, ALIGNED, vectors=1, batch_size=1)
+    engine.push(passage)
+    engine.fill(1)
+    measured = engine.one_step.measure(engine.batch, engine.columns)
+    ids, n = torch.tensor([passage.ids]), len(passage) - 1
+    behind = hidden(lm, lm.inputs(engine.batch.parameters.detach(), ids, "vectors"))
+    plain = hidden(lm, lm.embed(ids[:, :-1]))
+    slow = sum(
+        (1 - torch.cosine_similarity(a[:, -n:], b[:, -n:], dim=-1)).mean()
+        for a, b in zip(behind[1:3], plain[1:3], strict=True)
+    )
+    assert float(measured.term.loss[0]) == pytest.approx(float(slow), abs=1e-5)

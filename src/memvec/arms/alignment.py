@@ -71,8 +71,10 @@ class Alignment(Term):
             return TermLoss(torch.zeros(B, device=vectors.device))
         behind = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
         ids = with_padding(batch.ids[:, : tokens + 1], padding_rows)
+        # Passages that begin with BOS are texts as they are (a source's `bos`).
+        starts = self.lm.bos_id is None or bool((batch.ids[:, 0] == self.lm.bos_id).all())
         with torch.no_grad(), self.watching():
-            self.module.states(None, ids, "first-token" if self.lm.bos_id is None else "bos")
+            self.module.states(None, ids, "first-token" if starts else "bos")
         plain = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
         with torch.enable_grad():
             cosine = torch.stack(

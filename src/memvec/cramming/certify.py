@@ -131,14 +131,21 @@ def positions(
 ) -> PositionScores:
     """The scores (B, N) of every predicted position, teacher-forced, with the vectors and without.
 
-    Rows of shorter passages are right-padded; what stands in the padding means nothing.
+    A passage whose first token is BOS is read alone as it is, not behind another BOS, and its first
+    token costs nothing there: it is given, as in the published gains. Rows of shorter passages are
+    right-padded; what stands in the padding means nothing.
     """
     B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
     ids = padded_ids(passages, longest).to(lm.device)
     bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
-    if start == "first-token" or lm.bos_id is not None:
-        base = lm.states(None, ids, "first-token" if start == "first-token" else "bos")
-        base_bits, base_margin = _positions(lm, base, ids[:, given:])
+    if given or lm.bos_id is not None:
+        own = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
+        read = torch.where(own, ids.roll(-1, 1), ids)
+        base = lm.states(None, read, "first-token" if given else "bos")
+        base_bits, base_margin = (
+            torch.where(own.cpu(), torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], 1), x)
+            for x, first in zip(_positions(lm, base, read[:, given:]), (0.0, 1.0), strict=True)
+        )
     else:
         # No token starts a text for this model: the first token costs log2 V without vectors.
         base_bits = base_margin = bits.new_empty(B, 0)

@@ -117,6 +117,10 @@ def _with_vectors(
 def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floats]:
     """Bits and margins (N,) of the model without vectors."""
     n = len(ids) - int(start == "first-token")
+    if start != "first-token" and ids[0] == lm.bos_id:  # its own BOS starts the text: it is given
+        own = slow.logits(lm, None, list(ids))[:-1]
+        lm_bits, lm_margin = slow.bits_and_margins(own, ids[1:])
+        return np.concatenate([[0.0], lm_bits]), np.concatenate([[1.0], lm_margin])
     head = [lm.bos_id] if lm.bos_id is not None and start != "first-token" else []
     own = slow.logits(lm, None, [*head, *ids])[:-1][-n:]
     lm_bits, lm_margin = slow.bits_and_margins(own, ids[len(ids) - len(own) :])
