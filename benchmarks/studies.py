@@ -103,7 +103,7 @@ def measure(size: int) -> dict[str, float]:
             )
             for i in range(passages)
         ]
-        store.put_passages(known)
+        store.put_passages(planned[0].cell.key, known)
         description = {"weights": "w", "width": D, "vocabulary": 4096, "revision": None}
         times, waits = [], []
         for p in planned:

@@ -108,7 +108,9 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
         (table, fits) = protocol_of("checkpoints").tables(data, compare=False)
         (figure,) = protocol_of("checkpoints").figures(data, compare=False)
         alone = [
-            bits_of(load_lm(row["model"]), store.passage(row["passage"])[1], row["horizon"])
+            bits_of(
+                load_lm(row["model"]), store.passage(row["cell"], row["number"]).ids, row["horizon"]
+            )
             for row in data.rows.to_dict("records")
         ]
     rows = data.rows.assign(alone=alone)

@@ -130,7 +130,7 @@ def report(
                 finished = made(p.cell, number, hold(p.cell, number), first=first)
                 key = finished.row.passage
                 found = SourcedPassage(number, Passage((2, 3, 4)), key)
-                store.put_passages([(key, found, Text(b"abc", ["a", "b", "c"]))])
+                store.put_passages(p.cell.key, [(key, found, Text(b"abc", ["a", "b", "c"]))])
                 store.put(finished)
         data = read_data(store)
         tables, plots = all_tables(data, compare=True), all_plots(data, compare=True)

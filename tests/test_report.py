@@ -165,7 +165,7 @@ def made_up(folder: Path, text: str, **columns: Callable[[Cell, int], object]) -
             for number in range(p.passages):
                 name = f"{p.cell.length} {number}"
                 found = SourcedPassage(number, Passage((2, 3, 4 + number)), name)
-                store.put_passages([(name, found, Text(name.encode() * 9, ["x"] * 3))])
+                store.put_passages(p.cell.key, [(name, found, Text(name.encode() * 9, ["x"] * 3))])
                 made = alike(p.cell.key, number, p.cell.vectors, p.cell.protocol)
                 changes = {key: value(p.cell, number) for key, value in columns.items()}
                 row = made.row.model_copy(update={"passage": name, **changes})
@@ -361,7 +361,7 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
         for p in planned:
             store.describe(p.cell.key, reader().description())
             found = SourcedPassage(0, Passage((2, 3, 4)), "x")
-            store.put_passages([("h", found, text_of(reader(), found))])
+            store.put_passages(p.cell.key, [("h", found, text_of(reader(), found))])
             store.put(alike(p.cell.key, 0, p.cell.vectors, p.cell.protocol))
         data = read_data(store)
         tables, plots = all_tables(data, compare=False), all_plots(data, compare=False)

@@ -42,7 +42,7 @@ from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
-from studies import HEAD, everything, maker, run, spec_in
+from studies import HEAD, SENTENCES, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
 RUN = '[[runs]]\nprotocol = "exact"\nlengths = [8]\n'
@@ -413,6 +413,27 @@ def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
     with Store(tmp_path / "out") as store:
         assert store.counts() == (status.planned, status.planned)
         assert set(store.done(cell)) >= {0, 1, 2, 3}
+
+
+def test_the_same_tokens_behind_other_text_are_another_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refrain: its rows were made behind different lines, and are checked and shown so."""
+    lines = "The fox is brown. la la la la. A cat sat on a mat. la la la la. Dogs see cats. "
+    text = HEAD.replace('kind = "random-tokens"', 'kind = "book"\npath = "book.txt"')
+    text += '[[runs]]\nprotocol = "context"\nsources = ["refrain"]\nlengths = [3]\npassages = 20\n'
+    text += "contexts = [2, 3]\nrecipe = { lr = 0.1, steps = 4 }\n"
+    text = text.replace('kind = "book"', 'name = "refrain"\nkind = "book"')
+    spec = parse_spec(text.replace("book.txt", "refrain.txt", 1), "spec")
+    (tmp_path / "book.txt").write_text(SENTENCES * 30, "utf-8")
+    (tmp_path / "refrain.txt").write_text(lines + "la la la la. " * 3, "utf-8")
+    run(spec, tmp_path, tmp_path / "out")
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    assert check_study(tmp_path / "out")["wrong"] == []
+    with Store(tmp_path / "out") as store:
+        rows = store.db.execute("SELECT cell, number FROM rows").fetchall()
+        kept = [store.passage(*row) for row in rows]
+    assert len({k.ids for k in kept}) < len({(k.ids, k.before) for k in kept})
 
 
 @pytest.mark.parametrize("what", ["encoder", "usable_encoder", "trigger"])

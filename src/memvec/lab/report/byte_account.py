@@ -7,6 +7,8 @@ import heapq
 import lzma
 import zlib
 from collections import Counter
+from collections.abc import Hashable
+from typing import Any
 
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, short
@@ -34,8 +36,8 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
         longest = longest.head(MAX_PASSAGES)
         exact = longest[longest["exact"] == 1]
-        texts = [_text(data, key) for key in exact["passage"]]
-        if any(_text(data, key) is None for key in longest["passage"]):
+        texts = [_text(data, row) for row in exact.to_dict("records")]
+        if any(_text(data, row) is None for row in longest.to_dict("records")):
             continue
         whole = b"\n".join(t for t in texts if t is not None)
         size = sum(len(t) for t in texts if t is not None)
@@ -60,9 +62,8 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
     return Table("bytes", "Byte accounting", note, columns, rows)
 
 
-def _text(data: Data, key: str) -> bytes | None:
-    row = data.store.db.execute("SELECT text FROM passages WHERE passage=?", (key,)).fetchone()
-    return None if row is None or row[0] is None else bytes(row[0])
+def _text(data: Data, row: dict[Hashable, Any]) -> bytes | None:
+    return data.store.passage(row["cell"], row["number"]).text
 
 
 def _huffman_bits(data: bytes) -> int:

@@ -117,11 +117,9 @@ def explored(data: Data) -> list[dict[str, Any]]:
 
 def _explored(data: Data, row: dict[str, Any], vectors: Any, positions: Any) -> dict[str, Any]:
     """One passage: vectors (K, D), positions (4, N) as the store keeps them."""
-    name, ids, _ = data.store.passage(row["passage"])
-    stored = data.store.db.execute(
-        "SELECT pieces FROM passages WHERE passage=?", (row["passage"],)
-    ).fetchone()[0]
-    pieces = json.loads(stored) if stored else [str(i) for i in ids]
+    kept = data.store.passage(row["cell"], row["number"])
+    name, ids = kept.name, kept.ids
+    pieces = kept.pieces or [str(i) for i in ids]
     given = len(ids) - positions.shape[1]
     lm_bits, bits, margin, lm_margin = (
         [round(float(v), 2) for v in line[:MAX_TOKENS]] for line in positions

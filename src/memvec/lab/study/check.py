@@ -144,10 +144,11 @@ def _check_row(
     place = f"cell {row['cell']} ({row['protocol']}, {row['source']}), passage {row['number']}"
     try:
         vectors, positions = store.tensors(row["cell"], row["number"])
-        _, ids, before = store.passage(row["passage"])
+        kept = store.passage(row["cell"], row["number"])
     except MemvecError as error:
         return [f"{place}: {error}"]
-    slow = recompute(lm, cell, row, vectors, ids, before, TIE[dtype], BITS[dtype])
+    ids = kept.ids
+    slow = recompute(lm, cell, row, vectors, ids, kept.before, TIE[dtype], BITS[dtype])
     wrong = [*_compare(row, slow, dtype, worst), *_positions(slow, positions.numpy(), dtype, worst)]
     wrong += _extra(cell.protocol, row["extra"], slow, worst)
     wrong = [f"{place}: {sentence}" for sentence in wrong]
@@ -157,11 +158,8 @@ def _check_row(
     if not store.sealed(row["cell"], row["number"]):
         wrong.append(f"{place}: the row was changed after it was written.")
     if lm.tokenizer is not None:
-        text, pieces = store.db.execute(
-            "SELECT text, pieces FROM passages WHERE passage=?", (row["passage"],)
-        ).fetchone()
-        same = text == lm.text(ids).encode("utf-8", "surrogatepass")
-        if not same or json.loads(pieces) != [lm.text([i]) for i in ids]:
+        same = kept.text == lm.text(ids).encode("utf-8", "surrogatepass")
+        if not same or kept.pieces != [lm.text([i]) for i in ids]:
             wrong.append(f"{place}: the passage's text is not that of its tokens.")
     return wrong
 
@@ -281,7 +279,7 @@ def _check_pairs(
     for first, second, number, text in pairs[: limit or None]:
         place = f"cells {first} and {second}, passage {number}"
         try:
-            _, ids, _ = store.passage(store.done(first).get(number, f"number {number}"))
+            ids = store.passage(first, number).ids
             a, b = (store.tensors(key, number)[0] for key in (first, second))
         except MemvecError as error:
             wrong.append(f"{place}: {error}")

@@ -155,7 +155,8 @@ class _Run:
                         f"source '{p.cell.source}' gives another passage {f.number} than when this "
                         "study began: put the old texts back, or use another folder."
                     )
-            self.store.put_passages(list(zip(hashes, texts.passages, texts.texts, strict=True)))
+            found = list(zip(hashes, texts.passages, texts.texts, strict=True))
+            self.store.put_passages(p.cell.key, found)
             left = sum(f.number not in known for f in texts.passages)
             size = pool.unit_size(left, p.batch_size)
             yield from in_units(p.cell, texts.passages, size, p.batch_size, known)
@@ -185,11 +186,11 @@ class _Run:
                 a, pool.description()
             )  # only the model of its rows may compare them
             row = self.store.db.execute(
-                "SELECT passage, start_rule FROM rows WHERE cell=? AND number=?", (a, number)
+                "SELECT start_rule FROM rows WHERE cell=? AND number=?", (a, number)
             ).fetchone()
-            _, ids, _ = self.store.passage(row[0])
+            ids = self.store.passage(a, number).ids
             one, two = (self.store.tensors(key, number)[0] for key in (a, b))
-            values = pool.between(first.cell.protocol, Passage(ids), one, two, row[1])
+            values = pool.between(first.cell.protocol, Passage(ids), one, two, row[0])
             self.store.put_path(a, b, number, values)
 
     # ------------------------------------------------------------------ progress

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, Literal, get_origin
 
+from memvec.lab.study import passages
 from memvec.lab.study.row import Row
 
 SCHEMA = "2"  # raised when tables or the vectors' files change so that old ones cannot be read
@@ -37,9 +38,7 @@ CREATE TABLE IF NOT EXISTS cells (
   length INTEGER NOT NULL, vectors INTEGER NOT NULL, seed INTEGER NOT NULL,
   storage TEXT NOT NULL, random_text INTEGER NOT NULL, settings TEXT NOT NULL,
   description TEXT);
-CREATE TABLE IF NOT EXISTS passages (
-  passage TEXT PRIMARY KEY, name TEXT NOT NULL, ids BLOB NOT NULL, before BLOB NOT NULL,
-  text BLOB, pieces TEXT);
+{passages.TABLES}
 CREATE TABLE IF NOT EXISTS rows (
   {_ROWS},
   offset INTEGER NOT NULL, size INTEGER NOT NULL, digest TEXT NOT NULL,

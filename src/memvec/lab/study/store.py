@@ -31,7 +31,7 @@ from torch import Tensor
 
 from memvec.errors import MemvecError
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.study import schema
+from memvec.lab.study import passages, schema
 from memvec.lab.study.cells import Planned
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
@@ -152,7 +152,7 @@ class Store:
             "json_extract(this.settings, '$.source_settings') = "
             "json_extract(cells.settings, '$.source_settings') ORDER BY length(ids)"
         )
-        return {int(n): _from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
+        return {int(n): passages.from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
 
     def set_environment(self, record: dict[str, Any]) -> None:
         """The environment of the rows that follow."""
@@ -162,15 +162,13 @@ class Store:
             "INSERT OR IGNORE INTO environments VALUES (?, ?)", (self._environment, text)
         )
 
-    def put_passages(self, passages: Sequence[tuple[str, SourcedPassage, Text | None]]) -> None:
-        """Remember passages: (hash, passage, its text)."""
+    def put_passages(
+        self, cell: str, found: Sequence[tuple[str, SourcedPassage, Text | None]]
+    ) -> None:
+        """Remember the passages of a cell: (hash, passage, its text)."""
         with self._transaction():
-            for key, f, text in passages:
-                words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
-                self.db.execute(
-                    "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
-                    (key, f.name, _ids(f.passage.ids), _ids(f.before), *words),
-                )
+            for key, sourced, text in found:
+                passages.put(self.db, cell, key, sourced, text)
 
     def put(self, finished: StoreEntry) -> None:
         """Write a row and its tensors; on disk when this returns. A row that is there stays."""
@@ -267,15 +265,13 @@ class Store:
         values = dict(zip(self.columns, row, strict=True))
         return bool(values.pop("seal") == schema.seal(values))
 
-    def passage(self, key: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """(name, token ids, tokens before) of a passage. Raises MemvecError if it is not there."""
-        found = self.db.execute(
-            "SELECT name, ids, before FROM passages WHERE passage=?", (key,)
-        ).fetchone()
+    def passage(self, cell: str, number: int) -> passages.Kept:
+        """The passage of a row. Raises MemvecError if it is not there."""
+        found = passages.find(self.db, cell, number)
         if found is None:
+            key = self.done(cell).get(number, f"number {number} of cell {cell}")
             raise MemvecError(f"{self.file} has no passage {key}: damaged.")
-        name, ids, before = found
-        return str(name), _from_bytes(ids), _from_bytes(before)
+        return found
 
     # ------------------------------------------------------------------ inside
 
@@ -336,14 +332,6 @@ class Store:
                 self._open.pop(next(iter(self._open))).close()
             self._open[cell] = stream
         return self._open[cell]
-
-
-def _ids(ids: Sequence[int]) -> bytes:
-    return np.asarray(ids, dtype="<i4").tobytes()
-
-
-def _from_bytes(data: bytes) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.frombuffer(data, dtype="<i4"))
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -1,0 +1,86 @@
+"""The passages of a study: name, token ids, the tokens before them, and their text.
+
+A passage is stored once under the hash of its token ids, whoever crams it. Where the same tokens
+stand elsewhere too (behind other text, or under another tokenizer, with another text) the row's own
+are kept beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.study.row import Text
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS passages (
+  passage TEXT PRIMARY KEY, name TEXT NOT NULL, ids BLOB NOT NULL, before BLOB NOT NULL,
+  text BLOB, pieces TEXT);
+CREATE TABLE IF NOT EXISTS elsewhere (
+  cell TEXT NOT NULL, number INTEGER NOT NULL, name TEXT NOT NULL, before BLOB NOT NULL,
+  text BLOB, pieces TEXT, PRIMARY KEY (cell, number)) WITHOUT ROWID;
+"""
+
+
+class Kept(NamedTuple):
+    """What a study keeps of the passage of a row; `text` and `pieces` None without a tokenizer."""
+
+    name: str
+    ids: tuple[int, ...]
+    before: tuple[int, ...]
+    text: bytes | None
+    pieces: list[str] | None
+
+
+def put(
+    db: sqlite3.Connection, cell: str, key: str, found: SourcedPassage, text: Text | None
+) -> None:
+    """Remember a passage of a cell under the hash of its ids."""
+    words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
+    own = (found.name, to_bytes(found.before), *words)
+    name, before, *rest = own
+    db.execute(
+        "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
+        (key, name, to_bytes(found.passage.ids), before, *rest),
+    )
+    query = "SELECT name, before, text, pieces FROM passages WHERE passage=?"
+    if db.execute(query, (key,)).fetchone() != own:
+        db.execute(
+            "INSERT OR REPLACE INTO elsewhere VALUES (?,?,?,?,?,?)", (cell, found.number, *own)
+        )
+
+
+def find(db: sqlite3.Connection, cell: str, number: int) -> Kept | None:
+    """The passage of a row; None if the row or its passage is not there."""
+    query = (
+        "SELECT name, ids, before, text, pieces FROM rows JOIN passages USING (passage) "
+        "WHERE cell=? AND number=?"
+    )
+    row = db.execute(query, (cell, number)).fetchone()
+    if row is None:
+        return None
+    name, ids, *rest = row
+    # A store of an earlier memvec that is only read has no such table.
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name='elsewhere'").fetchone():
+        query = "SELECT name, before, text, pieces FROM elsewhere WHERE cell=? AND number=?"
+        own = db.execute(query, (cell, number)).fetchone()
+        if own is not None:
+            name, *rest = own
+    before, text, pieces = rest
+    spoken = None if pieces is None else json.loads(pieces)
+    return Kept(name, from_bytes(ids), from_bytes(before), text, spoken)
+
+
+def to_bytes(ids: Sequence[int]) -> bytes:
+    """Token ids as the store keeps them."""
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def from_bytes(data: bytes) -> tuple[int, ...]:
+    """Token ids that the store kept."""
+    return tuple(int(i) for i in np.frombuffer(data, dtype="<i4"))
