@@ -60,6 +60,8 @@ WRONG = [
     ('protocol = "exact"\nlengths = [8]\nrecipe = { corrections = 2 }', "corrections", "must be 0"),
     ('protocol = "exact"\nlengths = "eight"', "lengths", "eight"),
     ('protocol = "exact"', "needs 'lengths'", ""),
+    ('protocol = "usable"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
+    ('protocol = "spaces"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
     ('protocol = "geometry"\nlengths = [8]\nrecipe = { start = "encoder" }', "restarts", "start"),
 ]
 

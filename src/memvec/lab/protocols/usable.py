@@ -69,6 +69,8 @@ class Usable(Protocol):
                 "reads the vectors with and without a trigger, so start_rule must be 'bos' "
                 "(`trigger` says which token)"
             )
+        if len(run.seeds) > 1:
+            return "says what the vectors of one start are worth: leave one of seeds"
         other = run.recipe.get("space", "inputs") != "inputs"
         if other and (run.options.get("layers") or run.options.get("directions")):
             return "looks into inputs only, so `layers` and `directions` have no other space"
