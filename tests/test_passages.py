@@ -143,7 +143,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path, "is a directory"),
         (tmp_path / "none", "there is no file"),
         (tmp_path / "empty", "is empty"),
-        (tmp_path / "large", "larger than 0.0001 MB"),
+        (tmp_path / "large", "larger than 100 bytes"),
     ]:
         with pytest.raises(MemvecError, match=sentence):
             read_document(lm, str(path), largest=100)
