@@ -358,7 +358,7 @@ def test_from_the_command_line(command, recipe, tmp_path):
         ((*measure, "--segments", 0), "--segments must be at least 1"),
         ((*measure, "--segments", 3, "--lags", 3), "--lags 3 is out of range"),
         ((*measure, "--lags", 2), "--lags is of recurrent encoders"),
-        ((*measure[:-1], short, "--segments", 60), "too few for passages of 120"),
+        ((*measure[:-1], short, "--segments", 60), "too few for 16 passages of 120"),
         ((*measure[:-3], own, "--text", text, "--segments", 2), "no recurrent encoder"),
     ]:
         ran = command(*wrong)

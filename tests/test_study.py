@@ -28,6 +28,7 @@ from memvec.cli.study_progress import study_progress
 from memvec.cramming.certify import positions
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study import check as check_module
 from memvec.lab.study.cells import check_lengths, expand
 from memvec.lab.study.check import check_study
@@ -436,6 +437,31 @@ def test_the_same_tokens_behind_other_text_are_another_context(
         rows = store.db.execute("SELECT cell, number FROM rows").fetchall()
         kept = [store.passage(*row) for row in rows]
     assert len({k.ids for k in kept}) < len({(k.ids, k.before) for k in kept})
+
+
+def test_a_full_disk_is_no_damage(two_rows: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_rows, tmp_path / "out")
+    with Store(tmp_path / "out", write=True) as store:
+        store.db.execute("PRAGMA max_page_count=1")
+        with pytest.raises(MemvecError, match=r"cannot be written: .*full; what is in it is kept"):
+            store.put_passages(
+                "c",
+                [(str(i), SourcedPassage(i, Passage((i,) * 999), "x"), None) for i in range(99)],
+            )
+    assert everything(tmp_path / "out") == everything(two_rows)
+
+
+def test_a_folder_that_is_only_read_is_read(
+    two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the files beside the database, which a reader cannot make there."""
+    shutil.copytree(two_rows, tmp_path / "out")
+    for file in (tmp_path / "out").glob("*-*"):
+        file.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert everything(tmp_path / "out") == everything(two_rows)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == before
 
 
 @pytest.mark.parametrize("what", ["encoder", "usable_encoder", "trigger"])

@@ -74,7 +74,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # a name that is too long, a disk that went away
-        typer.echo(f"memvec: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+        typer.echo(
+            f"memvec: {error.filename or 'a file or standard output'}: {error.strerror or error}.",
+            err=True,
+        )
         sys.exit(2)
 
 

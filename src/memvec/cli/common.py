@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
     from memvec.vectors import MemVectors
 
-LOADING_OPTIONS = ("device_map=auto", "quantize=4bit", "checkpointing", "offload")
+LOADING_OPTIONS = ("device_map=auto", "quantize=8bit", "quantize=4bit", "checkpointing", "offload")
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,24 @@ def open_file(file: str, choice: ModelChoice) -> tuple[MemVectors, FrozenLM]:
     return mem, choice.load()
 
 
-# Fields of a recipe that nothing reads while another field has one of these values.
-_FOR_TERM = ("none", "alignment")
-IDLE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "term_weight": ("term", ("none",)),
-    "align_layers": ("term", ("none", "use")),
-    "queries": ("term", _FOR_TERM),
-    "query_count": ("term", _FOR_TERM),
-    "query_tokens": ("term", _FOR_TERM),
-    "teacher_top": ("term", _FOR_TERM),
-    "layer": ("space", ("inputs", "prefix", "shared-basis")),
-    "weight_decay": ("optimizer", ("adam", "nadam", "full-matrix")),
-    "look_ahead": ("schedule", ("whole",)),
-    "narrow_after": ("schedule", ("whole",)),
+# Fields of a recipe that nothing reads while all of these others have one of these values.
+_FOR_USE = {"term": ("none", "alignment")}
+IDLE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "term_weight": {"term": ("none",)},
+    "align_layers": {"term": ("none", "use")},
+    "queries": _FOR_USE,
+    "query_count": _FOR_USE,
+    "query_tokens": _FOR_USE,
+    "teacher_top": _FOR_USE,
+    "layer": {"space": ("inputs", "prefix", "shared-basis")},
+    "dimensions": {
+        "space": ("inputs", "prefix", "prefix-layer"),
+        "coordinates": ("direct", "whitened", "principal"),
+    },
+    "weight_decay": {"optimizer": ("adam", "nadam", "full-matrix")},
+    "lr_end": {"decay": (0,)},
+    "look_ahead": {"schedule": ("whole",)},
+    "narrow_after": {"schedule": ("whole",)},
 }
 
 
@@ -127,14 +132,17 @@ def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Rec
     field that does nothing in this recipe.
     """
     changes = {name: value for name, value in options.items() if value is not None}
-    changes |= {name.replace("-", "_"): value for name, value in assigned(assignments).items()}
+    more = {name.replace("-", "_"): value for name, value in assigned(assignments).items()}
+    if twice := sorted(changes.keys() & more.keys()):
+        raise MemvecError(f"the recipe's {twice[0]} is given by --set and by its option: keep one.")
+    changes |= more
     recipe = Recipe.of(preset, **changes)
     for name in changes:
-        if name in IDLE and getattr(recipe, IDLE[name][0]) in IDLE[name][1]:
-            owner = IDLE[name][0]
+        others = IDLE.get(name, {})
+        if others and all(getattr(recipe, owner) in idle for owner, idle in others.items()):
+            where = " and ".join(f"{owner} is '{getattr(recipe, owner)}'" for owner in others)
             raise MemvecError(
-                f"the recipe's {name} does nothing where {owner} is '{getattr(recipe, owner)}': "
-                "leave it out, or change both."
+                f"the recipe's {name} does nothing where {where}: leave it out, or change both."
             )
     return recipe
 
@@ -186,6 +194,8 @@ def check_target(target: Path, force: bool) -> None:
         )
     if target.is_dir():
         raise MemvecError(f"{target} is a directory: name a file in it with -o.")
+    if target.exists() and not target.is_file():
+        raise MemvecError(f"{target} is a device or a pipe: name a file with -o.")
     if target.exists() and not force:
         raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
     if not target.parent.is_dir():

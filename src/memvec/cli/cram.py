@@ -182,6 +182,8 @@ class _Request:
                 "--shared-m crams all passages together: leave out --workers and --on."
             )
         peek(self.file)
+        if self.file != "-" and self.target.exists() and self.target.samefile(self.file):
+            raise MemvecError(f"{self.target} is the text itself: name another file with -o.")
         check_target(self.target, self.force)
 
     def check_encoder(self, lm: FrozenLM) -> None:

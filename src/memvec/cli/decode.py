@@ -6,6 +6,7 @@ import sys
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, open_file
+from memvec.errors import MemvecError
 
 EXAMPLES = options.examples("memvec decode letter.mem", "memvec decode letter.mem > letter.txt")
 
@@ -20,6 +21,8 @@ def decode(
     force: options.ForceWeights = False,
 ) -> None:
     """Write the exact bytes that were crammed to standard output, or nothing and an error."""
+    if sys.stdout is None:
+        raise MemvecError("standard output is closed: there is nowhere to write the text.")
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     for data in mem.documents(lm, force=force):
         sys.stdout.buffer.write(data)

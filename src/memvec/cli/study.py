@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json as jsonlib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,7 +112,7 @@ def run(
     checked = read_spec(spec, model)
     folder = out or Path(f"{checked.name}.study")
     # The override belongs to the study: resume must find it again.
-    text = jsonlib.dumps({"toml": spec.read_text("utf-8"), "model": model})
+    text = jsonlib.dumps({"toml": spec.read_text("utf-8-sig"), "model": model})
     make_pool = _pool_maker(device or checked.device, workers, on)
     _run(checked, folder, spec.parent.resolve(), text, make_pool, json)
 
@@ -156,16 +157,21 @@ def _run(
     from memvec.cli.study_progress import study_progress
     from memvec.lab.study.run import run_study
 
-    with study_progress(spec.name) as show:
-        status: StudyStatus = run_study(
-            spec, folder, make_pool, base=base, text=text, on_status=show
-        )
+    try:
+        with study_progress(spec.name) as show:
+            status: StudyStatus = run_study(
+                spec, folder, make_pool, base=base, text=text, on_status=show
+            )
+    except KeyboardInterrupt:
+        say(f"Interrupted. What is finished is in {folder}; the same command goes on from there.")
+        raise
     if json:
         typer.echo(jsonlib.dumps(vars(status)))
         return
     say(
         f"{spec.name}: {status.rows} of {status.planned} passages are in {folder}; this run added "
-        f"{status.rows_now} in {status.seconds:.0f} s. Next: memvec study report {folder}"
+        f"{status.rows_now} in {status.seconds:.0f} s. Next: memvec study report "
+        f"{shlex.quote(str(folder))}"
     )
 
 

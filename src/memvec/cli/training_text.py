@@ -70,7 +70,9 @@ def drawn(
     import torch
 
     if len(stream) < tokens + count:
-        raise MemvecError(f"{text} has {len(stream)} tokens, too few for passages of {tokens}.")
+        raise MemvecError(
+            f"{text} has {len(stream)} tokens, too few for {count} passages of {tokens}."
+        )
     check_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - tokens + 1, (count, 1), generator=draw)

@@ -11,6 +11,10 @@ from memvec.cli import options
 from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
 from memvec.errors import MemvecError
 
+# Fields of the recipe that the training sets itself.
+OWN_FIELDS = {"trigger", "start_rule", "steps", "patience", "if_not_exact", "space"}
+OWN_FIELDS |= {"objective_every", "term_rise"}
+
 if TYPE_CHECKING:
     from memvec.usable.trigger_training import BatchReport
 
@@ -62,7 +66,7 @@ def train(
     Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
     model's folder, --usable takes it by itself. After an interruption the same command goes on.
     """
-    from memvec.cli.common import check_seed, recipe_of
+    from memvec.cli.common import assigned, check_seed, recipe_of
     from memvec.cli.display import say
     from memvec.loading import load_lm
     from memvec.usable.trigger_training import TriggerPlan, train_trigger
@@ -70,6 +74,8 @@ def train(
 
     check_seed(seed)
     plan = TriggerPlan(rows, front, vectors, tokens, batches, batch_size, lr, seed)
+    if own := sorted({n.replace("-", "_") for n in assigned(set_)} & OWN_FIELDS):
+        raise MemvecError(f"a trigger's training has its own {own[0]}: leave out --set {own[0]}.")
     recipe = recipe_of("usable", set_)
     target = target_of(model, FILE_NAME, out, force)
     if target.suffix != ".safetensors":

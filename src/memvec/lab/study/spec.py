@@ -95,7 +95,7 @@ def read_spec(path: Path, model: str | None = None) -> Spec:
     if not path.is_file():
         raise MemvecError(f"there is no spec {path}.")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise MemvecError(f"{path} is not UTF-8 text: a spec is a TOML file.") from None
     return parse_spec(text, str(path), model)

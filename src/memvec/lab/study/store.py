@@ -14,13 +14,13 @@ even where nothing could recompute it (seconds, worker).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -66,9 +66,15 @@ class Store:
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
             else:
                 where = self.file.resolve().as_uri() + "?mode=ro"  # a name may hold # or ?
+                if not os.access(self.folder, os.W_OK) and not Path(f"{self.file}-wal").exists():
+                    where += "&immutable=1"  # readers cannot lock it either
                 self.db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=10)
                 self._check_version()
             self.columns = schema.columns_of(self.db)  # of `rows`, in this store's order
+        except sqlite3.OperationalError as error:
+            self.close()
+            why = f"{error}; is the disk full, or the folder read-only?"
+            raise MemvecError(f"{self.file} cannot be opened: {why}") from None
         except sqlite3.DatabaseError as error:
             self.close()
             raise MemvecError(f"{self.file} is not a study's store, or damaged: {error}.") from None
@@ -275,15 +281,19 @@ class Store:
 
     # ------------------------------------------------------------------ inside
 
-    @contextmanager
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self.db.execute("BEGIN IMMEDIATE")
         try:
+            self.db.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self.db.execute("ROLLBACK")
+            self.db.execute("COMMIT")
+        except BaseException as error:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):  # a full disk, above all
+                kept = "what is in it is kept, and the same command goes on"
+                raise MemvecError(f"{self.file} cannot be written: {error}; {kept}.") from None
             raise
-        self.db.execute("COMMIT")
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / "lock").open("a+")
