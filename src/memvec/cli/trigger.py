@@ -67,6 +67,7 @@ def train(
     model's folder, --usable takes it by itself. After an interruption the same command goes on.
     """
     from memvec.cli.common import assigned, check_seed, recipe_of
+    from memvec.cli.display import model as say_model
     from memvec.cli.display import say
     from memvec.loading import load_lm
     from memvec.usable.trigger_training import TriggerPlan, train_trigger
@@ -83,6 +84,7 @@ def train(
             f"name the trigger {target.name}.safetensors: --trigger knows it by that."
         )
     lm = load_lm(model, device=device, dtype=dtype)
+    say_model(lm)
     stream = token_stream(lm, text, column, where)
     passages = drawn(stream, text, 2 * tokens, batches * batch_size, seed).tolist()
     passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]
