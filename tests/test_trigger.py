@@ -531,7 +531,8 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
     letter = tmp_path / "letter.txt"
     letter.write_text("the cat sat")
     quick = ["--set", "settle=10", "--set", "decay=10", "--set", "query_count=2"]
-    quick += ["--set", "query_tokens=4", "--set", "steps=600"]
+    train = quick = [*quick, "--set", "query_tokens=4"]
+    quick = [*quick, "--set", "steps=600"]
     sizes = [
         "--rows",
         2,
@@ -546,7 +547,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
         "--batch-size",
         2,
     ]
-    ran = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
+    ran = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *train)
     assert ran.code == 0, ran.err
     assert "batch 2 of 2" in ran.err
     assert "3 soft tokens" in ran.err
@@ -554,7 +555,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
         "trigger", "train", "--text", tmp_path / "books.txt", "-o", tmp_path / "trigger"
     )
     assert (again.code, "trigger.safetensors: --trigger" in again.sentence) == (2, True)
-    again = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *quick)
+    again = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *train)
     assert (again.code, "use --force" in again.sentence) == (2, True)
     cram = ["cram", letter, "-m", own, "--usable", "--vectors", 2, "--tokens", 6, *quick]
     assert command(*cram).code == 0

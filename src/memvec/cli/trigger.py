@@ -16,6 +16,7 @@ OWN_FIELDS = {"trigger", "start_rule", "steps", "patience", "if_not_exact", "spa
 OWN_FIELDS |= {"objective_every", "term_rise"}
 
 if TYPE_CHECKING:
+    from memvec.cramming.recipe import Recipe
     from memvec.usable.trigger_training import BatchReport
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def train(
     Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
     model's folder, --usable takes it by itself. After an interruption the same command goes on.
     """
-    from memvec.cli.common import assigned, check_seed, recipe_of
+    from memvec.cli.common import check_seed
     from memvec.cli.display import model as say_model
     from memvec.cli.display import say
     from memvec.loading import load_lm
@@ -75,9 +76,7 @@ def train(
 
     check_seed(seed)
     plan = TriggerPlan(rows, front, vectors, tokens, batches, batch_size, lr, seed)
-    if own := sorted({n.replace("-", "_") for n in assigned(set_)} & OWN_FIELDS):
-        raise MemvecError(f"a trigger's training has its own {own[0]}: leave out --set {own[0]}.")
-    recipe = recipe_of("usable", set_)
+    recipe = _recipe(set_)
     target = target_of(model, FILE_NAME, out, force)
     if target.suffix != ".safetensors":
         raise MemvecError(
@@ -100,3 +99,12 @@ def train(
     train_trigger(lm, passages, plan, recipe, partial, show)
     partial.replace(target)
     say(f"{target}: {rows + front} soft tokens; memvec cram --usable --trigger {target} uses it.")
+
+
+def _recipe(assignments: list[str] | None) -> Recipe:
+    """The preset with --set. Raises MemvecError for fields that the training sets itself."""
+    from memvec.cli.common import assigned, recipe_of
+
+    if own := sorted({name.replace("-", "_") for name in assigned(assignments)} & OWN_FIELDS):
+        raise MemvecError(f"a trigger's training has its own {own[0]}: leave out --set {own[0]}.")
+    return recipe_of("usable", assignments)

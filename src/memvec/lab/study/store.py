@@ -291,8 +291,10 @@ class Store:
             with contextlib.suppress(sqlite3.OperationalError):
                 self.db.execute("ROLLBACK")
             if isinstance(error, sqlite3.OperationalError):  # a full disk, above all
-                kept = "what is in it is kept, and the same command goes on"
-                raise MemvecError(f"{self.file} cannot be written: {error}; {kept}.") from None
+                raise MemvecError(
+                    f"{self.file} cannot be written: {error}; what is in it is kept, and the same "
+                    "command goes on."
+                ) from None
             raise
 
     def _take_lock(self) -> None:
