@@ -35,12 +35,15 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
     for (model, source, protocol, k), group in averaged(data.rows).groupby(keys, sort=False):
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
         longest = longest.head(MAX_PASSAGES)
-        exact = longest[longest["exact"] == 1]
-        texts = [_text(data, row) for row in exact.to_dict("records")]
-        if any(_text(data, row) is None for row in longest.to_dict("records")):
+        every = [_text(data, row) for row in longest.to_dict("records")]
+        if None in every:
             continue
-        whole = b"\n".join(t for t in texts if t is not None)
-        size = sum(len(t) for t in texts if t is not None)
+        came_back = longest["exact"] == 1
+        exact = longest[came_back]
+        texts = [
+            text for text, back in zip(every, came_back, strict=True) if back and text is not None
+        ]
+        whole, size = b"\n".join(texts), sum(map(len, texts))
         K, number = int(str(k)), NUMBER_BYTES[str(longest["storage"].iloc[0])]
         stored = [
             len(zlib.compress(whole, 9)),

@@ -84,10 +84,10 @@ class _Run:
         self.on_status = on_status
         self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
         self.began = time.monotonic()
-        asked = {p.cell.key: p.passages for p in planned}
+        self.asked = {p.cell.key: p.passages for p in planned}
         # Rows come in the order in which passages finish, so an earlier, longer plan may have left
         # some that are not asked for now and none of some that are.
-        self.done = {key: sum(n < asked[key] for n in store.done(key)) for key in asked}
+        self.done = {key: sum(i < n for i in store.done(key)) for key, n in self.asked.items()}
         self.costs = {p.cell.key: tokens_at_most(p) for p in planned}
         self.reported = 0.0
         self.rows_now = 0
@@ -95,7 +95,6 @@ class _Run:
         self.what, self.horizon = "starting", None  # type: tuple[str, float | None]
 
     def run(self, make_pool: MakePool) -> StudyStatus:
-        asked = {p.cell.key: p.passages for p in self.planned}
         for model in self.spec.models:
             mine = [p for p in self.planned if p.cell.model == model.name]
             if not any(self._left(p) for p in mine) and not any(self._open_pairs(mine)):
@@ -108,7 +107,7 @@ class _Run:
                 for finished in pool.cram(self._units(mine, pool), self._progress):
                     self.store.put(finished)
                     key = finished.row.cell
-                    self.done[key] += finished.row.number < asked[key]
+                    self.done[key] += finished.row.number < self.asked[key]
                     self.rows_now += 1
                     self.cost_now += self.costs[key]
                     self._report()
