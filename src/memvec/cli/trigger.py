@@ -106,5 +106,7 @@ def _recipe(assignments: list[str] | None) -> Recipe:
     from memvec.cli.common import assigned, recipe_of
 
     if own := sorted({name.replace("-", "_") for name in assigned(assignments)} & OWN_FIELDS):
-        raise MemvecError(f"a trigger's training has its own {own[0]}: leave out --set {own[0]}.")
+        raise MemvecError(
+            f"trigger train sets the recipe's {own[0]} itself: leave out --set {own[0]}."
+        )
     return recipe_of("usable", assignments)
