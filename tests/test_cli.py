@@ -223,10 +223,11 @@ BAD = [
     (["cram", "letter.txt", "--preset", "papre"], "did you mean 'paper'"),
     (["cram", "letter.txt", "--set", "lr"], "--set takes name=value"),
     (["cram", "letter.txt", "--set", "lrr=1"], "did you mean 'lr'"),
-    (["cram", "letter.txt", "--set", "lr=x"], "recipe's lr must be float"),
+    (["cram", "letter.txt", "--set", "lr=x"], "recipe's lr must be a number"),
     (["cram", "letter.txt", "-o", "letter.txt", "--force"], "letter.txt is the text itself"),
     (["cram", "letter.txt", "-o", os.devnull, "--force"], "is a device or a pipe"),
     (["cram", "letter.txt", "--set", "steps=3", "--steps", 9], "steps is given by --set and by"),
+    (["cram", "letter.txt", "--set", "look-ahead=3", "--set", "look_ahead=9"], "is given twice"),
     (["cram", "letter.txt", "--set", "dimensions=64"], "dimensions does nothing where space is"),
     (["cram", "letter.txt", "--set", "lr_end=0.5"], "lr_end does nothing where decay is '0'"),
     (["trigger", "train", "--text", "letter.txt", "--set", "steps=3"], "leave out --set steps"),
@@ -288,6 +289,8 @@ def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
     assert command("cram", name, "-m", folder, *FAST, "-o", "a.mem").code == 0
     assert command("decode", "a.mem").out == TEXT.encode()
     assert command("inspect", "a.mem", "--json").code == 0
+    Path(os.fsdecode(b"a-\xff.mem")).write_bytes(Path("a.mem").read_bytes())
+    assert "is no name in UTF-8" in command("decode", os.fsdecode(b"a-\xff.mem")).sentence
 
 
 def test_only_what_these_settings_finished_is_gone_on_with(command, folder, letter, monkeypatch):

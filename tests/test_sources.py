@@ -239,15 +239,16 @@ def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
         read_texts("latin.txt", tmp_path)
     for name, data in (
         ("latin.csv", b"text\ncaf\xe9\n"),
-        ("empty.csv", b""),
         ("ragged.csv", b"text\na,b\nc,d,e,f\n"),
-        ("empty.parquet", b""),
         ("text.parquet", b"no table at all, only a text"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(MemvecError, match=f"{name} is not a {name.split('.')[1]} table") as one:
             read_texts(name, tmp_path)
         assert "\n" not in str(one.value)
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(MemvecError, match=r"source empty: no texts in empty.csv"):
+        read_texts("empty.csv", tmp_path)
 
 
 def test_nltk_and_its_data_are_install_steps_that_are_named(

@@ -59,7 +59,13 @@ WRONG = [
     ('protocol = "exact"\nlengths = [0]', "lengths", "at least 1"),
     ('protocol = "exact"\nlengths = [8]\ncontexts = [4]', "contexts", "context"),
     ('protocol = "exact"\nlengths = [8]\nrecipe = { corrections = 2 }', "corrections", "must be 0"),
-    ('protocol = "exact"\nlengths = "eight"', "lengths", "eight"),
+    ('protocol = "exact"\nlengths = "eight"', "lengths must be a list", "eight"),
+    ('protocol = "exact"\nlengths = []', "lengths must have at least one value", ""),
+    ('protocol = "exact"\nlengths = [true]', "must be a whole number", "True"),
+    ('protocol = "exact"\nlengths = [9999999999999999]', "lengths must be at most 1000000", ""),
+    ('protocol = "exact"\nlengths = [8]\nseeds = [9223372036854775808]', "64 bits", ""),
+    ('protocol = "exact"\nlengths = [8]\nbudget = -1', "budget must be at least 0", ""),
+    ('protocol = "exact"\nlengths = [8]\nrecipe = 3', "must be a table such as { steps", ""),
     ('protocol = "exact"', "needs 'lengths'", ""),
     ('protocol = "usable"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
     ('protocol = "spaces"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
@@ -85,11 +91,24 @@ def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:
         parse_spec(HEAD.replace("path =", "pth =") + RUN, "spec")
     with pytest.raises(MemvecError, match="a recipe has no 'stepps': did you mean 'steps'"):
         expand(parse_spec(HEAD + RUN + "recipe = { stepps = 4 }", "spec"))
+    with pytest.raises(MemvecError, match="recipe's steps must be a whole number, not 'True'"):
+        expand(parse_spec(HEAD + RUN + "recipe = { steps = true }", "spec"))
+    with pytest.raises(MemvecError, match=r"runs is a list of tables: write \[\[runs\]\]"):
+        parse_spec(HEAD + RUN.replace("[[runs]]", "[runs]"), "spec")
+    with pytest.raises(MemvecError, match="unknown dtype 'float33' of tiny: did you mean"):
+        parse_spec(HEAD.replace('"tiny"', '"tiny"\ndtype = "float33"') + RUN, "spec")
     with pytest.raises(MemvecError, match="is not TOML"):
         parse_spec("name = ", "spec")
 
 
-@pytest.mark.parametrize("name", ["../t", "a/b", "", " ", "a\\\\b"])
+def test_a_model_in_the_place_of_others_has_their_dtype() -> None:
+    half = HEAD.replace('"tiny"', '"tiny"\ndtype = "bfloat16"')
+    assert parse_spec(half + RUN, "spec", model="pocket").models[0].dtype == "bfloat16"
+    both = half + '[[models]]\nname = "other"\n' + RUN
+    assert parse_spec(both, "spec", model="pocket").models[0].dtype == "auto"
+
+
+@pytest.mark.parametrize("name", ["../t", "a/b", "", " ", ".", "..", "a\\\\b"])
 def test_the_name_of_a_study_is_no_path(name: str) -> None:
     with pytest.raises(MemvecError, match="give it some letters, and no slash"):
         parse_spec(HEAD.replace('"small"', f'"{name}"') + RUN, "spec")
@@ -135,6 +154,28 @@ def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
     assert "source missing" in problems(spec, expand(spec), tmp_path)[0]
     with pytest.raises(MemvecError, match="source missing"):
         run_study(spec, tmp_path / "s", maker, base=tmp_path)
+    (tmp_path / "book.txt").touch()
+    assert "source empty" in problems(spec, expand(spec), tmp_path)[0]
+
+
+def test_missing_models_and_files_of_protocols_are_found_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    """A name that may be one of the Hub is not looked for."""
+    head = HEAD.replace("book.txt", "s.txt")
+    (tmp_path / "s.txt").write_text("A text.")
+    gone = str(tmp_path / "gone")
+    spec = parse_spec(head.replace('"tiny"', f'"{gone}"') + RUN, "spec")
+    assert problems(spec, expand(spec), tmp_path) == [
+        f"no model in {gone}: there is no config.json."
+    ]
+    for protocol, option in (("recurrent", "encoder"), ("sentences", "latents")):
+        block = RUN.replace("exact", protocol) + f'{option} = "{gone}.safetensors"\n'
+        spec = parse_spec(head + block, "spec")
+        (sentence,) = problems(spec, expand(spec), tmp_path)
+        assert f"no {gone}.safetensors, which the option {option} of a run names" in sentence
+        with pytest.raises(MemvecError, match="file missing"):
+            run_study(spec, tmp_path / "s", maker, base=tmp_path)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
@@ -143,7 +184,11 @@ def test_ready_specs_are_valid_and_priced_without_weights(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in re.findall(r'"(\.runs/[^"]+)"', path.read_text("utf-8")):  # what a recipe makes
-        Olmo2Config(hidden_size=128).save_pretrained(tmp_path / name.replace("*", "a"))
+        if name.endswith(".safetensors"):
+            (file := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        else:
+            Olmo2Config(hidden_size=128).save_pretrained(tmp_path / name.replace("*", "a"))
     spec = read_spec(path)
     planned = expand(spec, path.parent)
     check_lengths(planned)

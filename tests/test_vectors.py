@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from conftest import QUICK, reader, tiny
 from memvec import codec
 from memvec.cli import display
+from memvec.cli.use_tables import stored_use
 from memvec.errors import MemvecError, NotExactError
 from memvec.vectors import MemVectors
 from memvec.vectors_file import digest_of, existing_path
@@ -335,6 +336,19 @@ def test_a_forged_file_never_does_more_than_complain(mem, tmp_path, changes, for
     assert all(len(text.splitlines()) == 1 for text in complaints)
     assert found in ([], [[text.encode() for text in TEXTS]])
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use", [{}, {"vectors": 1, "held_out": {"contexts": []}}])
+def test_a_forged_certificate_of_use_is_told(mem, tmp_path, use):
+    """It is for people only, so it is looked at where it is shown."""
+    path = forged(mem, tmp_path / "a.mem", use=use)
+    with pytest.raises(MemvecError, match="a certificate of use that is damaged"):
+        stored_use(MemVectors.load(path), str(path))
+
+
+def test_a_header_of_a_later_version_is_no_damage(mem, tmp_path):
+    with pytest.raises(MemvecError, match=r"or a later memvec's \(version: "):
+        MemVectors.load(forged(mem, tmp_path / "a.mem", version=2))
 
 
 # ---------------------------------------------------------------------- another model

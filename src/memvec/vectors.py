@@ -1,7 +1,7 @@
 """MemVectors: [mem] vectors with everything needed to decode and to believe them, in one file.
 
 The file is safetensors: the tensors of a storage (memvec.storage: `vectors` (P, K, D) as they are,
-or integer `codes` and `scales`), and a JSON header that memvec.header describes and validate.
+or integer `codes` and `scales`), and a JSON header that memvec.header describes and validates.
 The text is not in it unless asked for. A digest over the header and the tensors' bytes finds every
 change; nothing is unpickled, and nothing is allocated that the file does not itself contain (4-bit
 codes take eight times their size once they are numbers).
@@ -172,10 +172,10 @@ class MemVectors:
         decoded = self.decode_passages(lm, force=force)
         for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
             if ids_hash(ids) != record.sha256:
-                reason = f"its record says {record.horizon} of {record.predicted} tokens decode"
                 raise NotExactError(
                     f"passage {i} did not come back: its tokens do not hash to what was crammed "
-                    f"({reason}); 'memvec verify' shows which ones do."
+                    f"(its record says {record.horizon} of {record.predicted} tokens decode); "
+                    "'memvec verify' shows which ones do."
                 )
         return decoded
 
@@ -227,15 +227,16 @@ class MemVectors:
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
         theirs = self.header.model
+        made_for = " in ".join(filter(None, (theirs["name"], theirs.get("quantize"))))
         if self.vectors.shape[2] != (takes := self._in_space(lm).numbers):
             raise MemvecError(
                 f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
-                f"{takes}: they were made for {theirs.get('name')}."
+                f"{takes}: they were made for {made_for}."
             )
         if not force and not Fingerprint.of_record(theirs).matches(lm.fingerprint):
             raise MemvecError(
-                f"these vectors were made for other weights (of {theirs.get('name')}) than "
-                f"those of {lm.name}: load that model, or try with --force."
+                f"these vectors were made for other weights (of {made_for}) than those of "
+                f"{lm.name}: load that model; memvec decode --force tries it as it is."
             )
 
     # ------------------------------------------------------------------ the file

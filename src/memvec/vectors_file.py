@@ -27,6 +27,8 @@ from memvec.writing import write_atomically
 def existing_path(path: str | os.PathLike[str]) -> Path:
     """The file a person means: `letter.mem` also finds `letter.mem.safetensors`."""
     file = Path(path)
+    if not str(file).isascii() and os.fsencode(file).decode("utf-8", "replace") != str(file):
+        raise MemvecError(f"{os.fsencode(file)!r} is no name in UTF-8: rename the file.")
     if file.is_dir():
         raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
     longer = file.with_name(file.name + ".safetensors")
@@ -60,10 +62,7 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
             header = Header.model_validate_json(metadata["memvec"])
             soft = {name: opened.get_tensor(name) for name in sorted(held - names)}
             if (header.packing is None) != (names == {"vectors"}):
-                raise MemvecError(
-                    f"{file} claims the packing {header.packing} and does not hold it: it is "
-                    "damaged."
-                )
+                raise MemvecError(f"{file} claims the packing {header.packing}, but holds another.")
             first = "vectors" if header.packing is None else "codes"
             shape = opened.get_slice(first).get_shape()
             rows = reading_named(header.layout).row_count(len(header.passages))
@@ -75,8 +74,8 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
             tensors = {name: opened.get_tensor(name) for name in sorted(names)}
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "header"
-        raise MemvecError(f"{file} has a damaged header ({where}: {problem['msg']}).") from None
+        wrong = f"{'.'.join(map(str, problem['loc'])) or 'header'}: {problem['msg']}"
+        raise MemvecError(f"{file} has a damaged header, or a later memvec's ({wrong}).") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise MemvecError(
             f"{file} is not a file of [mem] vectors, or is truncated: {error}."

@@ -132,7 +132,7 @@ def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Rec
     field that does nothing in this recipe.
     """
     changes = {name: value for name, value in options.items() if value is not None}
-    more = {name.replace("-", "_"): value for name, value in assigned(assignments).items()}
+    more = assigned(assignments)
     if twice := sorted(changes.keys() & more.keys()):
         raise MemvecError(f"the recipe's {twice[0]} is given by --set and by its option: keep one.")
     changes |= more
@@ -148,13 +148,19 @@ def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Rec
 
 
 def assigned(assignments: list[str] | None) -> dict[str, str]:
-    """Names and values from --set. Raises MemvecError for one without an equals sign."""
-    values = {}
+    """Fields and values from --set, hyphens in a name as underscores.
+
+    Raises MemvecError for an item without an equals sign, or a field that is given twice.
+    """
+    values: dict[str, str] = {}
     for item in assignments or []:
-        name, equals, value = item.partition("=")
+        written, equals, value = item.partition("=")
         if not equals:
             raise MemvecError(f"--set takes name=value, not '{item}'.")
-        values[name.strip()] = value.strip()
+        name = written.strip().replace("-", "_")
+        if name in values:
+            raise MemvecError(f"--set {name} is given twice: keep one.")
+        values[name] = value.strip()
     return values
 
 

@@ -105,7 +105,7 @@ def _recipe(assignments: list[str] | None) -> Recipe:
     """The preset with --set. Raises MemvecError for fields that the training sets itself."""
     from memvec.cli.common import assigned, recipe_of
 
-    if own := sorted({name.replace("-", "_") for name in assigned(assignments)} & OWN_FIELDS):
+    if own := sorted(assigned(assignments).keys() & OWN_FIELDS):
         raise MemvecError(
             f"trigger train sets the recipe's {own[0]} itself: leave out --set {own[0]}."
         )

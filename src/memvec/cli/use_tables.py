@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from rich.table import Table
 
 from memvec.cli.display import facts_table, out, safe
+from memvec.errors import MemvecError
+
+if TYPE_CHECKING:
+    from memvec.vectors import MemVectors
 
 MEASURED = {
     "continuation": "passages, on their true continuations",
     "held_out": "passages, on sampled continuations",
     "in_a_row": "texts of several passages, their vectors in a row, on sampled continuations",
 }
+
+
+def stored_use(mem: MemVectors, file: str) -> dict[str, Any] | None:
+    """The certificate of use in a file, if there is one. Raises MemvecError for a damaged one."""
+    from memvec.usable.certificate import UseCertificate
+
+    if mem.header.use is None:
+        return None
+    try:
+        return UseCertificate.model_validate(mem.header.use).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise MemvecError(
+            f"{file} has a certificate of use that is damaged ({where}: {first['msg']}): measure "
+            f"it again with memvec verify --use."
+        ) from None
 
 
 def show_worth(use: Mapping[str, Any]) -> None:

@@ -71,8 +71,9 @@ def converted(name: str, value: Any, kind: type) -> Any:
     """A value as a field's type. Raises MemvecError if it cannot be that."""
     try:
         made = kind(value)
-        if kind is int and isinstance(value, float) and made != value:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and made != value):
             raise ValueError
         return made
     except (TypeError, ValueError, OverflowError):
-        raise MemvecError(f"the recipe's {name} must be {kind.__name__}, not '{value}'.") from None
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "a name")
+        raise MemvecError(f"the recipe's {name} must be {wanted}, not '{value}'.") from None

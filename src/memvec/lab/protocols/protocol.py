@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
@@ -103,6 +104,10 @@ class Protocol:
 
     def problem(self, run: RunSpec) -> str | None:
         """What a person must change in a run of a spec, without a full stop; None if nothing."""
+        return None
+
+    def missing(self, options: Mapping[str, Any]) -> str | None:
+        """A sentence about a file of the options that is not there; None if none is missing."""
         return None
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:
@@ -206,6 +211,13 @@ class Protocol:
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         """Figures of this protocol's rows. `compare`: published values as extra series."""
         return []
+
+
+def missing_file(option: str, path: str) -> str | None:
+    """A sentence if there is no file that an option of a run names."""
+    if Path(path).expanduser().is_file():
+        return None
+    return f"file missing: there is no {path}, which the option {option} of a run names."
 
 
 def bits_after(

@@ -25,7 +25,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import slow
 from memvec.lab.protocols import protocol, sentences_report
-from memvec.lab.protocols.protocol import Card, Compared, Protocol
+from memvec.lab.protocols.protocol import Card, Compared, Protocol, missing_file
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -113,6 +113,9 @@ class Sentences(Protocol):
             "sizes": list(sizes),
             "flops": costs(lm, model, len(ids), sum(sizes), whole, len(sizes)),
         }
+
+    def missing(self, options: Mapping[str, Any]) -> str | None:
+        return missing_file("latents", options["latents"])
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
         """The prediction by the file that made it, and the bits of RECOMPUTED on the slow path.

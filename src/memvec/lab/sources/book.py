@@ -15,7 +15,7 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage
-from memvec.lab.sources.text_readers import read_texts, resolve
+from memvec.lab.sources.text_readers import missing_texts, read_texts
 from memvec.lab.sources.written import MAX_BEFORE
 from memvec.passages.passage import Passage
 
@@ -39,11 +39,10 @@ class WholeBook(Source):
     path: str | None = Field(default=None, description="the text: a file, or a folder of files")
 
     def missing(self, base: Path | None) -> str | None:
-        """A sentence if there is no such file."""
+        """A sentence if there is no such file, or nothing in it."""
         if self.path is None:
             return f"source '{self.name}' needs a path."
-        file = resolve(self.path, base)
-        return None if file.exists() else f"source missing: there is no file or folder {file}."
+        return missing_texts(self.path, base)
 
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None

@@ -18,7 +18,7 @@ from pydantic import Field
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import cut_sentences, need_two
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
-from memvec.lab.sources.text_readers import read_texts, resolve
+from memvec.lab.sources.text_readers import missing_texts, read_texts
 from memvec.lab.sources.written import MAX_BEFORE
 from memvec.passages.passage import Passage
 
@@ -47,11 +47,10 @@ class Sentences(Source):
     min_tokens: int = Field(default=4, ge=1, description="tokens of a sentence, at least")
 
     def missing(self, base: Path | None) -> str | None:
-        """A sentence if there is no such file."""
+        """A sentence if there is no such file, or nothing in it."""
         if self.path is None:
             return f"source '{self.name}' needs a path."
-        file = resolve(self.path, base)
-        return None if file.exists() else f"source missing: there is no file or folder {file}."
+        return missing_texts(self.path, base)
 
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None

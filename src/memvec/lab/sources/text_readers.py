@@ -12,6 +12,7 @@ from typing import Any
 from memvec.errors import MemvecError
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+EMPTY = f"source empty: no texts in {{}} (kinds read: {', '.join(SUFFIXES)})."
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 NamedText = tuple[str, str]  # name of a text, the text
@@ -21,6 +22,21 @@ def resolve(path: str, base: Path | None) -> Path:
     """A path a person wrote; `base` is the folder that a relative one starts from."""
     file = Path(path).expanduser()
     return file if file.is_absolute() or base is None else base / file
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the files of a folder that can be read, in a fixed order."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+
+
+def missing_texts(path: str, base: Path | None) -> str | None:
+    """A sentence if there is no such file or folder, or nothing in it; nothing is read."""
+    file = resolve(path, base)
+    if not file.exists():
+        return f"source missing: there is no file or folder {file}."
+    return None if any(one.stat().st_size for one in files_of(file)) else EMPTY.format(path)
 
 
 def read_texts(
@@ -35,16 +51,13 @@ def read_texts(
     if path == "-":
         texts = [("standard input", _read_stream(sys.stdin))]
     else:
+        if sentence := missing_texts(path, base):
+            raise MemvecError(sentence)
         file = resolve(path, base)
-        if not file.exists():
-            raise MemvecError(f"source missing: there is no file or folder {file}.")
-        files = [file]
-        if file.is_dir():
-            files = sorted(p for p in file.rglob("*") if p.suffix in SUFFIXES)
-        texts = [text for one in files for text in _read_file(one, column, where or {})]
+        texts = [text for one in files_of(file) for text in _read_file(one, column, where or {})]
     texts = [(name, text) for name, text in texts if text.strip()]
     if not texts:
-        raise MemvecError(f"source empty: no texts in {path} (kinds read: {', '.join(SUFFIXES)}).")
+        raise MemvecError(EMPTY.format(path))
     return texts
 
 

@@ -18,7 +18,12 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
-from memvec.lab.sources.text_readers import NamedText, read_hub_texts, read_texts, resolve
+from memvec.lab.sources.text_readers import (
+    NamedText,
+    missing_texts,
+    read_hub_texts,
+    read_texts,
+)
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
@@ -62,8 +67,7 @@ class WrittenTexts(Source):
                 return str(error)
         if self.path in (None, "-"):
             return None if self.path or self.dataset else f"source '{self.name}' needs a path."
-        file = resolve(str(self.path), base)
-        return None if file.exists() else f"source missing: there is no file or folder {file}."
+        return missing_texts(str(self.path), base)
 
     def texts(self, base: Path | None) -> list[NamedText]:
         """(name, text) of the texts that passages are taken from."""

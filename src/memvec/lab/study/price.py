@@ -65,8 +65,12 @@ def price(planned: Sequence[Planned]) -> list[Price]:
 def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[str]:
     """Sentences about what prevents a run, without loading anything."""
     sentences = [s for source in spec.sources if (s := source.missing(base))]
+    missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
+    sentences += dict.fromkeys(s for s in missing if s)
     for model in dict.fromkeys(p.cell.model for p in planned):
         facts = facts_of_name(model)
+        if facts is None and model.startswith((".", "/", "~")):  # else it may be on the Hub
+            sentences.append(f"no model in {model}: there is no config.json.")
         mine = [p for p in planned if p.cell.model == model]
         sentences += dict.fromkeys(s for p in mine if (s := too_long(p.cell, facts)))
     return sentences

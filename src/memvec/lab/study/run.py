@@ -16,9 +16,9 @@ from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source
-from memvec.lab.study.cells import Planned, check_lengths, expand
+from memvec.lab.study.cells import Planned, expand
 from memvec.lab.study.pool import Pool, Unit, in_units
-from memvec.lab.study.price import tokens_at_most
+from memvec.lab.study.price import problems, tokens_at_most
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage, ids_hash
@@ -58,10 +58,8 @@ def run_study(
 ) -> StudyStatus:
     """Run what is left of a study. Raises MemvecError for what a person must change."""
     planned = expand(spec, base)
-    check_lengths(planned)
-    for source in spec.sources:
-        if sentence := source.missing(base):
-            raise MemvecError(sentence)
+    for sentence in problems(spec, planned, base):
+        raise MemvecError(sentence)
     with Store(folder, write=True) as store:
         drawn = {s.name for s in spec.sources if s.random_text}
         about = {"name": spec.name, "about": spec.about, "spec": text, "base": str(base or "")}

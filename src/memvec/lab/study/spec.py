@@ -18,15 +18,20 @@ import glob
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memvec.errors import MemvecError, did_you_mean
+from memvec.header import LONGEST
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.sources import SOURCES, AnySource, Source
+from memvec.loading import DTYPES
 
 Storage = Literal["float32", "bfloat16", "float16"]
+
+
+Whole = Annotated[int, Field(strict=True)]  # not true, and not 6.0
 
 
 class Strict(BaseModel):
@@ -39,7 +44,8 @@ class ModelSpec(Strict):
     """A model of the study."""
 
     name: str = Field(
-        description="Hub id, folder, or the built-in 'pocket'; with * or ?, every folder that fits"
+        min_length=1,
+        description="Hub id, folder, or the built-in 'pocket'; with * or ?, every folder that fits",
     )
     revision: str | None = Field(default=None, description="revision of a Hub model")
     dtype: str = Field(
@@ -53,14 +59,14 @@ class RunSpec(Strict):
     protocol: str = Field(description="how capacity is asked: a name in memvec.registry")
     models: tuple[str, ...] = Field(default=(), description="names of models; default: all")
     sources: tuple[str, ...] = Field(default=(), description="names of sources; default: all")
-    lengths: tuple[int, ...] = Field(min_length=1, description="tokens of a passage")
-    vectors: tuple[int, ...] = Field(default=(1,), min_length=1, description="K, [mem] vectors")
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="restarts")
-    passages: int = Field(default=50, description="passages of each cell")
+    lengths: tuple[Whole, ...] = Field(min_length=1, description="tokens of a passage")
+    vectors: tuple[Whole, ...] = Field(default=(1,), min_length=1, description="K, [mem] vectors")
+    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1, description="restarts")
+    passages: Whole = Field(default=50, description="passages of each cell")
     recipe: dict[str, Any] = Field(
         default={}, description="changes of the protocol's recipe; 'preset' picks another start"
     )
-    budget: int = Field(
+    budget: Whole = Field(
         default=0, ge=0, description="maximum of forward-backward tokens for a passage; 0: no limit"
     )
     storage: Storage | None = Field(
@@ -76,7 +82,7 @@ class Spec(Strict):
 
     name: str = Field(description="name of the study and of its default folder")
     about: str = Field(default="", description="what it is for")
-    batch_size: int = Field(default=8, ge=1, description="passages crammed at once on a device")
+    batch_size: Whole = Field(default=8, ge=1, description="passages crammed at once on a device")
     storage: Storage = Field(default="float32", description="dtype of stored vectors")
     fixed_shapes: bool = Field(
         default=True, description="keep batch shapes fixed, so rows do not depend on who runs them"
@@ -129,7 +135,7 @@ def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
 
 
 def with_model(spec: Spec, name: str) -> Spec:
-    """The same study for another model."""
+    """The same study for another model, in the dtype that all of the spec's models have."""
     runs, seen = [], set()
     for run in spec.runs:
         one = run.model_copy(update={"models": ()})
@@ -137,7 +143,10 @@ def with_model(spec: Spec, name: str) -> Spec:
         if key not in seen:  # runs that differed by their model only
             seen.add(key)
             runs.append(one)
-    return spec.model_copy(update={"models": (ModelSpec(name=name),), "runs": tuple(runs)})
+    dtypes = {model.dtype for model in spec.models}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "auto"
+    replaced = ModelSpec(name=name, dtype=dtype)
+    return spec.model_copy(update={"models": (replaced,), "runs": tuple(runs)})
 
 
 def _name_sources(data: dict[str, Any]) -> None:
@@ -188,6 +197,21 @@ def _take_options(data: dict[str, Any], where: str) -> None:
             run["options"] = {**run.get("options", {}), **beside}
 
 
+_NUMBER = "must be a whole number"
+# Of pydantic's kinds of errors, those that a TOML file can have.
+_WORDS = {
+    "tuple_type": "must be a list",
+    "too_short": "must have at least one value",
+    "string_too_short": "must have at least one letter",
+    "int_type": _NUMBER,
+    "int_from_float": _NUMBER,
+    "greater_than_equal": "must be at least {ge}",
+    "string_type": "must be text in quotes",
+    "dict_type": "must be a table such as {{ steps = 400 }}",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "literal_error": "must be {expected}",
+}
 _KINDS: dict[str, type[BaseModel]] = {"models": ModelSpec, "runs": RunSpec}
 
 
@@ -215,7 +239,10 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
         return f"unknown kind '{kind}' in {where}: {did_you_mean(str(kind), SOURCES)}"
     if first["type"] == "missing":
         return f"{_place(loc[:-1])} needs '{loc[-1]}'."
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}."
+    if first["type"] == "tuple_type" and isinstance(first["input"], dict):
+        return f"{where} is a list of tables: write [[{where}]], with two brackets."
+    said = _WORDS.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    return f"{where} {said.format(**first.get('ctx', {}))}, not {first['input']!r}."
 
 
 def _place(loc: list[Any]) -> str:
@@ -224,11 +251,17 @@ def _place(loc: list[Any]) -> str:
 
 
 def _check(spec: Spec, where: str) -> None:
-    if not spec.name.strip() or set(spec.name) & set("/\\\0"):
+    if spec.name.strip() in ("", ".", "..") or set(spec.name) & set("/\\\0"):
         raise MemvecError(
             f"{where}: the name '{spec.name}' is that of a folder: give it some letters, and no "
             "slash; --out takes a path."
         )
+    for model in spec.models:
+        if model.dtype not in ("auto", *DTYPES):
+            raise MemvecError(
+                f"{where}: unknown dtype '{model.dtype}' of {model.name}: "
+                f"{did_you_mean(model.dtype, ('auto', *DTYPES))}"
+            )
     models = [m.name for m in spec.models]
     sources = [s.name for s in spec.sources]
     for kind, names in (("models", models), ("sources", sources)):
@@ -251,6 +284,10 @@ def _check_run(run: RunSpec, place: str) -> None:
     for field, values in (("lengths", run.lengths), ("vectors", run.vectors)):
         if min(values) < 1:
             raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
+        if max(values) > LONGEST:
+            raise MemvecError(f"{place}: {field} must be at most {LONGEST}, not {max(values)}.")
+    if any(abs(seed) >= 2**63 for seed in run.seeds):
+        raise MemvecError(f"{place}: seeds must fit 64 bits.")
     if run.recipe.get("corrections"):
         raise MemvecError(
             f"{place}: a study measures what the vectors hold, so corrections must be 0."
