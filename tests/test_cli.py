@@ -197,6 +197,21 @@ def test_interrupted_before_anything_is_finished_leaves_nothing(
     assert [p.name for p in letter.parent.iterdir()] == ["letter.txt"]
 
 
+def test_an_interrupted_verb_that_keeps_nothing_says_one_word(command, stored, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memvec.vectors.MemVectors.load", interrupted)
+    ran = command("inspect", stored)
+    assert (ran.code, ran.out, ran.err) == (130, b"", "memvec: interrupted.\n")
+
+
+def test_what_use_cannot_be_measured_of_is_told_before_decoding(command, stored, monkeypatch):
+    monkeypatch.setattr("memvec.vectors.MemVectors.decode_passages", None)
+    ran = command("verify", stored, "--use")
+    assert (ran.code, "cram the text with --usable" in ran.sentence) == (2, True)
+
+
 # ---------------------------------------------------------------------- bad input
 
 BAD = [
@@ -231,6 +246,7 @@ BAD = [
     (["cram", "letter.txt", "--set", "dimensions=64"], "dimensions does nothing where space is"),
     (["cram", "letter.txt", "--set", "lr_end=0.5"], "lr_end does nothing where decay is '0'"),
     (["trigger", "train", "--text", "letter.txt", "--set", "steps=3"], "leave out --set steps"),
+    (["cram", "letter.txt", "--set", "trigger=#1"], "trigger does nothing where start_rule is"),
     (["cram", "letter.txt", "--layer", 3], "layer does nothing where space is 'inputs'"),
     (["cram", "letter.txt", "--set", "query-count=9"], "query_count does nothing where term is"),
     (["cram", "letter.txt", "--set", "weight_decay=1"], "nothing where optimizer is 'full-matrix'"),

@@ -237,7 +237,7 @@ def test_cramming_starts_from_it_and_compares(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_command_line(command, tmp_path, letter):
+def test_from_the_command_line(command, tmp_path, letter, monkeypatch):
     """Train beside a folder's model, measure, cram from it, decode without it."""
     folder = tmp_path / "model"
     tokenizer = byte_tokenizer()
@@ -248,6 +248,18 @@ def test_from_the_command_line(command, tmp_path, letter):
     text.write_text("The boats came in one by one, and nobody on the quay counted them. " * 90)
     small = ("--steps", 3, "--hidden", 16, "--layers", 1, "--heads", 2, "--positions", 64)
     train = ("encoder", "train", "-m", folder, "--text", text, *small)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_descend", interrupted)
+        ran = command(*train)
+        assert (ran.code, "Interrupted. Nothing was kept yet." in ran.err) == (130, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_finished", interrupted)
+        ran = command(*train)
+        assert (ran.code, "partial; the same command goes on" in ran.err) == (130, True)
     assert command(*train).code == 0
     assert load_lm(str(folder)).encoder is not None
     assert command(*train).code == 2

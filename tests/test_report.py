@@ -258,6 +258,9 @@ def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study:
     for form in FORMATS:
         report(study / "out", study / "again", format_=form, figures=False)
         assert "exact" in capsys.readouterr().out.lower()
+    for taken in (study / "out", study / "out" / "study.sqlite"):
+        with pytest.raises(MemvecError, match="holds something else than a report"):
+            report(study / "out", taken, figures=False)
     table = Table("k", "T & t", "100 %", ["a_b", "c"], [["x", 0.5], [None, 12.34]])
     assert re.search(r"\| –\s+\| 12.3\s+\|", table.markdown())
     assert r"a\_b" in table.latex()

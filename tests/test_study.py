@@ -654,6 +654,8 @@ def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
         export(done / "out", whole, wrong)
     with pytest.raises(MemvecError, match=r"--parquet .*x.csv: its name must end in .parquet"):
         export(done / "out", tmp_path / "x.csv")
+    with pytest.raises(MemvecError, match=r"there is no folder .*gone to write x.csv in"):
+        export(done / "out", whole, tmp_path / "gone" / "x.csv")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine.csv").write_text("mine")
     with pytest.raises(MemvecError, match=r"mine.csv exists and is no export of rows"):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import memvec
 from conftest import build, passages, reader, tiny
 from memvec import codec, engines
+from memvec.cli import display
 from memvec.cramming.batch import Job
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -525,7 +526,7 @@ def test_a_training_that_cannot_work_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_and_taken_by_the_command(command, folder, tmp_path):
+def test_trained_and_taken_by_the_command(command, folder, tmp_path, monkeypatch):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
     (tmp_path / "books.txt").write_text(f"{TEXT}, and so it went on. " * 8)
     letter = tmp_path / "letter.txt"
@@ -547,9 +548,24 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path):
         "--batch-size",
         2,
     ]
-    ran = command("trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *train)
+    monkeypatch.setattr(display, "PLAIN_EVERY", 0.0)
+    words = ["trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *train]
+    save = trigger_training.save_trigger
+
+    def interrupted(*saved):
+        save(*saved)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trigger_training, "save_trigger", interrupted)
+        ran = command(*words)
+    assert ran.code == 130
+    assert "batch 1 of 2, step 10 of 10: horizon " in ran.err
+    assert "trigger.safetensors.partial; the same command goes on" in ran.err
+    ran = command(*words)
     assert ran.code == 0, ran.err
-    assert "batch 2 of 2" in ran.err
+    assert "batch 1 of 2" not in ran.err
+    assert "batch 2 of 2: " in ran.err
     assert "3 soft tokens" in ran.err
     again = command(
         "trigger", "train", "--text", tmp_path / "books.txt", "-o", tmp_path / "trigger"

@@ -12,6 +12,7 @@ import warnings
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from memvec import __version__
 from memvec.cli import (
@@ -31,8 +32,21 @@ from memvec.cli import (
 )
 from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
 
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs. Ctrl-C is told in one line; a verb that keeps what is done has said so itself."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("memvec: interrupted.", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="memvec",
+    cls=_Verbs,
     help="Cram text into a few input vectors of a frozen language model, and get it back exactly.",
     no_args_is_help=True,
     add_completion=False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,18 @@ if TYPE_CHECKING:
     from memvec.vectors import MemVectors
 
 LOADING_OPTIONS = ("device_map=auto", "quantize=8bit", "quantize=4bit", "checkpointing", "offload")
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C, print what is kept, a sentence, and leave with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from memvec.cli import display
+
+        display.say(f"Interrupted. {kept()}")
+        raise typer.Exit(130) from None
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,7 @@ IDLE: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "weight_decay": {"optimizer": ("adam", "nadam", "full-matrix")},
     "lr_end": {"decay": (0,)},
+    "trigger": {"start_rule": ("vectors", "first-token")},
     "look_ahead": {"schedule": ("whole",)},
     "narrow_after": {"schedule": ("whole",)},
 }

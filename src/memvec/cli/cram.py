@@ -281,6 +281,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
                 "goes on from there."
             )
             display.say(f"Interrupted. {kept if finished else 'No passage was finished.'}")
+            raise typer.Exit(130) from None
         raise
     journal.close(delete=True)
     return mem, saved, account(mem, document.data(lm))

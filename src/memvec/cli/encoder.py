@@ -11,9 +11,9 @@ import typer
 
 from memvec.cli import encoder_plan as plan
 from memvec.cli import options
-from memvec.cli.common import check_seed
+from memvec.cli.common import check_seed, telling_what_is_kept
 from memvec.cli.encoder_recurrent import print_segments
-from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
+from memvec.cli.training_text import Column, Texts, Where, drawn, kept_in, target_of, token_stream
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: Plan, target: Path)
 
     training = plan.training_of(lm, stream, choices)
     partial = target.with_name(target.name + ".partial")
-    encoder = training.run(partial, _progress_lines(training.reached))
+    with telling_what_is_kept(lambda: kept_in(partial)):
+        encoder = training.run(partial, _progress_lines(training.reached))
     facts = {**training.identity, "seconds": round(training.seconds, 1), "tokens": len(stream)}
     save_encoder(target, encoder, lm, facts)
     partial.unlink(missing_ok=True)

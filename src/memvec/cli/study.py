@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memvec.cli import options
+from memvec.cli.common import telling_what_is_kept
 from memvec.cli.study_tables import (
     FORMATS,
     print_check,
@@ -157,14 +158,11 @@ def _run(
     from memvec.cli.study_progress import study_progress
     from memvec.lab.study.run import run_study
 
-    try:
-        with study_progress(spec.name) as show:
-            status: StudyStatus = run_study(
-                spec, folder, make_pool, base=base, text=text, on_status=show
-            )
-    except KeyboardInterrupt:
-        say(f"Interrupted. What is finished is in {folder}; the same command goes on from there.")
-        raise
+    kept = f"What is finished is in {folder}; the same command goes on from there."
+    with telling_what_is_kept(lambda: kept), study_progress(spec.name) as show:
+        status: StudyStatus = run_study(
+            spec, folder, make_pool, base=base, text=text, on_status=show
+        )
     if json:
         typer.echo(jsonlib.dumps(vars(status)))
         return
@@ -268,6 +266,8 @@ def export(
         raise MemvecError("name a file: --csv rows.csv or --parquet rows.parquet.")
     targets = ((parquet, ".parquet"), (csv, ".csv"))
     for target, ending in targets:  # before anything is written
+        if target is not None and not target.parent.is_dir():
+            raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
         if target is not None and target.suffix != ending:
             raise MemvecError(f"--{ending[1:]} {target}: its name must end in {ending}.")
         if target is not None and target.exists() and not Path(f"{target}.columns.json").exists():
@@ -305,9 +305,11 @@ def report(
         raise MemvecError(f"--compare knows 'paper', not '{compare}'.")
     if format_ not in FORMATS:
         raise MemvecError(f"unknown --format '{format_}': {did_you_mean(format_, FORMATS)}")
-    written = write_report(
-        folder, out or folder / "report", compare=compare == "paper", figures=figures
-    )
+    target = out or folder / "report"
+    others = target.is_dir() and any(target.iterdir()) and not (target / "tables").is_dir()
+    if others or (target.exists() and not target.is_dir()):
+        raise MemvecError(f"{target} holds something else than a report: name a new folder.")
+    written = write_report(folder, target, compare=compare == "paper", figures=figures)
     for table in written.tables:
         print_report_table(table, format_)
     say(f"page: {written.page}; tables and figures beside it")

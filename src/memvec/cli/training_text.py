@@ -37,6 +37,13 @@ def target_of(model: str, name: str, out: Path | None, force: bool) -> Path:
     return target
 
 
+def kept_in(partial: Path) -> str:
+    """What an interrupted training has kept, a sentence."""
+    if not partial.exists():
+        return "Nothing was kept yet."
+    return f"The last checkpoint is in {partial}; the same command goes on from there."
+
+
 def token_stream(
     lm: FrozenLM, text: str, column: str, where: list[str] | None
 ) -> Int[Tensor, " N"]:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memvec.cli import options
-from memvec.cli.training_text import Column, Texts, Where, drawn, target_of, token_stream
+from memvec.cli.common import check_seed, telling_what_is_kept
+from memvec.cli.training_text import (
+    Column,
+    Texts,
+    Where,
+    drawn,
+    kept_in,
+    target_of,
+    token_stream,
+)
 from memvec.errors import MemvecError
 
 # Fields of the recipe that the training sets itself.
@@ -16,6 +27,7 @@ OWN_FIELDS = {"trigger", "start_rule", "steps", "patience", "if_not_exact", "spa
 OWN_FIELDS |= {"objective_every", "term_rise"}
 
 if TYPE_CHECKING:
+    from memvec.cramming.batch import Progress
     from memvec.cramming.recipe import Recipe
     from memvec.usable.trigger_training import BatchReport
 
@@ -43,7 +55,11 @@ def train(
     model: options.Model = "pocket",
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Default: trigger.safetensors in the model's folder."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="Default: trigger.safetensors in the model's folder, or here if it has none.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Soft tokens behind the vectors.")] = 4,
     front: Annotated[int, typer.Option(help="Soft tokens in front of them, behind BOS.")] = 4,
@@ -67,7 +83,6 @@ def train(
     Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
     model's folder, --usable takes it by itself. After an interruption the same command goes on.
     """
-    from memvec.cli.common import check_seed
     from memvec.cli.display import model as say_model
     from memvec.cli.display import say
     from memvec.loading import load_lm
@@ -89,16 +104,40 @@ def train(
     passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]
     partial = target.with_name(target.name + ".partial")
 
-    def show(batch: BatchReport) -> None:
-        left = batch.seconds * (batch.batches - batch.number)
-        say(
-            f"batch {batch.number} of {batch.batches}: {batch.exact} of {batch.passages} passages "
-            f"exact, KL to the text {batch.kl:.3f} nats a token, {left / 60:.0f} min left"
-        )
-
-    train_trigger(lm, passages, plan, recipe, partial, show)
+    with telling_what_is_kept(lambda: kept_in(partial)):
+        lines = _lines_within_a_batch(batches)
+        train_trigger(lm, passages, plan, recipe, partial, _line_of_a_batch, lines)
     partial.replace(target)
     say(f"{target}: {rows + front} soft tokens; memvec cram --usable --trigger {target} uses it.")
+
+
+def _line_of_a_batch(batch: BatchReport) -> None:
+    """Print how a batch came out."""
+    from memvec.cli.display import say
+
+    left = batch.seconds * (batch.batches - batch.number)
+    say(
+        f"batch {batch.number} of {batch.batches}: {batch.exact} of {batch.passages} passages "
+        f"exact, KL to the text {batch.kl:.3f} nats a token, {left / 60:.0f} min left"
+    )
+
+
+def _lines_within_a_batch(batches: int) -> Callable[[int, Progress, int], None]:
+    """Prints a line every ten seconds."""
+    from memvec.cli.display import PLAIN_EVERY, say
+
+    last_line = time.monotonic()
+
+    def show(number: int, now: Progress, steps: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= PLAIN_EVERY:
+            last_line = time.monotonic()
+            say(
+                f"batch {number} of {batches}, step {now.steps} of {steps}: horizon "
+                f"{now.horizon:.0f} tokens"
+            )
+
+    return show
 
 
 def _recipe(assignments: list[str] | None) -> Recipe:

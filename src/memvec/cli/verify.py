@@ -62,8 +62,11 @@ def verify(
     from memvec.certificate import certificate_of
     from memvec.cli import display
     from memvec.cli.use_tables import show_worth
+    from memvec.usable.certificate import check_usable
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
+    if use:
+        check_usable(mem)  # before minutes of decoding
     if engine is None:
         _refuse_alone(engine_python, engine_model)
         decoded = mem.decode_passages(lm, force=force)

@@ -18,6 +18,7 @@ another.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.cramming.batch import BatchState
+from memvec.cramming.batch import BatchState, Progress
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.step import Measurement, Step
@@ -76,6 +77,10 @@ class BatchReport:
     passages: int
     kl: float
     seconds: float
+
+
+# The number of the batch, how its passages stand, and the steps that it has.
+OnProgress = Callable[[int, Progress, int], None]
 
 
 class SharedStep(Step):
@@ -136,11 +141,13 @@ def train_trigger(
     recipe: Recipe,
     path: Path,
     on_batch: Callable[[BatchReport], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> CrammedTrigger:
     """Train a trigger on passages (token ids; `plan.batches` x `plan.batch_size` of them).
 
     `path` gets the trigger behind each batch, and a training of the same plan that finds it there
     goes on from it. `recipe` is what passages are crammed by; its trigger is the one that learns.
+    `on_batch` and `on_progress` are told how it stands, for whoever shows it.
     Raises MemvecError for too few passages, a recipe without a second mode, or another plan's file.
     """
     if recipe.term != "use":
@@ -176,7 +183,8 @@ def train_trigger(
         rows = found.table
     for number in range(done, plan.batches):
         own = passages[number * plan.batch_size : (number + 1) * plan.batch_size]
-        rows, report = _crammed(lm, rows, [list(ids) for ids in own], plan, recipe, number)
+        cram = functools.partial(_crammed, plan=plan, recipe=recipe, on_progress=on_progress)
+        rows, report = cram(lm, rows, [list(ids) for ids in own], number)
         trigger = _parts(rows, plan)
         save_trigger(path, trigger, lm, identity | {"batches_done": number + 1})
         if on_batch is not None:
@@ -194,17 +202,25 @@ def _crammed(
     lm: FrozenLM,
     rows: Float[Tensor, "N D"],
     passages: list[list[int]],
+    number: int,
+    *,
     plan: TriggerPlan,
     recipe: Recipe,
-    number: int,
+    on_progress: OnProgress | None,
 ) -> tuple[Float[Tensor, "N D"], BatchReport]:
     """New vectors for a batch of passages, and the trigger that they have moved."""
+
+    def tell(now: Progress) -> None:
+        if on_progress is not None:
+            on_progress(number + 1, now, recipe.steps)
+
     shared = rows.to(lm.device).clone().requires_grad_()
     engine = TriggerEngine(
         with_soft_tokens(lm, shared, plan.rows),
         recipe,
         vectors=plan.vectors,
         batch_size=len(passages),
+        on_progress=tell,
     )
     step = engine.one_step
     assert isinstance(step, SharedStep)
