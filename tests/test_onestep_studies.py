@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 
 import pandas as pd
@@ -153,6 +155,21 @@ def test_passages_of_a_group_share_m_and_others_do_not(study: Path) -> None:
             for i in range(len(m)):
                 for j in range(i):
                     assert bool(torch.equal(m[i], m[j])) is (i // size == j // size)
+
+
+def test_an_m_that_a_group_shares_is_counted_once(study: Path, tmp_path: Path) -> None:
+    """Where all came back: e of each passage and m of each group, beside two of each."""
+    copied = Path(shutil.copytree(study, tmp_path / "study"))
+    with sqlite3.connect(copied / "study.sqlite") as db:
+        db.execute("UPDATE rows SET exact = 1")
+    with Store(copied) as store:
+        data = read_data(store)
+        (table,) = (t for t in all_tables(data, compare=False) if t.key == "bytes")
+        D = data.width(data.rows.iloc[0])
+    rows = [row for row in table.rows if row[2] == "one-step-groups"]
+    size, ratio = (table.columns.index(name) for name in ("text bytes", "vectors"))
+    counted = sorted(float(row[size]) / float(row[ratio]) / (4 * D) for row in rows)
+    assert counted == pytest.approx([4 + 2, 4 + 4])
 
 
 def test_an_interrupted_group_comes_back_the_same(study: Path, tmp_path: Path) -> None:

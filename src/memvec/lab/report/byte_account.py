@@ -10,6 +10,9 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
+import pandas as pd
+
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, short
 from memvec.lab.report.table import Table, TableCell
@@ -51,7 +54,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
             len(lzma.compress(whole, preset=9)),
             _huffman_bits(whole) / 8,
             float(exact["lm_bits"].sum()) / 8,
-            len(exact) * K * data.width(longest.iloc[0]) * number,
+            _vectors(data, exact, str(protocol), K) * data.width(longest.iloc[0]) * number,
         ]
         row: list[TableCell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
         row += [str(share_interval(len(exact), len(longest))), size]
@@ -63,6 +66,15 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
         note += " Paper, PG-19: " + ", ".join(f"{k} {v['pg19']}" for k, v in values.items()) + "."
     columns += ["lzma", "huffman", "arithmetic", "vectors"]
     return Table("bytes", "Byte accounting", note, columns, rows)
+
+
+def _vectors(data: Data, rows: pd.DataFrame, protocol: str, K: int) -> int:
+    """Vectors of these passages: K of each, or one, and one for each group that shares an m."""
+    sizes = [protocol_of(protocol).group_size(options) for options in data.options(rows)]
+    if not any(sizes):
+        return len(rows) * K
+    groups = {(c, n // s) for c, n, s in zip(rows["cell"], rows["number"], sizes, strict=True)}
+    return len(rows) * (K - 1) + len(groups)
 
 
 def _text(data: Data, row: dict[Hashable, Any]) -> bytes | None:

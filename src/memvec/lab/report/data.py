@@ -52,8 +52,12 @@ class Data:
 
     def option(self, rows: pd.DataFrame, name: str) -> pd.Series:
         """An option of the protocol for each row, from its cell; None where the cell has it not."""
+        return self.options(rows).map(lambda options: options.get(name))
+
+    def options(self, rows: pd.DataFrame) -> pd.Series:
+        """All options of the protocol for each row, a dictionary, from its cell."""
         settings = dict(self.store.db.execute("SELECT cell, settings FROM cells").fetchall())
-        values = {c: json.loads(settings[c])["options"].get(name) for c in set(rows["cell"])}
+        values = {c: json.loads(settings[c])["options"] for c in set(rows["cell"])}
         return rows["cell"].map(values)
 
     def width(self, row: pd.Series) -> int:

@@ -61,7 +61,7 @@ class Store:
                 self.db = sqlite3.connect(self.file, isolation_level=None, timeout=10)
                 self._check_version()
                 self.db.execute("PRAGMA journal_mode=WAL")
-                self.db.execute("PRAGMA synchronous=NORMAL")
+                self.db.execute("PRAGMA synchronous=FULL")
                 self.db.executescript(schema.TABLES)
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('schema', ?)", (SCHEMA,))
             else:
