@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from itertools import pairwise
 
 import pytest
 
@@ -10,9 +12,10 @@ from conftest import QUICK, reader
 from memvec import codec
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab.plan import plan
+from memvec.lab.plan import _apart, plan
 from memvec.lab.statistics import Mean
 from memvec.passages.documents import Document
+from memvec.passages.passage import Passage
 
 TEXT = "the cat sat on the lazy dog while the fox ran over the hill and the cow ate the grass. " * 6
 WORDS = "the lazy dog sat on the cat"
@@ -105,3 +108,17 @@ def test_small_samples_are_refused_in_python_too():
     lm = reader()
     with pytest.raises(MemvecError, match="--sample"):
         plan(lm, Document.of(lm, TEXT), sample=0)
+
+
+def test_the_length_of_a_passage_does_not_decide_whether_it_is_sampled():
+    """Of passages that overlap the earlier one stays, however long it is."""
+    kept = []
+    for seed in range(400):
+        draw = random.Random(seed)
+        places = [50 * i + draw.randrange(50) for i in range(20)]
+        asked = [Passage((1,) * (4 if place % 4 else 40), 0, place) for place in places]
+        sample = _apart(asked)
+        assert all(p.offset + len(p) <= q.offset for p, q in pairwise(sample))
+        assert sample[0] == asked[0]
+        kept += sample
+    assert sum(len(p) == 40 for p in kept) / len(kept) == pytest.approx(0.25, abs=0.02)

@@ -117,6 +117,18 @@ def _end(passage: Passage) -> int:
     return passage.offset + len(passage)
 
 
+def _apart(passages: Sequence[Passage]) -> list[Passage]:
+    """Of passages that overlap the earlier ones, for outcomes belong to the passage they begin in.
+
+    So a passage's own length does not decide whether it is in the sample.
+    """
+    kept: list[Passage] = []
+    for passage in passages:
+        if not kept or passage.offset >= _end(kept[-1]):
+            kept.append(passage)
+    return kept
+
+
 def _sample(
     work: CramJob, document: Document, sample: int, seed: int
 ) -> tuple[list[Passage], float]:
@@ -132,12 +144,7 @@ def _sample(
         passages.append(Passage(passage.ids, 0, offset))
     if sum(map(len, passages)) > len(ids) / 2:
         passages = list(cutter.cut(ids, 0, shortest))
-    # Outcomes belong to the passage in which they begin: of two that overlap the later one stays.
-    following = [*passages[1:], None]
-    passages = [
-        p for p, q in zip(passages, following, strict=True) if q is None or _end(p) <= q.offset
-    ]
-    return passages, (time.perf_counter() - began) / sum(map(len, passages))
+    return _apart(passages), (time.perf_counter() - began) / sum(map(len, passages))
 
 
 @dataclass(frozen=True)
