@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, build, byte_tokenizer, tiny
+from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
+from memvec.encoders import recurrent_measure
 from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.recurrent import (
     RecurrentEncoder,
@@ -22,7 +24,7 @@ from memvec.encoders.recurrent import (
     recurrent_of,
     state_width,
 )
-from memvec.encoders.recurrent_measure import compare_segments
+from memvec.encoders.recurrent_measure import compare_segments, crammed_leading
 from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.summary import SummaryEncoder
@@ -431,6 +433,21 @@ def test_rows_are_measured_recomputed_and_shown(study):
     assert (chains[1]["its vectors"], chains[1]["crammed alone"]) == (6, T / 2)
     assert len(figure.panels) == 2
     assert card.value == f"{chains[1]['reach']} of 3 segments"
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_what_is_crammed_beside_is_stored_as_asked(monkeypatch, storage):
+    """The engine of the controls has the storage of the rows that they stand beside."""
+    asked = []
+
+    class Seen(Engine):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            asked.append(self.storage.name)
+
+    monkeypatch.setattr(recurrent_measure, "Engine", Seen)
+    crammed_leading(tiny(), [[3, 4, 5]], 2, QUICK, 1, storage)
+    assert asked == [str(storage).removeprefix("torch.")]
 
 
 def test_a_changed_result_is_found(study):

@@ -137,7 +137,12 @@ def recall(
 
 
 def crammed_leading(
-    lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe, batch_size: int
+    lm: FrozenLM,
+    passages: Sequence[Sequence[int]],
+    K: int,
+    recipe: Recipe,
+    batch_size: int,
+    storage: torch.dtype = torch.float32,
 ) -> list[int]:
     """Leading tokens of each passage that decode freely after cramming it into K vectors.
 
@@ -145,7 +150,7 @@ def crammed_leading(
     """
     if recipe.start == "auto":
         recipe = replace(recipe, start="noise")
-    engine = Engine(lm, recipe, vectors=K, batch_size=batch_size)
+    engine = Engine(lm, recipe, vectors=K, batch_size=batch_size, storage=storage)
     asked = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
     found = {outcome.passage.document: outcome.metrics.horizon for outcome in engine.run(asked)}
     return [found[i] for i in range(len(asked))]

@@ -102,7 +102,9 @@ class Recurrent(Protocol):
             "segment": encoder.segment,
             "back": [at.leading[0] for at in found],
             "right": [at.right[0] for at in found],
-            "alone": crammed_leading(lm, newest, encoder.slots, recipe, len(newest)),
+            "alone": crammed_leading(
+                lm, newest, encoder.slots, recipe, len(newest), outcome.vectors.dtype
+            ),
         }
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:

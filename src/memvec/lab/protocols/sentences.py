@@ -100,9 +100,8 @@ class Sentences(Protocol):
                 f"{options['context']}: raise 'before' of the source."
             )
         before = _cut(sourced.before, sizes)
-        measured = evaluate.measure(
-            lm, model, before, sourced.before, ids, recipe, options["horizon"]
-        )
+        asked = (before, sourced.before, ids, recipe, options["horizon"], outcome.vectors.dtype)
+        measured = evaluate.measure(lm, model, *asked)
         whole = len(evaluate.fitting(lm, sourced.before, len(ids)))
         return {
             **asdict(measured),

@@ -95,17 +95,19 @@ def measure(
     ids: Ids,
     recipe: Recipe,
     horizon: int,
+    storage: torch.dtype = torch.float32,
 ) -> Measured:
     """A sentence `ids` behind the sentences `before`, and behind all of the `text` before it.
 
-    `recipe` crams the latents of the sentences before. Raises MemvecError if they do not fit the
-    context, there are not as many as `horizon`, or a sentence is longer than the model's limit.
+    `recipe` crams the latents of the sentences before, which are stored as `storage`. Raises
+    MemvecError if they do not fit the context, there are not as many as `horizon`, or a sentence is
+    longer than the model's limit.
     """
     check_lengths(lm, model, [*before, ids], horizon)
     K = model.vectors
     vectors, decodes = latents.encoded(lm, [*before, ids], K)
     known, own, S = vectors[:-1], vectors[-1], len(before)
-    made = latents.crammed(lm, before, K, recipe)
+    made = latents.crammed(lm, before, K, recipe, storage)
     aheads = range(1, horizon + 1)
     seen = [known[: S - ahead + 1] for ahead in aheads]
     rolled = [steps[-1] for steps in model.discretised(lm, seen, aheads)]

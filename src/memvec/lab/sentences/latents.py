@@ -86,14 +86,22 @@ def encoded(lm: FrozenLM, sentences: Sequence[Ids], K: int) -> Latents:
     return Latents(vectors, exact)
 
 
-def crammed(lm: FrozenLM, sentences: Sequence[Ids], K: int, recipe: Recipe) -> Latents:
+def crammed(
+    lm: FrozenLM,
+    sentences: Sequence[Ids],
+    K: int,
+    recipe: Recipe,
+    storage: torch.dtype = torch.float32,
+) -> Latents:
     """Latents crammed from the encoder's vectors until they decode exactly, or as far as it goes.
 
     Exact is the engine's certificate. Raises MemvecError for a model without an encoder.
     """
     need_encoder(lm)
     distinct = list(dict.fromkeys(tuple(ids) for ids in sentences))
-    engine = Engine(lm, replace(recipe, start="encoder"), vectors=K, batch_size=BATCH // 4)
+    engine = Engine(
+        lm, replace(recipe, start="encoder"), vectors=K, batch_size=BATCH // 4, storage=storage
+    )
     passages = [Passage(ids, number) for number, ids in enumerate(distinct)]
     made = {distinct[o.passage.document]: o for o in engine.run(passages)}
     outcomes = [made[tuple(ids)] for ids in sentences]
