@@ -169,12 +169,15 @@ def test_missing_models_and_files_of_protocols_are_found_before_anything_runs(
     assert problems(spec, expand(spec), tmp_path) == [
         f"no model in {gone}: there is no config.json."
     ]
-    for protocol, option in (("recurrent", "encoder"), ("sentences", "latents")):
+    for protocol, option, what in (
+        ("recurrent", "encoder", "encoder"),
+        ("sentences", "latents", "latent model"),
+    ):
         block = RUN.replace("exact", protocol) + f'{option} = "{gone}.safetensors"\n'
         spec = parse_spec(head + block, "spec")
         (sentence,) = problems(spec, expand(spec), tmp_path)
-        assert f"no {gone}.safetensors, which the option {option} of a run names" in sentence
-        with pytest.raises(MemvecError, match="file missing"):
+        assert f"there is no {what} {gone}.safetensors: make one with memvec" in sentence
+        with pytest.raises(MemvecError, match=f"there is no {what}"):
             run_study(spec, tmp_path / "s", maker, base=tmp_path)
 
 

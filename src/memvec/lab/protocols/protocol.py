@@ -213,11 +213,11 @@ class Protocol:
         return []
 
 
-def missing_file(option: str, path: str) -> str | None:
-    """A sentence if there is no file that an option of a run names."""
+def missing_file(what: str, path: str, maker: str) -> str | None:
+    """A sentence if there is no file that an option of a run names; `maker` makes such files."""
     if Path(path).expanduser().is_file():
         return None
-    return f"file missing: there is no {path}, which the option {option} of a run names."
+    return f"there is no {what} {path}: make one with {maker}."
 
 
 def bits_after(

@@ -78,7 +78,7 @@ class Recurrent(Protocol):
         return None
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
-        return missing_file("encoder", options["encoder"])
+        return missing_file("encoder", options["encoder"], "memvec encoder train --recurrent")
 
     def extra_of_cell(
         self,

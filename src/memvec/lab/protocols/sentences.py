@@ -114,7 +114,7 @@ class Sentences(Protocol):
         }
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
-        return missing_file("latents", options["latents"])
+        return missing_file("latent model", options["latents"], "memvec lab sentences train")
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
         """The prediction by the file that made it, and the bits of RECOMPUTED on the slow path.
