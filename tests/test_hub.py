@@ -224,3 +224,17 @@ def test_the_hub_s_refusals_are_sentences(api, error, sentence, monkeypatch):
 def test_a_name_that_is_no_repository_is_refused(api):
     with pytest.raises(MemvecError, match="write user/name"):
         mem().push_to_hub("letter")
+
+
+def test_a_card_of_something_else_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "README.md").write_text("MY OWN README")
+    with pytest.raises(MemvecError, match=r"README.md is not a card of vectors"):
+        hub.save_pretrained(mem(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    hub.save_pretrained(mem(), tmp_path, force=True)
+    (tmp_path / "vectors.mem.safetensors").unlink()
+    hub.save_pretrained(mem(), tmp_path)  # over its own card
+
+
+def test_the_card_says_how_the_model_was_quantized():
+    assert 'quantize="8bit")' in hub.card(named("x/y", quantize="8bit"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -17,13 +18,15 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from conftest import QUICK, build, passages, reader, tiny
-from memvec import codec
+from memvec import codec, engines
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.export import export, names
 from memvec.export import target as target_of
+from memvec.export.target import stock_attention
 from memvec.model.lm import FrozenLM
+from memvec.model.precision import widen_attention
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage, ids_hash
 from memvec.vectors import MemVectors
@@ -355,3 +358,49 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
         shown.append(printed.getvalue())
     assert shown[:2] == [letter, letter]
     assert re.fullmatch(r"\(\d+, 1, 384\)\n", shown[2])
+
+
+@pytest.mark.parametrize("target", ["transformers", "npy"])
+@pytest.mark.parametrize("what", ["quantized", "mixed"])
+def test_what_other_software_would_read_with_other_numbers_is_refused(target, what, tmp_path):
+    lm = tiny("llama")
+    mem = crammed(lm)
+    other = copy.copy(lm)
+    other.quantize = "4bit" if what == "quantized" else None
+    other.autocast = None if what == "quantized" else torch.bfloat16
+    with pytest.raises(MemvecError, match=r"is (quantized to 4bit|in mixed precision) here"):
+        export(mem, other, target_of(target), tmp_path / "x")
+    with pytest.raises(MemvecError, match="reads its folder as it is"):
+        engines.decode_with("transformers", mem, other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_certified_under_the_attention_that_others_run(tmp_path):
+    lm = FrozenLM(build("llama").to(torch.bfloat16), name="half")
+    widen_attention(lm.model)
+    ours = lm.config._attn_implementation
+    with stock_attention(lm):
+        assert lm.config._attn_implementation == "sdpa" != ours
+    assert lm.config._attn_implementation == ours
+
+
+def test_an_earlier_export_is_kept_where_its_successor_finds_no_place(tmp_path, monkeypatch):
+    lm = tiny("llama")
+    mem = crammed(lm)
+    export(mem, lm, target_of("npy"), tmp_path / "x")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    replace_path = Path.replace
+
+    def full(self, target):
+        if Path(target) == tmp_path / "x" and "earlier" not in self.name:
+            raise OSError(28, "No space left on device")
+        return replace_path(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(MemvecError, match="No space left"):
+        export(mem, lm, target_of("npy"), tmp_path / "x", force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    monkeypatch.undo()
+    export(mem, lm, target_of("npy"), tmp_path / "x", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.lab.doctor import checks, examine, speed
 from memvec.loading import load_lm
+from memvec.model.agreement import agree
+from memvec.model.fingerprint import fingerprint_of
 from memvec.model.lm import FrozenLM
 
 SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
@@ -363,3 +368,40 @@ def test_the_doctor_says_why_not(folder, tmp_path, monkeypatch):
 def test_checks_hold_in_every_dtype(family, dtype):
     lm = FrozenLM(build(family).to(getattr(torch, dtype)), name=family, check=False)
     assert [check.name for check in checks(lm) if not check.ok] == []
+
+
+def test_a_nested_configuration_does_not_name_its_dtype():
+    """Of models with a text_config (Gemma 3) the inner one says in which dtype it was loaded."""
+    weight, logits = torch.ones(4, 2), torch.zeros(4)
+
+    def printed(dtype: str, layers: int = 2) -> str:
+        inner = {"dtype": dtype, "layers": layers, "transformers_version": dtype}
+        settings = {"model_type": "x", "dtype": dtype, "text_config": inner}
+        config = SimpleNamespace(to_dict=lambda: copy.deepcopy(settings))
+        return fingerprint_of(config, weight, logits).config
+
+    assert printed("float32") == printed("bfloat16")
+    assert printed("float32") != printed("float32", layers=3)
+
+
+def test_masked_columns_do_not_hide_a_difference():
+    truth, ours = torch.randn(6, 30), torch.randn(6, 30)
+    for logits in (truth, ours):
+        logits[:, :3] = -1e9
+    assert not agree(ours, truth, torch.float32)[0]
+    assert agree(truth.clone(), truth, torch.float32)[0]
+
+
+def test_a_cap_is_found_where_logits_are_small():
+    model = build("gemma2", final_logit_softcapping=30.0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.05)
+    lm = FrozenLM(model, name="small")
+    assert float(lm.head(1000 * torch.randn(5, lm.width)).abs().max()) <= 30
+
+
+def test_measured_facts_that_are_none_are_told(folder, tmp_path):
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    for text in ("", "[1]", '{"fill": '):
+        (own / "memvec.json").write_text(text)
+        says(str(own), "memvec.json holds no measured facts")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 
-from conftest import FAMILIES, QUICK, one_step, passages, tiny
+from conftest import FAMILIES, QUICK, build, one_step, passages, tiny
 from memvec import registry
 from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
+from memvec.errors import SlowPathWarning
 from memvec.loading import load_lm
 from memvec.model import precision
+from memvec.model.precision import ATTENTION, for_steps, widen_attention
 
+pytestmark = pytest.mark.filterwarnings("ignore:steps of .* are computed in float32")
 HALF = replace(QUICK, compute="bfloat16")
 SERVED = [family for family in FAMILIES if family != "rwkv"]  # refused: tests/test_families.py
 SOME = ["llama", "opt-projected", "mamba", "gemma2", "mixtral"]
@@ -156,3 +160,21 @@ def test_wide_attention_is_attention(dtype):
     inputs = truth.embed(ids).to(dtype).requires_grad_()
     (gradient,) = torch.autograd.grad(model(inputs_embeds=inputs).logits.sum(), inputs)
     assert torch.isfinite(gradient).all()
+
+
+def test_a_model_that_hands_its_mask_in_by_name_is_served():
+    """Doge calls the kernel with `attention_mask=`."""
+    model = build("doge").to(torch.bfloat16)
+    plain = model(input_ids=torch.arange(2, 9)[None], use_cache=False).logits
+    widen_attention(model)
+    assert model.config._attn_implementation == ATTENTION
+    wide = model(input_ids=torch.arange(2, 9)[None], use_cache=False).logits
+    assert float((wide - plain).detach().abs().max()) < 0.1
+
+
+def test_steps_in_another_dtype_than_was_asked_for_are_told(monkeypatch):
+    lm = tiny("gpt2", seed=3)
+    monkeypatch.setattr(precision, "LARGEST_DIFFERENCE", -1.0)
+    monkeypatch.setattr(precision, "COPIES", WeakKeyDictionary())
+    with pytest.warns(SlowPathWarning, match=r"computed in float32, as a copy in bfloat16 differs"):
+        assert for_steps(lm, "bfloat16") is lm

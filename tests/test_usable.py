@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import replace
 from itertools import permutations
@@ -22,6 +23,8 @@ from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
+from memvec.passages.documents import Document
+from memvec.passages.passage import ids_hash
 from memvec.usable import certificate, generate, queries, teacher
 from memvec.usable.certificate import FULL, NONE, VECTORS, Figures, certify_use, worth_table
 from memvec.usable.queries import continuations
@@ -715,3 +718,75 @@ def test_another_file_of_questions_is_another_run(folder, tmp_path, command):
         assert command(*words, "--force").code == 0
         found.append(MemVectors.load(file).vectors)
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mamba"])
+def test_the_certificate_of_use_fits_the_context(family):
+    """Learned positions end where the context does: fewer tokens are read there, and recorded."""
+    sizes = {"n_positions": 56} if family == "gpt2" else {}
+    context = {} if family == "mamba" else {"max_position_embeddings": 56}
+    lm = FrozenLM(build(family, **sizes, **context), None, name=family)
+    ids = passages(12)[0].ids
+    vectors = torch.randn(1, 8, lm.width)
+    mem = codec.cram(
+        lm,
+        Document(ids, "d", ids_hash(ids), len(ids)),
+        vectors=8,
+        tokens=12,
+        recipe=replace(USABLE, steps=0, trigger="bos" if lm.bos_id is not None else "#3"),
+    )
+    use = certify_use(lm, MemVectors(vectors, mem.header), [list(ids)], exact_only=False)
+    expected = 48 if lm.context is None else 56 - 12  # BOS is read, the last token is not
+    assert use.held_out.tokens == expected
+    if lm.context is not None:
+        lm.context = 13
+        with pytest.raises(MemvecError, match="a passage of 12 tokens leaves no room for a query"):
+            certify_use(lm, MemVectors(vectors, mem.header), [list(ids)], exact_only=False)
+
+
+def test_one_passage_has_no_interval():
+    figures = {FULL: Figures(0.0, 1.0), NONE: Figures(0.5, 2.0), VECTORS: Figures(0.1, 1.2)}
+    one, two = (worth_table([figures] * n, 4, 48).contexts[VECTORS] for n in (1, 2))
+    assert one.kl == two.kl == pytest.approx(0.1)
+    assert all(math.isnan(end) for end in (*one.kl_interval, *one.kept_interval))
+    assert two.kl_interval == (pytest.approx(0.1),) * 2
+
+
+@pytest.mark.parametrize("fails", [{1}, {1, 2}, {2}])
+def test_queries_are_the_same_where_memory_ran_out(monkeypatch, fails):
+    lm, ids = tiny(), passages(6)[0].ids
+    recipe = Recipe(query_count=40, query_tokens=5)
+    whole = queries.continuations(lm, ids, recipe).ids
+    continued, calls = queries.continued, []
+
+    def sometimes(*arguments, **options):
+        calls.append(1)
+        found = continued(*arguments, **options)
+        if len(calls) in fails:
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    monkeypatch.setattr(queries, "continued", sometimes)
+    assert torch.equal(queries.continuations(lm, ids, recipe).ids, whole)
+    assert len(calls) > 2
+
+
+def test_a_draw_is_that_of_torch():
+    shares = torch.randn(5, 30).softmax(-1)
+    ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+    drawn = queries.Draws(ours, 5, slice(0, 5))
+    for _ in range(20):
+        expected = torch.multinomial(shares, 1, generator=theirs)[:, 0]
+        assert torch.equal(drawn.of(shares), expected)
+
+
+def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monkeypatch):
+    lm = reader()
+    inputs = lm.embed(torch.tensor([lm.tokenize("the cat sat on the mat")]))
+    plain = generate.write_behind(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
+    own = copy(lm.model.generation_config)
+    own.repetition_penalty, own.no_repeat_ngram_size = 3.0, 2
+    monkeypatch.setattr(lm.model, "generation_config", own)
+    again = generate.write_behind(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
+    assert again == plain
+    assert lm.model.generation_config is own

@@ -20,14 +20,7 @@ from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 from memvec.workers import Workers
 
-__all__ = [
-    "CramJob",
-    "CramStatus",
-    "cram",
-    "decode",
-    "measure",
-    "verify",
-]
+__all__ = ["CramJob", "CramStatus", "cram", "decode", "measure", "verify"]
 
 
 def cram(

@@ -92,13 +92,9 @@ class CramJob:
         self.split = 0
         self.expected: Expected | None = None
         self._enter("preparing")  # coordinates may have a model's gradients to measure
+        slots, tell = batch_size or 1, self._tell
         self.engine = Engine(
-            lm,
-            recipe,
-            vectors=K,
-            batch_size=batch_size or 1,
-            storage=storage,
-            on_progress=self._tell,
+            lm, recipe, vectors=K, batch_size=slots, storage=storage, on_progress=tell
         )
         self._enter("measuring")
 
@@ -161,12 +157,9 @@ class CramJob:
         """All passages together, because they share m; again with the halves of those that fail."""
         while jobs:
             self.done.clear()
+            options = {"batch_size": self.engine.batch_size, "storage": self.storage}
             shared = self.lm.reading.crammer(
-                self.lm,
-                self.engine.recipe,
-                batch_size=self.engine.batch_size,
-                storage=self.storage,
-                on_progress=self._tell,
+                self.lm, self.engine.recipe, on_progress=self._tell, **options
             )
             crammed, jobs, split = shared.run(jobs), [], self.split
             for outcome in crammed:

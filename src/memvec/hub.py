@@ -94,17 +94,29 @@ def save_pretrained(
 
     `licence` is the one you give the vectors (an identifier of the Hub), `base_licence` the base
     model's if its own card is not on this machine. Raises MemvecError if the folder holds vectors
-    already (unless `force`) or cannot be written.
+    or a card of something else already (unless `force`) or cannot be written.
     """
     place = Path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MemvecError(f"{place} cannot be made: {error.strerror}.") from None
+    if not force and (place / CARD).exists() and not _is_ours(place / CARD):
+        raise MemvecError(
+            f"{place / CARD} is not a card of vectors: name another folder, or use force."
+        )
     mem.save(place / FILE, force=force)
     text = card(mem, repository=repository, licence=licence, base_licence=base_licence)
     write_atomically(place / CARD, text.encode("utf-8"))
     return place
+
+
+def _is_ours(card: Path) -> bool:
+    """True for a card that `save_pretrained` wrote."""
+    try:
+        return bool(huggingface_hub.metadata_load(card).get("library_name") == "memvec")
+    except (ValueError, AttributeError, OSError, yaml.YAMLError):
+        return False
 
 
 def local_file(
@@ -246,8 +258,11 @@ def _licence_on_hub(api: huggingface_hub.HfApi, mem: MemVectors) -> str | None:
     name, on_hub = _base(mem)
     if not on_hub:
         return None
-    with _hub(name):
-        return _licence_in(api.model_info(name).card_data)
+    try:
+        with _hub(name):
+            return _licence_in(api.model_info(name).card_data)
+    except MemvecError:  # gated, or gone: its licence is looked up for the card and no more
+        return None
 
 
 def _licence_in(metadata: Any) -> str | None:
@@ -273,7 +288,8 @@ def _base(mem: MemVectors) -> tuple[str, bool]:
 
 def _arguments(model: dict[str, Any]) -> str:
     revision = f', revision="{model["revision"]}"' if model.get("revision") else ""
-    return f'{revision}, dtype="{model["dtype"]}"'
+    quantize = f', quantize="{model["quantize"]}"' if model.get("quantize") else ""
+    return f'{revision}, dtype="{model["dtype"]}"{quantize}'
 
 
 def _certificate(mem: MemVectors) -> str:

@@ -28,6 +28,14 @@ DTYPES = {
     "float16": torch.float16,
     BFLOAT16_AUTOCAST: torch.float32,  # of the weights
 }
+# What transformers says of a name that it cannot load, and what is told.
+TOLD = {
+    ("couldn't connect", "offline", "Connection", "resolve"): "is not a folder here and the Hub "
+    "could not be reached: check the name and the network, or give a local folder.",
+    ("is not a valid model identifier", "Repository Not Found"): "is neither a folder nor a model "
+    "on the Hub: check the name (private models need a login).",
+    ("no file named", "have a file named"): "has no weights that transformers can load: {}",
+}
 POCKET = Path(__file__).parent / "pocket"
 UNKNOWN_DEVICE = "unknown device '{}': use auto, cpu or cuda:0."
 
@@ -154,7 +162,10 @@ def _weights(
 def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -> None:
     """What a model's folder holds besides weights: measured facts, encoders, and a trigger."""
     if local is not None and (facts := local / "memvec.json").is_file():
-        lm.facts = json.loads(facts.read_text())
+        try:
+            lm.facts = dict(json.loads(facts.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise MemvecError(f"{facts} holds no measured facts ({error}): delete it.") from None
     # A quantized model has other weights than those that its folder's trigger was trained for.
     if local is not None and not lm.quantize and (own := local / TRIGGER_FILE).is_file():
         lm.own_trigger = load_trigger(own, lm)
@@ -205,20 +216,9 @@ def _loading(name: str) -> Iterator[None]:
             ) from error
         if isinstance(error, ImportError):
             raise MemvecError(f"{name} needs a package that is missing: {first}") from error
-        if any(word in reason for word in ("couldn't connect", "offline", "Connection", "resolve")):
-            raise MemvecError(
-                f"{name} is not a folder here and the Hub could not be reached: "
-                "check the name and the network, or give a local folder."
-            ) from error
-        if "is not a valid model identifier" in reason or "Repository Not Found" in reason:
-            raise MemvecError(
-                f"{name} is neither a folder nor a model on the Hub: check the name "
-                "(private models need a login)."
-            ) from error
-        if "no file named" in reason or "does not appear to have a file named" in reason:
-            raise MemvecError(
-                f"{name} has no weights that transformers can load: {first}"
-            ) from error
+        for words, said in TOLD.items():
+            if any(word in reason for word in words):
+                raise MemvecError(f"{name} {said.format(first)}") from error
         raise MemvecError(f"{name} could not be loaded: {first}") from error
 
 

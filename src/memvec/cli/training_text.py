@@ -73,14 +73,21 @@ def pairs_of(where: list[str] | None) -> dict[str, str]:
 def drawn(
     stream: Int[Tensor, " N"], text: str, tokens: int, count: int, seed: int
 ) -> Int[Tensor, "count tokens"]:
-    """Passages from random places of a text. Raises MemvecError if it is too short."""
+    """Passages from random places of a text that do not overlap, so that each counts as one.
+
+    Raises MemvecError if it is too short.
+    """
     import torch
 
-    if len(stream) < tokens + count:
+    if (left := len(stream) - count * tokens) < 0:
         raise MemvecError(
             f"{text} has {len(stream)} tokens, too few for {count} passages of {tokens}."
         )
     check_seed(seed)
     draw = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(stream) - tokens + 1, (count, 1), generator=draw)
-    return stream[starts + torch.arange(tokens)]
+    starts = torch.randint(len(stream) - tokens + 1, (count,), generator=draw)
+    if bool((starts.sort().values.diff() < tokens).any()):
+        # Where they begin if each had no length; then each moves those behind it by its own.
+        gaps = torch.randint(left + 1, (count,), generator=draw).sort().values
+        starts = (gaps + tokens * torch.arange(count))[torch.randperm(count, generator=draw)]
+    return stream[starts[:, None] + torch.arange(tokens)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -53,14 +54,16 @@ def show_worth(use: Mapping[str, Any]) -> None:
         for column in ("context", "KL to the text, nats a token", "share of the gain kept"):
             table.add_column(column, justify="left" if column == "context" else "right")
         for name, c in measured["contexts"].items():
-            low, high = c["kl_interval"]
-            kept_low, kept_high = c["kept_interval"]
-            table.add_row(
-                safe(name),
-                f"{c['kl']:.3f} [{low:.3f}, {high:.3f}]",
-                f"{c['kept']:.2f} [{kept_low:.2f}, {kept_high:.2f}]",
-            )
+            kl = _with_interval(c["kl"], c["kl_interval"], 3)
+            table.add_row(safe(name), kl, _with_interval(c["kept"], c["kept_interval"], 2))
         out.print(table)
+
+
+def _with_interval(value: Any, interval: Sequence[Any], digits: int) -> str:
+    """A figure with its interval; alone where one passage gave none. JSON has NaN as a word."""
+    low, high = map(float, interval)
+    shown = f"{float(value):.{digits}f}"
+    return shown if math.isnan(low) else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def show_answers(written: Mapping[str, str]) -> None:

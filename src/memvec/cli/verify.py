@@ -95,7 +95,7 @@ def _worth(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str,
     """The certificate of use. Raises MemvecError for vectors without a trigger."""
     from memvec.usable.certificate import certify_use
 
-    return certify_use(lm, mem, decoded).model_dump(mode="json")
+    return certify_use(lm, mem, decoded).record()
 
 
 def _refuse_alone(python: Path | None, model: Path | None) -> None:

@@ -49,7 +49,8 @@ class AdaptedTraining(AdapterTraining):
         super().__init__(lm, stream, plan)
         own = own_summary(lm)
         self.identity["begun_at"] = own.identity if own else None
-        self.network = fresh(lm, rank=plan.rank).begun(lm, self.mean, plan.size)
+        with self.seeded():
+            self.network = fresh(lm, rank=plan.rank).begun(lm, self.mean, plan.size)
         self.begin()
         self.grows = own is None and not plan.begin
         self.target = FIRST_TARGET if self.grows else float(plan.longest)

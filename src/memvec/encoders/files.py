@@ -24,6 +24,7 @@ from safetensors.torch import save
 
 from memvec import registry
 from memvec.encoders.base import EncoderFile, OnePassEncoder, TrainedEncoder
+from memvec.environment import environment
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -39,13 +40,14 @@ USABLE_FILE_NAME = "usable-encoder.safetensors"
 def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) -> None:
     """Give a model the encoders of its folder, and in the place of one of them that of a file.
 
-    A quantized model gets no usable encoder from its folder: its weights are not those that this
-    was trained for. Raises MemvecError as `load_encoder` does.
+    A quantized model gets none from its folder: its weights are not those that they were trained
+    for. Raises MemvecError as `load_encoder` does.
     """
+    folder = None if lm.quantize else folder
     for name in (FILE_NAME, ADAPTED_FILE_NAME):  # the second keeps the first as its own
         if folder is not None and (own := folder / name).is_file():
             lm.encoder = load_encoder(own, lm)
-    if folder is not None and not lm.quantize and (own := folder / USABLE_FILE_NAME).is_file():
+    if folder is not None and (own := folder / USABLE_FILE_NAME).is_file():
         lm.usable_encoder = load_encoder(own, lm)
     if file is not None:
         encoder = load_encoder(Path(file).expanduser(), lm)
@@ -91,6 +93,7 @@ def save_encoder(
         "max_vectors": str(encoder.max_vectors),
         "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about or {}),
+        "environment": json.dumps(environment() | {"device": lm.device.type}),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.network.state_dict().items()}
     write_atomically(path, save(tensors, metadata))

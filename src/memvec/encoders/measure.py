@@ -20,6 +20,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
+from memvec.lab.statistics import mean_interval
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -49,7 +50,7 @@ class Comparison:
     rows: tuple[AtLength, ...]
     one_pass_lossless: int  # longest length measured at which half of the passages are exact; 0
     crammed_horizon: float  # mean tokens per vector, default recipe from the encoder's vectors
-    crammed_interval: float  # 95 % half width of that mean
+    crammed_interval: float  # 95 % half width of that mean (Student's t), NaN for one passage
     crammed_n: int
 
     def record(self) -> dict[str, Any]:
@@ -85,13 +86,13 @@ def compare(
         float(o.metrics.horizon)
         for o in _cram(lm, passages, replace(recipe, start="encoder"), batch_size)
     ]
-    error = statistics.stdev(horizons) / len(horizons) ** 0.5 if len(horizons) > 1 else float("nan")
+    crammed = mean_interval(horizons)
     return Comparison(
         rows,
         max((row.tokens for row in rows if row.one_pass_exact >= 0.5), default=0),
-        statistics.mean(horizons),
-        1.96 * error,
-        len(horizons),
+        crammed.mean,
+        (crammed.high - crammed.low) / 2,
+        crammed.n,
     )
 
 

@@ -58,17 +58,12 @@ class RecurrentTraining(TrainingRun):
         super().__init__(lm, stream, plan)
         own = own_summary(lm)
         self.identity["begun_at"] = own.identity if own else None
-        network = RecurrentNetwork(
-            lm.width,
-            state_width(lm),
-            hidden=plan.hidden,
-            layers=plan.layers,
-            heads=plan.heads,
-            slots=plan.slots,
-            lags=plan.lags,
-            segment=plan.segment_tokens,
-        )
-        self.network = network.begun(self.mean.cpu(), self.std, plan.size, own)
+        shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots", "lags")}
+        with self.seeded():
+            network = RecurrentNetwork(
+                lm.width, state_width(lm), segment=plan.segment_tokens, **shape
+            )
+            self.network = network.begun(self.mean.cpu(), self.std, plan.size, own)
         self.network.to(lm.device)
         bare = [network.questions, network.first]
         inside = {id(p) for p in bare}

@@ -34,7 +34,8 @@ class Training(TrainingRun):
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> None:
         super().__init__(lm, stream, plan)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots")}
-        self.network = SlotNetwork(lm.width, **shape).to(lm.device)
+        with self.seeded():
+            self.network = SlotNetwork(lm.width, **shape).to(lm.device)
         self.network.scaled(self.mean, self.std, plan.size)
         self.optimizer = self.optimized(self.network.parameters())
         self.target = plan.first_target

@@ -8,10 +8,11 @@ the end (`training.py`, `recurrent_training.py`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,13 +121,22 @@ class TrainingRun(ABC):
             "model": model_of(lm),
             "text": hashlib.sha256(stream.to(torch.int32).numpy().tobytes()).hexdigest(),
         }
-        torch.manual_seed(plan.seed)
         rows: Tensor = lm.embedding.weight  # type: ignore[assignment]
         first = torch.arange(min(len(rows), 50_000), device=lm.device)
         with torch.no_grad():  # of the LM's embeddings as it is handed them: Gemma scales its own
             handed_in = lm.embedding(first).float()
         self.mean, self.std = handed_in.mean(0), float(handed_in.std())  # (D), scalar
         self.step, self.seconds = 0, 0.0
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """What is drawn within (the network's first numbers) is drawn by the plan's seed.
+
+        The caller's generators are as they were afterwards.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.plan.seed)
+            yield
 
     def optimized(self, groups: Any) -> torch.optim.Optimizer:
         """An optimiser of parameters, or of groups, whose `rate` is a multiple of the plan's."""

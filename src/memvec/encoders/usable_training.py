@@ -66,7 +66,8 @@ class UsableTraining(AdapterTraining):
             )
         self.identity["trigger"] = own_trigger_of(lm)
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
-        self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
+        with self.seeded():
+            self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
         self.begin()
         self.target = 0.0
         before = self.fast.inputs_before(plan.slots, "bos")

@@ -13,7 +13,7 @@ from memvec.engines.folder import folder_of
 from memvec.engines.request import Prompt
 from memvec.engines.run import known, refuse_model, run_engine
 from memvec.errors import MemvecError, check_minimum
-from memvec.export.target import embedded
+from memvec.export.target import embedded, refuse_other_weights
 from memvec.usable.around import in_full
 from memvec.usable.generate import SHORTER, check_room, end_ids, in_a_row
 
@@ -116,6 +116,7 @@ def check(
     """Raise MemvecError if an engine cannot be asked for these vectors; nothing is started."""
     known(engine)
     mem.check_model(lm)
+    refuse_other_weights(lm, engine)
     if (
         mem.header.layout != "prefix"
         or mem.header.space

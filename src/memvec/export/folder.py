@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from memvec.environment import environment
 from memvec.errors import MemvecError, NotExactError
-from memvec.export.target import Item, Target
+from memvec.export.target import Item, Target, refuse_other_weights, stock_attention
 from memvec.header import PassageRecord
 from memvec.passages.passage import ids_hash
 from memvec.usable.around import in_full
@@ -61,22 +61,38 @@ def export(
         aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
         for name, item in zip(names, items, strict=True):
             target.write(aside / name, item, lm)
-        _certify(mem, lm, target, [aside / name for name in names], items)
-        manifest = _manifest(mem, lm, target, names, items)
+        with stock_attention(lm):
+            _certify(mem, lm, target, [aside / name for name in names], items)
+            manifest = _manifest(mem, lm, target, names, items)
         manifest["files"] = _hashes(aside)
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
         for name, program in target.programs.items():
             shutil.copyfile(program, aside / name)
         aside.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.replace(output)
+        _put(aside, output)
     except OSError as error:
         raise MemvecError(f"{output} cannot be written: {error.strerror}.") from None
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
     return manifest
+
+
+def _put(made: Path, output: Path) -> None:
+    """Give a finished folder its name; an earlier export goes away once that is done."""
+    if not output.exists():
+        made.replace(output)
+        return
+    earlier = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.")) / "earlier"
+    try:
+        output.replace(earlier)
+        try:
+            made.replace(output)
+        except BaseException:
+            earlier.replace(output)
+            raise
+    finally:
+        shutil.rmtree(earlier.parent, ignore_errors=True)
 
 
 def _check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
@@ -91,6 +107,7 @@ def _check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: b
             f"{target.name} takes: cram the text with --space inputs."
         )
     mem.check_model(lm)
+    refuse_other_weights(lm, target.name)
     dtype = str(lm.dtype).removeprefix("torch.")
     if target.dtype not in (None, dtype):
         raise MemvecError(

@@ -7,10 +7,11 @@ a bit on its way is refused before anybody uses it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from memvec import __version__
 from memvec.decoding import decode_ids
+from memvec.errors import MemvecError
+from memvec.model.precision import ATTENTION
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -28,6 +31,33 @@ SCRIPTS = Path(__file__).parent / "scripts"
 def decoder(script: str) -> dict[str, Path]:
     """The programs of a folder that decodes itself where memvec is not installed."""
     return {"decode.py": SCRIPTS / script, "passages.py": SCRIPTS / "passages.py"}
+
+
+def refuse_other_weights(lm: FrozenLM, reader: str) -> None:
+    """Raise MemvecError for a model that other software reads with other numbers than here."""
+    if lm.quantize or lm.autocast:
+        how = f"quantized to {lm.quantize}" if lm.quantize else "in mixed precision"
+        raise MemvecError(
+            f"{lm.name} is {how} here, and {reader} reads its folder as it is: cram with the model "
+            "in a dtype that it is run in, without --load quantize."
+        )
+
+
+@contextlib.contextmanager
+def stock_attention(lm: FrozenLM) -> Iterator[None]:
+    """The model with transformers' own attention within, where memvec gave it its own.
+
+    What other software runs has to be certified as it runs it.
+    """
+    model: Any = lm.model
+    if getattr(lm.config, "_attn_implementation", None) != ATTENTION:
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION)
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,16 @@ def plain_generation(lm: FrozenLM) -> Iterator[None]:
     A model's own generation config may set any of them, and `generate` takes from it whatever its
     caller leaves open. It is restored afterwards.
     """
+    with generating_by(lm, GenerationConfig(pad_token_id=0)):
+        yield
+
+
+@contextlib.contextmanager
+def generating_by(lm: FrozenLM, config: GenerationConfig) -> Iterator[None]:
+    """Generate by a configuration in the place of the model's own, which is restored afterwards."""
     model: Any = lm.model
     own = model.generation_config
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    model.generation_config = config
     try:
         yield
     finally:

@@ -152,8 +152,10 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def bootstrap_mean(values: Sequence[float]) -> Interval:
-    """The mean with its percentile bootstrap interval, for values far from normal."""
+    """The mean with its percentile bootstrap interval (NaN for one), for values far from normal."""
     data = np.asarray(values, dtype=float)
+    if len(data) < 2:
+        return Interval(float(data.mean()), math.nan, math.nan)
     low, high = np.percentile(data[_resamples(len(data))].mean(1), [2.5, 97.5])
     return Interval(float(data.mean()), float(low), float(high))
 
@@ -173,6 +175,8 @@ def ratio_of_separate_means(first: Sequence[float], second: Sequence[float]) -> 
 
 def _ratio(a: Floats, b: Floats, means_a: Floats, means_b: Floats) -> Interval:
     with np.errstate(divide="ignore", invalid="ignore"):
+        if min(len(a), len(b)) < 2:  # one value says nothing of the others
+            return Interval(float(a.mean() / b.mean()), math.nan, math.nan)
         ratios = np.nan_to_num(means_a / means_b, nan=1.0, posinf=np.inf)
         low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
         return Interval(float(a.mean() / b.mean()), float(low), float(high))

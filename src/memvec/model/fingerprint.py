@@ -52,6 +52,13 @@ class Fingerprint:
         )
 
 
+def _lasting(settings: Any) -> Any:
+    """Settings without those that say nothing about the weights, in nested configurations too."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: _lasting(value) for name, value in settings.items() if name not in VOLATILE}
+
+
 def fingerprint_of(
     config: Any,
     embedding: Float[Tensor, "V D"],
@@ -62,10 +69,7 @@ def fingerprint_of(
 
     `dtype`: what it is computed in, if that is not the dtype of the matrix.
     """
-    settings = config.to_dict()
-    for name in VOLATILE:
-        settings.pop(name, None)
-    described = json.dumps(settings, sort_keys=True, default=str).encode()
+    described = json.dumps(_lasting(config.to_dict()), sort_keys=True, default=str).encode()
     rounded = embedding.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
     probe = logits[:: max(1, len(logits) // 8)][:8]
     return Fingerprint(

@@ -18,6 +18,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,17 +78,14 @@ class FrozenLM:
         self.own_trigger: CrammedTrigger | None = None  # of the model's folder
         self._original: FrozenLM | None = None  # the model that `read_as` made this view of
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.revision = revision
+        self.tokenizer, self.name, self.revision = tokenizer, name, revision
         self.config: Any = model.config
         text_config = model.config.get_text_config()  # type: ignore[operator,union-attr]
         self.embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
         if self.embedding is None or not hasattr(self.embedding, "weight"):
             raise MemvecError(f"{name} has no input embedding matrix, so it takes no vectors.")
         weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        self.device = weight.device
-        self.dtype = weight.dtype
+        self.device, self.dtype = weight.device, weight.dtype
         self.autocast: torch.dtype | None = autocast_of(model)
         self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
         self.context = context_length(text_config)
@@ -307,10 +305,8 @@ class FrozenLM:
         return {
             "name": self.name,
             "revision": self.revision,
-            "config": self.fingerprint.config,
-            "weights": self.fingerprint.weights,
+            **asdict(self.fingerprint),
             "probe": list(self.fingerprint.probe),
-            "dtype": self.fingerprint.dtype,
             "device": self.device.type,
             "attention": getattr(self.config, "_attn_implementation", None) or "none",
             "width": self.width,

@@ -8,12 +8,14 @@ its margins, and decodes, in the model's own dtype.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from memvec.errors import SlowPathWarning
 from memvec.model.agreement import TOLERANCE
 from memvec.model.norms import join_norms
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 ATTENTION = "memvec_float32"  # the name under which transformers knows `attention`
 WORTH_IT = 4_000_000  # parameters; below, a step is made of other things than products
 LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # of the logits' spread, to the original
-COPIES: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
+# Of each model its copy, or why it is not used.
+COPIES: WeakKeyDictionary[nn.Module, nn.Module | str] = WeakKeyDictionary()
 
 
 def multiplies_bfloat16() -> bool:
@@ -35,16 +38,22 @@ def multiplies_bfloat16() -> bool:
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kw: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kw: Any,
 ) -> tuple[Tensor, None]:
     """transformers' scaled dot-product attention, computed in float32.
 
+    Some models hand the mask in by its name, so it has the one that transformers gives it.
     torch's kernel for short sequences in bfloat16 takes up to twenty times as long on a CPU, going
     back, and is half of a whole step (docs/log.md).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    wide = (t.float() for t in (query, key, value))
+    wide, mask = (t.float() for t in (query, key, value)), attention_mask
     mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     out, _ = sdpa_attention_forward(module, *wide, mask, **kw)
     return out.to(query.dtype), None
@@ -69,7 +78,7 @@ def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
 
     `compute` is a recipe's: 'model', 'bfloat16', or 'auto', which rounds float32 models of at least
     4 M parameters on CPUs with bfloat16 products. A copy that does not agree with its original is
-    not used.
+    not used, and a SlowPathWarning says so.
     """
     if compute == "model" or lm.rounding != torch.float32 or lm.quantize:
         return lm
@@ -77,13 +86,16 @@ def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
         worth = sum(p.numel() for p in lm.model.parameters()) >= WORTH_IT
         if lm.device.type != "cpu" or not worth or not multiplies_bfloat16():
             return lm
-    if (model := _rounded(lm)) is None:
+    model = _rounded(lm)
+    if isinstance(model, str):
+        said = f"steps of {lm.name} are computed in float32, as a copy in bfloat16 {model}."
+        warnings.warn(said, SlowPathWarning, stacklevel=2)
         return lm
     return lm.computed_by(model)
 
 
-def _rounded(lm: FrozenLM) -> nn.Module | None:
-    """A copy of the model with its parameters in bfloat16, made once; None if it does not agree.
+def _rounded(lm: FrozenLM) -> nn.Module | str:
+    """A copy of the model with its parameters in bfloat16, made once; a reason if it does not fit.
 
     Buffers stay as they are: positions' frequencies lose too much.
     """
@@ -96,16 +108,17 @@ def _rounded(lm: FrozenLM) -> nn.Module | None:
         model = copy.deepcopy(lm.model, rounded)
         widen_attention(model)
         join_norms(model)
-        COPIES[lm.model] = model if _agrees(lm, lm.computed_by(model)) else None
+        COPIES[lm.model] = _disagreement(lm, lm.computed_by(model)) or model
     return COPIES[lm.model]
 
 
 @torch.no_grad()
-def _agrees(lm: FrozenLM, rounded: FrozenLM) -> bool:
+def _disagreement(lm: FrozenLM, rounded: FrozenLM) -> str:
+    """Why a rounded copy cannot be used; '' if it can."""
     ids = lm._probe_ids()
     try:
         logits = rounded.own_logits(ids)
-    except Exception:  # a model's own code may need one dtype throughout
-        return False
-    largest = (logits - lm.own_logits(ids)).abs().max() / lm.logit_spread
-    return bool(largest <= LARGEST_DIFFERENCE)
+    except Exception as error:  # a model's own code may need one dtype throughout
+        return f"fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    largest = float((logits - lm.own_logits(ids)).abs().max() / lm.logit_spread)
+    return "" if largest <= LARGEST_DIFFERENCE else f"differs by {largest:.1e} of their spread"

@@ -8,6 +8,8 @@ from torch import Tensor
 
 ROWS_AT_ONCE = 20_000  # of an embedding matrix that is not in float32
 
+MASKED = -1e4  # of a logit, or below: a token that the model never writes
+
 
 def embedding_std(weight: Float[Tensor, "V D"]) -> float:
     """Standard deviation of all entries of an embedding matrix; one in few bits is not copied."""
@@ -21,5 +23,5 @@ def embedding_std(weight: Float[Tensor, "V D"]) -> float:
 
 def logit_spread(logits: Float[Tensor, "n V"]) -> float:
     """Mean over positions of the standard deviation over the columns that are not masked."""
-    kept = [row[row > -1e4] for row in logits]  # a model that is refused may have none
+    kept = [row[row > MASKED] for row in logits]  # a model that is refused may have none
     return sum(float(row.std()) for row in kept if len(row) > 1) / len(kept) or 1.0

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from memvec.vectors import MemVectors
 
 PASSAGES = 32  # at most so many passages are measured, evenly spread over the file
 QUERIES = 4  # held-out continuations of each passage
-TOKENS = 48  # of each, and of the true continuation
+TOKENS = 48  # of each, and of the true continuation; fewer where the context holds no more
 SEED = 7919  # added to the recipe's: other continuations than cramming saw
 ROWS = 8  # at most so many texts of several passages are measured whole
 FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
@@ -62,7 +63,7 @@ Contexts = dict[str, Context]
 
 
 class Worth(Record):
-    """What one context is worth, with 95 % bootstrap intervals over the passages."""
+    """What one context is worth, with 95 % bootstrap intervals over the passages (NaN for one)."""
 
     kl: float = Field(description="KL from the model behind the text, nats per token")
     kl_interval: tuple[float, float]
@@ -101,6 +102,10 @@ class UseCertificate(Record):
     )
     environment: dict[str, Any]
 
+    def record(self) -> dict[str, Any]:
+        """As a file's header has it: what is not finite is a word."""
+        return dict(json.loads(self.model_dump_json()))
+
 
 class Figures(NamedTuple):
     """KL and NLL of one passage behind one context, means over its queries, nats per token."""
@@ -120,13 +125,14 @@ def certify_use(
 
     `passages` are the token ids of every passage, decoded from the vectors if they are not given.
     `exact_only=False` leaves out the control that has to be crammed. Raises MemvecError for vectors
-    of another model, or vectors that nothing can be read behind (one-step, start rule 'vectors').
+    of another model, vectors that nothing can be read behind (one-step, start rule 'vectors'), or a
+    passage that leaves the model's context no room for a query.
     """
     view = mem.view(lm)
     check_usable(mem)
     ids = passages if passages is not None else mem.tokens(lm)
     chosen = _spread(len(ids), PASSAGES)
-    K = mem.vectors.shape[1]
+    K, tokens = mem.vectors.shape[1], _room(view, mem, [ids[i] for i in chosen])
     controls: list[Tensor | None] = [None] * len(chosen)
     if exact_only:
         controls = exact_only_vectors(view, mem, [ids[i] for i in chosen])
@@ -135,22 +141,22 @@ def certify_use(
         for i, control in zip(chosen, controls, strict=True)
     ]
     seed = (SEED + int(mem.header.recipe.get("seed", 0))) % 2**62  # another than cramming had
-    recipe = Recipe(query_count=QUERIES, query_tokens=TOKENS, seed=seed)
+    recipe = Recipe(query_count=QUERIES, query_tokens=tokens, seed=seed)
     held_out = [
         behind_each(view, own, continuations(view, ids[i], recipe)[0])
         for own, i in zip(contexts, chosen, strict=True)
     ]
-    following = _following(mem, ids)
+    following = _following(mem, ids, tokens)
     true = [
         behind_each(view, own, torch.tensor([following[i]]))
         for own, i in zip(contexts, chosen, strict=True)
         if i in following
     ]
     return UseCertificate(
-        trigger=_trigger_of(mem),
+        trigger="crammed" if mem.soft else str(mem.header.trigger or "bos"),
         vectors=K,
-        held_out=worth_table(held_out, QUERIES, TOKENS),
-        continuation=worth_table(true, 1, TOKENS) if true else None,
+        held_out=worth_table(held_out, QUERIES, tokens),
+        continuation=worth_table(true, 1, tokens) if true else None,
         in_a_row=_worth_in_a_row(view, mem, ids, recipe),
         environment=environment(),
     )
@@ -168,27 +174,36 @@ def check_usable(mem: MemVectors, what: str = "these vectors") -> None:
         )
 
 
-def _trigger_of(mem: MemVectors) -> str:
-    """What the certificate calls the trigger."""
-    if mem.soft:
-        return "crammed"
-    return "bos" if mem.header.trigger is None else str(mem.header.trigger)
-
-
 def _spread(n: int, most: int) -> list[int]:
     return list(range(n)) if n <= most else sorted({n * i // most for i in range(most)})
 
 
-def _following(mem: MemVectors, passages: Sequence[Sequence[int]]) -> dict[int, Sequence[int]]:
-    """The TOKENS tokens behind each passage, where its document has so many."""
+def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> int:
+    """Tokens of a query behind the longest of the passages, TOKENS at most."""
+    text = max(text_inputs(lm, ids).shape[1] for ids in passages)
+    vectors = len(lm.front) + mem.vectors.shape[1] + int(lm.reading.space != "inputs")
+    # The last token of a query is not read.
+    room = TOKENS if lm.context is None else lm.context - max(text, vectors) + 1
+    if room < 2:
+        raise MemvecError(
+            f"a passage of {max(map(len, passages))} tokens leaves no room for a query in the "
+            f"context of {lm.name} ({lm.context}): cram it with fewer --tokens."
+        )
+    return min(TOKENS, room)
+
+
+def _following(
+    mem: MemVectors, passages: Sequence[Sequence[int]], tokens: int
+) -> dict[int, Sequence[int]]:
+    """So many tokens behind each passage, where its document has them."""
     found: dict[int, Sequence[int]] = {}
     at = 0
     for document in mem.header.documents:
         end = at + document.passages
         for i in range(at, end):
             later = (t for j in range(i + 1, end) for t in passages[j])
-            behind = list(itertools.islice(later, TOKENS))
-            if len(behind) == TOKENS:
+            behind = list(itertools.islice(later, tokens))
+            if len(behind) == tokens:
                 found[i] = behind
         at = end
     return found
@@ -201,7 +216,8 @@ def _worth_in_a_row(
     rows: list[range] = []
     at = 0
     for document in mem.header.documents:
-        n = _fitting(lm, passages[at : at + document.passages], mem.vectors.shape[1])
+        texts = passages[at : at + document.passages]
+        n = _fitting(lm, texts, mem.vectors.shape[1], recipe.query_tokens)
         rows += [range(at, at + n)] if n > 1 else []
         at += document.passages
     measured = []
@@ -210,16 +226,16 @@ def _worth_in_a_row(
         text = [token for ids in passages[row] for token in ids]
         contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
         measured.append(behind_each(lm, contexts, continuations(lm, text, recipe)[0]))
-    return worth_table(measured, QUERIES, TOKENS) if measured else None
+    return worth_table(measured, QUERIES, recipe.query_tokens) if measured else None
 
 
-def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int) -> int:
-    """How many passages, from the first on, the model's context holds before a continuation: their
-    text, and their vectors."""
+def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: int) -> int:
+    """How many passages, from the first on, the context holds, as text and as vectors, and so many
+    tokens more."""
     text, row = 1, len(lm.front)
     for n, ids in enumerate(passages):
         text, row = text + len(ids), row + K
-        if lm.context is not None and max(text, row) + TOKENS > lm.context:
+        if lm.context is not None and max(text, row) + tokens > lm.context:
             return n
     return len(passages)
 
@@ -238,11 +254,8 @@ def exact_only_vectors(
         storage=storage,
         batch_size=min(32, len(passages)),
     )
-    crammed: dict[int, Tensor] = {}
     jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
-    for outcome in engine.run(jobs):
-        if outcome.exact:
-            crammed[outcome.passage.document] = outcome.vectors.float()
+    crammed = {o.passage.document: o.vectors.float() for o in engine.run(jobs) if o.exact}
     return [crammed.get(i) for i in range(len(passages))]
 
 

@@ -79,11 +79,15 @@ def without(vectors: Float[Tensor, "K D"], directions: Directions) -> Float[Tens
     return (flat - basis @ (basis.T @ flat)).float().reshape(vectors.shape)
 
 
-def _basis(directions: Directions) -> Float[Tensor, "KD n"]:
-    """An orthonormal basis of the span, each direction at length 1 first."""
+def _basis(directions: Directions) -> Float[Tensor, "KD r"]:
+    """An orthonormal basis of the span, each direction at length 1 first.
+
+    Of directions that depend on each other the span has fewer columns than there are directions.
+    """
     unit = directions.double() / directions.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
-    basis: Tensor = torch.linalg.qr(unit.T).Q
-    return basis
+    basis, sizes, _ = torch.linalg.svd(unit.T, full_matrices=False)
+    kept: Tensor = basis[:, sizes > 1e-9 * sizes.max()]
+    return kept
 
 
 def _one_each(states: Float[Tensor, "T T H"]) -> Float[Tensor, "T 1 H"]:

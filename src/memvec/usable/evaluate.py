@@ -7,7 +7,9 @@ answered becomes a receipt for each document, and the table comes from the recei
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
+import json
 import logging
 import random
 from collections import defaultdict
@@ -29,6 +31,7 @@ from memvec.usable.receipts import (
     Kind,
     Receipt,
     make_folder,
+    refuse_another_run,
     scores_of,
     table,
     write,
@@ -93,8 +96,8 @@ def evaluate(
     """Evaluate, write the receipts if there is a folder for them, and return the table.
 
     `on_column` hears of each column before it starts. Raises MemvecError for unknown tasks or
-    columns, a missing harness, a task that cannot be loaded or has no context, or requests that do
-    not fit the model.
+    columns, a missing harness, a task that cannot be loaded or has no context, requests that do not
+    fit the model, or a folder with receipts of another run.
     """
     from memvec.usable.harness import MemvecLM
 
@@ -114,11 +117,14 @@ def evaluate(
                 tokens=what.tokens,
                 cache=what.cache,
                 split=what.split,
-                batch_size=what.batch_size,
+                crammed_at_once=what.batch_size,
                 **_changes(what.recipe),
             )
+            run = _identity(_record(what, model, {}))
+            if what.receipts is not None:
+                refuse_another_run(what.receipts, run)
             raw = _run(model, list(tasks.values()), manager, what)
-            own = list(_receipts(raw["samples"], tasks, model))
+            own = list(_receipts(raw["samples"], tasks, model, run))
             results[column] = raw["results"]
             receipts += own
             if what.receipts is not None:
@@ -186,7 +192,7 @@ def _run(model: Any, tasks: Sequence[Any], manager: Any, what: Evaluation) -> di
 
 
 def _receipts(
-    samples: dict[str, list[dict[str, Any]]], tasks: dict[str, Any], model: Any
+    samples: dict[str, list[dict[str, Any]]], tasks: dict[str, Any], model: Any, run: str
 ) -> Iterator[Receipt]:
     """A receipt for each document of each task."""
     traces = defaultdict(list)
@@ -198,6 +204,7 @@ def _receipts(
         for row in {row["doc_id"]: row for row in rows}.values():  # once, whatever the filters
             trace = traces[task.config.task, row["doc_id"]][0]
             receipt = Receipt(
+                run=run,
                 task=name,
                 document=row["doc_id"],
                 column=model.column.name,
@@ -266,6 +273,12 @@ def _record(what: Evaluation, model: Any, results: dict[str, Any]) -> dict[str, 
         "environment": environment(),
         "harness_results": results,
     }
+
+
+def _identity(record: dict[str, Any]) -> str:
+    """What tells a run from others: a hash of all that a number of it depends on."""
+    own = {k: v for k, v in record.items() if k not in ("environment", "harness_results")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @contextmanager

@@ -41,13 +41,16 @@ def use(
     Several files stand one behind the other; `passages` takes some passages of a single file only.
     `context` puts the text itself in the vectors' place, or nothing, for comparison. `settings` go
     to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
-    tokens without them); `streamer` is one of transformers'. Raises MemvecError for vectors of
-    another model, vectors without a trigger, files of different spaces or fronts, or more inputs
-    than the model's context holds.
+    tokens without them, whatever the model's own generation config says); `streamer` is one of
+    transformers'. Raises MemvecError for vectors of another model, vectors without a trigger, files
+    of different spaces or fronts, passages of several files, or more inputs than the model's
+    context holds.
     """
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
     if not files:
         raise MemvecError("there are no vectors to use: give at least one file.")
+    if passages is not None and len(files) > 1:
+        raise MemvecError("passages are picked from one file: give a single one with them.")
     asked = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
     new_tokens = int(options["max_new_tokens"])
@@ -164,6 +167,10 @@ def _generated(
     options: dict[str, Any],
     cache: Any,
 ) -> list[int]:
+    from transformers import GenerationConfig
+
+    from memvec.export.transformers import generating_by
+
     generate: Any = getattr(lm.model, "generate", None)
     if generate is None:
         raise MemvecError(f"{lm.name} is no model that generates.")
@@ -172,7 +179,10 @@ def _generated(
     options.setdefault("use_cache", lm.has_cache)
     if cache is not None:
         options[str(lm.caching.argument)] = cache
-    out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)
+    # Only the ends of the model's own configuration: penalties in it are asked for by nobody.
+    own = GenerationConfig(eos_token_id=end_ids(lm) or None)
+    with generating_by(lm, own):
+        out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)
     ids: list[int] = out[0].tolist()
     return ids
 

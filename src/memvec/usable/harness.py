@@ -53,9 +53,10 @@ class MemvecLM(HFLM):  # type: ignore[misc]
 
     `pretrained`: name of a model for memvec.load_lm, or a FrozenLM. `context`: a column, 'full',
     'none', 'truncated' or 'crammed'. `vectors`, `tokens`: passages of at most so many tokens of the
-    context become so many vectors. `cache`: a folder that keeps crammed contexts. `split`: what the
-    question begins with, or the blank line in front of it. Every
-    other argument is a field of the recipe, on top of `preset`.
+    context become so many vectors, `crammed_at_once` of them at a time (default: what the memory
+    allows; `batch_size` is of the answers). `cache`: a folder that keeps crammed contexts. `split`:
+    what the question begins with, or the blank line in front of it. Every other argument is a field
+    of the recipe, on top of `preset`.
 
     `traces` says what stood for the context of each request, in order. Raises MemvecError for bad
     arguments, or a model that cannot be loaded.
@@ -75,6 +76,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         dtype: str = "auto",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        crammed_at_once: int | str | None = None,
         **recipe: Any,
     ) -> None:
         changed = Recipe.of(preset, **recipe)
@@ -92,6 +94,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
             vectors=int(vectors),
             tokens=int(tokens),
             recipe=changed,
+            batch_size=int(crammed_at_once) if crammed_at_once else None,
             cache=Path(cache) if cache else None,
         )
         self.traces: list[Trace] = []
@@ -144,6 +147,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
             "context": self.column.name,
             "vectors": self.column.vectors,
             "tokens": self.column.tokens,
+            "crammed_at_once": self.column.batch_size,
             "split": self.split,
             "recipe": self.column.recipe.record(),
         }

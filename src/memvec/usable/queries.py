@@ -13,6 +13,7 @@ Everything random comes from the passage's own token ids and the recipe's seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,18 +64,36 @@ def behind_bos(lm: FrozenLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B N D"]:
     return lm.embed(torch.cat([*bos, ids], 1))
 
 
+@dataclass
+class Draws:
+    """What sampling draws for some `rows` of a batch of `batch` rows.
+
+    Numbers are drawn for the whole batch each time, so that a row's are the same where memory holds
+    a part of it only.
+    """
+
+    generator: torch.Generator
+    batch: int
+    rows: slice
+
+    def of(self, shares: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
+        """One token of each row by its shares, as torch.multinomial draws it."""
+        drawn = torch.empty(self.batch, shares.shape[1]).exponential_(generator=self.generator)
+        return (shares / drawn[self.rows]).argmax(-1)
+
+
 @torch.no_grad()
 def continued(
     lm: FrozenLM,
     inputs: Float[Tensor, "B N D"],
     tokens: int,
-    generator: torch.Generator | None = None,
+    draws: Draws | None = None,
     top: int = 0,
     rows: int = 1,
 ) -> tuple[Int[Tensor, "R n"], list[Said]]:
     """What the model writes behind some inputs, `tokens` tokens, and what it says at each of them.
 
-    Sampled at temperature 1, or greedy without a generator. What it says is its `top` likeliest
+    Sampled at temperature 1, or greedy without draws. What it says is its `top` likeliest
     tokens, one entry for each position; empty for 0. Inputs of one row are read once for `rows`
     continuations.
     """
@@ -83,10 +102,10 @@ def continued(
     def choose(logits: Tensor, i: int) -> Tensor:
         if top:
             said.append(likeliest(logits, min(top, lm.vocab_size - 1)))
-        if generator is None:
+        if draws is None:
             return logits.argmax(-1)
         shares = logits.softmax(-1).cpu()  # drawn on the CPU: the same everywhere
-        return torch.multinomial(shares, 1, generator=generator)[:, 0].to(lm.device)
+        return draws.of(shares).to(lm.device)
 
     inputs, cache = (inputs, None) if rows == 1 else _shared(lm, inputs, rows)
     return torch.stack(list(free_running(lm, inputs, tokens, choose, cache=lambda: cache)), 1), said
@@ -216,10 +235,15 @@ def _written(
 ) -> list[tuple[Tensor, ...]]:
     """M texts behind M rows of inputs, or behind a single one, and what is said at each token."""
     shared = len(inputs) == 1
+    states: dict[int, Tensor] = {}  # of the generator, where a batch begins
 
     def work(rows: slice) -> list[tuple[Tensor, ...]]:
         given, n = (inputs, len(range(M)[rows])) if shared else (inputs[rows], 1)
-        written, said = continued(lm, given, recipe.query_tokens, generator, top, rows=n)
+        first = rows.start - rows.start % BATCH
+        generator.set_state(states.setdefault(first, generator.get_state()))
+        part = slice(rows.start - first, rows.stop - first)
+        draws = Draws(generator, min(BATCH, M - first), part)
+        written, said = continued(lm, given, recipe.query_tokens, draws, top, rows=n)
         parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
         return list(zip(written.cpu(), *parts, strict=True))
 

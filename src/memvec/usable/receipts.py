@@ -42,6 +42,7 @@ class Answer(Record):
 class Receipt(Record):
     """One document in one column."""
 
+    run: str = Field(default="", description="hash of what the run was: model, recipe, tasks")
     task: str
     document: int = Field(description="its number in the task")
     column: str
@@ -146,6 +147,16 @@ def make_folder(folder: Path) -> None:
         raise MemvecError(f"{folder} cannot be written: {error.strerror}.") from None
 
 
+def refuse_another_run(folder: Path, run: str) -> None:
+    """Raise MemvecError if a folder has receipts that are not of this run."""
+    for column in COLUMNS:
+        if (file := folder / f"{column}.jsonl").is_file() and any(r.run != run for r in _of(file)):
+            raise MemvecError(
+                f"{file} is of another run (model, recipe, tasks or seed): name another folder "
+                "with --receipts."
+            )
+
+
 def write_run(folder: Path, run: dict[str, Any]) -> None:
     """Write what the run was."""
     write_atomically(folder / RUN, json.dumps(run, indent=2, default=str).encode())
@@ -154,27 +165,34 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 def read(folder: Path) -> list[Receipt]:
     """All receipts of a folder, their scores computed again.
 
-    Raises MemvecError for a folder without receipts, a damaged one, or a score that is not that of
-    its answers.
+    Raises MemvecError for a folder without receipts, a damaged one, columns of several runs, or a
+    score that is not that of its answers.
     """
     files = [path for column in COLUMNS if (path := folder / f"{column}.jsonl").is_file()]
-    receipts = []
-    for file in files:
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-            try:
-                receipt = Receipt.model_validate_json(line)
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                raise MemvecError(f"{file}, line {number}, is no receipt: {reason}.") from None
-            for name, score in scores_of(receipt).items():
-                if not math.isclose(score, receipt.scores.get(name, math.nan), abs_tol=1e-9):
-                    raise MemvecError(
-                        f"{file}, line {number}, claims {name} {receipt.scores.get(name)} and its "
-                        f"answers give {score}: it was changed."
-                    )
-            receipts.append(receipt)
+    receipts = [receipt for file in files for receipt in _of(file)]
     if not receipts:
         raise MemvecError(f"there are no receipts in {folder}.")
+    if len({receipt.run for receipt in receipts}) > 1:
+        raise MemvecError(f"the receipts in {folder} are of several runs: no table compares them.")
+    return receipts
+
+
+def _of(file: Path) -> list[Receipt]:
+    """The receipts of a column, their scores computed again. Raises MemvecError as `read`."""
+    receipts = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        try:
+            receipt = Receipt.model_validate_json(line)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise MemvecError(f"{file}, line {number}, is no receipt: {reason}.") from None
+        for name, score in scores_of(receipt).items():
+            if not math.isclose(score, receipt.scores.get(name, math.nan), abs_tol=1e-9):
+                raise MemvecError(
+                    f"{file}, line {number}, claims {name} {receipt.scores.get(name)} and its "
+                    f"answers give {score}: it was changed."
+                )
+        receipts.append(receipt)
     return receipts
 
 

@@ -117,7 +117,7 @@ class Use(Term):
         """The certificate of use; none for vectors that are not exact."""
         if not mem.exact:
             return None
-        return certify_use(self.lm, mem, passages).model_dump(mode="json")
+        return certify_use(self.lm, mem, passages).record()
 
     def _states(
         self,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from memvec.cramming.recipe import Recipe
+from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -84,6 +85,7 @@ def save_trigger(path: Path, trigger: CrammedTrigger, lm: FrozenLM, about: dict[
         "version": "1",
         "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about),
+        "environment": json.dumps(environment() | {"device": lm.device.type}),
     }
     parts = {"trigger": trigger.rows, "front": trigger.front}
     tensors = {
