@@ -100,6 +100,7 @@ class Header(Record):
     soft_front: int = Field(
         default=0, ge=0, description="soft tokens in front of them, behind `front`: tensor 'front'"
     )
+    context_scale: float = Field(default=1.0, gt=0, description="multiplies vectors as context")
     packing: PackingName | None = Field(
         default=None, description="integers that the numbers are stored as; none: as they are"
     )

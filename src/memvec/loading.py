@@ -85,16 +85,9 @@ def load_lm(
         widen_attention(model)
     if dtype == BFLOAT16_AUTOCAST:
         put_under_autocast(model)
-    lm = FrozenLM(
-        model,
-        tokenizer,
-        name=name,
-        revision=revision or getattr(model.config, "_commit_hash", None),
-        check=check,
-        quantize=quantize,
-        checkpointing=checkpointing,
-        offload=offload,
-    )
+    found = revision or getattr(model.config, "_commit_hash", None)
+    how: dict[str, Any] = {"quantize": quantize, "checkpointing": checkpointing, "offload": offload}
+    lm = FrozenLM(model, tokenizer, name=name, revision=found, check=check, **how)
     _read_extras(lm, local, encoder)
     return lm
 

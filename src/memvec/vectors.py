@@ -28,7 +28,7 @@ from memvec.model.reading import StartRule, in_space, reading_named
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES, Storage
-from memvec.usable.around import surrounded
+from memvec.usable.around import as_context_at, surrounded
 from memvec.vectors_file import existing_path, read_file, write_file
 
 
@@ -205,7 +205,8 @@ class MemVectors:
     def view(self, lm: FrozenLM) -> FrozenLM:
         """The model as it reads these vectors: their layout, space, front and trigger."""
         header = self.header
-        return surrounded(self._in_space(lm), header.front, header.trigger, self.soft)
+        view = surrounded(self._in_space(lm), header.front, header.trigger, self.soft)
+        return as_context_at(view, header.context_scale)
 
     def _in_space(self, lm: FrozenLM) -> FrozenLM:
         lm = lm.read_as(self.header.layout)

@@ -47,6 +47,7 @@ MINIMUM: dict[str, float] = {
     "weight_decay": 0.0,
     "term_weight": 0.0,
     "term_rise": 0.0,
+    "context_scale": 1e-3,
     "objective_every": 1,
     "align_layers": 1,
     "query_count": 1,

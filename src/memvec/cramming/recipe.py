@@ -32,6 +32,7 @@ from memvec.errors import MemvecError, did_you_mean
 
 # What is for the term 'use' only, and what it is without it.
 FOR_USE: dict[str, Any] = {"objective_every": 1, "neighbours": "none", "term_rise": 0.0}
+FOR_USE["context_scale"] = 1.0
 
 
 def documented(default: Any, text: str) -> Any:
@@ -60,6 +61,11 @@ class Recipe:
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
     term_rise: float = documented(
         0.0, "for 'use': the share by which its weight rises after an exact step; else it falls"
+    )
+    context_scale: float = documented(
+        1.0,
+        "for 'use': what the vectors are multiplied by where they are read as context; below 1 the "
+        "two modes are told apart by their size, too, and rates are those of the larger vectors",
     )
     objective_every: int = documented(
         1, "for 'use': a passage is asked for in one step of so many, until it is to settle"
@@ -206,10 +212,8 @@ class Recipe:
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise MemvecError(
-                    f"the recipe's {name} must be in [0, 1), not {getattr(self, name)}."
-                )
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise MemvecError(f"the recipe's {name} must be in [0, 1), not {value}.")
 
     @classmethod
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:

@@ -17,7 +17,7 @@ from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space
 from memvec.passages.passage import ids_hash
-from memvec.usable.around import with_front, with_trigger
+from memvec.usable.around import as_context_at, with_front, with_trigger
 from memvec.usable.triggers import trigger_named
 
 if TYPE_CHECKING:
@@ -66,12 +66,14 @@ def start_vectors(
     """First vectors of passages under the recipe, float32 on the CPU.
 
     The encoder reads passages of one length together, where the size of a batch changes the last
-    digits of a product, or each `alone`; nothing else depends on who is beside whom.
+    digits of a product, or each `alone`; nothing else depends on who is beside whom. As context
+    they are what the start gives: vectors for use are larger by the inverse of their scale.
     """
     name = start_of(lm, recipe)
     if name != "encoder":
         start = registry.get("start", name)
-        return [lm.reading.begun_at(lm, start(lm, ids, K, recipe)) for ids in passages]
+        begun = [lm.reading.begun_at(lm, start(lm, ids, K, recipe)) for ids in passages]
+        return [rows / recipe.context_scale for rows in begun]
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
         raise MemvecError(f"{lm.name} has no {kind} encoder: use --start {other}.")
@@ -83,7 +85,7 @@ def start_vectors(
     for alike in batches.values():
         table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
         vectors |= dict(zip(alike, encoder.encode(lm, table, K).cpu(), strict=True))
-    return [vectors[i] for i in range(len(passages))]
+    return [vectors[i] / recipe.context_scale for i in range(len(passages))]
 
 
 def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
@@ -91,7 +93,7 @@ def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
 
     'none' and 'bos', the defaults, leave a model that has another front or trigger as it is.
     """
-    lm = in_space(lm, recipe.space, recipe.record())
+    lm = as_context_at(in_space(lm, recipe.space, recipe.record()), recipe.context_scale)
     lm = lm if recipe.front == "none" else with_front(lm, recipe.front)
     return lm if recipe.trigger == "bos" else with_trigger(lm, trigger_named(lm, recipe.trigger))
 

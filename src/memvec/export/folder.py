@@ -192,6 +192,7 @@ def _manifest(
         "front_vectors": len(mem.view(lm).front),  # before them, in each item
         "trigger_vectors": mem.header.soft_trigger,  # behind them
         "width": mem.vectors.shape[2],
+        "context_scale": mem.header.context_scale,  # of the vectors where they are context
         "start_rule": mem.header.start_rule,
         "documents": [
             d.model_dump(mode="json", include={"name", "sha256", "size", "encoding", "edits"})

@@ -69,7 +69,7 @@ def both_modes(
     text = context_ids(lm, ids, len(vectors))["text"]
     with apart(lm, layers, len(vectors)):
         _, margin = slow.teacher_forced(lm, vectors, ids, "bos")
-        behind = [log_probabilities(lm, vectors, [], row) for row in words]
+        behind = [log_probabilities(lm, lm.context_scale * vectors, [], row) for row in words]
     kl = []
     for row, q in zip(words, behind, strict=True):
         p = log_probabilities(lm, None, text, row)
@@ -128,7 +128,7 @@ def word_gradients(lm: FrozenLM, vectors: Tensor, words: Any, n: int) -> Floats:
     rows, flat = [], [(row, at) for row in words for at in range(len(row))]
     for i in range(n):
         row, at = flat[len(flat) * i // n]
-        point, logits = _last_logits(lm, vectors, row[:at])
+        point, logits = _last_logits(lm, lm.context_scale * vectors, row[:at])
         (gradient,) = torch.autograd.grad(logits[row[at]] - logits.logsumexp(0), point)
         rows.append(gradient.double().cpu().numpy().ravel())
     return np.stack(rows)

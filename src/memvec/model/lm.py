@@ -76,6 +76,7 @@ class FrozenLM:
         self.soft: Tensor | None = None  # rows (R, D) of soft tokens, of a view with a crammed one
         self.front: tuple[int, ...] = ()  # tokens in front of the vectors (memvec.usable.around)
         self.own_trigger: CrammedTrigger | None = None  # of the model's folder
+        self.context_scale = 1.0  # of vectors that are read as context (memvec.usable.around)
         self._original: FrozenLM | None = None  # the model that `read_as` made this view of
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.name, self.revision = tokenizer, name, revision

@@ -72,9 +72,11 @@ class Prefix:
     ) -> Float[Tensor, "B N H"]:
         """States that predict other tokens than the passage's, right behind the vectors.
 
-        N = L; L - 1 where the vectors predict nothing, for then the first token is given.
+        N = L; L - 1 where the vectors predict nothing, for then the first token is given. The
+        vectors are multiplied by the model's `context_scale`.
         """
-        return self.states(lm, vectors, ids, "vectors" if self.predicts else "first-token")
+        rule: StartRule = "vectors" if self.predicts else "first-token"
+        return self.states(lm, lm.context_scale * vectors, ids, rule)
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]

@@ -7,6 +7,9 @@ BOS they are free for what the text says. All contexts that they are compared wi
 The trigger is what follows the vectors under the start rule 'bos': BOS, another token, or R soft
 tokens that were trained for it, and with them P in front of the vectors, behind BOS. Soft tokens
 are the same for all passages.
+
+The size of the vectors may tell the two modes apart, too: where they are context they are
+multiplied by `context_scale`, and where the passage is asked for they are as they are stored.
 """
 
 from __future__ import annotations
@@ -124,6 +127,23 @@ def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], behind: int) -> 
     return view
 
 
+def as_context_at(lm: FrozenLM, scale: float) -> FrozenLM:
+    """The model that multiplies vectors by `scale` where it reads them as context.
+
+    Raises MemvecError where vectors are no inputs: elsewhere their size is no scale.
+    """
+    if lm.context_scale == scale:
+        return lm
+    if not _takes_front(lm):
+        raise MemvecError(
+            f"context_scale is of inputs in front of a passage, which vectors in the space "
+            f"'{lm.reading.space}' with the layout '{lm.layout}' are not: leave it out."
+        )
+    view = copy.copy(lm)
+    view.context_scale = scale
+    return view
+
+
 def surrounded(
     lm: FrozenLM, front: FrontName, token: int | None, soft: Mapping[str, Tensor]
 ) -> FrozenLM:
@@ -135,13 +155,15 @@ def surrounded(
 
 
 def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Front and trigger of a view as fields of a file's header, and its soft tokens by name."""
+    """What is around vectors as fields of a file's header, and the soft tokens by name."""
     other, behind = lm.other_trigger, len(lm.trigger)
     soft = {} if lm.soft is None else {"trigger": lm.soft[:behind], "front": lm.soft[behind:]}
     soft = {name: rows for name, rows in soft.items() if len(rows)}
     counts = {f"soft_{name}": len(soft.get(name, ())) for name in ("trigger", "front")}
     token = other[0] if other is not None and not soft else None
-    return {"front": "bos" if _tokens(lm) else "none", "trigger": token, **counts}, soft
+    front = "bos" if _tokens(lm) else "none"
+    facts = {"front": front, "trigger": token, "context_scale": lm.context_scale}
+    return facts | counts, soft
 
 
 def _takes_front(lm: FrozenLM) -> bool:

@@ -44,6 +44,7 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.results import Record
 from memvec.storage import Storage
+from memvec.usable.around import as_context_at
 from memvec.usable.queries import continuations, text_inputs
 from memvec.usable.teacher import log_p_behind
 from memvec.vectors import MemVectors
@@ -270,7 +271,8 @@ def contexts_of(
         for name, text in ({FULL: ids, NONE: ()} | ends).items()
     }
     if exact_only is not None:
-        found[EXACT_ONLY] = functools.partial(_behind_vectors, lm, exact_only)
+        plain = as_context_at(lm, 1.0)  # a control is read as it was crammed
+        found[EXACT_ONLY] = functools.partial(_behind_vectors, plain, exact_only)
     found[VECTORS] = functools.partial(_behind_vectors, lm, vectors)
     return found
 

@@ -169,7 +169,8 @@ class Column:
             outcomes = self._crammed[ids]
             rows = torch.cat([outcome.vectors.float() for outcome in outcomes])[None]
             exact = all(outcome.exact for outcome in outcomes)
-            inputs = triggered(self.lm, self.recipe).behind_front(rows.to(self.lm.device))
+            view = triggered(self.lm, self.recipe)
+            inputs = view.behind_front(view.context_scale * rows.to(self.lm.device))
             return StandIn(inputs, rows.shape[1], exact)
         kept = {
             "full": len(ids),

@@ -53,7 +53,7 @@ def directions_of_use(
     table = words.to(lm.device)[row]
     with torch.enable_grad():
         rows = vectors.to(lm.device).expand(len(places), -1, -1).detach().clone().requires_grad_()
-        states = states_behind(lm, lm.behind_front(rows), table)
+        states = states_behind(lm, lm.behind_front(lm.context_scale * rows), table)
         here = states[torch.arange(len(places)), position]
         log_p = lm.head(here).log_softmax(-1)
         (gradient,) = torch.autograd.grad(

@@ -109,7 +109,7 @@ def _chosen(lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None) -> Se
 def in_a_row(
     lm: FrozenLM, files: Sequence[MemVectors], passages: Sequence[int] | None = None
 ) -> tuple[FrozenLM, Float[Tensor, "1 N W"]]:
-    """The vectors of all files one behind the other, and the model as it reads them.
+    """The vectors of all files one behind the other, as context, and the model that reads them.
 
     `passages` takes some of a single file. Raises MemvecError if the vectors are not all in one
     space or behind one front, are of another model, have no trigger, or if a passage is not there.
@@ -125,7 +125,11 @@ def in_a_row(
             "these files were crammed behind different inputs in front (BOS or soft tokens), and "
             "only one of them can stand there: cram them with the same front and trigger."
         )
-    rows = [mem.vectors[i].float() for mem, which in zip(files, chosen, strict=True) for i in which]
+    rows = [
+        mem.header.context_scale * mem.vectors[i].float()
+        for mem, which in zip(files, chosen, strict=True)
+        for i in which
+    ]
     return view, torch.cat(rows)[None].to(lm.device)
 
 

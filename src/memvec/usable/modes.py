@@ -38,6 +38,7 @@ class BothModes:
         logits = self.lm.logits(rows, self.ids, "bos")
         margin = metrics.margins(logits, self.ids)
         leading = metrics.horizon(margin > 0)
-        log_q = log_p_behind(self.lm, self.lm.behind_front(rows), self.words)
+        context = self.lm.behind_front(self.lm.context_scale * rows)
+        log_q = log_p_behind(self.lm, context, self.words)
         kl = (self.reference.exp() * (self.reference - log_q)).sum(-1).mean()
         return [float(leading[0]), float(margin.mean()), float(kl)]

@@ -35,7 +35,7 @@ PLACES = tuple((front, n - front) for n in range(MOST + 1) for front in range(n,
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The passages that may stand beside others: their token ids, and their vectors."""
+    """The passages that may stand beside others: their token ids, and their vectors as context."""
 
     ids: list[list[int]]
     vectors: Float[Tensor, "J k D"]
@@ -133,4 +133,5 @@ def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
             f"the neighbours in {recipe.neighbours} were crammed behind other inputs in front (BOS "
             "or soft tokens): cram them with this front and trigger."
         )
-    return Neighbours(mem.tokens(lm), mem.vectors.float().to(lm.device))
+    as_context = mem.header.context_scale * mem.vectors.float()
+    return Neighbours(mem.tokens(lm), as_context.to(lm.device))

@@ -134,7 +134,9 @@ class Use(Term):
         row = torch.arange(len(ids), device=ids.device)
         parts = [part[row, which] for part in (beside.which, beside.in_front, beside.count)]
         inputs, used = self.neighbours.row(
-            vectors, module.embed(words[:, :-1]), *(with_padding(p, padding_rows) for p in parts)
+            module.context_scale * vectors,
+            module.embed(words[:, :-1]),
+            *(with_padding(p, padding_rows) for p in parts),
         )
         keep = inputs.shape[1] - self.K + 1  # the last of the vectors, if nobody is beside them
         cache = module.reading.cache(module, vectors)

@@ -117,7 +117,8 @@ class Usable(Protocol):
             name: slow_use.divergence_and_nll(lm, None, own, text, words, given)
             for name, own in before.items()
         }
-        again["vectors"] = slow_use.divergence_and_nll(lm, vectors, [], text, words, given)
+        as_context = lm.context_scale * vectors
+        again["vectors"] = slow_use.divergence_and_nll(lm, as_context, [], text, words, given)
         compared += _entries("contexts", stored["contexts"], again, [near, near])
         rms = float(vectors.double().square().mean().sqrt())
         compared.append(Compared("rms", [float(stored["rms"])], [rms], [1e-4 * rms]))
