@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import QUICK, build, byte_tokenizer, tiny
+from conftest import QUICK, build, byte_tokenizer, reader, tiny
+from memvec.cli.training_text import alone_at, drawn, token_stream
 from memvec.cramming.engine import Engine
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.files import load_encoder, save_encoder
@@ -288,3 +291,52 @@ def test_from_the_command_line(command, tmp_path, letter, monkeypatch):
         ran = command(*wrong)
         assert (ran.code, ran.out) == (2, b"")
         assert says in ran.err
+
+
+@pytest.mark.parametrize("kind", ["encoder", "trigger"])
+def test_a_training_replaces_nothing_but_its_like(kind, command, tmp_path, folder):
+    """Not its own text, and not the model's weights, whatever --force says."""
+    own = Path(shutil.copytree(folder, tmp_path / "model"))
+    (text := tmp_path / "text.safetensors").write_text("The boats came in one by one. " * 200)
+    for target in (text, own / "model.safetensors", own / "config.json"):
+        before = target.read_bytes()
+        words = [kind, "train", "-m", own, "--text", text, "-o", target, "--force"]
+        ran = command(*words)
+        assert (ran.code, "is no earlier encoder or trigger" in ran.sentence) == (2, True)
+        assert target.read_bytes() == before
+
+
+def test_two_trainings_do_not_write_one_file(tmp_path):
+    partial = tmp_path / "a.safetensors.partial"
+    with (
+        alone_at(partial),
+        pytest.raises(MemvecError, match=r"another memvec is writing a.safetensors"),
+        alone_at(partial),
+    ):
+        pass
+    with alone_at(partial):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "tokens", "count"), [(112, 8, 14), (200, 10, 12), (5000, 9, 30)])
+def test_passages_that_are_drawn_do_not_overlap(size, tokens, count):
+    found = drawn(torch.arange(size), "t", tokens, count, 3)
+    assert found.shape == (count, tokens)
+    assert len(found.unique()) == count * tokens
+    with pytest.raises(MemvecError, match="too few for"):
+        drawn(torch.arange(tokens * count - 1), "t", tokens, count, 3)
+
+
+def test_a_column_of_no_table_is_told(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    with pytest.raises(MemvecError, match="--where is of tables"):
+        token_stream(reader(), str(tmp_path / "a.txt"), "text", ["split=train"])
+
+
+def test_making_a_training_leaves_the_callers_draws_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    Training(tiny(), stream(tiny()), SMALL)
+    assert torch.equal(torch.rand(3), expected)

@@ -125,8 +125,26 @@ def test_a_damaged_folder_is_refused_before_the_model_is_loaded(target, tmp_path
         path.write_bytes(whole[:-1])
         assert_refused(tmp_path / "out", f"{name} of this folder is missing, cut short")
         path.write_bytes(whole)
-    manifest.write_text(asked[:-9])
-    assert_refused(tmp_path / "out", "has no whole manifest.json: export it again.")
+    changed = json.loads(asked)
+    changed["passages"] = changed["passages"][:1]
+    without = {k: v for k, v in json.loads(asked).items() if k != "passages"}
+    for text in (asked[:-9], "[]", "{}", json.dumps(changed), json.dumps(without)):
+        manifest.write_text(text)
+        assert_refused(tmp_path / "out", "has no whole manifest.json: export it again.")
+
+
+def test_what_is_no_server_and_no_model_is_told(model, tmp_path, python):
+    exported("sglang", tmp_path / "s", dtype=torch.bfloat16)
+    for argument, why in (
+        (str(model), "name the server's address"),
+        ("http://127.0.0.1:9", "did not answer as a server of SGLang does"),
+    ):
+        code, _, said = run(tmp_path / "s", argument, python)
+        assert (code, why in said, len(said.splitlines())) == (1, True, 1)
+    exported("transformers", tmp_path / "t")
+    (model / "config.json").write_text("{")
+    code, _, said = run(tmp_path / "t", model, python)
+    assert (code, said) == (1, f"{model / 'config.json'} is not a model's config.")
 
 
 def assert_refused(folder: Path, why: str):

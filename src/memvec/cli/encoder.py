@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as jsonlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,16 @@ from memvec.cli import encoder_plan as plan
 from memvec.cli import options
 from memvec.cli.common import check_seed, telling_what_is_kept
 from memvec.cli.encoder_recurrent import print_segments
-from memvec.cli.training_text import Column, Texts, Where, drawn, kept_in, target_of, token_stream
+from memvec.cli.training_text import (
+    Column,
+    Texts,
+    Where,
+    alone_at,
+    drawn,
+    kept_in,
+    target_of,
+    token_stream,
+)
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -115,7 +124,9 @@ def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: Plan, target: Path)
 
     training = plan.training_of(lm, stream, choices)
     partial = target.with_name(target.name + ".partial")
-    with telling_what_is_kept(lambda: kept_in(partial)):
+    with telling_what_is_kept(lambda: kept_in(partial)), alone_at(partial):
+        if partial.exists():
+            say(f"Going on from the checkpoint in {partial}.")
         encoder = training.run(partial, _progress_lines(training.reached))
     facts = {**training.identity, "seconds": round(training.seconds, 1), "tokens": len(stream)}
     save_encoder(target, encoder, lm, facts)
@@ -260,8 +271,10 @@ def _with_encoder(lm: FrozenLM, file: Path | None) -> FrozenLM:
 
 def _show(found: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]) -> None:
     """Print what was measured, as JSON or as tables."""
+    from memvec.cli.display import to_json
+
     if json:
-        typer.echo(jsonlib.dumps(found.record(), indent=1))
+        typer.echo(to_json(found.record()))
     else:
         printed()
 
@@ -295,10 +308,12 @@ def _print_comparison(name: str, comparison: Comparison) -> None:
             f"{row.noise_steps / max(row.encoder_steps, 1):.1f} x",
         )
     out.print(table)
+    half = comparison.crammed_interval
+    interval = "" if math.isnan(half) else f" ± {half:.1f}"
     out.print(
         f"Tokens in one vector without loss: {comparison.one_pass_lossless} in one pass (half of "
-        f"the passages exact), {comparison.crammed_horizon:.1f} ± "
-        f"{comparison.crammed_interval:.1f} by cramming (mean horizon, n "
+        f"the passages exact), {comparison.crammed_horizon:.1f}{interval} by cramming (mean "
+        f"horizon, n "
         f"{comparison.crammed_n}). The paper's scale: 10 for encoders, 1500 for cramming into "
         "Llama-3.1-8B."
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +38,44 @@ def target_of(model: str, name: str, out: Path | None, force: bool) -> Path:
     """
     target = out or (Path(model) if Path(model).is_dir() else Path()) / name
     check_target(target, force)
+    if target.exists() and not _was_trained(target):
+        raise MemvecError(f"{target} is no earlier encoder or trigger: name another file with -o.")
     return target
+
+
+def _was_trained(file: Path) -> bool:
+    """True for a file that a training of memvec wrote: --force replaces nothing else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return metadata.get("format") in ("memvec-encoder", "memvec-trigger")
+
+
+@contextlib.contextmanager
+def alone_at(partial: Path) -> Iterator[None]:
+    """Hold a training's checkpoint against another process.
+
+    Raises MemvecError if there is another.
+    """
+    lock = partial.with_name(partial.name + ".lock")
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(held.fileno()), lock.stat()):
+                raise OSError  # the one that held it has just taken it away
+        except OSError:
+            raise MemvecError(
+                f"another memvec is writing {partial.stem}: wait for it, or name another file with "
+                "-o."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def kept_in(partial: Path) -> str:
@@ -47,11 +88,16 @@ def kept_in(partial: Path) -> str:
 def token_stream(
     lm: FrozenLM, text: str, column: str, where: list[str] | None
 ) -> Int[Tensor, " N"]:
-    """Token ids of all the text, one text after the other."""
+    """Token ids of all the text, one text after the other.
+
+    Raises MemvecError for a column that only a table has, where there is none.
+    """
     import torch
 
-    from memvec.lab.sources.text_readers import read_texts
+    from memvec.lab.sources.text_readers import TABLES, files_of, read_texts
 
+    if where and text != "-" and not any(f.suffix in TABLES for f in files_of(Path(text))):
+        raise MemvecError(f"--where is of tables, and {text} has none: leave it out.")
     ids: list[int] = []
     for _, one in read_texts(text, None, column, pairs_of(where)):
         for start in range(0, len(one), PIECE):

@@ -15,6 +15,7 @@ from memvec.cli.training_text import (
     Column,
     Texts,
     Where,
+    alone_at,
     drawn,
     kept_in,
     target_of,
@@ -104,7 +105,9 @@ def train(
     passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]
     partial = target.with_name(target.name + ".partial")
 
-    with telling_what_is_kept(lambda: kept_in(partial)):
+    with telling_what_is_kept(lambda: kept_in(partial)), alone_at(partial):
+        if partial.exists():
+            say(f"Going on from the checkpoint in {partial}.")
         lines = _lines_within_a_batch(batches)
         train_trigger(lm, passages, plan, recipe, partial, _line_of_a_batch, lines)
     partial.replace(target)

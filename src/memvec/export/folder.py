@@ -13,6 +13,7 @@ not exact is never left on disk.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -65,6 +66,8 @@ def export(
             _certify(mem, lm, target, [aside / name for name in names], items)
             manifest = _manifest(mem, lm, target, names, items)
         manifest["files"] = _hashes(aside)
+        whole = json.dumps(manifest, sort_keys=True)  # so that it can tell that it was changed
+        manifest["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
         for name, program in target.programs.items():
             shutil.copyfile(program, aside / name)

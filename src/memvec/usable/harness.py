@@ -91,10 +91,10 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         self.column = Column(
             self.lm,
             context,
-            vectors=int(vectors),
-            tokens=int(tokens),
+            vectors=_whole("vectors", vectors),
+            tokens=_whole("tokens", tokens),
             recipe=changed,
-            batch_size=int(crammed_at_once) if crammed_at_once else None,
+            batch_size=_whole("crammed_at_once", crammed_at_once) if crammed_at_once else None,
             cache=Path(cache) if cache else None,
         )
         self.traces: list[Trace] = []
@@ -178,6 +178,14 @@ class MemvecLM(HFLM):  # type: ignore[misc]
                 )
             )
         return stands
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number from the harness's arguments. Raises MemvecError for anything else."""
+    try:
+        return int(value)
+    except ValueError:
+        raise MemvecError(f"{name} must be a whole number, not '{value}'.") from None
 
 
 def _device(asked: str | None) -> str:

@@ -9,6 +9,7 @@ was crammed.
 
 import json
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ def behind(path: Path, passage: dict[str, Any]) -> list[int]:
         path.read_bytes(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request) as answer:
-        ids: list[int] = json.load(answer)["output_ids"]
+    try:
+        with urllib.request.urlopen(request) as answer:
+            ids: list[int] = json.load(answer)["output_ids"]
+    except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{sys.argv[1]} did not answer as a server of SGLang does: {error!r}.")
     return ids
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].startswith(("http://", "https://")):
+        sys.exit("name the server's address: python decode.py http://localhost:30000")
     sys.exit(decode(behind))

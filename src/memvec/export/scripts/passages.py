@@ -15,8 +15,11 @@ def checked_manifest() -> dict[str, Any]:
     """What the folder holds. Ends the program if a file of it is not the one that was written."""
     try:
         manifest: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text("utf-8"))
+        own = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
+        if hashlib.sha256(own.encode()).hexdigest() != manifest["sha256"]:
+            raise ValueError
         written: dict[str, str] = manifest["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         sys.exit(f"{FOLDER} has no whole manifest.json: export it again.")
     for name, digest in written.items():
         path = FOLDER / name
@@ -33,8 +36,11 @@ def model_folder() -> Path:
     folder = Path(sys.argv[1] if len(sys.argv) == 2 else "MODEL_FOLDER")
     if not (folder / "config.json").is_file():
         sys.exit(f"{folder} is no folder of a model: it has no config.json.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+    except (OSError, ValueError, AttributeError):
+        sys.exit(f"{folder / 'config.json'} is not a model's config.")
     width = config.get("word_embed_proj_dim") or config.get("hidden_size") or config.get("n_embd")
     refuse_width(str(folder), width)
     return folder

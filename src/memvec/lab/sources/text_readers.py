@@ -11,7 +11,8 @@ from typing import Any
 
 from memvec.errors import MemvecError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+TABLES = (".jsonl", ".parquet", ".csv")
+SUFFIXES = (".txt", ".md", *TABLES)
 EMPTY = f"source empty: no texts in {{}} (kinds read: {', '.join(SUFFIXES)})."
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -126,7 +127,9 @@ def _read_utf8(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise MemvecError(f"{file} is not UTF-8 text (byte {error.start}).") from None
+        raise MemvecError(
+            f"{file} is not UTF-8 text (byte {error.start}): convert it, as with iconv."
+        ) from None
 
 
 def _json_lines(file: Path) -> list[dict[str, object]]:
