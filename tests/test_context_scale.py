@@ -1,0 +1,154 @@
+"""context_scale: vectors that are read larger where their passage is asked for than as context."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import memvec
+from conftest import passages, reader, tiny
+from memvec import codec
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import triggered
+from memvec.engines.decode import use_prompt
+from memvec.errors import MemvecError
+from memvec.export import export
+from memvec.export import target as target_of
+from memvec.lab import slow_use
+from memvec.lab.study.check import check_study
+from memvec.usable.around import as_context_at
+from memvec.usable.certificate import EXACT_ONLY, VECTORS, behind_each, certify_use, contexts_of
+from memvec.usable.columns import Column
+from memvec.usable.generate import in_a_row
+from memvec.usable.modes import BothModes
+from memvec.usable.neighbours import neighbours_of
+from memvec.vectors import MemVectors
+from studies import HEAD, USABLE, run, spec_in
+
+RECIPE = Recipe.of(
+    "usable", settle=20, decay=20, steps=400, query_count=3, query_tokens=5, compute="model"
+)
+SCALE = 0.25
+TEXT = "the cat sat on the mat and the dog"
+
+
+@pytest.fixture(scope="module")
+def mem() -> MemVectors:
+    """An exact file of vectors that are a quarter of their size as context."""
+    recipe = replace(RECIPE, context_scale=SCALE, lr=1.2)
+    mem = codec.cram(reader("words"), [TEXT], vectors=2, tokens=3, recipe=recipe)
+    assert mem.exact
+    return mem
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+def test_context_is_smaller_and_the_passage_is_not(family):
+    lm, ids = tiny(family), passages(5)[0].ids
+    lm = lm if lm.bos_id is not None else triggered(lm, replace(RECIPE, trigger="#3"))
+    scaled = as_context_at(lm, SCALE)
+    vectors, words = torch.randn(3, lm.width), torch.tensor([[4, 5, 6]])
+    ours = behind_each(scaled, contexts_of(scaled, vectors, ids, vectors), words)
+    plain = behind_each(lm, contexts_of(lm, SCALE * vectors, ids, vectors), words)
+    assert ours[VECTORS] == pytest.approx(plain[VECTORS], rel=1e-4, abs=1e-6)
+    assert ours[EXACT_ONLY] == pytest.approx(plain[EXACT_ONLY], rel=1e-4, abs=1e-6)
+    table = torch.tensor([list(ids)])
+    assert torch.equal(
+        scaled.logits(vectors[None], table, "bos"), lm.logits(vectors[None], table, "bos")
+    )
+    fast = BothModes(scaled, ids, words)(vectors)
+    slow, _ = slow_use.both_modes(scaled, vectors, ids, words.tolist())
+    assert fast == pytest.approx(slow, rel=1e-3, abs=1e-4)
+
+
+def test_vectors_begin_as_the_same_context():
+    lm = tiny()
+    asked = list(passages(6, 2))
+    begun = []
+    for scale in (1.0, SCALE):
+        recipe = replace(RECIPE, steps=0, context_scale=scale)
+        outcomes = Engine(lm, recipe, vectors=2).run(asked)
+        begun.append(
+            [scale * o.vectors for o in sorted(outcomes, key=lambda o: o.passage.document)]
+        )
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*begun, strict=True))
+
+
+def test_a_scale_of_one_is_no_scale():
+    lm = tiny()
+    assert as_context_at(lm, 1.0) is lm
+    assert "context_scale" not in RECIPE.record()
+    assert replace(RECIPE, context_scale=SCALE).record()["context_scale"] == SCALE
+
+
+# ---------------------------------------------------------------------- the file and its readers
+
+
+def test_the_file_says_it_and_everybody_reads_it(mem, tmp_path):
+    lm = reader("words")
+    again = MemVectors.load(mem.save(tmp_path / "a.mem"))
+    assert again.header.context_scale == again.view(lm).context_scale == SCALE
+    assert codec.decode(lm, again) == [TEXT]
+    assert codec.verify(lm, again)[0]["exact"]
+    _, rows = in_a_row(lm, [again, again])
+    row = SCALE * again.vectors.float().flatten(0, 1)
+    assert torch.equal(rows[0].cpu(), torch.cat([row, row]))
+    inputs = use_prompt(lm, [again], " the", 3).vectors
+    assert torch.allclose(inputs[-len(row) :], row)
+    manifest = export(again, lm, target_of("npy"), tmp_path / "x")
+    assert manifest["context_scale"] == SCALE
+    assert isinstance(memvec.use(lm, again, " the", max_new_tokens=2), str)
+
+
+def test_its_certificate_is_that_of_smaller_vectors(mem):
+    lm = reader("words")
+    header = mem.header.model_copy(update={"context_scale": 1.0})
+    small = MemVectors(SCALE * mem.vectors.float(), header)
+    ids = mem.tokens(lm)
+    ours, theirs = (
+        certify_use(lm, one, ids, exact_only=False).held_out.contexts for one in (mem, small)
+    )
+    assert ours[VECTORS].kl == pytest.approx(theirs[VECTORS].kl, rel=1e-3)
+    assert mem.header.use["held_out"]["contexts"][VECTORS]["kl"] == pytest.approx(
+        ours[VECTORS].kl, rel=1e-3
+    )
+
+
+def test_neighbours_and_contexts_of_an_evaluation_are_read_as_context(mem, tmp_path):
+    lm = reader("words")
+    file = mem.save(tmp_path / "n.mem")
+    view = triggered(lm, replace(RECIPE, context_scale=0.5))
+    held = neighbours_of(view, replace(RECIPE, neighbours=str(file)))
+    assert torch.equal(held.vectors.cpu(), SCALE * mem.vectors.float())
+    ids = tuple(lm.tokenize("the cat sat"))
+    column = Column(lm, "crammed", vectors=2, tokens=3, recipe=replace(RECIPE, context_scale=0.5))
+    inputs = column.stand_in(ids).inputs[0, -2:]
+    (outcome,) = column._crammed[ids]
+    assert torch.allclose(inputs.cpu(), 0.5 * outcome.vectors.float())
+
+
+@pytest.mark.slow
+def test_a_study_of_it_is_recomputed(tmp_path, monkeypatch):
+    text = HEAD + USABLE.replace('trigger = "#3"', 'trigger = "#3", context_scale = 0.5')
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    checked = check_study(tmp_path / "out")
+    assert checked["rows"] == 2
+    assert checked["wrong"] == []
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_what_has_no_scale_is_one_sentence():
+    with pytest.raises(MemvecError, match=r"context_scale 0.5 is for use only: add --usable"):
+        Recipe(context_scale=0.5)
+    with pytest.raises(MemvecError, match=r"context_scale must be at least 0.001, not 0"):
+        replace(RECIPE, context_scale=0.0)
+    with pytest.raises(MemvecError, match=r"context_scale is of inputs in front of a passage"):
+        Engine(tiny(), replace(RECIPE, space="prefix", front="none", context_scale=0.5))
