@@ -22,7 +22,11 @@ from memvec.vectors import MemVectors
 def verify(
     lm: FrozenLM, mem: MemVectors, *, force: bool = False
 ) -> tuple[dict[str, Any], list[bool]]:
-    """Decode everything freely, as a user will; the certificate, and what each passage did."""
+    """(the certificate, whether each passage is exact) of a free decode, as a user will do it.
+
+    Hashes of tokens are compared; `memvec.decode` compares the bytes of the texts, too. Raises
+    MemvecError for vectors of other weights (unless `force`) or of another width.
+    """
     return certificate_of(lm, mem, mem.decode_passages(lm, force=force))
 
 
@@ -53,9 +57,10 @@ def measure(
 ) -> list[PassageResult]:
     """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
 
-    Certification in every respect: teacher-forced bits and margins, and free decoding, over the
-    same positions and in one pass; `steps`, `spent` and `seconds` are those of the file. Raises
-    MemvecError if the vectors are of another model or the texts are not those that were crammed.
+    As certification does it: bits and margins from one teacher-forced pass, `horizon` and `exact`
+    from free decoding, over the same positions; `steps`, `spent` and `seconds` are those of the
+    file. Raises MemvecError if the vectors are of another model or the texts are not those that
+    were crammed.
     """
     mem.check_model(lm)
     if isinstance(texts, str | bytes | Document):

@@ -52,9 +52,13 @@ def cram(
     (model/reading.py; `vectors` is then not used). With 'one-step-shared' all passages share one of
     the two: then they are crammed together, depend on each other, and no journal is kept.
 
-    A passage that does not become exact within the recipe's budget is halved and crammed again,
-    down to one token per vector; what still fails is in the result, with `exact` false. Raises
-    MemvecError for bad input.
+    `recipe` is how they are crammed (default: `Recipe()`), `batch_size` how many passages at once
+    (default: what the memory allows), and `on_status` is told how it stands. `layout` is 'prefix',
+    vectors in front of their passage, unless another is given.
+
+    A passage that does not become exact within the recipe's steps, patience and budget is halved
+    and crammed again, down to one token per vector; what still fails is in the result, with `exact`
+    false. Raises MemvecError for bad input.
     """
     recipe = recipe or Recipe()
     if isinstance(texts, str | bytes | Document):
@@ -82,7 +86,11 @@ def cram(
 
 
 def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
-    """The texts that were crammed, exactly. Raises NotExactError rather than return a wrong one."""
+    """The texts that were crammed, exactly, as `str` whatever they were given as.
+
+    Raises NotExactError rather than return a wrong one, and MemvecError for vectors of other
+    weights (unless `force`) or of another width.
+    """
     contents = mem.documents(lm, force=force)
     return [
         data.decode(record.encoding)

@@ -13,7 +13,10 @@ class MemvecError(Exception):
 
 
 class NotExactError(MemvecError):
-    """The text did not come back, or could not be crammed to the last token. Exit code 3."""
+    """A text or an export did not come back as it was crammed. Exit code 3.
+
+    `memvec.cram` does not raise it: what is not exact is in its result.
+    """
 
     exit_code = 3
 

@@ -82,8 +82,8 @@ def certify(
 ) -> Iterator[Outcome]:
     """Decode and measure finished passages in a batch, from the vectors as stored.
 
-    Up to `corrections` tokens of each passage, those furthest below the margin asked, are listed,
-    or those that are given.
+    Up to `corrections` tokens of each passage are listed (memvec.corrections says which), or those
+    that are given.
     """
     if not finished:
         return

@@ -48,7 +48,7 @@ __all__ = ["Engine", "Job", "Progress", "Waiting", "resolve_start_rule"]
 
 
 class Engine:
-    """Crams passages with K vectors each, up to `slots` at once.
+    """Crams passages with K (`vectors`) vectors each, up to `batch_size` at once.
 
     `storage` is how vectors will be stored and are certified (memvec.storage). `poll` is how many
     steps pass between looks at who is done (a look makes the device wait). `graphs` replays steps

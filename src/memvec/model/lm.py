@@ -250,7 +250,10 @@ class FrozenLM:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N V"]:
-        """Logits in float32 of the predicted tokens (the reference path)."""
+        """Logits in float32 of the predicted tokens (the reference path).
+
+        Without vectors `start` is not read: BOS stands in front, or the first token is given.
+        """
         if vectors is None:
             start = "first-token" if self.bos_id is None else "bos"
         return self.head(self.states(vectors, ids, start))
@@ -261,7 +264,7 @@ class FrozenLM:
         return logits.float().to(self.device)
 
     def hidden(self, inputs: Float[Tensor, "B N D"], keep: int) -> Float[Tensor, "B keep H"]:
-        """Last hidden states (after the final norm) of free inputs; None of the head's work.
+        """Last hidden states (after the final norm) at inputs of any kind, without the head.
 
         Raises MemvecError for a model whose head cannot be taken apart.
         """

@@ -1,7 +1,7 @@
 """The certificate of use: what vectors are worth as context, beside what else could stand there.
 
 For each passage, the model that has read the whole text is the reference. Behind each context (the
-vectors; nothing; the last K and the last 4 K tokens of the text; vectors that were crammed to be
+vectors; nothing; the last K, 2 K, 4 K and 8 K tokens of the text; vectors that were crammed to be
 exact only) it reads the same words, and two figures say how far it is from the reference:
 
     KL     mean over tokens of KL(model behind the text || model behind the context), nats, over all

@@ -35,7 +35,8 @@ def find_passages(
     shortest = 1 + (start == "first-token") + source.bos
     if tokens < shortest:
         raise MemvecError(f"a length of {cell.length} leaves nothing to cram: use at least 2.")
-    around = cell.vectors + len(triggered(lm, recipe).front) + (start == "bos")
+    view = triggered(lm, recipe)
+    around = cell.vectors + len(view.front) + len(view.trigger) * (start == "bos")
     longest = None if lm.context is None else lm.context - around
     if longest is not None and tokens > longest:
         raise MemvecError(
