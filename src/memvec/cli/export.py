@@ -42,10 +42,12 @@ def export(
     """Write the vectors for other software, certified in the dtype and layout that it reads."""
     from memvec import export as exporting
     from memvec.cli import display
+    from memvec.export.folder import check_place
 
     target = exporting.target(to)
     stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")
     folder = output or Path(file).with_name(f"{stem}.{to}")
+    check_place(folder, force)
     choice = ModelChoice.of(model, revision, device, dtype or target.dtype, load)
     mem, lm = open_file(file, choice)
     manifest = exporting.export(mem, lm, target, folder, force=force)

@@ -44,7 +44,8 @@ Seed = Annotated[int | None, typer.Option(help="Of sampling; implies --sample.")
 Compare = Annotated[
     bool,
     typer.Option(
-        "--compare", help="Show what is written behind the vectors, the text and nothing."
+        "--compare",
+        help="Show what is written behind the vectors, the text and nothing; --json has all three.",
     ),
 ]
 

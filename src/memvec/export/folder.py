@@ -118,13 +118,19 @@ def _check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: b
             f"use --dtype {target.dtype}."
         )
     target.refuse(lm)
+    check_place(output, force)
+
+
+def check_place(output: Path, force: bool) -> None:
+    """Raise MemvecError if an export cannot be written there, before a model is loaded for it."""
     if not output.parent.is_dir():
         raise MemvecError(f"there is no folder {output.parent} to write {output.name} in.")
-    if output.exists():
-        if not force:
-            raise MemvecError(f"{output} exists: use --force to replace it, or -o for another.")
-        if not (output / MANIFEST).is_file():
-            raise MemvecError(f"{output} is not an earlier export: name another folder with -o.")
+    if not output.exists():
+        return
+    if not (output / MANIFEST).is_file():
+        raise MemvecError(f"{output} is not an earlier export: name another folder with -o.")
+    if not force:
+        raise MemvecError(f"{output} exists: use --force to replace it, or -o for another.")
 
 
 def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
