@@ -79,7 +79,7 @@ def engine_run(lm, recipe, asked, K, slots):
     """Outcomes, and the loss (nats per token) of every step, by the passages' token ids."""
     engine = Engine(lm, recipe, vectors=K, batch_size=slots)
     curves: dict[tuple[int, ...], list[float]] = {p.ids: [] for p in asked}
-    measure = engine.one_step.measure
+    measure = engine.stepper.measure
 
     def recording(batch, columns, padding_rows=0):
         result = measure(batch, columns, padding_rows)
@@ -87,7 +87,7 @@ def engine_run(lm, recipe, asked, K, slots):
             curves[job.passage.ids].append(float(loss[:n].mean()))
         return result
 
-    engine.one_step.measure = recording
+    engine.stepper.measure = recording
     return {o.passage.ids: o for o in engine.run(asked)}, curves
 
 

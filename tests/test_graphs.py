@@ -38,13 +38,13 @@ def recorded(monkeypatch):
 
 def watched(engine):
     """How often each shape is computed, while it goes on."""
-    shapes, passed = Counter(), engine.one_step.passed
+    shapes, passed = Counter(), engine.stepper.passed
 
     def counting(vectors, ids, temperature):
         shapes[vectors.shape, ids.shape] += 1
         return passed(vectors, ids, temperature)
 
-    engine.one_step.passed = counting
+    engine.stepper.passed = counting
     return shapes
 
 
@@ -90,7 +90,7 @@ def test_rounded_shapes_are_few_and_replayed_as_they_are_computed(poll):
     recipe = replace(ENDLESS, look_ahead=6, margin=0.0, steps=30)
     replayed = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
     plain = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
-    plain.one_step.passed = plain.one_step.forward  # the same shapes, nothing captured
+    plain.stepper.passed = plain.stepper.forward  # the same shapes, nothing captured
     shapes = watched(replayed)
     assert outcomes(replayed, asked) == outcomes(plain, asked)
     assert {vectors[0] for vectors, _ in shapes} <= {1, 2, 3}
@@ -133,7 +133,7 @@ def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
 
 def test_an_output_that_is_kept_is_seen_to_be_overwritten():
     lm = tiny()
-    one = Engine(lm, ENDLESS, graphs=True).one_step
+    one = Engine(lm, ENDLESS, graphs=True).stepper
     vectors = torch.zeros(2, 1, lm.width, requires_grad=True)
     ids, temperature = torch.ones(2, 5, dtype=torch.long), torch.ones(2)
     one.passed(vectors, ids, temperature)
@@ -153,9 +153,9 @@ def test_as_many_graphs_are_kept_as_fit(monkeypatch):
     lm, asked = tiny(), passages(40, 33, 21, 5, seed=5)
     recipe = replace(ENDLESS, schedule="whole")
     engine = Engine(lm, recipe, batch_size=2, graphs=True)
-    replays, shapes = engine.one_step.passed, watched(engine)
+    replays, shapes = engine.stepper.passed, watched(engine)
     plain = Engine(lm, recipe, batch_size=2, graphs=True)
-    plain.one_step.passed = plain.one_step.forward
+    plain.stepper.passed = plain.stepper.forward
     assert outcomes(engine, asked) == outcomes(plain, asked)
     assert len(shapes) > 1
     assert len(replays.captured) == 1
@@ -192,7 +192,7 @@ def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monk
 def test_a_certification_that_finds_no_room_goes_on_in_halves_without_the_graphs(monkeypatch):
     lm, asked, captured = tiny(), passages(5, 4, 3, 5, seed=2), []
     engine = Engine(lm, QUICK, vectors=2, batch_size=4, graphs=True)
-    replays, certify = engine.one_step.passed, engine_module.certify
+    replays, certify = engine.stepper.passed, engine_module.certify
 
     def narrow(lm, finished, *others):
         captured.append(len(replays.captured))
@@ -220,7 +220,7 @@ def test_a_passage_that_cannot_be_decoded_alone_is_said(monkeypatch):
 
 def test_graphs_go_with_their_engine():
     engine = Engine(tiny(), ENDLESS, graphs=True)
-    replays = weakref.ref(engine.one_step.passed)
+    replays = weakref.ref(engine.stepper.passed)
     assert replays() in memory.HOLDERS
     del engine
     gc.collect()
@@ -246,7 +246,7 @@ def test_what_cannot_be_captured_is_said_at_once(monkeypatch):
     lm = copy(tiny())
     lm.device = torch.device("meta")
     monkeypatch.setitem(graphs.BACKENDS, "meta", Recorder)
-    assert "spread over several devices" in graphs.why_not(lm, Engine(tiny()).one_step.term)
+    assert "spread over several devices" in graphs.why_not(lm, Engine(tiny()).stepper.term)
     no_graphs(tiny().read_as("one-step-shared"), "share a vector")
     monkeypatch.delitem(graphs.BACKENDS, "cpu")
     no_graphs(tiny(), "CUDA graphs, and tiny-llama is on the cpu")
@@ -380,7 +380,7 @@ def test_attention_is_as_plain_in_a_capture_as_without():
 def test_cuda_graphs_give_what_the_steps_give(family, dtype):
     """Figures of single passes: over many steps, kernels that add in any order drift apart."""
     lm = FrozenLM(build(family).cuda().to(dtype), name=f"cuda-{family}")
-    one = Engine(lm, ENDLESS, vectors=2, graphs=True).one_step
+    one = Engine(lm, ENDLESS, vectors=2, graphs=True).stepper
     generator = torch.Generator().manual_seed(0)
     for i in range(12):  # two shapes in turn: the first time as it is, then captured, then replayed
         rows, columns = [(4, 9), (3, 17)][i % 2]
@@ -403,6 +403,6 @@ def test_passages_are_exact_with_cuda_graphs():
     lm = FrozenLM(build("llama").cuda(), name="cuda-llama")
     engine = Engine(lm, QUICK, vectors=2, batch_size=2, graphs=True)
     assert [o.exact for o in engine.run(passages(5, 3, 4, 2, seed=3))] == [True] * 4
-    assert engine.one_step.passed.captured
+    assert engine.stepper.passed.captured
     memory.forget_freed_memory()
-    assert not engine.one_step.passed.captured
+    assert not engine.stepper.passed.captured

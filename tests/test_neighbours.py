@@ -46,8 +46,8 @@ def some(lm: FrozenLM, k: int, n: int = 3) -> Neighbours:
 def with_neighbours(lm: FrozenLM, recipe: Recipe, beside: Neighbours, **options) -> Engine:
     """An engine whose passages have these neighbours; a file holds those of a tokenizer's model."""
     engine = Engine(lm, recipe, vectors=2, **options)
-    assert isinstance(engine.one_step.term, Use)
-    engine.one_step.term.neighbours = beside
+    assert isinstance(engine.stepper.term, Use)
+    engine.stepper.term.neighbours = beside
     return engine
 
 
@@ -91,7 +91,7 @@ def test_the_second_loss_is_that_of_the_row(family, front):
     for passage in asked:
         engine.push(passage)
     engine.fill(2)
-    batch, term, view = engine.batch, engine.one_step.term, engine.lm
+    batch, term, view = engine.batch, engine.stepper.term, engine.lm
     texts = {row: job.passage.ids for row, job in enumerate(engine.jobs)}
     for at in range(len(PLACES)):
         batch.steps = torch.tensor([at, at + 2])  # at another place in each row
@@ -119,7 +119,7 @@ def test_gradients_go_to_the_vectors_that_are_moved():
     for passage in passages(5, 3, seed=4):
         engine.push(passage)
     engine.fill(2)
-    batch, term = engine.batch, engine.one_step.term
+    batch, term = engine.batch, engine.stepper.term
     generator = torch.Generator().manual_seed(0)
     move = torch.randn(batch.parameters.shape, generator=generator)
     for at in range(len(PLACES)):
@@ -175,7 +175,7 @@ def test_vectors_learn_to_stand_beside_others():
         vectors, total = torch.stack([outcome.vectors.float() for outcome in own]), 0.0
         for at in range(n):
             measuring.batch.steps[:] = at
-            measured = measuring.one_step.term.measure(
+            measured = measuring.stepper.term.measure(
                 vectors.requires_grad_(), measuring.batch, measuring.columns, 0
             )
             total += float(measured.loss.sum())

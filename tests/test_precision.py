@@ -133,11 +133,11 @@ def test_margins_that_hold_in_bfloat16_only_are_asked_for_more():
     batch.margin_asked = batch.target_margin = (least + 0.3)[None]
     batch.schedule.best = batch.length.clone()
     asked = batch.target_margin.clone()
-    assert not engine.one_step.confirmed(engine.batch, torch.tensor([True])).any()
+    assert not engine.stepper.confirmed(engine.batch, torch.tensor([True])).any()
     assert float(batch.target_margin - asked) > 0.3
     assert int(batch.schedule.best) == len(passage) - 1
     batch.margin_asked = (least - 0.3).clamp_min(0)[None]
-    assert bool(engine.one_step.confirmed(engine.batch, torch.tensor([True])).any()) == bool(
+    assert bool(engine.stepper.confirmed(engine.batch, torch.tensor([True])).any()) == bool(
         least > 0
     )
 

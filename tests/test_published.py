@@ -34,7 +34,7 @@ def ours(recipe, passage, family):
     engine.fill(1)
     for _ in range(MOVES):
         engine.step()
-        found.append(engine.one_step.coordinates.vectors(engine.batch.parameters)[0].clone())
+        found.append(engine.stepper.coordinates.vectors(engine.batch.parameters)[0].clone())
     return found
 
 

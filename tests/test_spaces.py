@@ -124,7 +124,7 @@ def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, fam
         engine.push(passage)
     engine.fill(3)
     batch, view = engine.batch, engine.lm
-    loss = engine.one_step.measure(batch, engine.columns).term.loss
+    loss = engine.stepper.measure(batch, engine.columns).term.loss
     given = int(recipe.space.startswith("prefix"))
     for row, job in enumerate(engine.jobs):
         words = batch.term.queries[row, 0, : int(batch.term.length[row, 0])].tolist()
@@ -134,7 +134,7 @@ def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, fam
         assert float(loss[row]) == pytest.approx(slow_kl, abs=2e-3, rel=2e-2)
     # What a step forwards and backwards besides: the inputs in front, and a query but for its end.
     front = 0 if given else 2
-    assert engine.one_step.term.inputs(torch.tensor([3])).tolist() == [front + 5 - 1]
+    assert engine.stepper.term.inputs(torch.tensor([3])).tolist() == [front + 5 - 1]
 
 
 @pytest.mark.slow

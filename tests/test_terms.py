@@ -38,7 +38,7 @@ def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
         pytest.skip("transformers gives the last layer's states behind a norm, which turns them")
     recipe = replace(ALIGNED, start_rule=rule, align_layers=layers)
     lm, engine = slots(recipe, passages(5, 3, seed=2), family)
-    batch, step = engine.batch, engine.one_step
+    batch, step = engine.batch, engine.stepper
     measured = step.measure(batch, engine.columns)
     for row, job in enumerate(engine.jobs):
         ids = torch.tensor([job.passage.ids])
@@ -75,7 +75,7 @@ def test_aligned_passages_are_exact_and_nearer_to_the_text(family):
         _, again = slots(ALIGNED, [o.passage for o in outcomes], family)
         order = {o.passage.ids: o.vectors.float() for o in outcomes}
         again.batch.parameters = torch.stack([order[j.passage.ids] for j in again.jobs])
-        reached[weight] = float(again.one_step.measure(again.batch, 4).term.loss.sum())
+        reached[weight] = float(again.stepper.measure(again.batch, 4).term.loss.sum())
         assert lm is engine.lm
     assert reached[1.0] < reached[0.0]
 
@@ -170,7 +170,7 @@ def test_a_text_with_its_own_bos_is_aligned_with_itself():
     engine = Engine(lm, ALIGNED, vectors=1, batch_size=1)
     engine.push(passage)
     engine.fill(1)
-    measured = engine.one_step.measure(engine.batch, engine.columns)
+    measured = engine.stepper.measure(engine.batch, engine.columns)
     ids, n = torch.tensor([passage.ids]), len(passage) - 1
     behind = hidden(lm, lm.inputs(engine.batch.parameters.detach(), ids, "vectors"))
     plain = hidden(lm, lm.embed(ids[:, :-1]))

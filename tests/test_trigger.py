@@ -387,7 +387,7 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
         rows = first_rows(lm, PLAN).requires_grad_()
         view = with_soft_tokens(lm, rows, PLAN.rows)
         engine = TriggerEngine(view, one_step, vectors=2, batch_size=len(asked))
-        step = engine.one_step
+        step = engine.stepper
         step.optimizer_of_rows = torch.optim.SGD([{"params": [rows], "initial_lr": 0.0}], lr=0.0)
         step.rate = lambda taken: 1.0
         for i, ids in enumerate(asked):

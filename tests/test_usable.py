@@ -88,7 +88,7 @@ def test_one_move_follows_the_gradient_of_both_losses(family, weight):
     for passage in asked:
         engine.push(passage)
     engine.fill(2)
-    batch, step = engine.batch, engine.one_step
+    batch, step = engine.batch, engine.stepper
     measured = step.measure(batch, engine.columns)
     # The slow way: everything through autograd, a passage at a time.
     view = engine.lm
@@ -127,9 +127,9 @@ def recipe_in(engine: Engine) -> float:
 def test_what_is_kept_of_a_passage_depends_on_it_alone():
     lm, asked = tiny(), passages(4, 6, 3, seed=8)
     engine = Engine(lm, USABLE, vectors=2, batch_size=3)
-    together = engine.one_step.term.fresh(asked)
+    together = engine.stepper.term.fresh(asked)
     for row, passage in enumerate(asked):
-        alone = engine.one_step.term.fresh([passage])
+        alone = engine.stepper.term.fresh([passage])
         assert torch.equal(together.queries[row], alone.queries[0])
         assert torch.equal(together.log_p[row], alone.log_p[0])
 
@@ -204,7 +204,7 @@ def test_the_second_loss_falls_and_exactness_stays(family):
         outcomes = list(engine.run(asked))
         assert all(o.exact for o in outcomes)
         assert all(o.steps >= recipe.settle for o in outcomes)
-        term = engine.one_step.term
+        term = engine.stepper.term
         inputs = {o.passage.ids: o.vectors[None].float() for o in outcomes}
         total = 0.0
         for ids, vectors in inputs.items():
@@ -235,7 +235,7 @@ def test_between_its_turns_a_passage_follows_the_second_loss_alone(family, betwe
     for passage in passages(5, 3, seed=4):
         engine.push(passage)
     engine.fill(2)
-    batch, step, view = engine.batch, engine.one_step, engine.lm
+    batch, step, view = engine.batch, engine.stepper, engine.lm
     engine.step()
     batch.steps[[row for row in (0, 1) if row not in between]] = 2  # it is their turn
     before, seen = batch.take(torch.arange(2)), []
@@ -331,7 +331,7 @@ def test_the_weight_follows_whether_the_passage_came(every, rise):
     for passage in passages(2, 4, 3, seed=4):
         engine.push(passage)
     engine.fill(3)
-    step, seen, margins = engine.one_step, [], []
+    step, seen, margins = engine.stepper, [], []
     moved, kept = step.term.weight, step._keep_best
     step.term.weight = lambda batch: seen.append(moved(batch)) or seen[-1]
     step._keep_best = lambda batch, measured, padding: (

@@ -258,7 +258,7 @@ class CramJob:
             self._again(fallen)
         mem = mem.with_certificate(certificate, exact)
         passages = [outcome.passage.ids for outcome in self._in_order()]
-        return mem.with_use(self.engine.one_step.term.certificate(mem, passages)), exact
+        return mem.with_use(self.engine.stepper.term.certificate(mem, passages)), exact
 
     def _again(self, fallen: list[Outcome]) -> None:
         """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""

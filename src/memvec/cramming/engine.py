@@ -91,8 +91,8 @@ class Engine:
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
         rest = (self.start_rule, self.storage, fixed_shapes, graphs)
         made = self.step_type or registry.get("term", self.recipe.term).step_type or Step
-        self.one_step: Step = made(lm, self.module, self.recipe, vectors, *rest)
-        self.schedule = self.one_step.schedule
+        self.stepper: Step = made(lm, self.module, self.recipe, vectors, *rest)
+        self.schedule = self.stepper.schedule
         self.waiting = Waiting()
         self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
         self.batch: BatchState | None = None  # None while no slot is taken
@@ -134,7 +134,7 @@ class Engine:
         """
 
         def once() -> None:
-            self.one_step.rehearse(tokens, batch_size)
+            self.stepper.rehearse(tokens, batch_size)
 
         if not fits(once):  # the first one also warms up
             forget_freed_memory()
@@ -204,8 +204,8 @@ class Engine:
         large = (length > encoder_reach(self.lm, self.recipe, self.K)) | (
             again & (size >= self.recipe.lr_large / 2)
         )
-        parameters = self.one_step.coordinates.parameters(vectors.float())
-        parameters = self.one_step.enlarged(parameters, large)
+        parameters = self.stepper.coordinates.parameters(vectors.float())
+        parameters = self.stepper.enlarged(parameters, large)
         flag = torch.zeros(len(jobs), dtype=torch.bool, device=device)
         margin = torch.tensor([job.margin for job in jobs], device=device)
         return BatchState(
@@ -226,8 +226,8 @@ class Engine:
             term_mean=torch.full_like(margin, torch.inf),
             term_kept=torch.full_like(margin, torch.inf),
             schedule=self.schedule.fresh(size, large),
-            optimizer=self.one_step.optimizer.fresh(parameters),
-            term=self.one_step.term.fresh([job.passage for job in jobs]),
+            optimizer=self.stepper.optimizer.fresh(parameters),
+            term=self.stepper.term.fresh([job.passage for job in jobs]),
         )
 
     def _first_vectors(self, jobs: list[Job]) -> Float[Tensor, "n K D"]:
@@ -243,9 +243,9 @@ class Engine:
         assert self.batch is not None, "no slot is taken"
         B, slots = len(self.jobs), self.batch_size
         rows = slots if self.fixed_shapes else rows_for(B, slots) if self.graphs else B
-        self.one_step(self.batch, self.columns, rows - B)
+        self.stepper(self.batch, self.columns, rows - B)
         self.steps += 1
-        before = self.one_step.module.inputs_before(self.K, self.start_rule)
+        before = self.stepper.module.inputs_before(self.K, self.start_rule)
         self.tokens += (self.columns + before) * len(self.jobs)
 
     def _share_time(self, seconds: float) -> None:

@@ -128,7 +128,7 @@ def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: s
 
     def look(_: Any) -> None:
         if engine.batch is not None:
-            vectors = engine.one_step.coordinates.vectors(engine.batch.parameters.detach())
+            vectors = engine.stepper.coordinates.vectors(engine.batch.parameters.detach())
             points.append(vectors[0].flatten().double().cpu())
             leading.append(max(0, int(engine.batch.schedule.best[0])))
 

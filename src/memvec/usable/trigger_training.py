@@ -222,7 +222,7 @@ def _crammed(
         batch_size=len(passages),
         on_progress=tell,
     )
-    step = engine.one_step
+    step = engine.stepper
     assert isinstance(step, SharedStep)
     step.optimizer_of_rows = torch.optim.NAdam(
         [{"params": [shared], "initial_lr": plan.lr}], lr=plan.lr, betas=(0.9, 0.8)
