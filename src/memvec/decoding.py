@@ -52,19 +52,20 @@ def decode_ids(
         return at_once
 
     def work(rows: slice) -> list[list[int]]:
+        # `start_ids` takes the number of rows from ids, which it reads where one is given only.
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
-        prefix = lm.start_ids(given.to(lm.device), start)
+        start_tokens = lm.start_ids(given.to(lm.device), start)
         wanted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
         fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
-        inputs, cache = lm.reading.opening(lm, vectors[rows].to(lm.device), prefix)
+        inputs, cache = lm.reading.opening(lm, vectors[rows].to(lm.device), start_tokens)
 
         def choose(logits: Tensor, i: int) -> Tensor:
             return torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
 
         tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached, cache))
         if start == "first-token":
-            tokens.insert(0, prefix[:, 0])
+            tokens.insert(0, start_tokens[:, 0])
         decoded = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
         return [row[:n] for row, n in zip(decoded, lengths[rows], strict=True)]
 

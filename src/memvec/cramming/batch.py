@@ -41,8 +41,11 @@ class Job:
 
     @classmethod
     def again(cls, outcome: Outcome, *, raised: float | None = None) -> Job:
-        """A passage that goes on from where it was; with twice the margin if `raised` is given,
-        which is the model's logit spread."""
+        """A passage that goes on from where it was.
+
+        `raised` is the model's logit spread if the margin is to rise: to twice what it was, and to
+        SMALLEST_RAISE spreads at least.
+        """
         margin = outcome.margin_asked
         if raised is not None:
             margin = max(2 * margin, SMALLEST_RAISE * raised)

@@ -139,6 +139,9 @@ def positions(
     ids = padded_ids(passages, longest).to(lm.device)
     bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
     if given or lm.bos_id is not None:
+        # Passages that begin with BOS; none where the first token is given (no id is -1). Their rows
+        # move left by one, so that the BOS that the model reads is their own. Their figures move
+        # back, behind those of the BOS itself: no bits, and a hit (a margin above 0).
         own = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
         read = torch.where(own, ids.roll(-1, 1), ids)
         base = lm.states(None, read, "first-token" if given else "bos")
@@ -152,6 +155,7 @@ def positions(
         if longest > 1:
             states = lm.states(None, ids, "first-token")
             base_bits, base_margin = _positions(lm, states, ids[:, 1:])
+        # Its margin, below 0, says that the model alone does not hit it.
         first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
         base_bits = torch.cat([first, base_bits], dim=1)
         base_margin = torch.cat([torch.full_like(first, -1.0), base_margin], dim=1)

@@ -199,8 +199,8 @@ class Engine:
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
         again = torch.tensor([job.vectors is not None for job in jobs], device=device)
         size = vectors.float().square().mean((1, 2)).sqrt()
-        # Small steps are for vectors that an encoder put near where they have to be. One that
-        # comes back large was made so when its passage was stuck.
+        # Small steps are for vectors that an encoder put near where they have to be. One that comes
+        # back large, by half of that size or more, was made so when its passage was stuck.
         large = (length > encoder_reach(self.lm, self.recipe, self.K)) | (
             again & (size >= self.recipe.lr_large / 2)
         )

@@ -39,11 +39,11 @@ TERM_MEAN = 0.9  # decay of the running mean of a term, whose loss changes with 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one forward pass gave, for the slots (without padding rows)."""
+    """What one forward pass gave for B slots; N is B and the padding rows."""
 
     asked: Bool[Tensor, " B"]  # whose passage was asked for; of others no token counts as right
-    states: Float[Tensor, "N T H"]  # with padding rows, attached to the parameters
-    gradient: Float[Tensor, "N T H"]  # of each position's loss at its state, with padding rows
+    states: Float[Tensor, "N T H"]  # attached to the parameters
+    gradient: Float[Tensor, "N T H"]  # of each position's loss at its state
     vectors: Float[Tensor, "B K D"]  # as stored
     loss: Float[Tensor, "B T"]
     margin: Float[Tensor, "B T"]
@@ -166,7 +166,8 @@ class Step:
     ) -> Bool[Tensor, " B"]:
         """Keep the vectors that did better than ever, mark who is done, and let the schedule go on;
         whose vectors are to be enlarged now."""
-        # Only columns that a passage would have alone count, whoever is beside it.
+        # A batch has as many columns as its longest passage needs. Only those count that a passage
+        # would have alone: else its progress would depend on who is beside it.
         counted = self.schedule.counted(batch.schedule, batch.length)
         room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.room).minimum(batch.length)
         within = torch.arange(measured.margin.shape[1], device=room.device) < room[:, None]
@@ -182,7 +183,7 @@ class Step:
         if self.measures_passage:
             bits = ((measured.loss.double() * within).sum(-1) / LN2).to(batch.least_mem_bits)
             batch.least_mem_bits = torch.fmin(batch.least_mem_bits, bits)
-        # With `settle` those that were kept, once they have had their time.
+        # With `settle` a passage is done after so many steps, if it was exact in one of them.
         settled = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
         arrived = settled if self.recipe.settle else whole
         if self.module.model is not self.lm.model:
