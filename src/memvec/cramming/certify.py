@@ -139,7 +139,7 @@ def positions(
     ids = padded_ids(passages, longest).to(lm.device)
     bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
     if given or lm.bos_id is not None:
-        # Passages that begin with BOS; none where the first token is given (no id is -1). Their rows
+        # Passages that begin with BOS; none where the first token is given: no id is -1. Their rows
         # move left by one, so that the BOS that the model reads is their own. Their figures move
         # back, behind those of the BOS itself: no bits, and a hit (a margin above 0).
         own = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
