@@ -327,6 +327,23 @@ def test_receipts_are_read_again_and_a_change_is_noticed(tmp_path, command):
     assert "there are no receipts in" in command("eval", "--rescore", tmp_path / "no").sentence
 
 
+def test_receipts_of_two_runs_make_no_table(tmp_path):
+    receipts.write(tmp_path, "full", [receipt().model_copy(update={"run": "a"})])
+    receipts.refuse_another_run(tmp_path, "a")
+    with pytest.raises(MemvecError, match=r"full.jsonl is of another run"):
+        receipts.refuse_another_run(tmp_path, "b")
+    receipts.write(tmp_path, "none", [receipt("choice", "none").model_copy(update={"run": "b"})])
+    with pytest.raises(MemvecError, match="are of several runs"):
+        receipts.read(tmp_path)
+
+
+def test_one_document_has_no_interval_of_a_mean():
+    asked = [Answer(text="a", loglikelihood=-2.0, greedy=True)]
+    figures = {f.score: f for f in table([receipt("likelihood", "full", answers=asked)])}
+    assert math.isnan(figures["nll"].low)
+    assert figures["acc"].low == pytest.approx(0.207, abs=1e-3), "Wilson, 1 of 1"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -390,6 +407,11 @@ def test_the_figures_are_those_of_the_harness(evaluated):
     assert {f.documents for f in figures} == {4}
     assert run["model"]["memvec"]["name"] == "tiny-bytes"
     assert run["model"]["recipe"]["settle"] == 3
+
+
+def test_another_run_does_not_go_into_the_same_folder(evaluated):
+    with pytest.raises(MemvecError, match="is of another run"):
+        evaluate(copy(reader()), settings(receipts=evaluated[1] / "receipts", limit=1))
 
 
 def test_the_receipts_give_the_same_table_and_name_every_context(evaluated, command):
@@ -460,6 +482,12 @@ def test_the_harness_makes_the_model_from_arguments(harness, folder):
     model = get_model("memvec").create_from_arg_string(given, {"device": "cpu", "batch_size": None})
     assert (model.column.name, model.column.vectors, model.column.tokens) == ("crammed", 2, 3)
     assert (model.column.recipe.settle, model.split) == (7, "\n\nQ:")
+    at_once = {"pretrained": str(folder), "context": "crammed", "crammed_at_once": "5"}
+    model = get_model("memvec").create_from_arg_obj(at_once)
+    assert model.column.batch_size == model.get_model_info()["crammed_at_once"] == 5
+    for name in ("vectors", "tokens", "crammed_at_once"):
+        with pytest.raises(MemvecError, match=f"{name} must be a whole number, not 'eight'"):
+            get_model("memvec").create_from_arg_obj({"pretrained": str(folder), name: "eight"})
     with pytest.raises(MemvecError, match="there is no column 'crammd'"):
         get_model("memvec").create_from_arg_obj({"pretrained": str(folder), "context": "crammd"})
 

@@ -2,6 +2,7 @@ r"""`memvec eval`: tasks of lm-evaluation-harness with something else in the con
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,13 +132,13 @@ def _row(f: Figure) -> tuple[str, ...]:
     kept = ""
     if f.kept is not None and f.kept_interval is not None:
         low, high = f.kept_interval
-        kept = f"{f.kept:.2f} [{low:.2f}, {high:.2f}]"
+        kept = f"{f.kept:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
     return (
         f.task,
         f.score,
         f.column,
         f"{f.value:.3f}",
-        f"[{f.low:.3f}, {f.high:.3f}]",
+        "" if math.isnan(f.low) else f"[{f.low:.3f}, {f.high:.3f}]",
         str(f.documents),
         kept,
         f"{f.slots:.1f} of {f.context_tokens:.1f}",
