@@ -41,13 +41,14 @@ def stored_use(mem: MemVectors, file: str) -> dict[str, Any] | None:
 
 def show_worth(use: Mapping[str, Any]) -> None:
     """Print a certificate of use: what each context is worth, on held-out words."""
-    K = use["vectors"]
+    K, scale = use["vectors"], float(use.get("context_scale", 1.0))
+    where = "As context" if scale == 1 else f"As context, the vectors times {scale:g}"
     for key, what in MEASURED.items():
         measured = use.get(key)
         if not measured:
             continue
         table = Table(
-            title=f"As context: {what} (n {measured['passages']}, {measured['queries']} x "
+            title=f"{where}: {what} (n {measured['passages']}, {measured['queries']} x "
             f"{measured['tokens']} tokens, {K} vectors for each passage)",
             title_justify="left",
         )

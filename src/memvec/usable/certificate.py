@@ -88,10 +88,9 @@ class WorthTable(Record):
 class UseCertificate(Record):
     """What the vectors of a file are worth as context."""
 
-    trigger: str = Field(
-        description="what the passage comes behind: 'bos', a token id, or 'crammed'"
-    )
+    trigger: str = Field(description="what the passage comes behind: 'bos', an id, or 'crammed'")
     vectors: int = Field(ge=1, description="vectors of each passage (K)")
+    context_scale: float = Field(default=1.0, description="what they are multiplied by here")
     held_out: WorthTable
     continuation: WorthTable | None = Field(
         default=None, description="the same on the true continuations; none: no text goes on"
@@ -156,6 +155,7 @@ def certify_use(
     return UseCertificate(
         trigger="crammed" if mem.soft else str(mem.header.trigger or "bos"),
         vectors=K,
+        context_scale=mem.header.context_scale,
         held_out=worth_table(held_out, QUERIES, tokens),
         continuation=worth_table(true, 1, tokens) if true else None,
         in_a_row=_worth_in_a_row(view, mem, ids, recipe),
