@@ -77,7 +77,7 @@ def load_lm(
         keep_freed_memory()
     with _quiet():
         big = loading_options(device_map, quantize, kept, where)
-    local = _local_folder(name)
+    local = local_folder(name)
     if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
     model, tokenizer = _weights(name, local, revision, where, kept, attention, big)
@@ -165,7 +165,7 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
     read_encoders(lm, local, encoder)
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The model's folder, or None for a Hub id. 'pocket' is a folder of the package."""
     try:
         folder = POCKET if name == "pocket" else Path(name).expanduser()

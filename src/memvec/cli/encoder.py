@@ -11,15 +11,14 @@ import typer
 
 from memvec.cli import encoder_plan as plan
 from memvec.cli import options
-from memvec.cli.common import check_seed, telling_what_is_kept
+from memvec.cli.common import check_seed
 from memvec.cli.encoder_recurrent import print_segments
 from memvec.cli.training_text import (
     Column,
     Texts,
     Where,
-    alone_at,
+    checkpointed,
     drawn,
-    kept_in,
     target_of,
     token_stream,
 )
@@ -124,9 +123,7 @@ def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: Plan, target: Path)
 
     training = plan.training_of(lm, stream, choices)
     partial = target.with_name(target.name + ".partial")
-    with telling_what_is_kept(lambda: kept_in(partial)), alone_at(partial):
-        if partial.exists():
-            say(f"Going on from the checkpoint in {partial}.")
+    with checkpointed(partial):
         encoder = training.run(partial, _progress_lines(training.reached))
     facts = {**training.identity, "seconds": round(training.seconds, 1), "tokens": len(stream)}
     save_encoder(target, encoder, lm, facts)

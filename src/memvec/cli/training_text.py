@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memvec.cli.common import check_seed, check_target
+from memvec.cli.common import check_seed, check_target, telling_what_is_kept
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -83,6 +83,20 @@ def kept_in(partial: Path) -> str:
     if not partial.exists():
         return "Nothing was kept yet."
     return f"The last checkpoint is in {partial}; the same command goes on from there."
+
+
+@contextlib.contextmanager
+def checkpointed(partial: Path) -> Iterator[None]:
+    """A training with this checkpoint: alone at it, and told where it goes on and what is kept.
+
+    Raises MemvecError if another process trains there.
+    """
+    from memvec.cli.display import say
+
+    with telling_what_is_kept(lambda: kept_in(partial)), alone_at(partial):
+        if partial.exists():
+            say(f"Going on from the checkpoint in {partial}.")
+        yield
 
 
 def token_stream(

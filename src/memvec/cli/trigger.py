@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import check_seed, telling_what_is_kept
+from memvec.cli.common import check_seed
 from memvec.cli.training_text import (
     Column,
     Texts,
     Where,
-    alone_at,
+    checkpointed,
     drawn,
-    kept_in,
     target_of,
     token_stream,
 )
@@ -105,9 +104,7 @@ def train(
     passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]
     partial = target.with_name(target.name + ".partial")
 
-    with telling_what_is_kept(lambda: kept_in(partial)), alone_at(partial):
-        if partial.exists():
-            say(f"Going on from the checkpoint in {partial}.")
+    with checkpointed(partial):
         lines = _lines_within_a_batch(batches)
         train_trigger(lm, passages, plan, recipe, partial, _line_of_a_batch, lines)
     partial.replace(target)

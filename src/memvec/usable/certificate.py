@@ -181,7 +181,7 @@ def _spread(n: int, most: int) -> list[int]:
 
 def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> int:
     """Tokens of a query behind the longest of the passages, TOKENS at most."""
-    text = max(text_inputs(lm, ids).shape[1] for ids in passages)
+    text = int(lm.bos_id is not None) + max(map(len, passages))
     vectors = len(lm.front) + mem.vectors.shape[1] + int(lm.reading.space != "inputs")
     # The last token of a query is not read.
     room = TOKENS if lm.context is None else lm.context - max(text, vectors) + 1

@@ -107,6 +107,7 @@ def evaluate(
         tasks = _tasks(what, manager)
         receipts: list[Receipt] = []
         results: dict[str, Any] = {}
+        run = ""
         for column in what.columns:
             if on_column is not None:
                 on_column(column)
@@ -120,9 +121,10 @@ def evaluate(
                 crammed_at_once=what.batch_size,
                 **_changes(what.recipe),
             )
-            run = _identity(_record(what, model, {}))
-            if what.receipts is not None:
-                refuse_another_run(what.receipts, run)
+            if not run:  # the same for every column
+                run = _identity(_record(what, model, {}))
+                if what.receipts is not None:
+                    refuse_another_run(what.receipts, run)
             raw = _run(model, list(tasks.values()), manager, what)
             own = list(_receipts(raw["samples"], tasks, model, run))
             results[column] = raw["results"]

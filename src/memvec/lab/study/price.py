@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.cells import Planned, too_long
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import Spec
+from memvec.loading import local_folder
 from memvec.model.estimate import Facts, estimate
 
 OPERATIONS = 4  # per parameter and forward-backward token: weights get no gradient
@@ -69,8 +71,10 @@ def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[
     sentences += dict.fromkeys(s for s in missing if s)
     for model in dict.fromkeys(p.cell.model for p in planned):
         facts = facts_of_name(model)
-        if facts is None and model.startswith((".", "/", "~")):  # else it may be on the Hub
-            sentences.append(f"no model in {model}: there is no config.json.")
+        try:
+            local_folder(model)  # what is no folder here may be on the Hub
+        except MemvecError as error:
+            sentences.append(str(error))
         mine = [p for p in planned if p.cell.model == model]
         sentences += dict.fromkeys(s for p in mine if (s := too_long(p.cell, facts)))
     return sentences
