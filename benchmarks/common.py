@@ -22,7 +22,7 @@ from rich.table import Table
 
 from memvec.environment import environment
 from memvec.errors import MemvecError
-from memvec.lab.statistics import (
+from memvec.statistics import (
     bootstrap_mean,
     median_and_spread,
     ratio_of_means,

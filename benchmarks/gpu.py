@@ -15,7 +15,7 @@ module (autograd through the whole cross-entropy, nothing else), turn by turn:
   attention (causal, forward and backward).
 - `overhead`: the engine's median time over the bare one's.
 - `outside`: share of the operators' own time that is neither a matrix product nor attention.
-- `launch`: share of the time in which a GPU computes nothing, because it waits to be told what.
+- `launch`: share of the time in which a GPU computes nothing, waiting for kernels.
 - with `--graphs`, turn by turn with both: `graphs ms`, `graphs mfu`, how many `times` faster than
   the engine without, and the seconds of the step that captures (`capture s`).
 - `passages`: exact passages a minute, all slots filled twice with `--crammed` random tokens for one

@@ -1,4 +1,4 @@
-"""Exact and usable: what vectors are worth as context beside ends of the text of many lengths.
+"""Exact and usable: how well vectors stand for a text beside ends of the text of many lengths.
 
     python benchmarks/usable.py --corpus novels.parquet --passages 32
 
@@ -35,10 +35,10 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, triggered
 from memvec.decoding import BATCH
 from memvec.errors import check_minimum
-from memvec.lab.statistics import share_interval
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import share_interval
 from memvec.usable.certificate import (
     EXACT_ONLY,
     NONE,
@@ -47,7 +47,7 @@ from memvec.usable.certificate import (
     contexts_of,
     contexts_of_row,
 )
-from memvec.usable.certificate import worth_table as tabulated
+from memvec.usable.certificate import score_table as tabulated
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
@@ -101,7 +101,7 @@ def setting(
         raise SystemExit(
             f"no text of {whole} tokens is exact in usable vectors, {K} for {T} tokens"
         )
-    worth = tabulated(measured, 1, CONTINUATION)
+    table = tabulated(measured, 1, CONTINUATION)
     rows = [
         {
             "model": lm.name,
@@ -121,16 +121,16 @@ def setting(
             "over_low": own.over_vectors_interval[0],
             "over_high": own.over_vectors_interval[1],
         }
-        for name, own in worth.contexts.items()
+        for name, own in table.contexts.items()
     ]
-    rival = worth.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K * parts} tokens")
-    mine = worth.contexts[VECTORS]
+    rival = table.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K * parts} tokens")
+    mine = table.contexts[VECTORS]
     result = {
         "exact": exact.share,
         "kept": mine.kept,
         "kl": mine.kl,
-        "kl_none": worth.contexts[NONE].kl,
-        "kl_exact_only": worth.contexts[EXACT_ONLY].kl if EXACT_ONLY in worth.contexts else 0.0,
+        "kl_none": table.contexts[NONE].kl,
+        "kl_exact_only": table.contexts[EXACT_ONLY].kl if EXACT_ONLY in table.contexts else 0.0,
         "cost": spent / from_noise,
         "cost_queries": (spent + len(asked) * query_tokens(T, options.recipe) / 3) / from_noise,
     }

@@ -60,7 +60,7 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
 
     ids = windows(stream, n, T, generator(0, f"one-pass {T}", 0))
     ids = ids.to(lm.device)
-    # all of the passage, whatever length the encoder is told to prefer as a start
+    # all of the passage, whatever length the encoder prefers for a start
     tokens, lm.encoder.tokens = lm.encoder.tokens, 0
     vectors = lm.encoder.encode(lm, ids, K)
     lm.encoder.tokens = tokens

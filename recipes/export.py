@@ -36,7 +36,7 @@ def export(run, tokenizer, folder: Path) -> None:
             "format": "memvec-encoder",
             "version": "1",
             "max_vectors": "1",
-            # leading tokens per vector worth encoding as a start for cramming: what it manages
+            # leading tokens per vector to encode as a start for cramming: as many as it gives back
             "tokens": str(round(run.targets[1])),
         },
     )

@@ -1,8 +1,8 @@
-"""Work that a GPU replays instead of being told again, kernel by kernel.
+"""Work that a GPU replays instead of a launch for each kernel.
 
-A training step of a small model makes thousands of short kernels, and telling a GPU about them
-takes ten times as long as it needs to compute them. A CUDA graph is told once for each shape of the
-inputs. On other devices the work is called as it is.
+A training step of a small model makes thousands of short kernels, and launching them takes ten
+times as long as computing them. A CUDA graph is recorded once for each shape of the inputs. On
+other devices the work is called as it is.
 
 Used by `pocket.py`; nothing to run here.
 """

@@ -1,4 +1,4 @@
-"""Make the built-in model `pocket`: a small OLMo 2 trained to give back what it was told.
+"""Make the built-in model `pocket`: a small OLMo 2 trained to give back what vectors hold.
 
 One command, from the repository root, on any machine with two cores:
 
@@ -243,10 +243,10 @@ def use_loss(model: Decoder, encoder: Encoder, ids, following, noise, recipe: Re
     with torch.no_grad():
         start = embed(model, ids.new_full((len(ids), 1), BOS))
         text = torch.cat((start, embedded, behind[:, :-1]), dim=1)
-        told = F.linear(model(text)[:, 1 + ids.shape[1] :], model.embedding)
+        behind_text = F.linear(model(text)[:, 1 + ids.shape[1] :], model.embedding)
     return F.kl_div(
         logits.float().log_softmax(-1).flatten(0, 1),
-        told.float().log_softmax(-1).flatten(0, 1),
+        behind_text.float().log_softmax(-1).flatten(0, 1),
         log_target=True,
         reduction="batchmean",
     )

@@ -16,8 +16,8 @@ from memvec.lab.protocols.plane import compare, fit, fit_capacity
 from memvec.lab.protocols.scaling import exact_scaling
 from memvec.lab.protocols.upper_bound import least_moved_bits, raised_logit_bits
 from memvec.lab.report.published import bits, published, table1
-from memvec.lab.statistics import mean_interval, share_interval
 from memvec.metrics import margins, surprisal
+from memvec.statistics import mean_interval, share_interval
 
 
 def plane(C: float, n: int, seed: int, noise: float = 2.0) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import torch
 import memvec
 from conftest import passages, reader, tiny
 from memvec import codec
-from memvec.cli.use_tables import show_worth, stored_use
+from memvec.cli.use_tables import show_use, stored_use
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
@@ -95,7 +95,7 @@ def test_the_file_says_it_and_everybody_reads_it(mem, tmp_path, capsys):
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert again.header.context_scale == again.view(lm).context_scale == SCALE
     assert codec.decode(lm, again) == [TEXT]
-    show_worth(stored_use(again, "a.mem"))
+    show_use(stored_use(again, "a.mem"))
     assert "As context, the vectors times 0.25" in capsys.readouterr().out
     assert codec.verify(lm, again)[0]["exact"]
     _, rows = in_a_row(lm, [again, again])

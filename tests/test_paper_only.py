@@ -20,12 +20,12 @@ from memvec.lab.report.plot import Plot
 from memvec.lab.report.published import table1
 from memvec.lab.report.table import Table
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.statistics import paired_difference, rank_correlation, separate_difference
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
+from memvec.statistics import paired_difference, rank_correlation, separate_difference
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 

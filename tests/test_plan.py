@@ -13,9 +13,9 @@ from memvec import codec
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.plan import _apart, plan
-from memvec.lab.statistics import Mean
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
+from memvec.statistics import Mean
 
 TEXT = "the cat sat on the lazy dog while the fox ran over the hill and the cow ate the grass. " * 6
 WORDS = "the lazy dog sat on the cat"

@@ -31,7 +31,6 @@ from memvec.lab.report.page import overview, write_page
 from memvec.lab.report.report import write_report
 from memvec.lab.report.table import Table, show
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.statistics import mean_interval
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.pool import text_of
@@ -39,6 +38,7 @@ from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
+from memvec.statistics import mean_interval
 from studies import EVERYTHING, HEAD, run, spec_in
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -24,6 +24,7 @@ BESIDE = (
     "hub",
     "workers",
     "graphs",
+    "statistics",
     "cli",
 )
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
@@ -94,6 +95,12 @@ def test_the_core_stands_without_the_lab_and_what_is_beside_it(name):
     if name.split(".")[1:2] not in [[part] for part in BESIDE] and name != "memvec.__main__":
         beside = {other for other in GRAPH[name] if other.split(".")[1] in BESIDE}
         assert beside - ON_REQUEST == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_but_the_command_line_imports_the_lab(name):
+    if not name.startswith(("memvec.lab", "memvec.cli")):
+        assert [other for other in GRAPH[name] if other.startswith("memvec.lab")] == []
 
 
 def lines_of_code(path: Path) -> int:

@@ -26,7 +26,7 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.passage import ids_hash
 from memvec.usable import certificate, generate, queries, teacher
-from memvec.usable.certificate import FULL, NONE, VECTORS, Figures, certify_use, worth_table
+from memvec.usable.certificate import FULL, NONE, VECTORS, Figures, certify_use, score_table
 from memvec.usable.queries import continuations
 from memvec.usable.triggers import token_named
 from memvec.vectors import MemVectors
@@ -450,7 +450,7 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
     full = {FULL: Figures(0.0, 1.0), NONE: Figures(1.0, 2.0)}
     full |= {"last 4 tokens": Figures(0.4, 1.4), VECTORS: Figures(0.1, 1.1)}
     short = {name: own for name, own in full.items() if name != "last 4 tokens"}
-    tables = [worth_table(own, 4, 48) for own in permutations([full, full, short])]
+    tables = [score_table(own, 4, 48) for own in permutations([full, full, short])]
     assert list(tables[0].contexts) == [name for name in full if name != FULL]
     assert all(list(one.contexts) == list(tables[0].contexts) for one in tables)
     assert all(one.contexts["last 4 tokens"].kl == pytest.approx(0.4) for one in tables)
@@ -746,7 +746,7 @@ def test_the_certificate_of_use_fits_the_context(family):
 
 def test_one_passage_has_no_interval():
     figures = {FULL: Figures(0.0, 1.0), NONE: Figures(0.5, 2.0), VECTORS: Figures(0.1, 1.2)}
-    one, two = (worth_table([figures] * n, 4, 48).contexts[VECTORS] for n in (1, 2))
+    one, two = (score_table([figures] * n, 4, 48).contexts[VECTORS] for n in (1, 2))
     assert one.kl == two.kl == pytest.approx(0.1)
     assert all(math.isnan(end) for end in (*one.kl_interval, *one.kept_interval))
     assert two.kl_interval == (pytest.approx(0.1),) * 2

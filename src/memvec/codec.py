@@ -53,8 +53,8 @@ def cram(
     the two: then they are crammed together, depend on each other, and no journal is kept.
 
     `recipe` is how they are crammed (default: `Recipe()`), `batch_size` how many passages at once
-    (default: what the memory allows), and `on_status` is told how it stands. `layout` is 'prefix',
-    vectors in front of their passage, unless another is given.
+    (default: what the memory allows), and `on_status` is called with the progress. `layout` is
+    'prefix', vectors in front of their passage, unless another is given.
 
     A passage that does not become exact within the recipe's steps, patience and budget is halved
     and crammed again, down to one token per vector; what still fails is in the result, with `exact`

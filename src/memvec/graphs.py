@@ -1,4 +1,4 @@
-"""Steps that a GPU replays instead of being told again, kernel by kernel (CUDA graphs).
+"""Steps that a GPU replays instead of a launch for each kernel (CUDA graphs).
 
 A step of few tokens makes thousands of short kernels, and telling a GPU about them takes longer
 than computing them (docs/log.md, "The engine on a GPU, as it is"). The first step of a shape (slots

@@ -113,7 +113,7 @@ class Header(Record):
     )
     use: dict[str, Any] | None = Field(
         default=None,
-        description="what the vectors are worth as context (memvec.usable.certificate)",
+        description="how well the vectors stand for the text (memvec.usable.certificate)",
     )
 
     @field_validator("model")

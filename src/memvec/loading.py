@@ -28,8 +28,8 @@ DTYPES = {
     "float16": torch.float16,
     BFLOAT16_AUTOCAST: torch.float32,  # of the weights
 }
-# What transformers says of a name that it cannot load, and what is told.
-TOLD = {
+# What transformers says of a name that it cannot load, and what memvec says instead.
+EXPLAINED = {
     ("couldn't connect", "offline", "Connection", "resolve"): "is not a folder here and the Hub "
     "could not be reached: check the name and the network, or give a local folder.",
     ("is not a valid model identifier", "Repository Not Found"): "is neither a folder nor a model "
@@ -209,7 +209,7 @@ def _loading(name: str) -> Iterator[None]:
             ) from error
         if isinstance(error, ImportError):
             raise MemvecError(f"{name} needs a package that is missing: {first}") from error
-        for words, said in TOLD.items():
+        for words, said in EXPLAINED.items():
             if any(word in reason for word in words):
                 raise MemvecError(f"{name} {said.format(first)}") from error
         raise MemvecError(f"{name} could not be loaded: {first}") from error

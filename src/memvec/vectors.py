@@ -281,6 +281,6 @@ class MemVectors:
         return MemVectors(self.vectors, header, self.soft)
 
     def with_use(self, use: dict[str, Any] | None) -> MemVectors:
-        """The same vectors with what they are worth as context."""
+        """The same vectors with a certificate of use."""
         header = self.header.model_copy(update={"use": use})
         return MemVectors(self.vectors, header, self.soft)

@@ -34,7 +34,7 @@ from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
 
 
 class _Verbs(typer.core.TyperGroup):
-    """The verbs. Ctrl-C is told in one line; a verb that keeps what is done has said so itself."""
+    """The verbs. Ctrl-C prints one line, unless a verb that keeps its work has printed one."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -21,8 +21,8 @@ from memvec.writing import pretty_json as to_json
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus, Expected
     from memvec.lab.plan import Plan
-    from memvec.lab.statistics import Mean
     from memvec.model.lm import FrozenLM
+    from memvec.statistics import Mean
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 MAX_ROWS = 40  # passages that a certificate lists

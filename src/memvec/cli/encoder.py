@@ -259,8 +259,8 @@ def _with_encoder(lm: FrozenLM, file: Path | None) -> FrozenLM:
     encoder = load_encoder(file.expanduser(), lm)
     if encoder.for_use:
         raise MemvecError(
-            f"{file} is a start of vectors that are to be used, and measured by what these are "
-            "worth: memvec cram --usable --preset usable-quick, then memvec verify --use."
+            f"{file} is a start of vectors that are to be used, which are measured "
+            "instead: memvec cram --usable --preset usable-quick, then memvec verify --use."
         )
     lm.encoder = encoder
     return lm

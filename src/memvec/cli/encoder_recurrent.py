@@ -60,14 +60,14 @@ def print_segments(name: str, found: SegmentComparison) -> None:
 
 def _exact(leading: Sequence[int], tokens: int) -> str:
     """The share of passages that come back whole, with its interval; a dash for none measured."""
-    from memvec.lab.statistics import share_interval
+    from memvec.statistics import share_interval
 
     return str(share_interval(sum(t == tokens for t in leading), len(leading))) if leading else "–"
 
 
 def _mean(values: Sequence[float | int]) -> str:
     """A mean with the half width of its 95 % interval; a dash for none measured."""
-    from memvec.lab.statistics import mean_interval
+    from memvec.statistics import mean_interval
 
     if not values:
         return "–"

@@ -12,7 +12,7 @@ EXAMPLES = options.examples("memvec inspect letter.mem", "memvec inspect letter.
 def inspect(file: options.VectorFile, json: options.Json = False) -> None:
     """Show what a file holds: model, passages, tokens per vector, bits, margins, certificate."""
     from memvec.cli import display
-    from memvec.cli.use_tables import show_worth, stored_use
+    from memvec.cli.use_tables import show_use, stored_use
     from memvec.vectors import MemVectors
 
     mem = MemVectors.load(file)
@@ -20,5 +20,5 @@ def inspect(file: options.VectorFile, json: options.Json = False) -> None:
         typer.echo(display.to_json({**mem.summary(), **mem.header.model_dump(mode="json")}))
     else:
         display.inspect(mem, file)
-        if (worth := stored_use(mem, file)) is not None:
-            show_worth(worth)
+        if (use := stored_use(mem, file)) is not None:
+            show_use(use)

@@ -87,7 +87,7 @@ def kept_in(partial: Path) -> str:
 
 @contextlib.contextmanager
 def checkpointed(partial: Path) -> Iterator[None]:
-    """A training with this checkpoint: alone at it, and told where it goes on and what is kept.
+    """A training with this checkpoint: locked, with a line for resuming and for what is kept.
 
     Raises MemvecError if another process trains there.
     """

@@ -1,4 +1,4 @@
-"""Tables of usable vectors: what they are worth as context, and answers side by side."""
+"""Tables of usable vectors: how well they stand for their texts, and answers side by side."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def stored_use(mem: MemVectors, file: str) -> dict[str, Any] | None:
         ) from None
 
 
-def show_worth(use: Mapping[str, Any]) -> None:
-    """Print a certificate of use: what each context is worth, on held-out words."""
+def show_use(use: Mapping[str, Any]) -> None:
+    """Print a certificate of use: how well each context stands for the text, on held-out words."""
     K, scale = use["vectors"], float(use.get("context_scale", 1.0))
     where = "As context" if scale == 1 else f"As context, the vectors times {scale:g}"
     for key, what in MEASURED.items():

@@ -22,7 +22,7 @@ EXAMPLES = options.examples(
 
 Use = Annotated[
     bool,
-    typer.Option("--use", help="Also measure what the vectors are worth as context."),
+    typer.Option("--use", help="Also measure how well the vectors stand for the text as context."),
 ]
 EngineName = Annotated[
     str | None,
@@ -61,7 +61,7 @@ def verify(
     """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
     from memvec.certificate import certificate_of
     from memvec.cli import display
-    from memvec.cli.use_tables import show_worth
+    from memvec.cli.use_tables import show_use
     from memvec.usable.certificate import check_usable
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
@@ -79,19 +79,19 @@ def verify(
         certificate = {"decoded_by": version, **{name: certificate[name] for name in kept}}
     if certificate["exact"]:
         mem.restored(lm, decoded)  # the bytes too, not only the tokens
-    worth = _worth(lm, mem, decoded) if use and certificate["exact"] else None
+    measured = _use_of(lm, mem, decoded) if use and certificate["exact"] else None
     if json:
-        found = {} if worth is None else {"use": worth}
-        typer.echo(display.to_json({**certificate, "each": exact, **found}))
+        of_use = {} if measured is None else {"use": measured}
+        typer.echo(display.to_json({**certificate, "each": exact, **of_use}))
     else:
         display.certificate(mem, certificate, exact)
-        if worth is not None:
-            show_worth(worth)
+        if measured is not None:
+            show_use(measured)
     if not certificate["exact"]:
         raise typer.Exit(3)
 
 
-def _worth(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str, Any]:
+def _use_of(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str, Any]:
     """The certificate of use. Raises MemvecError for vectors without a trigger."""
     from memvec.usable.certificate import certify_use
 

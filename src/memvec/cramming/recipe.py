@@ -65,7 +65,7 @@ class Recipe:
     context_scale: float = documented(
         1.0,
         "for 'use': what the vectors are multiplied by where they are read as context; below 1 the "
-        "two modes are told apart by their size, too, and rates are those of the larger vectors",
+        "two modes differ in their size, too, and rates are those of the larger vectors",
     )
     objective_every: int = documented(
         1, "for 'use': a passage is asked for in one step of so many, until it is to settle"

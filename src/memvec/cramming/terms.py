@@ -102,7 +102,7 @@ class Term:
     def certificate(
         self, mem: MemVectors, passages: Sequence[Sequence[int]]
     ) -> dict[str, Any] | None:
-        """What the finished vectors are worth for this term, as a file keeps it; None: nothing.
+        """The certificate of the finished vectors for this term, as a file keeps it; None: nothing.
 
         `passages` are the token ids that were crammed.
         """

@@ -20,10 +20,10 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
-from memvec.lab.statistics import mean_interval
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import mean_interval
 
 
 @dataclass(frozen=True)

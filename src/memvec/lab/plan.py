@@ -21,10 +21,10 @@ from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import check_minimum
 from memvec.lab.sources import seeded_random
-from memvec.lab.statistics import Mean, mean_interval
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
+from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 
 SAMPLE = 32  # passages

@@ -1,4 +1,4 @@
-"""What vectors are worth as context, and which layers read them, the slow and independent way.
+"""How well vectors stand for a text, and which layers read them, the slow and independent way.
 
 Beside memvec.lab.slow: one text at a time through the model's own forward, log-probabilities in
 float64 with numpy, a layer knocked out by running its attention on the two parts apart (no mask),

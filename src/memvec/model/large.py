@@ -119,7 +119,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # Frozen and in eval mode: nothing is random, so no random state is worth keeping.
+    # Frozen and in eval mode: nothing is random, so there is no random state to keep.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

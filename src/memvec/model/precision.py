@@ -83,8 +83,8 @@ def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
     if compute == "model" or lm.rounding != torch.float32 or lm.quantize:
         return lm
     if compute == "auto":
-        worth = sum(p.numel() for p in lm.model.parameters()) >= WORTH_IT
-        if lm.device.type != "cpu" or not worth or not multiplies_bfloat16():
+        large = sum(p.numel() for p in lm.model.parameters()) >= WORTH_IT
+        if lm.device.type != "cpu" or not large or not multiplies_bfloat16():
             return lm
     model = _rounded(lm)
     if isinstance(model, str):

@@ -1,4 +1,4 @@
-"""The certificate of use: what vectors are worth as context, beside what else could stand there.
+"""The certificate of use: how well vectors stand for the text as context, beside other contexts.
 
 For each passage, the model that has read the whole text is the reference. Behind each context (the
 vectors; nothing; the last K, 2 K, 4 K and 8 K tokens of the text; vectors that were crammed to be
@@ -14,7 +14,7 @@ another seed, and the true continuation of a passage, where the document goes on
 
 Texts of several passages are measured as a whole, too: their vectors one behind the other, as
 `memvec.use` has them, beside the whole text. Each passage was crammed to stand alone, so a row of
-them is worth less than its parts (docs/usable.md).
+them is a worse context than its parts (docs/usable.md).
 
 Vectors that predict nothing (keys and values, memvec.spaces) have the first word given; it is left
 out of the figures of every context.
@@ -34,12 +34,11 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from memvec import registry
+from memvec import registry, statistics
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
 from memvec.errors import MemvecError
-from memvec.lab import statistics
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.results import Record
@@ -63,8 +62,8 @@ Context = Callable[[Int[Tensor, "M L"]], Float[Tensor, "M n V"]]
 Contexts = dict[str, Context]
 
 
-class Worth(Record):
-    """What one context is worth, with 95 % bootstrap intervals over the passages (NaN for one)."""
+class ContextScore(Record):
+    """How well one context stands for the text; 95 % bootstrap intervals (NaN for one passage)."""
 
     kl: float = Field(description="KL from the model behind the text, nats per token")
     kl_interval: tuple[float, float]
@@ -75,27 +74,27 @@ class Worth(Record):
     over_vectors_interval: tuple[float, float]
 
 
-class WorthTable(Record):
-    """The worth of every context on the same words."""
+class ScoreTable(Record):
+    """The scores of every context on the same words."""
 
     passages: int = Field(ge=1, description="passages, or rows of them, that were measured")
     queries: int = Field(ge=1, description="texts for each")
     tokens: int = Field(ge=1, description="tokens of each")
     gain: float = Field(description="NLL without context - NLL with the text, nats per token")
-    contexts: dict[str, Worth]
+    contexts: dict[str, ContextScore]
 
 
 class UseCertificate(Record):
-    """What the vectors of a file are worth as context."""
+    """How well the vectors of a file stand for their texts as context."""
 
     trigger: str = Field(description="what the passage comes behind: 'bos', an id, or 'crammed'")
     vectors: int = Field(ge=1, description="vectors of each passage (K)")
     context_scale: float = Field(default=1.0, description="what they are multiplied by here")
-    held_out: WorthTable
-    continuation: WorthTable | None = Field(
+    held_out: ScoreTable
+    continuation: ScoreTable | None = Field(
         default=None, description="the same on the true continuations; none: no text goes on"
     )
-    in_a_row: WorthTable | None = Field(
+    in_a_row: ScoreTable | None = Field(
         default=None,
         description="all vectors of a text, on sampled continuations of it; none: no text has "
         "several passages that fit the model's context together",
@@ -121,7 +120,7 @@ def certify_use(
     *,
     exact_only: bool = True,
 ) -> UseCertificate:
-    """Measure what vectors are worth as context.
+    """Measure how well vectors stand for their texts as context.
 
     `passages` are the token ids of every passage, decoded from the vectors if they are not given.
     `exact_only=False` leaves out the control that has to be crammed. Raises MemvecError for vectors
@@ -156,8 +155,8 @@ def certify_use(
         trigger="crammed" if mem.soft else str(mem.header.trigger or "bos"),
         vectors=K,
         context_scale=mem.header.context_scale,
-        held_out=worth_table(held_out, QUERIES, tokens),
-        continuation=worth_table(true, 1, tokens) if true else None,
+        held_out=score_table(held_out, QUERIES, tokens),
+        continuation=score_table(true, 1, tokens) if true else None,
         in_a_row=_worth_in_a_row(view, mem, ids, recipe),
         environment=environment(),
     )
@@ -212,8 +211,8 @@ def _following(
 
 def _worth_in_a_row(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]], recipe: Recipe
-) -> WorthTable | None:
-    """The worth of whole texts' vectors; of a long text, of as many passages as fit the context."""
+) -> ScoreTable | None:
+    """Scores of whole texts' vectors; of a long text, of as many passages as fit the context."""
     rows: list[range] = []
     at = 0
     for document in mem.header.documents:
@@ -227,7 +226,7 @@ def _worth_in_a_row(
         text = [token for ids in passages[row] for token in ids]
         contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
         measured.append(behind_each(lm, contexts, continuations(lm, text, recipe)[0]))
-    return worth_table(measured, QUERIES, recipe.query_tokens) if measured else None
+    return score_table(measured, QUERIES, recipe.query_tokens) if measured else None
 
 
 def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: int) -> int:
@@ -318,21 +317,21 @@ def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> 
     return figures
 
 
-def worth_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> WorthTable:
+def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> ScoreTable:
     """Means and intervals over the passages; a context that a passage lacks is left out there."""
     fullest = sorted(measured, key=len, reverse=True)  # the order in which contexts are shown
     names = dict.fromkeys(name for own in fullest for name in own if name != FULL)
     gain = [own[NONE].nll - own[FULL].nll for own in measured]
-    worth = {}
+    scores = {}
     for name in names:
         rows = [(own[name], own, g) for own, g in zip(measured, gain, strict=True) if name in own]
         kl = statistics.bootstrap_mean([mine.kl for mine, *_ in rows])
-        told = [own[NONE].nll - mine.nll for mine, own, _ in rows]
-        kept = statistics.ratio_of_means(told, [g for *_, g in rows])
+        gained = [own[NONE].nll - mine.nll for mine, own, _ in rows]
+        kept = statistics.ratio_of_means(gained, [g for *_, g in rows])
         over = statistics.ratio_of_means(
             [mine.kl for mine, *_ in rows], [own[VECTORS].kl for _, own, _ in rows]
         )
-        worth[name] = Worth(
+        scores[name] = ContextScore(
             kl=kl.value,
             kl_interval=(kl.low, kl.high),
             nll=sum(mine.nll for mine, *_ in rows) / len(rows),
@@ -341,10 +340,10 @@ def worth_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: in
             over_vectors=over.value,
             over_vectors_interval=(over.low, over.high),
         )
-    return WorthTable(
+    return ScoreTable(
         passages=len(measured),
         queries=queries,
         tokens=tokens,
         gain=sum(gain) / len(gain),
-        contexts=worth,
+        contexts=scores,
     )

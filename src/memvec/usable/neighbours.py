@@ -28,9 +28,9 @@ from memvec.usable.queries import Queries, continuations_behind
 from memvec.usable.teacher import Beside
 from memvec.vectors import MemVectors
 
-MOST = 1  # neighbour beside a passage in one query; more, up to three, are worth no more
+MAX_BESIDE = 1  # neighbours beside a passage in one query; up to three were no better
 # How many stand in front and how many behind, in the queries of a passage, in turn.
-PLACES = tuple((front, n - front) for n in range(MOST + 1) for front in range(n, -1, -1))
+PLACES = tuple((front, n - front) for n in range(MAX_BESIDE + 1) for front in range(n, -1, -1))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Neighbours:
     @property
     def most_inputs(self) -> int:
         """Vectors that stand beside a passage at the most."""
-        return MOST * self.vectors.shape[1]
+        return MAX_BESIDE * self.vectors.shape[1]
 
     def drawn(self, ids: Sequence[int], recipe: Recipe) -> Beside:
         """Who stands beside a passage in each of its queries, and where; never the passage itself.
@@ -58,7 +58,7 @@ class Neighbours:
             )
         generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed + 1))
         M, device = recipe.query_count, self.vectors.device
-        drawn = torch.randint(len(others), (1, M, MOST), generator=generator)
+        drawn = torch.randint(len(others), (1, M, MAX_BESIDE), generator=generator)
         which = torch.tensor(others)[drawn].to(device)
         places = torch.tensor([[PLACES[m % len(PLACES)] for m in range(M)]], device=device)
         return Beside(which, places[..., 0], places.sum(-1))
@@ -68,7 +68,7 @@ class Neighbours:
 
         Raises MemvecError if they do not fit the model's context.
         """
-        others = MOST * max(map(len, self.ids))
+        others = MAX_BESIDE * max(map(len, self.ids))
         longest = 1 + len(ids) + others + recipe.query_tokens
         if lm.context is not None and longest > lm.context:
             raise MemvecError(

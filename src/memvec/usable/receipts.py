@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from memvec import statistics
 from memvec.errors import MemvecError
-from memvec.lab import statistics
 from memvec.results import Record
 from memvec.usable.columns import COLUMNS
 from memvec.writing import write_atomically

@@ -1,8 +1,7 @@
 """Where vectors that are to be used begin: the last tokens of their passage.
 
-As context these are worth what the end of the text is worth, where noise is worth less than nothing
-(docs/usable.md). An encoder that was trained for it begins from them, too, and adds to them
-(memvec.encoders.usable).
+As context these are as good as the end of the text; noise is worse than nothing (docs/usable.md).
+An encoder that was trained for it begins from them, too, and adds to them (memvec.encoders.usable).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     KL(model behind [text] || model behind [vectors]), mean over the tokens of a query, nats
 
 The passage is asked for behind a trigger, [vectors] BOS -> passage; behind the vectors alone comes
-a query. Nothing of the trigger is in the term, and the two modes of the same vectors are told apart
-by what follows them. Behind keys and values (memvec.spaces) the first token of a query is given.
-With neighbours, most queries are read behind a row of passages (memvec.usable.neighbours).
+a query. Nothing of the trigger is in the term, and what follows the vectors says which of
+their two modes is meant. Behind keys and values (memvec.spaces) the first token of a query is
+given. With neighbours, most queries are read behind a row of passages (memvec.usable.neighbours).
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def train_trigger(
 
     `path` gets the trigger behind each batch, and a training of the same plan that finds it there
     goes on from it. `recipe` is what passages are crammed by; its trigger is the one that learns.
-    `on_batch` and `on_progress` are told how it stands, for whoever shows it.
+    `on_batch` and `on_progress` are called with the progress.
     Raises MemvecError for too few passages, a recipe without a second mode, or another plan's file.
     """
     if recipe.term != "use":

@@ -24,7 +24,7 @@ from memvec.usable.teacher import Teacher
 
 # A step without an exact passage takes back what so many steps with one have put on the weight, so
 # that it settles where seven of eight steps have one. How far it goes from the recipe's weight.
-FALLS, LEAST, MOST = 7, 1 / 32, 128.0
+FALLS, MIN_WEIGHT, MAX_WEIGHT = 7, 1 / 32, 128.0
 
 
 class Turns(Step):
@@ -74,7 +74,7 @@ class Turns(Step):
             assert isinstance(batch.term, Teacher)
             factor = torch.where(whole, 1 + rise, (1 + rise) ** -FALLS)
             factor = torch.where(self.asked(batch), factor, 1.0)
-            batch.term.weight = (batch.term.weight * factor).clamp(LEAST, MOST)
+            batch.term.weight = (batch.term.weight * factor).clamp(MIN_WEIGHT, MAX_WEIGHT)
         return super()._better_by_term(batch, loss, better, whole)
 
     def score_of(

@@ -22,9 +22,9 @@ from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.book import Block
-from memvec.lab.statistics import Interval, bootstrap_mean, share_interval
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.statistics import Interval, bootstrap_mean, share_interval
 
 
 class Book(Protocol):

@@ -31,9 +31,9 @@ from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.statistics import LEVEL, Mean, mean_interval
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.statistics import LEVEL, Mean, mean_interval
 
 ASKED = {"run": str, "family": str, "seed": int, "step": int, "tokens": int, "valid": float}
 

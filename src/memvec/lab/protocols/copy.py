@@ -26,9 +26,9 @@ from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.statistics import mean_interval
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.statistics import mean_interval
 
 HELD = 0.99  # accuracy of the passages that the paper compares
 BEFORE, BETWEEN = "text: ", "\nrepeat previous text: "

@@ -17,7 +17,7 @@ from memvec.lab.protocols.protocol import Capacity, Card, Protocol
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Mean, Share, mean_interval, share_interval
+from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 
 class Exact(Protocol):

@@ -24,12 +24,12 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval
 from memvec.lab.study.spec import RunSpec
 from memvec.metrics import teacher_forced_accuracy
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
+from memvec.statistics import mean_interval
 
 POINTS = 11  # on the straight line, both ends included
 MAX_SOLUTIONS = 400  # of a group, for cosines and components

@@ -28,7 +28,10 @@ from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, line_of_means
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.statistics import (
+from memvec.lab.study.spec import RunSpec
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.statistics import (
     Interval,
     Mean,
     Share,
@@ -36,9 +39,6 @@ from memvec.lab.statistics import (
     ratio_of_means,
     share_interval,
 )
-from memvec.lab.study.spec import RunSpec
-from memvec.model.lm import FrozenLM
-from memvec.model.reading import StartRule
 
 THRESHOLD = 0.99
 

@@ -18,8 +18,8 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval, share_interval
 from memvec.lab.study.spec import RunSpec
+from memvec.statistics import mean_interval, share_interval
 
 
 class OneStepArrangements(Protocol):

@@ -19,8 +19,8 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval
 from memvec.lab.study.spec import RunSpec
+from memvec.statistics import mean_interval
 
 
 class OneStepGroups(Protocol):

@@ -23,8 +23,8 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series, boxes
 from memvec.lab.report.table import Table, TableCell, mean_and_sd
-from memvec.lab.statistics import Mean, mean_interval
 from memvec.model.reading import StartRule
+from memvec.statistics import Mean, mean_interval
 
 THRESHOLD = 0.99
 MAX_BOXES = 24  # lengths in a panel

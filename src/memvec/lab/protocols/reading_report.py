@@ -12,7 +12,7 @@ from memvec.lab.protocols.protocol import extra_of
 from memvec.lab.report.data import by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Mean, mean_interval
+from memvec.statistics import Mean, mean_interval
 
 PATHS = 8  # passages whose paths a figure shows
 

@@ -11,7 +11,7 @@ from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Mean, Share, mean_interval, share_interval
+from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 HALF = 0.5  # share of passages that makes a lag count as reached
 

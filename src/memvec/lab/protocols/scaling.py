@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from memvec.lab.protocols.paper import paper_result
-from memvec.lab.statistics import Mean, mean_interval
+from memvec.statistics import Mean, mean_interval
 
 MEASURES = ("longest", "token_gain", "bits")  # tokens, tokens, bits: each with _low and _high
 

@@ -14,7 +14,7 @@ from memvec.lab.report.plot import Mark, Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.sentences.evaluate import WAYS
 from memvec.lab.sentences.flops import COSTS
-from memvec.lab.statistics import Interval, paired_difference, ratio_of_means, share_interval
+from memvec.statistics import Interval, paired_difference, ratio_of_means, share_interval
 
 SAVING = ("nothing", "predicted", "crammed", "text", "full")  # ways that may tell the next
 

@@ -65,7 +65,7 @@ class Spaces(Protocol):
         if run.recipe.get("start_rule", "bos") != "bos":
             return "compares spaces behind one start rule, so start_rule must be 'bos'"
         if len(run.seeds) > 1:
-            return "says what the vectors of one start are worth: leave one of seeds"
+            return "says how good the vectors of one start are: leave one of seeds"
         return None
 
     def extra(

@@ -14,7 +14,7 @@ from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Interval, Mean, mean_interval, ratio_of_means
+from memvec.statistics import Interval, Mean, mean_interval, ratio_of_means
 from memvec.storage import STORAGES
 
 MEASURES = (

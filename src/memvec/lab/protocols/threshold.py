@@ -17,7 +17,7 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval, rank_correlation
+from memvec.statistics import mean_interval, rank_correlation
 
 MIN_RANKED = 3  # models; a rank correlation of fewer says nothing
 MAX_SENTENCES = 6  # planes that a caption describes

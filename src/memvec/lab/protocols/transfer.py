@@ -35,12 +35,12 @@ from memvec.lab.report.table import Table, TableCell
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.sampled import sampled_passages
-from memvec.lab.statistics import mean_interval, ratio_of_means, share_interval
 from memvec.lab.study.spec import RunSpec
 from memvec.loading import load_lm
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.statistics import mean_interval, ratio_of_means, share_interval
 
 FIT_SEED = 77  # of the passages that the map is fitted on: never those of a source
 

@@ -1,4 +1,4 @@
-"""How exactness and use trade: tokens that come back from a vector against its worth as context.
+"""How exactness and use trade: tokens that a vector gives back against its KL as context.
 
 A passage is crammed with both losses (recipe 'usable'), and on texts that the model itself writes
 behind it, which cramming never saw, the vectors stand beside what else could: the text, nothing,
@@ -70,7 +70,7 @@ class Usable(Protocol):
                 "(`trigger` says which token)"
             )
         if len(run.seeds) > 1:
-            return "says what the vectors of one start are worth: leave one of seeds"
+            return "says how good the vectors of one start are: leave one of seeds"
         other = run.recipe.get("space", "inputs") != "inputs"
         if other and (run.options.get("layers") or run.options.get("directions")):
             return "looks into inputs only, so `layers` and `directions` have no other space"

@@ -11,7 +11,7 @@ import pandas as pd
 from memvec.lab.protocols.usable_report import Group, groups, rise
 from memvec.lab.report.data import panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.statistics import Interval, mean_interval
+from memvec.statistics import Interval, mean_interval
 from memvec.usable.certificate import VECTORS
 
 DASHED = 2  # controls that a panel of the frontier shows: the last K tokens and the last 2 K
@@ -38,7 +38,7 @@ def _frontier(found: list[Group]) -> Plot:
         title = panel_title(model, K)
         axes = ("exact tokens per vector", "KL / KL of no context")
         panels[title] = Panel(title, *axes, [*series, *_ends(own)], log_y=True)
-    nearer = [g.worth(VECTORS).ratio.high < 1 for g in found]
+    nearer = [g.score(VECTORS).ratio.high < 1 for g in found]
     whole = [g for g in found if g.exact.share == 1]
     caption = (
         f"Each point is a model, source, recipe, length and K ({len(found)} of them); in "
@@ -46,8 +46,8 @@ def _frontier(found: list[Group]) -> Plot:
         f"interval; in {len(whole)} every passage is exact. Dashed: ends of the text."
     )
     if whole:
-        best = min(whole, key=lambda g: g.worth(VECTORS).ratio.value)
-        ratio = best.worth(VECTORS).ratio
+        best = min(whole, key=lambda g: g.score(VECTORS).ratio.value)
+        ratio = best.score(VECTORS).ratio
         caption += (
             f" Smallest ratio with every passage exact: {ratio.value:.2f} [{ratio.low:.2f}, "
             f"{ratio.high:.2f}], {best.length} tokens in {best.K} vectors ({best.series}, "
@@ -57,14 +57,14 @@ def _frontier(found: list[Group]) -> Plot:
 
 
 def _points(name: str, own: list[Group]) -> Series:
-    ratios = [g.worth(VECTORS).ratio for g in own]
+    ratios = [g.score(VECTORS).ratio for g in own]
     line = _line(name, [g.per_vector.mean for g in own], ratios)
     hover = [f"{g.length} tokens, exact {g.exact}, n {len(g.rows)}" for g in own]
     return replace(line, hover=hover)
 
 
 def _ends(own: list[Group]) -> list[Series]:
-    """What ends of the text are worth at each length; the recipe makes no difference to them."""
+    """KL of ends of the text at each length; the recipe makes no difference to them."""
     alike: dict[int, Group] = {}
     for g in own:
         alike.setdefault(g.length, g)
@@ -74,7 +74,7 @@ def _ends(own: list[Group]) -> list[Series]:
     for name in list(names)[:DASHED]:
         having = [g for g in lengths if name in g.contexts()]
         x = [g.length / g.K for g in having]
-        y = [g.worth(name).ratio.value for g in having]
+        y = [g.score(name).ratio.value for g in having]
         if len(x) == 1:  # a dash beside the points rather than nothing
             x, y = [0.9 * x[0], 1.1 * x[0]], y * 2
         series.append(Series(name, x, y, "dashed"))
@@ -101,13 +101,12 @@ def _layers(found: list[Group]) -> Plot:
         panels.append(Panel(title, "without layer", "mean margin, logits", margins, names))
         panels.append(Panel(title, "without layer", "KL / KL with all layers", divergence, names))
     best: dict[str, Group] = {}  # of each model
-    for g in sorted(found, key=lambda g: g.worth(VECTORS).ratio.value):
+    for g in sorted(found, key=lambda g: g.score(VECTORS).ratio.value):
         best.setdefault(g.model, g)
     caption = (
         "Attention to the vectors is knocked out in one layer, for all positions behind them. Mean "
         "margin: of the passage's tokens behind the trigger; a KL ratio above 1: the vectors are "
-        "worth less as context without that layer. "
-        + " ".join(_strongest(g) for g in best.values())
+        "a worse context without that layer. " + " ".join(_strongest(g) for g in best.values())
     )
     return Plot("usable-layers", "Which layers read the vectors", caption, panels)
 

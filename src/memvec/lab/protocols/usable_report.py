@@ -13,7 +13,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Card
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import (
+from memvec.statistics import (
     Interval,
     Mean,
     Share,
@@ -26,7 +26,7 @@ from memvec.usable.certificate import FULL, NONE, VECTORS
 
 
 @dataclass(frozen=True)
-class Worth:
+class ContextScore:
     """One context of a group: KL from the text, the same over that of nothing, the share kept."""
 
     kl: Interval  # nats a word
@@ -65,11 +65,11 @@ class Group(NamedTuple):
         names = dict.fromkeys(name for extra in self.extras for name in extra["contexts"])
         return [name for name in names if name != FULL]
 
-    def worth(self, context: str) -> Worth:
-        """What a context is worth, over the passages that have it."""
+    def score(self, context: str) -> ContextScore:
+        """How well a context stands for the text, over the passages that have it."""
         own = [e["contexts"] for e in self.extras if context in e["contexts"]]
         kl = [c[context][0] for c in own]
-        return Worth(
+        return ContextScore(
             bootstrap_mean(kl),
             ratio_of_means(kl, [c[NONE][0] for c in own]),
             ratio_of_means(
@@ -94,8 +94,8 @@ def cards(rows: pd.DataFrame) -> list[Card]:
             whole.setdefault(group.model, []).append(group)
     shown = []
     for model, own in whole.items():
-        best = min(own, key=lambda g: g.worth(VECTORS).ratio.value)
-        ratio = best.worth(VECTORS).ratio
+        best = min(own, key=lambda g: g.score(VECTORS).ratio.value)
+        ratio = best.score(VECTORS).ratio
         shown.append(
             Card(
                 f"{ratio.value:.2f} × KL",
@@ -123,12 +123,12 @@ def _trade(data: Data, found: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
     for g in found:
         recipe = _recipe(data, g)
-        worth = g.worth(VECTORS)
+        score = g.score(VECTORS)
         rms = mean_interval([extra["rms"] for extra in g.extras])
         row: list[TableCell] = [short(g.model), g.series, g.length, g.K]
         row += [recipe["term_weight"] if recipe["term"] == "use" else 0.0, recipe["trigger"]]
-        row += [rms.mean, str(g.exact), g.per_vector.mean, worth.kl.value, *worth.ratio]
-        rows.append([*row, *worth.kept, len(g.rows)])
+        row += [rms.mean, str(g.exact), g.per_vector.mean, score.kl.value, *score.ratio]
+        rows.append([*row, *score.kept, len(g.rows)])
     columns = ["model", "source", "length", "K", "weight", "trigger", "RMS", "exact"]
     columns += ["tokens/vector", "KL", "KL/nothing", "low", "high", "kept", "low", "high", "n"]
     return Table(
@@ -148,7 +148,7 @@ def _contexts(found: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
     for g in found:
         for name in g.contexts():
-            w = g.worth(name)
+            w = g.score(name)
             row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
             rows.append([*row, *w.kl, *w.kept, *w.over_vectors, w.n])
     columns = ["model", "source", "length", "K", "context", "KL", "low", "high"]

@@ -16,7 +16,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, short
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import share_interval
+from memvec.statistics import share_interval
 
 MAX_PASSAGES = 200  # of a group
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

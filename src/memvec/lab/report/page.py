@@ -21,7 +21,7 @@ from memvec.lab.report.contents import all_cards
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
-from memvec.lab.statistics import mean_interval
+from memvec.statistics import mean_interval
 from memvec.writing import write_atomically
 
 EXPLORED = 48  # passages in the explorer

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from memvec.lab.statistics import Mean
+from memvec.statistics import Mean
 
 Mark = Literal["points", "line", "bars", "dashed", "boxes"]
 MAX_POINTS = 1500  # of a cloud; more neither shows nor fits a page

@@ -18,7 +18,7 @@ from memvec.errors import MemvecError
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Mean, mean_interval
+from memvec.statistics import Mean, mean_interval
 
 PARTS = 5  # of a passage
 MAX_PASSAGES = 64

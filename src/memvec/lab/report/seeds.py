@@ -10,7 +10,7 @@ from __future__ import annotations
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval
+from memvec.statistics import mean_interval
 
 
 def seeds_table(data: Data) -> Table:

@@ -18,7 +18,7 @@ import pandas as pd
 from memvec.lab.protocols.paper import unsaturated
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import Difference, paired_difference, separate_difference
+from memvec.statistics import Difference, paired_difference, separate_difference
 
 MEASURES = (("token_gain", "token gain"), ("information_gain", "bits"))
 ALPHA = 0.05

@@ -17,7 +17,7 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
-from memvec.lab.statistics import mean_interval
+from memvec.statistics import mean_interval
 
 BITS = 16  # of a number, as in the paper's Figure 5
 
