@@ -1,9 +1,9 @@
 """The exact horizon of each passage at each of several costs, for recipes of both kinds.
 
-The cost of a passage is what it itself had to forward and back, in tokens: what counted at each
-step, plus the vectors. `growing` is for recipes whose horizon grows step by step; `fixed` for the
-paper's, which crams passages of fixed length: the longest length is searched, and the search is
-part of its cost.
+The cost of a passage is the number of tokens in its forward and backward passes: the positions that
+counted at each step, plus the vectors. `growing` is for recipes whose horizon grows step by step.
+`fixed` is for the paper's recipe, which crams passages of fixed length: it searches the longest
+length, and the search is part of the cost.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ROUNDING = 1e-3  # logits: the same sums in another batch shape
 def growing(
     lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int], staged: bool
 ) -> list[list[int]]:
-    """Horizon of each passage at each cost, from the best vectors that it had by then.
+    """Horizon (tokens) of each passage at each cost, from its best vectors at that cost.
 
-    `staged`: the recipe grows by stages (of one token, or up to a target), each of which ends with
-    a forward pass that finds all of it right and is followed by no backward pass: half of what a
-    step costs.
+    `staged`: the recipe grows by stages of one token, or up to a target. Each stage ends with a
+    forward pass in which all its tokens are right. No backward pass follows, so it costs half a
+    step.
     """
     engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages), poll=1)
     for passage in passages:
@@ -42,12 +42,14 @@ def growing(
     vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
     ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
     while True:
-        last = engine.batch.vectors, engine.batch.schedule.best
+        before_step = engine.batch.vectors, engine.batch.schedule.best
         targets = _targets(engine.batch.schedule)
         engine.step()
         batch = engine.batch
         spent, stopped = batch.spent.tolist(), batch.stopped.tolist()
-        stages = zip(last[1].clamp_min(0).tolist(), batch.schedule.best.tolist(), strict=True)
+        stages = zip(
+            before_step[1].clamp_min(0).tolist(), batch.schedule.best.tolist(), strict=True
+        )
         for row, (old, new) in enumerate(stages):
             if staged:
                 done = _stages_done(old, new, None if targets is None else targets[row])
@@ -57,22 +59,22 @@ def growing(
                 # The step that goes past a cost was not paid for at that cost.
                 if (order[row], at) not in vectors and (paid > cost or stopped[row]):
                     now = (batch.vectors, batch.schedule.best)
-                    best, reach = last if paid > cost else now
+                    best, reach = before_step if paid > cost else now
                     vectors[order[row], at] = best[row].clone(), int(reach[row])
         if all(stopped):
             break
         engine.fill(len(passages))
     keys = sorted(vectors)
     stack = torch.stack([vectors[key][0] for key in keys])
-    # No vectors hold more than they reached by the margins.
-    asked = [
+    # Only the tokens that reached the margins are decoded.
+    leading = [
         Passage(passages[key[0]].ids[: max(1, vectors[key][1])], passages[key[0]].document)
         for key in keys
     ]
-    decoded = decode_ids(lm, stack, [len(p) for p in asked], start=engine.start_rule)
-    margins = positions(lm, stack, asked, engine.start_rule).margin
+    decoded = decode_ids(lm, stack, [len(p) for p in leading], start=engine.start_rule)
+    margins = positions(lm, stack, leading, engine.start_rule).margin
     horizons: list[list[int]] = [[0] * len(costs) for _ in passages]
-    for (document, at), ids, passage, margin in zip(keys, decoded, asked, margins, strict=True):
+    for (document, at), ids, passage, margin in zip(keys, decoded, leading, margins, strict=True):
         error = first_error(ids, passage.ids)
         right = len(passage) if error is None else error
         enough = (margin >= engine.recipe.margin - ROUNDING) & (margin > 0)
@@ -82,7 +84,7 @@ def growing(
 
 
 def _targets(schedule: ScheduleState) -> list[int] | None:
-    """Where the stage of each passage ends, in tokens; None if every token is a stage."""
+    """The end of each passage's stage, in tokens; None if every token is a stage."""
     return schedule.target.tolist() if isinstance(schedule, GeometricState) else None
 
 
@@ -95,16 +97,16 @@ def _stages_done(old: int, new: int, target: int | None) -> list[int]:
 
 @dataclass
 class Search:
-    """Where the search for a passage's longest length stands, in predicted tokens."""
+    """State of the search for a passage's longest length, in predicted tokens."""
 
     completed: int = 0
     failed: int | None = None
 
-    def next_length(self, most: int) -> int | None:
+    def next_length(self, max_length: int) -> int | None:
         """Double until a length fails, then bisect; None when nothing is left to try."""
         if self.failed is None:
             length = max(2, 2 * self.completed)
-            return None if self.completed == most else min(length, most)
+            return None if self.completed == max_length else min(length, max_length)
         middle = (self.completed + self.failed) // 2
         return middle if middle > self.completed else None
 
@@ -112,7 +114,10 @@ class Search:
 def fixed(
     lm: FrozenLM, recipe: Recipe, passages: list[Passage], costs: list[int]
 ) -> list[list[int]]:
-    """The same for a recipe of fixed lengths: doubling, then bisection, all of it paid for."""
+    """Horizon of each passage at each cost for a recipe of fixed lengths.
+
+    The length is doubled until one fails, then bisected; all attempts count in the cost.
+    """
     engine = Engine(lm, replace(recipe, budget=costs[-1]), batch_size=len(passages))
     searches = [Search() for _ in passages]
     history: list[list[tuple[int, int]]] = [[] for _ in passages]

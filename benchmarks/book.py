@@ -8,8 +8,8 @@
 Each part is crammed by the command in a process of its own, at the same number of slots, decoded,
 and compared byte for byte. RESULT peak_ratio is the peak of the longest part over that of the
 shortest; text_ratio how many times as long the text is. With --workers the longest part alone is
-crammed, by so many Ray workers on this machine, and speedup is the time of the fewest over that of
-the most; loading and starting the workers count (`seconds` has no other part).
+crammed, by so many Ray workers on this machine, and speedup is the time with the fewest workers
+over that with the most; loading and starting the workers count (`seconds` has no other part).
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from texts import PROSE
 
 
 def crammed(text: bytes, options: argparse.Namespace, workers: int = 0) -> dict[str, Any]:
-    """Cram and decode in processes of their own; what the first one took at its peak.
+    """Cram and decode a text in separate processes; sizes, seconds and peak memory of cramming.
 
-    The peak is that of the largest child so far, so parts are to be given in rising order; that of
-    Ray's workers is not known here.
+    The peak is that of the largest child process so far, so call this with texts of rising size.
+    The memory of Ray's workers is not measured.
     """
     model = options.model
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "text.txt"), Path(folder, "text.mem")
         source.write_bytes(text)
         memvec = [sys.executable, "-c", "from memvec.cli import main; main()"]
-        asked = ["--model", model, "--batch-size", str(options.batch_size), "--output", str(target)]
-        asked += ["--max-bytes", str(len(text)), "--workers", str(workers)]
-        asked += [] if options.tokens is None else ["--tokens", str(options.tokens)]
+        flags = ["--model", model, "--batch-size", str(options.batch_size), "--output", str(target)]
+        flags += ["--max-bytes", str(len(text)), "--workers", str(workers)]
+        flags += [] if options.tokens is None else ["--tokens", str(options.tokens)]
         began = time.perf_counter()
-        subprocess.run([*memvec, "cram", str(source), *asked], check=True, capture_output=True)
+        subprocess.run([*memvec, "cram", str(source), *flags], check=True, capture_output=True)
         seconds = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         decode = [*memvec, "decode", str(target), "--model", model]
-        found = subprocess.run(decode, check=True, capture_output=True).stdout
+        decoded = subprocess.run(decode, check=True, capture_output=True).stdout
         mem = MemVectors.load(target)
-    if found != text:
+    if decoded != text:
         raise SystemExit(f"{len(text)} bytes did not come back.")
     return {
         "bytes": len(text),

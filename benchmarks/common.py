@@ -65,8 +65,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def clock() -> float:
-    """Seconds, for differences: of this process's processor where a CPU computes in one thread
-    (OMP_NUM_THREADS=1), so that work beside it does not count; by the wall elsewhere."""
+    """A clock for differences, in seconds.
+
+    Where a CPU computes in one thread (OMP_NUM_THREADS=1), it is the processor time of this
+    process, so that other processes do not count; elsewhere it is the wall clock.
+    """
     if torch.cuda.is_available() or torch.get_num_threads() > 1:
         return time.perf_counter()
     return time.process_time()
@@ -75,7 +78,7 @@ def clock() -> float:
 def interleaved(
     works: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each round; works take turns, so that drift hits all alike."""
+    """Seconds of each function in each round; they take turns, so that drift affects all alike."""
     for _ in range(warmup):
         for work in works.values():
             work()
@@ -128,10 +131,13 @@ def report(
     name: str,
     rows: list[dict[str, Any]],
     options: argparse.Namespace,
-    shown: list[dict[str, Any]] | None = None,
+    table_rows: list[dict[str, Any]] | None = None,
     **result: float,
 ) -> None:
-    """Print a table of `shown` rows (all; as JSON all), write the long CSV, end with RESULT."""
+    """Print `table_rows` (default: `rows`) as a table, write `rows` as CSV, and print RESULT.
+
+    With --json all `rows` are printed as JSON instead of the table.
+    """
     where = environment()
     machine = {
         "machine": where["gpu"] or platform.processor() or where["machine"],
@@ -148,10 +154,10 @@ def report(
         print(json.dumps(full, indent=1))
     else:
         table = Table(title=name, title_justify="left")
-        shown = rows if shown is None else shown
-        for column in shown[0]:
+        table_rows = rows if table_rows is None else table_rows
+        for column in table_rows[0]:
             table.add_column(column, justify="right")
-        for row in shown:
+        for row in table_rows:
             table.add_row(*(_cell(value) for value in row.values()))
         Console(width=140).print(table)
         print(f"{path.name} has {len(full)} rows: {machine}", file=sys.stderr)

@@ -59,9 +59,9 @@ ENVIRONMENT = {
     "mlx": "mlx",
 }
 PREPARED: dict[tuple[str, str], tuple[FrozenLM, list[Group]]] = {}
-LEAST = 0.98  # share of exact cells below which this program fails
+MIN_EXACT = 0.98  # share of exact cells below which this program fails
 ALONE, TOGETHER, MIXED = "batch 1", "batch 16", "batch 16 and plain prompts"
-CACHED, CHAT = "prefix cache on, asked twice", "chat"
+CACHED, CHAT = "prefix cache on, each question sent twice", "chat"
 CACHE = {"prefix_caching": True, "block_size": 32}
 # engine -> settings of one start of it, and the ways that it is asked in then.
 WAYS: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
@@ -74,18 +74,18 @@ WAYS: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
 }
 
 
-def batches_of(way: str, own: list[int], plain: list[int]) -> list[list[int]]:
+def batches_of(way: str, prompts: list[int], plain: list[int]) -> list[list[int]]:
     """The batches of prompts of one cell."""
     if way == ALONE:
-        return [[i] for i in own]
+        return [[i] for i in prompts]
     if way == MIXED:
-        return [[*own[:8], *plain, *own[8:]]]
-    return [own, own] if way == CACHED else [own]
+        return [[*prompts[:8], *plain, *prompts[8:]]]
+    return [prompts, prompts] if way == CACHED else [prompts]
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of an engine's model: what it is asked for, and where the request lies."""
+    """One start of an engine with a model: cells, prompts, batches and the request's folder."""
 
     family: str
     dtype: str
@@ -100,8 +100,8 @@ def run(engine: str, python: str, arguments: argparse.Namespace) -> list[dict[st
     """Every cell of one engine, which runs in one process unless it fails."""
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        made = arguments.work / "requests" / engine
-        made.mkdir(parents=True, exist_ok=True)
+        requests = arguments.work / "requests" / engine
+        requests.mkdir(parents=True, exist_ok=True)
         starts, refusals = [], []
         for family in arguments.families:
             folder = folder_of(family, arguments.work)
@@ -112,7 +112,9 @@ def run(engine: str, python: str, arguments: argparse.Namespace) -> list[dict[st
                     if settings.get("chat") and family != "pocket":
                         continue  # the tiny models have no tokenizer
                     name = "-".join([family, dtype, *settings])
-                    start = asked(family, dtype, lm, groups, settings, ways, made / name)
+                    start = planned_start(
+                        family, dtype, lm, groups, settings, ways, requests / name
+                    )
                     try:
                         refuse_model(engine, lm)
                     except MemvecError as error:
@@ -145,7 +147,7 @@ def prepared(
     return PREPARED[family, dtype]
 
 
-def asked(
+def planned_start(
     family: str,
     dtype: str,
     lm: FrozenLM,
@@ -154,18 +156,18 @@ def asked(
     ways: list[str],
     folder: Path,
 ) -> Start:
-    """What one start of an engine is asked for."""
-    own = [g for g in groups if g.rule == "use" or not settings.get("chat")]
-    sizes = [len(group.prompts) for group in own]
-    extra = list(range(sum(sizes), sum(sizes) + len(plain_prompts(lm, {g.K for g in own}))))
+    """The cells, prompts and batches of one start of an engine."""
+    chosen = [g for g in groups if g.rule == "use" or not settings.get("chat")]
+    sizes = [len(group.prompts) for group in chosen]
+    extra = list(range(sum(sizes), sum(sizes) + len(plain_prompts(lm, {g.K for g in chosen}))))
     cells, batches, at = [], [], 0
-    for group, size in zip(own, sizes, strict=True):
+    for group, size in zip(chosen, sizes, strict=True):
         indices = list(range(at, at := at + size))
         for way in ways:
             more = batches_of(way, indices, extra)
             cells.append((group, way, indices, slice(len(batches), len(batches) + len(more))))
             batches += more
-    return Start(family, dtype, lm, own, cells, batches, folder)
+    return Start(family, dtype, lm, chosen, cells, batches, folder)
 
 
 def write(start: Start, model: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -253,8 +255,8 @@ def keep(new: list[dict[str, Any]], path: Path) -> None:
     def start_of(row: dict[str, Any]) -> tuple[str, ...]:
         return row["engine"], row["model"], row["dtype"]
 
-    asked, models = {start_of(row) for row in new}, [*FAMILIES, "pocket"]
-    rows = [row for row in kept_in(path) if start_of(row) not in asked] + new
+    replaced, models = {start_of(row) for row in new}, [*FAMILIES, "pocket"]
+    rows = [row for row in kept_in(path) if start_of(row) not in replaced] + new
     rows.sort(
         key=lambda row: (
             list(WAYS).index(row["engine"]),
@@ -303,7 +305,7 @@ def main() -> None:
     arguments.page.write_text(page(rows, planned), encoding="utf-8")
     exact = sum(is_exact(row) for row in rows)
     print(f"{arguments.page}: {exact} of {len(rows)} cells exact", file=sys.stderr)
-    if exact < LEAST * len(rows):
+    if exact < MIN_EXACT * len(rows):
         sys.exit(1)
 
 

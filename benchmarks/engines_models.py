@@ -104,13 +104,13 @@ def passages_of(lm: FrozenLM, K: int) -> list[Passage]:
     """Random passages over the model's vocabulary; the first holds its EOS."""
     generator = torch.Generator().manual_seed(K)
     vocabulary = lm.embedding.weight.shape[0]
-    asked = []
+    passages = []
     for i in range(PASSAGES):
         ids = torch.randint(2, vocabulary, (LENGTHS[K],), generator=generator).tolist()
         if i == 0:
             ids[len(ids) // 2] = EOS
-        asked.append(Passage(tuple(ids), i))
-    return asked
+        passages.append(Passage(tuple(ids), i))
+    return passages
 
 
 def crammed(
@@ -122,8 +122,8 @@ def crammed(
         mem.check_model(lm)
         return mem
     dtype = str(lm.dtype).removeprefix("torch.")
-    made = Engine(lm, recipe, vectors=K, storage=STORAGES[dtype], batch_size=PASSAGES)
-    kept = [o for o in sorted(made.run(passages), key=lambda o: o.passage.document) if o.exact]
+    engine = Engine(lm, recipe, vectors=K, storage=STORAGES[dtype], batch_size=PASSAGES)
+    kept = [o for o in sorted(engine.run(passages), key=lambda o: o.passage.document) if o.exact]
     records = [
         PassageRecord(
             **o.result.model_dump(),
@@ -146,11 +146,11 @@ def crammed(
     return mem
 
 
-def groups_of(family: str, lm: FrozenLM, asked_K: list[int], work: Path) -> list[Group]:
+def groups_of(family: str, lm: FrozenLM, Ks: list[int], work: Path) -> list[Group]:
     """The prompts of every K and start rule, and those of vectors for use."""
     dtype = str(lm.dtype).removeprefix("torch.")
     groups = []
-    for K in asked_K:
+    for K in Ks:
         for rule in RULES:
             recipe = Recipe.of(start_rule=rule, steps=800, patience=800)
             passages = passages_of(lm, K)
@@ -200,19 +200,19 @@ def _chosen(
     """The questions that are asked behind each passage's vectors, and memvec's own answers."""
     chosen = []
     for i, vectors in enumerate(mem.vectors):
-        cast, asked = vectors.to(lm.dtype), questions[i * QUESTIONS :][:QUESTIONS]
+        cast, selected = vectors.to(lm.dtype), questions[i * QUESTIONS :][:QUESTIONS]
         if lm.dtype != torch.float32:
             _, leads = answered(lm, cast, questions)
             best = sorted(range(len(questions)), key=lambda q: -leads[q])[:QUESTIONS]
-            asked = [questions[q] for q in best]
-        for tokens in asked:
+            selected = [questions[q] for q in best]
+        for tokens in selected:
             # Alone, as `memvec.use` does: another batch shape rounds differently.
-            (answer,), (least,) = answered(lm, cast, [tokens])
+            (answer,), (smallest_lead,) = answered(lm, cast, [tokens])
             text = lm.text(tokens) if has_text else None
             if text is not None:
                 _same_as_use(lm, mem, i, text, answer)
-            own = {"passage": i, "question": tokens, "text": text}
-            chosen.append({**own, "answer": answer, "lead": round(least, 4)})
+            record = {"passage": i, "question": tokens, "text": text}
+            chosen.append({**record, "answer": answer, "lead": round(smallest_lead, 4)})
     return chosen
 
 
@@ -232,14 +232,15 @@ def _questions(lm: FrozenLM) -> list[list[int]]:
 def answered(
     lm: FrozenLM, vectors: torch.Tensor, questions: list[list[int]]
 ) -> tuple[list[list[int]], list[float]]:
-    """memvec's own answers behind vectors and questions, and the smallest lead in each of them.
+    """(memvec's answers behind vectors (K, D) and questions, smallest lead in each answer).
 
-    The lead of a token is that of its logit over the next one, in standard deviations of them.
+    The lead of a token is its logit minus the next largest one, in standard deviations of the
+    logits.
     """
-    asked = torch.stack([torch.cat([vectors, embedded(tokens, lm)]) for tokens in questions])
-    answers = decode_ids(lm, asked, [ANSWER_TOKENS] * len(asked))
+    prompts = torch.stack([torch.cat([vectors, embedded(tokens, lm)]) for tokens in questions])
+    answers = decode_ids(lm, prompts, [ANSWER_TOKENS] * len(prompts))
     written = torch.stack([embedded(answer[:-1], lm) for answer in answers])
-    inputs = torch.cat([asked, written], 1)
+    inputs = torch.cat([prompts, written], 1)
     logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, -ANSWER_TOKENS:].float()
     best = logits.topk(2, dim=-1).values
     leads = ((best[..., 0] - best[..., 1]) / logits.std(-1)).amin(-1)
@@ -255,7 +256,7 @@ def _same_as_use(lm: FrozenLM, mem: MemVectors, i: int, text: str, answer: list[
 
 
 def plain_prompts(lm: FrozenLM, lengths: set[int]) -> list[Prompt]:
-    """Prompts without vectors that stand in a batch beside those with them."""
+    """Prompts without vectors, for batches that mix them with prompts with vectors."""
     generator = torch.Generator().manual_seed(5)
     vocabulary = lm.embedding.weight.shape[0]
     return [

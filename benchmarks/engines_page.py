@@ -24,7 +24,8 @@ A cell is one engine, model, dtype, number of vectors K, start rule and way of a
 passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K: {Ks}. Start
 rules: {rules}; *use* is four questions behind the vectors for use of each of four passages. A
 passage with the model's EOS is in {eos} of the {decoding} cells that decode passages. Only passages
-that memvec itself certified are asked for: {left_out} of {asked} were not exact and are left out.
+that memvec itself certified are asked for: {left_out} of {attempted} were not exact and are left
+out.
 """
 
 
@@ -51,7 +52,7 @@ def _head(rows: list[Row]) -> str:
         eos=sum(row["eos"] for row in decoding),
         decoding=len(decoding),
         left_out=16 * len(files) - sum(files.values()),
-        asked=16 * len(files),
+        attempted=16 * len(files),
     )
     wrapped = [textwrap.fill(part, 100, break_on_hyphens=False) for part in text.split("\n\n")]
     return "\n\n".join(wrapped) + "\n"
@@ -70,11 +71,11 @@ def _by_way(rows: list[Row]) -> str:
         "|---|---|---|---|---|",
     ]
     for engine, way in _distinct((row["engine"], row["way"]) for row in rows):
-        own = [row for row in rows if (row["engine"], row["way"]) == (engine, way)]
+        cells = [row for row in rows if (row["engine"], row["way"]) == (engine, way)]
         by_dtype = [
-            _share(row for row in own if row["dtype"] == d) for d in ("float32", "bfloat16")
+            _share(row for row in cells if row["dtype"] == d) for d in ("float32", "bfloat16")
         ]
-        answers = f"{sum(row['exact'] for row in own)} of {sum(row['passages'] for row in own)}"
+        answers = f"{sum(row['exact'] for row in cells)} of {sum(row['passages'] for row in cells)}"
         lines.append(f"| {_version(rows, engine)} | {way} | {' | '.join(by_dtype)} | {answers} |")
     return "\n".join([*lines, ""])
 
@@ -90,11 +91,11 @@ def _by_model(rows: list[Row]) -> str:
         f"|---|{'---|' * len(models)}",
     ]
     for engine in _distinct(row["engine"] for row in rows):
-        own = [
+        shares = [
             _share(row for row in rows if (row["engine"], row["model"]) == (engine, model))
             for model in models
         ]
-        lines.append(f"| {engine} | {' | '.join(own)} |")
+        lines.append(f"| {engine} | {' | '.join(shares)} |")
     return "\n".join([*lines, ""])
 
 
@@ -103,8 +104,8 @@ def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
     models = _distinct(row["model"] for row in rows)
     lines = []
     for engine, ways in planned.items():
-        own = [row for row in rows if row["engine"] == engine]
-        if not own:
+        cells = [row for row in rows if row["engine"] == engine]
+        if not cells:
             lines.append(f"- {engine}: no cell.")
             continue
         wholes = {"model": models, "dtype": ["float32", "bfloat16"], "way": ways}
@@ -112,7 +113,7 @@ def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
             f"{kind} {value}"
             for kind, values in wholes.items()
             for value in values
-            if value not in {row[kind] for row in own}
+            if value not in {row[kind] for row in cells}
         ]
         if lacks:
             lines.append(f"- {engine}: {', '.join(lacks)}.")
@@ -121,12 +122,12 @@ def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
 
 def _share(rows: Iterable[Row]) -> str:
     """'exact of cells'; 'refused' where memvec did not start the engine; '–' where nothing ran."""
-    own = list(rows)
-    if not own:
+    cells = list(rows)
+    if not cells:
         return "–"
-    if all(row["why"] for row in own):
-        return "refused" if all(refused(row) for row in own) else "failed"
-    return f"{sum(is_exact(row) for row in own)} of {len(own)}"
+    if all(row["why"] for row in cells):
+        return "refused" if all(refused(row) for row in cells) else "failed"
+    return f"{sum(is_exact(row) for row in cells)} of {len(cells)}"
 
 
 def refused(row: Row) -> bool:
@@ -135,9 +136,9 @@ def refused(row: Row) -> bool:
 
 
 def _version(rows: list[Row], engine: str) -> str:
-    """The engine's name and release, as it said them itself; all, if the starts had several."""
-    said = [row["version"] for row in rows if row["engine"] == engine and row["version"]]
-    name = "; ".join(_distinct(said)) or engine
+    """The engine's name and release as the engine reports them, joined if there are several."""
+    versions = [row["version"] for row in rows if row["engine"] == engine and row["version"]]
+    name = "; ".join(_distinct(versions)) or engine
     return f"{name}, server" if engine.endswith("-server") else name
 
 

@@ -7,11 +7,11 @@ or where a CPU computes in one thread (OMP_NUM_THREADS=1) by the processor's, so
 does not count.
 
 Ours: all passages through one engine under the default recipe, first token counted, its margin;
-from noise, as theirs, and from the model's one-pass encoder where it has one. Theirs: the recipe of
-Kuratov et al. one passage at a time in the plain loop of its publication (whole logits, torch's
-AdamW, loss and accuracy fetched at each step, first token handed over); loading the model twice for
-each passage, which that code does as well, is left out. `--theirs` passages stand for all on their
-side. Their rate is the exact ones among them per minute of the whole.
+from noise, as in the paper, and from the model's one-pass encoder where it has one. Theirs: the
+recipe of Kuratov et al. one passage at a time in the plain loop of its publication (whole logits,
+torch's AdamW, loss and accuracy fetched at each step, first token handed over); loading the model
+twice for each passage, which that code does as well, is left out. On their side only `--theirs`
+passages are crammed; their rate is the exact passages per minute over these.
 
 Their side runs at each learning rate of a sweep (`--lr`; the paper's is 0.01), and each run is read
 at several step limits: what it would have been had every passage been given up after so many
@@ -65,9 +65,9 @@ DRAWS = 4000
 
 @dataclass(frozen=True)
 class Trial:
-    """One passage of either side: whether it is exact, its steps, and seconds with the decoding.
+    """One passage of either side: whether it is exact, its steps, and its seconds with decoding.
 
-    `marks`: seconds until each step limit that it went past.
+    `marks`: seconds until each of LIMITS that it passed.
     """
 
     exact: bool
@@ -76,7 +76,7 @@ class Trial:
     marks: dict[int, float]
 
     def given_up_after(self, limit: int) -> Trial:
-        """What it would have been with so many steps at most."""
+        """The same trial with at most `limit` steps."""
         if self.steps <= limit:
             return self
         return Trial(False, limit, self.marks[limit], {})
@@ -115,7 +115,7 @@ def as_published(lm: FrozenLM, passage: Passage, lr: float, steps: int) -> Trial
 
 
 def by_engine(lm: FrozenLM, passages: list[Passage], start: str) -> list[Trial]:
-    """All passages through one engine; its time is shared out as the engine counted it."""
+    """All passages through one engine; its time is divided in proportion to the engine's counts."""
     engine = Engine(lm, Recipe(start=start), batch_size=min(32, len(passages)))
     began = clock()
     outcomes = list(engine.run(passages))
@@ -125,21 +125,21 @@ def by_engine(lm: FrozenLM, passages: list[Passage], start: str) -> list[Trial]:
 
 
 def per_minute(trials: list[Trial]) -> float:
-    """Exact passages per minute of all."""
+    """Exact passages per minute of the trials."""
     return 60 * sum(t.exact for t in trials) / sum(t.seconds for t in trials)
 
 
-def ratio_of_rates(ours: list[Trial], theirs: list[Trial]) -> tuple[float, float, float]:
+def ratio_of_rates(ours: list[Trial], published: list[Trial]) -> tuple[float, float, float]:
     """Ratio of exact passages per minute, 95 % bootstrap over the passages of both sides."""
     draws = []
-    for seed, trials in enumerate((ours, theirs)):
+    for seed, trials in enumerate((ours, published)):
         picks = np.random.default_rng(seed).integers(len(trials), size=(DRAWS, len(trials)))
         exact, seconds = np.array([(t.exact, t.seconds) for t in trials], dtype=float).T
         draws.append(exact[picks].sum(1) / seconds[picks].sum(1))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.nan_to_num(draws[0] / draws[1], nan=1.0, posinf=np.inf)
     low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
-    return per_minute(ours) / per_minute(theirs), float(low), float(high)
+    return per_minute(ours) / per_minute(published), float(low), float(high)
 
 
 def row_of(side: str, start: str, lr: float, limit: int, trials: list[Trial]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def at_length(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of both sides over the same passages, and how ours compare with the best of theirs."""
     list(Engine(lm, Recipe(steps=2), batch_size=min(32, len(passages))).run(passages))
-    as_published(lm, passages[-1], PAPER.lr, 2)  # first-use costs of kernels are nobody's
+    as_published(lm, passages[-1], PAPER.lr, 2)  # first use of kernels, not timed
     ours = {"noise": by_engine(lm, passages, "noise")}
     if lm.encoder is not None:
         ours["encoder"] = by_engine(lm, passages, "encoder")
@@ -179,13 +179,13 @@ def at_length(
                 best, chosen = trials, rows[-1]
     chosen["side"] = "paper, best"
     finished = sum(t.exact for t in best)
-    found: dict[str, Any] = {"finished": finished, "n": len(best)}
+    comparison: dict[str, Any] = {"finished": finished, "n": len(best)}
     if finished:
-        found |= {start: ratio_of_rates(trials, best) for start, trials in ours.items()}
+        comparison |= {start: ratio_of_rates(trials, best) for start, trials in ours.items()}
     for row in rows:
-        ratio = found.get(row["start"]) if row["side"] == "ours" else None
+        ratio = comparison.get(row["start"]) if row["side"] == "ours" else None
         row["ratio"], row["ratio_low"], row["ratio_high"] = ratio or (math.nan,) * 3
-    return rows, found
+    return rows, comparison
 
 
 def result_of(comparisons: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
@@ -193,9 +193,9 @@ def result_of(comparisons: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     every = [c["noise"] for each in comparisons.values() for c in each if c["finished"]]
     # The longest length at which their rate rests on more than one passage.
     hard = [
-        found[-1]
+        finishing[-1]
         for each in comparisons.values()
-        if (found := [c for c in each if c["finished"] >= max(2, c["n"] / 8)])
+        if (finishing := [c for c in each if c["finished"] >= max(2, c["n"] / 8)])
     ]
     nothing = (math.nan,) * 3
     ratio = min(every, default=nothing)
@@ -237,11 +237,11 @@ def main() -> None:
         comparisons[name] = []
         for share in sorted(shares):
             T = max(2, round(share * horizon))
-            both, found = at_length(lm, texts(lm, options.passages, T), options)
+            both, comparison = at_length(lm, texts(lm, options.passages, T), options)
             rows += [{"model": name, "tokens": T, "share_of_horizon": share, **r} for r in both]
-            comparisons[name].append(found)
-            if not found["finished"]:
-                print(f"{name}, {T} tokens: the paper's recipe finishes none of {found['n']}")
+            comparisons[name].append(comparison)
+            if not comparison["finished"]:
+                print(f"{name}, {T} tokens: the paper's recipe finishes none of {comparison['n']}")
     report("exact", rows, options, **result_of(comparisons))
 
 

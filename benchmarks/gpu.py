@@ -1,4 +1,4 @@
-"""How near a step comes to the machine's limit, and where the rest of its time goes; on any device.
+"""How near a step is to the machine's limit, and how it spends the rest of its time; any device.
 
     python benchmarks/gpu.py                   # on a GPU: the shapes of Llama 3.2 1B and 3.1 8B
     python benchmarks/gpu.py --graphs          # each step also replayed from CUDA graphs
@@ -82,13 +82,13 @@ def shares(work: Any, device: torch.device) -> tuple[float, float | None]:
             torch.cuda.synchronize()
         wall = time.perf_counter() - began
     on_gpu = device.type == "cuda"
-    own = {
+    operator_times = {
         event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
         for event in profile.key_averages()
         if event.key.startswith("aten::")
     }
-    total = sum(own.values())
-    products = sum(t for key, t in own.items() if any(part in key for part in PRODUCTS))
+    total = sum(operator_times.values())
+    products = sum(t for key, t in operator_times.items() if any(part in key for part in PRODUCTS))
     outside = 1 - products / total if total else 0.0
     return outside, max(0.0, 1 - total * 1e-6 / wall) if on_gpu else None
 
@@ -108,7 +108,7 @@ def captured(lm: FrozenLM, slots: int, T: int) -> tuple[Engine, float]:
 def cell(
     lm: FrozenLM, slots: int, T: int, rounds: int, rate: float, graphs: bool = False
 ) -> dict[str, Any]:
-    """One row: the times, and where the engine's goes."""
+    """One row: the times of a step, and the shares of the engine's time."""
     engine = occupied(lm, slots, T, compute="auto")
     module = engine.module
     ids, vectors = engine.batch.ids, engine.batch.vectors.clone().requires_grad_()
@@ -149,26 +149,26 @@ def cell(
     return row
 
 
-def left_out(lm: FrozenLM, slots: int, T: int, most: float) -> str | None:
-    """Why a cell is not measured, if it is not."""
+def left_out(lm: FrozenLM, slots: int, T: int, max_operations: float) -> str | None:
+    """Why a cell is left out, or None; a step may have `max_operations` operations."""
     if lm.context is not None and lm.context <= T:
         return f"its context is {lm.context}"
-    return "a step takes too long" if step_operations(lm, slots, T) > most else None
+    return "a step takes too long" if step_operations(lm, slots, T) > max_operations else None
 
 
 def passages_a_minute(
     lm: FrozenLM, slots: int, tokens: int, graphs: bool = False
 ) -> tuple[float, int]:
     """Exact passages a minute, and how many of all were exact; decoding that certifies is in it."""
-    asked = random_tokens(lm, 2 * slots, tokens)
+    passages = random_tokens(lm, 2 * slots, tokens)
     engine = Engine(lm, Recipe(start="noise", steps=400), batch_size=slots, graphs=graphs)
     began = time.perf_counter()
-    exact = sum(outcome.exact for outcome in engine.run(asked))
+    exact = sum(outcome.exact for outcome in engine.run(passages))
     return 60 * exact / (time.perf_counter() - began), exact
 
 
 def chosen(options: argparse.Namespace) -> tuple[list[str], list[int], list[int], int]:
-    """Shapes, slots, tokens and rounds: as asked, or what fits the device."""
+    """Shapes, slots, tokens and rounds: those of the options, or defaults for the device."""
     gpu = torch.cuda.is_available()
     shapes = ["llama-3.2-1b", "llama-3.1-8b"] if gpu else ["pocket", "pythia-160m", "llama-3.2-1b"]
     slots, tokens = ([8, 32, 128], [32, 128, 512]) if gpu else ([1, 8, 32], [16, 64, 256, 512])

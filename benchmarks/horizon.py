@@ -8,11 +8,11 @@ The horizon of a passage is the number of leading tokens that meet the margin it
 and that free-running decoding gives back from the vectors as stored. The default is held to a
 margin of at least `--margin` 0.5 logits here, `margin` asks for 0.5 as published, and the other
 published recipes for 0 (`--same-margin`: for the default's). The cost is what the passage itself
-had to forward and back until then, in tokens: what counted at each step, plus the vectors; and for
-the published recipes half as much for the forward pass that ends each of their stages of one token
-(their step is measured first and taken only if the stage goes on; a stage of `geometric` is one of
-its targets). `alignment` also pays for its forward pass over the plain text. Passages are longer
-than anybody gets; `at_end` counts those that were not.
+needed for forward and backward passes until then, in tokens: the positions that counted at each
+step, plus the vectors; and for the published recipes half as much for the forward pass that ends
+each of their stages of one token (their step is measured first and taken only if the stage goes on;
+a stage of `geometric` is one of its targets). `alignment` also pays for its forward pass over the
+plain text. Passages are longer than any recipe reaches; `at_end` counts those that were not.
 
 The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
 encoder where it has one; `--set` changes it. Each published recipe runs at each rate of a SWEEP.
@@ -28,8 +28,8 @@ The table has a row for each budget of each case: the default from both starts, 
 recipe at that budget (best of all recipes and rates, seen afterwards), the paper's at its best
 rate, and the ratios of the means with paired 95 % bootstrap intervals over passages; with `--each`,
 a row for each recipe, rate and budget. RESULT has the
-smallest ratio over all budgets of all cases (but for the tiny models, which are shown), with its
-interval (`_low`, `_high`) and the budget it was found at (`_budget`): `ratio` is default from noise
+smallest ratio over all budgets of all cases (but for the tiny models, which are only in the table),
+with its interval (`_low`, `_high`) and its budget (`_budget`): `ratio` is default from noise
 to paper, `ratio_published` default from noise to best published, and `ratio_published_encoder` the
 default from the encoder to the best published, which start from noise. `apart` is 1 if at each
 budget of each case the intervals of the default from noise and of the best published do not
@@ -104,7 +104,7 @@ def _random(lm: FrozenLM, n: int, T: int, options: argparse.Namespace) -> list[P
     return random_tokens(lm, n, T)
 
 
-# Each budget ends where a model's vectors fill and the recipes come to the same end.
+# Each budget ends where a model's vectors are full and all recipes have the same horizon.
 CASES = {
     "pocket-natural": Case("", _natural, 128, 12, 3000),
     "pocket-words": Case("", _words, 96, 12, 1500),
@@ -114,7 +114,8 @@ CASES = {
     "tiny-qwen3": Case("tiny-qwen3", _random, 48, 16, 12_000),
 }
 QUICK = {"pocket-natural": (4, 480), "pocket-words": (4, 320)}  # passages, budget
-SHOWN = ("tiny-gpt2", "tiny-qwen3")  # 0.5 logits are half of their logits' spread: no fair ratio
+# 0.5 logits are half of the spread of these models' logits, so their ratios are not in RESULT.
+NOT_COUNTED = ("tiny-gpt2", "tiny-qwen3")
 QUICK_SWEEP = {"low-dim 256": (0.1, 0.5), "paper": (0.01, 0.1)}  # the best for few tokens
 
 
@@ -152,21 +153,21 @@ def ours(lm: FrozenLM, margin: float, changes: Sequence[str] = ()) -> dict[str, 
 def curves(
     lm: FrozenLM, recipes: dict[str, Recipe], passages: list[Passage], costs: list[int]
 ) -> Curves:
-    """The horizons of all recipes, one after the other."""
-    found: Curves = {}
+    """The horizons of all recipes, which run one after the other."""
+    horizons: Curves = {}
     for label, recipe in recipes.items():
         if label.startswith(PAPER):
-            found[label] = fixed(lm, recipe, passages, costs)
+            horizons[label] = fixed(lm, recipe, passages, costs)
         else:
             staged = label not in (OURS, OURS_ENCODER)
-            found[label] = growing(lm, recipe, passages, costs, staged=staged)
-        mean = sum(row[-1] for row in found[label]) / len(passages)
+            horizons[label] = growing(lm, recipe, passages, costs, staged=staged)
+        mean = sum(row[-1] for row in horizons[label]) / len(passages)
         print(f"{label}: {mean:.1f} tokens", file=sys.stderr, flush=True)
-    return found
+    return horizons
 
 
-def long_rows(case: str, found: Curves, costs: list[int], T: int) -> list[dict[str, Any]]:
-    """One row per recipe and cost: what the passages had reached by then."""
+def long_rows(case: str, by_recipe: Curves, costs: list[int], T: int) -> list[dict[str, Any]]:
+    """One row per recipe and cost: the horizons of the passages at that cost, tokens."""
     return [
         {
             "case": case,
@@ -176,38 +177,44 @@ def long_rows(case: str, found: Curves, costs: list[int], T: int) -> list[dict[s
             **summary([float(row[at]) for row in horizons]),
             "at_end": sum(row[at] >= T - 1 for row in horizons),
         }
-        for label, horizons in found.items()
+        for label, horizons in by_recipe.items()
         for at, cost in enumerate(costs)
     ]
 
 
-def budget_rows(case: str, found: Curves, costs: list[int], T: int) -> list[dict[str, Any]]:
+def budget_rows(case: str, by_recipe: Curves, costs: list[int], T: int) -> list[dict[str, Any]]:
     """One row per cost: ours beside the best published there, and the ratios of the means."""
     rows = []
     for at, cost in enumerate(costs):
-        here = {label: [float(row[at]) for row in horizons] for label, horizons in found.items()}
-        theirs = {label: v for label, v in here.items() if label not in (OURS, OURS_ENCODER)}
-        papers = {label: v for label, v in theirs.items() if label.startswith(PAPER)}
-        best = max(theirs, key=lambda label: sum(theirs[label]))
+        at_cost = {
+            label: [float(row[at]) for row in horizons] for label, horizons in by_recipe.items()
+        }
+        peers = {label: v for label, v in at_cost.items() if label not in (OURS, OURS_ENCODER)}
+        papers = {label: v for label, v in peers.items() if label.startswith(PAPER)}
+        best = max(peers, key=lambda label: sum(peers[label]))
         paper = max(papers, key=lambda label: sum(papers[label]), default=None)
-        row: dict[str, Any] = {"case": case, "budget": cost, "n": len(here[OURS])}
-        row |= {"noise": summary(here[OURS]), "encoder": None, "published": summary(here[best])}
-        row |= {"recipe": best, "paper": None if paper is None else summary(here[paper])}
-        row["ratio_published"] = ratio_of_means(here[OURS], here[best])
-        row["ratio"] = None if paper is None else ratio_of_means(here[OURS], here[paper])
+        row: dict[str, Any] = {"case": case, "budget": cost, "n": len(at_cost[OURS])}
+        row |= {
+            "noise": summary(at_cost[OURS]),
+            "encoder": None,
+            "published": summary(at_cost[best]),
+        }
+        row |= {"recipe": best, "paper": None if paper is None else summary(at_cost[paper])}
+        row["ratio_published"] = ratio_of_means(at_cost[OURS], at_cost[best])
+        row["ratio"] = None if paper is None else ratio_of_means(at_cost[OURS], at_cost[paper])
         row["ratio_published_encoder"] = None
-        if OURS_ENCODER in here:
-            row["encoder"] = summary(here[OURS_ENCODER])
-            row["ratio_published_encoder"] = ratio_of_means(here[OURS_ENCODER], here[best])
-        row["at_end"] = sum(v >= T - 1 for label in (OURS, best) for v in here[label])
+        if OURS_ENCODER in at_cost:
+            row["encoder"] = summary(at_cost[OURS_ENCODER])
+            row["ratio_published_encoder"] = ratio_of_means(at_cost[OURS_ENCODER], at_cost[best])
+        row["at_end"] = sum(v >= T - 1 for label in (OURS, best) for v in at_cost[label])
         rows.append(row)
     return rows
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The RESULT line: the least ratios over the budgets of the cases, and where they are."""
+    """The RESULT line: the smallest ratios over all budgets and cases, and their budgets."""
     alone = len({row["case"] for row in rows}) == 1
-    counted = [row for row in rows if alone or row["case"] not in SHOWN]
+    counted = [row for row in rows if alone or row["case"] not in NOT_COUNTED]
     result: dict[str, float] = {}
     for name in ("ratio", "ratio_published", "ratio_published_encoder"):
         at = [row for row in counted if row[name] is not None]
@@ -230,7 +237,7 @@ def _interval(value: Any, digits: int) -> str:
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
+def table_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table: means and ratios as text, with their intervals."""
     means, ratios = ("noise", "encoder", "published", "paper"), ("ratio", "ratio_published")
     digits = dict.fromkeys(means, 1) | dict.fromkeys((*ratios, "ratio_published_encoder"), 2)
@@ -246,16 +253,16 @@ def each(row: dict[str, Any]) -> dict[str, Any]:
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     """A panel per case: mean horizon and its interval against tokens spent."""
     for axis, case in zip(axes, dict.fromkeys(row["case"] for row in rows), strict=True):
-        here = [row for row in rows if row["case"] == case]
-        for label in dict.fromkeys(row["recipe"] for row in here):
-            line = [row for row in here if row["recipe"] == label]
+        of_case = [row for row in rows if row["case"] == case]
+        for label in dict.fromkeys(row["recipe"] for row in of_case):
+            line = [row for row in of_case if row["recipe"] == label]
             spent = [row["spent"] for row in line]
             style = "-" if label in (OURS, OURS_ENCODER) else "--" if PAPER in label else ":"
             axis.plot(spent, [row["mean"] for row in line], style, label=label)
             axis.fill_between(
                 spent, [row["low"] for row in line], [row["high"] for row in line], alpha=0.15
             )
-        axis.set_title(f"{case} (n {here[0]['n']})", fontsize=9)
+        axis.set_title(f"{case} (n {of_case[0]['n']})", fontsize=9)
         axis.set_xlabel("forward-backward tokens spent per passage")
         axis.set_ylabel("mean exact horizon, tokens")
         axis.set_ylim(bottom=0)
@@ -304,16 +311,16 @@ def main() -> None:
         points = QUICK_CHECKPOINTS if options.quick else CHECKPOINTS
         costs = [round(budget * (i + 1) / points) for i in range(points)]
         recipes = ours(lm, options.margin, options.set)
-        theirs = recipes[OURS].margin if options.same_margin else 0.0
-        recipes |= published(sweep, theirs, len(layers_of(lm.model)))
+        published_margin = recipes[OURS].margin if options.same_margin else 0.0
+        recipes |= published(sweep, published_margin, len(layers_of(lm.model)))
         print(f"{name}: {len(recipes)} recipes", file=sys.stderr, flush=True)
-        found = curves(lm, recipes, passages, costs)
-        rows += long_rows(name, found, costs, case.tokens)
-        budgets += budget_rows(name, found, costs, case.tokens)
+        horizons = curves(lm, recipes, passages, costs)
+        rows += long_rows(name, horizons, costs, case.tokens)
+        budgets += budget_rows(name, horizons, costs, case.tokens)
     cases = len({row["case"] for row in rows})
     save_figure(options.out / "horizon", lambda axes: draw(axes, rows), cases)
-    table = [each(row) for row in rows] if options.each else [shown(row) for row in budgets]
-    report("horizon", rows, options, shown=table, **compare(budgets))
+    table = [each(row) for row in rows] if options.each else [table_row(row) for row in budgets]
+    report("horizon", rows, options, table_rows=table, **compare(budgets))
 
 
 if __name__ == "__main__":

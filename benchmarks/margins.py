@@ -29,8 +29,11 @@ from texts import passages_of, random_tokens
 def margins(
     lm: FrozenLM, vectors: torch.Tensor, ids: torch.Tensor, batch: int, cached: bool
 ) -> torch.Tensor:
-    """Margins (P, T) computed in one of the ways in which vectors are decoded."""
-    found = []
+    """Margins (passages, T), logits, of vectors (passages, K, D) and ids (passages, T).
+
+    `batch` passages are computed at once; `cached` computes one token at a time with the cache.
+    """
+    parts = []
     for at in range(0, len(ids), batch):
         v, t = vectors[at : at + batch].to(lm.device), ids[at : at + batch].to(lm.device)
         logits = (
@@ -38,8 +41,8 @@ def margins(
             if cached
             else lm.logits(v, t)
         )
-        found.append(metrics.margins(logits, t).cpu())
-    return torch.cat(found)
+        parts.append(metrics.margins(logits, t).cpu())
+    return torch.cat(parts)
 
 
 def main() -> None:

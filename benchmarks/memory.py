@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, above what stood before it: of the process, and of tensors."""
+"""Peak memory of a function above the memory before it: of the process, and of tensors."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def peak_memory(work: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
         raise SystemExit(f"peak memory needs a GPU or Linux, not {sys.platform}.")
-    # memvec tells the allocator to keep freed memory (memvec.model.memory): give it back, or work
-    # that fits into it would seem to need none.
+    # memvec makes the allocator keep freed memory (memvec.model.memory). It is returned here,
+    # because work that fits into it would seem to need none.
     ctypes.CDLL(None).malloc_trim(0)
     before = _kilobytes("VmRSS")
     CLEAR.write_text("5")  # the peak begins again from here
@@ -38,14 +38,14 @@ def peak_memory(work: Callable[[], Any]) -> int:
 
 
 def peak_tensors(work: Callable[[], Any]) -> int:
-    """Bytes of tensors alive at the worst moment, above those that stood before; torch's count."""
+    """Peak bytes of tensors above those before the call, as torch counts them."""
     if torch.cuda.is_available():
         return peak_memory(work)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         work()
-    # Those that no operator's record takes in are missing from `profile.events()`.
+    # `profile.events()` lacks the allocations outside of operators.
     events = profile.profiler.kineto_results.events()
     changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))

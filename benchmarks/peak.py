@@ -4,10 +4,11 @@
 
 Three parts of one step at several shapes, each measured alone: the model's forward pass and the
 gradient back to the vectors (`activations`), losses and gradients at the states (`logits`), and the
-whole step of an engine whose slots stand already (`step`). Compared are bytes of tensors, as torch
-counts them; `process_MiB` is how far the process grew, which on a CPU is more, by what its
-allocator holds back for the next step. RESULT has the smallest and the largest ratio of measured to
-estimated bytes of a part, over all shapes, and the largest of process to tensors for whole steps.
+whole step of an engine with filled slots (`step`). The comparison is of bytes of tensors, as torch
+counts them; `process_MiB` is the growth of the process, which is larger on a CPU, because its
+allocator keeps memory for the next step. RESULT has the smallest and the largest ratio of measured
+to estimated bytes of a part, over all shapes, and the largest ratio of process to tensors for whole
+steps.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]
 
     def forward_backward() -> None:
         with torch.enable_grad():
-            found = lm.states(vectors, ids, engine.start_rule)
-        torch.autograd.grad(found, vectors, torch.ones_like(found))
+            outputs = lm.states(vectors, ids, engine.start_rule)
+        torch.autograd.grad(outputs, vectors, torch.ones_like(outputs))
 
     return {
         "activations": forward_backward,
@@ -48,7 +49,7 @@ def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]
 
 
 def guesses(lm: FrozenLM, batch_size: int, T: int) -> dict[str, float]:
-    """What is estimated for each part, in bytes."""
+    """The estimate for each part, in bytes."""
     sizes = {"batch_size": batch_size, "tokens": T}
     guess = estimate(facts_of(lm, T), **sizes)
     return {
@@ -79,7 +80,7 @@ def main() -> None:
             for batch_size, T in shapes:
                 guess = guesses(lm, batch_size, T)
                 for part, work in works(lm, batch_size, T).items():
-                    work()  # what the first one sets up is nobody's
+                    work()  # the first call also sets up, not measured
                     tensors, process = peak_tensors(work), peak_memory(work)
                     rows.append(
                         {

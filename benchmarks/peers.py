@@ -4,9 +4,10 @@
 
 `--seed` is a checkout of github.com/yurakuratov/hidden_capacity (Kuratov et al.), `--progressive`
 one of github.com/FusionBrainLab/progressive_cramming (Tarasov et al.); either can be left out.
-Their code runs from there. What they import and do not use here (nltk, scikit-learn, TensorBoard)
-is stood in for where it is missing. They get token ids instead of texts, and a loaded model instead
-of a name to load (twice for each passage in the first): both in their favour. Each side runs on its
+Their code runs from there. Modules that they import and do not use here (nltk, scikit-learn,
+TensorBoard) are replaced by empty ones where they are missing. They get token ids instead of texts,
+and a loaded model instead of a name to load (twice for each passage in the first): both in their
+favour. Each side runs on its
 own defaults with float32 weights on one device, with at most `--steps` steps a passage: theirs at
 each learning rate of a sweep, ours from noise and, where the model has one, from its one-pass
 encoder. Ours crams all passages in one batch, hidden_capacity takes one at a time,
@@ -60,7 +61,7 @@ PROGRESSIVE_RATES = (0.1, 0.5)  # those of its publication
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program gave for one passage: its vectors, the tokens that it calls right, seconds."""
+    """A program's result for one passage: vectors, tokens counted as right, steps, seconds."""
 
     vectors: torch.Tensor  # (K, D)
     reached: int
@@ -69,7 +70,7 @@ class Answer:
 
 
 def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given: int) -> list[int]:
-    """Leading tokens that decode freely; with `given` the first one is handed over."""
+    """Leading tokens that decode freely from each answer; with `given` the first one is given."""
     stack = torch.stack([answer.vectors.to(lm.device) for answer in answers])
     first = [p.ids[0] for p in passages] if given else None
     start = "first-token" if given else "vectors"
@@ -80,7 +81,7 @@ def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given
 
 @contextlib.contextmanager
 def foreign(folder: Path, **stand_ins: dict[str, Any]) -> Iterator[None]:
-    """Import from a checkout, quietly; modules that are missing are stood in for while it lasts."""
+    """Import from a checkout without output; missing modules are replaced inside the context."""
     kept, path, quiet = dict(sys.modules), list(sys.path), io.StringIO()
     for name, content in stand_ins.items():
         try:
@@ -125,7 +126,7 @@ def by_seed(
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             torch.manual_seed(passage.document)
             began = clock()
-            found = program.run_single_experiment(
+            results = program.run_single_experiment(
                 1,
                 "",
                 len(passage),
@@ -143,9 +144,9 @@ def by_seed(
                 0.01,
             )
             seconds = clock() - began
-            right = round(found["best_accuracy"] * (len(passage) - 1))
-            vectors = torch.tensor(found["best_memory_params"])
-            answers.append(Answer(vectors, right + 1, len(found["losses"]), seconds))
+            right = round(results["best_accuracy"] * (len(passage) - 1))
+            vectors = torch.tensor(results["best_memory_params"])
+            answers.append(Answer(vectors, right + 1, len(results["losses"]), seconds))
     return answers
 
 
@@ -246,16 +247,16 @@ class Row:
 
 
 def row_of(
-    program: str, settings: str, passages: list[Passage], answers: list[Answer], found: list[int]
+    program: str, settings: str, passages: list[Passage], answers: list[Answer], decoded: list[int]
 ) -> Row:
     """Answers and their decoded horizons as a row."""
     trials = [
         Trial(h >= len(p), a.steps, a.seconds, {})
-        for p, a, h in zip(passages, answers, found, strict=True)
+        for p, a, h in zip(passages, answers, decoded, strict=True)
     ]
-    row = Row(program, settings, trials, found, [answer.reached for answer in answers])
+    row = Row(program, settings, trials, decoded, [answer.reached for answer in answers])
     seconds = [round(t.seconds, 1) for t in trials]
-    print(f"{program}, {settings}: {found} tokens, {seconds} s", file=sys.stderr, flush=True)
+    print(f"{program}, {settings}: {decoded} tokens, {seconds} s", file=sys.stderr, flush=True)
     return row
 
 
@@ -270,12 +271,12 @@ def our_rows(lm: FrozenLM, passages: list[Passage], steps: int) -> list[Row]:
 def at_fixed_length(
     lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
 ) -> list[Row]:
-    """All programs over the same passages of one length."""
+    """Rows of all programs over the same passages of one length."""
     rows = our_rows(lm, passages, min(Recipe().steps, options.steps))
     for lr in SEED_RATES if options.seed else ():
         answers = by_seed(lm, passages, options.seed, lr, min(5000, options.steps))
-        found = horizons(lm, passages, answers, given=1)
-        rows.append(row_of("hidden_capacity", f"lr {lr:g}", passages, answers, found))
+        decoded = horizons(lm, passages, answers, given=1)
+        rows.append(row_of("hidden_capacity", f"lr {lr:g}", passages, answers, decoded))
     for lr in PROGRESSIVE_RATES if options.progressive else ():
         for batch in (1, len(passages)):
             answers = by_progressive(
@@ -287,14 +288,14 @@ def at_fixed_length(
                 learning_rate=lr,
                 max_optimization_steps_per_sample=options.steps,
             )
-            found = horizons(lm, passages, answers, given=0)
+            decoded = horizons(lm, passages, answers, given=0)
             settings = f"full, lr {lr:g}, batch {batch}"
-            rows.append(row_of("progressive_cramming", settings, passages, answers, found))
+            rows.append(row_of("progressive_cramming", settings, passages, answers, decoded))
     return rows
 
 
 def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespace) -> list[Row]:
-    """The programs whose length grows, over passages longer than anybody gets."""
+    """Rows of the programs whose length grows, over passages longer than any program reaches."""
     rows = our_rows(lm, passages, min(Recipe().steps, options.steps))
     low_dim = {"low_dim_projection": True, "low_dim_size": 256}
     arms: tuple[tuple[str, dict[str, Any]], ...] = (("", {}), (", low-dim 256", low_dim))
@@ -311,34 +312,34 @@ def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespac
                 max_optimization_steps_per_sample=options.steps,
                 **changes,
             )
-            # No vectors hold more than they reached by their own measure.
-            asked = [
+            # Only the tokens that the program counts as reached are decoded.
+            reached = [
                 Passage(p.ids[: max(1, a.reached)]) for p, a in zip(passages, answers, strict=True)
             ]
-            found = horizons(lm, asked, answers, given=0)
+            decoded = horizons(lm, reached, answers, given=0)
             settings = f"progressive, lr {lr:g}{name}"
-            rows.append(row_of("progressive_cramming", settings, passages, answers, found))
+            rows.append(row_of("progressive_cramming", settings, passages, answers, decoded))
     return rows
 
 
 def result_of(fixed: list[Row], long: list[Row]) -> dict[str, float]:
     """The RESULT line: ours from noise against the best row of each program."""
-    found: dict[str, tuple[float, float, float]] = {}
+    ratios: dict[str, tuple[float, float, float]] = {}
     for name, program in (("seed", "hidden_capacity"), ("progressive", "progressive_cramming")):
-        theirs = [row for row in fixed if row.program == program]
-        if any(per_minute(row.trials) for row in theirs):
-            best = max(theirs, key=lambda row: per_minute(row.trials))
-            found[f"ratio_{name}"] = ratio_of_rates(fixed[0].trials, best.trials)
+        rows = [row for row in fixed if row.program == program]
+        if any(per_minute(row.trials) for row in rows):
+            best = max(rows, key=lambda row: per_minute(row.trials))
+            ratios[f"ratio_{name}"] = ratio_of_rates(fixed[0].trials, best.trials)
     result: dict[str, float] = {}
     grown = [row for row in long if row.program != "memvec"]
     if grown:
         best = max(grown, key=lambda row: sum(row.horizon))
-        found["ratio_horizon"] = ratio_of_means(
+        ratios["ratio_horizon"] = ratio_of_means(
             *([float(h) for h in row.horizon] for row in (long[0], best))
         )
         seconds = [sum(t.seconds for t in row.trials) for row in (best, long[0])]
         result["time_horizon"] = seconds[0] / seconds[1]
-    for name, value in found.items():
+    for name, value in ratios.items():
         result |= dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
     return result
 
@@ -364,8 +365,8 @@ def main() -> None:
     texts = random_tokens if lm.tokenizer is None else passages_of
     both = []
     for measure, T in ((at_fixed_length, options.tokens), (at_horizon, options.long)):
-        found = texts(lm, options.passages, T)
-        passages = [Passage(passage.ids, i) for i, passage in enumerate(found)]
+        selected = texts(lm, options.passages, T)
+        passages = [Passage(passage.ids, i) for i, passage in enumerate(selected)]
         list(Engine(lm, Recipe(steps=2), batch_size=len(passages)).run(passages))  # first-use costs
         both.append((measure(lm, passages, options), passages))
     rows = [row.record(passages) for measured, passages in both for row in measured]

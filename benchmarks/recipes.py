@@ -52,13 +52,15 @@ def main() -> None:
             texts = random_tokens(lm, options.passages, T)
         else:
             texts = passages_of(lm, options.passages, T, corpus=options.corpus)
-        asked = [Passage(text.ids, i) for i, text in enumerate(texts)]
-        made = [crammed(lm, asked, r, options.vectors, len(asked)) for r in recipes.values()]
-        found = [[outcomes[i] for i in range(len(asked))] for outcomes in made]
-        spent = [[outcome.spent for outcome in outcomes] for outcomes in found]
+        passages = [Passage(text.ids, i) for i, text in enumerate(texts)]
+        by_document = [
+            crammed(lm, passages, r, options.vectors, len(passages)) for r in recipes.values()
+        ]
+        by_recipe = [[outcomes[i] for i in range(len(passages))] for outcomes in by_document]
+        spent = [[outcome.spent for outcome in outcomes] for outcomes in by_recipe]
         ratio, low, high = ratio_of_means(spent[1], spent[0])
-        exact = [sum(outcome.exact for outcome in outcomes) for outcomes in found]
-        for name, outcomes, tokens, right in zip(recipes, found, spent, exact, strict=True):
+        exact = [sum(outcome.exact for outcome in outcomes) for outcomes in by_recipe]
+        for name, outcomes, tokens, right in zip(recipes, by_recipe, spent, exact, strict=True):
             rows.append(
                 {
                     "model": lm.name,
@@ -74,7 +76,7 @@ def main() -> None:
         rows[-1] |= {"ratio": ratio, "low": low, "high": high}
         rows[-2] |= {"ratio": 1.0, "low": 1.0, "high": 1.0}
         result = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
-        result["exact"] = min(exact) / len(asked)
+        result["exact"] = min(exact) / len(passages)
     report("recipes", rows, options, **result)
 
 

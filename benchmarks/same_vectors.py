@@ -1,4 +1,4 @@
-"""Are vectors crammed today the ones crammed before, bit for bit?
+"""Are the vectors of a cram bit for bit the same as before a change of the code?
 
     python benchmarks/same_vectors.py --write before.json     # with the code before a change
     python benchmarks/same_vectors.py --against before.json   # with the code after it
@@ -84,7 +84,7 @@ def folder_of(config: str, place: Path) -> Path:
 
 def hashes(names: list[str]) -> dict[str, str]:
     """The hash of every case: vectors, steps, forward-backward tokens, exactness, in order."""
-    found, models = {}, {"pocket": memvec.load_lm("pocket")}
+    digests, models = {}, {"pocket": memvec.load_lm("pocket")}
     with tempfile.TemporaryDirectory() as place:
         for name in names:
             model, preset, changes, options = CASES[name]
@@ -100,10 +100,10 @@ def hashes(names: list[str]) -> dict[str, str]:
             digest.update(
                 str([(p.sha256, p.steps, p.spent, p.exact) for p in mem.passages]).encode()
             )
-            found[name] = digest.hexdigest()
+            digests[name] = digest.hexdigest()
             exact = sum(p.exact for p in mem.passages)
-            print(f"{name}: {found[name][:16]}, {exact} of {len(mem.passages)} exact", flush=True)
-    return found
+            print(f"{name}: {digests[name][:16]}, {exact} of {len(mem.passages)} exact", flush=True)
+    return digests
 
 
 def main() -> None:
@@ -113,14 +113,14 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="file of hashes to compare with")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = hashes(list(CASES))
+    digests = hashes(list(CASES))
     if arguments.write is not None:
-        arguments.write.write_text(json.dumps(found, indent=1) + "\n")
-    before = json.loads(arguments.against.read_text()) if arguments.against else found
-    differ = [name for name, value in found.items() if before.get(name) != value]
+        arguments.write.write_text(json.dumps(digests, indent=1) + "\n")
+    before = json.loads(arguments.against.read_text()) if arguments.against else digests
+    differ = [name for name, value in digests.items() if before.get(name) != value]
     for name in differ:
         print(f"differs: {name}")
-    print(f"RESULT same={len(found) - len(differ)} of={len(found)}")
+    print(f"RESULT same={len(digests) - len(differ)} of={len(digests)}")
     sys.exit(1 if differ else 0)
 
 

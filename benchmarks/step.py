@@ -14,7 +14,7 @@ parts, each with time and peak memory:
 
 `mfu` is the share of this machine's matrix-product rate that a step reaches: 4 operations per
 weight and token (2 forward, 2 backward to the input; the weights get no gradient), over the best
-rate of square products, measured at the start. Peak memory is that above what stood before.
+rate of square products, measured at the start. Peak memory is that above the memory before.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ def measure(
     rows: list[dict[str, Any]],
     warmup: int = 2,
 ) -> dict[str, dict[str, float]]:
-    """Time and memory of both at one shape; appends a row each."""
+    """Seconds and peak bytes of engine step and plain path at one shape; appends a row each."""
     pair = works(lm, batch_size, T)
     seconds = interleaved(pair, rounds, warmup=warmup)
-    found = {}
+    measured = {}
     for name, values in seconds.items():
         median, low, high = median_and_spread(values)
-        found[name] = {"seconds": median, "peak": peak_memory(pair[name])}
+        measured[name] = {"seconds": median, "peak": peak_memory(pair[name])}
         rows.append(
             {
                 "model": lm.name,
@@ -136,10 +136,10 @@ def measure(
                 "high_ms": 1e3 * high,
                 "tokens_per_s": batch_size * T / median,
                 "mfu": operations(lm) * batch_size * T / median / rate,
-                "peak_MiB": found[name]["peak"] / 2**20,
+                "peak_MiB": measured[name]["peak"] / 2**20,
             }
         )
-    return found
+    return measured
 
 
 def main() -> None:
@@ -158,9 +158,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     overheads = []
     for batch_size, T in shapes:
-        found = measure(lm, batch_size, T, 7 if quick else options.rounds, rate, rows)
+        measured = measure(lm, batch_size, T, 7 if quick else options.rounds, rate, rows)
         if batch_size == 16:
-            overheads.append(found["engine"]["seconds"] / found["bare"]["seconds"])
+            overheads.append(measured["engine"]["seconds"] / measured["bare"]["seconds"])
     if not quick:
         for vocabulary in (2048, 32_768, 131_072):
             wide = random_model("tiny-llama", vocab_size=vocabulary, **WIDE)
@@ -169,8 +169,8 @@ def main() -> None:
                     measure(wide, batch_size, T, max(3, options.rounds // 4), rate, rows)
     batch_size, T, vocabulary = LARGE
     large = random_model("tiny-llama", vocab_size=vocabulary, max_position_embeddings=1024)
-    found = measure(large, batch_size, T, 1 if quick else 3, rate, rows, warmup=1)
-    ratio = found["engine"]["peak"] / found["bare"]["peak"]
+    measured = measure(large, batch_size, T, 1 if quick else 3, rate, rows, warmup=1)
+    ratio = measured["engine"]["peak"] / measured["bare"]["peak"]
     few, many = (waiting(lm, n) for n in LINES)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; {time.perf_counter() - began:.0f} s")
     report("step", rows, options, overhead=max(overheads), memory_ratio=ratio, waiting=many / few)

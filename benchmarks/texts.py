@@ -59,8 +59,8 @@ def random_words(
     `words` is a file of them, one a line: the same list as a file gives the same passages.
     """
     drawn = frequent_words() if words is None else read_words(str(words))
-    found = random_word_passages(lm, drawn, n, T, seed=seed)
-    return [item.passage for item in found]
+    sourced = random_word_passages(lm, drawn, n, T, seed=seed)
+    return [item.passage for item in sourced]
 
 
 def random_tokens(lm: FrozenLM, n: int, T: int, seed: int = 0) -> list[Passage]:

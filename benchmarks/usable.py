@@ -1,4 +1,4 @@
-"""Exact and usable: how well vectors stand for a text beside ends of the text of many lengths.
+"""Exact and usable: vectors as context, compared with the last tokens of the text.
 
     python benchmarks/usable.py --corpus novels.parquet --passages 32
 
@@ -56,11 +56,11 @@ EXACT_FROM_NOISE = Recipe(start="noise", start_rule="bos")
 
 
 def crammed(
-    lm: FrozenLM, asked: list[Passage], recipe: Recipe, K: int, batch_size: int
+    lm: FrozenLM, passages: list[Passage], recipe: Recipe, K: int, batch_size: int
 ) -> dict[int, Outcome]:
-    """Outcomes by passage."""
+    """Outcomes by the number of the passage."""
     engine = Engine(lm, recipe, vectors=K, batch_size=batch_size)
-    return {outcome.passage.document: outcome for outcome in engine.run(asked)}
+    return {outcome.passage.document: outcome for outcome in engine.run(passages)}
 
 
 def in_a_row(outcomes: list[Outcome]) -> torch.Tensor | None:
@@ -73,16 +73,16 @@ def in_a_row(outcomes: list[Outcome]) -> torch.Tensor | None:
 def setting(
     lm: FrozenLM, texts: list[Passage], T: int, K: int, options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows of one length and number of vectors, a row for each context; and the RESULT of it."""
+    """(a row for each context, the RESULT) for passages of T tokens in K vectors each."""
     parts, whole = options.in_a_row, T * options.in_a_row
-    asked = [
+    passages = [
         Passage(text.ids[part * T : (part + 1) * T], i * parts + part)
         for i, text in enumerate(texts)
         for part in range(parts)
     ]
     view = triggered(lm, options.recipe)
-    usable = crammed(lm, asked, options.recipe, K, options.batch_size)
-    plain = crammed(lm, asked, EXACT_FROM_NOISE, K, options.batch_size)
+    usable = crammed(lm, passages, options.recipe, K, options.batch_size)
+    plain = crammed(lm, passages, EXACT_FROM_NOISE, K, options.batch_size)
     measured = []
     for i, text in enumerate(texts):
         mine = range(i * parts, (i + 1) * parts)
@@ -90,11 +90,11 @@ def setting(
             contexts = contexts_of_row(view, row, text.ids[:whole])
             # exact-only vectors as they were crammed: nothing in front
             if (exact_only := in_a_row([plain[part] for part in mine])) is not None:
-                own = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
-                contexts[EXACT_ONLY] = own[VECTORS]
+                score = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
+                contexts[EXACT_ONLY] = score[VECTORS]
             measured.append(behind_each(lm, contexts, torch.tensor([text.ids[whole:]])))
     exact = share_interval(len(measured), len(texts))
-    read = len(asked) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
+    read = len(passages) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
     spent = read + sum(usable[i].spent for i in usable)
     from_noise = sum(plain[i].spent for i in plain)
     if not measured:
@@ -111,17 +111,17 @@ def setting(
             "context": name,
             "n": len(measured),
             "of": len(texts),
-            "kl": own.kl,
-            "kl_low": own.kl_interval[0],
-            "kl_high": own.kl_interval[1],
-            "kept": own.kept,
-            "kept_low": own.kept_interval[0],
-            "kept_high": own.kept_interval[1],
-            "over": own.over_vectors,
-            "over_low": own.over_vectors_interval[0],
-            "over_high": own.over_vectors_interval[1],
+            "kl": score.kl,
+            "kl_low": score.kl_interval[0],
+            "kl_high": score.kl_interval[1],
+            "kept": score.kept,
+            "kept_low": score.kept_interval[0],
+            "kept_high": score.kept_interval[1],
+            "over": score.over_vectors,
+            "over_low": score.over_vectors_interval[0],
+            "over_high": score.over_vectors_interval[1],
         }
-        for name, own in table.contexts.items()
+        for name, score in table.contexts.items()
     ]
     rival = table.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K * parts} tokens")
     mine = table.contexts[VECTORS]
@@ -132,7 +132,7 @@ def setting(
         "kl_none": table.contexts[NONE].kl,
         "kl_exact_only": table.contexts[EXACT_ONLY].kl if EXACT_ONLY in table.contexts else 0.0,
         "cost": spent / from_noise,
-        "cost_queries": (spent + len(asked) * query_tokens(T, options.recipe) / 3) / from_noise,
+        "cost_queries": (spent + len(passages) * query_tokens(T, options.recipe) / 3) / from_noise,
     }
     if rival is not None:
         result["over_truncation"] = rival.over_vectors

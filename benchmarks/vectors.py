@@ -1,14 +1,14 @@
-"""Does a vector hold as much beside others as alone? Horizon per vector for K = 1 ... 16.
+"""Do K vectors hold K times as much as one? Horizon per vector for K = 1 ... 16.
 
     python benchmarks/vectors.py --quick
 
-Passages that grow with K, longer than anybody gets, under the default recipe; horizons are decoded
-freely from the vectors as stored. Twice: with an equal number of steps for every K, and until the
-passage has not gone on for `--patience` steps ('convergence'). RESULT `per_vector` is the horizon
-per vector at the largest K over that at K = 1 at convergence, `per_vector_steps` the same after
-equal steps; each with its 95 % bootstrap interval (the passages of different K are different ones
-of the same text, so the two means are drawn apart). K whose passages do not fit the model's context
-are left out, and named.
+Passages that grow with K, longer than any horizon, under the default recipe; horizons are decoded
+freely from the vectors as stored. Each K runs twice: with an equal number of steps for every K, and
+until the passage has made no progress for `--patience` steps ('convergence'). RESULT `per_vector`
+is the horizon per vector at the largest K over that at K = 1 at convergence, `per_vector_steps` the
+same after equal steps, each with its 95 % bootstrap interval. The passages of different K are
+different ones of the same text, so the two means are resampled separately. K whose passages do not
+fit the model's context are left out, and named.
 
 `--quick` is a tiny random-weight model with K = 1 and 16, and its RESULT is for that.
 """
@@ -74,7 +74,7 @@ def main() -> None:
         f"{options.steps} steps": replace(changed, steps=options.steps, patience=FOREVER),
         "convergence": replace(changed, steps=FOREVER, patience=options.patience),
     }
-    rows, found = [], {}
+    rows, per_vector = [], {}
     context = lm.context or FOREVER
     fitting = [K for K in options.vectors if (options.tokens + 1) * K <= context]
     for K in sorted(set(options.vectors) - set(fitting)):
@@ -84,23 +84,23 @@ def main() -> None:
     for K in fitting:
         for until, recipe in ways.items():
             T = options.tokens * K
-            found[until, K] = horizons(lm, recipe, K, T, options)
+            per_vector[until, K] = horizons(lm, recipe, K, T, options)
             rows.append(
                 {
                     "model": lm.name,
                     "vectors": K,
                     "until": until,
                     "tokens": T,
-                    **summary(found[until, K]),
-                    "at_end": sum(h * K >= T for h in found[until, K]),
+                    **summary(per_vector[until, K]),
+                    "at_end": sum(h * K >= T for h in per_vector[until, K]),
                 }
             )
     save_figure(options.out / "vectors", lambda axes: draw(axes, rows), 1)
     result: dict[str, float] = {}
     for until, name in zip(ways, ("per_vector_steps", "per_vector"), strict=True):
-        most, one = found[until, max(fitting)], found[until, min(fitting)]
+        at_largest, at_smallest = per_vector[until, max(fitting)], per_vector[until, min(fitting)]
         result[name], result[f"{name}_low"], result[f"{name}_high"] = ratio_of_separate_means(
-            most, one
+            at_largest, at_smallest
         )
     if options.quick:
         print(f"--quick: {lm.name}, {max(fitting)} vectors at most, {options.steps} steps")

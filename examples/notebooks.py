@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def execute(source: str, names: dict[str, Any], name: str) -> Any:
@@ -34,8 +34,8 @@ def execute(source: str, names: dict[str, Any], name: str) -> Any:
     return eval(compile(ast.Expression(last.value), name, "eval"), names)
 
 
-def shown(value: Any) -> dict[str, Any]:
-    """A value as a notebook shows it."""
+def output_of(value: Any) -> dict[str, Any]:
+    """The output data of a value in a notebook cell."""
     if hasattr(value, "savefig"):
         buffer = io.BytesIO()
         value.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
@@ -69,7 +69,7 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
                         "output_type": "execute_result",
                         "execution_count": count,
                         "metadata": {},
-                        "data": shown(value),
+                        "data": output_of(value),
                     }
                 )
     finally:
@@ -80,9 +80,9 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
 def main(names: list[str]) -> None:
     """Execute and store the named notebooks, or all."""
     os.environ.setdefault("MPLBACKEND", "agg")
-    for path in [HERE / name for name in names] or sorted(HERE.glob("*.ipynb")):
+    for path in [FOLDER / name for name in names] or sorted(FOLDER.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copytree(HERE, Path(folder) / "examples")
+            shutil.copytree(FOLDER, Path(folder) / "examples")
             notebook = run(path, Path(folder) / "examples")
         text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")

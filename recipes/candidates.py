@@ -48,7 +48,7 @@ def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
         like = whole(table["same_as"]) if "same_as" in table else {}
         return {**like, **{key: value for key, value in table.items() if key != "same_as"}}
 
-    found = {}
+    candidates = {}
     for name in tables:
         fields = {**base, **whole(name)}
         unknown = fields.keys() - FIELDS - {"memory"}
@@ -59,8 +59,8 @@ def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
         for key in SCALED:
             # at least one crop of 512 tokens
             fields[key] = max(512, round(fields.get(key, getattr(pocket.Recipe, key)) * scale))
-        found[name] = fields
-    return found
+        candidates[name] = fields
+    return candidates
 
 
 def make(fields: dict, device: str) -> tuple[pocket.Run, bool]:
@@ -156,8 +156,8 @@ def arguments(description: str, program: Path) -> argparse.ArgumentParser:
     return parser
 
 
-def asked(args, known) -> list[str]:
-    """The names that --only gives, or all; ends the program at one that --spec does not have."""
+def chosen_names(args, known) -> list[str]:
+    """The names in --only, or all known ones; ends the program if --spec lacks one."""
     if unknown := set(args.only or ()) - set(known):
         raise SystemExit(f"--only {min(unknown)}: {args.spec.name} has {', '.join(known)}")
     return args.only or list(known)
@@ -175,7 +175,7 @@ def main():
     args = parser.parse_args()
 
     candidates = read(args.spec, args.scale, args.minutes)
-    names = asked(args, candidates)
+    names = chosen_names(args, candidates)
     tokenizer, streams = prepare(args.corpus, args.work, Shape.vocab_size)
     for name in names:
         folder = args.work / name / "model"

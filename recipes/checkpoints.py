@@ -21,7 +21,7 @@ import torch
 from transformers.utils import logging
 
 import pocket
-from candidates import arguments, asked
+from candidates import arguments, chosen_names
 from corpus import prepare
 from shapes import Plan, Trained, read, save, trained_to, valid_loss
 
@@ -60,7 +60,7 @@ def main():
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()  # one for each checkpoint
     plans = read(args.spec)
-    names = asked(args, plans)
+    names = chosen_names(args, plans)
     tokenizer, streams = prepare(args.corpus, args.work, 2048)
     for name in names:
         if name != "base":

@@ -21,7 +21,7 @@ Notable:
 - what a step trains on depends on the seed and the step's number alone, so a run is repeatable up
   to the order of float sums;
 - lengths lie on a grid of four to the octave, so that few shapes occur, and on a GPU each shape is
-  a graph that is captured once (`graphs.py`). What a step says is read when the next has begun.
+  a graph that is captured once (`graphs.py`). A step's losses are read after the next has begun.
 """
 
 import argparse
@@ -253,8 +253,8 @@ def use_loss(model: Decoder, encoder: Encoder, ids, following, noise, recipe: Re
 
 
 @dataclass
-class Said:
-    """What a step says, still on the device, and what its passages were."""
+class StepRecord:
+    """The losses of a step, still on the device, and the sizes of its passages."""
 
     values: dict = field(default_factory=dict)
     """Name → tensor."""
@@ -280,13 +280,13 @@ class Run:
         self.encoder = Encoder(self.shape.hidden_size).to(self.device)
         matrices = [p for p in self.model.model.layers.parameters() if p.dim() == 2]
         inside = {id(p) for p in matrices}
-        rest = [p for p in self.model.parameters() if id(p) not in inside]
+        other_parameters = [p for p in self.model.parameters() if id(p) not in inside]
         recipe = self.recipe
         self.optimizers = optimizers(
             matrices,
             recipe.lr_matrices,
             [
-                (rest, recipe.lr_rest),
+                (other_parameters, recipe.lr_rest),
                 ([self.encoder.summary], recipe.lr_rest),
                 (self.encoder.map.parameters(), recipe.lr_encoder),
             ],
@@ -305,7 +305,7 @@ class Run:
         self.inner_targets = dict(self.targets)
         self.accuracy = dict.fromkeys(self.targets, 0.0)
         self.seconds = 0.0
-        self.unread = Said()
+        self.unread = StepRecord()
 
     def save(self, path: Path):
         state = {
@@ -380,17 +380,19 @@ class Run:
         return ids.pin_memory().to(self.device, non_blocking=True) if self.graphs.on_gpu else ids
 
     def add_gradients(self, name, losses, *inputs):
-        """Add the gradients of a loss, the first of what losses(*inputs) gives back; give it back.
+        """Add the gradients of the first value of losses(*inputs); returns all its values.
 
-        `name` tells apart what losses computes from inputs of the same shapes.
+        `name` distinguishes graphs for inputs of the same shapes.
         """
 
         def work(*inputs):
             with self.half_width():
                 loss, *others = losses(*inputs)
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             pairs = [
-                (p.grad, g) for p, g in zip(self.parameters, found, strict=True) if g is not None
+                (p.grad, g)
+                for p, g in zip(self.parameters, gradients, strict=True)
+                if g is not None
             ]
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
             return loss.detach(), *others
@@ -405,20 +407,20 @@ class Run:
         return ()
 
     def train_step(self, stream, memory: bool) -> dict:
-        """One step on the training stream (N,); what the log says about the one before."""
+        """One step on the training stream (tokens,); returns the log record of the step before."""
         seen = {"lr": self.set_rates()}
-        said = self.begin(stream, memory)
+        record = self.begin(stream, memory)
         seen |= self.settle()
-        self.unread = said
+        self.unread = record
         return seen
 
     def settle(self) -> dict:
-        """What the last step says, if nobody has read it yet."""
-        said, self.unread = self.unread, Said()
-        return self.read(said)
+        """The log record of the last step, or {} if it was read already."""
+        record, self.unread = self.unread, StepRecord()
+        return self.read(record)
 
-    def begin(self, stream, memory: bool) -> Said:
-        """Tell the device all of a step, without waiting for it."""
+    def begin(self, stream, memory: bool) -> StepRecord:
+        """Start a step on the device without waiting for its results."""
         recipe, step = self.recipe, self.step
         in_trunk = self.before(recipe.trunk_steps)
         rng = generator(recipe.seed, "text", step)
@@ -426,36 +428,36 @@ class Run:
         # attention costs as the square of the length: long crops in every fourth step only
         length = min(recipe.long_crop, budget) if step % 4 == 3 else 256
         crops = ordinary_batch(stream, budget, length, rng)
-        said = Said()
+        record = StepRecord()
         if memory and not in_trunk:
             rng = generator(recipe.seed, "memory", step)
             use = recipe.use_share > 0 and float(torch.rand((), generator=rng)) < recipe.use_share
-            said = (self.use_step if use else self.memory_step)(stream, rng)
-        (said.values["text"],) = self.add_gradients(
+            record = (self.use_step if use else self.memory_step)(stream, rng)
+        (record.values["text"],) = self.add_gradients(
             "text", lambda ids: (text_loss(self.model, ids),), self.on_device(crops)
         )
         self.tokens["text"] += crops.numel()
         self.graphs("move", self.move)
         self.step += 1
-        return said
+        return record
 
-    def read(self, said: Said) -> dict:
-        """Wait for what a step says; move the target length of its K."""
+    def read(self, record: StepRecord) -> dict:
+        """Wait for the results of a step and adjust the target length of its K."""
         recipe = self.recipe
-        values = {name: value.item() for name, value in said.values.items()}
+        values = {name: value.item() for name, value in record.values.items()}
         if "right" not in values:
             return values
-        K, accuracy = said.K, values.pop("right")
-        targets = self.inner_targets if said.inner else self.targets
+        K, accuracy = record.K, values.pop("right")
+        targets = self.inner_targets if record.inner else self.targets
         # K > 1 come up less often, so they take larger steps
         factor = 1.02 if K == 1 else 1.04
-        if said.share > 0.8 and accuracy > recipe.rise_above:
+        if record.share > 0.8 and accuracy > recipe.rise_above:
             targets[K] = min(self.target(targets, K) * factor, float(recipe.most_tokens) * K)
-        elif said.share < 1.2 and accuracy < recipe.fall_below:
+        elif record.share < 1.2 and accuracy < recipe.fall_below:
             targets[K] = max(self.target(targets, K) / factor, 4.0)
-        if 0.8 < said.share < 1.2 and not said.inner:
+        if 0.8 < record.share < 1.2 and not record.inner:
             self.accuracy[K] += 0.2 * (accuracy - self.accuracy[K])
-        return {**values, f"K{K}": accuracy, f"T{K}": said.T}
+        return {**values, f"K{K}": accuracy, f"T{K}": record.T}
 
     def draw_vectors(self, rng) -> int:
         """How many vectors hold the passages of a step."""
@@ -469,10 +471,10 @@ class Run:
 
     def length(self, tokens: float, K: int, room: int = 2) -> int:
         """Tokens of a passage: K times one of LENGTHS, near `tokens`; `room` stays free."""
-        least = 2 if K > 1 else 4
-        most = (self.shape.max_position_embeddings - K - room) // K
-        most = min(most, self.recipe.most_tokens)
-        allowed = [n for n in LENGTHS if least <= n <= most] or [most]
+        min_tokens = 2 if K > 1 else 4
+        max_tokens = (self.shape.max_position_embeddings - K - room) // K
+        max_tokens = min(max_tokens, self.recipe.most_tokens)
+        allowed = [n for n in LENGTHS if min_tokens <= n <= max_tokens] or [max_tokens]
         return K * min(allowed, key=lambda n: abs(math.log(n * K / tokens)))
 
     def noise_of(self, count: int, K: int):
@@ -481,7 +483,7 @@ class Run:
         size = (count, K, self.shape.hidden_size)
         return torch.randn(size, generator=rng, device=self.device)
 
-    def use_step(self, stream, rng) -> Said:
+    def use_step(self, stream, rng) -> StepRecord:
         """Adds the gradients of passages whose vectors stand before what follows them."""
         recipe = self.recipe
         K = self.draw_vectors(rng)
@@ -500,9 +502,9 @@ class Run:
             self.noise_of(count, K),
         )
         self.tokens["memory"] += both.numel()
-        return Said({"use": loss}, K, T)
+        return StepRecord({"use": loss}, K, T)
 
-    def memory_step(self, stream, rng) -> Said:
+    def memory_step(self, stream, rng) -> StepRecord:
         """Adds the gradients of one batch of passages."""
         recipe = self.recipe
         K = self.draw_vectors(rng)
@@ -532,7 +534,7 @@ class Run:
             ("memory", inner, trigger), losses, self.on_device(ids), self.noise_of(count, K)
         )
         self.tokens["memory"] += ids.numel()
-        return Said({"memory": loss, "right": right}, K, T, T / target, inner)
+        return StepRecord({"memory": loss, "right": right}, K, T, T / target, inner)
 
 
 @torch.no_grad()

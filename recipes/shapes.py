@@ -29,7 +29,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pocket
-from candidates import arguments, asked
+from candidates import arguments, chosen_names
 from corpus import generator, ordinary_batch, passage_batch, prepare
 from evaluate import horizon
 
@@ -61,10 +61,10 @@ def read(path: Path) -> dict[str, Plan]:
     base = tables["base"]
     plans = {}
     for name, table in tables.items():
-        own = table.get("config", {})
-        config = base["config"] | own
+        table_config = table.get("config", {})
+        config = base["config"] | table_config
         if table.get("family", "").startswith(("GPT2", "OPT")):  # other words for the same things
-            config = {"vocab_size": base["config"]["vocab_size"], **own}
+            config = {"vocab_size": base["config"]["vocab_size"], **table_config}
         try:
             plans[name] = Plan(**{**base, **table, "config": config})
         except TypeError as error:
@@ -73,7 +73,7 @@ def read(path: Path) -> dict[str, Plan]:
 
 
 class Trained(nn.Module):
-    """A model of transformers and, for the memory task, what reads a vector off it."""
+    """A model of transformers with an encoder for the memory task."""
 
     def __init__(self, plan: Plan):
         super().__init__()
@@ -109,7 +109,7 @@ def crops_of(stream, plan: Plan, tokens: int, rng) -> torch.Tensor:
     crops = ordinary_batch(stream, tokens, plan.context, rng)
     if plan.bos_share == 0:
         begins = crops[:, 0] == 0
-        crops[begins, :-1] = crops[begins, 1:].clone()  # its last token stands there twice
+        crops[begins, :-1] = crops[begins, 1:].clone()  # the last token is repeated
     copied = torch.rand(len(crops), generator=rng) < plan.copy_share
     half = plan.context // 2
     crops[copied, half : 2 * half] = crops[copied, :half]
@@ -153,7 +153,7 @@ def measure(trained: Trained, tokenizer, stream, args) -> dict:
 def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Trained, dict]]:
     """Train one model; the model as it is at each of the plan's stops, and what it has read.
 
-    Stops that come to the same step are one. `scale` is of the plan's text.
+    Stops at the same step are merged. `scale` multiplies the tokens of the plan.
     """
     trained = Trained(plan)
     N = sum(p.numel() for p in trained.lm.parameters())
@@ -163,10 +163,10 @@ def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Traine
         trained.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     tokens, target, accuracy = 0, 7.0, 0.0
-    asked = {round(share * steps): share for share in plan.stops}
+    share_at = {round(share * steps): share for share in plan.stops}
     for step in range(steps + 1):
-        if step in asked:
-            row = {"step": step, "of": steps, "share": asked[step], "tokens": tokens}
+        if step in share_at:
+            row = {"step": step, "of": steps, "share": share_at[step], "tokens": tokens}
             row |= {"parameters": N, "encoder_length": round(target, 1)}
             yield trained, row | {"encoder_accuracy": round(accuracy, 3)}
         if step == steps:
@@ -223,9 +223,9 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|" + "---|" * (len(shares) + 1),
     ]
     for name in dict.fromkeys(row["model"] for row in rows):
-        own = sorted((r for r in rows if r["model"] == name), key=lambda r: r["share"])
-        last = own[-1]
-        held = " | ".join(f"{r['horizon'][0]:.1f}" for r in own[:-1])
+        of_model = sorted((r for r in rows if r["model"] == name), key=lambda r: r["share"])
+        last = of_model[-1]
+        held = " | ".join(f"{r['horizon'][0]:.1f}" for r in of_model[:-1])
         lines.append(
             f"| {name} | {last['parameters'] / 1e6:.1f} M | {last['width']} "
             f"| {last['tokens'] / 1e6:.2f} M | {last['valid']:.2f} | {held} "
@@ -248,16 +248,16 @@ def main():
     torch.set_num_threads(args.threads)
 
     plans = read(args.spec)
-    names = asked(args, plans)
+    names = chosen_names(args, plans)
     tokenizer, streams = prepare(args.corpus, args.work, 2048)
     done = args.work / "shapes.jsonl"
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     measured = {row["model"] for row in rows}
     for name in [] if args.table else names:
         if name not in measured:
-            rows += (found := run(name, plans[name], tokenizer, streams, args))
+            rows += (new_rows := run(name, plans[name], tokenizer, streams, args))
             with done.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in found))
+                file.write("".join(json.dumps(row) + "\n" for row in new_rows))
     (args.work / "shapes.md").write_text(table(rows))
     print(table(rows))
 

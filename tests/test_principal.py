@@ -57,7 +57,7 @@ def test_what_was_crammed_before_changes_no_direction(recipe, monkeypatch):
     behind = replace(recipe, front="bos")
     found = []
     for order in ([recipe, behind], [behind, recipe]):
-        monkeypatch.setattr(principal, "FOUND", {})
+        monkeypatch.setattr(principal, "SPECTRA", {})
         vectors = {}
         for one in order:
             (outcome,) = Engine(lm, one).run([passage])
@@ -73,7 +73,7 @@ def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch
     assert principal.gradient_spectrum(lm) is found
     other = FrozenLM(lm.model, lm.tokenizer, name="the same weights")
     assert principal.gradient_spectrum(other) is found
-    monkeypatch.setattr(principal, "FOUND", {})
+    monkeypatch.setattr(principal, "SPECTRA", {})
     monkeypatch.setattr(principal, "BATCH", 5)
     again = principal.gradient_spectrum(lm)
     # In the same order, up to sign, where shares are well apart: the largest ones.
@@ -94,7 +94,7 @@ def test_whitened_gradients_have_half_of_the_models_spread(family):
     assert float(scaled.square().sum()) == pytest.approx(D, rel=1e-4)
     covariance = directions.double() @ shares.double().diag() @ directions.double().T
     found = torch.linalg.eigvalsh(scaled @ covariance @ scaled)
-    wanted = shares.double() / (shares.double() / shares.mean() + principal.LEAST).sqrt()
+    wanted = shares.double() / (shares.double() / shares.mean() + principal.MIN_SHARE).sqrt()
     wanted = wanted * float(found.sum() / wanted.sum())
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.max()))
 
@@ -124,20 +124,20 @@ def test_other_spaces_are_moved_directly_and_say_so(recipe):
 
 def test_gradients_that_are_not_finite_are_left_out(monkeypatch):
     lm, plain, D = tiny(), principal._gradients, 32
-    monkeypatch.setattr(principal, "FOUND", {})
+    monkeypatch.setattr(principal, "SPECTRA", {})
     whole = principal.gradient_spectrum(lm)
 
     def sometimes(lm, at, rows):
         found = plain(lm, at, rows)
         return [torch.full((D,), torch.nan) if i % 8 == 0 else g for i, g in enumerate(found)]
 
-    monkeypatch.setattr(principal, "FOUND", {})
+    monkeypatch.setattr(principal, "SPECTRA", {})
     monkeypatch.setattr(principal, "_gradients", sometimes)
     most = principal.gradient_spectrum(lm)
     left = principal.ROWS * D * 7 / 8
     assert float(whole.shares.sum()) == pytest.approx(principal.ROWS * D, rel=1e-4)
     assert float(most.shares.sum()) == pytest.approx(left, rel=1e-4)
-    monkeypatch.setattr(principal, "FOUND", {})
+    monkeypatch.setattr(principal, "SPECTRA", {})
     monkeypatch.setattr(
         principal, "_gradients", lambda lm, at, rows: [torch.full((D,), torch.inf)] * 32
     )

@@ -34,7 +34,7 @@ from memvec.lab.study.cells import check_lengths, expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
 from memvec.lab.study.pool import Here
-from memvec.lab.study.price import price, problems, tokens_at_most
+from memvec.lab.study.price import max_tokens, price, problems
 from memvec.lab.study.recompute import Slow, SlowPassage
 from memvec.lab.study.recompute import _alone as check_alone
 from memvec.lab.study.row import Row
@@ -117,7 +117,7 @@ def test_the_name_of_a_study_is_no_path(name: str) -> None:
 def test_what_a_passage_costs_is_no_more_than_its_budget() -> None:
     text = f"{HEAD}{RUN}budget = 100\n{RUN}recipe = {{ steps = 10 }}\n"
     text = text.replace("[8]", "[16]", 1).replace("[8]", "[4]")
-    limited, short = (tokens_at_most(planned) for planned in expand(parse_spec(text, "spec"))[:3:2])
+    limited, short = (max_tokens(planned) for planned in expand(parse_spec(text, "spec"))[:3:2])
     assert (limited, short) == (100.0 + 17, (4 + 1) * 10)  # the last step may pass the budget
 
 

@@ -141,11 +141,11 @@ def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
     recipe = replace(recipe, teacher_top=top, query_count=BATCH + 1)  # two batches of samples
     ids = passages(4)[0].ids
     words, _, said = queries.continuations(lm, ids, recipe)
-    again = teacher.said_behind(lm, queries.text_inputs(lm, ids), words, top)
+    again = teacher.top_tokens_behind(lm, queries.text_inputs(lm, ids), words, top)
     assert said is not None
     assert said.top.shape == (len(words), 5, min(top, lm.vocab_size - 1))
     torch.testing.assert_close(said.log_p, again.log_p, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(said.log_rest.exp(), again.log_rest.exp(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(said.log_others.exp(), again.log_others.exp(), atol=1e-4, rtol=1e-3)
     assert said.top.dtype == again.top.dtype
     assert float((said.top == again.top).float().mean()) > 0.99  # but for ties
 
@@ -332,10 +332,10 @@ def test_the_weight_follows_whether_the_passage_came(every, rise):
         engine.push(passage)
     engine.fill(3)
     step, seen, margins = engine.stepper, [], []
-    moved, kept = step.term.weight, step._keep_best
+    moved, kept = step.term.weight, step._update_progress
     step.term.weight = lambda batch: seen.append(moved(batch)) or seen[-1]
-    step._keep_best = lambda batch, measured, padding: (
-        margins.append((measured.margin.clone(), measured.asked.clone()))
+    step._update_progress = lambda batch, measured, padding: (
+        margins.append((measured.margin.clone(), measured.decoding.clone()))
         or kept(batch, measured, padding)
     )
     expected, ups = torch.full((3,), recipe.term_weight), 0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a name 'as' itself is one that this package gives on
     from memvec.model.lm import FrozenLM as FrozenLM
     from memvec.registry import register as register
     from memvec.usable.certificate import certify_use as certify_use
+    from memvec.usable.generate import context_inputs as context_inputs
     from memvec.usable.generate import use as use
     from memvec.vectors import MemVectors as MemVectors
 
@@ -36,6 +37,7 @@ _WHERE = {
     "measure": "memvec.codec",
     "verify": "memvec.codec",
     "use": "memvec.usable.generate",
+    "context_inputs": "memvec.usable.generate",
     "certify_use": "memvec.usable.certificate",
     "register": "memvec.registry",
     "Engine": "memvec.cramming.engine",

@@ -1,4 +1,4 @@
-"""The certificate: what a whole, free decode of the stored vectors gave back, as a user does it."""
+"""The certificate: the result of decoding all stored vectors freely, as a user does it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memvec.vectors import MemVectors
 def verify(
     lm: FrozenLM, mem: MemVectors, *, force: bool = False
 ) -> tuple[dict[str, Any], list[bool]]:
-    """(the certificate, whether each passage is exact) of a free decode, as a user will do it.
+    """Decode freely as a user does; returns the certificate and whether each passage is exact.
 
     Hashes of tokens are compared; `memvec.decode` compares the bytes of the texts, too. Raises
     MemvecError for vectors of other weights (unless `force`) or of another width.
@@ -33,7 +33,7 @@ def verify(
 def certificate_of(
     lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]
 ) -> tuple[dict[str, Any], list[bool]]:
-    """The certificate of what was decoded, and whether each passage is what was crammed."""
+    """The certificate of decoded token ids, and whether each passage is exact."""
     exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]
     device = lm.description()
     certificate = {
@@ -71,7 +71,7 @@ def measure(
     view = mem.view(lm)
     for at in range(0, len(mem.passages), BATCH):
         records = mem.passages[at : at + BATCH]
-        asked = []
+        passages = []
         for i, record in enumerate(records, at):
             ids = tuple(itertools.islice(every, record.tokens))
             if not ids or ids_hash(ids) != record.sha256:
@@ -79,10 +79,10 @@ def measure(
                     f"passage {i} of these vectors is not in the texts: give the texts that were "
                     "crammed, whole and in their order."
                 )
-            asked.append(Passage(ids, i))
+            passages.append(Passage(ids, i))
         finished = [
             Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
-            for p, v, r in zip(asked, mem.vectors[at : at + BATCH], records, strict=True)
+            for p, v, r in zip(passages, mem.vectors[at : at + BATCH], records, strict=True)
         ]
         listed = [tuple((i, token) for i, token in r.corrections) for r in records]
         for outcome in certify(view, finished, mem.header.start_rule, mem.storage, listed):

@@ -71,17 +71,9 @@ def cram(
     ]
     lm = lm.read_as(layout)
     vectors = lm.reading.fixed_vectors or vectors
+    stored = storage_of(storage)
     return CramJob(
-        lm,
-        documents,
-        vectors,
-        tokens,
-        recipe,
-        batch_size,
-        storage_of(storage),
-        journal,
-        on_status,
-        workers,
+        lm, documents, vectors, tokens, recipe, batch_size, stored, journal, on_status, workers
     ).run(keep_text)
 
 

@@ -30,7 +30,7 @@ def pick(
 
     Wrong ones come first, front to back (where there are too many, that makes the longest horizon),
     then the weakest of the right ones. `margins` are teacher-forced, of the last n of the passage's
-    `ids`. A margin of 0 is below even an asked margin of 0: the arg-max is then a tie.
+    `ids`. A margin of 0 never suffices, even if 0 is required: the arg-max is then a tie.
     """
     given, values = len(ids) - len(margins), margins.tolist()
     missed = [i for i, m in enumerate(values) if not (m >= margin_asked and m > 0)]

@@ -37,7 +37,7 @@ PROBE_TOKENS = 128  # of each, for a vector; twice as many where all of them are
 
 @dataclass(frozen=True)
 class Expected:
-    """What cramming will take."""
+    """The memory and time that cramming is expected to need."""
 
     slots: int
     tokens: int  # of the longest passage
@@ -48,7 +48,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class CramStatus:
-    """How a cram of documents stands, for whoever shows it."""
+    """The state of a cram of documents, for a progress display."""
 
     stage: str  # 'preparing', 'measuring', 'cramming' or 'certifying'
     tokens: int  # of all documents
@@ -60,10 +60,10 @@ class CramStatus:
 
 
 class CramJob:
-    """One call of `cram`: the documents, the engine and what has come out of it so far.
+    """One call of `cram`: the documents, the engine and the outcomes so far.
 
-    `done` has the outcomes that stay, `spent` the forward-backward tokens of everything tried, by
-    document, offset and length.
+    `done` has the final outcomes by document and offset, `spent` the forward-backward tokens of
+    every passage that was tried, by document, offset and length.
     """
 
     def __init__(
@@ -99,19 +99,19 @@ class CramJob:
         self._enter("measuring")
 
     def run(self, keep_text: bool) -> MemVectors:
-        """All of it."""
+        """Cut the documents, cram the passages, and certify the result."""
         cutter, shortest = self.cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
         self.choose_batch_size(passages)
         if self.lm.reading.crammer:
-            self._cram_shared([Job(p, self.engine.recipe.margin) for p in passages])
+            self._cram_sharing_a_vector([Job(p, self.engine.recipe.margin) for p in passages])
         else:
             self.cram(passages)
         mem, _ = self.certified(keep_text)
         return mem
 
     def choose_batch_size(self, passages: Sequence[Passage]) -> None:
-        """As many slots as these passages allow, unless the caller said how many."""
+        """Set the number of slots: the caller's, or as many as these passages allow."""
         self.engine.batch_size = self._batch_size or default_batch_size(
             self.lm, max(map(len, passages)), self.K
         )
@@ -120,9 +120,9 @@ class CramJob:
         self._enter("cramming")
 
     def _expected(self, passages: Sequence[Passage]) -> Expected:
-        """What the slots will take: memory from the configuration, time from a trial step.
+        """Estimate memory from the configuration, and the time of a step from a trial step.
 
-        How many steps a passage needs is what cramming finds out (`memvec plan` does, on a sample).
+        The number of steps is not estimated here (`memvec plan` does that, on a sample).
         """
         slots, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         facts = facts_of(self.lm, longest, self.engine.module)
@@ -134,18 +134,18 @@ class CramJob:
         return Expected(slots, longest, memory, step, max(1.0, fills))
 
     def cram(self, passages: Iterable[Passage]) -> None:
-        """Passages to outcomes in `done`, halved where they do not fit."""
-        todo = [left for passage in passages for left in self._known(passage)]
+        """Cram passages, halved where they do not fit, into outcomes in `done`."""
+        todo = [part for passage in passages for part in self._unfinished(passage)]
         engine = self.engine if self.workers is None else self._crew(self.workers)
-        self._take_all(engine.run(todo), engine)
+        self._record_all(engine.run(todo), engine)
 
-    def _take_all(self, outcomes: Iterable[Outcome], engine: Engine | Crew) -> None:
-        """Outcomes to `done` and the journal; the halves of what does not fit to the engine."""
+    def _record_all(self, outcomes: Iterable[Outcome], engine: Engine | Crew) -> None:
+        """Add outcomes to `done` and the journal; queue the halves of passages that do not fit."""
         for outcome in outcomes:
             if self.journal is not None:
                 self.journal.put(outcome)
-            for passage in self._take(outcome):
-                for unknown in self._known(passage):
+            for passage in self._keep_or_halve(outcome):
+                for unknown in self._unfinished(passage):
                     engine.push(unknown)
 
     def _crew(self, workers: Workers) -> Crew:
@@ -153,8 +153,8 @@ class CramJob:
         batch = Batch((), self.recipe, self.K, e.batch_size, self.storage.name, self.lm.layout)
         return Crew(workers, batch, self._tell)
 
-    def _cram_shared(self, jobs: list[Job]) -> None:
-        """All passages together, because they share m; again with the halves of those that fail."""
+    def _cram_sharing_a_vector(self, jobs: list[Job]) -> None:
+        """Cram all passages together, as they share m; again with halves of those that fail."""
         while jobs:
             self.done.clear()
             options = {"batch_size": self.engine.batch_size, "storage": self.storage}
@@ -163,7 +163,7 @@ class CramJob:
             )
             crammed, jobs, split = shared.run(jobs), [], self.split
             for outcome in crammed:
-                halves = self._take(outcome)
+                halves = self._keep_or_halve(outcome)
                 jobs += [Job(h, self.engine.recipe.margin) for h in halves] or [Job.again(outcome)]
             if self.split == split:
                 return
@@ -219,15 +219,15 @@ class CramJob:
         bits = math.fsum(float(surprisals(self.lm, ids).sum()) for ids in back)
         return bits / len(back) / self.K, all(o.exact for o in outcomes)
 
-    def _known(self, passage: Passage) -> list[Passage]:
-        """What is left of a passage: nothing if the journal has it, else itself or its parts."""
+    def _unfinished(self, passage: Passage) -> list[Passage]:
+        """Parts of a passage that the journal does not have: none, some, or the passage itself."""
         outcome = self.journal.get(passage) if self.journal is not None else None
         if outcome is None:
             return [passage]
-        return [left for part in self._take(outcome) for left in self._known(part)]
+        return [left for part in self._keep_or_halve(outcome) for left in self._unfinished(part)]
 
-    def _take(self, outcome: Outcome) -> list[Passage]:
-        """Keep an exact outcome, or halve a passage that did not fit: the halves are to do."""
+    def _keep_or_halve(self, outcome: Outcome) -> list[Passage]:
+        """Keep an outcome that is final, or return the halves of a passage that did not fit."""
         passage = outcome.passage
         self.spent[passage.document, passage.offset, len(passage)] = outcome.spent
         halves = passage.halves() if len(passage) > 1 else ()
@@ -243,8 +243,8 @@ class CramJob:
     # ------------------------------------------------------------------ result out
 
     def certified(self, keep_text: bool) -> tuple[MemVectors, list[bool]]:
-        """The result, decoded once more in the order and batches in which a user will, and which
-        passages came back."""
+        """The result, and whether each passage is exact when all are decoded as a user will: in the
+        same order and batches."""
         self._enter("certifying")
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
@@ -255,25 +255,25 @@ class CramJob:
             if not fallen or not attempts_left or self.recipe.if_not_exact == "stop":
                 break
             # Another batch shape flipped an arg-max: ask these passages for a larger margin.
-            self._again(fallen)
+            self._cram_further(fallen)
         mem = mem.with_certificate(certificate, exact)
         passages = [outcome.passage.ids for outcome in self._in_order()]
         return mem.with_use(self.engine.stepper.term.certificate(mem, passages)), exact
 
-    def _again(self, fallen: list[Outcome]) -> None:
-        """Cram on, with a larger margin for the fallen; who shares an m with them goes on too."""
+    def _cram_further(self, fallen: list[Outcome]) -> None:
+        """Cram further, with a larger margin for the fallen passages (all, if they share m)."""
         if self.lm.reading.crammer:
-            which, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
-            raised = [(o, spread if id(o) in which else None) for o in self._in_order()]
-            self._cram_shared([Job.again(outcome, raised=by) for outcome, by in raised])
+            fallen_ids, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
+            raised = [(o, spread if id(o) in fallen_ids else None) for o in self._in_order()]
+            self._cram_sharing_a_vector([Job.again(outcome, raised=by) for outcome, by in raised])
             return
         for outcome in fallen:
             del self.done[outcome.passage.document, outcome.passage.offset]
             if outcome.status == "done":
                 self.engine.push_again(outcome)
             else:  # no step is left in which its margin could rise
-                self._take_all([replace(outcome, exact=False)], self.engine)
-        self._take_all(self.engine.run(), self.engine)
+                self._record_all([replace(outcome, exact=False)], self.engine)
+        self._record_all(self.engine.run(), self.engine)
 
     def _in_order(self) -> list[Outcome]:
         return [self.done[key] for key in sorted(self.done)]
@@ -325,12 +325,12 @@ class CramJob:
     def _tell(self, progress: Progress | None = None) -> None:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
-            held, news = self.K * len(self.done), (progress, self.expected)
-            self.on_status(CramStatus(self.stage, self.total, done, held, self.split, *news))
+            vectors, news = self.K * len(self.done), (progress, self.expected)
+            self.on_status(CramStatus(self.stage, self.total, done, vectors, self.split, *news))
 
 
 def _space_record(lm: FrozenLM) -> SpaceRecord | None:
-    """What a file says of the space of a model's vectors; None for inputs."""
+    """The record of the space of a model's vectors; None for inputs."""
     reading = lm.reading
     if reading.space == "inputs":
         return None

@@ -1,9 +1,9 @@
 """Free-running greedy decoding from [mem] vectors, and what 'exact' means.
 
-One code path for everybody: certification, `memvec decode` and `memvec verify` all call
+One code path for all callers: certification, `memvec decode` and `memvec verify` all call
 `decode_ids`. It runs the model's own forward with its cache, one token at a time, for a batch of
-passages; it takes the arg-max, knows each passage's length from its record (an EOS inside a passage
-is a token like any other) and inherits no generation settings.
+passages. It takes the arg-max, stops at each passage's recorded length (an EOS inside a passage is
+a token like any other) and uses none of the model's generation settings.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def decode_ids(
 
     `first` holds the given first tokens for the start rule 'first-token' (they are returned as
     part of the passage). `corrections` lists (position, token id) for each passage: that token
-    takes the place of the model's own and is what the model reads next. `cached=False` is the slow
+    replaces the model's own, and the model reads it next. `cached=False` is the slow
     reference path: one whole forward per token; a model without a usable cache knows no other.
     Where memory runs out, the batch is halved and decoding goes on.
     """
     if not lm.reading.feeds_back:
-        at_once = _at_once(lm, vectors, lengths, start, batch)
-        for ids, fixes in zip(at_once, corrections or [], strict=False):
+        in_one_pass = _decode_in_one_pass(lm, vectors, lengths, start, batch)
+        for ids, fixes in zip(in_one_pass, corrections or [], strict=False):
             for position, token in fixes:
                 ids[position] = token
-        return at_once
+        return in_one_pass
 
     def work(rows: slice) -> list[list[int]]:
-        # `start_ids` takes the number of rows from ids, which it reads where one is given only.
+        # `start_ids` reads the ids only for 'first-token'; else they only give the number of rows.
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
         start_tokens = lm.start_ids(given.to(lm.device), start)
-        wanted = max(lengths[rows]) - (start == "first-token")
+        predicted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
-        fixed = table(listed, wanted, skip=int(start == "first-token")).to(lm.device)
+        fixed = table(listed, predicted, skip=int(start == "first-token")).to(lm.device)
         inputs, cache = lm.reading.opening(lm, vectors[rows].to(lm.device), start_tokens)
 
         def choose(logits: Tensor, i: int) -> Tensor:
@@ -72,15 +72,15 @@ def decode_ids(
     return in_batches(work, len(lengths), batch)
 
 
-def _at_once(
+def _decode_in_one_pass(
     lm: FrozenLM,
     vectors: Float[Tensor, "P K D"],
     lengths: Sequence[int],
     start: StartRule,
     batch: int,
 ) -> list[list[int]]:
-    """Token ids in one forward pass for each batch: nothing is fed back, so a wrong token does no
-    harm to the next one."""
+    """Token ids in one forward pass for each batch: no token is fed back, so a wrong token does not
+    change the next one."""
 
     def work(rows: slice) -> list[list[int]]:
         part = vectors[rows].to(lm.device)
@@ -113,10 +113,10 @@ def free_running(
     cached: bool = True,
     cache: Callable[[], Any] = lambda: None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """The token ids that `choose` takes behind free inputs, one position at a time.
+    """The token ids that `choose` picks behind free inputs, one position at a time.
 
-    What it takes is what the model reads next, through its cache if it has one and `cached`.
-    `cache` makes the cache that the inputs stand behind, anew at each call; None: an empty one.
+    The model reads each picked token next, through its cache if it has one and `cached`. `cache`
+    makes a new cache of what stands before the inputs at each call; None: nothing does.
     """
     steps = _cached_steps if cached and lm.has_cache else _uncached_steps
     return steps(lm, inputs.to(lm.dtype), tokens, choose, cache)

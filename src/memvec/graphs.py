@@ -47,7 +47,7 @@ Pass = Callable[
 ]
 Replay = Callable[[], None]
 
-HELD = 32  # shapes whose graphs are kept; beyond, the one that was not used for longest is dropped
+MAX_SHAPES = 32  # whose graphs are kept; of more, the least recently used is dropped
 COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
 TOLERANCE = 0.02  # of the size of a figure: kernels that add in any order differ by less
 
@@ -73,8 +73,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         options: dict[str, Any] = {"pool": self.pool, "stream": self.stream}
         # torch.cuda.graph does not leave its stream when a capture is broken off.
-        here = torch.cuda.stream(torch.cuda.current_stream(self.device))
-        with here, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
+        current_stream = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        with current_stream, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
             outputs = work()
         return graph.replay, outputs
 
@@ -100,7 +100,7 @@ def rows_for(taken: int, slots: int) -> int:
 class Captured:
     """Both graphs of one shape, and the tensors that they read and write."""
 
-    given: tuple[Tensor, ...]  # vectors, ids, temperature
+    inputs: tuple[Tensor, ...]  # vectors, ids, temperature
     forward: Replay
     states: Float[Tensor, "N T H"]
     scores: Score
@@ -108,9 +108,9 @@ class Captured:
     backward: Replay
     gradient: Float[Tensor, "N K D"]
 
-    def __call__(self, *given: Tensor) -> tuple[Float[Tensor, "N T H"], Score]:
+    def __call__(self, *inputs: Tensor) -> tuple[Float[Tensor, "N T H"], Score]:
         """A `Pass`, replayed."""
-        states: Tensor = _Replayed.apply(*given, self)  # type: ignore[no-untyped-call]
+        states: Tensor = _Replayed.apply(*inputs, self)  # type: ignore[no-untyped-call]
         loss, margin = self.scores.loss.clone(), self.scores.margin.clone()
         return states, Score(loss, margin, self.scores.gradient)
 
@@ -147,28 +147,28 @@ class Graphs:
         Raises MemvecError if the model's code cannot be captured, torch.OutOfMemoryError if there
         is no room for it.
         """
-        given = (vectors, ids, temperature)
+        inputs = (vectors, ids, temperature)
         shape = (vectors.shape, ids.shape)
         if shape not in self.seen:
             self.seen.add(shape)
-            return self.work(*given)
+            return self.work(*inputs)
         if (captured := self.captured.pop(shape, None)) is None:
-            captured = self._capture(*given)
-            self._check(captured, *given)
+            captured = self._capture(*inputs)
+            self._check(captured, *inputs)
         self.captured[shape] = captured  # the newest at the end
-        if len(self.captured) > HELD:
+        if len(self.captured) > MAX_SHAPES:
             del self.captured[next(iter(self.captured))]
-        return captured(*given)
+        return captured(*inputs)
 
-    def _capture(self, *given: Tensor) -> Captured:
+    def _capture(self, *inputs: Tensor) -> Captured:
         """Both graphs for inputs of these shapes."""
         # Zeros, so that the check below sees an input that is not copied.
-        kept = tuple(torch.zeros_like(tensor.detach()) for tensor in given)
-        vectors = kept[0].requires_grad_()
+        buffers = tuple(torch.zeros_like(tensor.detach()) for tensor in inputs)
+        vectors = buffers[0].requires_grad_()
 
         def forward() -> tuple[Tensor, ...]:
             with torch.enable_grad(), consecutive_positions():
-                states, scores = self.work(*kept)
+                states, scores = self.work(*buffers)
             return states, scores.loss, scores.margin, scores.gradient
 
         with self._explained():
@@ -178,19 +178,19 @@ class Graphs:
                 lambda: torch.autograd.grad(states, vectors, slope)
             )
         scores = Score(*figures)
-        return Captured(kept, replay, states.detach(), scores, slope, again, gradient)
+        return Captured(buffers, replay, states.detach(), scores, slope, again, gradient)
 
-    def _check(self, captured: Captured, vectors: Tensor, *others: Tensor) -> None:
+    def _check(self, captured: Captured, vectors: Tensor, *fixed: Tensor) -> None:
         """Raise MemvecError if a replay does not give what the work itself gives."""
         figures = []
-        for passed in (self.work, captured):
-            at = vectors.detach().requires_grad_()
-            states, scores = passed(at, *others)
-            (gradient,) = torch.autograd.grad(states, at, scores.gradient)
+        for run_pass in (self.work, captured):
+            inputs = vectors.detach().requires_grad_()
+            states, scores = run_pass(inputs, *fixed)
+            (gradient,) = torch.autograd.grad(states, inputs, scores.gradient)
             figures.append([scores.loss, scores.margin, gradient])
-        for mine, theirs in zip(*figures, strict=True):
-            mine, theirs = mine.nan_to_num(), theirs.nan_to_num()
-            if (mine - theirs).norm() > TOLERANCE * mine.norm():
+        for computed, replayed in zip(*figures, strict=True):
+            computed, replayed = computed.nan_to_num(), replayed.nan_to_num()
+            if (computed - replayed).norm() > TOLERANCE * computed.norm():
                 raise MemvecError(
                     f"graphs cannot be used: a replayed step of {self.module.name} gives other "
                     "figures than the step itself. Leave them out."
@@ -219,8 +219,8 @@ class _Replayed(torch.autograd.Function):
     def forward(
         ctx: Any, vectors: Tensor, ids: Tensor, temperature: Tensor, captured: Captured
     ) -> Tensor:
-        for kept, new in zip(captured.given, (vectors, ids, temperature), strict=True):
-            kept.copy_(new)
+        for buffer, new in zip(captured.inputs, (vectors, ids, temperature), strict=True):
+            buffer.copy_(new)
         captured.forward()
         ctx.captured = captured
         return captured.states.detach()  # a tensor of its own, at the same address

@@ -230,12 +230,12 @@ def _figures(mem: MemVectors) -> str:
 
 def _licences(licence: str | None, base_licence: str | None) -> str:
     base = f"`{base_licence}`" if base_licence else "not known here: see the model's own page"
-    own = (
+    vectors = (
         f"These vectors are published under `{licence}`."
         if licence
         else "No licence is given for these vectors."
     )
-    return f"The base model's licence is {base}.\n{own}"
+    return f"The base model's licence is {base}.\n{vectors}"
 
 
 def licence_of(mem: MemVectors) -> str | None:

@@ -21,7 +21,7 @@ from memvec.errors import MemvecError
 from memvec.passages.passage import Passage, ids_hash
 from memvec.results import Measures, PassageResult
 
-FORMAT = 2  # of a row; rows in another format belong to other settings and are never asked for
+FORMAT = 3  # of a row; rows in another format belong to other settings and are never asked for
 
 
 class Journal:
@@ -37,31 +37,36 @@ class Journal:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(
-                "CREATE TABLE IF NOT EXISTS finished (settings TEXT NOT NULL, ids TEXT NOT NULL, "
-                "vectors BLOB NOT NULL, record TEXT NOT NULL, PRIMARY KEY (settings, ids))"
+                "CREATE TABLE IF NOT EXISTS finished_passages (settings TEXT NOT NULL, ids TEXT "
+                "NOT NULL, vectors BLOB NOT NULL, record TEXT NOT NULL, digest TEXT NOT NULL, "
+                "PRIMARY KEY (settings, ids))"
             )
             self._db.execute("BEGIN EXCLUSIVE")  # the lock stays with this process until it closes
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise MemvecError(
-                    f"another memvec is writing {path.stem}: wait for it, or name another file "
-                    "with -o."
+                    f"another memvec is writing {path.stem}: wait for it, or name another place to "
+                    "write to."
                 ) from None
             raise MemvecError(f"{path} cannot be written: {error}.") from None
         except sqlite3.DatabaseError as error:
             raise MemvecError(f"{path} is damaged ({error}): delete it and start again.") from None
 
     def __len__(self) -> int:
-        query = "SELECT count(*) FROM finished WHERE settings = ?"
+        query = "SELECT count(*) FROM finished_passages WHERE settings = ?"
         return int(self._execute(query, self._settings).fetchone()[0])
 
     def get(self, passage: Passage) -> Outcome | None:
         """The outcome of this passage under these settings, if it is known."""
-        query = "SELECT vectors, record FROM finished WHERE settings = ? AND ids = ?"
+        query = (
+            "SELECT vectors, record, digest FROM finished_passages WHERE settings = ? AND ids = ?"
+        )
         row = self._execute(query, self._settings, ids_hash(passage.ids)).fetchone()
         if row is None:
             return None
+        if not isinstance(row[0], bytes) or self._digest(*row[:2]) != row[2]:
+            raise MemvecError(f"{self.path} is damaged (a row was changed): delete it.")
         record = json.loads(row[1])
         shape, dtype = record.pop("shape"), getattr(torch, record.pop("dtype"))
         numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(shape)
@@ -84,13 +89,13 @@ class Journal:
             "dtype": str(outcome.vectors.dtype).removeprefix("torch."),
         }
         numbers = outcome.vectors.float().contiguous().numpy().tobytes()
-        self._execute(
-            "INSERT OR REPLACE INTO finished VALUES (?, ?, ?, ?)",
-            self._settings,
-            ids_hash(outcome.passage.ids),
-            numbers,
-            json.dumps(record),
-        )
+        text, key = json.dumps(record), ids_hash(outcome.passage.ids)
+        row = (self._settings, key, numbers, text, self._digest(numbers, text))
+        self._execute("INSERT OR REPLACE INTO finished_passages VALUES (?, ?, ?, ?, ?)", *row)
+
+    @staticmethod
+    def _digest(numbers: bytes, record: str) -> str:
+        return hashlib.sha256(record.encode() + numbers).hexdigest()
 
     def close(self, *, delete: bool = False) -> None:
         """Close; `delete` removes the file, once what it holds is safe elsewhere."""

@@ -72,22 +72,22 @@ def load_lm(
     """
     warn_of_untested_versions()
     where = _device(device)
-    kept = _dtype(dtype, where)
+    weights_dtype = _dtype(dtype, where)
     if where.type == "cpu":
         keep_freed_memory()
     with _quiet():
-        big = loading_options(device_map, quantize, kept, where)
+        big = loading_options(device_map, quantize, weights_dtype, where)
     local = local_folder(name)
     if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
-    model, tokenizer = _weights(name, local, revision, where, kept, attention, big)
-    if where.type == "cpu" and kept != torch.float32 and attention is None:
+    model, tokenizer = _weights(name, local, revision, where, weights_dtype, attention, big)
+    if where.type == "cpu" and weights_dtype != torch.float32 and attention is None:
         widen_attention(model)
     if dtype == BFLOAT16_AUTOCAST:
         put_under_autocast(model)
-    found = revision or getattr(model.config, "_commit_hash", None)
+    commit = revision or getattr(model.config, "_commit_hash", None)
     how: dict[str, Any] = {"quantize": quantize, "checkpointing": checkpointing, "offload": offload}
-    lm = FrozenLM(model, tokenizer, name=name, revision=found, check=check, **how)
+    lm = FrozenLM(model, tokenizer, name=name, revision=commit, check=check, **how)
     _read_extras(lm, local, encoder)
     return lm
 
@@ -160,8 +160,8 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
         except (ValueError, TypeError) as error:
             raise MemvecError(f"{facts} holds no measured facts ({error}): delete it.") from None
     # A quantized model has other weights than those that its folder's trigger was trained for.
-    if local is not None and not lm.quantize and (own := local / TRIGGER_FILE).is_file():
-        lm.own_trigger = load_trigger(own, lm)
+    if local is not None and not lm.quantize and (trigger := local / TRIGGER_FILE).is_file():
+        lm.own_trigger = load_trigger(trigger, lm)
     read_encoders(lm, local, encoder)
 
 
@@ -209,9 +209,9 @@ def _loading(name: str) -> Iterator[None]:
             ) from error
         if isinstance(error, ImportError):
             raise MemvecError(f"{name} needs a package that is missing: {first}") from error
-        for words, said in EXPLAINED.items():
+        for words, sentence in EXPLAINED.items():
             if any(word in reason for word in words):
-                raise MemvecError(f"{name} {said.format(first)}") from error
+                raise MemvecError(f"{name} {sentence.format(first)}") from error
         raise MemvecError(f"{name} could not be loaded: {first}") from error
 
 

@@ -119,13 +119,13 @@ class PositionScores:
 
     def measures(self, tokens: int, horizon: int, corrected: Sequence[int] = ()) -> Measures:
         """The figures of a passage; the smallest margin leaves `corrected` positions out."""
-        kept = [i for i in range(len(self.margin)) if i not in set(corrected)]
+        uncorrected = [i for i in range(len(self.margin)) if i not in set(corrected)]
         return Measures(
             tokens=tokens,
             predicted=len(self.margin),
             horizon=horizon,
             accuracy=metrics.teacher_forced_accuracy(self.margin > 0),
-            margin=float(self.margin[kept].min()),
+            margin=float(self.margin[uncorrected].min()),
             lm_bits=float(self.lm_bits.double().sum()),
             mem_bits=float(self.bits.double().sum()),
             information_gain=self.information_gain(),

@@ -72,8 +72,8 @@ class MemVectors:
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
         if header.packing is not None:
-            kept = self.vectors.float()
-            if not torch.equal(self.storage.rounded(kept), kept):
+            numbers = self.vectors.float()
+            if not torch.equal(self.storage.rounded(numbers), numbers):
                 raise MemvecError(
                     f"these vectors are not rounded to {header.packing}, as their header says."
                 )
@@ -116,15 +116,15 @@ class MemVectors:
         width = 8 * self.size / max(1, self.stored.numel())  # stored bits of a number
         gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
-        held = self.stored.shape[0] * self.stored.shape[1]  # vectors; a shared one counts once
-        per_vector = [p.tokens * P / max(1, held) for p in self.passages]
+        count = self.stored.shape[0] * self.stored.shape[1]  # vectors; a shared one counts once
+        per_vector = [p.tokens * P / max(1, count) for p in self.passages]
         mean, error = metrics.mean_and_error(per_vector)
         return {
             "model": self.header.model.get("name"),
             "documents": len(self.header.documents),
             "passages": P,
             "vectors_per_passage": K,
-            "vectors": held,
+            "vectors": count,
             "width": D,
             "storage": self.storage.name,
             "bits_per_number": width,
@@ -143,11 +143,11 @@ class MemVectors:
             "lm_bits": sum(p.lm_bits for p in self.passages),
             "information_gain_bits": gain,
             "token_gain": token_gain,
-            "bits_per_vector": gain / max(1, held),
-            "bits_per_dimension": metrics.bits_per_dimension(gain, D, max(1, held)),
+            "bits_per_vector": gain / max(1, count),
+            "bits_per_dimension": metrics.bits_per_dimension(gain, D, max(1, count)),
             "theoretical_capacity": metrics.theoretical_capacity(D, K, width, V),
-            "token_utilisation": metrics.token_utilisation(token_gain, D, max(1, held), width, V),
-            "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, held), width),
+            "token_utilisation": metrics.token_utilisation(token_gain, D, max(1, count), width, V),
+            "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, count), width),
             "text_bytes": sum(d.size for d in self.header.documents),
             "vector_bytes": self.size,
             "trigger_bytes": sum(4 * rows.numel() for rows in self.soft.values()),
@@ -227,14 +227,14 @@ class MemVectors:
 
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
-        theirs = self.header.model
-        made_for = " in ".join(filter(None, (theirs["name"], theirs.get("quantize"))))
+        model = self.header.model
+        made_for = " in ".join(filter(None, (model["name"], model.get("quantize"))))
         if self.vectors.shape[2] != (takes := self._in_space(lm).numbers):
             raise MemvecError(
                 f"these vectors have {self.vectors.shape[2]} numbers each and {lm.name} takes "
                 f"{takes}: they were made for {made_for}."
             )
-        if not force and not Fingerprint.of_record(theirs).matches(lm.fingerprint):
+        if not force and not Fingerprint.of_record(model).matches(lm.fingerprint):
             raise MemvecError(
                 f"these vectors were made for other weights (of {made_for}) than those of "
                 f"{lm.name}: load that model; memvec decode --force tries it as it is."

@@ -40,7 +40,15 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a header and the tensors of a storage, and the soft tokens, if any, atomically."""
+    """Write a header and the tensors of a storage, and the soft tokens, if any, atomically.
+
+    Raises MemvecError for tensors that `read_file` would refuse: numbers that are not finite, or
+    another number of rows than the header's passages have.
+    """
+    first = tensors["codes" if header.packing else "vectors"]
+    rows = reading_named(header.layout).row_count(len(header.passages))
+    if len(first) != rows or not all(bool(t.float().isfinite().all()) for t in tensors.values()):
+        raise MemvecError(f"{path} is not written: its vectors were changed or are not finite.")
     text = header.model_dump_json()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     data = to_safetensors(tensors, {"memvec": text, "sha256": digest_of(text, tensors)})

@@ -67,7 +67,7 @@ class Alignment(Term):
         padding_rows: int,
     ) -> TermLoss:
         B, tokens = len(batch), columns + int(self.start_rule == "first-token") - 1
-        if tokens < 1:  # a single token is predicted from the vectors and read by nobody
+        if tokens < 1:  # a single token is predicted, so no token is read
             return TermLoss(torch.zeros(B, device=vectors.device))
         behind = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
         ids = with_padding(batch.ids[:, : tokens + 1], padding_rows)
@@ -79,20 +79,20 @@ class Alignment(Term):
         with torch.enable_grad():
             cosine = torch.stack(
                 [
-                    torch.cosine_similarity(mine.float(), theirs.float(), dim=-1)
-                    for mine, theirs in zip(behind, plain, strict=True)
+                    torch.cosine_similarity(with_vectors.float(), without.float(), dim=-1)
+                    for with_vectors, without in zip(behind, plain, strict=True)
                 ]
             )
-            each = (1 - cosine).sum(0)
-        loss = (each.detach()[:B] * self._share(batch.length, tokens)).sum(-1)
-        return TermLoss(loss, (each,), (torch.ones_like(each),))
+            distance = (1 - cosine).sum(0)
+        loss = (distance.detach()[:B] * self._share(batch.length, tokens)).sum(-1)
+        return TermLoss(loss, (distance,), (torch.ones_like(distance),))
 
     def slopes(
         self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int
     ) -> tuple[Tensor, ...]:
         return tuple(
-            with_padding(self._share(counted, at.shape[1]), padding_rows)
-            for at in measured.gradients
+            with_padding(self._share(counted, gradient.shape[1]), padding_rows)
+            for gradient in measured.gradients
         )
 
     def _share(self, predicted: Int[Tensor, " B"], tokens: int) -> Float[Tensor, "B T"]:

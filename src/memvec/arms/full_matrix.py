@@ -7,7 +7,7 @@ adaptive regularisation over a window of gradients is by Agarwal et al. (2019, a
 that the step keeps the length of Adam's is grafting (Agarwal et al. 2020, arXiv 2002.11803), so a
 recipe's rates mean what they mean for Adam.
 
-No matrix of KD x KD is made, and no eigenvalues are asked for: the inverse root is a sum of a few
+No matrix of KD x KD is made, and no eigenvalues are computed: the inverse root is a sum of a few
 inverses (Hale, Higham & Trefethen 2008, doi 10.1137/070700607), each by the Cholesky factor of a
 matrix as large as the window, all in one call that a GPU need not wait for.
 """
@@ -69,8 +69,8 @@ class FullMatrix(NAdam):
         """As Adam's; the gradient takes the place of the oldest one of its passage's window."""
         assert isinstance(state, Window)
         slots, row = torch.arange(len(moving), device=moving.device), state.count.long() % WINDOW
-        kept = state.gradients[slots, row]
-        state.gradients[slots, row] = torch.where(moving[:, None], gradient.flatten(1), kept)
+        oldest = state.gradients[slots, row]
+        state.gradients[slots, row] = torch.where(moving[:, None], gradient.flatten(1), oldest)
         super().step(parameters, gradient, state, moving, lr_scale)
 
     def change(self, mean: Tensor, scale: Tensor, state: OptimizerState) -> Tensor:
@@ -97,8 +97,8 @@ def turned_by(
     """
     B, W, _ = gradients.shape
     slots, newest = torch.arange(B, device=count.device), (count.long() - 1) % W
-    both = torch.stack([gradients[slots, newest], vector], dim=-1)
-    product, along = product_of(gradients, both).unbind(-1)
+    pair = torch.stack([gradients[slots, newest], vector], dim=-1)
+    product, along = product_of(gradients, pair).unbind(-1)
     products[slots, newest] = product
     products[slots, :, newest] = product
     age = (newest[:, None] - torch.arange(W, device=count.device)) % W

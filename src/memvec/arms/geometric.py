@@ -15,7 +15,7 @@ NO_FAILURE = 2**31  # no target has failed yet, tokens
 
 @dataclass
 class GeometricState(ScheduleState):
-    """Progress, and between which lengths the search stands."""
+    """Progress, and the lengths between which the search is."""
 
     target: Int[Tensor, " B"]  # leading tokens that count now
     failed: Int[Tensor, " B"]  # the smallest target that was given up

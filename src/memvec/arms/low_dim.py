@@ -10,7 +10,10 @@ from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
+
+MAX_DIMENSIONS = 512  # of small models, and more where an input has more: W moves as a whole
 
 
 def basis(recipe: Recipe, K: int, D: int) -> tuple[Float[Tensor, "K d"], Float[Tensor, "d D"]]:
@@ -30,6 +33,12 @@ class LowDim:
     """
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
+        limit = max(lm.numbers, MAX_DIMENSIONS)
+        if recipe.dimensions > limit:
+            raise MemvecError(
+                f"low-dim coordinates of {lm.name} have 1 to {limit} dimensions, not "
+                f"{recipe.dimensions}: use --set dimensions."
+            )
         self.z, self.W = basis(recipe, K, lm.numbers)
         self.sizes = [self.z.numel(), self.W.numel(), K * lm.numbers]
 

@@ -30,8 +30,8 @@ from memvec.model.memory import in_batches
 TOKENS = 4  # drawn tokens behind each drawn vector
 ROWS = 4  # gradients for each direction; with one, `principal` saves a sixth of the steps
 BATCH = 32
-LEAST = 1e-4  # added to every share, in units of their mean: none is scaled up without an end
-FOUND: WeakKeyDictionary[nn.Module, Spectrum] = WeakKeyDictionary()
+MIN_SHARE = 1e-4  # added to every share, in units of their mean: none is scaled up without an end
+SPECTRA: WeakKeyDictionary[nn.Module, Spectrum] = WeakKeyDictionary()
 
 
 class Spectrum(NamedTuple):
@@ -50,9 +50,9 @@ class Principal:
         self.to_parameters, self.to_vectors = self.maps(gradient_spectrum(lm))
 
     @staticmethod
-    def maps(found: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
+    def maps(spectrum: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
         """What vectors, and what parameters, are multiplied by from the right: Q and Qᵀ."""
-        return found.directions, found.directions.T
+        return spectrum.directions, spectrum.directions.T
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
         """The coordinates of vectors."""
@@ -75,32 +75,32 @@ class Whitened(Principal):
     """
 
     @staticmethod
-    def maps(found: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
+    def maps(spectrum: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
         """W^(-1) and W, both symmetric."""
-        shares, directions = found
-        scale = (shares / shares.mean() + LEAST) ** -0.25
+        shares, directions = spectrum
+        scale = (shares / shares.mean() + MIN_SHARE) ** -0.25
         scale = scale / scale.square().mean().sqrt()
         return (directions / scale) @ directions.T, (directions * scale) @ directions.T
 
 
 def gradient_spectrum(lm: FrozenLM) -> Spectrum:
-    """What a model's gradients at its input are made of, found once for a model.
+    """What a model's gradients at its input are made of, computed once for a model.
 
     It is the model's own, whatever stands around vectors and however they are read: nothing that
     was crammed before changes it.
 
-    The eigenvalues, from the least on, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times
-    D gradients g of the default recipe's loss, each at one vector of large normal numbers and
+    The eigenvalues, rising, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times D
+    gradients g of the default recipe's loss, each at one vector of large normal numbers and
     `TOKENS` drawn tokens; float32, on the model's device. A gradient that is not finite is left
     out. Raises MemvecError if none is.
     """
-    if lm.model not in FOUND:
+    if lm.model not in SPECTRA:
         lm = copy.copy(lm.read_as("prefix"))
         lm.front = ()
         covariance = torch.zeros(lm.width, lm.width, dtype=torch.float64)
-        for at in range(0, ROWS * lm.width, lm.width):
-            each = in_batches(functools.partial(_gradients, lm, at), lm.width, BATCH)
-            unit = torch.nn.functional.normalize(torch.stack(each).double(), dim=-1)
+        for seed in range(0, ROWS * lm.width, lm.width):
+            gradients = in_batches(functools.partial(_gradients, lm, seed), lm.width, BATCH)
+            unit = torch.nn.functional.normalize(torch.stack(gradients).double(), dim=-1)
             unit = unit[unit.isfinite().all(-1)]
             covariance += (unit.T @ unit).cpu()
         if not covariance.any():
@@ -109,16 +109,16 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
                 "be found: use --dtype float32, or --set coordinates=direct."
             )
         shares, directions = (part.float().to(lm.device) for part in torch.linalg.eigh(covariance))
-        FOUND[lm.model] = Spectrum(shares.clamp_min(0), directions)
-    return FOUND[lm.model]
+        SPECTRA[lm.model] = Spectrum(shares.clamp_min(0), directions)
+    return SPECTRA[lm.model]
 
 
-def _gradients(lm: FrozenLM, at: int, rows: slice) -> list[Float[Tensor, " D"]]:
-    """Gradients at drawn vectors; each row draws from its own seed, `at` + row."""
+def _gradients(lm: FrozenLM, seed: int, rows: slice) -> list[Float[Tensor, " D"]]:
+    """Gradients at drawn vectors; each row draws from its own seed, `seed` + row."""
     recipe = Recipe().in_logits(lm.logit_spread)
     vectors, ids = [], []
     for row in range(rows.start, rows.stop):
-        generator = torch.Generator().manual_seed(at + row)
+        generator = torch.Generator().manual_seed(seed + row)
         vectors.append(recipe.lr_large * torch.randn(1, lm.width, generator=generator))
         ids.append(torch.randint(lm.vocab_size, (TOKENS,), generator=generator))
     drawn = torch.stack(vectors).to(lm.device).requires_grad_()

@@ -1,10 +1,10 @@
 """One m for all passages of a file: P passages in P + 1 vectors, crammed together.
 
 The paper shares m among texts and keeps an e for each (Mezentsev & Oseledets, section 4.3: about
-half of the tokens for half of the vectors). This is the one place where passages touch: m feels all
-of them, so each e depends on every other passage of the file, and none is finished before all are.
-That is by design, it is in the record (`layout` 'one-step-shared'), and it costs two habits: an
-interrupted run starts again, and adding a passage changes every vector.
+half of the tokens for half of the vectors). Only here do passages depend on each other: m is moved
+by all of them, so each e depends on every other passage of the file, and none is finished before
+all are. The record says so (`layout` 'one-step-shared'). It has two consequences: an interrupted
+run starts from the beginning, and adding a passage changes every vector.
 
 All passages move in every step, a group of `slots` at a time; the gradient at m is the sum over all
 of them. It ends when every margin of every passage is met in the same step, or by the recipe's
@@ -17,9 +17,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec import registry
@@ -50,6 +51,16 @@ def without_parts(recipe: Recipe) -> Recipe:
     narrowed alone: m belongs to all.
     """
     return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0)
+
+
+class GroupMeasurement(NamedTuple):
+    """What one pass over a group of n passages gave."""
+
+    leading: Int[Tensor, " n"]  # leading right tokens
+    counted: Int[Tensor, " n"]  # tokens that count in the loss
+    gradient_e: Float[Tensor, "n 1 D"]
+    gradient_m: Float[Tensor, "1 1 D"]
+    finite: bool  # the loss is
 
 
 class Shared:
@@ -122,40 +133,40 @@ class Shared:
             ]
         return outcomes
 
-    def _cram(self, jobs: list[Job], most: int) -> list[Finished]:
-        """Move all of them until they are right, for `most` steps."""
+    def _cram(self, jobs: list[Job], max_steps: int) -> list[Finished]:
+        """Move all passages until every margin is met, for at most `max_steps` steps."""
         recipe, device = self.recipe, self.lm.device
         began = time.perf_counter()
-        own, shared = (t.to(device) for t in self._start(jobs))
+        each_e, shared = (t.to(device) for t in self._start(jobs))
         lengths = [len(job.passage) for job in jobs]
         ids = padded_ids([job.passage for job in jobs], max(lengths))
         ids, length = ids.to(device), torch.tensor(lengths, device=device)
-        asked = torch.tensor([job.margin for job in jobs], device=device)
+        margins = torch.tensor([job.margin for job in jobs], device=device)
         order = sorted(range(len(jobs)), key=lambda i: -lengths[i])
         groups = [
             torch.tensor(order[at : at + self.batch_size], device=device)
             for at in range(0, len(order), self.batch_size)
         ]
         optimizer = self.optimizer
-        moments = [optimizer.fresh(own), optimizer.fresh(shared)]
+        moments = [optimizer.fresh(each_e), optimizer.fresh(shared)]
         best = torch.zeros_like(length)
         spent = torch.tensor([job.spent for job in jobs], device=device)
-        kept, best_total, stale, steps = (own.clone(), shared.clone()), -1, 0, 0
+        best_vectors, best_total, stale, steps = (each_e.clone(), shared.clone()), -1, 0, 0
         status: Status = "budget"
         while True:
-            slopes = [torch.zeros_like(own), torch.zeros_like(shared)]
+            slopes = [torch.zeros_like(each_e), torch.zeros_like(shared)]
             leading, counted = torch.zeros_like(length), torch.zeros_like(length)
             finite = True
             for group in groups:
-                measured = self._measure(group, own, shared, ids, length, asked, best)
-                leading[group], counted[group], slope, slope_shared, sound = measured
-                slopes[0][group] = slope
-                slopes[1] += slope_shared
-                finite = finite and sound
+                measured = self._measure(group, each_e, shared, ids, length, margins, best)
+                leading[group], counted[group] = measured.leading, measured.counted
+                slopes[0][group] = measured.gradient_e
+                slopes[1] += measured.gradient_m
+                finite = finite and measured.finite
             best = torch.maximum(best, leading)
             total = int(leading.sum())
             if total > best_total:
-                kept, best_total, stale = (own.clone(), shared.clone()), total, 0
+                best_vectors, best_total, stale = (each_e.clone(), shared.clone()), total, 0
             else:
                 stale += 1
             self._report(leading, len(jobs))
@@ -166,21 +177,21 @@ class Shared:
                 status = "done"
                 break
             over = bool(recipe.budget) and int(spent.max()) >= recipe.budget
-            if steps >= most or stale >= recipe.patience or over:
+            if steps >= max_steps or stale >= recipe.patience or over:
                 break
-            for parameters, slope, state in zip((own, shared), slopes, moments, strict=True):
+            for parameters, slope, state in zip((each_e, shared), slopes, moments, strict=True):
                 moving = torch.ones(len(parameters), dtype=torch.bool, device=device)
                 optimizer.step(parameters, slope, state, moving)
             steps += 1
             spent += counted
             self.steps += 1
             self.tokens += int(counted.sum())
-        vectors = torch.cat([kept[0], kept[1].expand(len(jobs), -1, -1)], dim=1)
+        vectors = torch.cat([best_vectors[0], best_vectors[1].expand(len(jobs), -1, -1)], dim=1)
         vectors = as_stored(vectors, self.storage).cpu()
         seconds = (time.perf_counter() - began) / len(jobs)
         after = [
-            replace(j, steps=j.steps + steps, spent=own, seconds=j.seconds + seconds)
-            for j, own in zip(jobs, spent.tolist(), strict=True)
+            replace(j, steps=j.steps + steps, spent=cost, seconds=j.seconds + seconds)
+            for j, cost in zip(jobs, spent.tolist(), strict=True)
         ]
         return [j.finished(v.clone(), status) for j, v in zip(after, vectors, strict=True)]
 
@@ -189,9 +200,9 @@ class Shared:
         new = [job for job in jobs if job.vectors is None]
         starts = iter(start_vectors(self.lm, [job.passage.ids for job in new], 2, self.recipe))
         rows = [next(starts) if job.vectors is None else job.vectors for job in jobs]
-        known = [job.vectors for job in jobs if job.vectors is not None]
-        if known:
-            shared = known[0]
+        crammed = [job.vectors for job in jobs if job.vectors is not None]
+        if crammed:
+            shared = crammed[0]
         else:
             every = [token for job in jobs for token in job.passage.ids]
             shared = start_vectors(self.lm, [every], 2, self.recipe)[0]
@@ -200,36 +211,35 @@ class Shared:
     def _measure(
         self,
         group: Tensor,
-        own: Float[Tensor, "P 1 D"],
+        each_e: Float[Tensor, "P 1 D"],
         shared: Float[Tensor, "1 1 D"],
         ids: Tensor,
         length: Tensor,
-        asked: Tensor,
+        margins: Tensor,
         best: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-        """Leading right tokens and counted tokens of a group's passages, the gradients at their e
-        and at m, and whether the loss is finite."""
-        length, asked, best = length[group], asked[group], best[group]
+    ) -> GroupMeasurement:
+        """One forward and backward pass of a group of passages."""
+        length, margins, best = length[group], margins[group], best[group]
         need = int(self._counted(best, length).max())
         width = min(int(length.max()), -(-need // COLUMNS) * COLUMNS)
-        e = own[group].requires_grad_()
+        e = each_e[group].requires_grad_()
         m = shared.clone().requires_grad_()
         truth = ids[group, :width]
         with torch.enable_grad():
-            both = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
-            states = self.lm.states(as_stored(both, self.storage), truth)
+            vectors = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
+            states = self.lm.states(as_stored(vectors, self.storage), truth)
         scores = score(self.lm.head, states, truth, self.recipe, V=self.lm.vocab_size)
         column = torch.arange(width, device=length.device)
         within = column < length[:, None]
-        right = (scores.margin >= asked[:, None]) & (scores.margin > 0)
+        right = (scores.margin >= margins[:, None]) & (scores.margin > 0)
         leading = torch.minimum(horizon(right | ~within), length)
         leading = leading.clamp_max(width)
         counted = self._counted(torch.maximum(best, leading), length).clamp_max(width)
-        weight = self.objective.weights(column < counted[:, None], scores.margin, asked)
+        weight = self.objective.weights(column < counted[:, None], scores.margin, margins)
         sound = bool(torch.isfinite((scores.loss * weight).sum()))
         slope = scores.gradient.mul_(weight[..., None])
-        at_e, at_m = torch.autograd.grad(states, (e, m), slope)
-        return leading, counted, at_e, at_m, sound
+        gradient_e, gradient_m = torch.autograd.grad(states, (e, m), slope)
+        return GroupMeasurement(leading, counted, gradient_e, gradient_m, sound)
 
     def _counted(self, best: Tensor, length: Tensor) -> Tensor:
         """Tokens that count behind horizons that were reached; the look-ahead stays as it began."""

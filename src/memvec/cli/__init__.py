@@ -7,6 +7,7 @@ file of this package; `options` has the options that they share, `common` what t
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from typing import Annotated, Any
@@ -36,12 +37,30 @@ from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
 class _Verbs(typer.core.TyperGroup):
     """The verbs. Ctrl-C prints one line, unless a verb that keeps its work has printed one."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not isinstance(command, typer.core.TyperGroup):
+            _refuse_repeated(command, typer.Context(command, parent=ctx), rest)
+        return name, command, rest
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             typer.echo("memvec: interrupted.", err=True)
             raise typer.Exit(130) from None
+
+
+def _refuse_repeated(command: Any, ctx: Any, args: list[str]) -> None:
+    """Raise MemvecError for an option of one value that is given twice: one would be lost."""
+    try:
+        _, _, order = command.make_parser(ctx).parse_args(list(args))
+    except Exception:  # whatever is wrong, the command itself says it
+        return
+    for option in order:
+        one = option.param_type_name == "option" and not (option.multiple or option.is_flag)
+        if one and order.count(option) > 1:
+            raise MemvecError(f"{max(option.opts, key=len)} is given twice: give it once.")
 
 
 app = typer.Typer(
@@ -62,10 +81,10 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
-app.add_typer(study.app, name="study")
-app.add_typer(encoder.app, name="encoder")
-app.add_typer(trigger.app, name="trigger")
-app.add_typer(sentences.lab, name="lab")
+app.add_typer(study.app, name="study", cls=_Verbs)
+app.add_typer(encoder.app, name="encoder", cls=_Verbs)
+app.add_typer(trigger.app, name="trigger", cls=_Verbs)
+app.add_typer(sentences.lab, name="lab", cls=_Verbs)
 
 
 @app.callback(invoke_without_command=True)
@@ -80,6 +99,8 @@ def _version(
 def main() -> None:
     """Entry point: errors become one sentence and an exit code; Ctrl-C becomes 130."""
     warnings.showwarning = _one_line
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a sign shows its code
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except MemvecError as error:

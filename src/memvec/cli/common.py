@@ -23,14 +23,14 @@ LOADING_OPTIONS = ("device_map=auto", "quantize=8bit", "quantize=4bit", "checkpo
 
 
 @contextlib.contextmanager
-def telling_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
-    """On Ctrl-C, print what is kept, a sentence, and leave with exit code 130."""
+def reporting_interrupt(state: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C, print the sentence that `state` gives (what is saved), and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:
         from memvec.cli import display
 
-        display.say(f"Interrupted. {kept()}")
+        display.say(f"Interrupted. {state()}")
         raise typer.Exit(130) from None
 
 
@@ -213,6 +213,8 @@ def check_target(target: Path, force: bool) -> None:
         raise MemvecError(  # the safetensors library could not read it again
             f"{os.fsencode(target)!r} is no name in UTF-8: name the file to write with -o."
         )
+    if str(target) == "-":
+        raise MemvecError("vectors cannot be written to standard output: name a file with -o.")
     if target.is_dir():
         raise MemvecError(f"{target} is a directory: name a file in it with -o.")
     if target.exists() and not target.is_file():

@@ -190,7 +190,7 @@ class _Request:
         """Raise MemvecError for the file of an encoder that these vectors do not begin from."""
         from memvec.cramming.starts import encoder_of
 
-        file, own = self.choice.encoder, encoder_of(lm, self.recipe)
+        file, encoder = self.choice.encoder, encoder_of(lm, self.recipe)
         if file is None:
             return
         if self.recipe.start not in ("auto", "encoder"):
@@ -198,7 +198,7 @@ class _Request:
                 f"{file} is where vectors would begin, and so is --start {self.recipe.start}: "
                 "leave out one of them."
             )
-        if own is not None and own.file == file.expanduser():
+        if encoder is not None and encoder.file == file.expanduser():
             return
         if self.recipe.term == "use":
             raise MemvecError(
@@ -227,8 +227,8 @@ def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
     if not usable and fields["term_weight"] is None:
         if fields["trigger"] or fields["queries"]:
             raise MemvecError("--trigger and --queries are for usable vectors: give --usable, too.")
-        own = preset == "default" and fields["space"] in BUILT_IN["preset"]
-        return fields["space"] if own else preset
+        has_preset = preset == "default" and fields["space"] in BUILT_IN["preset"]
+        return fields["space"] if has_preset else preset
     if preset not in ("default", *FOR_USE):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
     check_minimum(0, use_weight=fields["term_weight"])
@@ -276,11 +276,11 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
         finished = len(journal)
         journal.close(delete=finished == 0)
         if isinstance(error, KeyboardInterrupt):
-            kept = (
+            sentence = (
                 f"{counted(finished, 'finished passage')} kept in {journal.path}; the same command "
                 "goes on from there."
             )
-            display.say(f"Interrupted. {kept if finished else 'No passage was finished.'}")
+            display.say(f"Interrupted. {sentence if finished else 'No passage was finished.'}")
             raise typer.Exit(130) from None
         raise
     journal.close(delete=True)

@@ -99,13 +99,13 @@ def train(
     """
     from memvec.encoders.files import ADAPTED_FILE_NAME, FILE_NAME, USABLE_FILE_NAME
 
-    given: dict[str, Any] = {"steps": steps, "slots": slots, "positions": positions, "lr": lr}
-    given |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size, "seed": seed}
-    given |= {"segments": segments, "lags": lags, "segment_tokens": segment_tokens, "rank": rank}
-    given |= {"shortest": shortest, "longest": longest, "query_tokens": query_tokens}
-    given |= {"begin": begin, "weight": use_weight}
+    changes: dict[str, Any] = {"steps": steps, "slots": slots, "positions": positions, "lr": lr}
+    changes |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size, "seed": seed}
+    changes |= {"segments": segments, "lags": lags, "segment_tokens": segment_tokens, "rank": rank}
+    changes |= {"shortest": shortest, "longest": longest, "query_tokens": query_tokens}
+    changes |= {"begin": begin, "weight": use_weight}
     kind = plan.kind_of(recurrent=recurrent, usable=usable, adapted=adapted)
-    choices = plan.plan_of(kind, given)
+    choices = plan.plan_of(kind, changes)
     check_seed(seed)
     names = {"usable": USABLE_FILE_NAME, "adapted": ADAPTED_FILE_NAME}
     target = target_of(model, names.get(kind, FILE_NAME), out, force)
@@ -240,9 +240,9 @@ def measure(
     from memvec.encoders.recurrent import recurrent_of
     from memvec.encoders.recurrent_measure import check_chain, compare_segments
 
-    own = recurrent_of(lm)
-    tokens = segments * own.segment
-    check_chain(lm, own, tokens, segments, lags or own.lags)
+    recurrent = recurrent_of(lm)
+    tokens = segments * recurrent.segment
+    check_chain(lm, recurrent, tokens, segments, lags or recurrent.lags)
     stream = token_stream(lm, text, column, where)
     ids = drawn(stream, text, tokens, passages, seed)
     controls = Recipe.of(steps=steps) if steps else None
@@ -266,12 +266,14 @@ def _with_encoder(lm: FrozenLM, file: Path | None) -> FrozenLM:
     return lm
 
 
-def _show(found: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]) -> None:
+def _show(
+    measured: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]
+) -> None:
     """Print what was measured, as JSON or as tables."""
     from memvec.cli.display import to_json
 
     if json:
-        typer.echo(to_json(found.record()))
+        typer.echo(to_json(measured.record()))
     else:
         printed()
 

@@ -93,12 +93,12 @@ Begin = Annotated[
 NAMES = {"weight": "--use-weight"}  # of options that are not called as the plan's fields are
 
 
-def kind_of(**asked: bool) -> str:
-    """The kind of encoder to train, of those that were asked for.
+def kind_of(**flags: bool) -> str:
+    """The kind of encoder to train, by the options that are set.
 
     Raises MemvecError for more than one.
     """
-    kinds = [kind for kind, given in asked.items() if given]
+    kinds = [kind for kind, is_set in flags.items() if is_set]
     if len(kinds) > 1:
         raise MemvecError(
             f"--{kinds[0]} and --{kinds[1]} are two kinds of encoders: give one of them."

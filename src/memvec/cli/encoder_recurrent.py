@@ -15,39 +15,39 @@ CHAIN_COLUMNS = (
 )
 
 
-def print_segments(name: str, found: SegmentComparison) -> None:
+def print_segments(name: str, comparison: SegmentComparison) -> None:
     """Two tables: the longest chain by lag, and what is left of each chain."""
     from rich.table import Table
 
     from memvec.cli.display import out
 
-    n, T, K = found.documents, found.segment, found.vectors
-    longest = found.chains[-1].segments
-    alone = _exact(found.alone, T)
+    n, T, K = comparison.documents, comparison.segment, comparison.vectors
+    longest = comparison.chains[-1].segments
+    alone = _exact(comparison.alone, T)
     title = f"After {longest} segments of {T} tokens in {K} vectors, {name}, n {n}"
     table = Table(title=title, title_justify="left")
     for column in LAG_COLUMNS:
         table.add_column(column, justify="right")
-    for at in (at for at in found.lags if at.segments == longest):
+    for row in (row for row in comparison.lags if row.segments == longest):
         table.add_row(
-            str(at.lag),
-            _exact(at.leading, T),
-            _mean(at.leading),
-            f"{sum(at.right) / (n * T):.0%}",
+            str(row.lag),
+            _exact(row.leading, T),
+            _mean(row.leading),
+            f"{sum(row.right) / (n * T):.0%}",
             alone,
         )
     out.print(table)
     table = Table(title=f"What {K} vectors hold, n {n}", title_justify="left")
     for column in CHAIN_COLUMNS:
         table.add_column(column, justify="right")
-    own = _mean([(t if t == T else 0) / K for t in found.alone])
-    for chain in found.chains:
+    tokens_alone = _mean([(t if t == T else 0) / K for t in comparison.alone])
+    for chain in comparison.chains:
         table.add_row(
             str(chain.segments),
             _mean([t / K for t in chain.exact_tokens]),
             _mean([t / K for t in chain.whole]),
             _exact(chain.whole, chain.segments * T),
-            own,
+            tokens_alone,
             str(K * chain.segments),
         )
     out.print(table)
@@ -71,5 +71,6 @@ def _mean(values: Sequence[float | int]) -> str:
 
     if not values:
         return "–"
-    found = mean_interval(list(values))
-    return f"{found.mean:.1f}" + (f" ± {found.high - found.mean:.1f}" if found.n > 1 else "")
+    interval = mean_interval(list(values))
+    half = f" ± {interval.high - interval.mean:.1f}" if interval.n > 1 else ""
+    return f"{interval.mean:.1f}{half}"

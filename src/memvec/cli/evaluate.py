@@ -2,18 +2,21 @@ r"""`memvec eval`: tasks of lm-evaluation-harness with something else in the con
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import ModelChoice, recipe_of
+from memvec.cli.common import ModelChoice, recipe_of, reporting_interrupt
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
+    from memvec.cram_job import CramStatus
     from memvec.usable.receipts import Figure
 
 EXAMPLES = options.examples(
@@ -69,9 +72,9 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Evaluate vectors as context: scores with the context, without it, and with its vectors."""
+    options_given = dict(locals())
     if rescore is not None:
-        if tasks:
-            raise MemvecError("--rescore reads receipts only: leave out the tasks.")
+        _refuse_beside_rescore(options_given)
         _rescored(rescore, json)
         return
     from memvec.usable.columns import column_named
@@ -97,8 +100,37 @@ def evaluate(
     )
     what.check()
     lm = ModelChoice.of(model, revision, device, dtype, load).load()
-    figures = run(lm, what, lambda column: typer.echo(f"Column {column} ...", err=True))
+    kept = "Nothing was kept: --cache keeps crammed contexts."
+    if cache is not None:
+        kept = f"Crammed contexts are kept in {cache}: the same command takes them from there."
+    with reporting_interrupt(lambda: kept), _progress(lm.name) as show:
+        figures = run(lm, what, lambda column: typer.echo(f"Column {column} ...", err=True), show)
     _show(figures, json)
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[CramStatus], None]]:
+    """The progress of cramming, from the moment that it begins: other columns have none."""
+    from memvec.cli import display
+
+    with contextlib.ExitStack() as stack:
+        bars: list[Callable[[CramStatus], None]] = []
+
+        def show(status: CramStatus) -> None:
+            if not bars:
+                bars.append(stack.enter_context(display.progress(f"contexts with {name}")))
+            bars[0](status)
+
+        yield show
+
+
+def _refuse_beside_rescore(options: dict[str, Any]) -> None:
+    """Raise MemvecError for anything but --json beside --rescore: it would do nothing."""
+    defaults = inspect.signature(evaluate).parameters
+    for name, value in options.items():
+        if name not in ("rescore", "json") and value != defaults[name].default:
+            what = "the tasks" if name == "tasks" else "--" + name.strip("_").replace("_", "-")
+            raise MemvecError(f"--rescore reads receipts only: leave out {what}.")
 
 
 def _rescored(folder: Path, json: bool) -> None:
@@ -129,10 +161,10 @@ def _lines(figures: Sequence[Figure]) -> list[str]:
 
 
 def _row(f: Figure) -> tuple[str, ...]:
-    kept = ""
+    share = ""
     if f.kept is not None and f.kept_interval is not None:
         low, high = f.kept_interval
-        kept = f"{f.kept:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+        share = f"{f.kept:.2f}" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
     return (
         f.task,
         f.score,
@@ -140,7 +172,7 @@ def _row(f: Figure) -> tuple[str, ...]:
         f"{f.value:.3f}",
         "" if math.isnan(f.low) else f"[{f.low:.3f}, {f.high:.3f}]",
         str(f.documents),
-        kept,
+        share,
         f"{f.slots:.1f} of {f.context_tokens:.1f}",
         f"{f.exact} of {f.documents}" if f.column == "crammed" else "",
     )

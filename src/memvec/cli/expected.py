@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 def sentence(expected: Expected) -> str:
     """The slots, their memory, and what ten steps for every passage take."""
     slots = f"{expected.slots} slot{'s' * (expected.slots > 1)}"
-    said = f"{slots} of up to {expected.tokens} tokens: {memory(expected.memory)}."
+    needs = f"{slots} of up to {expected.tokens} tokens: {memory(expected.memory)}."
     if not expected.step:
-        return said
+        return needs
     ten = 10 * expected.step * expected.fills
     return (
-        f"{said} A step takes about {duration(expected.step)}: every 10 steps that passages need "
+        f"{needs} A step takes about {duration(expected.step)}: every 10 steps that passages need "
         f"on average, {duration(ten)} in all."
     )
 
@@ -27,8 +27,8 @@ def memory(estimate: Estimate) -> str:
     """Its parts in GiB, or MiB where that is little."""
     unit, name = (2**30, "GiB") if estimate.total >= 2**30 else (2**20, "MiB")
     digits = 1 if name == "GiB" else 0
-    rest = estimate.total - estimate.weights - estimate.activations
-    parts = (estimate.total, estimate.weights, estimate.activations, rest)
+    others = estimate.total - estimate.weights - estimate.activations
+    parts = (estimate.total, estimate.weights, estimate.activations, others)
     total, weights, activations, more = (f"{part / unit:.{digits}f}" for part in parts)
     return (
         f"about {total} {name} at the peak: weights {weights}, activations {activations}, "

@@ -14,6 +14,7 @@ from memvec.registry import BUILT_IN
 EXAMPLES = options.examples(
     "memvec export letter.mem --to transformers",
     "memvec export letter.mem --to vllm --dtype bfloat16 -o letter.vllm",
+    "memvec export usable.mem --to vllm --context",
 )
 
 To = Annotated[
@@ -21,6 +22,10 @@ To = Annotated[
 ]
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder; default: FILE's name + .TO.")
+]
+Context = Annotated[
+    bool,
+    typer.Option("--context", help="Usable vectors as one item, to stand in front of any prompt."),
 ]
 TargetDtype = Annotated[
     str | None, typer.Option(help="Dtype the target runs the model in; default: as crammed.")
@@ -31,6 +36,7 @@ def export(
     file: options.VectorFile,
     to: To,
     output: Output = None,
+    context: Context = False,
     model: options.ModelOfFile = None,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -46,13 +52,20 @@ def export(
 
     target = exporting.target(to)
     stem = Path(file).name.removesuffix(".safetensors").removesuffix(".mem")
-    folder = output or Path(file).with_name(f"{stem}.{to}")
+    folder = output or Path(file).with_name(f"{stem}.{to}{'-context' if context else ''}")
     check_place(folder, force)
     choice = ModelChoice.of(model, revision, device, dtype or target.dtype, load)
     mem, lm = open_file(file, choice)
-    manifest = exporting.export(mem, lm, target, folder, force=force)
+    write = exporting.export_context if context else exporting.export
+    manifest = write(mem, lm, target, folder, force=force)
     if json:
         typer.echo(display.to_json({"folder": str(folder), **manifest}))
+    elif context:
+        kept = manifest["use"]["held_out"]["contexts"]["vectors"]["kept"]
+        display.say(
+            f"{folder}: {manifest['inputs']} inputs to put in front of a prompt, for "
+            f"{target.description}; the passages keep {kept:.2f} of what their text gains."
+        )
     else:
         display.say(
             f"{folder}: {len(manifest['passages'])} passages for {target.description}, exact in "

@@ -8,7 +8,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, check_seed, recipe_of, renamed_seats
-from memvec.errors import check_minimum
+from memvec.errors import MemvecError, check_minimum
 
 EXAMPLES = options.examples("memvec plan book.txt", "memvec plan book.txt --vectors 4 --json")
 
@@ -38,6 +38,8 @@ def plan(
 ) -> None:
     """Estimate the vectors, bytes and minutes that a text will take, from a sample of it."""
     recipe = recipe_of(preset, set_)
+    if preset == "one-step":
+        raise MemvecError("plan is for vectors that decode token by token, not for one step.")
     batch_size = renamed_seats(batch_size, seats)
     check_minimum(1, vectors=vectors, tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
     check_seed(seed)

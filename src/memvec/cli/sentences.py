@@ -167,9 +167,12 @@ def _train(
     out: Path,
     text: str,
     table: tuple[str, list[str] | None],
-    asked: tuple[str, str, str, Path | None],
+    model_choice: tuple[str, str, str, Path | None],
 ) -> None:
-    """Read, train, save. `table`: column and --where; `asked`: model, device, dtype, encoder."""
+    """Read, train, save.
+
+    `table`: column and --where; `model_choice`: model, device, dtype, encoder.
+    """
     from memvec.cli.display import say
     from memvec.lab.sentences.cutting import cut_sentences, need_two, share_cut
     from memvec.lab.sentences.files import save_latent_model
@@ -177,17 +180,17 @@ def _train(
     from memvec.lab.sources.text_readers import read_texts
     from memvec.loading import load_lm
 
-    model, device, dtype, encoder = asked
+    model, device, dtype, encoder = model_choice
     lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
     texts = read_texts(text, None, table[0], pairs_of(table[1]))
     share = of_each(plan.sentences, len(texts))
-    documents = [cut_sentences(lm, one, plan.max_tokens, share) for _, one in texts]
+    documents = [cut_sentences(lm, content, plan.max_tokens, share) for _, content in texts]
     if len(documents) == 1:
         need_two(documents[0], texts[0][0])
-    found = [s for document in documents for s in document]
+    sentences = [s for document in documents for s in document]
     say(
-        f"{len(found)} sentences of {len(texts)} text(s), {share_cut(found):.0%} of them parts of "
-        f"sentences longer than {plan.max_tokens} tokens."
+        f"{len(sentences)} sentences of {len(texts)} text(s), {share_cut(sentences):.0%} of them "
+        f"parts of sentences longer than {plan.max_tokens} tokens."
     )
     training = LatentTraining(lm, documents, plan, _encoding_lines())
     partial = out.with_name(out.name + ".partial")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memvec.cli import options
-from memvec.cli.common import telling_what_is_kept
+from memvec.cli.common import reporting_interrupt
 from memvec.cli.study_tables import (
     FORMATS,
     print_check,
@@ -139,8 +139,8 @@ def resume(
         text, base = store.meta("spec"), store.meta("base")
     if not text:
         raise MemvecError(f"{folder} has no spec in it: use study run.")
-    kept = jsonlib.loads(text)
-    checked = parse_spec(kept["toml"], str(folder), kept["model"])
+    stored = jsonlib.loads(text)
+    checked = parse_spec(stored["toml"], str(folder), stored["model"])
     make_pool = _pool_maker(device or checked.device, workers, on)
     _run(checked, folder, Path(base or "."), text, make_pool, json)
 
@@ -158,8 +158,8 @@ def _run(
     from memvec.cli.study_progress import study_progress
     from memvec.lab.study.run import run_study
 
-    kept = f"What is finished is in {folder}; the same command goes on from there."
-    with telling_what_is_kept(lambda: kept), study_progress(spec.name) as show:
+    sentence = f"What is finished is in {folder}; the same command goes on from there."
+    with reporting_interrupt(lambda: sentence), study_progress(spec.name) as show:
         status: StudyStatus = run_study(
             spec, folder, make_pool, base=base, text=text, on_status=show
         )

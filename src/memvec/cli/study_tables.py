@@ -102,11 +102,11 @@ def print_report_table(table: ReportTable, form: str) -> None:
         caption=escape(table.note),
         caption_justify="left",
     )
-    kept = [i for i in range(len(table.columns)) if i not in same]
-    for i in kept:
+    columns = [i for i in range(len(table.columns)) if i not in same]
+    for i in columns:
         shown.add_column(escape(table.columns[i]), overflow="fold")
     for row in rows:
-        shown.add_row(*(escape(row[i]) for i in kept))
+        shown.add_row(*(escape(row[i]) for i in columns))
     console.print(shown)
 
 

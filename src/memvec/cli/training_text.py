@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memvec.cli.common import check_seed, check_target, telling_what_is_kept
+from memvec.cli.common import check_seed, check_target, reporting_interrupt
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def checkpointed(partial: Path) -> Iterator[None]:
     """
     from memvec.cli.display import say
 
-    with telling_what_is_kept(lambda: kept_in(partial)), alone_at(partial):
+    with reporting_interrupt(lambda: kept_in(partial)), alone_at(partial):
         if partial.exists():
             say(f"Going on from the checkpoint in {partial}.")
         yield
@@ -113,9 +113,9 @@ def token_stream(
     if where and text != "-" and not any(f.suffix in TABLES for f in files_of(Path(text))):
         raise MemvecError(f"--where is of tables, and {text} has none: leave it out.")
     ids: list[int] = []
-    for _, one in read_texts(text, None, column, pairs_of(where)):
-        for start in range(0, len(one), PIECE):
-            ids += lm.tokenize(one[start : start + PIECE])
+    for _, content in read_texts(text, None, column, pairs_of(where)):
+        for start in range(0, len(content), PIECE):
+            ids += lm.tokenize(content[start : start + PIECE])
     return torch.tensor(ids)
 
 
@@ -139,7 +139,7 @@ def drawn(
     """
     import torch
 
-    if (left := len(stream) - count * tokens) < 0:
+    if (spare := len(stream) - count * tokens) < 0:
         raise MemvecError(
             f"{text} has {len(stream)} tokens, too few for {count} passages of {tokens}."
         )
@@ -148,6 +148,6 @@ def drawn(
     starts = torch.randint(len(stream) - tokens + 1, (count,), generator=draw)
     if bool((starts.sort().values.diff() < tokens).any()):
         # Where they begin if each had no length; then each moves those behind it by its own.
-        gaps = torch.randint(left + 1, (count,), generator=draw).sort().values
+        gaps = torch.randint(spare + 1, (count,), generator=draw).sort().values
         starts = (gaps + tokens * torch.arange(count))[torch.randperm(count, generator=draw)]
     return stream[starts[:, None] + torch.arange(tokens)]

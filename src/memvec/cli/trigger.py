@@ -144,8 +144,8 @@ def _recipe(assignments: list[str] | None) -> Recipe:
     """The preset with --set. Raises MemvecError for fields that the training sets itself."""
     from memvec.cli.common import assigned, recipe_of
 
-    if own := sorted(assigned(assignments).keys() & OWN_FIELDS):
+    if fixed := sorted(assigned(assignments).keys() & OWN_FIELDS):
         raise MemvecError(
-            f"trigger train sets the recipe's {own[0]} itself: leave out --set {own[0]}."
+            f"trigger train sets the recipe's {fixed[0]} itself: leave out --set {fixed[0]}."
         )
     return recipe_of("usable", assignments)

@@ -74,7 +74,7 @@ def use(
     check_seed(seed)
     settings = _settings(max_new_tokens, sample or seed is not None, temperature, top_p)
     choice = ModelChoice.of(model, revision, device, dtype, load)
-    asked = _text(prompt)
+    prompt_text = _text(prompt)
     first, lm = open_file(files[0], choice)
     mems = [first, *(MemVectors.load(file) for file in files[1:])]
     for file, mem in zip(files, mems, strict=True):
@@ -82,9 +82,9 @@ def use(
     if passage and len(mems) > 1:
         raise MemvecError("--passage picks from one file: name a single FILE with it.")
     if json or compare:
-        _show_all(lm, mems, asked, passage, seed, settings, json)
+        _show_all(lm, mems, prompt_text, passage, seed, settings, json)
     else:
-        _stream(lm, mems, asked, passage, seed, settings)
+        _stream(lm, mems, prompt_text, passage, seed, settings)
 
 
 def _settings(
@@ -92,8 +92,8 @@ def _settings(
 ) -> dict[str, Any]:
     """Settings of the model's `generate`. Raises MemvecError for values out of range."""
     check_minimum(1, max_new_tokens=new_tokens)
-    if temperature is not None and not temperature > 0:
-        raise MemvecError(f"--temperature must be more than 0, not {temperature}.")
+    if temperature is not None and not 1e-3 <= temperature <= 1e3:
+        raise MemvecError(f"--temperature must be from 0.001 to 1000, not {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise MemvecError(f"--top-p must be in (0, 1], not {top_p}.")
     given = {"temperature": temperature, "top_p": top_p}

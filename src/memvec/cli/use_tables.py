@@ -43,12 +43,12 @@ def show_use(use: Mapping[str, Any]) -> None:
     """Print a certificate of use: how well each context stands for the text, on held-out words."""
     K, scale = use["vectors"], float(use.get("context_scale", 1.0))
     where = "As context" if scale == 1 else f"As context, the vectors times {scale:g}"
-    for key, what in MEASURED.items():
+    for key, words in MEASURED.items():
         measured = use.get(key)
         if not measured:
             continue
         table = Table(
-            title=f"{where}: {what} (n {measured['passages']}, {measured['queries']} x "
+            title=f"{where}: {words} (n {measured['passages']}, {measured['queries']} x "
             f"{measured['tokens']} tokens, {K} vectors for each passage)",
             title_justify="left",
         )

@@ -75,8 +75,8 @@ def verify(
         version, decoded = _in_engine(engine, engine_python, engine_model, lm, mem)
         certificate, exact = certificate_of(lm, mem, decoded)
         # What else a certificate says is of the decoder here, which did not run.
-        kept = ("exact", "passages", "exact_passages", "decoded_in", "date")
-        certificate = {"decoded_by": version, **{name: certificate[name] for name in kept}}
+        names = ("exact", "passages", "exact_passages", "decoded_in", "date")
+        certificate = {"decoded_by": version, **{name: certificate[name] for name in names}}
     if certificate["exact"]:
         mem.restored(lm, decoded)  # the bytes too, not only the tokens
     measured = _use_of(lm, mem, decoded) if use and certificate["exact"] else None
@@ -95,7 +95,7 @@ def _use_of(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str
     """The certificate of use. Raises MemvecError for vectors without a trigger."""
     from memvec.usable.certificate import certify_use
 
-    return certify_use(lm, mem, decoded).record()
+    return certify_use(lm, mem, decoded).model_dump()
 
 
 def _refuse_alone(python: Path | None, model: Path | None) -> None:

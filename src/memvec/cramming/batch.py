@@ -22,17 +22,16 @@ from memvec.cramming.schedules import ScheduleState
 from memvec.passages.passage import Passage
 from memvec.results import Status
 
-SMALLEST_RAISE = (
-    0.05  # of the logits' spread: the margin after a failed certification from margin 0
-)
+# Of the logits' spread: the margin after a failed certification from margin 0.
+SMALLEST_RAISE = 0.05
 
 
 @dataclass
 class Job:
-    """A passage on its way: waiting, in a slot, or returned. Carries what it has spent so far."""
+    """A passage that waits, is in a slot, or has left it, with what it has cost so far."""
 
     passage: Passage
-    margin: float  # margin asked, logits
+    margin: float  # that certification requires, logits
     vectors: Float[Tensor, "K D"] | None = None  # None: begin from the recipe's start
     steps: int = 0
     spent: int = 0  # forward-backward tokens
@@ -41,21 +40,21 @@ class Job:
 
     @classmethod
     def again(cls, outcome: Outcome, *, raised: float | None = None) -> Job:
-        """A passage that goes on from where it was.
+        """A job that continues from an outcome's vectors.
 
-        `raised` is the model's logit spread if the margin is to rise: to twice what it was, and to
-        SMALLEST_RAISE spreads at least.
+        `raised` is the model's logit spread if the margin is to rise: to twice the old margin, and
+        to at least SMALLEST_RAISE spreads. None: the margin stays.
         """
         margin = outcome.margin_asked
         if raised is not None:
             margin = max(2 * margin, SMALLEST_RAISE * raised)
-        spent = (outcome.steps, outcome.spent, outcome.least_mem_bits, outcome.seconds)
-        return cls(outcome.passage, margin, outcome.vectors.float(), *spent)
+        costs = (outcome.steps, outcome.spent, outcome.least_mem_bits, outcome.seconds)
+        return cls(outcome.passage, margin, outcome.vectors.float(), *costs)
 
     def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
-        """This job, ended with these vectors, as they will be stored."""
-        rest = (self.margin, self.steps, self.spent, self.seconds)
-        return Finished(self.passage, vectors, status, *rest, least_mem_bits=self.least_mem_bits)
+        """The end of this job, with the vectors (K, D) as they will be stored."""
+        costs, bits = (self.steps, self.spent, self.seconds), self.least_mem_bits
+        return Finished(self.passage, vectors, status, self.margin, *costs, least_mem_bits=bits)
 
 
 class Waiting:
@@ -83,7 +82,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Progress:
-    """How the running batch stands, for whoever shows it."""
+    """The state of the running batch, for a progress display."""
 
     in_slots: int
     waiting: int
@@ -99,9 +98,9 @@ class BatchState(Rows):
 
     ids: Int[Tensor, "B T"]  # token ids, right-padded with 0
     length: Int[Tensor, " B"]  # tokens to predict
-    room: Int[Tensor, " B"]  # columns that a passage has until the next look
+    room: Int[Tensor, " B"]  # columns of a passage until the slots are filled again
     corrections: Int[Tensor, " B"]  # tokens that may be missed: they will be listed
-    margin_asked: Float[Tensor, " B"]  # margin that certification asks for, logits
+    margin_asked: Float[Tensor, " B"]  # margin that certification requires, logits
     target_margin: Float[Tensor, " B"]  # the same, raised where steps run in another dtype
     parameters: Tensor  # (B, ...): what the optimiser moves
     vectors: Float[Tensor, "B K D"]  # the best measured so far, as they will be stored
@@ -112,10 +111,10 @@ class BatchState(Rows):
     failed: Bool[Tensor, " B"]  # the loss was not finite
     stopped: Bool[Tensor, " B"]  # done, failed or out of budget: the slot can be freed
     term_mean: Float[Tensor, " B"]  # running mean of the second term's loss
-    term_kept: Float[Tensor, " B"]  # the same, when the vectors were kept
+    term_mean_of_best: Float[Tensor, " B"]  # the same at the step that gave the kept vectors
     schedule: ScheduleState
     optimizer: OptimizerState
-    term: Rows  # what the second term keeps of each passage
+    term: Rows  # the second term's own state
 
     @property
     def columns(self) -> int:

@@ -1,8 +1,7 @@
-"""From 'every margin was met' to 'exact': stored vectors are reloaded, decoded and measured.
+"""Certification: stored vectors are reloaded, decoded and measured; this decides what is exact.
 
-Everything in an outcome's record is measured here, in one place and in one pass, on the vectors as
-they will be stored: nothing is carried over from the optimisation but its costs, and nobody
-measures the positions again.
+Everything in an outcome's record is measured here, in one pass, on the vectors as they will be
+stored. Only the costs come from the optimisation, and the positions are not measured again later.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec import metrics
 from memvec.corrections import Corrections, pick
 from memvec.decoding import decode_ids, first_error
+from memvec.metrics import margins, surprisal
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -30,8 +29,8 @@ from memvec.storage import Storage
 class Finished:
     """A passage that left its slot: 'done' (every margin met), 'budget' or 'not-finite'.
 
-    `least_mem_bits` is H_mem at the least loss of all its steps, which need not be that of the
-    vectors; infinite where the loss of a step is not the cross-entropy of the whole passage.
+    `least_mem_bits` is the smallest H_mem of all its steps, bits, which need not be that of the
+    kept vectors; infinite where the loss of a step is not the cross-entropy of the whole passage.
     """
 
     passage: Passage
@@ -48,9 +47,9 @@ class Finished:
 class Outcome(Finished):
     """A finished passage with its measures; `exact` is decided by free-running decoding alone.
 
-    `scores` holds the positions that the measures were made from, None for an outcome that was read
-    back from a journal. Decoding puts the listed `corrections` in their places; there are none
-    unless they were allowed.
+    `metrics` are its measures, `scores` the bits and margins of each position that they were
+    computed from (None for an outcome that was read from a journal). Decoding puts the listed
+    `corrections` in their places; there are none unless the recipe allows them.
     """
 
     exact: bool
@@ -82,12 +81,12 @@ def certify(
 ) -> Iterator[Outcome]:
     """Decode and measure finished passages in a batch, from the vectors as stored.
 
-    Up to `corrections` tokens of each passage are listed (memvec.corrections says which), or those
-    that are given.
+    `corrections`: how many tokens of each passage may be listed (memvec.corrections chooses them),
+    or the lists themselves.
     """
     if not finished:
         return
-    # The very rounding that a file makes; a reader sees these numbers and no others.
+    # The same rounding as in a file: whoever reads the file gets these numbers.
     vectors = storage.rounded(torch.stack([f.vectors.float() for f in finished]))
     passages = [f.passage for f in finished]
     usable = torch.isfinite(vectors).flatten(1).all(1)
@@ -96,8 +95,8 @@ def certify(
     batch = positions(lm, vectors, passages, start)
     scores = [batch.passage(i, len(f.passage) - given) for i, f in enumerate(finished)]
     if isinstance(corrections, int):
-        n, each = corrections, zip(finished, scores, strict=True)
-        corrections = [pick(s.margin, f.passage.ids, f.margin_asked, n) for f, s in each]
+        n, pairs = corrections, zip(finished, scores, strict=True)
+        corrections = [pick(s.margin, f.passage.ids, f.margin_asked, n) for f, s in pairs]
     decoded = decode_ids(
         lm,
         vectors,
@@ -106,19 +105,19 @@ def certify(
         first=[p.ids[0] for p in passages] if start == "first-token" else None,
         corrections=corrections,
     )
-    for f, kept, ids, own, fixed in zip(
+    for f, stored, ids, score, fixed in zip(
         finished, vectors, decoded, scores, corrections, strict=True
     ):
         error = first_error(ids, f.passage.ids)
         horizon = len(f.passage) - given if error is None else error - given
         yield Outcome(
-            **{**vars(f), "vectors": kept.to(storage.dtype)},  # a file holds finite numbers only
+            **{**vars(f), "vectors": stored.to(storage.dtype)},  # a file holds finite numbers only
             exact=error is None and bool(torch.isfinite(f.vectors).all()),
-            metrics=own.measures(
+            metrics=score.measures(
                 len(f.passage), horizon, [position - given for position, _ in fixed]
             ),
             corrections=fixed,
-            scores=own,
+            scores=score,
         )
 
 
@@ -131,22 +130,22 @@ def positions(
 ) -> PositionScores:
     """The scores (B, N) of every predicted position, teacher-forced, with the vectors and without.
 
-    A passage whose first token is BOS is read alone as it is, not behind another BOS, and its first
-    token costs nothing there: it is given, as in the published gains. Rows of shorter passages are
-    right-padded; what stands in the padding means nothing.
+    Without vectors, a passage whose first token is BOS is read as it is, not behind a second BOS,
+    and its first token costs no bits: it is given, as in the published gains. Rows of shorter
+    passages are right-padded; values in the padding have no meaning.
     """
     B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
     ids = padded_ids(passages, longest).to(lm.device)
     bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
     if given or lm.bos_id is not None:
         # Passages that begin with BOS; none where the first token is given: no id is -1. Their rows
-        # move left by one, so that the BOS that the model reads is their own. Their figures move
-        # back, behind those of the BOS itself: no bits, and a hit (a margin above 0).
-        own = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
-        read = torch.where(own, ids.roll(-1, 1), ids)
+        # are shifted left by one, so that the model reads their own BOS, and their scores are
+        # shifted back, behind those of the BOS itself: 0 bits, and a hit (a margin above 0).
+        bos = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
+        read = torch.where(bos, ids.roll(-1, 1), ids)
         base = lm.states(None, read, "first-token" if given else "bos")
         base_bits, base_margin = (
-            torch.where(own.cpu(), torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], 1), x)
+            torch.where(bos.cpu(), torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], 1), x)
             for x, first in zip(_positions(lm, base, read[:, given:]), (0.0, 1.0), strict=True)
         )
     else:
@@ -155,7 +154,7 @@ def positions(
         if longest > 1:
             states = lm.states(None, ids, "first-token")
             base_bits, base_margin = _positions(lm, states, ids[:, 1:])
-        # Its margin, below 0, says that the model alone does not hit it.
+        # A margin below 0 counts as a miss of the model alone.
         first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
         base_bits = torch.cat([first, base_bits], dim=1)
         base_margin = torch.cat([torch.full_like(first, -1.0), base_margin], dim=1)
@@ -172,6 +171,6 @@ def _positions(
     bits, margin = [], []
     for at in range(0, B * T, rows):
         logits = lm.head(flat[:, at : at + rows])
-        bits.append(metrics.surprisal(logits, truth[:, at : at + rows])[0].cpu())
-        margin.append(metrics.margins(logits, truth[:, at : at + rows])[0].cpu())
+        bits.append(surprisal(logits, truth[:, at : at + rows])[0].cpu())
+        margin.append(margins(logits, truth[:, at : at + rows])[0].cpu())
     return torch.cat(bits).reshape(B, T), torch.cat(margin).reshape(B, T)

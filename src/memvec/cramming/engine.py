@@ -3,18 +3,17 @@
     fill      waiting passages take the free slots
     step      one step for all slots (memvec.cramming.step)
     certify   stopped passages are decoded and measured from their stored vectors, in groups
-    retire    exact ones leave; one whose decoding disagrees with its margins goes on, with a larger
-              margin
+    retire    passages leave; one whose decoding disagrees with its margins waits again
 
-A passage holds a slot until it is done or given up; then the next waiting one takes its place, so
-the batch stays full and nobody waits for the slowest. Passages keep their slots until they are
-certified: a run that is killed loses no more than its slots.
+A passage holds a slot until it is done or out of budget; then the next waiting passage takes the
+slot, so the batch stays full and no passage waits for the slowest one. Passages keep their slots
+until they are certified: a run that is killed loses only the passages in its slots.
 
 Slots share nothing but a batch: losses are summed, moments and step counts are per slot, and seeds
 come from token ids. At a fixed batch shape and in the same slot a passage's vectors are bit-equal
-whoever is beside it; `fixed_shapes=True` keeps the shape fixed to the end, otherwise empty slots
-are dropped and columns that nobody counts are left out. That, and another slot, changes rounding
-only.
+whatever its neighbours are. `fixed_shapes=True` keeps the shape until the end; otherwise empty
+slots and columns that count for no passage are left out. Another shape or another slot changes
+rounding only.
 """
 
 from __future__ import annotations
@@ -50,10 +49,11 @@ __all__ = ["Engine", "Job", "Progress", "Waiting", "resolve_start_rule"]
 class Engine:
     """Crams passages with K (`vectors`) vectors each, up to `batch_size` at once.
 
-    `storage` is how vectors will be stored and are certified (memvec.storage). `poll` is how many
-    steps pass between looks at who is done (a look makes the device wait). `graphs` replays steps
-    on a GPU instead of launching each kernel (memvec.graphs); rows and columns are then rounded up
-    to few shapes. Raises MemvecError for settings that cannot work with the model.
+    `storage` is the number format in which vectors are certified and stored (memvec.storage).
+    `poll` is the number of steps between checks for finished passages (a check makes the device
+    wait). `graphs` replays steps on a GPU instead of launching each kernel (memvec.graphs); rows
+    and columns are then rounded up to a few shapes. Raises MemvecError for settings that cannot
+    work with the model.
     """
 
     step_type: type[Step] | None = None  # instead of the term's
@@ -77,7 +77,8 @@ class Engine:
         self.lm = lm = triggered(lm, self.recipe)
         self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
-        # As it was done, for the record. Large steps are for vectors that stand in front of tokens.
+        # The recipe with the choices that were made here, for the record. Large steps are only for
+        # vectors in front of tokens.
         self.recipe = replace(
             self.recipe,
             compute="model" if self.module is lm else "bfloat16",
@@ -89,9 +90,9 @@ class Engine:
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (1 if lm.device.type == "cpu" else 8)
-        rest = (self.start_rule, self.storage, fixed_shapes, graphs)
-        made = self.step_type or registry.get("term", self.recipe.term).step_type or Step
-        self.stepper: Step = made(lm, self.module, self.recipe, vectors, *rest)
+        settings = (self.start_rule, self.storage, fixed_shapes, graphs)
+        step_type = self.step_type or registry.get("term", self.recipe.term).step_type or Step
+        self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, *settings)
         self.schedule = self.stepper.schedule
         self.waiting = Waiting()
         self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
@@ -115,7 +116,7 @@ class Engine:
         self.waiting.push(Job(passage, self.recipe.margin))
 
     def push_again(self, outcome: Outcome) -> None:
-        """Return a passage that was exact here and not elsewhere: on, with twice the margin."""
+        """Queue a passage that was exact here and not elsewhere again, with twice the margin."""
         job = Job.again(outcome, raised=self.lm.logit_spread)
         job.steps += 1  # a retry is never free, so it cannot go on for ever
         self.waiting.push(job)
@@ -128,9 +129,9 @@ class Engine:
         return self.lm.context - self.K - around
 
     def trial(self, tokens: int, batch_size: int) -> float:
-        """Seconds of a step of `batch_size` passages of `tokens` tokens: one is made, and dropped.
+        """Seconds of one trial step of `batch_size` passages of `tokens` tokens.
 
-        0 if memory runs out for it: then the run itself will find out how much fits.
+        0 if memory runs out: then the run itself finds out how much fits.
         """
 
         def once() -> None:
@@ -163,7 +164,7 @@ class Engine:
                 finished += self.retire_stopped()
                 self._report()
             if len(finished) >= min(BATCH, -(-self.batch_size // 2)) or not self.jobs:
-                yield from self._settled(finished)
+                yield from self._final_outcomes(finished)
                 finished = []
 
     # ------------------------------------------------------------------ fill
@@ -184,8 +185,9 @@ class Engine:
         if self.batch is not None:
             longest = self.batch.columns - self.given
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
-            # Room for what may count before the next look; what comes sooner waits for it, also
-            # where neighbours have more: everybody has the columns that it would have alone.
+            # Room for the tokens that may count before the next check. A passage that gets further
+            # waits for the check, even where its neighbours have more columns: each passage has
+            # the columns that it would have alone.
             counted += self.schedule.may_count(self.poll - 1)
             self.batch.room = -(-counted // COLUMNS) * COLUMNS
             need = int(self.batch.room.max())
@@ -199,8 +201,8 @@ class Engine:
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
         again = torch.tensor([job.vectors is not None for job in jobs], device=device)
         size = vectors.float().square().mean((1, 2)).sqrt()
-        # Small steps are for vectors that an encoder put near where they have to be. One that comes
-        # back large, by half of that size or more, was made so when its passage was stuck.
+        # Small steps are for vectors that an encoder has placed near a solution. A job that comes
+        # back with vectors of at least half the large size was enlarged when it was stuck.
         large = (length > encoder_reach(self.lm, self.recipe, self.K)) | (
             again & (size >= self.recipe.lr_large / 2)
         )
@@ -224,7 +226,7 @@ class Engine:
             failed=flag.clone(),
             stopped=flag.clone(),
             term_mean=torch.full_like(margin, torch.inf),
-            term_kept=torch.full_like(margin, torch.inf),
+            term_mean_of_best=torch.full_like(margin, torch.inf),
             schedule=self.schedule.fresh(size, large),
             optimizer=self.stepper.optimizer.fresh(parameters),
             term=self.stepper.term.fresh([job.passage for job in jobs]),
@@ -239,7 +241,7 @@ class Engine:
     # ------------------------------------------------------------------ step
 
     def step(self) -> None:
-        """One step for all slots: measure, keep what is better, move the rest."""
+        """One step for all slots: measure, keep what is better, move the unfinished passages."""
         assert self.batch is not None, "no slot is taken"
         B, slots = len(self.jobs), self.batch_size
         rows = slots if self.fixed_shapes else rows_for(B, slots) if self.graphs else B
@@ -257,25 +259,25 @@ class Engine:
         if self.on_progress is not None:
             best = None if self.batch is None else self.batch.schedule.best
             horizon = 0.0 if best is None else float(best.clamp_min(0).float().mean())
-            now = (self.steps, self.tokens, self.seconds)
-            self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, *now))
+            costs = (self.steps, self.tokens, self.seconds)
+            self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, *costs))
 
     # ------------------------------------------------------------------ certify
 
-    def _settled(self, finished: list[Finished]) -> Iterator[Outcome]:
-        """Certify a group; the outcomes that stay. The others wait again, with a larger margin."""
+    def _final_outcomes(self, finished: list[Finished]) -> Iterator[Outcome]:
+        """Certify a group and yield final outcomes; the others wait again, with a larger margin."""
         for outcome in self._certified(finished):
             wrong = outcome.status == "done" and not outcome.exact
-            if wrong and self._may_go_on(outcome):
+            if wrong and self._may_retry(outcome):
                 self.push_again(outcome)  # decoding disagrees with the margins
             else:
                 yield outcome
 
     def _certified(self, finished: list[Finished]) -> list[Outcome]:
         """Certify together, or in halves where memory runs out."""
-        rest, n = (self.start_rule, self.storage, self.recipe.corrections), len(finished)
+        settings, n = (self.start_rule, self.storage, self.recipe.corrections), len(finished)
         try:
-            return in_batches(lambda rows: list(certify(self.lm, finished[rows], *rest)), n, n)
+            return in_batches(lambda rows: list(certify(self.lm, finished[rows], *settings)), n, n)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -285,7 +287,7 @@ class Engine:
                 f"{self.lm.device}: use fewer --tokens."
             ) from error
 
-    def _may_go_on(self, outcome: Outcome) -> bool:
+    def _may_retry(self, outcome: Outcome) -> bool:
         recipe = self.recipe
         affordable = not recipe.budget or outcome.spent < recipe.budget
         return recipe.if_not_exact != "stop" and outcome.steps < recipe.steps and affordable
@@ -293,7 +295,7 @@ class Engine:
     # ------------------------------------------------------------------ retire
 
     def retire_stopped(self) -> list[Finished]:
-        """Take the stopped passages out, with the vectors that were measured for them."""
+        """Take the stopped passages out of their slots, with their best measured vectors."""
         assert self.batch is not None, "no slot is taken"
         stopped = self.batch.stopped.tolist()
         if not any(stopped):
@@ -307,7 +309,7 @@ class Engine:
                 if self.batch.done[i] or self.batch.failed[i]:
                     status = "done" if self.batch.done[i] else "not-finite"
                 finished.append(job.finished(job.vectors, status))
-        self._keep([i for i, gone in enumerate(stopped) if not gone])
+        self._keep_rows([i for i, gone in enumerate(stopped) if not gone])
         return finished
 
     def _with_progress(self, row: int) -> Job:
@@ -319,8 +321,8 @@ class Engine:
         job.least_mem_bits = float(self.batch.least_mem_bits[row])
         return job
 
-    def _keep(self, rows: list[int]) -> None:
-        """Go on with some rows of the batch only."""
+    def _keep_rows(self, rows: list[int]) -> None:
+        """Keep only some rows of the batch."""
         assert self.batch is not None
         index = torch.tensor(rows, dtype=torch.long, device=self.lm.device)
         self.jobs = [self.jobs[i] for i in rows]
@@ -329,7 +331,7 @@ class Engine:
     # ------------------------------------------------------------------ too little memory
 
     def _halve_batch(self) -> None:
-        """Go on with half of the slots; the passages of the others wait again, where they are.
+        """Halve the number of slots; passages that lose theirs wait, and keep their vectors.
 
         Raises MemvecError if a single passage does not fit.
         """

@@ -71,10 +71,10 @@ def choices(name: str) -> tuple[str, ...]:
 def converted(name: str, value: Any, kind: type) -> Any:
     """A value as a field's type. Raises MemvecError if it cannot be that."""
     try:
-        made = kind(value)
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and made != value):
+        cast = kind(value)
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and cast != value):
             raise ValueError
-        return made
+        return cast
     except (TypeError, ValueError, OverflowError):
-        wanted = {int: "a whole number", float: "a number"}.get(kind, "a name")
-        raise MemvecError(f"the recipe's {name} must be {wanted}, not '{value}'.") from None
+        expected = {int: "a whole number", float: "a number"}.get(kind, "a name")
+        raise MemvecError(f"the recipe's {name} must be {expected}, not '{value}'.") from None

@@ -2,7 +2,7 @@
 
 An objective says what a position costs (`loss`) and what it weighs in its passage (`weights`);
 chunking over memory is done once, in `score`. Each passage has its own weighted mean and passages
-are summed, so that none of them feels another. A new objective is one function,
+are summed, so that no passage changes another's gradient. A new objective is one function,
 
     @register("objective", "hinge")
     def hinge(logits, ids, temperature, recipe):        # (n, V), (n,), (n,) -> (n,)
@@ -156,7 +156,7 @@ def score(
     fused = None if reference else objective.fused
     if temperature is None:
         temperature = torch.full((B,), recipe.temperature, device=states.device)
-    each = temperature.repeat_interleave(T)
+    temperatures = temperature.repeat_interleave(T)
     losses = torch.empty(B * T, device=states.device)
     margin = torch.empty(B * T, device=states.device)
     gradient = torch.empty_like(flat)
@@ -171,13 +171,13 @@ def score(
             part = flat[here].requires_grad_()
             logits = head(part).float()
             if fused is None:
-                loss = objective.loss(logits, truth[here], each[here], recipe)
+                loss = objective.loss(logits, truth[here], temperatures[here], recipe)
                 (gradient[here],) = torch.autograd.grad(loss.sum(), part)
                 margins = metrics.margins(logits.detach()[None], truth[here][None])[0]
             else:
-                loss, margins, slope = fused(logits.detach(), truth[here], each[here])
+                loss, margins, slope = fused(logits.detach(), truth[here], temperatures[here])
                 (gradient[here],) = torch.autograd.grad(logits, part, slope)
-        if not recipe.margin:  # else a tie is not enough, whoever comes first
+        if not recipe.margin:  # else a tie is not enough, whichever token comes first
             margins = metrics.first_of_ties(margins, logits.detach(), truth[here])
         losses[here] = loss.detach()
         margin[here] = margins

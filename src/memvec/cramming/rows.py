@@ -30,13 +30,13 @@ class Rows:
 
     def joined(self: R, other: R) -> R:
         """These rows with the other's behind them."""
-        mine, theirs = self._fields(), other._fields()
+        values, other_values = self._fields(), other._fields()
         return type(self)(
             **{
-                name: value.joined(theirs[name])
+                name: value.joined(other_values[name])
                 if isinstance(value, Rows)
-                else torch.cat([value, theirs[name]])
-                for name, value in mine.items()
+                else torch.cat([value, other_values[name]])
+                for name, value in values.items()
             }
         )
 

@@ -1,4 +1,4 @@
-"""What counts now, and how soft the loss is: a schedule owns everything that follows from progress.
+"""Schedules: which tokens count now, and how soft the loss is, from each passage's progress.
 
 A schedule keeps a row of state for each slot and learns, at every step, how many tokens of each
 passage are right. From that follow the tokens that count in the loss, the temperature, whether a
@@ -61,7 +61,7 @@ class Schedule:
     def record(
         self, state: ScheduleState, reached: Int[Tensor, " B"]
     ) -> tuple[Bool[Tensor, " B"], Int[Tensor, " B"]]:
-        """Note a measurement; returns which passages did better than ever, and by how many."""
+        """Record a measurement; returns which passages did better than ever, and by how much."""
         better = reached > state.best
         gained = (reached - state.best.clamp_min(0)).clamp_min(0)
         state.best = torch.where(better, reached, state.best)
@@ -69,7 +69,7 @@ class Schedule:
         return better, gained
 
     def advance(self, state: ScheduleState, gained: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-        """Decide what follows from the last measurement; returns whose vectors to enlarge now."""
+        """Update the state after the last measurement; returns the rows to enlarge now."""
         newly = ~state.enlarged & (state.stale >= self.recipe.stuck_after)
         newly = newly & bool(self.recipe.stuck_after)
         state.enlarged = state.enlarged | newly
@@ -81,10 +81,9 @@ class Schedule:
         raise NotImplementedError
 
     def may_count(self, steps: int) -> int:
-        """How many more tokens than `counted` says may come to count within so many steps.
+        """The largest number of tokens by which `counted` may rise within so many steps.
 
-        A schedule in which more tokens come to count from step to step says so here: the engine
-        makes room for them, since on a GPU it looks at the batch every few steps only.
+        The engine makes room for them, since on a GPU it checks the batch only every few steps.
         """
         return 0
 
@@ -115,7 +114,7 @@ class Whole(Schedule):
         self, state: ScheduleState, reached: Int[Tensor, " B"]
     ) -> tuple[Bool[Tensor, " B"], Int[Tensor, " B"]]:
         better, gained = super().record(state, reached)
-        # To have none right is no progress, the first time either: the published loop counts so.
+        # No right token is no progress, not even in the first step: the published loop counts so.
         state.stale = torch.where(reached > 0, state.stale, state.stale.clamp_min(1))
         return better, gained
 

@@ -1,13 +1,13 @@
 """One step for all slots: measure, decide, move.
 
     measure   vectors -> states (gradients to the vectors only) -> loss and margin of each position
-    decide    what was measured is compared with the best so far and kept if it is better; from it
-              follow what counts, what it weighs, and who is done, failed or out of budget
-    move      the optimiser moves the passages that are not
+    decide    vectors that did better than the best so far are kept; then it is decided which
+              tokens count, with which weights, and which passages are done, failed or out of budget
+    move      the optimiser moves the vectors of all other passages
 
-Measure, then move: the vectors kept of a finished passage are the ones that were measured, rounded
-to the storage dtype already. `arms/reference.py` is the same loop for one passage with the
-paper's choices.
+Vectors are measured before they are moved: those kept of a finished passage are the very vectors
+that were measured, already rounded to the storage dtype. `arms/reference.py` is the same loop for
+one passage with the paper's choices.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TERM_MEAN = 0.9  # decay of the running mean of a term, whose loss changes with 
 class Measurement:
     """What one forward pass gave for B slots; N is B and the padding rows."""
 
-    asked: Bool[Tensor, " B"]  # whose passage was asked for; of others no token counts as right
+    decoding: Bool[Tensor, " B"]  # read in decoding mode; of other rows no token counts as right
     states: Float[Tensor, "N T H"]  # attached to the parameters
     gradient: Float[Tensor, "N T H"]  # of each position's loss at its state
     vectors: Float[Tensor, "B K D"]  # as stored
@@ -51,11 +51,12 @@ class Measurement:
 
 
 class Step:
-    """The parts of a recipe, made for one model, and what they do to a batch in one step.
+    """The parts of a recipe, made for one model; a call does one step for a batch.
 
-    `module` is what steps are computed with: the model itself, or a copy of its weights in a faster
-    dtype; then arrivals are confirmed in the model's own dtype. `fixed_shapes` keeps margins from
-    depending on how many passages arrive together. `graphs` replays steps (memvec.graphs).
+    `module` computes the steps: the model itself, or a copy of its weights in a faster dtype. With
+    a copy, passages that seem done are confirmed in the model's own dtype. `fixed_shapes` keeps
+    margins from depending on how many passages are confirmed together. `graphs` replays steps
+    (memvec.graphs).
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class Step:
         self.passed: Pass = Graphs(self.forward, module, self.term) if graphs else self.forward
         # True if the losses of a step add up to -ln p(passage | vectors), in the model's own dtype.
         plain = (recipe.objective, recipe.schedule, recipe.temperature, recipe.stuck_after)
-        all_asked = module is lm and recipe.objective_every == 1
-        self.measures_passage = all_asked and plain == ("cross-entropy", "whole", 1.0, 0)
+        measures_all = module is lm and recipe.objective_every == 1
+        self.measures_passage = measures_all and plain == ("cross-entropy", "whole", 1.0, 0)
 
     def __call__(self, batch: BatchState, columns: int, padding_rows: int = 0) -> None:
         """Measure all slots over so many predicted columns, keep what is better, move the rest.
@@ -92,12 +93,12 @@ class Step:
         `padding_rows` empty rows are computed too, so that the batch keeps its shape.
         """
         measured = self.measure(batch, columns, padding_rows)
-        newly_enlarged = self._keep_best(batch, measured, padding_rows)
+        newly_enlarged = self._update_progress(batch, measured, padding_rows)
         counted = self.schedule.counted(batch.schedule, batch.length).clamp_max(columns)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
             column < counted[:, None], measured.margin, batch.target_margin
-        ).masked_fill(~measured.asked[:, None], 0)
+        ).masked_fill(~measured.decoding[:, None], 0)
         self._stop(batch, measured, weight)
         self._move(batch, measured, weight, newly_enlarged, counted, padding_rows)
 
@@ -106,7 +107,7 @@ class Step:
     def measure(self, batch: BatchState, columns: int, padding_rows: int = 0) -> Measurement:
         """One forward pass: losses, margins and gradients at the states, from the vectors as they
         will be stored."""
-        B, asked = len(batch), self.asked(batch)
+        B, decoding = len(batch), self.in_decoding_mode(batch)
         parameters = batch.parameters.requires_grad_()
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
@@ -115,14 +116,14 @@ class Step:
             temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
             temperature = with_padding(temperature, padding_rows, self.recipe.temperature)
             with self.term.watching():
-                states, scores = self.score_of(rows, ids, temperature, asked)
+                states, scores = self.score_of(rows, ids, temperature, decoding)
             term = self.term.measure(rows, batch, columns, padding_rows)
-        margin = scores.margin[:B].masked_fill(~asked[:, None], -torch.inf)
-        rest = (vectors.detach(), scores.loss[:B], margin, term)
-        return Measurement(asked, states, scores.gradient, *rest)
+        margin = scores.margin[:B].masked_fill(~decoding[:, None], -torch.inf)
+        stored, loss = vectors.detach(), scores.loss[:B]
+        return Measurement(decoding, states, scores.gradient, stored, loss, margin, term)
 
-    def asked(self, batch: BatchState) -> Bool[Tensor, " B"]:
-        """Whose passage is asked for in this step: here everybody's."""
+    def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:
+        """Rows whose passage is decoded behind the trigger in this step: here all of them."""
         return torch.ones_like(batch.stopped)
 
     def score_of(
@@ -130,9 +131,9 @@ class Step:
         vectors: Float[Tensor, "N K D"],
         ids: Int[Tensor, "N n"],
         temperature: Float[Tensor, " N"],
-        asked: Bool[Tensor, " B"],
+        decoding: Bool[Tensor, " B"],
     ) -> tuple[Float[Tensor, "N T H"], Score]:
-        """The pass that asks for passages; rows that are not asked may be left out."""
+        """The forward pass in decoding mode; rows that are not in it may be left out."""
         return self.passed(vectors, ids, temperature)
 
     def forward(
@@ -161,13 +162,13 @@ class Step:
 
     # ------------------------------------------------------------------ decide
 
-    def _keep_best(
+    def _update_progress(
         self, batch: BatchState, measured: Measurement, padding_rows: int
     ) -> Bool[Tensor, " B"]:
-        """Keep the vectors that did better than ever, mark who is done, and let the schedule go on;
-        whose vectors are to be enlarged now."""
-        # A batch has as many columns as its longest passage needs. Only those count that a passage
-        # would have alone: else its progress would depend on who is beside it.
+        """Keep the vectors that did better than ever, mark passages that are done, and advance the
+        schedule. Returns the rows whose vectors are to be enlarged now."""
+        # A batch has as many columns as its longest passage needs. Of these, only the columns count
+        # that a passage would have alone: else its progress would depend on its neighbours.
         counted = self.schedule.counted(batch.schedule, batch.length)
         room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.room).minimum(batch.length)
         within = torch.arange(measured.margin.shape[1], device=room.device) < room[:, None]
@@ -176,7 +177,7 @@ class Step:
         leading = ((missed <= batch.corrections[:, None]) & within).sum(-1)
         whole = leading >= batch.length
         reached = self.schedule.reached(leading, (right & within).sum(-1))
-        reached = torch.where(whole, batch.length, reached)  # misses that are listed are no loss
+        reached = torch.where(whole, batch.length, reached)  # listed corrections count as right
         better, gained = self.schedule.record(batch.schedule, reached)
         better = self._better_by_term(batch, measured.term.loss, better, whole)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
@@ -198,21 +199,22 @@ class Step:
         better: Bool[Tensor, " B"],
         whole: Bool[Tensor, " B"],
     ) -> Bool[Tensor, " B"]:
-        """Who is to be kept: more tokens than ever, or all of them and a smaller second term."""
+        """Rows to keep: those with more right tokens than ever, and those with all tokens right and
+        a smaller second term. Updates the running mean of the term."""
         mean = TERM_MEAN * batch.term_mean + (1 - TERM_MEAN) * loss
         batch.term_mean = torch.where(torch.isfinite(batch.term_mean), mean, loss)
-        better = better | (whole & (batch.term_mean < batch.term_kept))
-        batch.term_kept = torch.where(better, batch.term_mean, batch.term_kept)
+        better = better | (whole & (batch.term_mean < batch.term_mean_of_best))
+        batch.term_mean_of_best = torch.where(better, batch.term_mean, batch.term_mean_of_best)
         return better
 
     @torch.no_grad()
     def confirmed(
         self, batch: BatchState, arrived: Bool[Tensor, " B"], padding_rows: int = 0
     ) -> Bool[Tensor, " B"]:
-        """Which of the arrived passages have their margins in the model's own dtype, too.
+        """The arrived passages that also reach their margins in the model's own dtype.
 
-        The others go on from the same vectors, and their target margin rises by a little more than
-        they lacked.
+        The others continue from the same vectors, with a target margin that is higher by a little
+        more than they lacked.
         """
         rows = arrived.nonzero()[:, 0]
         if not len(rows):
@@ -225,15 +227,15 @@ class Step:
         within = torch.arange(margin.shape[1], device=margin.device) < length[:, None]
         ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
         smallest = ranked.gather(1, batch.corrections[rows][:, None])[:, 0]
-        asked = batch.margin_asked[rows]
-        short = arrived[rows] & ~((smallest >= asked) & (smallest > 0))
-        lacking = 1.25 * (asked - smallest) + 0.01 * self.lm.logit_spread
+        required = batch.margin_asked[rows]
+        short = arrived[rows] & ~((smallest >= required) & (smallest > 0))
+        lacking = 1.25 * (required - smallest) + 0.01 * self.lm.logit_spread
         batch.target_margin[rows] += torch.where(short, lacking, 0.0)
         batch.schedule.best[rows] -= short.long()
         return arrived.index_fill(0, rows[short], False)
 
     def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
-        """Mark who failed, and everybody whose slot can be freed."""
+        """Mark the rows whose loss is not finite, and all rows whose slot can be freed."""
         loss = (measured.loss * weight).sum(-1) + measured.term.loss
         batch.failed = batch.failed | ~torch.isfinite(loss)
         over = (batch.steps >= self.recipe.steps) | self.schedule.out_of_patience(batch.schedule)
@@ -252,24 +254,24 @@ class Step:
         counted: Int[Tensor, " B"],
         padding_rows: int,
     ) -> None:
-        """Move the passages that have not stopped, and charge them for what counted."""
+        """Move the passages that have not stopped, and charge them for the counted tokens."""
         moving = ~batch.stopped
         slope = measured.gradient.mul_(with_padding(weight, padding_rows)[..., None])
         outputs, slopes = [measured.states], [slope]
         rows = with_padding(self.term.weight(batch), padding_rows)
         term_slopes = self.term.slopes(measured.term, counted, padding_rows)
-        for output, at in zip(measured.term.outputs, term_slopes, strict=True):
+        for output, grad in zip(measured.term.outputs, term_slopes, strict=True):
             outputs.append(output)
-            slopes.append(at * rows.reshape(-1, *(1 for _ in at.shape[1:])).to(at.dtype))
+            slopes.append(grad * rows.reshape(-1, *(1 for _ in grad.shape[1:])).to(grad.dtype))
         gradient = self.gradient(outputs, batch, slopes)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
         self.optimizer.step(
             batch.parameters, gradient, batch.optimizer, moving, batch.schedule.lr_scale
         )
-        # A passage pays for what counts for it, as if it were alone, not for its neighbours' width.
+        # A passage is charged for its own counted tokens, not for the columns of its neighbours.
         batch.steps = batch.steps + moving
         before = self.module.inputs_before(self.K, self.start_rule)
-        spent = (counted + before) * measured.asked + self.term.inputs(counted)
+        spent = (counted + before) * measured.decoding + self.term.inputs(counted)
         batch.spent = batch.spent + spent * moving
 
     def gradient(

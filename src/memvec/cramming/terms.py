@@ -1,10 +1,10 @@
-"""A second loss on the vectors, beside the objective: what else they are to do.
+"""A second loss on the vectors, beside the objective.
 
-The objective asks that the vectors give the passage back. A term adds another wish, with a weight
-(`Recipe.term_weight`): that they stand for the text as context (`use`), or that the hidden states
-behind them resemble those of the plain text (`alignment`). A term keeps rows of its own for each
-slot (what was computed once for the passage), and gives, at each step, the loss of each slot and
-the gradient that goes back to the vectors.
+The objective makes the vectors give the passage back. A term adds a second aim, with a weight
+(`Recipe.term_weight`): the vectors stand for the text as context (`use`), or the hidden states
+behind them resemble those of the plain text (`alignment`). A term keeps state for each slot (what
+was computed once for the passage), and returns, at each step, the loss of each slot and the
+gradient that goes back to the vectors.
 
     from memvec import register
     from memvec.cramming.terms import Term, TermLoss
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from memvec.cramming.step import Step
     from memvec.vectors import MemVectors
 
-# Steps behind `settle` after which a passage that is not exact yet feels half of the term.
+# Steps behind `settle` after which the term has half its weight for a passage that is not exact.
 YIELDS_AFTER = 40
 
 
@@ -49,7 +49,7 @@ class NoRows(Rows):
 
 @dataclass(frozen=True)
 class TermLoss:
-    """What a term measured in one step: the loss of each slot, and how it goes back.
+    """The loss of each slot in one step, and the gradients for the backward pass.
 
     `outputs` are tensors that are attached to the parameters, with the slots (and padding rows) on
     their first axis; `gradients` are the gradients of each row's loss at them.
@@ -63,8 +63,8 @@ class TermLoss:
 class Term:
     """The common skeleton of a second loss; made once for an engine.
 
-    `module` is what steps are computed with: `lm` itself, or a copy of its weights in a faster
-    dtype. `step_type` is a Step of its own, for a term that changes what a step does.
+    `module` computes the steps: `lm` itself, or a copy of its weights in a faster dtype.
+    `step_type` is a subclass of Step, for a term that changes what a step does.
     """
 
     step_type: type[Step] | None = None
@@ -96,7 +96,7 @@ class Term:
     def slopes(
         self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int
     ) -> tuple[Tensor, ...]:
-        """The gradients at the outputs, now that it is known how many tokens of each count."""
+        """The gradients at the outputs; `counted` are the tokens of each passage that count."""
         return measured.gradients
 
     def certificate(
@@ -113,10 +113,10 @@ class Term:
         return torch.zeros_like(counted)
 
     def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
-        """What the term weighs beside the objective, for each slot.
+        """The weight of the term beside the objective, for each slot.
 
-        The recipe's weight; less and less for a passage that is not exact when it should settle
-        (`Recipe.settle`): giving the text back is a condition, the term a wish.
+        The recipe's weight, which falls with each step for a passage that is not exact after
+        `Recipe.settle` steps: exactness is required, the term is not.
         """
         if not self.recipe.settle:
             return torch.full_like(batch.term_mean, self.recipe.term_weight)

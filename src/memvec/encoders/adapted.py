@@ -41,13 +41,13 @@ class AdaptedNetwork(nn.Module):
     def begun(self, lm: FrozenLM, mean: Float[Tensor, " D"], size: float) -> AdaptedNetwork:
         """The same network before training: the LM's own summary encoder, or near nothing.
 
-        Without an own one the summary is near `mean`, that of the LM's embeddings, and the vectors
+        Without one the summary is near `mean`, that of the LM's embeddings, and the vectors
         have an RMS of about `size`.
         """
-        if (own := own_summary(lm)) is not None:
-            self.summary.copy_(own.summary[:1])
-            self.map.weight.copy_(own.weight)
-            self.map.bias.copy_(own.bias)
+        if (summary_encoder := own_summary(lm)) is not None:
+            self.summary.copy_(summary_encoder.summary[:1])
+            self.map.weight.copy_(summary_encoder.weight)
+            self.map.bias.copy_(summary_encoder.bias)
             return self
         noise = 0.1 * lm.embedding_std * torch.randn_like(self.summary)
         self.summary.copy_(mean.float().cpu() + noise)
@@ -60,22 +60,25 @@ class AdaptedNetwork(nn.Module):
 class AdaptedEncoder(TrainedEncoder):
     """An adapted network as an encoder: passages (B, T) to vectors (B, K, D).
 
-    `max_vectors`: the largest K that it was trained for. `own`: the summary encoder that the LM
-    was trained with, for what else begins there; None: it was trained with none.
+    `max_vectors`: the largest K that it was trained for. `summary_encoder`: the one that the LM was
+    trained with, from which other trainings begin; None: it was trained without one.
     """
 
     kind = "adapted"
     network: AdaptedNetwork
 
     def __init__(
-        self, network: AdaptedNetwork, max_vectors: int, own: SummaryEncoder | None = None
+        self,
+        network: AdaptedNetwork,
+        max_vectors: int,
+        summary_encoder: SummaryEncoder | None = None,
     ) -> None:
-        self.network, self.max_vectors, self.own = network.eval(), max_vectors, own
+        self.network, self.max_vectors, self.own = network.eval(), max_vectors, summary_encoder
 
     def to(self, device: torch.device, dtype: torch.dtype) -> AdaptedEncoder:
-        own = self.own and self.own.to(device, dtype)
+        summary_encoder = self.own and self.own.to(device, dtype)
         network = self.network.to(device).requires_grad_(False)
-        return AdaptedEncoder(network, self.max_vectors, own)
+        return AdaptedEncoder(network, self.max_vectors, summary_encoder)
 
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
         network, (B, T) = self.network, ids.shape
@@ -86,9 +89,11 @@ class AdaptedEncoder(TrainedEncoder):
         first = bounds[1]  # nothing before the first summary is asked for
         with network.adapters.on(lm):
             hidden = lm.hidden(inputs, keep=inputs.shape[1] - first).float()
-        at = torch.tensor([end + i - first for i, end in enumerate(bounds[1:])], device=ids.device)
+        index = torch.tensor(
+            [end + i - first for i, end in enumerate(bounds[1:])], device=ids.device
+        )
         weight, bias = network.map.weight.float(), network.map.bias.float()
-        return linear(hidden[:, at.to(hidden.device)], weight, bias)
+        return linear(hidden[:, index.to(hidden.device)], weight, bias)
 
     def settings(self) -> dict[str, Any]:
         """The linear maps that it adapts, and its slots; the rank is in its tensors."""
@@ -97,8 +102,8 @@ class AdaptedEncoder(TrainedEncoder):
 
 def own_summary(lm: FrozenLM) -> SummaryEncoder | None:
     """The summary encoder that the LM was trained with, if there is one."""
-    own = lm.encoder.own if isinstance(lm.encoder, AdaptedEncoder) else lm.encoder
-    return own if isinstance(own, SummaryEncoder) else None
+    encoder = lm.encoder.own if isinstance(lm.encoder, AdaptedEncoder) else lm.encoder
+    return encoder if isinstance(encoder, SummaryEncoder) else None
 
 
 def fresh(lm: FrozenLM, *, rank: int) -> AdaptedNetwork:

@@ -47,12 +47,12 @@ class AdaptedTraining(AdapterTraining):
 
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: AdaptedPlan) -> None:
         super().__init__(lm, stream, plan)
-        own = own_summary(lm)
-        self.identity["begun_at"] = own.identity if own else None
+        summary_encoder = own_summary(lm)
+        self.identity["begun_at"] = summary_encoder.identity if summary_encoder else None
         with self.seeded():
             self.network = fresh(lm, rank=plan.rank).begun(lm, self.mean, plan.size)
         self.begin()
-        self.grows = own is None and not plan.begin
+        self.grows = summary_encoder is None and not plan.begin
         self.target = FIRST_TARGET if self.grows else float(plan.longest)
         largest = plan.slots * (plan.longest + 1)
         if lm.context is not None and largest > lm.context:
@@ -76,14 +76,14 @@ class AdaptedTraining(AdapterTraining):
         longest = plan.longest
         if self.grows:
             longest = min(longest, max(plan.shortest, math.ceil(2 * self.target)))
-        each = int(torch.randint(plan.shortest, longest + 1, (), generator=draw))
-        count = max(1, plan.positions // (2 * K * (each + 1)))
-        ids = self._windows(self.text, count, K * each, draw)
+        per_vector = int(torch.randint(plan.shortest, longest + 1, (), generator=draw))
+        count = max(1, plan.positions // (2 * K * (per_vector + 1)))
+        ids = self._windows(self.text, count, K * per_vector, draw)
         vectors = AdaptedEncoder(self.network, plan.slots).read(self.fast, ids, K)
         loss, accuracy = self._descend(vectors, ids)
-        if self.grows and each > 0.8 * self.target and accuracy > RISE_ABOVE:
+        if self.grows and per_vector > 0.8 * self.target and accuracy > RISE_ABOVE:
             self.target = min(self.target * 1.02, float(plan.longest))
-        elif self.grows and each < 1.2 * self.target and accuracy < FALL_BELOW:
+        elif self.grows and per_vector < 1.2 * self.target and accuracy < FALL_BELOW:
             self.target = max(self.target / 1.02, 1.0)
         return loss, accuracy
 

@@ -9,6 +9,7 @@ extra here.)
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +84,15 @@ class Adapters(nn.Module):
 
     @contextlib.contextmanager
     def on(self, lm: FrozenLM) -> Iterator[None]:
-        """Within this, the model reads with the adapters, in its own dtype."""
-        maps = linear_maps(lm)
+        """Within this, the model reads with the adapters, in its own dtype, for this thread only.
+
+        Other threads read the same model meanwhile, and read it as it is.
+        """
+        maps, thread = linear_maps(lm), threading.get_ident()
         hooks = []
         try:
             for name, down, up in zip(self.names, self.down, self.up, strict=True):
-                hooks.append(maps[name].register_forward_hook(_added(down, up)))
+                hooks.append(maps[name].register_forward_hook(_added(down, up, thread)))
             yield
         finally:
             for hook in hooks:
@@ -108,10 +112,12 @@ def load_network(network: nn.Module, file: EncoderFile, lm: FrozenLM) -> None:
         ) from None
 
 
-def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"]) -> Any:
-    """A hook that adds U (D x) to what a linear map gives."""
+def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"], thread: int) -> Any:
+    """A hook that adds U (D x) to what a linear map gives, in one thread."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if threading.get_ident() != thread:
+            return output
         x = inputs[0]
         return output + linear(linear(x, down.to(x)), up.to(x))  # a layer may be on any device
 

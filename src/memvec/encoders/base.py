@@ -40,7 +40,7 @@ class OnePassEncoder(ABC):
     identity: str = "in-memory"  # hash of its file: part of the record, as starts change vectors
 
     def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
-        """True if what the recipe asks of this model is what the encoder was trained for."""
+        """True if the encoder was trained for what the recipe does with this model."""
         return True
 
     def refuse_unfit(self, lm: FrozenLM, recipe: Recipe) -> None:

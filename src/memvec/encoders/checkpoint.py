@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,8 @@ from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
+
+DIGEST = hashlib.sha256().digest_size  # bytes in front of what torch writes
 
 
 def model_of(lm: FrozenLM) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def save_checkpoint(
 ) -> None:
     """Write a run's state beside its file, whole or not at all.
 
-    `identity` is what the run depends on (text, settings, and as `model` what `model_of` says),
+    `identity` is what the run depends on (text, settings, and as `model` the result of `model_of`),
     `progress` its own counters.
     """
     state = {
@@ -43,7 +45,8 @@ def save_checkpoint(
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(partial, buffer.getvalue())
+    data = buffer.getvalue()
+    write_atomically(partial, hashlib.sha256(data).digest() + data)
 
 
 def load_checkpoint(
@@ -54,14 +57,18 @@ def load_checkpoint(
 ) -> list[float | int]:
     """Put the state of a checkpoint back; returns its `progress`.
 
-    Raises MemvecError for a file that cannot be read, or one of a run with another identity.
+    Raises MemvecError for a file that cannot be read or was changed, or one of a run with another
+    identity.
     """
     try:
-        state: dict[str, Any] = torch.load(partial, weights_only=True, map_location="cpu")
-        same = _alike(state["identity"], identity)
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError):
-        raise MemvecError(f"{partial} cannot be read: delete it to start over.") from None
-    if not same:
+        digest, data = (whole := partial.read_bytes())[:DIGEST], whole[DIGEST:]
+    except OSError as error:
+        raise MemvecError(f"{partial} cannot be read ({error.strerror}): delete it.") from None
+    if hashlib.sha256(data).digest() != digest:
+        raise MemvecError(f"{partial} is damaged: delete it to start over.")
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    same_run = _alike(state["identity"], identity)
+    if not same_run:
         raise MemvecError(
             f"{partial} is of a run with another model, text or settings: delete it to start over."
         )
@@ -71,10 +78,10 @@ def load_checkpoint(
     return progress
 
 
-def _alike(found: dict[str, Any], identity: dict[str, Any]) -> bool:
+def _alike(stored: dict[str, Any], identity: dict[str, Any]) -> bool:
     """True if both are of one run. Probe logits of one model differ a little between kernels."""
-    if {**found, "model": None} != {**identity, "model": None}:
+    if {**stored, "model": None} != {**identity, "model": None}:
         return False
-    theirs, own = found["model"], identity["model"]
-    same = [theirs[name] == own[name] for name in ("dtype", "quantize")]
-    return all(same) and Fingerprint.of_record(theirs).matches(Fingerprint.of_record(own))
+    stored_model, model = stored["model"], identity["model"]
+    same = [stored_model[name] == model[name] for name in ("dtype", "quantize")]
+    return all(same) and Fingerprint.of_record(stored_model).matches(Fingerprint.of_record(model))

@@ -45,10 +45,10 @@ def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) ->
     """
     folder = None if lm.quantize else folder
     for name in (FILE_NAME, ADAPTED_FILE_NAME):  # the second keeps the first as its own
-        if folder is not None and (own := folder / name).is_file():
-            lm.encoder = load_encoder(own, lm)
-    if folder is not None and (own := folder / USABLE_FILE_NAME).is_file():
-        lm.usable_encoder = load_encoder(own, lm)
+        if folder is not None and (path := folder / name).is_file():
+            lm.encoder = load_encoder(path, lm)
+    if folder is not None and (path := folder / USABLE_FILE_NAME).is_file():
+        lm.usable_encoder = load_encoder(path, lm)
     if file is not None:
         encoder = load_encoder(Path(file).expanduser(), lm)
         if encoder.for_use:

@@ -81,7 +81,7 @@ def compare(
             f"a vector and {max(lengths)} tokens do not fit the context of {lm.name}: at most "
             f"{lm.context - 1}."
         )
-    rows = tuple(_at(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
+    rows = tuple(_at_length(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
     horizons = [
         float(o.metrics.horizon)
         for o in _cram(lm, passages, replace(recipe, start="encoder"), batch_size)
@@ -96,7 +96,7 @@ def compare(
     )
 
 
-def _at(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) -> AtLength:
+def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) -> AtLength:
     n, T = ids.shape
     assert lm.encoder is not None
     vectors = lm.encoder.encode(lm, ids.to(lm.device), 1)

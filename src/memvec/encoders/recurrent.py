@@ -85,11 +85,11 @@ class RecurrentNetwork(nn.Module):
 
     @torch.no_grad()
     def begun(
-        self, mean: Tensor, std: float, size: float, own: SummaryEncoder | None
+        self, mean: Tensor, std: float, size: float, summary_encoder: SummaryEncoder | None
     ) -> RecurrentNetwork:
         """The same network before training, for embeddings of that mean (D) and deviation.
 
-        `own`: the LM's summary encoder; the newest vector then begins as its vector of the segment.
+        `summary_encoder`: the LM's own; the newest vector then begins as its vector of the segment.
         Without one it begins at the network's output times `size`.
         """
         self.mean.copy_(mean)
@@ -99,15 +99,17 @@ class RecurrentNetwork(nn.Module):
             parameter.mul_(std).add_(mean)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        if own is None:
+        if summary_encoder is None:
             nn.init.zeros_(self.map.weight)
             self.map.bias.copy_(mean)
             self.first.mul_(size).add_(mean)
             return self
-        self.slots.copy_(own.summary[:1].float() + std * 0.1 * torch.randn_like(self.slots))
-        self.map.weight.copy_(own.weight)
-        self.map.bias.copy_(own.bias)
-        self.first.mul_(0.5).add_(own.bias)
+        self.slots.copy_(
+            summary_encoder.summary[:1].float() + std * 0.1 * torch.randn_like(self.slots)
+        )
+        self.map.weight.copy_(summary_encoder.weight)
+        self.map.bias.copy_(summary_encoder.bias)
+        self.first.mul_(0.5).add_(summary_encoder.bias)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         return self
@@ -185,11 +187,11 @@ class RecurrentEncoder(TrainedEncoder):
             raise MemvecError(
                 f"a document of {ids.shape[1]} tokens is no chain of whole segments of {segment}."
             )
-        memory, found = self.empty(len(ids)), []
+        memory, memories = self.empty(len(ids)), []
         for part in torch.split(ids, segment, dim=1):
             memory = self.carry(lm, memory, part)
-            found.append(memory)
-        return found
+            memories.append(memory)
+        return memories
 
     def asked(self, memory: Float[Tensor, "B K D"], lag: int) -> Float[Tensor, "B K1 D"]:
         """What stands before the segment `lag` before the newest: the memory and the question.

@@ -87,13 +87,13 @@ def compare_segments(
     at_lags, chains = [], []
     for i, memory in enumerate(memories, start=1):
         part = ids[:, : i * T]
-        found = [recall(lm, memory, part, lag) for lag in range(min(i, lags))]
-        exact = torch.tensor([at.leading for at in found]).eq(T).sum(0) * T
-        at_lags += found
+        recalled = [recall(lm, memory, part, lag) for lag in range(min(i, lags))]
+        exact = torch.tensor([at.leading for at in recalled]).eq(T).sum(0) * T
+        at_lags += recalled
         whole = crammed_leading(lm, part.tolist(), K, recipe, batch_size) if recipe else ()
         chains.append(AfterSegments(i, tuple(exact.tolist()), tuple(whole)))
-    own = ids.reshape(-1, T).tolist()
-    alone = crammed_leading(lm, own, K, recipe, batch_size) if recipe else ()
+    segments_alone = ids.reshape(-1, T).tolist()
+    alone = crammed_leading(lm, segments_alone, K, recipe, batch_size) if recipe else ()
     return SegmentComparison(K, T, len(ids), tuple(at_lags), tuple(chains), tuple(alone))
 
 
@@ -151,6 +151,6 @@ def crammed_leading(
     if recipe.start == "auto":
         recipe = replace(recipe, start="noise")
     engine = Engine(lm, recipe, vectors=K, batch_size=batch_size, storage=storage)
-    asked = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
-    found = {outcome.passage.document: outcome.metrics.horizon for outcome in engine.run(asked)}
-    return [found[i] for i in range(len(asked))]
+    jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
+    horizon_of = {outcome.passage.document: outcome.metrics.horizon for outcome in engine.run(jobs)}
+    return [horizon_of[i] for i in range(len(jobs))]

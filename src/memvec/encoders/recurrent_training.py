@@ -56,19 +56,19 @@ class RecurrentTraining(TrainingRun):
 
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: RecurrentPlan) -> None:
         super().__init__(lm, stream, plan)
-        own = own_summary(lm)
-        self.identity["begun_at"] = own.identity if own else None
+        summary_encoder = own_summary(lm)
+        self.identity["begun_at"] = summary_encoder.identity if summary_encoder else None
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots", "lags")}
         with self.seeded():
             network = RecurrentNetwork(
                 lm.width, state_width(lm), segment=plan.segment_tokens, **shape
             )
-            self.network = network.begun(self.mean.cpu(), self.std, plan.size, own)
+            self.network = network.begun(self.mean.cpu(), self.std, plan.size, summary_encoder)
         self.network.to(lm.device)
         bare = [network.questions, network.first]
-        inside = {id(p) for p in bare}
-        rest = [p for p in network.parameters() if id(p) not in inside]
-        self.optimizer = self.optimized([{"params": rest}, {"params": bare, "rate": BARE}])
+        bare_ids = {id(p) for p in bare}
+        multiplied = [p for p in network.parameters() if id(p) not in bare_ids]
+        self.optimizer = self.optimized([{"params": multiplied}, {"params": bare, "rate": BARE}])
         self.target = 1.0
         largest = plan.segment_tokens + 2 * plan.slots
         if lm.context is not None and largest > lm.context:

@@ -232,8 +232,8 @@ class TrainingRun(ABC):
 
     def _rate(self) -> float:
         """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""
-        left = 1 - self.step / self.plan.steps
-        return min((self.step + 1) / max(1, self.plan.warmup), 0.01 + 0.99 * left)
+        remaining = 1 - self.step / self.plan.steps
+        return min((self.step + 1) / max(1, self.plan.warmup), 0.01 + 0.99 * remaining)
 
     # ------------------------------------------------------------------ text and files
 

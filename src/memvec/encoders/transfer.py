@@ -66,9 +66,9 @@ def fit_linear(x: Floats, y: Floats) -> LinearMap:
     for share in PENALTIES:
         penalty = float(share * (s**2).mean())
         keep = s**2 / (s**2 + penalty)
-        rest = (y - mean_out) - u @ (keep[:, None] * turned)
+        residual = (y - mean_out) - u @ (keep[:, None] * turned)
         leverage = (u**2 * keep).sum(1) + 1 / n
-        error = float(np.square(rest / (1 - leverage).clip(1e-9)[:, None]).sum())
+        error = float(np.square(residual / (1 - leverage).clip(1e-9)[:, None]).sum())
         if best is None or error < best[0]:
             best = (error, penalty)
     assert best is not None
@@ -105,8 +105,8 @@ class Transfer(OnePassEncoder):
             raise MemvecError(
                 f"the linear map is for K = {self.max_vectors}, and {K} vectors are asked for."
             )
-        made, _ = crammed(self.origin, ids.tolist(), K, self.recipe)
-        mapped = torch.from_numpy(self.mapping(made)).to(lm.device, torch.float32)
+        origin_vectors, _ = crammed(self.origin, ids.tolist(), K, self.recipe)
+        mapped = torch.from_numpy(self.mapping(origin_vectors)).to(lm.device, torch.float32)
         return mapped.reshape(len(ids), K, lm.width)
 
 
@@ -115,9 +115,9 @@ def crammed(
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """The vectors (n, K · D) of passages of token ids, and which of them (n) decode exactly."""
     engine = Engine(lm, recipe, vectors=K)
-    asked = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
-    found = {outcome.passage.document: outcome for outcome in engine.run(asked)}
-    outcomes = [found[i] for i in range(len(asked))]
+    jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
+    outcome_of = {outcome.passage.document: outcome for outcome in engine.run(jobs)}
+    outcomes = [outcome_of[i] for i in range(len(jobs))]
     rows: Floats = np.stack([o.vectors.flatten().double().numpy() for o in outcomes])
     return rows, np.array([o.exact for o in outcomes])
 
@@ -137,16 +137,16 @@ def fit_transfer(
     """
     check_same_tokens(origin, target)
     from_recipe = origin_recipe or recipe
-    x, exact_there = crammed(origin, passages, K, from_recipe)
-    y, exact_here = crammed(target, passages, K, recipe)
-    both = exact_there & exact_here
-    return Transfer(origin, from_recipe, K, fit_linear(x[both], y[both]))
+    x, exact_in_origin = crammed(origin, passages, K, from_recipe)
+    y, exact_in_target = crammed(target, passages, K, recipe)
+    usable = exact_in_origin & exact_in_target
+    return Transfer(origin, from_recipe, K, fit_linear(x[usable], y[usable]))
 
 
 def check_same_tokens(first: FrozenLM, second: FrozenLM) -> None:
     """Raise MemvecError unless two models read a text as the same ids, by their vocabularies."""
-    own, other = (lm.tokenizer and lm.tokenizer.get_vocab() for lm in (first, second))
-    if first.vocab_size != second.vocab_size or own != other:
+    vocab, other_vocab = (lm.tokenizer and lm.tokenizer.get_vocab() for lm in (first, second))
+    if first.vocab_size != second.vocab_size or vocab != other_vocab:
         raise MemvecError(
             f"{first.name} and {second.name} do not have the same tokens, so no passage is the "
             "same for both: take models with one tokenizer."

@@ -44,10 +44,10 @@ class UsableNetwork(nn.Module):
     def begun(self, lm: FrozenLM, mean: Float[Tensor, " D"]) -> UsableNetwork:
         """The same network with summaries near the LM's own, or near its mean embedding, and noise.
 
-        Equal summaries could not come to stand for different parts of a text.
+        Equal summaries could not learn to encode different parts of a text.
         """
-        own = own_summary(lm)
-        base = (mean if own is None else own.summary[0]).float().cpu()
+        summary_encoder = own_summary(lm)
+        base = (mean if summary_encoder is None else summary_encoder.summary[0]).float().cpu()
         noise = torch.randn_like(self.summary) * (0.1 * base.std())
         with torch.no_grad():
             self.summary.copy_(base + noise)

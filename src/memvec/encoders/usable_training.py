@@ -93,14 +93,14 @@ class UsableTraining(AdapterTraining):
             K = int(torch.randint(1, plan.slots + 1, (), generator=draw))
         T = K * int(torch.randint(plan.shortest, plan.longest + 1, (), generator=draw))
         count = max(1, plan.positions // (3 * T + 2 * plan.query_tokens + 4 * K))
-        both = self._windows(self.text, count, T + plan.query_tokens, draw)
-        ids, query = both[:, :T], both[:, T:]
+        windows = self._windows(self.text, count, T + plan.query_tokens, draw)
+        ids, query = windows[:, :T], windows[:, T:]
         vectors = UsableEncoder(self.network).read(self.fast, ids, K)
-        given = self.fast.states(vectors, ids, "bos")
-        loss, accuracy, gradient = self._scored(given, ids)
-        used = self.fast.states(vectors, query, "vectors")
-        nats, slope = self._divergence(used, ids, query)
-        self._move([given, used], [gradient, plan.weight * slope])
+        decoding = self.fast.states(vectors, ids, "bos")
+        loss, accuracy, gradient = self._scored(decoding, ids)
+        context = self.fast.states(vectors, query, "vectors")
+        nats, slope = self._divergence(context, ids, query)
+        self._move([decoding, context], [gradient, plan.weight * slope])
         share = max(SHARE_OF_MEAN, 1 / self.step)
         self.target += share * (nats - self.target)
         return loss, accuracy
@@ -111,10 +111,10 @@ class UsableTraining(AdapterTraining):
         """Mean divergence from the model behind the text, nats, and its gradient at the states."""
         lm = self.fast
         with torch.no_grad():
-            kept = likeliest(lm.head(states_behind(lm, behind_bos(lm, ids), query)), self.top)
+            teacher = likeliest(lm.head(states_behind(lm, behind_bos(lm, ids), query)), self.top)
         share = torch.full(query.shape, 1 / query.numel(), device=query.device)
         losses, gradient = divergence_at(
-            lm.head, states.detach(), kept, share, V=self.lm.vocab_size
+            lm.head, states.detach(), teacher, share, V=self.lm.vocab_size
         )
         return float(losses.sum()), gradient
 

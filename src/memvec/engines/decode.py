@@ -11,11 +11,11 @@ import torch
 
 from memvec.engines.folder import folder_of
 from memvec.engines.request import Prompt
-from memvec.engines.run import known, refuse_model, run_engine
+from memvec.engines.run import known_engine, refuse_model, run_engine
 from memvec.errors import MemvecError, check_minimum
 from memvec.export.target import embedded, refuse_other_weights
 from memvec.usable.around import in_full
-from memvec.usable.generate import SHORTER, check_room, end_ids, in_a_row
+from memvec.usable.generate import SHORTER, check_room, context_inputs, end_ids
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -41,8 +41,8 @@ def decode_with(
     """
     check(engine, mem, lm, model)
     prompts, starts = passage_prompts(mem, lm)
-    asked = [i for i, p in enumerate(prompts) if p.new_tokens]  # a given token needs no engine
-    batches = [asked[at : at + batch] for at in range(0, len(asked), batch)]
+    indices = [i for i, p in enumerate(prompts) if p.new_tokens]  # a given token needs no engine
+    batches = [indices[at : at + batch] for at in range(0, len(indices), batch)]
     answer = run_engine(
         engine,
         python,
@@ -52,7 +52,7 @@ def decode_with(
         batches=batches,
         settings=settings,
     )
-    new = dict(zip(asked, (ids for batch in answer.ids for ids in batch), strict=True))
+    new = dict(zip(indices, (ids for batch in answer.ids for ids in batch), strict=True))
     return answer.version, [begins + new.get(i, []) for i, begins in enumerate(starts)]
 
 
@@ -77,15 +77,15 @@ def answer_with(
     files = list(mem) if isinstance(mem, Sequence) else [mem]
     if not files:
         raise MemvecError("there are no vectors to use: give at least one file.")
-    for one in files:
-        check(engine, one, lm, model)
-    asked = use_prompt(lm, files, prompt, max_new_tokens, passages)
+    for file in files:
+        check(engine, file, lm, model)
+    vectors_and_prompt = use_prompt(lm, files, prompt, max_new_tokens, passages)
     answer = run_engine(
         engine,
         python,
         folder_of(lm) if model is None else model,
         str(lm.dtype).removeprefix("torch."),
-        [asked],
+        [vectors_and_prompt],
         settings=settings,
     )
     (ids,) = answer.ids[0]
@@ -101,20 +101,18 @@ def use_prompt(
     passages: Sequence[int] | None = None,
 ) -> Prompt:
     """The vectors of files, one behind the other, and a prompt behind them."""
-    view, rows = in_a_row(lm, files, passages)
-    vectors = view.behind_front(rows)[0]
+    vectors = context_inputs(lm, files, passages)
     tokens = lm.tokenize(prompt)
     check_minimum(1, max_new_tokens=new_tokens)
     check_room(lm, len(vectors) + len(tokens), new_tokens, SHORTER)
-    cast = vectors.to(lm.dtype).float().cpu()
-    return Prompt(cast, tokens, new_tokens, embedded(tokens, lm).float(), prompt)
+    return Prompt(vectors.float(), tokens, new_tokens, embedded(tokens, lm).float(), prompt)
 
 
 def check(
     engine: str, mem: MemVectors, lm: FrozenLM, model: str | os.PathLike[str] | None = None
 ) -> None:
     """Raise MemvecError if an engine cannot be asked for these vectors; nothing is started."""
-    known(engine)
+    known_engine(engine)
     mem.check_model(lm)
     refuse_other_weights(lm, engine)
     if (
@@ -138,9 +136,9 @@ def passage_prompts(mem: MemVectors, lm: FrozenLM) -> tuple[list[Prompt], list[l
     for vectors, record in zip(mem.vectors, mem.passages, strict=True):
         begins = [] if record.first is None else [record.first]
         given = trigger or begins
-        wanted = record.tokens - len(begins)
+        new_tokens = record.tokens - len(begins)
         # As the model reads them: rounded to its dtype.
         cast = in_full(view, vectors).to(lm.dtype).to(torch.float32)
-        prompts.append(Prompt(cast, given, wanted, embedded(given, lm).float()))
+        prompts.append(Prompt(cast, given, new_tokens, embedded(given, lm).float()))
         starts.append(begins)
     return prompts, starts

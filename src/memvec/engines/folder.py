@@ -28,8 +28,10 @@ def folder_of(lm: FrozenLM) -> Path:
     folder = POCKET if lm.name == "pocket" else Path(lm.name).expanduser()
     if not (folder / "config.json").is_file():
         with contextlib.suppress(OSError, ValueError):
-            kept = cached_file(lm.name, "config.json", revision=lm.revision, local_files_only=True)
-            folder = Path(kept).parent if kept else folder
+            config = cached_file(
+                lm.name, "config.json", revision=lm.revision, local_files_only=True
+            )
+            folder = Path(config).parent if config else folder
     if not (folder / "config.json").is_file():
         raise MemvecError(
             f"an engine reads a model's folder, and {lm.name} is none: give it with --engine-model."
@@ -54,15 +56,15 @@ def model_alone(model: Path) -> Iterator[Path]:
     vLLM loads every `.safetensors` file there is, and a folder may hold other weights than the
     model's (the built-in model's has those of its encoder).
     """
-    own = _weights_of(model)
-    if not model.is_dir() or own >= {path.name for path in model.glob("*.safetensors")}:
+    weights = _weights_of(model)
+    if not model.is_dir() or weights >= {path.name for path in model.glob("*.safetensors")}:
         yield model
         return
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as temporary:
         for path in model.iterdir():
-            if path.is_file() and (path.suffix != ".safetensors" or path.name in own):
-                (Path(made) / path.name).symlink_to(path.resolve())
-        yield Path(made)
+            if path.is_file() and (path.suffix != ".safetensors" or path.name in weights):
+                (Path(temporary) / path.name).symlink_to(path.resolve())
+        yield Path(temporary)
 
 
 def _weights_of(model: Path) -> set[str]:

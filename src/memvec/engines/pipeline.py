@@ -52,9 +52,9 @@ class VectorsPipeline(Pipeline):  # type: ignore[misc]
         self.lm = FrozenLM(self.model, self.tokenizer, name=self.model.name_or_path)
 
     def _sanitize_parameters(
-        self, **asked: Any
+        self, **settings: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return {}, asked, {}
+        return {}, settings, {}
 
     def preprocess(self, file: str | os.PathLike[str] | MemVectors) -> dict[str, Any]:
         """The vectors of a file."""
@@ -84,10 +84,10 @@ class VectorsPipeline(Pipeline):  # type: ignore[misc]
         check("transformers", mem, self.lm)
         decoded = []
         prompts, starts = passage_prompts(mem, self.lm)
-        for i, (asked, begins) in enumerate(zip(prompts, starts, strict=True)):
-            parts = [part for part in (asked.vectors, asked.embedded) if part is not None]
+        for i, (prompt, begins) in enumerate(zip(prompts, starts, strict=True)):
+            parts = [part for part in (prompt.vectors, prompt.embedded) if part is not None]
             inputs = torch.cat(parts).to(self.lm.dtype)
-            ids = begins + generated(self.lm, inputs, asked.new_tokens)
+            ids = begins + generated(self.lm, inputs, prompt.new_tokens)
             if ids_hash(ids) != mem.passages[i].sha256:
                 raise NotExactError(
                     f"passage {i} did not come back: its tokens do not hash to what was crammed."

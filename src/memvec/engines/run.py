@@ -45,7 +45,7 @@ class Answer:
     ids: list[list[list[int]]]
 
 
-def known(engine: str) -> str:
+def known_engine(engine: str) -> str:
     """The engine's name. Raises MemvecError, with the nearest known name, if it is unknown."""
     if engine not in ENGINES:
         raise MemvecError(f"unknown engine '{engine}': {did_you_mean(engine, ENGINES)}")
@@ -66,16 +66,16 @@ def run_engine(
 
     `python` is the interpreter of the engine's environment, `model` the model's folder (or, for
     llama.cpp, a GGUF file). Raises MemvecError before the engine starts for an unknown engine or
-    vectors that are not as wide as the model's; and, with the end of what the engine said, for an
-    interpreter that is not there or an engine that fails.
+    vectors that are not as wide as the model's; and, with the last line of the engine's output, for
+    an interpreter that is not there or an engine that fails.
     """
-    known(engine)
+    known_engine(engine)
     path = Path(model).expanduser()
     _check_width(path, prompts)
-    each = [[i] for i in range(len(prompts))] if batches is None else batches
-    with tempfile.TemporaryDirectory() as made, model_alone(path) as alone:
-        folder = Path(made)
-        write_request(folder, alone, dtype, prompts, each, settings)
+    indices = [[i] for i in range(len(prompts))] if batches is None else batches
+    with tempfile.TemporaryDirectory() as temporary, model_alone(path) as alone:
+        folder = Path(temporary)
+        write_request(folder, alone, dtype, prompts, indices, settings)
         start(engine, python, folder)
         return answer_in(folder)
 
@@ -101,17 +101,17 @@ def start(engine: str, python: str | os.PathLike[str], *folders: Path) -> None:
     """
     words = [str(python), str(RUNNERS), ENGINES[engine], *map(str, folders)]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", env={**kept, **quiet}
+        ended = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", env={**inherited, **quiet}
         )
     except OSError as error:
         raise MemvecError(
             f"there is no Python to run {engine} at {python}: {error.strerror}."
         ) from None
-    if done.returncode:
-        raise MemvecError(f"{engine} did not generate: {_reason(done.returncode, done.stderr)}")
+    if ended.returncode:
+        raise MemvecError(f"{engine} did not generate: {_reason(ended.returncode, ended.stderr)}")
 
 
 def answer_in(folder: Path) -> Answer:
@@ -120,11 +120,11 @@ def answer_in(folder: Path) -> Answer:
     return Answer(answer["version"], answer["ids"])
 
 
-def _reason(code: int, said: str) -> str:
-    """Why an engine ended: a signal, its last error, or the end of what it said."""
+def _reason(code: int, output: str) -> str:
+    """Why an engine ended: a signal, its last error, or the last line of its output."""
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}."
-    lines = [line.strip() for line in said.strip().splitlines()]
+    lines = [line.strip() for line in output.strip().splitlines()]
     errors = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
     last = lines if code == REFUSED or not errors else errors
     return last[-1] if last else f"exit code {code}"

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from memvec import registry
 from memvec.errors import MemvecError, did_you_mean
+from memvec.export.context import export_context
 from memvec.export.folder import export
 from memvec.export.target import Target
 
-__all__ = ["Target", "export", "names", "target"]
+__all__ = ["Target", "export", "export_context", "names", "target"]
 
 
 def names() -> list[str]:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,26 +54,41 @@ def export(
     decode exactly in the target's type. Nothing is left behind then.
     """
     output = Path(folder)
-    _check(mem, lm, target, output, force)
+    check(mem, lm, target, output, force)
     items = [_item(mem, i, lm) for i in range(len(mem.passages))]
     digits = max(4, len(str(len(items) - 1)))
     names = [f"passage-{i:0{digits}}{target.suffix}" for i in range(len(items))]
-    aside: Path | None = None
-    try:
-        aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+
+    def fill(aside: Path) -> dict[str, Any]:
         for name, item in zip(names, items, strict=True):
             target.write(aside / name, item, lm)
         with stock_attention(lm):
             _certify(mem, lm, target, [aside / name for name in names], items)
-            manifest = _manifest(mem, lm, target, names, items)
+            return _manifest(mem, lm, target, names, items)
+
+    return write_folder(output, fill, target.programs)
+
+
+def write_folder(
+    output: Path, fill: Callable[[Path], dict[str, Any]], programs: dict[str, Path]
+) -> dict[str, Any]:
+    """Write an export in a folder aside, then give it its name; returns the manifest.
+
+    `fill` writes the items into the folder that it is given and returns the manifest, to which the
+    hashes are added. Raises MemvecError if the disk refuses. Nothing is left behind then.
+    """
+    aside: Path | None = None
+    try:
+        aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        manifest = fill(aside)
         manifest["files"] = _hashes(aside)
         whole = json.dumps(manifest, sort_keys=True)  # so that it can tell that it was changed
         manifest["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
-        for name, program in target.programs.items():
+        for name, program in programs.items():
             shutil.copyfile(program, aside / name)
         aside.chmod(0o755)
-        _put(aside, output)
+        _put_in_place(aside, output)
     except OSError as error:
         raise MemvecError(f"{output} cannot be written: {error.strerror}.") from None
     finally:
@@ -81,16 +97,16 @@ def export(
     return manifest
 
 
-def _put(made: Path, output: Path) -> None:
+def _put_in_place(finished: Path, output: Path) -> None:
     """Give a finished folder its name; an earlier export goes away once that is done."""
     if not output.exists():
-        made.replace(output)
+        finished.replace(output)
         return
     earlier = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.")) / "earlier"
     try:
         output.replace(earlier)
         try:
-            made.replace(output)
+            finished.replace(output)
         except BaseException:
             earlier.replace(output)
             raise
@@ -98,7 +114,8 @@ def _put(made: Path, output: Path) -> None:
         shutil.rmtree(earlier.parent, ignore_errors=True)
 
 
-def _check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
+def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
+    """Raise MemvecError for vectors, a model or a place that a target cannot have."""
     if mem.header.layout != "prefix":
         raise MemvecError(
             f"one-step vectors are read in one forward pass, which no export is for: "
@@ -192,22 +209,9 @@ def _manifest(
     model = lm.description()
     versions = environment()
     return {
-        "format": FORMAT,
-        "version": 1,
-        "target": target.name,
-        "model": {k: model[k] for k in ("name", "revision", "config", "weights")},
-        "dtype": model["dtype"],
-        "vectors_per_passage": mem.vectors.shape[1],
-        "front_vectors": len(mem.view(lm).front),  # before them, in each item
-        "trigger_vectors": mem.header.soft_trigger,  # behind them
-        "width": mem.vectors.shape[2],
-        "context_scale": mem.header.context_scale,  # of the vectors where they are context
-        "start_rule": mem.header.start_rule,
-        "documents": [
-            d.model_dump(mode="json", include={"name", "sha256", "size", "encoding", "edits"})
-            | {"passages": d.passages}
-            for d in mem.header.documents
-        ],
+        **common_facts(mem, lm, target),
+        "mode": "decoding",
+        "trigger_vectors": mem.header.soft_trigger,  # behind those of the passage
         "passages": [
             {
                 "file": name,
@@ -227,4 +231,26 @@ def _manifest(
             "batch": 1,
             **{k: versions[k] for k in ("memvec", "torch", "transformers", "date")},
         },
+    }
+
+
+def common_facts(mem: MemVectors, lm: FrozenLM, target: Target) -> dict[str, Any]:
+    """What the manifest of every export says of the model, the vectors and the documents."""
+    model = lm.description()
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "target": target.name,
+        "model": {k: model[k] for k in ("name", "revision", "config", "weights")},
+        "dtype": model["dtype"],
+        "vectors_per_passage": mem.vectors.shape[1],
+        "front_vectors": len(mem.view(lm).front),  # before them, in each item
+        "width": mem.vectors.shape[2],
+        "context_scale": mem.header.context_scale,  # of the vectors where they are context
+        "start_rule": mem.header.start_rule,
+        "documents": [
+            d.model_dump(mode="json", include={"name", "sha256", "size", "encoding", "edits"})
+            | {"passages": d.passages}
+            for d in mem.header.documents
+        ],
     }

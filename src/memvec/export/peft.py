@@ -102,12 +102,12 @@ class Peft(Target):
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Undo what PEFT writes on a model and its parts: attributes, methods, trainable flags."""
-    kept: list[tuple[Any, dict[str, Any]]] = [(m, dict(vars(m))) for m in model.modules()]
+    attributes_of: list[tuple[Any, dict[str, Any]]] = [(m, dict(vars(m))) for m in model.modules()]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     finally:
-        for module, attributes in kept:
+        for module, attributes in attributes_of:
             vars(module).clear()
             vars(module).update(attributes)
         for parameter, flag in trainable:

@@ -124,7 +124,7 @@ def prompt(item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
 
 
 @torch.no_grad()
-def embedded(given: Sequence[int], lm: FrozenLM) -> Float[Tensor, "n D"]:
+def embedded(tokens: Sequence[int], lm: FrozenLM) -> Float[Tensor, "n D"]:
     """Embeddings of given tokens as the model sees them, on the CPU."""
-    ids = torch.tensor(list(given), dtype=torch.long, device=lm.device)
-    return lm.embed(ids).cpu() if given else torch.empty(0, lm.width, dtype=lm.dtype)
+    ids = torch.tensor(list(tokens), dtype=torch.long, device=lm.device)
+    return lm.embed(ids).cpu() if tokens else torch.empty(0, lm.width, dtype=lm.dtype)

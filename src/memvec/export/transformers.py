@@ -86,9 +86,9 @@ def plain_generation(lm: FrozenLM) -> Iterator[None]:
 def generating_by(lm: FrozenLM, config: GenerationConfig) -> Iterator[None]:
     """Generate by a configuration in the place of the model's own, which is restored afterwards."""
     model: Any = lm.model
-    own = model.generation_config
+    previous = model.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = previous

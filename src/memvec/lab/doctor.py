@@ -27,7 +27,7 @@ def examine(
     dtype: str = "auto",
     **options: Any,
 ) -> dict[str, Any]:
-    """Everything `memvec doctor` shows of a model, as a dictionary.
+    """The report of `memvec doctor` on a model, as a dictionary.
 
     Ends with a round trip: a few tokens are crammed, saved in memory and decoded. A model that does
     not load or fails a check gives `can_be_crammed` False and the reason. `options` are those of
@@ -70,14 +70,17 @@ def examine(
 
 
 def _encoder_for_use(lm: FrozenLM) -> str:
-    """Whether vectors for use begin from an encoder."""
+    """'yes' if usable vectors start from an encoder; otherwise why they do not."""
     if lm.usable_encoder is None:
         return "no"
     return "yes" if lm.usable_encoder.fits(lm, Recipe.of("usable")) else "of another trigger"
 
 
 def speed(lm: FrozenLM, tokens: int = 64, batch_size: int = 16, seconds: float = 2.0) -> float:
-    """Tokens per second of a forward and backward-to-input pass, `slots` passages at once."""
+    """Tokens per second of a forward pass and a backward pass to the inputs.
+
+    `batch_size` passages of `tokens` tokens are computed at once, for about `seconds` seconds.
+    """
     tokens = min(tokens, (lm.context or tokens + 1) - 1)
     ids = probe_ids(lm, tokens).expand(batch_size, -1)
     vectors = torch.zeros(batch_size, 1, lm.width, device=lm.device, requires_grad=True)
@@ -95,9 +98,10 @@ def round_trip(lm: FrozenLM) -> Check:
 
 
 def _round_trip(lm: FrozenLM) -> tuple[bool, str]:
-    """The whole way, small: two tokens in one vector, else in four, else one token in one.
+    """Cram and decode two tokens in one vector; if that fails in four; at last one token in one.
 
-    Untrained models may have a first token that drowns every vector; trained ones pass at once.
+    Trained models pass at the first attempt. In an untrained model the first token may attract so
+    much attention that one vector has no effect.
     """
     ids = tuple(probe_ids(lm, 5)[0, 3:].tolist())
     for K, n in ((1, 2), (4, 2), (1, 1)):

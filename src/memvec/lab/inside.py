@@ -1,12 +1,12 @@
-"""What the model does with vectors inside: attention on them, answers layer by layer, their path.
+"""How the model processes vectors: attention on them, predictions of each layer, and their path.
 
-Three looks at vectors (K, D) behind which a start token and the passage stand:
+Three measurements of vectors (K, D) that are followed by a start token and the passage:
 
-- the share of attention that falls on the vectors, in each layer (`attention_shares`);
-- the logit lens (nostalgebraist 2020): what the final norm and the head make of each layer's state
-  where the first token is predicted (`logit_lens`);
-- the way that the optimiser goes from the start to the end, in the plane of its first two principal
-  components (`Path`).
+- the share of attention on the vectors in each layer (`attention_shares`);
+- the logit lens (nostalgebraist 2020): the prediction that the final norm and the head make from
+  each layer's state at the position that predicts the first token (`logit_lens`);
+- the path of the vectors during optimisation, in the plane of its first two principal components
+  (`Path`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 @contextlib.contextmanager
 def eager(lm: FrozenLM) -> Iterator[None]:
-    """While this holds, the model writes its attention out, so that its weights can be read.
+    """Use eager attention while the context is open, which returns the attention weights.
 
-    Raises MemvecError for a model that has no such attention.
+    Raises MemvecError for a model without eager attention.
     """
     before = getattr(lm.config, "_attn_implementation", None)
     change: Any = getattr(lm.model, "set_attn_implementation", None)
@@ -42,7 +42,7 @@ def eager(lm: FrozenLM) -> Iterator[None]:
     try:
         change("eager")
         yield
-    except ValueError as error:  # transformers' word for an implementation that a model lacks
+    except ValueError as error:  # raised by transformers if the model lacks the implementation
         raise MemvecError(f"{lm.name} has no attention whose weights could be read.") from error
     finally:
         change(before)
@@ -50,9 +50,10 @@ def eager(lm: FrozenLM) -> Iterator[None]:
 
 @torch.no_grad()
 def attention_shares(lm: FrozenLM, inputs: Float[Tensor, "1 N D"], K: int) -> list[float]:
-    """Share of attention on the first K inputs, of all positions behind them, for each layer.
+    """For each layer, the share of attention on the first K inputs.
 
-    Mean over heads and positions. Raises MemvecError for a model without attention weights.
+    It is the mean over heads and over the positions behind these inputs. Raises MemvecError for a
+    model without attention weights.
     """
     with eager(lm):
         out = lm.model(inputs_embeds=inputs.to(lm.dtype), use_cache=False, output_attentions=True)
@@ -67,13 +68,12 @@ def attention_shares(lm: FrozenLM, inputs: Float[Tensor, "1 N D"], K: int) -> li
 def logit_lens(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], position: int, token: int
 ) -> list[list[float]]:
-    """For each layer, [-log2 p of a token, its rank (1: the arg-max), the arg-max's id].
+    """For each layer, [-log2 p of a token in bits, its rank (1: the arg-max), id of the arg-max].
 
-    The state at a position goes through the final norm and the head at once.
-
-    Raises MemvecError for a model whose norm is not where others have it.
+    The layer's state at `position` goes directly through the final norm and the head. Raises
+    MemvecError for a model without a final norm under a known name, or without a split head.
     """
-    found: list[list[float]] = []
+    answers: list[list[float]] = []
     norm, layers = _norm_and_layers(lm)
     states: list[Tensor] = []
 
@@ -93,8 +93,8 @@ def logit_lens(
         truth = torch.tensor([[token]], device=logits.device)
         bits = float(metrics.surprisal(logits[None, None], truth)[0, 0])
         rank = 1 + int((logits > logits[token]).sum())
-        found.append([bits, float(rank), float(logits.argmax())])
-    return found
+        answers.append([bits, float(rank), float(logits.argmax())])
+    return answers
 
 
 def _norm_and_layers(lm: FrozenLM) -> tuple[nn.Module, list[nn.Module]]:
@@ -117,11 +117,14 @@ class Path(NamedTuple):
     x: list[float]
     y: list[float]
     leading: list[int]  # leading tokens that each step's best vectors gave back
-    explained: float  # share of the variance that lies in the plane
+    explained: float  # share of the variance inside the plane
 
 
 def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: str) -> Path:
-    """Cram a passage once more, alone, and keep where its vectors go."""
+    """Cram a passage of T token ids alone into K vectors, and return the path of the vectors.
+
+    The path has one point for each optimiser step, and a last one for the vectors that are kept.
+    """
     points: list[Tensor] = []
     leading: list[int] = []
     engine = Engine(lm, recipe, vectors=K, batch_size=1, storage=storage, poll=1)
@@ -134,7 +137,7 @@ def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: s
 
     engine.on_progress = look
     (outcome,) = engine.run([Passage(tuple(ids))])
-    points.append(outcome.vectors.flatten().double())  # what was kept, and is moved no more
+    points.append(outcome.vectors.flatten().double())  # the vectors that are kept
     leading.append(outcome.metrics.horizon)
     if len(points) < 3:
         return Path([0.0] * len(points), [0.0] * len(points), leading, 1.0)
@@ -142,6 +145,6 @@ def path_of(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, storage: s
     rows = rows - rows.mean(0)
     left, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
     plane = left[:, :2] * sizes[:2]
-    plane = plane * torch.sign(plane[-1])  # a component has no sign of its own: the end is positive
+    plane = plane * torch.sign(plane[-1])  # the sign is arbitrary: the end is positive
     explained = float(sizes[:2].square().sum() / sizes.square().sum().clamp_min(1e-30))
     return Path(plane[:, 0].tolist(), plane[:, 1].tolist(), leading, explained)

@@ -1,12 +1,12 @@
-"""What a cram of a document will take, from cramming a sample of it: vectors, bytes and time.
+"""Estimate the vectors, bytes and time of cramming a document by cramming a sample of it.
 
-The sample is stratified: the document is cut into equal parts and a passage is taken at a random
-offset of each, cut by the same rule as `cram` cuts and crammed by the same engine, halves of what
-does not fit included. A passage costs 1 / tokens vectors per token there, so the mean of vectors /
-tokens over the sample, times the document's tokens, estimates the whole. Seconds likewise, from
-four measured parts: each passage's forward-backward tokens at the rate of busy slots, filling the
-slots, certifying, and cutting. Intervals are 95 % (Student's t) over the sampled passages. The
-sample of a short document is all of it: then the plan is a measurement.
+The sample is stratified: the document is divided into equal parts, and in each part a passage
+starts at a random offset. It is cut by the rule of `cram` and crammed by the same engine; a passage
+that does not fit is halved as in `cram`. The mean of vectors / tokens over the sampled passages,
+times the document's tokens, estimates the vectors of the document. Seconds are estimated in the
+same way from four measured parts: each passage's forward-backward tokens at the rate of busy slots,
+filling the slots, certifying, and cutting. Intervals are 95 % (Student's t) over the sampled
+passages. The sample of a short document is the whole document, and the plan is then a measurement.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from memvec.statistics import Mean, mean_interval
 from memvec.storage import storage_of
 
 SAMPLE = 32  # passages
-BUSY = 0.5  # a step counts for the rate while at least this share of the maximum of slots is taken
+BUSY = 0.5  # steps count for the rate if this share of the largest number of slots is taken
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the whole document will take; `sampled` passages with `sampled_tokens` were crammed.
+    """The estimate for a document, from `sampled` passages with `sampled_tokens` tokens.
 
-    Means over passages: `tokens_per_vector`, `bits_per_vector` (what the vectors had to remove).
-    Totals: `vectors`, `vector_bytes`, `seconds` (of one machine like this one, after the model is
-    loaded). `inexact` sampled passages did not become exact even in the shortest pieces.
+    Means over passages: `tokens_per_vector`, `bits_per_vector` (bits of the passage under the model
+    without vectors). Totals: `vectors`, `vector_bytes`, `seconds` (on a machine like this one,
+    without loading the model). `inexact` counts sampled passages that did not become exact even in
+    the shortest pieces.
     """
 
     tokens: int
@@ -53,7 +54,7 @@ class Plan:
     seconds: Mean
 
     def record(self) -> dict[str, Any]:
-        """As a plain dictionary."""
+        """The plan as a dictionary of plain values."""
         return asdict(self)
 
 
@@ -70,10 +71,10 @@ def plan(
     seed: int = 0,
     on_status: Callable[[CramStatus], None] | None = None,
 ) -> Plan:
-    """Cram `sample` passages spread over the document and estimate what all of it would take.
+    """Cram `sample` passages spread over the document and estimate the cost of the whole.
 
-    Options are those of `memvec.cram`; `seed` decides where passages are taken. Raises MemvecError
-    for bad input, as `cram` does.
+    The other options are those of `memvec.cram`; `seed` decides where the passages start. Raises
+    MemvecError for bad input, as `cram` does.
     """
     check_minimum(2, sample=sample)
     clock = _Clock(on_status)
@@ -118,9 +119,9 @@ def _end(passage: Passage) -> int:
 
 
 def _apart(passages: Sequence[Passage]) -> list[Passage]:
-    """Of passages that overlap the earlier ones, for outcomes belong to the passage they begin in.
+    """The passages without those that overlap an earlier one.
 
-    So a passage's own length does not decide whether it is in the sample.
+    An outcome belongs to the passage that it begins in, so sampled passages must not overlap.
     """
     kept: list[Passage] = []
     for passage in passages:
@@ -160,7 +161,7 @@ class _Times:
 def _cram(
     work: CramJob, passages: Sequence[Passage], clock: _Clock, cutting: float
 ) -> tuple[_Times, float]:
-    """Cram the sample as `cram` does: what its parts took, and the bytes of one stored vector."""
+    """Cram the sample as `cram` does: (seconds of its parts, bytes of a stored vector)."""
     # Includes the trial step that is timed for the sentence before the start.
     work.choose_batch_size(passages)
     began = time.perf_counter()
@@ -180,7 +181,7 @@ def _cram(
 
 @dataclass(frozen=True)
 class _Cost:
-    """What one sampled passage took, its halves included."""
+    """Vectors, seconds and bits of one sampled passage, with its halves."""
 
     vectors: float
     seconds: float
@@ -200,7 +201,7 @@ def _cost(work: CramJob, passage: Passage, vectors: int, times: _Times) -> _Cost
 
 
 class _Total:
-    """From the costs of sampled passages to the whole document's, with its interval."""
+    """Scales the costs of sampled passages up to the document, with an interval."""
 
     def __init__(self, tokens: int, passages: Sequence[Passage]) -> None:
         self.tokens, self.lengths = tokens, [len(p) for p in passages]
@@ -208,7 +209,7 @@ class _Total:
     def __call__(
         self, costs: Sequence[float], *, scale: float = 1.0, per_token: float = 0.0
     ) -> Mean:
-        """`scale` times the costs, and `per_token` for every token of the document."""
+        """The document's cost: `scale` times the passages' costs, and `per_token` per token."""
         if sum(self.lengths) == self.tokens:  # the sample is everything: no uncertainty is left
             value = math.fsum(costs) * scale + self.tokens * per_token
             return Mean(value, value, value, 0.0, len(costs))
@@ -217,7 +218,7 @@ class _Total:
 
 
 class _Clock:
-    """Follows a cram and keeps the time of its steps, with the slots taken at each."""
+    """Records the seconds and computed tokens of the steps of a cram, and the slots in use."""
 
     def __init__(self, on_status: Callable[[CramStatus], None] | None) -> None:
         self.on_status = on_status

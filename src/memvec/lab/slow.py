@@ -1,9 +1,12 @@
 """The slow, independent path: a frozen model's own forward, one passage at a time, in float64.
 
-Nothing of the engine's, the decoder's or the certification's code is used: vectors and tokens go
-through the model's own forward as `inputs_embeds` without padding or cache, with one whole forward
-per decoded token; bits and margins are summed in float64 with numpy. `study check` recomputes
-columns with it, and protocols recompute what they measured besides.
+No code of the engine, the decoder or the certification is used: vectors and tokens go through the
+model's own forward as `inputs_embeds` without padding or cache, with one whole forward per decoded
+token; bits and margins are summed in float64 with numpy. `study check` recomputes the columns of a
+row with it, and protocols recompute their extra measurements.
+
+Shapes: F tokens in front of the vectors, K vectors of width D, vocabulary V, and N predicted
+positions.
 """
 
 from __future__ import annotations
@@ -22,18 +25,19 @@ from memvec.lab import slow_space
 from memvec.model.lm import FrozenLM
 
 Floats = NDArray[np.float64]
-TIE = 1e-2  # logits: below, an arg-max may flip when sums are taken in another order
-TIED = float(np.finfo(np.float32).tiny)  # margin of a tie that the arg-max gets right
+TIE = 1e-2  # logits: with a smaller margin another order of summation may change the arg-max
+TIED = float(np.finfo(np.float32).tiny)  # margin of a tie whose arg-max is the true token
 
 
 @dataclass(frozen=True)
 class SlowPassage:
-    """A passage of a row, and what the slow path computed of the model alone.
+    """A passage of a row, with the bits and margins of the model without vectors.
 
-    `ids` are its T tokens, `before` the real tokens in front of it; the first `given` tokens are
-    not predicted. `lm_bits` and `lm_margin` (N,) are of the N predicted positions, in bits and
-    logits; sums of bits may differ by `bits_tolerance`. `options` are the protocol's. `vectors`
-    (K, D) are as stored, in float32; `lm` has the trigger that they were crammed with.
+    `ids` are its T tokens, `before` the tokens that precede it in its text; the first `given`
+    tokens are not predicted. `lm_bits` (N,) and `lm_margin` (N,) belong to the N predicted
+    positions, in bits and logits; sums of bits may differ by `bits_tolerance`. `options` are those
+    of the protocol. `vectors` (K, D) are the stored ones in float32; `lm` has the trigger that they
+    were crammed with.
     """
 
     lm: FrozenLM
@@ -56,9 +60,10 @@ class SlowPassage:
 
 @torch.no_grad()
 def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> Floats:
-    """(F + K + N, V) logits of the model's own forward on [front, vectors, ids (N,)], float64.
+    """Logits of the model's own forward on [F front tokens, vectors (K, D), ids (T,)], float64.
 
-    (N, V) behind the keys and values of a space.
+    The shape is (F + K + T, V). Where the vectors are keys and values in a cache, it is (T, V).
+    Entries of `ids` that are None are left out.
     """
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     if vectors is None:
@@ -81,7 +86,7 @@ def first_rows(lm: FrozenLM) -> Tensor:
 
 @torch.no_grad()
 def one_step_logits(lm: FrozenLM, vectors: Tensor, order: Sequence[int]) -> Floats:
-    """(N, V) logits of the model's own forward on vectors (K, D) in this order, float64."""
+    """(len(order), V) float64 logits of the model's own forward on vectors (K, D) in this order."""
     rows = vectors.to(lm.device, lm.dtype)
     inputs = torch.stack([rows[i] for i in order])[None]
     out = lm.model(inputs_embeds=inputs, use_cache=False)
@@ -90,7 +95,7 @@ def one_step_logits(lm: FrozenLM, vectors: Tensor, order: Sequence[int]) -> Floa
 
 
 def greedy(lm: FrozenLM, vectors: Tensor, prefix: Sequence[int | None], n: int) -> list[int]:
-    """n tokens by arg-max after [vectors, prefix], a whole forward for each."""
+    """n tokens decoded greedily after [vectors (K, D), prefix], one whole forward per token."""
     decoded: list[int] = []
     for _ in range(n):
         decoded.append(int(logits(lm, vectors, [*prefix, *decoded])[-1].argmax()))
@@ -98,7 +103,10 @@ def greedy(lm: FrozenLM, vectors: Tensor, prefix: Sequence[int | None], n: int) 
 
 
 def bits_and_margins(table: Floats, ids: Sequence[int]) -> tuple[Floats, Floats]:
-    """Per position: -log2 p of the true token, and its logit minus the best other one."""
+    """(-log2 p of the true token, bits; its logit minus the best other one), both (N,).
+
+    `table` holds logits (N, V), `ids` the N true tokens.
+    """
     rows, truth = np.arange(len(ids)), np.asarray(ids)
     top = table.max(1, keepdims=True)
     total = np.log(np.exp(table - top).sum(1)) + top[:, 0]
@@ -106,7 +114,7 @@ def bits_and_margins(table: Floats, ids: Sequence[int]) -> tuple[Floats, Floats]
     others = table.copy()
     others[rows, truth] = -np.inf
     margin = true - others.max(1)
-    tied = (margin == 0) & (table.argmax(1) == truth)  # the arg-max takes the first of equals
+    tied = (margin == 0) & (table.argmax(1) == truth)  # the arg-max takes the first of equal logits
     margin[tied] = TIED
     return (total - true) / math.log(2), margin
 

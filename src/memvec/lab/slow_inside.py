@@ -1,9 +1,9 @@
-"""Attention shares and the logit lens, the slow and independent way (beside memvec.lab.slow).
+"""Attention shares and the logit lens, computed slowly and independently of memvec.lab.inside.
 
-Shares come from queries and keys as the model hands them to its attention function: scores and
-their softmax in float64 with numpy, one head and one position at a time, of what a position may
-see. The lens of a layer is the answer of the model that ends behind it: the same model with its
-other layers taken out, so that its own norm and head follow.
+Shares are computed from the queries and keys that the model passes to its attention function:
+scores and their softmax in float64 with numpy, for one head and one position at a time, over the
+positions that it may attend to. The lens of a layer is computed with the model cut off behind that
+layer: the later layers are removed, so that the final norm and the head follow directly.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from memvec.lab import slow
 from memvec.model.lm import FrozenLM
 
-WATCHED = "memvec_watched"  # the name under which transformers knows the function that looks on
+WATCHED = "memvec_watched"  # name of the recording attention function in transformers
 
 
 @torch.no_grad()
 def attention_shares(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> list[float]:
-    """Share of attention on the vectors (K, D) of all positions behind them, for each layer."""
+    """For each layer, the share of attention on the vectors (K, D), mean over later positions."""
     seen: list[tuple[Tensor, Tensor, float]] = []
     with _watching(lm, seen):
         slow.logits(lm, vectors, ids)
@@ -46,17 +46,19 @@ def _share(query: Tensor, key: Tensor, scale: float, K: int) -> float:
 
 @contextlib.contextmanager
 def _watching(lm: FrozenLM, seen: list[tuple[Tensor, Tensor, float]]) -> Iterator[None]:
-    """While this holds, each layer's queries, keys and scale are noted on their way."""
+    """Record each layer's queries, keys and scale in `seen` while the context is open."""
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def look(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw: Any):  # type: ignore[no-untyped-def]
-        scale = kw.get("scaling") or query.shape[-1] ** -0.5
+    def record(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         seen.append((query, key, float(scale)))
-        return sdpa_attention_forward(module, query, key, value, *rest, **kw)
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(WATCHED, look)
+    AttentionInterface.register(WATCHED, record)
     AttentionMaskInterface.register(WATCHED, sdpa_mask)
     before, model = lm.config._attn_implementation, lm.model
     try:
@@ -67,22 +69,24 @@ def _watching(lm: FrozenLM, seen: list[tuple[Tensor, Tensor, float]]) -> Iterato
 
 
 def lens(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None], token: int) -> list[list[float]]:
-    """For each layer, [-log2 p of a token, its rank, the arg-max] at the last of [vectors, ids], of
-    the model without the layers behind."""
-    found = []
+    """For each layer, [-log2 p of a token (bits), its rank, id of the arg-max] at the last input.
+
+    The inputs are [vectors (K, D), ids], and the model has no layers behind that one.
+    """
+    answers = []
     count = int(lm.config.get_text_config().num_hidden_layers)
     for last in range(1, count + 1):
         with _shortened(lm, last, count):
             table = slow.logits(lm, vectors, ids)[-1:]
         bits, _ = slow.bits_and_margins(table, [token])
         above = table[0] > table[0, token]
-        found.append([float(bits[0]), 1.0 + float(above.sum()), float(table[0].argmax())])
-    return found
+        answers.append([float(bits[0]), 1.0 + float(above.sum()), float(table[0].argmax())])
+    return answers
 
 
 @contextlib.contextmanager
 def _shortened(lm: FrozenLM, last: int, count: int) -> Iterator[None]:
-    """While this holds, the model has its first `last` layers only."""
+    """Remove all layers of the model but the first `last` while the context is open."""
     stacks = [
         (parent, name, child)
         for parent in lm.model.modules()

@@ -1,8 +1,9 @@
-"""The numbers of a space, read the slow and independent way (beside memvec.lab.slow).
+"""Vectors of a space turned into a model's inputs, slowly and independently of the fast path.
 
-Keys and values are written into a DynamicCache number by number, in the order that a file has them:
-layer by layer the keys, then the values, of each a head after the other. What other layers hold,
-and how many heads a layer has, is asked of the model's own forward on tokens.
+Keys and values are written into a DynamicCache number by number, in the order of the file: layer by
+layer first the keys, then the values, and within these head by head. The number of heads of a
+layer, and the keys and values of layers that are not trained, come from the model's own forward on
+filler tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from memvec.model.lm import FrozenLM
 
 
 def front(lm: FrozenLM, vectors: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
-    """What stands before the tokens for vectors (K, W): inputs (K, D), or none and a cache in the
-    arguments of the model's forward."""
+    """Inputs (K, D) for vectors of W numbers (K, W), and further arguments of the model's forward.
+
+    Where the vectors are keys and values, there are no inputs and the arguments hold a cache.
+    """
     space, options = lm.reading.space, lm.reading.options
     if space == "shared-basis":
         basis = lm.reading.vectors_of(torch.eye(vectors.shape[1]))  # type: ignore[attr-defined]
@@ -43,11 +46,11 @@ def _cache(
     from transformers import DynamicCache
 
     K = len(vectors)
-    held = DynamicCache()  # of K fillers: their keys and values, and the shapes of all layers
-    lm.model(input_ids=torch.full((1, K), filler, device=lm.device), **{argument: held})
+    fillers = DynamicCache()  # keys and values of K filler tokens, in all layers
+    lm.model(input_ids=torch.full((1, K), filler, device=lm.device), **{argument: fillers})
     cache, at, turn = DynamicCache(), 0, 0
-    for layer, own in enumerate(held.layers):
-        tables = [own.keys.clone(), own.values.clone()]
+    for layer, layer_cache in enumerate(fillers.layers):
+        tables = [layer_cache.keys.clone(), layer_cache.values.clone()]
         if trained is None or layer in trained:
             for table in tables:
                 heads, width = table.shape[1], table.shape[3]

@@ -1,8 +1,9 @@
-"""How well vectors stand for a text, and which layers read them, the slow and independent way.
+"""Context mode and knocked-out layers, computed slowly and independently of memvec.usable.
 
-Beside memvec.lab.slow: one text at a time through the model's own forward, log-probabilities in
-float64 with numpy, a layer knocked out by running its attention on the two parts apart (no mask),
-gradients one word at a time, and spans by least squares.
+As in memvec.lab.slow, one text at a time goes through the model's own forward, with log
+probabilities in float64 with numpy. A layer is knocked out by running its attention on the two
+parts separately (no mask), gradients are taken one word at a time, and spans are compared by least
+squares. A word is one token of a held-out text.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ Floats = NDArray[np.float64]
 def log_probabilities(
     lm: FrozenLM, vectors: Tensor | None, before: Sequence[int], words: Sequence[int]
 ) -> Floats:
-    """(L, V) log-probabilities, nats, at each word behind [vectors, before]."""
+    """(len(words), V) log-probabilities, nats, at each word behind [vectors (K, D), before]."""
     table = slow.logits(lm, vectors, [*before, *words])[-len(words) - 1 : -1]
     table = table - table.max(1, keepdims=True)
     return np.asarray(table - np.log(np.exp(table).sum(1, keepdims=True)))
 
 
 def context_ids(lm: FrozenLM, ids: Sequence[int], K: int) -> dict[str, list[int]]:
-    """Token ids of the text, of nothing and of the text's ends, as the model reads them."""
+    """Token ids of each context by its name: the text, nothing, and the last tokens of the text."""
     bos = [] if lm.bos_id is None else [lm.bos_id]
     ends = {n: list(ids)[len(ids) - n :] for n in (K, 2 * K, 4 * K, 8 * K) if n < len(ids)}
     named = {f"last {n} tokens": [*bos, *end] for n, end in ends.items()}
@@ -47,25 +48,30 @@ def divergence_and_nll(
     words: Any,
     given: int = 0,
 ) -> tuple[float, float]:
-    """(KL from the model behind `text`, NLL of the words) behind [vectors, before], nats a word.
+    """(KL divergence from the model behind `text`, NLL of the words), nats per word.
 
-    The first `given` words of each row are read and not predicted.
+    Both are measured behind [vectors (K, D), before]. The first `given` words of each row are read
+    and not predicted.
     """
     kl, nll = [], []
     for row in words:
-        first, rest = row[:given], row[given:]
-        p = log_probabilities(lm, None, [*text, *first], rest)
-        q = log_probabilities(lm, vectors, [*before, *first], rest)
+        first, predicted = row[:given], row[given:]
+        p = log_probabilities(lm, None, [*text, *first], predicted)
+        q = log_probabilities(lm, vectors, [*before, *first], predicted)
         kl.append(float((np.exp(p) * (p - q)).sum(1).mean()))
-        nll.append(-float(q[np.arange(len(rest)), rest].mean()))
+        nll.append(-float(q[np.arange(len(predicted)), predicted].mean()))
     return float(np.mean(kl)), float(np.mean(nll))
 
 
 def both_modes(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Any, layers: Collection[int] = ()
 ) -> tuple[list[float], bool]:
-    """[leading tokens right, mean margin (logits), KL (nats a word)] with some layers knocked out;
-    and whether a margin is so close to zero that the tokens may differ."""
+    """([leading right tokens, mean margin, KL as context], whether a margin is nearly zero).
+
+    Attention to the vectors (K, D) is knocked out in `layers`. Margins are logits of decoding mode,
+    the KL divergence is that of context mode in nats per word. Where a margin is nearly zero, the
+    number of leading right tokens may differ by rounding.
+    """
     text = context_ids(lm, ids, len(vectors))["text"]
     with apart(lm, layers, len(vectors)):
         _, margin = slow.teacher_forced(lm, vectors, ids, "bos")
@@ -81,8 +87,11 @@ def both_modes(
 
 @contextlib.contextmanager
 def apart(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
-    """While this holds, the attention of these layers is computed of the first F + K positions, and
-    again without the K vectors among them: the softmax of those behind never meets a vector."""
+    """Knock out attention to the K vectors in these layers while the context is open.
+
+    The attention of such a layer is computed once for the first F + K positions, and once for all
+    positions but the vectors, so that no later position attends to a vector.
+    """
     named = [
         module
         for name, module in lm.model.named_modules()
@@ -97,23 +106,25 @@ def apart(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
 
 
 def _in_two(forward: Callable[..., Any], F: int, K: int) -> Callable[..., Any]:
-    def run(hidden_states: Tensor, **given: Any) -> Any:
+    def run(hidden_states: Tensor, **options: Any) -> Any:
         parts, N = [], hidden_states.shape[1]
         for part in ([*range(F + K)], [*range(F), *range(F + K, N)]):
-            own = dict(given)
-            own["position_embeddings"] = tuple(x[:, part] for x in given["position_embeddings"])
-            if given.get("attention_mask") is not None:
-                own["attention_mask"] = given["attention_mask"][..., part, :][..., part]
-            if given.get("position_ids") is not None:
-                own["position_ids"] = given["position_ids"][:, part]
-            parts.append(forward(hidden_states=hidden_states[:, part], **own))
+            part_options = dict(options)
+            part_options["position_embeddings"] = tuple(
+                x[:, part] for x in options["position_embeddings"]
+            )
+            if options.get("attention_mask") is not None:
+                part_options["attention_mask"] = options["attention_mask"][..., part, :][..., part]
+            if options.get("position_ids") is not None:
+                part_options["position_ids"] = options["position_ids"][:, part]
+            parts.append(forward(hidden_states=hidden_states[:, part], **part_options))
         return torch.cat([parts[0][0], parts[1][0][:, F:]], 1), *parts[0][1:]
 
     return run
 
 
 def margin_gradients(lm: FrozenLM, vectors: Tensor, ids: Sequence[int]) -> Floats:
-    """(T, K·D) gradients of each token's margin behind the trigger."""
+    """(T, K·D) gradients of each token's margin (logits) in decoding mode, at vectors (K, D)."""
     rows = []
     for at, token in enumerate(ids):
         point, logits = _last_logits(lm, vectors, [*lm.trigger, *ids[:at]])
@@ -124,7 +135,10 @@ def margin_gradients(lm: FrozenLM, vectors: Tensor, ids: Sequence[int]) -> Float
 
 
 def word_gradients(lm: FrozenLM, vectors: Tensor, words: Any, n: int) -> Floats:
-    """(n, K·D) gradients of the log-probability of n words, spread evenly over the texts."""
+    """(n, K·D) gradients of the log-probability of n words in context mode, at vectors (K, D).
+
+    The words are spread evenly over the texts.
+    """
     rows, flat = [], [(row, at) for row in words for at in range(len(row))]
     for i in range(n):
         row, at = flat[len(flat) * i // n]
@@ -135,20 +149,20 @@ def word_gradients(lm: FrozenLM, vectors: Tensor, words: Any, n: int) -> Floats:
 
 
 def share_inside(rows: Floats, others: Floats) -> float:
-    """Mean share of each row's squared length that least squares explains by the other rows."""
+    """Mean share of a row's squared length inside the span of `others`; both (rows, K·D)."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return float(1 - (residual(unit, others) ** 2).sum(1).mean())
 
 
 def residual(rows: Floats, others: Floats) -> Floats:
-    """What least squares leaves of each row."""
+    """The part of each row (rows, K·D) outside the span of `others`, by least squares."""
     A = (others / np.linalg.norm(others, axis=1, keepdims=True)).T
     fitted, *_ = np.linalg.lstsq(A, rows.T, rcond=None)
     return np.asarray(rows - (A @ fitted).T)
 
 
 def _last_logits(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-    """(the vectors as a leaf, the logits (V,) behind [vectors, ids])."""
+    """(the vectors (K, D) as a leaf of autograd, the logits (V,) behind [vectors, ids])."""
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     with torch.enable_grad():
         point = vectors.to(lm.device, lm.dtype).detach().clone().requires_grad_()

@@ -2,7 +2,7 @@
 
 Every difference between families and between releases of transformers is in this file. From 5.24 on
 a forward takes and returns `cache`; before, it was `past_key_values`, `cache_params` (Mamba) or
-`state` (RWKV). The model is asked, not the release: the name is the first of these that its forward
+`state` (RWKV). The model decides, not the release: the name is the first of these that its forward
 accepts, and the cache counts as usable only after decoding with it gave the logits of a whole
 forward.
 
@@ -50,7 +50,7 @@ class Caching:
 
     @property
     def sentence(self) -> str:
-        """What is said of a model that is decoded without a cache."""
+        """The end of the warning about a model that is decoded without a cache."""
         blame = "; this is an error of memvec, please report it" if self.fault else ""
         return f"decodes without a cache ({self.reason}), so {SLOW}{blame}."
 
@@ -127,10 +127,10 @@ def _without(config: Any) -> Caching:
     if (why := KEEP_NONE.get(config.model_type)) is not None:
         return Caching(None, why)
     if hasattr(config.get_text_config(), "use_cache"):
-        known = ", ".join(NAMES)
+        names = ", ".join(NAMES)
         return Caching(
             None,
-            f"its configuration says that it keeps one, under none of the known names: {known}",
+            f"its configuration says that it keeps one, under none of the known names: {names}",
             fault=True,
         )
     return Caching(None, "it keeps none")
@@ -145,5 +145,5 @@ def _argument(forward: Callable[..., Any]) -> str | None:
 @functools.cache
 def _options(forward: Callable[..., Any]) -> dict[str, Any]:
     """Options of a forward with the cache; only the last position's logits where it can do that."""
-    known = inspect.signature(forward).parameters
-    return {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in known else {})
+    parameters = inspect.signature(forward).parameters
+    return {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})

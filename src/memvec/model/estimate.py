@@ -4,7 +4,7 @@ Activations are counted, not guessed: of a loaded model, what autograd really ke
 configuration, what it keeps of one token and layer of a transformer whose weights are frozen. A
 product with a frozen matrix keeps nothing; what stays are the inputs of the norms (in float32, as
 RMSNorm computes), queries, keys, values and output of attention, and the MLP up to its last matrix.
-On top of what is kept stand first the logits, then the gradients on their way: never both.
+To what is kept are added first the logits, later the gradients on their way back: never both.
 
 Bytes are those of tensors, which `benchmarks/peak.py` compares with what torch counts. A process on
 a CPU holds more than its tensors, by as much as its allocator keeps for the next step.
@@ -97,18 +97,18 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     keys = first("num_key_value_heads", default=heads) * head
     inner = first("intermediate_size", "ffn_dim", "n_inner", "d_ff", default=4 * hidden)
     # SiLU is what gated MLPs use; GELU and ReLU stand in plain ones (Gemma's is the exception).
-    kind = str(getattr(c, "model_type", ""))
+    family = str(getattr(c, "model_type", ""))
     names = ("hidden_activation", "hidden_act", "activation_function")
     activation = next((str(v) for n in names if (v := getattr(c, n, None))), "")
-    gated = "silu" in activation or "gemma" in kind
+    gated = "silu" in activation or "gemma" in family
     # Two norms a layer; four in models that also normalise behind; some normalise queries and keys.
-    norms = hidden * (4 if kind in BOTH_ENDS else 2)
-    normed = heads * head + keys if kind in QUERIES_AND_KEYS else 0
+    norms = hidden * (4 if family in BOTH_ENDS else 2)
+    normed = heads * head + keys if family in QUERIES_AND_KEYS else 0
     vocabulary = first("vocab_size")
     if parameters is None:
-        each = 2 * hidden * heads * head + 2 * hidden * keys + (2 + gated) * hidden * inner
+        per_layer = 2 * hidden * heads * head + 2 * hidden * keys + (2 + gated) * hidden * inner
         tied = bool(getattr(c, "tie_word_embeddings", False))
-        parameters = layers * each + (2 - tied) * vocabulary * hidden
+        parameters = layers * per_layer + (2 - tied) * vocabulary * hidden
     return Facts(
         parameters=float(parameters),
         layers=layers,
@@ -122,7 +122,7 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
         number=number,
         norms=norms,
         normed=normed,
-        fused=kind in FUSED,
+        fused=family in FUSED,
         inside=WRITTEN_OUT.get(activation, 1),
         context=first("max_position_embeddings", "n_positions", "max_seq_len") or None,
     )
@@ -136,11 +136,11 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     """
     steps = fast or lm
     parameters = {id(p): p for model in (lm.model, steps.model) for p in model.parameters()}
-    own = float(sum(p.numel() for p in lm.model.parameters()))
-    facts = facts_of_config(lm.config, steps.dtype.itemsize, own)
+    parameter_count = float(sum(p.numel() for p in lm.model.parameters()))
+    facts = facts_of_config(lm.config, steps.dtype.itemsize, parameter_count)
     weights = float(sum(map(_bytes, parameters.values())))
-    kept = kept_bytes(steps, tokens)
-    measured = replace(facts, weights=weights, kept=kept, width=lm.numbers)
+    token_bytes = kept_bytes(steps, tokens)
+    measured = replace(facts, weights=weights, kept=token_bytes, width=lm.numbers)
     return replace(measured, checkpointing=lm.checkpointing)
 
 
@@ -165,9 +165,9 @@ def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
     for t in (T // 2, T):  # what any passage keeps, however short, is none of its tokens'
         ids = torch.zeros(1, t, dtype=torch.long, device=lm.device)
         vectors = torch.zeros(1, 1, lm.numbers, device=lm.device, requires_grad=True)
-        with torch.enable_grad(), saved_bytes(lm.model) as kept:
+        with torch.enable_grad(), saved_bytes(lm.model) as saved:
             lm.states(vectors, ids, "first-token")
-        sizes.append(kept())
+        sizes.append(saved())
     return (sizes[1] - sizes[0]) / (T - T // 2)
 
 
@@ -183,16 +183,16 @@ def layer_bytes(f: Facts) -> float:
 def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Estimate:
     """Peak bytes of a step with `slots` passages of `tokens` tokens and K = `vectors`."""
     N = batch_size * (tokens + vectors - 1)
-    each = layer_bytes(f)
+    one_layer = layer_bytes(f)
     kept = f.kept
     if kept is None:
-        kept = f.layers * (f.number * f.hidden if f.checkpointing else each)
+        kept = f.layers * (f.number * f.hidden if f.checkpointing else one_layer)
     # The last norm, its output and their gradients; later the gradients of a layer's MLP and input,
     # or of its keys, values and normed queries.
     ends = f.hidden * (20 + 4 * f.number)
     mlp = f.number * ((2 * f.gated + f.inside) * f.inner + 2 * f.hidden)
     attention = f.number * 2 * f.keys + 8 * min(f.normed, f.attention)
-    back = max(mlp, attention) + each * f.checkpointing
+    back = max(mlp, attention) + one_layer * f.checkpointing
     rows = min(N, max(1, LOGITS_AT_ONCE // max(1, f.vocabulary)))
     states = 3 * N * f.hidden * f.number  # and their gradients
     return Estimate(
@@ -206,7 +206,7 @@ def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Est
 
 def max_batch_size(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> int:
     """The largest number of slots whose peak, weights apart, stays in `free` bytes; at least 1."""
-    one = estimate(f, batch_size=1, tokens=tokens, vectors=vectors)
+    slot = estimate(f, batch_size=1, tokens=tokens, vectors=vectors)
     logits = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # at most, at any number of slots
-    each = one.activations + one.passing + one.state
-    return max(1, int((free - logits) / each))
+    slot_bytes = slot.activations + slot.passing + slot.state
+    return max(1, int((free - logits) / slot_bytes))

@@ -103,20 +103,20 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             "offload=True, or fewer slots."
         )
     # A layer that accelerate moves data to has a forward of its own already, and keeps it.
-    own = [vars(layer).get("forward") for layer in layers]
+    own_forwards = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            layer.forward = functools.partial(_again, layer.forward)
+            layer.forward = functools.partial(_computed_again, layer.forward)
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, own_forwards, strict=True):
             if forward is None:
                 vars(layer).pop("forward", None)
             else:
                 layer.forward = forward
 
 
-def _again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     # Frozen and in eval mode: nothing is random, so there is no random state to keep.
@@ -149,8 +149,8 @@ def offloaded(model: nn.Module, *, pin: bool) -> Iterator[None]:
         aside = torch.empty_like(tensor, device="cpu", pin_memory=pin)
         return tensor.device, aside.copy_(tensor)
 
-    def give(kept: tuple[torch.device | None, Tensor]) -> Tensor:
-        device, tensor = kept
+    def give(stored: tuple[torch.device | None, Tensor]) -> Tensor:
+        device, tensor = stored
         return tensor if device is None else tensor.to(device, non_blocking=pin)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, give):
@@ -160,13 +160,13 @@ def offloaded(model: nn.Module, *, pin: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Counts what autograd keeps within, without weights: bytes of distinct storages, by call."""
-    kept: dict[int, Tensor] = {}
+    storages: dict[int, Tensor] = {}
     is_weight = _weights(model)
 
     def keep(tensor: Tensor) -> Tensor:
         if not is_weight(tensor):
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield lambda: sum(t.untyped_storage().nbytes() for t in kept.values())
+        yield lambda: sum(t.untyped_storage().nbytes() for t in storages.values())

@@ -274,7 +274,7 @@ class FrozenLM:
 
     @contextlib.contextmanager
     def _sparing(self) -> Iterator[None]:
-        """Memory paid for with time while gradients are asked for; nothing otherwise."""
+        """Save memory at the cost of time (checkpointing, offload) while gradients are computed."""
         with contextlib.ExitStack() as stack:
             if torch.is_grad_enabled() and self.checkpointing:
                 stack.enter_context(recomputed(self.model))

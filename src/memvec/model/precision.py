@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 ATTENTION = "memvec_float32"  # the name under which transformers knows `attention`
-WORTH_IT = 4_000_000  # parameters; below, a step is made of other things than products
+MIN_PARAMETERS = 4_000_000  # parameters; below, a step is made of other things than products
 LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # of the logits' spread, to the original
 # Of each model its copy, or why it is not used.
 COPIES: WeakKeyDictionary[nn.Module, nn.Module | str] = WeakKeyDictionary()
@@ -83,13 +83,13 @@ def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
     if compute == "model" or lm.rounding != torch.float32 or lm.quantize:
         return lm
     if compute == "auto":
-        large = sum(p.numel() for p in lm.model.parameters()) >= WORTH_IT
+        large = sum(p.numel() for p in lm.model.parameters()) >= MIN_PARAMETERS
         if lm.device.type != "cpu" or not large or not multiplies_bfloat16():
             return lm
     model = _rounded(lm)
     if isinstance(model, str):
-        said = f"steps of {lm.name} are computed in float32, as a copy in bfloat16 {model}."
-        warnings.warn(said, SlowPathWarning, stacklevel=2)
+        warning = f"steps of {lm.name} are computed in float32, as a copy in bfloat16 {model}."
+        warnings.warn(warning, SlowPathWarning, stacklevel=2)
         return lm
     return lm.computed_by(model)
 

@@ -43,7 +43,7 @@ def checks(lm: FrozenLM) -> Iterator[Check]:
 def refuse_if_unfit(lm: FrozenLM) -> None:
     """Raise MemvecError with the first check that fails.
 
-    A cache that was not found does not stop a model from being served: it is slower, and said so.
+    A model whose cache was not found is served: it is only slower, and a warning says so.
     """
     for check in checks(lm):
         if not check.ok and not (check.name == CACHE and not lm.has_cache):

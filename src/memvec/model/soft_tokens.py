@@ -27,5 +27,5 @@ def embedded(lm: FrozenLM, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape 
     first = first_soft_id(lm)
     soft = ids >= first
     plain: Tensor = lm.embedding(ids.masked_fill(soft, 0))
-    own = lm.soft.to(plain.dtype)[(ids - first).clamp_min(0)]
-    return torch.where(soft[..., None], own, plain)
+    soft_rows = lm.soft.to(plain.dtype)[(ids - first).clamp_min(0)]
+    return torch.where(soft[..., None], soft_rows, plain)

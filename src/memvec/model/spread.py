@@ -23,5 +23,5 @@ def embedding_std(weight: Float[Tensor, "V D"]) -> float:
 
 def logit_spread(logits: Float[Tensor, "n V"]) -> float:
     """Mean over positions of the standard deviation over the columns that are not masked."""
-    kept = [row[row > MASKED] for row in logits]  # a model that is refused may have none
-    return sum(float(row.std()) for row in kept if len(row) > 1) / len(kept) or 1.0
+    rows = [row[row > MASKED] for row in logits]  # a model that is refused may have none
+    return sum(float(row.std()) for row in rows if len(row) > 1) / len(rows) or 1.0

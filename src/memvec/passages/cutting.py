@@ -87,5 +87,5 @@ def surprisals(lm: FrozenLM, ids: Sequence[int]) -> torch.Tensor:
     first = torch.tensor([math.log2(lm.vocab_size)], dtype=torch.float64)
     if len(ids) == 1:
         return first
-    rest = metrics.surprisal(lm.logits(None, table), table[:, 1:])[0].double().cpu()
-    return torch.cat([first, rest])
+    later = metrics.surprisal(lm.logits(None, table), table[:, 1:])[0].double().cpu()
+    return torch.cat([first, later])

@@ -59,8 +59,10 @@ class KeysValues(Prefix):
         units = options.get("units")
         self.units = [_unit(t) for t in tables] if units is None else _checked(units, len(tables))
         self.options = {"units": self.units}
-        each = [torch.full((n,), 2.0**unit) for n, unit in zip(self.sizes, self.units, strict=True)]
-        self.unit = torch.cat(each).to(lm.device)  # a copy at each step would make a GPU wait
+        scales = [
+            torch.full((n,), 2.0**unit) for n, unit in zip(self.sizes, self.units, strict=True)
+        ]
+        self.unit = torch.cat(scales).to(lm.device)  # a copy at each step would make a GPU wait
         self._agrees(probe)
 
     def _trained(self, layers: int, options: Mapping[str, Any]) -> list[int]:

@@ -23,7 +23,7 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-class Asked(NamedTuple):
+class EmbeddedRequest(NamedTuple):
     """Inputs that stand for a context, the question behind them, and an answer."""
 
     inputs: Float[Tensor, "1 N D"]
@@ -32,40 +32,46 @@ class Asked(NamedTuple):
 
 
 @torch.no_grad()
-def likelihoods(lm: FrozenLM, asked: Sequence[Asked], batch_size: int = 1) -> list[Likelihood]:
+def likelihoods(
+    lm: FrozenLM, requests: Sequence[EmbeddedRequest], batch_size: int = 1
+) -> list[Likelihood]:
     """The likelihood of each answer behind its context and question.
 
     Answers that differ in their last token only (the letters of a multiple choice) share a forward
     pass. Raises MemvecError for more inputs than the model's context holds.
     """
     shared: dict[tuple[int, Ids, int, Ids], list[int]] = {}
-    for i, one in enumerate(asked):
-        check_room(lm, one.inputs.shape[1] + len(one.question), len(one.answer), SHORTER)
-        key = (id(one.inputs), one.question, len(one.answer), one.answer[:-1])
+    for i, request in enumerate(requests):
+        check_room(
+            lm, request.inputs.shape[1] + len(request.question), len(request.answer), SHORTER
+        )
+        key = (id(request.inputs), request.question, len(request.answer), request.answer[:-1])
         shared.setdefault(key, []).append(i)
-    groups = sorted(shared.values(), key=lambda group: -_length(asked[group[0]]))
+    groups = sorted(shared.values(), key=lambda group: -_length(requests[group[0]]))
     out: dict[int, Likelihood] = {}
     for at in range(0, len(groups), batch_size):
-        out |= _batch(lm, asked, groups[at : at + batch_size])
-    return [out[i] for i in range(len(asked))]
+        out |= _batch(lm, requests, groups[at : at + batch_size])
+    return [out[i] for i in range(len(requests))]
 
 
-def _length(one: Asked) -> int:
+def _length(request: EmbeddedRequest) -> int:
     """Inputs of the forward pass: everything but the answer's last token."""
-    return one.inputs.shape[1] + len(one.question) + max(0, len(one.answer) - 1)
+    return request.inputs.shape[1] + len(request.question) + max(0, len(request.answer) - 1)
 
 
-def _batch(lm: FrozenLM, asked: Sequence[Asked], groups: list[list[int]]) -> dict[int, Likelihood]:
+def _batch(
+    lm: FrozenLM, requests: Sequence[EmbeddedRequest], groups: list[list[int]]
+) -> dict[int, Likelihood]:
     """Likelihoods by index; the answers of a group have the same inputs."""
-    first = [asked[group[0]] for group in groups]
-    lengths = [_length(one) for one in first]
+    first = [requests[group[0]] for group in groups]
+    lengths = [_length(request) for request in first]
     width = max(lengths)
     inputs = torch.zeros(len(first), width, lm.width, dtype=lm.dtype, device=lm.device)
-    for row, one, length in zip(inputs, first, lengths, strict=True):
-        behind = torch.tensor([[*one.question, *one.answer[:-1]]], device=lm.device).long()
-        row[:length] = torch.cat([one.inputs.to(lm.dtype), lm.embed(behind)], 1)[0]
+    for row, request, length in zip(inputs, first, lengths, strict=True):
+        behind = torch.tensor([[*request.question, *request.answer[:-1]]], device=lm.device).long()
+        row[:length] = torch.cat([request.inputs.to(lm.dtype), lm.embed(behind)], 1)[0]
     # Right padding without a mask: nothing that is read stands behind it.
-    answers = [len(one.answer) for one in first]
+    answers = [len(request.answer) for request in first]
     start = min(length - n for length, n in zip(lengths, answers, strict=True))
     states = lm.states_of(inputs, keep=width - start)
     out: dict[int, Likelihood] = {}
@@ -73,27 +79,27 @@ def _batch(lm: FrozenLM, asked: Sequence[Asked], groups: list[list[int]]) -> dic
         log_p = lm.head(row[length - n - start : length - start]).log_softmax(-1)  # (n, V)
         greedy = log_p.argmax(-1).tolist()
         for i in group:
-            ids = torch.tensor(asked[i].answer, device=log_p.device).long()
+            ids = torch.tensor(requests[i].answer, device=log_p.device).long()
             value = float(log_p.gather(-1, ids[:, None]).sum())
-            out[i] = Likelihood(value, greedy == list(asked[i].answer))
+            out[i] = Likelihood(value, greedy == list(requests[i].answer))
     return out
 
 
-def written(lm: FrozenLM, asked: Asked, until: Sequence[str], **settings: Any) -> str:
+def written(lm: FrozenLM, request: EmbeddedRequest, until: Sequence[str], **settings: Any) -> str:
     """What the model writes behind a context and a question, up to the first of `until`.
 
     `settings` go to the model's `generate`. Raises MemvecError for more inputs and new tokens than
     the model's context holds.
     """
-    ids = torch.tensor([asked.question], device=lm.device).long()
-    inputs = torch.cat([asked.inputs.to(lm.dtype), lm.embed(ids)], 1)
+    ids = torch.tensor([request.question], device=lm.device).long()
+    inputs = torch.cat([request.inputs.to(lm.dtype), lm.embed(ids)], 1)
     check_room(lm, inputs.shape[1], int(settings["max_new_tokens"]), SHORTER)
     stops = [stop for stop in until if stop]
 
     def stopped(ids: Tensor, *_: Any, **__: Any) -> Tensor:
         texts = [lm.text(row) for row in ids.tolist()]
-        there = [any(stop in text for stop in stops) for text in texts]
-        return torch.tensor(there, device=ids.device)
+        has_stop = [any(stop in text for stop in stops) for text in texts]
+        return torch.tensor(has_stop, device=ids.device)
 
     text = write_behind(lm, inputs, {**settings, "stopping_criteria": [stopped]})
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]

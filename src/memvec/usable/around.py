@@ -1,15 +1,15 @@
 """What stands around the vectors: in front of them nothing or BOS, behind them a trigger.
 
-Models read every text behind their BOS and lay on it the attention that no other token asks for
-(Xiao et al. 2023, arXiv 2309.17453). Vectors that come first have to be that place, too; behind
-BOS they are free for what the text says. All contexts that they are compared with have it.
+Models read every text behind their BOS, and their attention falls on it where it has no other
+target (Xiao et al. 2023, arXiv 2309.17453). Vectors that come first have to be that attention sink,
+too; behind BOS they need not be. All contexts that they are compared with begin with BOS.
 
 The trigger is what follows the vectors under the start rule 'bos': BOS, another token, or R soft
 tokens that were trained for it, and with them P in front of the vectors, behind BOS. Soft tokens
 are the same for all passages.
 
-The size of the vectors may tell the two modes apart, too: where they are context they are
-multiplied by `context_scale`, and where the passage is asked for they are as they are stored.
+The size of the vectors may separate the two modes, too: in context mode they are multiplied by
+`context_scale`, in decoding mode they are used as they are stored.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ Texts of several passages are measured as a whole, too: their vectors one behind
 `memvec.use` has them, beside the whole text. Each passage was crammed to stand alone, so a row of
 them is a worse context than its parts (docs/usable.md).
 
-Vectors that predict nothing (keys and values, memvec.spaces) have the first word given; it is left
-out of the figures of every context.
+Vectors that predict nothing (keys and values, memvec.spaces) have the first word given, which is
+then left out for every context.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ROWS = 8  # at most so many texts of several passages are measured whole
 FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
 LAST_PASSAGE = "vectors of the last passage"
 
-# What a model says behind a context: words (M, L) -> log-probabilities (M, n, V) of the last n = L
+# A model's predictions behind a context: words (M, L) -> log-probabilities (M, n, V) of all n = L
 # words, or of all but the first.
 Context = Callable[[Int[Tensor, "M L"]], Float[Tensor, "M n V"]]
 Contexts = dict[str, Context]
@@ -142,13 +142,13 @@ def certify_use(
     seed = (SEED + int(mem.header.recipe.get("seed", 0))) % 2**62  # another than cramming had
     recipe = Recipe(query_count=QUERIES, query_tokens=tokens, seed=seed)
     held_out = [
-        behind_each(view, own, continuations(view, ids[i], recipe)[0])
-        for own, i in zip(contexts, chosen, strict=True)
+        behind_each(view, behind, continuations(view, ids[i], recipe)[0])
+        for behind, i in zip(contexts, chosen, strict=True)
     ]
     following = _following(mem, ids, tokens)
     true = [
-        behind_each(view, own, torch.tensor([following[i]]))
-        for own, i in zip(contexts, chosen, strict=True)
+        behind_each(view, behind, torch.tensor([following[i]]))
+        for behind, i in zip(contexts, chosen, strict=True)
         if i in following
     ]
     return UseCertificate(
@@ -157,25 +157,25 @@ def certify_use(
         context_scale=mem.header.context_scale,
         held_out=score_table(held_out, QUERIES, tokens),
         continuation=score_table(true, 1, tokens) if true else None,
-        in_a_row=_worth_in_a_row(view, mem, ids, recipe),
+        in_a_row=_scores_in_a_row(view, mem, ids, recipe),
         environment=environment(),
     )
 
 
-def check_usable(mem: MemVectors, what: str = "these vectors") -> None:
+def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
     """Raise MemvecError for vectors behind which nothing but their passage can be read.
 
-    `what`: what the sentence calls them.
+    `subject`: what the sentence calls them.
     """
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
-            f"{what} have no trigger, so whatever follows them is taken for their passage: "
+            f"{subject} have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with --usable."
         )
 
 
-def _spread(n: int, most: int) -> list[int]:
-    return list(range(n)) if n <= most else sorted({n * i // most for i in range(most)})
+def _spread(n: int, limit: int) -> list[int]:
+    return list(range(n)) if n <= limit else sorted({n * i // limit for i in range(limit)})
 
 
 def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> int:
@@ -196,7 +196,7 @@ def _following(
     mem: MemVectors, passages: Sequence[Sequence[int]], tokens: int
 ) -> dict[int, Sequence[int]]:
     """So many tokens behind each passage, where its document has them."""
-    found: dict[int, Sequence[int]] = {}
+    following: dict[int, Sequence[int]] = {}
     at = 0
     for document in mem.header.documents:
         end = at + document.passages
@@ -204,15 +204,15 @@ def _following(
             later = (t for j in range(i + 1, end) for t in passages[j])
             behind = list(itertools.islice(later, tokens))
             if len(behind) == tokens:
-                found[i] = behind
+                following[i] = behind
         at = end
-    return found
+    return following
 
 
-def _worth_in_a_row(
+def _scores_in_a_row(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]], recipe: Recipe
 ) -> ScoreTable | None:
-    """Scores of whole texts' vectors; of a long text, of as many passages as fit the context."""
+    """Scores of the vectors of whole texts; of a long text, as many passages as fit the context."""
     rows: list[range] = []
     at = 0
     for document in mem.header.documents:
@@ -221,8 +221,8 @@ def _worth_in_a_row(
         rows += [range(at, at + n)] if n > 1 else []
         at += document.passages
     measured = []
-    for which in _spread(len(rows), ROWS):
-        row = slice(rows[which].start, rows[which].stop)
+    for i in _spread(len(rows), ROWS):
+        row = slice(rows[i].start, rows[i].stop)
         text = [token for ids in passages[row] for token in ids]
         contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
         measured.append(behind_each(lm, contexts, continuations(lm, text, recipe)[0]))
@@ -265,24 +265,24 @@ def contexts_of(
     """The text, nothing, ends of the text, exact-only vectors if there are any, and the vectors."""
     K = len(vectors)
     ends = {f"last {n} tokens": ids[-n:] for n in (K, 2 * K, 4 * K, 8 * K) if n < len(ids)}
-    found: Contexts = {
+    contexts: Contexts = {
         name: functools.partial(_behind_text, lm, text)
         for name, text in ({FULL: ids, NONE: ()} | ends).items()
     }
     if exact_only is not None:
         plain = as_context_at(lm, 1.0)  # a control is read as it was crammed
-        found[EXACT_ONLY] = functools.partial(_behind_vectors, plain, exact_only)
-    found[VECTORS] = functools.partial(_behind_vectors, lm, vectors)
-    return found
+        contexts[EXACT_ONLY] = functools.partial(_behind_vectors, plain, exact_only)
+    contexts[VECTORS] = functools.partial(_behind_vectors, lm, vectors)
+    return contexts
 
 
 def contexts_of_row(lm: FrozenLM, vectors: Float[Tensor, "n K D"], ids: Sequence[int]) -> Contexts:
     """The same of a text of n passages whose vectors stand one behind the other; where there are
     several, also the vectors of the last one alone."""
-    found = contexts_of(lm, vectors.flatten(0, 1), ids, None)
+    contexts = contexts_of(lm, vectors.flatten(0, 1), ids, None)
     if len(vectors) > 1:
-        found[LAST_PASSAGE] = functools.partial(_behind_vectors, lm, vectors[-1])
-    return found
+        contexts[LAST_PASSAGE] = functools.partial(_behind_vectors, lm, vectors[-1])
+    return contexts
 
 
 def _behind_text(
@@ -320,21 +320,21 @@ def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> 
 def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> ScoreTable:
     """Means and intervals over the passages; a context that a passage lacks is left out there."""
     fullest = sorted(measured, key=len, reverse=True)  # the order in which contexts are shown
-    names = dict.fromkeys(name for own in fullest for name in own if name != FULL)
-    gain = [own[NONE].nll - own[FULL].nll for own in measured]
+    names = dict.fromkeys(name for row in fullest for name in row if name != FULL)
+    gain = [row[NONE].nll - row[FULL].nll for row in measured]
     scores = {}
     for name in names:
-        rows = [(own[name], own, g) for own, g in zip(measured, gain, strict=True) if name in own]
-        kl = statistics.bootstrap_mean([mine.kl for mine, *_ in rows])
-        gained = [own[NONE].nll - mine.nll for mine, own, _ in rows]
+        rows = [(row[name], row, g) for row, g in zip(measured, gain, strict=True) if name in row]
+        kl = statistics.bootstrap_mean([behind.kl for behind, *_ in rows])
+        gained = [row[NONE].nll - behind.nll for behind, row, _ in rows]
         kept = statistics.ratio_of_means(gained, [g for *_, g in rows])
         over = statistics.ratio_of_means(
-            [mine.kl for mine, *_ in rows], [own[VECTORS].kl for _, own, _ in rows]
+            [behind.kl for behind, *_ in rows], [row[VECTORS].kl for _, row, _ in rows]
         )
         scores[name] = ContextScore(
             kl=kl.value,
             kl_interval=(kl.low, kl.high),
-            nll=sum(mine.nll for mine, *_ in rows) / len(rows),
+            nll=sum(behind.nll for behind, *_ in rows) / len(rows),
             kept=kept.value,
             kept_interval=(kept.low, kept.high),
             over_vectors=over.value,

@@ -15,7 +15,7 @@ The question and the answer are the same token ids in every column.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.cram_job import CramJob
+from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
@@ -44,7 +44,7 @@ Ids = tuple[int, ...]
 
 
 class StandIn(NamedTuple):
-    """What stands for one context.
+    """The inputs that take the place of one context.
 
     `slots` counts the vectors, or the tokens of the context, without the start token in front;
     `exact` says whether the vectors give the context back.
@@ -93,11 +93,11 @@ def request_of(lm: FrozenLM, prompt: str, answer: str = "", split: str = SPLIT) 
     front is left out: every column brings its own.
     """
     context, _ = split_text(prompt, split)
-    kept = prompt.rstrip() if answer else prompt
-    before, whole = lm.tokenize(kept), lm.tokenize(prompt + answer)
-    own = lm.tokenize(context) if context else []
+    stripped = prompt.rstrip() if answer else prompt
+    before, whole = lm.tokenize(stripped), lm.tokenize(prompt + answer)
+    context_ids = lm.tokenize(context) if context else []
     shared = 0
-    while shared < min(len(own), len(before)) and own[shared] == before[shared]:
+    while shared < min(len(context_ids), len(before)) and context_ids[shared] == before[shared]:
         shared += 1
     first = 1 if before and before[0] == lm.bos_id else 0
     return Request(
@@ -111,7 +111,7 @@ class WholePassages(CramJob):
     """Cramming in which no passage is halved: an inexact one stays, with as many vectors as the
     truncated context has tokens."""
 
-    def _take(self, outcome: Outcome) -> list[Passage]:
+    def _keep_or_halve(self, outcome: Outcome) -> list[Passage]:
         self.done[outcome.passage.document, outcome.passage.offset] = outcome
         self._tell()
         return []
@@ -122,8 +122,9 @@ class Column:
 
     A context is cut into equal passages of at most `tokens` tokens, with `vectors` (K) vectors
     each, crammed by `recipe`. `cache` is a folder that keeps what is crammed, each passage from the
-    moment that it is done, under the model, the recipe and its token ids. Raises MemvecError for an
-    unknown column, sizes below 1, another space than inputs, or a folder that cannot be written.
+    moment that it is done, under the model, the recipe and its token ids. `on_status` is called
+    with the progress of cramming. Raises MemvecError for an unknown column, sizes below 1, another
+    space than inputs, or a folder that cannot be written.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Column:
         recipe: Recipe | None = None,
         batch_size: int | None = None,
         cache: Path | None = None,
+        on_status: Callable[[CramStatus], None] | None = None,
     ) -> None:
         check_minimum(1, vectors=vectors, tokens=tokens)
         self.lm, self.name = lm, column_named(name)
@@ -145,7 +147,7 @@ class Column:
             raise MemvecError(
                 f"a context is crammed into inputs here: leave out the space '{self.recipe.space}'."
             )
-        self.cache = cache
+        self.cache, self.on_status = cache, on_status
         self._crammed: dict[Ids, list[Outcome]] = {}
 
     def pieces(self, ids: Ids) -> list[tuple[int, int]]:
@@ -163,7 +165,7 @@ class Column:
             self._cram(new)
 
     def stand_in(self, ids: Ids) -> StandIn:
-        """What stands for a context in this column."""
+        """The inputs that take the place of a context in this column."""
         if self.name == "crammed" and ids:
             self.prepare([ids])
             outcomes = self._crammed[ids]
@@ -172,11 +174,11 @@ class Column:
             view = triggered(self.lm, self.recipe)
             inputs = view.behind_front(view.context_scale * rows.to(self.lm.device))
             return StandIn(inputs, rows.shape[1], exact)
-        kept = {
+        count = {
             "full": len(ids),
             "truncated": min(len(ids), self.vectors * len(self.pieces(ids))),
         }.get(self.name, 0)
-        return StandIn(text_inputs(self.lm, ids[len(ids) - kept :]), kept, None)
+        return StandIn(text_inputs(self.lm, ids[len(ids) - count :]), count, None)
 
     def _cram(self, contexts: list[Ids]) -> None:
         documents = [
@@ -195,6 +197,7 @@ class Column:
             self.recipe,
             self.batch_size,
             storage_of(STORAGE),
+            on_status=self.on_status,
         )
         job.choose_batch_size(passages)
         job.journal = self._journal(job)

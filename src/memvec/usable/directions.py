@@ -54,8 +54,8 @@ def directions_of_use(
     with torch.enable_grad():
         rows = vectors.to(lm.device).expand(len(places), -1, -1).detach().clone().requires_grad_()
         states = states_behind(lm, lm.behind_front(lm.context_scale * rows), table)
-        here = states[torch.arange(len(places)), position]
-        log_p = lm.head(here).log_softmax(-1)
+        predicting = states[torch.arange(len(places)), position]
+        log_p = lm.head(predicting).log_softmax(-1)
         (gradient,) = torch.autograd.grad(
             log_p.gather(-1, table.gather(1, position[:, None])).sum(), rows
         )
@@ -86,8 +86,8 @@ def _basis(directions: Directions) -> Float[Tensor, "KD r"]:
     """
     unit = directions.double() / directions.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
     basis, sizes, _ = torch.linalg.svd(unit.T, full_matrices=False)
-    kept: Tensor = basis[:, sizes > 1e-9 * sizes.max()]
-    return kept
+    independent: Tensor = basis[:, sizes > 1e-9 * sizes.max()]
+    return independent
 
 
 def _one_each(states: Float[Tensor, "T T H"]) -> Float[Tensor, "T 1 H"]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from memvec.cram_job import CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
 from memvec.errors import MemvecError, check_minimum
@@ -75,9 +76,13 @@ class Evaluation:
             raise MemvecError("there is no column to evaluate: name at least one.")
         for column in self.columns:
             column_named(column)
+            if self.columns.count(column) > 1:
+                raise MemvecError(f"the column '{column}' is named twice: name each once.")
         check_minimum(1, vectors=self.vectors, tokens=self.tokens)
         check_minimum(1, limit=self.limit, batch_size=self.batch_size)
         check_minimum(0, fewshot=self.examples)
+        if not 0 <= self.seed < 2**32:  # what the harness takes
+            raise MemvecError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
         if self.tasks_folder is not None and not self.tasks_folder.is_dir():
             raise MemvecError(f"there is no folder {self.tasks_folder} with task files.")
         if not self.split:
@@ -91,47 +96,52 @@ class Evaluation:
 
 
 def evaluate(
-    lm: FrozenLM, what: Evaluation, on_column: Callable[[str], None] | None = None
+    lm: FrozenLM,
+    evaluation: Evaluation,
+    on_column: Callable[[str], None] | None = None,
+    on_status: Callable[[CramStatus], None] | None = None,
 ) -> list[Figure]:
     """Evaluate, write the receipts if there is a folder for them, and return the table.
 
-    `on_column` hears of each column before it starts. Raises MemvecError for unknown tasks or
+    `on_column` is called with each column before it starts, `on_status` with the progress of
+    cramming. Raises MemvecError for unknown tasks or
     columns, a missing harness, a task that cannot be loaded or has no context, requests that do not
     fit the model, or a folder with receipts of another run.
     """
     from memvec.usable.harness import MemvecLM
 
-    what.check()
+    evaluation.check()
     with _quiet():
-        manager = _manager(what)  # made once: it reads thousands of task files
-        tasks = _tasks(what, manager)
+        manager = _manager(evaluation)  # made once: it reads thousands of task files
+        tasks = _tasks(evaluation, manager)
         receipts: list[Receipt] = []
         results: dict[str, Any] = {}
         run = ""
-        for column in what.columns:
+        for column in evaluation.columns:
             if on_column is not None:
                 on_column(column)
             model = MemvecLM(
                 lm,
                 context=column,
-                vectors=what.vectors,
-                tokens=what.tokens,
-                cache=what.cache,
-                split=what.split,
-                crammed_at_once=what.batch_size,
-                **_changes(what.recipe),
+                vectors=evaluation.vectors,
+                tokens=evaluation.tokens,
+                cache=evaluation.cache,
+                split=evaluation.split,
+                crammed_at_once=evaluation.batch_size,
+                on_status=on_status,
+                **_changes(evaluation.recipe),
             )
             if not run:  # the same for every column
-                run = _identity(_record(what, model, {}))
-                if what.receipts is not None:
-                    refuse_another_run(what.receipts, run)
-            raw = _run(model, list(tasks.values()), manager, what)
-            own = list(_receipts(raw["samples"], tasks, model, run))
+                run = _identity(_record(evaluation, model, {}))
+                if evaluation.receipts is not None:
+                    refuse_another_run(evaluation.receipts, run)
+            raw = _run(model, list(tasks.values()), manager, evaluation)
+            column_receipts = list(_receipts(raw["samples"], tasks, model, run))
             results[column] = raw["results"]
-            receipts += own
-            if what.receipts is not None:
-                write(what.receipts, column, own)
-                write_run(what.receipts, _record(what, model, results))
+            receipts += column_receipts
+            if evaluation.receipts is not None:
+                write(evaluation.receipts, column, column_receipts)
+                write_run(evaluation.receipts, _record(evaluation, model, results))
     return table(receipts)
 
 
@@ -140,19 +150,19 @@ def _changes(recipe: Recipe | None) -> dict[str, Any]:
     return {} if recipe is None else asdict(recipe)
 
 
-def _tasks(what: Evaluation, manager: Any) -> dict[str, Any]:
+def _tasks(evaluation: Evaluation, manager: Any) -> dict[str, Any]:
     """The harness's tasks by name, groups taken apart. Raises MemvecError for an unknown one."""
-    for name in what.tasks:
+    for name in evaluation.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)  # of thousands
             hint = f"did you mean '{near[0]}'?" if near else "'lm_eval ls tasks' lists them."
             raise MemvecError(f"the harness has no task '{name}': {hint}")
     try:
-        loaded: dict[str, Any] = manager.load(list(what.tasks))["tasks"]
+        loaded: dict[str, Any] = manager.load(list(evaluation.tasks))["tasks"]
     except Exception as error:  # data of any kind, from anywhere
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MemvecError(
-            f"the data of {', '.join(what.tasks)} cannot be loaded: {reason}"
+            f"the data of {', '.join(evaluation.tasks)} cannot be loaded: {reason}"
         ) from error
     for name, task in loaded.items():
         if task.OUTPUT_TYPE not in KINDS:
@@ -160,34 +170,39 @@ def _tasks(what: Evaluation, manager: Any) -> dict[str, Any]:
     return loaded
 
 
-def _manager(what: Evaluation) -> Any:
+def _manager(evaluation: Evaluation) -> Any:
     """What knows the tasks: of the folder alone if it has them all, for the harness's are many."""
     from lm_eval.tasks import TaskManager
 
-    if what.tasks_folder is None:
+    if evaluation.tasks_folder is None:
         return TaskManager()
-    own = TaskManager(include_path=str(what.tasks_folder), include_defaults=False)
-    if all(name in own.all_tasks for name in what.tasks):
-        return own
-    return TaskManager(include_path=str(what.tasks_folder))
+    folder_only = TaskManager(include_path=str(evaluation.tasks_folder), include_defaults=False)
+    if all(name in folder_only.all_tasks for name in evaluation.tasks):
+        return folder_only
+    return TaskManager(include_path=str(evaluation.tasks_folder))
 
 
-def _run(model: Any, tasks: Sequence[Any], manager: Any, what: Evaluation) -> dict[str, Any]:
+def _run(model: Any, tasks: Sequence[Any], manager: Any, evaluation: Evaluation) -> dict[str, Any]:
     import lm_eval
 
-    raw: dict[str, Any] | None = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=what.examples,
-        limit=what.limit,
-        bootstrap_iters=0,  # intervals come from the receipts
-        log_samples=True,
-        random_seed=what.seed,
-        numpy_random_seed=what.seed,
-        torch_random_seed=what.seed,
-        fewshot_random_seed=what.seed,
-    )
+    try:
+        raw: dict[str, Any] | None = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=evaluation.examples,
+            limit=evaluation.limit,
+            bootstrap_iters=0,  # intervals come from the receipts
+            log_samples=True,
+            random_seed=evaluation.seed,
+            numpy_random_seed=evaluation.seed,
+            torch_random_seed=evaluation.seed,
+            fewshot_random_seed=evaluation.seed,
+        )
+    except ValueError as error:  # more examples than a task has, a field that its data lack
+        raise MemvecError(
+            f"the harness cannot run {', '.join(evaluation.tasks)}: {error}"
+        ) from error
     if raw is None:
         raise MemvecError("the harness gave no results: run it in one process.")
     return raw
@@ -231,8 +246,8 @@ def _arguments(row: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The arguments of a document's requests, whose log has them by name or in a list."""
     arguments = row["arguments"]
     if isinstance(arguments, dict):
-        return [tuple(own.values()) for own in arguments.values()]
-    return [tuple(own) for own in arguments]
+        return [tuple(request.values()) for request in arguments.values()]
+    return [tuple(request) for request in arguments]
 
 
 def _answer(arguments: tuple[Any, ...], answer: Any) -> Answer:
@@ -253,23 +268,23 @@ def _gold(task: Any, doc: Any, kind: Kind) -> Any:
         return [str(g) for g in gold] if isinstance(gold, list) else str(gold)
     choices = task.doc_to_choice(doc)
     several = [
-        choices.index(one) if isinstance(one, str) else int(one)
-        for one in (gold if isinstance(gold, list) else [gold])
+        choices.index(choice) if isinstance(choice, str) else int(choice)
+        for choice in (gold if isinstance(gold, list) else [gold])
     ]
     return several if isinstance(gold, list) else several[0]
 
 
-def _record(what: Evaluation, model: Any, results: dict[str, Any]) -> dict[str, Any]:
+def _record(evaluation: Evaluation, model: Any, results: dict[str, Any]) -> dict[str, Any]:
     """What a number of this run depends on, and the harness's own figures for comparison."""
     import lm_eval
 
     info = model.get_model_info()
     del info["context"]
     return {
-        "tasks": list(what.tasks),
-        "limit": what.limit,
-        "examples": what.examples,
-        "seed": what.seed,
+        "tasks": list(evaluation.tasks),
+        "limit": evaluation.limit,
+        "examples": evaluation.examples,
+        "seed": evaluation.seed,
         "model": info,
         "harness": lm_eval.__version__,
         "environment": environment(),
@@ -279,8 +294,10 @@ def _record(what: Evaluation, model: Any, results: dict[str, Any]) -> dict[str, 
 
 def _identity(record: dict[str, Any]) -> str:
     """What tells a run from others: a hash of all that a number of it depends on."""
-    own = {k: v for k, v in record.items() if k not in ("environment", "harness_results")}
-    return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    deciding = {k: v for k, v in record.items() if k not in ("environment", "harness_results")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ and the model's own `generate` writes on, with whatever generation settings it i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -51,25 +51,30 @@ def use(
         raise MemvecError("there are no vectors to use: give at least one file.")
     if passages is not None and len(files) > 1:
         raise MemvecError("passages are picked from one file: give a single one with them.")
-    asked = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
+    if context not in get_args(Context):
+        raise MemvecError(f"context is one of {', '.join(get_args(Context))}, not '{context}'.")
+    prompt_ids = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
     new_tokens = int(options["max_new_tokens"])
     check_minimum(1, max_new_tokens=new_tokens)
     if context == "vectors":
         view, rows = in_a_row(lm, files, passages)
-        inputs, cache = _opened(view, rows, asked)
-        slots = len(view.front) + rows.shape[1] + asked.shape[1]
+        inputs, cache = _opened(view, rows, prompt_ids)
+        slots = len(view.front) + rows.shape[1] + prompt_ids.shape[1]
     else:
         ids: list[int] = []
-        for one in files:
-            which = _chosen(lm, one, passages)
+        for file in files:
+            indices = _chosen(lm, file, passages)
             if context == "text":
-                tokens = one.tokens(lm)
-                ids += [token for i in which for token in tokens[i]]
-        given = torch.tensor([ids], dtype=torch.long, device=lm.device)
+                tokens = file.tokens(lm)
+                ids += [token for i in indices for token in tokens[i]]
+        context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS in front of everything, where the model has one.
         first = [text_inputs(lm, ())] if lm.bos_id is not None else []
-        inputs, cache = torch.cat([*first, lm.embed(torch.cat([given, asked], 1))], 1), None
+        inputs, cache = (
+            torch.cat([*first, lm.embed(torch.cat([context_ids, prompt_ids], 1))], 1),
+            None,
+        )
         slots = inputs.shape[1]
     check_room(lm, slots, new_tokens, SHORTER)
     return write_behind(lm, inputs.to(lm.dtype), options, streamer, cache)
@@ -99,11 +104,11 @@ def _chosen(lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None) -> Se
     """
     mem.check_model(lm)
     check_usable(mem)
-    which = range(len(mem.passages)) if passages is None else passages
-    for i in which:
+    indices = range(len(mem.passages)) if passages is None else passages
+    for i in indices:
         if not 0 <= i < len(mem.passages):
             raise MemvecError(f"there is no passage {i} in a file of {len(mem.passages)}.")
-    return which
+    return indices
 
 
 def in_a_row(
@@ -114,7 +119,7 @@ def in_a_row(
     `passages` takes some of a single file. Raises MemvecError if the vectors are not all in one
     space or behind one front, are of another model, have no trigger, or if a passage is not there.
     """
-    chosen = [_chosen(lm, one, passages) for one in files]
+    chosen = [_chosen(lm, file, passages) for file in files]
     spaces = [mem.header.space for mem in files]
     if any(space != spaces[0] for space in spaces[1:]):
         raise MemvecError("files of different spaces cannot stand in one row: use them one by one.")
@@ -127,27 +132,51 @@ def in_a_row(
         )
     rows = [
         mem.header.context_scale * mem.vectors[i].float()
-        for mem, which in zip(files, chosen, strict=True)
-        for i in which
+        for mem, indices in zip(files, chosen, strict=True)
+        for i in indices
     ]
     return view, torch.cat(rows)[None].to(lm.device)
 
 
+@torch.no_grad()
+def context_inputs(
+    lm: FrozenLM, mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None = None
+) -> Float[Tensor, "N D"]:
+    """The inputs that put vectors in front of a prompt: what `memvec.use` hands to the model.
+
+    What stands in front of the vectors (BOS, soft tokens), then the vectors of all files one behind
+    the other, multiplied by their `context_scale`; in the model's dtype, on the CPU. Other software
+    continues behind them with the embeddings of a prompt, without another BOS. `passages` takes
+    some of a single file. Raises MemvecError for vectors of another model, vectors that were not
+    crammed for use, vectors that are no inputs, or files that cannot stand in one row.
+    """
+    files = [mem] if isinstance(mem, MemVectors) else list(mem)
+    if not files:
+        raise MemvecError("there are no vectors to use: give at least one file.")
+    view, rows = in_a_row(lm, files, passages)
+    if view.reading.space != "inputs":
+        raise MemvecError(
+            f"vectors in the space '{view.reading.space}' are no inputs: use memvec.use, or cram "
+            "the text with --space inputs."
+        )
+    return view.behind_front(rows)[0].to(lm.dtype).cpu()
+
+
 def _opened(
-    lm: FrozenLM, rows: Float[Tensor, "1 N W"], asked: Int[Tensor, "1 n"]
+    lm: FrozenLM, rows: Float[Tensor, "1 N W"], prompt_ids: Int[Tensor, "1 n"]
 ) -> tuple[Float[Tensor, "1 m D"], Any]:
     """Inputs for `generate` behind vectors, and the cache that holds the vectors, if one does.
 
     `generate` leaves out as many of its inputs as the cache has positions; so many zeros stand in
     front. Raises MemvecError without a prompt where the vectors predict nothing.
     """
-    if not lm.reading.predicts and not asked.shape[1]:
+    if not lm.reading.predicts and not prompt_ids.shape[1]:
         raise MemvecError(
             f"vectors in the space '{lm.reading.space}' predict nothing by themselves: give a "
             "prompt."
         )
-    inputs, made = lm.reading.opening(lm, rows, asked)
-    cache = made()
+    inputs, make_cache = lm.reading.opening(lm, rows, prompt_ids)
+    cache = make_cache()
     if cache is not None:
         inputs = torch.cat([inputs.new_zeros(1, rows.shape[1], inputs.shape[2]), inputs], 1)
     return inputs, cache
@@ -184,8 +213,8 @@ def _generated(
     if cache is not None:
         options[str(lm.caching.argument)] = cache
     # Only the ends of the model's own configuration: penalties in it are asked for by nobody.
-    own = GenerationConfig(eos_token_id=end_ids(lm) or None)
-    with generating_by(lm, own):
+    config = GenerationConfig(eos_token_id=end_ids(lm) or None)
+    with generating_by(lm, config):
         out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)
     ids: list[int] = out[0].tolist()
     return ids

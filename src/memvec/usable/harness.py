@@ -10,17 +10,18 @@ command, with this model registered.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from memvec.cram_job import CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.usable.answers import Asked, likelihoods, written
+from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import SPLIT, Column, Ids, Request, StandIn, request_of
 
 try:
@@ -49,13 +50,14 @@ class Trace(NamedTuple):
 
 @register_model("memvec")
 class MemvecLM(HFLM):  # type: ignore[misc]
-    """A frozen model behind whose context's stand-in the questions are answered.
+    """A frozen model that answers questions behind what takes the place of their context.
 
     `pretrained`: name of a model for memvec.load_lm, or a FrozenLM. `context`: a column, 'full',
     'none', 'truncated' or 'crammed'. `vectors`, `tokens`: passages of at most so many tokens of the
     context become so many vectors, `crammed_at_once` of them at a time (default: what the memory
-    allows; `batch_size` is of the answers). `cache`: a folder that keeps crammed contexts. `split`:
-    what the question begins with, or the blank line in front of it. Every other argument is a field
+    allows; `batch_size` is of the answers). `cache`: a folder that keeps crammed contexts.
+    `on_status`: called with the progress of cramming. `split`: what the question begins with, or
+    the blank line in front of it. Every other argument is a field
     of the recipe, on top of `preset`.
 
     `traces` says what stood for the context of each request, in order. Raises MemvecError for bad
@@ -77,6 +79,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         crammed_at_once: int | str | None = None,
+        on_status: Callable[[CramStatus], None] | None = None,
         **recipe: Any,
     ) -> None:
         changed = Recipe.of(preset, **recipe)
@@ -96,41 +99,47 @@ class MemvecLM(HFLM):  # type: ignore[misc]
             recipe=changed,
             batch_size=_whole("crammed_at_once", crammed_at_once) if crammed_at_once else None,
             cache=Path(cache) if cache else None,
+            on_status=on_status,
         )
         self.traces: list[Trace] = []
-        known = isinstance(batch_size, int) or str(batch_size).isdigit()
+        fixed_size = isinstance(batch_size, int) or str(batch_size).isdigit()
         super().__init__(
             pretrained=self.lm.model,
             tokenizer=self.lm.tokenizer,
             backend="causal",
-            batch_size=int(batch_size) if known else BATCH,  # type: ignore[arg-type]
+            batch_size=int(batch_size) if fixed_size else BATCH,  # type: ignore[arg-type]
         )
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, greedy decoding writes it) of each request's answer."""
-        split = [request_of(self.lm, one.args[0], one.args[1], self.split) for one in requests]
-        stands = self._stand_ins(requests, split)
-        asked = [Asked(stands[r.context].inputs, r.question, r.answer) for r in split]
+        split = [
+            request_of(self.lm, request.args[0], request.args[1], self.split)
+            for request in requests
+        ]
+        stand_ins = self._stand_ins(requests, split)
+        embedded = [
+            EmbeddedRequest(stand_ins[r.context].inputs, r.question, r.answer) for r in split
+        ]
         out = []
-        for one, found in zip(
-            requests, likelihoods(self.lm, asked, self.batch_size_per_gpu), strict=True
+        for request, likelihood in zip(
+            requests, likelihoods(self.lm, embedded, self.batch_size_per_gpu), strict=True
         ):
-            out.append((found.value, found.greedy))
-            self.cache_hook.add_partial("loglikelihood", one.args, out[-1])
+            out.append((likelihood.value, likelihood.greedy))
+            self.cache_hook.add_partial("loglikelihood", request.args, out[-1])
         return out
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes for each request, up to the first of the task's stops."""
-        split = [request_of(self.lm, one.args[0], "", self.split) for one in requests]
-        stands = self._stand_ins(requests, split)
+        split = [request_of(self.lm, request.args[0], "", self.split) for request in requests]
+        stand_ins = self._stand_ins(requests, split)
         out = []
-        for one, r in zip(requests, split, strict=True):
-            until, settings = _generation(one.args[1])
-            asked = Asked(stands[r.context].inputs, r.question, ())
-            out.append(written(self.lm, asked, until, **settings))
-            self.cache_hook.add_partial("generate_until", one.args, out[-1])
+        for request, r in zip(requests, split, strict=True):
+            until, settings = _generation(request.args[1])
+            embedded = EmbeddedRequest(stand_ins[r.context].inputs, r.question, ())
+            out.append(written(self.lm, embedded, until, **settings))
+            self.cache_hook.add_partial("generate_until", request.args, out[-1])
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -153,7 +162,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         }
 
     def _stand_ins(self, requests: Sequence[Any], split: Sequence[Request]) -> dict[Ids, StandIn]:
-        """What stands for each context; all that are new are crammed together.
+        """The stand-in of each context; all new contexts are crammed together.
 
         Raises MemvecError if no request has a context, so that every column would be the same.
         """
@@ -164,20 +173,20 @@ class MemvecLM(HFLM):  # type: ignore[misc]
             )
         contexts = list(dict.fromkeys(r.context for r in split))
         self.column.prepare(contexts)
-        stands = {ids: self.column.stand_in(ids) for ids in contexts}
-        for one, r in zip(requests, split, strict=True):
-            stand = stands[r.context]
+        stand_ins = {ids: self.column.stand_in(ids) for ids in contexts}
+        for request, r in zip(requests, split, strict=True):
+            stand_in = stand_ins[r.context]
             self.traces.append(
                 Trace(
-                    one.task_name,
-                    one.doc_id,
+                    request.task_name,
+                    request.doc_id,
                     r.context,
-                    stand.slots,
-                    stand.exact,
+                    stand_in.slots,
+                    stand_in.exact,
                     self.lm.text(r.question),
                 )
             )
-        return stands
+        return stand_ins
 
 
 def _whole(name: str, value: Any) -> int:
@@ -188,19 +197,19 @@ def _whole(name: str, value: Any) -> int:
         raise MemvecError(f"{name} must be a whole number, not '{value}'.") from None
 
 
-def _device(asked: str | None) -> str:
-    """A device for load_lm; the harness asks for a GPU when nobody did, so there may be none."""
-    if asked is None or (asked in ("cuda", "cuda:0") and not torch.cuda.is_available()):
+def _device(requested: str | None) -> str:
+    """A device for load_lm; the harness names a GPU by default, even where there is none."""
+    if requested is None or (requested in ("cuda", "cuda:0") and not torch.cuda.is_available()):
         return "auto"
-    return asked
+    return requested
 
 
-def _generation(asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def _generation(task_settings: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The stops, and settings for the model's `generate`, of a task's generation settings."""
-    settings = dict(asked)
+    settings = dict(task_settings)
     until = settings.pop("until", None) or []
-    most = settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None)
-    settings["max_new_tokens"] = int(most or NEW_TOKENS)
+    max_tokens = settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None)
+    settings["max_new_tokens"] = int(max_tokens or NEW_TOKENS)
     if not settings.get("temperature") and not settings.get("do_sample"):
         settings.pop("temperature", None)
         settings["do_sample"] = False

@@ -2,8 +2,8 @@
 
 In a layer that is knocked out, no position behind the vectors sees the vectors' positions: a hook
 adds that to the attention mask which the layer would have used, and the shares of attention are
-those of the positions that are left. The vectors' own positions are read as ever, so what a higher
-layer finds there does not change. Gradients and decoding with a cache are not asked of it.
+those of the positions that are left. Attention at the vectors' own positions stays as it was, so
+their states in higher layers do not change. Gradients and decoding with a cache are not supported.
 
 Works for models whose layers have one attention module each that takes `attention_mask` and
 `position_embeddings` (Llama, OLMo 2, Qwen, Mistral, Gemma, Phi and others), with the attention
@@ -34,10 +34,10 @@ def attention_modules(lm: FrozenLM) -> list[nn.Module]:
     """
     kernel = getattr(lm.config, "_attn_implementation", None)
     layers = int(getattr(lm.config.get_text_config(), "num_hidden_layers", 0))
-    found = [module for module in lm.model.modules() if _is_attention(module)]
-    if len(found) != layers or kernel not in KERNELS:
-        raise _unfit(lm, f"{len(found)} attention modules like Llama's in {layers} layers")
-    return found
+    modules = [module for module in lm.model.modules() if _is_attention(module)]
+    if len(modules) != layers or kernel not in KERNELS:
+        raise _unfit(lm, f"{len(modules)} attention modules like Llama's in {layers} layers")
+    return modules
 
 
 @torch.no_grad()
@@ -78,16 +78,16 @@ def _is_attention(module: nn.Module) -> bool:
 def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
     """While this holds, positions behind K vectors do not attend to them in these layers.
 
-    What stands in front of the vectors stays in sight.
+    They still attend to the inputs in front of the vectors.
 
     Raises MemvecError as `attention_modules` does.
     """
     modules, first = attention_modules(lm), len(lm.front)
 
-    def hook(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        states = given["hidden_states"] if "hidden_states" in given else args[0]
-        mask = _without(given["attention_mask"], states, first, first + K)
-        return args, {**given, "attention_mask": mask}
+    def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        states = options["hidden_states"] if "hidden_states" in options else args[0]
+        mask = _without(options["attention_mask"], states, first, first + K)
+        return args, {**options, "attention_mask": mask}
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -102,10 +102,10 @@ def _without(
     """The additive mask of a layer, with positions first to end hidden from all behind them."""
     N, lowest = states.shape[1], torch.finfo(states.dtype).min
     position = torch.arange(N, device=states.device)
-    seen = position[None] <= position[:, None]
+    visible = position[None] <= position[:, None]
     if mask is not None:  # a sliding window, say: what it hides stays hidden
-        seen = mask if mask.dtype == torch.bool else mask > lowest / 2
+        visible = mask if mask.dtype == torch.bool else mask > lowest / 2
     hidden = (position[None] >= first) & (position[None] < end)
-    seen = seen & ~((position[:, None] >= end) & hidden)
-    added = torch.zeros(seen.shape, dtype=states.dtype, device=states.device)
-    return added.masked_fill(~seen, lowest).reshape(-1, 1, N, N)
+    visible = visible & ~((position[:, None] >= end) & hidden)
+    added = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
+    return added.masked_fill(~visible, lowest).reshape(-1, 1, N, N)

@@ -1,7 +1,7 @@
-"""Both modes of the same vectors in three numbers: what comes behind the trigger, what behind none.
+"""Three numbers for the two modes of vectors: decoding (behind the trigger) and context (without).
 
-Made once for a passage and its held-out texts; asked for each change of the vectors, or of the
-model while it reads them.
+An object is made once for a passage and its held-out texts, and called for each change of the
+vectors, or of the model while it reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memvec.usable.teacher import log_p_behind
 
 
 class BothModes:
-    """What vectors give of a passage, and how far they are from it as context."""
+    """How much of a passage vectors give back, and their divergence from it as context."""
 
     @torch.no_grad()
     def __init__(self, lm: FrozenLM, ids: Sequence[int], words: Int[Tensor, "M L"]) -> None:

@@ -41,16 +41,16 @@ class Neighbours:
     vectors: Float[Tensor, "J k D"]
 
     @property
-    def most_inputs(self) -> int:
-        """Vectors that stand beside a passage at the most."""
+    def max_inputs(self) -> int:
+        """The largest number of inputs beside a passage."""
         return MAX_BESIDE * self.vectors.shape[1]
 
     def drawn(self, ids: Sequence[int], recipe: Recipe) -> Beside:
-        """Who stands beside a passage in each of its queries, and where; never the passage itself.
+        """The neighbours of a passage in each of its queries, and their places; never itself.
 
-        Raises MemvecError if there is nobody else.
+        Raises MemvecError if there is no other passage.
         """
-        others = [j for j, own in enumerate(self.ids) if own != list(ids)]
+        others = [j for j, passage in enumerate(self.ids) if passage != list(ids)]
         if not others:
             raise MemvecError(
                 f"the file of neighbours holds no passage but the one of {len(ids)} tokens that is "
@@ -59,36 +59,36 @@ class Neighbours:
         generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed + 1))
         M, device = recipe.query_count, self.vectors.device
         drawn = torch.randint(len(others), (1, M, MAX_BESIDE), generator=generator)
-        which = torch.tensor(others)[drawn].to(device)
+        neighbours = torch.tensor(others)[drawn].to(device)
         places = torch.tensor([[PLACES[m % len(PLACES)] for m in range(M)]], device=device)
-        return Beside(which, places[..., 0], places.sum(-1))
+        return Beside(neighbours, places[..., 0], places.sum(-1))
 
     def queries(self, lm: FrozenLM, ids: Sequence[int], recipe: Recipe, beside: Beside) -> Queries:
         """A continuation of the text, with its neighbours around it, for each query.
 
         Raises MemvecError if they do not fit the model's context.
         """
-        others = MAX_BESIDE * max(map(len, self.ids))
-        longest = 1 + len(ids) + others + recipe.query_tokens
+        neighbour_tokens = MAX_BESIDE * max(map(len, self.ids))
+        longest = 1 + len(ids) + neighbour_tokens + recipe.query_tokens
         if lm.context is not None and longest > lm.context:
             raise MemvecError(
-                f"a passage of {len(ids)} tokens, neighbours of {others} and a query of "
+                f"a passage of {len(ids)} tokens, neighbours of {neighbour_tokens} and a query of "
                 f"{recipe.query_tokens} do not fit the context of {lm.name} ({lm.context}): use a "
                 "file of shorter neighbours, or fewer query_tokens or --tokens."
             )
         texts = []
         for m in range(recipe.query_count):
-            chosen = [self.ids[j] for j in beside.which[0, m].tolist()]
+            chosen = [self.ids[j] for j in beside.neighbours[0, m].tolist()]
             front, count = int(beside.in_front[0, m]), int(beside.count[0, m])
             row = [*chosen[:front], ids, *chosen[front:count]]
-            texts.append([token for own in row for token in own])
+            texts.append([token for passage in row for token in passage])
         return continuations_behind(lm, texts, ids, recipe)
 
     def row(
         self,
         vectors: Float[Tensor, "N K D"],
         words: Float[Tensor, "N W D"],
-        which: Int[Tensor, "N n"],
+        neighbours: Int[Tensor, "N n"],
         in_front: Int[Tensor, " N"],
         count: Int[Tensor, " N"],
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, " N"]]:
@@ -97,7 +97,7 @@ class Neighbours:
         They are the neighbours in front, the vectors, those behind, the words, and padding.
         """
         K, k, W = vectors.shape[1], self.vectors.shape[1], words.shape[1]
-        others = self.vectors[which].flatten(1, 2).to(vectors.dtype)
+        others = self.vectors[neighbours].flatten(1, 2).to(vectors.dtype)
         source = torch.cat([vectors, others, words.to(vectors.dtype)], 1)
         at = torch.arange(source.shape[1], device=vectors.device).expand(len(vectors), -1)
         front, used = (k * in_front)[:, None], (k * count)[:, None]

@@ -29,7 +29,7 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.model import memory
 from memvec.model.caching import step
 from memvec.model.lm import FrozenLM
-from memvec.usable.teacher import Said, likeliest
+from memvec.usable.teacher import TopTokens, likeliest
 
 # Layers of a cache that hold keys and values and nothing else; hybrids repeat only a part.
 REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -38,13 +38,13 @@ REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 class Queries(NamedTuple):
     """The queries of a passage: ids (M, L), right-padded with 0, and the tokens of each row (M).
 
-    `said` is what the model says behind the text at each of them, where the source has it from
-    sampling them there: the `teacher_top` likeliest tokens.
+    `teacher`: the model's `teacher_top` likeliest tokens behind the text at each position; None
+    where the source did not sample the queries there and so does not have them.
     """
 
     ids: Int[Tensor, "M L"]
     length: Int[Tensor, " M"]
-    said: Said | None = None
+    teacher: TopTokens | None = None
 
 
 def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
@@ -66,10 +66,10 @@ def behind_bos(lm: FrozenLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B N D"]:
 
 @dataclass
 class Draws:
-    """What sampling draws for some `rows` of a batch of `batch` rows.
+    """Random numbers for some `rows` of a batch of `batch` rows.
 
-    Numbers are drawn for the whole batch each time, so that a row's are the same where memory holds
-    a part of it only.
+    They are drawn for the whole batch each time, so that a row gets the same numbers where memory
+    holds only a part of the batch.
     """
 
     generator: torch.Generator
@@ -90,25 +90,26 @@ def continued(
     draws: Draws | None = None,
     top: int = 0,
     rows: int = 1,
-) -> tuple[Int[Tensor, "R n"], list[Said]]:
-    """What the model writes behind some inputs, `tokens` tokens, and what it says at each of them.
+) -> tuple[Int[Tensor, "R n"], list[TopTokens]]:
+    """`tokens` tokens that the model writes behind some inputs, and its likeliest tokens at each.
 
-    Sampled at temperature 1, or greedy without draws. What it says is its `top` likeliest
-    tokens, one entry for each position; empty for 0. Inputs of one row are read once for `rows`
-    continuations.
+    Sampled at temperature 1, or greedy without draws. The `top` likeliest tokens have one entry for
+    each position; none for top 0. Inputs of one row are read once for `rows` continuations.
     """
-    said: list[Said] = []
+    top_tokens: list[TopTokens] = []
 
     def choose(logits: Tensor, i: int) -> Tensor:
         if top:
-            said.append(likeliest(logits, min(top, lm.vocab_size - 1)))
+            top_tokens.append(likeliest(logits, min(top, lm.vocab_size - 1)))
         if draws is None:
             return logits.argmax(-1)
         shares = logits.softmax(-1).cpu()  # drawn on the CPU: the same everywhere
         return draws.of(shares).to(lm.device)
 
     inputs, cache = (inputs, None) if rows == 1 else _shared(lm, inputs, rows)
-    return torch.stack(list(free_running(lm, inputs, tokens, choose, cache=lambda: cache)), 1), said
+    return torch.stack(
+        list(free_running(lm, inputs, tokens, choose, cache=lambda: cache)), 1
+    ), top_tokens
 
 
 def _shared(
@@ -141,16 +142,16 @@ def continuations_behind(
     Texts of one length are read together.
     """
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
-    alike: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for i, text in enumerate(texts):
-        alike.setdefault(len(text), []).append(i)
-    found: dict[int, tuple[Tensor, ...]] = {}
-    for which in alike.values():
-        table = torch.tensor([list(texts[i]) for i in which], device=lm.device)
-        inputs, n = behind_bos(lm, table), len(which)
+        by_length.setdefault(len(text), []).append(i)
+    row_of_text: dict[int, tuple[Tensor, ...]] = {}
+    for indices in by_length.values():
+        table = torch.tensor([list(texts[i]) for i in indices], device=lm.device)
+        inputs, n = behind_bos(lm, table), len(indices)
         rows = _written(lm, inputs, n, recipe, generator, recipe.teacher_top)
-        found |= dict(zip(which, rows, strict=True))
-    return _as_queries([found[i] for i in range(len(texts))], recipe)
+        row_of_text |= dict(zip(indices, rows, strict=True))
+    return _as_queries([row_of_text[i] for i in range(len(texts))], recipe)
 
 
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
@@ -164,16 +165,16 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
     rows, lengths = [], []
     text = text_inputs(lm, ids)
     for question in questions:
-        asked = lm.tokenize(question)
-        if len(asked) >= recipe.query_tokens:
+        tokens = lm.tokenize(question)
+        if len(tokens) >= recipe.query_tokens:
             raise MemvecError(
-                f"a question of {len(asked)} tokens leaves no room for an answer in queries of "
+                f"a question of {len(tokens)} tokens leaves no room for an answer in queries of "
                 f"{recipe.query_tokens} tokens: shorten it, or raise query_tokens."
             )
-        behind = lm.embed(torch.tensor([asked], device=lm.device))
+        behind = lm.embed(torch.tensor([tokens], device=lm.device))
         inputs = torch.cat([text, behind], 1)
-        answer, _ = continued(lm, inputs, recipe.query_tokens - len(asked))
-        rows.append(torch.cat([torch.tensor(asked, dtype=torch.long), answer[0].cpu()]))
+        answer, _ = continued(lm, inputs, recipe.query_tokens - len(tokens))
+        rows.append(torch.cat([torch.tensor(tokens, dtype=torch.long), answer[0].cpu()]))
         lengths.append(len(rows[-1]))
     return Queries(torch.stack(rows), torch.tensor(lengths))
 
@@ -181,7 +182,7 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
 def questions_of(path: Path) -> list[str]:
     """The questions of a file, one on each line. Raises MemvecError if it cannot be used."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise MemvecError(f"{path} is not UTF-8: questions are read from a text file.") from None
     except OSError as error:
@@ -233,25 +234,25 @@ def _written(
     generator: torch.Generator,
     top: int,
 ) -> list[tuple[Tensor, ...]]:
-    """M texts behind M rows of inputs, or behind a single one, and what is said at each token."""
+    """M texts behind M rows of inputs, or behind a single one, with the likeliest tokens."""
     shared = len(inputs) == 1
     states: dict[int, Tensor] = {}  # of the generator, where a batch begins
 
     def work(rows: slice) -> list[tuple[Tensor, ...]]:
-        given, n = (inputs, len(range(M)[rows])) if shared else (inputs[rows], 1)
+        part_inputs, n = (inputs, len(range(M)[rows])) if shared else (inputs[rows], 1)
         first = rows.start - rows.start % BATCH
         generator.set_state(states.setdefault(first, generator.get_state()))
         part = slice(rows.start - first, rows.stop - first)
         draws = Draws(generator, min(BATCH, M - first), part)
-        written, said = continued(lm, given, recipe.query_tokens, draws, top, rows=n)
-        parts = [torch.stack(part, 1) for part in zip(*said, strict=True)]
+        written, top_tokens = continued(lm, part_inputs, recipe.query_tokens, draws, top, rows=n)
+        parts = [torch.stack(part, 1) for part in zip(*top_tokens, strict=True)]
         return list(zip(written.cpu(), *parts, strict=True))
 
     return memory.in_batches(work, M, BATCH)
 
 
-def _as_queries(found: Sequence[tuple[Tensor, ...]], recipe: Recipe) -> Queries:
-    """What was written, with what the model says there, if that was kept."""
-    written, *said = (torch.stack(part) for part in zip(*found, strict=True))
+def _as_queries(rows: Sequence[tuple[Tensor, ...]], recipe: Recipe) -> Queries:
+    """Queries of rows (ids, and top, log_p, log_others if they were kept)."""
+    written, *top_tokens = (torch.stack(part) for part in zip(*rows, strict=True))
     length = torch.full((len(written),), recipe.query_tokens)
-    return Queries(written, length, Said(*said) if said else None)
+    return Queries(written, length, TopTokens(*top_tokens) if top_tokens else None)

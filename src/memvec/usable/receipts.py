@@ -92,19 +92,19 @@ def scores_of(receipt: Receipt) -> dict[str, float]:
     values = [answer.loglikelihood for answer in receipt.answers]
     if receipt.kind == "text":
         golds = [str(g) for g in _several(receipt.gold)] or [""]
-        own = receipt.answers[0].text
+        text = receipt.answers[0].text
         return {
-            "exact_match": max(float(_words(own) == _words(g)) for g in golds),
-            "f1": max(_f1(_words(own), _words(g)) for g in golds),
+            "exact_match": max(float(_words(text) == _words(g)) for g in golds),
+            "f1": max(_f1(_words(text), _words(g)) for g in golds),
         }
-    known = [math.nan if value is None else value for value in values]
+    likelihoods = [math.nan if value is None else value for value in values]
     if receipt.kind == "likelihood":
-        return {"acc": float(bool(receipt.answers[0].greedy)), "nll": -known[0]}
+        return {"acc": float(bool(receipt.answers[0].greedy)), "nll": -likelihoods[0]}
     right = set(_several(receipt.gold))
-    scores = {"acc": float(_largest(known) in right)}
+    scores = {"acc": float(_largest(likelihoods) in right)}
     lengths = [len(choice) for choice in receipt.choices]
-    if len(lengths) == len(known) and min(lengths) > 0:
-        by_length = [value / n for value, n in zip(known, lengths, strict=True)]
+    if len(lengths) == len(likelihoods) and min(lengths) > 0:
+        by_length = [value / n for value, n in zip(likelihoods, lengths, strict=True)]
         scores["acc_norm"] = float(_largest(by_length) in right)
     return scores
 
@@ -122,18 +122,23 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _f1(own: list[str], gold: list[str]) -> float:
-    if not own or not gold:
-        return float(own == gold)
-    common = sum((Counter(own) & Counter(gold)).values())
-    return 2 * common / (len(own) + len(gold))
+def _f1(words: list[str], gold: list[str]) -> float:
+    if not words or not gold:
+        return float(words == gold)
+    common = sum((Counter(words) & Counter(gold)).values())
+    return 2 * common / (len(words) + len(gold))
 
 
 # ---------------------------------------------------------------------- the folder
 
 
 def write(folder: Path, column: str, receipts: Sequence[Receipt]) -> None:
-    """Write the receipts of a column. Raises MemvecError if the folder cannot be written."""
+    """Write the receipts of a column.
+
+    Raises MemvecError if the folder cannot be written, or has another column of other documents.
+    """
+    others = [path for c in COLUMNS if c != column and (path := folder / f"{c}.jsonl").is_file()]
+    _refuse_mixed([*receipts, *(receipt for file in others for receipt in _of(file))])
     lines = "".join(receipt.model_dump_json() + "\n" for receipt in receipts)
     make_folder(folder)
     write_atomically(folder / f"{column}.jsonl", lines.encode())
@@ -165,8 +170,8 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 def read(folder: Path) -> list[Receipt]:
     """All receipts of a folder, their scores computed again.
 
-    Raises MemvecError for a folder without receipts, a damaged one, columns of several runs, or a
-    score that is not that of its answers.
+    Raises MemvecError for a folder without receipts, a damaged one, columns of several runs or of
+    other documents, or a score that is not that of its answers.
     """
     files = [path for column in COLUMNS if (path := folder / f"{column}.jsonl").is_file()]
     receipts = [receipt for file in files for receipt in _of(file)]
@@ -174,13 +179,32 @@ def read(folder: Path) -> list[Receipt]:
         raise MemvecError(f"there are no receipts in {folder}.")
     if len({receipt.run for receipt in receipts}) > 1:
         raise MemvecError(f"the receipts in {folder} are of several runs: no table compares them.")
+    _refuse_mixed(receipts)
     return receipts
+
+
+def _refuse_mixed(receipts: Sequence[Receipt]) -> None:
+    """Raise MemvecError if a document has another context or question in another column."""
+    known: dict[tuple[str, int], Receipt] = {}
+    for receipt in receipts:
+        first = known.setdefault((receipt.task, receipt.document), receipt)
+        if (first.context_sha256, first.question) != (receipt.context_sha256, receipt.question):
+            raise MemvecError(
+                f"document {receipt.document} of {receipt.task} is another one in the column "
+                f"'{receipt.column}' than in '{first.column}': the task's data have changed, so "
+                "name another folder with --receipts."
+            )
 
 
 def _of(file: Path) -> list[Receipt]:
     """The receipts of a column, their scores computed again. Raises MemvecError as `read`."""
     receipts = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise MemvecError(f"{file} is damaged: it is not UTF-8.") from None
+    # A line ends at a line feed alone: answers may hold Unicode's other line ends.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             receipt = Receipt.model_validate_json(line)
         except ValidationError as error:
@@ -221,17 +245,17 @@ def _of_task(task: str, receipts: Sequence[Receipt]) -> list[Figure]:
 
 
 def _figure(task: str, name: str, column: str, receipts: Sequence[Receipt]) -> Figure | None:
-    own = [r for r in receipts if r.column == column and name in r.scores]
-    if not own:
+    of_column = [r for r in receipts if r.column == column and name in r.scores]
+    if not of_column:
         return None
-    values = [r.scores[name] for r in own]
+    values = [r.scores[name] for r in of_column]
     if name in PERCENT and all(value in (0.0, 1.0) for value in values):
         share = statistics.share_interval(int(sum(values)), len(values))
         low, high = share.low, share.high
     else:
         mean = statistics.bootstrap_mean(values)
         low, high = mean.low, mean.high
-    kept = _kept(name, column, own, receipts)
+    kept = _kept(name, column, of_column, receipts)
     return Figure(
         task=task,
         score=name,
@@ -242,27 +266,27 @@ def _figure(task: str, name: str, column: str, receipts: Sequence[Receipt]) -> F
         documents=len(values),
         kept=None if kept is None else kept.value,
         kept_interval=None if kept is None else (kept.low, kept.high),
-        context_tokens=sum(r.context_tokens for r in own) / len(own),
-        slots=sum(r.slots for r in own) / len(own),
-        exact=sum(bool(r.exact) for r in own),
+        context_tokens=sum(r.context_tokens for r in of_column) / len(of_column),
+        slots=sum(r.slots for r in of_column) / len(of_column),
+        exact=sum(bool(r.exact) for r in of_column),
     )
 
 
 def _kept(
-    name: str, column: str, own: Sequence[Receipt], receipts: Sequence[Receipt]
+    name: str, column: str, of_column: Sequence[Receipt], receipts: Sequence[Receipt]
 ) -> statistics.Interval | None:
     """The share of the context's gain that a column keeps, paired over the documents."""
     full, none = (
-        {(r.task, r.document): r.scores.get(name) for r in receipts if r.column == other}
-        for other in ("full", "none")
+        {(r.task, r.document): r.scores.get(name) for r in receipts if r.column == reference}
+        for reference in ("full", "none")
     )
-    gained, there = [], []
-    for receipt in own:
+    gained, gains = [], []
+    for receipt in of_column:
         key = (receipt.task, receipt.document)
         with_all, without = full.get(key), none.get(key)
         if with_all is not None and without is not None:
             gained.append(receipt.scores[name] - without)
-            there.append(with_all - without)
-    if column in ("full", "none") or not there or abs(sum(there)) < 1e-9:
+            gains.append(with_all - without)
+    if column in ("full", "none") or not gains or abs(sum(gains)) < 1e-9:
         return None
-    return statistics.ratio_of_means(gained, there)
+    return statistics.ratio_of_means(gained, gains)

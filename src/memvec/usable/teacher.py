@@ -1,8 +1,8 @@
-"""What the model that has read the text says at each position of a query, computed once and kept.
+"""The predictions of the model that has read the text, at each position of a query: the teacher.
 
-Of each distribution the `top` most likely tokens are kept and the mass of all others together. The
-divergence of another distribution from it is taken over these top + 1 outcomes, which is a lower
-bound of the divergence over all V tokens, and equal to it for top >= V - 1.
+They are computed once. Of each distribution the `top` most likely tokens are kept, and the total
+mass of all others. The divergence of another distribution from it is taken over these top + 1
+outcomes: a lower bound of the divergence over all V tokens, and equal to it for top >= V - 1.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from memvec.model import memory
 from memvec.model.heads import Head
 from memvec.model.lm import FrozenLM
 
-SMALLEST_MASS = 1e-7  # of what is outside the kept tokens, so that its logarithm is finite
+SMALLEST_MASS = 1e-7  # of all tokens that are not kept, so that its logarithm is finite
 
 
-class Said(NamedTuple):
-    """What a model says at some positions: its n likeliest tokens, and the rest."""
+class TopTokens(NamedTuple):
+    """A model's predictions at some positions: the n likeliest tokens, and the mass of others."""
 
     top: Int[Tensor, "*shape n"]  # token ids
     log_p: Float[Tensor, "*shape n"]  # their log-probabilities, nats
-    log_rest: Float[Tensor, "*shape"]  # log of the mass of all others, nats
+    log_others: Float[Tensor, "*shape"]  # log of the mass of all others, nats
 
 
 @dataclass
 class Beside(Rows):
-    """Who stands beside the passages in each of M queries (memvec.usable.neighbours), n at most."""
+    """The neighbours of each passage in each of M queries (memvec.usable.neighbours), at most n."""
 
-    which: Int[Tensor, "B M n"]  # neighbours, in their order, those in front first
-    in_front: Int[Tensor, "B M"]  # how many stand in front of the passage
-    count: Int[Tensor, "B M"]  # how many stand there at all
+    neighbours: Int[Tensor, "B M n"]  # indices, in their order, those in front first
+    in_front: Int[Tensor, "B M"]  # number of neighbours in front of the passage
+    count: Int[Tensor, "B M"]  # number of neighbours in front and behind
 
 
 @dataclass
@@ -48,24 +48,24 @@ class Teacher(Rows):
     length: Int[Tensor, "B M"]  # tokens of each query
     top: Int[Tensor, "B M L n"]  # token ids
     log_p: Float[Tensor, "B M L n"]  # their log-probabilities, nats
-    log_rest: Float[Tensor, "B M L"]  # log of the mass of all others, nats
+    log_others: Float[Tensor, "B M L"]  # log of the mass of all others, nats
     beside: Beside
     weight: Float[Tensor, " B"]  # of the term, in multiples of the recipe's
 
 
 @torch.no_grad()
-def said_behind(
+def top_tokens_behind(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], queries: Int[Tensor, "M L"], top: int
-) -> Said:
-    """What the model says behind some inputs (the text) at each token of the queries."""
+) -> TopTokens:
+    """The model's likeliest tokens at each token of the queries, behind some inputs (the text)."""
     n, L = min(top, lm.vocab_size - 1), queries.shape[1]
     at_once = max(1, memory.LOGITS_AT_ONCE // (lm.vocab_size * L))
-    found: list[Said] = []
+    chunks: list[TopTokens] = []
     for at in range(0, len(queries), at_once):
         rows = queries[at : at + at_once].to(lm.device)
         states = states_behind(lm, inputs.expand(len(rows), -1, -1), rows)
-        found.append(likeliest(lm.head(states), n))
-    return Said(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        chunks.append(likeliest(lm.head(states), n))
+    return TopTokens(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
 def states_behind(
@@ -87,43 +87,43 @@ def divergence(
     logits: Float[Tensor, "*shape V"],
     top: Int[Tensor, "*shape n"],
     log_p: Float[Tensor, "*shape n"],
-    log_rest: Float[Tensor, "*shape"],
+    log_others: Float[Tensor, "*shape"],
 ) -> Float[Tensor, "*shape"]:
     """KL(kept distribution || softmax of the logits) at each position, nats."""
     log_q = logits.log_softmax(-1)
     log_top = log_q.gather(-1, top.long())
-    rest = (1 - log_top.exp().sum(-1)).clamp_min(SMALLEST_MASS)
-    p_rest = log_rest.exp()
-    return (log_p.exp() * (log_p - log_top)).sum(-1) + p_rest * (log_rest - rest.log())
+    others = (1 - log_top.exp().sum(-1)).clamp_min(SMALLEST_MASS)
+    p_others = log_others.exp()
+    return (log_p.exp() * (log_p - log_top)).sum(-1) + p_others * (log_others - others.log())
 
 
 def divergence_at(
     head: Head,
     states: Float[Tensor, "B L H"],
-    kept: tuple[Int[Tensor, "B L n"], Float[Tensor, "B L n"], Float[Tensor, "B L"]],
+    teacher: TopTokens,
     share: Float[Tensor, "B L"],
     *,
     V: int,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L H"]]:
     """Divergence of each passage, nats, and its gradient at the states.
 
-    `kept` is (top, log_p, log_rest) of a Teacher, `share` the weight of each position. Logits over
-    the vocabulary exist for a few rows at a time.
+    `teacher`: likeliest tokens of shape (B, L, n); `share`: the weight of each position. Logits
+    over the vocabulary exist for a few rows at a time.
     """
     B, L, H = states.shape
     flat = states.reshape(B * L, H)
-    top, log_p, log_rest = (part.reshape(B * L, *part.shape[2:]) for part in kept)
+    top, log_p, log_others = (part.reshape(B * L, *part.shape[2:]) for part in teacher)
     weight = share.reshape(-1)
     losses, gradient = flat.new_empty(B * L, dtype=torch.float32), torch.empty_like(flat)
     rows = max(1, memory.LOGITS_AT_ONCE // V)
 
-    def chunk(here: slice) -> None:
+    def chunk(span: slice) -> None:
         with torch.enable_grad():
-            part = flat[here].requires_grad_()
-            each = divergence(head(part).float(), top[here], log_p[here], log_rest[here])
-            each = each * weight[here]
-            (gradient[here],) = torch.autograd.grad(each.sum(), part)
-        losses[here] = each.detach()
+            part = flat[span].requires_grad_()
+            loss = divergence(head(part).float(), top[span], log_p[span], log_others[span])
+            loss = loss * weight[span]
+            (gradient[span],) = torch.autograd.grad(loss.sum(), part)
+        losses[span] = loss.detach()
 
     for at in range(0, B * L, rows):
         chunk(slice(at, at + rows))
@@ -135,7 +135,7 @@ def answer_positions(length: Int[Tensor, " B"], columns: int) -> Bool[Tensor, "B
     return torch.arange(columns, device=length.device) < length[:, None]
 
 
-def nobody(M: int, device: torch.device) -> Beside:
+def no_neighbours(M: int, device: torch.device) -> Beside:
     """No neighbours in M queries of one passage."""
     none = torch.zeros(1, M, dtype=torch.long, device=device)
     return Beside(none[..., None][..., :0], none, none)
@@ -143,15 +143,15 @@ def nobody(M: int, device: torch.device) -> Beside:
 
 def joined(teachers: Sequence[Teacher]) -> Teacher:
     """The rows of several teachers, one behind the other."""
-    first = teachers[0]
-    for other in teachers[1:]:
-        first = first.joined(other)
-    return first
+    rows = teachers[0]
+    for teacher in teachers[1:]:
+        rows = rows.joined(teacher)
+    return rows
 
 
-def likeliest(logits: Float[Tensor, "*shape V"], n: int) -> Said:
-    """The n likeliest tokens, and what is left for all others."""
+def likeliest(logits: Float[Tensor, "*shape V"], n: int) -> TopTokens:
+    """The n likeliest tokens of each distribution, and the mass of all others."""
     log_p = logits.log_softmax(-1)
     values, ids = log_p.topk(n, dim=-1)
-    rest = (1 - values.exp().sum(-1)).clamp_min(SMALLEST_MASS)
-    return Said(ids.int(), values, rest.log())
+    others = (1 - values.exp().sum(-1)).clamp_min(SMALLEST_MASS)
+    return TopTokens(ids.int(), values, others.log())

@@ -1,11 +1,11 @@
-"""The term `use`: the model behind the vectors speaks as the model that has read the text.
+"""The term `use`: the model behind the vectors predicts what the model behind the text predicts.
 
     KL(model behind [text] || model behind [vectors]), mean over the tokens of a query, nats
 
-The passage is asked for behind a trigger, [vectors] BOS -> passage; behind the vectors alone comes
-a query. Nothing of the trigger is in the term, and what follows the vectors says which of
-their two modes is meant. Behind keys and values (memvec.spaces) the first token of a query is
-given. With neighbours, most queries are read behind a row of passages (memvec.usable.neighbours).
+The vectors have two modes. In decoding mode a trigger follows them, [vectors] BOS -> passage. In
+context mode a query follows them directly; this term is measured in context mode only. Behind keys
+and values (memvec.spaces) the first token of a query is given. With neighbours, most queries are
+read behind a row of passages (memvec.usable.neighbours).
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import (
     Beside,
     Teacher,
+    TopTokens,
     answer_positions,
     divergence_at,
     joined,
-    nobody,
-    said_behind,
+    no_neighbours,
+    top_tokens_behind,
 )
 from memvec.usable.turns import Turns
 from memvec.vectors import MemVectors
@@ -68,7 +69,7 @@ class Use(Term):
             self.neighbours = neighbours_of(lm, recipe)
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
-        """The queries of each passage and what the model says of them after the text."""
+        """The queries of each passage, with the predictions of the model behind the text."""
         return joined([self._teacher(passage) for passage in passages])
 
     def measure(
@@ -82,25 +83,24 @@ class Use(Term):
         assert isinstance(teacher, Teacher)
         B = len(batch)
         row = torch.arange(B, device=batch.steps.device)
-        which = batch.steps % teacher.queries.shape[1]
-        ids, length = teacher.queries[row, which], teacher.length[row, which]
+        query = batch.steps % teacher.queries.shape[1]
+        ids, length = teacher.queries[row, query], teacher.length[row, query]
         with torch.enable_grad():
-            states = self._states(vectors, ids, teacher.beside, which, padding_rows)
+            states = self._states(vectors, ids, teacher.beside, query, padding_rows)
         counted = answer_positions(length, ids.shape[1])[:, self.given :]
         share = counted / counted.sum(-1, keepdim=True)
         # Padding rows are computed as well: products keep their shape, and so their rounding.
-        kept = [
-            part[row, which, self.given :]
-            for part in (teacher.top, teacher.log_p, teacher.log_rest)
+        parts = [
+            part[row, query, self.given :]
+            for part in (teacher.top, teacher.log_p, teacher.log_others)
         ]
-        top, log_p, log_rest, weight = (with_padding(t, padding_rows) for t in (*kept, share))
-        loss, gradient = divergence_at(
-            self.module.head, states.detach(), (top, log_p, log_rest), weight, V=self.lm.vocab_size
-        )
+        *expected, weight = (with_padding(t, padding_rows) for t in (*parts, share))
+        head, V = self.module.head, self.lm.vocab_size
+        loss, gradient = divergence_at(head, states.detach(), TopTokens(*expected), weight, V=V)
         return TermLoss(loss[:B], (states,), (gradient,))
 
     def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
-        """That of every term, times what the passage's own steps made of it (`term_rise`)."""
+        """The weight of every term, times the factor that `term_rise` gives the passage."""
         assert isinstance(batch.term, Teacher)
         return super().weight(batch) * batch.term.weight
 
@@ -108,7 +108,7 @@ class Use(Term):
         """The vectors, where they are inputs, and a query but for its last token."""
         start: StartRule = "first-token" if self.given else "vectors"
         before = self.module.inputs_before(self.K, start) - self.given
-        before += self.neighbours.most_inputs if self.neighbours else 0  # rows are padded to these
+        before += self.neighbours.max_inputs if self.neighbours else 0  # rows are padded to these
         return torch.full_like(counted, before + self.recipe.query_tokens)
 
     def certificate(
@@ -124,7 +124,7 @@ class Use(Term):
         vectors: Float[Tensor, "N K D"],
         ids: Int[Tensor, "B L"],
         beside: Beside,
-        which: Int[Tensor, " B"],
+        query: Int[Tensor, " B"],
         padding_rows: int,
     ) -> Float[Tensor, "N n H"]:
         """States that predict a query behind the vectors, in a row where there are neighbours."""
@@ -132,31 +132,31 @@ class Use(Term):
         if self.neighbours is None:
             return module.reading.states_as_context(module, vectors, words)
         row = torch.arange(len(ids), device=ids.device)
-        parts = [part[row, which] for part in (beside.which, beside.in_front, beside.count)]
+        parts = [part[row, query] for part in (beside.neighbours, beside.in_front, beside.count)]
         inputs, used = self.neighbours.row(
             module.context_scale * vectors,
             module.embed(words[:, :-1]),
             *(with_padding(p, padding_rows) for p in parts),
         )
-        keep = inputs.shape[1] - self.K + 1  # the last of the vectors, if nobody is beside them
+        keep = inputs.shape[1] - self.K + 1  # the last of the vectors, where no neighbour is
         cache = module.reading.cache(module, vectors)
         states = module.states_of(module.behind_front(inputs), keep, cache)
         at = used[:, None] + torch.arange(words.shape[1], device=ids.device)
         return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
 
     def _teacher(self, passage: Passage) -> Teacher:
-        # A passage alone: what is computed for it does not depend on who is beside it in the batch.
+        # One passage at a time, so that its numbers do not depend on its neighbours in the batch.
         lm, ids = self.lm, passage.ids
         if self.neighbours is not None:
             beside = self.neighbours.drawn(ids, self.recipe)
-            asked = self.neighbours.queries(lm, ids, self.recipe, beside)
+            drawn = self.neighbours.queries(lm, ids, self.recipe, beside)
         else:
-            asked = queries_of(lm, ids, self.recipe)
-            beside = nobody(len(asked.ids), lm.device)
-        said = asked.said or said_behind(
-            lm, text_inputs(lm, ids), asked.ids, self.recipe.teacher_top
+            drawn = queries_of(lm, ids, self.recipe)
+            beside = no_neighbours(len(drawn.ids), lm.device)
+        top_tokens = drawn.teacher or top_tokens_behind(
+            lm, text_inputs(lm, ids), drawn.ids, self.recipe.teacher_top
         )
-        queries, length = asked.ids.to(lm.device), asked.length.to(lm.device)
-        top, log_p, log_rest = (part[None] for part in said)
-        one = torch.ones(1, device=lm.device)
-        return Teacher(queries[None], length[None], top, log_p, log_rest, beside, one)
+        queries, length = drawn.ids.to(lm.device), drawn.length.to(lm.device)
+        top, log_p, log_others = (part[None] for part in top_tokens)
+        weight = torch.ones(1, device=lm.device)
+        return Teacher(queries[None], length[None], top, log_p, log_others, beside, weight)

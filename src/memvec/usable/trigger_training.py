@@ -1,19 +1,18 @@
 """Training of a crammed trigger: soft tokens that all passages share, once for a model.
 
-Passages are crammed for use in slots as ever, and what they want of the soft tokens moves these:
-their gradient is the mean of the passages'.
+Passages are crammed for use in slots as usual, and the mean of their gradients at the soft tokens
+moves these.
 
     BOS front [vectors] trigger   -> the passage         front, vectors and trigger move
     BOS front [vectors] anything  -> as behind the text  front and vectors move
 
-Behind BOS the vectors alone have to say both. A trigger that has learned to ask for the passage
-takes half of that from them, and soft tokens in front of them say how they are to be read: more of
-them is left for what the text means (docs/usable.md).
+Behind BOS the vectors alone have to serve both modes. A trained trigger takes over part of the
+decoding mode, and soft tokens in front of the vectors help the model to read them, so that more of
+the vectors is left for the meaning of the text (docs/usable.md).
 
 Passages come in batches; each begins with new vectors and the trigger of the last one, and the file
-of the trigger is written behind each, so that a run that is interrupted goes on with the next. What
-is learned is for any passage: cramming takes the trigger as it is, and no passage depends on
-another.
+of the trigger is written behind each, so that an interrupted run continues with the next batch. The
+trigger is for any passage: cramming does not change it, and no passage depends on another.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class TriggerPlan:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What a batch came to: passages that decode exactly, and their last KL, nats per token."""
+    """The result of a batch: passages that decode exactly, and their last KL, nats per token."""
 
     number: int
     batches: int
@@ -79,7 +78,7 @@ class BatchReport:
     seconds: float
 
 
-# The number of the batch, how its passages stand, and the steps that it has.
+# The number of the batch, the progress of its passages, and its number of steps.
 OnProgress = Callable[[int, Progress, int], None]
 
 
@@ -101,7 +100,7 @@ class SharedStep(Step):
     ) -> Tensor:
         rows = self.lm.soft
         assert rows is not None
-        own, shared = torch.autograd.grad(outputs, [batch.parameters, rows], slopes)
+        gradient, shared = torch.autograd.grad(outputs, [batch.parameters, rows], slopes)
         if not bool(torch.isfinite(shared).all()):
             raise MemvecError("the gradient of the trigger is not finite: use a smaller --lr.")
         rows.grad = shared / len(batch)
@@ -109,7 +108,7 @@ class SharedStep(Step):
             group["lr"] = group["initial_lr"] * self.rate(self.taken)
         self.optimizer_of_rows.step()
         self.taken += 1
-        return own
+        return gradient
 
 
 class TriggerEngine(Engine):
@@ -146,7 +145,7 @@ def train_trigger(
     """Train a trigger on passages (token ids; `plan.batches` x `plan.batch_size` of them).
 
     `path` gets the trigger behind each batch, and a training of the same plan that finds it there
-    goes on from it. `recipe` is what passages are crammed by; its trigger is the one that learns.
+    continues from it. `recipe` crams the passages; its trigger is replaced by the trained one.
     `on_batch` and `on_progress` are called with the progress.
     Raises MemvecError for too few passages, a recipe without a second mode, or another plan's file.
     """
@@ -157,7 +156,7 @@ def train_trigger(
             f"{plan.batches} batches of {plan.batch_size} need as many passages, and there are "
             f"{len(passages)}."
         )
-    length = max(1, recipe.settle)  # steps of a batch: nobody waits for its slowest passage
+    length = max(1, recipe.settle)  # steps of a batch, whose passages all end together
     # An encoder for use was trained behind another trigger, and has none to begin with here.
     start = "last-tokens" if recipe.start == "auto" else recipe.start
     recipe = replace(
@@ -169,22 +168,22 @@ def train_trigger(
         patience=length,
         if_not_exact="stop",
         objective_every=1,  # each step moves the trigger, too
-        term_rise=0.0,  # the weight follows passages that are asked for one by one
+        term_rise=0.0,  # the weight would follow each passage alone
     )
     read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}
     identity |= named_files(recipe)
     rows, done = first_rows(lm, plan), 0
     if path.is_file():
-        found, about = stored_trigger(path, lm)
+        stored, about = stored_trigger(path, lm)
         done = int(about.pop("batches_done", 0))
         if about != identity:
             raise MemvecError(f"{path} is of another training: delete it, or use another -o.")
-        rows = found.table
+        rows = stored.table
     for number in range(done, plan.batches):
-        own = passages[number * plan.batch_size : (number + 1) * plan.batch_size]
+        batch = passages[number * plan.batch_size : (number + 1) * plan.batch_size]
         cram = functools.partial(_crammed, plan=plan, recipe=recipe, on_progress=on_progress)
-        rows, report = cram(lm, rows, [list(ids) for ids in own], number)
+        rows, report = cram(lm, rows, [list(ids) for ids in batch], number)
         trigger = _parts(rows, plan)
         save_trigger(path, trigger, lm, identity | {"batches_done": number + 1})
         if on_batch is not None:

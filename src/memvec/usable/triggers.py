@@ -63,7 +63,7 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
 def named_files(recipe: Recipe) -> dict[str, str]:
     """Hashes of the files that a recipe names: its questions, trigger and neighbours.
 
-    Their names say too little for whoever goes on with what was made by them. Raises MemvecError if
+    A name does not identify a file whose contents changed since. Raises MemvecError if
     the file of neighbours is not there.
     """
     named = {"trigger": Path(recipe.trigger).expanduser()}
@@ -72,8 +72,8 @@ def named_files(recipe: Recipe) -> dict[str, str]:
     if recipe.neighbours != "none":
         named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
     return {
-        what: hashlib.sha256(path.read_bytes()).hexdigest()
-        for what, path in named.items()
+        key: hashlib.sha256(path.read_bytes()).hexdigest()
+        for key, path in named.items()
         if path.is_file()
     }
 

@@ -58,11 +58,11 @@ def decode_passages(lm: FrozenLM, mem: MemVectors, workers: Workers | None) -> l
     Here, too, if the workers compute on other devices than `lm`, because the certificate says what
     it was decoded on; and for passages that share a vector.
     """
-    kind = "cuda" if workers is not None and workers.gpu else "cpu"
-    if workers is None or lm.device.type != kind or lm.reading.crammer:
+    device_type = "cuda" if workers is not None and workers.gpu else "cpu"
+    if workers is None or lm.device.type != device_type or lm.reading.crammer:
         return mem.decode_passages(lm)
     P = len(mem.passages)
     size = BATCH * -(-P // (BATCH * UNITS * workers.count))  # whole batches
     units = (Decoding(passages_of(mem, at, at + size), at) for at in range(0, P, size))
-    found = dict(workers.stream(lambda: next(units, None), None))
-    return [ids for number in sorted(found) for ids in found[number]]
+    decoded = dict(workers.stream(lambda: next(units, None), None))
+    return [ids for number in sorted(decoded) for ids in decoded[number]]

@@ -47,7 +47,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Prompt]]:
     """The request and its prompts. Raises RequestError if anything of it is damaged."""
     try:
         request: dict[str, Any] = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-        prompts = [prompt_of(folder, given, request["width"]) for given in request["prompts"]]
+        prompts = [prompt_of(folder, entry, request["width"]) for entry in request["prompts"]]
         batches = [i for batch in request["batches"] for i in batch]
         request["model"], request["dtype"], request["settings"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -57,16 +57,16 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Prompt]]:
     return request, prompts
 
 
-def prompt_of(folder: Path, given: dict[str, Any], width: int) -> Prompt:
+def prompt_of(folder: Path, entry: dict[str, Any], width: int) -> Prompt:
     """One prompt. Raises RequestError for a file that is not the one that was written."""
-    tokens, wanted, text = given["tokens"], given["new_tokens"], given.get("text")
-    if given["file"] is None:
+    tokens, new_tokens, text = entry["tokens"], entry["new_tokens"], entry.get("text")
+    if entry["file"] is None:
         if not tokens:
             raise RequestError("a prompt of the request has neither vectors nor tokens.")
-        return Prompt(None, 0, tokens, wanted, text)
-    path = folder / given["file"]
+        return Prompt(None, 0, tokens, new_tokens, text)
+    path = folder / entry["file"]
     data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != given["sha256"]:
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise RequestError(f"{path.name} of the request is missing, cut short or changed.")
     inputs = np.load(path, allow_pickle=False)
     if inputs.ndim != 2 or not len(inputs) or inputs.shape[1] != width:
@@ -78,4 +78,4 @@ def prompt_of(folder: Path, given: dict[str, Any], width: int) -> Prompt:
     vectors = len(inputs) - len(tokens)
     if vectors < 1:
         raise RequestError(f"{path.name} has {len(inputs)} rows, of which none is a vector.")
-    return Prompt(inputs, vectors, tokens, wanted, text)
+    return Prompt(inputs, vectors, tokens, new_tokens, text)

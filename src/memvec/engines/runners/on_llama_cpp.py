@@ -20,7 +20,7 @@ from asked import Prompt, RequestError, release_of
 CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers for the types
 SEQUENCES = 32  # at the most, decoded together
 ERROR = 4  # ggml's level of the log
-SAID: list[str] = []  # errors of llama.cpp
+ERRORS: list[str] = []  # errors of llama.cpp
 
 
 def version() -> str:
@@ -28,14 +28,14 @@ def version() -> str:
     return f"llama.cpp ({release_of('llama-cpp-python')})"
 
 
-def said() -> str:
+def first_error() -> str:
     """The first error of llama.cpp's log: the others follow from it."""
-    return SAID[0] if SAID else "it does not say why."
+    return ERRORS[0] if ERRORS else "it does not say why."
 
 
 def _keep(level: int, text: bytes, _: Any) -> None:
     if level == ERROR:
-        SAID.append(text.decode(errors="replace").strip())
+        ERRORS.append(text.decode(errors="replace").strip())
 
 
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_keep)
@@ -47,22 +47,22 @@ class Engine:
     def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
         lib.llama_log_set(LOG, None)
         lib.llama_backend_init()
-        with tempfile.TemporaryDirectory() as made:
+        with tempfile.TemporaryDirectory() as temporary:
             path = Path(model)
             if path.is_dir():
                 import gguf_of
 
-                path = Path(made) / "model.gguf"
+                path = Path(temporary) / "model.gguf"
                 try:
                     gguf_of.write(Path(model), path, dtype)
                 except ValueError as error:
                     raise RequestError(str(error)) from None
-            asked = lib.llama_model_default_params()
-            asked.n_gpu_layers = 0
-            asked.use_mmap = False  # the file is gone when it is read
-            self.model = lib.llama_model_load_from_file(str(path).encode(), asked)
+            model_params = lib.llama_model_default_params()
+            model_params.n_gpu_layers = 0
+            model_params.use_mmap = False  # the file is gone when it is read
+            self.model = lib.llama_model_load_from_file(str(path).encode(), model_params)
         if not self.model:
-            raise RequestError(f"llama.cpp does not load {model}: {said()}")
+            raise RequestError(f"llama.cpp does not load {model}: {first_error()}")
         self.width = lib.llama_model_n_embd(self.model)
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
         window = lib.llama_model_n_ctx_train(self.model)
@@ -76,7 +76,7 @@ class Engine:
         params.no_perf = True
         self.context = lib.llama_init_from_model(self.model, params)
         if not self.context:
-            raise RequestError(f"llama.cpp makes no context for {model}: {said()}")
+            raise RequestError(f"llama.cpp makes no context for {model}: {first_error()}")
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt."""
@@ -120,13 +120,13 @@ class Engine:
         batch = lib.llama_batch_init(len(inputs), self.width if vectors else 0, 1)
         try:
             batch.n_tokens = len(inputs)
-            for j, (sequence, position, given) in enumerate(inputs):
+            for j, (sequence, position, value) in enumerate(inputs):
                 batch.pos[j], batch.n_seq_id[j], batch.seq_id[j][0] = position, 1, sequence
                 batch.logits[j] = 1
                 if not vectors:
-                    batch.token[j] = given
+                    batch.token[j] = value
             if vectors:
-                rows = np.ascontiguousarray([given for *_, given in inputs], dtype=np.float32)
+                rows = np.ascontiguousarray([value for *_, value in inputs], dtype=np.float32)
                 ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
             if lib.llama_decode(self.context, batch):
                 raise RequestError("llama_decode failed: the inputs do not fit the context.")

@@ -32,9 +32,9 @@ class Engine:
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt, one prompt after the other."""
-        return [self.one(prompt) for prompt in prompts]
+        return [self.generate_one(prompt) for prompt in prompts]
 
-    def one(self, prompt: Prompt) -> list[int]:
+    def generate_one(self, prompt: Prompt) -> list[int]:
         """Greedy token ids behind one prompt."""
         if prompt.inputs is None:
             return self.steps(mx.array(prompt.tokens), prompt.new_tokens)

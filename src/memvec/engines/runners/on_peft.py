@@ -28,20 +28,20 @@ class Engine:
     @torch.no_grad()
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt."""
-        return [self.one(prompt) for prompt in prompts]
+        return [self.generate_one(prompt) for prompt in prompts]
 
-    def one(self, prompt: Prompt) -> list[int]:
+    def generate_one(self, prompt: Prompt) -> list[int]:
         """Greedy token ids behind one prompt."""
-        given = torch.tensor([prompt.tokens], dtype=torch.long)
-        asked = {
-            "input_ids": given,
-            "attention_mask": torch.ones_like(given),
+        prompt_ids = torch.tensor([prompt.tokens], dtype=torch.long)
+        settings = {
+            "input_ids": prompt_ids,
+            "attention_mask": torch.ones_like(prompt_ids),
             "max_new_tokens": prompt.new_tokens,
             "do_sample": False,
             "use_cache": False,
         }
         if prompt.inputs is None:
-            ids = self.model.generate(**asked)
+            ids = self.model.generate(**settings)
         else:
             config = PromptTuningConfig(
                 task_type="CAUSAL_LM",
@@ -54,6 +54,6 @@ class Engine:
             adapted: Any = get_peft_model(self.model, config)
             weight = adapted.prompt_encoder["default"].embedding.weight
             weight.copy_(torch.from_numpy(prompt.inputs[: prompt.vectors]))
-            ids = adapted.eval().generate(**asked)
-        written: list[int] = ids[0, given.shape[1] :].tolist()
+            ids = adapted.eval().generate(**settings)
+        written: list[int] = ids[0, prompt_ids.shape[1] :].tolist()
         return written

@@ -33,8 +33,8 @@ class Engine:
         """Greedy token ids behind each prompt."""
         inputs = [self.inputs(prompt) for prompt in prompts]
         ids: list[list[int]] = [[] for _ in prompts]
-        for length in sorted({len(one) for one in inputs}):
-            rows = [i for i, one in enumerate(inputs) if len(one) == length]
+        for length in sorted({len(inputs_of_one) for inputs_of_one in inputs}):
+            rows = [i for i, inputs_of_one in enumerate(inputs) if len(inputs_of_one) == length]
             stacked = torch.stack([inputs[i] for i in rows])
             written = self.model.generate(
                 inputs_embeds=stacked,

@@ -71,10 +71,10 @@ class Engine:
             )
             for p in prompts
         ]
-        outputs = self.llm.generate([self.asked(p) for p in prompts], params, use_tqdm=False)
+        outputs = self.llm.generate([self.input_of(p) for p in prompts], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def asked(self, prompt: Prompt) -> dict[str, Any]:
+    def input_of(self, prompt: Prompt) -> dict[str, Any]:
         """A prompt as vLLM takes it."""
         if prompt.inputs is None:
             return {"prompt_token_ids": prompt.tokens}

@@ -55,12 +55,12 @@ class Engine:
         words += ["--enable-prefix-caching" if cached else "--no-enable-prefix-caching"]
         if settings.get("block_size"):
             words += ["--block-size", str(settings["block_size"])]
-        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        own["VLLM_NO_USAGE_STATS"] = "1"
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment["VLLM_NO_USAGE_STATS"] = "1"
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with us
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            words, env={**own, **os.environ}, stdout=self.log, stderr=subprocess.STDOUT
+            words, env={**environment, **os.environ}, stdout=self.log, stderr=subprocess.STDOUT
         )
         try:
             self.wait()
@@ -73,8 +73,8 @@ class Engine:
         for _ in range(SECONDS):
             if self.process.poll() is not None:
                 self.log.seek(0)
-                said = self.log.read().decode(errors="replace").strip().splitlines()
-                errors = [line for line in said if "Error" in line] or said
+                output = self.log.read().decode(errors="replace").strip().splitlines()
+                errors = [line for line in output if "Error" in line] or output
                 raise RequestError(f"the server ended: {errors[-1] if errors else 'no output'}")
             try:
                 with urllib.request.urlopen(f"{self.address}/health", timeout=5):
@@ -89,9 +89,9 @@ class Engine:
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt; all requests are under way together."""
         with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(self.one, prompts))
+            return list(pool.map(self.generate_one, prompts))
 
-    def one(self, prompt: Prompt) -> list[int]:
+    def generate_one(self, prompt: Prompt) -> list[int]:
         """Greedy token ids behind one prompt. Raises RequestError with the server's refusal."""
         body: dict[str, Any] = {
             "max_tokens": prompt.new_tokens,

@@ -68,12 +68,15 @@ def main(given: Path) -> None:
     def behind(path: Path, passage: dict[str, Any]) -> list[int]:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         vectors = np.load(path, allow_pickle=False)
-        logits, at = step(context, vectors, 0), len(vectors)
+        logits, n = step(context, vectors, 0), len(vectors)
         if passage["given"]:
-            logits, at = step(context, passage["given"], at), at + len(passage["given"])
+            logits, n = (
+                step(context, passage["given"], n),
+                n + len(passage["given"]),
+            )
         ids = [int(logits.argmax())]
         while len(ids) < passage["new_tokens"]:
-            logits, at = step(context, ids[-1:], at), at + 1
+            logits, n = step(context, ids[-1:], n), n + 1
             ids.append(int(logits.argmax()))
         return ids
 

@@ -19,18 +19,18 @@ from mlx_lm.utils import does_model_support_input_embeddings, load_model
 from passages import MANIFEST, decode, model_folder
 
 
-def written(model: Any, inputs: Any, wanted: int) -> list[int]:
+def written(model: Any, inputs: Any, new_tokens: int) -> list[int]:
     """Greedy token ids behind inputs (N, D)."""
     if does_model_support_input_embeddings(model):
-        asked = {"max_tokens": wanted, "input_embeddings": inputs}
-        return [int(t) for t, _ in generate_step(mx.array([], dtype=mx.int32), model, **asked)]
+        options = {"max_tokens": new_tokens, "input_embeddings": inputs}
+        return [int(t) for t, _ in generate_step(mx.array([], dtype=mx.int32), model, **options)]
     # No such argument (OLMo 2): the inputs take the place of what the model looks up.
     table, cache = model.model.embed_tokens, make_prompt_cache(model)
     model.model.embed_tokens = Looked(table, inputs)
     logits = model(mx.zeros((1, len(inputs)), dtype=mx.int32), cache=cache)
     model.model.embed_tokens = table
     ids = [int(logits[0, -1].argmax().item())]
-    while len(ids) < wanted:
+    while len(ids) < new_tokens:
         logits = model(mx.array([ids[-1:]]), cache=cache)
         ids.append(int(logits[0, -1].argmax().item()))
     return ids

@@ -15,8 +15,8 @@ def checked_manifest() -> dict[str, Any]:
     """What the folder holds. Ends the program if a file of it is not the one that was written."""
     try:
         manifest: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text("utf-8"))
-        own = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
-        if hashlib.sha256(own.encode()).hexdigest() != manifest["sha256"]:
+        content = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
+        if hashlib.sha256(content.encode()).hexdigest() != manifest["sha256"]:
             raise ValueError
         written: dict[str, str] = manifest["files"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

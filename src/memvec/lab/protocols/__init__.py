@@ -1,1 +1,1 @@
-"""Protocols: how much fits, asked in different ways. One file each, listed in memvec.registry."""
+"""Protocols: ways to measure how much vectors hold, one per file, listed in memvec.registry."""

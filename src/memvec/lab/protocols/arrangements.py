@@ -2,8 +2,8 @@
 
 For N predicted tokens the paper tries [e] x N, [e] x N/2 [m] x N/2, [e, m] x N/2, [e][m] x N (one
 input more than there are tokens, the first output is not used) and [e][m] x (N - 1), which is the
-one that it keeps. Each is a reading of a model (`memvec.model.reading`), as an object: files are
-made with the last one only, so the others have no name there.
+one that it keeps. Each is a reading of a model (`memvec.model.reading`). Only the last one can be
+saved in a file, so only that one has a name in `memvec.model.reading`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ FORMULAS = {
 
 
 class Arranged(OneStep):
-    """e and m in one of these orders. `length`: N of the spec, which decides where halves meet."""
+    """Reads e and m in one of these orders; `length` (N of the spec) fixes where halves meet."""
 
     def __init__(self, arrangement: Arrangement, length: int) -> None:
         self.arrangement, self.length = arrangement, length
         self.fixed_vectors = 1 if arrangement == "e" else 2
 
     def order(self, tokens: int) -> list[int]:
-        """Which vector each input is, 0 for e and 1 for m.
+        """The vector of each of `tokens` inputs, 0 for e and 1 for m.
 
-        A shorter passage, and padding, read the beginning of the same order.
+        A shorter passage, and padding, get the beginning of the same order.
         """
         if self.arrangement == "e":
             return [0] * tokens
@@ -58,9 +58,9 @@ class Arranged(OneStep):
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """The vectors in this order; without vectors as any model reads its tokens.
+        """The inputs (B, N, D): the vectors in this order, or without vectors the tokens as usual.
 
-        Raises MemvecError for another number of vectors or a start rule that gives tokens.
+        Raises MemvecError for another number of vectors or a start rule that adds tokens.
         """
         if vectors is None:
             return super().inputs(lm, vectors, ids, start)
@@ -73,5 +73,5 @@ class Arranged(OneStep):
         return vectors.to(lm.dtype)[:, order]
 
     def inputs_before(self, K: int, start: StartRule) -> int:
-        """One where e has no token of its own."""
+        """1 for [e][m] × N, whose first input predicts no token; 0 for the others."""
         return int(self.arrangement == "m-for-each")

@@ -1,10 +1,10 @@
 """How many vectors a whole book needs, by exact horizons of its blocks.
 
 Kuratov et al. say that The Hobbit, 119,203 tokens, would need about 128 vectors of Llama-3.1-8B or
-256 of Llama-3.2-1B (`hobbit_in_tokens.ipynb`): the quotient of its tokens and a decoding capacity,
-never run. Here the blocks of a text are crammed by the exact protocol's recipe, and the tokens per
-vector that decode freely give the number for the whole text, with an interval over blocks. Where
-every block came back, the blocks' vectors themselves hold the text.
+256 of Llama-3.2-1B (`hobbit_in_tokens.ipynb`). They divide its tokens by a decoding capacity, and
+do not run it. Here the blocks of a text are crammed by the recipe of the protocol `exact`. The
+tokens per vector that decode freely give the number of vectors for the whole text, with an interval
+over blocks. Where every block is exact, the vectors of the blocks hold the whole text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from memvec.statistics import Interval, bootstrap_mean, share_interval
 
 
 class Book(Protocol):
-    """Blocks of one text; sources of the kind 'book'."""
+    """Exact horizons of the blocks of one text (a source of the kind 'book')."""
 
     preset = "default"
     measures_horizon = True
@@ -66,9 +66,10 @@ class Book(Protocol):
             Table(
                 "book",
                 "Vectors for a whole book",
-                "Tokens per vector: leading tokens of a block that decode freely, over K; mean "
-                "over blocks with its 95 % bootstrap interval. Vectors: the text's tokens over "
-                "that, rounded up. Where all blocks are exact it is an upper bound.",
+                "Tokens per vector: leading tokens of a block that decode freely, divided by K; "
+                "mean over blocks with its 95 % bootstrap interval. Vectors: the text's tokens "
+                "divided by that mean, rounded up. Where all blocks are exact, fewer vectors may "
+                "be enough.",
                 columns,
                 rows,
             )
@@ -76,12 +77,12 @@ class Book(Protocol):
 
 
 def tokens_per_vector(rows: pd.DataFrame) -> Interval:
-    """Exact tokens per vector, mean over blocks of one length and K."""
+    """Exact tokens per vector: mean over blocks of one length and K, 95 % bootstrap interval."""
     return bootstrap_mean((rows["horizon"] / rows["vectors"]).tolist())
 
 
 def _needed(tokens: int | None, per_vector: Interval) -> list[TableCell]:
-    """Vectors for so many tokens, and the interval: more tokens per vector, fewer vectors."""
+    """Vectors that `tokens` tokens need, with the interval; None where a rate is 0."""
     if tokens is None:
         return [None, None, None]
     rates = (per_vector.value, per_vector.high, per_vector.low)

@@ -4,10 +4,10 @@ Every model of the spec is a checkpoint: a folder whose memvec.json says which r
 and how much text it has read (`training_of`; recipes/checkpoints.py writes such folders). Cramming
 is that of the protocol `exact`.
 
-The bits of a vector are those that the model alone needs for the tokens of the exact horizon, as on
-the page on capacity; what the vectors take off them, the information gain, is in the rows. Runs
-that differ by their seed are one line with an interval over seeds. Where the runs of a family have
-several widths D and depths L, these bits are fitted as c · D^a · L^b by least squares of the
+The bits of a vector are the bits that the model without vectors needs for the tokens of the exact
+horizon, as in docs/capacity.md; the information gain of the vectors is in the rows. Runs that
+differ only by their seed make one line with an interval over seeds. Where the runs of a family have
+several widths D and layer counts L, these bits are fitted as c · D^a · L^b by least squares of the
 logarithms, before training and at its end.
 """
 
@@ -35,7 +35,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.statistics import LEVEL, Mean, mean_interval
 
-ASKED = {"run": str, "family": str, "seed": int, "step": int, "tokens": int, "valid": float}
+RECORD_FIELDS = {"run": str, "family": str, "seed": int, "step": int, "tokens": int, "valid": float}
 
 
 class Checkpoints(Exact):
@@ -77,7 +77,7 @@ class Checkpoints(Exact):
         return [*compared, Compared("run and family", same, [1.0, 1.0], [0.0, 0.0])]
 
     def cards(self, data: Data) -> list[Card]:
-        return []  # one for each checkpoint would be too many
+        return []  # a card for each checkpoint would be too many
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         stages = stages_of(data, self.name)
@@ -96,9 +96,9 @@ class Checkpoints(Exact):
             Table(
                 "checkpoints",
                 "Exact capacity over training",
-                "Means over training seeds (each the mean of its passages) with the 95 % interval "
-                "over seeds; valid loss in nats per token; bits: what the model alone needs for "
-                "the tokens of the exact horizon.",
+                "Means over training seeds, each the mean of its passages, with the 95 % interval "
+                "over seeds. Valid loss is in nats per token. Bits are those that the model "
+                "without vectors needs for the tokens of the exact horizon.",
                 [*columns, "exact tokens", "bits / vector", "seeds", "passages"],
                 rows,
             ),
@@ -106,7 +106,7 @@ class Checkpoints(Exact):
         ]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
-        stages = [p for p in stages_of(data, self.name) if p.attrs["kept"] > 2]
+        stages = [p for p in stages_of(data, self.name) if p.attrs["stages"] > 2]
         if not stages:
             return []
         panels = []
@@ -132,28 +132,28 @@ class Checkpoints(Exact):
 
 
 def training_of(lm: FrozenLM) -> dict[str, Any]:
-    """What the model's folder says about its training, by the names of ASKED.
+    """The training record in the model's folder, by the names of RECORD_FIELDS.
 
-    Raises MemvecError for a model whose folder says nothing.
+    Raises MemvecError for a model without such a record.
     """
     record = lm.facts.get("training")
     if not isinstance(record, dict) or any(
-        not isinstance(record.get(name), kind) for name, kind in ASKED.items()
+        not isinstance(record.get(name), kind) for name, kind in RECORD_FIELDS.items()
     ):
         raise MemvecError(
             f"{lm.name} has no record of its training, which protocol 'checkpoints' needs: "
             "'training' in its memvec.json must have "
-            f"{', '.join(ASKED)} (recipes/checkpoints.py writes it)."
+            f"{', '.join(RECORD_FIELDS)} (recipes/checkpoints.py writes it)."
         )
-    return {name: record[name] for name in ASKED}
+    return {name: record[name] for name in RECORD_FIELDS}
 
 
 def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
-    """For each shape of model and stage of its training one table, with a row for each seed.
+    """One table for each shape of model and stage of its training, with a row for each seed.
 
-    Columns: family, width, layers, tokens, valid, horizon (tokens), bits (of the horizon, by the
-    model alone), bits_per_dimension, n (passages). `attrs["kept"]` is the number of stages that its
-    shape has.
+    Columns: family, width, layers, tokens, valid (nats per token), horizon (tokens), bits (of the
+    horizon under the model without vectors), bits_per_dimension, n (passages). `attrs["stages"]` is
+    the number of stages of that shape.
     """
     rows = data.restarts(protocol)
     for name in Checkpoints.extras:
@@ -171,22 +171,22 @@ def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
         return []
     table = pd.DataFrame(seeds).sort_values("tokens", kind="stable")
     stages = []
-    for _, own in table.groupby(["family", "width", "layers"], sort=False):
-        kept = int(own["tokens"].nunique())
-        for _, part in own.groupby("tokens"):
-            part.attrs["kept"] = kept
+    for _, rows_of_shape in table.groupby(["family", "width", "layers"], sort=False):
+        count = int(rows_of_shape["tokens"].nunique())
+        for _, part in rows_of_shape.groupby("tokens"):
+            part.attrs["stages"] = count
             stages.append(part)
     return stages
 
 
 def _bits_alone(data: Data, row: Mapping[Any, Any]) -> float:
-    """Bits that the model alone needs for the tokens of a row's horizon."""
+    """Bits that the model without vectors needs for the tokens of a row's horizon."""
     _, positions = data.store.tensors(row["cell"], row["number"])
     return float(positions[0, : int(row["horizon"])].double().sum())
 
 
 def shape_name(row: pd.Series) -> str:
-    """A model of a family, a width and a depth, in words."""
+    """Name of a model shape: family, width D and layer count L."""
     return f"{row['family']}, D {int(row['width'])}, L {int(row['layers'])}"
 
 
@@ -203,20 +203,20 @@ def _lines(stages: list[pd.DataFrame]) -> Iterator[tuple[str, list[pd.DataFrame]
 
 
 def _places(parts: list[pd.DataFrame]) -> list[float]:
-    """Tokens read at each stage, for an axis of powers of two: nothing stands at half the first."""
+    """Tokens read at each stage; 0 is drawn at half of the smallest, for a logarithmic axis."""
     read = [float(part["tokens"].iloc[0]) for part in parts]
-    least = min((value for value in read if value > 0), default=2.0)
-    return [value or least / 2 for value in read]
+    smallest = min((value for value in read if value > 0), default=2.0)
+    return [value or smallest / 2 for value in read]
 
 
 def _sentence(name: str, parts: list[pd.DataFrame]) -> str:
-    """What a line does, from its ends and its lowest point."""
+    """A sentence on the ends of a line and its lowest point."""
     means = [per_dimension(part).mean for part in parts]
     lowest = int(np.argmin(means))
     read = int(parts[lowest]["tokens"].iloc[0])
     return (
-        f"{name}: {means[0]:.2f} bits per dimension before training, the least, "
-        f"{means[lowest]:.2f}, after {read} tokens, {means[-1]:.2f} at the end."
+        f"{name}: {means[0]:.2f} bits per dimension before training, {means[-1]:.2f} at the end; "
+        f"the minimum is {means[lowest]:.2f}, after {read} tokens."
     )
 
 
@@ -232,28 +232,30 @@ class Exponents(NamedTuple):
 def exponents(
     width: NDArray[np.float64], depth: NDArray[np.float64], bits: NDArray[np.float64]
 ) -> Exponents | None:
-    """Least squares of log bits on log D and log L; None if too few models say anything about both.
+    """Least squares of log bits on log width and log depth, arrays of equal length.
 
-    Intervals are Student's, with n - 3 degrees of freedom. A model that holds no bits has no
-    logarithm and is left out.
+    Intervals are Student's, with n - 3 degrees of freedom. Models with 0 bits have no logarithm and
+    are left out. None if fewer than four models remain, or if width and depth do not vary
+    independently.
     """
-    some = bits > 0
-    x = np.column_stack([np.ones(some.sum()), np.log(width[some]), np.log(depth[some])])
-    y, n = np.log(bits[some]), int(some.sum())
+    positive = bits > 0
+    n = int(positive.sum())
+    x = np.column_stack([np.ones(n), np.log(width[positive]), np.log(depth[positive])])
+    y = np.log(bits[positive])
     if n < 4 or np.linalg.matrix_rank(x) < 3:
         return None
-    found, *_ = np.linalg.lstsq(x, y, rcond=None)
-    rest = y - x @ found
-    error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * (rest @ rest) / (n - 3))
+    coefficients, *_ = np.linalg.lstsq(x, y, rcond=None)
+    residuals = y - x @ coefficients
+    error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * (residuals @ residuals) / (n - 3))
     half = float(stdtrit(n - 3, LEVEL)) * error
-    about = ((y - y.mean()) ** 2).sum()
-    r_squared = 1 - float(rest @ rest) / float(about) if about else math.nan
-    ends = [(float(v), float(v - h), float(v + h)) for v, h in zip(found, half, strict=True)]
+    total = ((y - y.mean()) ** 2).sum()
+    r_squared = 1 - float(residuals @ residuals) / float(total) if total else math.nan
+    ends = [(float(v), float(v - h), float(v + h)) for v, h in zip(coefficients, half, strict=True)]
     return Exponents(ends[1], ends[2], r_squared, n)
 
 
 def _exponents_table(stages: list[pd.DataFrame]) -> Table:
-    """The fits of each family, before training and at its end."""
+    """The fits of each family before training and at its end."""
     rows: list[list[TableCell]] = []
     ends: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for _, parts in _lines(stages):

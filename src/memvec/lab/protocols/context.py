@@ -1,11 +1,11 @@
 """A vector against n real preceding tokens (paper, Table 2 and `ablations_context_length.ipynb`).
 
-How many bits does ordinary context take off the same passage? Only sources with text before their
-passages can be asked; where fewer than n tokens stood before, the entry is missing.
+How many bits of the passage does ordinary context remove? The source must have text before its
+passages; where it has fewer than n tokens, the entry is missing.
 
-As in the notebook, the n tokens are the last ones of the text before the passage with a space
-behind it (its "option 2", the one that its code runs), and nothing stands in front of them: a
-tokenizer's BOS is cut off with the rest.
+As in the notebook, the n tokens are the last ones of the text before the passage followed by a
+space (its "option 2", which is the one that its code runs). They have no BOS in front, because the
+notebook cuts it off with the earlier tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from memvec.statistics import Mean, mean_interval
 
 
 class Context(Protocol):
-    """Real context instead of a vector."""
+    """Bits of a passage behind real preceding tokens, beside those behind vectors."""
 
     extras = {  # noqa: RUF012
         "after_context": "for each n: [bits of the passage, arg-max hits] after its n preceding "
@@ -45,7 +45,7 @@ class Context(Protocol):
     }
 
     class Options(protocol.Options):
-        """How much real context is tried."""
+        """The numbers of preceding tokens."""
 
         contexts: tuple[int, ...] = Field(
             default=(64, 128, 512, 1024), description="real tokens given instead of vectors"
@@ -97,8 +97,9 @@ class Context(Protocol):
                 rows.append(row)
         columns = ["model", "source", "length", "K", "given", "bits left", "low", "high"]
         note = (
-            "Bits of the passage that are left, mean with 95 % interval; removed: of the bits of "
-            "the same passages with nothing given (not every passage has so many tokens before it)."
+            "Bits left: bits of the passage behind what is given, mean over n passages with its "
+            "95 % interval. Removed: share of the bits of the same passages with nothing given. "
+            "Not every passage has so many tokens before it, so n may differ."
         )
         columns += ["% removed", "n", *(["paper, bits"] if compare else [])]
         return [Table("context", "A vector against real preceding tokens", note, columns, rows)]
@@ -127,15 +128,15 @@ class Context(Protocol):
 
 
 def _possible(lm: FrozenLM, contexts: Any, before: int, tokens: int) -> list[int]:
-    """The numbers of real tokens that stood before a passage and fit the model with it."""
+    """Those numbers of tokens that precede the passage and fit the model's context with it."""
     limit = before if lm.context is None else min(before, lm.context - tokens)
     return [n for n in contexts if 0 < n <= limit]
 
 
 def _entries(group: pd.DataFrame, vector: str) -> dict[str, list[tuple[float, float]]]:
-    """By what is given: bits left of each passage, and its bits with nothing given.
+    """For each kind of context: (bits left, bits with nothing given) of each passage that has it.
 
-    Not every passage has every context, so each mean is compared with its own passages.
+    Not every passage has every context, so each mean is compared with that of the same passages.
     """
     H = group["lm_bits"].tolist()
     entries: dict[str, list[tuple[float, float]]] = {"none": list(zip(H, H, strict=True))}
@@ -147,7 +148,7 @@ def _entries(group: pd.DataFrame, vector: str) -> dict[str, list[tuple[float, fl
 
 
 def _means_by_context(rows: pd.DataFrame) -> dict[int, Mean]:
-    """Bits left by number of real tokens, 0 among them."""
+    """Mean bits left by number of preceding tokens, 0 included."""
     left: dict[int, list[float]] = {0: rows["lm_bits"].tolist()}
     for after in extra_of(rows, "context", "after_context"):
         for n, (bits, _) in after.items():
@@ -156,7 +157,7 @@ def _means_by_context(rows: pd.DataFrame) -> dict[int, Mean]:
 
 
 def _published(model: str, length: int, key: str) -> float | None:
-    """Table 2's bits left, where the paper has this model and length."""
+    """Bits left in the paper's Table 2; None if it lacks this model, length or context."""
     known = published.published()["context"]["values"].get(model)
     if known is None or known["length"] != length or key not in known["nats"]:
         return None

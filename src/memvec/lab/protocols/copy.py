@@ -1,8 +1,9 @@
 """A vector against the text itself, repeated in context (`ablations_repeat_text.ipynb`).
 
-"text: X, repeat previous text: X": how many bits of X are left when X has just been read. The
-paper compares this with the bits that vectors leave. As there, the words and the first X are one
-text, the second X has its tokens, and a BOS stands in front where the tokenizer adds one.
+The prompt is "text: X, repeat previous text: X", and the measure is how many bits of the second X
+are left when X has just been read. The paper compares this with the bits that vectors leave. As
+there, the words and the first X are tokenized as one text, the second X keeps the passage's tokens,
+and a BOS is put in front where the tokenizer adds one.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.statistics import mean_interval
 
-HELD = 0.99  # accuracy of the passages that the paper compares
+MIN_ACCURACY = 0.99  # accuracy of the passages that the paper compares
 BEFORE, BETWEEN = "text: ", "\nrepeat previous text: "
 
 
 class Copy(Protocol):
-    """The text in context instead of a vector."""
+    """Bits of a passage behind the same passage in context, beside those behind vectors."""
 
     extras = {  # noqa: RUF012
         "after_copy": "[bits of the passage, arg-max hits] after the same passage in context, no "
@@ -66,8 +67,8 @@ class Copy(Protocol):
         rows: list[list[TableCell]] = []
         for (model, source, length, K), everything in by_length(data.of(self.name)):
             copied = _with_copies(everything)
-            held = copied[copied["accuracy"] >= HELD]
-            parts = {"all": copied, f"accuracy ≥ {HELD}": held}
+            accurate = copied[copied["accuracy"] >= MIN_ACCURACY]
+            parts = {"all": copied, f"accuracy ≥ {MIN_ACCURACY}": accurate}
             rows += [
                 [
                     *(short(model), source, length, K, name),
@@ -79,13 +80,14 @@ class Copy(Protocol):
                     len(group),
                 ]
                 for name, group in parts.items()
-                if len(group) and (name == "all" or len(held) < len(copied))
+                if len(group) and (name == "all" or len(accurate) < len(copied))
             ]
         columns = ["model", "source", "length", "K", "passages", "H, bits", "removed by vectors"]
         columns += ["removed by copy", "accuracy, vectors", "accuracy, copy", "n"]
         note = (
-            "Means over passages; the copy is read right before it is asked for. The paper "
-            f"compares passages whose vectors reach an accuracy of {HELD}."
+            "Means over n passages; H: bits without vectors. In the copy columns the model has "
+            "read the same passage directly before. The paper "
+            f"compares passages whose vectors reach an accuracy of {MIN_ACCURACY}."
         )
         return [Table("copy", "A vector against the text repeated in context", note, columns, rows)]
 
@@ -102,7 +104,7 @@ class Copy(Protocol):
             ]
             title = panel_title(model, K, recipe)
             panels.append(Panel(title, "bits without either, H", "bits removed", series))
-        caption = "One point per passage. On the dashed line all bits are removed."
+        caption = "One point per passage. On the dashed line all bits of the passage are removed."
         return [Plot("copy", "A vector against the text itself in context", caption, panels)]
 
 

@@ -1,9 +1,9 @@
 """The exact protocol: per passage, the longest horizon that decodes freely within a budget.
 
 The horizon grows token by token (the engine's 'growing' schedule) until the passage ends or the
-stated budget of forward-backward tokens is spent; the vectors of the best horizon are reloaded as
-stored and decoded freely, and the tokens before the first error are the result. A passage that
-came back whole is censored: it might have been longer.
+budget of forward-backward tokens is spent. The vectors of the best horizon are reloaded in their
+storage dtype and decoded freely; the tokens before the first error are the result. A passage that
+decodes whole is censored: a longer one might have been exact too.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class Exact(Protocol):
             Table(
                 "exact",
                 "Exact horizon: leading tokens that free-running decoding gives back",
-                "Mean over passages with its 95 % interval; censored: share of passages that came "
-                "back whole and might have been longer; spent: forward-backward tokens a passage.",
+                "Means over n passages with 95 % intervals. Bits: information gain over the exact "
+                "horizon. Censored: share of passages that decode whole, where a longer one might "
+                "have been exact too. Spent: forward-backward tokens per passage.",
                 [*columns, "high", "censored", "spent"],
                 rows,
             )
@@ -86,8 +87,8 @@ class Exact(Protocol):
             Plot(
                 "survival",
                 "Share of passages by exact horizon",
-                "Share with at least x tokens. A line that ends above 0 at the passages' length is "
-                "censored there.",
+                "Share of passages with at least x exact tokens. A line that ends above 0 at the "
+                "passages' length is censored there: longer passages might have been exact too.",
                 panels,
             )
         ]
@@ -98,18 +99,18 @@ class ExactResult:
     """Exact horizons of one model, source and K."""
 
     horizon: Mean  # tokens
-    bits: Mean  # information gain over the horizon
-    token_gain: Mean  # over the horizon
+    bits: Mean  # information gain over the horizon, bits
+    token_gain: Mean  # over the horizon, tokens
     censored: Share  # share that reached the end of its passage, 95 %
     spent: Mean  # forward-backward tokens
 
 
 def exact_result(rows: pd.DataFrame) -> ExactResult:
-    """Summary of the rows of one model, source and K (the longest length where there are several).
+    """Summary of the rows of one model, source and K, at their longest length.
 
-    One row per passage; where it is the mean of restarts, `exact` is the share of them, and one
-    that came back whole makes the mean a bound. Shorter lengths are dropped: the same passage cut
-    shorter is more censored, not more data.
+    There is one row per passage. Where it is the mean of restarts, `exact` is the share of exact
+    restarts, and a single exact restart makes the passage censored. Shorter lengths are dropped,
+    because the beginning of a passage that is already there adds no observation.
     """
     rows = rows[rows["length"] == rows["length"].max()]
     return ExactResult(

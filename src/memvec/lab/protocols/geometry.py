@@ -1,8 +1,8 @@
 """Many solutions of one passage: the distances and the accuracy between them.
 
-Paper, appendix E: restarts of one text reach different vectors; compared are cosines within a text
-and between texts, and the accuracy on the straight line between two solutions. Restarts are the
-seeds of the run, so they must begin at noise.
+Paper, appendix E: restarts of one text reach different vectors. The protocol compares cosines
+between solutions of one text with those between texts, and measures the accuracy on the straight
+line between two solutions of one text. Restarts are the seeds of the run, so they start from noise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_COLOURS = 10  # passages shown in a plane of components
 
 
 class Geometry(Protocol):
-    """Restarts of one passage."""
+    """Distances and straight lines between restarts of one passage."""
 
     changes = {"start": "noise"}  # noqa: RUF012
     compares_restarts = True
@@ -80,8 +80,10 @@ class Geometry(Protocol):
             Table(
                 "geometry",
                 "Restarts: how far apart the solutions of one passage lie",
-                "Lowest accuracy: on the straight line between two solutions of a passage, mean "
-                "over pairs.",
+                "Cosines: mean and standard deviation over pairs of solutions, of one passage "
+                "(within) and of different passages (between). Lowest accuracy: minimum of the "
+                "teacher-forced accuracy on the straight line between two solutions of a passage, "
+                "mean over lines.",
                 [*columns, "lowest accuracy", "lines", "solutions"],
                 rows,
             )
@@ -109,7 +111,7 @@ class Geometry(Protocol):
 
 
 def _caption(within: list[float], between: list[float], lowest: list[float]) -> str:
-    """Means, how far the two kinds of cosines overlap, and how many lines dip."""
+    """Means, how far the two kinds of cosines overlap, and how many lines fall below 1."""
     caption = (
         f"Mean cosine of two solutions: {_mean(within)} within a passage, {_mean(between)} between "
         "passages."
@@ -216,7 +218,7 @@ def _components(vectors: NDArray[np.float64], labels: NDArray[np.int64]) -> list
 
 
 def _walks(lines: NDArray[np.float64]) -> Panel:
-    """Accuracy (lines, points) on the way from one solution to another."""
+    """A panel of accuracies (lines, points) between two solutions."""
     t = np.linspace(0, 1, lines.shape[1]).tolist()
     series = [
         Series(f"mean of {len(lines)}", t, lines.mean(0).tolist(), "line"),

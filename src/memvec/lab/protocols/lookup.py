@@ -1,4 +1,4 @@
-"""Protocols by name, the project's own and those that other packages registered."""
+"""Protocols by name: those of memvec and those that other packages registered."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def protocol_names() -> list[str]:
 def protocol_of(name: str) -> Any:
     """The protocol of this name, a `memvec.lab.protocols.protocol.Protocol`.
 
-    Raises MemvecError, with the nearest name, if there is none. The type is not imported: a
-    protocol needs specs, stores and reports, which look protocols up here.
+    Raises MemvecError, with the nearest name, if there is none. The type is not imported, because
+    protocols import specs and reports, which import this module.
     """
     return registry.get("protocol", name)(name)
 
 
 def plane_of(name: str) -> str:
-    """The plane in which a protocol's rows are compared; its name where it has its own."""
+    """The plane in which a protocol's rows are compared; the protocol's name by default."""
     return str(protocol_of(name).plane or name)

@@ -1,10 +1,10 @@
 """The one-step protocol: two vectors, one forward pass, a grid of lengths.
 
 Mezentsev & Oseledets (arXiv 2505.21189), Table 2: lengths grow by a factor of the square root of 2
-from 4, a passage counts as given back from an accuracy of 0.99, and the published figure is the
-*longest* one that any passage reached, a maximum over passages and not a mean. Both are here: the
-published rule, and beside it the share of passages that came back to the last token, per length.
-Accuracy needs no teacher: no input depends on an earlier token. The first passages of each cell are
+from 4, a passage counts as decoded from an accuracy of 0.99, and the published figure is the
+*longest* decoded passage, a maximum over passages and not a mean. The report has this rule, and
+beside it the share of passages that are exact at each length. Accuracy is the same with and without
+teacher forcing, because no input depends on an earlier token. The first passages of each cell are
 also timed: one forward pass against token-by-token decoding (`throughput.py`).
 """
 
@@ -44,7 +44,7 @@ THRESHOLD = 0.99
 
 
 class OneStep(Protocol):
-    """Published rule and ours, from [e, m, ..., m]."""
+    """One-step capacity from [e, m, ..., m], by the published rule and by exactness."""
 
     preset = "one-step"
     layout = "one-step"
@@ -54,7 +54,7 @@ class OneStep(Protocol):
     }
 
     class Options(protocol.Options):
-        """What is timed."""
+        """How many passages are timed."""
 
         timed: int = Field(
             default=3, ge=0, description="passages of each cell whose decoding is timed"
@@ -82,7 +82,7 @@ class OneStep(Protocol):
         rows: list[list[TableCell]] = []
         for (model, source, _), group in by_series(data.of(self.name)):
             result = one_step_result(group)
-            theirs = published_longest(model, str(group["source"].iloc[0]))
+            paper_values = published_longest(model, str(group["source"].iloc[0]))
             for at in result.lengths:
                 row: list[TableCell] = [
                     short(model),
@@ -92,7 +92,7 @@ class OneStep(Protocol):
                     at.accuracy.mean,
                 ]
                 row += [at.accuracy.n, result.always, result.longest, result.longest_bits]
-                rows.append([*row, *theirs] if compare else row)
+                rows.append([*row, *paper_values] if compare else row)
         columns = ["model", "source", "length", "exact", "accuracy", "n", "always exact", "longest"]
         columns += ["H of it, bits"]
         if compare:
@@ -101,10 +101,11 @@ class OneStep(Protocol):
             Table(
                 "one-step",
                 "One-step decoding: two vectors, one forward pass",
-                "Exact: share of passages given back to the last token, with its 95 % interval. "
-                "Always exact: the length up to which all were. Longest: the published figure, the "
-                "longest single passage with an accuracy of at least 0.99, a maximum over "
-                "passages.",
+                "Exact: share of the n passages that decode to the last token, with its 95 % "
+                "interval. Always exact: the length up to which all passages of all lengths are "
+                "exact. Longest: by the published rule, the longest single passage with an "
+                "accuracy of at least 0.99, which is a maximum over passages. H: its bits without "
+                "vectors.",
                 columns,
                 rows,
             ),
@@ -140,7 +141,7 @@ class OneStep(Protocol):
 
 
 def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
-    """Tokens per second of the two ways, by length."""
+    """Tokens per second in one forward pass and token by token, by length."""
     rows: list[list[TableCell]] = []
     keys = ["model", "source", "length"]
     for (model, source, length), group in timed.groupby(keys, sort=False):
@@ -154,8 +155,8 @@ def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
     columns = ["model", "source", "length", "tokens / s, one pass", "sd"]
     columns += ["tokens / s, token by token", "sd", "times faster", "low", "high", "n"]
     note = (
-        "One passage at a time on the machine of the rows; means over the timed passages. Times "
-        "faster: ratio of the mean seconds, with its 95 % bootstrap interval."
+        "One passage at a time on the machine of the rows; means and standard deviations over n "
+        "timed passages. Times faster: ratio of the mean seconds, with its 95 % bootstrap interval."
     )
     if compare:
         factor = published.published()["one_step"]["values"]["times_faster"]
@@ -169,7 +170,7 @@ def times_faster(timed: pd.DataFrame) -> Interval:
 
 
 def _faster(timed: pd.DataFrame) -> str:
-    """The range of the factor over models and lengths."""
+    """A sentence with the range of the speed ratio over models and lengths."""
     values = [
         times_faster(part).value for _, part in timed.groupby(["model", "length"], sort=False)
     ]
@@ -181,7 +182,7 @@ def _faster(timed: pd.DataFrame) -> str:
 
 
 def published_longest(model: str, source: str) -> list[TableCell]:
-    """The paper's longest with an own m and with one m for all, and H of the longest (bits)."""
+    """The paper's longest with an m per passage, with one m for all, and H of it (bits)."""
     values = published.published()["one_step"]["values"]
     known = values["longest"].get(model, {}).get(source)
     if known is None:
@@ -196,7 +197,7 @@ def published_longest(model: str, source: str) -> list[TableCell]:
 
 @dataclass(frozen=True)
 class Length:
-    """What happened at one length of the grid."""
+    """The result at one length of the grid."""
 
     length: int
     exact: Share  # share of passages given back to the last token, 95 %
@@ -208,7 +209,7 @@ class OneStepResult:
     """One-step capacity of one model and source."""
 
     longest: int | None  # published rule: longest passage with accuracy >= 0.99; None: none
-    longest_bits: float | None  # H of it without vectors; of several the largest
+    longest_bits: float | None  # its bits without vectors; of several passages the largest
     always: int | None  # longest length up to which every passage of every length came back exactly
     lengths: tuple[Length, ...]
 

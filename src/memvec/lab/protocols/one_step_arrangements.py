@@ -1,7 +1,7 @@
 """Which order of e and m can be decoded in one forward pass (arXiv 2505.21189, inputs' ablation).
 
-The measure is accuracy, which needs no teacher here: no input depends on a token. A run has one
-arrangement; `arrangements.py` says what each reads.
+The measure is accuracy, which is the same with and without teacher forcing, because no input
+depends on a token. A run has one arrangement; `arrangements.py` defines them.
 """
 
 from __future__ import annotations

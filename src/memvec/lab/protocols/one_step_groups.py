@@ -1,9 +1,9 @@
 """One m for a group of passages, an e for each: how much is lost as the group grows?
 
-Mezentsev & Oseledets (arXiv 2505.21189) share m among 1, 16 and 256 texts at 256 tokens. A group is
-crammed together (`memvec.arms.shared_m`): its passages are those with neighbouring numbers, and
-its rows come when all of them are finished. Passages of a group are not independent of each other,
-so n is the number of groups, over all seeds.
+Mezentsev & Oseledets (arXiv 2505.21189) share m among 1, 16 and 256 texts at 256 tokens. The
+passages of a group have neighbouring numbers and are crammed together (`memvec.arms.shared_m`);
+their rows are written when all of them are finished. Passages of a group are not independent of
+each other, so n is the number of groups, over all seeds.
 """
 
 from __future__ import annotations

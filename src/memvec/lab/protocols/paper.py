@@ -4,12 +4,12 @@ Kuratov et al. 2025, section 3 and `ablations_analyze_results.ipynb`, kept as pu
 its peculiarities:
 - nothing is decoded: a length counts when the *mean* accuracy with true earlier tokens is >= 0.99;
 - shorter lengths need not pass, and the grid limits the answer;
-- the first token (or BOS) is given, and counts in the length: L tokens have L - 1 predictions;
+- the first token (or BOS) is given, and counts in the length: T tokens have T - 1 predictions;
 - gains are averaged over passages with accuracy <= 0.99, all lengths together;
 - with drawn lengths (random text) the answer is the longest single passage, not a mean;
-- the information gain is taken at the least loss of all steps, and the accuracy is the best one.
-  Both gains are given here: at the least loss, and of the stored vectors, whose accuracy is best.
-Bits are bits, and sums are over the L - 1 predicted tokens; published figures are nats, times L.
+- the information gain is taken at the least loss of all steps, the accuracy at the best step.
+  The report has both gains: at the least loss, and of the stored vectors, whose accuracy is best.
+Bits are bits, summed over the T - 1 predicted tokens; published figures are mean nats times T.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MAX_BOXES = 24  # lengths in a panel
 
 
 class Paper(Protocol):
-    """Published rule."""
+    """Capacity and gains by the published rule."""
 
     plane = "threshold"
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:
-        """BOS is the first of the paper's L tokens where the tokenizer adds it."""
+        """`length`, less one where BOS counts as the first of the paper's tokens."""
         return max(length - (start == "bos"), 1)
 
     def capacity(self, rows: pd.DataFrame) -> Capacity | None:
@@ -44,7 +44,7 @@ class Paper(Protocol):
         return None if longest is None else Capacity(float(longest))
 
     def gains(self, rows: pd.DataFrame) -> Gains | None:
-        """Table 1's: passages that filled their vectors."""
+        """Gains of the passages that filled their vectors, as in the paper's Table 1."""
         full = unsaturated(rows)
         if full.empty:
             return None
@@ -63,16 +63,17 @@ class Paper(Protocol):
             row: list[TableCell] = [short(model), source, K, longest]
             row += [r.token_gain.mean, r.token_gain.sd]
             row += [r.information_gain.mean, r.information_gain.sd, r.token_gain.n]
-            least = r.least_loss_gain
-            row += [least.mean, least.sd] if least else [None, None]
+            at_least_loss = r.least_loss_gain
+            row += [at_least_loss.mean, at_least_loss.sd] if at_least_loss else [None, None]
             if compare:
                 row += _published(model, str(group["source"].iloc[0]), K)
             rows.append(row)
         note = (
-            "The published rule: Max is the longest length whose mean teacher-forced accuracy is "
-            "at least 0.99; gains average passages with accuracy of at most 0.99, all lengths "
-            "together. Nothing here is decoded. Bits are those of the stored vectors, which have "
-            "the best accuracy; the published gain is taken at the least loss of all steps."
+            "The published rule: Max is the longest length (tokens) whose mean teacher-forced "
+            "accuracy is at least 0.99; gains are means and standard deviations over the n "
+            "passages with accuracy of at most 0.99, all lengths together. Passages are not "
+            "decoded. Bits are those of the stored vectors, which have the best accuracy; the "
+            "published gain is taken at the least loss of all steps."
         )
         if compare:
             note += " Published 'bits' are nats: 1 nat = 1 / ln 2 = 1.4427 bits."
@@ -92,9 +93,9 @@ def accuracy(rows: pd.DataFrame, compare: bool) -> Plot:
             name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")
             drawn = part.groupby("length")["tokens"].nunique().max() > 1
             series += _rolling(name, part) if drawn else [_by_length(name, part)]
-        theirs = published.published()["curves"]["values"].get(str(model))
-        if compare and theirs:
-            curve = {float(k): float(v) for k, v in theirs["accuracy"].items()}
+        paper_values = published.published()["curves"]["values"].get(str(model))
+        if compare and paper_values:
+            curve = {float(k): float(v) for k, v in paper_values["accuracy"].items()}
             series.append(Series("PG-19, published", list(curve), list(curve.values()), "line"))
         xs = [v for s in series for v in s.x]
         series.append(Series("0.99", [min(xs), max(xs)], [THRESHOLD] * 2, "dashed"))
@@ -106,7 +107,7 @@ def accuracy(rows: pd.DataFrame, compare: bool) -> Plot:
 
 
 def _passed(rows: pd.DataFrame) -> str:
-    """How many series and K pass the threshold somewhere, and how many again after failing."""
+    """How many lines reach the threshold, and how many of them fail at a shorter length."""
     cases = passed = again = 0
     for _, part in rows.groupby(["model", "series", "vectors"], sort=False):
         if part.groupby("length")["tokens"].nunique().max() == 1:
@@ -150,7 +151,7 @@ def _by_length(name: str, rows: pd.DataFrame) -> Series:
 
 
 def spread(rows: pd.DataFrame) -> Plot:
-    """Spread over passages of the token gain and of the text's own bits, by length."""
+    """Spread over passages of the token gain and of the text's bits without vectors, by length."""
     panels = []
     what = (("token_gain", "token gain"), ("lm_bits", "bits without vectors, H"))
     for (model, source), group in rows.groupby(["model", "series"], sort=False):
@@ -162,7 +163,7 @@ def spread(rows: pd.DataFrame) -> Plot:
             parts = [group.loc[group["length"] == n, column].astype(float) for n in lengths]
             title, names = f"{short(str(model))}, {source}", [str(n) for n in lengths]
             panels.append(Panel(title, "tokens", label, [boxes(label, parts)], names))
-    caption = "Median, quartiles and extremes."
+    caption = "Boxes: median and quartiles over passages; whiskers: minimum and maximum."
     return Plot("boxes", "Spread over passages, by length", caption, panels)
 
 
@@ -195,7 +196,7 @@ def decoding_capacity(rows: pd.DataFrame, threshold: float = THRESHOLD) -> int |
 
 def paper_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> PaperResult:
     """Summary of the rows of one model, source and K, all lengths together."""
-    # A grid length stands for all its passages unless every passage drew its own length.
+    # Passages of one length have equal token counts unless each drew a length.
     drawn = bool((rows.groupby("length")["tokens"].nunique() > 1).any())
     if drawn:
         passed = rows[rows["accuracy"] >= threshold]
@@ -203,16 +204,18 @@ def paper_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> PaperResul
     else:
         longest = decoding_capacity(rows, threshold)
     full = unsaturated(rows, threshold)
-    least = full["least_loss_gain"].dropna() if "least_loss_gain" in full else None
+    at_least_loss = full["least_loss_gain"].dropna() if "least_loss_gain" in full else None
     return PaperResult(
         longest,
         drawn,
         mean_interval(full["token_gain"].tolist()),
         mean_interval(full["information_gain"].tolist()),
-        mean_interval(least.tolist()) if least is not None and len(least) else None,
+        mean_interval(at_least_loss.tolist())
+        if at_least_loss is not None and len(at_least_loss)
+        else None,
     )
 
 
 def unsaturated(rows: pd.DataFrame, threshold: float = THRESHOLD) -> pd.DataFrame:
-    """Rows of passages that hold more than their vectors could: those that gains are taken from."""
+    """Rows whose passages did not fit their vectors; the paper averages gains over these."""
     return rows[rows["accuracy"] <= threshold]

@@ -1,16 +1,16 @@
-"""The fit of the threshold claim: what is left with vectors is max(0, H - C), whatever the text.
+"""The fit of the threshold claim: with vectors max(0, H - C) bits of any text are left.
 
-Paper, Figures 3 and 6: plot the bits of a text without vectors (H) against those with (H_mem);
-below C nothing is left, above it a line of slope 1. C would then be the model's capacity,
-"independent of the kind of text", which the paper shows by a plot; here C is fitted for natural
-and for random text and the difference gets an interval.
+Paper, Figures 3 and 6: they plot the bits of a text with vectors (H_mem) against those without
+(H). Below C no bits are left, and above it the points follow a line of slope 1. C would then be the
+model's capacity, "independent of the kind of text", which the paper shows by a plot. Here C is
+fitted for natural and for random text, and the difference gets an interval.
 
-A passage whose accuracy is at least 0.99 counts as having nothing left: cramming stops at the first
-step at which every token is right, so the few bits it is left with depend on when it stopped, not
-on what the vectors could not hold (with them, C falls to the longest text that was tried).
-C minimises squared residuals. Intervals resample passages (a passage at several lengths is one
-draw), percentile method. Where fewer than MIN_ABOVE passages are beyond the threshold, C is only
-bounded from below by what was tried: `reached` is false.
+A passage whose accuracy is at least 0.99 counts with 0 bits left. Cramming stops at the first step
+at which every token is right, so the few bits that are left depend on when it stopped and not on
+what the vectors can hold; if they counted, C would fall to the longest text that was tried.
+C minimises squared residuals. Intervals are percentiles of a bootstrap over passages, where a
+passage at several lengths is drawn as one. If fewer than MIN_ABOVE passages are beyond the
+threshold, C is only a lower bound, and `reached` is false.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-ACCURATE = 0.99  # teacher-forced: nothing counts as left of such a passage
-MIN_ABOVE = 3  # passages beyond the threshold before C is called measured
+ACCURATE = 0.99  # teacher-forced accuracy from which 0 bits count as left
+MIN_ABOVE = 3  # passages beyond the threshold that a measured C needs
 DRAWS = 400
 
 Floats = NDArray[np.float64]
@@ -52,7 +52,7 @@ class Difference:
     low: float
     high: float
     p: float
-    floor: bool  # p is the smallest that so many resamples can give: the true one may be smaller
+    floor: bool  # p is the smallest value that the resamples can give; the true p may be smaller
 
     @property
     def p_value(self) -> str:
@@ -78,8 +78,8 @@ class Difference:
 def fit_capacity(lm_bits: Floats, mem_bits: Floats, weights: Floats | None = None) -> float:
     """C that minimises the (weighted) squared residuals of mem_bits = max(0, lm_bits - C).
 
-    Exact: between two neighbouring lm_bits the loss is a parabola in C, so its lowest point in
-    each gap is known from running sums, and the lowest of all is the answer.
+    `lm_bits`, `mem_bits` and `weights` have one entry per passage. The result is exact: between two
+    neighbouring lm_bits the loss is a parabola in C, whose minimum follows from running sums.
     """
     order = np.argsort(lm_bits, kind="stable")
     w = np.ones(len(order)) if weights is None else weights[order]
@@ -104,7 +104,7 @@ def fit(rows: pd.DataFrame, seed: int = 0, draws: int = DRAWS) -> Fit:
 
 
 def compare(natural: pd.DataFrame, random: pd.DataFrame, draws: int = DRAWS) -> Difference:
-    """Is C the same for natural and random text?"""
+    """Fit C to natural and to random text, and test the difference by bootstrap."""
     first, second = _bootstrap(natural, 1, draws), _bootstrap(random, 2, draws)
     a, b = _fit(natural, first), _fit(random, second)
     gaps = first - second
@@ -117,7 +117,7 @@ def compare(natural: pd.DataFrame, random: pd.DataFrame, draws: int = DRAWS) -> 
 
 
 def bits_left(rows: pd.DataFrame) -> Floats:
-    """Bits left with vectors, none for a passage that came back (see above)."""
+    """Bits left with vectors, 0 for passages with an accuracy of at least ACCURATE."""
     left: Floats = rows["mem_bits"].where(rows["accuracy"] < ACCURATE, 0.0).to_numpy(float)
     return left
 
@@ -140,7 +140,7 @@ def _fit(rows: pd.DataFrame, bootstrap: Floats) -> Fit:
 
 
 def _bootstrap(rows: pd.DataFrame, seed: int, draws: int) -> Floats:
-    """C of resampled passages: each passage weighs as often as it was drawn."""
+    """C for each resample of passages; a passage's weight is the times that it was drawn."""
     rows = rows.sort_values("lm_bits", kind="stable")
     x, y = rows["lm_bits"].to_numpy(float), bits_left(rows)
     group, names = pd.factorize(rows["passage_group"])

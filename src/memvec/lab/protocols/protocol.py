@@ -1,8 +1,8 @@
-"""What a protocol is: how passages are crammed for it, what else is measured, how it is reported.
+"""The base class of protocols: how passages are crammed, what is measured, and how it is reported.
 
-A protocol is one file: a subclass of `Protocol` under a name, sometimes an extra measurement with
-its slow recomputation, and the tables and figures of its rows. Cramming, decoding and the common
-measures are the engine's and the same for all. Another package adds one without a change here:
+A protocol is one file. It has a subclass of `Protocol` under a name, sometimes an extra measurement
+with its slow recomputation, and the tables and figures of its rows. The engine does the cramming,
+the decoding and the common measurements in the same way for all. Another package can add one:
 
     from memvec import register
     from memvec.lab.protocols.protocol import Protocol
@@ -14,7 +14,7 @@ measures are the engine's and the same for all. Another package adds one without
         def extra(self, lm, sourced, outcome, start, options):
             return {"hits": int((outcome.scores.margin > 0).sum())}
 
-Ray workers import what `memvec.plugins` entry points name, and nothing else of yours.
+Ray workers import only the modules that `memvec.plugins` entry points name.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Compared:
-    """One extra measurement: as it is stored, as it is recomputed, and how far they may differ."""
+    """One extra measurement: stored values, recomputed values, and how far each pair may differ."""
 
     name: str
     stored: Sequence[float]
@@ -71,7 +71,7 @@ class Capacity(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """What vectors hold: the gains of passages that filled them, and which passages these are."""
+    """Information gains (bits) and token gains of passages, and the rule that selects them."""
 
     bits: list[float]
     tokens: list[float]
@@ -79,21 +79,21 @@ class Gains(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One of the first numbers of a page: a value, and a sentence that names it."""
+    """A number at the top of the report page: a value, and a sentence that explains it."""
 
     value: str
     label: str
 
 
 class Protocol:
-    """Common skeleton; the defaults suit a protocol that only needs crammed passages."""
+    """Base class; its defaults suit a protocol that measures nothing besides cramming."""
 
     preset: ClassVar[str] = "paper"  # the recipe a run starts from
-    changes: ClassVar[Mapping[str, Any]] = {}  # what the protocol changes in it
+    changes: ClassVar[Mapping[str, Any]] = {}  # the protocol's changes to that recipe
     layout: ClassVar[Layout] = "prefix"  # how the model reads the vectors (memvec.model.reading)
     Options: ClassVar[type[BaseModel]] = Options
     extras: ClassVar[Mapping[str, str]] = {}  # what `extra` adds to a row: a sentence with its unit
-    plane: ClassVar[str] = ""  # protocols with one plane are compared with each other
+    plane: ClassVar[str] = ""  # protocols with the same plane are compared with each other
     measures_horizon: ClassVar[bool] = False  # its result is the exact horizon
     compares_restarts: ClassVar[bool] = False  # `between` is measured of pairs of seeds
 
@@ -103,11 +103,11 @@ class Protocol:
     # ------------------------------------------------------------------ before and while cramming
 
     def problem(self, run: RunSpec) -> str | None:
-        """What a person must change in a run of a spec, without a full stop; None if nothing."""
+        """What must change in a run of a spec, as the end of a sentence; None if it is valid."""
         return None
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
-        """A sentence about a file of the options that is not there; None if none is missing."""
+        """A sentence about a file that the options name and that is missing; None if none is."""
         return None
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:
@@ -130,10 +130,10 @@ class Protocol:
         start: StartRule,
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """What is measured beyond the common measures, by the names of `extras` (JSON values).
+        """The protocol's extra measurements of a passage, by the names of `extras` (JSON values).
 
-        `outcome.vectors` (K, D) are as stored; `outcome.scores` holds the bits and margins of every
-        predicted position, from the pass that made the row's other figures.
+        `outcome.vectors` (K, D) are the stored ones; `outcome.scores` holds the bits and margins of
+        every predicted position, from the same pass as the row's other figures.
         """
         return {}
 
@@ -157,24 +157,24 @@ class Protocol:
         b: Tensor,
         start: StartRule,
     ) -> list[float]:
-        """What is measured of two restarts of a passage, from their vectors (K, D)."""
+        """Measure two restarts of a passage, from their vectors `a` and `b` (K, D)."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ the slow check
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
-        """`extra` again, slowly and independently, beside what is stored.
+        """Recompute `extra` slowly and independently, and pair it with the stored values.
 
-        What `stored` cannot be read as raises ValueError, TypeError, KeyError or AttributeError.
+        Malformed `stored` values raise ValueError, TypeError, KeyError or AttributeError.
         """
         return []
 
     def inputs_at_once(
         self, predicted: int, length: int, options: Mapping[str, Any]
     ) -> list[int] | None:
-        """Which vector each input of the one forward pass is, for so many predicted tokens.
+        """The vector of each input of a one-step forward pass for `predicted` tokens.
 
-        None where tokens are read one after the other. The last outputs predict the tokens.
+        The last outputs predict the tokens. None where tokens are read one after the other.
         """
         if self.layout == "prefix":
             return None
@@ -183,7 +183,7 @@ class Protocol:
     def recompute_between(
         self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
     ) -> tuple[list[float], list[float]]:
-        """`between` again, slowly: (values, how far each may differ)."""
+        """Recompute `between` slowly: (values, how far each may differ)."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ the report
@@ -193,7 +193,7 @@ class Protocol:
         return None
 
     def gains(self, rows: pd.DataFrame) -> Gains | None:
-        """What vectors hold, from rows of one model, source and K; None if no rule says so."""
+        """Gains from rows of one model, source and K; None if the protocol has no rule for them."""
         if not self.measures_horizon:
             return None
         longest = rows[rows["length"] == rows["length"].max()]
@@ -201,7 +201,7 @@ class Protocol:
         return Gains(bits, tokens, "exact horizon, longest length")
 
     def cards(self, data: Data) -> list[Card]:
-        """First numbers of the page."""
+        """The numbers at the top of the report page."""
         return []
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
@@ -214,7 +214,7 @@ class Protocol:
 
 
 def missing_file(what: str, path: str, maker: str) -> str | None:
-    """A sentence if there is no file that an option of a run names; `maker` makes such files."""
+    """A sentence if the file at `path` is missing; `maker` is the command that makes it."""
     if Path(path).expanduser().is_file():
         return None
     return f"there is no {what} {path}: make one with {maker}."
@@ -223,14 +223,14 @@ def missing_file(what: str, path: str, maker: str) -> str | None:
 def bits_after(
     lm: FrozenLM, prefix: Sequence[int], ids: Sequence[int], given: int
 ) -> tuple[float, int]:
-    """(bits, arg-max hits) of ids[given:] when the tokens `prefix` stand before ids, no vectors.
+    """(bits, arg-max hits) of the tokens ids[given:] behind [prefix, ids[:given]], no vectors.
 
-    Through the model's own forward, with nothing in front. Raises ValueError if nothing stands
-    before the first token that is asked for.
+    They are computed by the model's own forward without a BOS. Raises ValueError if no token
+    precedes the first predicted one.
     """
     whole = [*prefix, *ids]
     n = len(ids) - given
-    if len(whole) == len(ids) and given == 0:  # nothing stands before the first token
+    if len(whole) == len(ids) and given == 0:  # no token precedes the first one
         raise ValueError("the first token needs something before it")
     with torch.no_grad():
         table = torch.tensor([whole], device=lm.device)
@@ -242,9 +242,9 @@ def bits_after(
 
 
 def extra_of(rows: pd.DataFrame, protocol: str, name: str) -> list[Any]:
-    """What a protocol measured besides of each row, by its name.
+    """The extra measurement `name` of each row.
 
-    Raises MemvecError for rows of an earlier memvec, which measured something else.
+    Raises MemvecError for rows of an earlier memvec that lack it.
     """
     extras = [json.loads(extra) for extra in rows["extra"]]
     if any(name not in extra for extra in extras):
@@ -259,7 +259,7 @@ def extra_of(rows: pd.DataFrame, protocol: str, name: str) -> list[Any]:
 def bits_and_hits(
     name: str, stored: Any, recomputed: tuple[float, int], passage: SlowPassage
 ) -> Compared:
-    """A stored [bits, arg-max hits] beside the same recomputed; ties may flip one hit in twenty."""
+    """Stored and recomputed [bits, arg-max hits]; ties may change one hit in twenty."""
     bits, hits = stored
     n = len(passage.lm_bits)
     again = [recomputed[0], float(recomputed[1])]

@@ -1,10 +1,11 @@
-"""Where the model reads the vectors: attention, knocked-out layers, the logit lens, and their path.
+"""Which layers read the vectors: attention, knocked-out layers, the logit lens, and the path.
 
 Vectors are crammed by the default recipe with BOS behind them, so that every token is predicted at
-a position that has to look at the vectors. Then, for each passage: the share of attention on them
-in each layer; the leading tokens that are left when attention to them is cut in one layer, and in
-all from a layer on (`memvec.usable.knockout`); what each layer would answer at the first position
-(`memvec.lab.inside`); and the optimiser's path, of the passage crammed once more alone.
+a position that has to attend to the vectors. The protocol measures for each passage the share of
+attention on the vectors in each layer, and the leading tokens that decode when attention to them is
+knocked out in one layer, or in a layer and all above it (`memvec.usable.knockout`). It also
+measures the prediction of each layer at the first position (`memvec.lab.inside`), and the path of
+the vectors when the passage is crammed once more alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from memvec.usable.knockout import knocked_out, layer_count
 
 
 class Reading(Protocol):
-    """Which layers read the vectors, and what becomes of them there."""
+    """Attention, knock-outs, logit lens and optimiser path of each passage."""
 
     preset = "default"
     changes = {"start_rule": "bos"}  # noqa: RUF012
@@ -96,7 +97,7 @@ class Reading(Protocol):
         shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *ids[:-1]])
         lens = slow_inside.lens(lm, vectors, list(lm.trigger), ids[0])
         bits, again_bits = ([row[0] for row in rows] for rows in (stored["lens"], lens))
-        off = [0.05 * row[0] + 0.05 for row in lens]  # of bits, which may be many in early layers
+        off = [0.05 * row[0] + 0.05 for row in lens]  # early layers may need many bits
         compared = [
             Compared("attention", stored["attention"], shares, [1e-3] * layers),
             Compared("lens", bits, again_bits, off),

@@ -18,7 +18,7 @@ PATHS = 8  # passages whose paths a figure shows
 
 
 class Group(NamedTuple):
-    """The passages of one model, source, length and K."""
+    """The passages of one model, source, length and K, with their extra measurements."""
 
     name: str
     key: tuple[str, str, int, int]
@@ -34,29 +34,29 @@ class Group(NamedTuple):
         return len(self.attention[0])
 
     def shares(self) -> list[Mean]:
-        """Attention on the vectors, by layer."""
-        return [mean_interval([own[i] for own in self.attention]) for i in range(self.layers)]
+        """Share of attention on the vectors, by layer."""
+        return [mean_interval([shares[i] for shares in self.attention]) for i in range(self.layers)]
 
     def left(self, above: bool) -> list[Mean]:
         """Share of the leading tokens that is left without a layer, or without it and all above."""
         return [
             mean_interval(
-                [own[f"{i}{'+' * above}"][0] / max(1.0, own["none"][0]) for own in self.cut]
+                [cut[f"{i}{'+' * above}"][0] / max(1.0, cut["none"][0]) for cut in self.cut]
             )
             for i in range(self.layers)
         ]
 
     def bits(self) -> list[Mean]:
-        """-log2 p of the first token through the lens, by layer."""
-        return [mean_interval([own[i][0] for own in self.lens]) for i in range(self.layers)]
+        """-log2 p of the first token through the lens (bits), by layer."""
+        return [mean_interval([lens[i][0] for lens in self.lens]) for i in range(self.layers)]
 
     def right(self, layer: int) -> int:
-        """Passages whose first token is the arg-max there."""
-        return sum(own[layer][1] == 1 for own in self.lens)
+        """Passages whose first token is the arg-max of the lens at this layer."""
+        return sum(lens[layer][1] == 1 for lens in self.lens)
 
 
-def groups(rows: pd.DataFrame) -> Iterator[Group]:
-    """In the order of the spec."""
+def groups_of(rows: pd.DataFrame) -> Iterator[Group]:
+    """The groups of a study's rows, in the order of the spec."""
     for key, part in by_length(rows):
         model, series, length, K = key
         extras = (extra_of(part, "reading", x) for x in ("attention", "cut", "lens", "path"))
@@ -64,9 +64,9 @@ def groups(rows: pd.DataFrame) -> Iterator[Group]:
 
 
 def tables(rows: pd.DataFrame) -> list[Table]:
-    """Layer by layer."""
-    found: list[list[TableCell]] = []
-    for group in groups(rows):
+    """One table with a line for each layer."""
+    table_rows: list[list[TableCell]] = []
+    for group in groups_of(rows):
         model, series, length, K = group.key
         n = len(group.rows)
         measured = (group.shares(), group.left(above=False), group.left(above=True), group.bits())
@@ -74,26 +74,27 @@ def tables(rows: pd.DataFrame) -> list[Table]:
             row: list[TableCell] = [short(model), series, length, K, i]
             for mean in means:
                 row += [mean.mean, mean.low, mean.high]
-            found.append([*row, f"{group.right(i)} of {n}", n])
+            table_rows.append([*row, f"{group.right(i)} of {n}", n])
     columns = ["model", "source", "length", "K", "layer", "attention share", "low", "high"]
     columns += ["left without it", "low", "high", "left without it and above", "low", "high"]
     columns += ["first token, bits", "low", "high", "arg-max right", "n"]
     note = (
-        "Means over passages with 95 % intervals (Student's t). Attention share: on the vectors, "
-        "of all positions behind them. Left: leading right tokens with attention to the vectors "
-        "cut in the layer, or in it and all above, over those with none cut. First token: what the "
-        "final norm and head make of the layer's state behind BOS (logit lens); of the last layer "
-        "it is the model's answer."
+        "Means over n passages with 95 % intervals (Student's t). Attention share: share of "
+        "attention on the vectors, mean over the positions behind them. Left: leading right tokens "
+        "with attention to the vectors knocked out in the layer, or in it and all above, divided "
+        "by those with all layers. First token: its -log2 p when the final norm and the head are "
+        "applied to the layer's state behind BOS (logit lens); for the last layer this is the "
+        "model's prediction."
     )
-    return [Table("reading", "Where the model reads the vectors", note, columns, found)]
+    return [Table("reading", "Where the model reads the vectors", note, columns, table_rows)]
 
 
 def figures(rows: pd.DataFrame) -> list[Plot]:
-    """Four panels of layers, and the paths."""
-    found = list(groups(rows))
-    if not found:
+    """Four panels over the layers, and the paths of the optimiser."""
+    groups = list(groups_of(rows))
+    if not groups:
         return []
-    layers = max(group.layers for group in found)
+    layers = max(group.layers for group in groups)
     measures = (
         ("attention on the vectors", "share", Group.shares),
         ("cut in the layer only", "share of leading tokens left", lambda g: g.left(above=False)),
@@ -105,25 +106,26 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
         ("logit lens, first token", "-log2 p, bits", Group.bits),
     )
     panels = [
-        Panel(title, "layer", y, [_line(g.name, of(g)) for g in found]) for title, y, of in measures
+        Panel(title, "layer", y, [_line(g.name, of(g)) for g in groups])
+        for title, y, of in measures
     ]
-    n = sum(len(group.rows) for group in found)
+    n = sum(len(group.rows) for group in groups)
     caption = (
         f"{n} passages, {layers} layers, means with 95 % intervals. Layers are counted from 0. "
-        "Where a line of what is left is at 0, nothing comes back without that layer's attention "
-        "to the vectors."
+        "Where the share of leading tokens left is 0, no token decodes without that layer's "
+        "attention to the vectors."
     )
-    return [Plot("reading", "Where the model reads the vectors", caption, panels), _paths(found)]
+    return [Plot("reading", "Where the model reads the vectors", caption, panels), _paths(groups)]
 
 
 def _line(name: str, means: Sequence[Mean]) -> Series:
     return line_of_means(name, list(range(len(means))), means)
 
 
-def _paths(found: list[Group]) -> Plot:
+def _paths(groups: list[Group]) -> Plot:
     panels = []
     explained: list[float] = []
-    for group in found:
+    for group in groups:
         series = []
         for number, path in list(zip(group.rows["number"], group.path, strict=True))[:PATHS]:
             steps = range(len(path["x"]))
@@ -133,15 +135,15 @@ def _paths(found: list[Group]) -> Plot:
         # Three points always lie in a plane.
         explained += [float(p["explained"]) for p in group.path if len(p["x"]) > 3]
     share = (
-        f"The planes hold {100 * float(np.mean(explained)):.0f} % of the variance (mean of "
+        f"The planes explain {100 * float(np.mean(explained)):.0f} % of the variance (mean of "
         f"{len(explained)} passages of more than three steps; {100 * min(explained):.0f} to "
         f"{100 * max(explained):.0f} %). "
         if explained
         else ""
     )
     caption = (
-        "The vectors of every step of a passage, in the plane of their own first two principal "
-        "components; the passage was crammed once more, alone. A path ends at positive values. "
-        f"{share}Point at a step to see how many leading tokens came back by then."
+        "The vectors of every step of a passage, in the plane of the first two principal "
+        "components of these steps; the passage was crammed once more, alone. A path ends at "
+        f"positive values. {share}Point at a step to see how many leading tokens decode by then."
     )
     return Plot("reading-paths", "The optimiser's paths", caption, panels)

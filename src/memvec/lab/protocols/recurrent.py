@@ -1,12 +1,12 @@
-"""Recurrent memory: how many segments back a document is given back, beside cramming.
+"""Recurrent memory: how many of the newest segments of a document decode, beside cramming.
 
-A passage is a chain of segments. The row's own vectors are the whole chain crammed into K: the
-upper bound of what K vectors hold. Besides, a recurrent encoder (memvec.encoders.recurrent) carries
-a memory of as many vectors over the chain, and the newest segments are decoded freely from it, each
-by the question of its lag; and each of these segments is crammed alone into K vectors.
+A passage is a chain of segments. The vectors of the row are the whole chain crammed into K vectors,
+the upper bound of what K vectors hold. A recurrent encoder (memvec.encoders.recurrent) carries a
+memory of as many vectors over the chain; the newest segments are decoded freely from this memory,
+each behind the question of its lag. Each of these segments is also crammed alone into K vectors.
 
-`study check` reads the chain again with the encoder's file, one token-exact pass a document, and
-decodes again from the memory that is stored.
+`study check` reads the chain again with the encoder's file, one document at a time, and decodes
+again from the stored memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 
-# Of the memory's size: another device or kernel rounds otherwise at each segment.
+# Largest difference of a memory relative to its root mean square; devices and kernels round
+# differently at each segment.
 NEAR, NEAR_HALF = 1e-3, 0.3
 
 
@@ -61,7 +62,7 @@ class Recurrent(Protocol):
     }
 
     class Options(protocol.Options):
-        """The encoder, and how far back to ask."""
+        """The encoder, and how many segments are decoded."""
 
         encoder: str = Field(
             description="file of memvec encoder train --recurrent; read from where the study runs"
@@ -94,21 +95,21 @@ class Recurrent(Protocol):
         n, lags = chain_of(view, encoder, ids.shape[1], len(outcome.vectors), options["lags"])
         with torch.no_grad():
             memory = encoder.memories(view, ids, encoder.segment)[-1]
-        found = [recall(view, memory, ids, lag) for lag in range(min(n, lags))]
+        recalled = [recall(view, memory, ids, lag) for lag in range(min(n, lags))]
         parts = [part[0].tolist() for part in torch.split(ids, encoder.segment, dim=1)]
-        newest = parts[::-1][: len(found)]
+        newest = parts[::-1][: len(recalled)]
         return {
             "memory": memory[0].tolist(),
             "segment": encoder.segment,
-            "back": [at.leading[0] for at in found],
-            "right": [at.right[0] for at in found],
+            "back": [at.leading[0] for at in recalled],
+            "right": [at.right[0] for at in recalled],
             "alone": crammed_leading(
                 lm, newest, encoder.slots, recipe, len(newest), outcome.vectors.dtype
             ),
         }
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
-        """What follows from the stored memory, and the memory from the file; nothing is crammed."""
+        """Recompute the memory from the file, and decode from the stored memory; cram nothing."""
         view = carried_by(passage.lm, passage.options["encoder"])
         encoder, ids = recurrent_of(view), torch.tensor([passage.ids], device=view.device)
         T, memory = encoder.segment, torch.tensor([stored["memory"]], dtype=torch.float32)
@@ -127,7 +128,7 @@ class Recurrent(Protocol):
             _, margin = slow.teacher_forced(view, vectors, truth, "vectors")
             right.append(float((margin > 0).sum()))
             tied.append(float((abs(margin) < slow.TIE).sum()))
-            # A tie on the path of the decoder, which leaves the truth at its first error.
+            # After a tie on the decoded path, any number of tokens may differ.
             off = slow.teacher_forced(view, vectors, decoded, "vectors")[1]
             loose.append(float(T) if (abs(off) < slow.TIE).any() else 0.0)
         return [
@@ -154,7 +155,7 @@ class Recurrent(Protocol):
 def chain_of(
     lm: FrozenLM, encoder: RecurrentEncoder, tokens: int, K: int, lags: int
 ) -> tuple[int, int]:
-    """(segments of a passage, lags to ask for). Raises MemvecError for a cell that cannot be."""
+    """(segments of a passage, lags to decode). Raises MemvecError for an impossible cell."""
     if encoder.slots != K:
         raise MemvecError(
             f"the recurrent encoder has a memory of {encoder.slots} vectors, and the run asks for "
@@ -171,7 +172,7 @@ def chain_of(
 
 @functools.lru_cache(maxsize=4)
 def carried_by(lm: FrozenLM, path: str) -> FrozenLM:
-    """The model with the recurrent encoder of a file. Raises MemvecError for another file."""
+    """The model with the recurrent encoder in a file. Raises MemvecError if it has none."""
     view = copy.copy(lm)
     view.encoder = load_encoder(Path(path).expanduser(), lm)
     recurrent_of(view)

@@ -13,18 +13,18 @@ from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
-HALF = 0.5  # share of passages that makes a lag count as reached
+HALF = 0.5  # a lag counts as reached from this share of exact segments
 
 
 @dataclass(frozen=True)
 class Lag:
-    """The segment so many before the newest, over the documents (n) of a chain."""
+    """Results for the segment `lag` places before the newest, over the documents of a chain."""
 
     lag: int
-    exact: Share  # whole by free decoding
-    leading: Mean  # tokens
+    exact: Share  # documents whose segment decodes exactly
+    leading: Mean  # tokens before the first error
     right: float  # teacher-forced accuracy
-    alone: Share  # crammed alone, whole by free decoding
+    alone: Share  # documents whose segment, crammed alone, decodes exactly
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Chain:
     segments: int
     n: int
     lags: tuple[Lag, ...]
-    carried: Mean  # tokens of segments that come back whole, a vector
-    whole: Mean  # leading tokens of the chain crammed into the same K, a vector
+    carried: Mean  # tokens of exact segments per vector of the memory
+    whole: Mean  # leading tokens per vector of the chain crammed into the same K vectors
     whole_exact: Share
-    alone: Mean  # tokens of segments that come back whole, a vector of K for each segment
+    alone: Mean  # tokens of exact segments per vector, with K vectors for each segment
 
     @property
     def reach(self) -> int:
-        """How many of the newest segments come back whole in half of the documents, in a row."""
+        """Number of consecutive newest segments that are exact in half of the documents or more."""
         missed = [lag.lag for lag in self.lags if lag.exact.share < HALF]
         return min(missed, default=len(self.lags))
 
 
-def chains(rows: pd.DataFrame) -> Iterator[Chain]:
-    """One for each number of segments, in the order of the spec."""
+def chains_of(rows: pd.DataFrame) -> Iterator[Chain]:
+    """A chain for each model, source, K and number of segments, in the order of the spec."""
     if rows.empty:
         return
     names = ("segment", "back", "right", "alone")
@@ -61,7 +61,7 @@ def chains(rows: pd.DataFrame) -> Iterator[Chain]:
         K, T, n = int(K), int(segment), len(part)
         lags = tuple(_lag(part, lag, T) for lag in range(len(part["_back"].iloc[0])))
         carried = [sum(T for t in back if t == T) / K for back in part["_back"]]
-        alone = [T / K if t == T else 0.0 for own in part["_alone"] for t in own]
+        alone = [T / K if t == T else 0.0 for leading in part["_alone"] for t in leading]
         yield Chain(
             *(str(model), str(series), K, T, int(length) // T, n, lags),
             mean_interval(carried),
@@ -84,9 +84,9 @@ def _lag(part: pd.DataFrame, lag: int, T: int) -> Lag:
 
 
 def cards(rows: pd.DataFrame) -> list[Card]:
-    """How far back the memory of the longest chain of each model and source gives back."""
+    """The reach of the longest chain of each model and source."""
     longest: dict[tuple[str, str], Chain] = {}
-    for chain in chains(rows):
+    for chain in chains_of(rows):
         key = (chain.model, chain.series)
         if key not in longest or chain.segments > longest[key].segments:
             longest[key] = chain
@@ -102,15 +102,15 @@ def cards(rows: pd.DataFrame) -> list[Card]:
 
 
 def tables(rows: pd.DataFrame) -> list[Table]:
-    """By lag for each chain, and what each chain leaves."""
-    found = list(chains(rows))
+    """A table of the lags of each chain, and a table of the chains."""
+    chains = list(chains_of(rows))
     by_lag: list[list[TableCell]] = [
         [
             *(short(c.model), c.series, c.K, c.segments, at.lag, str(at.exact)),
             *(at.leading.mean, at.leading.low, at.leading.high, f"{100 * at.right:.0f} %"),
             *(str(at.alone), c.n),
         ]
-        for c in found
+        for c in chains
         for at in c.lags
     ]
     by_chain: list[list[TableCell]] = [
@@ -120,24 +120,25 @@ def tables(rows: pd.DataFrame) -> list[Table]:
             *(c.whole.mean, c.whole.low, c.whole.high, str(c.whole_exact)),
             *(c.alone.mean, c.K * c.segments, c.n),
         ]
-        for c in found
+        for c in chains
     ]
     columns = ["model", "source", "K", "segments", "lag", "exact", "leading tokens", "low", "high"]
     kept = ["model", "source", "K", "segments", "tokens", "reach", "carried", "low", "high"]
     kept += ["crammed whole", "low", "high", "whole: exact", "crammed alone", "its vectors", "n"]
     note = (
-        "The memory of K vectors after the last segment. Lag: how many segments before the newest. "
-        "Exact: every token by free decoding from the memory and the question of the lag (Wilson, "
-        "95 %). Leading tokens: mean before the first error, with its 95 % interval. "
-        "Teacher-forced: arg-maxes that are right when the true earlier tokens are given. Crammed "
-        "alone: the segment in K vectors of its own, exact."
+        "Decoding from the memory of K vectors after the last segment. Lag: number of segments "
+        "before the newest. Exact: share of the n documents whose segment decodes to the last "
+        "token from the memory and the question of the lag (Wilson, 95 %). Leading tokens: mean "
+        "before the first error, with its 95 % interval. Teacher-forced: share of right arg-maxes "
+        "when the true earlier tokens are given. Alone: the segment is crammed into K vectors of "
+        "its own."
     )
     kept_note = (
-        "Tokens per vector with 95 % intervals over documents. Reach: newest segments, in a row, "
-        "that come back whole in at least half of the documents. Carried: tokens of the segments "
-        "that come back whole from the memory, over all lags asked. Crammed whole: leading tokens "
-        "of the chain in the same K vectors, the upper bound. Crammed alone: K vectors for each "
-        "segment."
+        "Tokens per vector with 95 % intervals over n documents. Reach: consecutive newest "
+        "segments that are exact in at least half of the documents. Carried: tokens of the "
+        "segments that decode exactly from the memory, over all lags that were decoded. Crammed "
+        "whole: leading tokens of the chain crammed into K vectors, the upper bound. Crammed "
+        "alone: tokens of exact segments with K vectors for each segment."
     )
     return [
         Table(
@@ -153,28 +154,30 @@ def tables(rows: pd.DataFrame) -> list[Table]:
 
 def figures(rows: pd.DataFrame) -> list[Plot]:
     """Share exact by lag for each chain, and tokens per vector by the number of segments."""
-    found = list(chains(rows))
+    chains = list(chains_of(rows))
     panels = []
-    for model, series, K in dict.fromkeys((c.model, c.series, c.K) for c in found):
-        own = [c for c in found if (c.model, c.series, c.K) == (model, series, K)]
-        own.sort(key=lambda c: c.segments)
+    for model, series, K in dict.fromkeys((c.model, c.series, c.K) for c in chains):
+        same_memory = [c for c in chains if (c.model, c.series, c.K) == (model, series, K)]
+        same_memory.sort(key=lambda c: c.segments)
         title = f"{short(model)}, {series}, K = {K}"
         panels.append(
-            Panel(title, "lag, segments", "share of segments exact", [_by_lag(c) for c in own])
+            Panel(
+                title, "lag, segments", "share of segments exact", [_by_lag(c) for c in same_memory]
+            )
         )
-        n = [c.segments for c in own]
+        n = [c.segments for c in same_memory]
         lines = [
-            line_of_means("carried", n, [c.carried for c in own]),
-            line_of_means("crammed whole", n, [c.whole for c in own]),
-            line_of_means("crammed alone, K a segment", n, [c.alone for c in own]),
+            line_of_means("carried", n, [c.carried for c in same_memory]),
+            line_of_means("crammed whole", n, [c.whole for c in same_memory]),
+            line_of_means("crammed alone, K a segment", n, [c.alone for c in same_memory]),
         ]
         panels.append(Panel(title, "segments", "tokens per vector", lines))
     if not panels:
         return []
-    counts = ", ".join(dict.fromkeys(str(c.n) for c in found))
+    counts = ", ".join(dict.fromkeys(str(c.n) for c in chains))
     caption = (
-        f"Documents of a chain: {counts}. Bars are 95 % intervals over documents. The reach of the "
-        f"longest chain is {max(found, key=lambda c: c.segments).reach} segments."
+        f"Documents per chain (n): {counts}. Bars are 95 % intervals over documents. The reach of "
+        f"the longest chain is {max(chains, key=lambda c: c.segments).reach} segments."
     )
     return [
         Plot("recurrent", "How far back a carried memory gives a document back", caption, panels)

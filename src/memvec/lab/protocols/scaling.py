@@ -1,8 +1,8 @@
-"""What K vectors hold against K times what the fewest hold (paper, Figure 4), by two rules.
+"""Growth of capacity with K, against the straight line (paper, Figure 4), by two rules.
 
-The published rule takes rows of the paper protocol: the longest length whose mean accuracy is at
-least 0.99, and the gains of passages that filled their vectors. The exact rule takes horizons that
-decode freely. The straight line starts at the smallest K that was measured.
+The straight line is K times the value per vector at the smallest measured K. The published rule
+uses rows of the paper protocol: the longest length whose mean accuracy is at least 0.99, and the
+gains of passages that filled their vectors. The exact rule uses horizons of free decoding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def exact_scaling(rows: pd.DataFrame) -> pd.DataFrame:
     """One line per K from horizons: `longest` is their mean over passages of the longest length.
 
     Columns: K, n, MEASURES with their intervals, `censored` and `cut` (shares of passages),
-    `<measure>_share`: the share of the straight line.
+    `<measure>_share`: the value divided by the straight line.
     """
     lines = []
     for K, group in rows.groupby("vectors"):
@@ -72,7 +72,7 @@ def _with_shares(lines: list[dict[str, float | int]]) -> pd.DataFrame:
 
 
 def scaling_sentence(name: str, table: pd.DataFrame, measure: str = "bits") -> str:
-    """How much of the straight line the largest K reaches; '' where fewer than two K say so."""
+    """The values per vector at the smallest and largest K; '' for fewer than two K."""
     known = table[table[measure].notna()]
     if len(known) < 2:
         return ""

@@ -1,11 +1,12 @@
-"""Sentence by sentence: what the predicted latent of the next sentence tells about it.
+"""Sentence by sentence: the bits of a sentence behind its predicted latent.
 
 Each passage is a whole sentence (source `sentences`) and is crammed into K vectors, which are its
-own latent: exact, and the lower end of the scale. A latent model (`memvec lab sentences train`)
-predicts that latent from those of the `context` sentences before, and the row says what the
-sentence's tokens cost behind the prediction, as it is or written and encoded again, behind the text
-before, and behind nothing (memvec.lab.sentences.evaluate has all ways). `horizon`: the furthest
-that the latent model is rolled ahead on its own predictions.
+latent; the bits behind this latent are the lower bound of the comparison. A latent model
+(`memvec lab sentences train`) predicts that latent from those of the `context` sentences before.
+The row has the bits of the sentence's tokens behind the prediction, behind the prediction written
+and encoded again, behind the text before, and behind nothing (memvec.lab.sentences.evaluate lists
+all ways). `horizon` is the number of sentences that the latent model predicts ahead from its own
+predictions.
 """
 
 from __future__ import annotations
@@ -100,8 +101,16 @@ class Sentences(Protocol):
                 f"{options['context']}: raise 'before' of the source."
             )
         before = _cut(sourced.before, sizes)
-        asked = (before, sourced.before, ids, recipe, options["horizon"], outcome.vectors.dtype)
-        measured = evaluate.measure(lm, model, *asked)
+        measured = evaluate.measure(
+            lm,
+            model,
+            before,
+            sourced.before,
+            ids,
+            recipe,
+            options["horizon"],
+            outcome.vectors.dtype,
+        )
         whole = len(evaluate.fitting(lm, sourced.before, len(ids)))
         return {
             **asdict(measured),
@@ -117,10 +126,9 @@ class Sentences(Protocol):
         return missing_file("latent model", options["latents"], "memvec lab sentences train")
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
-        """The prediction by the file that made it, and the bits of RECOMPUTED on the slow path.
+        """Predict again with the latent model's file, and recompute the bits of RECOMPUTED slowly.
 
-        What was crammed, or written and encoded again on the way to the last sentence, is not
-        repeated.
+        Cramming, and predictions that were written and encoded again, are not repeated.
         """
         lm, ids = passage.lm, passage.ids
         model = _latent_model(lm, passage.options["latents"])
@@ -174,24 +182,24 @@ class Sentences(Protocol):
 
 
 def _written(passage: SlowPassage, predicted: torch.Tensor, stored: Any) -> Compared:
-    """Which of the written tokens are the arg-max again; after a tie everything may follow."""
-    said = [int(token) for token in stored]
-    decoded = slow.greedy(passage.lm, predicted, [], len(said))
-    same = next((i for i, token in enumerate(said) if decoded[i] != token), len(said))
-    _, margin = slow.teacher_forced(passage.lm, predicted, said, "vectors")
+    """How many written tokens decode again; after a tie any number of them may differ."""
+    token_ids = [int(token) for token in stored]
+    decoded = slow.greedy(passage.lm, predicted, [], len(token_ids))
+    same = next((i for i, token in enumerate(token_ids) if decoded[i] != token), len(token_ids))
+    _, margin = slow.teacher_forced(passage.lm, predicted, token_ids, "vectors")
     tied = bool((abs(margin) < slow.TIE).any())
-    return Compared("written", [float(len(said))], [float(same)], [math.inf if tied else 0.0])
+    return Compared("written", [float(len(token_ids))], [float(same)], [math.inf if tied else 0.0])
 
 
 def _cut(text: tuple[int, ...], sizes: Any) -> list[tuple[int, ...]]:
-    """The last sentences of a text, by their token counts."""
-    found, end = [], len(text)
+    """The last sentences of a text, split by their token counts."""
+    sentences, end = [], len(text)
     for size in reversed(sizes):
-        found.append(tuple(text[end - size : end]))
+        sentences.append(tuple(text[end - size : end]))
         end -= size
     if end < 0:
         raise ValueError(f"sentences of {sum(sizes)} tokens in a text of {len(text)}")
-    return found[::-1]
+    return sentences[::-1]
 
 
 @functools.lru_cache(maxsize=4)

@@ -16,14 +16,14 @@ from memvec.lab.sentences.evaluate import WAYS
 from memvec.lab.sentences.flops import COSTS
 from memvec.statistics import Interval, paired_difference, ratio_of_means, share_interval
 
-SAVING = ("nothing", "predicted", "crammed", "text", "full")  # ways that may tell the next
+SAVING = ("nothing", "predicted", "crammed", "text", "full")  # ways whose saved bits are drawn
 
 
 class Group(NamedTuple):
     """The sentences of one model, source, limit, K, latent model and context.
 
-    `bits`: of each sentence's tokens, each way. `ahead`: the same by regime, rolled 1, 2, ...
-    sentences ahead.
+    `bits`: bits of each sentence's tokens, by way. `ahead`: bits by regime, for predictions 1, 2,
+    ... sentences ahead.
     """
 
     name: str
@@ -34,27 +34,27 @@ class Group(NamedTuple):
     ahead: dict[str, list[list[float]]]
 
     def per_token(self, bits: Sequence[float]) -> Interval:
-        """Bits per token: sum over sum, with the bootstrap over sentences."""
+        """Bits per token: ratio of sums, with its 95 % bootstrap interval over sentences."""
         return ratio_of_means(bits, self.tokens)
 
     def gained(self, way: str) -> Interval:
-        """What a way saves against nothing, over what the text of the same sentences saves."""
+        """Bits that a way saves over `alone`, divided by those that the text before saves."""
         alone = np.array(self.bits["alone"])
         saved, by_text = (alone - np.array(self.bits[name]) for name in (way, "text"))
         return ratio_of_means(saved.tolist(), by_text.tolist())
 
 
-def groups(data: Data, protocol: str) -> Iterator[Group]:
-    """In the order of the spec."""
+def groups_of(data: Data, protocol: str) -> Iterator[Group]:
+    """The groups of a study's rows, in the order of the spec."""
     rows = data.restarts(protocol)
     for key in ("latents", "context"):
         rows = rows.assign(**{f"_{key}": data.option(rows, key)})
     keys = ["model", "source", "length", "vectors", "_latents", "_context"]
     for (model, source, length, K, file, context), whole in rows.groupby(keys, sort=False):
         part = averaged(whole)
-        found = extra_of(part, protocol, "bits")
+        measured = extra_of(part, protocol, "bits")
         bits = {"alone": part["lm_bits"].tolist(), "own": part["mem_bits"].tolist()}
-        bits |= {way: [float(b[way]) for b in found] for way in found[0]}
+        bits |= {way: [float(b[way]) for b in measured] for way in measured[0]}
         ahead = {}
         for regime, first in (("continuous", "predicted"), ("discretised", "discretised")):
             further = [list(map(float, row)) for row in extra_of(part, protocol, regime)]
@@ -66,29 +66,27 @@ def groups(data: Data, protocol: str) -> Iterator[Group]:
 
 
 def cards(data: Data, protocol: str) -> list[Card]:
-    """How much of the text's gain each latent model's prediction keeps."""
-    found = []
-    for group in groups(data, protocol):
-        share = group.gained("predicted")
-        found.append(
-            Card(
-                f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]",
-                "of the bits that the text of the sentences before saves, saved by the predicted "
-                f"latent ({group.name})",
-            )
+    """The share of the text's savings that each latent model's prediction saves."""
+    shares = [(group.name, group.gained("predicted")) for group in groups_of(data, protocol)]
+    return [
+        Card(
+            f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]",
+            "of the bits that the text of the sentences before saves, saved by the predicted "
+            f"latent ({name})",
         )
-    return found
+        for name, share in shares
+    ]
 
 
 def tables(data: Data, protocol: str) -> list[Table]:
-    """Bits each way, sentences ahead, operations, and what of the latents is exact."""
-    found = list(groups(data, protocol))
-    return [_ways(found), _ahead(found), _flops(found, protocol), _exact(found, protocol)]
+    """Tables of the bits by way, of sentences ahead, of operations, and of exact latents."""
+    groups = list(groups_of(data, protocol))
+    return [_ways(groups), _ahead(groups), _flops(groups, protocol), _exact(groups, protocol)]
 
 
-def _ways(found: list[Group]) -> Table:
+def _ways(groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    for group in found:
+    for group in groups:
         for way, meaning in WAYS.items():
             value = group.per_token(group.bits[way])
             saved = paired_difference(group.bits["alone"], group.bits[way])
@@ -104,57 +102,68 @@ def _ways(found: list[Group]) -> Table:
     columns += ["perplexity", "bits saved", "low", "high", "of what its text saves"]
     columns += ["low", "high", "n"]
     note = (
-        "Bits of the true next sentence by the frozen model: sum over sum of tokens with the 95 % "
-        "bootstrap interval over sentences; perplexity: 2 to that power. Saved: bits of a sentence "
-        "against nothing but the start token, mean with its 95 % interval (paired, Student's t), "
-        "and over what the text of the same sentences saves (bootstrap)."
+        "Bits per token of the true next sentence under the frozen model: sum of bits over sum of "
+        "tokens, with the 95 % bootstrap interval over n sentences; perplexity: 2 to that power. "
+        "Saved: bits that a sentence costs less than behind the start token alone, mean with its "
+        "95 % interval (paired, Student's t); and the ratio of these bits to those that the text "
+        "of the same sentences saves (bootstrap)."
     )
     return Table("sentences", "The next sentence, each way", note, columns, rows)
 
 
-def _ahead(found: list[Group]) -> Table:
+def _ahead(groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    for group in found:
+    for group in groups:
         for regime, by_step in group.ahead.items():
             for step, bits in enumerate(by_step, 1):
                 value = group.per_token(bits)
                 rows.append([group.name, regime, step, *value, len(group.tokens)])
     columns = ["latent model", "regime", "sentences ahead", "bits / token", "low", "high", "n"]
     note = (
-        "Continuous: predictions are fed back as they are. Discretised: each is written as a "
-        "sentence and encoded again, the last one too."
+        "Bits per token with the 95 % bootstrap interval over n sentences. Continuous: predictions "
+        "are fed back unchanged. Discretised: each prediction, the last one too, is written as a "
+        "sentence and encoded again."
     )
     return Table("sentences-ahead", "Predicted further ahead", note, columns, rows)
 
 
-def _flops(found: list[Group], protocol: str) -> Table:
+def _flops(groups: list[Group], protocol: str) -> Table:
     rows: list[list[TableCell]] = []
-    for group in found:
+    for group in groups:
         every = extra_of(group.rows, protocol, "flops")
         text = [float(row["text"]) for row in every]
         for way, meaning in COSTS.items():
-            own = [float(row[way]) for row in every]
-            part = ratio_of_means(own, text)
-            rows.append([group.name, meaning, sum(own) / len(own) / 1e6, *part, len(own)])
+            operations = [float(row[way]) for row in every]
+            part = ratio_of_means(operations, text)
+            rows.append(
+                [
+                    group.name,
+                    meaning,
+                    sum(operations) / len(operations) / 1e6,
+                    *part,
+                    len(operations),
+                ]
+            )
     columns = ["latent model", "the next sentence", "million operations", "of the first", "low"]
     note = (
-        "Computed from shapes (memvec.lab.sentences.flops), mean over sentences; the ratio with "
-        "its 95 % bootstrap interval. What stands before was read or encoded when it was made."
+        "Computed from shapes (memvec.lab.sentences.flops), mean over n sentences; the ratio to "
+        "the first line has a 95 % bootstrap interval. The operations that read or encoded the "
+        "earlier sentences are not counted."
     )
     return Table("sentences-flops", "Operations", note, [*columns, "high", "n"], rows)
 
 
-def _exact(found: list[Group], protocol: str) -> Table:
+def _exact(groups: list[Group], protocol: str) -> Table:
     rows: list[list[TableCell]] = []
-    for group in found:
+    for group in groups:
         counts = extra_of(group.rows, protocol, "exact")
-        own, n = extra_of(group.rows, protocol, "encoded_exact"), len(group.rows)
-        encoded, made, every = (sum(int(c[i]) for c in counts) for i in range(3))
+        own_encoded, n = extra_of(group.rows, protocol, "encoded_exact"), len(group.rows)
+        encoded, crammed, every = (sum(int(c[i]) for c in counts) for i in range(3))
         lines = (
-            ("the sentence, encoded", sum(map(int, own)), n),
+            ("the sentence, encoded", sum(map(int, own_encoded)), n),
             ("the sentence, crammed", round(float(group.rows["exact"].sum())), n),
             ("sentences before, encoded", encoded, every),
-            ("sentences before, crammed", made, every),
+            ("sentences before, crammed", crammed, every),
         )
         rows += [[group.name, what, str(share_interval(k, m)), m] for what, k, m in lines]
     note = "Share of latents from which the sentence decodes whole; 95 % Wilson intervals."
@@ -164,18 +173,18 @@ def _exact(found: list[Group], protocol: str) -> Table:
 
 
 def figures(data: Data, protocol: str) -> list[Plot]:
-    """Bits each way, what each saves where a prediction saves anything, and sentences ahead."""
-    found = list(groups(data, protocol))
-    if not found:
+    """Panels of the bits by way, of the bits saved, and of sentences ahead."""
+    groups = list(groups_of(data, protocol))
+    if not groups:
         return []
-    ways = [_series(g.label, g, [g.bits[way] for way in WAYS], "points") for g in found]
+    ways = [_series(g.label, g, [g.bits[way] for way in WAYS], "points") for g in groups]
     panels = [Panel("in front of the sentence", "", "bits per token", ways, list(WAYS))]
-    saving = [_saved(g) for g in found if sum(g.bits["predicted"]) < sum(g.bits["alone"])]
+    saving = [_saved(g) for g in groups if sum(g.bits["predicted"]) < sum(g.bits["alone"])]
     if saving:
         panels.append(
             Panel("saved against nothing", "", "bits of a sentence", saving, list(SAVING))
         )
-    for group in found:
+    for group in groups:
         steps = len(group.ahead["continuous"])
         if steps == 1:
             continue
@@ -185,11 +194,11 @@ def figures(data: Data, protocol: str) -> list[Plot]:
             lines.append(Series(way, [0.0, steps - 1.0], [level, level], "dashed"))
         names = [str(step) for step in range(1, steps + 1)]
         panels.append(Panel(group.label, "sentences ahead", "bits per token", lines, names))
-    return [Plot("sentences", "Sentence by sentence", " ".join(map(_sentence, found)), panels)]
+    return [Plot("sentences", "Sentence by sentence", " ".join(map(_sentence, groups)), panels)]
 
 
 def _series(name: str, group: Group, bits: list[list[float]], mark: Mark) -> Series:
-    """Bits per token with their intervals, one place after the other."""
+    """Bits per token with their intervals; x is the index in `bits`."""
     values = [group.per_token(b) for b in bits]
     x = [float(i) for i in range(len(values))]
     low, high = [v.low for v in values], [v.high for v in values]
@@ -205,19 +214,20 @@ def _saved(group: Group) -> Series:
 
 
 def _sentence(group: Group) -> str:
-    """What a latent model does, from its rows."""
+    """A sentence on the bits per token of a latent model."""
 
-    def said(way: str) -> str:
+    def bits_per_token(way: str) -> str:
         v = group.per_token(group.bits[way])
         return f"{v.value:.2f} [{v.low:.2f}, {v.high:.2f}]"
 
     over = paired_difference(group.bits["nothing"], group.bits["predicted"])
     return (
-        f"{group.name}, n {len(group.tokens)}: a token of the next sentence costs {said('alone')} "
-        f"bits behind nothing, {said('predicted')} behind the predicted latent, "
-        f"{said('discretised')} when that is written and encoded again, {said('text')} behind the "
-        f"text of the same sentences and {said('full')} behind all that fits; the prediction from "
-        f"no sentence costs {said('nothing')}, so that the sentences before save "
+        f"{group.name}, n {len(group.tokens)}: a token of the next sentence costs "
+        f"{bits_per_token('alone')} bits behind nothing, {bits_per_token('predicted')} behind the "
+        f"predicted latent, {bits_per_token('discretised')} when that is written and encoded "
+        f"again, {bits_per_token('text')} behind the text of the same sentences and "
+        f"{bits_per_token('full')} behind all that fits; the prediction from no sentence costs "
+        f"{bits_per_token('nothing')}, so that the sentences before save "
         f"{over.value:.1f} [{over.low:.1f}, {over.high:.1f}] bits of a sentence through latents. "
         "Intervals: 95 %."
     )

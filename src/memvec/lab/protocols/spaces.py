@@ -1,15 +1,15 @@
-"""Where the trained numbers stand: inputs, keys and values in all layers or in one, a shared basis.
+"""Spaces of the trained numbers: inputs, keys and values of all layers or of one, a shared basis.
 
-Each run of a spec names a space in its recipe (`recipe = { space = "prefix" }`) and K; a vector has
-as many numbers as the space gives it, so counts of numbers, and of stored bits, are compared
-between rows and not fixed by K. The exact horizon within the recipe's budget is the measure, as in
-the protocol `exact`. Every space has a token between its vectors and the passage here (start rule
-'bos'), so that the same tokens have to come back.
+Each run of a spec names a space in its recipe (`recipe = { space = "prefix" }`) and K. The space
+fixes the count of numbers of a vector, so rows are compared by their counts of numbers and of
+stored bits, not by K. The measure is the exact horizon within the recipe's budget, as in the
+protocol `exact`. In every space a BOS token follows the vectors (start rule 'bos'), so that the
+same tokens are predicted.
 
-Besides, each passage's vectors are read as context: `texts` continuations that the model writes
-behind the text, with the first word given, for behind keys and values nothing predicts it. With
-`recipe = { preset = "usable", space = "prefix" }` the vectors are crammed to stand for the text as
-well, and the figures are of both.
+Each passage's vectors are also measured in context mode, on `texts` continuations that the model
+writes behind the text. The first word of each continuation is given, because keys and values alone
+predict no token. With `recipe = { preset = "usable", space = "prefix" }` the vectors are crammed
+for both modes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from memvec.usable.queries import queries_of, text_inputs
 
 
 class Spaces(Protocol):
-    """Exact horizon by where the numbers stand."""
+    """Exact horizons and KL as context, by space."""
 
     preset = "default"
     changes = {"start_rule": "bos"}  # noqa: RUF012
@@ -56,7 +56,7 @@ class Spaces(Protocol):
     }
 
     class Options(protocol.Options):
-        """What is read behind the vectors."""
+        """The held-out texts that are read behind the vectors."""
 
         texts: int = Field(default=2, ge=1, description="held-out continuations of each passage")
         words: int = Field(default=24, ge=2, description="tokens of each")
@@ -77,8 +77,10 @@ class Spaces(Protocol):
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         ids, vectors = sourced.passage.ids, outcome.vectors.float()
-        asked = Recipe(query_count=options["texts"], query_tokens=options["words"], seed=SEED)
-        words = queries_of(lm, ids, asked)[0]
+        query_recipe = Recipe(
+            query_count=options["texts"], query_tokens=options["words"], seed=SEED
+        )
+        words = queries_of(lm, ids, query_recipe)[0]
         return {
             "space": space_of(lm),
             "numbers": vectors.numel(),
@@ -122,7 +124,7 @@ class Spaces(Protocol):
 
 
 def space_of(lm: FrozenLM) -> str:
-    """The space of a model's reading, with what tells it from others of its name."""
+    """The space of a model's reading, with its layer or its count of numbers."""
     options = lm.reading.options
     more = {"prefix-layer": f" {options.get('layer')}", "shared-basis": f" {lm.numbers}"}
     return lm.reading.space + more.get(lm.reading.space, "")
@@ -132,8 +134,11 @@ def space_of(lm: FrozenLM) -> str:
 def divergences(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
 ) -> tuple[float, float]:
-    """KL from the model behind the text, a word after the first, behind the vectors (K, W) and
-    behind nothing, nats; words (M, L)."""
+    """KL from the model behind the text, nats per word: (behind the vectors, behind nothing).
+
+    `vectors` (K, D), or as many numbers per vector as the space has; `words` are token ids of
+    several texts of one length, each of whose first word is given.
+    """
     words = words.to(lm.device)
     M = len(words)
 

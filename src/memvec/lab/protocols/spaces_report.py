@@ -33,16 +33,16 @@ class Line:
     space: str
     K: int
     storage: str
-    budget: int  # forward-backward tokens a passage; 0: no limit
+    budget: int  # forward-backward tokens per passage; 0: no limit
     numbers: int  # of all K vectors
     stored_bits: int
     exact: ExactResult
-    kl: Interval  # of the vectors / of no context
-    per_number: Mean  # bits that the vectors add over the horizon, a number
-    per_bit: Mean  # the same, a stored bit
+    kl: Interval  # KL of the vectors / KL of no context
+    per_number: Mean  # information gain over the horizon per number, bits
+    per_bit: Mean  # information gain over the horizon per stored bit
 
 
-SHOWN: dict[str, Callable[[Line], Any]] = {
+AXES: dict[str, Callable[[Line], Any]] = {
     "numbers": lambda line: line.numbers,
     "stored bits": lambda line: line.stored_bits,
     "exact tokens": lambda line: line.exact.horizon,
@@ -50,8 +50,8 @@ SHOWN: dict[str, Callable[[Line], Any]] = {
 }
 
 
-def lines(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
-    """One for each space, in the order of the spec."""
+def lines_of(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
+    """A line for each space, K and storage, in the order of the spec."""
     if rows.empty:
         return
     settings = dict(data.store.db.execute("SELECT cell, settings FROM cells").fetchall())
@@ -66,7 +66,7 @@ def lines(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
     rows["space"] = rows["space"].where(moved == "direct", rows["space"] + ", " + moved)
     usable = rows["cell"].map(lambda cell: recipes[cell]["term"] == "use")
     rows["space"] = rows["space"].where(~usable, rows["space"] + ", for use")
-    # `series` parts recipes that differ in anything else.
+    # `series` separates recipes that differ in anything else.
     keys = ["model", "source", "space", "vectors", "storage", "budget", "series"]
     for (model, source, space, K, storage, budget, _), part in rows.groupby(keys, sort=False):
         numbers = int(part["numbers"].iloc[0])
@@ -86,7 +86,7 @@ def lines(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
 def cards(data: Data, rows: pd.DataFrame) -> list[Card]:
     """The space with the longest mean horizon of each model and source."""
     best: dict[tuple[str, str], Line] = {}
-    for line in lines(data, rows):
+    for line in lines_of(data, rows):
         key = (line.model, line.source)
         if key not in best or line.exact.horizon.mean > best[key].exact.horizon.mean:
             best[key] = line
@@ -102,23 +102,24 @@ def cards(data: Data, rows: pd.DataFrame) -> list[Card]:
 
 
 def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
-    """Every line in the order of its numbers; then the same by stored bits."""
+    """All lines ordered by their count of numbers, and once more by stored bits."""
     columns = ["model", "source", "space", "K", "numbers", "storage", "stored bits"]
     columns += ["exact tokens", "low", "high", "n", "censored", "bits / number", "low", "high"]
     columns += ["bits / stored bit", "budget", "spent", "KL / nothing", "low", "high"]
-    found = sorted(lines(data, rows), key=lambda line: (line.model, line.source, line.numbers))
-    by_bits = sorted(found, key=lambda line: (line.model, line.source, line.stored_bits))
+    lines = sorted(lines_of(data, rows), key=lambda line: (line.model, line.source, line.numbers))
+    by_bits = sorted(lines, key=lambda line: (line.model, line.source, line.stored_bits))
     note = (
-        "Mean over passages with its 95 % interval (Student's t). Bits are the information gain "
-        "over the exact horizon. Censored passages came back whole: their space may hold more. "
-        "Spent: forward-backward tokens a passage. KL / nothing: KL from the model behind the text "
-        "on words that it writes behind it, the first given, over that of no context (bootstrap); "
-        "lines 'for use' were crammed to stand for the text as well, all others to be exact only."
+        "Means over n passages with 95 % intervals (Student's t). Bits are the information gain "
+        "over the exact horizon. Censored passages decode whole: their space may hold more. Spent: "
+        "forward-backward tokens per passage. KL / nothing: KL divergence of the vectors from the "
+        "model that has read the text, on words that it writes behind the text after a given first "
+        "one, divided by that of no context (bootstrap interval). Lines 'for use' were crammed for "
+        "this too, all others for exact decoding only."
     )
     return [
         Table(key, title, note, columns, [_row(line) for line in ordered])
         for key, title, ordered in (
-            ("spaces", "Where the numbers stand, by how many there are", found),
+            ("spaces", "Where the numbers stand, by how many there are", lines),
             ("spaces-bits", "Where the numbers stand, by stored bits", by_bits),
         )
     ]
@@ -136,33 +137,36 @@ def _row(line: Line) -> list[TableCell]:
 
 
 def figures(data: Data, rows: pd.DataFrame) -> list[Plot]:
-    """Exact tokens, and bits a number, over the count of numbers."""
-    found = list(lines(data, rows))
+    """Panels of MEASURES for each model, with a series for each space and budget."""
+    lines = list(lines_of(data, rows))
     panels = []
-    for model in dict.fromkeys(line.model for line in found):
-        own = [line for line in found if line.model == model]
-        several = len({line.budget for line in own})
+    for model in dict.fromkeys(line.model for line in lines):
+        of_model = [line for line in lines if line.model == model]
+        several = len({line.budget for line in of_model})
         for y, x in MEASURES:
             series = []
-            for space, budget in dict.fromkeys((line.space, line.budget) for line in own):
-                mine = [line for line in own if (line.space, line.budget) == (space, budget)]
+            for space, budget in dict.fromkeys((line.space, line.budget) for line in of_model):
+                of_space = [
+                    line for line in of_model if (line.space, line.budget) == (space, budget)
+                ]
                 name = space if several < 2 else f"{space}, budget {budget}"
-                series.append(_series(name, sorted(mine, key=SHOWN[x]), x, y))
+                series.append(_series(name, sorted(of_space, key=AXES[x]), x, y))
             panels.append(Panel(f"{short(model)}: {y} by {x}", x, y, series, log=True))
-    compared = len({line.numbers for line in found})
+    compared = len({line.numbers for line in lines})
     caption = (
-        f"{len(found)} combinations of space, K and storage, {compared} counts of numbers; the "
-        "bars are 95 % intervals over passages. Each has the budget of its run."
+        f"{len(lines)} combinations of space, K and storage with {compared} different counts of "
+        "numbers. Bars are 95 % intervals over passages. Each combination has the budget of its "
+        "run."
     )
     return [Plot("spaces", "Where the numbers stand", caption, panels)]
 
 
-def _series(space: str, own: list[Line], x: str, y: str) -> Series:
-    means: list[Mean] = [SHOWN[y](line) for line in own]
+def _series(space: str, lines: list[Line], x: str, y: str) -> Series:
+    means: list[Mean] = [AXES[y](line) for line in lines]
     hover = [
         f"K {line.K}, {line.storage}: {mean.mean:.3g} (n {mean.n})"
-        for line, mean in zip(own, means, strict=True)
+        for line, mean in zip(lines, means, strict=True)
     ]
-    at = [float(SHOWN[x](line)) for line in own]
+    at = [float(AXES[x](line)) for line in lines]
     low, high = [m.low for m in means], [m.high for m in means]
     return Series(space, at, [m.mean for m in means], "points", low, high, hover)

@@ -1,7 +1,7 @@
 """The threshold plane (paper, Figures 3 and 6): bits without vectors against bits left with them.
 
-All lengths and sources of one model and K stand in one plane, those of the protocol 'paper' too;
-`plane.py` has the fit and the test of the claim that its C does not depend on the kind of text.
+All lengths and sources of one model and K share one plane, with the rows of the protocol 'paper'.
+`plane.py` fits C and tests the claim that C does not depend on the kind of text.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
 from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import mean_interval, rank_correlation
 
-MIN_RANKED = 3  # models; a rank correlation of fewer says nothing
+MIN_RANKED = 3  # a rank correlation needs more models than this
 MAX_SENTENCES = 6  # planes that a caption describes
 NOTE = (
-    "Least squares; 95 % intervals resample passages; nothing counts as left of a passage with "
-    "accuracy of at least 0.99. Rows of all protocols that share this plane. Passages cut at their "
-    "step limit might have gone on: C is then what so many steps reach, and kinds of text that "
-    "need more steps look smaller."
+    "C by least squares, with 95 % intervals from a bootstrap over passages; a passage with an "
+    "accuracy of at least 0.99 counts with 0 bits left. n: rows of all protocols that share this "
+    "plane. Cut: share of rows that ended at their step limit; more steps might leave fewer bits, "
+    "so C is then a lower bound, and kinds of text that need more steps get a smaller C."
 )
 
 
 class Threshold(Protocol):
-    """All lengths and sources in one plane."""
+    """Bits with and without vectors of all lengths and sources, and the threshold C."""
 
     plane = "threshold"
 
@@ -55,7 +55,7 @@ class Plane:
 
     model: str
     K: int
-    recipe: str  # '' where there is one
+    recipe: str  # its name; '' where all rows have one recipe
     rows: pd.DataFrame
     all: Fit | None
     natural: Fit | None
@@ -65,7 +65,7 @@ class Plane:
 
 @functools.lru_cache(maxsize=1)  # a table and two figures need the same bootstrap
 def planes(data: Data) -> list[Plane]:
-    """Fit every plane: all texts, natural and random ones, and their difference."""
+    """Fit C in every plane to all texts, to natural and to random ones, and test the difference."""
     fitted = []
     for (model, K, recipe), group in by_recipe(data.in_plane(Threshold.plane)):
         natural, drawn = group[~group["random_text"]], group[group["random_text"]]
@@ -81,7 +81,7 @@ def planes(data: Data) -> list[Plane]:
 
 
 def _rows(plane: Plane) -> list[list[TableCell]]:
-    """C of all, natural and random text, and the difference of the last two."""
+    """Lines of C for all, natural and random text, and for the difference of the last two."""
     drawn, recipe = plane.rows["random_text"], f", {plane.recipe}" if plane.recipe else ""
     parts = (
         ("all", plane.all, plane.rows),
@@ -124,8 +124,8 @@ def plane_figure(fitted: list[Plane]) -> Plot:
         title = panel_title(plane.model, plane.K, plane.recipe)
         panels.append(Panel(title, "bits without vectors, H", "bits left with vectors", series))
     caption = (
-        "One point per passage. The line is the least-squares fit of max(0, H − C), for which "
-        f"nothing counts as left of a passage with accuracy of at least {ACCURATE}."
+        "One point per passage. The line is the least-squares fit of max(0, H − C), in which a "
+        f"passage with an accuracy of at least {ACCURATE} counts with 0 bits left."
     )
     caption = " ".join([caption, *map(_sentence, fitted[:MAX_SENTENCES])])
     return Plot("planes", "The threshold plane (Figures 3 and 6)", caption, panels)
@@ -137,8 +137,8 @@ def _sentence(plane: Plane) -> str:
     if plane.all is None:
         return f"{name}: too few passages for a fit."
     f = plane.all
-    known = "C" if f.reached else "C at least (the vectors were never filled)"
-    sentence = f"{name}: {known} {f.capacity:.0f} bits [{f.low:.0f}, {f.high:.0f}], n {f.n}"
+    symbol = "C" if f.reached else "C at least (the vectors were never filled)"
+    sentence = f"{name}: {symbol} {f.capacity:.0f} bits [{f.low:.0f}, {f.high:.0f}], n {f.n}"
     d = plane.difference
     if d is None:
         return f"{sentence}."
@@ -172,7 +172,10 @@ def per_token(rows: pd.DataFrame, compare: bool) -> Plot:
                 series.append(line_of_means(f"{source}, {name}", [*means], [*means.values()]))
         series += _published_per_token(str(model)) if compare else []
         panels.append(Panel(short(str(model)), "tokens", "bits per token", series, log=True))
-    caption = f"Without vectors and with them. Mean over passages, 95 % interval. {_removed(rows)}"
+    caption = (
+        "Bits per token without and with vectors: means over passages with 95 % intervals. "
+        f"{_removed(rows)}"
+    )
     return Plot("per-token", "Bits per token against length", caption, panels)
 
 

@@ -2,8 +2,8 @@
 
 Mezentsev & Oseledets (arXiv 2505.21189) print how many times faster one forward pass is than
 autoregressive decoding. Both are timed for one passage at a time, of the same number of tokens,
-through `memvec.decoding.decode_ids`, which everybody's decoding goes through. How long it takes
-does not depend on what the tokens are.
+with `memvec.decoding.decode_ids`, the decoder that all of memvec uses. The time does not depend on
+the tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from memvec.decoding import decode_ids
 from memvec.model.lm import FrozenLM
 
-REPEATS = 5  # of the one forward pass: it is short
+REPEATS = 5  # timings of the one forward pass, which is short
 
 
 def decode_seconds(lm: FrozenLM, vectors: Float[Tensor, "2 D"], tokens: int) -> tuple[float, float]:
-    """(one forward pass, token by token) for a passage of so many tokens, seconds.
+    """Seconds to decode `tokens` tokens: (in one forward pass, token by token).
 
-    The first is a median of REPEATS; each is timed after a warm-up.
+    The first is the median of REPEATS timings; each way is timed after a warm-up.
     """
     batch = vectors[None]
     decode_ids(lm, batch, [tokens])

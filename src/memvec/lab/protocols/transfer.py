@@ -1,12 +1,13 @@
 """Vectors of another model, carried over by a linear map: how many steps do they save?
 
-Both models cram the same passages; on `pairs` passages that the origin itself samples, a linear map
-from its vectors to this model's is fitted (memvec.encoders.transfer). A passage of the study is
-then crammed into the origin, its vectors are mapped, and decoded here as they are; and cramming
-goes on from them, beside cramming from the recipe's own start, which is the row's.
+A linear map from the vectors of the origin model to those of this model is fitted on `pairs`
+passages that the origin samples and both models cram (memvec.encoders.transfer). Each passage of
+the study is crammed into the origin, and its vectors are mapped. The mapped vectors are decoded
+directly, and cramming is continued from them; the row has the results of cramming from the recipe's
+own start for comparison.
 
-The fit is made once for a cell in each process that works on it, and its passages belong to the
-cell alone: rows do not depend on who makes them.
+Each process that works on a cell fits the map once. The map depends on the cell alone, so rows do
+not depend on the process that makes them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.statistics import mean_interval, ratio_of_means, share_interval
 
-FIT_SEED = 77  # of the passages that the map is fitted on: never those of a source
+FIT_SEED = 77  # seed of the passages that the map is fitted on, which no source yields
 
 
 class TransferProtocol(Protocol):
@@ -62,7 +63,7 @@ class TransferProtocol(Protocol):
     }
 
     class Options(protocol.Options):
-        """Where the vectors come from."""
+        """The origin model and the pairs of the fit."""
 
         origin: str = Field(description="model that the passages are crammed into first")
         pairs: int = Field(
@@ -87,8 +88,8 @@ class TransferProtocol(Protocol):
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         passage, K = sourced.passage, len(outcome.vectors)
-        asked = (options["origin"], options["origin_seed"], options["pairs"])
-        transfer = _fitted(lm, recipe, K, len(passage), *asked)
+        origin, seed, pairs = options["origin"], options["origin_seed"], options["pairs"]
+        transfer = _fitted(lm, recipe, K, len(passage), origin, seed, pairs)
         truth = torch.tensor([passage.ids])
         mapped = transfer.encode(lm, truth, K)
         decoded = torch.tensor(decode_ids(lm, mapped, [len(passage)]))
@@ -108,7 +109,7 @@ class TransferProtocol(Protocol):
         }
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
-        """What follows from the mapped vectors; neither fit nor cramming is repeated."""
+        """Recompute what the mapped vectors decode to; fit and cramming are not repeated."""
         mapped, truth = torch.tensor(stored["mapped"], dtype=torch.float32), passage.ids
         decoded = slow.greedy(passage.lm, mapped, [], len(truth))
         right = next((i for i, t in enumerate(truth) if decoded[i] != t), len(truth))
@@ -128,8 +129,8 @@ class TransferProtocol(Protocol):
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         rows: list[list[TableCell]] = []
         for (model, origin, seed, series), part in _pairs(data, self.name):
-            own, mapped = (part[c].astype(float).tolist() for c in ("steps", "_steps_mapped"))
-            saved = ratio_of_means(mapped, own)
+            steps, mapped = (part[c].astype(float).tolist() for c in ("steps", "_steps_mapped"))
+            saved = ratio_of_means(mapped, steps)
             whole = part["_at_once"] >= part["predicted"]
             at_once = share_interval(int(whole.sum()), len(part))
             row: list[TableCell] = [_origin(origin, seed), short(model), series]
@@ -145,10 +146,11 @@ class TransferProtocol(Protocol):
             Table(
                 "transfer",
                 "Vectors of another model through a linear map",
-                "Explained: share of the squared deviation from the mean, leave-one-out over the "
-                "pairs. Exact at once: passages that decode whole from the mapped vectors. Steps: "
-                "means until exact or given up; their ratio with its 95 % interval (paired "
-                "bootstrap over passages).",
+                "Explained: share of the vectors' squared deviation from their mean that the map "
+                "explains, leave-one-out over the pairs. Exact at once: share of the n passages "
+                "that decode whole from the mapped vectors. Steps: means until the passage is "
+                "exact or given up, and their ratio with its 95 % interval (paired bootstrap over "
+                "passages).",
                 [*columns, "pairs", "n"],
                 rows,
             )
@@ -174,14 +176,14 @@ class TransferProtocol(Protocol):
             Plot(
                 "transfer",
                 "Steps until exact from another model's vectors",
-                "Below the dashed line the map saves steps.",
+                "One point per passage. Below the dashed line the mapped start needs fewer steps.",
                 panels,
             )
         ]
 
 
 def mapped_start(lm: FrozenLM, transfer: Transfer) -> FrozenLM:
-    """The model with the map as its encoder, for an engine that starts from it."""
+    """The model with the map as its encoder, so that an engine can start from mapped vectors."""
     view = copy.copy(lm)
     view.encoder = transfer
     return view
@@ -192,11 +194,11 @@ def _fitted(
     lm: FrozenLM, recipe: Recipe, K: int, length: int, origin: str, seed: int, pairs: int
 ) -> Transfer:
     """The map of a cell, from passages that the origin samples."""
-    there = load_lm(origin, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."))
-    check_same_tokens(there, lm)
-    made = sampled_passages(there, pairs, length, seed=FIT_SEED)
-    passages = [sourced.passage.ids for sourced in made]
-    return fit_transfer(there, lm, passages, K, recipe, replace(recipe, seed=seed))
+    origin_lm = load_lm(origin, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."))
+    check_same_tokens(origin_lm, lm)
+    sampled = sampled_passages(origin_lm, pairs, length, seed=FIT_SEED)
+    passages = [sourced.passage.ids for sourced in sampled]
+    return fit_transfer(origin_lm, lm, passages, K, recipe, replace(recipe, seed=seed))
 
 
 def _origin(name: str, seed: int) -> str:
@@ -205,7 +207,7 @@ def _origin(name: str, seed: int) -> str:
 
 
 def _pairs(data: Data, name: str) -> Iterator[tuple[tuple[str, str, int, str], pd.DataFrame]]:
-    """((target, origin, its seed, series), rows), with what was measured besides as columns."""
+    """((target, origin, its seed, series), rows) with the extra measurements as columns `_name`."""
     rows = data.restarts(name)
     for key in ("at_once", "steps_mapped", "cosine", "explained", "pairs"):
         rows = rows.assign(**{f"_{key}": extra_of(rows, name, key)})

@@ -1,15 +1,15 @@
 """Bits needed for the arg-max against bits removed (`text_compression_upper_bound.ipynb`).
 
 An ideal compressor would move just enough probability that every true token becomes the arg-max.
-There are two ways to count, and both are measured:
+Two counts are measured:
 
-- `least_moved`, the paper's: the least probability is moved. The likeliest tokens are lowered to a
-  common level and what they lose is given to the true token, until it is at that level too.
-- `raised_logit`: the true token's logit is raised to the best other one's, from p to
-  q / (1 - p + q), where q is the best other token's probability; all others keep their ratios. That
-  is what a single logit's rise does, and it needs more bits.
+- `least_moved`, the paper's count, moves the least probability. The likeliest tokens are lowered to
+  a common level and the true token gets what they lose, until it reaches that level too.
+- `raised_logit` raises the true token's logit to the best other one. Its probability rises from p
+  to q / (1 - p + q), where q is the best other token's probability, and all others keep their
+  ratios. This needs more bits.
 
-Positions that are right already need nothing.
+Positions whose arg-max is right already need 0 bits.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from memvec.model.reading import StartRule
 
 
 def least_moved_bits(logits: Float[Tensor, "T V"], ids: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """Bits per position that the least moved probability gives the true token (the paper's bound).
+    """Bits per position that the true token gains when the least probability is moved.
 
-    With p of the true token and the others sorted, q_1 >= q_2 ..., the level after taking from the
-    first k is (p + q_1 + ... + q_k) / (k + 1). It is highest, and no token stands above it, at the
-    first k where it is at least q_(k+1).
+    This is the paper's bound. Let p be the true token's probability and q_1 >= q_2 ... those of the
+    others. Lowering the first k to a common level gives (p + q_1 + ... + q_k) / (k + 1). This level
+    is highest at the first k where it is at least q_(k+1), and then no token is above it.
     """
     p = torch.softmax(logits.double(), dim=-1)
     true = p.gather(-1, ids[:, None])
@@ -54,9 +54,9 @@ def least_moved_bits(logits: Float[Tensor, "T V"], ids: Int[Tensor, " T"]) -> Fl
 def raised_logit_bits(
     bits: Float[Tensor, " T"], margin: Float[Tensor, " T"]
 ) -> Float[Tensor, " T"]:
-    """Bits per position that raise the true token's logit to the best other one's.
+    """Bits per position that raise the true token's logit to the best other one.
 
-    From its surprisal (bits) and its margin (logits): p = 2^-bits and q = p e^-margin.
+    They follow from its surprisal (bits) and its margin (logits): p = 2^-bits and q = p e^-margin.
     """
     p = torch.exp2(-bits.double())
     q = p * torch.exp(-margin.double())
@@ -65,7 +65,7 @@ def raised_logit_bits(
 
 
 class UpperBound(Protocol):
-    """Needed against removed."""
+    """Bits that the arg-max needs, against bits that the vectors remove."""
 
     extras = {  # noqa: RUF012
         "least_moved_bits": "bits that make every true token the arg-max when the least "
@@ -115,9 +115,11 @@ class UpperBound(Protocol):
             Table(
                 "upper-bound",
                 "Bits needed for the arg-max against bits removed",
-                "Bits that make each true token the arg-max. Least moved: the least probability is "
-                "moved, from as many of the likeliest tokens as it takes (the paper's bound). "
-                "Raised logit: the true token's logit rises to the best other one's.",
+                "Means over n passages. H: bits without vectors. Needed are the bits that make "
+                "each true token the arg-max: with the least probability moved, from as many of "
+                "the likeliest tokens as necessary (least moved, the paper's bound), or with the "
+                "true token's logit raised to the best other one (raised logit). Removed: "
+                "information gain of the vectors.",
                 columns,
                 rows,
             )
@@ -161,12 +163,12 @@ def _least_moved(lm: FrozenLM, ids: tuple[int, ...], given: int) -> float:
         float(least_moved_bits(lm.head(states[0, at : at + rows]), truth[at : at + rows]).sum())
         for at in range(0, len(truth), rows)
     )
-    # Without a token that starts a text, all are equally likely as the first: the true one ties.
+    # Without a token that starts a text, the first position is left out: all tokens tie there.
     return total
 
 
 def _slow_least_moved(passage: SlowPassage) -> float:
-    """The same from the slow path: tokens are lowered one after the other."""
+    """`least_moved_bits` of a passage by the slow path, lowering one token after the other."""
     lm, ids = passage.lm, passage.ids
     head = [lm.bos_id] if lm.bos_id is not None and not passage.given else []
     table = logits(lm, None, [*head, *ids])[:-1][passage.given - len(ids) :]

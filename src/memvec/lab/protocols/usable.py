@@ -1,10 +1,12 @@
-"""How exactness and use trade: tokens that a vector gives back against its KL as context.
+"""Exactness against use: exact tokens per vector, and the KL divergence of the vectors as context.
 
-A passage is crammed with both losses (recipe 'usable'), and on texts that the model itself writes
-behind it, which cramming never saw, the vectors stand beside what else could: the text, nothing,
-and the last K, 2 K, 4 K and 8 K tokens. With `layers`, attention to the vectors is knocked out in
-one layer at a time, and in a layer with all above it, in both modes (memvec.usable.knockout); with
-`directions`, the subspaces of both modes are compared (memvec.usable.directions).
+A passage is crammed with both losses (recipe 'usable'). In decoding mode the passage is decoded
+behind the trigger. In context mode the vectors replace the passage: on texts that the model writes
+behind the passage, and that cramming did not use, they are compared with the text, with nothing,
+and with the last K, 2 K, 4 K and 8 K tokens of the text. With the option `layers`, attention to the
+vectors is knocked out in both modes, in one layer at a time and in a layer with all above it
+(memvec.usable.knockout). With `directions`, the subspaces of both modes are compared
+(memvec.usable.directions).
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Usable(Protocol):
     }
 
     class Options(protocol.Options):
-        """What is read behind the vectors, and what else is measured."""
+        """The held-out texts of context mode, and the optional measurements."""
 
         texts: int = Field(default=4, ge=1, description="held-out continuations of each passage")
         words: int = Field(default=48, ge=1, description="tokens of each")
@@ -90,8 +92,10 @@ class Usable(Protocol):
                 "'usable' compares vectors with."
             )
         ids, vectors = sourced.passage.ids, outcome.vectors.float()
-        asked = Recipe(query_count=options["texts"], query_tokens=options["words"], seed=SEED)
-        words = queries_of(lm, ids, asked)[0]
+        query_recipe = Recipe(
+            query_count=options["texts"], query_tokens=options["words"], seed=SEED
+        )
+        words = queries_of(lm, ids, query_recipe)[0]
         measured = behind_each(lm, contexts_of(lm, vectors, ids, None), words)
         return {
             "words": words.tolist(),
@@ -105,17 +109,19 @@ class Usable(Protocol):
         lm, ids, vectors, options = passage.lm, passage.ids, passage.vectors, passage.options
         words = [[int(token) for token in row] for row in stored["words"]]
         shape = [float(len(words)), *(float(len(row)) for row in words)]
-        asked = [float(options["texts"])] + [float(options["words"])] * options["texts"]
-        compared = [Compared("words, texts and tokens", shape, asked, [0.0] * len(asked))]
-        if shape != asked:
+        planned_shape = [float(options["texts"])] + [float(options["words"])] * options["texts"]
+        compared = [
+            Compared("words, texts and tokens", shape, planned_shape, [0.0] * len(planned_shape))
+        ]
+        if shape != planned_shape:
             return compared
         near = 2 * passage.bits_tolerance / len(passage.lm_bits)  # nats a word
         before = slow_use.context_ids(lm, ids, len(vectors))
         text = before["text"]
         given = int(lm.reading.space.startswith("prefix"))  # keys and values predict nothing
         again = {
-            name: slow_use.divergence_and_nll(lm, None, own, text, words, given)
-            for name, own in before.items()
+            name: slow_use.divergence_and_nll(lm, None, context, text, words, given)
+            for name, context in before.items()
         }
         as_context = lm.context_scale * vectors
         again["vectors"] = slow_use.divergence_and_nll(lm, as_context, [], text, words, given)
@@ -155,10 +161,10 @@ class Usable(Protocol):
         flat = vectors.double().cpu().numpy().reshape(1, -1)
         left = {"whole": flat, "without text": slow_use.residual(flat, text)}
         left["without use"] = slow_use.residual(flat, use)
-        for name, rest in left.items():
-            changed = torch.from_numpy(rest).float().reshape(vectors.shape)
+        for name, numbers in left.items():
+            changed = torch.from_numpy(numbers).float().reshape(vectors.shape)
             again[name], tie = slow_use.both_modes(lm, changed, ids, words)
-            # Two spans of gradients in float32 differ by more than two sums of them.
+            # Spans of float32 gradients differ more between the two paths than sums do.
             limits[name] = [float(len(ids)) if tie else 0.0, 25 * near, 25 * near]
         return _entries("directions", stored, again, limits)
 
@@ -173,7 +179,7 @@ class Usable(Protocol):
 
 
 def cases(layers: int) -> dict[str, list[int]]:
-    """Which layers are knocked out together, by the name that a row has for it."""
+    """The layers that are knocked out together, by the name of the case in a row."""
     alone = {str(i): [i] for i in range(layers)}
     above = {f"{i}+": list(range(i, layers)) for i in range(layers)}
     return {"none": [], **alone, **above}
@@ -182,7 +188,10 @@ def cases(layers: int) -> dict[str, list[int]]:
 def by_layer(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
 ) -> dict[str, list[float]]:
-    """Both modes with attention to the vectors (K, D) knocked out, for each of `cases`."""
+    """Measures of both modes for each of `cases`, with attention to the vectors (K, D) knocked out.
+
+    Each is [leading right tokens, mean margin (logits), KL as context (nats per word)].
+    """
     measured, both_modes = {}, BothModes(lm, ids, words)
     for name, layers in cases(layer_count(lm)).items():
         with knocked_out(lm, layers, len(vectors)):
@@ -193,7 +202,11 @@ def by_layer(
 def in_spans(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
 ) -> dict[str, list[float]]:
-    """How far the directions of both modes coincide, and what each mode loses without a span."""
+    """Overlap of the directions of both modes, and both modes without either span.
+
+    `vectors` (K, D), the `ids` of the passage, `words` (texts, tokens) of held-out texts. Overlaps
+    are shares; measures of both modes are as in `by_layer`.
+    """
     places = directions.places_of(len(words), words.shape[1], len(ids))
     text = directions.directions_of_text(lm, vectors, ids)
     use = directions.directions_of_use(lm, vectors, words, places)
@@ -206,7 +219,7 @@ def in_spans(
     return {
         "text in use": [directions.overlap(text, use)],
         "use in text": [directions.overlap(use, text)],
-        **{name: both_modes(own) for name, own in left.items()},
+        **{name: both_modes(remaining) for name, remaining in left.items()},
     }
 
 
@@ -216,7 +229,7 @@ def _entries(
     again: Mapping[str, Sequence[float]],
     allowed: Mapping[str, Sequence[float]] | Sequence[float],
 ) -> list[Compared]:
-    """Stored and recomputed lists of a mapping, entry by entry; other keys are one difference."""
+    """Stored and recomputed lists of a mapping, key by key; different keys make one mismatch."""
     if list(stored) != list(again):
         keys = [[float(len(part))] for part in (stored, again)]
         return [Compared(f"{name}, entries", keys[0], [*keys[1], 0.0], [])]

@@ -8,42 +8,44 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from memvec.lab.protocols.usable_report import Group, groups, rise
+from memvec.lab.protocols.usable_report import Group, groups_of, rise
 from memvec.lab.report.data import panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.statistics import Interval, mean_interval
 from memvec.usable.certificate import VECTORS
 
-DASHED = 2  # controls that a panel of the frontier shows: the last K tokens and the last 2 K
+DASHED = 2  # controls in a panel of the frontier: the last K and the last 2 K tokens
 
 
 def figures(rows: pd.DataFrame) -> list[Plot]:
-    """The frontier, and the layers where attention was knocked out."""
-    found = list(groups(rows))
-    plots = [_frontier(found)]
-    knocked = [group for group in found if group.measured("layers")]
+    """A figure of exactness against use, and one of knocked-out layers where they were measured."""
+    groups = list(groups_of(rows))
+    plots = [_frontier(groups)]
+    knocked = [group for group in groups if group.measured("layers")]
     return [*plots, _layers(knocked)] if knocked else plots
 
 
-def _frontier(found: list[Group]) -> Plot:
+def _frontier(groups: list[Group]) -> Plot:
     panels: dict[str, Panel] = {}
     by_panel: dict[tuple[str, int], list[Group]] = {}
-    for g in found:
+    for g in groups:
         by_panel.setdefault((g.model, g.K), []).append(g)
-    for (model, K), own in by_panel.items():
-        labels = _labels(list(dict.fromkeys(g.series for g in own)))
+    for (model, K), of_panel in by_panel.items():
+        labels = _labels(list(dict.fromkeys(g.series for g in of_panel)))
         series = [
-            _points(label, [g for g in own if g.series == name]) for name, label in labels.items()
+            _points(label, [g for g in of_panel if g.series == name])
+            for name, label in labels.items()
         ]
         title = panel_title(model, K)
         axes = ("exact tokens per vector", "KL / KL of no context")
-        panels[title] = Panel(title, *axes, [*series, *_ends(own)], log_y=True)
-    nearer = [g.score(VECTORS).ratio.high < 1 for g in found]
-    whole = [g for g in found if g.exact.share == 1]
+        panels[title] = Panel(title, *axes, [*series, *_ends(of_panel)], log_y=True)
+    nearer = [g.score(VECTORS).ratio.high < 1 for g in groups]
+    whole = [g for g in groups if g.exact.share == 1]
     caption = (
-        f"Each point is a model, source, recipe, length and K ({len(found)} of them); in "
-        f"{sum(nearer)} the vectors are nearer to the text than no context is, with the whole "
-        f"interval; in {len(whole)} every passage is exact. Dashed: ends of the text."
+        f"Each point is a model, source, recipe, length and K ({len(groups)} of them), with 95 % "
+        f"intervals; in {sum(nearer)} the whole interval of the KL ratio is below 1, so that the "
+        f"vectors are nearer to the text than no context is; in {len(whole)} every passage is "
+        "exact. Dashed: the last tokens of the text."
     )
     if whole:
         best = min(whole, key=lambda g: g.score(VECTORS).ratio.value)
@@ -56,17 +58,17 @@ def _frontier(found: list[Group]) -> Plot:
     return Plot("usable", "Exactness against use", caption, list(panels.values()))
 
 
-def _points(name: str, own: list[Group]) -> Series:
-    ratios = [g.score(VECTORS).ratio for g in own]
-    line = _line(name, [g.per_vector.mean for g in own], ratios)
-    hover = [f"{g.length} tokens, exact {g.exact}, n {len(g.rows)}" for g in own]
+def _points(name: str, groups: list[Group]) -> Series:
+    ratios = [g.score(VECTORS).ratio for g in groups]
+    line = _line(name, [g.per_vector.mean for g in groups], ratios)
+    hover = [f"{g.length} tokens, exact {g.exact}, n {len(g.rows)}" for g in groups]
     return replace(line, hover=hover)
 
 
-def _ends(own: list[Group]) -> list[Series]:
-    """KL of ends of the text at each length; the recipe makes no difference to them."""
+def _ends(groups: list[Group]) -> list[Series]:
+    """KL ratios of the last tokens of the text at each length, which no recipe changes."""
     alike: dict[int, Group] = {}
-    for g in own:
+    for g in groups:
         alike.setdefault(g.length, g)
     lengths = sorted(alike.values(), key=lambda g: g.length)
     names = dict.fromkeys(name for g in lengths for name in g.contexts() if name.startswith("last"))
@@ -75,22 +77,22 @@ def _ends(own: list[Group]) -> list[Series]:
         having = [g for g in lengths if name in g.contexts()]
         x = [g.length / g.K for g in having]
         y = [g.score(name).ratio.value for g in having]
-        if len(x) == 1:  # a dash beside the points rather than nothing
+        if len(x) == 1:  # a short line, because one point would be invisible
             x, y = [0.9 * x[0], 1.1 * x[0]], y * 2
         series.append(Series(name, x, y, "dashed"))
     return series
 
 
-def _layers(found: list[Group]) -> Plot:
+def _layers(groups: list[Group]) -> Plot:
     """One panel for each mode of a model, length and K; a line for each recipe."""
     panels = []
     alike: dict[tuple[str, int, int], list[Group]] = {}
-    for g in found:
+    for g in groups:
         alike.setdefault((g.model, g.length, g.K), []).append(g)
-    for (model, length, K), own in alike.items():
+    for (model, length, K), of_panel in alike.items():
         margins, divergence, names = [], [], []
-        labels = _labels([g.series for g in own])
-        for g in own:
+        labels = _labels([g.series for g in of_panel])
+        for g in of_panel:
             entries = g.measured("layers")
             names = ["none", *(name for name in entries[0] if name.isdigit())]
             means = [mean_interval([e[name][1] for e in entries]) for name in names]
@@ -101,18 +103,19 @@ def _layers(found: list[Group]) -> Plot:
         panels.append(Panel(title, "without layer", "mean margin, logits", margins, names))
         panels.append(Panel(title, "without layer", "KL / KL with all layers", divergence, names))
     best: dict[str, Group] = {}  # of each model
-    for g in sorted(found, key=lambda g: g.score(VECTORS).ratio.value):
+    for g in sorted(groups, key=lambda g: g.score(VECTORS).ratio.value):
         best.setdefault(g.model, g)
     caption = (
-        "Attention to the vectors is knocked out in one layer, for all positions behind them. Mean "
-        "margin: of the passage's tokens behind the trigger; a KL ratio above 1: the vectors are "
-        "a worse context without that layer. " + " ".join(_strongest(g) for g in best.values())
+        "Attention to the vectors is knocked out in one layer, for all positions behind them; 95 % "
+        "intervals over passages. Mean margin: mean over the passage's tokens in decoding mode. "
+        "Where the KL ratio is above 1, the vectors are a worse context without that layer. "
+        + " ".join(_strongest(g) for g in best.values())
     )
     return Plot("usable-layers", "Which layers read the vectors", caption, panels)
 
 
 def _strongest(g: Group) -> str:
-    """Which layer costs each mode most, in a sentence."""
+    """A sentence on the layers without which each mode loses the most."""
     entries = g.measured("layers")
     names = [name for name in entries[0] if name.isdigit()]
     mean = {name: np.mean([e[name] for e in entries], axis=0) for name in entries[0]}
@@ -121,9 +124,9 @@ def _strongest(g: Group) -> str:
     whole, without, fewer = mean["none"], mean[text], mean[use]
     return (
         f"{short(g.model)}, {g.length} tokens in {g.K} ({g.series}, n {len(entries)}): the passage "
-        f"needs layer {text} most (without it the mean margin falls from {whole[1]:.2f} to "
+        f"needs layer {text} most (without it the mean margin changes from {whole[1]:.2f} to "
         f"{without[1]:.2f} logits, {without[0]:.1f} of {whole[0]:.1f} leading tokens are left and "
-        f"the KL is {cost[text]:.2f} times as large), use needs layer {use} most (KL "
+        f"the KL is {cost[text]:.2f} times as large), context mode needs layer {use} most (KL "
         f"{cost[use]:.2f} times as large, {fewer[0]:.1f} tokens left)."
     )
 
@@ -141,16 +144,16 @@ def _line(name: str, x: Iterable[float | int], values: Sequence[Interval]) -> Se
 
 
 def _labels(series: Sequence[str]) -> dict[str, str]:
-    """What to call each series: what of its name differs, where several parts do from the usual."""
+    """A label for each series: the parts of its name that differ from the most frequent ones."""
     parts = {name: name.split(", ") for name in series}
-    if len(parts) == 1 or len({len(own) for own in parts.values()}) > 1:
-        return {name: own[0] if len(parts) == 1 else name for name, own in parts.items()}
+    if len(parts) == 1 or len({len(words) for words in parts.values()}) > 1:
+        return {name: words[0] if len(parts) == 1 else name for name, words in parts.items()}
     columns = list(zip(*parts.values(), strict=True))
     varying = [i for i, column in enumerate(columns) if len(set(column)) > 1]
     if len(varying) == 1:
-        return {name: own[varying[0]] for name, own in parts.items()}
+        return {name: words[varying[0]] for name, words in parts.items()}
     usual = [max(column, key=column.count) for column in columns]
     return {
-        name: ", ".join(p for p, q in zip(own, usual, strict=True) if p != q) or "usual recipe"
-        for name, own in parts.items()
+        name: ", ".join(p for p, q in zip(words, usual, strict=True) if p != q) or "usual recipe"
+        for name, words in parts.items()
     }

@@ -27,17 +27,17 @@ from memvec.usable.certificate import FULL, NONE, VECTORS
 
 @dataclass(frozen=True)
 class ContextScore:
-    """One context of a group: KL from the text, the same over that of nothing, the share kept."""
+    """KL and ratios of one context of a group, with 95 % intervals over passages."""
 
-    kl: Interval  # nats a word
-    ratio: Interval
-    kept: Interval
+    kl: Interval  # nats per word
+    ratio: Interval  # KL of this context / KL of no context
+    kept: Interval  # share of the text's gain in NLL that this context has
     over_vectors: Interval  # KL of this context / KL of the vectors
     n: int
 
 
 class Group(NamedTuple):
-    """The rows of one model, series, length and K, with what the protocol measured of each."""
+    """The rows of one model, series, length and K, with their extra measurements."""
 
     model: str
     series: str
@@ -47,7 +47,7 @@ class Group(NamedTuple):
     extras: list[dict[str, Any]]
 
     def measured(self, what: str) -> list[dict[str, list[float]]]:
-        """What an option added to each row that has it: 'layers' or 'directions'."""
+        """The measurements of the option 'layers' or 'directions', of each row that has them."""
         return [extra[what] for extra in self.extras if extra[what]]
 
     @property
@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
     @property
     def exact(self) -> Share:
-        """Share of passages that came back whole."""
+        """Share of passages that are exact."""
         return share_interval(int((self.rows["exact"] == 1).sum()), len(self.rows))
 
     def contexts(self) -> list[str]:
@@ -66,62 +66,63 @@ class Group(NamedTuple):
         return [name for name in names if name != FULL]
 
     def score(self, context: str) -> ContextScore:
-        """How well a context stands for the text, over the passages that have it."""
-        own = [e["contexts"] for e in self.extras if context in e["contexts"]]
-        kl = [c[context][0] for c in own]
+        """The KL and ratios of a context, over the passages that have it."""
+        measured = [e["contexts"] for e in self.extras if context in e["contexts"]]
+        kl = [c[context][0] for c in measured]
         return ContextScore(
             bootstrap_mean(kl),
-            ratio_of_means(kl, [c[NONE][0] for c in own]),
+            ratio_of_means(kl, [c[NONE][0] for c in measured]),
             ratio_of_means(
-                [c[NONE][1] - c[context][1] for c in own], [c[NONE][1] - c[FULL][1] for c in own]
+                [c[NONE][1] - c[context][1] for c in measured],
+                [c[NONE][1] - c[FULL][1] for c in measured],
             ),
-            ratio_of_means(kl, [c[VECTORS][0] for c in own]),
-            len(own),
+            ratio_of_means(kl, [c[VECTORS][0] for c in measured]),
+            len(measured),
         )
 
 
-def groups(rows: pd.DataFrame) -> Iterator[Group]:
+def groups_of(rows: pd.DataFrame) -> Iterator[Group]:
     """The groups of a protocol's rows, in the order of the spec."""
     for key, part in by_length(rows):
         yield Group(*key, part, [json.loads(extra) for extra in part["extra"]])
 
 
 def cards(rows: pd.DataFrame) -> list[Card]:
-    """For each model the group of smallest KL ratio among those whose passages are all exact."""
+    """For each model, the smallest KL ratio among groups whose passages are all exact."""
     whole: dict[str, list[Group]] = {}
-    for group in groups(rows):
+    for group in groups_of(rows):
         if group.exact.share == 1:
             whole.setdefault(group.model, []).append(group)
-    shown = []
-    for model, own in whole.items():
-        best = min(own, key=lambda g: g.score(VECTORS).ratio.value)
+    best_cards = []
+    for model, groups in whole.items():
+        best = min(groups, key=lambda g: g.score(VECTORS).ratio.value)
         ratio = best.score(VECTORS).ratio
-        shown.append(
+        best_cards.append(
             Card(
                 f"{ratio.value:.2f} × KL",
                 f"of no context, {best.length} exact tokens in K = {best.K}: {best.series}, "
                 f"{short(model)}; 95 % [{ratio.low:.2f}, {ratio.high:.2f}], n {len(best.rows)}",
             )
         )
-    return shown
+    return best_cards
 
 
 # ---------------------------------------------------------------------- tables
 
 
 def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
-    """The trade, every context beside the vectors, and the subspaces where they were compared."""
-    found = list(groups(rows))
-    shown = [_trade(data, found), _contexts(found)]
-    if knocked := [group for group in found if group.measured("layers")]:
-        shown.append(_knocked(knocked))
-    compared = [group for group in found if group.measured("directions")]
-    return [*shown, _spans(data, compared)] if compared else shown
+    """Tables of exactness against use, of all contexts, of layers and of subspaces."""
+    groups = list(groups_of(rows))
+    report_tables = [_trade(data, groups), _contexts(groups)]
+    if knocked := [group for group in groups if group.measured("layers")]:
+        report_tables.append(_knocked(knocked))
+    compared = [group for group in groups if group.measured("directions")]
+    return [*report_tables, _spans(data, compared)] if compared else report_tables
 
 
-def _trade(data: Data, found: list[Group]) -> Table:
+def _trade(data: Data, groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    for g in found:
+    for g in groups:
         recipe = _recipe(data, g)
         score = g.score(VECTORS)
         rms = mean_interval([extra["rms"] for extra in g.extras])
@@ -134,19 +135,19 @@ def _trade(data: Data, found: list[Group]) -> Table:
     return Table(
         "usable",
         "Exactness against use",
-        "Weight: of the divergence beside the passage's own loss; RMS: of the vectors' numbers; "
-        "exact: share of passages that decode whole; tokens/vector: leading tokens that decode, "
-        "per vector; KL: from the model behind the text on held-out words, nats a word; "
-        "KL/nothing: over that without context; kept: share of the text's gain on these words. "
-        "95 % intervals.",
+        "Weight: weight of the KL divergence beside the loss of the passage; RMS: root mean square "
+        "of the vectors' numbers; exact: share of the n passages that decode whole; tokens/vector: "
+        "leading tokens that decode, per vector; KL: divergence from the model that has read the "
+        "text, on held-out words, in nats per word; KL/nothing: ratio to the KL without context; "
+        "kept: share of the text's gain on these words. Intervals: 95 % over passages.",
         columns,
         rows,
     )
 
 
-def _contexts(found: list[Group]) -> Table:
+def _contexts(groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    for g in found:
+    for g in groups:
         for name in g.contexts():
             w = g.score(name)
             row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
@@ -156,16 +157,17 @@ def _contexts(found: list[Group]) -> Table:
     return Table(
         "usable-contexts",
         "What stands in front of the same words",
-        "KL from the model behind the whole text, nats a word; above 1 in KL / KL of vectors, the "
-        "vectors are nearer to the text. 95 % intervals over passages.",
+        "KL: divergence from the model that has read the whole text, in nats per word. Kept: share "
+        "of the text's gain on these words. Where KL / KL of vectors is above 1, the vectors are "
+        "nearer to the text than the context. 95 % intervals over n passages.",
         columns,
         rows,
     )
 
 
-def _knocked(found: list[Group]) -> Table:
+def _knocked(groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    for g in found:
+    for g in groups:
         entries = g.measured("layers")
         for name in entries[0]:
             row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
@@ -175,43 +177,47 @@ def _knocked(found: list[Group]) -> Table:
     return Table(
         "usable-layers",
         "Without attention to the vectors in some layers",
-        "Without: a layer, or it and all above ('2+'); tokens: leading ones right behind the "
-        "trigger; margin: mean of the passage's, logits; KL: as context, nats a word; KL / whole: "
-        "over that with all layers, 95 % interval. '0+' reads no vectors, and no BOS either.",
+        "Without: the layer without attention to the vectors, or it and all above ('2+'); tokens: "
+        "leading right tokens in decoding mode; margin: mean over the passage in decoding mode, "
+        "logits; KL: of the vectors in context mode, nats per word; KL / whole: ratio to the KL "
+        "with all layers, with its 95 % interval over n passages. In '0+' no layer attends to the "
+        "vectors or to BOS.",
         [*columns, "KL / whole", "low", "high", "n"],
         rows,
     )
 
 
-def _spans(data: Data, found: list[Group]) -> Table:
+def _spans(data: Data, groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    for g in found:
-        own = g.measured("directions")
+    for g in groups:
+        measured = g.measured("directions")
         chance = g.length / (g.K * int(data.models[g.model]["width"]))
         row: list[TableCell] = [short(g.model), g.series, g.length, g.K, chance]
         for name in ("text in use", "use in text"):
-            row.append(mean_interval([d[name][0] for d in own]).mean)
+            row.append(mean_interval([d[name][0] for d in measured]).mean)
         for name in ("whole", "without text", "without use"):
-            row.append(mean_interval([d[name][0] for d in own]).mean)
+            row.append(mean_interval([d[name][0] for d in measured]).mean)
         for name in ("whole", "without text", "without use"):
-            row.append(mean_interval([d[name][2] for d in own]).mean)
-        rows.append([*row, len(own)])
+            row.append(mean_interval([d[name][2] for d in measured]).mean)
+        rows.append([*row, len(measured)])
     columns = ["model", "source", "length", "K", "chance", "text in use", "use in text"]
     columns += ["tokens", "without text", "without use", "KL", "without text", "without use", "n"]
     return Table(
         "usable-directions",
         "Directions of the text and of its use",
-        "Text in use: share of the gradients of the tokens' margins inside the span of as many "
-        "gradients of held-out words' log-probabilities, and the reverse; chance: of a random span "
-        "of that size. Tokens (leading ones right behind the trigger) and KL (nats a word) of the "
-        "vectors whole, and without what they have in either span. Means over passages.",
+        "Text in use: share of the squared length of the gradients of the tokens' margins inside "
+        "the span of as many gradients of held-out words' log probabilities; use in text: the "
+        "reverse; chance: the share inside a random span of that size. Tokens: leading right "
+        "tokens in decoding mode; KL: of the vectors in context mode, nats per word; both for the "
+        "whole vectors, and for the vectors without their part in either span. Means over n "
+        "passages.",
         columns,
         rows,
     )
 
 
 def _recipe(data: Data, group: Group) -> dict[str, Any]:
-    """The recipe of a group's rows, which are of one cell but for its seed."""
+    """The recipe of a group's rows, whose cells differ only in the seed."""
     (settings,) = data.store.db.execute(
         "SELECT settings FROM cells WHERE cell=?", (str(group.rows["cell"].iloc[0]),)
     ).fetchone()
@@ -220,5 +226,5 @@ def _recipe(data: Data, group: Group) -> dict[str, Any]:
 
 
 def rise(entries: list[dict[str, list[float]]], name: str) -> Interval:
-    """KL with something knocked out over that of the same passages with nothing knocked out."""
+    """KL in case `name` of a knock-out, divided by that with all layers, 95 % interval."""
     return ratio_of_means([e[name][2] for e in entries], [e["none"][2] for e in entries])

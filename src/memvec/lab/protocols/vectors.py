@@ -1,8 +1,8 @@
-"""K vectors: does capacity grow along a straight line (paper, Figure 4)?
+"""Capacity of K vectors against the straight line (paper, Figure 4).
 
 Lengths of the spec are per vector: K vectors get a passage of K times as many tokens. The measure
-is the exact horizon; the straight line is K times the gain of one vector. Rows of the paper
-protocol with several K are shown beside it by the published rule (`scaling.py`).
+is the exact horizon; the straight line is K times the value per vector at the smallest K. Rows of
+the paper protocol with several K are reported beside it by the published rule (`scaling.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell, mean_and_sd
 from memvec.model.reading import StartRule
 
-# measure of `scaling`, its label by the exact and by the published rule, what the published values
-# call it
-SHOWN = (
+# (measure of `scaling`, its label by the exact rule, its label by the published rule, its name in
+# published.json)
+MEASURES = (
     ("longest", "exact tokens", "Max tokens", "longest"),
     ("token_gain", "token gain, exact horizon", "token gain", "token_gain"),
     ("bits", "information gain, bits, exact horizon", "information gain, bits", "gain_nats"),
@@ -30,7 +30,7 @@ SHOWN = (
 
 
 class Vectors(Protocol):
-    """K sweep."""
+    """Exact horizons and gains for several K."""
 
     preset = "default"
     measures_horizon = True
@@ -48,12 +48,12 @@ class Vectors(Protocol):
         sweeps = [(0, [(*key, exact_scaling(rows)) for *key, rows in exact])]
         sweeps.append((1, [(*key, published_scaling(rows)) for *key, rows in _sweeps(data)]))
         for rule, tables in sweeps:
-            for measure, *labels, theirs in SHOWN:
+            for measure, *labels, published_name in MEASURES:
                 series = []
                 for model, source, table in tables:
                     series += _measured(f"{short(model)}, {source}", table, measure)
                 for model in dict.fromkeys(model for model, *_ in tables):
-                    series += _published(model, theirs) if compare else []
+                    series += _published(model, published_name) if compare else []
                 if series:
                     panels.append(Panel(labels[rule], "K, vectors", labels[rule], series, log=True))
             for model, source, table in tables:
@@ -90,8 +90,10 @@ def _exact_table(measured: pd.DataFrame) -> Table:
     return Table(
         "vectors",
         "K vectors against the straight line",
-        "Exact horizon and the information in it; the line is K times the bits per vector at the "
-        "smallest K. Censored passages came back whole: their K could have held more.",
+        "Means over n passages: exact horizon with its 95 % interval, and information gain over "
+        "it. Of the line: bits divided by K times the bits per vector at the smallest K. Censored: "
+        "share of passages that decode whole, where K vectors might hold more. Cut: share of "
+        "passages that ended at their budget.",
         [*columns, "of the line", "censored", "cut", "n"],
         rows,
     )
@@ -121,9 +123,10 @@ def _published_table(data: Data, compare: bool) -> Table:
     return Table(
         "vectors-paper",
         "K vectors by the paper's protocol (Figure 4)",
-        "Max: longest length of the grid whose mean teacher-forced accuracy is at least 0.99. "
-        "Where it is the longest tried, the grid is its limit. Gains: of n passages with accuracy "
-        "of at most 0.99. The line is K times what the smallest K holds.",
+        "Max: longest length of the grid whose mean teacher-forced accuracy is at least 0.99; "
+        "where it is the longest tried, a longer grid might give more. Gains: means over the n "
+        "passages with accuracy of at most 0.99. The line is K times the value per vector at the "
+        "smallest K.",
         columns,
         rows,
     )
@@ -134,7 +137,7 @@ def _percent(share: float) -> str | None:
 
 
 def _measured(name: str, table: pd.DataFrame, measure: str) -> list[Series]:
-    """A measure over K, and the straight line from its first entry."""
+    """A measure over K, and the straight line through the origin and its first point."""
     table = table[table[measure].notna()]
     if table.empty:
         return []

@@ -21,17 +21,18 @@ from memvec.statistics import share_interval
 MAX_PASSAGES = 200  # of a group
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NOTE = (
-    "Ratios: bytes of text over bytes stored; the passages of the longest length that came back "
-    "exactly, joined (of restarts: if all did). Arithmetic: an arithmetic coder driven by the same "
-    "model (H_LM / 8). A ratio below 1 means the vectors are larger than the text."
+    "Ratios: bytes of text divided by bytes stored, over the joined exact passages of the longest "
+    "length (a passage with restarts counts as exact if all of them are). Arithmetic: an "
+    "arithmetic coder driven by the same model (H_LM / 8). A ratio below 1 means that the stored "
+    "form is larger than the text."
 )
 
 
 def bytes_table(data: Data, *, compare: bool) -> Table:
     """One line for each model, series, protocol and K.
 
-    Not joined over K: a passage of one K is the beginning of the same passage of another, and
-    joined they would be half as long for zlib.
+    Passages of different K are not joined, because one is the beginning of another, and a
+    compressor would store the repeated part only once.
     """
     rows: list[list[TableCell]] = []
     keys = ["model", "series", "protocol", "vectors"]
@@ -69,7 +70,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
 
 
 def _vectors(data: Data, rows: pd.DataFrame, protocol: str, K: int) -> int:
-    """Vectors of these passages: K of each, or one, and one for each group that shares an m."""
+    """Number of vectors of these passages, where an m that a group shares counts once."""
     sizes = [protocol_of(protocol).group_size(options) for options in data.options(rows)]
     if not any(sizes):
         return len(rows) * K

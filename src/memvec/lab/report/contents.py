@@ -1,4 +1,4 @@
-"""What a report contains: every protocol's tables and figures, and those over several protocols."""
+"""Contents of a report: the tables and figures of each protocol, and those over protocols."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from memvec.lab.report.utilisation import utilisation_figure, utilisation_table
 def all_tables(data: Data, *, compare: bool) -> list[Table]:
     """Every table the study has rows for. `compare`: the paper's values in extra columns."""
     protocols = [protocol_of(name) for name in protocol_names()]
-    made = [table for p in protocols for table in p.tables(data, compare=compare)]
-    made += [texts_table(data), seeds_table(data), utilisation_table(data), positions_table(data)]
-    made += [bytes_table(data, compare=compare), cost_table(data)]
-    return [table for table in made if table.rows]
+    tables = [table for p in protocols for table in p.tables(data, compare=compare)]
+    tables += [texts_table(data), seeds_table(data), utilisation_table(data), positions_table(data)]
+    tables += [bytes_table(data, compare=compare), cost_table(data)]
+    return [table for table in tables if table.rows]
 
 
 def all_plots(data: Data, *, compare: bool) -> list[Plot]:
     """Every figure the study has rows for. `compare`: the paper's values as extra series."""
     protocols = [protocol_of(name) for name in protocol_names()]
-    made = [lengths(data, compare=compare)]
-    made += [plot for p in protocols for plot in p.figures(data, compare=compare)]
-    made += [utilisation_figure(data, compare=compare), positions_figure(data)]
-    return [plot for plot in made if plot.panels]
+    plots = [lengths(data, compare=compare)]
+    plots += [plot for p in protocols for plot in p.figures(data, compare=compare)]
+    plots += [utilisation_figure(data, compare=compare), positions_figure(data)]
+    return [plot for plot in plots if plot.panels]
 
 
 def all_cards(data: Data) -> list[Card]:

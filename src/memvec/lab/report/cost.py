@@ -15,7 +15,7 @@ def cost_table(data: Data) -> Table:
     return Table(
         "cost",
         "What was spent",
-        "Steps, forward-backward tokens and seconds, summed over passages.",
+        "Optimiser steps, forward-backward tokens and seconds, summed over all passages.",
         ["model", "protocol", "cells", "passages", "steps", "tokens", "seconds"],
         rows,
     )

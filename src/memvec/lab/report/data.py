@@ -1,7 +1,8 @@
-"""What a report reads: the rows that the last spec asks for, models' facts, and the store.
+"""The data of a report: the rows that the last spec plans, facts about the models, and the store.
 
-Rows of different recipes never share a mean: where a model has several under a protocol, they get
-names, which go with the source's. Nor do restarts count as passages: `Data.of` averages them.
+Rows of different recipes never share a mean: where a protocol has several recipes for a model, each
+gets a name, which is appended to the source's name. Restarts of a passage do not count as passages:
+`Data.of` averages them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ MAX_DIFFERENCES = 3  # between recipes, in a name; more are too long
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A study as tables: every row once. `models`: what each model described itself as.
+    """The rows of a study as a table; `models`: the description of each model by its name.
 
-    Columns beside those of an export: `recipe` (`recipe_names`), `series` (what a line of a table
-    or figure is called: the source, and the recipe if it has a name), `passage_group`.
+    Columns beside those of an export: `recipe` (from `recipe_names`), `series` (the source, with
+    the recipe's name if it has one: a line of a table or figure), and `passage_group` (a text that
+    is one draw when passages are resampled). `planned`: number of rows that the last spec plans.
     """
 
     store: Store
@@ -39,11 +41,11 @@ class Data:
     planned: int
 
     def of(self, *protocols: str) -> pd.DataFrame:
-        """Rows of some protocols, restarts averaged: n is the number of passages."""
+        """Rows of some protocols, one per passage: restarts are averaged."""
         return averaged(self.rows[self.rows["protocol"].isin(protocols)])
 
     def restarts(self, protocol: str) -> pd.DataFrame:
-        """Rows of a protocol, every restart with its own."""
+        """Rows of a protocol, one per restart."""
         return self.rows[self.rows["protocol"] == protocol]
 
     def protocols(self) -> list[str]:
@@ -51,7 +53,7 @@ class Data:
         return [str(name) for name in dict.fromkeys(self.rows["protocol"])]
 
     def option(self, rows: pd.DataFrame, name: str) -> pd.Series:
-        """An option of the protocol for each row, from its cell; None where the cell has it not."""
+        """An option of the protocol for each row, from its cell; None where the cell lacks it."""
         return self.options(rows).map(lambda options: options.get(name))
 
     def options(self, rows: pd.DataFrame) -> pd.Series:
@@ -98,9 +100,9 @@ def by_recipe(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, int, str], pd.Dat
 
 
 def recipe_names(store: Store) -> dict[str, str]:
-    """What to call a planned cell's recipe: how it differs from the others, '' where none does.
+    """For each planned cell, how its recipe differs from the others; '' where there is only one.
 
-    Compared are the cells of one model whose protocols share a plane.
+    The recipes of cells of one model whose protocols share a plane are compared.
     """
     planes: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for cell, text in store.db.execute(
@@ -126,17 +128,18 @@ def recipe_names(store: Store) -> dict[str, str]:
 
 
 def averaged(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per passage: the means of its restarts (`exact`: the share of them).
+    """One row per passage: the means of its restarts; `exact` is the share of exact restarts.
 
-    Steps and status are the worst's, so that a passage counts as cut if one restart was.
+    Steps are the maximum, and the status is 'budget' if one restart has it, so that a passage
+    counts as cut if one restart was cut.
     """
-    same = ["protocol", "model", "series", "length", "vectors", "number", "tokens", "predicted"]
-    if not rows.duplicated(same).any():
+    keys = ["protocol", "model", "series", "length", "vectors", "number", "tokens", "predicted"]
+    if not rows.duplicated(keys).any():
         return rows
-    how = {n: "mean" if rows[n].dtype.kind in "bif" else "first" for n in rows if n not in same}
+    how = {n: "mean" if rows[n].dtype.kind in "bif" else "first" for n in rows if n not in keys}
     # Of 'budget', 'done' and 'not-finite' the first by alphabet is 'budget'.
     how |= {"steps": "max", "status": "min", "random_text": "first", "planned": "first"}
-    return rows.groupby(same, sort=False, as_index=False).agg(how)
+    return rows.groupby(keys, sort=False, as_index=False).agg(how)
 
 
 def read_data(store: Store) -> Data:
@@ -168,5 +171,5 @@ def short(model: str) -> str:
 
 
 def panel_title(model: str, K: int, recipe: str = "") -> str:
-    """What a panel of one model, K and recipe is called."""
+    """Title of a panel of one model, K and recipe."""
     return f"{short(model)}, K = {K}" + (f", {recipe}" if recipe else "")

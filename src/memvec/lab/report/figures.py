@@ -12,7 +12,7 @@ from memvec.lab.report.plot import Panel, Plot, Series
 
 COLOURS = ("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a")
 COLUMNS = 3  # panels in a row
-MANY = 4  # series with a name; more leave no place for a legend
+MANY = 4  # with more named series, the legend gets room above the curves
 
 
 def draw_all(plots: list[Plot], folder: Path) -> None:
@@ -103,8 +103,8 @@ def _panel(ax: Any, panel: Panel) -> None:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if any(s.name and s.mark != "boxes" for s in panel.series):
-        # See-through, so that what lies under it can be read. Bars and many lines leave no place
-        # for it, so they get room above them.
+        # The legend is transparent, so that the curves under it stay visible. With many lines the
+        # axis is extended above them.
         many = len([s for s in panel.series if s.name]) > MANY
         ax.legend(
             fontsize=7,

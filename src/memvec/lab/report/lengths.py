@@ -13,8 +13,9 @@ from memvec.lab.report.texts import texts_sentence
 
 PUBLISHED = ", published"  # ends the name of a series
 CAPTION = (
-    "By protocol; of a mean horizon with its 95 % interval, of a longest length without. The "
-    "protocols' tables give their rules."
+    "One point for each model, source and protocol, at the smallest K. A mean exact horizon has "
+    "its 95 % interval over passages; a longest length has none. The protocols' tables give their "
+    "rules and n."
 )
 
 
@@ -24,10 +25,10 @@ def lengths(data: Data, *, compare: bool) -> Plot:
     models = list(dict.fromkeys(rows["model"]))
     series: list[Series] = []
     for source in dict.fromkeys(rows["series"]):
-        here = rows[rows["series"] == source]
-        lines = [_capacities(here, name, models) for name in data.protocols()]
+        rows_of_source = rows[rows["series"] == source]
+        lines = [_capacities(rows_of_source, name, models) for name in data.protocols()]
         series += [line for line in lines if line.x]
-        text = str(here["source"].iloc[0])
+        text = str(rows_of_source["source"].iloc[0])
         known = f"{text}{PUBLISHED}"
         if compare and any(line.x for line in lines) and known not in [s.name for s in series]:
             series += _published(models, text, known)
@@ -40,7 +41,7 @@ def lengths(data: Data, *, compare: bool) -> Plot:
 
 
 def _longest(series: list[Series], names: list[str]) -> str:
-    """The largest capacity that was measured, and how the measured ones compare with published."""
+    """Sentences on the largest measured capacity, and on measured against published ones."""
     measured = [s for s in series if not s.name.endswith(PUBLISHED)]
     points = [(y, s.name, names[int(x)]) for s in measured for x, y in zip(s.x, s.y, strict=True)]
     if not points:
@@ -50,13 +51,13 @@ def _longest(series: list[Series], names: list[str]) -> str:
     sentence = f"The largest is {tokens:.0f} tokens: {where}."
     paper = [s for s in measured if s.name.endswith(", paper")]
     ratios = [
-        y / theirs.y[theirs.x.index(x)]
-        for theirs in series
-        if theirs.name.endswith(PUBLISHED)
+        y / paper_values.y[paper_values.x.index(x)]
+        for paper_values in series
+        if paper_values.name.endswith(PUBLISHED)
         for s in paper
-        if s.name == theirs.name.removesuffix(PUBLISHED) + ", paper"
+        if s.name == paper_values.name.removesuffix(PUBLISHED) + ", paper"
         for x, y in zip(s.x, s.y, strict=True)
-        if x in theirs.x
+        if x in paper_values.x
     ]
     if ratios:
         sentence += (
@@ -68,11 +69,11 @@ def _longest(series: list[Series], names: list[str]) -> str:
 
 def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
     """One protocol's capacity on one source: a point for each model that has one."""
-    mine = rows[rows["protocol"] == protocol]
-    mine = mine[mine["vectors"] == mine["vectors"].min()]
+    measured = rows[rows["protocol"] == protocol]
+    measured = measured[measured["vectors"] == measured["vectors"].min()]
     points: dict[int, Capacity] = {}
     for i, model in enumerate(models):
-        part = mine[mine["model"] == model]
+        part = measured[measured["model"] == model]
         capacity = None if part.empty else protocol_of(protocol).capacity(part)
         if capacity is not None:
             points[i] = capacity
@@ -89,8 +90,8 @@ def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
 
 
 def _published(models: list[str], source: str, name: str) -> list[Series]:
-    theirs = [(i, published.table1(model, source)) for i, model in enumerate(models)]
-    known = [(float(i), float(entry["longest"])) for i, entry in theirs if entry]
+    entries = [(i, published.table1(model, source)) for i, model in enumerate(models)]
+    known = [(float(i), float(entry["longest"])) for i, entry in entries if entry]
     return [Series(name, [i for i, _ in known], [v for _, v in known])] if known else []
 
 

@@ -1,6 +1,6 @@
 """One self-contained HTML page: no network, light and dark, narrow and wide.
 
-All numbers are put in as JSON; a small script draws the figures as SVG, with hover values. The
+All numbers are embedded as JSON; a small script draws the figures as SVG, with values on hover. The
 template is `page.html` beside this file.
 """
 
@@ -31,7 +31,7 @@ MAX_TOKENS = 400  # shown of a passage
 
 
 def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path) -> Path:
-    """Write the page."""
+    """Write the page to `target` and return the path."""
     template = files("memvec.lab.report").joinpath("page.html").read_text("utf-8")
     content = {
         "name": data.name,
@@ -63,7 +63,7 @@ def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path)
 
 
 def overview(data: Data) -> list[dict[str, str]]:
-    """The first numbers a reader wants: value, what it is."""
+    """The cards at the top of the page: a value and a label each."""
     rows = data.rows
     cards = [
         {
@@ -117,9 +117,9 @@ def explored(data: Data) -> list[dict[str, Any]]:
 
 def _explored(data: Data, row: dict[str, Any], vectors: Any, positions: Any) -> dict[str, Any]:
     """One passage: vectors (K, D), positions (4, N) as the store keeps them."""
-    kept = data.store.passage(row["cell"], row["number"])
-    name, ids = kept.name, kept.ids
-    pieces = kept.pieces or [str(i) for i in ids]
+    passage = data.store.passage(row["cell"], row["number"])
+    name, ids = passage.name, passage.ids
+    pieces = passage.pieces or [str(i) for i in ids]
     given = len(ids) - positions.shape[1]
     lm_bits, bits, margin, lm_margin = (
         [round(float(v), 2) for v in line[:MAX_TOKENS]] for line in positions
@@ -145,7 +145,7 @@ def _explored(data: Data, row: dict[str, Any], vectors: Any, positions: Any) -> 
 
 
 def spectrum(vectors: Any) -> list[float]:
-    """Numbers of the vectors by size, largest first, relative to their root mean square."""
+    """Absolute numbers of vectors (K, D), largest first, divided by their root mean square."""
     sizes = np.sort(np.abs(vectors).ravel())[::-1]
     rms = float(np.sqrt((sizes**2).mean())) or 1.0
     at = np.linspace(0, len(sizes) - 1, min(SPECTRUM, len(sizes))).astype(int)
@@ -153,9 +153,9 @@ def spectrum(vectors: Any) -> list[float]:
 
 
 def reproduce(data: Data) -> dict[str, Any]:
-    """What someone else needs: spec, commands, models, environments."""
-    kept = data.store.meta("spec")
-    spec = json.loads(kept) if kept else {"toml": "", "model": None}
+    """Spec, commands, models and environments, to repeat the study."""
+    stored_spec = data.store.meta("spec")
+    spec = json.loads(stored_spec) if stored_spec else {"toml": "", "model": None}
     model = f" --model {short(spec['model'])}" if spec["model"] else ""
     models = {
         short(name): {k: v for k, v in d.items() if k not in ("probe", "name")}

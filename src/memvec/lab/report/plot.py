@@ -12,14 +12,15 @@ import pandas as pd
 from memvec.statistics import Mean
 
 Mark = Literal["points", "line", "bars", "dashed", "boxes"]
-MAX_POINTS = 1500  # of a cloud; more neither shows nor fits a page
+MAX_POINTS = 1500  # of a cloud: more cannot be told apart and make the page large
 
 
 @dataclass(frozen=True)
 class Series:
     """Points with optional intervals and a text for each.
 
-    Of boxes, y is the median, low and high the quartiles, minimum and maximum the whiskers' ends.
+    For the mark 'boxes', y is the median, low and high are the quartiles, and minimum and maximum
+    the ends of the whiskers.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure: what the paper calls it, what it shows, how to read it."""
+    """A figure: key (its file name), title, caption and panels."""
 
     key: str
     title: str

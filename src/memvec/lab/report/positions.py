@@ -1,8 +1,8 @@
-"""Where in a passage the errors are: by position, and by how hard the token was.
+"""Errors by position in the passage, and by the bits of the token.
 
-From the margins and bits that the store keeps of every predicted position, teacher-forced: an
+They are computed from the stored teacher-forced bits and margins of every predicted position: an
 error is a position whose margin with the vectors is not above 0. The longest length of each model,
-source, protocol and K, at most MAX_PASSAGES rows of it.
+source, protocol and K is used, with at most MAX_PASSAGES rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one model, series, protocol and K: passages (P), each as margins and bits (N)."""
+    """Margins (logits) and bits of the predicted positions of passages, an array (N,) for each.
+
+    The passages are those of one model, series, protocol and K.
+    """
 
     model: str
     series: str
@@ -39,7 +42,7 @@ class Errors:
     lm_bits: list[Floats]
 
     def parts(self) -> Floats:
-        """Share of wrong positions in each fifth of each passage, (P, PARTS)."""
+        """Share of wrong positions in each fifth of each passage, (passages, PARTS)."""
         return np.array([[float((part <= 0).mean()) for part in _split(m)] for m in self.margins])
 
 
@@ -83,22 +86,23 @@ def positions_table(data: Data) -> Table:
     return Table(
         "positions",
         "Errors by position",
-        "Share of positions whose arg-max is wrong with teacher forcing, in %: over all, and in "
-        "each fifth of the passage, at the longest length. Bits: what the model alone gives the "
-        "tokens that are wrong with the vectors, and those that are right.",
+        "Share of positions whose arg-max is wrong with teacher forcing, in %: over the whole "
+        "passage, and in each fifth of it, at the longest length; means over rows. Bits: mean "
+        "bits, without vectors, of the tokens that are wrong with the vectors, and of those that "
+        "are right.",
         [*columns, "bits, wrong", "bits, right", "rows"],
         rows,
     )
 
 
 def positions_figure(data: Data) -> Plot:
-    """The same over the passage, for the protocols' smallest K."""
-    found = pd.DataFrame(
+    """Shares of wrong positions over the passage, for the smallest K of each protocol."""
+    frame = pd.DataFrame(
         [(e.model, e.series, e.protocol, e.K, e) for e in errors(data)],
         columns=["model", "series", "protocol", "K", "errors"],
     )
     panels, later, cases = [], 0, 0
-    for (model, protocol), group in found.groupby(["model", "protocol"], sort=False):
+    for (model, protocol), group in frame.groupby(["model", "protocol"], sort=False):
         group = group[group["K"] == group["K"].min()]
         series = []
         for e in group["errors"].head(MAX_SERIES):
@@ -115,9 +119,9 @@ def positions_figure(data: Data) -> Plot:
         title = f"{short(str(model))}, {protocol}"
         panels.append(Panel(title, "place in the passage, %", "% wrong", series))
     caption = (
-        "Share of wrong arg-max in each fifth of the passage, mean over passages with 95 % "
-        f"interval, longest length. The last fifth has more errors than the first in {later} of "
-        f"{cases} lines that differ."
+        "Share of wrong arg-maxes in each fifth of the passage at the longest length, mean over "
+        f"passages with its 95 % interval. The last fifth has more errors than the first in "
+        f"{later} of {cases} lines that differ."
     )
     return Plot("positions", "Errors by position", caption, panels)
 

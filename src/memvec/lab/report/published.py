@@ -1,4 +1,4 @@
-"""The paper's values, shipped as data with their source, in the units of the rest: bits."""
+"""The papers' values from published.json, with conversion to bits."""
 
 from __future__ import annotations
 

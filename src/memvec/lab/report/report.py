@@ -15,7 +15,7 @@ from memvec.lab.study.store import Store
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the page's file, and the tables that it shows."""
+    """A written report: the file of its page, and the tables on it."""
 
     page: Path
     tables: list[Table]

@@ -1,8 +1,8 @@
 """Spread over seeds: the same passages crammed again from other first vectors.
 
 Other tables average the restarts of a passage first, so that n is the number of passages. This one
-keeps the seeds apart: each has its own Max and its own mean gains over passages, and the spread of
-these is what another run of the whole study would differ by.
+keeps the seeds apart: each has its own Max and its own mean gains over passages, and their standard
+deviation estimates how much a repetition of the whole study would differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from memvec.statistics import mean_interval
 def seeds_table(data: Data) -> Table:
     """One line for each model, series and K of the paper protocol that has several seeds.
 
-    Of the lengths that all of its seeds have.
+    Only the lengths that all of its seeds have are used.
     """
     rows: list[list[TableCell]] = []
     for (model, source, K), group in by_series(data.restarts("paper")):
@@ -43,8 +43,10 @@ def seeds_table(data: Data) -> Table:
     return Table(
         "seeds",
         "Spread over seeds",
-        "Each seed by the published rule, at the lengths that all seeds have; means of the seeds' "
-        "means, and the standard deviation of these. n: passages that gains are taken from.",
+        "Each seed is evaluated by the published rule, at the lengths that all seeds have. Max and "
+        "token gain are tokens, bits the information gain; gains and accuracy are means of the "
+        "seeds' means, with the standard deviation of these over seeds. n: passages of each seed "
+        "whose gains are averaged.",
         columns,
         rows,
     )

@@ -1,4 +1,4 @@
-"""A table: titles and cells, made once, written as Markdown, LaTeX or CSV by pandas."""
+"""A table with its title, note and cells, written as Markdown, LaTeX or CSV by pandas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a key (its file name), a title, and what to know when reading it."""
+    """A table with a key (its file name), a title, and a note that explains the columns."""
 
     key: str
     title: str
@@ -35,7 +35,7 @@ class Table:
         return [[show(cell) for cell in row] for row in self.rows]
 
     def markdown(self) -> str:
-        """GitHub's kind of table."""
+        """A Markdown table in GitHub's syntax, with title and note."""
         columns = [name.translate(_MARKDOWN) for name in self.columns]
         rows = [[cell.translate(_MARKDOWN) for cell in row] for row in self.shown()]
         frame = pd.DataFrame(rows, columns=columns, dtype=object)

@@ -1,9 +1,10 @@
-"""Do two kinds of written text fill vectors equally (paper: PG-19 against fan fictions)? A test.
+"""A test of whether two kinds of written text fill vectors equally (PG-19, fan fictions).
 
-The paper compares two columns of Table 1; here the difference gets an interval and a p. Taken are
-rows of the paper protocol whose passages filled their vectors, at lengths that both sides have. A
-passage at several lengths is one observation: the mean over them. Different texts are compared by
-Welch's t test; two recipes on the same text by the paired t test, over the passages of both.
+The paper compares two columns of Table 1; here the difference gets an interval and a p. The test
+uses rows of the paper protocol whose passages filled their vectors, at lengths that both sides
+have. A passage at several lengths is one observation, the mean over them. Different texts are
+compared by Welch's t test; two recipes on the same text by the paired t test, over the passages
+that both have.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from memvec.statistics import Difference, paired_difference, separate_difference
 MEASURES = (("token_gain", "token gain"), ("information_gain", "bits"))
 ALPHA = 0.05
 NOTE = (
-    "First minus second, 95 % interval and two-sided p (not corrected for the number of lines), of "
-    "passages with accuracy of at most 0.99 at lengths that both have; a passage at several "
-    "lengths counts once. Unpaired: Welch's t test; paired: the same passages by two recipes."
+    "Means of the first and the second text, their difference with its 95 % interval, and a "
+    "two-sided p (not corrected for the number of lines), over n passages with accuracy of at most "
+    "0.99 at lengths that both have; a passage at several lengths counts once. Unpaired: Welch's t "
+    "test; paired: t test on the same passages by two recipes."
 )
 
 
@@ -45,7 +47,7 @@ class Comparison:
 
     @property
     def conclusion(self) -> str:
-        """What the interval says."""
+        """The conclusion from p, in a sentence."""
         if math.isnan(self.difference.p):
             return "undecided: too few passages filled their vectors, or all alike"
         if self.difference.p >= ALPHA:
@@ -55,7 +57,7 @@ class Comparison:
 
 def comparisons(data: Data) -> list[Comparison]:
     """All pairs of written texts, and of recipes on the same text, in the order of the spec."""
-    found = []
+    results = []
     rows = data.of("paper")
     for (model, K), group in rows.groupby(["model", "vectors"], sort=False):
         for first, second in itertools.combinations(_sides(group), 2):
@@ -76,8 +78,8 @@ def comparisons(data: Data) -> list[Comparison]:
                     means = (sum(a) / len(a), sum(b) / len(b))
                     head = (str(model), int(str(K)), str(one["series"]), str(other["series"]))
                     n = (len(a), len(b))
-                    found.append(Comparison(*head, label, paired, means, test(a, b), n))
-    return found
+                    results.append(Comparison(*head, label, paired, means, test(a, b), n))
+    return results
 
 
 def _sides(group: pd.DataFrame) -> Iterator[pd.DataFrame]:

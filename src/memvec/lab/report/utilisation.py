@@ -1,7 +1,7 @@
-"""Figure 5: theoretical capacity and what is reached of it, by each protocol's own rule of gains.
+"""Figure 5: theoretical capacity and utilisation, by each protocol's rule of gains.
 
-The published figure takes passages that filled their vectors (paper protocol); protocols that
-measure horizons take the exact horizons of the longest length.
+The published figure uses passages that filled their vectors (paper protocol); protocols that
+measure horizons use the exact horizons of the longest length.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
 from memvec.statistics import mean_interval
 
-BITS = 16  # of a number, as in the paper's Figure 5
+BITS = 16  # bits of a number, as in the paper's Figure 5
 
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Of one model, source, protocol and K, over the passages that the protocol's rule takes."""
+    """Utilisation of one model, source, protocol and K; `rule` says over which passages."""
 
     model: str
     series: str
@@ -35,20 +35,20 @@ class Utilisation:
     tokens: float  # % of the theoretical tokens
     bits: float  # % of the vectors' bits
     bits_per_dimension: float
-    n: int
-    rule: str  # which passages
+    n: int  # passages
+    rule: str
 
 
 def utilisations(data: Data) -> list[Utilisation]:
-    """One for each model, series, protocol, K and storage that has gains."""
+    """A utilisation for each model, series, protocol, K and storage that has gains."""
     keys = ["model", "series", "protocol", "vectors", "storage"]
-    found = []
+    results = []
     for (model, *_), group in data.of(*data.protocols()).groupby(keys, sort=False):
         if str(model) in data.models:
             gains = protocol_of(str(group["protocol"].iloc[0])).gains(group)
             if gains is not None:
-                found.append(_utilisation(data, group, gains))
-    return found
+                results.append(_utilisation(data, group, gains))
+    return results
 
 
 def _utilisation(data: Data, group: pd.DataFrame, gains: Gains) -> Utilisation:
@@ -89,31 +89,31 @@ def utilisation_table(data: Data) -> Table:
 
 
 def _rules(data: Data) -> str:
-    """Which passages the gains of each protocol are of."""
+    """A sentence on the passages that each protocol's gains are averaged over."""
     rules = dict.fromkeys((u.protocol, u.rule) for u in utilisations(data))
     return "Gains: " + "; ".join(f"'{name}': {rule}" for name, rule in rules) + "."
 
 
 def utilisation_figure(data: Data, *, compare: bool) -> Plot:
-    """Figure 5, of each series' smallest K and first protocol."""
-    shown: dict[tuple[str, str], Utilisation] = {}
+    """Figure 5, for the smallest K and the first protocol of each series."""
+    selected: dict[tuple[str, str], Utilisation] = {}
     for u in utilisations(data):
-        known = shown.setdefault((u.model, u.series), u)
+        known = selected.setdefault((u.model, u.series), u)
         if u.protocol == known.protocol and u.K < known.K:
-            shown[u.model, u.series] = u
-    models = list(dict.fromkeys(u.model for u in shown.values()))
+            selected[u.model, u.series] = u
+    models = list(dict.fromkeys(u.model for u in selected.values()))
     reached, share = [], []
-    for name in dict.fromkeys(u.series for u in shown.values()):
-        here = [u for u in shown.values() if u.series == name]
-        x = [float(models.index(u.model)) for u in here]
-        hover = [short(u.model) for u in here]
-        theoretical = [u.theoretical for u in here]
-        reached.append(Series(name, theoretical, [u.token_gain for u in here], hover=hover))
-        share.append(Series(f"{name}, tokens", x, [u.tokens for u in here], "bars"))
-        share.append(Series(f"{name}, bits", x, [u.bits for u in here], "bars"))
+    for name in dict.fromkeys(u.series for u in selected.values()):
+        of_series = [u for u in selected.values() if u.series == name]
+        x = [float(models.index(u.model)) for u in of_series]
+        hover = [short(u.model) for u in of_series]
+        theoretical = [u.theoretical for u in of_series]
+        reached.append(Series(name, theoretical, [u.token_gain for u in of_series], hover=hover))
+        share.append(Series(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
+        share.append(Series(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
     if compare:
-        share += _published(models, {u.series for u in shown.values()})
-    limit = max([1.0, *(u.theoretical for u in shown.values())])
+        share += _published(models, {u.series for u in selected.values()})
+    limit = max([1.0, *(u.theoretical for u in selected.values())])
     reached.append(Series("y = x", [0.0, limit], [0.0, limit], "dashed"))
     panels = [
         Panel("reached", "theoretical tokens", "token gain", reached),
@@ -123,13 +123,13 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
         "utilisation",
         "Theoretical capacity and utilisation (Figure 5)",
         f"{BITS}-bit numbers; tokens by token gain, bits by information gain. "
-        + _sentence([*shown.values()]),
-        panels if shown else [],
+        + _sentence([*selected.values()]),
+        panels if selected else [],
     )
 
 
 def _published(models: list[str], texts: set[str]) -> list[Series]:
-    """The paper's shares of tokens, of the texts that were measured."""
+    """The paper's shares of tokens for the texts that were measured."""
     values = published.published()["utilisation"]["values"]
     series = []
     for key, name in (("pg19", "PG-19"), ("random", "random words")):
@@ -141,16 +141,16 @@ def _published(models: list[str], texts: set[str]) -> list[Series]:
     return series
 
 
-def _sentence(shown: list[Utilisation]) -> str:
-    """The ranges that were reached, and which of the two shares is the smaller one."""
-    if not shown:
+def _sentence(selected: list[Utilisation]) -> str:
+    """A sentence on the ranges of both shares, and on which of them is smaller."""
+    if not selected:
         return ""
     ends = [
         f"{min(v):.1f} to {max(v):.1f} %" if max(v) - min(v) > 0.05 else f"{min(v):.1f} %"
-        for v in ([u.tokens for u in shown], [u.bits for u in shown])
+        for v in ([u.tokens for u in selected], [u.bits for u in selected])
     ]
-    stricter = sum(u.bits < u.tokens for u in shown)
+    stricter = sum(u.bits < u.tokens for u in selected)
     return (
-        f"Reached are {ends[0]} of the tokens and {ends[1]} of the bits; the share of bits is the "
-        f"smaller one in {stricter} of {len(shown)} cases (a model and a source)."
+        f"The vectors reach {ends[0]} of the tokens and {ends[1]} of the bits; the share of bits "
+        f"is the smaller one in {stricter} of {len(selected)} cases (a model and a source)."
     )

@@ -4,7 +4,7 @@ Sentences end by the rule of `memvec.lab.sources.written.sentences`: a full stop
 an exclamation mark, and behind it white space and a capital or a digit. White space in a text is
 one space, and a sentence begins with the space in front of it, so that the tokens of a text are
 those of its sentences one after the other. A sentence longer than the limit is cut into parts of
-equal length: they count as sentences of their own, and are marked.
+equal length. Each part counts as a sentence and is marked as a part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memvec.lab.sources.written import sentences
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-NEXT = " The"  # what a sentence is asked to end before
+NEXT = " The"  # appended to a text to test whether a sentence ends before it
 
 
 @dataclass(frozen=True)
@@ -36,39 +36,39 @@ def cut_sentences(
 ) -> list[Sentence]:
     """The sentences of a text, in order, each of at most `max_tokens` tokens; the first `count`."""
     check_minimum(1, max_tokens=max_tokens)
-    found: list[Sentence] = []
+    cut: list[Sentence] = []
     for sentence in sentences(" ".join(text.split())):
-        if count is not None and len(found) >= count:
+        if count is not None and len(cut) >= count:
             break
         ids = lm.tokenize(" " + sentence)
         parts = -(-len(ids) // max_tokens)
         bounds = [round(i * len(ids) / parts) for i in range(parts + 1)] if parts else [0]
-        found += [
+        cut += [
             Sentence(tuple(ids[start:end]), whole=parts == 1)
             for start, end in itertools.pairwise(bounds)
         ]
-    return found[:count]
+    return cut[:count]
 
 
-def need_two(found: Sequence[Sentence], name: str) -> None:
-    """Raise MemvecError for a text of one sentence: nothing stands before it to predict it from."""
-    if len(found) < 2:
+def need_two(cut: Sequence[Sentence], name: str) -> None:
+    """Raise MemvecError for a text of one sentence, which has no earlier one to predict it from."""
+    if len(cut) < 2:
         raise MemvecError(
-            f"{name} has {len(found)} sentence(s) and nothing to predict one from: give a text of "
+            f"{name} has {len(cut)} sentence(s) and nothing to predict one from: give a text of "
             "at least two."
         )
 
 
-def share_cut(found: Sequence[Sentence]) -> float:
+def share_cut(cut: Sequence[Sentence]) -> float:
     """Share of sentences that are parts of longer ones; 0 of none."""
-    return sum(not s.whole for s in found) / max(len(found), 1)
+    return sum(not s.whole for s in cut) / max(len(cut), 1)
 
 
 def first_sentence(lm: FrozenLM, ids: Sequence[int]) -> tuple[int, ...]:
-    """The tokens (at least one) up to the first end of a sentence in what a model wrote.
+    """The tokens (at least one) up to the first end of a sentence in generated token ids.
 
-    All of them where none ends. An end counts when the next token begins a word, so that what
-    closes a quotation stays with its sentence.
+    If no sentence ends, these are all tokens. An end counts only when the next token begins a word,
+    so that a closing quotation mark stays with its sentence.
     """
     for n in range(1, len(ids)):
         text = lm.text(ids[:n])

@@ -1,8 +1,8 @@
-"""How probable a sentence is, each way: bits of its tokens behind text, latents and predictions.
+"""Bits of a sentence's tokens behind text, latents and predictions.
 
-All ways score the same T tokens of the true sentence by the same frozen LM; what stands in front
-of them differs (WAYS). Rolled h sentences ahead, the latent model has seen no sentence of the last
-h - 1: its own predictions stand in their place, as they are or written and encoded again.
+All ways score the same T tokens of the true sentence with the same frozen LM; they differ in the
+inputs in front of these tokens (WAYS). For a prediction h sentences ahead, the last h - 1 sentences
+are replaced by the latent model's own predictions, unchanged or written and encoded again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One sentence, each way but `alone` and `own`, which cramming measures itself.
+    """Measures of one sentence in all ways but `alone` and `own`, which cramming measures.
 
-    `bits`: of all its tokens, by WAYS. `predicted`: (K, D). `written`: what that decodes to.
-    `continuous` and `discretised`: bits rolled 2, 3, ... sentences ahead. `exact`: of the latents
-    of the sentences before, [encoded ones that decode exactly, crammed ones, all]; `encoded_exact`:
-    whether the sentence's own encoded latent does.
+    `bits`: bits of all its tokens, by WAYS. `predicted`: the predicted latent (K, D). `written`:
+    the token ids that it decodes to. `continuous` and `discretised`: bits behind predictions 2, 3,
+    ... sentences ahead. `exact`: of the sentences before, the number of [encoded latents that
+    decode exactly, crammed latents that do, all]. `encoded_exact`: whether the encoded latent of
+    the sentence decodes exactly.
     """
 
     bits: dict[str, float]
@@ -58,7 +59,7 @@ class Measured:
 
 @torch.no_grad()
 def bits_behind(lm: FrozenLM, vectors: Float[Tensor, "N D"], ids: Ids) -> float:
-    """Bits of a sentence right behind vectors."""
+    """Bits of a sentence of token ids (T,) directly behind vectors, no trigger between them."""
     table = torch.tensor([list(ids)], device=lm.device)
     rows = vectors[None].to(lm.device)
     return float(metrics.surprisal(lm.logits(rows, table), table).double().sum())
@@ -66,9 +67,9 @@ def bits_behind(lm: FrozenLM, vectors: Float[Tensor, "N D"], ids: Ids) -> float:
 
 @torch.no_grad()
 def bits_behind_text(lm: FrozenLM, before: Ids, ids: Ids) -> float:
-    """Bits of a sentence behind text and a start token, where the model has one.
+    """Bits of a sentence of token ids behind BOS, where the model has one, and a text.
 
-    Raises ValueError if nothing stands before it.
+    Raises ValueError if no token precedes the sentence.
     """
     head = [] if lm.bos_id is None else [lm.bos_id]
     whole = [*head, *before, *ids]
@@ -97,17 +98,17 @@ def measure(
     horizon: int,
     storage: torch.dtype = torch.float32,
 ) -> Measured:
-    """A sentence `ids` behind the sentences `before`, and behind all of the `text` before it.
+    """Measure a sentence `ids` behind the sentences `before`, and behind all `text` before it.
 
-    `recipe` crams the latents of the sentences before, which are stored as `storage`. Raises
-    MemvecError if they do not fit the context, there are not as many as `horizon`, or a sentence is
-    longer than the model's limit.
+    The latents of the sentences before are also crammed by `recipe` and rounded to `storage`.
+    Raises MemvecError if the sentences do not fit the context, if there are fewer than `horizon`,
+    or if one is longer than the model's limit.
     """
     check_lengths(lm, model, [*before, ids], horizon)
     K = model.vectors
     vectors, decodes = latents.encoded(lm, [*before, ids], K)
-    known, own, S = vectors[:-1], vectors[-1], len(before)
-    made = latents.crammed(lm, before, K, recipe, storage)
+    known, own_latent, S = vectors[:-1], vectors[-1], len(before)
+    crammed = latents.crammed(lm, before, K, recipe, storage)
     aheads = range(1, horizon + 1)
     seen = [known[: S - ahead + 1] for ahead in aheads]
     rolled = [steps[-1] for steps in model.discretised(lm, seen, aheads)]
@@ -121,10 +122,10 @@ def measure(
         "latents": bits_behind(lm, known.flatten(0, 1), ids),
         "discretised": discretised[0],
         "predicted": continuous[0],
-        "crammed": bits_behind(lm, model.predict(made.vectors[None])[0], ids),
+        "crammed": bits_behind(lm, model.predict(crammed.vectors[None])[0], ids),
         "text": bits_behind_text(lm, [*itertools.chain(*before)], ids),
         "full": bits_behind_text(lm, fitting(lm, text, len(ids)), ids),
-        "encoded": bits_behind(lm, own, ids),
+        "encoded": bits_behind(lm, own_latent, ids),
     }
     return Measured(
         bits,
@@ -132,13 +133,13 @@ def measure(
         rolled[0].ids,
         continuous[1:],
         discretised[1:],
-        [sum(decodes[:-1]), sum(made.exact), S],
+        [sum(decodes[:-1]), sum(crammed.exact), S],
         decodes[-1],
     )
 
 
 def check_lengths(lm: FrozenLM, model: LatentModel, sentences: Sequence[Ids], horizon: int) -> None:
-    """Raise MemvecError for sentences (the last one is asked for) that cannot be measured."""
+    """Raise MemvecError if the last of the sentences cannot be predicted from the others."""
     longest, before = max(map(len, sentences)), len(sentences) - 1
     if longest > model.max_tokens:
         raise MemvecError(

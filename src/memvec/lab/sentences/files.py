@@ -20,8 +20,8 @@ from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
 FORMAT = "memvec-sentences"
-LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512}  # a file may claim
-MOST_VECTORS = 4096
+MAX_SIZES = {"hidden": 16_384, "layers": 256, "heads": 512}  # of the shape in a file
+MAX_VECTORS = 4096
 
 
 def save_latent_model(path: Path, model: LatentModel, lm: FrozenLM) -> None:
@@ -52,11 +52,11 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
         raise MemvecError(f"{path} is no latent model of sentences: memvec lab sentences train.")
     try:
         _check_model(path, metadata, lm)
-        shape = {key: int(json.loads(metadata["shape"])[key]) for key in LARGEST}
-        if any(not 1 <= size <= LARGEST[key] for key, size in shape.items()):
+        shape = {key: int(json.loads(metadata["shape"])[key]) for key in MAX_SIZES}
+        if any(not 1 <= size <= MAX_SIZES[key] for key, size in shape.items()):
             raise ValueError(f"a shape of {shape}")
         K, max_tokens, window = (int(metadata[k]) for k in ("vectors", "max_tokens", "window"))
-        if min(K, max_tokens, window) < 1 or K > MOST_VECTORS:
+        if min(K, max_tokens, window) < 1 or K > MAX_VECTORS:
             raise ValueError(f"{K} vectors, {max_tokens} tokens, {window} sentences")
         network = LatentNetwork(K * lm.width, **shape)
         network.load_state_dict(tensors)
@@ -92,12 +92,12 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _check_model(path: Path, metadata: dict[str, str], lm: FrozenLM) -> None:
     """Raise MemvecError if the file was made for another LM or another encoder."""
-    made: dict[str, Any] = json.loads(metadata["model"])
-    probe = tuple(map(float, made["probe"]))
-    made_for = Fingerprint(made["config"], made["weights"], probe, made["dtype"])
-    if not made_for.matches(lm.fingerprint):
+    record: dict[str, Any] = json.loads(metadata["model"])
+    probe = tuple(map(float, record["probe"]))
+    trained_beside = Fingerprint(record["config"], record["weights"], probe, record["dtype"])
+    if not trained_beside.matches(lm.fingerprint):
         raise MemvecError(
-            f"{path} was trained beside other weights (of {made.get('name')}) than those of "
+            f"{path} was trained beside other weights (of {record.get('name')}) than those of "
             f"{lm.name}: train one for this model with memvec lab sentences train."
         )
     if need_encoder(lm).identity != metadata["encoder"]:

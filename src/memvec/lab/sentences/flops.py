@@ -1,14 +1,14 @@
 """Floating-point operations of a sentence, computed from shapes.
 
-A multiply-add is two operations. A causal LM with P parameters in its blocks, L layers, attention
-of width A = heads x head width, a head of H x V, that reads n inputs behind c others whose keys
-and values it has kept:
+A multiply-add is two operations. A causal LM has `parameters` in its blocks, L layers, attention of
+width A = heads x head width, and an output head of H x V numbers. To read n inputs behind c others
+whose keys and values are cached, it needs
 
-    n 2 P + 4 L A (n c + n (n + 1) / 2),  and 2 H V for each token that it predicts.
+    2 n parameters + 4 L A (n c + n (n + 1) / 2),  and 2 H V for each token that it predicts.
 
-The attention's term is its two products (queries with keys, weights with values) over the pairs of
-positions. Norms, activations and the softmax are left out, as usual; models without attention have
-A = 0. The latent model reads one input behind s others by the same formula.
+The attention's term counts its two products (queries with keys, weights with values) over the pairs
+of positions. Norms, activations and the softmax are left out, as usual; models without attention
+have A = 0. The same formula counts the latent model, which reads one input behind the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COSTS = {
 
 
 class Shape(NamedTuple):
-    """What the formula asks of a model: P, L, A, and the numbers of its head (H x V)."""
+    """A model's sizes in the formula: block parameters, L, A, and the head's H x V."""
 
     parameters: int
     layers: int
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     head: int
 
     def reading(self, n: float | int, behind: float | int = 0, predicted: float | int = 0) -> float:
-        """Operations for n inputs behind others, `predicted` of which are turned into logits."""
+        """Operations for n inputs behind `behind` others; `predicted` outputs become logits."""
         pairs = n * behind + n * (n + 1) / 2
         products = 2 * n * self.parameters + 4 * self.layers * self.attention * pairs
         return float(products + 2 * self.head * predicted)
@@ -64,7 +64,7 @@ def shape_of(lm: FrozenLM) -> Shape:
 
 
 def shape_of_latent(model: LatentModel) -> Shape:
-    """The shape of a latent model: it has no head of its own, its output map is a parameter."""
+    """The shape of a latent model, whose output map counts among its parameters."""
     sizes = model.network.shape
     parameters = sum(p.numel() for p in model.network.parameters())
     return Shape(parameters, sizes["layers"], sizes["hidden"], 0)
@@ -79,10 +79,10 @@ def encoding(lm: FrozenLM, T: int, K: int) -> float:
     encoder: OnePassEncoder = need_encoder(lm)
     if isinstance(encoder, SlotEncoder):
         sizes = encoder.network.shape
-        own = sum(p.numel() for p in encoder.network.parameters())
+        parameters = sum(p.numel() for p in encoder.network.parameters())
         n = T + K  # in both directions: all n^2 pairs
         attention = int(sizes["layers"]) * int(sizes["hidden"])
-        return float(2 * n * own + 4 * attention * n * n)
+        return float(2 * n * parameters + 4 * attention * n * n)
     return K * shape_of(lm).reading(T / K + 1) + 2 * K * lm.width**2
 
 
@@ -91,8 +91,8 @@ def costs(
 ) -> dict[str, float]:
     """Operations of the next sentence of T tokens, by the ways of COSTS.
 
-    Behind `recent` tokens of the last `sentences` sentences, or behind `whole` tokens of text. What
-    stands before was read, or encoded, when it was made: its keys and values, or latents, are kept.
+    The sentence follows `recent` tokens of the last `sentences` sentences, or `whole` tokens of
+    text. The keys and values, or the latents, of the earlier text are cached and not counted.
     """
     shape, K = shape_of(lm), model.vectors
     latent = shape_of_latent(model).reading(1, sentences)

@@ -1,4 +1,4 @@
-"""A text, sentence by sentence: what each latent decodes to, and what the model predicts next."""
+"""The sentences of a text: what each latent decodes to, and what its prediction decodes to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memvec.model.lm import FrozenLM
 
 @dataclass(frozen=True)
 class Shown:
-    """One sentence on the way.
+    """One sentence of the text.
 
     Bits per token of the true sentence: `alone` behind a start token, `text` behind the text of the
     sentences that the latent model read, `predicted` behind its prediction, and `discretised`
@@ -31,9 +31,9 @@ class Shown:
     sentence: str
     tokens: int
     whole: bool  # False for a part of a longer sentence
-    exact: bool  # its own latent decodes to it
-    decoded: str  # what its own latent decodes to, as many tokens
-    predicted: str  # what its latent predicted from the sentences before decodes to
+    exact: bool  # its latent decodes to the same tokens
+    decoded: str  # text that its latent decodes to, with as many tokens
+    predicted: str  # text that the predicted latent decodes to
     alone: float
     text: float
     predicted_bits: float
@@ -55,33 +55,32 @@ def look(
 ) -> Iterator[Shown]:
     """The first `count` sentences of a text; their latents are crammed by `recipe` if given.
 
-    Raises MemvecError for a text of fewer than two sentences, or for a model that starts no text
-    without a BOS token.
+    Raises MemvecError for a text of fewer than two sentences, and for a model without a BOS token.
     """
     check_minimum(2, count=count)
-    found = cut_sentences(lm, text, model.max_tokens, count)
-    need_two(found, name)
+    sentences = cut_sentences(lm, text, model.max_tokens, count)
+    need_two(sentences, name)
     if lm.bos_id is None:
         raise MemvecError(f"{lm.name} has no BOS token, so nothing stands before a first sentence.")
-    ids = [s.ids for s in found]
+    ids = [s.ids for s in sentences]
     if recipe is None:
         known = latents.encoded(lm, ids, model.vectors)
     else:
         known = latents.crammed(lm, ids, model.vectors, recipe)
-    for i, sentence in enumerate(found):
-        yield _shown(lm, model, i, found, known, sentence)
+    for i, sentence in enumerate(sentences):
+        yield _inspected(lm, model, i, sentences, known, sentence)
 
 
-def _shown(
+def _inspected(
     lm: FrozenLM,
     model: LatentModel,
     i: int,
-    found: Sequence[Sentence],
+    sentences: Sequence[Sentence],
     known: Latents,
     sentence: Sentence,
 ) -> Shown:
     ids, n = sentence.ids, len(sentence.ids)
-    before = [s.ids for s in found[max(0, i - model.window + 1) : i]]
+    before = [s.ids for s in sentences[max(0, i - model.window + 1) : i]]
     ((step,),) = model.discretised(lm, [known.vectors[:i]], [1])
     (decoded,) = decode_ids(lm, known.vectors[i : i + 1], [n])
     text = fitting(lm, tuple(itertools.chain(*before)), n)

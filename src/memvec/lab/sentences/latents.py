@@ -1,7 +1,8 @@
 """Latents: K [mem] vectors of each sentence, from the model's one-pass encoder or crammed.
 
-Encoded ones cost one forward pass and mostly do not give the sentence back whole; crammed ones
-begin there and are moved until they decode exactly, by the engine and its certificate.
+Encoded latents cost one forward pass and mostly do not decode to the whole sentence. Crammed
+latents start from the encoded ones and are optimised until they decode exactly, which the engine
+certifies.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def encode(
 ) -> Float[Tensor, "S K D"]:
     """K vectors of each of S sentences by the model's encoder, in float32 on the CPU.
 
-    Sentences of one length go together: an encoder knows no padding. `fast` rounds products to
-    bfloat16 where steps of cramming do, for training in bulk. `on_progress` gets the number of
-    sentences done. Raises MemvecError for a model without an encoder.
+    Sentences of one length are encoded together, because an encoder takes no padding. `fast` rounds
+    products to bfloat16 where cramming steps do, to encode training data faster. `on_progress` gets
+    the number of sentences done. Raises MemvecError for a model without an encoder.
     """
     encoder, reader = need_encoder(lm), lm
     if fast and (rounded := for_steps(lm, "auto")) is not lm:
@@ -93,9 +94,9 @@ def crammed(
     recipe: Recipe,
     storage: torch.dtype = torch.float32,
 ) -> Latents:
-    """Latents crammed from the encoder's vectors until they decode exactly, or as far as it goes.
+    """Latents crammed from the encoder's vectors until they decode exactly or the recipe stops.
 
-    Exact is the engine's certificate. Raises MemvecError for a model without an encoder.
+    `exact` is the engine's certificate. Raises MemvecError for a model without an encoder.
     """
     need_encoder(lm)
     distinct = list(dict.fromkeys(tuple(ids) for ids in sentences))
@@ -103,8 +104,8 @@ def crammed(
         lm, replace(recipe, start="encoder"), vectors=K, batch_size=BATCH // 4, storage=storage
     )
     passages = [Passage(ids, number) for number, ids in enumerate(distinct)]
-    made = {distinct[o.passage.document]: o for o in engine.run(passages)}
-    outcomes = [made[tuple(ids)] for ids in sentences]
+    by_ids = {distinct[o.passage.document]: o for o in engine.run(passages)}
+    outcomes = [by_ids[tuple(ids)] for ids in sentences]
     return Latents(torch.stack([o.vectors.float() for o in outcomes]), [o.exact for o in outcomes])
 
 

@@ -1,13 +1,14 @@
 """The latent model: a small causal transformer over latents of sentences.
 
-It reads a learned start and the latents of the sentences before, and its output behind sentence i
-is a prediction of the latent of sentence i + 1. Latents are counted from the mean of the training
-set's in units of their standard deviation, number by number, on both sides. The frozen LM turns a
-predicted latent into a sentence, or says how probable a given one is behind it.
+Its inputs are a learned start and the latents of the sentences before, and its output at sentence i
+is a prediction of the latent of sentence i + 1. Inputs and outputs are normalised number by number
+with the mean and the standard deviation of the training set. The frozen LM decodes a predicted
+latent to a sentence, or computes the probability of a given sentence behind it.
 
-Fed with its own predictions it goes on without text (`continuous`); `discretised` writes each
-prediction as a sentence and encodes that again (Hwang et al. 2025, arXiv 2505.22202, call the two
-regimes so; their latent model is an adapted copy of the LM, this one stands beside it).
+In the regime `continuous` the model predicts further from its own predictions, without text; in
+`discretised` each prediction is written as a sentence and encoded again. The names are those of
+Hwang et al. 2025 (arXiv 2505.22202), whose latent model is an adapted copy of the LM; here it is a
+separate network.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from memvec.model.lm import FrozenLM
 
 
 class LatentNetwork(nn.Module):
-    """Latents of W = K · D numbers to predictions of the next ones."""
+    """A causal transformer from latents of W = K · D numbers to predictions of the next ones."""
 
     def __init__(self, numbers: int, *, hidden: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -44,17 +45,17 @@ class LatentNetwork(nn.Module):
     std: Tensor
 
     def scaled(self, known: Float[Tensor, "n W"]) -> LatentNetwork:
-        """The same network, for latents with the mean and the spread of these."""
+        """Set mean and standard deviation from these latents; returns the network itself."""
         self.mean.copy_(known.mean(0))
         self.std.copy_(known.std(0).clamp_min(1e-6))
         return self
 
     def normalised(self, vectors: Float[Tensor, "*shape W"]) -> Float[Tensor, "*shape W"]:
-        """Latents in the units that the network counts in."""
+        """Latents with the training set's mean subtracted, divided by its standard deviation."""
         return (vectors - self.mean) / self.std
 
     def forward(self, before: Float[Tensor, "B S W"]) -> Float[Tensor, "B S+1 W"]:
-        """Predictions of the sentences 0 to S, each from those before it alone."""
+        """Predictions of the latents of sentences 0 to S, each from the sentences before it."""
         start = self.start.expand(len(before), 1, -1)
         inputs = torch.cat([start, self.into(self.normalised(before))], dim=1)
         inputs = inputs + position_codes(inputs.shape[1], inputs.shape[2], inputs.device)
@@ -74,7 +75,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LatentModel:
-    """A trained latent network and what it was trained for.
+    """A trained latent network with its limits.
 
     `vectors`: K. `max_tokens`: limit of a sentence. `window`: sentences of one training sequence;
     at most `window` - 1 are read before a prediction. `identity`: hash of its file.
@@ -89,7 +90,7 @@ class LatentModel:
 
     @torch.no_grad()
     def predict(self, before: Float[Tensor, "B S K D"]) -> Float[Tensor, "B K D"]:
-        """The latent of the sentence behind S >= 0 others, from the last `window` - 1 of them."""
+        """The next sentence's latent, from the last `window` - 1 of S >= 0 latents, on the CPU."""
         _, S, K, D = before.shape
         kept = before[:, max(0, S - self.window + 1) :].flatten(2).to(self.network.mean.device)
         predicted: Tensor = self.network(kept)[:, -1].reshape(-1, K, D)
@@ -108,20 +109,20 @@ class LatentModel:
     def discretised(
         self, lm: FrozenLM, before: Sequence[Float[Tensor, "_ K D"]], steps: Sequence[int]
     ) -> list[list[Step]]:
-        """The same, where each prediction is decoded to a sentence and that is encoded again.
+        """Predictions where each one is decoded to a sentence, which is encoded again.
 
-        `before` are sequences of their own lengths (S, K, D), each rolled on as many steps as
-        `steps` says; those that are on the way are decoded together. Raises MemvecError for a model
-        without an encoder.
+        `before` are sequences (S, K, D) of different lengths S, and `steps` has the number of
+        predictions of each. Predictions of one round are decoded together. Raises MemvecError for
+        an LM without an encoder.
         """
         seen = list(before)
-        found: list[list[Step]] = [[] for _ in before]
+        rolled: list[list[Step]] = [[] for _ in before]
         for round_ in range(max(steps, default=0)):
             rows = [i for i, count in enumerate(steps) if count > round_]
             predicted = torch.cat([self.predict(seen[i][None]) for i in rows])
-            said = latents.written(lm, predicted, self.max_tokens)
-            again = latents.encode(lm, said, self.vectors)
-            for i, *step in zip(rows, predicted, said, again, strict=True):
-                found[i].append(Step(*step))
-                seen[i] = torch.cat([seen[i], found[i][-1].again[None]])
-        return found
+            written = latents.written(lm, predicted, self.max_tokens)
+            again = latents.encode(lm, written, self.vectors)
+            for i, *step in zip(rows, predicted, written, again, strict=True):
+                rolled[i].append(Step(*step))
+                seen[i] = torch.cat([seen[i], rolled[i][-1].again[None]])
+        return rolled

@@ -1,4 +1,4 @@
-"""What is chosen of the training of a latent model, and whether a frozen LM allows it."""
+"""The options of the training of a latent model, and their check against a frozen LM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOSSES = ("tokens", "latents", "both")
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """Every choice of a training run."""
+    """The options of a training run."""
 
     steps: int = 1000
     vectors: int = 3
@@ -30,7 +30,7 @@ class LatentPlan:
     lr: float = 1e-3
     warmup: int = 50
     sentences: int = 30_000
-    """Sentences that are encoded, at most; the same number from the start of each document."""
+    """Maximum number of encoded sentences; as many from the start of each document."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class LatentPlan:
 
 
 def check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
-    """Raise MemvecError for sentences that the encoder does not read whole, or with no room."""
+    """Raise MemvecError if the encoder or the context is too small for the longest sentence."""
     encoder, K = need_encoder(lm), plan.vectors
     if not lm.has_split_head:
         raise MemvecError(f"{lm.name} does not give its hidden states: no latent model for it.")

@@ -1,15 +1,16 @@
-"""Training a latent model beside a frozen LM: predict the latents of the next sentences.
+"""Training of a latent model that predicts the latents of the next sentences for a frozen LM.
 
-What is minimised is one of two losses, or their sum:
+The loss is one of two, or their sum:
 
 - `tokens`: cross-entropy of the next sentence's tokens behind the predicted latent, through the
   frozen LM, per token. Its gradient goes through the LM into the prediction (Hwang et al. 2025:
   contextual embeddings);
 - `latents`: squared distance of the prediction to the next sentence's encoded latent, per number,
-  in units of the latents' spread (their semantic embeddings: the target says the sentence itself).
+  in units of the latents' standard deviation (their semantic embeddings, whose target encodes the
+  sentence itself).
 
-Sentences are encoded once, in bulk; a sequence is `window` consecutive sentences, and all of them
-are predicted at once.
+All sentences are encoded once before training; a sequence is `window` consecutive sentences, which
+are predicted in parallel.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from memvec.passages.passage import Passage, padded_ids
 
 HELD_OUT = 0.02  # share of each document's sentences, at its end, that is never trained on
 CHECKPOINT_EVERY = 50
-GROUPS = 4  # of sentences by length in a step, so that short ones are not padded to the longest
-CHECKED = 96  # held-out sentences that tell how training goes
+GROUPS = 4  # groups of sentences by length in a step: less padding of short ones
+CHECKED = 96  # held-out sentences of each measurement during training
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,19 @@ class LatentProgress:
 
     step: int
     steps: int
-    bits: float  # per token behind the predictions, mean of the last step; NaN for 'latents'
-    distance: float  # squared, per number, in units of the latents' spread
+    bits: float  # bits per token behind the predictions, mean of the last step; NaN for 'latents'
+    distance: float  # squared, per number, in units of the latents' standard deviation
     held_out: float | None  # bits per token of held-out sentences, at every checkpoint
     seconds: float
 
 
 class LatentTraining:
-    """A run that can be stopped after any checkpoint and resumed.
+    """A training run that can be stopped after any checkpoint and resumed.
 
-    `documents`: their sentences, in order. What step n trains on depends on the seed and on n
-    alone. Raises MemvecError: no encoder, too little text, sentences too long for the encoder or
-    the LM's context, a loss that is not finite, a partial file of another run.
+    `documents` are the sentences of each document in order. The data of step n depend on the seed
+    and on n alone. Raises MemvecError if there is no encoder or too little text, if sentences are
+    too long for the encoder or the LM's context, if a loss is not finite, or if the partial file
+    belongs to another run.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class LatentTraining:
         )
 
     def about(self) -> dict[str, Any]:
-        """What a file says of the run."""
+        """Facts about the run, for the file of the latent model."""
         return {
             **self.identity,
             "seconds": round(self.seconds, 1),
@@ -140,19 +142,19 @@ class LatentTraining:
         }
 
     def _train_step(self) -> tuple[float, float]:
-        """One step; mean bits per token (NaN without that loss) and mean squared distance."""
+        """One step: (mean bits per token, NaN without that loss; mean squared distance)."""
         plan, network = self.plan, self.network.train()
-        rows, there = self._sequences(self._generator("step", self.step))
+        rows, present = self._sequences(self._generator("step", self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr * self._rate()
         known = self.latents[rows].to(self.lm.device)
-        predicted = network(known[:, :-1])[there]
-        gap = network.normalised(predicted) - network.normalised(known[there])
+        predicted = network(known[:, :-1])[present]
+        gap = network.normalised(predicted) - network.normalised(known[present])
         distance = gap.square().mean()
         loss = torch.zeros((), device=self.lm.device)
         bits = math.nan
         if plan.loss != "latents":
-            nats, slope = self._through_lm(predicted, rows[there])
+            nats, slope = self._through_lm(predicted, rows[present])
             loss, bits = (predicted * slope).sum(), nats / math.log(2)
         if plan.loss != "tokens":
             loss = loss + distance
@@ -172,8 +174,11 @@ class LatentTraining:
     def _through_lm(
         self, predicted: Float[Tensor, "M W"], sentences: Tensor, backward: bool = True
     ) -> tuple[float, Float[Tensor, "M W"]]:
-        """Mean nats per token of M sentences (indices) behind their predicted latents, through the
-        frozen LM, and its gradient at the latents (zeros without `backward`)."""
+        """(mean nats per token through the frozen LM, its gradient at the predicted latents).
+
+        `sentences` has the indices of the M sentences that the latents predict. Without `backward`
+        the gradient is zero.
+        """
         lm, K = self.fast, self.plan.vectors
         passages = [Passage(self.sentences[i].ids) for i in sentences.tolist()]
         order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
@@ -205,14 +210,14 @@ class LatentTraining:
     @torch.no_grad()
     def held_out_bits(self) -> float:
         """Bits per token of held-out sentences behind their predictions, the same every time."""
-        rows, there = self._sequences(self._generator("held out", 0), held_out=True)
+        rows, present = self._sequences(self._generator("held out", 0), held_out=True)
         known = self.latents[rows].to(self.lm.device)
-        predicted = self.network.eval()(known[:, :-1])[there]
-        nats, _ = self._through_lm(predicted, rows[there], backward=False)
+        predicted = self.network.eval()(known[:, :-1])[present]
+        nats, _ = self._through_lm(predicted, rows[present], backward=False)
         return nats / math.log(2)
 
     def _rate(self) -> float:
-        """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""
+        """Factor of the learning rate: linear warm-up, then linear decay to a hundredth."""
         left = 1 - self.step / self.plan.steps
         return min((self.step + 1) / self.plan.warmup, 0.01 + 0.99 * left)
 
@@ -223,19 +228,19 @@ class LatentTraining:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _sequences(self, draw: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """Indices of sentences (B, window), and where there is one: texts may be shorter."""
+        """(indices of sentences (B, window), mask (B, window) of the places with a sentence)."""
         plan, spans = self.plan, self.held_out if held_out else self.train
         count = -(-CHECKED // plan.window) if held_out else plan.batch
         sizes = torch.tensor([float(end - start) for start, end in spans])
         chosen = torch.multinomial(sizes, count, replacement=True, generator=draw)
         rows = torch.zeros(count, plan.window, dtype=torch.long)
-        there = torch.zeros(count, plan.window, dtype=torch.bool)
-        for row, here, span in zip(rows, there, chosen.tolist(), strict=True):
+        present = torch.zeros(count, plan.window, dtype=torch.bool)
+        for row, present_row, span in zip(rows, present, chosen.tolist(), strict=True):
             start, end = spans[span]
             n = min(plan.window, end - start)
             first = start + int(torch.randint(end - start - n + 1, (), generator=draw))
-            row[:n], here[:n] = torch.arange(first, first + n), True
-        return rows, there
+            row[:n], present_row[:n] = torch.arange(first, first + n), True
+        return rows, present
 
     def _save(self, partial: Path) -> None:
         progress = [self.step, self.seconds]
@@ -247,7 +252,7 @@ class LatentTraining:
 
 
 def _beginnings(documents: Sequence[Sequence[Sentence]], count: int) -> list[list[Sentence]]:
-    """The beginnings of documents of at least two sentences, `count` sentences of all together."""
+    """The beginnings of all documents of at least two sentences, about `count` sentences in all."""
     some = [document for document in documents if len(document) > 1]
     if not some:
         raise MemvecError(
@@ -259,7 +264,7 @@ def _beginnings(documents: Sequence[Sequence[Sentence]], count: int) -> list[lis
 
 
 def of_each(count: int, documents: int) -> int:
-    """Sentences of each document, for `count` of all together: at least two."""
+    """Sentences of each document for `count` in all: at least two."""
     return max(2, count // documents)
 
 
@@ -268,7 +273,8 @@ def _parted(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(spans to train on, spans held out) as first and last index over all documents' sentences.
 
-    Short documents have nothing held out; without any, the training spans are what is checked.
+    Short documents have no held-out span. If no document has one, the training spans are used for
+    the measurements during training.
     """
     train, held_out, start = [], [], 0
     for document in documents:

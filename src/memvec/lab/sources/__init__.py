@@ -27,7 +27,7 @@ __all__ = ["SOURCES", "AnySource", "Source", "SourcedPassage", "seeded_random"]
 
 
 def _of_its_kind(value: Any) -> Any:
-    """The source that a dictionary with a `kind` describes; anything else is left to pydantic.
+    """The source that a dictionary with a `kind` describes; other values go to pydantic unchanged.
 
     An unknown kind is pydantic's error `union_tag_invalid`, a missing one `union_tag_not_found`,
     as of a discriminated union.

@@ -1,7 +1,6 @@
-"""What every source is: a frozen, validated set of options that yields passages.
+"""The base class of sources: a frozen, validated set of options that yields passages.
 
-What a source yields depends on its options alone, and passage i does not depend on how many are
-asked for.
+The passages depend on the options alone, and passage i does not depend on the number of passages.
 """
 
 from __future__ import annotations
@@ -23,10 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourcedPassage:
-    """The `number`-th passage of a source, and where it came from (`name`).
+    """The `number`-th passage of a source; `name` says which text it is from.
 
-    `before` holds the token ids that precede it in its text, in their order; empty where there is
-    no text.
+    `before` holds the token ids that precede it in its text, and is empty if there are none.
     """
 
     number: int
@@ -36,11 +34,11 @@ class SourcedPassage:
 
 
 class Source(BaseModel):
-    """What all sources share."""
+    """Base class of all sources."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     random_text: ClassVar[bool] = False  # drawn by a program rather than written
-    starts_alike: ClassVar[bool] = True  # passage i at a shorter length is its beginning
+    starts_alike: ClassVar[bool] = True  # passage i begins alike at every length
 
     kind: str = Field(description="which source: a name that memvec.registry lists")
     name: str = Field(default="", description="how the study calls it; default: its kind")
@@ -52,12 +50,12 @@ class Source(BaseModel):
     )
 
     def settings(self, base: Path | None = None) -> dict[str, Any]:
-        """What decides the passages, for the record and for the keys of rows."""
-        left_out = {"name"} if self.bos else {"name", "bos"}  # keys without it stay what they were
+        """The options that decide the passages, for the record and for the keys of rows."""
+        left_out = {"name"} if self.bos else {"name", "bos"}  # keys of older studies lack `bos`
         return self.model_dump(mode="json", exclude=left_out)
 
     def missing(self, base: Path | None) -> str | None:
-        """A sentence about a missing file or library, without loading a model; None if none is."""
+        """A sentence about a missing file or library, or None; loads no model."""
         return None
 
     def passages(
@@ -68,6 +66,6 @@ class Source(BaseModel):
 
 
 def seeded_random(*parts: object) -> random.Random:
-    """A generator seeded by its purpose, never by order: same parts, same numbers."""
+    """A random generator whose seed is a hash of `parts`, so it does not depend on call order."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))

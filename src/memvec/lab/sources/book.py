@@ -1,7 +1,7 @@
 """Source `book`: one text from its start to its end, in blocks of equal length.
 
-Other sources take one passage of a text. Here passage i is the i-th block of the text, and each
-passage says how many tokens the whole has, so that a study can say how many vectors it needs.
+Other sources take one passage of a text. Here passage i is the i-th block of the text. Each passage
+has the token count of the whole text, so that a study can compute the vectors for all of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Block(SourcedPassage):
 
 
 class WholeBook(Source):
-    """A text cut into blocks; a rest shorter than a block is left out."""
+    """A text cut into blocks; an incomplete last block is left out."""
 
     kind: Literal["book"] = "book"
     starts_alike: ClassVar[bool] = False  # block i of another length begins elsewhere

@@ -1,7 +1,8 @@
 """Random words: drawn evenly from the 100,000 most frequent English words, joined by spaces.
 
-The paper's list is GloVe's vocabulary (`make_vocab.py`); by default ours is wordfreq's, which any
-machine has, and the record names it. A word file with one word per line (`words`) replaces it.
+The paper uses GloVe's vocabulary (`make_vocab.py`). The default here is wordfreq's list, which
+comes with a package, and the record names it. A word file with one word per line (`words`) replaces
+it.
 """
 
 from __future__ import annotations
@@ -72,16 +73,16 @@ def random_word_passages(
     name = list_name(words, None)
     for number in range(count):
         draw = seeded_random("random-words", name, seed, number)
-        own_length = length
+        tokens = length
         if drawn_lengths:
-            own_length = seeded_random("length", seed, number, length).randint(2, length)
+            tokens = seeded_random("length", seed, number, length).randint(2, length)
         ids: list[int] = []
         drawn: list[str] = []
-        # A longer text may merge its last tokens: stay clear of the end.
-        while len(ids) < own_length + 8:
+        # Further words may merge with the last tokens, so these are not used.
+        while len(ids) < tokens + 8:
             drawn += [draw.choice(words) for _ in range(length + 8)]
             ids = lm.tokenize(" ".join(drawn))
-        passage = Passage(tuple(ids[:own_length]), number)
+        passage = Passage(tuple(ids[:tokens]), number)
         yield SourcedPassage(number, passage, f"random words #{number}")
 
 

@@ -43,8 +43,8 @@ def sampled_passages(
     special = [lm.bos_id] if lm.tokenizer is None else sorted(lm.tokenizer.all_special_ids)
     banned = [i for i in special if i < lm.vocab_size]
     for number in range(count):
-        own_seed = seeded_random("sampled", seed, number).getrandbits(62)
-        generator = torch.Generator().manual_seed(own_seed)
+        passage_seed = seeded_random("sampled", seed, number).getrandbits(62)
+        generator = torch.Generator().manual_seed(passage_seed)
         ids: list[int] = []
         for _ in range(length):
             # Logits for the token after the known ones: the last id of the batch is never read.

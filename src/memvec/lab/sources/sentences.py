@@ -1,8 +1,8 @@
 """Source `sentences`: whole sentences of texts, each with all the sentences before it.
 
-Other sources take passages of one length. Here `length` is the limit of a sentence: longer ones
-are cut (memvec.lab.sentences.cutting) and stand before others only; what is asked for are whole
-sentences that have at least `before` others in front of them. They are drawn by the seed over all
+Other sources take passages of one length. Here `length` is the limit of a sentence. Longer ones are
+cut (memvec.lab.sentences.cutting), and their parts only precede other sentences. The passages are
+whole sentences with at least `before` others in front of them. They are drawn by the seed over all
 texts, and no sentence is drawn twice.
 """
 
@@ -35,7 +35,7 @@ class SentencePassage(SourcedPassage):
 
 
 class Sentences(Source):
-    """Whole sentences, with what stands before them."""
+    """Whole sentences, with the sentences before them."""
 
     kind: Literal["sentences"] = "sentences"
     starts_alike: ClassVar[bool] = False  # another limit cuts other sentences
@@ -63,13 +63,13 @@ class Sentences(Source):
             raise MemvecError(problem)
         texts = read_texts(str(self.path), base, self.column, self.where)
         cut = [cut_sentences(lm, text, length) for _, text in texts]
-        for (name, _), found in zip(texts, cut, strict=True):
-            need_two(found, name)
+        for (name, _), parts in zip(texts, cut, strict=True):
+            need_two(parts, name)
         places = [
             (document, i)
-            for document, found in enumerate(cut)
-            for i in range(self.before, len(found))
-            if found[i].whole and len(found[i].ids) >= self.min_tokens
+            for document, parts in enumerate(cut)
+            for i in range(self.before, len(parts))
+            if parts[i].whole and len(parts[i].ids) >= self.min_tokens
         ]
         seeded_random("sentences", self.seed).shuffle(places)
         distinct = {cut[document][i].ids: (document, i) for document, i in reversed(places)}

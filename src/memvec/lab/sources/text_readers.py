@@ -33,7 +33,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def missing_texts(path: str, base: Path | None) -> str | None:
-    """A sentence if there is no such file or folder, or nothing in it; nothing is read."""
+    """A sentence if there is no such file or folder, or if it is empty; reads no text."""
     file = resolve(path, base)
     if not file.exists():
         return f"source missing: there is no file or folder {file}."

@@ -1,10 +1,10 @@
-"""Written texts: the paper's chunks and its suffix rule, seeded; what `files` and `hub` share.
+"""Written texts: the paper's chunks and its suffix rule, seeded; base of `files` and `hub`.
 
 Kuratov et al. draw a book, split it into sentences, take a random span of 12,000 to 25,000 words
 (`preprocess_pg19.ipynb`), and cram the first T tokens of the *second half* of the span's sentences
-(`train.py`). Their draw was not seeded; ours is, by the chunk's number, so chunk i is the same
-however many are made. Sentences are split by punctuation here and by nltk's `punkt` there; give
-`splitter='nltk'` where nltk and its data are installed, to follow the paper to the letter.
+(`train.py`). Their draw was not seeded. Here the chunk's number seeds it, so that chunk i does not
+depend on the number of chunks. Sentences are split by punctuation here and by nltk's `punkt` there;
+`splitter='nltk'` follows the paper exactly, where nltk and its data are installed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0
 
 
 class WrittenTexts(Source):
-    """Written texts: where they are, and how a passage is taken from one."""
+    """Texts of a file, folder or data set, and the rule that takes a passage from each."""
 
     path: str | None = Field(default=None, description="file, folder or - for standard input")
     dataset: str | None = Field(default=None, description="Hub data set, if there is no path")
@@ -57,9 +57,12 @@ class WrittenTexts(Source):
     splitter: Splitter = Field(default="punctuation", description="how sentences are split")
 
     def missing(self, base: Path | None) -> str | None:
-        fewest, most = self.chunk_words or (1, 1)
-        if not 1 <= fewest <= most:
-            return f"source '{self.name}': chunk_words are [fewest, most], not [{fewest}, {most}]."
+        min_words, max_words = self.chunk_words or (1, 1)
+        if not 1 <= min_words <= max_words:
+            return (
+                f"source '{self.name}': chunk_words are [fewest, most], not "
+                f"[{min_words}, {max_words}]."
+            )
         if self.rule == "suffix" or self.chunk_words is not None:
             try:
                 sentences("One. Two.", self.splitter)
@@ -95,8 +98,8 @@ class WrittenTexts(Source):
                 name, text = texts[number]
             else:
                 name, text = chunk(texts, number, self.chunk_words, self.seed, self.splitter)
-            before, rest = split_by_rule(text, self.rule, self.splitter)
-            ids = _leading_ids(lm, rest, length)
+            before, passage_text = split_by_rule(text, self.rule, self.splitter)
+            ids = _leading_ids(lm, passage_text, length)
             if len(ids) < length:
                 raise MemvecError(
                     f"{name} has {len(ids)} tokens for a passage of {length}: lower lengths, or "

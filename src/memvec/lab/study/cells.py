@@ -1,8 +1,8 @@
-"""Cells: what a spec asks for, expanded. A row's key is its cell's and the passage's number.
+"""Cells of a spec. The key of a row is the key of its cell and the number of its passage.
 
-A cell is everything that decides the numbers of its rows and nothing else; its key is a hash of
-that, so a changed spec finds again what it has in common with the earlier one. How many passages
-are asked for is not in it: asking for more goes on from what is there.
+A cell has everything that decides the numbers of its rows and nothing else. Its key is a hash of
+this, so a changed spec keeps the rows of the cells that it shares with the earlier one. The number
+of passages is not part of the cell: a spec with more passages adds rows to those that exist.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Cell:
             del settings["files"]
         return settings
 
-    def made_recipe(self) -> Recipe:
-        """The recipe as an object."""
+    def to_recipe(self) -> Recipe:
+        """The cell's recipe as a Recipe."""
         return Recipe(**self.recipe)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell and how many passages the spec asks of it."""
+    """A cell and the number of passages that the spec plans for it."""
 
     cell: Cell
     passages: int
@@ -97,7 +97,7 @@ def _cells(
 ) -> Iterator[Cell]:
     """A run's cells for one model: sources x lengths x vectors x seeds."""
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
-    files = named_files(recipe_of(run, seed=0))  # the seed names none
+    files = named_files(recipe_of(run, seed=0))  # the same for every seed
     for source, length, K, seed in itertools.product(*axes):
         yield Cell(
             run.protocol,

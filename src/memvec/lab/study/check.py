@@ -111,7 +111,7 @@ def _sampled(store: Store, sample: int) -> pd.DataFrame:
 
 
 def _cell(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
-    """(what the model said of itself, the cell's settings)."""
+    """(description of the model that crammed the cell, the cell)."""
     description, settings = store.db.execute(
         "SELECT description, settings FROM cells WHERE cell=?", (key,)
     ).fetchone()
@@ -119,11 +119,13 @@ def _cell(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
 
 
 def _check_cell(store: Store, key: str, cell: Cell) -> list[str]:
-    """A cell's columns are its settings', and its key is their hash."""
+    """Sentences about a cell whose columns or key differ from its settings."""
     wrong = [] if cell.key == key else [f"cell {key}: its settings are those of cell {cell.key}."]
     names = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
-    kept = store.db.execute(f"SELECT {', '.join(names)} FROM cells WHERE cell=?", (key,)).fetchone()
-    for name, value in zip(names, kept, strict=True):
+    stored = store.db.execute(
+        f"SELECT {', '.join(names)} FROM cells WHERE cell=?", (key,)
+    ).fetchone()
+    for name, value in zip(names, stored, strict=True):
         if value != getattr(cell, name):
             wrong.append(
                 f"cell {key}: {name} is stored as {value} and its settings say "
@@ -140,7 +142,7 @@ def _check_row(
     dtype: str,
     worst: dict[str, float],
 ) -> list[str]:
-    """Sentences about one row; notes the largest difference of each column."""
+    """Sentences about one row; updates the largest difference of each column in `worst`."""
     place = f"cell {row['cell']} ({row['protocol']}, {row['source']}), passage {row['number']}"
     try:
         vectors, positions = store.tensors(row["cell"], row["number"])
@@ -220,9 +222,11 @@ def _costs(row: dict[str, Any], slow: Slow, dtype: str) -> list[str]:
         wrong.append(
             _differs("margin_asked", row["margin_asked"], f"one of {slow.margins[:4]} ...")
         )
-    least, stored = row["least_loss_gain"], slow.columns["information_gain"]
-    if least is not None and least < stored - 2 * BITS[dtype] * int(slow.columns["predicted"]):
-        wrong.append(_differs("least_loss_gain", least, f"at least {stored:g}"))
+    best_gain, stored_gain = row["least_loss_gain"], slow.columns["information_gain"]
+    if best_gain is not None and best_gain < stored_gain - 2 * BITS[dtype] * int(
+        slow.columns["predicted"]
+    ):
+        wrong.append(_differs("least_loss_gain", best_gain, f"at least {stored_gain:g}"))
     met = slow.columns["margin"] >= row["margin_asked"] - TIE[dtype]
     if row["status"] not in ("done", "budget", "not-finite") or (
         row["status"] == "done" and not met
@@ -232,7 +236,7 @@ def _costs(row: dict[str, Any], slow: Slow, dtype: str) -> list[str]:
 
 
 def _positions(slow: Slow, positions: Any, dtype: str, worst: dict[str, float]) -> list[str]:
-    """The stored bits and margins of every position."""
+    """Sentences about stored bits and margins of positions that disagree."""
     wrong = []
     kinds = ((0, BITS[dtype] * 50), (1, BITS[dtype] * 50), (2, TIE[dtype]), (3, TIE[dtype]))
     names = ("bits without vectors", "bits with", "margin with", "margin without")
@@ -245,7 +249,7 @@ def _positions(slow: Slow, positions: Any, dtype: str, worst: dict[str, float]) 
 
 
 def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> list[str]:
-    """What the protocol measured besides, against its own recomputation."""
+    """Sentences about extra measurements that disagree with the protocol's recomputation."""
     maker, wrong = protocol_of(protocol), []
     try:
         extra = json.loads(stored)
@@ -269,7 +273,7 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
 def _check_pairs(
     lm: FrozenLM, store: Store, model: str, limit: int, worst: dict[str, float]
 ) -> list[str]:
-    """What protocols measured of pairs of restarts, value by value; `limit` pairs, 0: all."""
+    """Sentences about measurements of pairs of restarts that disagree; `limit` pairs, 0: all."""
     wrong = []
     pairs = store.db.execute(
         "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "

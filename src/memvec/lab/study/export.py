@@ -35,9 +35,9 @@ _STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
 def read_rows(store: Store) -> pd.DataFrame:
     """All rows with their cells' columns, in the order of the spec, those of no spec last."""
     cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
-    own = ", ".join(f"rows.{name}" for name in COLUMNS)
+    row_columns = ", ".join(f"rows.{name}" for name in COLUMNS)
     query = (
-        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {own}, "
+        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {row_columns}, "
         "rows.environment, rows.finished, rows.number < cells.planned AS planned "
         "FROM rows JOIN cells USING (cell) "
         "ORDER BY cells.planned = 0, cells.position, rows.number"

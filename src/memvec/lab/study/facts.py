@@ -1,7 +1,7 @@
 """Sizes of models by name, so that a spec can be checked and priced without weights.
 
-Of the papers' models the sizes in their published config.json files are in `facts.json`; a folder,
-and the built-in model, is read from its own config. Both are read by `model.estimate`.
+`facts.json` has the sizes of the papers' models from their published config.json files. For a
+folder, and for the built-in model, its config is read. `model.estimate` computes with both.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from memvec.errors import MemvecError
 from memvec.loading import POCKET
 from memvec.model.estimate import Facts, facts_of_config
 
-NUMBER = 2  # bytes of a weight: prices are for bfloat16
+NUMBER = 2  # bytes of a weight in bfloat16, for which prices are computed
 
 
 def facts_of_name(name: str) -> Facts | None:
-    """Facts of a model by Hub id, folder or 'pocket'; None if nothing is known here.
+    """Facts of a model by Hub id, folder or 'pocket'; None if none are known.
 
     Raises MemvecError for a folder whose config cannot be read.
     """
@@ -52,7 +52,7 @@ def _known(name: str) -> Facts | None:
 
 
 def _config(record: dict[str, Any]) -> PretrainedConfig:
-    """A configuration with its family's defaults, or as it is for a family unknown here."""
+    """A configuration with its family's defaults, or a plain one for an unknown family."""
     kind = record.get("model_type")
     try:
         return AutoConfig.for_model(**record) if kind else PretrainedConfig(**record)

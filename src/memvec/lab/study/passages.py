@@ -1,8 +1,8 @@
 """The passages of a study: name, token ids, the tokens before them, and their text.
 
-A passage is stored once under the hash of its token ids, whoever crams it. Where the same tokens
-stand elsewhere too (behind other text, or under another tokenizer, with another text) the row's own
-are kept beside it.
+A passage is stored once under the hash of its token ids, and all cells share it. If the same tokens
+occur elsewhere too, behind other text or with the text of another tokenizer, the table `elsewhere`
+keeps the name, the tokens before and the text for that row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CREATE TABLE IF NOT EXISTS elsewhere (
 
 
 class Kept(NamedTuple):
-    """What a study keeps of the passage of a row; `text` and `pieces` None without a tokenizer."""
+    """The stored passage of a row; `text` and `pieces` are None without a tokenizer."""
 
     name: str
     ids: tuple[int, ...]
@@ -38,20 +38,20 @@ class Kept(NamedTuple):
 
 
 def put(
-    db: sqlite3.Connection, cell: str, key: str, found: SourcedPassage, text: Text | None
+    db: sqlite3.Connection, cell: str, key: str, sourced: SourcedPassage, text: Text | None
 ) -> None:
-    """Remember a passage of a cell under the hash of its ids."""
+    """Store a passage of a cell under the hash of its ids."""
     words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
-    own = (found.name, to_bytes(found.before), *words)
-    name, before, *rest = own
+    name, before = sourced.name, to_bytes(sourced.before)
     db.execute(
         "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
-        (key, name, to_bytes(found.passage.ids), before, *rest),
+        (key, name, to_bytes(sourced.passage.ids), before, *words),
     )
     query = "SELECT name, before, text, pieces FROM passages WHERE passage=?"
-    if db.execute(query, (key,)).fetchone() != own:
+    if db.execute(query, (key,)).fetchone() != (name, before, *words):
         db.execute(
-            "INSERT OR REPLACE INTO elsewhere VALUES (?,?,?,?,?,?)", (cell, found.number, *own)
+            "INSERT OR REPLACE INTO elsewhere VALUES (?,?,?,?,?,?)",
+            (cell, sourced.number, name, before, *words),
         )
 
 
@@ -64,16 +64,15 @@ def find(db: sqlite3.Connection, cell: str, number: int) -> Kept | None:
     row = db.execute(query, (cell, number)).fetchone()
     if row is None:
         return None
-    name, ids, *rest = row
+    name, ids, before, text, pieces = row
     # A store of an earlier memvec that is only read has no such table.
     if db.execute("SELECT 1 FROM sqlite_master WHERE name='elsewhere'").fetchone():
         query = "SELECT name, before, text, pieces FROM elsewhere WHERE cell=? AND number=?"
-        own = db.execute(query, (cell, number)).fetchone()
-        if own is not None:
-            name, *rest = own
-    before, text, pieces = rest
-    spoken = None if pieces is None else json.loads(pieces)
-    return Kept(name, from_bytes(ids), from_bytes(before), text, spoken)
+        elsewhere = db.execute(query, (cell, number)).fetchone()
+        if elsewhere is not None:
+            name, before, text, pieces = elsewhere
+    token_texts = None if pieces is None else json.loads(pieces)
+    return Kept(name, from_bytes(ids), from_bytes(before), text, token_texts)
 
 
 def to_bytes(ids: Sequence[int]) -> bytes:

@@ -1,4 +1,4 @@
-"""The pool that crams: this process, behind the interface that a pool of Ray actors has too."""
+"""The interface of a pool of workers, and the pool whose only worker is this process."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from memvec.passages.passage import Passage
 class Unit:
     """Passages of one cell that go to one worker together.
 
-    `beside` have their rows already, and are crammed again because they share a vector with the
-    others.
+    The passages in `beside` already have rows. They are crammed again because they share a vector
+    with the others.
     """
 
     cell: Cell
@@ -39,7 +39,7 @@ class Unit:
         return {sourced.number for sourced in self.passages}
 
     def without(self, done: set[Hashable]) -> Unit:
-        """The rest of it."""
+        """The unit without the passages whose numbers are done."""
         left = tuple(p for p in self.passages if p.number not in done)
         if not protocol_of(self.cell.protocol).group_size(self.cell.options):
             return replace(self, passages=left)
@@ -72,13 +72,13 @@ class Texts:
 
 @runtime_checkable
 class Pool(Protocol):
-    """What a run needs of its workers."""
+    """The interface that a run needs of its workers."""
 
     def description(self) -> dict[str, Any]:
-        """The model they hold."""
+        """The description of the workers' model."""
 
     def environment(self) -> dict[str, Any]:
-        """Where they run."""
+        """The environment of the workers."""
 
     def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
         """A cell's passages."""
@@ -91,13 +91,13 @@ class Pool(Protocol):
     def between(
         self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """What a protocol measures of two restarts of a passage, from their vectors (K, D)."""
+        """Measure two restarts of a passage by a protocol, from their vectors (K, D)."""
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
         """Passages that go to one worker together."""
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Stop the workers."""
 
 
 class Here:
@@ -107,11 +107,11 @@ class Here:
         self.lm = lm
 
     def description(self) -> dict[str, Any]:
-        """The model it holds."""
+        """The description of the model."""
         return self.lm.description()
 
     def environment(self) -> dict[str, Any]:
-        """This process."""
+        """The environment of this process."""
         return environment()
 
     def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
@@ -129,16 +129,16 @@ class Here:
     def between(
         self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """What a protocol measures of two restarts."""
+        """Measure two restarts of a passage by a protocol."""
         values: list[float] = protocol_of(protocol).between(self.lm, passage, a, b, start)
         return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
-        """All of a cell: slots are refilled from it."""
+        """All passages of a cell, from which the slots are refilled."""
         return max(1, waiting)
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """There are no workers to stop."""
 
 
 def text_of(lm: FrozenLM, sourced: SourcedPassage) -> Text | None:
@@ -156,7 +156,7 @@ def in_units(
     batch_size: int,
     done: Collection[int] = (),
 ) -> Iterator[Unit]:
-    """Passages whose numbers are not done, in units of `size`, or by groups that share a vector."""
+    """Units of `size` passages that are not done; groups that share a vector make one unit each."""
     left = [p for p in passages if p.number not in done]
     group = protocol_of(cell.protocol).group_size(cell.options)
     if not group:
@@ -164,6 +164,6 @@ def in_units(
             yield Unit(cell, tuple(left[at : at + size]), batch_size)
         return
     for key in sorted({p.number // group for p in left}):
-        asked = tuple(p for p in left if p.number // group == key)
+        waiting = tuple(p for p in left if p.number // group == key)
         had = tuple(p for p in passages if p.number // group == key and p.number in done)
-        yield Unit(cell, asked, batch_size, had)
+        yield Unit(cell, waiting, batch_size, had)

@@ -1,9 +1,9 @@
-"""What a study would cost: passages, time and memory, from config facts alone.
+"""The cost of a study in passages, time and memory, computed from model configs alone.
 
 A forward-backward token of a frozen model costs about 4 floating-point operations per parameter
 (2 forward, 2 for the gradient at the inputs; weights get none). Memory is the peak of a step by
-`model.estimate`, with weights in bfloat16. Times are for the whole budget of
-steps, so they are an upper bound: passages stop when they are done.
+`model.estimate`, with weights in bfloat16. Times are upper bounds, because they assume that every
+passage uses all its steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CPU_FLOPS = 100e9  # two cores with AVX-512: 64 GFLOP/s a core for pocket, 16 sl
 
 @dataclass(frozen=True)
 class Price:
-    """One model's part of a study, at most."""
+    """The maximum cost of one model's part of a study."""
 
     model: str
     cells: int
@@ -42,15 +42,15 @@ def price(planned: Sequence[Planned]) -> list[Price]:
     """The price of each model of a plan."""
     prices = []
     for model in dict.fromkeys(p.cell.model for p in planned):
-        mine = [p for p in planned if p.cell.model == model]
-        cells, passages = len(mine), sum(p.passages for p in mine)
+        cells_of_model = [p for p in planned if p.cell.model == model]
+        cells, passages = len(cells_of_model), sum(p.passages for p in cells_of_model)
         facts = facts_of_name(model)
         if facts is None:
             prices.append(Price(model, cells, passages, None, None, None))
             continue
-        tokens = sum(tokens_at_most(p) * p.passages for p in mine)
+        tokens = sum(max_tokens(p) * p.passages for p in cells_of_model)
         gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
-        memory = max(_memory(p, facts) for p in mine)
+        memory = max(_memory(p, facts) for p in cells_of_model)
         prices.append(
             Price(
                 model,
@@ -65,7 +65,7 @@ def price(planned: Sequence[Planned]) -> list[Price]:
 
 
 def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[str]:
-    """Sentences about what prevents a run, without loading anything."""
+    """Sentences about what prevents a run; loads no model."""
     sentences = [s for source in spec.sources if (s := source.missing(base))]
     missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
     sentences += dict.fromkeys(s for s in missing if s)
@@ -75,13 +75,13 @@ def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[
             local_folder(model)  # what is no folder here may be on the Hub
         except MemvecError as error:
             sentences.append(str(error))
-        mine = [p for p in planned if p.cell.model == model]
-        sentences += dict.fromkeys(s for p in mine if (s := too_long(p.cell, facts)))
+        cells_of_model = [p for p in planned if p.cell.model == model]
+        sentences += dict.fromkeys(s for p in cells_of_model if (s := too_long(p.cell, facts)))
     return sentences
 
 
 def hours(facts: Facts, tokens: float, flops: float) -> float:
-    """Time of so many forward-backward tokens, at `flops` operations per second."""
+    """Hours for `tokens` forward-backward tokens, at `flops` operations per second."""
     return OPERATIONS * facts.parameters * tokens / flops / 3600
 
 
@@ -90,7 +90,7 @@ def _length(p: Planned) -> int:
     return int(protocol_of(p.cell.protocol).tokens(p.cell.length, p.cell.vectors, "vectors"))
 
 
-def tokens_at_most(p: Planned) -> float:
+def max_tokens(p: Planned) -> float:
     """Forward-backward tokens of a passage that uses all its steps, or its budget."""
     each = _length(p) + p.cell.vectors
     total = each * int(p.cell.recipe["steps"])

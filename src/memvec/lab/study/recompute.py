@@ -19,8 +19,8 @@ from memvec.lab.study.cells import Cell
 from memvec.model.lm import FrozenLM
 
 Floats = NDArray[np.float64]
-MIN_RAISED = 0.05  # of the logits' spread: a margin asked after a failed certification
-SPREAD = 1e-3  # relative: the spread is measured, on whichever machine
+MIN_RAISED = 0.05  # smallest margin after a failed certification, in spreads of the logits
+SPREAD = 1e-3  # relative tolerance of margins: each machine measures the logits' spread
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Slow:
     columns: dict[str, Any]  # by name of the column
     steps: tuple[int, int]  # range that a row with this recipe and margin can have
     spent: tuple[int, int]  # range for its steps
-    margins: tuple[float, ...]  # margins that can have been asked
+    margins: tuple[float, ...]  # possible values of `margin_asked`, logits
     positions: Floats  # (4, N): bits without vectors, bits with, margin with, margin without
-    passage: SlowPassage  # for what the protocol measured besides
+    passage: SlowPassage  # for the protocol's extra measurements
     ties: int  # positions whose margin with vectors is below the tie
     lm_ties: int  # the same without
 
@@ -52,7 +52,7 @@ def recompute(
     `tie` is a margin of about zero, logits; `bits_limit` how far sums may differ, bits per token.
     """
     start = start_rule(lm, cell)
-    lm = triggered(lm, cell.made_recipe())
+    lm = triggered(lm, cell.to_recipe())
     given = int(start == "first-token")
     between = len(lm.trigger) if start == "bos" else given
     n = len(ids) - given
@@ -98,7 +98,10 @@ def recompute(
 def _with_vectors(
     lm: FrozenLM, cell: Cell, front: Tensor, ids: tuple[int, ...], start: str
 ) -> tuple[Floats, Floats, list[int], int]:
-    """(bits (N,), margins (N,), decoded tokens, inputs besides one for each predicted token)."""
+    """(bits (N,), margins (N,), decoded tokens, inputs beyond one per predicted token).
+
+    `front` holds the vectors (K, D); N is the number of predicted tokens.
+    """
     given = int(start == "first-token")
     n = len(ids) - given
     order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
@@ -117,32 +120,32 @@ def _with_vectors(
 def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floats]:
     """Bits and margins (N,) of the model without vectors."""
     n = len(ids) - int(start == "first-token")
-    if start != "first-token" and ids[0] == lm.bos_id:  # its own BOS starts the text: it is given
-        own = slow.logits(lm, None, list(ids))[:-1]
-        lm_bits, lm_margin = slow.bits_and_margins(own, ids[1:])
+    if start != "first-token" and ids[0] == lm.bos_id:  # the passage's BOS is given
+        table = slow.logits(lm, None, list(ids))[:-1]
+        lm_bits, lm_margin = slow.bits_and_margins(table, ids[1:])
         return np.concatenate([[0.0], lm_bits]), np.concatenate([[1.0], lm_margin])
     head = [lm.bos_id] if lm.bos_id is not None and start != "first-token" else []
-    own = slow.logits(lm, None, [*head, *ids])[:-1][-n:]
-    lm_bits, lm_margin = slow.bits_and_margins(own, ids[len(ids) - len(own) :])
-    if len(lm_bits) < n:  # no token starts a text: the first one costs log2 V
+    table = slow.logits(lm, None, [*head, *ids])[:-1][-n:]
+    lm_bits, lm_margin = slow.bits_and_margins(table, ids[len(ids) - len(table) :])
+    if len(lm_bits) < n:  # without a start token the first one costs log2 V
         lm_bits = np.concatenate([[math.log2(lm.vocab_size)], lm_bits])
         lm_margin = np.concatenate([[-1.0], lm_margin])
     return lm_bits, lm_margin
 
 
 def start_rule(lm: FrozenLM, cell: Cell) -> str:
-    """What follows the vectors, from the recipe and the tokenizer."""
-    asked = str(cell.recipe["start_rule"])
-    if asked != "paper":
-        return asked
+    """The start rule of a cell, from its recipe and the tokenizer."""
+    rule = str(cell.recipe["start_rule"])
+    if rule != "paper":
+        return rule
     adds = lm.tokenizer is not None and lm.tokenizer("a")["input_ids"][:1] == [lm.bos_id]
     return "bos" if adds else "first-token"
 
 
 def _margins(recipe: dict[str, Any], spread: float) -> list[float]:
-    """The margin asked, in logits, and what it becomes each time decoding disagrees.
+    """The recipe's margin in logits, and its values after each failed certification.
 
-    Recipes count margins in the spread of the model's logits, unless they say logits.
+    Recipes give margins in spreads of the model's logits, unless their unit is logits.
     """
     margins = [float(recipe["margin"]) * (1.0 if recipe.get("unit") == "logits" else spread)]
     while len(margins) < 24:
@@ -150,20 +153,21 @@ def _margins(recipe: dict[str, Any], spread: float) -> list[float]:
     return margins
 
 
-def _retries(margins: tuple[float, ...], asked: float) -> int:
-    """How often a passage was sent back, from the margin it ended with (0 for any other)."""
-    return next((i for i, m in enumerate(margins) if math.isclose(m, asked, rel_tol=SPREAD)), 0)
+def _retries(margins: tuple[float, ...], margin: float) -> int:
+    """Number of failed certifications, from the final margin; 0 for an unknown margin."""
+    return next((i for i, m in enumerate(margins) if math.isclose(m, margin, rel_tol=SPREAD)), 0)
 
 
 def _spent(
     cell: Cell, moves: int, n: int, before: int, between: int, front: int
 ) -> tuple[int, int]:
-    """The range of forward-backward tokens of so many moves.
+    """(minimum, maximum) of the forward-backward tokens of `moves` optimiser steps.
 
-    A move costs the positions that counted (all n, or with a growing horizon at least the
-    look-ahead), the vectors with what is in front of them (`before`), the tokens behind them
-    (`between`), and what the second loss reads: the vectors and a query. For use the `front` may
-    have been read once for all moves, and the passage asked for in one move of so many.
+    A step costs the positions that counted (all n, or with a growing horizon at least the
+    look-ahead), the vectors and the tokens in front of them (`before`), the tokens between vectors
+    and passage (`between`), and the tokens of the second loss: the vectors and a query. With the
+    second loss, the `front` tokens may have been read once for all steps, and the loss of the
+    passage may have been computed only every `objective_every` steps.
     """
     growing = cell.recipe["schedule"] == "growing"
     # a look-ahead that narrows ends at one token
@@ -175,6 +179,6 @@ def _spent(
     if cell.recipe.get("term", "none") != "use":
         return moves * (fewest + beside), moves * (n + beside)
     query = before + int(cell.recipe["query_tokens"])
-    asked = -(-moves // int(cell.recipe.get("objective_every", 1)))
-    least = moves * (query - front) + asked * (fewest + beside - front)
-    return least, moves * (query + n + beside)
+    passage_moves = -(-moves // int(cell.recipe.get("objective_every", 1)))
+    min_spent = moves * (query - front) + passage_moves * (fewest + beside - front)
+    return min_spent, moves * (query + n + beside)

@@ -1,4 +1,4 @@
-"""The pool of a study on Ray: the interface of memvec.lab.study.pool over memvec.workers."""
+"""The pool of a study on Ray, which implements memvec.lab.study.pool.Pool with memvec.workers."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class Remote:
         self._description, self._environment = self.workers.call(_about)
 
     def description(self) -> dict[str, Any]:
-        """The model they hold."""
+        """The description of the workers' model."""
         return dict(self._description)
 
     def environment(self) -> dict[str, Any]:
-        """The first worker's, and how many there are."""
+        """The environment of the first worker, with the number of workers and Ray's version."""
         about = {"workers": self.workers.count, "ray": self.workers.ray.__version__}
         return {**self._environment, **about}
 
     def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
-        """A cell's passages, from a worker that is free."""
+        """A cell's passages, found by a free worker."""
         texts: Texts = self.workers.call(_find, cell, source, count, base)
         return texts
 
     def between(
         self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """What a protocol measures of two restarts."""
+        """Measure two restarts of a passage by a protocol."""
         values: list[float] = self.workers.call(_between, protocol, passage, a, b, start)
         return values
 
@@ -62,12 +62,12 @@ class Remote:
         return self.workers.share(waiting, batch_size)
 
     def cram(self, units: Iterable[Unit], on_progress: OnProgress) -> Iterator[StoreEntry]:
-        """Rows of all units, as they come. Units are asked for when a worker is free."""
+        """Rows of all units as they finish; the next unit is taken when a worker is free."""
         source = iter(units)
         yield from self.workers.stream(lambda: next(source, None), on_progress)
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Stop the workers."""
         self.workers.close()
 
 
@@ -75,8 +75,8 @@ class Remote:
 
 
 def _about(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Any]]:
-    here = Here(lm)
-    return here.description(), here.environment()
+    pool = Here(lm)
+    return pool.description(), pool.environment()
 
 
 def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:

@@ -1,4 +1,4 @@
-"""A row: one passage of one cell. Every column has its sentence, and nothing else is stored."""
+"""A row of a study: the results of one passage of one cell, with a sentence for each column."""
 
 from __future__ import annotations
 
@@ -43,8 +43,11 @@ class Row(PassageResult):
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """A row with its tensors: vectors (K, D) as stored; per position, float32 (4, N): bits without
-    vectors, bits with, margin with, margin without."""
+    """A row with its tensors.
+
+    `vectors` (K, D) are in the storage dtype. `positions` (4, N), float32, has for each of N
+    predicted positions: bits without vectors, bits with, margin with, margin without.
+    """
 
     row: Row
     vectors: Tensor

@@ -1,7 +1,7 @@
-"""Run a study: what is planned, less what the store has, through a pool, row by row to the store.
+"""Run a study: cram all planned passages without a row in a pool, and store each finished row.
 
-Started again after any end, it goes on: a passage with a row is never crammed again, and the store
-takes a row only once. Only this process writes.
+A run can be stopped at any time and started again: a passage with a row is not crammed again, and
+the store takes a row only once. Only this process writes to the store.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source
 from memvec.lab.study.cells import Planned, expand
 from memvec.lab.study.pool import Pool, Unit, in_units
-from memvec.lab.study.price import problems, tokens_at_most
+from memvec.lab.study.price import max_tokens, problems
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage, ids_hash
@@ -35,9 +35,9 @@ class StudyStatus:
     cells: int
     rows: int
     planned: int
-    rows_now: int  # of this process
-    seconds: float
-    left: float | None  # seconds, None while unknown
+    rows_now: int  # rows of this process
+    seconds: float  # of this process
+    left: float | None  # estimated remaining seconds, None while unknown
     what: str
     horizon: float | None
 
@@ -56,7 +56,10 @@ def run_study(
     text: str = "",
     on_status: Callable[[StudyStatus], None] | None = None,
 ) -> StudyStatus:
-    """Run what is left of a study. Raises MemvecError for what a person must change."""
+    """Run the remaining passages of a study.
+
+    Raises MemvecError for errors in the spec or its files, and if passages come back without a row.
+    """
     planned = expand(spec, base)
     for sentence in problems(spec, planned, base):
         raise MemvecError(sentence)
@@ -82,11 +85,11 @@ class _Run:
         self.on_status = on_status
         self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
         self.began = time.monotonic()
-        self.asked = {p.cell.key: p.passages for p in planned}
-        # Rows come in the order in which passages finish, so an earlier, longer plan may have left
-        # some that are not asked for now and none of some that are.
-        self.done = {key: sum(i < n for i in store.done(key)) for key, n in self.asked.items()}
-        self.costs = {p.cell.key: tokens_at_most(p) for p in planned}
+        self.passages = {p.cell.key: p.passages for p in planned}
+        # Rows are written in the order in which passages finish, so an earlier plan with more
+        # passages may have left rows beyond this plan and gaps within it.
+        self.done = {key: sum(i < n for i in store.done(key)) for key, n in self.passages.items()}
+        self.costs = {p.cell.key: max_tokens(p) for p in planned}
         self.reported = 0.0
         self.rows_now = 0
         self.cost_now = 0.0
@@ -94,28 +97,30 @@ class _Run:
 
     def run(self, make_pool: MakePool) -> StudyStatus:
         for model in self.spec.models:
-            mine = [p for p in self.planned if p.cell.model == model.name]
-            if not any(self._left(p) for p in mine) and not any(self._open_pairs(mine)):
+            cells_of_model = [p for p in self.planned if p.cell.model == model.name]
+            if not any(self._left(p) for p in cells_of_model) and not any(
+                self._open_pairs(cells_of_model)
+            ):
                 continue
             self.what = f"loading {model.name}"
             self._report()
             pool = make_pool(model)
             try:
                 self.store.set_environment({**pool.environment(), "model": pool.description()})
-                for finished in pool.cram(self._units(mine, pool), self._progress):
+                for finished in pool.cram(self._units(cells_of_model, pool), self._progress):
                     self.store.put(finished)
                     key = finished.row.cell
-                    self.done[key] += finished.row.number < self.asked[key]
+                    self.done[key] += finished.row.number < self.passages[key]
                     self.rows_now += 1
                     self.cost_now += self.costs[key]
                     self._report()
-                self._compare_restarts(mine, pool)
+                self._compare_restarts(cells_of_model, pool)
             finally:
                 pool.close()
         self.what = "done"
         self._report()
         status = self.status()
-        if status.rows < status.planned:  # never called done before the store says so
+        if status.rows < status.planned:  # the store decides whether the study is done
             raise MemvecError(
                 f"{status.planned - status.rows} of {status.planned} passages came back without a "
                 "row: run the same command again."
@@ -128,7 +133,7 @@ class _Run:
         return p.passages - self.done[p.cell.key]
 
     def _units(self, planned: list[Planned], pool: Pool) -> Iterator[Unit]:
-        """Units of all cells that are not done, made when they are asked for."""
+        """Units of all cells that are not done, each made when the pool takes it."""
         description = pool.description()
         earlier: dict[str, dict[int, tuple[int, ...]]] = {}  # passages of each source
         for p in planned:
@@ -152,8 +157,8 @@ class _Run:
                         f"source '{p.cell.source}' gives another passage {f.number} than when this "
                         "study began: put the old texts back, or use another folder."
                     )
-            found = list(zip(hashes, texts.passages, texts.texts, strict=True))
-            self.store.put_passages(p.cell.key, found)
+            entries = list(zip(hashes, texts.passages, texts.texts, strict=True))
+            self.store.put_passages(p.cell.key, entries)
             left = sum(f.number not in known for f in texts.passages)
             size = pool.unit_size(left, p.batch_size)
             yield from in_units(p.cell, texts.passages, size, p.batch_size, known)

@@ -58,11 +58,10 @@ def columns_of(db: sqlite3.Connection) -> list[str]:
 
 
 def use_todays_names(db: sqlite3.Connection, *, write: bool) -> None:
-    """Give renamed columns their present names, and add those that older stores lack: in the file,
-    or in a view of this connection.
+    """Give renamed columns their present names, and add those that older stores lack.
 
-    Seals are of values in the table's order and leave added columns without a value out, so they
-    stay valid.
+    With `write` the file is changed, otherwise a view of this connection. Seals stay valid, because
+    they hash values in the table's order and leave out added columns without a value.
     """
     columns = columns_of(db)
     old = [name for name in columns if name in RENAMED]

@@ -162,20 +162,20 @@ def _find_folders(data: dict[str, Any], where: str) -> None:
     Raises MemvecError for a pattern that fits none.
     """
     models = data.get("models")
-    found: list[Any] = []
+    expanded: list[Any] = []
     for model in models if isinstance(models, list) else []:
         name = model.get("name") if isinstance(model, dict) else None
         if not isinstance(name, str) or not set("*?") & set(name):
-            found.append(model)
+            expanded.append(model)
             continue
         pattern = str(Path(name).expanduser() / "config.json")
         # Path.glob takes no absolute pattern.
         folders = sorted(str(Path(file).parent) for file in glob.glob(pattern))  # noqa: PTH207
         if not folders:
             raise MemvecError(f"{where}: no folder with a model fits '{name}'.")
-        found += [{**model, "name": folder} for folder in folders]
-    if found:
-        data["models"] = found
+        expanded += [{**model, "name": folder} for folder in folders]
+    if expanded:
+        data["models"] = expanded
 
 
 def _take_options(data: dict[str, Any], where: str) -> None:
@@ -191,8 +191,8 @@ def _take_options(data: dict[str, Any], where: str) -> None:
         if name not in protocol_names():
             hint = did_you_mean(name, protocol_names())
             raise MemvecError(f"{where}: unknown protocol '{name}' in runs [{i}]: {hint}")
-        own = protocol_of(name).Options.model_fields
-        beside = {key: run.pop(key) for key in list(run) if key in own}
+        option_names = protocol_of(name).Options.model_fields
+        beside = {key: run.pop(key) for key in list(run) if key in option_names}
         if beside:
             run["options"] = {**run.get("options", {}), **beside}
 
@@ -241,8 +241,8 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
         return f"{_place(loc[:-1])} needs '{loc[-1]}'."
     if first["type"] == "tuple_type" and isinstance(first["input"], dict):
         return f"{where} is a list of tables: write [[{where}]], with two brackets."
-    said = _WORDS.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
-    return f"{where} {said.format(**first.get('ctx', {}))}, not {first['input']!r}."
+    rule = _WORDS.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
+    return f"{where} {rule.format(**first.get('ctx', {}))}, not {first['input']!r}."
 
 
 def _place(loc: list[Any]) -> str:
@@ -270,8 +270,11 @@ def _check(spec: Spec, where: str) -> None:
             raise MemvecError(f"{where}: two {kind} are called '{twice[0]}': give one a name.")
     for i, run in enumerate(spec.runs, 1):
         place = f"{where}: run {i} ({run.protocol})"
-        for kind, asked, known in (("source", run.sources, sources), ("model", run.models, models)):
-            for name in asked:
+        for kind, wanted, known in (
+            ("source", run.sources, sources),
+            ("model", run.models, models),
+        ):
+            for name in wanted:
                 if name not in known:
                     hint = did_you_mean(name, known)
                     raise MemvecError(f"{place} names a missing {kind} '{name}': {hint}")

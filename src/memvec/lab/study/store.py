@@ -1,4 +1,4 @@
-"""The store: one SQLite file (WAL) and a folder of vectors. The only memory of what is done.
+"""The store: one SQLite file (WAL) and a folder of vectors, the only record of what is done.
 
     DIR/study.sqlite      tables meta, cells, passages, rows, paths, environments
     DIR/vectors/<cell>.bin  per row, at rows.offset: K·D numbers of the storage dtype, then 4·N
@@ -6,7 +6,7 @@
 
 A row is written when its passage is certified: tensors first (appended, fsync), then the row, in
 one transaction. A process killed between the two leaves bytes that no row names; the next writer
-cuts them off. One process writes at a time (a lock the kernel drops when it dies); any number read.
+cuts them off. One process writes at a time and holds a lock; any number of processes may read.
 
 `rows.seal` is a hash of everything else in the row, so that a value changed afterwards is detected
 even where nothing could recompute it (seconds, worker).
@@ -40,7 +40,7 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 class Store:
-    """A study's folder. `write=True` takes the lock and may create it."""
+    """A study's folder; `write=True` locks and may create it. Raises MemvecError if it cannot."""
 
     def __init__(self, folder: Path, *, write: bool = False) -> None:
         self.folder, self.write = folder, write
@@ -104,7 +104,7 @@ class Store:
     def plan(
         self, planned: Sequence[Planned], random_sources: set[str], spec: dict[str, str]
     ) -> None:
-        """Write what the spec asks for; cells of an earlier spec stay, with nothing planned."""
+        """Write the cells of a spec; cells of an earlier spec stay, with no passages planned."""
         with self._transaction():
             self.db.execute("UPDATE cells SET planned=0")
             for key, value in spec.items():
@@ -122,10 +122,7 @@ class Store:
                 )
 
     def describe(self, cell: str, description: dict[str, Any]) -> None:
-        """Record the model a cell ran with; raise MemvecError if it ran with another.
-
-        Another is one with other weights, or that computes with them in another way.
-        """
+        """Record a cell's model. Raises MemvecError if it differs from that of earlier rows."""
         known = self.db.execute("SELECT description FROM cells WHERE cell=?", (cell,)).fetchone()[0]
         if known is None:
             text = json.dumps(description, sort_keys=True, default=str)
@@ -147,9 +144,9 @@ class Store:
                 )
 
     def known_passages(self, cell: str) -> dict[int, tuple[int, ...]]:
-        """Token ids of the passages that this cell's model was given of its source, by number.
+        """Token ids of the passages of this cell's source that its model crammed, by number.
 
-        The longest where there are several. Cells of an earlier spec count: they may come back.
+        Of several lengths the longest; cells of an earlier spec count.
         """
         query = (
             "SELECT DISTINCT number, ids FROM cells AS this "
@@ -161,7 +158,7 @@ class Store:
         return {int(n): passages.from_bytes(ids) for n, ids in self.db.execute(query, (cell,))}
 
     def set_environment(self, record: dict[str, Any]) -> None:
-        """The environment of the rows that follow."""
+        """Set the environment that is recorded with the rows written from now on."""
         text = json.dumps(record, sort_keys=True, default=str)
         self._environment = hashlib.sha256(text.encode()).hexdigest()[:12]
         self.db.execute(
@@ -169,15 +166,15 @@ class Store:
         )
 
     def put_passages(
-        self, cell: str, found: Sequence[tuple[str, SourcedPassage, Text | None]]
+        self, cell: str, entries: Sequence[tuple[str, SourcedPassage, Text | None]]
     ) -> None:
-        """Remember the passages of a cell: (hash, passage, its text)."""
+        """Store the passages of a cell, each entry (hash, passage, its text)."""
         with self._transaction():
-            for key, sourced, text in found:
+            for key, sourced, text in entries:
                 passages.put(self.db, cell, key, sourced, text)
 
     def put(self, finished: StoreEntry) -> None:
-        """Write a row and its tensors; on disk when this returns. A row that is there stays."""
+        """Write a row and its tensors to disk before returning; an existing row stays."""
         row = finished.row
         if self.db.execute(
             "SELECT 1 FROM rows WHERE cell=? AND number=?", (row.cell, row.number)
@@ -207,7 +204,7 @@ class Store:
             raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
 
     def put_path(self, first: str, second: str, number: int, accuracy: list[float]) -> None:
-        """The straight line between two restarts."""
+        """Store the accuracies along the straight line between two restarts."""
         self.db.execute(
             "INSERT OR IGNORE INTO paths VALUES (?,?,?,?)",
             (first, second, number, json.dumps(accuracy)),
@@ -226,7 +223,7 @@ class Store:
         return {int(n): str(p) for n, p in rows}
 
     def counts(self) -> tuple[int, int]:
-        """(rows that the last spec asks for, all that it asks for)."""
+        """(rows done of those that the last spec plans, rows that it plans)."""
         rows = self.db.execute(
             "SELECT count(*) FROM rows JOIN cells USING (cell) WHERE number < planned"
         ).fetchone()[0]
@@ -238,14 +235,14 @@ class Store:
 
         Raises MemvecError if the bytes are gone or are not the row's.
         """
-        found = self.db.execute(
+        row = self.db.execute(
             "SELECT offset, size, digest, predicted, vectors, storage FROM rows JOIN cells "
             "USING (cell) WHERE cell=? AND number=?",
             (cell, number),
         ).fetchone()
-        if found is None:
+        if row is None:
             raise MemvecError(f"{self.file} has no passage {number} of cell {cell}.")
-        offset, size, digest, predicted, K, storage = found
+        offset, size, digest, predicted, K, storage = row
         file = self.vectors / f"{cell}.bin"
         try:
             with file.open("rb") as stream:
@@ -265,7 +262,7 @@ class Store:
         return vectors, positions.reshape(4, -1)
 
     def sealed(self, cell: str, number: int) -> bool:
-        """True if a row is as it was written."""
+        """True if a row was not changed after it was written."""
         query = "SELECT * FROM rows WHERE cell=? AND number=?"
         row = self.db.execute(query, (cell, number)).fetchone()
         values = dict(zip(self.columns, row, strict=True))
@@ -273,11 +270,11 @@ class Store:
 
     def passage(self, cell: str, number: int) -> passages.Kept:
         """The passage of a row. Raises MemvecError if it is not there."""
-        found = passages.find(self.db, cell, number)
-        if found is None:
+        kept = passages.find(self.db, cell, number)
+        if kept is None:
             key = self.done(cell).get(number, f"number {number} of cell {cell}")
             raise MemvecError(f"{self.file} has no passage {key}: damaged.")
-        return found
+        return kept
 
     # ------------------------------------------------------------------ inside
 
@@ -317,11 +314,11 @@ class Store:
             raise MemvecError(f"{self.file} is empty: no study was begun there; run one.")
         if "meta" not in tables:
             raise MemvecError(f"{self.file} is another program's database, not a study's store.")
-        found = self.meta("schema")
-        if found != SCHEMA:
+        version = self.meta("schema")
+        if version != SCHEMA:
             raise MemvecError(
-                f"the store in {self.folder} is of version {found} and this memvec writes version "
-                f"{SCHEMA}: run it with the memvec that made it, or use another folder."
+                f"the store in {self.folder} is of version {version} and this memvec writes "
+                f"version {SCHEMA}: run it with the memvec that made it, or use another folder."
             )
         schema.use_todays_names(self.db, write=self.write)
         missing = schema.missing_columns(schema.columns_of(self.db))

@@ -1,6 +1,6 @@
-"""Work: passages of one cell through the engine and the protocol's measurement, to rows.
+"""The work of a study: cram passages of one cell, measure them by the protocol, and make rows.
 
-The same function runs here and inside a Ray actor; it knows nothing of stores.
+The functions run in this process or in a Ray actor, and do not use the store.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def find_passages(
     lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None
 ) -> list[SourcedPassage]:
     """The cell's passages: `count` of them, from its source."""
-    recipe = cell.made_recipe()
+    recipe = cell.to_recipe()
     start = resolve_start_rule(lm, recipe)
     tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
     shortest = 1 + (start == "first-token") + source.bos
@@ -69,7 +69,7 @@ def cram_cell(
     `beside`: passages of the same group that have rows and are crammed again with the others, for
     protocols whose passages share a vector.
     """
-    recipe, protocol = cell.made_recipe(), protocol_of(cell.protocol)
+    recipe, protocol = cell.to_recipe(), protocol_of(cell.protocol)
     lm = lm.read_as(protocol.reading(cell.length, cell.options))
     if protocol.group_size(cell.options):
         group = sorted([*passages, *beside], key=lambda sourced: sourced.number)
@@ -81,9 +81,9 @@ def cram_cell(
             on_progress=on_progress,
         )
         jobs = [Job(sourced.passage, shared.recipe.margin) for sourced in group]
-        asked = {sourced.number for sourced in passages}
+        numbers = {sourced.number for sourced in passages}
         for sourced, outcome in zip(group, shared.run(jobs), strict=True):
-            if sourced.number in asked:
+            if sourced.number in numbers:
                 yield _finished(lm, cell, "vectors", batch_size, sourced, outcome, worker)
         return
     engine = Engine(
@@ -100,8 +100,9 @@ def cram_cell(
         by_hash.setdefault(ids_hash(sourced.passage.ids), []).append(sourced)
     for outcome in engine.run([group[0].passage for group in by_hash.values()]):
         for sourced in by_hash[ids_hash(outcome.passage.ids)]:
-            made = (engine.start_rule, engine.batch_size)  # engine.lm knows the trigger
-            yield _finished(engine.lm, cell, *made, sourced, outcome, worker)
+            # engine.lm has the trigger, lm has not.
+            start, size = engine.start_rule, engine.batch_size
+            yield _finished(engine.lm, cell, start, size, sourced, outcome, worker)
 
 
 def _finished(
@@ -134,7 +135,7 @@ def _finished(
 
 
 def _least_loss_gain(outcome: Outcome) -> float:
-    """Bits that the least loss of all steps takes off H_LM; NaN where it was not measured."""
+    """Information gain at the least loss of all steps, bits; NaN where it was not measured."""
     gain = outcome.metrics.lm_bits - outcome.least_mem_bits
     return gain if math.isfinite(gain) else math.nan
 
@@ -142,10 +143,11 @@ def _least_loss_gain(outcome: Outcome) -> float:
 def _extra(
     lm: FrozenLM, cell: Cell, sourced: SourcedPassage, outcome: Outcome, start: StartRule
 ) -> dict[str, Any]:
-    """What the protocol measures besides; it must be what the protocol documents."""
-    protocol = protocol_of(cell.protocol)
-    made = (cell.made_recipe(), cell.options)
-    extra: dict[str, Any] = protocol.extra_of_cell(lm, sourced, outcome, start, *made)
+    """The protocol's extra measurements. Raises MemvecError if they differ from its `extras`."""
+    protocol, recipe = protocol_of(cell.protocol), cell.to_recipe()
+    extra: dict[str, Any] = protocol.extra_of_cell(
+        lm, sourced, outcome, start, recipe, cell.options
+    )
     if extra.keys() != protocol.extras.keys():
         raise MemvecError(
             f"protocol '{cell.protocol}' measured {sorted(extra)} and documents "

@@ -1,0 +1,145 @@
+"""Vectors for use in other software: one item that stands in front of any prompt."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import memvec
+from conftest import reader
+from memvec import codec
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.export import export_context, names
+from memvec.export import target as target_of
+from memvec.export.target import Item, embedded
+from memvec.export.transformers import generated
+from memvec.loading import load_lm
+from memvec.model.lm import FrozenLM
+from memvec.usable.around import CrammedTrigger
+from memvec.usable.triggers import save_trigger
+from memvec.vectors import MemVectors
+
+RECIPE = Recipe.of(
+    "usable", settle=8, decay=8, steps=300, query_count=3, query_tokens=5, compute="model"
+)
+TEXT = "the cat sat on the mat and the dog"
+PROMPT = " the"
+
+
+@functools.cache
+def crammed(tmp: Path, soft: bool, scale: float, front: str = "auto") -> MemVectors:
+    """Usable vectors of a text of several passages, exact, with each thing around them or not."""
+    lm = reader("words")
+    recipe = replace(RECIPE, context_scale=scale, front=front)
+    if soft:
+        rows = torch.randn(5, lm.width, generator=torch.Generator().manual_seed(1))
+        file = tmp / "trigger.safetensors"
+        save_trigger(file, CrammedTrigger(rows[:2], front=rows[2:]), lm, {})
+        recipe = replace(recipe, trigger=str(file))
+    return codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=recipe)
+
+
+@functools.cache
+def in_dtype(dtype: str | None) -> FrozenLM:
+    lm = reader("words")
+    if dtype is None:
+        return lm
+    return FrozenLM(deepcopy(lm.model).to(getattr(torch, dtype)), lm.tokenizer, name=lm.name)
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("context")
+
+
+def slow_inputs(lm: FrozenLM, mem: MemVectors, scale: float, front: str) -> torch.Tensor:
+    """What stands in front of a prompt, written out part by part."""
+    parts = [] if front == "none" else [lm.embed(torch.tensor([lm.bos_id]))]
+    if "front" in mem.soft:
+        parts.append(mem.soft["front"])
+    return torch.cat([*parts, *(scale * vectors.float() for vectors in mem.vectors)])
+
+
+@pytest.mark.parametrize("front", ["auto", "none"])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("soft", [False, True])
+def test_context_inputs_are_what_use_reads(soft, scale, front, tmp):
+    lm, mem = reader("words"), crammed(tmp, soft, scale, front)
+    inputs = memvec.context_inputs(lm, mem)
+    assert torch.allclose(inputs, slow_inputs(lm, mem, scale, front), rtol=1e-6)
+    both = memvec.context_inputs(lm, [mem, mem])
+    first = len(inputs) - mem.vectors.shape[0] * mem.vectors.shape[1]
+    assert torch.equal(both, torch.cat([inputs, inputs[first:]]))
+    assert torch.equal(memvec.context_inputs(lm, mem, [0]), inputs[: first + mem.vectors.shape[1]])
+    prompt = torch.cat([inputs, embedded(lm.tokenize(PROMPT), lm)])
+    ids = generated(lm, prompt, 6)
+    assert lm.text(ids) == memvec.use(lm, mem, PROMPT, max_new_tokens=6, eos_token_id=None)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("to", names())
+def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
+    mem, target = crammed(tmp, soft, 0.5), target_of(to)
+    lm = in_dtype(target.dtype)
+    manifest = export_context(mem, lm, target, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert kept == manifest
+    sealed = {name: value for name, value in kept.items() if name != "sha256"}
+    whole = json.dumps(sealed, sort_keys=True).encode()
+    assert kept["sha256"] == hashlib.sha256(whole).hexdigest()
+    inputs = memvec.context_inputs(lm, mem)
+    item = Item(inputs, (), 0)
+    assert torch.equal(target.read(tmp_path / "out" / kept["file"], item, lm), inputs)
+    assert (kept["mode"], kept["inputs"], kept["context_scale"]) == ("context", len(inputs), 0.5)
+    assert kept["front_vectors"] == (4 if soft else 1)
+    assert set(kept["use"]["held_out"]["contexts"]) >= {"vectors", "nothing"}
+    assert not list((tmp_path / "out").glob("*.py"))  # nothing there decodes passages
+
+
+def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
+    lm, mem = reader("words"), crammed(tmp, False, 1.0)
+    export_context(mem, lm, target_of("npy"), tmp_path / "out")
+    with pytest.raises(MemvecError, match="exists: use --force"):
+        export_context(mem, lm, target_of("npy"), tmp_path / "out")
+    export_context(mem, lm, target_of("npy"), tmp_path / "out", force=True)
+    plain = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=Recipe(steps=300))
+    with pytest.raises(MemvecError, match="cram the text with --usable"):
+        export_context(plain, lm, target_of("npy"), tmp_path / "plain")
+    long = MemVectors(mem.vectors.repeat(1, 500, 1), mem.header, mem.soft)
+    with pytest.raises(MemvecError, match="fewer vectors"):
+        export_context(long, lm, target_of("npy"), tmp_path / "long")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(MemvecError, match="no vectors to use"):
+        memvec.context_inputs(lm, [])
+
+
+def test_vectors_that_are_no_inputs_are_refused():
+    lm = reader("words")
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=replace(RECIPE, space="prefix"))
+    with pytest.raises(MemvecError, match="in the space 'prefix' are no inputs"):
+        memvec.context_inputs(lm, mem)
+
+
+def test_the_command_writes_a_context(command, tmp_path):
+    file = tmp_path / "bus.mem"
+    text = tmp_path / "bus.txt"
+    text.write_text("The bus was late.")
+    crammed = ["cram", str(text), "--usable", "--preset", "usable-quick", "-o", str(file)]
+    small = ["--vectors", "2", "--tokens", "6", "--set", "settle=5", "--set", "decay=5"]
+    assert command(*crammed, *small).code == 0
+    exported = command("export", file, "--to", "transformers", "--context")
+    assert exported.code == 0, exported
+    assert "inputs to put in front of a prompt" in exported.err
+    folder = tmp_path / "bus.transformers-context"
+    inputs = load_file(folder / "context.safetensors")["inputs_embeds"][0]
+    lm, mem = load_lm("pocket"), MemVectors.load(file)
+    assert torch.equal(inputs, memvec.context_inputs(lm, mem))
