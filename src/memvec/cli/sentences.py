@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Train a model that predicts the latent of the next sentence, beside a frozen model.
 
-    After an interruption the same command goes on from its last checkpoint.
+    After an interruption the same command continues from its last checkpoint.
     """
     from memvec.lab.sentences.plan import LatentPlan
 

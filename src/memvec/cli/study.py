@@ -107,7 +107,7 @@ def run(
     on: options.Cluster = None,
     json: options.Json = False,
 ) -> None:
-    """Run what is left of a study; the same command goes on after any end."""
+    """Run what is left of a study; the same command continues after any end."""
     from memvec.lab.study.spec import read_spec
 
     checked = read_spec(spec, model)

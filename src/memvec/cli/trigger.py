@@ -81,7 +81,7 @@ def train(
     """Train a trigger for a frozen model: soft tokens that ask any vectors for their passage.
 
     Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
-    model's folder, --usable takes it by itself. After an interruption the same command goes on.
+    model's folder, --usable takes it by itself. After an interruption the same command continues.
     """
     from memvec.cli.display import model as say_model
     from memvec.cli.display import say

@@ -68,7 +68,7 @@ class Recipe:
         "two modes differ in their size, too, and rates are those of the larger vectors",
     )
     objective_every: int = documented(
-        1, "for 'use': a passage is asked for in one step of so many, until it is to settle"
+        1, "for 'use': one step of so many has the passage's own loss, until it is to settle"
     )
     align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
@@ -87,7 +87,7 @@ class Recipe:
     )
     settle: int = documented(
         0,
-        "steps that a passage takes at the least; of the exact vectors on the way, those with the "
+        "smallest number of steps of a passage; of the exact vectors on the way, those with the "
         "smallest second loss are kept; 0: it is done once it is exact",
     )
     schedule: str = documented(
@@ -184,8 +184,8 @@ class Recipe:
     patience: int = documented(300, "steps without progress after which a passage is given up")
     if_not_exact: NotExactName = documented(
         "raise-margin",
-        "a passage that has its margins and does not decode goes on with twice the margin; 'stop': "
-        "it ends with the vectors that it has",
+        "a passage that has its margins and does not decode is crammed on at twice the margin; "
+        "'stop': it ends with the vectors that it has",
     )
     budget: int = documented(
         0, "maximum forward-backward tokens for a passage, checked after each step; 0: no limit"

@@ -48,7 +48,7 @@ class Spaces(Protocol):
     changes = {"start_rule": "bos"}  # noqa: RUF012
     measures_horizon = True
     extras = {  # noqa: RUF012
-        "space": "where the numbers of a vector stand",
+        "space": "where the trained numbers of a vector are read",
         "numbers": "numbers of the passage's vectors, all K together",
         "words": "token ids of the held-out texts that were read behind each context",
         "kl": "KL from the model behind the text, a word after the first, behind [the vectors, "

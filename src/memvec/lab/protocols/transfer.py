@@ -53,7 +53,7 @@ class TransferProtocol(Protocol):
     changes = {"start": "noise"}  # noqa: RUF012
     extras = {  # noqa: RUF012
         "mapped": "K x D numbers of the vectors that the map made, number",
-        "at_once": "leading tokens that decode freely from the mapped vectors as they are",
+        "at_once": "leading tokens that decode freely from the mapped vectors, before any step",
         "steps_mapped": "steps from the mapped vectors until the passage is exact or given up",
         "exact_mapped": "1 if the passage is exact from there, else 0, number",
         "cosine": "cosine between the mapped vectors and those of the row, number",

@@ -26,7 +26,7 @@ STORE_COLUMNS = {
     "step_limit": "steps after which a passage is given up",
     "environment": "id of the environment record",
     "finished": "when the row was written, UTC",
-    "planned": "the last spec asks for it; the others are of earlier ones",
+    "planned": "true for rows of the last spec, false for those of earlier ones",
 }
 
 _STEP_LIMIT = "json_extract(cells.settings, '$.recipe.steps')"
