@@ -9,6 +9,7 @@ included; RESULT ratio is the median over rounds of the ratio of their exact pas
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from common import arguments, median_and_spread, report, run
 from memvec.cramming.engine import Engine
@@ -19,16 +20,24 @@ from memvec.passages.passage import Passage
 from texts import passages_of
 
 
-def per_minute(
-    lm: FrozenLM, passages: list[Passage], batch_size: int, steps: int
-) -> tuple[float, int, float, int]:
-    """Exact passages per minute, their number, seconds, and optimiser steps."""
+class Measured(NamedTuple):
+    """One run of the engine over all passages, certification included."""
+
+    exact_per_minute: float
+    exact: int  # passages
+    seconds: float
+    steps: int  # optimiser steps, summed over passages
+
+
+def measure(lm: FrozenLM, passages: list[Passage], batch_size: int, steps: int) -> Measured:
+    """Cram the passages in batches of `batch_size`, with at most `steps` steps each."""
     engine = Engine(lm, Recipe.of("default", steps=steps), batch_size=batch_size)
     began = time.perf_counter()
     outcomes = list(engine.run(passages))
     seconds = time.perf_counter() - began
     exact = sum(outcome.exact for outcome in outcomes)
-    return 60 * exact / seconds, exact, seconds, sum(outcome.steps for outcome in outcomes)
+    total_steps = sum(outcome.steps for outcome in outcomes)
+    return Measured(60 * exact / seconds, exact, seconds, total_steps)
 
 
 def main() -> None:
@@ -41,24 +50,24 @@ def main() -> None:
     rounds = 2 if options.quick else options.rounds
     lm = load_lm(options.model)
     texts = passages_of(lm, options.passages * (rounds + 1), options.tokens)
-    per_minute(lm, texts[-4:], 4, 5)  # first-use costs of kernels
+    measure(lm, texts[-4:], 4, 5)  # first-use costs of kernels
     rows, ratios = [], []
     for r in range(rounds):
         part = texts[r * options.passages : (r + 1) * options.passages]
         rates = {}
         for batch_size in (options.passages, 1) if r % 2 == 0 else (1, options.passages):
-            rate, exact, seconds, steps = per_minute(lm, part, batch_size, steps=300)
-            rates[batch_size] = rate
+            measured = measure(lm, part, batch_size, steps=300)
+            rates[batch_size] = measured.exact_per_minute
             rows.append(
                 {
                     "round": r,
                     "batch_size": batch_size,
                     "tokens": options.tokens,
                     "passages": len(part),
-                    "exact": exact,
-                    "seconds": seconds,
-                    "steps": steps,
-                    "exact_per_minute": rate,
+                    "exact": measured.exact,
+                    "seconds": measured.seconds,
+                    "steps": measured.steps,
+                    "exact_per_minute": measured.exact_per_minute,
                 }
             )
         ratios.append(rates[options.passages] / rates[1])

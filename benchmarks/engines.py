@@ -185,7 +185,7 @@ def write(start: Start, model: Path, settings: dict[str, Any], resume: bool) -> 
 def answers(
     engine: str, python: str, starts: list[Start]
 ) -> Iterator[tuple[Start, Answer | None, str]]:
-    """The answer to each request, or why there is none; after a failure the others are asked."""
+    """The answer to each request, or why it failed; after a failure the engine starts again."""
     done = [one for one in starts if (one.folder / "answer.json").is_file()]
     yield from ((one, answer_in(one.folder), "") for one in done)
     left = [one for one in starts if one not in done]

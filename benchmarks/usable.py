@@ -85,13 +85,13 @@ def setting(
     plain = crammed(lm, passages, EXACT_FROM_NOISE, K, options.batch_size)
     measured = []
     for i, text in enumerate(texts):
-        mine = range(i * parts, (i + 1) * parts)
-        if (row := in_a_row([usable[part] for part in mine])) is not None:
+        numbers = range(i * parts, (i + 1) * parts)  # of the passages of this text
+        if (row := in_a_row([usable[number] for number in numbers])) is not None:
             contexts = contexts_of_row(view, row, text.ids[:whole])
             # exact-only vectors as they were crammed: nothing in front
-            if (exact_only := in_a_row([plain[part] for part in mine])) is not None:
-                score = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
-                contexts[EXACT_ONLY] = score[VECTORS]
+            if (exact_only := in_a_row([plain[number] for number in numbers])) is not None:
+                plain_contexts = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
+                contexts[EXACT_ONLY] = plain_contexts[VECTORS]
             measured.append(behind_each(lm, contexts, torch.tensor([text.ids[whole:]])))
     exact = share_interval(len(measured), len(texts))
     read = len(passages) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
@@ -111,24 +111,16 @@ def setting(
             "context": name,
             "n": len(measured),
             "of": len(texts),
-            "kl": score.kl,
-            "kl_low": score.kl_interval[0],
-            "kl_high": score.kl_interval[1],
-            "kept": score.kept,
-            "kept_low": score.kept_interval[0],
-            "kept_high": score.kept_interval[1],
-            "over": score.over_vectors,
-            "over_low": score.over_vectors_interval[0],
-            "over_high": score.over_vectors_interval[1],
+            **columns_of(score),
         }
         for name, score in table.contexts.items()
     ]
     rival = table.contexts.get(f"last {(2 if T < CONTINUATION else 4) * K * parts} tokens")
-    mine = table.contexts[VECTORS]
+    vectors = table.contexts[VECTORS]
     result = {
         "exact": exact.share,
-        "kept": mine.kept,
-        "kl": mine.kl,
+        "kept": vectors.kept,
+        "kl": vectors.kl,
         "kl_none": table.contexts[NONE].kl,
         "kl_exact_only": table.contexts[EXACT_ONLY].kl if EXACT_ONLY in table.contexts else 0.0,
         "cost": spent / from_noise,
@@ -138,6 +130,21 @@ def setting(
         result["over_truncation"] = rival.over_vectors
         result["over_truncation_low"], result["over_truncation_high"] = rival.over_vectors_interval
     return rows, result
+
+
+def columns_of(score: Any) -> dict[str, float]:
+    """The measures of a context, each with its 95 % interval over texts; KL in nats per token."""
+    return {
+        "kl": score.kl,
+        "kl_low": score.kl_interval[0],
+        "kl_high": score.kl_interval[1],
+        "kept": score.kept,
+        "kept_low": score.kept_interval[0],
+        "kept_high": score.kept_interval[1],
+        "over": score.over_vectors,
+        "over_low": score.over_vectors_interval[0],
+        "over_high": score.over_vectors_interval[1],
+    }
 
 
 def query_tokens(T: int, recipe: Recipe) -> int:

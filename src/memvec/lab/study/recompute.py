@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,26 +95,33 @@ def recompute(
     )
 
 
+class _Decoded(NamedTuple):
+    """A passage behind its vectors, N predicted tokens."""
+
+    bits: Floats  # (N,)
+    margin: Floats  # (N,), logits
+    decoded: list[int]  # N token ids
+    further_inputs: int  # inputs of a forward pass beyond one per predicted token
+
+
 def _with_vectors(
     lm: FrozenLM, cell: Cell, front: Tensor, ids: tuple[int, ...], start: str
-) -> tuple[Floats, Floats, list[int], int]:
-    """(bits (N,), margins (N,), decoded tokens, inputs beyond one per predicted token).
-
-    `front` holds the vectors (K, D); N is the number of predicted tokens.
-    """
+) -> _Decoded:
+    """Bits, margins and free decoding behind the vectors `front` (K, D)."""
     given = int(start == "first-token")
     n = len(ids) - given
     order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)
     if order is not None:
         table = slow.one_step_logits(lm, front, order)[-n:]
         bits, margin = slow.bits_and_margins(table, ids[given:])
-        return bits, margin, [int(token) for token in table.argmax(1)], len(order) - n
+        decoded = [int(token) for token in table.argmax(1)]
+        return _Decoded(bits, margin, decoded, len(order) - n)
     bits, margin = slow.teacher_forced(lm, front, ids, start)
     middle = list(lm.trigger) if start == "bos" else []
     decoded = slow.greedy(lm, front, [*middle, *ids[:given]], n)
-    # The start token is counted apart.
+    # The start token is counted separately.
     before = -1 if lm.reading.space.startswith("prefix") else len(lm.front) + cell.vectors - 1
-    return bits, margin, decoded, before
+    return _Decoded(bits, margin, decoded, before)
 
 
 def _alone(lm: FrozenLM, ids: tuple[int, ...], start: str) -> tuple[Floats, Floats]:
