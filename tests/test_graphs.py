@@ -122,7 +122,7 @@ def test_an_input_that_is_not_copied_is_noticed(missing, monkeypatch):
         captured = capture(self, *given)
         kept = list(captured.inputs)
         kept[missing] = kept[missing].detach().clone()  # copied to where nobody reads
-        return replace(captured, given=tuple(kept))
+        return replace(captured, inputs=tuple(kept))
 
     monkeypatch.setattr(graphs.Graphs, "_capture", careless)
     with pytest.raises(MemvecError, match="gives other figures than the step itself"):

@@ -344,20 +344,22 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", python)  # for the engine that certifies
     lines = [line.strip() for line in PAGE.splitlines() if line.startswith("    memvec ")]
-    assert len(lines) == 10
+    assert len(lines) == 13
     for line in lines:
         ran = command(*line.split()[1:])
         assert ran.code == 0, (line, ran.err)
     snippets = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     shown = []
     for code in snippets:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, "docs/interop.md", "exec"), {})
         shown.append(printed.getvalue())
-    assert shown[:2] == [letter, letter]
-    assert re.fullmatch(r"\(\d+, 1, 384\)\n", shown[2])
+    answer = command("use", "usable.mem", "-p", " The next morning", "--max-new-tokens", 12)
+    assert shown[0].strip() == answer.out.decode().strip()
+    assert shown[1:3] == [letter, letter]
+    assert re.fullmatch(r"\(\d+, 1, 384\)\n", shown[3])
 
 
 @pytest.mark.parametrize("target", ["transformers", "npy"])

@@ -356,7 +356,7 @@ def test_from_the_command_line(command, recipe, tmp_path):
     save_encoder(own, SlotEncoder(SlotNetwork(lm.width, hidden=8, layers=1, heads=1, slots=1)), lm)
     for wrong, says in [
         ((*train, "--force", "--segments", 3), "--segments is of recurrent encoders"),
-        ((*train, "--force", "--recurrent", *chain, "--lags", 9), "--lags 9 ask for more segments"),
+        ((*train, "--force", "--recurrent", *chain[:4], "--lags", 9), "--lags 9 ask for more"),
         ((*measure, "--segments", 0), "--segments must be at least 1"),
         ((*measure, "--segments", 3, "--lags", 3), "--lags 3 is out of range"),
         ((*measure, "--lags", 2), "--lags is of recurrent encoders"),
