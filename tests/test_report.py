@@ -273,6 +273,12 @@ def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study:
     assert tex in signs.latex()
     assert table.csv() == "a_b,c\nx,0.5\n,12.34\n"
     assert (show(float("nan")), show(3), show(0.25)) == ("–", "3", "0.250")
+    other = study / "other"
+    other.mkdir()
+    shutil.copy(study / "out" / "study.sqlite", other)
+    with pytest.raises(MemvecError, match="is in the folder of another study"):
+        report(study / "out", other / "report", figures=False)
+    assert [path.name for path in other.iterdir()] == ["study.sqlite"]
 
 
 def test_the_page_is_self_contained(study: Path) -> None:

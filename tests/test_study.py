@@ -715,6 +715,23 @@ def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory, python: str) 
     return base
 
 
+def test_a_folder_of_another_study_is_left_alone(tmp_path):
+    text = (
+        HEAD
+        + """
+[[runs]]
+protocol = "exact"
+lengths = [3]
+passages = 1
+recipe = { steps = 3 }
+"""
+    )
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+    renamed = text.replace('name = "', 'name = "other-', 1)
+    with pytest.raises(MemvecError, match="holds the study .*: name another folder with -o"):
+        run(spec_in(tmp_path, renamed), tmp_path, tmp_path / "out", renamed)
+
+
 @pytest.mark.slow
 def test_kill_9_loses_nothing_but_running_slots(killed: Path, python: str) -> None:
     whole, words = everything(killed / "whole"), command(python, killed, "cut")

@@ -309,6 +309,8 @@ def report(
     others = target.is_dir() and any(target.iterdir()) and not (target / "tables").is_dir()
     if others or (target.exists() and not target.is_dir()):
         raise MemvecError(f"{target} holds something else than a report: name a new folder.")
+    if (target.parent / "study.sqlite").is_file() and target.parent.resolve() != folder.resolve():
+        raise MemvecError(f"{target} is in the folder of another study: name another with -o.")
     written = write_report(folder, target, compare=compare == "paper", figures=figures)
     for table in written.tables:
         print_report_table(table, format_)

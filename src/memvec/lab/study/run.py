@@ -58,12 +58,18 @@ def run_study(
 ) -> StudyStatus:
     """Run the remaining passages of a study.
 
-    Raises MemvecError for errors in the spec or its files, and if passages come back without a row.
+    Raises MemvecError for errors in the spec or its files, for a folder of another study, and if
+    passages come back without a row.
     """
     planned = expand(spec, base)
     for sentence in problems(spec, planned, base):
         raise MemvecError(sentence)
     with Store(folder, write=True) as store:
+        if (held := store.meta("name")) and held != spec.name:
+            raise MemvecError(
+                f"{folder} holds the study {held}: name another folder with -o, or give the spec "
+                "that name."
+            )
         drawn = {s.name for s in spec.sources if s.random_text}
         about = {"name": spec.name, "about": spec.about, "spec": text, "base": str(base or "")}
         store.plan(planned, drawn, {**about, "batch_size": str(spec.batch_size)})
