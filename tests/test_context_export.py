@@ -138,7 +138,7 @@ def test_the_command_writes_a_context(command, tmp_path):
     assert command(*crammed, *small).code == 0
     exported = command("export", file, "--to", "transformers", "--context")
     assert exported.code == 0, exported
-    assert "inputs to put in front of a prompt" in exported.err
+    assert "inputs for transformers, to put in front of a prompt" in exported.err
     folder = tmp_path / "bus.transformers-context"
     inputs = load_file(folder / "context.safetensors")["inputs_embeds"][0]
     lm, mem = load_lm("pocket"), MemVectors.load(file)

@@ -728,7 +728,7 @@ recipe = { steps = 3 }
     )
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
     renamed = text.replace('name = "', 'name = "other-', 1)
-    with pytest.raises(MemvecError, match="holds the study .*: name another folder with -o"):
+    with pytest.raises(MemvecError, match=r"holds the study .*: name another folder with -o"):
         run(spec_in(tmp_path, renamed), tmp_path, tmp_path / "out", renamed)
 
 

@@ -63,8 +63,8 @@ def export(
     elif context:
         kept = manifest["use"]["held_out"]["contexts"]["vectors"]["kept"]
         display.say(
-            f"{folder}: {manifest['inputs']} inputs to put in front of a prompt, for "
-            f"{target.description}; the passages keep {kept:.2f} of what their text gains."
+            f"{folder}: {manifest['inputs']} inputs for {to}, to put in front of a prompt; the "
+            f"vectors keep {kept:.2f} of the text's gain (held-out queries)."
         )
     else:
         display.say(
