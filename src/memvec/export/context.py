@@ -45,9 +45,10 @@ def export_context(
     """Write the vectors of `mem` as context for a target; returns the manifest.
 
     `lm` must be in the dtype that the target will run it in (`target.dtype` if it has one). Raises
-    MemvecError for another model, vectors that were not crammed for use, a folder in the way
-    (`force` replaces an earlier export only), more vectors than the model's context holds, or a
-    target that cannot take this model. Nothing is left behind then.
+    MemvecError for another model, vectors without a trigger, a folder in the way (`force` replaces
+    an earlier export only), more vectors than the model's context holds, or a target that cannot
+    take this model; NotExactError if the passages do not decode exactly in this dtype. Nothing is
+    left behind then.
     """
     output = Path(folder)
     check(mem, lm, target, output, force)

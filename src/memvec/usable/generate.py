@@ -147,8 +147,8 @@ def context_inputs(
     What stands in front of the vectors (BOS, soft tokens), then the vectors of all files one behind
     the other, multiplied by their `context_scale`; in the model's dtype, on the CPU. Other software
     continues behind them with the embeddings of a prompt, without another BOS. `passages` takes
-    some of a single file. Raises MemvecError for vectors of another model, vectors that were not
-    crammed for use, vectors that are no inputs, or files that cannot stand in one row.
+    some of a single file. Raises MemvecError for vectors of another model, vectors without a
+    trigger, vectors that are no inputs, or files that cannot stand in one row.
     """
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
     if not files:
