@@ -1,8 +1,8 @@
-"""[mem] vectors as a folder or a repository of the Hub: the file, and a card that says what it is.
+"""[mem] vectors as a folder or a Hub repository: the file of vectors, and a model card.
 
-vectors.mem.safetensors   what `MemVectors.save` writes
-README.md                 the card: base model and its licence, certificate, how to decode, and
-                          that the vectors contain the text
+vectors.mem.safetensors   the file that `MemVectors.save` writes
+README.md                 the card: base model and its licence, certificate, how to decode, and a
+                          warning that the vectors contain the text
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FILE = "vectors.mem.safetensors"
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What the Hub's HTTP library raises when nobody answers; its versions use different libraries.
+# The error of the Hub's HTTP library without an answer; that library depends on the version.
 UNREACHABLE: type[Exception] = HfHubHTTPError.__bases__[0]
 WARNING = (
     "**These vectors contain the text.** Whoever has them and the base model reads it back word "
@@ -90,11 +90,11 @@ def save_pretrained(
     base_licence: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the vectors and their card into a folder, which is made if it does not exist.
+    """Write the vectors and their card into a folder, which is created if it does not exist.
 
-    `licence` is the one you give the vectors (an identifier of the Hub), `base_licence` the base
-    model's if its own card is not on this machine. Raises MemvecError if the folder holds vectors
-    or a card of something else already (unless `force`) or cannot be written.
+    `licence` is the licence of the vectors (an identifier of the Hub). `base_licence` is that of
+    the base model, needed if its card is not on this machine. Raises MemvecError if the folder
+    holds vectors or another card already (unless `force`), or cannot be written.
     """
     place = Path(folder)
     try:
@@ -124,7 +124,7 @@ def local_file(
 ) -> Path:
     """The file of vectors in a folder that `save_pretrained` wrote, or in a repository of the Hub.
 
-    Raises MemvecError: no such folder or repository, or no network.
+    Raises MemvecError if there is no such folder, repository or file, or no network.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -148,10 +148,10 @@ def push_to_hub(
     token: str | None = None,
     message: str = "[mem] vectors made with memvec",
 ) -> str:
-    """Upload the vectors and their card; returns the commit's address.
+    """Upload the vectors and their card; returns the URL of the commit.
 
-    The repository is made if it does not exist; `private` None leaves the Hub's default.
-    Raises MemvecError, in one sentence: not a Hub id, no network, no permission.
+    The repository is created if it does not exist; `private` None uses the Hub's default. Raises
+    MemvecError if `repository` is not a Hub id, or without network or permission.
     """
     if not HUB_ID.fullmatch(repository):
         raise MemvecError(f"'{repository}' is not a Hub id: write user/name.")
@@ -180,9 +180,9 @@ def card(
     licence: str | None = None,
     base_licence: str | None = None,
 ) -> str:
-    """The card of a file, in Markdown with metadata of the Hub. It quotes nothing of the text.
+    """The card of a file, in Markdown with the Hub's metadata. It quotes nothing of the text.
 
-    `repository` is where the vectors will be; the licences are those of `save_pretrained`.
+    `repository` is the Hub id for its decoding example; for the licences see `save_pretrained`.
     """
     name, on_hub = _base(mem)
     data = ModelCardData(
@@ -261,12 +261,12 @@ def _licence_on_hub(api: huggingface_hub.HfApi, mem: MemVectors) -> str | None:
     try:
         with _hub(name):
             return _licence_in(api.model_info(name).card_data)
-    except MemvecError:  # gated, or gone: its licence is looked up for the card and no more
+    except MemvecError:  # gated or deleted: the card then names no licence
         return None
 
 
 def _licence_in(metadata: Any) -> str | None:
-    """The licence in a card's metadata: its own name where the identifier is only 'other'."""
+    """The licence in a card's metadata: its `license_name` if the identifier is 'other'."""
     if metadata is None:
         return None
     licence = metadata.get("license")
@@ -276,9 +276,9 @@ def _licence_in(metadata: Any) -> str | None:
 
 
 def _base(mem: MemVectors) -> tuple[str, bool]:
-    """The base model's name for others, and whether it is one of the Hub.
+    """The base model's name for publication, and whether it is a Hub id.
 
-    Of a local folder only the last part is given: the rest shows where somebody keeps their files.
+    For a local folder, only the last part of its path, since the rest is private.
     """
     name = str(mem.header.model.get("name"))
     if name != "pocket" and (Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)):
@@ -308,7 +308,7 @@ def _certificate(mem: MemVectors) -> str:
 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[None]:
-    """Turn the ways in which the Hub refuses into one sentence each."""
+    """Context manager that turns errors of the Hub into MemvecErrors of one sentence."""
     no_answer = MemvecError(
         f"the Hub could not be reached for {name}: check the network, or use a local folder."
     )

@@ -1,16 +1,16 @@
 """How the numbers of [mem] vectors are stored: float32, bfloat16, float16, int8 or int4.
 
-A storage says what a reader of the file will see (`rounded`), what the file holds (`pack`,
-`unpack`) and what that weighs (`size`). The engine optimises through `rounded`, certification
-decodes what `rounded` gives, and `unpack` of a file gives the same numbers to the bit: what was
-measured is what is stored.
+A storage defines the numbers that a reader of the file gets (`rounded`), the tensors of the file
+(`pack`, `unpack`) and their size in bytes (`size`). The engine optimises through `rounded`,
+certification decodes the result of `rounded`, and `unpack` of a file gives bit-identical numbers,
+so the stored vectors are the measured ones.
 
 Integers are symmetric, with one scale per vector: number = code x scale, codes in -L..L with L 127
-(int8) or 7 (int4, two codes to a byte). The scale is the largest absolute number over L, kept as
-bfloat16, whose 8 significant bits make three things exact in float32: code x scale (15 bits), its
+(int8) or 7 (int4, two codes per byte). The scale is the largest absolute number over L, rounded to
+bfloat16. Its 8 significant bits make three things exact in float32: code x scale (15 bits), its
 division by the scale, and the largest code, which is always L (L times a relative error of 2^-9 is
-less than a half). Packing a vector that has been rounded therefore changes nothing, and a file
-whose numbers are not as `pack` makes them is a damaged one.
+less than a half). Packing a rounded vector therefore changes nothing, and a file whose tensors
+`pack` could not have made is damaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from memvec.errors import MemvecError, did_you_mean
 
-SMALLEST_SCALE = torch.finfo(torch.bfloat16).smallest_normal  # below it a vector counts as zero
+SMALLEST_SCALE = torch.finfo(torch.bfloat16).smallest_normal  # below: vector is zero
 
 
 PackingName = Literal["int8", "int4"]
@@ -44,19 +44,19 @@ class Storage(Protocol):
 
     @property
     def packing(self) -> PackingName | None:
-        """The name, if integers stand for the numbers."""
+        """The name, if numbers are stored as integer codes; else None."""
 
     def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        """The vectors as a reader will see them, in the dtype they came in (float32)."""
+        """The vectors as a reader of the file gets them, in the dtype of `vectors` (float32)."""
 
     def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
-        """The tensors of a file, by name."""
+        """The tensors of a file, by name, for P passages."""
 
     def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
         """The vectors in `dtype`. Raises ValueError for tensors that `pack` does not make."""
 
     def size(self, vectors: int, D: int) -> int:
-        """Bytes of this many vectors of D numbers, scales included."""
+        """Bytes of a number of vectors with D numbers each, scales included."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Floats:
     packing: None = None
 
     def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        """To the dtype and back."""
+        """The vectors cast to the storage's dtype and back."""
         return vectors.to(self.dtype).to(vectors.dtype)
 
     def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
-        """One tensor."""
+        """The tensor `vectors` in the storage's dtype."""
         return {"vectors": vectors.to(self.dtype).contiguous()}
 
     def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
-        """The tensor, if it is of the dtype."""
+        """The tensor `vectors`. Raises ValueError if it has another dtype."""
         vectors = tensors["vectors"]
         if vectors.dtype != self.dtype:
             raise ValueError(f"stores {vectors.dtype} for {self.name}, which memvec does not write")
@@ -89,10 +89,10 @@ class Floats:
 
 @dataclass(frozen=True)
 class Integers:
-    """Integer codes (P, K, D) and bfloat16 scales (P, K); 4-bit codes lie two to a byte.
+    """Integer codes (P, K, D) and bfloat16 scales (P, K); 4-bit codes share a byte in pairs.
 
-    A byte holds code + 8 of an even place in its low half and of the next place in its high half;
-    the half behind an odd D is 0, which no code is. Nothing about the shape is claimed elsewhere.
+    A byte holds code + 8 of an even index in its low half and of the next index in its high half.
+    For an odd D the last high half is 0, which no code uses, so the tensors alone determine D.
     """
 
     name: PackingName
@@ -101,7 +101,7 @@ class Integers:
 
     @property
     def packing(self) -> PackingName:
-        """The name."""
+        """The name of the storage."""
         return self.name
 
     @property
@@ -112,17 +112,17 @@ class Integers:
     def _codes(
         self, vectors: Float[Tensor, "*shape D"]
     ) -> tuple[Float[Tensor, "*shape D"], Float[Tensor, "*shape 1"]]:
-        """Codes and scales, both in float32. A vector that is not finite has a NaN scale."""
+        """Codes and scales, both in float32. A vector with a non-finite number has scale NaN."""
         scale = vectors.abs().amax(-1, keepdim=True) / self.largest
         scale = scale.to(torch.bfloat16).float()
         scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
         scale = torch.where(torch.isfinite(scale), scale, torch.nan)
         codes = torch.where(scale == 0, 0.0, (vectors / scale).round())
-        # + 0.0 turns -0 into the 0 that a reader gets.
+        # + 0.0 turns -0 into 0, as integer codes do.
         return codes.clamp(-self.largest, self.largest) + 0.0, scale
 
     def rounded(self, vectors: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape D"]:
-        """The nearest codes times the scale. Rounding twice is rounding once."""
+        """The nearest codes times the scale. Rounding again changes nothing."""
         codes, scale = self._codes(vectors)
         return codes * scale
 
@@ -141,7 +141,7 @@ class Integers:
         }
 
     def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
-        """Codes times scales, after checking that `pack` gives back the very same tensors."""
+        """Codes times scales. Raises ValueError unless `pack` gives back the same tensors."""
         codes, scales = tensors["codes"], tensors["scales"]
         kind = torch.uint8 if self.bits == 4 else torch.int8
         if (codes.dtype, scales.dtype) != (kind, torch.bfloat16):
@@ -163,7 +163,7 @@ class Integers:
             numbers = codes.float()
         vectors = numbers * scales.float()[..., None]
         again = self.pack(vectors)
-        # Bytes are compared: a NaN scale is not equal to itself, and -0 is not a scale of ours.
+        # Compare bytes: NaN is not equal to itself, and a scale of -0 would equal 0.
         if not all(
             torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8))
             for name in again
@@ -172,7 +172,7 @@ class Integers:
         return vectors
 
     def size(self, vectors: int, D: int) -> int:
-        """Bytes of the codes, the half byte behind an odd D included, and of the scales."""
+        """Bytes of codes and scales, the unused half byte of an odd D included."""
         return vectors * (-(-D * self.bits // 8) + torch.bfloat16.itemsize)
 
 
@@ -186,7 +186,7 @@ STORAGES: dict[str, Storage] = {
 
 
 def storage_of(kind: str | torch.dtype | Storage) -> Storage:
-    """A storage by name, or by its torch dtype. Raises MemvecError for an unknown one."""
+    """The storage of a name or a torch dtype. Raises MemvecError for an unknown one."""
     if not isinstance(kind, str | torch.dtype):
         return kind
     name = str(kind).removeprefix("torch.")

@@ -1,10 +1,11 @@
-"""How it is moved: Adam for B passages at once, each with its own moments and its own step count.
+"""Optimisers: Adam for B passages at once, each with its own moments and step count.
 
-`adamw` is the published recipes'; the default's (`memvec.arms.full_matrix`) turns `nadam`'s step.
+The published recipes use `adamw`. The default recipe's optimiser (`memvec.arms.full_matrix`)
+rotates the step of `nadam`.
 
-One stacked parameter and the *sum* of per-passage losses make B separate runs out of one; what a
-library optimiser lacks is a step count per passage (a newcomer's bias correction starts at 1 while
-its neighbours are at 500) and moments that leave with the passage, so those are here.
+With one stacked parameter and the *sum* of per-passage losses, one optimiser runs B separate ones.
+torch's optimisers lack a step count per passage (the bias correction of a new passage starts at 1
+while others are at 500) and moments that are removed with their passage; both are added here.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from memvec.cramming.rows import Rows
 
 
 def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
-    """The rate of a passage's next move after it has moved so often.
+    """The learning rate of each passage's next step, after `moved` steps.
 
-    A straight line from 0 over `warmup` moves, then half a cosine down to `lr_end` at move `decay`
-    (0: it stays), as transformers' cosine schedule with a minimum rate has it.
+    It rises linearly from 0 over `warmup` steps, then falls along half a cosine to `lr_end` at step
+    `decay` (0: it stays constant), like transformers' cosine schedule with a minimum rate.
     """
     rate = torch.full_like(moved, recipe.lr)
     if recipe.decay:
@@ -33,14 +34,14 @@ def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "
     return rate * (moved / max(1, recipe.warmup)).clamp_max(1) if recipe.warmup else rate
 
 
-RISE = 0.8  # how fast the mean gradient's memory grows with the number of moves
+RISE = 0.8  # factor of the growth of the mean gradient's window, see `first_decay`
 
 
 def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
-    """Decay of the mean gradient in a passage's next move after it has moved so often.
+    """beta1 of each passage's next step, after `moved` steps (t).
 
-    A mean over about 1 + 0.8 t^beta1_rise gradients: short while the vector travels, long when it
-    has to find its way between many tokens (docs/log.md). The first mean is the first gradient.
+    The mean gradient covers about 1 + 0.8 t^beta1_rise gradients: few while the vector moves far,
+    many later, when it balances many tokens (docs/log.md). The first mean is the first gradient.
     """
     if not recipe.beta1_rise:
         return torch.full_like(moved, recipe.beta1)
@@ -49,7 +50,7 @@ def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B
 
 @dataclass
 class OptimizerState(Rows):
-    """Moments and move counts of each slot; (B, ...) like the parameters."""
+    """Mean and mean square of gradients, (B, ...) like the parameters, and step counts (B)."""
 
     mean: Tensor
     square: Tensor
@@ -57,9 +58,9 @@ class OptimizerState(Rows):
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) for B passages that start and stop at different moves.
+    """Adam (Kingma & Ba 2015) for B passages that start and stop at different steps.
 
-    It decays no weights (AdamW does); beta1 may rise from move to move.
+    It has no weight decay (AdamW has); beta1 may rise from step to step.
     """
 
     decays = False
@@ -68,16 +69,16 @@ class Adam:
         self.recipe = recipe
 
     def fresh(self, parameters: Tensor) -> OptimizerState:
-        """Empty state for parameters (B, ...)."""
+        """Zero moments and step counts for parameters (B, ...)."""
         mean, count = torch.zeros_like(parameters), parameters.new_zeros(len(parameters))
         return OptimizerState(mean, mean.clone(), count)
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
-        """What the step follows, from the mean gradient, the newest one and the mean's decay."""
+        """The direction of a step, from the mean gradient, the newest gradient and beta1."""
         return mean
 
     def change(self, mean: Tensor, scale: Tensor, state: OptimizerState) -> Tensor:
-        """The step at rate 1, from what it follows and the root of the mean square."""
+        """The step at learning rate 1, from the direction and the root of the mean square."""
         return mean.div_(scale)
 
     @torch.no_grad()
@@ -89,20 +90,20 @@ class Adam:
         moving: Bool[Tensor, " B"],
         lr_scale: Float[Tensor, " B"] | None = None,
     ) -> None:
-        """Move `parameters` (B, ...) in place where `moving` (B) is true; others stay.
+        """Update `parameters` (B, ...) and `state` in place, only where `moving` (B) is true.
 
-        `lr_scale` multiplies the learning rate of each passage; 1 if it is not given.
+        `lr_scale` multiplies the learning rate of each passage (None: 1).
         """
         beta1, beta2 = self.recipe.beta1, self.recipe.beta2
         shape = (-1,) + (1,) * (parameters.dim() - 1)
         on = moving.reshape(shape)
         decay = first_decay(state.count, self.recipe).reshape(shape)
         state.count.add_(moving)
-        # lerp with weight 0 leaves a passage that has finished exactly as it was measured.
+        # lerp with weight 0 leaves the state of a passage that is not moving bit-identical.
         state.mean.lerp_(gradient, (1 - decay) * on.to(gradient.dtype))
         state.square.lerp_(gradient.square(), (1 - beta2) * on.to(gradient.dtype))
         count = state.count.clamp_min(1).reshape(shape)
-        # A decay that rises from 0 leaves no share of the mean to what was there before.
+        # With a beta1 that rises from 0, the zero start has no weight in the mean.
         mean = state.mean / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
         mean = self.direction(mean, gradient, decay)
         change = self.change(mean, (state.square / (1 - beta2**count)).sqrt_().add_(1e-8), state)
@@ -114,12 +115,11 @@ class Adam:
 
 
 class NAdam(Adam):
-    """Adam that follows the mean gradient one decay ahead (Nesterov's momentum; Dozat 2016).
+    """Adam with Nesterov's momentum, which looks one step ahead (Dozat 2016).
 
-    The newest gradient counts twice: in the mean, and once more beside it with the share that it
-    would have in the next mean. Steps are as large as the vectors: what the last one overshot is
-    corrected a move earlier (docs/log.md has what that gains). The mean is corrected for its first
-    moves as Adam's is.
+    The newest gradient counts twice: in the mean, and once more with the weight that a gradient
+    has in the next mean. Steps are as large as the vectors, and this corrects an overshoot one step
+    earlier (gains: docs/log.md). The bias correction of the mean is Adam's.
     """
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the vectors of a passage begin; everything random comes from its own token ids."""
+"""First vectors of a passage; random ones depend only on its token ids and the recipe's seed."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
-    """A seed that depends on the passage and the recipe's seed, never on order or slot."""
+    """A seed from the passage's token ids and the recipe's seed; order and slot do not matter."""
     return (
         int.from_bytes(hashlib.sha256(f"{ids_hash(ids)} {seed}".encode()).digest()[:8], "big") >> 1
     )
 
 
 def noise(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Noise as large as the embeddings: randn x embedding std (Kuratov et al., train.py)."""
+    """Gaussian noise with the embeddings' standard deviation (Kuratov et al., train.py)."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
     return torch.randn(K, lm.width, generator=generator) * lm.embedding_std
 
 
 def encoder_of(lm: FrozenLM, recipe: Recipe) -> OnePassEncoder | None:
-    """The model's encoder for what the recipe makes; None if it has none."""
+    """The model's encoder, or its usable encoder for a recipe of usable vectors; None without."""
     return lm.usable_encoder if recipe.term == "use" else lm.encoder
 
 
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
-    """The start that applies to this model: 'auto' is its encoder if it has one.
+    """The name of the start for this model: 'auto' is 'encoder' if it has an encoder that fits.
 
-    Without one that fits: noise, or the last tokens of the passage for vectors that are to be used.
+    Otherwise 'auto' is 'noise', or 'last-tokens' (of the passage) for usable vectors.
     """
     if recipe.start != "auto":
         return recipe.start
@@ -63,11 +63,12 @@ def start_vectors(
     *,
     alone: bool = False,
 ) -> list[Float[Tensor, "K D"]]:
-    """First vectors of passages under the recipe, float32 on the CPU.
+    """First vectors of each passage under the recipe, float32 on the CPU.
 
-    The encoder reads passages of one length together, where the size of a batch changes the last
-    digits of a product, or each `alone`; nothing else depends on who is beside whom. As context
-    they are what the start gives: vectors for use are larger by the inverse of their scale.
+    The encoder reads passages of equal length as one batch, whose size changes the rounding of
+    products, or with `alone` each passage by itself; otherwise passages do not affect each other.
+    The vectors are divided by `context_scale`, so that in context mode, which multiplies by it, the
+    model reads what the start gives. Raises MemvecError without an encoder that fits.
     """
     name = start_of(lm, recipe)
     if name != "encoder":
@@ -89,9 +90,10 @@ def start_vectors(
 
 
 def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
-    """The model with the recipe's space, front and trigger. Raises MemvecError if it has them not.
+    """A view of the model with the recipe's space, context scale, front and trigger.
 
-    'none' and 'bos', the defaults, leave a model that has another front or trigger as it is.
+    The defaults 'none' (front) and 'bos' (trigger) keep those of the model. Raises MemvecError if
+    the model does not support the recipe's choice.
     """
     lm = as_context_at(in_space(lm, recipe.space, recipe.record()), recipe.context_scale)
     lm = lm if recipe.front == "none" else with_front(lm, recipe.front)
@@ -99,7 +101,10 @@ def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
 
 
 def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
-    """The start rule that applies to this model ('paper' depends on its tokenizer)."""
+    """The start rule for this model ('paper' depends on its tokenizer).
+
+    Raises MemvecError if the space or the model does not support the rule.
+    """
     rule: StartRule
     if recipe.start_rule == "paper":
         rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
@@ -116,14 +121,14 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     return rule
 
 
-# An encoder puts passages of up to twice its own tokens near what they need, longer ones not.
+# An encoder's vectors are a close start for passages of up to this multiple of its length.
 ENCODER_REACH = 2
 
 
 def encoder_reach(lm: FrozenLM, recipe: Recipe, K: int) -> float:
-    """Length (tokens) up to which the recipe's start is near what a passage needs; 0: never."""
+    """Longest passage (tokens) for which the recipe's start is close to a solution; 0: none."""
     encoder = encoder_of(lm, recipe)
     if encoder is None or start_of(lm, recipe) != "encoder" or not recipe.lr_large:
         return 0.0
-    # An encoder that names no length is a good start at any length.
+    # An encoder without a length is a close start at any length.
     return float(ENCODER_REACH * encoder.tokens * K) or math.inf

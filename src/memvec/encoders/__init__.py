@@ -1,1 +1,1 @@
-"""One-pass encoders beside a frozen LM: what they are, their files, their training."""
+"""One-pass encoders for a frozen LM: their networks, files, training and measurement."""

@@ -1,9 +1,10 @@
-"""The adapted encoder: the frozen LM, with low-rank adapters for this pass only, reads its text.
+"""The adapted encoder: the frozen LM reads the passage with low-rank adapters, in this pass only.
 
-A passage is read in K equal parts, a summary embedding behind each; the last hidden state there,
-through one linear map, is the part's [mem] vector. A part is read behind all that came before it.
-Summary, map and adapters begin as the LM's own summary encoder, where it was trained with one, and
-are trained beside the frozen LM (`adapted_training.py`): the vectors are for the LM as it is.
+The passage is divided into K equal parts with a summary embedding after each. The last hidden state
+at a summary embedding, through one linear map, is the part's [mem] vector; it also depends on all
+earlier parts. Summary and map begin with the values of the LM's own summary encoder, if it was
+trained with one. They and the adapters are trained (`adapted_training.py`); the LM is frozen, and
+reads the vectors without adapters.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from memvec.errors import MemvecError
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-LARGEST_SLOTS = 4096  # that a file may claim
+LARGEST_SLOTS = 4096  # largest number of slots in a file
 
 
 class AdaptedNetwork(nn.Module):
-    """What is trained: a summary embedding (1, D), a map (H to D), the adapters."""
+    """The trained parameters: a summary embedding (1, D), a map (H to D), the adapters."""
 
     def __init__(self, lm: FrozenLM, modules: list[str], *, states: int, rank: int) -> None:
         super().__init__()
@@ -39,10 +40,10 @@ class AdaptedNetwork(nn.Module):
 
     @torch.no_grad()
     def begun(self, lm: FrozenLM, mean: Float[Tensor, " D"], size: float) -> AdaptedNetwork:
-        """The same network before training: the LM's own summary encoder, or near nothing.
+        """The same network with its values before training: those of the LM's summary encoder.
 
-        Without one the summary is near `mean`, that of the LM's embeddings, and the vectors
-        have an RMS of about `size`.
+        Without one, the summary is near `mean` (D), the mean of the LM's embeddings, and the
+        vectors have an RMS of about `size`.
         """
         if (summary_encoder := own_summary(lm)) is not None:
             self.summary.copy_(summary_encoder.summary[:1])
@@ -60,8 +61,8 @@ class AdaptedNetwork(nn.Module):
 class AdaptedEncoder(TrainedEncoder):
     """An adapted network as an encoder: passages (B, T) to vectors (B, K, D).
 
-    `max_vectors`: the largest K that it was trained for. `summary_encoder`: the one that the LM was
-    trained with, from which other trainings begin; None: it was trained without one.
+    `max_vectors` is the largest K in training. `summary_encoder` is the one that the LM was trained
+    with (None without), from which other trainings begin.
     """
 
     kind = "adapted"
@@ -86,7 +87,7 @@ class AdaptedEncoder(TrainedEncoder):
         embedded, bounds = lm.embed(ids), [T * i // K for i in range(K + 1)]
         parts = [embedded[:, bounds[i] : bounds[i + 1]] for i in range(K)]
         inputs = torch.cat([piece for part in parts for piece in (part, summary)], 1)
-        first = bounds[1]  # nothing before the first summary is asked for
+        first = bounds[1]  # no states before the first summary are needed
         with network.adapters.on(lm):
             hidden = lm.hidden(inputs, keep=inputs.shape[1] - first).float()
         index = torch.tensor(
@@ -96,12 +97,12 @@ class AdaptedEncoder(TrainedEncoder):
         return linear(hidden[:, index.to(hidden.device)], weight, bias)
 
     def settings(self) -> dict[str, Any]:
-        """The linear maps that it adapts, and its slots; the rank is in its tensors."""
+        """The adapted linear maps and the number of slots; the tensors give the rank."""
         return {"modules": self.network.adapters.names, "slots": self.max_vectors}
 
 
 def own_summary(lm: FrozenLM) -> SummaryEncoder | None:
-    """The summary encoder that the LM was trained with, if there is one."""
+    """The summary encoder that the LM was trained with; None without one."""
     encoder = lm.encoder.own if isinstance(lm.encoder, AdaptedEncoder) else lm.encoder
     return encoder if isinstance(encoder, SummaryEncoder) else None
 
@@ -114,15 +115,15 @@ def fresh(lm: FrozenLM, *, rank: int) -> AdaptedNetwork:
 def read(file: EncoderFile, lm: FrozenLM) -> AdaptedEncoder:
     """The adapted encoder in a file.
 
-    Raises MemvecError if its tensors do not fit the model. The rank is that of its tensors, so no
-    file asks for more memory than it holds.
+    Raises MemvecError if its tensors do not fit the model. The tensors give the rank, so no file
+    makes memvec allocate more memory than its own tensors take.
     """
     shape = json.loads(file.metadata["shape"])
     modules, slots = [str(name) for name in shape["modules"]], int(shape["slots"])
     if not 1 <= slots <= LARGEST_SLOTS:
         raise MemvecError(f"{file.path} claims {slots} slots: not an encoder of memvec's.")
     states, rank = state_width(lm), len(file.tensors["adapters.down.0"])
-    with torch.device("meta"):  # no random numbers that the file's would replace
+    with torch.device("meta"):  # without memory or random numbers: the file has the values
         network = AdaptedNetwork(lm, modules, states=states, rank=rank)
     load_network(network, file, lm)
     return AdaptedEncoder(network, slots, own_summary(lm))

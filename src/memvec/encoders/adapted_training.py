@@ -1,7 +1,8 @@
-"""Training an adapted encoder: encode a passage, give it back, cross-entropy.
+"""Training of an adapted encoder with the cross-entropy of the passage that it encodes.
 
-Beside a LM that was trained with a summary encoder it begins there, and passages of all lengths are
-drawn from the first step. Beside any other it begins near nothing, and passages grow with success.
+For a LM with its own summary encoder, training begins with that encoder's values and draws passages
+of all lengths from the first step. For others it begins with short passages, whose length grows
+with the accuracy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
-FIRST_TARGET = 2.0  # tokens per vector, beside a LM without a summary encoder
+FIRST_TARGET = 2.0  # tokens per vector, for a LM without a summary encoder
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class AdaptedPlan(AdapterPlan):
 
 
 class AdaptedTraining(AdapterTraining):
-    """A run of an adapted encoder."""
+    """A training run of an adapted encoder."""
 
     makes = AdaptedEncoder
     plan: AdaptedPlan
@@ -88,7 +89,7 @@ class AdaptedTraining(AdapterTraining):
         return loss, accuracy
 
     def _finished(self) -> AdaptedEncoder:
-        """The encoder with its best length, rounded as its file keeps it."""
+        """The encoder with its best length, rounded to bfloat16 as in its file."""
         encoder = AdaptedEncoder(self.network.to(torch.bfloat16), self.plan.slots)
         encoder.tokens = self.best_length(encoder, self.plan.longest)
         return encoder

@@ -1,6 +1,6 @@
-"""What trainings of encoders with adapters share: sizes, and an encoder that goes on being trained.
+"""Common parts of training encoders with adapters: sizes, and continuing from an encoder's file.
 
-Such an encoder is the frozen LM itself, read with low-rank adapters (`adapters.py`).
+Such an encoder is the frozen LM itself with low-rank adapters (`adapters.py`).
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ class AdapterPlan(Plan):
 
 
 class AdapterTraining(TrainingRun):
-    """A run of an encoder of the kind that `makes` is."""
+    """A training run of an encoder with adapters; `makes` is its class."""
 
     makes: ClassVar[type[TrainedEncoder]]
     plan: AdapterPlan
 
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: AdapterPlan) -> None:
         super().__init__(lm, stream, plan)
-        if lm.checkpointing:  # its second forward pass would come when the adapters are gone
+        if lm.checkpointing:  # it would recompute layers after the adapters are removed
             raise MemvecError("adapters are trained without checkpointing: leave it out.")
 
     def begin(self) -> None:
-        """Take the numbers of the plan's encoder, if it names one, and make the optimiser.
+        """Load the parameters of the plan's encoder, if it names one, and make the optimiser.
 
-        Its digest stands for it in the run's identity. Raises MemvecError as `load_encoder` does,
-        for an encoder of another kind, and for other --slots or another --rank than it has.
+        The run's identity then contains the hash of that encoder's file. Raises MemvecError as
+        `load_encoder` does, for an encoder of another kind, and if its slots or rank differ from
+        --slots or --rank.
         """
         if self.plan.begin:
             path = Path(self.plan.begin).expanduser()

@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): a frozen model that reads as another.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) for one pass of a frozen model.
 
 Each linear map W x that the model calls becomes W x + U (D x); D (r, in) and U (out, r) are
-trained, and W is as it was. They are hooks that stand only while a passage is encoded: the model
-that reads the vectors is the frozen one. (The library `peft` adapts a model for good, and is an
-extra here.)
+trained, and W is frozen. The adapters are forward hooks that exist only while a passage is encoded,
+so the model reads the vectors without them. (The library `peft` changes a model permanently, and is
+an optional dependency here.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def linear_maps(lm: FrozenLM) -> dict[str, nn.Module]:
-    """The linear maps of the model by name, all but the head, in the model's order."""
+    """The linear maps of the model by name, in the model's order, without the head."""
     head = lm.model.get_output_embeddings()  # type: ignore[operator]
     return {
         name: module
@@ -39,8 +39,8 @@ def linear_maps(lm: FrozenLM) -> dict[str, nn.Module]:
 def called_maps(lm: FrozenLM) -> list[str]:
     """Names of the linear maps that a forward pass calls.
 
-    Others cannot be adapted from outside: parts of the model that do not read text, experts that
-    are not asked, and matrices that a kernel multiplies by itself (Mamba's step sizes).
+    Hooks have no effect on the others: parts of the model that do not read text, experts that are
+    not selected, and matrices that a fused kernel multiplies (Mamba's step sizes).
     """
     called: set[str] = set()
     maps = linear_maps(lm)
@@ -57,7 +57,7 @@ def called_maps(lm: FrozenLM) -> list[str]:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear map (GPT-2 has another class for it); None for others."""
+    """Widths of input and output of a linear map (or GPT-2's class for it); None for others."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     nx, nf = getattr(module, "nx", None), getattr(module, "nf", None)
@@ -65,7 +65,10 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 class Adapters(nn.Module):
-    """Pairs (D, U), one for each linear map of the model that is named; U begins at zero."""
+    """Pairs of matrices (D, U), one for each linear map in `names`; U begins at zero.
+
+    Raises MemvecError if the model lacks one of the maps.
+    """
 
     def __init__(self, lm: FrozenLM, names: Sequence[str], rank: int) -> None:
         super().__init__()
@@ -84,9 +87,9 @@ class Adapters(nn.Module):
 
     @contextlib.contextmanager
     def on(self, lm: FrozenLM) -> Iterator[None]:
-        """Within this, the model reads with the adapters, in its own dtype, for this thread only.
+        """Context manager: the model uses the adapters, in its own dtype, in this thread only.
 
-        Other threads read the same model meanwhile, and read it as it is.
+        Other threads can use the same model at the same time, without the adapters.
         """
         maps, thread = linear_maps(lm), threading.get_ident()
         hooks = []
@@ -100,9 +103,9 @@ class Adapters(nn.Module):
 
 
 def load_network(network: nn.Module, file: EncoderFile, lm: FrozenLM) -> None:
-    """Take the numbers of an encoder's file, in float32.
+    """Load the tensors of an encoder's file into a network, in float32.
 
-    The network may be on the device `meta`. Raises MemvecError for tensors that do not fit it.
+    The network may be on the device `meta`. Raises MemvecError if names or shapes do not match.
     """
     try:
         network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
@@ -113,7 +116,7 @@ def load_network(network: nn.Module, file: EncoderFile, lm: FrozenLM) -> None:
 
 
 def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"], thread: int) -> Any:
-    """A hook that adds U (D x) to what a linear map gives, in one thread."""
+    """A forward hook that adds U (D x) to the output of a linear map, in one thread."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if threading.get_ident() != thread:

@@ -1,9 +1,9 @@
-"""A one-pass encoder: K [mem] vectors of a passage in one forward pass.
+"""One-pass encoders: they compute the K [mem] vectors of a passage in one forward pass.
 
-Used as a start for cramming, and measured beside it: an encoder is what the papers on cramming ask
-for (Kuratov et al. 2025, limitations), and what cramming is an upper bound of.
+An encoder provides starts for cramming, and is compared with it: Kuratov et al. 2025 (limitations)
+ask for encoders, and cramming is their upper bound.
 
-This file imports nothing of the model, so that a model can hold an encoder.
+At run time this file does not import memvec.model, so that a model can hold an encoder.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 class OnePassEncoder(ABC):
-    """Reads passages of one length and gives K [mem] vectors each.
+    """Encodes passages of equal length T into K [mem] vectors each.
 
-    `tokens`: how many leading tokens per vector to encode (0: the whole passage); an encoder that
-    was never right beyond them makes a worse start from more. `max_vectors`: the largest K of one
-    forward pass; for more, the passage is encoded in equal parts, in order.
+    `tokens` is the number of leading tokens per vector that are encoded (0: the whole passage);
+    beyond the length that an encoder can give back, more tokens make a worse start. `max_vectors`
+    is the largest K of one forward pass; for more, the passage is encoded in equal parts, in order.
     """
 
     tokens: int = 0
     max_vectors: int = 1
-    for_use: bool = False  # a start of vectors that stand for their text as context
-    file: Path | None = None  # that it was read from
-    identity: str = "in-memory"  # hash of its file: part of the record, as starts change vectors
+    for_use: bool = False  # True for an encoder of usable vectors
+    file: Path | None = None  # from which it was loaded
+    identity: str = "in-memory"  # hash of its file, in records because starts change vectors
 
     def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
-        """True if the encoder was trained for what the recipe does with this model."""
+        """True if the encoder was trained for this model with the recipe's trigger and front."""
         return True
 
     def refuse_unfit(self, lm: FrozenLM, recipe: Recipe) -> None:
-        """Raise MemvecError if it is not: from there vectors take longer than from anywhere."""
+        """Raise MemvecError unless it fits: cramming from its vectors would take longer."""
         if not self.fits(lm, recipe):
             raise MemvecError(
                 f"the usable encoder of {lm.name} knows one trigger and front, and these are "
@@ -57,11 +57,11 @@ class OnePassEncoder(ABC):
 
     @abstractmethod
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-        """K <= max_vectors vectors for each whole passage; differentiable in the encoder."""
+        """K <= max_vectors vectors of whole passages; differentiable in the encoder."""
 
     @torch.no_grad()
     def encode(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-        """K vectors for each passage, in one forward pass per part. In float32."""
+        """K vectors for each passage, in float32; one forward pass per `max_vectors` vectors."""
         parts = -(-K // self.max_vectors)
         bounds = [round(i * K / parts) for i in range(parts + 1)]
         T = ids.shape[1]
@@ -75,19 +75,19 @@ class OnePassEncoder(ABC):
 
 
 class TrainedEncoder(OnePassEncoder):
-    """An encoder that was trained beside a frozen LM, as a network with a shape of its own."""
+    """An encoder with its own network, trained with a frozen LM."""
 
-    kind: str  # a name of `memvec.registry`, which says what reads its file
+    kind: str  # name in `memvec.registry` of the function that reads its file
     network: nn.Module
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Its shape, as its file records it."""
+        """The shape of the network, as stored in its file."""
 
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """An encoder's file as a reader gets it: where it is, its tensors and its metadata."""
+    """An encoder's file for the functions that read one: path, tensors and metadata."""
 
     path: Path
     tensors: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: what it takes to go on as if it had not been interrupted."""
+"""Checkpoints of a training run, from which it continues as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
-DIGEST = hashlib.sha256().digest_size  # bytes in front of what torch writes
+DIGEST = hashlib.sha256().digest_size  # bytes before the data of torch.save
 
 
 def model_of(lm: FrozenLM) -> dict[str, Any]:
-    """What a run keeps of the model beside which it trains."""
+    """The entry for the frozen LM in the identity of a run."""
     return {**asdict(lm.fingerprint), "quantize": lm.quantize}
 
 
@@ -32,10 +32,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Sequence[float | int],
 ) -> None:
-    """Write a run's state beside its file, whole or not at all.
+    """Write a run's state to `partial`, atomically.
 
-    `identity` is what the run depends on (text, settings, and as `model` the result of `model_of`),
-    `progress` its own counters.
+    `identity` holds all that the run depends on (text, settings, and as `model` the result of
+    `model_of`), `progress` its counters.
     """
     state = {
         "identity": identity,
@@ -55,9 +55,9 @@ def load_checkpoint(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> list[float | int]:
-    """Put the state of a checkpoint back; returns its `progress`.
+    """Load a checkpoint into `network` and `optimizer`; returns its `progress`.
 
-    Raises MemvecError for a file that cannot be read or was changed, or one of a run with another
+    Raises MemvecError if the file cannot be read, was changed, or belongs to a run with another
     identity.
     """
     try:
@@ -79,7 +79,7 @@ def load_checkpoint(
 
 
 def _alike(stored: dict[str, Any], identity: dict[str, Any]) -> bool:
-    """True if both are of one run. Probe logits of one model differ a little between kernels."""
+    """True if both identify the same run; probe logits are compared with a tolerance."""
     if {**stored, "model": None} != {**identity, "model": None}:
         return False
     stored_model, model = stored["model"], identity["model"]

@@ -1,8 +1,8 @@
-"""Encoder files: one safetensors file, `encoder.safetensors` in a model's folder or anywhere else.
+"""Encoder files: one safetensors file each, in a model's folder or elsewhere.
 
-Its metadata name its kind (which `memvec.registry` knows a reader for), how many leading tokens per
-vector to encode, and, for encoders trained beside a frozen LM, which LM that was. A reader of your
-own is a function in your own package:
+The metadata contain its kind (registered in `memvec.registry` with the function that reads it), how
+many leading tokens per vector to encode, and, for encoders trained with a frozen LM, that LM. Your
+own kind is a function in your own package:
 
     @register("encoder", "mine")
     def read(file: EncoderFile, lm: FrozenLM) -> OnePassEncoder: ...
@@ -30,21 +30,21 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically
 
-# In a model's folder: the encoder that it was trained with, a better one that was trained beside it
-# later, and that of vectors for use.
+# In a model's folder: the encoder that it was trained with, a better one that was trained later for
+# the frozen model, and the encoder of usable vectors.
 FILE_NAME = "encoder.safetensors"
 ADAPTED_FILE_NAME = "adapted-encoder.safetensors"
 USABLE_FILE_NAME = "usable-encoder.safetensors"
 
 
 def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) -> None:
-    """Give a model the encoders of its folder, and in the place of one of them that of a file.
+    """Set the encoders of a model from its folder, and replace one of them by that of `file`.
 
-    A quantized model gets none from its folder: its weights are not those that they were trained
-    for. Raises MemvecError as `load_encoder` does.
+    A quantized model gets none from its folder, because they were trained for other weights. Raises
+    MemvecError as `load_encoder` does.
     """
     folder = None if lm.quantize else folder
-    for name in (FILE_NAME, ADAPTED_FILE_NAME):  # the second keeps the first as its own
+    for name in (FILE_NAME, ADAPTED_FILE_NAME):  # the second keeps the first in `own`
         if folder is not None and (path := folder / name).is_file():
             lm.encoder = load_encoder(path, lm)
     if folder is not None and (path := folder / USABLE_FILE_NAME).is_file():
@@ -83,7 +83,10 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
 def save_encoder(
     path: Path, encoder: TrainedEncoder, lm: FrozenLM, about: dict[str, Any] | None = None
 ) -> None:
-    """Write an encoder trained beside a frozen LM, atomically: never half a file."""
+    """Write an encoder trained with a frozen LM to a file, atomically.
+
+    `about` is stored in the metadata.
+    """
     metadata = {
         "format": "memvec-encoder",
         "version": "1",
@@ -111,7 +114,7 @@ def _open(path: Path) -> EncoderFile:
 
 
 def _check_model(file: EncoderFile, lm: FrozenLM) -> None:
-    """Raise MemvecError if the file names a model and it is not this one."""
+    """Raise MemvecError if the file names another model than this one."""
     model = json.loads(file.metadata.get("model", "null"))
     if not model:
         return

@@ -1,8 +1,9 @@
-"""An encoder compared with cramming: what one pass gives back, and the steps it saves.
+"""Compares an encoder with cramming: exact passages after one pass, and the steps that it saves.
 
-Per length: how many held-out passages one pass gives back exactly (free-running decoding), and how
-many steps cramming needs from the encoder's vectors and from noise. Below them the two ends of the
-scale that the paper opens: tokens per vector without loss in one pass, and by cramming.
+For each length: the share of held-out passages that are exact after one pass (free-running
+decoding), and how many steps cramming needs from the encoder's vectors and from noise. In addition
+the two quantities that the paper contrasts: lossless tokens per vector in one pass, and by
+cramming.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class AtLength:
     tokens: int
     n: int
     one_pass_exact: float  # share of passages
-    one_pass_horizon: float  # mean leading tokens that come back
+    one_pass_horizon: float  # mean horizon after one pass, tokens
     encoder_exact: float  # share, after cramming from the encoder's vectors
     encoder_steps: float
     noise_exact: float
@@ -45,16 +46,16 @@ class AtLength:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All lengths, and the two ends: lossless tokens per vector in one pass, and by cramming."""
+    """The results of all lengths, and lossless tokens per vector by one pass and by cramming."""
 
     rows: tuple[AtLength, ...]
-    one_pass_lossless: int  # longest length measured at which half of the passages are exact; 0
+    one_pass_lossless: int  # largest T at which half of the passages are exact, or 0
     crammed_horizon: float  # mean tokens per vector, default recipe from the encoder's vectors
     crammed_interval: float  # 95 % half width of that mean (Student's t), NaN for one passage
     crammed_n: int
 
     def record(self) -> dict[str, Any]:
-        """As plain numbers."""
+        """The comparison as a dict."""
         return asdict(self)
 
 
@@ -65,9 +66,9 @@ def compare(
     recipe: Recipe | None = None,
     batch_size: int = 32,
 ) -> Comparison:
-    """Measure lm.encoder beside cramming on passages, cut to each of the lengths (tokens).
+    """Compare lm.encoder with cramming on passages that are cut to each of the lengths (tokens).
 
-    Raises MemvecError if the model has no encoder or a length is longer than the passages.
+    Raises MemvecError if the model has no encoder, or a length exceeds the passages or the context.
     """
     if lm.encoder is None:
         raise MemvecError(

@@ -1,18 +1,18 @@
 """The recurrent encoder: K vectors that a frozen LM carries from segment to segment of a document.
 
-The memory of segment i is predicted from the memory of segment i - 1 and the segment: the LM reads
-[memory, segment, K slots], and its last hidden states at the slots, with a small trained network
-beside them, say what each vector becomes (memory handed on as inputs: the Recurrent Memory
-Transformer, Bulatov et al. 2022, arXiv 2207.06881). The LM itself stays frozen.
+The memory after segment i is computed from segment i and the memory after segment i - 1: the LM
+reads [memory, segment, K slots], and a small trained network computes the new vectors from its last
+hidden states at the slots. (The Recurrent Memory Transformer, Bulatov et al. 2022, arXiv
+2207.06881, also passes a memory on as inputs.) The LM itself is frozen.
 
-Vectors move up one place with every segment, and each keeps a share of what it was: at the start of
-training the memory is a queue, whose newest vector stands for the newest segment. What is written
-over, kept or packed together is learned.
+With every segment the vectors shift by one place, and a gate mixes each with its new value. At the
+start of training the memory is therefore a queue, whose last vector encodes the newest segment.
+The network learns what to overwrite, to keep, or to combine in one vector.
 
-The memory says nothing of which segment is asked for, so one trained vector a lag, the question,
-stands behind it, where a trigger would: [memory, question r, passage] gives back the segment r
-before the newest. Behind, because the memory can then be read once for all lags, and because
-[memory, question] are K + 1 [mem] vectors like any others: they decode through the same code.
+A trained vector for each lag, the question, follows the memory in the place of a trigger, to select
+the segment to decode: [memory, question r, passage] gives back the segment r before the newest. The
+question comes last so that the memory can be read once for all lags. [memory, question] are K + 1
+ordinary [mem] vectors and decode with the same code.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from memvec.errors import MemvecError
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-# What a file may claim, so that no file asks for more memory than it has.
+# Upper limits for the shape in a file, so that no file makes memvec allocate too much memory.
 LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096, "lags": 4096}
 LARGEST |= {"segment": 65_536}
-KEPT, RENEWED = -3.0, 4.0  # gates at the start: an older vector is kept, the newest is written
+KEPT, RENEWED = -3.0, 4.0  # initial gates: older vectors are kept, the last one is replaced
 
 
 class RecurrentNetwork(nn.Module):
-    """What is trained: slots (K, D), questions (R, D), and the network that updates a memory.
+    """The trained parameters: slots (K, D), questions (R, D), and the network for the memory.
 
     `width` is D, `states` is H. Memories are (B, K, D) in float32.
     """
@@ -74,7 +74,7 @@ class RecurrentNetwork(nn.Module):
         gates = torch.full((slots, 1), KEPT)
         gates[-1] = RENEWED
         self.openness = nn.Parameter(gates)
-        # Mean and spread of the LM's embeddings, and scale of the vectors: set by `begun`.
+        # Mean and standard deviation of the LM's embeddings, scale of the vectors: set by `begun`.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(()))
         self.register_buffer("size", torch.ones(()))
@@ -87,10 +87,11 @@ class RecurrentNetwork(nn.Module):
     def begun(
         self, mean: Tensor, std: float, size: float, summary_encoder: SummaryEncoder | None
     ) -> RecurrentNetwork:
-        """The same network before training, for embeddings of that mean (D) and deviation.
+        """The same network with its values before training.
 
-        `summary_encoder`: the LM's own; the newest vector then begins as its vector of the segment.
-        Without one it begins at the network's output times `size`.
+        `mean` (D) and `std` are those of the LM's embeddings. With the LM's own `summary_encoder`,
+        the newest vector is at first that encoder's vector of the segment; without one it is the
+        network's output times `size`, plus `mean`.
         """
         self.mean.copy_(mean)
         self.std.fill_(std)
@@ -120,7 +121,7 @@ class RecurrentNetwork(nn.Module):
         embedded: Float[Tensor, "B T D"],
         heard: Float[Tensor, "B K H"],
     ) -> Float[Tensor, "B K D"]:
-        """The memory after a segment; `heard`: the LM's states at the slots behind it."""
+        """The memory after a segment; `heard` are the LM's hidden states at the slots."""
         K = memory.shape[1]
         tokens = self.from_tokens((embedded - self.mean) / self.std)
         tokens = tokens + position_codes(tokens.shape[1], tokens.shape[2], tokens.device)
@@ -140,8 +141,8 @@ class RecurrentNetwork(nn.Module):
 class RecurrentEncoder(TrainedEncoder):
     """A recurrent network as an encoder. It stays in float32.
 
-    `segment`: tokens of a segment in training; `lags`: how many of the newest segments it was
-    trained to give back.
+    `segment` is the number of tokens of a segment in training, `lags` (R) how many of the newest
+    segments it was trained to give back.
     """
 
     kind = "recurrent"
@@ -158,7 +159,7 @@ class RecurrentEncoder(TrainedEncoder):
         return RecurrentEncoder(self.network.to(device).eval().requires_grad_(False), self.tokens)
 
     def settings(self) -> dict[str, Any]:
-        """Its shape, as its file records it."""
+        """The shape of the network, as stored in its file."""
         return dict(self.network.shape)
 
     def empty(self, B: int) -> Float[Tensor, "B K D"]:
@@ -194,7 +195,7 @@ class RecurrentEncoder(TrainedEncoder):
         return memories
 
     def asked(self, memory: Float[Tensor, "B K D"], lag: int) -> Float[Tensor, "B K1 D"]:
-        """What stands before the segment `lag` before the newest: the memory and the question.
+        """The memory and the question for the segment `lag` before the newest: K + 1 vectors.
 
         Raises MemvecError for a lag that no question was trained for.
         """
@@ -207,9 +208,9 @@ class RecurrentEncoder(TrainedEncoder):
         return torch.cat([memory, question], dim=1)
 
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-        """A passage as the first segment: the newest K of the vectors that stand before it.
+        """The last K vectors of the memory after the passage as the first segment.
 
-        K = slots + 1 are all of them, the question of lag 0 with the memory.
+        With K = slots + 1: the whole memory and the question of lag 0.
         """
         memory = self.carry(lm, self.empty(len(ids)), ids)
         return self.asked(memory, 0) if self.slots < K else memory[:, self.slots - K :]
@@ -226,7 +227,7 @@ def recurrent_of(lm: FrozenLM) -> RecurrentEncoder:
 
 
 def state_width(lm: FrozenLM) -> int:
-    """H, numbers of a hidden state. Raises MemvecError where they are not given apart."""
+    """H, the width of a hidden state. Raises MemvecError for a model without a split head."""
     with torch.no_grad():
         blank = torch.zeros(1, 1, lm.width, dtype=lm.dtype, device=lm.device)
         return int(lm.hidden(blank, keep=1).shape[-1])
@@ -235,8 +236,8 @@ def state_width(lm: FrozenLM) -> int:
 def read(file: EncoderFile, lm: FrozenLM) -> RecurrentEncoder:
     """The recurrent encoder in a file.
 
-    Raises MemvecError if its tensors do not fit its shape or the model, before memory is taken for
-    a shape that no file of this size can have.
+    Raises MemvecError if its tensors do not fit its shape or the model. A shape that is too large
+    for the size of the file is refused before memory is allocated for it.
     """
     shape = {name: int(json.loads(file.metadata["shape"])[name]) for name in LARGEST}
     for name, largest in LARGEST.items():

@@ -1,9 +1,9 @@
-"""How far back a recurrent encoder's memory gives a document back, beside cramming.
+"""Measures which segments a recurrent encoder's memory gives back, compared with cramming.
 
-Per number of segments and lag: which segments come back whole by free-running decoding, and the
-teacher-forced accuracy beside it. Two controls with the same K: each segment crammed alone (exact
-at any lag, but K vectors a segment), and the whole chain crammed into one memory's K vectors, the
-upper bound of what K vectors hold.
+For each number of segments and lag: the leading tokens of each segment in free-running decoding,
+and its teacher-forced accuracy. Two controls with the same K: each segment crammed alone (exact at
+any lag, but with K vectors per segment), and the whole chain crammed into K vectors, the upper
+bound for a memory of K vectors.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from memvec.passages.passage import Passage
 
 @dataclass(frozen=True)
 class AtLag:
-    """The segment `lag` before the newest, of each document (n), after so many segments."""
+    """Result for the segment `lag` before the newest of `segments`; one entry per document (n)."""
 
     segments: int
     lag: int
-    leading: tuple[int, ...]  # leading tokens that decode freely
-    right: tuple[int, ...]  # positions right when the true earlier tokens are given
+    leading: tuple[int, ...]  # leading tokens that free-running decoding gives back
+    right: tuple[int, ...]  # positions that are right in teacher forcing
 
 
 @dataclass(frozen=True)
 class AfterSegments:
-    """What the memory of each document (n) holds after so many segments, tokens."""
+    """Tokens that each document's memory (n) gives back after `segments` segments."""
 
     segments: int
-    exact_tokens: tuple[int, ...]  # of the segments that come back whole, over all lags asked
-    whole: tuple[int, ...]  # leading tokens of the chain crammed into the same K; () if it is not
+    exact_tokens: tuple[int, ...]  # tokens of all exact segments over the measured lags
+    whole: tuple[int, ...]  # leading tokens of the chain crammed into K; () if not crammed
 
 
 @dataclass(frozen=True)
 class SegmentComparison:
-    """All lags and chains, with the controls."""
+    """The results of all lags and chains, with the controls."""
 
     vectors: int  # K
     segment: int  # tokens of a segment (T)
     documents: int  # n
     lags: tuple[AtLag, ...]
     chains: tuple[AfterSegments, ...]
-    alone: tuple[int, ...]  # leading tokens of every segment, crammed alone; () if they are not
+    alone: tuple[int, ...]  # leading tokens of every segment crammed alone; () if not crammed
 
     def record(self) -> dict[str, Any]:
-        """As plain numbers."""
+        """The comparison as a dict."""
         return asdict(self)
 
 
@@ -71,7 +71,7 @@ def compare_segments(
 ) -> SegmentComparison:
     """Measure lm.encoder, a recurrent one, on the first `segments` segments of documents.
 
-    `lags`: how many of the newest segments to ask for; default: those it was trained for.
+    `lags` is how many of the newest segments to decode; by default all that it was trained for.
     `recipe` is that of the controls; without one, nothing is crammed. Raises MemvecError if the
     model has no recurrent encoder, a document has fewer segments, a lag is out of range, or the
     chain does not fit the context.
@@ -100,8 +100,11 @@ def compare_segments(
 def check_chain(
     lm: FrozenLM, encoder: RecurrentEncoder, tokens: int, segments: int, lags: int
 ) -> None:
-    """Raise MemvecError if documents of so many tokens are no chain of so many segments, a lag is
-    out of range, or the whole chain does not fit the context beside its vectors."""
+    """Raise MemvecError if a document is too short for the segments, or a number is too large.
+
+    `tokens` is the length of each document. Refused are more `lags` than the encoder was trained
+    for, and a chain that does not fit the context together with its vectors.
+    """
     T = encoder.segment
     if tokens < segments * T:
         raise MemvecError(
@@ -124,7 +127,7 @@ def check_chain(
 def recall(
     lm: FrozenLM, memory: Float[Tensor, "B K D"], ids: Int[Tensor, "B N"], lag: int
 ) -> AtLag:
-    """What a memory of chains gives back of the segment `lag` before the newest."""
+    """Decode the segment `lag` before the newest of chains `ids` from their memories."""
     encoder = recurrent_of(lm)
     T = encoder.segment
     segments = ids.shape[1] // T
@@ -144,9 +147,9 @@ def crammed_leading(
     batch_size: int,
     storage: torch.dtype = torch.float32,
 ) -> list[int]:
-    """Leading tokens of each passage that decode freely after cramming it into K vectors.
+    """The horizon (tokens) of each passage after cramming it into K vectors.
 
-    Under the recipe's own start: where it is 'auto', noise, as a recurrent encoder starts nothing.
+    The start is the recipe's, but noise for 'auto', since a recurrent encoder is no start.
     """
     if recipe.start == "auto":
         recipe = replace(recipe, start="noise")

@@ -1,9 +1,10 @@
-"""Training a recurrent encoder: carry a memory over a chain of segments, give the newest ones back.
+"""Training of a recurrent encoder on chains of segments, of which it must give back the newest.
 
-Each step takes chains of n segments and goes back through all of them: the loss is the
+Each step encodes chains of n segments and differentiates through all of them. The loss is the
 cross-entropy of the segments 0 to R - 1 before the newest, each from the last memory and the
-question of its lag. n is drawn from 1 to a number that rises along a line to the plan's segments
-over the first half of the steps. A little noise on the last memory makes near misses decode, too.
+question of its lag. n is drawn from 1 to a maximum that rises linearly to the plan's number of
+segments over the first half of the steps. Noise on the last memory makes decoding robust to small
+errors of the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from memvec.encoders.training_run import NetworkPlan, TrainingRun
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
-BARE = 10.0  # questions and the first memory move so many times faster than what is multiplied
+BARE = 10.0  # factor of the learning rate of questions and first memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class RecurrentPlan(NetworkPlan):
 
 
 class RecurrentTraining(TrainingRun):
-    """A run of a recurrent encoder. It begins at the LM's summary encoder, where there is one."""
+    """A training run of a recurrent encoder; it begins with the LM's summary encoder, if any."""
 
     reached = "segments"
     plan: RecurrentPlan
@@ -100,7 +101,7 @@ class RecurrentTraining(TrainingRun):
         return self._descend(vectors, torch.cat([parts[-1 - lag] for lag in range(lags)]))
 
     def _longest_chain(self) -> int:
-        """Segments of the longest chain at this step."""
+        """Number of segments of the longest chain at this step."""
         risen = 2 * (self.step + 1) / self.plan.steps
         return max(1, min(self.plan.segments, math.ceil(self.plan.segments * risen)))
 

@@ -1,9 +1,9 @@
-"""The slot encoder: a transformer of its own beside a frozen LM it was trained for.
+"""The slot encoder: a small transformer of its own, trained for a frozen LM.
 
-It reads the LM's embeddings of a passage together with S learned slots, in both directions; the
-vectors are its outputs at the slots. The LM itself is not changed and not run: the
-baseline of the encoders that compress a context into slots (ICAE, Ge et al. 2024: K slots,
-reconstruction through the frozen LM), with a small encoder instead of an adapted copy of the LM.
+It reads the LM's embeddings of a passage together with S learned slots, with attention in both
+directions; its outputs at the slots are the vectors. The LM is neither changed nor run. This is a
+baseline for encoders that compress a context into slots (ICAE, Ge et al. 2024: K slots,
+reconstruction through the frozen LM), with a small encoder in place of an adapted copy of the LM.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from memvec.errors import MemvecError
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096}  # a file may claim
+LARGEST = {"hidden": 16_384, "layers": 256, "heads": 512, "slots": 4096}  # limits for a file
 
 
 def position_codes(T: int, width: int, device: torch.device) -> Float[Tensor, "T width"]:
-    """Sines and cosines of T positions (Vaswani et al. 2017), for passages of any length."""
+    """Sinusoidal codes of T positions (Vaswani et al. 2017), for passages of any length."""
     rates = torch.exp(
         torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / max(width, 1))
     )
@@ -35,7 +35,7 @@ def position_codes(T: int, width: int, device: torch.device) -> Float[Tensor, "T
 
 
 def transformer(hidden: int, layers: int, heads: int) -> nn.TransformerEncoder:
-    """The small network beside a frozen LM: norms first, no dropout, batches first."""
+    """A small transformer with pre-norm layers and no dropout; inputs are (B, N, hidden)."""
     layer = nn.TransformerEncoderLayer(
         hidden,
         heads,
@@ -45,14 +45,14 @@ def transformer(hidden: int, layers: int, heads: int) -> nn.TransformerEncoder:
         batch_first=True,
         norm_first=True,
     )
-    # Nested tensors cannot help: rows of one batch have one length.
+    # Nested tensors bring nothing, since all rows of a batch have the same length.
     return nn.TransformerEncoder(
         layer, layers, norm=nn.LayerNorm(hidden), enable_nested_tensor=False
     )
 
 
 class SlotNetwork(nn.Module):
-    """Embedded passages (B, T, D) to vectors (B, K, D), K <= S slots."""
+    """Maps embedded passages (B, T, D) to vectors (B, K, D), K <= S slots."""
 
     def __init__(self, width: int, *, hidden: int, layers: int, heads: int, slots: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class SlotNetwork(nn.Module):
         self.slots = nn.Parameter(0.02 * torch.randn(slots, hidden))
         self.layers = transformer(hidden, layers, heads)
         self.out = nn.Linear(hidden, width)
-        # Mean and spread of the LM's embeddings, and scale of the vectors: set by `scaled`.
+        # Mean and standard deviation of the LM's embeddings, scale of the vectors: set by `scaled`.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(()))
         self.register_buffer("size", torch.ones(()))
@@ -71,9 +71,9 @@ class SlotNetwork(nn.Module):
     size: Tensor
 
     def scaled(self, mean: Tensor, std: float, size: float) -> SlotNetwork:
-        """The same network, for embeddings of that mean (D) and standard deviation.
+        """The same network, set up for embeddings with mean (D) `mean` and deviation `std`.
 
-        `size`: factor from the last layer's output to a vector, about the RMS of untrained vectors.
+        `size` multiplies the output of the last layer; untrained vectors have about this RMS.
         """
         self.mean.copy_(mean)
         self.std.fill_(std)
@@ -107,15 +107,15 @@ class SlotEncoder(TrainedEncoder):
         return vectors
 
     def settings(self) -> dict[str, Any]:
-        """Its shape, as its file records it."""
+        """The shape of the network, as stored in its file."""
         return dict(self.network.shape)
 
 
 def read(file: EncoderFile, lm: FrozenLM) -> SlotEncoder:
     """The slot encoder in a file.
 
-    Raises MemvecError if its tensors do not fit its shape or the model, before memory is taken for
-    a shape that no file of this size can have.
+    Raises MemvecError if its tensors do not fit its shape or the model. A shape that is too large
+    for the size of the file is refused before memory is allocated for it.
     """
     shape = {name: int(json.loads(file.metadata["shape"])[name]) for name in LARGEST}
     for name, largest in LARGEST.items():

@@ -1,7 +1,7 @@
-"""The summary encoder: the frozen LM reads a passage, then summary embeddings, and is its encoder.
+"""The summary encoder: the LM itself encodes a passage, with summary embeddings after its tokens.
 
-Its last hidden states at the summary embeddings go through one linear map and are the vectors. It
-needs an LM that was trained together with it (recipes/pocket.py).
+One linear map turns the last hidden states at the summary embeddings into the vectors. This needs
+an LM that was trained together with the encoder (recipes/pocket.py).
 """
 
 from __future__ import annotations

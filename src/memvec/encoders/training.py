@@ -1,6 +1,6 @@
-"""Training a slot encoder beside a frozen LM: encode a passage, give it back, cross-entropy.
+"""Training of a slot encoder with the cross-entropy of the passage that it encodes.
 
-Passages grow with success, so that the encoder trains near the length it can reach.
+The length of passages grows with the accuracy, so that it stays near what the encoder can reach.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TrainingPlan(NetworkPlan):
 
 
 class Training(TrainingRun):
-    """A run of a slot encoder."""
+    """A training run of a slot encoder."""
 
     plan: TrainingPlan
 

@@ -1,9 +1,9 @@
-"""What every training of an encoder beside a frozen LM shares: its plan, its steps, its files.
+"""Common parts of training an encoder with a frozen LM: its plan, its steps, its files.
 
-It learns from text and the LM's own gradient: vectors of the encoder stand where crammed vectors
-would, the frozen LM predicts a passage from them, and the loss goes back through it into the
-encoder. A kind of encoder adds its network, the vectors and passages of a step, and what it is at
-the end (`training.py`, `recurrent_training.py`).
+The encoder's vectors take the place of crammed vectors, the frozen LM predicts a passage from them,
+and the loss is differentiated through the LM into the encoder. Each kind of encoder adds its
+network, the vectors and passages of a step, and how the finished encoder is made (`training.py`,
+`recurrent_training.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HELD_OUT = 0.02  # share of the text, at its end, that is never trained on
 FEWEST_HELD_OUT = 68  # tokens
 CHECKPOINT_EVERY = 50
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # tokens per vector
-RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracy that moves a target length
+RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracies at which a target length changes
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,19 @@ class TrainingProgress:
     steps: int
     loss_bits: float  # mean bits per token of the last step
     accuracy: float  # teacher-forced, of the last step
-    target: float  # how far it has come, in what the run's `reached` says
+    target: float  # see `TrainingRun.reached`
     seconds: float
 
 
 class TrainingRun(ABC):
-    """A run that can be stopped after any checkpoint and resumed.
+    """A training run that can be stopped at any time and resumed from its last checkpoint.
 
-    `stream`: token ids (N,) of the text. Its last 2 % are held out. What step n trains on depends
-    on the seed and on n alone. Raises MemvecError: text too short, loss not finite, a partial file
-    of another run.
+    `stream` holds the token ids (N,) of the text; its last 2 % are held out. The passages of step n
+    depend only on the seed and n. Raises MemvecError for a text that is too short, a model without
+    a split head, a loss that is not finite, or the partial file of another run.
     """
 
-    reached = "tokens per vector"  # that it is trained on now: what `target` counts
+    reached = "tokens per vector"  # the unit of `target`, for the progress display
     network: nn.Module
     optimizer: torch.optim.Optimizer
     target: float
@@ -123,23 +123,23 @@ class TrainingRun(ABC):
         }
         rows: Tensor = lm.embedding.weight  # type: ignore[assignment]
         first = torch.arange(min(len(rows), 50_000), device=lm.device)
-        with torch.no_grad():  # of the LM's embeddings as it is handed them: Gemma scales its own
+        with torch.no_grad():  # embeddings as the LM gets them: Gemma scales its own
             handed_in = lm.embedding(first).float()
         self.mean, self.std = handed_in.mean(0), float(handed_in.std())  # (D), scalar
         self.step, self.seconds = 0, 0.0
 
     @contextlib.contextmanager
     def seeded(self) -> Iterator[None]:
-        """What is drawn within (the network's first numbers) is drawn by the plan's seed.
+        """Context manager that seeds torch with the plan's seed, to initialise the network.
 
-        The caller's generators are as they were afterwards.
+        The caller's generators are restored afterwards.
         """
         with torch.random.fork_rng():
             torch.manual_seed(self.plan.seed)
             yield
 
     def optimized(self, groups: Any) -> torch.optim.Optimizer:
-        """An optimiser of parameters, or of groups, whose `rate` is a multiple of the plan's."""
+        """AdamW for parameters, or for groups whose `rate` multiplies the plan's learning rate."""
         return torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.98), weight_decay=0.01)
 
     # ------------------------------------------------------------------ the loop
@@ -165,7 +165,7 @@ class TrainingRun(ABC):
                         self.step, self.plan.steps, loss, accuracy, self.target, self.seconds
                     )
                 )
-            # At the end, too: to measure the encoder takes minutes, and may be interrupted.
+            # Also after the last step, since measuring the encoder takes minutes.
             last = self.step == self.plan.steps
             if partial is not None and (last or self.step % CHECKPOINT_EVERY == 0):
                 self._save(partial)
@@ -173,7 +173,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def _train_step(self) -> tuple[float, float]:
-        """One step; mean bits per token and teacher-forced accuracy."""
+        """Do one step; returns mean bits per token and teacher-forced accuracy."""
 
     @abstractmethod
     def _finished(self) -> TrainedEncoder:
@@ -182,7 +182,7 @@ class TrainingRun(ABC):
     def _descend(
         self, vectors: Float[Tensor, "B K D"], ids: Int[Tensor, "B T"]
     ) -> tuple[float, float]:
-        """Move the network so that the LM gives passages back from vectors made of them.
+        """Do one step on the loss of passages `ids` given the encoder's vectors of them.
 
         Returns mean bits per token and teacher-forced accuracy.
         """
@@ -194,7 +194,7 @@ class TrainingRun(ABC):
     def _scored(
         self, states: Float[Tensor, "B T H"], ids: Int[Tensor, "B T"]
     ) -> tuple[float, float, Float[Tensor, "B T H"]]:
-        """Mean bits per token, teacher-forced accuracy, and the gradient of the mean loss, nats."""
+        """Mean bits per token, teacher-forced accuracy, and gradient of the mean loss (nats)."""
         scores = score(self.fast.head, states, ids, CROSS_ENTROPY, V=self.lm.vocab_size)
         loss = float(scores.loss.mean()) / torch.log(torch.tensor(2.0)).item()
         if not loss < float("inf"):
@@ -205,7 +205,7 @@ class TrainingRun(ABC):
         return loss, accuracy, scores.gradient.to(states.dtype) / ids.numel()
 
     def _move(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """One step of the optimiser by the gradients at what the LM gave."""
+        """One step of the optimiser, from the gradients with respect to `outputs` of the LM."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.get("rate", 1.0) * self.plan.lr * self._rate()
         torch.autograd.backward(outputs, gradients)
@@ -216,9 +216,9 @@ class TrainingRun(ABC):
 
     @torch.no_grad()
     def best_length(self, encoder: OnePassEncoder, longest: int, n: int = 64) -> int:
-        """The length (tokens) with the largest mean horizon of one pass, on n held-out passages.
+        """The length (tokens) with the largest mean horizon after one pass, n held-out passages.
 
-        Of one vector each, and `longest` tokens at the most, or as many as are held out.
+        Each passage has one vector, and at most `longest` tokens or as many as are held out.
         """
         best, best_mean = 1, -1.0
         for T in (t for t in GRID if t <= min(longest, len(self.held_out))):
@@ -231,7 +231,7 @@ class TrainingRun(ABC):
         return best
 
     def _rate(self) -> float:
-        """Share of the learning rate: up over `warmup`, then down to a hundredth along a line."""
+        """Factor of the learning rate: rises over `warmup`, then falls linearly to 0.01."""
         remaining = 1 - self.step / self.plan.steps
         return min((self.step + 1) / max(1, self.plan.warmup), 0.01 + 0.99 * remaining)
 

@@ -1,12 +1,12 @@
-"""Vectors of one model made from those of another by a linear map.
+"""A linear map from the vectors of one model (the origin) to those of another (the target).
 
-The map is fitted on pairs: passages that were crammed into K vectors of either model. It is ridge
-regression of the target's numbers (K · D) on the origin's (K · D'), both without their means; the
-penalty is the one of a grid whose leave-one-out error is least, so that no pair is judged by a map
-that was fitted on it.
+The map is fitted on passages that were crammed into K vectors of each model. It is a ridge
+regression of the target's numbers (K · D) on the origin's (K · D'), both centred. The penalty is
+the one of a grid with the smallest leave-one-out error, so no pair is evaluated with a map that was
+fitted on it.
 
-A `Transfer` is an encoder of the target: what it reads is crammed into the origin first. So the
-same measures apply, and the engine can start from it; in one pass it is not.
+A `Transfer` is an encoder of the target, so the same measurements apply and the engine can start
+from it. It does not take one pass, since it crams passages into the origin first.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
 Floats = NDArray[np.float64]
-PENALTIES = np.logspace(-6, 3, 19)  # of the mean squared singular value
+PENALTIES = np.logspace(-6, 3, 19)  # as multiples of the mean squared singular value
 MIN_PAIRS = 8
 
 
 class LinearMap(NamedTuple):
-    """y = (x - mean_in) @ weight + mean_out, and how well it does on pairs that it was not fitted
-    on: `explained` is 1 - the leave-one-out squared error over that of the mean (0 or less: the map
-    knows nothing)."""
+    """The map y = (x - mean_in) @ weight + mean_out.
+
+    `explained` measures it on pairs that it was not fitted on: 1 minus its leave-one-out squared
+    error over that of the mean (0 or less: the map is no better than the mean).
+    """
 
     weight: Floats  # (inputs, outputs)
     mean_in: Floats
@@ -45,16 +47,16 @@ class LinearMap(NamedTuple):
     pairs: int
 
     def __call__(self, x: Floats) -> Floats:
-        """Rows (n, inputs) to rows (n, outputs)."""
+        """Map rows (n, inputs) to rows (n, outputs)."""
         mapped: Floats = (x - self.mean_in) @ self.weight + self.mean_out
         return mapped
 
 
 def fit_linear(x: Floats, y: Floats) -> LinearMap:
-    """Ridge regression of y (n, outputs) on x (n, inputs), its penalty by leave-one-out.
+    """Ridge regression of y (n, outputs) on x (n, inputs); the penalty is chosen by leave-one-out.
 
-    The leave-one-out residual of row i is its residual over 1 - h_ii, with h the hat matrix of the
-    fit and of the mean. Raises MemvecError for fewer than MIN_PAIRS rows.
+    The leave-one-out residual of row i is its residual over 1 - h_ii, where h is the hat matrix of
+    the fit including the mean. Raises MemvecError for fewer than MIN_PAIRS rows.
     """
     n = len(x)
     if n < MIN_PAIRS:
@@ -74,16 +76,16 @@ def fit_linear(x: Floats, y: Floats) -> LinearMap:
     assert best is not None
     error, penalty = best
     weight = vt.T @ ((s / (s**2 + penalty))[:, None] * turned)
-    # The mean's own leave-one-out error: each residual over 1 - 1 / n.
+    # The leave-one-out error of the mean: each residual over 1 - 1 / n.
     about = float(np.square((y - mean_out) * n / (n - 1)).sum())
     explained = 1 - error / about if about else 0.0
     return LinearMap(weight, mean_in, mean_out, penalty, explained, n)
 
 
 class Transfer(OnePassEncoder):
-    """The linear map from `origin`'s vectors to those of the model that it is an encoder of.
+    """An encoder of the target model that maps the crammed vectors of `origin`.
 
-    `recipe` crams into the origin; `K` is the number of vectors that the map was fitted for.
+    `recipe` crams into the origin; `K` is the number of vectors for which the map was fitted.
     """
 
     identity = "linear-transfer"
@@ -93,11 +95,11 @@ class Transfer(OnePassEncoder):
         self.max_vectors = K
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Transfer:
-        """Itself: the origin stays where it is."""
+        """The same object: the origin stays on its device."""
         return self
 
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-        """Cram the passages into the origin and map what comes out.
+        """Cram the passages into the origin and map their vectors.
 
         Raises MemvecError for another K than the map's.
         """
@@ -113,7 +115,7 @@ class Transfer(OnePassEncoder):
 def crammed(
     lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """The vectors (n, K · D) of passages of token ids, and which of them (n) decode exactly."""
+    """Crammed vectors (n, K · D) of n passages of token ids, and which (n) decode exactly."""
     engine = Engine(lm, recipe, vectors=K)
     jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
     outcome_of = {outcome.passage.document: outcome for outcome in engine.run(jobs)}
@@ -130,7 +132,7 @@ def fit_transfer(
     recipe: Recipe,
     origin_recipe: Recipe | None = None,
 ) -> Transfer:
-    """Fit the map on passages of token ids that are exact in K vectors of either model.
+    """Fit the map on those passages of token ids that are exact in K vectors of both models.
 
     `recipe` crams into the target, and into the origin unless `origin_recipe` is given. Raises
     MemvecError if the two models do not have the same tokens, or if too few passages are exact.
@@ -144,7 +146,7 @@ def fit_transfer(
 
 
 def check_same_tokens(first: FrozenLM, second: FrozenLM) -> None:
-    """Raise MemvecError unless two models read a text as the same ids, by their vocabularies."""
+    """Raise MemvecError unless two models have the same vocabulary."""
     vocab, other_vocab = (lm.tokenizer and lm.tokenizer.get_vocab() for lm in (first, second))
     if first.vocab_size != second.vocab_size or vocab != other_vocab:
         raise MemvecError(

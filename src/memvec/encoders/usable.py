@@ -1,9 +1,10 @@
-"""The usable encoder: where cramming for use begins, in one pass of the model with adapters.
+"""The usable encoder: starts for cramming usable vectors, in one pass of the model with adapters.
 
-The frozen LM, with low-rank adapters that stand only for this pass, reads BOS, the passage and K
-summary embeddings. Its last hidden states there, through a linear map, are added to the embeddings
-of the passage's last K tokens, which cramming for use begins as without it (docs/usable.md). The
-summaries, the adapters and the map are trained by both losses of use (`usable_training.py`).
+The frozen LM, with low-rank adapters for this pass only, reads BOS, the passage and K summary
+embeddings. Its last hidden states at the summary embeddings, through a linear map, are added to the
+embeddings of the passage's last K tokens, which are the start without an encoder (docs/usable.md)
+and get a trained factor each. Summary embeddings, adapters, map and factors are trained with the
+losses of decoding mode and context mode (`usable_training.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class UsableNetwork(nn.Module):
-    """What is trained: summaries (S, D), the adapters, a map (H to D), shares (S, 1) of tokens."""
+    """The trained parameters: summaries (S, D), adapters, map (H to D), token factors (S, 1)."""
 
     def __init__(
         self, lm: FrozenLM, modules: list[str], *, states: int, slots: int, rank: int
@@ -42,8 +43,9 @@ class UsableNetwork(nn.Module):
         nn.init.zeros_(self.map.bias)
 
     def begun(self, lm: FrozenLM, mean: Float[Tensor, " D"]) -> UsableNetwork:
-        """The same network with summaries near the LM's own, or near its mean embedding, and noise.
+        """The same network with its summaries before training: the LM's own one plus noise.
 
+        Without a summary encoder it is `mean` (D), the mean of the LM's embeddings, plus noise.
         Equal summaries could not learn to encode different parts of a text.
         """
         summary_encoder = own_summary(lm)
@@ -57,7 +59,7 @@ class UsableNetwork(nn.Module):
 class UsableEncoder(TrainedEncoder):
     """A usable network as an encoder: passages (B, T) to vectors (B, K, D), K <= S.
 
-    `trigger` is the identity of the crammed trigger that it was trained with; None: BOS.
+    `trigger` is the identity of the crammed trigger in training; None for BOS.
     """
 
     kind = "usable"
@@ -69,7 +71,7 @@ class UsableEncoder(TrainedEncoder):
         self.max_vectors = len(network.summary)
 
     def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
-        """True for the model's own trigger and front, if it is still the one of the training."""
+        """True for trigger and front 'auto', if the model's own trigger is that of training."""
         return recipe.trigger == recipe.front == "auto" and own_trigger_of(lm) == self.trigger
 
     def to(self, device: torch.device, dtype: torch.dtype) -> UsableEncoder:
@@ -86,12 +88,12 @@ class UsableEncoder(TrainedEncoder):
         return network.share[:K].float() * last_embeddings(lm, ids, K) + added
 
     def settings(self) -> dict[str, Any]:
-        """The linear maps that it adapts, and its trigger; slots and rank are in its tensors."""
+        """The adapted linear maps and the trigger; the tensors give slots and rank."""
         return {"modules": self.network.adapters.names, "trigger": self.trigger}
 
 
 def own_trigger_of(lm: FrozenLM) -> str | None:
-    """The identity of the crammed trigger in the model's folder; None: it has none."""
+    """The identity of the crammed trigger in the model's folder; None without one."""
     return None if lm.own_trigger is None else lm.own_trigger.identity
 
 
@@ -103,15 +105,15 @@ def fresh(lm: FrozenLM, *, slots: int, rank: int) -> UsableNetwork:
 def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
     """The usable encoder in a file.
 
-    Raises MemvecError if its tensors do not fit the model. Slots and rank are those of its tensors,
-    so no file asks for more memory than it holds.
+    Raises MemvecError if its tensors do not fit the model. The tensors give slots and rank, so no
+    file makes memvec allocate more memory than its own tensors take.
     """
     shape = json.loads(file.metadata["shape"])
     modules, trigger = [str(name) for name in shape["modules"]], shape.get("trigger")
     slots = len(file.tensors["summary"])
     rank = len(file.tensors["adapters.down.0"])
     states = state_width(lm)
-    with torch.device("meta"):  # no random numbers that the file's would replace
+    with torch.device("meta"):  # without memory or random numbers: the file has the values
         network = UsableNetwork(lm, modules, states=states, slots=slots, rank=rank)
     load_network(network, file, lm)
     return UsableEncoder(network, None if trigger is None else str(trigger))

@@ -1,12 +1,13 @@
-"""Training a usable encoder: vectors of one pass that give the passage back and stand for it.
+"""Training of a usable encoder, whose vectors serve both decoding mode and context mode.
 
-The losses are those of cramming for use (memvec.usable.term), behind the model's own trigger:
+The losses are those of cramming usable vectors (memvec.usable.term), with the model's own trigger:
 
-    cross-entropy of the passage behind [vectors] trigger
-    + weight x mean over a query's tokens of KL(model behind [BOS text] || model behind [vectors])
+    cross-entropy of the passage after [vectors] trigger (decoding mode)
+    + weight x mean over a query's tokens of KL(model after [BOS text] || model after [vectors])
 
-Passages are drawn from the text, and a passage's query is what follows it there. Every fourth step
-may have fewer vectors than slots, so that these are a start of any number of vectors up to that.
+Passages are drawn from the text; a passage's query is the text that follows it. Every fourth step
+draws the number of vectors from 1 to the number of slots, so that the encoder works for any of
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from memvec.usable.around import MADE_BY
 from memvec.usable.queries import behind_bos
 from memvec.usable.teacher import divergence_at, likeliest, states_behind
 
-SHARE_OF_MEAN = 0.05  # of the newest step, in the running mean of the divergence that is shown
+SHARE_OF_MEAN = 0.05  # weight of the newest step in the displayed running mean of the KL
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class UsablePlan(AdapterPlan):
 
 
 class UsableTraining(AdapterTraining):
-    """A run of a usable encoder, behind the trigger that the model has in its folder, or BOS."""
+    """A training run of a usable encoder, with the trigger of the model's folder, or BOS."""
 
     makes = UsableEncoder
     reached = "nats a token to the text"
@@ -108,7 +109,7 @@ class UsableTraining(AdapterTraining):
     def _divergence(
         self, states: Float[Tensor, "B L H"], ids: Int[Tensor, "B T"], query: Int[Tensor, "B L"]
     ) -> tuple[float, Float[Tensor, "B L H"]]:
-        """Mean divergence from the model behind the text, nats, and its gradient at the states."""
+        """Mean KL in nats per token to the model after the text, and its gradient at the states."""
         lm = self.fast
         with torch.no_grad():
             teacher = likeliest(lm.head(states_behind(lm, behind_bos(lm, ids), query)), self.top)
@@ -119,5 +120,5 @@ class UsableTraining(AdapterTraining):
         return float(losses.sum()), gradient
 
     def _finished(self) -> UsableEncoder:
-        """The encoder, rounded as its file keeps it: in half of float32's bytes."""
+        """The encoder, rounded to bfloat16 as in its file."""
         return UsableEncoder(self.network.to(torch.bfloat16), own_trigger_of(self.lm))

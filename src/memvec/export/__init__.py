@@ -1,6 +1,6 @@
-"""Exports of vectors for other software; `memvec.registry` lists targets under the kind "export".
+"""Exports of vectors for other software; targets are registered under the kind "export".
 
-A target of your own is one class in your own package: `memvec export --to mine` then writes it.
+Your own target is one class in your own package; `memvec export --to mine` then uses it:
 
     @register("export", "mine")
     class Mine(Target): ...
@@ -18,12 +18,12 @@ __all__ = ["Target", "export", "export_context", "names", "target"]
 
 
 def names() -> list[str]:
-    """Every export target's name, the project's own first."""
+    """The names of all export targets, those of memvec first."""
     return registry.names("export")
 
 
 def target(name: str) -> Target:
-    """The target of a name. Raises MemvecError, with the nearest known name, if it is unknown."""
+    """The target with a name. Raises MemvecError, with the nearest known name, for others."""
     if name not in names():
         raise MemvecError(f"unknown target '{name}': {did_you_mean(name, names())}")
     made: Target = registry.get("export", name)(name)

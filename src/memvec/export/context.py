@@ -1,13 +1,13 @@
-"""An export for context mode: all vectors of a file as one item, to stand in front of any prompt.
+"""An export for context mode: all vectors of a file as one item, to put in front of any prompt.
 
-    manifest.json     what the item is, the model, and the certificate of use in this dtype
-    context...        the inputs in the target's own format: what stands in front of the vectors
-                      (BOS, soft tokens), then the vectors of all passages, multiplied by
-                      `context_scale`; no trigger
+    manifest.json     description of the item, the model, and the certificate of use in this dtype
+    context...        the inputs in the target's own format: the front (BOS, soft tokens), then the
+                      vectors of all passages, multiplied by `context_scale`; no trigger
 
-A prompt follows without a BOS of its own. Before the folder gets its name, the item is read back as
-the target's loader reads it and has to be the very inputs that `memvec use` puts in front of a
-prompt, and the vectors are measured as context in this dtype, with transformers' own attention.
+The prompt follows without a BOS of its own. Two checks come before the folder gets its name: the
+item, read back as the target's loader reads it, must equal the inputs that `memvec use` puts in
+front of a prompt; and the vectors are measured in context mode in this dtype, with transformers'
+own attention.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from memvec.writing import pretty_json
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-NEW_TOKENS = 128  # that a request of the export generates, where the target writes requests
-ROOM = 1  # inputs that have to be left for a prompt
+NEW_TOKENS = 128  # tokens to generate, for targets that write requests
+ROOM = 1  # inputs of the model's context to leave for a prompt
 
 
 def export_context(
@@ -42,13 +42,13 @@ def export_context(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write the vectors of `mem` as context for a target; returns the manifest.
+    """Write the vectors of `mem` for context mode in a target's format; returns the manifest.
 
-    `lm` must be in the dtype that the target will run it in (`target.dtype` if it has one). Raises
-    MemvecError for another model, vectors without a trigger, a folder in the way (`force` replaces
-    an earlier export only), more vectors than the model's context holds, or a target that cannot
-    take this model; NotExactError if the passages do not decode exactly in this dtype. Nothing is
-    left behind then.
+    `lm` must be in the dtype in which the target runs it (`target.dtype` if it has one). Raises
+    MemvecError for another model, vectors without a trigger, an existing folder (`force` replaces
+    an earlier export only), more vectors than the model's context holds, or a model that the target
+    does not support; NotExactError if the passages do not decode exactly in this dtype. No files
+    remain after an error.
     """
     output = Path(folder)
     check(mem, lm, target, output, force)

@@ -1,13 +1,13 @@
-"""The folder of an export: one item per passage and a manifest, certified before it exists.
+"""The folder of an export: one item per passage and a manifest, certified before it gets its name.
 
-    manifest.json     what each item is, how many tokens to generate, how passages make documents,
-                      the certificate, and the hashes of the other files
+    manifest.json     the items, how many tokens to generate for each, how passages make up
+                      documents, the certificate, and the hashes of the other files
     passage-0000...   the passages in order, each in the target's own format
     decode.py ...     programs of the target, if it has any, that run without memvec
 
-Every item is written, read back as the target's loader reads it, and decoded freely at batch
-size 1, before the folder gets its name: a folder that exists is certified, and an export that is
-not exact is never left on disk.
+Every item is written, read back as the target's loader reads it, and decoded freely at batch size
+1. Only then does the folder get its name, so every existing folder is certified and no export that
+is not exact remains on disk.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 FORMAT = "memvec-export"
-MAX_NAMED = 5  # passages that an error names one by one
+MAX_NAMED = 5  # passages that an error message names
 
 
 def export(
@@ -46,12 +46,12 @@ def export(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write `mem` for a target and certify it there; returns the manifest.
+    """Write `mem` for decoding mode in a target's format and certify it; returns the manifest.
 
-    `lm` must be in the dtype that the target will run it in (`target.dtype` if it has one). Raises
-    MemvecError for another model, a folder in the way (`force` replaces an earlier export only) or
-    a target that cannot take this model; NotExactError, naming the passages, if they no longer
-    decode exactly in the target's type. Nothing is left behind then.
+    `lm` must be in the dtype in which the target runs it (`target.dtype` if it has one). Raises
+    MemvecError for another model, an existing folder (`force` replaces an earlier export only), or
+    a model that the target does not support; NotExactError, which names the passages, if they do
+    not decode exactly in the target's dtype. No files remain after an error.
     """
     output = Path(folder)
     check(mem, lm, target, output, force)
@@ -72,17 +72,18 @@ def export(
 def write_folder(
     output: Path, fill: Callable[[Path], dict[str, Any]], programs: dict[str, Path]
 ) -> dict[str, Any]:
-    """Write an export in a folder aside, then give it its name; returns the manifest.
+    """Write an export into a temporary folder, then rename it to `output`; returns the manifest.
 
-    `fill` writes the items into the folder that it is given and returns the manifest, to which the
-    hashes are added. Raises MemvecError if the disk refuses. Nothing is left behind then.
+    `fill` writes the items into the folder that it gets and returns the manifest, to which the
+    hashes are added; `programs` are files to copy, by their names there. Raises MemvecError if
+    writing fails. No files remain after an error.
     """
     aside: Path | None = None
     try:
         aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
         manifest = fill(aside)
         manifest["files"] = _hashes(aside)
-        whole = json.dumps(manifest, sort_keys=True)  # so that it can tell that it was changed
+        whole = json.dumps(manifest, sort_keys=True)  # to detect changes of the manifest
         manifest["sha256"] = hashlib.sha256(whole.encode()).hexdigest()
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
         for name, program in programs.items():
@@ -98,7 +99,7 @@ def write_folder(
 
 
 def _put_in_place(finished: Path, output: Path) -> None:
-    """Give a finished folder its name; an earlier export goes away once that is done."""
+    """Rename a finished folder to `output`, then delete the earlier export there."""
     if not output.exists():
         finished.replace(output)
         return
@@ -115,7 +116,7 @@ def _put_in_place(finished: Path, output: Path) -> None:
 
 
 def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
-    """Raise MemvecError for vectors, a model or a place that a target cannot have."""
+    """Raise MemvecError if vectors, model or folder do not suit the target."""
     if mem.header.layout != "prefix":
         raise MemvecError(
             f"one-step vectors are read in one forward pass, which no export is for: "
@@ -139,7 +140,10 @@ def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bo
 
 
 def check_place(output: Path, force: bool) -> None:
-    """Raise MemvecError if an export cannot be written there, before a model is loaded for it."""
+    """Raise MemvecError if an export cannot be written to `output`.
+
+    It needs no model, so that it can run before one is loaded.
+    """
     if not output.parent.is_dir():
         raise MemvecError(f"there is no folder {output.parent} to write {output.name} in.")
     if not output.exists():
@@ -169,7 +173,7 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
 
 
 def _given_of_passage(record: PassageRecord) -> list[int]:
-    """Token ids of the passage that are given and not generated."""
+    """Token ids of the passage that the input contains, so that they are not generated."""
     return [] if record.first is None else [record.first]
 
 
@@ -195,7 +199,7 @@ def _certify(
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of the passages, by which `decode.py` knows damaged ones."""
+    """The SHA-256 of every file, with which `decode.py` detects damaged ones."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -211,7 +215,7 @@ def _manifest(
     return {
         **common_facts(mem, lm, target),
         "mode": "decoding",
-        "trigger_vectors": mem.header.soft_trigger,  # behind those of the passage
+        "trigger_vectors": mem.header.soft_trigger,  # after the passage's vectors
         "passages": [
             {
                 "file": name,
@@ -235,7 +239,7 @@ def _manifest(
 
 
 def common_facts(mem: MemVectors, lm: FrozenLM, target: Target) -> dict[str, Any]:
-    """What the manifest of every export says of the model, the vectors and the documents."""
+    """The entries on model, vectors and documents that every manifest has."""
     model = lm.description()
     return {
         "format": FORMAT,
@@ -244,9 +248,9 @@ def common_facts(mem: MemVectors, lm: FrozenLM, target: Target) -> dict[str, Any
         "model": {k: model[k] for k in ("name", "revision", "config", "weights")},
         "dtype": model["dtype"],
         "vectors_per_passage": mem.vectors.shape[1],
-        "front_vectors": len(mem.view(lm).front),  # before them, in each item
+        "front_vectors": len(mem.view(lm).front),  # before the passage's vectors, in each item
         "width": mem.vectors.shape[2],
-        "context_scale": mem.header.context_scale,  # of the vectors where they are context
+        "context_scale": mem.header.context_scale,  # factor of the vectors in context mode
         "start_rule": mem.header.start_rule,
         "documents": [
             d.model_dump(mode="json", include={"name", "sha256", "size", "encoding", "edits"})

@@ -1,4 +1,4 @@
-"""What an engine cannot take, refused before anything is written or started, in one sentence."""
+"""Checks for what an engine does not support, before anything is written or started."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
-# Model types whose code in mlx-lm 0.32 takes `input_embeddings` and does not scale them; OLMo 2,
-# for which memvec puts the vectors in their place itself (engines/runners/on_mlx.py).
+# Model types whose code in mlx-lm 0.32 takes `input_embeddings` and does not scale them; OLMo 2 is
+# added, for which memvec's own runner passes the vectors in (engines/runners/on_mlx.py).
 MLX_TAKES = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "lfm2"}
 MLX_TAKES |= {"olmo2"}
-# Model types of which memvec's runner writes the GGUF file for llama.cpp itself.
+# Model types for which memvec's runner writes the GGUF file for llama.cpp.
 GGUF_WRITTEN = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3"}
-# Not taken by an engine whatever the model's dtype is: MLX on a CPU knows no other than these.
+# The dtypes that each engine supports, on a CPU for MLX.
 DTYPES = {
     "vllm": ("float32", "bfloat16", "float16"),
     "sglang": ("bfloat16",),
@@ -31,7 +31,8 @@ DTYPES = {
 def refuse(engine: str, lm: FrozenLM, *, writes_model: bool = True) -> None:
     """Raise MemvecError if `engine` (a key of NAMES) cannot read vectors for this model.
 
-    `writes_model=False`: the engine has a model file of its own, whatever the model's type.
+    With `writes_model=False` the engine has its own model file, so the model types for which memvec
+    writes GGUF files do not matter.
     """
     name, kind = NAMES[engine], str(lm.config.model_type)
     dtype = str(lm.dtype).removeprefix("torch.")
@@ -57,7 +58,7 @@ def refuse(engine: str, lm: FrozenLM, *, writes_model: bool = True) -> None:
 def refuse_per_layer_inputs(lm: FrozenLM, engine: str) -> None:
     """Raise MemvecError for models in which token ids reach every layer (Gemma 3n and 4).
 
-    A vector has no token id, so what such a layer reads in its place is up to each engine.
+    A vector has no token id, so it depends on the engine what such a layer reads for it.
     """
     config: Any = lm.config.get_text_config()
     if getattr(config, "hidden_size_per_layer_input", None):
@@ -69,10 +70,9 @@ def refuse_per_layer_inputs(lm: FrozenLM, engine: str) -> None:
 
 @torch.no_grad()
 def refuse_scaled_embeddings(lm: FrozenLM, engine: str) -> None:
-    """Raise MemvecError for models that scale embeddings on their way in (Gemma).
+    """Raise MemvecError for models that scale the embeddings of tokens (Gemma).
 
-    Engines have their own code for such models, and some scale given vectors once more:
-    the file does not determine what the model would see.
+    Some engines would scale the vectors again, so the file does not determine the model's inputs.
     """
     ids = torch.arange(1, 5, device=lm.device)
     weight: Tensor = lm.embedding.weight  # type: ignore[assignment]

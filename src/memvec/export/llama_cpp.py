@@ -1,8 +1,8 @@
-"""For llama.cpp's `llama_batch.embd`: NumPy files of the vectors, and two programs beside them.
+"""Export for llama.cpp's `llama_batch.embd`: NumPy files of the vectors, and two programs.
 
-`passage-0000.npy` holds (K, D) float32, the numbers of the model's dtype; tokens that the start
-rule gives are in the manifest (`given`), for `llama_batch.token` behind them. `decode.py` decodes
-the folder with llama-cpp-python; `make_gguf.py` writes the model file that it reads.
+`passage-0000.npy` holds (K, D) float32, the numbers of the model's dtype; the manifest
+lists the tokens of the start rule (`given`), which follow in `llama_batch.token`. `decode.py`
+decodes the folder with llama-cpp-python; `make_gguf.py` writes the model file for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LlamaCpp(Target):
-    """`llama_batch.embd` of llama.cpp."""
+    """The export target `llama_batch.embd` of llama.cpp."""
 
     description = "llama_batch.embd of llama.cpp, with a program that decodes them"
     suffix = ".npy"

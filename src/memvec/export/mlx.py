@@ -1,7 +1,7 @@
-"""For mlx-lm's `generate_step(input_embeddings=...)`: safetensors files, and a program beside them.
+"""Export for mlx-lm's `generate_step(input_embeddings=...)`: safetensors files, and a program.
 
 `passage-0000.safetensors` holds one tensor `input_embeddings` (N, D) in the model's dtype: the
-vectors and the embeddings of the tokens that the start rule gives. `decode.py` decodes the folder.
+vectors, then the embeddings of the start rule's tokens. `decode.py` decodes the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Mlx(Target):
-    """`input_embeddings` of mlx-lm."""
+    """The export target `input_embeddings` of mlx-lm."""
 
     description = "input_embeddings of mlx-lm, with a program that decodes them"
     suffix = ".safetensors"

@@ -1,7 +1,8 @@
-"""NumPy, for all other software: the [mem] vectors (K, D) of each passage as a NumPy file.
+"""Export for any other software: the [mem] vectors (K, D) of each passage as a NumPy file.
 
-float16 for a float16 model, else float32 (NumPy has no bfloat16): the numbers are those that the
-model's dtype can hold, so a cast to it loses nothing. Given tokens are in the manifest (`given`).
+The files are in float16 for a float16 model, else in float32 (NumPy has no bfloat16). The numbers
+are rounded to the model's dtype, so a cast to it loses nothing. The manifest lists the tokens of
+the start rule (`given`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Npy(Target):
-    """NumPy files."""
+    """The export target of NumPy files."""
 
     description = "NumPy files of the vectors, one per passage"
     suffix = ".npy"

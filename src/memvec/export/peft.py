@@ -1,12 +1,12 @@
-"""PEFT: one prompt-tuning adapter (a folder) per passage.
+"""Export for PEFT: one prompt-tuning adapter (a folder) per passage.
 
 `adapter_config.json` declares PROMPT_TUNING with K virtual tokens, `adapter_model.safetensors` has
 one tensor `prompt_embeddings` (K, D). PEFT puts it in front of the embeddings of `input_ids`, in
-their dtype; those ids are in the manifest (`given`: none, unless the start rule gives a token).
+their dtype; the manifest lists those ids (`given`: the tokens of the start rule, possibly none).
 
-Where PEFT is installed, PEFT itself generates the passage for the certificate. It must be asked for
-`use_cache=False`: PEFT (0.21) looks for the cache under the name that transformers gave it before
-5.24, does not find it, and puts the vectors in front of every token again.
+If PEFT is installed, it generates the passages for the certificate itself. It needs
+`use_cache=False`: PEFT (0.21) looks for the cache under the name that transformers used before
+5.24, does not see it, and puts the vectors in front of every token again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KNOWN_WARNINGS = ("`is_gradient_checkpointing` is deprecated", "Position ids are
 
 
 class Peft(Target):
-    """A prompt-tuning adapter."""
+    """The export target of prompt-tuning adapters."""
 
     description = "prompt-tuning adapters of PEFT, one per passage"
     suffix = ""
@@ -101,7 +101,7 @@ class Peft(Target):
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Undo what PEFT writes on a model and its parts: attributes, methods, trainable flags."""
+    """Restore what PEFT changes in a model's modules: attributes, methods, trainable flags."""
     attributes_of: list[tuple[Any, dict[str, Any]]] = [(m, dict(vars(m))) for m in model.modules()]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     try:

@@ -1,9 +1,9 @@
-"""For SGLang's `input_embeds`: per passage, the body of a POST to `/generate`.
+"""Export for SGLang's `input_embeds`: per passage, the body of a POST to `/generate`.
 
 `input_embeds` is a list of N lists of D numbers. SGLang casts them to bfloat16 whatever the model's
 dtype is (sglang/srt/model_executor/model_runner.py), so the export is in bfloat16, for a model
-served in bfloat16; it refuses them unless started with `--disable-radix-cache`, because it knows a
-prompt by its token ids and these have none (sglang/srt/managers/tokenizer_manager.py).
+served in bfloat16. SGLang accepts them only if started with `--disable-radix-cache`, because its
+cache identifies prompts by token ids (sglang/srt/managers/tokenizer_manager.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Sglang(Target):
-    """`input_embeds` of SGLang."""
+    """The export target `input_embeds` of SGLang."""
 
     description = "input_embeds of SGLang's /generate"
     dtype = "bfloat16"

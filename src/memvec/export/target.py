@@ -1,8 +1,8 @@
-"""An export target: how one passage is written for other software, and what that software reads.
+"""The base class of export targets: writes one passage for other software and reads it back.
 
-A target is one file: a subclass that writes a passage and reads it back *as the target's own loader
-would*, dtype and layout included. What is read back is what gets certified, so an export that lost
-a bit on its way is refused before anybody uses it.
+A target is one file with a subclass that writes a passage and reads it back *as the target's own
+loader does*, dtype and layout included. The inputs that were read back are certified, so an export
+that changed a bit of them is refused.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SCRIPTS = Path(__file__).parent / "scripts"
 
 
 def decoder(script: str) -> dict[str, Path]:
-    """The programs of a folder that decodes itself where memvec is not installed."""
+    """The programs for an export folder, with which it can be decoded without memvec."""
     return {"decode.py": SCRIPTS / script, "passages.py": SCRIPTS / "passages.py"}
 
 
 def refuse_other_weights(lm: FrozenLM, reader: str) -> None:
-    """Raise MemvecError for a model that other software reads with other numbers than here."""
+    """Raise MemvecError for a quantized or mixed-precision model, which `reader` runs otherwise."""
     if lm.quantize or lm.autocast:
         how = f"quantized to {lm.quantize}" if lm.quantize else "in mixed precision"
         raise MemvecError(
@@ -45,9 +45,9 @@ def refuse_other_weights(lm: FrozenLM, reader: str) -> None:
 
 @contextlib.contextmanager
 def stock_attention(lm: FrozenLM) -> Iterator[None]:
-    """The model with transformers' own attention within, where memvec gave it its own.
+    """Context manager: the model uses transformers' attention in place of memvec's own.
 
-    What other software runs has to be certified as it runs it.
+    A certificate for other software has to be measured with the attention that it uses.
     """
     model: Any = lm.model
     if getattr(lm.config, "_attn_implementation", None) != ATTENTION:
@@ -64,10 +64,9 @@ def stock_attention(lm: FrozenLM) -> Iterator[None]:
 class Item:
     """One passage to export.
 
-    `vectors` (K, D) as stored, behind what stands in front of them and with a crammed trigger
-    behind them, if there are such; `given`: token
-    ids that follow them in the input (BOS, or the passage's first token, or none); `new_tokens`:
-    number of tokens to generate.
+    `vectors` (K, D) as stored, with the front before them and a crammed trigger after them if there
+    are any (K counts them too); `given`: token ids that follow in the input (BOS, the passage's
+    first token, or none); `new_tokens`: number of tokens to generate.
     """
 
     vectors: Float[Tensor, "K D"]
@@ -76,12 +75,12 @@ class Item:
 
 
 class Target:
-    """Common skeleton; made with the name it is registered under.
+    """Base class of export targets; built with the name under which it is registered.
 
-    `dtype` names the only dtype the target takes, None for the model's own; `suffix` ends the name
-    of each passage's file ('' for a folder); `description` is one line for the command line;
-    `programs` are files that are copied into the folder, by the name that they get there (those
-    of `decoder`), and `argument` is what its `decode.py` is given, '' where there is none.
+    `dtype` is the only dtype that the target accepts, None for the model's own. `suffix` ends the
+    name of each passage's file ('' for a folder). `description` is one line for the command line.
+    `programs` are files to copy into the folder, by their names there (see `decoder`). `argument`
+    describes the argument of its `decode.py`, '' without one.
     """
 
     description: ClassVar[str]
@@ -101,30 +100,30 @@ class Target:
         raise NotImplementedError
 
     def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
-        """The inputs (N, D) that the target would hand to the model, from what was written."""
+        """The inputs (N, D) that the target passes to the model, read from `path`."""
         raise NotImplementedError
 
     def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
-        """Greedy token ids from what was written, at batch size 1, as a reader of the export does.
+        """Token ids from greedy decoding of the written item, at batch size 1.
 
-        Our own decoder on the inputs of `read`; a target whose software is installed runs that.
+        By default memvec's decoder on the inputs of `read`; a target may run its own software.
         """
         prompt = self.read(path, item, lm).to(lm.device)
         return decode_ids(lm, prompt[None], [item.new_tokens])[0]
 
     def certified_by(self) -> str:
-        """The program that `decode` runs, and its version, for the certificate."""
+        """The name and version of the program that `decode` runs, for the certificate."""
         return f"memvec {__version__}"
 
 
 def prompt(item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
-    """[mem] vectors and the embeddings of the given tokens, in the model's dtype, on the CPU."""
+    """The item's vectors and embeddings of its given tokens, in the model's dtype, on the CPU."""
     vectors = item.vectors.to(lm.dtype).cpu()
     return torch.cat([vectors, embedded(item.given, lm)])
 
 
 @torch.no_grad()
 def embedded(tokens: Sequence[int], lm: FrozenLM) -> Float[Tensor, "n D"]:
-    """Embeddings of given tokens as the model sees them, on the CPU."""
+    """Embeddings of n token ids as the model gets them, on the CPU."""
     ids = torch.tensor(list(tokens), dtype=torch.long, device=lm.device)
     return lm.embed(ids).cpu() if tokens else torch.empty(0, lm.width, dtype=lm.dtype)

@@ -1,7 +1,7 @@
-"""transformers, for `generate(inputs_embeds=...)`: a safetensors file per passage.
+"""Export for `generate(inputs_embeds=...)` of transformers: a safetensors file per passage.
 
-One tensor `inputs_embeds` (1, N, D) in the model's dtype: the [mem] vectors and, where the start
-rule gives tokens, their embeddings. Certified by `generate` itself.
+The file holds one tensor `inputs_embeds` (1, N, D) in the model's dtype: the [mem] vectors, then
+the embeddings of the start rule's tokens, if any. `generate` itself decodes for the certificate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Transformers(Target):
-    """Inputs of `generate`."""
+    """The export target `generate(inputs_embeds=...)` of transformers."""
 
     description = "generate(inputs_embeds=...) of transformers"
     suffix = ".safetensors"
@@ -49,7 +49,7 @@ class Transformers(Target):
 
 @torch.no_grad()
 def generated(lm: FrozenLM, inputs: Float[Tensor, "N D"], new_tokens: int) -> list[int]:
-    """Exactly `new_tokens` greedy token ids of the model's own `generate` behind inputs.
+    """Exactly `new_tokens` token ids that the model's own `generate` gives greedily after inputs.
 
     Raises MemvecError for a model whose `generate` takes no vectors.
     """
@@ -73,10 +73,10 @@ def generated(lm: FrozenLM, inputs: Float[Tensor, "N D"], new_tokens: int) -> li
 
 @contextlib.contextmanager
 def plain_generation(lm: FrozenLM) -> Iterator[None]:
-    """Generate greedily, without penalties and without stopping at an EOS.
+    """Context manager: `generate` is greedy, without penalties, and does not stop at EOS.
 
-    A model's own generation config may set any of them, and `generate` takes from it whatever its
-    caller leaves open. It is restored afterwards.
+    A model's own generation config may set any of them, and `generate` uses it for arguments that
+    its caller does not pass. It is restored afterwards.
     """
     with generating_by(lm, GenerationConfig(pad_token_id=0)):
         yield
@@ -84,7 +84,7 @@ def plain_generation(lm: FrozenLM) -> Iterator[None]:
 
 @contextlib.contextmanager
 def generating_by(lm: FrozenLM, config: GenerationConfig) -> Iterator[None]:
-    """Generate by a configuration in the place of the model's own, which is restored afterwards."""
+    """Context manager that replaces the model's generation config and restores it afterwards."""
     model: Any = lm.model
     previous = model.generation_config
     model.generation_config = config

@@ -1,9 +1,9 @@
-"""For vLLM's prompt embeddings: per passage, a tensor file and a request body.
+"""Export for vLLM's prompt embeddings: per passage, a tensor file and a request body.
 
 `passage-0000.json` is the body of a POST to `/v1/completions` of a server started with
 `--enable-prompt-embeds`; its `prompt_embeds` is the base64 of the bytes that `torch.save` writes
 for a dense tensor (N, D). `passage-0000.pt` holds the same bytes for offline use. vLLM loads them
-with `weights_only`, wants two dimensions and D equal to the model's hidden size, and casts to the
+with `weights_only`, needs two dimensions and D equal to the model's hidden size, and casts to the
 model's dtype (vllm/renderers/embed_utils.py, docs/features/prompt_embeds.md).
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Vllm(Target):
-    """`prompt_embeds` of vLLM."""
+    """The export target `prompt_embeds` of vLLM."""
 
     description = "prompt_embeds of vLLM, offline and for its server"
     suffix = ".json"
@@ -39,7 +39,7 @@ class Vllm(Target):
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
         buffer = io.BytesIO()
-        # A clone: torch.save writes the whole storage behind a view.
+        # Cloned, since torch.save writes the whole storage of a view.
         torch.save(prompt(item, lm).contiguous().clone(), buffer)
         path.with_suffix(".pt").write_bytes(buffer.getvalue())
         body = {

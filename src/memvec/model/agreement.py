@@ -1,4 +1,4 @@
-"""When two computations of the same logits count as equal: one tolerance for every check."""
+"""The tolerance within which two computations of the same logits count as equal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from torch import Tensor
 
 from memvec.model.spread import MASKED
 
-# Two orders of the same sums differ by about this share of the logits' spread, per dtype.
+# Largest difference that the order of sums makes, in standard deviations of the logits.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 
 def agree(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether two tensors of logits are equal up to the rounding of `dtype`, and by how much.
+    """Compare logits `ours` with `truth` (same shape) within the tolerance of `dtype`.
 
-    The largest difference is measured in standard deviations of `truth`; the second result is a
-    clause for people that names it and the limit.
+    The largest difference is measured in standard deviations of `truth`. Returns whether it is
+    within the limit, and a clause for messages that names the difference and the limit (or that
+    `truth` is not finite).
     """
     if not bool(torch.isfinite(truth).all()):
         return False, "its logits are not finite"
-    # Columns that a model masks out (-1e9 and below) would make any difference look small.
+    # Masked columns (-1e9 and below) would inflate the standard deviation and hide differences.
     spread = truth[truth > MASKED].std().clamp_min(1e-6)
     difference = float((ours - truth).abs().max() / spread)
     limit = TOLERANCE[dtype]

@@ -1,4 +1,4 @@
-"""How many passages fit a device at once."""
+"""How many slots fit into the memory of a device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from memvec.model.lm import FrozenLM
 
 
 def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
-    """Slots that fill the machine without filling its memory (see docs/log.md): at most 32, with
-    activations in a quarter of the free memory (memvec.model.estimate)."""
+    """Number of slots B for passages of T = `tokens` and K = `vectors`.
+
+    At most 32, and so many that a step needs at most a quarter of the free memory, as
+    memvec.model.estimate counts it (measurements: docs/log.md).
+    """
     if lm.device.type == "cuda":
         free = torch.cuda.mem_get_info(lm.device)[0]
     else:
@@ -24,7 +27,7 @@ def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
 
 
 def free_memory() -> int:
-    """Free bytes of this computer; 4 GiB where the system does not say."""
+    """Available main memory in bytes; 4 GiB where /proc/meminfo does not give it."""
     try:
         with Path("/proc/meminfo").open() as info:
             kibibytes = next(line for line in info if line.startswith("MemAvailable")).split()[1]

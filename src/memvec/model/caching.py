@@ -1,13 +1,13 @@
-"""The cache of a model's earlier positions: what its family calls it, and whether it can be used.
+"""The cache of a model's earlier positions: the name of its argument, and whether it works.
 
-Every difference between families and between releases of transformers is in this file. From 5.24 on
-a forward takes and returns `cache`; before, it was `past_key_values`, `cache_params` (Mamba) or
-`state` (RWKV). The model decides, not the release: the name is the first of these that its forward
-accepts, and the cache counts as usable only after decoding with it gave the logits of a whole
-forward.
+This file holds every difference between model families and between releases of transformers. From
+5.24 on a forward takes and returns `cache`; earlier releases use `past_key_values`, `cache_params`
+(Mamba) or `state` (RWKV). memvec looks at the model, not at the release: it takes the first of
+these names that the model's forward accepts. It uses the cache only if decoding with it gives the
+same logits as a whole forward pass.
 
-A model without a usable cache is decoded by repeating its whole forward for each token. That is
-never silent: `Caching.reason` says why, at load, in `memvec doctor` and in the certificate.
+For a model without a usable cache, decoding repeats the whole forward pass for each token. The
+reason (`Caching.reason`) is shown at load, in `memvec doctor` and in the certificate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memvec.model.agreement import agree
 
 NAMES = ("cache", "past_key_values", "cache_params", "state")
 SLOW = "each decoded token repeats the whole forward"
-# Families of transformers that keep no cache which a caller can hand in again, by model type.
+# Families in transformers without a cache that a caller can pass in again, by model type.
 KEEP_NONE = {
     "openai-gpt": "GPT keeps none",
     "recurrent_gemma": "RecurrentGemma keeps its states inside its own layers",
@@ -38,10 +38,11 @@ KEEP_NONE = {
 
 @dataclass(frozen=True)
 class Caching:
-    """The name of a model's cache argument, or why decoding goes without a cache.
+    """The name of a model's cache argument, or the reason why decoding uses no cache.
 
-    `fault` is True where the model's configuration says that there is a cache and none was found:
-    then memvec does not know this model or this release of transformers well enough.
+    `argument` is None without a usable cache. `fault` is True if the model's configuration has the
+    setting `use_cache` but its forward takes or returns a cache under none of the known names:
+    memvec then lacks support for this model or this release of transformers.
     """
 
     argument: str | None
@@ -50,7 +51,7 @@ class Caching:
 
     @property
     def sentence(self) -> str:
-        """The end of the warning about a model that is decoded without a cache."""
+        """The warning about a model without a usable cache; the model's name goes before it."""
         blame = "; this is an error of memvec, please report it" if self.fault else ""
         return f"decodes without a cache ({self.reason}), so {SLOW}{blame}."
 
@@ -58,7 +59,7 @@ class Caching:
 def step(
     model: nn.Module, argument: str, cache: Any = None, **inputs: Tensor
 ) -> tuple[Float[Tensor, "B V"], Any]:
-    """One forward with the cache: logits in float32 of the last position, and the new cache."""
+    """One forward pass with the cache: float32 logits of the last position, and the new cache."""
     if cache is not None:
         inputs[argument] = cache
     out = model(**inputs, **_options(type(model).forward))
@@ -66,7 +67,7 @@ def step(
 
 
 def behind(argument: str | None, cache: Any) -> dict[str, Any]:
-    """Options of a forward behind what a cache holds; without one where there is none."""
+    """Keyword arguments of a forward pass that continues from `cache` (None: without a cache)."""
     return {"use_cache": False} if cache is None else {"use_cache": True, str(argument): cache}
 
 
@@ -78,9 +79,9 @@ def cached_logits(
     ids: Int[Tensor, "B T"],
     first: tuple[Float[Tensor, "B V"], Any] | None = None,
 ) -> Float[Tensor, "B T V"]:
-    """Teacher-forced logits of `ids` behind `vectors`, one token at a time through the cache.
+    """Teacher-forced logits of `ids` after `vectors`, one token at a time with the cache.
 
-    `first` is what `step` gave for the vectors, where that forward has been made already.
+    `first` is the result of `step` for the vectors, if the caller has it already.
     """
     logits, cache = first or step(model, argument, inputs_embeds=vectors)
     steps = [logits]
@@ -94,10 +95,11 @@ def cached_logits(
 def find_cache(
     model: nn.Module, embedding: nn.Module, rounding: torch.dtype = torch.float32
 ) -> Caching:
-    """Find a model's cache and compare decoding with it to whole forwards.
+    """Look for a model's cache and compare decoding with it to a whole forward pass.
 
-    `rounding` is the dtype of the model's products. Two texts of seven tokens each are decoded
-    together, since some one-token forwards mix a batch.
+    `rounding` is the dtype of the model's matrix products, which sets the tolerance. Two texts of
+    seven tokens each are decoded as one batch, because some models mix the rows of a batch when
+    they read one token at a time.
     """
     config: Any = model.config
     argument = _argument(type(model).forward)
@@ -113,7 +115,7 @@ def find_cache(
             return _without(config)
         ours = cached_logits(model, argument, two, ids[:, 2:], after_two)
         truth = model(inputs_embeds=embedding(ids[:, :-1]), use_cache=False).logits
-    except Exception as error:  # the model's code is not ours: whatever it raises is its answer
+    except Exception as error:  # foreign code: any error means that its cache does not work
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Caching(None, f"its forward with a cache fails: {first}")
     ok, detail = agree(ours, truth[:, 1:].float().to(ours.device), rounding)
@@ -123,7 +125,7 @@ def find_cache(
 
 
 def _without(config: Any) -> Caching:
-    """Why no cache was found, and whether one should have been."""
+    """The result for a model without a cache: the reason, and whether this is a fault of memvec."""
     if (why := KEEP_NONE.get(config.model_type)) is not None:
         return Caching(None, why)
     if hasattr(config.get_text_config(), "use_cache"):
@@ -137,13 +139,13 @@ def _without(config: Any) -> Caching:
 
 
 def _argument(forward: Callable[..., Any]) -> str | None:
-    """The name under which a forward takes its cache."""
+    """The name of the argument in which a forward takes its cache; None without one."""
     parameters = inspect.signature(forward).parameters
     return next((name for name in NAMES if name in parameters), None)
 
 
 @functools.cache
 def _options(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Options of a forward with the cache; only the last position's logits where it can do that."""
+    """Options of a forward pass with the cache; logits of the last position only, if it can."""
     parameters = inspect.signature(forward).parameters
     return {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})

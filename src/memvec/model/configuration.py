@@ -1,4 +1,4 @@
-"""What a model's configuration says: its context, and the token that starts a text."""
+"""Facts from a model's configuration: its context length, and the token that starts a text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def context_length(config: Any) -> int | None:
-    """Longest input in positions; None for models without a limit (Mamba)."""
+    """Longest input, in positions; None for models without a limit (Mamba)."""
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         length = getattr(config, key, None)
         if isinstance(length, int) and 0 < length < 10**9:
@@ -15,7 +15,10 @@ def context_length(config: Any) -> int | None:
 
 
 def start_token(config: Any, tokenizer: Any, rows: int) -> int | None:
-    """The token that starts a text: BOS, else the end-of-text token that separates documents."""
+    """The id of the token that starts a text: BOS, else EOS, which separates documents.
+
+    `rows` is the number of rows of the embedding matrix. None if no id lies below it.
+    """
     candidates = [
         getattr(tokenizer, "bos_token_id", None),
         getattr(config, "bos_token_id", None),

@@ -1,13 +1,14 @@
-"""What a cram will take, from a model's configuration: memory part by part, and time.
+"""Estimates the memory that cramming needs on a model, part by part.
 
-Activations are counted, not guessed: of a loaded model, what autograd really keeps of a token; of a
-configuration, what it keeps of one token and layer of a transformer whose weights are frozen. A
-product with a frozen matrix keeps nothing; what stays are the inputs of the norms (in float32, as
-RMSNorm computes), queries, keys, values and output of attention, and the MLP up to its last matrix.
-To what is kept are added first the logits, later the gradients on their way back: never both.
+The largest part is what autograd keeps from the forward to the backward pass. For a loaded model
+this is measured. From a configuration alone it is counted for one token in one layer of a
+transformer with frozen weights: a product with a frozen matrix keeps nothing; autograd keeps the
+inputs of the norms (in float32, as RMSNorm computes), the queries, keys, values and output of
+attention, and the activations of the MLP before its last matrix. The peak adds either the logits or
+the gradients of the backward pass, whichever are larger: they never exist at the same time.
 
-Bytes are those of tensors, which `benchmarks/peak.py` compares with what torch counts. A process on
-a CPU holds more than its tensors, by as much as its allocator keeps for the next step.
+All figures are bytes of tensors; `benchmarks/peak.py` compares them with what torch counts. On a
+CPU a process holds more, because its allocator keeps freed memory for the next step.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from memvec.model.memory import LOGITS_AT_ONCE
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-LOGITS_COPIES = 3  # of a chunk of logits at once: the head's own, divided, exponentiated
-# MLPs whose activation transformers writes out: intermediate tensors that autograd keeps.
+LOGITS_COPIES = 3  # copies of a chunk of logits: from the head, divided, exponentiated
+# Activations that transformers computes from elementary operations: tensors that autograd keeps.
 WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
 BOTH_ENDS = ("gemma2", "gemma3", "gemma3_text")
 QUERIES_AND_KEYS = ("olmo2", "olmo3", "qwen3", "qwen3_moe", "gemma3", "gemma3_text")
-FUSED = ("gpt_neox",)  # queries, keys and values are one tensor, which the values hold on to
-MAX_MEASURED = 256  # tokens of the passage with which `kept` is measured
-STATE_COPIES = 70  # of a slot's vectors: 60 last gradients; parameters, best, moments, update ...
+FUSED = ("gpt_neox",)  # queries, keys and values are one tensor; the values keep all of it alive
+MAX_MEASURED = 256  # largest T of the passage with which `kept` is measured
+STATE_COPIES = 70  # of size K x D per slot: 60 last gradients, best vectors, moments, ...
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a configuration says about size. `number` is the bytes of a weight's dtype."""
+    """Sizes of a model, from its configuration. `number` is the bytes per number of its dtype."""
 
     parameters: float
     layers: int
@@ -48,29 +49,29 @@ class Facts:
     vocabulary: int
     width: int  # D
     number: int
-    norms: int = 0  # channels of a layer's stream that pass through norms; RMSNorm's in float32
-    normed: int = 0  # channels of queries and keys that do
+    norms: int = 0  # channels per layer through norms of the hidden state; RMSNorm in float32
+    normed: int = 0  # channels of queries and keys that pass through norms
     fused: bool = False
-    inside: int = 1  # tensors as wide as the MLP that its activation keeps
-    weights: float = 0.0  # bytes of them, as they are; 0: parameters x number
-    kept: float | None = None  # bytes that all layers keep of a token, where that was measured
-    checkpointing: bool = False  # a layer keeps its input only, and is computed again
-    context: int | None = None  # tokens; None: no limit, or unknown
+    inside: int = 1  # tensors of the MLP's width that autograd keeps for its activation
+    weights: float = 0.0  # bytes of all weights as loaded; 0: use parameters x number
+    kept: float | None = None  # measured bytes that autograd keeps per token; None: counted
+    checkpointing: bool = False  # each layer keeps only its input, and is computed twice
+    context: int | None = None  # longest input in positions; None: no limit, or unknown
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of each part of a step, and what they add up to at its peak."""
+    """Bytes of each part of a step, and their sum at its peak."""
 
     weights: float
     activations: float  # kept from the forward pass to the backward pass
-    logits: float  # while they are scored
-    passing: float  # gradients on their way back, and a layer computed again
-    state: float  # what the slots hold
+    logits: float  # logits and their copies while losses are computed
+    passing: float  # gradients of the backward pass, and the activations of a recomputed layer
+    state: float  # vectors and optimiser state of all slots
 
     @property
     def step(self) -> float:
-        """What a step needs on top of weights and slots: logits are gone when gradients move."""
+        """Bytes that a step adds to weights and slots; it frees logits before the backward pass."""
         return self.activations + max(self.logits, self.passing)
 
     @property
@@ -82,7 +83,7 @@ class Estimate:
 def facts_of_config(config: Any, number: int, parameters: float | None = None) -> Facts:
     """Facts from a configuration of transformers; `number` is 2 for bfloat16, 4 for float32.
 
-    `parameters` where the model is at hand; otherwise they are added up from the sizes.
+    `parameters` is the number of parameters; without it, they are counted from the sizes.
     """
     c = config.get_text_config()
 
@@ -96,12 +97,12 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     head = first("head_dim", default=hidden // heads)
     keys = first("num_key_value_heads", default=heads) * head
     inner = first("intermediate_size", "ffn_dim", "n_inner", "d_ff", default=4 * hidden)
-    # SiLU is what gated MLPs use; GELU and ReLU stand in plain ones (Gemma's is the exception).
+    # Gated MLPs use SiLU; plain ones use GELU or ReLU. Gemma is the exception: gated, with GELU.
     family = str(getattr(c, "model_type", ""))
     names = ("hidden_activation", "hidden_act", "activation_function")
     activation = next((str(v) for n in names if (v := getattr(c, n, None))), "")
     gated = "silu" in activation or "gemma" in family
-    # Two norms a layer; four in models that also normalise behind; some normalise queries and keys.
+    # Two norms per layer; four with norms after attention and MLP; some norm queries and keys.
     norms = hidden * (4 if family in BOTH_ENDS else 2)
     normed = heads * head + keys if family in QUERIES_AND_KEYS else 0
     vocabulary = first("vocab_size")
@@ -129,10 +130,10 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
 
 
 def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
-    """Facts of a loaded model: its weights as they are, and what it keeps of a token, measured.
+    """Facts of a loaded model, with the bytes of its weights and of its activations measured.
 
-    `tokens` is how long passages will be: attention that is written out keeps more of each in long
-    ones. `fast` is the rounded copy that steps are computed with, where there is one.
+    `tokens` is the length T of the passages: attention without a fused kernel keeps more bytes per
+    token in longer ones. `fast` is the rounded copy that computes the steps, if there is one.
     """
     steps = fast or lm
     parameters = {id(p): p for model in (lm.model, steps.model) for p in model.parameters()}
@@ -145,7 +146,7 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
 
 
 def _bytes(parameter: Tensor) -> int:
-    """Of one tensor; of its parts where it is made of some, as weights in few bits are."""
+    """Bytes of one tensor; for a quantized weight, the sum over the tensors that it consists of."""
     parts = getattr(parameter, "__tensor_flatten__", None)
     if parts is None:
         return parameter.nbytes
@@ -153,16 +154,16 @@ def _bytes(parameter: Tensor) -> int:
 
 
 def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
-    """Bytes that a model keeps of one token of a passage, of `tokens` at most 256, between forward
-    and backward, as it is loaded.
+    """Measured bytes per token that autograd keeps between forward and backward pass.
 
-    None where vectors do not stand in front of tokens (one-step layouts).
+    The passage has `tokens` tokens, but from 4 to 256. None for the one-step layouts, which put no
+    vectors in front of tokens.
     """
     if lm.layout != "prefix":
         return None
     T = max(4, min(tokens, MAX_MEASURED))
     sizes = []
-    for t in (T // 2, T):  # what any passage keeps, however short, is none of its tokens'
+    for t in (T // 2, T):  # the difference drops the bytes that do not depend on length
         ids = torch.zeros(1, t, dtype=torch.long, device=lm.device)
         vectors = torch.zeros(1, 1, lm.numbers, device=lm.device, requires_grad=True)
         with torch.enable_grad(), saved_bytes(lm.model) as saved:
@@ -172,7 +173,7 @@ def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
 
 
 def layer_bytes(f: Facts) -> float:
-    """Bytes that one layer keeps of one token between forward and backward."""
+    """Bytes that autograd keeps of one token in one layer between forward and backward pass."""
     norms = (f.norms + f.normed) * (4 if f.gated else f.number)
     # Queries and keys after their rotation, values, and the output of attention.
     attention = f.number * ((2 + f.fused) * f.attention + 2 * f.keys)
@@ -181,20 +182,20 @@ def layer_bytes(f: Facts) -> float:
 
 
 def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Estimate:
-    """Peak bytes of a step with `slots` passages of `tokens` tokens and K = `vectors`."""
+    """Peak bytes of a step with B = `batch_size` slots, T = `tokens` and K = `vectors`."""
     N = batch_size * (tokens + vectors - 1)
     one_layer = layer_bytes(f)
     kept = f.kept
     if kept is None:
         kept = f.layers * (f.number * f.hidden if f.checkpointing else one_layer)
-    # The last norm, its output and their gradients; later the gradients of a layer's MLP and input,
-    # or of its keys, values and normed queries.
+    # The backward pass first holds the last norm, its output and their gradients, later those of a
+    # layer's MLP and input, or of its keys, values and normed queries.
     ends = f.hidden * (20 + 4 * f.number)
     mlp = f.number * ((2 * f.gated + f.inside) * f.inner + 2 * f.hidden)
     attention = f.number * 2 * f.keys + 8 * min(f.normed, f.attention)
     back = max(mlp, attention) + one_layer * f.checkpointing
     rows = min(N, max(1, LOGITS_AT_ONCE // max(1, f.vocabulary)))
-    states = 3 * N * f.hidden * f.number  # and their gradients
+    states = 3 * N * f.hidden * f.number  # hidden states and their gradients
     return Estimate(
         weights=f.weights or f.parameters * f.number,
         activations=float(N * kept),
@@ -205,8 +206,8 @@ def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Est
 
 
 def max_batch_size(f: Facts, *, free: float, tokens: int, vectors: int = 1) -> int:
-    """The largest number of slots whose peak, weights apart, stays in `free` bytes; at least 1."""
+    """The largest number of slots that needs at most `free` bytes besides the weights, or 1."""
     slot = estimate(f, batch_size=1, tokens=tokens, vectors=vectors)
-    logits = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # at most, at any number of slots
+    logits = LOGITS_AT_ONCE * 4.0 * LOGITS_COPIES  # upper bound, for any number of slots
     slot_bytes = slot.activations + slot.passing + slot.state
     return max(1, int((free - logits) / slot_bytes))

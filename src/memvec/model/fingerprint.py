@@ -1,4 +1,4 @@
-"""What identifies a model's weights: vectors decode with the model they were made for, only."""
+"""The fingerprint of a model's weights: vectors decode only with the model they were made for."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Saving and loading a model writes these; they say nothing about its weights.
+# Settings that change when a model is saved and loaded, and do not depend on its weights.
 VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identifies a model's weights, whatever dtype they are loaded in.
+    """Identifies a model's weights, in whatever dtype they are loaded.
 
-    `config` is the SHA-256 of the configuration, `weights` that of the embedding matrix rounded to
-    bfloat16; `probe` holds a few logits of a fixed prompt, compared with a tolerance because
-    kernels differ.
+    `config` is the SHA-256 of the configuration, `weights` the SHA-256 of the embedding matrix
+    rounded to bfloat16. `probe` holds a few logits of a fixed prompt, which are compared with a
+    tolerance because kernels differ. `dtype` is the dtype in which the model computed them.
     """
 
     config: str
@@ -32,14 +32,18 @@ class Fingerprint:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Fingerprint:
-        """The fingerprint in a record of a model. KeyError, TypeError or ValueError: none."""
+        """The fingerprint in a record of a model.
+
+        Raises KeyError, TypeError or ValueError if the record has no valid one.
+        """
         probe = tuple(map(float, record["probe"]))
         return cls(record["config"], record["weights"], probe, record["dtype"])
 
     def matches(self, other: Fingerprint) -> bool:
         """True if both come from the same model (probe logits within 2 % of their size + 0.1).
 
-        Numbers that went through float16 round to other bfloat16s, so there the probe decides.
+        Weights that were converted to float16 round to other bfloat16 numbers, so the hash of the
+        weights is not compared if either model is in float16.
         """
         return (
             self.config == other.config
@@ -53,7 +57,7 @@ class Fingerprint:
 
 
 def _lasting(settings: Any) -> Any:
-    """Settings without those that say nothing about the weights, in nested configurations too."""
+    """Settings without the volatile ones, also in nested configurations."""
     if not isinstance(settings, Mapping):
         return settings
     return {name: _lasting(value) for name, value in settings.items() if name not in VOLATILE}
@@ -65,9 +69,10 @@ def fingerprint_of(
     logits: Float[Tensor, " V"],
     dtype: str | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a model with this configuration, embedding matrix and probe logits.
+    """The fingerprint of a model from its configuration, embedding matrix and probe logits.
 
-    `dtype`: what it is computed in, if that is not the dtype of the matrix.
+    `logits` are those of the last position of the probe; eight of them are kept. `dtype` names the
+    dtype of computation, if it is not the dtype of the matrix.
     """
     described = json.dumps(_lasting(config.to_dict()), sort_keys=True, default=str).encode()
     rounded = embedding.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

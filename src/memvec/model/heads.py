@@ -1,7 +1,8 @@
-"""A model's body and head: logits only where they are needed.
+"""Splits a model into body and head, so that logits are computed only where they are needed.
 
-Families add a scale (Cohere, Granite) or a soft cap (Gemma 2) after the linear head. Each candidate
-is compared with the model's own forward on a probe, and taken only if the logits agree.
+Some families apply a scale (Cohere, Granite) or a soft cap (Gemma 2) after the linear head. Each
+candidate for the head is compared with the model's own forward pass on a probe, and is used only if
+the logits agree.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ Head = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def split_head(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None, Head]:
-    """The body, (B, N, D) -> states, and the head, states -> logits, that together equal the
-    model's own forward; (None, identity) if there are no such two."""
+    """Body and head of a model, whose composition equals the model's own forward pass.
+
+    The body takes inputs (B, N, D) and returns hidden states (B, N, H) as its first output; the
+    head turns states into logits (B, N, V). Returns (None, identity) if no such pair agrees.
+    """
     body = getattr(model, getattr(model, "base_model_prefix", ""), None)
     linear = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(body, nn.Module) or body is model or linear is None:
@@ -39,9 +43,9 @@ def split_head(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None
     try:
         states = body(inputs_embeds=inputs, use_cache=False)[0]
         truth = model(inputs_embeds=inputs, use_cache=False).logits.float()
-        for head in reversed(heads):  # small logits look alike with and without a cap
+        for head in reversed(heads):  # the cap first: without it, small logits agree just as well
             if torch.allclose(head(states).float(), truth, rtol=1e-3, atol=1e-3):
                 return body, head
-    except Exception:  # the body asks for something else: use the whole, whose checks give reasons
+    except Exception:  # the body needs other arguments: use the whole model, which is checked
         pass
     return None, lambda states: states

@@ -1,10 +1,11 @@
-"""Models that hardly fit: weights spread over devices or kept in few bits, activations kept small.
+"""Models that hardly fit into memory: quantized or distributed weights, fewer kept activations.
 
-Loading is transformers' own work (`device_map`, quantization configurations); what stands here are
-the two ways to pay time for memory during cramming, on a frozen model in eval mode. transformers'
-switch for gradient checkpointing is tied to training mode, where dropout is alive, so layers are
-wrapped here instead. Both give the numbers that the plain path gives (what is set aside and was a
-part of a larger tensor comes back in one piece, which may change the order of a sum).
+transformers loads the weights (`device_map`, quantization configurations). This file adds two ways
+to save memory at the cost of time while cramming: gradient checkpointing and offloading of
+activations to main memory. transformers' own switch for gradient checkpointing needs training mode,
+which would enable dropout, so the layers of a model in eval mode are wrapped here instead. Both
+give the same numbers as the plain path, up to the order of sums: an offloaded view of a larger
+tensor comes back contiguous.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from memvec.errors import MemvecError, did_you_mean
 
 Quantize = Literal["8bit", "4bit"]
-GROUP = 32  # neighbouring weights of a row that share a scale, in 4 bits
+GROUP = 32  # number of neighbouring weights of a row that share a scale in 4 bits
 
 
 def loading_options(
@@ -31,9 +32,10 @@ def loading_options(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained`. Raises MemvecError where a package for it is missing.
+    """Keyword arguments of `from_pretrained` for `device_map` and `quantize`.
 
-    Weights in few bits are made where they stay: on `device`, unless a `device_map` spreads them.
+    Quantized weights are created on `device`, unless a `device_map` distributes them. Raises
+    MemvecError for an unknown `quantize` and for a missing package.
     """
     options: dict[str, Any] = {}
     if quantize is not None:
@@ -51,10 +53,10 @@ def loading_options(
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:
-    """Weights of linear layers in few bits; computation in `dtype`.
+    """The configuration that quantizes the weights of linear layers; products are in `dtype`.
 
-    Only the weights are rounded, never what flows between layers: a passage must not depend on what
-    else is in its batch. torchao does that everywhere; bitsandbytes where it alone is installed.
+    Activations are never quantized, because a passage must not depend on the others in its batch.
+    torchao is used if it is installed, else bitsandbytes.
     """
     import transformers
 
@@ -63,8 +65,8 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
             if importlib.util.find_spec(package) is None:
                 _need("torchao", f"quantize='{quantize}'")
         if quantize == "8bit":
-            # Threshold 0: otherwise columns in which any token of the batch is an outlier are
-            # computed apart, and a token changes what the tokens before it predict.
+            # With a threshold above 0, columns in which any token of the batch is an outlier are
+            # computed apart, so that a token would change the predictions of earlier tokens.
             return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
         return transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -84,7 +86,7 @@ def _need(package: str, option: str) -> None:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers itself marks as fit for gradient checkpointing."""
+    """The layers that transformers marks as suitable for gradient checkpointing."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -92,9 +94,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """Within, each layer keeps its input only and is computed again on the way back.
+    """Context manager: each layer keeps only its input and is recomputed in the backward pass.
 
-    Raises MemvecError for a model whose layers are not known.
+    Raises MemvecError for a model without layers that transformers marks for checkpointing.
     """
     layers = layers_of(model)
     if not layers:
@@ -102,7 +104,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             f"the layers of a {type(model).__name__} are not marked for checkpointing: use "
             "offload=True, or fewer slots."
         )
-    # A layer that accelerate moves data to has a forward of its own already, and keeps it.
+    # accelerate gives some layers a `forward` of their own, which must be there again afterwards.
     own_forwards = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
@@ -119,13 +121,13 @@ def recomputed(model: nn.Module) -> Iterator[None]:
 def _computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # Frozen and in eval mode: nothing is random, so there is no random state to keep.
+    # A frozen model in eval mode uses no random numbers, so no random state has to be kept.
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _weights(model: nn.Module) -> Callable[[Tensor], bool]:
-    """Whether a tensor that autograd keeps is a weight, or a view of one: those stay anyway."""
-    # Weights in few bits have no storage of their own to compare, and are recognised by their type.
+    """A function that tells whether a tensor is a weight or a view of one, which need no saving."""
+    # Quantized weights have no storage to compare; their type identifies them.
     places = {p.untyped_storage().data_ptr() for p in model.parameters() if _plain(p)}
     return lambda t: not _plain(t) or t.untyped_storage().data_ptr() in places
 
@@ -136,10 +138,10 @@ def _plain(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def offloaded(model: nn.Module, *, pin: bool) -> Iterator[None]:
-    """Within, what autograd keeps waits in the computer's memory; weights stay where they are.
+    """Context manager: tensors that autograd keeps are held in main memory, except weights.
 
-    `pin` page-locks it, for faster copies from and to a GPU. torch's own `save_on_cpu` would copy
-    every linear layer's weights as well, whose transpose autograd keeps.
+    `pin` uses page-locked memory, which makes copies from and to a GPU faster. torch's own
+    `save_on_cpu` would also copy the weights of every linear layer, whose transpose autograd keeps.
     """
     is_weight = _weights(model)
 
@@ -159,7 +161,10 @@ def offloaded(model: nn.Module, *, pin: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts what autograd keeps within, without weights: bytes of distinct storages, by call."""
+    """Context manager that counts what autograd keeps, without weights.
+
+    The function that it yields returns the bytes of all distinct storages so far.
+    """
     storages: dict[int, Tensor] = {}
     is_weight = _weights(model)
 

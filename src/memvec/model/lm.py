@@ -5,11 +5,11 @@ Everything else in memvec sees a model through this class only:
     (vectors, tokens) -> states -> logits        gradients flow to the vectors, never to the weights
     tokens <-> text
 
-A model is used the way its authors wrote it: we hand it `inputs_embeds` without an attention mask
-(right padding needs none in a causal model) and, where the model lets us, take the last hidden
-states and apply its output head ourselves, so that logits exist only where they are needed. Both
-liberties are checked against the model's own forward at load (memvec.model.probes), and a model
-that fails is refused with the reason.
+The model's own code runs unchanged. It gets `inputs_embeds` without an attention mask (right
+padding needs none in a causal model). Where possible, memvec takes the last hidden states and
+applies the output head itself, so that logits are computed only where they are needed. Both are
+checked against the model's own forward pass at load (memvec.model.probes); a model that fails is
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class FrozenLM:
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
     `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
-    a fixed probe: the unit of a recipe's temperature and margin), `caching` (what the model's cache
-    is called, or why decoding goes without one), `autocast` (the dtype that products are cast to in
-    mixed precision, else None), `fingerprint`, `encoder` (None for most models), `usable_encoder`
-    (that of vectors for use; None for most models), `facts` (the model folder's memvec.json:
-    measured bits per vector), `reading` (how it reads vectors: in front of a passage unless
-    `read_as` says otherwise).
+    a fixed probe: the unit of a recipe's temperature and margin), `caching` (the name of the
+    model's cache argument, or why decoding uses no cache), `autocast` (the dtype of matrix products
+    in mixed precision, else None), `fingerprint`, `encoder` (for decoding mode; None for most
+    models), `usable_encoder` (for usable vectors; None for most models), `facts` (the model
+    folder's memvec.json: measured bits per vector), `reading` (how it reads vectors: in front of a
+    passage, or as chosen with `read_as`).
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class FrozenLM:
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Prefix = PREFIX
-        self.other_trigger: tuple[int, ...] | None = None  # instead of BOS (memvec.usable.around)
-        self.soft: Tensor | None = None  # rows (R, D) of soft tokens, of a view with a crammed one
+        self.other_trigger: tuple[int, ...] | None = None  # replaces BOS (memvec.usable.around)
+        self.soft: Tensor | None = None  # (R, D) soft tokens of a crammed trigger
         self.front: tuple[int, ...] = ()  # tokens in front of the vectors (memvec.usable.around)
-        self.own_trigger: CrammedTrigger | None = None  # of the model's folder
-        self.context_scale = 1.0  # of vectors that are read as context (memvec.usable.around)
-        self._original: FrozenLM | None = None  # the model that `read_as` made this view of
+        self.own_trigger: CrammedTrigger | None = None  # from the model's folder
+        self.context_scale = 1.0  # factor of vectors in context mode (memvec.usable.around)
+        self._original: FrozenLM | None = None  # for a view made by `read_as`: its model
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.name, self.revision = tokenizer, name, revision
         self.config: Any = model.config
@@ -88,10 +88,10 @@ class FrozenLM:
         weight: Tensor = self.embedding.weight  # type: ignore[assignment]
         self.device, self.dtype = weight.device, weight.dtype
         self.autocast: torch.dtype | None = autocast_of(model)
-        self.width = int(weight.shape[1])  # OPT projects its inputs: this is not its hidden size
+        self.width = int(weight.shape[1])  # D; not the hidden size where inputs are projected (OPT)
         self.context = context_length(text_config)
         self.bos_id = start_token(text_config, tokenizer, rows=len(weight))
-        with torch.no_grad():  # of the matrix, as published; some models scale its rows (Gemma)
+        with torch.no_grad():  # of the unscaled matrix; some models scale its rows (Gemma)
             self.embedding_std = embedding_std(weight)
         with _answering(name), torch.no_grad():
             logits = self.own_logits(self._probe_ids())[0]
@@ -119,7 +119,7 @@ class FrozenLM:
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of token ids; for some tokenizers not quite the text that was tokenized."""
+        """The text of token ids; some tokenizers do not give back exactly the tokenized text."""
         text: str = self._need_tokenizer().decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -133,12 +133,12 @@ class FrozenLM:
 
     @property
     def rounding(self) -> torch.dtype:
-        """What products are rounded to: that of autocast, else the weights' dtype."""
+        """The dtype of matrix products: that of autocast, else the dtype of the weights."""
         return self.autocast or self.dtype
 
     @property
     def has_split_head(self) -> bool:
-        """True if states and logits come apart, so that logits exist only where they are needed."""
+        """True if body and head are separate, so that logits are computed only where needed."""
         return self._body is not None
 
     @property
@@ -154,7 +154,7 @@ class FrozenLM:
     # ------------------------------------------------------------------ vectors to logits
 
     def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-        """Embeddings of token ids (soft tokens among them), as they are handed to the model."""
+        """Embeddings of token ids (soft tokens included), as the model gets them."""
         if self.soft is not None:
             return embedded(self, ids)
         plain: Tensor = self.embedding(ids)
@@ -162,15 +162,15 @@ class FrozenLM:
 
     @property
     def layout(self) -> Layout:
-        """The name of the reading, as files and records have it."""
+        """The name of the reading in files and records."""
         return self.reading.layout
 
     def read_as(self, layout: str | Prefix) -> FrozenLM:
-        """This model with another reading of its vectors, or one by name; itself if it has it.
+        """A view of this model with another reading of its vectors; itself if that is its own.
 
-        The weights are shared. Another reading than 'prefix' has no encoder and no measured bits
-        per vector: those are for vectors in front of a passage. Raises MemvecError for an unknown
-        layout.
+        `layout` is a reading or its name. The view shares the weights. With another reading than
+        'prefix' it has no encoder and no measured bits per vector, since those are for vectors in
+        front of a passage. Raises MemvecError for an unknown layout.
         """
         reading = reading_named(layout) if isinstance(layout, str) else layout
         if reading is self.reading:
@@ -185,18 +185,18 @@ class FrozenLM:
 
     @property
     def numbers(self) -> int:
-        """Numbers of a vector (W), as they are trained and stored; D for inputs."""
+        """How many numbers of a vector are trained and stored (W); D if they are inputs."""
         return self.reading.numbers(self)
 
     @property
     def trigger(self) -> tuple[int, ...]:
-        """The tokens that follow the vectors under the start rule 'bos': BOS, or others."""
+        """The tokens that follow the vectors under the start rule 'bos': BOS, or a trigger."""
         bos = () if self.bos_id is None else (self.bos_id,)
         return bos if self.other_trigger is None else self.other_trigger
 
     def behind_front(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
-        """Vectors as the model reads them: in its dtype, with the front before them (N = F + K)."""
-        ids = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # a GPU is not made to wait
+        """Vectors in the model's dtype, after the F tokens of its front (N = F + K)."""
+        ids = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # built there: no copy
         front = [self.embed(token * ids) for token in self.front]
         return torch.cat([*front, vectors.to(self.dtype)], 1)
 
@@ -206,7 +206,7 @@ class FrozenLM:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """What stands before each predicted token, by the reading of this model."""
+        """The inputs that the model reads before each predicted token, by its reading."""
         return self.reading.inputs(self, vectors, ids, start)
 
     def states(
@@ -217,15 +217,15 @@ class FrozenLM:
     ) -> Float[Tensor, "B N H"]:
         """Hidden states at the predicting positions, N = T (T - 1 for 'first-token').
 
-        `head` turns them into logits. For a model whose head we may not take apart these are the
-        logits already, and `head` leaves them as they are.
+        `head` turns them into logits. For a model without a split head they are already the
+        logits, and `head` returns them unchanged.
         """
         return self.reading.states(self, vectors, ids, start)
 
     def states_of(
         self, inputs: Float[Tensor, "B N D"], keep: int, cache: Any = None
     ) -> Float[Tensor, "B keep H"]:
-        """States at the last `keep` positions of free inputs, behind what a cache holds."""
+        """States at the last `keep` positions of free inputs, which continue from `cache`."""
         out: Tensor
         options = behind(self.caching.argument, cache)
         with self._sparing():
@@ -233,11 +233,11 @@ class FrozenLM:
                 out = self._body(inputs_embeds=inputs, **options)[0][:, -keep:]
             else:
                 out = self.model(inputs_embeds=inputs, **options).logits[:, -keep:]
-        return out.to(self.device)  # the last layer may live on another one
+        return out.to(self.device)  # the last layer may be on another device
 
     def inputs_before(self, K: int, start: StartRule) -> int:
-        """Inputs that a forward pass reads besides one for each predicted token."""
-        longer = len(self.trigger) - 1 if start == "bos" else 0  # than one start token
+        """Number of inputs of a forward pass besides one for each predicted token."""
+        longer = len(self.trigger) - 1 if start == "bos" else 0  # than with one start token
         return len(self.front) + self.reading.inputs_before(K, start) + longer
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
@@ -250,23 +250,23 @@ class FrozenLM:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N V"]:
-        """Logits in float32 of the predicted tokens (the reference path).
+        """Logits in float32 of the predicted tokens, N as for `states` (the reference path).
 
-        Without vectors `start` is not read: BOS stands in front, or the first token is given.
+        Without vectors, `start` is ignored: BOS comes first, or the first token without a BOS.
         """
         if vectors is None:
             start = "first-token" if self.bos_id is None else "bos"
         return self.head(self.states(vectors, ids, start))
 
     def own_logits(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """The model's own forward on real tokens: the truth our logits are checked against."""
+        """Float32 logits of the model's own forward pass on tokens, the reference for checks."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.float().to(self.device)
 
     def hidden(self, inputs: Float[Tensor, "B N D"], keep: int) -> Float[Tensor, "B keep H"]:
-        """Last hidden states (after the final norm) at inputs of any kind, without the head.
+        """Hidden states after the final norm, at the last `keep` positions of free inputs.
 
-        Raises MemvecError for a model whose head cannot be taken apart.
+        Raises MemvecError for a model without a split head.
         """
         if self._body is None:
             raise MemvecError(f"{self.name} does not give its hidden states apart from its logits.")
@@ -283,18 +283,18 @@ class FrozenLM:
             yield
 
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
-        """The tokens that are given between the vectors and the first predicted token."""
+        """The tokens between the vectors and the first predicted token."""
         if start == "bos":
             if not self.trigger:
                 raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
-            # Filled, not copied from the CPU: a GPU is not made to wait.
+            # Filled on the device: a copy from the CPU would make a GPU wait.
             return torch.cat([ids.new_full((len(ids), 1), token) for token in self.trigger], 1)
         return ids[:, : int(start == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:
-        """This model, with everything but its identity computed by another module of its kind.
+        """This model with another module that computes everything; its identity stays.
 
-        For a copy of the weights in another dtype (memvec.model.precision).
+        `model` is a copy of the weights in another dtype (memvec.model.precision).
         """
         other = copy.copy(self)
         other.model, other.embedding = model, model.get_input_embeddings()  # type: ignore[operator]
@@ -328,10 +328,10 @@ class FrozenLM:
 
 @contextlib.contextmanager
 def _answering(name: str) -> Iterator[None]:
-    """A model that cannot even read tokens is refused in a sentence, whatever it raises."""
+    """Raise MemvecError, in one sentence, for a model whose forward pass on tokens fails."""
     try:
         yield
-    except Exception as error:  # its code is not ours: any kind of error is its answer
+    except Exception as error:  # foreign code may raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MemvecError(
             f"{name} cannot be crammed: its own forward on plain tokens fails ({reason})."

@@ -1,9 +1,9 @@
-"""Memory: kept between steps (on Linux with glibc), and what to do when there is none left.
+"""Keeps freed memory for the next step (Linux with glibc), and recovers when memory runs out.
 
-By default glibc gives every freed block above 128 KiB-32 MiB back to the kernel and asks for
-zeroed pages again at the next step; in a training-like loop this costs up to half of the time.
-`mallopt` turns that off for the running process, with no environment variable and no other
-allocator to install. Memory then stays at its high-water mark until the process ends.
+By default glibc returns every freed block above a limit (128 KiB to 32 MiB) to the kernel and
+requests zeroed pages again at the next step, which costs up to half of the time of a training loop.
+`mallopt` turns this off for the running process; it needs no environment variable and no other
+allocator. The process then keeps its largest amount of memory until it ends.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 Result = TypeVar("Result")
-# Objects that hold memory for what can be made again, and give it up when asked to `forget()`.
+# Objects that cache what can be computed again; `forget()` frees their memory.
 HOLDERS: WeakSet[Any] = WeakSet()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
-# Logits held at once: 64 MiB in float32, a few times that while they are scored.
+# Logits computed at once: 64 MiB in float32, and a few copies of them while losses are computed.
 LOGITS_AT_ONCE = 2**24
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed blocks; True where it took the setting. Safe to call often."""
+    """Make glibc keep freed blocks; True if it accepted. Repeated calls do nothing."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -38,7 +38,7 @@ def keep_freed_memory() -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """True for what a device or the system says when a tensor finds no room."""
+    """True for the errors that mean that there is no memory for a tensor."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -47,7 +47,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def fits(work: Callable[[], None]) -> bool:
-    """Do it; False if memory ran out. What had been measured by then stays measured."""
+    """Run `work`; False if memory ran out. Results that `work` had stored by then remain."""
     try:
         work()
     except (RuntimeError, MemoryError) as error:
@@ -58,10 +58,10 @@ def fits(work: Callable[[], None]) -> bool:
 
 
 def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) -> list[Result]:
-    """`work` on `batch` rows at a time, one result for each of the `total` rows.
+    """Call `work` on `batch` rows at a time; returns one result for each of the `total` rows.
 
-    Where memory runs out the batch is halved, and what is done stays. Raises what `work` raised if
-    one row alone does not fit.
+    When memory runs out, the batch is halved and finished rows are kept. Raises the error of `work`
+    if a single row does not fit.
     """
     out: list[Result] = []
     while len(out) < total:
@@ -72,7 +72,7 @@ def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) ->
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or batch == 1:
                 raise
-        if results is None:  # outside of the except clause, which holds on to what it failed with
+        if results is None:  # not in the except clause, where the error keeps tensors alive
             batch = max(1, (rows.stop - rows.start) // 2)
             forget_freed_memory()
         else:
@@ -81,7 +81,7 @@ def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) ->
 
 
 def forget_freed_memory() -> None:
-    """Let a GPU's allocator give back what a failed step left in pieces, and all `HOLDERS`."""
+    """Free the caches of all `HOLDERS`, and the GPU memory that PyTorch's allocator keeps."""
     import torch
 
     for holder in list(HOLDERS):

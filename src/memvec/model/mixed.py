@@ -1,8 +1,7 @@
-"""Mixed precision: float32 weights and vectors, products under autocast.
+"""Mixed precision: float32 weights and vectors, matrix products in bfloat16 under autocast.
 
-Kuratov et al. ran their Llama, OLMo and Sheared-LLaMA models so (train.py): nothing is stored in
-fewer bits than float32, and matrix products are in bfloat16. Weights that are rounded once give
-other logits.
+Kuratov et al. ran their Llama, OLMo and Sheared-LLaMA models this way (train.py). Weights that are
+stored in bfloat16 give other logits.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-BFLOAT16_AUTOCAST = "bfloat16-autocast"  # as the choice of a dtype, and in records
+BFLOAT16_AUTOCAST = "bfloat16-autocast"  # its name as a dtype, for users and in records
 _MARK = "_memvec_autocast"
 
 
 def put_under_autocast(model: nn.Module) -> None:
-    """Compute a model that was just loaded under bfloat16 autocast from now on.
+    """Make a model compute under bfloat16 autocast from now on.
 
-    Its body and its output head too, since they are also called by themselves.
+    Its body and its output head are wrapped too, since memvec also calls them separately.
     """
     parts = [model, getattr(model, str(getattr(model, "base_model_prefix", "")), None)]
     parts.append(model.get_output_embeddings())  # type: ignore[operator]
@@ -30,13 +29,13 @@ def put_under_autocast(model: nn.Module) -> None:
 
 
 def autocast_of(model: nn.Module) -> torch.dtype | None:
-    """The dtype that a model's products are autocast to; None for a model that is not mixed."""
+    """The dtype of a model's products under autocast; None without mixed precision."""
     dtype: torch.dtype | None = getattr(model, _MARK, None)
     return dtype
 
 
 def _mixed(forward: Any) -> Any:
-    """A forward under autocast, whatever device its inputs are on."""
+    """Wrap a forward method in autocast for the device of its inputs."""
 
     @functools.wraps(forward)
     def mixed(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""RMS norms of the model that steps are computed with, each as one function with its own gradient.
+"""RMS norms as one autograd function each, for the model that computes the steps.
 
-transformers writes a norm as eight operators, and autograd goes back through as many. In bfloat16
-on a CPU that is a tenth to a fifth of a whole step, since products are fast and every operator goes
-through memory (docs/log.md). Here the way there has four and the way back four. Sums and factors
-are float32, as in the originals; results are rounded once.
+transformers computes a norm with eight operators, and autograd needs as many in the backward pass.
+In bfloat16 on a CPU they take a tenth to a fifth of a step, since products are fast and every
+operator reads and writes memory (docs/log.md). The function here has four operators forward and
+four backward. Sums and factors are in float32, as in the originals; results are rounded once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ROUNDINGS = 4  # of the largest number: an original may round on the way, and at the end
+ROUNDINGS = 4  # tolerance, in units of rounding: originals may round several times
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -27,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        # What `float` made anew may be written over; what was float32 is the caller's.
+        # A copy made by `float` may be overwritten; a float32 input belongs to the caller.
         normed = wide * scale if wide is x else wide.mul_(scale)
         ctx.save_for_backward(normed, scale, weight)
         return (normed * weight).to(x.dtype)
@@ -56,10 +56,10 @@ def rms_norm(
 
 @torch.no_grad()
 def join_norms(model: nn.Module) -> int:
-    """Let every RMS norm of a frozen model compute by `rms_norm`; returns how many do.
+    """Replace the forward of every RMS norm of a frozen model by `rms_norm`; returns how many.
 
-    A module counts as one if its class says so, its forward takes one tensor, and `rms_norm` gives
-    on a drawn tensor what it gives, with its weight or with 1 + weight (Gemma). Others stay.
+    A module is replaced if its class name contains "RMSNorm", its forward takes one tensor, and
+    `rms_norm` gives the same result on a random tensor, with its weight or with 1 + weight (Gemma).
     """
     joined = 0
     for module in model.modules():
@@ -71,7 +71,7 @@ def join_norms(model: nn.Module) -> int:
 
 
 def _weight_of(module: nn.Module) -> Tensor | None:
-    """The float32 weight with which `rms_norm` is this module; None if it is another."""
+    """The float32 weight with which `rms_norm` equals this module; None if there is none."""
     own, eps = getattr(module, "weight", None), _eps_of(module)
     takes = inspect.signature(type(module).forward).parameters
     if "RMSNorm" not in type(module).__name__ or len(takes) != 2 or eps is None:
@@ -82,7 +82,7 @@ def _weight_of(module: nn.Module) -> Tensor | None:
     x = torch.randn(4, 3, len(own), generator=generator).to(own.device, own.dtype)
     try:
         truth = module(x)
-    except Exception:  # the model's code is not ours
+    except Exception:  # foreign code may raise any error
         return None
     for weight in (own.float(), 1 + own.float()):
         ours = rms_norm(x, weight, eps)

@@ -1,8 +1,8 @@
-"""What steps are computed in: bfloat16 weights where a CPU multiplies them several times faster.
+"""The dtype of steps: bfloat16 weights on a CPU that multiplies them several times faster.
 
-A step needs a direction and margins, and neither needs float32: the vectors and their moments
-stay in float32, the frozen weights are rounded for the steps only, and what is called exact has
-its margins, and decodes, in the model's own dtype.
+The gradients and margins of a step do not need float32. The vectors and their moments stay in
+float32, and the frozen weights are rounded for the steps only. Whether a passage is exact is
+decided with the margins, and by decoding, in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 ATTENTION = "memvec_float32"  # the name under which transformers knows `attention`
-MIN_PARAMETERS = 4_000_000  # parameters; below, a step is made of other things than products
-LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # of the logits' spread, to the original
-# Of each model its copy, or why it is not used.
+MIN_PARAMETERS = 4_000_000  # in smaller models products are not what takes the time of a step
+LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # to the original, in logit spreads
+# For each model its rounded copy, or the reason why it is not used.
 COPIES: WeakKeyDictionary[nn.Module, nn.Module | str] = WeakKeyDictionary()
 
 
 def multiplies_bfloat16() -> bool:
-    """True if this CPU has instructions for products of bfloat16 matrices, and torch says so."""
+    """True if torch reports that this CPU has instructions for bfloat16 matrix products."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    says = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every torch we run on
+    says = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every supported torch
     return says is not None and bool(says())
 
 
@@ -47,9 +47,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' scaled dot-product attention, computed in float32.
 
-    Some models hand the mask in by its name, so it has the one that transformers gives it.
-    torch's kernel for short sequences in bfloat16 takes up to twenty times as long on a CPU, going
-    back, and is half of a whole step (docs/log.md).
+    The backward pass of torch's bfloat16 kernel for short sequences takes up to twenty times as
+    long on a CPU, which is half of a whole step (docs/log.md). Some models pass the mask by
+    keyword, so `attention_mask` has its name from transformers.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -60,7 +60,7 @@ def attention(
 
 
 def widen_attention(model: nn.Module) -> None:
-    """Give a half-width model on a CPU the attention above, if it takes scaled dot products."""
+    """Make a bfloat16 model on a CPU use `attention`, if it uses scaled dot-product attention."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -74,11 +74,11 @@ def widen_attention(model: nn.Module) -> None:
 
 
 def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
-    """The model that steps are computed with: a rounded copy of `lm`, or `lm` itself.
+    """The model that computes the steps: a bfloat16 copy of `lm`, or `lm` itself.
 
-    `compute` is a recipe's: 'model', 'bfloat16', or 'auto', which rounds float32 models of at least
-    4 M parameters on CPUs with bfloat16 products. A copy that does not agree with its original is
-    not used, and a SlowPathWarning says so.
+    `compute` is the recipe's choice: 'model', 'bfloat16', or 'auto', which rounds float32 models of
+    at least 4 M parameters on CPUs with bfloat16 products. If the copy's logits differ too much
+    from the original's, it is not used and a SlowPathWarning is issued.
     """
     if compute == "model" or lm.rounding != torch.float32 or lm.quantize:
         return lm
@@ -95,12 +95,12 @@ def for_steps(lm: FrozenLM, compute: str) -> FrozenLM:
 
 
 def _rounded(lm: FrozenLM) -> nn.Module | str:
-    """A copy of the model with its parameters in bfloat16, made once; a reason if it does not fit.
+    """A bfloat16 copy of the model, made once; the reason, as a string, if it cannot be used.
 
-    Buffers stay as they are: positions' frequencies lose too much.
+    Buffers are not rounded: the frequencies of rotary positions would lose too much precision.
     """
     if lm.model not in COPIES:
-        # What deepcopy finds here it takes for copied: no second float32 model on the way.
+        # deepcopy treats these as already copied, so no second float32 model is made.
         rounded = {
             id(parameter): nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
             for parameter in lm.model.parameters()
@@ -114,7 +114,7 @@ def _rounded(lm: FrozenLM) -> nn.Module | str:
 
 @torch.no_grad()
 def _disagreement(lm: FrozenLM, rounded: FrozenLM) -> str:
-    """Why a rounded copy cannot be used; '' if it can."""
+    """The reason why a rounded copy cannot be used; '' if it can."""
     ids = lm._probe_ids()
     try:
         logits = rounded.own_logits(ids)

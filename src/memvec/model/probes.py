@@ -1,6 +1,6 @@
-"""Can this model be crammed? Each check compares what memvec does with what the model does.
+"""Checks whether memvec can cram a model, by comparing its results with the model's own.
 
-They run at every load (`refuse_if_unfit`); `memvec doctor` shows them all.
+They run at every load (`refuse_if_unfit`); `memvec doctor` shows the result of each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CACHE = "decodes with its cache"
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: what was compared, whether it holds, and the figure or reason."""
+    """The result of one check: its name, whether it holds, and the figure or the reason."""
 
     name: str
     ok: bool
@@ -32,7 +32,7 @@ class Check:
 
 
 def checks(lm: FrozenLM) -> Iterator[Check]:
-    """The checks that a model must pass to be served, cheapest first."""
+    """The checks that a model must pass, cheapest first."""
     yield guarded("is causal", _causal, lm)
     yield guarded("takes free input vectors", _own_logits, lm)
     yield guarded("right padding changes nothing", _padding, lm)
@@ -43,7 +43,7 @@ def checks(lm: FrozenLM) -> Iterator[Check]:
 def refuse_if_unfit(lm: FrozenLM) -> None:
     """Raise MemvecError with the first check that fails.
 
-    A model whose cache was not found is served: it is only slower, and a warning says so.
+    A model without a usable cache is accepted: it is only slower, and FrozenLM warns about it.
     """
     for check in checks(lm):
         if not check.ok and not (check.name == CACHE and not lm.has_cache):
@@ -51,10 +51,10 @@ def refuse_if_unfit(lm: FrozenLM) -> None:
 
 
 def guarded(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: FrozenLM) -> Check:
-    """The result of a check; whatever the model raises is its answer."""
+    """Run a check; an error that the model raises counts as a failure with that reason."""
     try:
         ok, detail = check(lm)
-    except Exception as error:  # the model's code may raise anything: that is its answer
+    except Exception as error:  # foreign code may raise any error
         reason = str(error).strip() or type(error).__name__
         return Check(name, False, f"the model refuses: {reason.splitlines()[0]}")
     return Check(name, ok, detail)
@@ -68,7 +68,7 @@ def probe_ids(lm: FrozenLM, n: int) -> Int[Tensor, "1 n"]:
 
 @torch.no_grad()
 def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
-    """Tokens embedded by us and handed in as vectors give the model's own logits."""
+    """Embedded tokens that are passed in as vectors give the model's own logits."""
     ids = probe_ids(lm, 7)
     as_vectors = lm.embed(ids[:, :3])
     ours = lm.logits(as_vectors, ids[:, 3:])
@@ -98,7 +98,7 @@ def _causal(lm: FrozenLM) -> tuple[bool, str]:
 
 def _effect(lm: FrozenLM) -> tuple[bool, str]:
     ids = probe_ids(lm, 6)
-    # A free vector, not an embedding row: some models single rows out (padding is zeroed).
+    # A free vector, since embedding rows may be special (the padding row is zero).
     noise = torch.randn(1, 1, lm.width, generator=torch.Generator().manual_seed(0))
     vectors = (noise.to(lm.device) * lm.embedding_std).requires_grad_()
     with torch.enable_grad():
@@ -114,7 +114,7 @@ def _effect(lm: FrozenLM) -> tuple[bool, str]:
 
 
 def _cache(lm: FrozenLM) -> tuple[bool, str]:
-    """Holds for a model that is known to keep no usable cache, too: the detail then says so."""
+    """Also passes for a model known to keep no cache; the detail then gives the reason."""
     if lm.has_cache:
         return True, f"passed on as '{lm.caching.argument}'"
     return not lm.caching.fault, f"it {lm.caching.sentence.removesuffix('.')}"

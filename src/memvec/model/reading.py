@@ -1,12 +1,12 @@
-"""How a model reads [mem] vectors: what stands before each predicted token, and how it is decoded.
+"""How a model reads [mem] vectors: which inputs precede each predicted token, and how to decode.
 
-`Prefix` puts the vectors in front of the passage, which is decoded token by token; memvec.arms has
-two that decode a passage in one forward pass.
+`Prefix` puts the vectors in front of the passage and decodes it token by token; memvec.arms has two
+readings that decode a passage in one forward pass.
 
-A model has one reading (`FrozenLM.reading`); the engine, certification, metrics and files ask it.
+A model has one reading (`FrozenLM.reading`); the engine, certification, metrics and files use it.
 
-A *space* says which numbers of a vector are trained and stored: those of an input (`inputs`, D of
-them), or W others that a reading of memvec.spaces makes something of that the model reads.
+A *space* defines which numbers of a vector are trained and stored: the D numbers of an input
+(`inputs`), or W other numbers from which a reading of memvec.spaces computes what the model reads.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class Prefix:
 
     layout: Layout = "prefix"
     fixed_vectors: int | None = None  # the number of vectors it takes, None for any
-    feeds_back: bool = True  # each decoded token is read before the next
-    crammer: Any = None  # what crams all passages together, where they share one vector
-    enlarges: bool = True  # vectors may be made large, and move in large steps
-    predicts: bool = True  # the last vector predicts the token behind it
-    space: str = "inputs"  # where the numbers of a vector stand
+    feeds_back: bool = True  # each decoded token is an input for the next one
+    crammer: Any = None  # crams all passages together, if they share one vector
+    enlarges: bool = True  # recipes may make vectors large and move them in large steps
+    predicts: bool = True  # the last vector predicts the token after it
+    space: str = "inputs"  # the name of the space
     start_rules: tuple[StartRule, ...] = START_RULES
-    options: Mapping[str, Any] = {}  # what a file keeps of the space, to make it again
+    options: Mapping[str, Any] = {}  # what a file stores to build the space again
 
     def numbers(self, lm: FrozenLM) -> int:
-        """Numbers of a vector (W), as they are trained and stored."""
+        """How many numbers of a vector are trained and stored (W)."""
         return lm.width
 
     def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
-        """The numbers that stand for input vectors, or nearly: where a passage begins."""
+        """The numbers of this space for (or nearest to) input vectors: the start of a passage."""
         return vectors
 
     def states(
@@ -59,21 +59,21 @@ class Prefix:
         ids: Int[Tensor, "B T"],
         start: StartRule,
     ) -> Float[Tensor, "B N H"]:
-        """Hidden states at the predicting positions."""
+        """Hidden states at the predicting positions (N as in `FrozenLM.states`)."""
         keep, cache = ids.shape[1] - (start == "first-token"), self.cache(lm, vectors)
         return lm.states_of(self.inputs(lm, vectors, ids, start), keep, cache)
 
     def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
-        """What the model's cache holds before its inputs; None: nothing."""
+        """The model's cache before it reads the inputs; None: empty."""
         return None
 
     def states_as_context(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], ids: Int[Tensor, "B L"]
     ) -> Float[Tensor, "B N H"]:
-        """States that predict other tokens than the passage's, right behind the vectors.
+        """Hidden states that predict `ids` directly after the vectors, in context mode.
 
-        N = L; L - 1 where the vectors predict nothing, for then the first token is given. The
-        vectors are multiplied by the model's `context_scale`.
+        `ids` are L tokens other than the passage's. N = L, or L - 1 if the vectors predict no
+        token, since the first one is then given. The vectors are multiplied by `context_scale`.
         """
         rule: StartRule = "vectors" if self.predicts else "first-token"
         return self.states(lm, lm.context_scale * vectors, ids, rule)
@@ -81,8 +81,10 @@ class Prefix:
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
-        """What free decoding begins with: inputs, and what makes the cache that they stand behind
-        (None for an empty one)."""
+        """The first inputs of free decoding, and a function that makes the cache before them.
+
+        The function returns None for an empty cache.
+        """
         inputs = torch.cat([lm.behind_front(vectors.to(lm.device)), lm.embed(given)], dim=1)
         return inputs, lambda: self.cache(lm, vectors)
 
@@ -93,12 +95,12 @@ class Prefix:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """What stands before each predicted token; in front of the vectors, the model's `front`.
+        """The inputs before each predicted token; the model's `front` precedes the vectors.
 
-        `start` says what follows the vectors: nothing ('vectors': token 1 is predicted from the
-        last vector), the model's BOS or the trigger that stands for it ('bos'), or the
-        passage's first token ('first-token': tokens 2 to T are predicted). Without vectors,
-        'vectors' means nothing, and BOS is used.
+        `start` is what follows the vectors: nothing ('vectors': the last vector predicts token 1),
+        BOS or the trigger that replaces it ('bos'), or the passage's first token ('first-token':
+        tokens 2 to T are predicted). Without vectors, use 'bos' or 'first-token'. Raises
+        MemvecError for 'bos' without a BOS token.
         """
         parts = [] if vectors is None else [lm.behind_front(vectors)]
         if start == "bos":
@@ -113,23 +115,23 @@ class Prefix:
         return torch.cat(parts, dim=1)
 
     def inputs_before(self, K: int, start: StartRule) -> int:
-        """Inputs that a forward pass reads besides one for each predicted token."""
+        """Number of inputs of a forward pass besides one for each predicted token."""
         return K - 1 + (start != "vectors")
 
     def context(self, lm: FrozenLM) -> int | None:
-        """Inputs that the model can use, None without a limit."""
+        """Largest number of inputs that the model can read; None without a limit."""
         return lm.context
 
     def rows(self, vectors: Float[Tensor, "P K D"]) -> Float[Tensor, "R k D"]:
-        """The rows that a file stores of the vectors of P passages."""
+        """The rows that a file stores for the vectors of P passages."""
         return vectors
 
     def vectors(self, rows: Float[Tensor, "R k D"]) -> Float[Tensor, "P K D"]:
-        """The vectors that stored rows stand for."""
+        """The vectors of P passages, from the stored rows."""
         return rows
 
     def row_count(self, passages: int) -> int:
-        """Stored rows of so many passages."""
+        """Number of stored rows for a number of passages."""
         return passages
 
 
@@ -137,15 +139,15 @@ PREFIX = Prefix()
 
 
 def in_front(lm: FrozenLM, options: Mapping[str, Any]) -> Prefix:
-    """The space `inputs`: as the model reads vectors already."""
+    """The space `inputs`: the model's own reading."""
     return lm.reading
 
 
 def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
-    """A model with its vectors in a space of the registry.
+    """A view of a model that reads its vectors in a space of the registry.
 
-    `options` are a recipe's record, or what a file keeps. Raises MemvecError where the model, or
-    its reading, has no such space.
+    `options` are a recipe's record, or those stored in a file. Raises MemvecError if the model or
+    its layout does not support the space.
     """
     if name in ("inputs", lm.reading.space):
         return lm

@@ -1,7 +1,7 @@
-"""Soft tokens: input vectors that a view of a model reads as tokens of its own.
+"""Soft tokens: input vectors that a view of a model reads as additional tokens.
 
-Their ids come behind the rows of its embedding, and no text is ever tokenized to them. A crammed
-trigger is R of them, which all passages share (memvec.usable.around).
+Their ids follow those of the embedding matrix, and no text is ever tokenized to them. A crammed
+trigger consists of R soft tokens, which all passages share (memvec.usable.around).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def first_soft_id(lm: FrozenLM) -> int:
-    """The id of the first soft token; those below it are the model's own."""
+    """The id of the first soft token; smaller ids are the model's own tokens."""
     return len(lm.embedding.weight)  # type: ignore[arg-type]
 
 
 def embedded(lm: FrozenLM, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-    """Embeddings of token ids, soft tokens among them; gradients flow to the soft tokens."""
+    """Embeddings of token ids, soft tokens included; gradients flow to the soft tokens."""
     assert lm.soft is not None
     first = first_soft_id(lm)
     soft = ids >= first

@@ -1,4 +1,4 @@
-"""Two spreads of a model, measured once at load: of its embeddings and of its logits."""
+"""Standard deviations of a model's embeddings and of its logits, measured once at load."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS_AT_ONCE = 20_000  # of an embedding matrix that is not in float32
+ROWS_AT_ONCE = 20_000  # converted to wider numbers, of a matrix that is not in float32
 
-MASKED = -1e4  # of a logit, or below: a token that the model never writes
+MASKED = -1e4  # logits at or below this value: tokens that the model never writes
 
 
 def embedding_std(weight: Float[Tensor, "V D"]) -> float:
-    """Standard deviation of all entries of an embedding matrix; one in few bits is not copied."""
+    """Standard deviation of all entries of a matrix; one that is not float32 is read in parts."""
     if weight.dtype == torch.float32 or len(weight) <= ROWS_AT_ONCE:
         return float(weight.float().std())
     parts, n = torch.split(weight, ROWS_AT_ONCE), weight.numel()
@@ -22,6 +22,6 @@ def embedding_std(weight: Float[Tensor, "V D"]) -> float:
 
 
 def logit_spread(logits: Float[Tensor, "n V"]) -> float:
-    """Mean over positions of the standard deviation over the columns that are not masked."""
-    rows = [row[row > MASKED] for row in logits]  # a model that is refused may have none
+    """Mean over n positions of the standard deviation over the unmasked columns."""
+    rows = [row[row > MASKED] for row in logits]  # an unfit model may have no finite logits
     return sum(float(row.std()) for row in rows if len(row) > 1) / len(rows) or 1.0

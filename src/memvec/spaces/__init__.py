@@ -1,8 +1,8 @@
-"""Spaces beside the input: where else the numbers of a vector can stand.
+"""Spaces other than the input space: other numbers that can be trained in place of an input's.
 
-Each is a reading of a model (`memvec.model.reading`) under a name of the registry's kind `space`,
-made from a model and options: a recipe's record, or what a file keeps. Nothing in the core imports
-them; a recipe names them.
+Each is a reading of a model (`memvec.model.reading`), registered by name under the kind `space`.
+It is built from a model and options, which come from a recipe's record or from a file. The core
+imports none of them; a recipe selects one by name. Your own space:
 
     from memvec import register
     from memvec.model.reading import Prefix

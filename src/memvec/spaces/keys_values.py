@@ -1,19 +1,19 @@
 """Keys and values in front of the passage: prefix tuning (Li & Liang 2021, arXiv 2101.00190).
 
-A vector is what a model's cache holds of one position: a key and a value of each key-value head, in
-every layer (`prefix`) or in one (`prefix-layer`). K of them stand in the model's own DynamicCache
-before its forward begins, so the tokens behind have positions from K on, and decoding is the
-model's own with its cache. Nothing predicts a token at the places of the prefix, so a token is
-given before the first one that has to come back: BOS, or the passage's first.
+A vector holds the entries of a model's cache for one position: a key and a value of each key-value
+head, in every layer (`prefix`) or in one layer (`prefix-layer`). K vectors fill the model's own
+DynamicCache before its forward pass, so the tokens after them have positions from K on, and the
+model decodes with its own cache. The positions of the prefix have no hidden states and predict no
+token, so one token is given before the first predicted one: BOS, or the passage's first token.
 
-The numbers are counted in units: powers of two near the root mean square of the keys, and of the
+Keys and values are divided by units: powers of two near the root mean square of the keys, or of the
 values, that the model itself computes in each layer. One learning rate then fits all layers, and
-so does one scale of integers for each vector. The units are in the file.
+one integer scale fits each vector. The file stores the units.
 
-With `prefix-layer`, the other layers hold at these K positions what the model computes for K times
-one token (BOS, or token 0): they see constants, the same for every passage, so whatever comes back
-came through the one layer. Cutting attention there instead would need a mask of its own for each
-layer, which few models take.
+With `prefix-layer`, the other layers hold at these K positions the keys and values of one token
+(BOS, or token 0) repeated K times. They are constants, the same for every passage, so all
+information about a passage passes through the one layer. Masking attention in the other layers
+instead would need one mask per layer, which few models accept.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ Layers = list[tuple[Tensor, Tensor]]
 
 
 class KeysValues(Prefix):
-    """A key and a value of each head in every layer. Raises MemvecError for a model without them.
+    """A key and a value of each key-value head in every layer.
 
-    `options` may hold `units`: the exponents of two in which keys and values are counted, for each
-    layer in turn; without them they are measured.
+    `options` may hold `units`: for each layer in turn the exponents of two of the units of its keys
+    and of its values; without them the units are measured. Raises MemvecError for a model whose
+    cache holds no keys and values.
     """
 
     space = "prefix"
@@ -70,20 +71,20 @@ class KeysValues(Prefix):
         return list(range(layers))
 
     def _constants(self, K: int) -> Layers | None:
-        """Keys and values of all layers for K positions, where not all of them are trained."""
+        """Keys and values of all layers for K positions; None if every layer is trained."""
         return None
 
     def numbers(self, lm: FrozenLM) -> int:
-        """Of all trained layers: 2 x key-value heads x head width each, where both are equal."""
+        """W: the sum over trained layers of 2 x key-value heads x head width (if equal)."""
         return sum(self.sizes)
 
     def inputs_before(self, K: int, start: StartRule) -> int:
-        """None: keys and values are not computed."""
+        """0: the prefix consists of keys and values, not of inputs."""
         return 0
 
     @torch.no_grad()
     def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
-        """The keys and values that the model computes for input vectors."""
+        """The keys and values, in units, that the model computes for input vectors."""
         layers = keys_values(self.lm, vectors[None].to(self.lm.device, self.lm.dtype))
         return self._flat(layers).cpu()
 
@@ -93,10 +94,10 @@ class KeysValues(Prefix):
         return rows / self.unit.to(rows.device)
 
     def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
-        """The model's own cache with these keys and values in it, differentiable."""
+        """A DynamicCache with these keys and values, differentiable; None without vectors."""
         if vectors is None:
             return None
-        from transformers import DynamicCache  # two seconds that a list of spaces should not cost
+        from transformers import DynamicCache  # here, since this import takes two seconds
 
         scaled = (vectors * self.unit.to(vectors.device)).to(lm.rounding)
         parts = iter(torch.split(scaled, self.sizes, dim=-1))
@@ -124,7 +125,10 @@ class KeysValues(Prefix):
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """The tokens alone: keys and values stand behind the inputs, in the cache."""
+        """The embedded tokens only; keys and values are in the cache, before the inputs.
+
+        Raises MemvecError for the start rule 'vectors'.
+        """
         if vectors is None:
             return super().inputs(lm, None, ids, start)
         if start == "vectors":
@@ -135,14 +139,17 @@ class KeysValues(Prefix):
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
-        """The given token, behind a cache that holds the prefix."""
+        """The embedded given tokens, and a function that makes the cache with the prefix.
+
+        Raises MemvecError if no token is given.
+        """
         if not given.shape[1]:
             raise MemvecError(_nothing_before(self.space))
         return lm.embed(given), lambda: self.cache(lm, vectors.to(lm.device))
 
     @torch.no_grad()
     def _agrees(self, probe: Layers) -> None:
-        """Refuse a model that reads its own keys and values otherwise when we hand them in."""
+        """Raise MemvecError if the model's own keys and values, passed in, change its logits."""
         ids = probe_ids(self.lm, 7)
         whole = KeysValues.__new__(KeysValues)  # all layers, whatever is trained
         whole.layers = list(range(len(probe)))
@@ -158,9 +165,10 @@ class KeysValues(Prefix):
 
 
 class OneLayer(KeysValues):
-    """A key and a value of each head in one layer; the others see the same at every passage.
+    """A key and a value of each key-value head in one layer; other layers hold constants.
 
-    `options`: `layer`, from 0; `filler`, the token whose keys and values the others see.
+    `options`: `layer`, from 0; `filler`, the id of the token whose keys and values the other layers
+    hold. Raises MemvecError if the model has no such layer or token.
     """
 
     space = "prefix-layer"
@@ -191,7 +199,7 @@ class OneLayer(KeysValues):
 
 
 def keys_values(lm: FrozenLM, inputs: Float[Tensor, "1 K D"]) -> Layers:
-    """Keys and values that a model computes for free inputs, layer by layer."""
+    """Keys and values that a model computes for free inputs, one pair per layer."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -201,7 +209,7 @@ def keys_values(lm: FrozenLM, inputs: Float[Tensor, "1 K D"]) -> Layers:
 
 @torch.no_grad()
 def _probed(lm: FrozenLM, space: str) -> Layers:
-    """Keys and values of seven tokens. Raises MemvecError for a model that keeps none."""
+    """Keys and values of seven tokens. Raises MemvecError for a model that cannot give them."""
     if not lm.has_cache:
         raise _unfit(lm, space, "it decodes without a cache")
     if lm.checkpointing:
@@ -210,7 +218,7 @@ def _probed(lm: FrozenLM, space: str) -> Layers:
     try:
         layers = keys_values(lm, inputs)
         whole = layers and all(t.dim() == 4 and t.shape[2] == 7 for pair in layers for t in pair)
-    except Exception as error:  # the model's code is not ours: whatever it raises is its answer
+    except Exception as error:  # foreign code may raise any error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _unfit(lm, space, first) from error
     if not whole:
@@ -221,13 +229,13 @@ def _probed(lm: FrozenLM, space: str) -> Layers:
 
 
 def _unit(table: Tensor) -> int:
-    """The power of two nearest to the root mean square, as its exponent."""
+    """The exponent of the power of two nearest to the root mean square; 0 without one."""
     size = float(table.float().square().mean().sqrt())
     return round(math.log2(size)) if size > 0 and math.isfinite(size) else 0
 
 
 def _checked(units: Any, count: int) -> list[int]:
-    """Units of a file. Raises MemvecError if they are not so many small integers."""
+    """The units of a file. Raises MemvecError unless they are `count` integers from -64 to 64."""
     if not isinstance(units, list) or len(units) != count:
         raise MemvecError(f"a prefix in this model has {count} units, and its header has others.")
     if any(not isinstance(unit, int) or abs(unit) > 64 for unit in units):

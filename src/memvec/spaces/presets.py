@@ -1,8 +1,8 @@
-"""Recipes for keys and values: the default one with their own rate and start rule (docs/spaces.md).
+"""Recipes for keys and values: the default recipe with other rates and BOS (docs/spaces.md).
 
-Numbers that are counted in units near their own size move faster than small input vectors; none is
-made large, and `nadam` moves them, for which their rate was chosen. BOS stands between the prefix
-and the passage, for something has to predict token 1.
+These numbers are in units near their own size, so they take a larger learning rate than small input
+vectors. They are never made large. The optimiser is `nadam`, for which the rate was chosen. BOS
+stands between the prefix and the passage, because a token has to predict token 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Few coefficients on a basis that all passages share: an input vector is z W, and z is stored.
+"""Input vectors z W with a basis W that all passages share; only the coefficients z are stored.
 
-W (d, D) has orthogonal rows, drawn from the recipe's seed and never trained or stored, so that d
-numbers are what a vector is. (The coordinates 'low-dim' move a matrix of each passage as well, and
-store the D numbers of the vector.) Rows are of length sqrt(D / d): a vector is as large (RMS) as
+W (d, D) has orthogonal rows. It is drawn from the recipe's seed and never trained or stored, so d
+numbers determine a vector. (The coordinates 'low-dim' also train a matrix for each passage, and
+store the D numbers of the vector.) Rows have length sqrt(D / d), so a vector has the same RMS as
 its coefficients.
 """
 
@@ -21,9 +21,9 @@ from memvec.model.reading import Prefix, StartRule
 
 
 class SharedBasis(Prefix):
-    """d coefficients of each vector. `options`: `dimensions` d, `seed`.
+    """The space of d coefficients per vector. `options`: `dimensions` (d) and `seed`, integers.
 
-    Raises MemvecError for more dimensions than an input has.
+    Raises MemvecError unless d is from 1 to D and the seed is an integer.
     """
 
     space = "shared-basis"
@@ -42,16 +42,16 @@ class SharedBasis(Prefix):
         self.basis = rows.float().to(lm.device)  # a copy at each step would make a GPU wait
 
     def numbers(self, lm: FrozenLM) -> int:
-        """d."""
+        """d, the number of coefficients of a vector."""
         return len(self.basis)
 
     def vectors_of(self, z: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape D"]:
-        """The input vectors of coefficients."""
+        """The input vectors z W of coefficients z."""
         vectors: Tensor = z.float() @ self.basis.to(z.device)
         return vectors
 
     def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K d"]:
-        """The coefficients whose vectors are nearest."""
+        """The coefficients whose input vectors are nearest to `vectors`."""
         d, D = self.basis.shape
         nearest: Tensor = vectors.float() @ self.basis.T.to(vectors.device) * (d / D)
         return nearest
@@ -63,11 +63,11 @@ class SharedBasis(Prefix):
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """The vectors of the coefficients in front of the passage."""
+        """The inputs of `Prefix`, with vectors computed from the coefficients."""
         return super().inputs(lm, None if vectors is None else self.vectors_of(vectors), ids, start)
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K d"], given: Int[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
-        """The vectors, and the given tokens."""
+        """The opening of `Prefix`, with vectors computed from the coefficients."""
         return super().opening(lm, self.vectors_of(vectors), given)

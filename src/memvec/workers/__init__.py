@@ -1,10 +1,10 @@
 """Workers: Ray actors, one per device. Each holds the model and its slots; only the driver writes.
 
-Work is handed out in units; a worker that is free takes the next one, so no device idles while
-units are left. Results come back one by one as they are ready. A worker that dies gives what has
-no result yet back to the queue and is replaced; after three deaths per worker the run ends with a
-sentence. What a unit is, its owner decides: passages of a study's cell (memvec.lab), or of a long
-document (`Crew`, for memvec.codec).
+Work is divided into units. A free worker takes the next unit, so no device is idle while units are
+left, and each result is returned as soon as it is ready. If a worker dies, its unfinished items go
+back to the queue and a new worker replaces it; after an average of three deaths per worker the run
+ends with MemvecError. The caller defines the units: passages of a study's cell (memvec.lab), or of
+a long document (`Crew`, for memvec.codec).
 
 actor.py     what lives in an actor, and how it loads its model
 pool.py      the driver's side: hand out units, collect results, replace the dead

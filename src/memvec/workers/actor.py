@@ -1,4 +1,4 @@
-"""What lives in a Ray actor: a model on its device, and the units of work that it is given."""
+"""The worker in a Ray actor: a model on its device, and the units of work that it runs."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ OnProgress = Callable[[Progress], None] | None
 
 @runtime_checkable
 class Unit(Protocol):
-    """Work for one worker: several items with a key each, whose results it streams."""
+    """Work for one worker: several items, each with a key; their results are streamed."""
 
     def keys(self) -> set[Hashable]:
         """The keys of its items."""
 
     def without(self, done: set[Hashable]) -> Unit:
-        """The unit without the items of these keys."""
+        """A copy of the unit without the items that have these keys."""
 
     def work(
         self, lm: FrozenLM, worker: str, on_progress: OnProgress
     ) -> Iterator[tuple[Hashable, Any]]:
-        """Yields (key, result) of each item as it becomes ready. `worker` is a worker's name."""
+        """Yields (key, result) of each item as soon as it is ready, in the worker so named."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How each worker loads the model: arguments of `load_lm`, `options` those for big ones."""
+    """How each worker loads the model: arguments of `load_lm`.
+
+    `options` are further keyword arguments, for large models.
+    """
 
     name: str
     revision: str | None = None
@@ -58,7 +61,7 @@ class Loading:
 
 
 class News:
-    """A small actor that keeps the last progress of each worker, for the driver to show.
+    """A small actor that keeps the last progress of each worker, for the driver to display.
 
     Workers are busy while they cram and cannot answer, so they report here and the driver reads.
     """
@@ -76,7 +79,10 @@ class News:
 
 
 class Worker:
-    """A model on its device, inside an actor. `threads` 0 leaves torch's number as it is."""
+    """A model on its device, inside an actor.
+
+    `threads` is torch's number of threads; 0 leaves the default.
+    """
 
     def __init__(
         self, loading: Loading, device: str, threads: int, name: str, news: Any = None
@@ -88,7 +94,7 @@ class Worker:
         self.lm = loading.load(device)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(lm, *args)`."""
+        """Return `function(lm, *args)`."""
         return function(self.lm, *args)
 
     def stream(self, unit: Unit) -> Iterator[tuple[Hashable, Any]]:

@@ -1,4 +1,4 @@
-"""A document's passages over many workers, behind the interface of one engine."""
+"""Crams a document's passages on many workers, with the interface of one engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memvec.workers.pool import Workers
 
 @dataclass(frozen=True)
 class Batch:
-    """Passages of documents for one worker, and how to cram them: K = `vectors` each."""
+    """A unit of passages, and how to cram them: K = `vectors` each, B = `batch_size` slots."""
 
     passages: tuple[Passage, ...]
     recipe: Recipe
@@ -52,24 +52,24 @@ class Batch:
 
 
 class Crew:
-    """Many engines behind `push` and `run` of one: a free worker takes waiting passages."""
+    """Many engines with the methods `push` and `run` of one; free workers take passages."""
 
     def __init__(self, workers: Workers, batch: Batch, on_progress: OnProgress = None) -> None:
         self.workers, self.batch, self.on_progress = workers, batch, on_progress
         self.waiting = Waiting()
 
     def push(self, passage: Passage) -> None:
-        """Add a passage, also while `run` is under way."""
+        """Add a passage; this is also possible during `run`."""
         self.waiting.push(Job(passage, self.batch.recipe.margin))
 
     def run(self, passages: Iterable[Passage] = ()) -> Iterator[Outcome]:
-        """Cram everything that waits; yields each outcome as soon as it comes."""
+        """Cram `passages` and all that wait; yields each outcome as soon as it is ready."""
         for passage in passages:
             self.push(passage)
         yield from self.workers.stream(self._next_batch, self.on_progress)
 
     def _next_batch(self) -> Batch | None:
-        """A share of the waiting passages, longest first; None if none waits."""
+        """A unit of the next waiting passages, longest first; None if none waits."""
         n = min(len(self.waiting), self.workers.share(len(self.waiting), self.batch.batch_size))
         if not n:
             return None

@@ -1,7 +1,8 @@
-"""The decode that certifies a result, shared by the workers that crammed it.
+"""The decoding that certifies a result, divided among the workers that crammed it.
 
-Each decodes whole batches of passages, in the places and sizes that `decode_passages` has them in:
-what comes out is what one process finds, in as many times less time as there are workers.
+Each worker decodes whole batches, with the same passages in the same rows as
+`MemVectors.decode_passages` has them. The token ids are therefore those of a single process, and
+the time is divided by the number of workers.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from memvec.vectors import MemVectors
 from memvec.workers.actor import OnProgress
 from memvec.workers.pool import Workers
 
-UNITS = 4  # per worker: a few, so that all have some to the end
+UNITS = 4  # per worker: several, so that all workers finish at about the same time
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Passages of a result, from the one with number `first`, for one worker to decode."""
+    """A unit of passages of a result, from number `first` on, for one worker to decode."""
 
     mem: MemVectors
     first: int
     done: frozenset[Hashable] = field(default_factory=frozenset)
 
     def keys(self) -> set[Hashable]:
-        """The number of the first passage of each batch."""
+        """The number of the first passage of each batch that is not done."""
         numbers = range(self.first, self.first + len(self.mem.passages), BATCH)
         return {number for number in numbers if number not in self.done}
 
@@ -38,7 +39,7 @@ class Decoding:
     def work(
         self, lm: FrozenLM, worker: str, on_progress: OnProgress
     ) -> Iterator[tuple[Hashable, tuple[int, list[list[int]]]]]:
-        """Yields each batch: its key, and its number with the token ids of its passages."""
+        """Yields (key, (key, token ids of its passages)) for each batch."""
         for at in range(0, len(self.mem.passages), BATCH):
             number = self.first + at
             if number not in self.done:
@@ -47,16 +48,16 @@ class Decoding:
 
 
 def passages_of(mem: MemVectors, first: int, end: int) -> MemVectors:
-    """Some passages of a result. Copied: a view would travel to a worker with all the others."""
+    """Some passages of a result, copied, since Ray would send all vectors behind a view."""
     header = mem.header.model_copy(update={"passages": mem.passages[first:end]})
     return MemVectors(mem.vectors[first:end].clone(), header, mem.soft)
 
 
 def decode_passages(lm: FrozenLM, mem: MemVectors, workers: Workers | None) -> list[list[int]]:
-    """Token ids of every passage, decoded freely: by the workers, or here.
+    """Token ids of every passage, from free-running decoding on the workers or in this process.
 
-    Here, too, if the workers compute on other devices than `lm`, because the certificate says what
-    it was decoded on; and for passages that share a vector.
+    This process decodes without workers, for passages that share a vector, and if the workers use
+    another kind of device than `lm`, because the certificate names the device.
     """
     device_type = "cuda" if workers is not None and workers.gpu else "cpu"
     if workers is None or lm.device.type != device_type or lm.reading.crammer:

@@ -1,4 +1,4 @@
-"""The driver's side of the workers: hand out units, collect results, replace workers that died."""
+"""The driver's side: hands out units, collects results, and replaces workers that died."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
 from memvec.workers.actor import NEWS_EVERY, Loading, News, OnProgress, Unit, Worker
 
-MAX_DEATHS = 3  # per worker, before the run gives up
+MAX_DEATHS = 3  # mean per worker; with more, the run ends
 REFILLS = 4  # a unit has at most this many passages per slot
-STARTUP_SECONDS = 180  # for a node of Ray; its own limit of 30 is short on a busy machine
+STARTUP_SECONDS = 180  # for a Ray node; Ray's own limit of 30 is too short on a busy machine
 
 
 @dataclass
 class Member:
-    """An actor, and what it is doing: its unit, Ray's stream of results, and the keys received."""
+    """An actor with its current unit, Ray's stream of results, and the keys received so far."""
 
     name: str
     actor: Any
@@ -30,21 +30,22 @@ class Member:
     received: set[Hashable] = field(default_factory=set)
 
     def start(self, unit: Unit) -> None:
-        """Hand it a unit."""
+        """Make the actor work on a unit."""
         self.unit, self.received = unit, set()
         self.results = self.actor.stream.options(num_returns="streaming").remote(unit)
 
     def unfinished(self) -> Unit | None:
-        """Its unit without what was received; None if everything was."""
+        """Its unit without the items whose results arrived; None if all did."""
         assert self.unit is not None
         left = self.unit.keys() - self.received
         return self.unit.without(self.received) if left else None
 
 
 class Workers:
-    """`workers` actors on this machine, or one per device of a cluster at `address`.
+    """`workers` actors on this machine, or on the Ray cluster at `address`.
 
-    Raises MemvecError if Ray is not installed or does not start.
+    With `workers` 0 there is one per GPU, or one per CPU without GPUs. Raises MemvecError if Ray is
+    not installed or does not start, or for more workers than CPUs.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class Workers:
         gpus = int(resources.get("GPU", 0)) if device in ("auto", "cuda") else 0
         cpus = max(1, int(resources.get("CPU", 1)))
         self.count = workers or gpus or cpus
-        if self.count > cpus:  # Ray would never place the last of them, nor say so
+        if self.count > cpus:  # Ray would wait for the last of them for ever, without an error
             raise MemvecError(
                 f"{self.count} workers need as many CPUs, and Ray has {cpus} here: ask for fewer "
                 "--workers, or end the Ray that runs already (ray stop; in Python ray.shutdown())."
             )
         self.loading, self.device = loading, device
         self.gpu = gpus >= self.count > 0
-        # torch's number: it knows what this process may use (affinity, OMP_NUM_THREADS).
+        # torch's number respects affinity and OMP_NUM_THREADS.
         self.threads = 0 if self.gpu else max(1, torch.get_num_threads() // self.count)
         self._hired = 0
         self.news = self.ray.remote(num_cpus=0)(News).remote()
@@ -75,7 +76,10 @@ class Workers:
         self.members = [self._hire() for _ in range(self.count)]
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(lm, *args)` in the first idle worker, tried again on another if it dies."""
+        """Return `function(lm, *args)` of an idle worker, at most three attempts if workers die.
+
+        Raises MemvecError if the worker does, or after the last attempt.
+        """
         reason = ""
         for _ in range(MAX_DEATHS):
             member = next((m for m in self.members if m.unit is None), self.members[0])
@@ -93,18 +97,21 @@ class Workers:
         raise MemvecError(f"workers die at start: {reason or 'no reason given'}")
 
     def share(self, waiting: int, batch_size: int) -> int:
-        """Passages for a unit: enough to refill slots, few enough that all have some to the end."""
+        """Number of passages for the next unit, at least 1.
+
+        Enough to refill slots, and few enough that all workers finish at about the same time.
+        """
         share = -(-waiting // (2 * self.count))
         return max(1, min(REFILLS * batch_size, share))
 
     def stream(
         self, next_unit: Callable[[], Unit | None], on_progress: OnProgress
     ) -> Iterator[Any]:
-        """Yields the results of all units, as they come.
+        """Yields the results of all units, each as soon as it arrives.
 
-        `next_unit` is called whenever a worker is free, and returns None while there is nothing to
-        do; the stream ends when it returns None and every worker is idle. Raises MemvecError when
-        workers keep dying.
+        `next_unit` is called whenever a worker is free, and returns None while there is no work.
+        The stream ends when it returns None and every worker is idle. Raises MemvecError if a
+        worker does, and after more than three deaths per worker on average.
         """
         returned, deaths = deque[Unit](), 0
         while True:
@@ -119,7 +126,7 @@ class Workers:
                 try:
                     key, result = self.ray.get(next(member.results))
                 except StopIteration:
-                    # The stream of a killed worker may end without an error: count the results.
+                    # The stream of a killed worker may end without an error, so check the keys.
                     if member.unfinished() is None:
                         member.unit = None
                         continue
@@ -135,7 +142,7 @@ class Workers:
                     yield result
 
     def close(self) -> None:
-        """Let the actors go; a cluster that was there before stays."""
+        """Kill the actors; Ray itself keeps running."""
         for member in self.members:
             self.ray.kill(member.actor)
         self.members = []
@@ -145,7 +152,7 @@ class Workers:
     # ------------------------------------------------------------------ inside
 
     def _hand_out(self, returned: deque[Unit], next_unit: Callable[[], Unit | None]) -> None:
-        """A unit for every idle worker: first what dead ones left, then new ones."""
+        """Give every idle worker a unit: first those that dead workers left, then new ones."""
         for i in range(len(self.members)):
             if self.members[i].unit is not None:
                 continue
@@ -154,7 +161,10 @@ class Workers:
                 self.members[i].start(unit)  # making the unit may have replaced a dead worker
 
     def _bury(self, member: Member, deaths: int, reason: str, returned: deque[Unit]) -> None:
-        """Replace a dead worker and put what it leaves back; MemvecError if too many died."""
+        """Replace a dead worker and put the rest of its unit back.
+
+        Raises MemvecError if too many died.
+        """
         if deaths > MAX_DEATHS * self.count:
             raise MemvecError(
                 f"{deaths} workers died, the last one with: {reason}; what is done is kept, the "
@@ -166,7 +176,7 @@ class Workers:
         self._replace(member)
 
     def _progress(self) -> Progress | None:
-        """The last progress of all busy workers, combined; None while there is nothing new."""
+        """The combined last progress of all busy workers; None if no new one has arrived."""
         if self.news is None:
             return None
         if self._news_request is None:
@@ -195,7 +205,7 @@ class Workers:
 
 
 def combined(progresses: Sequence[Progress]) -> Progress | None:
-    """Several workers' progress as one: sums, and the mean horizon over all their slots.
+    """The progress of several workers as one: sums, and the mean horizon over all slots.
 
     None if no slot is taken.
     """
@@ -223,7 +233,7 @@ def _cause(error: Any) -> BaseException:
 
 
 def _start_ray(workers: int, address: str | None) -> Any:
-    """The module `ray`, connected: to a cluster, or started on this machine."""
+    """The module `ray`, connected to a cluster or to a Ray that this call starts here."""
     try:
         import ray
     except ImportError:
