@@ -46,9 +46,7 @@ def use(
     of different spaces or fronts, passages of several files, or more inputs than the model's
     context holds.
     """
-    files = [mem] if isinstance(mem, MemVectors) else list(mem)
-    if not files:
-        raise MemvecError("there are no vectors to use: give at least one file.")
+    files = _files(mem)
     if passages is not None and len(files) > 1:
         raise MemvecError("passages are picked from one file: give a single one with them.")
     if context not in get_args(Context):
@@ -71,10 +69,8 @@ def use(
         context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS in front of everything, where the model has one.
         first = [text_inputs(lm, ())] if lm.bos_id is not None else []
-        inputs, cache = (
-            torch.cat([*first, lm.embed(torch.cat([context_ids, prompt_ids], 1))], 1),
-            None,
-        )
+        text = lm.embed(torch.cat([context_ids, prompt_ids], 1))
+        inputs, cache = torch.cat([*first, text], 1), None
         slots = inputs.shape[1]
     check_room(lm, slots, new_tokens, SHORTER)
     return write_behind(lm, inputs.to(lm.dtype), options, streamer, cache)
@@ -94,6 +90,14 @@ def write_behind(
     """
     ids, ends = _generated(lm, inputs, streamer, options, cache), set(end_ids(lm))
     return lm.text([token for token in ids if token not in ends])
+
+
+def _files(mem: MemVectors | Sequence[MemVectors]) -> list[MemVectors]:
+    """One file or several, as a list. Raises MemvecError for none."""
+    files = [mem] if isinstance(mem, MemVectors) else list(mem)
+    if not files:
+        raise MemvecError("there are no vectors to use: give at least one file.")
+    return files
 
 
 def _chosen(lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None) -> Sequence[int]:
@@ -150,16 +154,14 @@ def context_inputs(
     some of a single file. Raises MemvecError for vectors of another model, vectors without a
     trigger, vectors that are no inputs, or files that cannot stand in one row.
     """
-    files = [mem] if isinstance(mem, MemVectors) else list(mem)
-    if not files:
-        raise MemvecError("there are no vectors to use: give at least one file.")
+    files = _files(mem)
     view, rows = in_a_row(lm, files, passages)
     if view.reading.space != "inputs":
         raise MemvecError(
             f"vectors in the space '{view.reading.space}' are no inputs: use memvec.use, or cram "
             "the text with --space inputs."
         )
-    return view.behind_front(rows)[0].to(lm.dtype).cpu()
+    return view.behind_front(rows)[0].cpu()
 
 
 def _opened(
