@@ -12,6 +12,11 @@ many. `cost` is forward-backward tokens of a passage over those of exact-only ve
 number from noise; the pass of an encoder that begins counts as one of them. `cost_queries` has the
 queries besides: they are sampled behind the text by forward passes, which count a third.
 
+`--keep FOLDER` writes down the measures of each text when its batch is done, and a later run with
+the same settings takes them from there. So a run can be interrupted, go on with more passages, or
+be shared between processes: `--skip 64` leaves out the first 64. Empty the folder after a change of
+the code: the file names say what was asked for, not which code answered.
+
 RESULT is for the first --tokens and --vectors: `exact` (share of passages), `kept`, `kl` and
 `kl_none` (nats per token), `over_truncation` (KL of the last N K tokens over KL of the vectors,
 with N 2 below 48 tokens and 4 from there; above 1 the vectors are better), both costs.
@@ -22,6 +27,10 @@ with N 2 below 48 tokens and 4 from there; above 1 the vectors are better), both
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +52,7 @@ from memvec.usable.certificate import (
     EXACT_ONLY,
     NONE,
     VECTORS,
+    Figures,
     behind_each,
     contexts_of,
     contexts_of_row,
@@ -70,33 +80,90 @@ def in_a_row(outcomes: list[Outcome]) -> torch.Tensor | None:
     return torch.stack([outcome.vectors.float() for outcome in outcomes])
 
 
-def setting(
+def measures(
     lm: FrozenLM, texts: list[Passage], T: int, K: int, options: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """(a row for each context, the RESULT) for passages of T tokens in K vectors each."""
+) -> list[dict[str, Any]]:
+    """Of each text: `scores` of every context (None where a passage is not exact), and the
+    forward-backward tokens of the usable vectors (`spent`) and the exact-only ones (`from_noise`).
+    """
     parts, whole = options.in_a_row, T * options.in_a_row
     passages = [
-        Passage(text.ids[part * T : (part + 1) * T], i * parts + part)
-        for i, text in enumerate(texts)
+        Passage(text.ids[part * T : (part + 1) * T], text.document * parts + part)
+        for text in texts
         for part in range(parts)
     ]
     view = triggered(lm, options.recipe)
     usable = crammed(lm, passages, options.recipe, K, options.batch_size)
     plain = crammed(lm, passages, EXACT_FROM_NOISE, K, options.batch_size)
+    read = parts * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
     measured = []
-    for i, text in enumerate(texts):
-        numbers = range(i * parts, (i + 1) * parts)  # of the passages of this text
+    for text in texts:
+        numbers = range(text.document * parts, (text.document + 1) * parts)  # of its passages
+        scores = None
         if (row := in_a_row([usable[number] for number in numbers])) is not None:
             contexts = contexts_of_row(view, row, text.ids[:whole])
             # exact-only vectors as they were crammed: nothing in front
             if (exact_only := in_a_row([plain[number] for number in numbers])) is not None:
                 plain_contexts = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
                 contexts[EXACT_ONLY] = plain_contexts[VECTORS]
-            measured.append(behind_each(lm, contexts, torch.tensor([text.ids[whole:]])))
+            scores = behind_each(lm, contexts, torch.tensor([text.ids[whole:]]))
+        measured.append(
+            {
+                "scores": scores,
+                "spent": read + sum(usable[number].spent for number in numbers),
+                "from_noise": sum(plain[number].spent for number in numbers),
+            }
+        )
+    return measured
+
+
+def kept_or_measured(
+    lm: FrozenLM, texts: list[Passage], T: int, K: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """`measures` of each text, by batches of texts; those in the folder `--keep` are read there."""
+    if options.keep is None:
+        yield from measures(lm, texts, T, K, options)
+        return
+    files = {text: options.keep / f"{_settings(lm, text, T, K, options)}.json" for text in texts}
+    missing = [text for text in texts if not files[text].exists()]
+    options.keep.mkdir(parents=True, exist_ok=True)
+    for at in range(0, len(missing), options.batch_size):
+        batch = missing[at : at + options.batch_size]
+        for text, measured in zip(batch, measures(lm, batch, T, K, options), strict=True):
+            partial = files[text].with_suffix(".partial")
+            partial.write_text(json.dumps(measured), encoding="utf-8")
+            partial.replace(files[text])
+    for text in texts:
+        measured = json.loads(files[text].read_text(encoding="utf-8"))
+        if measured["scores"] is not None:
+            scores = measured["scores"].items()
+            measured["scores"] = {name: Figures(*figures) for name, figures in scores}
+        yield measured
+
+
+def _settings(lm: FrozenLM, text: Passage, T: int, K: int, options: argparse.Namespace) -> str:
+    """A digest of all that decides the measures of a text."""
+    encoder = options.encoder.read_bytes() if options.encoder else b""
+    deciding = {
+        "model": str(lm.fingerprint),
+        "encoder": hashlib.sha256(encoder).hexdigest(),
+        "recipe": asdict(options.recipe),
+        "text": (text.ids, text.document),
+        "size": (T, K, options.in_a_row, CONTINUATION),
+    }
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def setting(
+    lm: FrozenLM, texts: list[Passage], T: int, K: int, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(a row for each context, the RESULT) for passages of T tokens in K vectors each."""
+    parts, whole = options.in_a_row, T * options.in_a_row
+    of_texts = list(kept_or_measured(lm, texts, T, K, options))
+    measured = [of_text["scores"] for of_text in of_texts if of_text["scores"] is not None]
+    spent = sum(of_text["spent"] for of_text in of_texts)
+    from_noise = sum(of_text["from_noise"] for of_text in of_texts)
     exact = share_interval(len(measured), len(texts))
-    read = len(passages) * (1 + T + K) if start_of(lm, options.recipe) == "encoder" else 0
-    spent = read + sum(usable[i].spent for i in usable)
-    from_noise = sum(plain[i].spent for i in plain)
     if not measured:
         raise SystemExit(
             f"no text of {whole} tokens is exact in usable vectors, {K} for {T} tokens"
@@ -124,7 +191,8 @@ def setting(
         "kl_none": table.contexts[NONE].kl,
         "kl_exact_only": table.contexts[EXACT_ONLY].kl if EXACT_ONLY in table.contexts else 0.0,
         "cost": spent / from_noise,
-        "cost_queries": (spent + len(passages) * query_tokens(T, options.recipe) / 3) / from_noise,
+        "cost_queries": (spent + len(texts) * parts * query_tokens(T, options.recipe) / 3)
+        / from_noise,
     }
     if rival is not None:
         result["over_truncation"] = rival.over_vectors
@@ -185,13 +253,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=(24, 48))
     parser.add_argument("--vectors", type=int, nargs="+", default=(4,))
     parser.add_argument("--passages", type=int, default=32)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first of them")
+    parser.add_argument("--keep", type=Path, help="folder with the measures of each text")
     parser.add_argument("--in-a-row", type=int, default=1, help="passages of each text")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--encoder", type=Path, help="file of a usable encoder")
     parser.add_argument("--preset", default="usable", help="a recipe of usable vectors")
     parser.add_argument("--set", nargs="*", default=(), help="fields of the recipe, name=value")
     options = parser.parse_args()
-    check_minimum(1, in_a_row=options.in_a_row)
+    check_minimum(1, in_a_row=options.in_a_row, passages=options.passages - options.skip)
+    check_minimum(0, skip=options.skip)
     options.recipe = recipe_of(options.preset, options.set)
     if options.quick:
         options.shape, options.tokens, options.vectors = "tiny-llama", (6,), (2,)
@@ -211,7 +282,7 @@ def main() -> None:
         else:
             texts = passages_of(lm, options.passages, length, corpus=options.corpus)
         for K in options.vectors:
-            more, result = setting(lm, texts, T, K, options)
+            more, result = setting(lm, texts[options.skip :], T, K, options)
             rows += more
             first = first or result
             print(f"{T} tokens in {K} vectors: " + _line(result), flush=True)

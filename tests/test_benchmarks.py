@@ -373,7 +373,7 @@ def test_usable_vectors_are_measured_as_they_were_crammed(parts):
     ids = torch.randint(2, lm.vocab_size, (2, whole + CONTINUATION), generator=generator).tolist()
     texts = [Passage(tuple(row), i) for i, row in enumerate(ids)]
     recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=4, query_count=2)
-    options = SimpleNamespace(recipe=recipe, batch_size=2, in_a_row=parts)
+    options = SimpleNamespace(recipe=recipe, batch_size=2, in_a_row=parts, keep=None, encoder=None)
     rows, result = setting(lm, texts, T, 2, options)
     cut = [text.ids[at : at + T] for text in texts for at in range(0, whole, T)]
     outcomes = crammed(lm, [Passage(ids, i) for i, ids in enumerate(cut)], recipe, 2, 2)
