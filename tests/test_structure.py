@@ -24,6 +24,7 @@ BESIDE = (
     "hub",
     "workers",
     "graphs",
+    "recipe_effect",
     "statistics",
     "cli",
 )

@@ -91,6 +91,8 @@ def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:
         parse_spec(HEAD.replace("path =", "pth =") + RUN, "spec")
     with pytest.raises(MemvecError, match="a recipe has no 'stepps': did you mean 'steps'"):
         expand(parse_spec(HEAD + RUN + "recipe = { stepps = 4 }", "spec"))
+    with pytest.raises(MemvecError, match="layer does nothing where space is 'inputs'"):
+        expand(parse_spec(HEAD + RUN + "recipe = { layer = 1 }", "spec"))
     with pytest.raises(MemvecError, match="recipe's steps must be a whole number, not 'True'"):
         expand(parse_spec(HEAD + RUN + "recipe = { steps = true }", "spec"))
     with pytest.raises(MemvecError, match=r"runs is a list of tables: write \[\[runs\]\]"):

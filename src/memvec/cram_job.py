@@ -92,7 +92,7 @@ class CramJob:
         self.split = 0
         self.expected: Expected | None = None
         self._enter("preparing")  # coordinates may have a model's gradients to measure
-        slots, tell = batch_size or 1, self._tell
+        slots, tell = 1 if batch_size is None else batch_size, self._tell
         self.engine = Engine(
             lm, recipe, vectors=K, batch_size=slots, storage=storage, on_progress=tell
         )

@@ -14,6 +14,7 @@ import typer
 
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
+from memvec.recipe_effect import check_effect
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -118,28 +119,6 @@ def open_file(file: str, choice: ModelChoice) -> tuple[MemVectors, FrozenLM]:
     return mem, choice.load()
 
 
-# Fields of a recipe that nothing reads while all of these others have one of these values.
-_FOR_USE = {"term": ("none", "alignment")}
-IDLE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "term_weight": {"term": ("none",)},
-    "align_layers": {"term": ("none", "use")},
-    "queries": _FOR_USE,
-    "query_count": _FOR_USE,
-    "query_tokens": _FOR_USE,
-    "teacher_top": _FOR_USE,
-    "layer": {"space": ("inputs", "prefix", "shared-basis")},
-    "dimensions": {
-        "space": ("inputs", "prefix", "prefix-layer"),
-        "coordinates": ("direct", "whitened", "principal"),
-    },
-    "weight_decay": {"optimizer": ("adam", "nadam", "full-matrix")},
-    "lr_end": {"decay": (0,)},
-    "trigger": {"start_rule": ("vectors", "first-token")},
-    "look_ahead": {"schedule": ("whole",)},
-    "narrow_after": {"schedule": ("whole",)},
-}
-
-
 def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Recipe:
     """A preset changed by the options that were given (not None), then by --set NAME=VALUE.
 
@@ -152,13 +131,7 @@ def recipe_of(preset: str, assignments: list[str] | None, **options: Any) -> Rec
         raise MemvecError(f"the recipe's {twice[0]} is given by --set and by its option: keep one.")
     changes |= more
     recipe = Recipe.of(preset, **changes)
-    for name in changes:
-        others = IDLE.get(name, {})
-        if others and all(getattr(recipe, owner) in idle for owner, idle in others.items()):
-            where = " and ".join(f"{owner} is '{getattr(recipe, owner)}'" for owner in others)
-            raise MemvecError(
-                f"the recipe's {name} does nothing where {where}: leave it out, or change both."
-            )
+    check_effect(recipe, changes)
     return recipe
 
 

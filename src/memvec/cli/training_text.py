@@ -95,7 +95,7 @@ def checkpointed(partial: Path) -> Iterator[None]:
 
     with reporting_interrupt(lambda: kept_in(partial)), alone_at(partial):
         if partial.exists():
-            say(f"Going on from the checkpoint in {partial}.")
+            say(f"There is a checkpoint, {partial}: checking that it is of this training.")
         yield
 
 

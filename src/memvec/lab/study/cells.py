@@ -21,6 +21,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
+from memvec.recipe_effect import check_effect
 from memvec.usable.triggers import named_files
 
 
@@ -97,7 +98,9 @@ def _cells(
 ) -> Iterator[Cell]:
     """A run's cells for one model: sources x lengths x vectors x seeds."""
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
-    files = named_files(recipe_of(run, seed=0))  # the same for every seed
+    recipe = recipe_of(run, seed=0)
+    check_effect(recipe, run.recipe)
+    files = named_files(recipe)  # the same for every seed
     for source, length, K, seed in itertools.product(*axes):
         yield Cell(
             run.protocol,
