@@ -389,3 +389,27 @@ def test_usable_vectors_are_measured_as_they_were_crammed(parts):
     assert result["kl"] == pytest.approx(sum(found) / 2, rel=2e-3)
     of_the_last = [row["kl"] for row in rows if row["context"] == "vectors of the last passage"]
     assert of_the_last == pytest.approx([sum(last) / 2] * (parts - 1), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch):
+    """Of some texts, then of all, then of all again, from the folder alone."""
+    from types import SimpleNamespace
+
+    import usable
+    from memvec.passages.passage import Passage
+
+    lm = tiny()
+    ids = torch.randint(2, lm.vocab_size, (2, 4 + usable.CONTINUATION)).tolist()
+    texts = [Passage(tuple(row), i) for i, row in enumerate(ids)]
+    recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=4, query_count=2)
+    options = SimpleNamespace(recipe=recipe, batch_size=2, in_a_row=1, keep=tmp_path, encoder=None)
+    _, second = usable.setting(lm, texts[1:], 4, 2, options)
+    assert len(list(tmp_path.iterdir())) == 1
+    _, both = usable.setting(lm, texts, 4, 2, options)
+    monkeypatch.setattr(usable, "measures", None)  # whatever is made now fails
+    assert usable.setting(lm, texts, 4, 2, options)[1] == both
+    assert usable.setting(lm, texts[1:], 4, 2, options)[1] == second
+    options.recipe = Recipe.of("usable", settle=61, decay=60, query_tokens=4, query_count=2)
+    with pytest.raises(TypeError):
+        usable.setting(lm, texts, 4, 2, options)
