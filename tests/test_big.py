@@ -12,6 +12,7 @@ import transformers
 
 from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
+from memvec.big import refuse_spilled
 from memvec.cli.expected import memory
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
@@ -134,6 +135,30 @@ def test_what_is_missing_is_named(folder, monkeypatch, options, sentence):
     )
     with pytest.raises(MemvecError, match=sentence):
         load_lm(str(folder), **options)
+
+
+@pytest.mark.parametrize(
+    ("places", "spilled"),
+    [
+        ({}, False),
+        ({"": "cpu"}, False),
+        ({"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 1}, False),
+        ({"model.embed_tokens": 0, "model.layers.0": "cpu"}, True),
+        ({"model.embed_tokens": "cpu", "model.layers.0": 0}, True),
+        ({"model.embed_tokens": 0, "model.layers.0": "disk"}, True),
+        ({"": "disk"}, True),
+    ],
+)
+def test_weights_beside_the_gpus_are_refused(places, spilled):
+    """Cramming would keep a copy of them on the GPU until the backward pass, and say nothing."""
+    model = torch.nn.Linear(1, 1)
+    if places:
+        model.hf_device_map = places
+    if not spilled:
+        refuse_spilled(model, "large")
+        return
+    with pytest.raises(MemvecError, match="large does not fit on the GPUs: device_map leaves"):
+        refuse_spilled(model, "large")
 
 
 def test_a_device_map_loads_the_same_model(folder):

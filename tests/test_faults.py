@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from conftest import QUICK, build, one_step, passages, reader
+from conftest import QUICK, build, one_step, passages, reader, tiny
 from memvec import codec
 from memvec.arms.shared_m import Shared
 from memvec.cramming.engine import Engine, Job
@@ -49,6 +49,8 @@ NO_ROOM = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
@@ -66,6 +68,39 @@ def test_out_of_memory_halves_the_slots_and_goes_on(monkeypatch, rows, error):
     vectors = torch.stack([o.vectors for o in outcomes])
     found = decode_ids(cramped.lm, vectors, [len(o.passage) for o in outcomes])
     assert found == [list(o.passage.ids) for o in outcomes]
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_no_memory_for_new_slots_seats_fewer_passages(monkeypatch, room):
+    """At the first filling and at later ones; no passage is lost, and each gives its vectors."""
+    lm, seated = tiny(), []
+    engine = Engine(lm, QUICK, vectors=2, batch_size=6)
+    fresh = type(engine.stepper.optimizer).fresh
+
+    def cramped(self, parameters):
+        taken = len(engine.jobs)
+        if taken + len(parameters) > room:
+            raise NO_ROOM[0]
+        seated.append(taken + len(parameters))
+        return fresh(self, parameters)
+
+    monkeypatch.setattr(type(engine.stepper.optimizer), "fresh", cramped)
+    outcomes = list(engine.run(passages(2, 3, 2, 3, 3, 2, 2)))
+    assert sorted(o.passage.document for o in outcomes) == list(range(7))
+    assert all(o.exact for o in outcomes)
+    assert max(seated) <= room
+    assert engine.batch_size <= room
+
+
+def test_no_memory_for_a_single_slot_is_a_sentence(monkeypatch):
+    engine = Engine(tiny(), QUICK, vectors=2, batch_size=4)
+
+    def cramped(self, parameters):
+        raise NO_ROOM[0]
+
+    monkeypatch.setattr(type(engine.stepper.optimizer), "fresh", cramped)
+    with pytest.raises(MemvecError, match="one passage of 3 tokens does not fit"):
+        list(engine.run(passages(3, 3, 3)))
 
 
 def test_a_passage_that_never_fits_is_a_sentence(monkeypatch):

@@ -34,6 +34,14 @@ from test_report import alike
 class DiedError(Exception):
     """Stands for Ray's RayActorError."""
 
+    actor_init_failed = False
+
+
+class UnbornError(DiedError):
+    """Stands for Ray's error of an actor whose constructor raised."""
+
+    actor_init_failed = True
+
 
 class Actor:
     """An actor whose stream follows a script: how many rows it gives, and how it ends."""
@@ -51,6 +59,11 @@ class Actor:
             if self.end == "error" and self.rows < len(unit.keys()):
                 yield DiedError("killed")
             return
+        if self.end == "unborn":
+            yield UnbornError(
+                "The actor died because of an error raised in its creation task\n"
+                "memvec.errors.MemvecError: nowhere is no folder here."
+            )
         for item in unit.passages[: self.rows]:
             if isinstance(item, SourcedPassage):
                 yield item.number, alike(unit.cell.key, item.number, 1, "exact")
@@ -126,6 +139,29 @@ def test_more_workers_than_ray_has_places_for_are_refused(monkeypatch: pytest.Mo
     loading = Loading("pocket", None, "float32", None, {})
     with pytest.raises(MemvecError, match="3 workers need as many CPUs, and Ray has 2 here"):
         Workers(loading, workers=3)
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would all take the first GPU."""
+    here = SimpleNamespace(cluster_resources=lambda: {"CPU": 64.0, "GPU": 2.0})
+    monkeypatch.setattr("memvec.workers.pool._start_ray", lambda *_: here)
+    loading = Loading("pocket", None, "float32", None, {})
+    with pytest.raises(MemvecError, match="3 workers need a GPU each, and Ray has 2 here"):
+        Workers(loading, workers=3)
+
+
+def test_a_worker_that_cannot_begin_ends_the_run_with_the_reason() -> None:
+    """Its successors could not begin, either: none is tried."""
+    hired = []
+
+    def spare() -> Actor:
+        hired.append(Actor(0, "unborn"))
+        return hired[-1]
+
+    made = pool(Actor(0, "unborn"), spare=spare)
+    with pytest.raises(MemvecError, match=r"^a worker cannot begin: nowhere is no folder here\.$"):
+        list(made.stream(one_by_one(units(6, 3)), None))
+    assert not hired
 
 
 def test_workers_that_keep_dying_end_the_study() -> None:

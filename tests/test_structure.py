@@ -17,6 +17,7 @@ BESIDE = (
     "lab",
     "usable",
     "arms",
+    "big",
     "spaces",
     "encoders",
     "export",
@@ -31,6 +32,7 @@ BESIDE = (
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
 # graphs, workers, the Hub.
 ON_REQUEST = {
+    "memvec.big",
     "memvec.graphs",
     "memvec.encoders.files",
     "memvec.usable.around",

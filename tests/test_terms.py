@@ -163,6 +163,21 @@ def test_a_passage_pays_for_its_own_tokens_only():
     assert spent[1] == spent[2] == 3 + 1 + 1  # tokens, inputs before them, a third of the tokens
 
 
+def test_how_a_text_is_aligned_does_not_depend_on_its_neighbours():
+    """One begins with BOS and one does not: each as in a batch of its own."""
+    lm, (with_bos, without) = tiny(), passages(5, 5, seed=2)
+    with_bos = Passage((lm.bos_id, *with_bos.ids[1:]), 0)
+    losses = []
+    for batch in ([with_bos, without], [with_bos], [without]):
+        engine = Engine(lm, ALIGNED, vectors=1, batch_size=2)
+        for passage in batch:
+            engine.push(passage)
+        engine.fill(2)
+        assert [job.passage for job in engine.jobs] == batch
+        losses += engine.stepper.measure(engine.batch, engine.columns).term.loss.tolist()
+    assert losses[:2] == pytest.approx(losses[2:], abs=1e-5)
+
+
 def test_a_text_with_its_own_bos_is_aligned_with_itself():
     """Not with the states behind another BOS, where the model never reads a text."""
     lm, (passage,) = tiny(), passages(5, seed=2)

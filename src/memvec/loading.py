@@ -13,7 +13,6 @@ import torch
 
 from memvec.encoders.files import read_encoders
 from memvec.errors import MemvecError, did_you_mean
-from memvec.model.large import loading_options
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import keep_freed_memory, out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
@@ -75,12 +74,18 @@ def load_lm(
     weights_dtype = _dtype(dtype, where)
     if where.type == "cpu":
         keep_freed_memory()
-    with _quiet():
-        big = loading_options(device_map, quantize, weights_dtype, where)
+    big: dict[str, Any] = {}
+    if device_map is not None or quantize is not None:
+        from memvec.big import loading_options, refuse_spilled
+
+        with _quiet():
+            big = loading_options(device_map, quantize, weights_dtype, where)
     local = local_folder(name)
     if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
     model, tokenizer = _weights(name, local, revision, where, weights_dtype, attention, big)
+    if big:
+        refuse_spilled(model, name)
     if where.type == "cpu" and weights_dtype != torch.float32 and attention is None:
         widen_attention(model)
     if dtype == BFLOAT16_AUTOCAST:

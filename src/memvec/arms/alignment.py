@@ -71,11 +71,7 @@ class Alignment(Term):
             return TermLoss(torch.zeros(B, device=vectors.device))
         behind = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
         ids = with_padding(batch.ids[:, : tokens + 1], padding_rows)
-        # Passages that begin with BOS are texts as they are (a source's `bos`).
-        starts = self.lm.bos_id is None or bool((batch.ids[:, 0] == self.lm.bos_id).all())
-        with torch.no_grad(), self.watching():
-            self.module.states(None, ids, "first-token" if starts else "bos")
-        plain = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
+        plain = self._without_vectors(ids)
         with torch.enable_grad():
             cosine = torch.stack(
                 [
@@ -86,6 +82,24 @@ class Alignment(Term):
             distance = (1 - cosine).sum(0)
         loss = (distance.detach()[:B] * self._share(batch.length, tokens)).sum(-1)
         return TermLoss(loss, (distance,), (torch.ones_like(distance),))
+
+    def _without_vectors(self, ids: Int[Tensor, "N T"]) -> list[Float[Tensor, "N t H"]]:
+        """The states of each layer at the first t = T - 1 tokens, read behind BOS.
+
+        A passage that begins with BOS is a text as it is (a source's `bos`): it gets no second one,
+        whatever its neighbours begin with.
+        """
+        bos, t = self.lm.bos_id, ids.shape[1] - 1
+        with torch.no_grad(), self.watching():
+            if bos is None:
+                self.module.states(None, ids, "first-token")
+                return self._seen[: len(self._layers)]
+            begins = (ids[:, 0] == bos)[:, None]
+            self.module.states(None, torch.where(begins, ids.roll(-1, 1), ids), "bos")
+        return [
+            torch.where(begins[..., None], states[:, :t], states[:, 1:])
+            for states in self._seen[: len(self._layers)]
+        ]
 
     def slopes(
         self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int

@@ -39,7 +39,7 @@ class LowDim:
                 f"low-dim coordinates of {lm.name} have 1 to {limit} dimensions, not "
                 f"{recipe.dimensions}: use --set dimensions."
             )
-        self.z, self.W = basis(recipe, K, lm.numbers)
+        self.z, self.W = (t.to(lm.device) for t in basis(recipe, K, lm.numbers))
         self.sizes = [self.z.numel(), self.W.numel(), K * lm.numbers]
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B n"]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +21,7 @@ from memvec.cramming.certify import Finished, Outcome
 from memvec.cramming.optimizers import OptimizerState
 from memvec.cramming.rows import Rows
 from memvec.cramming.schedules import ScheduleState
+from memvec.errors import MemvecError
 from memvec.passages.passage import Passage
 from memvec.results import Status
 
@@ -55,6 +58,15 @@ class Job:
         """The end of this job, with the vectors (K, D) as they will be stored."""
         costs, bits = (self.steps, self.spent, self.seconds), self.least_mem_bits
         return Finished(self.passage, vectors, status, self.margin, *costs, least_mem_bits=bits)
+
+
+def refuse_for_memory(jobs: Sequence[Job], device: torch.device) -> NoReturn:
+    """Raise MemvecError: a single one of these passages does not fit in memory."""
+    longest = max((len(job.passage) for job in jobs), default=0)
+    raise MemvecError(
+        f"one passage of {longest} tokens does not fit in the memory of {device}: "
+        "use fewer --tokens, or load_lm(..., checkpointing=True)."
+    )
 
 
 class Waiting:
@@ -120,6 +132,18 @@ class BatchState(Rows):
     def columns(self) -> int:
         """Columns of `ids`: tokens of the longest passage since the batch was filled."""
         return self.ids.shape[1]
+
+    def status(self, row: int) -> Status:
+        """How the passage in a row has stopped."""
+        if self.done[row]:
+            return "done"
+        return "not-finite" if self.failed[row] else "budget"
+
+    def write_progress(self, row: int, job: Job) -> None:
+        """Write the best vectors that were measured in a row, and what they cost, into its job."""
+        job.vectors = self.vectors[row].cpu().clone()
+        job.steps, job.spent = int(self.steps[row]), int(self.spent[row])
+        job.least_mem_bits = float(self.least_mem_bits[row])
 
     def widen(self, columns: int) -> None:
         """Room for passages of `columns` tokens."""

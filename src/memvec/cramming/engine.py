@@ -18,6 +18,7 @@ rounding only.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -27,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec import registry
-from memvec.cramming.batch import BatchState, Job, Progress, Waiting
+from memvec.cramming.batch import BatchState, Job, Progress, Waiting, refuse_for_memory
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import fitting
 from memvec.cramming.recipe import Recipe
@@ -40,7 +41,6 @@ from memvec.model.lm import FrozenLM
 from memvec.model.memory import fits, forget_freed_memory, in_batches, out_of_memory
 from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
-from memvec.results import Status
 from memvec.storage import Storage, storage_of
 
 __all__ = ["Engine", "Job", "Progress", "Waiting", "resolve_start_rule"]
@@ -133,10 +133,7 @@ class Engine:
 
         0 if memory runs out: then the run itself finds out how much fits.
         """
-
-        def once() -> None:
-            self.stepper.rehearse(tokens, batch_size)
-
+        once = functools.partial(self.stepper.rehearse, tokens, batch_size)
         if not fits(once):  # the first one also warms up
             forget_freed_memory()
             return 0.0
@@ -173,16 +170,10 @@ class Engine:
         """Fill up to `slots` slots with waiting passages; choose the columns of the next steps."""
         free = min(slots - len(self.jobs), len(self.waiting))
         newcomers = [self.waiting.pop() for _ in range(free)]
-        if newcomers:
-            columns = max(len(job.passage) for job in newcomers)
-            if self.batch is None:
-                self.batch = self._new_rows(newcomers, columns)
-            else:  # the slots may still be as wide as a passage that has left
-                columns = max(columns, self.batch.columns)
-                self.batch.widen(columns)
-                self.batch = self.batch.joined(self._new_rows(newcomers, columns))
-            self.jobs = self.jobs + newcomers
-        if self.batch is not None:
+        if newcomers and not fits(lambda: self._seat(newcomers)):
+            self._put_back(newcomers)
+            self.fill(self.batch_size)
+        elif self.batch is not None:
             longest = self.batch.columns - self.given
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
             # Room for the tokens that may count before the next check. A passage that gets further
@@ -193,6 +184,28 @@ class Engine:
             need = int(self.batch.room.max())
             columns = columns_for(need) if self.graphs else need
             self.columns = longest if self.fixed_shapes else min(longest, columns)
+
+    def _seat(self, newcomers: list[Job]) -> None:
+        """Give each of these jobs a slot."""
+        columns = max(len(job.passage) for job in newcomers)
+        if self.batch is not None:  # the slots may still be as wide as a passage that has left
+            columns = max(columns, self.batch.columns)
+            self.batch.widen(columns)
+        rows = self._new_rows(newcomers, columns)
+        self.batch = rows if self.batch is None else self.batch.joined(rows)
+        self.jobs = self.jobs + newcomers
+
+    def _put_back(self, newcomers: list[Job]) -> None:
+        """Let jobs wait that found no memory, and have slots for half of them only.
+
+        Raises MemvecError if that is none.
+        """
+        self.batch_size = len(self.jobs) + len(newcomers) // 2
+        if not self.batch_size:
+            refuse_for_memory(newcomers, self.lm.device)
+        for job in newcomers:
+            self.waiting.push(job)
+        forget_freed_memory()
 
     def _new_rows(self, jobs: list[Job], columns: int) -> BatchState:
         """Rows of the batch for jobs that enter a slot."""
@@ -303,23 +316,12 @@ class Engine:
         finished = []
         for i, gone in enumerate(stopped):
             if gone:
-                job = self._with_progress(i)
+                job = self.jobs[i]
+                self.batch.write_progress(i, job)
                 assert job.vectors is not None
-                status: Status = "budget"
-                if self.batch.done[i] or self.batch.failed[i]:
-                    status = "done" if self.batch.done[i] else "not-finite"
-                finished.append(job.finished(job.vectors, status))
+                finished.append(job.finished(job.vectors, self.batch.status(i)))
         self._keep_rows([i for i, gone in enumerate(stopped) if not gone])
         return finished
-
-    def _with_progress(self, row: int) -> Job:
-        """The job in a row, with the best vectors that were measured and what they cost."""
-        assert self.batch is not None
-        job = self.jobs[row]
-        job.vectors = self.batch.vectors[row].cpu().clone()
-        job.steps, job.spent = int(self.batch.steps[row]), int(self.batch.spent[row])
-        job.least_mem_bits = float(self.batch.least_mem_bits[row])
-        return job
 
     def _keep_rows(self, rows: list[int]) -> None:
         """Keep only some rows of the batch."""
@@ -336,15 +338,12 @@ class Engine:
         Raises MemvecError if a single passage does not fit.
         """
         if len(self.jobs) <= 1:
-            longest = max((len(job.passage) for job in self.jobs), default=0)
-            raise MemvecError(
-                f"one passage of {longest} tokens does not fit in the memory of {self.lm.device}: "
-                "use fewer --tokens, or load_lm(..., checkpointing=True)."
-            )
+            refuse_for_memory(self.jobs, self.lm.device)
         assert self.batch is not None
         self.batch_size = stay = len(self.jobs) // 2
         self.batch.parameters = self.batch.parameters.detach()
         for row in range(stay, len(self.jobs)):
-            self.waiting.push(self._with_progress(row))
+            self.batch.write_progress(row, self.jobs[row])
+            self.waiting.push(self.jobs[row])
         self.jobs, self.batch = self.jobs[:stay], self.batch.head(stay)
         forget_freed_memory()

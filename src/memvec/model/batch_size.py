@@ -17,7 +17,8 @@ def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
     memvec.model.estimate counts it (measurements: docs/log.md).
     """
     if lm.device.type == "cuda":
-        free = torch.cuda.mem_get_info(lm.device)[0]
+        kept, used = torch.cuda.memory_reserved(lm.device), torch.cuda.memory_allocated(lm.device)
+        free = torch.cuda.mem_get_info(lm.device)[0] + kept - used  # the allocator's free blocks
     else:
         free = free_memory()
     tokens = max(1, tokens)

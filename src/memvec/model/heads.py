@@ -44,7 +44,7 @@ def split_head(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None
         states = body(inputs_embeds=inputs, use_cache=False)[0]
         truth = model(inputs_embeds=inputs, use_cache=False).logits.float()
         for head in reversed(heads):  # the cap first: without it, small logits agree just as well
-            if torch.allclose(head(states).float(), truth, rtol=1e-3, atol=1e-3):
+            if torch.allclose(head(states).float().to(truth), truth, rtol=1e-3, atol=1e-3):
                 return body, head
     except Exception:  # the body needs other arguments: use the whole model, which is checked
         pass

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from memvec.encoders.base import OnePassEncoder
     from memvec.usable.around import CrammedTrigger
 
+WHOLE_MODEL = "gives no states apart from its logits: a step computes and keeps logits everywhere."
+
 
 class FrozenLM:
     """A frozen causal LM and its tokenizer.
@@ -103,6 +105,8 @@ class FrozenLM:
             refuse_if_unfit(self)
             if not self.has_cache:
                 warnings.warn(f"{name} {self.caching.sentence}", SlowPathWarning, stacklevel=2)
+            if not self.has_split_head:
+                warnings.warn(f"{name} {WHOLE_MODEL}", SlowPathWarning, stacklevel=2)
         mixed = BFLOAT16_AUTOCAST if self.autocast else None
         self.fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
         self.facts: dict[str, Any] = {}

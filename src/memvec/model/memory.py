@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 HOLDERS: WeakSet[Any] = WeakSet()
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
+# What main memory, CUDA itself and its libraries say in a RuntimeError.
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 # Logits computed at once: 64 MiB in float32, and a few copies of them while losses are computed.
 LOGITS_AT_ONCE = 2**24
 
@@ -42,7 +44,7 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     )
 
 

@@ -66,8 +66,13 @@ class Workers:
                 f"{self.count} workers need as many CPUs, and Ray has {cpus} here: ask for fewer "
                 "--workers, or end the Ray that runs already (ray stop; in Python ray.shutdown())."
             )
+        if 0 < gpus < self.count:
+            raise MemvecError(
+                f"{self.count} workers need a GPU each, and Ray has {gpus} here: ask for fewer "
+                "--workers, or for --device cpu."
+            )
         self.loading, self.device = loading, device
-        self.gpu = gpus >= self.count > 0
+        self.gpu = gpus > 0
         # torch's number respects affinity and OMP_NUM_THREADS.
         self.threads = 0 if self.gpu else max(1, torch.get_num_threads() // self.count)
         self._hired = 0
@@ -86,10 +91,7 @@ class Workers:
             try:
                 return self.ray.get(member.actor.call.remote(function, *args))
             except self.ray.exceptions.RayActorError as error:
-                cause = getattr(error, "cause", None)
-                if isinstance(cause, MemvecError):
-                    raise cause from None
-                reason = _lines(error)[-1]  # the first one only says that an actor died
+                reason = _why_it_died(error)
                 if member.unit is None:
                     self._replace(member)
             except self.ray.exceptions.RayTaskError as error:
@@ -134,7 +136,7 @@ class Workers:
                     self._bury(member, deaths, "its stream ended early", returned)
                 except self.ray.exceptions.RayActorError as error:
                     deaths += 1
-                    self._bury(member, deaths, _lines(error)[0], returned)
+                    self._bury(member, deaths, _why_it_died(error), returned)
                 except self.ray.exceptions.RayTaskError as error:
                     raise _cause(error) from None
                 else:
@@ -226,6 +228,17 @@ def _lines(error: BaseException) -> list[str]:
     return str(error).strip().splitlines() or [type(error).__name__]
 
 
+def _why_it_died(error: Any) -> str:
+    """The last line of Ray's message; the first one only says that an actor died.
+
+    Raises MemvecError with it if the actor could not be made: its successor could not be, either.
+    """
+    reason = _lines(error)[-1].strip()
+    if getattr(error, "actor_init_failed", False):
+        raise MemvecError(f"a worker cannot begin: {reason.split('MemvecError: ')[-1]}")
+    return reason
+
+
 def _cause(error: Any) -> BaseException:
     """The MemvecError that a worker raised, else Ray's own error."""
     cause = getattr(error, "cause", None)
@@ -247,7 +260,7 @@ def _start_ray(workers: int, address: str | None) -> Any:
             ray.init(address=address, log_to_driver=False)
         else:
             ray.init(
-                num_cpus=max(1, workers),
+                num_cpus=workers or None,  # None: Ray counts them
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,
