@@ -1,48 +1,39 @@
-"""The two published programs themselves beside ours: same token ids and model, one clock.
+"""Run the two published programs and memvec on the same token ids and the same loaded model.
 
     python benchmarks/peers.py --seed hidden_capacity --progressive progressive_cramming
 
 `--seed` is a checkout of github.com/yurakuratov/hidden_capacity (Kuratov et al.), `--progressive`
-one of github.com/FusionBrainLab/progressive_cramming (Tarasov et al.); either can be left out.
-Their code runs from there. Modules that they import and do not use here (nltk, scikit-learn,
-TensorBoard) are replaced by empty ones where they are missing. They get token ids instead of texts,
-and a loaded model instead of a name to load (twice for each passage in the first): both in their
-favour. Each side runs on its
-own defaults with float32 weights on one device, with at most `--steps` steps a passage: theirs at
-each learning rate of a sweep, ours from noise and, where the model has one, from its one-pass
-encoder. Ours crams all passages in one batch, hidden_capacity takes one at a time,
-progressive_cramming both. The clock is the wall's, or with OMP_NUM_THREADS=1 on a CPU the
-processor's.
+one of github.com/FusionBrainLab/progressive_cramming (Tarasov et al.). Either can be left out.
+`peers_programs.py` runs their code from there. The programs get token ids instead of texts, and a
+loaded model instead of a name to load (hidden_capacity loads it twice for each passage): both save
+them time. Each program runs with its own defaults and float32 weights on one device, with at most
+`--steps` steps a passage: theirs at each learning rate of a sweep, ours from noise and, where the
+model has one, from its one-pass encoder. Ours crams all passages in one batch, hidden_capacity one
+at a time, and progressive_cramming runs in both ways. Times are of the wall clock, or with
+OMP_NUM_THREADS=1 on a CPU of the processor.
 
-Two measurements. *Fixed length* (`--tokens`): exact passages per minute. Exact is decided by our
-free-running decoding from the vectors that each program returns; `complete` counts the passages
-that its own teacher-forced measure calls complete. hidden_capacity is given the first token, as in
-its code. *Horizon* (`--long`): the leading tokens that decode freely, with what the program itself
-calls reached; hidden_capacity has no growing length, so it is not in it.
+There are two measurements. *Fixed length* (`--tokens`): exact passages per minute. Exact is decided
+by our free-running decoding from the vectors that each program returns. `complete` counts the
+passages that are complete by the program's own teacher-forced measure. hidden_capacity is given the
+first token, as in its code. *Horizon* (`--long`): the leading tokens that decode freely, beside
+`reached`, the number by the program's own measure. hidden_capacity has no growing length, so it has
+no horizon.
 
-RESULT compares ours from noise with the best row of each program, seen afterwards: `ratio_seed` and
-`ratio_progressive`, ratios of exact passages per minute, and `ratio_horizon`, ours over theirs;
-each with its 95 % bootstrap interval (`_low`, `_high`), and `time_horizon`, the seconds a passage
-of theirs took there over ours. `--quick` takes 2 short passages and few steps.
+RESULT compares ours from noise with the best row of each program, chosen afterwards: `ratio_seed`
+and `ratio_progressive` are ratios of exact passages per minute, `ratio_horizon` is our horizon over
+theirs, each with its 95 % bootstrap interval (`_low`, `_high`). `time_horizon` is their seconds per
+passage in the horizon measurement over ours. `--quick` takes 2 short passages and few steps.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import io
 import sys
-import tempfile
-import types
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from common import arguments, clock, ratio_of_means, report, run, summary
 from exact import Trial, per_minute, ratio_of_rates
@@ -53,24 +44,18 @@ from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
+from peers_programs import Answer, by_progressive, by_seed
 from texts import passages_of, random_tokens
 
 SEED_RATES = (0.01, 0.1, 0.5)
 PROGRESSIVE_RATES = (0.1, 0.5)  # those of its publication
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A program's result for one passage: vectors, tokens counted as right, steps, seconds."""
-
-    vectors: torch.Tensor  # (K, D)
-    reached: int
-    steps: int
-    seconds: float
-
-
 def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given: int) -> list[int]:
-    """Leading tokens that decode freely from each answer; with `given` the first one is given."""
+    """Number of leading tokens of each passage that decode freely from its answer.
+
+    With `given` the first token is given.
+    """
     stack = torch.stack([answer.vectors.to(lm.device) for answer in answers])
     first = [p.ids[0] for p in passages] if given else None
     start = "first-token" if given else "vectors"
@@ -79,135 +64,10 @@ def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given
     return [len(p) if error is None else error for p, error in zip(passages, errors, strict=True)]
 
 
-@contextlib.contextmanager
-def foreign(folder: Path, **stand_ins: dict[str, Any]) -> Iterator[None]:
-    """Import from a checkout without output; missing modules are replaced inside the context."""
-    kept, path, quiet = dict(sys.modules), list(sys.path), io.StringIO()
-    for name, content in stand_ins.items():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            module: Any = types.ModuleType(name)
-            module.__dict__.update(content)
-            sys.modules[name] = module
-    sys.path.insert(0, str(folder))
-    try:
-        with (
-            contextlib.redirect_stdout(quiet),
-            contextlib.redirect_stderr(quiet),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.path[:] = path
-        for name in set(sys.modules) - set(kept):
-            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
-        for name in stand_ins:
-            if name not in kept:
-                sys.modules.pop(name, None)
-
-
-def by_seed(
-    lm: FrozenLM, passages: list[Passage], folder: Path, lr: float, steps: int
-) -> list[Answer]:
-    """Each passage by hidden_capacity's own `run_single_experiment`."""
-    answers = []
-    with foreign(folder, nltk={"sent_tokenize": lambda text: [text]}):
-        program: Any = importlib.import_module("train")
-        program.sent_tokenize = lambda text: [text]
-        # The model is frozen by its code as by ours: one serves both of its loads.
-        program.AutoModelForCausalLM = types.SimpleNamespace(
-            from_pretrained=lambda *_, **__: lm.model
-        )
-        for passage in passages:
-            ids = torch.tensor([passage.ids], device=lm.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            torch.manual_seed(passage.document)
-            began = clock()
-            results = program.run_single_experiment(
-                1,
-                "",
-                len(passage),
-                steps,
-                0,
-                0,
-                lm.name,
-                torch.float32,
-                False,
-                str(lm.device),
-                lambda *_, inputs=inputs, **__: transformers.BatchEncoding(inputs),
-                lr,
-                0.9,
-                0.9,
-                0.01,
-            )
-            seconds = clock() - began
-            right = round(results["best_accuracy"] * (len(passage) - 1))
-            vectors = torch.tensor(results["best_memory_params"])
-            answers.append(Answer(vectors, right + 1, len(results["losses"]), seconds))
-    return answers
-
-
-def by_progressive(
-    lm: FrozenLM, passages: list[Passage], folder: Path, trainer: str, batch: int, **changes: Any
-) -> list[Answer]:
-    """All passages by one of progressive_cramming's trainers, on its defaults with changes."""
-    missing = {"sklearn.decomposition": {"PCA": None}, "sklearn": {"__path__": []}}
-    missing["torch.utils.tensorboard"] = {"SummaryWriter": None}
-    with foreign(folder / "src", **missing), tempfile.TemporaryDirectory() as out:
-        program: Any = importlib.import_module("progressive_cramming.train")
-        options: Any = importlib.import_module("progressive_cramming.train.arguments")
-        settings = options.MyTrainingArguments(
-            output_dir=out,
-            embedding_init_method="random0.02",
-            warmup_steps=100,
-            dtype="float32",
-            loss_type="cross_entropy",  # without it hidden states are kept that nothing uses
-            full_cramming_convergence_threshold=1.0,
-            per_device_train_batch_size=batch,
-            report_to=[],
-            use_cpu=lm.device.type == "cpu",
-            **changes,
-        )
-        settings.logging_dir = None  # transformers 5 has no such field; None writes no log
-        ids = [list(passage.ids) for passage in passages]
-        rows: list[dict[str, Any]] = []
-        run = getattr(program, trainer)(
-            lm.model,
-            processing_class=types.SimpleNamespace(decode=lambda *_, **__: ""),
-            args=settings,
-            train_dataset=ids,
-            data_collator=_collated,
-        )
-        run._save_artifacts = lambda found, **_: rows.extend(found)
-        began = clock()
-        run.train()
-        seconds = (clock() - began) / len(passages)
-    return [_answer([r for r in rows if r["sample_id"] == i], seconds) for i in range(len(ids))]
-
-
-def _collated(rows: list[list[int]]) -> transformers.BatchEncoding:
-    ids = torch.tensor(rows)
-    return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-
-def _answer(rows: list[dict[str, Any]], seconds: float) -> Answer:
-    """From the rows of a passage: one, or one a stage, of which the longest complete one counts."""
-    staged = "stage_seq_len" in rows[0]
-    complete = [row for row in rows if row["final_convergence"] >= 1.0]
-    kept = (complete or rows)[-1]
-    length = kept["stage_seq_len"] if staged else kept["num_input_tokens"]
-    reached = length if complete else int(kept["final_convergence"] * length)
-    steps = rows[-1]["steps_taken"] if staged else kept["convergence_after_steps"]
-    return Answer(torch.tensor(kept["embedding"]), reached, steps, seconds)
-
-
 def by_us(
     lm: FrozenLM, passages: list[Passage], start: str, steps: int
 ) -> tuple[list[Answer], list[int]]:
-    """Our default recipe; the answers and the exact horizons, decoded by the engine itself."""
+    """Answers of our default recipe, and their horizons, which the engine decodes."""
     engine = Engine(lm, Recipe(start=start, steps=steps), batch_size=len(passages))
     began = clock()
     outcomes = sorted(engine.run(passages), key=lambda outcome: outcome.passage.document)
@@ -218,7 +78,7 @@ def by_us(
 
 @dataclass(frozen=True)
 class Row:
-    """One program with its settings, over all passages of a measurement."""
+    """Results of one program with its settings, for all passages of a measurement."""
 
     program: str
     settings: str
@@ -227,7 +87,7 @@ class Row:
     reached: list[int]
 
     def record(self, passages: list[Passage]) -> dict[str, Any]:
-        """As a row of the table."""
+        """The row of the table, with means over passages."""
         horizon = summary([float(h) for h in self.horizon])
         T = len(passages[0])
         return {
@@ -249,7 +109,7 @@ class Row:
 def row_of(
     program: str, settings: str, passages: list[Passage], answers: list[Answer], decoded: list[int]
 ) -> Row:
-    """Answers and their decoded horizons as a row."""
+    """Make a row of answers and their decoded horizons, and print it in short."""
     trials = [
         Trial(h >= len(p), a.steps, a.seconds, {})
         for p, a, h in zip(passages, answers, decoded, strict=True)
@@ -261,7 +121,7 @@ def row_of(
 
 
 def our_rows(lm: FrozenLM, passages: list[Passage], steps: int) -> list[Row]:
-    """Our rows, the one from noise first."""
+    """Our rows: from noise first, then from the encoder if there is one."""
     starts = ["noise"] + (["encoder"] if lm.encoder is not None else [])
     return [
         row_of("memvec", start, passages, *by_us(lm, passages, start, steps)) for start in starts
@@ -271,7 +131,7 @@ def our_rows(lm: FrozenLM, passages: list[Passage], steps: int) -> list[Row]:
 def at_fixed_length(
     lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
 ) -> list[Row]:
-    """Rows of all programs over the same passages of one length."""
+    """Rows of all programs for the same passages of one length."""
     rows = our_rows(lm, passages, min(Recipe().steps, options.steps))
     for lr in SEED_RATES if options.seed else ():
         answers = by_seed(lm, passages, options.seed, lr, min(5000, options.steps))
@@ -295,7 +155,7 @@ def at_fixed_length(
 
 
 def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespace) -> list[Row]:
-    """Rows of the programs whose length grows, over passages longer than any program reaches."""
+    """Rows of the programs whose length grows, for passages longer than any program reaches."""
     rows = our_rows(lm, passages, min(Recipe().steps, options.steps))
     low_dim = {"low_dim_projection": True, "low_dim_size": 256}
     arms: tuple[tuple[str, dict[str, Any]], ...] = (("", {}), (", low-dim 256", low_dim))
@@ -323,7 +183,7 @@ def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespac
 
 
 def result_of(fixed: list[Row], long: list[Row]) -> dict[str, float]:
-    """The RESULT line: ours from noise against the best row of each program."""
+    """The numbers of the RESULT line: ours from noise against the best row of each program."""
     ratios: dict[str, tuple[float, float, float]] = {}
     for name, program in (("seed", "hidden_capacity"), ("progressive", "progressive_cramming")):
         rows = [row for row in fixed if row.program == program]
@@ -345,7 +205,7 @@ def result_of(fixed: list[Row], long: list[Row]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Both measurements, with the programs that are given."""
+    """Take both measurements, with the programs that are given."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--seed", type=Path, help="checkout of hidden_capacity")
     parser.add_argument("--progressive", type=Path, help="checkout of progressive_cramming")

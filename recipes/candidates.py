@@ -26,9 +26,10 @@ from pathlib import Path
 
 import torch
 
-import pocket  # first: it sets the environment that libraries read when they load
+import pocket
 from corpus import prepare
 from decoder import Shape
+from environment import in_environment
 from evaluate import context_gain, horizon, longest, one_pass
 from export import export
 
@@ -197,5 +198,5 @@ def main():
 
 
 if __name__ == "__main__":
-    pocket.in_environment()
+    in_environment()
     main()

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-import pocket
 from candidates import arguments, chosen_names
 from corpus import prepare
+from environment import in_environment
 from shapes import Plan, Trained, read, save, trained_to, valid_loss
 
 
@@ -68,5 +68,5 @@ def main():
 
 
 if __name__ == "__main__":
-    pocket.in_environment()
+    in_environment()
     main()

@@ -1,12 +1,12 @@
-"""Text in, token ids out: the corpus, its tokenizer, and what one training step is made of.
+"""The corpus, its tokenizer, and the batches of token ids that a training step takes from it.
 
 Notable:
 - a corpus is a parquet file with a `text` column (`novel` and `split` are used when present) or a
-  folder of .txt files; without `split`, a hash of each text's name holds 1 in 16 out;
+  folder of .txt files. Without `split`, one text in 16 is held out, by a hash of its name;
 - the tokenizer is byte-level BPE without normaliser, prefix space or added tokens, so that every
-  UTF-8 text comes back byte for byte;
-- what step n trains on depends on (seed, n) alone: a run that is stopped and resumed, and the
-  plain twin, see the same ordinary tokens in the same order.
+  UTF-8 text is decoded to the same bytes;
+- the batches of step n depend on (seed, n) only: a run that is stopped and resumed, and the plain
+  twin, read the same ordinary tokens in the same order.
 
 Used by `pocket.py`; nothing to run here.
 """
@@ -23,7 +23,7 @@ BOS, EOS = 0, 1
 
 
 def read_texts(path: Path) -> pd.DataFrame:
-    """One row per text: name, split ("train" or "valid"), text."""
+    """A table with one row per text: name, split ("train" or "valid"), text."""
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
         texts = [f.read_bytes().decode() for f in files]  # bytes: CRLF stays as it is
@@ -43,7 +43,7 @@ def read_texts(path: Path) -> pd.DataFrame:
 
 
 def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with <s> (0), </s> (1), all 256 bytes, and merges learnt from the texts."""
+    """A byte-level BPE with <s> (0), </s> (1), all 256 bytes, and merges learnt from the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,10 +63,10 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
 
 
 def prepare(corpus: Path, work: Path, vocab_size: int):
-    """Tokenizer and token streams, made once and kept in `work`.
+    """Make the tokenizer and the token streams, or read them from `work` if they are there.
 
-    A tokenizer.json that lies there already is used as it is.
-    Returns the tokenizer and {"train", "valid"}: ids (N,), texts joined by </s>.
+    A tokenizer.json in `work` is used without training another one.
+    Returns the tokenizer and {"train", "valid"}: ids (N,), with </s> after each text.
     """
     work.mkdir(parents=True, exist_ok=True)
     vocabulary = work / "tokenizer.json"
@@ -96,7 +96,7 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
 
 
 def generator(seed: int, purpose: str, step: int, device: str = "cpu") -> torch.Generator:
-    """Random numbers that depend on nothing but the arguments."""
+    """A generator whose random numbers depend on the arguments only."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -108,7 +108,7 @@ def windows(stream, count: int, length: int, rng) -> torch.Tensor:
 
 
 def ordinary_batch(stream, tokens: int, length: int, rng) -> torch.Tensor:
-    """Crops (B, length) with B·length ≈ tokens; half of them start with <s>."""
+    """Crops (B, length) with B·length ≈ tokens. About half of them start with <s>."""
     crops = windows(stream, tokens // length, length, rng)
     started = torch.rand(len(crops), generator=rng) < 0.5
     crops[started] = torch.cat(
@@ -118,10 +118,11 @@ def ordinary_batch(stream, tokens: int, length: int, rng) -> torch.Tensor:
 
 
 def passage_batch(stream, count: int, length: int, odd_share: float, vocab_size: int, rng):
-    """Passages (B, T) from random places, and how many of the last ones are odd.
+    """Draw `count` passages of `length` tokens. Returns ids (B, T) and how many of them are odd.
 
-    Odd passages, so that text unlike the corpus crams too: a third uniformly random tokens, a
-    third tokens of the corpus drawn one by one, a third passages with their tokens shuffled.
+    The odd ones come last. They are there so that text unlike the corpus can be crammed, too: a
+    third has uniformly random tokens, a third has tokens of the corpus drawn one by one, and a
+    third is passages with their tokens shuffled.
     """
     passages = windows(stream, count, length, rng)
     odd = int(count * odd_share) // 3

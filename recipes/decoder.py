@@ -1,13 +1,13 @@
-"""The training-time twin of transformers' Llama and OLMo 2: same arithmetic, same tensor names.
+"""Llama and OLMo 2 for training, with the arithmetic and the tensor names of transformers.
 
 Notable:
-- parameter names are those of transformers, so `state_dict()` is the checkpoint it loads;
-- it takes input vectors (B, S, D), never token ids, and returns hidden states: passages are
-  encoded and decoded by calling it twice;
-- Llama normalises what each part of a layer reads (norm "before"), OLMo 2 what it adds to the
-  stream, and queries and keys as well (norm "after");
-- nothing but linear maps, norms, rotary positions and causal attention, so that torch.compile
-  fuses it well on a CPU.
+- parameter names are those of transformers, which loads the `state_dict()`;
+- the model takes input vectors (B, S, D), not token ids, and returns hidden states (B, S, D): one
+  call encodes passages, and a second one decodes them;
+- Llama normalises the input of attention and MLP (norm "before"). OLMo 2 normalises their output,
+  and queries and keys as well (norm "after");
+- the model has only linear maps, norms, rotary positions and causal attention, which torch.compile
+  fuses well on a CPU.
 
 Used by `pocket.py`; nothing to run here.
 """
@@ -21,7 +21,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Shape:
-    """The architecture, in the words of a transformers config; `norm` is 'before' or 'after'."""
+    """The architecture: fields of a transformers config, and `norm`, 'before' or 'after'."""
 
     vocab_size: int = 2048
     hidden_size: int = 384
@@ -53,7 +53,7 @@ class Shape:
 
 
 def rms_norm(x, weight, eps: float):
-    """RMS norm in float32, back in the dtype of x."""
+    """RMS norm of x (..., D), computed in float32 and returned in the dtype of x."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -121,7 +121,7 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin, 1.0), rotate(k, cos, sin, 1.0)
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return self.o_proj(mixed.transpose(1, 2).reshape(B, S, D))
-        # Written out: the CPU flash kernel's backward costs 8 times as much at S = 40.
+        # not the CPU's flash kernel, whose backward pass takes 8 times as long at S = 40
         q = rotate(q, cos, sin, (D // self.heads) ** -0.5)
         scores = q @ rotate(k, cos, sin, 1.0).transpose(-1, -2)
         future = torch.full((S, S), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
@@ -144,7 +144,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the stream."""
+    """Attention and MLP of norm "before": the input of each is normalised."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -159,7 +159,7 @@ class Layer(nn.Module):
 
 
 class LayerNormAfter(nn.Module):
-    """Attention and MLP, each added to the stream behind a norm."""
+    """Attention and MLP of norm "after": the output of each is normalised."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -174,7 +174,7 @@ class LayerNormAfter(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What transformers keeps under `model.`: embedding, layers, final norm."""
+    """Embedding, layers and final norm; their parameters' names begin with `model.`."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -185,7 +185,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Input vectors (B, S, D) → last hidden states after the final norm (B, S, D)."""
+    """Maps input vectors (B, S, D) to last hidden states after the final norm (B, S, D)."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
 
     @property
     def embedding(self):
-        """(V, D): input embedding and, tied, the output head."""
+        """The input embedding (V, D), which is also the output head (tied weights)."""
         return self.model.embed_tokens.weight
 
     def forward(self, x):

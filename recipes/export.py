@@ -1,9 +1,9 @@
-"""From a training run to the folder that ships: a transformers model with its encoder beside it.
+"""Write a training run as the folder that the package contains: a model, tokenizer and encoder.
 
 Notable:
-- everything in bfloat16; a reader that wants float32 widens it without loss;
-- `encoder.safetensors` says in its metadata how many vectors it makes at once (one; more vectors
-  take the passage in equal parts) and how many tokens per vector it is good for.
+- all weights are bfloat16; float32 can represent them without loss;
+- the metadata of `encoder.safetensors` have the number of vectors that it makes at once (one; more
+  vectors take the passage in equal parts) and the number of tokens per vector that it gives back.
 
 Used by `pocket.py`; nothing to run here.
 """
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 
 def export(run, tokenizer, folder: Path) -> None:
-    """A folder that transformers loads, with the encoder beside the model."""
+    """Write a folder that transformers loads, with the encoder beside the model."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: v.cpu().bfloat16() for k, v in run.model.state_dict().items()}
     model = AutoModelForCausalLM.from_config(run.shape.config()).bfloat16()
@@ -37,7 +37,7 @@ def export(run, tokenizer, folder: Path) -> None:
             "version": "1",
             "max_vectors": "1",
             # leading tokens per vector to encode as a start for cramming: as many as it gives back
-            "tokens": str(round(run.targets[1])),
+            "tokens": str(round(run.lengths.targets[1])),
         },
     )
     for file in folder.glob("*.*"):

@@ -1,8 +1,8 @@
-"""Work that a GPU replays instead of a launch for each kernel.
+"""CUDA graphs, which a GPU replays instead of launching each kernel.
 
-A training step of a small model makes thousands of short kernels, and launching them takes ten
-times as long as computing them. A CUDA graph is recorded once for each shape of the inputs. On
-other devices the work is called as it is.
+A training step of a small model has thousands of short kernels. To launch them takes ten times as
+long as to compute them. One graph is captured for each shape of the inputs. On other devices the
+function is called without a graph.
 
 Used by `pocket.py`; nothing to run here.
 """
@@ -13,10 +13,10 @@ import torch
 
 
 class Graphs:
-    """Calls work on tensors: the first time as it is, later as a graph captured for its shapes.
+    """Calls a function of tensors: directly the first time, later as a graph for its shapes.
 
-    Work reads its inputs, its own parameters and buffers, writes to buffers that stay where they
-    are (gradients, weights, states of optimisers), and gives back a tuple of tensors.
+    The function returns a tuple of tensors. It may read its inputs, parameters and buffers, and
+    write to tensors that keep their address (gradients, weights, states of optimisers).
     """
 
     def __init__(self, device: str):
@@ -26,15 +26,15 @@ class Graphs:
         if self.on_gpu:
             self.stream = torch.cuda.Stream()
             self.pool = torch.cuda.graph_pool_handle()
-            # its plans are made anew for each shape, which takes longer than they save
+            # cuDNN plans attention anew for each shape, which takes longer than it saves
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def own_stream(self):
-        """A context in which all of the device's work of a run belongs: captures need it."""
+        """A context for all work of a run on the device. Captures need a stream of their own."""
         return torch.cuda.stream(self.stream) if self.on_gpu else contextlib.nullcontext()
 
     def __call__(self, name, work, *inputs):
-        """What work(*inputs) gives back; `name` and the shapes of the inputs tell graphs apart."""
+        """Return work(*inputs). Each `name` and shapes of the inputs have a graph of their own."""
         key = (name, *(tuple(x.shape) for x in inputs))
         if not self.on_gpu or key not in self.seen:  # the first call also warms up
             self.seen.add(key)

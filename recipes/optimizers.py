@@ -1,21 +1,28 @@
-"""Optimisers whose steps a GPU can replay: learning rates are tensors, matrices move together.
+"""The optimisers and their parameter groups. A GPU can replay their steps as a CUDA graph.
 
 Notable:
-- Muon (torch.optim.Muon's formula, orthogonal updates of equal RMS) over stacks of matrices of one
-  shape: five products for a whole stack instead of five for each matrix;
-- a rate is a tensor of the device, so that a captured step reads the rate of today.
+- Muon (the formula of torch.optim.Muon, orthogonal updates of equal RMS) works on stacks of
+  matrices of one shape: a stack takes as many products as a single matrix;
+- a learning rate is a tensor on the device, so that a replayed step reads its present value.
 
 Used by `pocket.py`; nothing to run here.
 """
 
 import torch
 
+from decoder import Decoder
+from encoder import Encoder
+from recipe import Recipe
+
 # Newton-Schulz coefficients of Muon as torch has them
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(stack, steps: int = 5):
-    """Matrices (n, R, C), each with its singular values near one, by Newton-Schulz in bfloat16."""
+    """Orthogonalise n matrices (n, R, C): each one's singular values become close to one.
+
+    Newton-Schulz iterations in bfloat16.
+    """
     a, b, c = COEFFICIENTS
     wide = stack.shape[1] <= stack.shape[2]
     x = stack.bfloat16() if wide else stack.bfloat16().mT
@@ -27,7 +34,7 @@ def orthogonal(stack, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with the RMS of AdamW's updates, for matrices; those of one shape are one group."""
+    """Muon, with updates scaled to the RMS of AdamW's. Matrices of one shape form one group."""
 
     def __init__(self, matrices, lr, momentum: float = 0.95, weight_decay: float = 0.1):
         shapes: dict = {}
@@ -38,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One step from the gradients, of which every matrix needs one."""
+        """Take one step. Every matrix needs a gradient."""
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
             gradients = torch.stack([p.grad for p in params])
@@ -52,15 +59,25 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_sub_(params, list(update.unbind()))
 
 
-def optimizers(matrices, rate: float, others, device: str):
-    """Muon for matrices at a rate, AdamW for others [(params, rate)]; rates are tensors there."""
+def optimizers_of(model: Decoder, encoder: Encoder, recipe: Recipe, device: str):
+    """Muon for the matrices of the layers, AdamW for everything else: [Muon, AdamW].
+
+    Their learning rates are tensors on the device. A checkpoint stores the groups in this order.
+    """
 
     def tensor(rate: float):
         return torch.tensor(rate, device=device)
 
-    groups = [{"params": list(params), "lr": tensor(rate)} for params, rate in others]
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    groups = [
+        {"params": rest, "lr": tensor(recipe.lr_rest)},
+        {"params": [encoder.summary], "lr": tensor(recipe.lr_rest)},
+        {"params": list(encoder.map.parameters()), "lr": tensor(recipe.lr_encoder)},
+    ]
     on_gpu = torch.device(device).type == "cuda"
     adam = torch.optim.AdamW(
         groups, lr=tensor(0.0), betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=on_gpu
     )
-    return [Muon(matrices, tensor(rate)), adam]
+    return [Muon(matrices, tensor(recipe.lr_matrices)), adam]

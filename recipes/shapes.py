@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import pocket
 from candidates import arguments, chosen_names
 from corpus import generator, ordinary_batch, passage_batch, prepare
+from encoder import Encoder
+from environment import in_environment
 from evaluate import horizon
 
 MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # share of the training
@@ -85,7 +86,7 @@ class Trained(nn.Module):
         )
         self.lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         width = self.lm.get_input_embeddings().embedding_dim
-        self.encoder = pocket.Encoder(width)
+        self.encoder = Encoder(width)
 
     def text_loss(self, ids):
         """Mean cross-entropy in nats of crops ids (B, T)."""
@@ -263,5 +264,5 @@ def main():
 
 
 if __name__ == "__main__":
-    pocket.in_environment()
+    in_environment()
     main()

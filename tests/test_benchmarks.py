@@ -332,7 +332,7 @@ class MyTrainingArguments:
 
 
 def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(tmp_path, capsys):
-    from peers import by_progressive, by_seed
+    from peers_programs import by_progressive, by_seed
 
     (tmp_path / "train.py").write_text(SEED_PROGRAM)
     package = tmp_path / "src/progressive_cramming/train"

@@ -133,32 +133,36 @@ TASKS = {"use_share": 0.3, "trigger_share": 0.5, "short_share": 0.3, "inner_shar
 
 def small_run(**fields):
     """A run of `pocket.py` whose steps take milliseconds, and its stream of tokens."""
-    import pocket
+    from decoder import Shape
+    from recipe import Recipe
+    from run import Run
 
     budgets = dict.fromkeys(("trunk_tokens", "text_tokens", "memory_tokens"), 512)
-    recipe = pocket.Recipe(steps=12, trunk_steps=2, wide_from=4, **budgets, **TASKS | fields)
-    shape = pocket.Shape(vocab_size=60, num_hidden_layers=2, **SMALL)
+    recipe = Recipe(steps=12, trunk_steps=2, wide_from=4, **budgets, **TASKS | fields)
+    shape = Shape(vocab_size=60, num_hidden_layers=2, **SMALL)
     stream = torch.randint(2, 60, (5000,), generator=torch.Generator().manual_seed(0))
-    return pocket.Run(recipe, shape), stream
+    return Run(recipe, shape), stream
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     """Stopped and resumed is uninterrupted: the same weights, targets and tokens read."""
+    from steps import settle, train_step
+
     whole, stream = small_run()
     halves, _ = small_run()
     for step in range(10):
         if step == 5:
             for run in (whole, halves):
-                run.settle()  # as `train` does before each checkpoint
+                settle(run)  # as `train` does before each checkpoint
             halves.save(tmp_path / "half.pt")
             halves, _ = small_run()
             halves.load(tmp_path / "half.pt")
-        whole.train_step(stream, memory=True)
-        halves.train_step(stream, memory=True)
+        train_step(whole, stream, memory=True)
+        train_step(halves, stream, memory=True)
     assert whole.tokens == halves.tokens
     assert whole.tokens["memory"] > 0
-    assert whole.targets == halves.targets
+    assert whole.lengths.targets == halves.lengths.targets
     for a, b in zip(whole.parameters, halves.parameters, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -166,10 +170,11 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
 def test_a_run_begins_with_an_exported_model(tmp_path):
     from corpus import train_tokenizer
     from export import export
+    from steps import train_step
 
     done, stream = small_run()
     for _ in range(4):
-        done.train_step(stream, memory=True)
+        train_step(done, stream, memory=True)
     export(done, train_tokenizer(["the cat sat on the mat " * 50], 60), tmp_path)
     begun, _ = small_run()
     begun.begin_with(tmp_path)
@@ -180,16 +185,18 @@ def test_a_run_begins_with_an_exported_model(tmp_path):
 @pytest.mark.slow
 def test_lengths_lie_on_their_grid_and_reach_short_passages():
     """Every octave from four tokens to the target is drawn, and none beyond what has room."""
-    import pocket
+    from corpus import generator
+    from lengths import LENGTHS
+    from steps import memory_step
 
     run, stream = small_run(short_share=1.0, use_share=0.0, inner_share=0.0, first_target=100.0)
     drawn = []
     for step in range(40):
         run.step = 2 + step
-        rng = pocket.generator(0, "memory", step)
-        said = run.memory_step(stream, rng)
+        rng = generator(0, "memory", step)
+        said = memory_step(run, stream, rng)
         assert said.T % said.K == 0
-        assert said.T // said.K in pocket.LENGTHS
+        assert said.T // said.K in LENGTHS
         assert run.shape.max_position_embeddings > said.T + said.K
         drawn.append(said.T)
     for octave in (4, 8, 16, 32):
