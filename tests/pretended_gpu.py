@@ -1,0 +1,316 @@
+"""A GPU that is pretended: devices 'gpu:0' and 'gpu:1' with real numbers, which are on the CPU.
+
+Tensors of different devices do not meet (torch's error of a real GPU), and what would make a GPU
+wait is counted with the line that asked for it: reading a number, a result whose shape depends on
+numbers, a copy between devices. So the path of a GPU runs where there is none.
+
+    python tests/pretended_gpu.py cram     # waits of each recipe, as JSON
+    python tests/pretended_gpu.py split    # a model on two devices
+    python tests/pretended_gpu.py mixed    # tensors of two devices meet: the pretence itself
+
+It is a program of its own: torch takes one pretended backend for the whole process.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+aten = torch.ops.aten
+READING = {  # a number, or a shape that depends on numbers
+    aten._local_scalar_dense.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+}
+COPYING = {aten._to_copy.default, aten.copy_.default}
+WAITS: collections.Counter[str] = collections.Counter()
+watched = contextvars.ContextVar("watched", default=False)  # whether waits are counted now
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Within, waits are counted in WAITS, which begins empty."""
+    WAITS.clear()
+    token = watched.set(True)
+    try:
+        yield
+    finally:
+        watched.reset(token)
+
+
+class Backend(backend_registration._DummyBackendModule):
+    def device_count(self) -> int:
+        return 2
+
+
+class Hook(backend_registration._DummyPrivateUse1Hook):
+    def device_count(self) -> int:
+        return 2
+
+
+class Guard(backend_registration._DummyDeviceGuard):
+    def device_count(self) -> int:
+        return 2
+
+    deviceCount = device_count  # noqa: N815 (torch calls either)
+
+
+def wait(what: str) -> None:
+    """Count a wait under the lines that asked for it: the last of memvec, and the last of all."""
+    if not watched.get():
+        return
+    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
+    asking = [f for f in frames if f.filename != __file__] or frames
+    ours = [f for f in asking if "/memvec/" in f.filename] or asking
+    lines = dict.fromkeys(f"{f.filename.split('/')[-1]}: {f.line}" for f in (ours[-1], asking[-1]))
+    WAITS[f"{what} in {' -> '.join(lines)}"] += 1
+
+
+class Pretended(torch.Tensor):
+    """A tensor that says it is on `place`; its numbers are in `raw`, on the CPU."""
+
+    raw: torch.Tensor
+    place: torch.device
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor, place: torch.device) -> Pretended:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            raw.shape,
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=place,
+        )
+        self.raw, self.place = raw.detach(), place
+        return self
+
+    def __repr__(self) -> str:
+        return f"Pretended({self.place}, {tuple(self.shape)}, {self.dtype})"
+
+    def tolist(self) -> Any:
+        wait("tolist")
+        return self.raw.tolist()
+
+    def numpy(self, *_: Any) -> Any:
+        raise TypeError("can't convert a tensor of a GPU to numpy")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return compute(func, args, kwargs or {})
+
+
+def mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """The value with `change` of every tensor in its tuples, lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(change, part) for part in value)
+    if isinstance(value, dict):
+        return {name: mapped(change, part) for name, part in value.items()}
+    return value
+
+
+def place_of(tensor: torch.Tensor) -> torch.device:
+    return tensor.place if isinstance(tensor, Pretended) else tensor.device
+
+
+def numbered(device: Any) -> torch.device:
+    device = torch.device(device)
+    return torch.device("gpu", device.index or 0) if device.type == "gpu" else device
+
+
+def compute(func: Any, args: Any, kwargs: Any) -> Any:
+    """Compute on the CPU what a GPU would; refuse what it would, and count its waits."""
+    leaves: list[torch.Tensor] = []
+    mapped(leaves.append, (args, kwargs))
+    pretended = [t for t in leaves if isinstance(t, Pretended)]
+    here = [t for t in leaves if not isinstance(t, Pretended) and t.dim() > 0]
+    target = kwargs.get("device")
+    target = numbered(target) if target is not None else None
+    raw_args, raw_kwargs = mapped(
+        lambda t: t.raw if isinstance(t, Pretended) else t, (args, kwargs)
+    )
+    if target is not None and target.type == "gpu":
+        raw_kwargs = raw_kwargs | {"device": torch.device("cpu")}
+    if "pin_memory" in raw_kwargs:
+        raw_kwargs = raw_kwargs | {"pin_memory": False}
+    places = {t.place for t in pretended}
+    if func in COPYING:
+        source, goal = args[1 if func is aten.copy_.default else 0], target or place_of(args[0])
+        if numbered(place_of(source)) != numbered(goal):
+            wait("a copy between devices")
+    elif len(places) > 1 or (pretended and here and func not in INDEXING):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device: {func} of {places} "
+            f"and {len(here)} tensors on the CPU"
+        )
+    elif pretended and here:
+        wait("an index from the CPU")
+    if pretended and func in READING:
+        wait(func.__name__)
+    if (
+        pretended
+        and func in INDEXING
+        and any(index is not None and index.dtype == torch.bool for index in args[1])
+    ):
+        wait("an index of truth values")
+    out = func(*raw_args, **raw_kwargs)
+    place = target or (next(iter(places)) if places else torch.device("cpu"))
+    if func in COPYING and target is None:
+        place = place_of(args[0])
+    if place.type != "gpu":
+        return out
+    out = mapped(lambda t: Pretended(t, place), out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if pretended else out
+
+
+class Mode(TorchDispatchMode):
+    """Within, `device="gpu:0"` makes pretended tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is aten.lift_fresh.default else compute(func, args, kwargs or {})
+
+
+def moved(module: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The module with its parameters and buffers on a pretended device."""
+    place = torch.device(device)
+
+    def there(tensor: torch.Tensor) -> Pretended:
+        return Pretended(
+            (tensor.raw if isinstance(tensor, Pretended) else tensor.data).clone(), place
+        )
+
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(there(parameter), requires_grad=False)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = there(buffer)
+    return module
+
+
+def begin() -> None:
+    """Tell torch of the devices; torch.tensor makes a number on the CPU and copies it."""
+    backend_registration._setup_privateuseone_for_python_backend(
+        "gpu", backend_module=Backend(), hook=Hook(), device_guard=Guard()
+    )
+    make = torch.tensor
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor
+
+
+def cram() -> dict[str, Any]:
+    """For each recipe the waits of four steps between polls, and how a whole run ends."""
+    from conftest import build, passages
+    from memvec.cramming.engine import Engine
+    from memvec.cramming.recipe import Recipe
+    from memvec.model.lm import FrozenLM
+
+    prefix: dict[str, Any] = {"start_rule": "bos", "lr": 0.3, "lr_large": 0.0, "optimizer": "nadam"}
+    query: dict[str, Any] = {"query_count": 3, "query_tokens": 6, "teacher_top": 8, "settle": 12}
+    recipes = {
+        "default": Recipe(),
+        "margin": Recipe(objective="margin", start_rule="bos", front="bos"),
+        "deficit": Recipe(objective="deficit", start_rule="first-token", corrections=1),
+        "usable": Recipe.of("usable", **query),
+        "prefix": Recipe(space="prefix", **prefix),
+        "low-dim": Recipe(coordinates="low-dim", dimensions=4),
+        "alignment": Recipe(term="alignment", align_layers=2),
+    }
+    said: dict[str, Any] = {}
+    with Mode():
+        model = moved(build("llama").to(torch.bfloat16), "gpu:0")
+        model.set_attn_implementation("eager")
+        lm = FrozenLM(model, name="pretended")
+        for name, recipe in recipes.items():
+            recipe = replace(recipe, steps=6, margin=1000.0)  # no passage is done before
+            engine = Engine(lm, recipe, vectors=2, batch_size=2, storage="bfloat16")
+            for passage in passages(6, 5):
+                engine.push(passage)
+            engine.fill(2)
+            engine.step()
+            with watching():
+                for _ in range(4):
+                    engine.step()
+            waits = dict(WAITS)
+            run = Engine(lm, recipe, vectors=2, batch_size=2, storage="int8")
+            outcomes = list(run.run(passages(6, 5, 4)))
+            said[name] = {"waits": waits, "outcomes": len(outcomes)}
+    return said
+
+
+def split() -> dict[str, Any]:
+    """A model whose second half and untied head are on a second device, as accelerate has it."""
+    from accelerate.hooks import attach_align_device_hook_on_blocks
+
+    from conftest import build
+    from memvec.model.lm import FrozenLM
+
+    with Mode():
+        model: Any = build("llama").to(torch.bfloat16)
+        model.set_attn_implementation("eager")
+        half = len(model.model.layers) // 2
+        places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+        places |= {f"model.layers.{i}": int(i >= half) for i in range(len(model.model.layers))}
+        devices = {name: torch.device("gpu", place) for name, place in places.items()}
+        for name, device in devices.items():
+            moved(model.get_submodule(name), str(device))
+        attach_align_device_hook_on_blocks(
+            model,
+            execution_device=devices | {"": torch.device("gpu", 0)},
+            offload=dict.fromkeys(devices, False),
+        )
+        lm = FrozenLM(model, name="split", check=False)  # no gradients on a second one
+        ids = torch.zeros(1, 5, dtype=torch.long, device="gpu:0")
+        with torch.no_grad():
+            states = lm.states(torch.zeros(1, 1, lm.width, device="gpu:0"), ids)
+        return {"head": lm.has_split_head, "states": list(states.shape), "device": str(lm.device)}
+
+
+def mixed() -> dict[str, Any]:
+    """What the pretence refuses and counts."""
+    with Mode():
+        row = torch.ones(3, device="gpu:0")
+        refused = []
+        for other in (torch.ones(3, device="gpu:1"), torch.ones(3)):
+            try:
+                row + other
+            except RuntimeError as error:
+                refused.append(str(error).split(":")[0])
+        with watching():
+            total = float((row * 2).sum())
+        return {"refused": refused, "total": total, "waits": sum(WAITS.values())}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    begin()
+    print(json.dumps({"cram": cram, "split": split, "mixed": mixed}[sys.argv[1]]()))

@@ -1,0 +1,54 @@
+"""The path of a GPU on a machine without one: `pretended_gpu.py`, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils import backend_registration
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch takes no pretended device",
+    ),
+]
+# transformers looks for packed sequences in each forward pass, and makes an empty cache of each
+# layer on the CPU; a graph of steps leaves out both (memvec.graphs).
+OF_TRANSFORMERS = ("packed_sequence_mask", "torch.tensor([]")
+
+
+def said_by(part: str) -> dict[str, Any]:
+    program = Path(__file__).with_name("pretended_gpu.py")
+    ran = subprocess.run(
+        [sys.executable, program, part], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout)
+
+
+def test_the_pretence_refuses_tensors_of_two_devices_and_counts_waits():
+    said = said_by("mixed")
+    assert said["refused"] == ["Expected all tensors to be on the same device"] * 2
+    assert said["total"] == 6.0
+    assert said["waits"] == 1
+
+
+def test_no_recipe_makes_a_gpu_wait_between_polls():
+    """Nor do its tensors meet those of another device, from the first step to the certificate."""
+    for name, said in said_by("cram").items():
+        ours = [w for w in said["waits"] if not any(words in w for words in OF_TRANSFORMERS)]
+        assert ours == [], name
+        assert said["outcomes"] == 3, name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
+def test_an_untied_head_on_another_gpu_is_still_computed_apart():
+    """Else each step would compute and keep the logits of every token of the vocabulary."""
+    assert said_by("split") == {"head": True, "states": [1, 5, 32], "device": "gpu:0"}
