@@ -170,7 +170,7 @@ def test_a_column_that_cannot_be_is_refused(arguments, sentence):
 # ---------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("preset", ["usable", "usable-quick", "default", "paper"])
+@pytest.mark.parametrize("preset", ["usable", "usable-quick", "usable-long", "default", "paper"])
 @pytest.mark.parametrize("changes", [{}, {"front": "none"}, {"lr": 0.5, "temperature": 1.0}])
 def test_a_recipe_is_evaluated_as_it_is_asked_for(preset, changes):
     """Whatever it leaves as a recipe has it by default: the preset of the model lies below it."""

@@ -201,7 +201,16 @@ def test_a_rate_of_zero_is_that_of_the_family_and_any_other_stays():
 
 
 def test_every_published_preset_is_checked():
-    ours = {"default", "capacity", "one-step", "usable", "usable-quick", "prefix", "prefix-layer"}
+    ours = {
+        "default",
+        "capacity",
+        "one-step",
+        "usable",
+        "usable-quick",
+        "usable-long",
+        "prefix",
+        "prefix-layer",
+    }
     assert set(PUBLISHED) | ours == set(registry.names("preset"))
 
 

@@ -53,6 +53,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "capacity": "memvec.arms.capacity:capacity",
         "usable": "memvec.usable.preset:usable",
         "usable-quick": "memvec.usable.preset:usable_quick",
+        "usable-long": "memvec.usable.preset:usable_long",
         "paper": "memvec.arms.presets:paper",
         "one-step": "memvec.arms.presets:one_step",
         "progressive": "memvec.arms.presets:progressive",

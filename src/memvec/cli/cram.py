@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from memvec.vectors import MemVectors
     from memvec.workers import Workers
 
-FOR_USE = ("usable", "usable-quick")  # presets
+FOR_USE = ("usable", "usable-quick", "usable-long")  # presets
 
 EXAMPLES = options.examples(
     "memvec cram letter.txt", "cat notes.md | memvec cram - --vectors 2 --json -o notes.mem"

@@ -51,3 +51,24 @@ def usable_quick() -> Recipe:
         lr=0.15,
         lr_end=0.1,
     )
+
+
+def usable_long() -> Recipe:
+    """The same for many tokens in each vector (24, say), in seven times the steps (docs/usable.md).
+
+    Context mode reads the vectors an eighth as large, so that their size tells the modes apart. The
+    rates are of the stored vectors and grow by as much.
+    """
+    return replace(
+        usable(),
+        optimizer="full-matrix",
+        term_weight=64.0,
+        query_count=512,
+        context_scale=0.125,
+        lr=2.4,
+        lr_end=0.4,
+        settle=2000,
+        decay=2000,
+        steps=4000,
+        patience=4000,
+    )
