@@ -28,22 +28,11 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+import recorder
+
 aten = torch.ops.aten
-READING = {  # a number, or a shape that depends on numbers
-    aten._local_scalar_dense.default,
-    aten.is_nonzero.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten.repeat_interleave.Tensor,
-    aten._unique2.default,
-}
-INDEXING = {
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten.index_put.default,
-    aten._index_put_impl_.default,
-}
+READING = recorder.WAITS - {aten.lift_fresh.default}  # a number, or a shape that depends on some
+INDEXING = recorder.BY_INDEX | {aten._index_put_impl_.default}
 COPYING = {aten._to_copy.default, aten.copy_.default}
 WAITS: collections.Counter[str] = collections.Counter()
 watched = contextvars.ContextVar("watched", default=False)  # whether waits are counted now
