@@ -58,6 +58,8 @@ from memvec.usable.certificate import (
     contexts_of_row,
 )
 from memvec.usable.certificate import score_table as tabulated
+from memvec.usable.triggers import named_files
+from memvec.writing import write_atomically
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
@@ -130,9 +132,7 @@ def kept_or_measured(
     for at in range(0, len(missing), options.batch_size):
         batch = missing[at : at + options.batch_size]
         for text, measured in zip(batch, measures(lm, batch, T, K, options), strict=True):
-            partial = files[text].with_suffix(".partial")
-            partial.write_text(json.dumps(measured), encoding="utf-8")
-            partial.replace(files[text])
+            write_atomically(files[text], json.dumps(measured).encode())
     for text in texts:
         measured = json.loads(files[text].read_text(encoding="utf-8"))
         if measured["scores"] is not None:
@@ -142,12 +142,13 @@ def kept_or_measured(
 
 
 def _settings(lm: FrozenLM, text: Passage, T: int, K: int, options: argparse.Namespace) -> str:
-    """A digest of all that decides the measures of a text."""
+    """A digest of the model, the recipe, the files that both name, the text and the sizes."""
     encoder = options.encoder.read_bytes() if options.encoder else b""
     deciding = {
         "model": str(lm.fingerprint),
         "encoder": hashlib.sha256(encoder).hexdigest(),
         "recipe": asdict(options.recipe),
+        "files": named_files(options.recipe),
         "text": (text.ids, text.document),
         "size": (T, K, options.in_a_row, CONTINUATION),
     }
