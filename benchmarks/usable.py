@@ -43,7 +43,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, triggered
 from memvec.decoding import BATCH
-from memvec.errors import check_minimum
+from memvec.errors import MemvecError, check_minimum
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -262,13 +262,17 @@ def main() -> None:
     parser.add_argument("--preset", default="usable", help="a recipe of usable vectors")
     parser.add_argument("--set", nargs="*", default=(), help="fields of the recipe, name=value")
     options = parser.parse_args()
-    check_minimum(1, in_a_row=options.in_a_row, passages=options.passages - options.skip)
+    check_minimum(1, in_a_row=options.in_a_row, passages=options.passages)
     check_minimum(0, skip=options.skip)
+    if options.keep is not None and options.keep.exists() and not options.keep.is_dir():
+        raise MemvecError(f"--keep {options.keep} is a file: name a folder.")
     options.recipe = recipe_of(options.preset, options.set)
     if options.quick:
         options.shape, options.tokens, options.vectors = "tiny-llama", (6,), (2,)
         options.passages = 4
         options.recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=8, query_count=4)
+    if options.skip >= options.passages:
+        raise MemvecError(f"--skip {options.skip} leaves none of the {options.passages} passages.")
     lm = (
         random_model(options.shape)
         if options.shape
