@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from copy import copy
 
 import pytest
 import torch
 
 from conftest import reader, tiny
 from memvec.errors import MemvecError, NotExactError
+from memvec.model import memory
 from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import (
     CLOSE_LOOK,
@@ -178,8 +180,10 @@ def slow_surprisals(lm, ids):
     return found
 
 
+@pytest.mark.parametrize("chunk", [1, memory.LOGITS_AT_ONCE])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
-def test_surprisals_are_the_models_own(family, monkeypatch):
+def test_surprisals_are_the_models_own(family, chunk, monkeypatch):
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", chunk)
     lm, ids = tiny(family), [5, 3, 3, 9, 20, 7]
     found = surprisals(lm, ids)
     assert found.tolist() == pytest.approx(slow_surprisals(lm, ids), rel=1e-4, abs=1e-4)
@@ -188,6 +192,15 @@ def test_surprisals_are_the_models_own(family, monkeypatch):
     assert float(without[0]) == pytest.approx(math.log2(lm.vocab_size))
     assert len(without) == len(ids)
     assert surprisals(lm, [4]).tolist() == pytest.approx([math.log2(lm.vocab_size)])
+
+
+def test_the_logits_of_a_long_text_are_never_in_memory_at_once(monkeypatch):
+    lm, rows = copy(tiny("llama")), []
+    monkeypatch.setattr(memory, "LOGITS_AT_ONCE", 4 * lm.vocab_size)
+    head = lm.head
+    monkeypatch.setattr(lm, "head", lambda states: rows.append(states.shape[1]) or head(states))
+    surprisals(lm, random_ids(10))
+    assert rows == [4, 4, 2]
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:

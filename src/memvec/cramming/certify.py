@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from memvec.corrections import Corrections, pick
 from memvec.decoding import decode_ids, first_error
-from memvec.metrics import margins, surprisal
-from memvec.model import memory
+from memvec.metrics import at_states, margins, surprisal
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage, padded_ids
@@ -136,7 +135,8 @@ def positions(
     """
     B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
     ids = padded_ids(passages, longest).to(lm.device)
-    bits, margin = _positions(lm, lm.states(vectors.to(lm.device), ids, start), ids[:, given:])
+    states, measured = lm.states(vectors.to(lm.device), ids, start), (surprisal, margins)
+    bits, margin = at_states(lm, states, ids[:, given:], *measured)
     if given or lm.bos_id is not None:
         # Passages that begin with BOS; none where the first token is given: no id is -1. Their rows
         # are shifted left by one, so that the model reads their own BOS, and their scores are
@@ -144,33 +144,19 @@ def positions(
         bos = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
         read = torch.where(bos, ids.roll(-1, 1), ids)
         base = lm.states(None, read, "first-token" if given else "bos")
+        alone = at_states(lm, base, read[:, given:], *measured)
         base_bits, base_margin = (
             torch.where(bos.cpu(), torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], 1), x)
-            for x, first in zip(_positions(lm, base, read[:, given:]), (0.0, 1.0), strict=True)
+            for x, first in zip(alone, (0.0, 1.0), strict=True)
         )
     else:
         # No token starts a text for this model: the first token costs log2 V without vectors.
         base_bits = base_margin = bits.new_empty(B, 0)
         if longest > 1:
             states = lm.states(None, ids, "first-token")
-            base_bits, base_margin = _positions(lm, states, ids[:, 1:])
+            base_bits, base_margin = at_states(lm, states, ids[:, 1:], *measured)
         # A margin below 0 counts as a miss of the model alone.
         first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
         base_bits = torch.cat([first, base_bits], dim=1)
         base_margin = torch.cat([torch.full_like(first, -1.0), base_margin], dim=1)
     return PositionScores(bits, margin, base_bits, base_margin)
-
-
-def _positions(
-    lm: FrozenLM, states: Float[Tensor, "B T H"], ids: Int[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Bits and margin of each position, a few rows of logits at a time, on the CPU."""
-    B, T, H = states.shape
-    flat, truth = states.reshape(1, B * T, H), ids.reshape(1, -1)
-    rows = max(1, memory.LOGITS_AT_ONCE // lm.vocab_size)
-    bits, margin = [], []
-    for at in range(0, B * T, rows):
-        logits = lm.head(flat[:, at : at + rows])
-        bits.append(surprisal(logits, truth[:, at : at + rows])[0].cpu())
-        margin.append(margins(logits, truth[:, at : at + rows])[0].cpu())
-    return torch.cat(bits).reshape(B, T), torch.cat(margin).reshape(B, T)

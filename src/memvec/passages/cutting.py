@@ -83,9 +83,11 @@ def surprisals(lm: FrozenLM, ids: Sequence[int]) -> torch.Tensor:
     """
     table = torch.tensor([list(ids)], device=lm.device)
     if lm.bos_id is not None:
-        return metrics.surprisal(lm.logits(None, table), table)[0].double().cpu()
-    first = torch.tensor([math.log2(lm.vocab_size)], dtype=torch.float64)
-    if len(ids) == 1:
-        return first
-    later = metrics.surprisal(lm.logits(None, table), table[:, 1:])[0].double().cpu()
-    return torch.cat([first, later])
+        states, first, truth = lm.states(None, table, "bos"), [], table
+    else:
+        first = [math.log2(lm.vocab_size)]
+        if len(ids) == 1:
+            return torch.tensor(first, dtype=torch.float64)
+        states, truth = lm.states(None, table, "first-token"), table[:, 1:]
+    (bits,) = metrics.at_states(lm, states, truth, metrics.surprisal)
+    return torch.cat([torch.tensor(first, dtype=torch.float64), bits[0].double()])
