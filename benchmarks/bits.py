@@ -24,6 +24,7 @@ from memvec.corrections import size
 from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.lab.compressors import byte_account
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import surprisals
@@ -59,7 +60,7 @@ def beside(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[float, floa
     """Bytes per text byte (mean, standard error) of what needs no vectors."""
     lm_bits = [float(surprisals(lm, p.ids).double().sum()) for p in passages]
     texts = [lm.text(list(p.ids)).encode() for p in passages]
-    joined = metrics.byte_account(b"".join(texts), 0, sum(lm_bits))
+    joined = byte_account(b"".join(texts), 0, sum(lm_bits))
     nothing = torch.zeros(len(passages), 1, lm.width)
     margin = positions(lm, nothing, passages, "vectors").lm_margin
     alone = []

@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import build, byte_tokenizer, passages, reader, tiny
+from memvec.codec import cram, decode
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.lab.doctor import checks, examine, speed
@@ -71,6 +74,27 @@ def test_the_fingerprint_knows_other_weights(folder, tmp_path, name):
     weights[name] = weights[name] * 1.5
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     assert not load_lm(str(copy)).fingerprint.matches(reader().fingerprint)
+
+
+@pytest.mark.parametrize("trained", ["lm_head.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_a_model_that_is_trained_further_is_another_one(trained, monkeypatch):
+    """Neither are vectors stored under its old fingerprint, nor old ones decoded with it."""
+    tokenizer = byte_tokenizer()
+    model = build("llama", vocab_size=len(tokenizer))
+    lm = FrozenLM(model, tokenizer)
+    mem = cram(lm, "abc", recipe=Recipe(steps=2))
+    weight = model.get_parameter(trained)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    new = FrozenLM(model, tokenizer)
+    assert not new.fingerprint.matches(lm._fingerprint)
+    monkeypatch.setattr(Engine, "run", None)  # refused before any work
+    for use in (lambda: decode(lm, mem), lambda: cram(lm, "abc", recipe=Recipe(steps=2))):
+        with pytest.raises(MemvecError, match="weights of in-memory were changed after"):
+            use()
+    with pytest.raises(MemvecError, match="made for other weights"):
+        decode(new, mem)
 
 
 def test_one_number_of_the_embedding_makes_another_model():

@@ -13,6 +13,7 @@ import zstandard
 from conftest import passages, tiny
 from memvec import metrics
 from memvec.cramming.certify import positions
+from memvec.lab.compressors import byte_account
 from memvec.model import memory
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
@@ -119,7 +120,7 @@ def test_no_error_without_two_values():
 
 @pytest.mark.parametrize("text", [b"", b"to be or not to be " * 50])
 def test_the_byte_account_can_be_decompressed(text):
-    account = metrics.byte_account(text, 4096, 100.5)
+    account = byte_account(text, 4096, 100.5)
     assert (account["text"], account["vectors"]) == (len(text), 4096)
     assert account["arithmetic"] == 13  # 100.5 bits need 12.56 bytes
     assert account["xz"] == len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))

@@ -14,9 +14,10 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
-from memvec.errors import SlowPathWarning
+from memvec.errors import MemvecError, SlowPathWarning
 from memvec.loading import load_lm
 from memvec.model import precision
+from memvec.model.lm import FrozenLM
 from memvec.model.precision import ATTENTION, for_steps, widen_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:steps of .* are computed in float32")
@@ -83,12 +84,26 @@ def test_auto_rounds_large_float32_models_only(monkeypatch):
     assert precision.for_steps(pocket, "auto") is pocket
 
 
+def test_a_model_that_is_trained_further_gets_a_new_copy():
+    model = build("qwen2")
+    before = precision.for_steps(FrozenLM(model), "bfloat16").model
+    lm = FrozenLM(model)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight += 0.5
+    with pytest.raises(MemvecError, match="weights of in-memory were changed after"):
+        precision.for_steps(lm, "bfloat16")
+    after = precision.for_steps(FrozenLM(model), "bfloat16").model
+    assert not torch.equal(before.get_input_embeddings().weight, weight.bfloat16())
+    assert torch.equal(after.get_input_embeddings().weight, weight.bfloat16())
+
+
 def test_a_copy_that_disagrees_is_not_used(monkeypatch):
     lm = tiny("qwen2")
-    precision.COPIES.pop(lm.model, None)
+    precision.COPIES.pop(lm.fingerprint, None)
     monkeypatch.setattr(precision, "LARGEST_DIFFERENCE", -1.0)
     engine = Engine(lm, HALF)
-    precision.COPIES.pop(lm.model, None)
+    precision.COPIES.pop(lm.fingerprint, None)
     assert engine.module is lm
     assert engine.recipe.compute == "model"
 

@@ -12,7 +12,7 @@ from memvec.arms import principal
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.model.lm import FrozenLM
+from memvec.usable.around import with_front
 from properties import alone_as_beside_others, exact_as_measured
 
 TURNED = replace(QUICK, coordinates="principal", compute="model")
@@ -71,8 +71,7 @@ def test_directions_are_made_once_for_a_model_and_whatever_the_batch(monkeypatch
     lm = tiny()
     found = principal.gradient_spectrum(lm)
     assert principal.gradient_spectrum(lm) is found
-    other = FrozenLM(lm.model, lm.tokenizer, name="the same weights")
-    assert principal.gradient_spectrum(other) is found
+    assert principal.gradient_spectrum(with_front(lm, "bos")) is found
     monkeypatch.setattr(principal, "SPECTRA", {})
     monkeypatch.setattr(principal, "BATCH", 5)
     again = principal.gradient_spectrum(lm)

@@ -37,6 +37,11 @@ def check_minimum(minimum: int, /, **options: int | float | None) -> None:
             raise MemvecError(f"--{option} must be at least {minimum}, not {value:g}.")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or the whole list."""
     known = sorted(known)

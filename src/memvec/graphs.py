@@ -36,7 +36,7 @@ from torch import Tensor
 
 from memvec.cramming.objectives import Score
 from memvec.cramming.terms import Term
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_line
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
 
@@ -205,7 +205,7 @@ class Graphs:
             # The end of a capture that ran out of memory fails in its turn.
             if any(memory.out_of_memory(e) for e in (error, error.__context__) if e is not None):
                 raise torch.OutOfMemoryError("no memory to capture a step") from error
-            reason, name = str(error).splitlines()[0], self.module.name
+            reason, name = first_line(error), self.module.name
             raise MemvecError(
                 f"graphs cannot be used: a step of {name} cannot be captured ({reason}). Leave "
                 "them out."

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_line
 from memvec.loading import POCKET
 from memvec.writing import write_atomically
 
@@ -332,6 +332,4 @@ def _hub(name: str) -> Iterator[None]:
     except (ConnectionError, UNREACHABLE):
         raise no_answer from None
     except (HFValidationError, OSError) as error:
-        raise MemvecError(
-            f"the Hub could not serve {name}: {str(error).splitlines()[0]}."
-        ) from None
+        raise MemvecError(f"the Hub could not serve {name}: {first_line(error)}.") from None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from memvec.encoders.files import read_encoders
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError, did_you_mean, first_line
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import keep_freed_memory, out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
@@ -205,8 +205,7 @@ def _loading(name: str) -> Iterator[None]:
         raise
     # A configuration goes into the constructor of its own class, which may raise anything.
     except Exception as error:
-        reason = str(error).strip()
-        first = reason.splitlines()[0] if reason else type(error).__name__
+        first = first_line(error)
         if out_of_memory(error):
             raise MemvecError(
                 f"{name} does not fit in the memory of the device: use device_map='auto' or "
@@ -215,7 +214,7 @@ def _loading(name: str) -> Iterator[None]:
         if isinstance(error, ImportError):
             raise MemvecError(f"{name} needs a package that is missing: {first}") from error
         for words, sentence in EXPLAINED.items():
-            if any(word in reason for word in words):
+            if any(word in str(error) for word in words):
                 raise MemvecError(f"{name} {sentence.format(first)}") from error
         raise MemvecError(f"{name} could not be loaded: {first}") from error
 

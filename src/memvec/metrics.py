@@ -8,14 +8,12 @@ vectors, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-import lzma
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import zstandard
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -131,18 +129,3 @@ def mean_and_error(values: Sequence[float | int]) -> tuple[float, float]:
     n = len(data)
     mean = float(data.mean()) if n else math.nan
     return mean, float(data.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-
-
-def byte_account(text: bytes, vector_bytes: int, lm_bits: float) -> dict[str, int]:
-    """Bytes of the text, of its vectors, and of what compresses it honestly.
-
-    `arithmetic` is what an arithmetic coder driven by the same model needs, H_LM / 8 (the paper's
-    Table 4 compares with it too); vectors are not a file compressor, and this shows it.
-    """
-    return {
-        "text": len(text),
-        "vectors": vector_bytes,
-        "xz": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
-        "zstd": len(zstandard.ZstdCompressor(level=19).compress(text)),
-        "arithmetic": math.ceil(lm_bits / 8),
-    }

@@ -19,11 +19,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
+from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 
@@ -31,7 +32,7 @@ TOKENS = 4  # drawn tokens behind each drawn vector
 ROWS = 4  # gradients for each direction; with one, `principal` saves a sixth of the steps
 BATCH = 32
 MIN_SHARE = 1e-4  # added to every share, in units of their mean: none is scaled up without an end
-SPECTRA: WeakKeyDictionary[nn.Module, Spectrum] = WeakKeyDictionary()
+SPECTRA: WeakKeyDictionary[Fingerprint, Spectrum] = WeakKeyDictionary()
 
 
 class Spectrum(NamedTuple):
@@ -94,7 +95,7 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
     `TOKENS` drawn tokens; float32, on the model's device. A gradient that is not finite is left
     out. Raises MemvecError if none is.
     """
-    if lm.model not in SPECTRA:
+    if lm.fingerprint not in SPECTRA:
         lm = copy.copy(lm.read_as("prefix"))
         lm.front = ()
         covariance = torch.zeros(lm.width, lm.width, dtype=torch.float64)
@@ -109,8 +110,8 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
                 "be found: use --dtype float32, or --set coordinates=direct."
             )
         shares, directions = (part.float().to(lm.device) for part in torch.linalg.eigh(covariance))
-        SPECTRA[lm.model] = Spectrum(shares.clamp_min(0), directions)
-    return SPECTRA[lm.model]
+        SPECTRA[lm.fingerprint] = Spectrum(shares.clamp_min(0), directions)
+    return SPECTRA[lm.fingerprint]
 
 
 def _gradients(lm: FrozenLM, seed: int, rows: slice) -> list[Float[Tensor, " D"]]:

@@ -170,14 +170,14 @@ def account(mem: MemVectors, text: bytes) -> dict[str, int]:
     Under the start rule 'first-token' a passage's first token is listed (LEB128) and costs the
     arithmetic coder log2 V bits. A trigger is a model's, not a text's, and is not counted.
     """
-    from memvec import metrics
+    from memvec.lab.compressors import byte_account
 
     s = mem.summary()
     given = [p.first for p in mem.passages if p.first is not None]
     size = s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
     size += sum(-(-max(1, token.bit_length()) // 7) for token in given)
     alone = math.log2(int(mem.header.model.get("vocabulary", 2)))
-    return metrics.byte_account(text, size, s["lm_bits"] + len(given) * alone)
+    return byte_account(text, size, s["lm_bits"] + len(given) * alone)
 
 
 def check_target(target: Path, force: bool) -> None:

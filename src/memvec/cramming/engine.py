@@ -72,6 +72,7 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         check_minimum(1, vectors=vectors, batch_size=batch_size)
+        lm.check_unchanged()
         recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.recipe = recipe.for_family(str(lm.config.model_type))
         self.lm = lm = triggered(lm, self.recipe)

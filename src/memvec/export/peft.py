@@ -25,7 +25,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_line
 from memvec.export.target import Item, Target, decoder, embedded
 from memvec.export.transformers import plain_generation
 
@@ -88,7 +88,7 @@ class Peft(Target):
                     use_cache=False,
                 )
             except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 raise MemvecError(
                     f"PEFT cannot generate with {lm.name} ({reason}): use --to transformers."
                 ) from error

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.errors import first_line
 from memvec.model.agreement import agree
 
 NAMES = ("cache", "past_key_values", "cache_params", "state")
@@ -116,8 +117,7 @@ def find_cache(
         ours = cached_logits(model, argument, two, ids[:, 2:], after_two)
         truth = model(inputs_embeds=embedding(ids[:, :-1]), use_cache=False).logits
     except Exception as error:  # foreign code: any error means that its cache does not work
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Caching(None, f"its forward with a cache fails: {first}")
+        return Caching(None, f"its forward with a cache fails: {first_line(error)}")
     ok, detail = agree(ours, truth[:, 1:].float().to(ours.device), rounding)
     if not ok:
         return Caching(None, f"its cached decoding disagrees with its own forward, {detail}")

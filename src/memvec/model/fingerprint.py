@@ -6,17 +6,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from memvec.errors import MemvecError, first_line
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
 
 # Settings that change when a model is saved and loaded, and do not depend on its weights.
 VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by `matches`; a key of what is made from a model
 class Fingerprint:
     """Identifies a model's weights, in whatever dtype they are loaded.
 
@@ -61,6 +66,32 @@ def _lasting(settings: Any) -> Any:
     if not isinstance(settings, Mapping):
         return settings
     return {name: _lasting(value) for name, value in settings.items() if name not in VOLATILE}
+
+
+def fixed_prompt(lm: FrozenLM) -> Int[Tensor, "1 8"]:
+    """Eight token ids, the same for every model of the same vocabulary."""
+    rows = int(lm.embedding.weight.shape[0])  # type: ignore[index,union-attr]
+    return (torch.arange(1, 9, device=lm.device) * 7919 % rows)[None]
+
+
+@torch.no_grad()
+def probe_logits(lm: FrozenLM) -> Float[Tensor, "8 V"]:
+    """The model's own logits of the fixed prompt.
+
+    Raises MemvecError for a model whose forward pass on tokens fails.
+    """
+    try:
+        return lm.own_logits(fixed_prompt(lm))[0]
+    except Exception as error:  # foreign code may raise any error
+        raise MemvecError(
+            f"{lm.name} cannot be crammed: its own forward on plain tokens fails "
+            f"({first_line(error)})."
+        ) from error
+
+
+def times_changed(model: nn.Module) -> list[int]:
+    """How often each parameter was changed in place, as PyTorch counts (not through `.data`)."""
+    return [p._version for p in model.parameters() if not p.is_inference()]
 
 
 def fingerprint_of(

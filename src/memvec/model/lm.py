@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.model.caching import behind, find_cache
 from memvec.model.configuration import context_length, start_token
-from memvec.model.fingerprint import fingerprint_of
+from memvec.model.fingerprint import Fingerprint, fingerprint_of, probe_logits, times_changed
 from memvec.model.heads import split_head
 from memvec.model.large import offloaded, recomputed
 from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
@@ -95,8 +95,7 @@ class FrozenLM:
         self.bos_id = start_token(text_config, tokenizer, rows=len(weight))
         with torch.no_grad():  # of the unscaled matrix; some models scale its rows (Gemma)
             self.embedding_std = embedding_std(weight)
-        with _answering(name), torch.no_grad():
-            logits = self.own_logits(self._probe_ids())[0]
+        logits = probe_logits(self)
         self.vocab_size = int(logits.shape[-1])
         self.logit_spread = logit_spread(logits)
         self._body, self._head = split_head(model, self.embedding)
@@ -108,7 +107,8 @@ class FrozenLM:
             if not self.has_split_head:
                 warnings.warn(f"{name} {WHOLE_MODEL}", SlowPathWarning, stacklevel=2)
         mixed = BFLOAT16_AUTOCAST if self.autocast else None
-        self.fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
+        self._fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
+        self._times_changed = times_changed(model)
         self.facts: dict[str, Any] = {}
         self.encoder: OnePassEncoder | None = None
         self.usable_encoder: OnePassEncoder | None = None
@@ -304,9 +304,24 @@ class FrozenLM:
         other.model, other.embedding = model, model.get_input_embeddings()  # type: ignore[operator]
         other.dtype = other.embedding.weight.dtype  # type: ignore[assignment]
         other._body, other._head = split_head(model, other.embedding)
+        other._times_changed = times_changed(model)
         return other
 
     # ------------------------------------------------------------------ what identifies it
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What identifies the weights; raises MemvecError as `check_unchanged` does."""
+        self.check_unchanged()
+        return self._fingerprint
+
+    def check_unchanged(self) -> None:
+        """Raise MemvecError if the weights were changed in place (trained) since this was made."""
+        if times_changed(self.model) != self._times_changed:
+            raise MemvecError(
+                f"the weights of {self.name} were changed after it was loaded: load it again, or "
+                "make a new FrozenLM of the model."
+            )
 
     def description(self) -> dict[str, Any]:
         """Everything about the model that could change a number (design rule 6)."""
@@ -324,19 +339,3 @@ class FrozenLM:
             **({"usable_encoder": e.identity} if (e := self.usable_encoder) else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
         }
-
-    def _probe_ids(self) -> Int[Tensor, "1 8"]:
-        rows = int(self.embedding.weight.shape[0])  # type: ignore[index,union-attr]
-        return (torch.arange(1, 9, device=self.device) * 7919 % rows)[None]
-
-
-@contextlib.contextmanager
-def _answering(name: str) -> Iterator[None]:
-    """Raise MemvecError, in one sentence, for a model whose forward pass on tokens fails."""
-    try:
-        yield
-    except Exception as error:  # foreign code may raise any error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MemvecError(
-            f"{name} cannot be crammed: its own forward on plain tokens fails ({reason})."
-        ) from error

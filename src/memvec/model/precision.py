@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from memvec.errors import SlowPathWarning
+from memvec.errors import SlowPathWarning, first_line
 from memvec.model.agreement import TOLERANCE
+from memvec.model.fingerprint import Fingerprint, fixed_prompt
 from memvec.model.norms import join_norms
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ ATTENTION = "memvec_float32"  # the name under which transformers knows `attenti
 MIN_PARAMETERS = 4_000_000  # in smaller models products are not what takes the time of a step
 LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # to the original, in logit spreads
 # For each model its rounded copy, or the reason why it is not used.
-COPIES: WeakKeyDictionary[nn.Module, nn.Module | str] = WeakKeyDictionary()
+COPIES: WeakKeyDictionary[Fingerprint, nn.Module | str] = WeakKeyDictionary()
 
 
 def multiplies_bfloat16() -> bool:
@@ -99,7 +100,7 @@ def _rounded(lm: FrozenLM) -> nn.Module | str:
 
     Buffers are not rounded: the frequencies of rotary positions would lose too much precision.
     """
-    if lm.model not in COPIES:
+    if lm.fingerprint not in COPIES:
         # deepcopy treats these as already copied, so no second float32 model is made.
         rounded = {
             id(parameter): nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False)
@@ -109,17 +110,17 @@ def _rounded(lm: FrozenLM) -> nn.Module | str:
         if lm.device.type == "cpu":  # whose kernels for bfloat16 are slow
             widen_attention(model)
             join_norms(model)
-        COPIES[lm.model] = _disagreement(lm, lm.computed_by(model)) or model
-    return COPIES[lm.model]
+        COPIES[lm.fingerprint] = _disagreement(lm, lm.computed_by(model)) or model
+    return COPIES[lm.fingerprint]
 
 
 @torch.no_grad()
 def _disagreement(lm: FrozenLM, rounded: FrozenLM) -> str:
     """The reason why a rounded copy cannot be used; '' if it can."""
-    ids = lm._probe_ids()
+    ids = fixed_prompt(lm)
     try:
         logits = rounded.own_logits(ids)
     except Exception as error:  # a model's own code may need one dtype throughout
-        return f"fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        return f"fails ({first_line(error)})"
     largest = float((logits - lm.own_logits(ids)).abs().max() / lm.logit_spread)
     return "" if largest <= LARGEST_DIFFERENCE else f"differs by {largest:.1e} of their spread"

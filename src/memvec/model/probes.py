@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_line
 from memvec.model.agreement import agree
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def guarded(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: Frozen
     try:
         ok, detail = check(lm)
     except Exception as error:  # foreign code may raise any error
-        reason = str(error).strip() or type(error).__name__
-        return Check(name, False, f"the model refuses: {reason.splitlines()[0]}")
+        return Check(name, False, f"the model refuses: {first_line(error)}")
     return Check(name, ok, detail)
 
 

@@ -67,17 +67,6 @@ class Prefix:
         """The model's cache before it reads the inputs; None: empty."""
         return None
 
-    def states_as_context(
-        self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], ids: Int[Tensor, "B L"]
-    ) -> Float[Tensor, "B N H"]:
-        """Hidden states that predict `ids` directly after the vectors, in context mode.
-
-        `ids` are L tokens other than the passage's. N = L, or L - 1 if the vectors predict no
-        token, since the first one is then given. The vectors are multiplied by `context_scale`.
-        """
-        rule: StartRule = "vectors" if self.predicts else "first-token"
-        return self.states(lm, lm.context_scale * vectors, ids, rule)
-
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_line
 from memvec.model.agreement import agree
 from memvec.model.lm import FrozenLM
 from memvec.model.probes import probe_ids
@@ -219,8 +219,7 @@ def _probed(lm: FrozenLM, space: str) -> Layers:
         layers = keys_values(lm, inputs)
         whole = layers and all(t.dim() == 4 and t.shape[2] == 7 for pair in layers for t in pair)
     except Exception as error:  # foreign code may raise any error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _unfit(lm, space, first) from error
+        raise _unfit(lm, space, first_line(error)) from error
     if not whole:
         raise _unfit(lm, space, "its cache is of another kind")
     if len({table.device for pair in layers for table in pair}) > 1:

@@ -45,7 +45,7 @@ from memvec.results import Record
 from memvec.storage import Storage
 from memvec.usable.around import as_context_at
 from memvec.usable.queries import continuations, text_inputs
-from memvec.usable.teacher import log_p_behind
+from memvec.usable.teacher import log_p_behind, states_as_context
 from memvec.vectors import MemVectors
 
 PASSAGES = 32  # at most so many passages are measured, evenly spread over the file
@@ -296,7 +296,7 @@ def _behind_vectors(
     lm: FrozenLM, vectors: Float[Tensor, "K W"], words: Int[Tensor, "M L"]
 ) -> Float[Tensor, "M n V"]:
     rows = vectors.to(lm.device).expand(len(words), -1, -1)
-    return lm.head(lm.reading.states_as_context(lm, rows, words)).log_softmax(-1)
+    return lm.head(states_as_context(lm, rows, words)).log_softmax(-1)
 
 
 @torch.no_grad()

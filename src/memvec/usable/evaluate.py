@@ -22,7 +22,7 @@ from typing import Any
 from memvec.cram_job import CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
-from memvec.errors import MemvecError, check_minimum
+from memvec.errors import MemvecError, check_minimum, first_line
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import ids_hash
 from memvec.usable.columns import COLUMNS, SPLIT, column_named
@@ -160,9 +160,8 @@ def _tasks(evaluation: Evaluation, manager: Any) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = manager.load(list(evaluation.tasks))["tasks"]
     except Exception as error:  # data of any kind, from anywhere
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MemvecError(
-            f"the data of {', '.join(evaluation.tasks)} cannot be loaded: {reason}"
+            f"the data of {', '.join(evaluation.tasks)} cannot be loaded: {first_line(error)}"
         ) from error
     for name, task in loaded.items():
         if task.OUTPUT_TYPE not in KINDS:

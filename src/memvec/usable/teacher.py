@@ -19,6 +19,7 @@ from memvec.cramming.rows import Rows
 from memvec.model import memory
 from memvec.model.heads import Head
 from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
 
 SMALLEST_MASS = 1e-7  # of all tokens that are not kept, so that its logarithm is finite
 
@@ -74,6 +75,18 @@ def states_behind(
     """States that predict each token of `ids` behind some inputs."""
     behind = torch.cat([inputs.to(lm.dtype), lm.embed(ids[:, :-1])], 1)
     return lm.states_of(behind, keep=ids.shape[1])
+
+
+def states_as_context(
+    lm: FrozenLM, vectors: Float[Tensor, "B K W"], ids: Int[Tensor, "B L"]
+) -> Float[Tensor, "B N H"]:
+    """Hidden states that predict `ids` directly after the vectors, in context mode.
+
+    `ids` are L tokens other than the passage's. N = L, or L - 1 if the vectors predict no
+    token, since the first one is then given. The vectors are multiplied by `context_scale`.
+    """
+    rule: StartRule = "vectors" if lm.reading.predicts else "first-token"
+    return lm.reading.states(lm, lm.context_scale * vectors, ids, rule)
 
 
 def log_p_behind(

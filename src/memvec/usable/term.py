@@ -36,6 +36,7 @@ from memvec.usable.teacher import (
     divergence_at,
     joined,
     no_neighbours,
+    states_as_context,
     top_tokens_behind,
 )
 from memvec.usable.turns import Turns
@@ -130,7 +131,7 @@ class Use(Term):
         """States that predict a query behind the vectors, in a row where there are neighbours."""
         module, words = self.module, with_padding(ids, padding_rows)
         if self.neighbours is None:
-            return module.reading.states_as_context(module, vectors, words)
+            return states_as_context(module, vectors, words)
         row = torch.arange(len(ids), device=ids.device)
         parts = [part[row, query] for part in (beside.neighbours, beside.in_front, beside.count)]
         inputs, used = self.neighbours.row(

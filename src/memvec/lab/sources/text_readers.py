@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_line
 
 TABLES = (".jsonl", ".parquet", ".csv")
 SUFFIXES = (".txt", ".md", *TABLES)
@@ -84,9 +84,8 @@ def read_hub_texts(
         builder.download_and_prepare()
         table = builder.as_dataset(split=split)
     except Exception as error:  # the library raises a dozen kinds for "not there" and "no network"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MemvecError(
-            f"source missing: {dataset} could not be read from the Hub ({first}); "
+            f"source missing: {dataset} could not be read from the Hub ({first_line(error)}); "
             "give a local copy with path."
         ) from error
     if column not in table.column_names:
@@ -117,8 +116,8 @@ def _read_file(file: Path, column: str, where: dict[str, str]) -> list[NamedText
         try:
             frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
         except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one
-            first = str(error).splitlines()[0]
-            raise MemvecError(f"{file} is not a {file.suffix[1:]} table: {first}.") from None
+            kind, reason = file.suffix[1:], first_line(error)
+            raise MemvecError(f"{file} is not a {kind} table: {reason}.") from None
         return _texts_of_rows(frame.to_dict("records"), file, column, where)
     return [(file.stem, _read_utf8(file))]
 
