@@ -150,7 +150,7 @@ def arguments(description: str, program: Path) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--spec", type=Path, default=program.with_suffix(".toml"))
-    parser.add_argument("--corpus", type=Path, default=root.parent / "shared/corpus/novels.parquet")
+    parser.add_argument("--corpus", type=Path, default=Path("novels.parquet"))
     parser.add_argument("--work", type=Path, default=root / ".runs" / program.stem)
     parser.add_argument("--only", nargs="*", help="names of tables in --spec; default: all")
     parser.add_argument("--passages", type=int, default=16)

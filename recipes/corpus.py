@@ -8,7 +8,7 @@ Notable:
 - the batches of step n depend on (seed, n) only: a run that is stopped and resumed, and the plain
   twin, read the same ordinary tokens in the same order.
 
-Used by `pocket.py`; nothing to run here.
+Used by `pocket.py` and `evaluate.py`; nothing to run here.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ def read_texts(path: Path) -> pd.DataFrame:
         texts = [f.read_bytes().decode() for f in files]  # bytes: CRLF stays as it is
         frame = pd.DataFrame({"name": [f.stem for f in files], "text": texts})
     else:
+        if not path.exists():
+            raise SystemExit(f"there is no {path}: give --corpus, a parquet file or a folder")
         frame = pd.read_parquet(path)
         if "text" not in frame:
             raise SystemExit(f"--corpus {path}: no column 'text'; it has {list(frame.columns)}")
@@ -62,6 +64,19 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenized(tokenizer: Tokenizer, texts) -> np.ndarray:
+    """The ids (N,) of texts, with </s> after each one."""
+    pieces = []
+    for text in texts:
+        # 100 000 characters at a time: the encodings of a novel take a hundred times its size in
+        # memory
+        spans = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+        for encoding in tokenizer.encode_batch_fast(spans):
+            pieces.append(np.array(encoding.ids, dtype=np.uint16))
+        pieces.append(np.array([EOS], dtype=np.uint16))
+    return np.concatenate(pieces)
+
+
 def prepare(corpus: Path, work: Path, vocab_size: int):
     """Make the tokenizer and the token streams, or read them from `work` if they are there.
 
@@ -78,16 +93,8 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
             train_tokenizer(texts, vocab_size).save(str(vocabulary))
         tokenizer = Tokenizer.from_file(str(vocabulary))
         for split, path in streams.items():
-            pieces = []
-            for text in frame[frame["split"] == split]["text"]:
-                # 100 000 characters at a time: the encodings of a novel take a hundred times
-                # its size in memory
-                spans = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
-                for encoding in tokenizer.encode_batch_fast(spans):
-                    pieces.append(np.array(encoding.ids, dtype=np.uint16))
-                pieces.append(np.array([EOS], dtype=np.uint16))
             aside = path.with_suffix(".part.npy")
-            np.save(aside, np.concatenate(pieces))
+            np.save(aside, tokenized(tokenizer, frame[frame["split"] == split]["text"]))
             aside.replace(path)
     tokenizer = Tokenizer.from_file(str(vocabulary))
     return tokenizer, {

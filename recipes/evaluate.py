@@ -1,7 +1,9 @@
 """The numbers of the built-in model's card, on held-out novels.
 
-    python recipes/evaluate.py                                  # src/memvec/pocket
-    python recipes/evaluate.py --model .runs/pocket/twin --start noise
+    python recipes/evaluate.py --corpus novels.parquet      # the built-in model
+    python recipes/evaluate.py --model .runs/pocket/twin --start noise    # after pocket.py
+
+The texts are the held-out ones of --corpus, or those that `pocket.py` held out in --work.
 
 Notable:
 - losses: fixed crops of 512 tokens, half of them behind <s>, float32;
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from corpus import generator, ordinary_batch, windows
+from corpus import generator, ordinary_batch, read_texts, tokenized, windows
 
 
 def interval(values, draws: int = 10_000) -> tuple[float, float, float]:
@@ -33,6 +35,19 @@ def interval(values, draws: int = 10_000) -> tuple[float, float, float]:
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
     return tuple(round(float(value), 3) for value in (values.mean(), low, high))
+
+
+def held_out(lm, corpus: Path | None, work: Path) -> torch.Tensor:
+    """The token ids (N,) of the held-out texts."""
+    if corpus is not None:
+        frame = read_texts(corpus)
+        texts = frame[frame["split"] == "valid"]["text"]
+        ids = tokenized(lm.tokenizer.backend_tokenizer, texts)
+    elif (path := work / "valid.npy").exists():
+        ids = np.load(path)
+    else:
+        raise SystemExit(f"there is no {path}: give --corpus, or run recipes/pocket.py first")
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 @torch.no_grad()
@@ -144,11 +159,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="pocket", help="'pocket', or a model folder")
+    parser.add_argument("--corpus", type=Path, help="parquet of texts, or a folder of .txt files")
     parser.add_argument(
         "--work",
         type=Path,
         default=root / ".runs/pocket",
-        help="where pocket.py keeps the held-out token stream",
+        help="where pocket.py keeps the held-out token stream, for use without --corpus",
     )
     parser.add_argument("--log", type=Path, help="default: evaluate.jsonl in --work")
     parser.add_argument(
@@ -176,7 +192,7 @@ def main():
     from memvec.cli.common import recipe_of
 
     lm = load_lm(args.model, device=args.device, encoder=args.encoder)
-    stream = torch.from_numpy(np.load(args.work / "valid.npy").astype(np.int64))
+    stream = held_out(lm, args.corpus, args.work)
     recipe = recipe_of("default", args.set, start=args.start)
 
     def rows():
@@ -192,7 +208,9 @@ def main():
             for K in args.vectors:
                 yield horizon(lm, stream, K, args.tokens or longest(lm, K), args.passages, recipe)
 
-    with (args.log or args.work / "evaluate.jsonl").open("a") as log:
+    path = args.log or args.work / "evaluate.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
         for row in rows():
             line = json.dumps({"model": args.model, **row})
             print(line, flush=True)

@@ -107,7 +107,7 @@ def arguments():
     parser.add_argument(
         "--corpus",
         type=Path,
-        default=root.parent / "shared/corpus/novels.parquet",
+        default=Path("novels.parquet"),
         help="parquet file with a text column, or a folder of .txt files",
     )
     parser.add_argument(

@@ -194,7 +194,7 @@ def measure(
     lengths: Annotated[
         str, typer.Option(help="Tokens per vector to measure, with commas.")
     ] = "4,8,12,16,24",
-    longest: Annotated[int, typer.Option(help="Tokens of the passages that are crammed.")] = 96,
+    longest: Annotated[int, typer.Option(help="Tokens of the passages that are crammed.")] = 128,
     passages: Annotated[int, typer.Option(help="Number of passages of each length.")] = 16,
     steps: Annotated[
         int, typer.Option(help="Maximum steps of cramming per passage; 0, with --segments: none.")

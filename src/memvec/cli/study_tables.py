@@ -26,7 +26,7 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
     from memvec.lab.study.price import CPU_FLOPS, GPU_FLOPS
 
     table = Table(title=escape(title), title_justify="left")
-    for column in ("model", "cells", "passages", "GPU-hours ≤", "CPU-hours ≤", "memory"):
+    for column in ("model", "cells", "passages", "GPU-hours", "CPU-hours", "memory"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for p in prices:
         gpu, cpu, memory = (
@@ -35,9 +35,9 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         table.add_row(escape(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
     out.print(table)
     out.print(
-        "These are upper bounds, reached if every passage uses all its steps. They assume "
-        f"{GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU, {CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU, and 4 "
-        "operations per parameter and token."
+        "Hours are those of all steps of every passage, with 4 operations per parameter and token, "
+        f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU and {CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU. "
+        "Small models reach a fraction of these rates."
     )
     for sentence in missing:
         out.print(f"[red]missing:[/red] {escape(sentence)}")
