@@ -138,6 +138,23 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
     assert "before training" in figure.caption
 
 
+def test_lengths_and_numbers_of_vectors_do_not_share_a_stage(checkpoints, tmp_path):
+    text = SPEC.replace("FOLDER/*-step-*", f"{checkpoints}/tiny-1-*")
+    text = text.replace("lengths = [6]", "lengths = [3, 6]\nvectors = [1, 2]")
+    out = tmp_path / "out"
+    run_study(parse_spec(text, "test"), out, lambda model: Here(load_lm(model.name)), text=text)
+    with Store(out) as store:
+        data = read_data(store)
+        table, _ = protocol_of("checkpoints").tables(data, compare=False)
+    assert len(table.rows) == 2 * 4  # two stages of each of four
+    held = [row[6] for row in table.rows]
+    cells = data.rows.groupby("cell")["horizon"].mean()
+    assert sorted(held) == pytest.approx(sorted(cells))
+    for name, _, _, bits, *_, per_vector, _, _ in table.rows:
+        K = int(str(name).split("K ")[1][0])
+        assert bits == pytest.approx(per_vector / 32 / K)
+
+
 def test_a_model_without_a_record_is_refused(folder):
     with pytest.raises(MemvecError, match="has no record of its training"):
         training_of(load_lm(str(folder)))

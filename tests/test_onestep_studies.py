@@ -179,8 +179,45 @@ def test_an_interrupted_group_comes_back_the_same(study: Path, tmp_path: Path) -
     before = everything(base / "out")
     with Store(base / "out", write=True) as store:
         store.db.execute("DELETE FROM rows WHERE number = 1")
-    assert run(spec_in(base, text), base, base / "out", text).rows_now == 4
+    # The whole group is crammed again: one passage in two cells, two passages in two.
+    assert run(spec_in(base, text), base, base / "out", text).rows_now == 6
     assert everything(base / "out") == before
+
+
+def test_an_interrupted_group_shares_one_m_whatever_batch_goes_on(tmp_path: Path) -> None:
+    text = (HEAD + GROUPED).replace("batch_size = 3", "batch_size = 1")
+    base, out = tmp_path, tmp_path / "out"
+    run(spec_in(base, HEAD + GROUPED), base, out, text)
+    with Store(out, write=True) as store:
+        store.db.execute("DELETE FROM rows WHERE number = 1")
+    run(spec_in(base, text), base, out, text)
+    with Store(out) as store:
+        rows = read_data(store).restarts("one-step-groups")
+        for cell, part in rows.groupby("cell"):
+            settings = store.db.execute("SELECT settings FROM cells WHERE cell=?", (cell,))
+            if json.loads(settings.fetchone()[0])["options"]["group"] == 2:
+                assert sorted(part["batch_size"]) == [1, 1, 3, 3]
+                first, second = (store.tensors(str(cell), n)[0][1] for n in (0, 1))
+                assert torch.equal(first, second)
+
+
+def test_recipes_do_not_share_a_line(tmp_path: Path) -> None:
+    text = HEAD + GROUPED + GROUPED.replace(RECIPE, "recipe = { lr = 0.1, steps = 2 }\n")
+    run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
+    with Store(tmp_path / "out") as store:
+        data = read_data(store)
+        (table,) = (t for t in all_tables(data, compare=False) if t.key == "one-step-groups")
+        rows = data.restarts("one-step-groups")
+        cells = store.db.execute("SELECT cell, settings FROM cells")
+        steps = {cell: json.loads(text)["recipe"]["steps"] for cell, text in cells}
+        rows = rows.assign(group=data.option(rows, "group"), asked=rows["cell"].map(steps))
+    for row in table.rows:
+        asked = int(str(row[1]).removeprefix("random-tokens, steps "))
+        same = rows[(rows["asked"] == asked) & (rows["group"] == row[3])]
+        same = same[same["length"] == row[2]]
+        assert row[5] == pytest.approx(same["accuracy"].mean())
+        assert len(same) == row[3] * row[10] == 4
+    assert len(table.rows) == 2 * 2 * 2  # recipes by groups by lengths
 
 
 def test_groups_go_to_workers_whole() -> None:
@@ -194,11 +231,9 @@ def test_groups_go_to_workers_whole() -> None:
         )
     )[0].cell
     found = [SourcedPassage(i, Passage((2, 3)), "x") for i in range(6)]
-    units = list(in_units(cell, found, 1, 2, done={1}))
-    assert [(sorted(u.keys()), [p.number for p in u.beside]) for u in units] == [
-        ([0, 2], [1]),
-        ([3, 4, 5], []),
-    ]
+    units = list(in_units(cell, found, 1, 2))
+    assert [sorted(u.keys()) for u in units] == [[0, 1, 2], [3, 4, 5]]
+    assert [sorted(u.keys()) for u in in_units(cell, found, 1, 2, done={0, 1, 2})] == [[3, 4, 5]]
     rest = units[1].without({4})
     assert isinstance(rest, Unit)
     assert (sorted(rest.keys()), [p.number for p in rest.beside]) == ([3, 5], [4])

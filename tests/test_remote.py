@@ -150,6 +150,12 @@ def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         Workers(loading, workers=3)
 
 
+def test_workers_on_one_numbered_gpu_are_refused() -> None:
+    """Each of them would load the model there."""
+    with pytest.raises(MemvecError, match="cuda:1 is one GPU, and each worker has its own"):
+        Workers(Loading("pocket", None, "float32", None, {}), workers=2, device="cuda:1")
+
+
 def test_a_worker_that_cannot_begin_ends_the_run_with_the_reason() -> None:
     """Its successors could not begin, either: none is tried."""
     hired = []

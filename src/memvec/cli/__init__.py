@@ -108,6 +108,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's error for ~NAME
+            raise
+        typer.echo("memvec: a path begins with ~NAME, and there is no such user here.", err=True)
+        sys.exit(2)
     except OSError as error:  # a name that is too long, a disk that went away
         typer.echo(
             f"memvec: {error.filename or 'a file or standard output'}: {error.strerror or error}.",

@@ -117,10 +117,9 @@ class Recipe:
     layer: int = documented(0, "the layer of 'prefix-layer', the first is 0")
     coordinates: str = documented(
         "direct",
-        "what is moved: 'direct', the numbers of the vectors; 'whitened', these scaled along the "
-        "model's principal directions, which saves about a sixth of the forward-backward tokens, "
-        "and takes 4 D short passes once for a model; 'principal', turned into these directions, "
-        "for 'nadam'",
+        "what is moved: 'direct', the numbers; 'whitened', these scaled along the model's main "
+        "directions, which saves a sixth of the forward-backward tokens and takes 4 D short passes "
+        "once for a model; 'principal', turned into these directions, for 'nadam'",
     )
     dimensions: int = documented(
         256, "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'"

@@ -165,13 +165,14 @@ def _encode(text: str, encoding: str, name: str) -> bytes:
 def _decode(data: bytes, encoding: str, name: str) -> str:
     try:
         text = data.decode(encoding)
-    except LookupError:  # or one that does not encode text
-        raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
+        if text.encode(encoding) == data:
+            return text
     except UnicodeDecodeError as error:
         raise MemvecError(
             f"{name} is not {encoding} (byte {error.start}): name its encoding with --encoding, or "
             "use --encoding latin-1, which takes any bytes."
         ) from None
-    if text.encode(encoding) != data:  # utf-16 without a byte order mark, and the like
-        raise MemvecError(f"{name} does not survive --encoding {encoding}: use --encoding latin-1.")
-    return text
+    except (LookupError, UnicodeError):  # or one that does not encode texts ('idna')
+        raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
+    # utf-16 without a byte order mark, and the like
+    raise MemvecError(f"{name} does not survive --encoding {encoding}: use --encoding latin-1.")

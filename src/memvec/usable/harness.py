@@ -23,6 +23,7 @@ from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import SPLIT, Column, Ids, Request, StandIn, request_of
+from memvec.usable.triggers import named_files
 
 try:
     from lm_eval.api.registry import register_model
@@ -159,6 +160,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
             "crammed_at_once": self.column.batch_size,
             "split": self.split,
             "recipe": self.column.recipe.record(),
+            **named_files(self.column.recipe),
         }
 
     def _stand_ins(self, requests: Sequence[Any], split: Sequence[Request]) -> dict[Ids, StandIn]:

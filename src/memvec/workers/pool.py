@@ -45,7 +45,7 @@ class Workers:
     """`workers` actors on this machine, or on the Ray cluster at `address`.
 
     With `workers` 0 there is one per GPU, or one per CPU without GPUs. Raises MemvecError if Ray is
-    not installed or does not start, or for more workers than CPUs.
+    not installed or does not start, for more workers than CPUs or GPUs, and for one numbered GPU.
     """
 
     def __init__(
@@ -56,6 +56,10 @@ class Workers:
         address: str | None = None,
         device: str = "auto",
     ) -> None:
+        if device.startswith("cuda:"):
+            raise MemvecError(
+                f"--device {device} is one GPU, and each worker has its own: use --device cuda."
+            )
         self.ray = _start_ray(workers, address)
         resources = self.ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if device in ("auto", "cuda") else 0

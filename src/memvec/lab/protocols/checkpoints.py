@@ -151,19 +151,25 @@ def training_of(lm: FrozenLM) -> dict[str, Any]:
 def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
     """One table for each shape of model and stage of its training, with a row for each seed.
 
-    Columns: family, width, layers, tokens, valid (nats per token), horizon (tokens), bits (of the
-    horizon under the model without vectors), bits_per_dimension, n (passages). `attrs["stages"]` is
-    the number of stages of that shape.
+    Rows of another source, recipe, length or K make stages of their own: their family has these in
+    its name. Columns: family, width, layers, tokens, valid (nats per token), horizon (tokens), bits
+    (of the horizon under the model without vectors), bits_per_dimension, n (passages).
+    `attrs["stages"]` is the number of stages of that shape.
     """
     rows = data.restarts(protocol)
     for name in Checkpoints.extras:
         rows = rows.assign(**{f"_{name}": extra_of(rows, protocol, name)})
     rows = rows.assign(_bits=[_bits_alone(data, row) for row in rows.to_dict("records")])
+    conditions = ["series", "length", "vectors"]
+    several = len(rows[conditions].drop_duplicates()) > 1
     seeds = []
-    shape = ["_family", "_width", "_layers"]
+    shape = ["_family", "_width", "_layers", *conditions]
     for _, part in rows.groupby([*shape, "_tokens", "_seed"], sort=False):
         first, bits = part.iloc[0], float(part["_bits"].mean())
         known = {name: first[f"_{name}"] for name in ("family", "width", "layers", "tokens")}
+        if several:
+            where = f"{first['series']}, {first['length']} tokens, K {first['vectors']}"
+            known["family"] = f"{known['family']} ({where})"
         known |= {"valid": float(first["_valid"]), "horizon": float(part["horizon"].mean())}
         known |= {"bits": bits, "bits_per_dimension": bits / first["_width"] / first["vectors"]}
         seeds.append(known | {"n": len(part)})

@@ -143,7 +143,7 @@ class OneStep(Protocol):
 def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
     """Tokens per second in one forward pass and token by token, by length."""
     rows: list[list[TableCell]] = []
-    keys = ["model", "source", "length"]
+    keys = ["model", "series", "length"]
     for (model, source, length), group in timed.groupby(keys, sort=False):
         ways = [mean_interval((group["tokens"] / group[c]).tolist()) for c in ("once", "steps")]
         row: list[TableCell] = [short(str(model)), str(source), int(str(length))]

@@ -123,8 +123,10 @@ class OneStepArrangements(Protocol):
 
     def _groups(self, data: Data) -> Any:
         rows = data.of(self.name)
-        rows = rows.assign(kind=data.option(rows, "arrangement"))
-        for key, group in rows.groupby(["model", "source", "length", "kind"], sort=False):
+        rows = rows.assign(
+            kind=data.option(rows, "arrangement"), line=data.series_without(rows, "arrangement")
+        )
+        for key, group in rows.groupby(["model", "line", "length", "kind"], sort=False):
             model, source, length, kind = key
             yield (str(model), str(source), int(length), str(kind)), group
 

@@ -51,8 +51,10 @@ class OneStepGroups(Protocol):
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         rows: list[list[TableCell]] = []
         measured = data.restarts(self.name)
-        measured = measured.assign(size=data.option(measured, "group"))
-        keys = ["model", "source", "length", "size"]
+        measured = measured.assign(
+            size=data.option(measured, "group"), line=data.series_without(measured, "group")
+        )
+        keys = ["model", "line", "length", "size"]
         for (model, source, length, size), part in measured.groupby(keys, sort=False):
             number, size = int(str(length)), int(str(size))
             m = mean_interval(group_means(part, size).tolist())

@@ -49,7 +49,8 @@ def groups_of(data: Data, protocol: str) -> Iterator[Group]:
     rows = data.restarts(protocol)
     for key in ("latents", "context"):
         rows = rows.assign(**{f"_{key}": data.option(rows, key)})
-    keys = ["model", "source", "length", "vectors", "_latents", "_context"]
+    rows = rows.assign(_line=data.series_without(rows, "latents", "context"))
+    keys = ["model", "_line", "length", "vectors", "_latents", "_context"]
     for (model, source, length, K, file, context), whole in rows.groupby(keys, sort=False):
         part = averaged(whole)
         measured = extra_of(part, protocol, "bits")

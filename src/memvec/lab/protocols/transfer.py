@@ -40,6 +40,7 @@ from memvec.lab.study.spec import RunSpec
 from memvec.loading import load_lm
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
+from memvec.model.mixed import BFLOAT16_AUTOCAST
 from memvec.model.reading import StartRule
 from memvec.statistics import mean_interval, ratio_of_means, share_interval
 
@@ -194,7 +195,8 @@ def _fitted(
     lm: FrozenLM, recipe: Recipe, K: int, length: int, origin: str, seed: int, pairs: int
 ) -> Transfer:
     """The map of a cell, from passages that the origin samples."""
-    origin_lm = load_lm(origin, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."))
+    dtype = BFLOAT16_AUTOCAST if lm.autocast else str(lm.dtype).removeprefix("torch.")
+    origin_lm = load_lm(origin, device=str(lm.device), dtype=dtype)
     check_same_tokens(origin_lm, lm)
     sampled = sampled_passages(origin_lm, pairs, length, seed=FIT_SEED)
     passages = [sourced.passage.ids for sourced in sampled]

@@ -8,7 +8,7 @@ gets a name, which is appended to the source's name. Restarts of a passage do no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,10 @@ class Data:
         """An option of the protocol for each row, from its cell; None where the cell lacks it."""
         return self.options(rows).map(lambda options: options.get(name))
 
+    def series_without(self, rows: pd.DataFrame, *options: str) -> pd.Series:
+        """The series of each row, named without options that have a column or line of their own."""
+        return series_names(rows, recipe_names(self.store, without=options))
+
     def options(self, rows: pd.DataFrame) -> pd.Series:
         """All options of the protocol for each row, a dictionary, from its cell."""
         settings = dict(self.store.db.execute("SELECT cell, settings FROM cells").fetchall())
@@ -99,17 +103,19 @@ def by_recipe(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, int, str], pd.Dat
         yield (str(model), int(str(K)), str(recipe)), group
 
 
-def recipe_names(store: Store) -> dict[str, str]:
+def recipe_names(store: Store, without: Sequence[str] = ()) -> dict[str, str]:
     """For each planned cell, how its recipe differs from the others; '' where there is only one.
 
-    The recipes of cells of one model whose protocols share a plane are compared.
+    The recipes of cells of one model whose protocols share a plane are compared, without the
+    protocols' options in `without`.
     """
     planes: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for cell, text in store.db.execute(
         "SELECT cell, settings FROM cells WHERE planned > 0 ORDER BY position"
     ):
         s = json.loads(text)
-        recipe = {**s["recipe"], **s["options"], "storage": s["storage"], "seed": None}
+        options = {name: value for name, value in s["options"].items() if name not in without}
+        recipe = {**s["recipe"], **options, "storage": s["storage"], "seed": None}
         planes.setdefault((plane_of(s["protocol"]), s["model"]), {})[cell] = recipe
     names = {}
     for recipes in planes.values():
@@ -125,6 +131,12 @@ def recipe_names(store: Store) -> dict[str, str]:
             number = f"recipe {kinds.index(recipe) + 1}"
             names[cell] = number if long else ", ".join(differences)
     return names
+
+
+def series_names(rows: pd.DataFrame, recipes: Mapping[str, str]) -> pd.Series:
+    """The series of each row: its source, with the name of its cell's recipe if it has one."""
+    recipe = rows["cell"].map(recipes)
+    return rows["source"].where(recipe == "", rows["source"] + ", " + recipe)
 
 
 def averaged(rows: pd.DataFrame) -> pd.DataFrame:
@@ -148,9 +160,9 @@ def read_data(store: Store) -> Data:
     rows = rows[rows["planned"]].reset_index(drop=True)
     if rows.empty:
         raise MemvecError(f"the study in {store.folder} has no rows yet: run it first.")
-    rows["recipe"] = rows["cell"].map(recipe_names(store))
-    named = rows["recipe"] != ""
-    rows["series"] = rows["source"].where(~named, rows["source"] + ", " + rows["recipe"])
+    names = recipe_names(store)
+    rows["recipe"] = rows["cell"].map(names)
+    rows["series"] = series_names(rows, names)
     # A source's passage i is the same text at every length: one draw when resampling.
     rows["passage_group"] = rows["source"] + " " + rows["number"].astype(str)
     models: dict[str, dict[str, Any]] = {}

@@ -83,13 +83,14 @@ class LatentTraining:
             "plan": asdict(plan),
             "model": model_of(lm),
             "encoder": need_encoder(lm).identity,
-            "text": hashlib.sha256(repr([s.ids for s in self.sentences]).encode()).hexdigest(),
+            "text": hashlib.sha256(repr([[s.ids for s in d] for d in kept]).encode()).hexdigest(),
         }
         ids = [s.ids for s in self.sentences]
         self.latents = encode(lm, ids, plan.vectors, fast=True, on_progress=on_encoded).flatten(1)
-        torch.manual_seed(plan.seed)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads")}
-        self.network = LatentNetwork(plan.vectors * lm.width, **shape)
+        with torch.random.fork_rng():  # the caller's generator stays as it is
+            torch.manual_seed(plan.seed)
+            self.network = LatentNetwork(plan.vectors * lm.width, **shape)
         known = torch.cat([self.latents[start:end] for start, end in self.train])
         self.network.scaled(known).to(lm.device)
         self.optimizer = torch.optim.AdamW(

@@ -43,7 +43,7 @@ class Cell:
     storage: str
     fixed_shapes: bool
     files: dict[str, str] = field(default_factory=dict)
-    """Hashes of the files that the recipe names: another trigger under one name is another cell."""
+    """Hashes of the files that recipe and protocol name: another one of a name is another cell."""
 
     @property
     def key(self) -> str:
@@ -52,7 +52,7 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """As a plain dictionary; without `files` where the recipe names none."""
+        """As a plain dictionary; without `files` where none is named."""
         settings = asdict(self)
         if not self.files:
             del settings["files"]
@@ -100,7 +100,7 @@ def _cells(
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
     recipe = recipe_of(run, seed=0)
     check_effect(recipe, run.recipe)
-    files = named_files(recipe)  # the same for every seed
+    files = named_files(recipe) | protocol_of(run.protocol).files(options_of(run))
     for source, length, K, seed in itertools.product(*axes):
         yield Cell(
             run.protocol,

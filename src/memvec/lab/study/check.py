@@ -33,6 +33,7 @@ from memvec.lab.study.export import read_rows
 from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
 from memvec.lab.study.store import Store
 from memvec.loading import load_lm
+from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.mixed import BFLOAT16_AUTOCAST
 
@@ -78,7 +79,7 @@ def check_study(
                 device=device,
                 dtype=described["dtype"],
             )
-            if lm.fingerprint.weights != described["weights"]:
+            if not Fingerprint.of_record(described).matches(lm.fingerprint):
                 raise MemvecError(f"{lm.name} has other weights than the study's {name}.")
             for key, group in rows.groupby("cell", sort=False):
                 _, cell = _cell(store, str(key))

@@ -25,8 +25,8 @@ from memvec.passages.passage import Passage
 class Unit:
     """Passages of one cell that go to one worker together.
 
-    The passages in `beside` already have rows. They are crammed again because they share a vector
-    with the others.
+    The passages in `beside` have rows from a worker that died before it finished the unit. They are
+    crammed again, with the same result, because they share a vector with the others.
     """
 
     cell: Cell
@@ -156,7 +156,10 @@ def in_units(
     batch_size: int,
     done: Collection[int] = (),
 ) -> Iterator[Unit]:
-    """Units of `size` passages that are not done; groups that share a vector make one unit each."""
+    """Units of `size` passages that are not done; groups that share a vector make one unit each.
+
+    All passages of a group are done, or none.
+    """
     left = [p for p in passages if p.number not in done]
     group = protocol_of(cell.protocol).group_size(cell.options)
     if not group:
@@ -165,5 +168,4 @@ def in_units(
         return
     for key in sorted({p.number // group for p in left}):
         waiting = tuple(p for p in left if p.number // group == key)
-        had = tuple(p for p in passages if p.number // group == key and p.number in done)
-        yield Unit(cell, waiting, batch_size, had)
+        yield Unit(cell, waiting, batch_size)

@@ -92,6 +92,8 @@ class _Run:
         self.sources: dict[str, Source] = {s.name: s for s in spec.sources}
         self.began = time.monotonic()
         self.passages = {p.cell.key: p.passages for p in planned}
+        for p in planned:
+            _drop_unfinished_groups(store, p)
         # Rows are written in the order in which passages finish, so an earlier plan with more
         # passages may have left rows beyond this plan and gaps within it.
         self.done = {key: sum(i < n for i in store.done(key)) for key, n in self.passages.items()}
@@ -228,6 +230,19 @@ class _Run:
         if self.on_status is not None and time.monotonic() - self.reported > REPORT_EVERY:
             self.reported = time.monotonic()
             self.on_status(self.status())
+
+
+def _drop_unfinished_groups(store: Store, p: Planned) -> None:
+    """Delete the rows of groups that an interruption left without some of their rows.
+
+    The passages of a group share a vector, so all of its rows must come from one cramming.
+    """
+    if size := protocol_of(p.cell.protocol).group_size(p.cell.options):
+        store.db.execute(
+            "DELETE FROM rows WHERE cell = :cell AND number / :size IN (SELECT number / :size "
+            "FROM rows WHERE cell = :cell GROUP BY number / :size HAVING count(*) < :size)",
+            {"cell": p.cell.key, "size": size},
+        )
 
 
 def _name(p: Planned) -> str:

@@ -35,6 +35,7 @@ from memvec.lab.study import passages, schema
 from memvec.lab.study.cells import Planned
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
+from memvec.model.fingerprint import Fingerprint
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
@@ -129,7 +130,7 @@ class Store:
             self.db.execute("UPDATE cells SET description=? WHERE cell=?", (text, cell))
             return
         before = json.loads(known)
-        if before["weights"] != description["weights"]:
+        if not Fingerprint.of_record(before).matches(Fingerprint.of_record(description)):
             raise MemvecError(
                 f"{description['name']} has other weights than the rows in {self.folder} were made "
                 "with: use another folder."

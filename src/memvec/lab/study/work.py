@@ -67,7 +67,7 @@ def cram_cell(
     """Rows of a cell's passages, each as soon as it is certified.
 
     `beside`: passages of the same group that have rows and are crammed again with the others, for
-    protocols whose passages share a vector.
+    protocols whose passages share a vector (see `Unit`).
     """
     recipe, protocol = cell.to_recipe(), protocol_of(cell.protocol)
     lm = lm.read_as(protocol.reading(cell.length, cell.options))
@@ -84,7 +84,8 @@ def cram_cell(
         numbers = {sourced.number for sourced in passages}
         for sourced, outcome in zip(group, shared.run(jobs), strict=True):
             if sourced.number in numbers:
-                yield _finished(lm, cell, "vectors", batch_size, sourced, outcome, worker)
+                size = shared.batch_size  # smaller if memory ran out
+                yield _finished(lm, cell, "vectors", size, sourced, outcome, worker)
         return
     engine = Engine(
         lm,
