@@ -94,6 +94,7 @@ class Protocol:
     layout: ClassVar[Layout] = "prefix"  # how the model reads the vectors (memvec.model.reading)
     Options: ClassVar[type[BaseModel]] = Options
     extras: ClassVar[Mapping[str, str]] = {}  # what `extra` adds to a row: a sentence with its unit
+    not_recomputed: ClassVar[tuple[str, ...]] = ()  # extras that `recompute` leaves out
     plane: ClassVar[str] = ""  # protocols with the same plane are compared with each other
     measures_horizon: ClassVar[bool] = False  # its result is the exact horizon
     compares_restarts: ClassVar[bool] = False  # `between` is measured of pairs of seeds

@@ -52,6 +52,7 @@ class Reading(Protocol):
         "{x, y, leading: leading right tokens of the best so far, explained: share of the variance "
         "in the plane}",
     }
+    not_recomputed = ("path",)
 
     def problem(self, run: RunSpec) -> str | None:
         if run.recipe or run.budget or run.seeds != (0,):

@@ -60,6 +60,7 @@ class Recurrent(Protocol):
         "alone": "leading tokens of the segment at each lag that decode freely from K vectors of "
         "its own",
     }
+    not_recomputed = ("alone",)
 
     class Options(protocol.Options):
         """The encoder, and how many segments are decoded."""

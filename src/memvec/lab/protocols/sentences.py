@@ -64,6 +64,7 @@ class Sentences(Protocol):
         "encoded_exact": "1 if the sentence's own encoded latent decodes exactly, else 0, number",
         "flops": "operations of the sentence each way (memvec.lab.sentences.flops.COSTS), number",
     }
+    not_recomputed = ("continuous", "discretised", "exact", "encoded_exact")
 
     class Options(protocol.Options):
         """The latent model, and what it reads."""

@@ -62,6 +62,7 @@ class TransferProtocol(Protocol):
         "(leave-one-out over the pairs)",
         "pairs": "passages that the map was fitted on, exact in both models, number",
     }
+    not_recomputed = ("steps_mapped", "exact_mapped", "explained")
 
     class Options(protocol.Options):
         """The origin model and the pairs of the fit."""

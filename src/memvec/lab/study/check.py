@@ -92,12 +92,17 @@ def check_study(
 
 
 def _unchecked(name: str) -> list[str]:
-    """A sentence about a protocol that does not compute the columns that it adds again."""
+    """A sentence about the columns that a protocol adds and does not compute again."""
     protocol = protocol_of(name)
-    if not protocol.extras or type(protocol).recompute is not Protocol.recompute:
+    if protocol.extras and type(protocol).recompute is Protocol.recompute:
+        columns = ", ".join(protocol.extras)
+        reason = f"protocol '{name}' has no recompute"
+    elif protocol.not_recomputed:
+        columns = ", ".join(protocol.not_recomputed)
+        reason = f"protocol '{name}' does not repeat all that it measures"
+    else:
         return []
-    columns = ", ".join(protocol.extras)
-    return [f"protocol '{name}' has no recompute: the values of {columns} were not computed again."]
+    return [f"{reason}: the values of {columns} were not computed again."]
 
 
 def _sampled(store: Store, sample: int) -> pd.DataFrame:
