@@ -1,7 +1,8 @@
 """The exact horizon of each passage at each of several costs, for recipes of both kinds.
 
 The cost of a passage is the number of tokens in its forward and backward passes: the positions that
-counted at each step, plus the vectors. `growing` is for recipes whose horizon grows step by step.
+counted at each step, plus the vectors, and the pass of an encoder. `growing` is for recipes whose
+horizon grows step by step.
 `fixed` is for the paper's recipe, which crams passages of fixed length: it searches the longest
 length, and the search is part of the cost.
 """
@@ -17,6 +18,7 @@ from memvec.cramming.certify import Outcome, positions
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import ScheduleState
+from memvec.cramming.starts import start_of
 from memvec.decoding import decode_ids, first_error
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -40,7 +42,9 @@ def growing(
     order = [job.passage.document for job in engine.jobs]
     before = lm.inputs_before(engine.K, engine.start_rule)
     vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
-    ended = [0.0] * len(passages)  # forward passes at the ends of stages, in tokens spent
+    # Besides the steps, in tokens spent: an encoder's pass, and the forward passes at the ends of
+    # stages.
+    ended = [float(_encoder_pass(lm, recipe, passages[number], engine.K)) for number in order]
     while True:
         before_step = engine.batch.vectors, engine.batch.schedule.best
         targets = _targets(engine.batch.schedule)
@@ -81,6 +85,14 @@ def growing(
         sure = int(enough[: len(passage)].int().cumprod(0).sum())
         horizons[document][at] = max(0, min(right, sure, vectors[document, at][1]))
     return horizons
+
+
+def _encoder_pass(lm: FrozenLM, recipe: Recipe, passage: Passage, K: int) -> int:
+    """Inputs of the encoder's pass over a passage, counted as forward and backward; 0 without."""
+    if lm.encoder is None or start_of(lm, recipe) != "encoder":
+        return 0
+    tokens = K * lm.encoder.tokens if lm.encoder.tokens else len(passage)
+    return min(tokens, len(passage)) + K
 
 
 def _targets(schedule: ScheduleState) -> list[int] | None:

@@ -9,10 +9,11 @@ and that free-running decoding gives back from the vectors as stored. The defaul
 margin of at least `--margin` 0.5 logits here, `margin` asks for 0.5 as published, and the other
 published recipes for 0 (`--same-margin`: for the default's). The cost is what the passage itself
 needed for forward and backward passes until then, in tokens: the positions that counted at each
-step, plus the vectors; and for the published recipes half as much for the forward pass that ends
-each of their stages of one token (their step is measured first and taken only if the stage goes on;
-a stage of `geometric` is one of its targets). `alignment` also pays for its forward pass over the
-plain text. Passages are longer than any recipe reaches; `at_end` counts those that were not.
+step, plus the vectors, and the encoder's pass; and for the published recipes half as much for the
+forward pass that ends each of their stages of one token (their step is measured first and taken
+only if the stage goes on; a stage of `geometric` is one of its targets). `alignment` also pays for
+its forward pass over the plain text. Passages are longer than any recipe reaches; `at_end` counts
+those that were not.
 
 The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
 encoder where it has one; `--set` changes it. Each published recipe runs at each rate of a SWEEP.

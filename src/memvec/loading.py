@@ -101,11 +101,10 @@ def _device(name: str) -> torch.device:
     """The device of a name; 'auto' is the first GPU, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device: torch.device | None = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise MemvecError(UNKNOWN_DEVICE.format(name)) from None
-    if device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda"):
         raise MemvecError(UNKNOWN_DEVICE.format(name))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MemvecError("this machine has no usable GPU: use --device cpu.")

@@ -220,8 +220,9 @@ class Shared:
     ) -> GroupMeasurement:
         """One forward and backward pass of a group of passages."""
         length, margins, best = length[group], margins[group], best[group]
-        need = int(self._counted(best, length).max())
-        width = min(int(length.max()), -(-need // COLUMNS) * COLUMNS)
+        # Each passage has the columns that it needs itself, whatever else is in its group.
+        room = (-(-self._counted(best, length) // COLUMNS) * COLUMNS).minimum(length)
+        width = int(room.max())
         e = each_e[group].requires_grad_()
         m = shared.clone().requires_grad_()
         truth = ids[group, :width]
@@ -230,13 +231,12 @@ class Shared:
             states = self.lm.states(as_stored(vectors, self.storage), truth)
         scores = score(self.lm.head, states, truth, self.recipe, V=self.lm.vocab_size)
         column = torch.arange(width, device=length.device)
-        within = column < length[:, None]
+        within = column < room[:, None]
         right = (scores.margin >= margins[:, None]) & (scores.margin > 0)
-        leading = torch.minimum(horizon(right | ~within), length)
-        leading = leading.clamp_max(width)
-        counted = self._counted(torch.maximum(best, leading), length).clamp_max(width)
+        leading = torch.minimum(horizon(right | ~within), room)
+        counted = self._counted(torch.maximum(best, leading), length).minimum(room)
         weight = self.objective.weights(column < counted[:, None], scores.margin, margins)
-        sound = bool(torch.isfinite((scores.loss * weight).sum()))
+        sound = bool(torch.isfinite((scores.loss * weight).where(weight > 0, 0).sum()))
         slope = scores.gradient.mul_(weight[..., None])
         gradient_e, gradient_m = torch.autograd.grad(states, (e, m), slope)
         return GroupMeasurement(leading, counted, gradient_e, gradient_m, sound)

@@ -113,6 +113,9 @@ def main() -> None:
             raise
         typer.echo("memvec: a path begins with ~NAME, and there is no such user here.", err=True)
         sys.exit(2)
+    except OverflowError:
+        typer.echo("memvec: a number is too large: whole numbers have at most 64 bits.", err=True)
+        sys.exit(2)
     except OSError as error:  # a name that is too long, a disk that went away
         typer.echo(
             f"memvec: {error.filename or 'a file or standard output'}: {error.strerror or error}.",

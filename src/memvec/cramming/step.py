@@ -42,6 +42,7 @@ class Measurement:
     """What one forward pass gave for B slots; N is B and the padding rows."""
 
     decoding: Bool[Tensor, " B"]  # read in decoding mode; of other rows no token counts as right
+    within: Bool[Tensor, "B T"]  # columns of the passage itself; others only serve its neighbours
     states: Float[Tensor, "N T H"]  # attached to the parameters
     gradient: Float[Tensor, "N T H"]  # of each position's loss at its state
     vectors: Float[Tensor, "B K D"]  # as stored
@@ -94,7 +95,8 @@ class Step:
         """
         measured = self.measure(batch, columns, padding_rows)
         newly_enlarged = self._update_progress(batch, measured, padding_rows)
-        counted = self.schedule.counted(batch.schedule, batch.length).clamp_max(columns)
+        most = measured.within.sum(-1)
+        counted = self.schedule.counted(batch.schedule, batch.length).minimum(most)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
             column < counted[:, None], measured.margin, batch.target_margin
@@ -108,6 +110,11 @@ class Step:
         """One forward pass: losses, margins and gradients at the states, from the vectors as they
         will be stored."""
         B, decoding = len(batch), self.in_decoding_mode(batch)
+        # A batch has as many columns as its longest passage needs. Of these, only the columns count
+        # that a passage would have alone: else its vectors would depend on its neighbours.
+        counted = self.schedule.counted(batch.schedule, batch.length)
+        room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.room).minimum(batch.length)
+        within = torch.arange(columns, device=room.device) < room[:, None]
         parameters = batch.parameters.requires_grad_()
         with torch.enable_grad():
             vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
@@ -120,7 +127,7 @@ class Step:
             term = self.term.measure(rows, batch, columns, padding_rows)
         margin = scores.margin[:B].masked_fill(~decoding[:, None], -torch.inf)
         stored, loss = vectors.detach(), scores.loss[:B]
-        return Measurement(decoding, states, scores.gradient, stored, loss, margin, term)
+        return Measurement(decoding, within, states, scores.gradient, stored, loss, margin, term)
 
     def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:
         """Rows whose passage is decoded behind the trigger in this step: here all of them."""
@@ -167,23 +174,18 @@ class Step:
     ) -> Bool[Tensor, " B"]:
         """Keep the vectors that did better than ever, mark passages that are done, and advance the
         schedule. Returns the rows whose vectors are to be enlarged now."""
-        # A batch has as many columns as its longest passage needs. Of these, only the columns count
-        # that a passage would have alone: else its progress would depend on its neighbours.
-        counted = self.schedule.counted(batch.schedule, batch.length)
-        room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.room).minimum(batch.length)
-        within = torch.arange(measured.margin.shape[1], device=room.device) < room[:, None]
         right = (measured.margin >= batch.target_margin[:, None]) & (measured.margin > 0)
-        missed = (~right & within).cumsum(-1)
-        leading = ((missed <= batch.corrections[:, None]) & within).sum(-1)
+        missed = (~right & measured.within).cumsum(-1)
+        leading = ((missed <= batch.corrections[:, None]) & measured.within).sum(-1)
         whole = leading >= batch.length
-        reached = self.schedule.reached(leading, (right & within).sum(-1))
+        reached = self.schedule.reached(leading, (right & measured.within).sum(-1))
         reached = torch.where(whole, batch.length, reached)  # listed corrections count as right
         better, gained = self.schedule.record(batch.schedule, reached)
         better = self._better_by_term(batch, measured.term.loss, better, whole)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
-            bits = ((measured.loss.double() * within).sum(-1) / LN2).to(batch.least_mem_bits)
-            batch.least_mem_bits = torch.fmin(batch.least_mem_bits, bits)
+            bits = (measured.loss.double() * measured.within).sum(-1) / LN2
+            batch.least_mem_bits = torch.fmin(batch.least_mem_bits, bits.to(batch.least_mem_bits))
         # With `settle` a passage is done after so many steps, if it was exact in one of them.
         settled = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
         arrived = settled if self.recipe.settle else whole
@@ -236,7 +238,8 @@ class Step:
 
     def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
         """Mark the rows whose loss is not finite, and all rows whose slot can be freed."""
-        loss = (measured.loss * weight).sum(-1) + measured.term.loss
+        # Of a position without weight the loss may be infinite: its token may be padding.
+        loss = (measured.loss * weight).where(weight > 0, 0).sum(-1) + measured.term.loss
         batch.failed = batch.failed | ~torch.isfinite(loss)
         over = (batch.steps >= self.recipe.steps) | self.schedule.out_of_patience(batch.schedule)
         if self.recipe.budget:

@@ -319,8 +319,7 @@ class FrozenLM:
         """Raise MemvecError if the weights were changed in place (trained) since this was made."""
         if times_changed(self.model) != self._times_changed:
             raise MemvecError(
-                f"the weights of {self.name} were changed after it was loaded: load it again, or "
-                "make a new FrozenLM of the model."
+                f"the weights of {self.name} were changed after it was loaded: make a new FrozenLM."
             )
 
     def description(self) -> dict[str, Any]:

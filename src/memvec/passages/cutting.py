@@ -48,7 +48,7 @@ class Cutter:
         """The passages of a document, lazily, front to back.
 
         None is shorter than `min_tokens`, unless the document is: a shorter rest joins the passage
-        before it.
+        before it, or takes tokens of it where both together do not fit.
         """
         start, window = 0, 64
         while start < len(ids):
@@ -57,8 +57,8 @@ class Cutter:
             else:
                 n, window = self._fitting(ids, start, window)
             n = max(n, min_tokens)
-            if 0 < len(ids) - start - n < min_tokens:
-                n = len(ids) - start
+            if 0 < (left := len(ids) - start) - n < min_tokens:
+                n = left if left <= self.max_tokens else left - min_tokens
             yield Passage(tuple(ids[start : start + n]), document, start)
             start += n
 
