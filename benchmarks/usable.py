@@ -145,14 +145,16 @@ def _settings(lm: FrozenLM, text: Passage, T: int, K: int, options: argparse.Nam
     """A digest of the model, the recipe, the files that both name, the text and the sizes."""
     encoder = options.encoder.read_bytes() if options.encoder else b""
     deciding = {
-        "model": str(lm.fingerprint),
+        "model": lm.description(),
         "encoder": hashlib.sha256(encoder).hexdigest(),
         "recipe": asdict(options.recipe),
         "files": named_files(options.recipe),
         "text": (text.ids, text.document),
         "size": (T, K, options.in_a_row, CONTINUATION),
     }
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[
+        :32
+    ]
 
 
 def setting(

@@ -155,7 +155,7 @@ def main():
     if (args.work / f"{name}.pt").exists():
         run.load(args.work / f"{name}.pt")
     elif args.twin:
-        run.load(args.work / "trunk.pt")
+        run.load(args.work / "trunk.pt", trunk=True)
     elif args.begin:
         run.begin_with(args.begin)
     elif args.export_only:

@@ -17,6 +17,10 @@ from lengths import Lengths
 from optimizers import optimizers_of
 from recipe import Recipe
 
+# Fields of a recipe with which a run may go on otherwise, and those that made its trunk.
+MAY_CHANGE = {"steps", "minutes", "decay_share", "checkpoint_every", "log_every"}
+OF_TRUNK = {"seed", "trunk_steps", "trunk_tokens"}
+
 
 @dataclass
 class StepRecord:
@@ -73,9 +77,22 @@ class Run:
         torch.save(state, aside)
         aside.replace(path)
 
-    def load(self, path: Path):
-        """Go on from a checkpoint. Ends the program if it is of another shape or recipe."""
+    def load(self, path: Path, trunk: bool = False):
+        """Go on from a checkpoint. Ends the program if it is of another shape or recipe.
+
+        Behind a trunk, the recipe may be another one.
+        """
         state = torch.load(path, weights_only=True, map_location=self.device)
+        recipe = dataclasses.asdict(self.recipe)
+        fixed = OF_TRUNK if trunk else set(recipe) - MAY_CHANGE
+        choices = dataclasses.asdict(self.shape) | {name: recipe[name] for name in fixed}
+        made_with = state["shape"] | state["recipe"]
+        for name, value in choices.items():
+            if made_with.get(name, value) != value:  # a field that is newer has its old meaning
+                raise SystemExit(
+                    f"{path} was made with --{name.replace('_', '-')} {made_with[name]}, not "
+                    f"{value}: use another --work."
+                )
         try:
             self.model.load_state_dict(state["model"])
             self.encoder.load_state_dict(state["encoder"])

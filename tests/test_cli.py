@@ -224,6 +224,7 @@ BAD = [
     (["cram", "letter.txt", "--encoding", "utf-9"], "unknown encoding"),
     (["cram", "letter.txt", "--encoding", "base64"], "unknown encoding"),
     (["cram", "letter.txt", "--encoding", "undefined"], "unknown encoding"),
+    (["cram", "letter.txt", "--set", "steps=100000000000000000000"], "at most 64 bits"),
     (["cram", "letter.txt", "--encoder", "~no-such/e"], "there is no such user here"),
     (["cram", "letter.txt", "--usable", "--trigger", "~no-such/t.safetensors"], "no such user"),
     (["cram", "letter.txt", "-m", "~nobody-here/x"], "no such home folder"),

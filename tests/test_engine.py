@@ -142,6 +142,19 @@ def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
     assert alone[0][:2] == ((40, 1) if schedule == "whole" else (16, 0))
 
 
+@pytest.mark.parametrize("schedule", ["growing", "whole"])
+def test_padding_that_a_model_masks_fails_no_passage(schedule):
+    """The loss at the padding (token 0) of a short passage is infinite then."""
+    lm = copy(tiny())
+    head = lm._head
+    lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
+    long, short = passages(12, 3, seed=4)
+    both = {o.passage: o for o in Engine(lm, replace(QUICK, schedule=schedule)).run([long, short])}
+    (alone,) = Engine(lm, replace(QUICK, schedule=schedule)).run([short])
+    assert alone.status == both[short].status != "not-finite"
+    assert (alone.steps, alone.spent) == (both[short].steps, both[short].spent)
+
+
 @pytest.mark.parametrize("poll", [1, 3, 8])
 def test_looking_less_often_changes_nothing(poll):
     lm, (passage,) = tiny(), passages(4, seed=8)

@@ -7,6 +7,7 @@ import functools
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import torch
 from conftest import QUICK, reader
 from memvec import codec, hub
 from memvec.errors import MemvecError
+from memvec.passages.documents import Document
 from memvec.vectors import MemVectors
 
 TEXT = "the lazy fox"
@@ -75,6 +77,21 @@ def test_a_folder_gives_the_text_back(tmp_path):
     assert again.header == mem().header
     assert codec.decode(reader(), again) == [TEXT]
     assert sorted(f.name for f in folder.iterdir()) == ["README.md", hub.FILE]
+
+
+def test_paths_of_somebody_do_not_leave_the_machine(tmp_path):
+    folder = tmp_path / "secret" / "tiny"
+    folder.mkdir(parents=True)
+    lm = reader()
+    document = Document.of(lm, TEXT.encode(), name="/home/secret/letter.txt")
+    crammed = codec.cram(lm, [document], recipe=replace(QUICK, queries="/secret/questions.txt"))
+    crammed.header.model["name"] = str(folder)
+    crammed.save_pretrained(tmp_path / "published")
+    written = (tmp_path / "published" / hub.FILE).read_bytes()
+    assert b"secret" not in written
+    again = MemVectors.from_pretrained(tmp_path / "published")
+    assert (again.header.model["name"], again.header.documents[0].name) == ("tiny", "letter.txt")
+    assert codec.decode(lm, again) == [TEXT]
 
 
 def test_vectors_are_not_overwritten_unasked(tmp_path):

@@ -289,6 +289,35 @@ def test_the_published_rule_is_a_maximum_and_ours_is_not():
     assert (nothing.longest, nothing.always) == (None, None)
 
 
+def test_a_shared_m_stops_where_decoding_disagrees_if_asked(monkeypatch):
+    honest, seen = shared_m.certify, []
+
+    def disagreeing(*args):
+        for outcome in honest(*args):
+            seen.append(outcome)
+            yield replace(outcome, exact=False)
+
+    monkeypatch.setattr(shared_m, "certify", disagreeing)
+    recipe = Recipe.of("one-step", steps=60, lr=0.1, start="noise", if_not_exact="stop", settle=9)
+    recipe = shared_m.without_parts(recipe)
+    assert recipe.settle == 0
+    jobs = [Job(p, recipe.margin) for p in passages(2, 2)]
+    Shared(copy(one_step(tiny())), recipe, batch_size=4, storage="float32").run(jobs)
+    assert len(seen) == 2  # each once
+
+
+def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots():
+    recipe = shared_m.without_parts(Recipe.of("one-step", steps=8, lr=0.1, schedule="growing"))
+    recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3)
+    lm, jobs = one_step(tiny()), [Job(p, 1e3) for p in passages(40, 12, 30)]
+    one, all_ = (
+        Shared(lm, recipe, batch_size=n, storage="float32").run(list(jobs)) for n in (1, 3)
+    )
+    assert [o.spent for o in one] == [o.spent for o in all_]
+    for a, b in zip(one, all_, strict=True):
+        torch.testing.assert_close(a.vectors, b.vectors, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("limit", [4, 8])
 def test_a_shared_m_keeps_its_limit_where_decoding_disagrees(monkeypatch, limit):
     """Passages that go on with a larger margin have the steps that are left, not all again."""

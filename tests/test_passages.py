@@ -203,6 +203,12 @@ def test_the_logits_of_a_long_text_are_never_in_memory_at_once(monkeypatch):
     assert rows == [4, 4, 2]
 
 
+def test_a_rest_that_does_not_fit_the_passage_before_it_takes_tokens_of_it():
+    cutter = Cutter(tiny(), tokens=10, max_tokens=10)
+    assert [len(p) for p in cutter.cut(random_ids(21), min_tokens=2)] == [10, 9, 2]
+    assert [len(p) for p in Cutter(tiny(), tokens=10).cut(random_ids(21), min_tokens=2)] == [10, 11]
+
+
 def random_ids(n: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, 24, (n,), generator=generator).tolist()

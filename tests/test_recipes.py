@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
 from pathlib import Path
 
@@ -165,6 +166,22 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     assert whole.lengths.targets == halves.lengths.targets
     for a, b in zip(whole.parameters, halves.parameters, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_run_does_not_go_on_as_another_one(tmp_path):
+    whole, _ = small_run()
+    whole.save(tmp_path / "run.pt")
+    longer, _ = small_run()
+    longer.recipe = dataclasses.replace(longer.recipe, steps=90, minutes=1.0)
+    longer.load(tmp_path / "run.pt")  # the length may change
+    other, _ = small_run()
+    other.recipe = dataclasses.replace(other.recipe, noise=0.5)
+    with pytest.raises(SystemExit, match=r"made with --noise 0.04, not 0.5: use another --work"):
+        other.load(tmp_path / "run.pt")
+    other.load(tmp_path / "run.pt", trunk=True)  # another recipe may follow a trunk
+    other.shape = dataclasses.replace(other.shape, rope_theta=500.0)
+    with pytest.raises(SystemExit, match="--rope-theta"):
+        other.load(tmp_path / "run.pt", trunk=True)
 
 
 def test_a_run_begins_with_an_exported_model(tmp_path):

@@ -58,6 +58,23 @@ def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
         torch.testing.assert_close(found[row], wanted[0], atol=1e-5, rtol=1e-3)
 
 
+def test_alignment_is_measured_over_the_columns_of_a_passage_alone():
+    (long, short), found = passages(100, 40, seed=2), []
+    for asked in ([short], [short, long]):
+        engine = Engine(tiny(), replace(ALIGNED, look_ahead=8), vectors=1, batch_size=2)
+        for passage in asked:
+            engine.push(passage)
+        engine.fill(2)
+        row = [job.passage for job in engine.jobs].index(short)
+        engine.batch.schedule.best[1 - row if len(asked) == 2 else row + 1 :] = 80
+        engine.batch.schedule.best[row] = 0
+        engine.fill(2)
+        assert engine.columns == (16 if len(asked) == 1 else 96)
+        measured = engine.stepper.measure(engine.batch, engine.columns)
+        found.append(float(measured.term.loss[row]))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
 def hidden(lm, inputs):
     """Hidden states of every layer, from transformers itself."""
     return lm.model(inputs_embeds=inputs, output_hidden_states=True, use_cache=False).hidden_states

@@ -92,6 +92,8 @@ def save_pretrained(
 ) -> Path:
     """Write the vectors and their card into a folder, which is created if it does not exist.
 
+    Of the paths in the file's header, only the last parts are kept: the rest is private.
+
     `licence` is the licence of the vectors (an identifier of the Hub). `base_licence` is that of
     the base model, needed if its card is not on this machine. Raises MemvecError if the folder
     holds vectors or another card already (unless `force`), or cannot be written.
@@ -105,10 +107,28 @@ def save_pretrained(
         raise MemvecError(
             f"{place / CARD} is not a card of vectors: name another folder, or use force."
         )
-    mem.save(place / FILE, force=force)
+    without_paths(mem).save(place / FILE, force=force)
     text = card(mem, repository=repository, licence=licence, base_licence=base_licence)
     write_atomically(place / CARD, text.encode("utf-8"))
     return place
+
+
+def without_paths(mem: MemVectors) -> MemVectors:
+    """The same vectors, with a header in which files and folders have names without their paths."""
+    from memvec.vectors import MemVectors  # which knows this module
+
+    header = mem.header
+    recipe = dict(header.recipe)
+    for field in ("queries", "neighbours", "trigger"):
+        if field in recipe:
+            recipe[field] = Path(str(recipe[field])).name
+    documents = [d.model_copy(update={"name": Path(d.name).name}) for d in header.documents]
+    update = {
+        "model": {**header.model, "name": _base(mem)[0]},
+        "recipe": recipe,
+        "documents": documents,
+    }
+    return MemVectors(mem.vectors, header.model_copy(update=update), mem.soft)
 
 
 def _is_ours(card: Path) -> bool:

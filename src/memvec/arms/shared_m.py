@@ -50,7 +50,8 @@ def without_parts(recipe: Recipe) -> Recipe:
     Steps are computed by the model itself, and no passage's vectors are enlarged, cooled or
     narrowed alone: m belongs to all.
     """
-    return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0)
+    recipe = replace(recipe, compute="model", lr_large=0.0, stuck_after=0)
+    return replace(recipe, narrow_after=0, settle=0)
 
 
 class GroupMeasurement(NamedTuple):
@@ -126,7 +127,8 @@ class Shared:
             ]
             wrong = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
             out_of_steps = outcomes[0].steps - before >= self.recipe.steps
-            if not wrong or out_of_steps or raises == RAISES:
+            given_up = out_of_steps or raises == RAISES or self.recipe.if_not_exact == "stop"
+            if not wrong or given_up:
                 break
             jobs = [
                 Job.again(o, raised=spread if i in wrong else None) for i, o in enumerate(outcomes)

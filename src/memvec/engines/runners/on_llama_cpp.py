@@ -65,21 +65,35 @@ class Engine:
             raise RequestError(f"llama.cpp does not load {model}: {first_error()}")
         self.width = lib.llama_model_n_embd(self.model)
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
-        window = lib.llama_model_n_ctx_train(self.model)
+        self.name, self.cache = model, CACHE[dtype]
+        self.threads = settings.get("threads", 1)
+        self.context, self.room = None, 0  # made for the longest prompts so far
+
+    def make_room(self, prompts: list[Prompt]) -> None:
+        """Make a context in which SEQUENCES sequences as long as the longest of these fit.
+
+        One of the model's whole window would take hundreds of GiB for a long window.
+        """
+        longest = max(p.vectors + len(p.tokens) + p.new_tokens for p in prompts)
+        if longest <= self.room:
+            return
+        if self.context:
+            lib.llama_free(self.context)
         params = lib.llama_context_default_params()
-        params.n_ctx = window * SEQUENCES
-        params.n_batch = params.n_ubatch = max(window, SEQUENCES)
+        params.n_ctx = longest * SEQUENCES
+        params.n_batch = params.n_ubatch = max(longest, SEQUENCES)
         params.n_seq_max = SEQUENCES
-        params.type_k = params.type_v = CACHE[dtype]
+        params.type_k = params.type_v = self.cache
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.n_threads = params.n_threads_batch = settings.get("threads", 1)
+        params.n_threads = params.n_threads_batch = self.threads
         params.no_perf = True
-        self.context = lib.llama_init_from_model(self.model, params)
+        self.context, self.room = lib.llama_init_from_model(self.model, params), longest
         if not self.context:
-            raise RequestError(f"llama.cpp makes no context for {model}: {first_error()}")
+            raise RequestError(f"llama.cpp makes no context for {self.name}: {first_error()}")
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt."""
+        self.make_room(prompts)
         ids: list[list[int]] = []
         for at in range(0, len(prompts), SEQUENCES):
             ids += self.together(prompts[at : at + SEQUENCES])

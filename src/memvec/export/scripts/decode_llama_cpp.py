@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp as lib
 import numpy as np
 from make_gguf import write
-from passages import MANIFEST, decode, model_folder, refuse_width
+from passages import FOLDER, MANIFEST, decode, model_folder, refuse_width
 
 CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers for the types
 
@@ -63,6 +63,12 @@ def main(given: Path) -> None:
     # Both change arg-maxes where they are left as they are.
     params.flash_attn_type, params.type_k = 0, CACHE[MANIFEST["dtype"]]
     params.type_v = params.type_k
+    # The context is 512 tokens long where it is left as it is.
+    longest = max(
+        len(np.load(FOLDER / item["file"], mmap_mode="r")) + len(item["given"]) + item["new_tokens"]
+        for item in MANIFEST["passages"]
+    )
+    params.n_ctx = params.n_batch = params.n_ubatch = max(512, longest)
     context = lib.llama_init_from_model(loaded(given), params)
 
     def behind(path: Path, passage: dict[str, Any]) -> list[int]:
