@@ -115,20 +115,14 @@ def save_pretrained(
 
 def without_paths(mem: MemVectors) -> MemVectors:
     """The same vectors, with a header in which files and folders have names without their paths."""
-    from memvec.vectors import MemVectors  # which knows this module
-
-    header = mem.header
-    recipe = dict(header.recipe)
-    for field in ("queries", "neighbours", "trigger"):
-        if field in recipe:
-            recipe[field] = Path(str(recipe[field])).name
-    documents = [d.model_copy(update={"name": Path(d.name).name}) for d in header.documents]
+    header, fields = mem.header, ("queries", "neighbours", "trigger")
+    recipe = {f: Path(str(header.recipe[f])).name for f in fields if f in header.recipe}
     update = {
         "model": {**header.model, "name": _base(mem)[0]},
-        "recipe": recipe,
-        "documents": documents,
+        "recipe": {**header.recipe, **recipe},
+        "documents": [d.model_copy(update={"name": Path(d.name).name}) for d in header.documents],
     }
-    return MemVectors(mem.vectors, header.model_copy(update=update), mem.soft)
+    return type(mem)(mem.vectors, header.model_copy(update=update), mem.soft)
 
 
 def _is_ours(card: Path) -> bool:
