@@ -354,6 +354,7 @@ def test_a_header_cannot_claim_another_space():
         ("prefix-layer", {"layer": 0, "filler": -1}, "has no token -1"),
         ("prefix-layer", {"layer": 0}, "numbers each and"),
         ("shared-basis", {"dimensions": "x"}, "a shared basis has 1 to"),
+        ("shared-basis", {"dimensions": 2, "seed": 2**70}, r"seed .* is from 0 to 2\^63 - 1"),
         ("elsewhere", {}, "^unknown space 'elsewhere'"),
     ):
         with pytest.raises(MemvecError, match=sentence):

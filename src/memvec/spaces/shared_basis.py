@@ -30,13 +30,13 @@ class SharedBasis(Prefix):
 
     def __init__(self, lm: FrozenLM, options: Mapping[str, Any]) -> None:
         d, seed = options.get("dimensions"), options.get("seed")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise MemvecError(f"the seed of a shared basis is from 0 to 2^63 - 1, not {seed}.")
-        if not isinstance(d, int) or not 1 <= d <= lm.width:
+        if not isinstance(d, int) or not 1 <= d <= lm.width or not isinstance(seed, int):
             raise MemvecError(
                 f"an input vector of {lm.name} has {lm.width} numbers, so a shared basis has 1 to "
                 f"{lm.width} dimensions, not {d}: use --set dimensions."
             )
+        if not 0 <= seed < 2**63:
+            raise MemvecError(f"the seed of a shared basis is from 0 to 2^63 - 1, not {seed}.")
         self.options = {"dimensions": d, "seed": seed}
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(lm.width, d, generator=generator, dtype=torch.float64)
