@@ -2,9 +2,8 @@
 
 The cost of a passage is the number of tokens in its forward and backward passes: the positions that
 counted at each step, plus the vectors, and the pass of an encoder. `growing` is for recipes whose
-horizon grows step by step.
-`fixed` is for the paper's recipe, which crams passages of fixed length: it searches the longest
-length, and the search is part of the cost.
+horizon grows step by step. `fixed` is for the paper's recipe, which crams passages of fixed length:
+it searches the longest length, and the search is part of the cost.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ def growing(
     order = [job.passage.document for job in engine.jobs]
     before = lm.inputs_before(engine.K, engine.start_rule)
     vectors: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
-    # Besides the steps, in tokens spent: an encoder's pass, and the forward passes at the ends of
-    # stages.
-    ended = [float(_encoder_pass(lm, recipe, passages[number], engine.K)) for number in order]
+    # Tokens spent besides the steps: in an encoder's pass, and in forward passes that end stages.
+    besides = [float(_encoder_pass(lm, recipe, passages[number], engine.K)) for number in order]
     while True:
         before_step = engine.batch.vectors, engine.batch.schedule.best
         targets = _targets(engine.batch.schedule)
@@ -57,8 +55,8 @@ def growing(
         for row, (old, new) in enumerate(stages):
             if staged:
                 done = _stages_done(old, new, None if targets is None else targets[row])
-                ended[row] += sum(stage + before for stage in done) / 2
-            paid = spent[row] + ended[row]
+                besides[row] += sum(stage + before for stage in done) / 2
+            paid = spent[row] + besides[row]
             for at, cost in enumerate(costs):
                 # The step that goes past a cost was not paid for at that cost.
                 if (order[row], at) not in vectors and (paid > cost or stopped[row]):

@@ -7,12 +7,12 @@ or where a CPU computes in one thread (OMP_NUM_THREADS=1) by the processor's, so
 does not count.
 
 Ours: all passages through one engine under the default recipe, first token counted, its margin;
-from noise, as in the paper, and from the model's one-pass encoder where it has one; in float32, as
-theirs. Theirs: the
+from noise, as in the paper, and from the model's one-pass encoder where it has one. Theirs: the
 recipe of Kuratov et al. one passage at a time in the plain loop of its publication (whole logits,
 torch's AdamW, loss and accuracy fetched at each step, first token handed over); loading the model
-twice for each passage, which that code does as well, is left out. On their side only `--theirs`
-passages are crammed; their rate is the exact passages per minute over these.
+twice for each passage, which that code does as well, is left out. Both compute in the model's own
+dtype. On their side only `--theirs` passages are crammed; their rate is the exact passages per
+minute over these.
 
 Their side runs at each learning rate of a sweep (`--lr`; the paper's is 0.01), and each run is read
 at several step limits: what it would have been had every passage been given up after so many
@@ -115,9 +115,14 @@ def as_published(lm: FrozenLM, passage: Passage, lr: float, steps: int) -> Trial
     return Trial(tuple(decoded) == passage.ids, taken, clock() - began, marks)
 
 
+def engine_for(lm: FrozenLM, passages: list[Passage], **changes: Any) -> Engine:
+    """Our side: the default recipe with some changes, in the model's own dtype."""
+    return Engine(lm, Recipe(compute="model", **changes), batch_size=min(32, len(passages)))
+
+
 def by_engine(lm: FrozenLM, passages: list[Passage], start: str) -> list[Trial]:
     """All passages through one engine; its time is divided in proportion to the engine's counts."""
-    engine = Engine(lm, Recipe(start=start, compute="model"), batch_size=min(32, len(passages)))
+    engine = engine_for(lm, passages, start=start)
     began = clock()
     outcomes = list(engine.run(passages))
     seconds = clock() - began
@@ -163,11 +168,7 @@ def at_length(
     lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of both sides over the same passages, and how ours compare with the best of theirs."""
-    list(
-        Engine(lm, Recipe(steps=2, compute="model"), batch_size=min(32, len(passages))).run(
-            passages
-        )
-    )
+    list(engine_for(lm, passages, steps=2).run(passages))
     as_published(lm, passages[-1], PAPER.lr, 2)  # first use of kernels, not timed
     ours = {"noise": by_engine(lm, passages, "noise")}
     if lm.encoder is not None:

@@ -152,9 +152,8 @@ def _settings(lm: FrozenLM, text: Passage, T: int, K: int, options: argparse.Nam
         "text": (text.ids, text.document),
         "size": (T, K, options.in_a_row, CONTINUATION),
     }
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[
-        :32
-    ]
+    text_of_all = json.dumps(deciding, sort_keys=True, default=str)
+    return hashlib.sha256(text_of_all.encode()).hexdigest()[:32]
 
 
 def setting(

@@ -86,6 +86,9 @@ def test_paths_of_somebody_do_not_leave_the_machine(tmp_path):
     document = Document.of(lm, TEXT.encode(), name="/home/secret/letter.txt")
     crammed = codec.cram(lm, [document], recipe=replace(QUICK, queries="/secret/questions.txt"))
     crammed.header.model["name"] = str(folder)
+    for trigger, published in (("a/b", "a/b"), ("/secret/t.safetensors", "t.safetensors")):
+        crammed.header.recipe["trigger"] = trigger  # the text of a token, or a file
+        assert hub.without_paths(crammed).header.recipe["trigger"] == published
     crammed.save_pretrained(tmp_path / "published")
     written = (tmp_path / "published" / hub.FILE).read_bytes()
     assert b"secret" not in written

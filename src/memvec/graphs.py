@@ -83,6 +83,11 @@ class CudaGraphs:
 BACKENDS: dict[str, Callable[[torch.device], Backend]] = {"cuda": CudaGraphs}
 
 
+def whole_columns(need: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """`need` columns, rounded up to multiples of COLUMNS."""
+    return -(-need // COLUMNS) * COLUMNS
+
+
 def columns_for(need: int) -> int:
     """Columns of a forward pass in which `need` are predicted: multiples of COLUMNS, two lengths
     an octave, so that few graphs serve a passage that grows."""

@@ -93,7 +93,6 @@ def save_pretrained(
     """Write the vectors and their card into a folder, which is created if it does not exist.
 
     Of the paths in the file's header, only the last parts are kept: the rest is private.
-
     `licence` is the licence of the vectors (an identifier of the Hub). `base_licence` is that of
     the base model, needed if its card is not on this machine. Raises MemvecError if the folder
     holds vectors or another card already (unless `force`), or cannot be written.
@@ -115,11 +114,13 @@ def save_pretrained(
 
 def without_paths(mem: MemVectors) -> MemVectors:
     """The same vectors, with a header in which files and folders have names without their paths."""
-    header, fields = mem.header, ("queries", "neighbours", "trigger")
-    recipe = {f: Path(str(header.recipe[f])).name for f in fields if f in header.recipe}
+    header, recipe = mem.header, dict(mem.header.recipe)
+    for field in {"queries", "neighbours", "trigger"} & recipe.keys():
+        if field != "trigger" or recipe[field].endswith(".safetensors"):  # else a token's text
+            recipe[field] = Path(recipe[field]).name
     update = {
         "model": {**header.model, "name": _base(mem)[0]},
-        "recipe": {**header.recipe, **recipe},
+        "recipe": recipe,
         "documents": [d.model_copy(update={"name": Path(d.name).name}) for d in header.documents],
     }
     return type(mem)(mem.vectors, header.model_copy(update=update), mem.soft)

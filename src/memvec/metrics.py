@@ -9,18 +9,12 @@ vectors, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-from memvec.model import memory
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
 
 LN2 = math.log(2.0)
 LOOKS_FREELY = {"cpu"}  # devices that need not wait until a value can be looked at
@@ -40,27 +34,6 @@ def margins(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Te
     others = logits.scatter(-1, ids[..., None], -torch.inf)
     margin = (true - others.amax(-1, keepdim=True))[..., 0]
     return first_of_ties(margin, logits, ids)
-
-
-def at_states(
-    lm: FrozenLM,
-    states: Float[Tensor, "B T H"],
-    ids: Int[Tensor, "B T"],
-    *metrics: Callable[[Tensor, Tensor], Tensor],
-) -> list[Float[Tensor, "B T"]]:
-    """Metrics of the logits at hidden states, on the CPU.
-
-    A few rows of logits are computed at a time: those of a long text would not fit in memory.
-    """
-    B, T, H = states.shape
-    flat, truth = states.reshape(1, B * T, H), ids.reshape(1, -1)
-    rows = max(1, memory.LOGITS_AT_ONCE // lm.vocab_size)
-    parts: list[list[Tensor]] = [[] for _ in metrics]
-    for at in range(0, B * T, rows):
-        logits = lm.head(flat[:, at : at + rows])
-        for part, metric in zip(parts, metrics, strict=True):
-            part.append(metric(logits, truth[:, at : at + rows])[0].cpu())
-    return [torch.cat(part).reshape(B, T) for part in parts]
 
 
 def first_of_ties(

@@ -80,9 +80,8 @@ class Alignment(Term):
                 ]
             )
             distance = (1 - cosine).sum(0)
-        loss = (distance.detach()[:B] * self._share(batch.length.minimum(batch.room), tokens)).sum(
-            -1
-        )
+        share = self._share(batch.length.minimum(batch.room), tokens)
+        loss = (distance.detach()[:B] * share).sum(-1)
         return TermLoss(loss, (distance,), (torch.ones_like(distance),))
 
     def _without_vectors(self, ids: Int[Tensor, "N T"]) -> list[Float[Tensor, "N t H"]]:

@@ -33,7 +33,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
-from memvec.graphs import COLUMNS
+from memvec.graphs import whole_columns
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import forget_freed_memory, out_of_memory
@@ -50,8 +50,7 @@ def without_parts(recipe: Recipe) -> Recipe:
     Steps are computed by the model itself, and no passage's vectors are enlarged, cooled or
     narrowed alone: m belongs to all.
     """
-    recipe = replace(recipe, compute="model", lr_large=0.0, stuck_after=0)
-    return replace(recipe, narrow_after=0, settle=0)
+    return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0, settle=0)
 
 
 class GroupMeasurement(NamedTuple):
@@ -223,7 +222,7 @@ class Shared:
         """One forward and backward pass of a group of passages."""
         length, margins, best = length[group], margins[group], best[group]
         # Each passage has the columns that it needs itself, whatever else is in its group.
-        room = (-(-self._counted(best, length) // COLUMNS) * COLUMNS).minimum(length)
+        room = whole_columns(self._counted(best, length)).minimum(length)
         width = int(room.max())
         e = each_e[group].requires_grad_()
         m = shared.clone().requires_grad_()

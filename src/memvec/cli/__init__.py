@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -104,24 +104,23 @@ def main() -> None:
     try:
         app()
     except MemvecError as error:
-        typer.echo(f"memvec: {error}", err=True)
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OverflowError:
+        _end("a number is too large: whole numbers have at most 64 bits.")
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's error for ~NAME
             raise
-        typer.echo("memvec: a path begins with ~NAME, and there is no such user here.", err=True)
-        sys.exit(2)
-    except OverflowError:
-        typer.echo("memvec: a number is too large: whole numbers have at most 64 bits.", err=True)
-        sys.exit(2)
+        _end("a path begins with ~NAME, and there is no such user here.")
     except OSError as error:  # a name that is too long, a disk that went away
-        typer.echo(
-            f"memvec: {error.filename or 'a file or standard output'}: {error.strerror or error}.",
-            err=True,
-        )
-        sys.exit(2)
+        _end(f"{error.filename or 'a file or standard output'}: {error.strerror or error}.")
+
+
+def _end(sentence: str, code: int = 2) -> NoReturn:
+    """Print one sentence on standard error and exit."""
+    typer.echo(f"memvec: {sentence}", err=True)
+    sys.exit(code)
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memvec.corrections import Corrections, pick
 from memvec.decoding import decode_ids, first_error
-from memvec.metrics import at_states, margins, surprisal
+from memvec.metrics import margins, surprisal
+from memvec.model.heads import at_states
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage, padded_ids

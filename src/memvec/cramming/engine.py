@@ -36,7 +36,7 @@ from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vect
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_minimum
-from memvec.graphs import COLUMNS, columns_for, rows_for
+from memvec.graphs import columns_for, rows_for, whole_columns
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import fits, forget_freed_memory, in_batches, out_of_memory
 from memvec.model.precision import for_steps
@@ -181,7 +181,7 @@ class Engine:
             # waits for the check, even where its neighbours have more columns: each passage has
             # the columns that it would have alone.
             counted += self.schedule.may_count(self.poll - 1)
-            self.batch.room = -(-counted // COLUMNS) * COLUMNS
+            self.batch.room = whole_columns(counted)
             need = int(self.batch.room.max())
             columns = columns_for(need) if self.graphs else need
             self.columns = longest if self.fixed_shapes else min(longest, columns)

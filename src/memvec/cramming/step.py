@@ -28,7 +28,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
-from memvec.graphs import COLUMNS, Graphs, Pass
+from memvec.graphs import Graphs, Pass, whole_columns
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -113,7 +113,7 @@ class Step:
         # A batch has as many columns as its longest passage needs. Of these, only the columns count
         # that a passage would have alone: else its vectors would depend on its neighbours.
         counted = self.schedule.counted(batch.schedule, batch.length)
-        room = torch.minimum(-(-counted // COLUMNS) * COLUMNS, batch.room).minimum(batch.length)
+        room = whole_columns(counted).minimum(batch.room).minimum(batch.length)
         within = torch.arange(columns, device=room.device) < room[:, None]
         parameters = batch.parameters.requires_grad_()
         with torch.enable_grad():

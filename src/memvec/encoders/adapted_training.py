@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memvec.encoders.adapted import AdaptedEncoder, AdaptedNetwork, fresh, own_summary
 from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
-from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE
+from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE, seeded
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
@@ -50,7 +50,7 @@ class AdaptedTraining(AdapterTraining):
         super().__init__(lm, stream, plan)
         summary_encoder = own_summary(lm)
         self.identity["begun_at"] = summary_encoder.identity if summary_encoder else None
-        with self.seeded():
+        with seeded(plan.seed):
             self.network = fresh(lm, rank=plan.rank).begun(lm, self.mean, plan.size)
         self.begin()
         self.grows = summary_encoder is None and not plan.begin

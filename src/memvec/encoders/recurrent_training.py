@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memvec.encoders.adapted import own_summary
 from memvec.encoders.recurrent import RecurrentEncoder, RecurrentNetwork, state_width
-from memvec.encoders.training_run import NetworkPlan, TrainingRun
+from memvec.encoders.training_run import NetworkPlan, TrainingRun, seeded
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
@@ -60,7 +60,7 @@ class RecurrentTraining(TrainingRun):
         summary_encoder = own_summary(lm)
         self.identity["begun_at"] = summary_encoder.identity if summary_encoder else None
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots", "lags")}
-        with self.seeded():
+        with seeded(plan.seed):
             network = RecurrentNetwork(
                 lm.width, state_width(lm), segment=plan.segment_tokens, **shape
             )

@@ -12,7 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.training_run import FALL_BELOW, GRID, RISE_ABOVE, NetworkPlan, TrainingRun
+from memvec.encoders.training_run import (
+    FALL_BELOW,
+    GRID,
+    RISE_ABOVE,
+    NetworkPlan,
+    TrainingRun,
+    seeded,
+)
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
@@ -34,7 +41,7 @@ class Training(TrainingRun):
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> None:
         super().__init__(lm, stream, plan)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots")}
-        with self.seeded():
+        with seeded(plan.seed):
             self.network = SlotNetwork(lm.width, **shape).to(lm.device)
         self.network.scaled(self.mean, self.std, plan.size)
         self.optimizer = self.optimized(self.network.parameters())

@@ -92,6 +92,17 @@ class TrainingProgress:
     seconds: float
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context manager that seeds torch, to initialise a network.
+
+    The caller's generators are restored afterwards.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 class TrainingRun(ABC):
     """A training run that can be stopped at any time and resumed from its last checkpoint.
 
@@ -127,16 +138,6 @@ class TrainingRun(ABC):
             handed_in = lm.embedding(first).float()
         self.mean, self.std = handed_in.mean(0), float(handed_in.std())  # (D), scalar
         self.step, self.seconds = 0, 0.0
-
-    @contextlib.contextmanager
-    def seeded(self) -> Iterator[None]:
-        """Context manager that seeds torch with the plan's seed, to initialise the network.
-
-        The caller's generators are restored afterwards.
-        """
-        with torch.random.fork_rng():
-            torch.manual_seed(self.plan.seed)
-            yield
 
     def optimized(self, groups: Any) -> torch.optim.Optimizer:
         """AdamW for parameters, or for groups whose `rate` multiplies the plan's learning rate."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
 from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
+from memvec.encoders.training_run import seeded
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
@@ -67,7 +68,7 @@ class UsableTraining(AdapterTraining):
             )
         self.identity["trigger"] = own_trigger_of(lm)
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
-        with self.seeded():
+        with seeded(plan.seed):
             self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
         self.begin()
         self.target = 0.0

@@ -8,10 +8,16 @@ the logits agree.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from memvec.model import memory
+
+if TYPE_CHECKING:
+    from memvec.model.lm import FrozenLM
 
 Head = Callable[[Tensor], Tensor]
 
@@ -49,3 +55,24 @@ def split_head(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None
     except Exception:  # the body needs other arguments: use the whole model, which is checked
         pass
     return None, lambda states: states
+
+
+def at_states(
+    lm: FrozenLM,
+    states: Float[Tensor, "B T H"],
+    ids: Int[Tensor, "B T"],
+    *functions: Callable[[Tensor, Tensor], Tensor],
+) -> list[Float[Tensor, "B T"]]:
+    """Functions of the logits at hidden states and of the true tokens, on the CPU.
+
+    A few rows of logits are computed at a time: those of a long text would not fit in memory.
+    """
+    B, T, H = states.shape
+    flat, truth = states.reshape(1, B * T, H), ids.reshape(1, -1)
+    rows = max(1, memory.LOGITS_AT_ONCE // lm.vocab_size)
+    parts: list[list[Tensor]] = [[] for _ in functions]
+    for at in range(0, B * T, rows):
+        logits = lm.head(flat[:, at : at + rows])
+        for part, function in zip(parts, functions, strict=True):
+            part.append(function(logits, truth[:, at : at + rows])[0].cpu())
+    return [torch.cat(part).reshape(B, T) for part in parts]

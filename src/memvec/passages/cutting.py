@@ -16,6 +16,7 @@ import torch
 
 from memvec import metrics
 from memvec.errors import MemvecError, check_minimum
+from memvec.model.heads import at_states
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
@@ -82,12 +83,9 @@ def surprisals(lm: FrozenLM, ids: Sequence[int]) -> torch.Tensor:
     For a model without a BOS the first token costs log2 V.
     """
     table = torch.tensor([list(ids)], device=lm.device)
-    if lm.bos_id is not None:
-        states, first, truth = lm.states(None, table, "bos"), [], table
-    else:
-        first = [math.log2(lm.vocab_size)]
-        if len(ids) == 1:
-            return torch.tensor(first, dtype=torch.float64)
-        states, truth = lm.states(None, table, "first-token"), table[:, 1:]
-    (bits,) = metrics.at_states(lm, states, truth, metrics.surprisal)
-    return torch.cat([torch.tensor(first, dtype=torch.float64), bits[0].double()])
+    given = [] if lm.bos_id is not None else [math.log2(lm.vocab_size)]
+    if len(given) == len(ids):
+        return torch.tensor(given, dtype=torch.float64)
+    states = lm.states(None, table, "first-token" if given else "bos")
+    (bits,) = at_states(lm, states, table[:, len(given) :], metrics.surprisal)
+    return torch.cat([torch.tensor(given, dtype=torch.float64), bits[0].double()])

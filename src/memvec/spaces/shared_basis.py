@@ -35,8 +35,8 @@ class SharedBasis(Prefix):
                 f"an input vector of {lm.name} has {lm.width} numbers, so a shared basis has 1 to "
                 f"{lm.width} dimensions, not {d}: use --set dimensions."
             )
-        if not 0 <= seed < 2**63:
-            raise MemvecError(f"the seed of a shared basis is from 0 to 2^63 - 1, not {seed}.")
+        if abs(seed) >= 2**63:
+            raise MemvecError(f"the seed of a shared basis must fit 64 bits; {seed} does not.")
         self.options = {"dimensions": d, "seed": seed}
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(lm.width, d, generator=generator, dtype=torch.float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,14 @@ def named_files(recipe: Recipe) -> dict[str, str]:
         named["questions"] = Path(recipe.queries)
     if recipe.neighbours != "none":
         named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
+    return hashes_of(named)
+
+
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each of these files, without those that are not there."""
     return {
-        key: hashlib.sha256(path.read_bytes()).hexdigest()
-        for key, path in named.items()
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
         if path.is_file()
     }
 

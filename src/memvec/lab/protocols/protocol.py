@@ -19,7 +19,6 @@ Ray workers import only the modules that `memvec.plugins` entry points name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,8 +111,8 @@ class Protocol:
         """A sentence about a file that the options name and that is missing; None if none is."""
         return None
 
-    def files(self, options: Mapping[str, Any]) -> dict[str, str]:
-        """Hashes of the files that the options name, for the cell's key; see `hashed`."""
+    def files(self, options: Mapping[str, Any]) -> dict[str, Path]:
+        """The files that the options name, whose hashes are in the cell's key."""
         return {}
 
     def tokens(self, length: int, K: int, start: StartRule) -> int:
@@ -224,16 +223,6 @@ def missing_file(what: str, path: str, maker: str) -> str | None:
     if Path(path).expanduser().is_file():
         return None
     return f"there is no {what} {path}: make one with {maker}."
-
-
-def hashed(**paths: str) -> dict[str, str]:
-    """SHA-256 of each file, without those that are not there (`missing` reports them)."""
-    files = {name: Path(path).expanduser() for name, path in paths.items()}
-    return {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for name, file in files.items()
-        if file.is_file()
-    }
 
 
 def bits_after(

@@ -30,7 +30,7 @@ from memvec.errors import MemvecError
 from memvec.lab import slow
 from memvec.lab.protocols import protocol, recurrent_report
 from memvec.lab.protocols.exact import exact_result
-from memvec.lab.protocols.protocol import Capacity, Card, Compared, Protocol, hashed, missing_file
+from memvec.lab.protocols.protocol import Capacity, Card, Compared, Protocol, missing_file
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -79,8 +79,8 @@ class Recurrent(Protocol):
             return "decodes from a memory and a question, so start_rule is 'vectors'"
         return None
 
-    def files(self, options: Mapping[str, Any]) -> dict[str, str]:
-        return hashed(encoder=options["encoder"])
+    def files(self, options: Mapping[str, Any]) -> dict[str, Path]:
+        return {"encoder": Path(options["encoder"]).expanduser()}
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
         return missing_file("encoder", options["encoder"], "memvec encoder train --recurrent")

@@ -26,7 +26,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import slow
 from memvec.lab.protocols import protocol, sentences_report
-from memvec.lab.protocols.protocol import Card, Compared, Protocol, hashed, missing_file
+from memvec.lab.protocols.protocol import Card, Compared, Protocol, missing_file
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -123,8 +123,8 @@ class Sentences(Protocol):
             "flops": costs(lm, model, len(ids), sum(sizes), whole, len(sizes)),
         }
 
-    def files(self, options: Mapping[str, Any]) -> dict[str, str]:
-        return hashed(latents=options["latents"])
+    def files(self, options: Mapping[str, Any]) -> dict[str, Path]:
+        return {"latents": Path(options["latents"]).expanduser()}
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
         return missing_file("latent model", options["latents"], "memvec lab sentences train")

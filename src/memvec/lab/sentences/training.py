@@ -29,7 +29,7 @@ from torch import Tensor
 
 from memvec.cramming.objectives import score
 from memvec.encoders.checkpoint import load_checkpoint, model_of, save_checkpoint
-from memvec.encoders.training_run import CROSS_ENTROPY
+from memvec.encoders.training_run import CROSS_ENTROPY, seeded
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import Sentence, share_cut
 from memvec.lab.sentences.latents import encode, need_encoder
@@ -88,8 +88,7 @@ class LatentTraining:
         ids = [s.ids for s in self.sentences]
         self.latents = encode(lm, ids, plan.vectors, fast=True, on_progress=on_encoded).flatten(1)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads")}
-        with torch.random.fork_rng():  # the caller's generator stays as it is
-            torch.manual_seed(plan.seed)
+        with seeded(plan.seed):
             self.network = LatentNetwork(plan.vectors * lm.width, **shape)
         known = torch.cat([self.latents[start:end] for start, end in self.train])
         self.network.scaled(known).to(lm.device)

@@ -22,7 +22,7 @@ from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
 from memvec.recipe_effect import check_effect
-from memvec.usable.triggers import named_files
+from memvec.usable.triggers import hashes_of, named_files
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def _cells(
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
     recipe = recipe_of(run, seed=0)
     check_effect(recipe, run.recipe)
-    files = named_files(recipe) | protocol_of(run.protocol).files(options_of(run))
+    files = protocol_of(run.protocol).files(options_of(run))
+    hashes = named_files(recipe) | hashes_of(files)  # the same for every seed
     for source, length, K, seed in itertools.product(*axes):
         yield Cell(
             run.protocol,
@@ -116,7 +117,7 @@ def _cells(
             options_of(run),
             run.storage or spec.storage,
             spec.fixed_shapes,
-            files,
+            hashes,
         )
 
 

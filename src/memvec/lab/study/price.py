@@ -2,8 +2,8 @@
 
 A forward-backward token of a frozen model costs about 4 floating-point operations per parameter
 (2 forward, 2 for the gradient at the inputs; weights get none). Memory is the peak of a step by
-`model.estimate`, with weights in bfloat16. Times assume that every
-passage uses all its steps, at a rate that only large models reach.
+`model.estimate`, with weights in bfloat16. Times assume that every passage uses all its steps, at a
+rate that only large models reach.
 """
 
 from __future__ import annotations
