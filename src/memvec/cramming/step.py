@@ -8,6 +8,11 @@
 Vectors are measured before they are moved: those kept of a finished passage are the very vectors
 that were measured, already rounded to the storage dtype. `arms/reference.py` is the same loop for
 one passage with the paper's choices.
+
+The loss is the objective's (`objectives.py`; the paper's is the mean cross-entropy of section 3),
+which tokens count is the schedule's, and the move is the optimizer's: what is new is registered
+there. The order of the three parts is what the design rules rest on (measure then save,
+independent passages): no value of another row may reach a passage here.
 """
 
 from __future__ import annotations
@@ -95,7 +100,7 @@ class Step:
         """
         measured = self.measure(batch, columns, padding_rows)
         newly_enlarged = self._update_progress(batch, measured, padding_rows)
-        most = measured.within.sum(-1)
+        most = measured.within.sum(-1)  # tokens of a new stage beyond these wait for the next step
         counted = self.schedule.counted(batch.schedule, batch.length).minimum(most)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
