@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -428,6 +429,22 @@ def test_a_cap_is_found_where_logits_are_small():
 
 def test_measured_facts_that_are_none_are_told(folder, tmp_path):
     own = Path(shutil.copytree(folder, tmp_path / "model"))
-    for text in ("", "[1]", '{"fill": '):
+    for text, reason in (
+        ("", "Expecting value"),
+        ("[1]", ""),
+        ('{"fill": ', "Expecting value"),
+        ('{"fill": "much"}', "fill: Input should be a valid number"),
+        ('{"fill": 0}', "fill: Input should be greater than 0"),
+        ('{"fill": NaN}', "fill: "),
+        ('{"bits_per_vector": 3}', "bits_per_vector: "),
+        ('{"bits_per_vector": {"one": 3}}', "bits_per_vector.one"),
+        ('{"bits_per_vector": {"1": -3}}', "bits_per_vector.1: Input should be greater than 0"),
+    ):
         (own / "memvec.json").write_text(text)
-        says(str(own), "memvec.json holds no measured facts")
+        says(str(own), rf"memvec.json holds no measured facts \({re.escape(reason)}")
+
+
+def test_a_folder_dtype_and_device_may_be_objects(folder):
+    lm = load_lm(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (lm.name, lm.dtype, lm.device.type) == (str(folder), torch.bfloat16, "cpu")
+    says(folder, "unknown dtype 'float64'", dtype=torch.float64)

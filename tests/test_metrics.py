@@ -151,7 +151,7 @@ def test_measure_is_a_loop_over_the_models_own_logits(
     monkeypatch.setattr(memory, "LOGITS_AT_ONCE", chunk)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     batch = positions(lm, vectors, asked, rule)
-    scores = [batch.passage(i, len(p) - given) for i, p in enumerate(asked)]
+    scores = [batch[i, : len(p) - given] for i, p in enumerate(asked)]
     found = [own.measures(len(p), 0).model_dump() for own, p in zip(scores, asked, strict=True)]
 
     def next_token(parts: list[torch.Tensor]) -> list[float]:

@@ -107,8 +107,7 @@ class CramJob:
             self._cram_sharing_a_vector([Job(p, self.engine.recipe.margin) for p in passages])
         else:
             self.cram(passages)
-        mem, _ = self.certified(keep_text)
-        return mem
+        return self.certified(keep_text)[0]
 
     def choose_batch_size(self, passages: Sequence[Passage]) -> None:
         """Set the number of slots: the caller's, or as many as these passages allow."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
 
 class MemvecError(Exception):
     """Something a person can act on: what is wrong, where, and what to do. Exit code 2."""
@@ -40,6 +42,12 @@ def check_minimum(minimum: int, /, **options: int | float | None) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first field that pydantic refuses, and why: 'fill: Input should be a valid number'."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'everything'}: {first['msg']}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

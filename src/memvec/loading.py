@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
 from memvec.encoders.files import read_encoders
-from memvec.errors import MemvecError, did_you_mean, first_line
+from memvec.errors import MemvecError, did_you_mean, first_line, first_problem
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import keep_freed_memory, out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
@@ -36,15 +37,23 @@ EXPLAINED = {
     ("no file named", "have a file named"): "has no weights that transformers can load: {}",
 }
 POCKET = Path(__file__).parent / "pocket"
-UNKNOWN_DEVICE = "unknown device '{}': use auto, cpu or cuda:0."
+
+
+class Facts(BaseModel):
+    """What a model's folder may say in its memvec.json about cutting texts; the rest is free."""
+
+    fill: float = Field(1, gt=0, le=1)
+    """Share of a vector's bits to cut to."""
+    bits_per_vector: dict[PositiveInt, PositiveFloat] = {}
+    """Bits that each of K vectors gives back, by K."""
 
 
 def load_lm(
-    name: str = "pocket",
+    name: str | Path = "pocket",
     *,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     attention: str | None = None,
     encoder: str | Path | None = None,
     check: bool = True,
@@ -70,7 +79,8 @@ def load_lm(
     a causal LM that cannot be served exactly.
     """
     warn_of_untested_versions()
-    where = _device(device)
+    name, dtype = str(name), str(dtype).removeprefix("torch.")
+    where = _device(str(device))
     weights_dtype = _dtype(dtype, where)
     if where.type == "cpu":
         keep_freed_memory()
@@ -105,7 +115,7 @@ def _device(name: str) -> torch.device:
     with contextlib.suppress(RuntimeError):
         device = torch.device(name)
     if device is None or device.type not in ("cpu", "cuda"):
-        raise MemvecError(UNKNOWN_DEVICE.format(name))
+        raise MemvecError(f"unknown device '{name}': use auto, cpu or cuda:0.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise MemvecError("this machine has no usable GPU: use --device cpu.")
     return device
@@ -161,8 +171,10 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
     if local is not None and (facts := local / "memvec.json").is_file():
         try:
             lm.facts = dict(json.loads(facts.read_text("utf-8")))
+            Facts(**lm.facts)
         except (ValueError, TypeError) as error:
-            raise MemvecError(f"{facts} holds no measured facts ({error}): delete it.") from None
+            reason = first_problem(error) if isinstance(error, ValidationError) else error
+            raise MemvecError(f"{facts} holds no measured facts ({reason}): delete it.") from None
     # A quantized model has other weights than those that its folder's trigger was trained for.
     if local is not None and not lm.quantize and (trigger := local / TRIGGER_FILE).is_file():
         lm.own_trigger = load_trigger(trigger, lm)

@@ -92,18 +92,12 @@ class PositionScores:
     lm_bits: Float[Tensor, "*B N"]
     lm_margin: Float[Tensor, "*B N"]
 
-    def passage(self, row: int, predicted: int) -> PositionScores:
-        """The scores of one passage of a batch, without its padding."""
-        return PositionScores(
-            self.bits[row, :predicted],
-            self.margin[row, :predicted],
-            self.lm_bits[row, :predicted],
-            self.lm_margin[row, :predicted],
-        )
+    def __getitem__(self, at: slice | tuple[int, slice]) -> PositionScores:
+        """Some of the scores, by the index of a tensor.
 
-    def leading(self, n: int) -> PositionScores:
-        """The scores of the first n positions of one passage."""
-        return PositionScores(self.bits[:n], self.margin[:n], self.lm_bits[:n], self.lm_margin[:n])
+        `scores[row, :n]` is a passage of n predicted positions, without its padding.
+        """
+        return PositionScores(self.bits[at], self.margin[at], self.lm_bits[at], self.lm_margin[at])
 
     def information_gain(self) -> float:
         """H_LM - H_mem over these positions, bits."""
@@ -112,10 +106,6 @@ class PositionScores:
     def token_gain(self) -> int:
         """Hits with the vectors minus hits without them, over these positions."""
         return metrics.token_gain(self.margin > 0, self.lm_margin > 0)
-
-    def lm_hits(self) -> int:
-        """Arg-max hits of the model alone."""
-        return int((self.lm_margin > 0).sum())
 
     def measures(self, tokens: int, horizon: int, corrected: Sequence[int] = ()) -> Measures:
         """The figures of a passage; the smallest margin leaves `corrected` positions out."""

@@ -110,7 +110,7 @@ class MemVectors:
         return STORAGES[name]
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the whole: tokens and bits per vector, utilisation, bytes.."""
+        """The figures of the whole: tokens and bits per vector, utilisation, bytes."""
         P, K, D = self.vectors.shape
         V = int(self.header.model.get("vocabulary", 2))
         width = 8 * self.size / max(1, self.stored.numel())  # stored bits of a number

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, first_problem
 from memvec.header import Header
 from memvec.model.reading import reading_named
 from memvec.storage import STORAGES
@@ -81,8 +81,7 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
                 )
             tensors = {name: opened.get_tensor(name) for name in sorted(names)}
     except ValidationError as error:
-        problem = error.errors()[0]
-        wrong = f"{'.'.join(map(str, problem['loc'])) or 'header'}: {problem['msg']}"
+        wrong = first_problem(error)
         raise MemvecError(f"{file} has a damaged header, or a later memvec's ({wrong}).") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise MemvecError(

@@ -93,7 +93,7 @@ def certify(
     vectors = torch.where(usable[:, None, None], vectors, 0.0)
     given = int(start == "first-token")
     batch = positions(lm, vectors, passages, start)
-    scores = [batch.passage(i, len(f.passage) - given) for i, f in enumerate(finished)]
+    scores = [batch[i, : len(f.passage) - given] for i, f in enumerate(finished)]
     if isinstance(corrections, int):
         n, pairs = corrections, zip(finished, scores, strict=True)
         corrections = [pick(s.margin, f.passage.ids, f.margin_asked, n) for f, s in pairs]

@@ -22,9 +22,8 @@ def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
     else:
         free = free_memory()
     tokens = max(1, tokens)
-    return min(
-        32, max_batch_size(facts_of(lm, tokens), free=free / 4, tokens=tokens, vectors=vectors)
-    )
+    facts = facts_of(lm, tokens)
+    return min(32, max_batch_size(facts, free=free / 4, tokens=tokens, vectors=vectors))
 
 
 def free_memory() -> int:

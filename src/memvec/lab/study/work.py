@@ -117,13 +117,13 @@ def _finished(
 ) -> StoreEntry:
     scores = outcome.scores
     assert scores is not None, "an outcome that comes from the engine has its scores"
-    reached = scores.leading(outcome.metrics.horizon)
+    reached = scores[: outcome.metrics.horizon]
     row = Row(
         **outcome.result.model_dump(),
         cell=cell.key,
         number=sourced.number,
         passage=ids_hash(sourced.passage.ids),
-        lm_right=scores.lm_hits(),
+        lm_right=int((scores.lm_margin > 0).sum()),
         horizon_gain=reached.information_gain(),
         horizon_token_gain=reached.token_gain(),
         least_loss_gain=_least_loss_gain(outcome),
