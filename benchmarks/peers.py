@@ -6,8 +6,9 @@
 one of github.com/FusionBrainLab/progressive_cramming (Tarasov et al.). Either can be left out.
 `peers_programs.py` runs their code from there. The programs get token ids instead of texts, and a
 loaded model instead of a name to load (hidden_capacity loads it twice for each passage): both save
-them time. Each program runs with its own defaults and float32 weights on one device, with at most
-`--steps` steps a passage: theirs at each learning rate of a sweep, ours from noise and, where the
+them time. Each program runs with its own defaults and float32 weights on one device (ours computes
+steps in bfloat16 on a CPU that is fast in it, and confirms in float32), with at most `--steps`
+steps a passage: theirs at each learning rate of a sweep, ours from noise and, where the
 model has one, from its one-pass encoder. Ours crams all passages in one batch, hidden_capacity one
 at a time, and progressive_cramming runs in both ways. Times are of the wall clock, or with
 OMP_NUM_THREADS=1 on a CPU of the processor.

@@ -119,7 +119,11 @@ def longest(lm, K: int) -> int:
 
 
 def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
-    """Cram n passages of T tokens; how many leading tokens decode from the stored vectors."""
+    """Cram n passages of T tokens; how many leading tokens decode from the stored vectors.
+
+    `bits` are those of these tokens under the model alone, `gain` the information gain over them
+    (bits less those that remain with the vectors, when the true tokens before are given).
+    """
     from memvec.cramming.engine import Engine
     from memvec.passages.cutting import surprisals
     from memvec.passages.passage import Passage
@@ -130,11 +134,12 @@ def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
     rows = stream[starts.clamp_max(len(stream) - T) + torch.arange(T)]
     passages = [Passage(tuple(row.tolist())) for row in rows]
     engine = Engine(lm, recipe, vectors=K, batch_size=n)
-    reached, bits = [], []
+    reached, bits, gains = [], [], []
     for outcome in engine.run(passages):
         h = outcome.metrics.horizon
         reached.append(h / K)
         bits.append(float(surprisals(lm, outcome.passage.ids[: max(h, 1)]).sum()) / K)
+        gains.append(outcome.scores[:h].information_gain() / K)
     return {
         "what": "horizon",
         "K": K,
@@ -146,6 +151,7 @@ def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
         "lr": recipe.lr,
         "tokens_per_vector": interval(reached),
         "bits_per_vector": interval(bits),
+        "gain_per_vector": interval(gains),
         "longest": max(reached) * K,
         "shortest": min(reached) * K,
         "seconds": round(time.perf_counter() - began, 1),

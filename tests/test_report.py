@@ -68,6 +68,21 @@ def test_every_table_and_figure_is_there(study: Path) -> None:
             assert (study / f"report/figures/{name}.{kind}").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_only_what_an_earlier_report_wrote_is_deleted(study: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(study / "report", tmp_path / "report"))
+    mine = [out / "tables/mine.csv", out / "figures/exact.notes.txt", tmp_path / "exact.csv"]
+    for path in (*mine, out / "tables/gone.csv", out / "tables/gone.tex"):
+        path.write_text("")
+    record = json.loads((out / "files.json").read_text())
+    names = [*record, "tables/gone", "../exact", "tables/../../exact", "figures/*"]
+    (out / "files.json").write_text(json.dumps(names))
+    write_report(study / "out", out, figures=False)
+    assert {p.stem for p in (out / "tables").glob("*.csv")} == TABLES | {"mine"}
+    assert [p.name for p in (out / "figures").iterdir()] == ["exact.notes.txt"]
+    assert all(path.exists() for path in mine)
+
+
 def test_every_pair_of_restarts_is_compared(study: Path) -> None:
     with (study / "report/tables/geometry.csv").open() as file:
         (row,) = csv.DictReader(file)

@@ -5,6 +5,8 @@ import types
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+MEMORY = 200  # tokens of one sequence
+
 
 class SamplingParams:
     def __init__(self, **asked):
@@ -13,11 +15,16 @@ class SamplingParams:
 
 
 class LLM:
-    def __init__(self, model, *, dtype, enable_prompt_embeds, enforce_eager, **others):
+    def __init__(
+        self, model, *, dtype, max_model_len, enable_prompt_embeds, enforce_eager, **others
+    ):
         assert enable_prompt_embeds
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.model.eval().generation_config = GenerationConfig(pad_token_id=0)
-        config = types.SimpleNamespace(max_model_len=self.model.config.max_position_embeddings)
+        # vLLM refuses a window beyond the model's, and memory that does not hold one sequence.
+        assert max_model_len <= min(self.model.config.max_position_embeddings, MEMORY)
+        self.room = max_model_len
+        config = types.SimpleNamespace(max_model_len=max_model_len)
         self.llm_engine = types.SimpleNamespace(model_config=config)
 
     @torch.no_grad()
@@ -31,6 +38,7 @@ class LLM:
                 assert inputs.dtype == self.model.dtype
             else:
                 inputs = self.model.get_input_embeddings()(torch.tensor(prompt["prompt_token_ids"]))
+            assert len(inputs) + one.asked["max_tokens"] <= self.room
             ids = self.model.generate(
                 inputs_embeds=inputs[None], max_new_tokens=one.asked["max_tokens"], do_sample=False
             )

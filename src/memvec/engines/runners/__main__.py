@@ -8,7 +8,8 @@ has the length and the hash that the request names: a request that was cut short
 and the engine is not even imported.
 
 An engine is one file of this folder, with `version()` and a class `Engine(model, dtype, settings)`
-whose `generate(prompts)` gives the greedy token ids behind each prompt of a batch. A file that
+whose `generate(prompts)` gives the greedy token ids behind each prompt of a batch. Its settings are
+those of the request and `longest`, the inputs and new tokens of the longest prompt. A file that
 raises RequestError refuses in one sentence.
 """
 
@@ -39,7 +40,8 @@ def run(engine: str, folder: Path) -> None:
     """Run one request and write its answer. Raises RequestError as `read` and the engine do."""
     request, prompts = read(folder)
     module = importlib.import_module(engine)
-    opened = module.Engine(request["model"], request["dtype"], request["settings"])
+    settings = {**request["settings"], "longest": max(prompt.length for prompt in prompts)}
+    opened = module.Engine(request["model"], request["dtype"], settings)
     try:
         batches = [[prompts[i] for i in batch] for batch in request["batches"]]
         ids = [opened.generate(batch) for batch in batches]

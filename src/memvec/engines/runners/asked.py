@@ -32,6 +32,11 @@ class Prompt:
     new_tokens: int
     text: str | None = None
 
+    @property
+    def length(self) -> int:
+        """Its inputs and the new tokens behind them."""
+        return self.vectors + len(self.tokens) + self.new_tokens
+
 
 def release_of(*distributions: str) -> str:
     """Name and release of the first of these that is installed: builds have names of their own."""
@@ -41,6 +46,15 @@ def release_of(*distributions: str) -> str:
         except PackageNotFoundError:
             continue
     return distributions[-1]
+
+
+def window(model: str, tokens: int) -> int:
+    """So many tokens, or as many as the model in a folder reads if these are fewer."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    named = ("max_position_embeddings", "n_positions", "max_seq_len")
+    limits: list[int] = [config[name] for name in named if config.get(name)]
+    return min([tokens, *limits])
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Prompt]]:

@@ -74,7 +74,7 @@ class Engine:
 
         One of the model's whole window would take hundreds of GiB for a long window.
         """
-        longest = max(p.vectors + len(p.tokens) + p.new_tokens for p in prompts)
+        longest = max(prompt.length for prompt in prompts)
         if longest <= self.room:
             return
         if self.context:

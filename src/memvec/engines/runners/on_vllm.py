@@ -1,6 +1,8 @@
 """vLLM, offline: `prompt_embeds`, all prompts of a batch scheduled together.
 
-Engine and caller share one process, no graph is compiled, and the tokenizer is left out.
+Engine and caller share one process, no graph is compiled, and the tokenizer is left out. There is
+room for the longest prompt: vLLM does not start where its cache does not hold one sequence of the
+model's whole window, if it is not given another one.
 `settings`: "prefix_caching" switches vLLM's cache of prefixes on (it is off without it), and
 "block_size" says how many inputs a block of that cache has.
 """
@@ -17,7 +19,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
-from asked import Prompt, release_of
+from asked import Prompt, release_of, window
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -38,6 +40,7 @@ class Engine:
         self.llm = LLM(
             model,
             dtype=dtype,
+            max_model_len=window(model, max(settings["longest"], WARM_UP + 1)),
             enable_prompt_embeds=True,
             enable_prefix_caching=bool(settings.get("prefix_caching", False)),
             block_size=settings.get("block_size"),

@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from asked import Prompt, RequestError, release_of
+from asked import Prompt, RequestError, release_of, window
 
 SECONDS = 1800  # on a busy machine a server takes minutes to start
 WARM_UP = 64  # tokens
+CHAT = 16  # tokens that the server may add to a message
 PLAIN = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
 PLAIN += "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
 
@@ -49,6 +50,8 @@ class Engine:
         self.address = f"http://127.0.0.1:{port}"
         words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         words += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
+        self.room = window(model, max(settings["longest"], WARM_UP) + CHAT)
+        words += ["--max-model-len", str(self.room)]
         words += ["--dtype", dtype, "--enable-prompt-embeds", "--enforce-eager"]
         words += ["--chat-template", PLAIN] if self.chat else ["--skip-tokenizer-init"]
         cached = settings.get("prefix_caching", False)
@@ -84,7 +87,7 @@ class Engine:
         else:
             raise RequestError(f"the server was not up after {SECONDS} s.")
         # For the reason that on_vllm.py gives: many tokens first.
-        self.post("/v1/completions", {"prompt": [0] * WARM_UP, "max_tokens": 1})
+        self.post("/v1/completions", {"prompt": [0] * min(WARM_UP, self.room - 1), "max_tokens": 1})
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
         """Greedy token ids behind each prompt; all requests are under way together."""

@@ -19,12 +19,23 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
-from passages import MANIFEST, decode, model_folder
+from passages import FOLDER, MANIFEST, decode, model_folder, positions_of
 from vllm import LLM, SamplingParams
+
+WARM_UP = 64  # tokens
+
+
+def embeds_of(path: Path) -> torch.Tensor:
+    """The inputs (N, D) of a passage."""
+    embeds: torch.Tensor = torch.load(path.with_suffix(".pt"), weights_only=True)
+    return embeds
 
 
 def main(folder: Path) -> None:
     """Decode every passage, and end with 0 if all have their hashes, else 3."""
+    # vLLM does not start where its cache does not hold one sequence of the model's whole window.
+    lengths = (len(embeds_of(FOLDER / p["file"])) + p["new_tokens"] for p in MANIFEST["passages"])
+    room = min(max(WARM_UP + 1, *lengths), positions_of(folder))
     with tempfile.TemporaryDirectory() as made:
         # vLLM loads every .safetensors file there is, and a folder may hold other weights.
         for path in folder.iterdir():
@@ -33,21 +44,20 @@ def main(folder: Path) -> None:
         llm = LLM(
             made,
             dtype=MANIFEST["dtype"],
+            max_model_len=room,
             enable_prompt_embeds=True,
             enforce_eager=True,
             skip_tokenizer_init=True,
         )
     # In bfloat16 on a CPU with AMX, vLLM 0.32 has to read many tokens before a single vector.
     first = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    room = llm.llm_engine.model_config.max_model_len - 1
-    llm.generate({"prompt_token_ids": [0] * min(64, room)}, first, use_tqdm=False)
+    llm.generate({"prompt_token_ids": [0] * min(WARM_UP, room - 1)}, first, use_tqdm=False)
 
     def behind(path: Path, passage: dict[str, Any]) -> list[int]:
         params = SamplingParams(
             temperature=0, max_tokens=passage["new_tokens"], ignore_eos=True, detokenize=False
         )
-        embeds = torch.load(path.with_suffix(".pt"), weights_only=True)
-        (output,) = llm.generate({"prompt_embeds": embeds}, params, use_tqdm=False)
+        (output,) = llm.generate({"prompt_embeds": embeds_of(path)}, params, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
     sys.exit(decode(behind))

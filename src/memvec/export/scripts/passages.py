@@ -36,14 +36,26 @@ def model_folder() -> Path:
     folder = Path(sys.argv[1] if len(sys.argv) == 2 else "MODEL_FOLDER")
     if not (folder / "config.json").is_file():
         sys.exit(f"{folder} is no folder of a model: it has no config.json.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config") or config
-    except (OSError, ValueError, AttributeError):
-        sys.exit(f"{folder / 'config.json'} is not a model's config.")
+    config = config_of(folder)
     width = config.get("word_embed_proj_dim") or config.get("hidden_size") or config.get("n_embd")
     refuse_width(str(folder), width)
     return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config of a model's folder, or its text model's. Ends the program if it is none."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("text_config") or config
+    except (OSError, ValueError, AttributeError):
+        sys.exit(f"{folder / 'config.json'} is not a model's config.")
+
+
+def positions_of(folder: Path) -> int:
+    """How many tokens the model in a folder reads; very many where its config does not say."""
+    config = config_of(folder)
+    named = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return min((config[name] for name in named if config.get(name)), default=2**31)
 
 
 def refuse_width(model: str, width: int | None) -> None:

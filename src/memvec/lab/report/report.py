@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import write_page
 from memvec.lab.report.table import Table
 from memvec.lab.study.store import Store
+from memvec.writing import write_atomically
+
+FILES = "files.json"  # names of the tables and figures of a report, beside its page
+SUFFIXES = ("csv", "tex", "md", "pdf", "svg", "png")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Report:
 def write_report(folder: Path, out: Path, *, compare: bool = False, figures: bool = True) -> Report:
     """Write tables/, figures/ and index.html of the study in `folder` under `out`.
 
-    `compare` puts published values beside ours. Raises MemvecError for a study without rows.
+    `compare` puts published values beside ours. Tables and figures that an earlier report wrote
+    there and this one has not are deleted. Raises MemvecError for a study without rows.
     """
     with Store(folder) as store:
         data = read_data(store)
@@ -39,4 +45,19 @@ def write_report(folder: Path, out: Path, *, compare: bool = False, figures: boo
         if figures:
             draw_all(plots, out / "figures")
         page = write_page(data, tables, plots, out / "index.html")
+    names = [f"tables/{table.key}" for table in tables]
+    names += [f"figures/{plot.key}" for plot in plots if figures]
+    _delete_others(out, names)
     return Report(page, tables)
+
+
+def _delete_others(out: Path, names: list[str]) -> None:
+    """Delete what an earlier report wrote and this one has not; record what this one wrote."""
+    record = out / FILES
+    earlier = json.loads(record.read_text("utf-8")) if record.is_file() else []
+    for name in set(earlier) - set(names):
+        folder, _, key = name.partition("/")
+        if folder in ("tables", "figures") and key == Path(key).name:
+            for suffix in SUFFIXES:
+                (out / folder / f"{key}.{suffix}").unlink(missing_ok=True)
+    write_atomically(record, (json.dumps(names, indent=1) + "\n").encode())

@@ -11,7 +11,13 @@ import torch
 from vllm import LLM, SamplingParams
 
 words = dict(zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True))
-llm = LLM(words["--model"], dtype=words["--dtype"], enable_prompt_embeds=True, enforce_eager=True)
+llm = LLM(
+    words["--model"],
+    dtype=words["--dtype"],
+    max_model_len=int(words["--max-model-len"]),
+    enable_prompt_embeds=True,
+    enforce_eager=True,
+)
 
 
 class Answers(BaseHTTPRequestHandler):
