@@ -187,7 +187,7 @@ engines: $(VENV)/.tested
 	done
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines.py --work $(ENGINES_WORK) --environments $(ENGINES) $(ASKED)
 
-# An install that fails leaves nothing, so that it is tried again. Where torchvision or torchaudio was
+# An install that fails leaves nothing, so that it is tried again. Where torchvision or its like was
 # built for another torch than the one that is there, vLLM does not start; it starts without them.
 $(ENGINES)/%/bin/python:
 	@echo "memvec: making the environment $(ENGINES)/$*, as in benchmarks/engines-$*.txt"
@@ -196,7 +196,7 @@ $(ENGINES)/%/bin/python:
 	@$(PYTHON) -m venv $(ENGINES)/$*
 	@$(ENGINES)/$*/bin/python $(PIP) install --requirement benchmarks/engines-$*.txt || \
 		{ rm -rf $(ENGINES)/$*; exit 1; }
-	@for part in torchvision torchaudio; do \
+	@for part in torchvision torchaudio torchcodec; do \
 		$(ENGINES)/$*/bin/python -c "import $$part" 2> /dev/null || \
 			$(ENGINES)/$*/bin/python $(PIP) uninstall --yes $$part 2> /dev/null; \
 	done

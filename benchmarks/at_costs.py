@@ -56,6 +56,8 @@ def growing(
             if staged:
                 done = _stages_done(old, new, None if targets is None else targets[row])
                 besides[row] += sum(stage + before for stage in done) / 2
+            if recipe.term == "alignment":  # a forward pass over the plain text, once for a token
+                besides[row] += (new - old) / 2
             paid = spent[row] + besides[row]
             for at, cost in enumerate(costs):
                 # The step that goes past a cost was not paid for at that cost.

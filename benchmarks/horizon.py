@@ -11,9 +11,10 @@ published recipes for 0 (`--same-margin`: for the default's). The cost is what t
 needed for forward and backward passes until then, in tokens: the positions that counted at each
 step, plus the vectors, and the encoder's pass; and for the published recipes half as much for the
 forward pass that ends each of their stages of one token (their step is measured first and taken
-only if the stage goes on; a stage of `geometric` is one of its targets). `alignment` also pays for
-its forward pass over the plain text. Passages are longer than any recipe reaches; `at_end` counts
-those that were not.
+only if the stage goes on; a stage of `geometric` is one of its targets). A forward pass alone costs
+half of what it costs with a backward pass to the vectors. `alignment` pays so for its pass over the
+plain text, once for each token that it reaches. Passages are longer than any recipe reaches;
+`at_end` counts those that were not.
 
 The default runs from both starts: noise, as all the published recipes do, and the model's one-pass
 encoder where it has one; `--set` changes it. Each published recipe runs at each rate of a SWEEP.

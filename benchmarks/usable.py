@@ -10,7 +10,8 @@ each other; their vectors stand one behind the other, as `memvec use` has them, 
 last passage alone. Only texts all of whose passages are exact count, and n says how many of how
 many. `cost` is forward-backward tokens of a passage over those of exact-only vectors of the same
 number from noise; the pass of an encoder that begins counts as one of them. `cost_queries` has the
-queries besides: they are sampled behind the text by forward passes, which count a third.
+queries besides: they are sampled behind the text by forward passes, which count a half (a backward
+pass to the vectors alone costs as much as a forward pass).
 
 `--keep FOLDER` writes down the measures of each text when its batch is done, and a later run with
 the same settings takes them from there. So a run can be interrupted, go on with more passages, or
@@ -193,7 +194,7 @@ def setting(
         "kl_none": table.contexts[NONE].kl,
         "kl_exact_only": table.contexts[EXACT_ONLY].kl if EXACT_ONLY in table.contexts else 0.0,
         "cost": spent / from_noise,
-        "cost_queries": (spent + len(texts) * parts * query_tokens(T, options.recipe) / 3)
+        "cost_queries": (spent + len(texts) * parts * query_tokens(T, options.recipe) / 2)
         / from_noise,
     }
     if rival is not None:

@@ -8,8 +8,9 @@ Notable:
 - each candidate is a run of `pocket.py` with other fields, in a folder of its own under --work; one
   that is finished is not trained again, one that was stopped goes on;
 - measured on held-out novels: valid loss, and the horizon of cramming with one and four vectors
-  under memvec's default recipe at a fixed number of steps (`evaluate.py`), in tokens, bits, and
-  bits per dimension; what 24 tokens tell about the next 48; passages that the encoder gives back;
+  under memvec's default recipe at a fixed number of steps (`evaluate.py`), in tokens and text bits
+  (those that the model alone needs for what comes back), also per dimension; what 24 tokens tell
+  about the next 48; passages that the encoder gives back;
 - --minutes ends every candidate's training after so long, with the learning rate decayed by then:
   equal time instead of equal steps. The first step, which compiles, is not counted: on a GPU it
   takes one to two minutes;
@@ -127,7 +128,7 @@ def table(rows: list[dict]) -> str:
     """The rows in Markdown, best first."""
     lines = [
         "| candidate | parameters | minutes | text, M | valid loss | context gain "
-        f"| one pass exact {ONE_PASS} | K | n | tokens per vector | bits per dimension |",
+        f"| one pass exact {ONE_PASS} | K | n | tokens per vector | text bits per dimension |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: -r["bits_per_dimension"][0]):

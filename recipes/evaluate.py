@@ -75,10 +75,7 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
 
     ids = windows(stream, n, T, generator(0, f"one-pass {T}", 0))
     ids = ids.to(lm.device)
-    # all of the passage, whatever length the encoder prefers for a start
-    tokens, lm.encoder.tokens = lm.encoder.tokens, 0
-    vectors = lm.encoder.encode(lm, ids, K)
-    lm.encoder.tokens = tokens
+    vectors = lm.encoder.encode(lm, ids, K, whole=True)
     right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids.cpu()
     return {
         "what": "one-pass",

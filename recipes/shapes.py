@@ -215,12 +215,12 @@ def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """One line per model: horizons and bits per dimension on the way, loss at the end."""
+    """One line per model: horizons and text bits per dimension on the way, loss at the end."""
     shares = [f"{share:.0%}" for share in MEASURED_AT]
     lines = [
         "| model | parameters | D | tokens read | valid loss | "
         + " | ".join(f"tokens held at {share}" for share in shares)
-        + " | bits per dimension |",
+        + " | text bits per dimension |",
         "|---|---|---|---|---|" + "---|" * (len(shares) + 1),
     ]
     for name in dict.fromkeys(row["model"] for row in rows):

@@ -242,6 +242,19 @@ def test_cramming_starts_from_it_and_compares(tmp_path):
         compare(lm, ids, [2], QUICK)
 
 
+def test_one_pass_reads_all_tokens_and_a_start_those_that_make_the_best_one(monkeypatch):
+    lm, read = tiny(), []
+
+    class Records(SlotEncoder):
+        def read(self, lm, ids, K):
+            read.append(ids.shape[1])
+            return super().read(lm, ids, K)
+
+    monkeypatch.setattr(lm, "encoder", Records(network_of(lm), tokens=3))
+    compare(lm, stream(lm, 16).view(4, 4), [4], replace(QUICK, steps=1), batch_size=4)
+    assert read == [4, 3, 3]  # in one pass, and for the starts at this length and at the longest
+
+
 @pytest.mark.slow
 def test_from_the_command_line(command, tmp_path, letter, monkeypatch):
     """Train beside a folder's model, measure, cram from it, decode without it."""

@@ -177,7 +177,7 @@ def test_a_passage_pays_for_its_own_tokens_only():
         for outcome in engine.run(asked):
             if outcome.passage.ids == short.ids:
                 spent[len(asked)] = outcome.spent / max(1, outcome.steps)
-    assert spent[1] == spent[2] == 3 + 1 + 1  # tokens, inputs before them, a third of the tokens
+    assert spent[1] == spent[2] == 3 + 1  # tokens, and inputs before them
 
 
 def test_how_a_text_is_aligned_does_not_depend_on_its_neighbours():

@@ -1,17 +1,20 @@
 """Activation alignment: the hidden states behind the vectors resemble those of the plain text.
 
-    alpha x sum over the first L layers of mean over the counted tokens of
+    alpha x sum over the first L layers of mean over the tokens that are read of
         1 - cos(hidden state with the vectors, hidden state without)
 
 The "hybrid" loss of Tarasov et al. (2026), whose best figures for an 8B model it gives. Hidden
 states are taken at the positions of the passage's own tokens; those without vectors come from the
-model reading the text alone (behind its BOS, if it has one), at every step anew.
+model reading the text alone, once for a passage. Two details differ from the published program: the
+text is read behind the model's BOS, if it has one (the program reads it as the tokenizer gives it);
+and the last token that counts is not read, so the mean is over one token less.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +23,29 @@ from torch import Tensor, nn
 
 from memvec.cramming.batch import BatchState
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.rows import with_padding
+from memvec.cramming.rows import Rows, with_padding
 from memvec.cramming.terms import Term, TermLoss
 from memvec.errors import MemvecError
 from memvec.model.large import layers_of
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.passages.passage import Passage, padded_ids
+
+
+@dataclass
+class PlainStates(Rows):
+    """The states of L layers at the first t tokens of each passage, read without vectors."""
+
+    states: Float[Tensor, "B t L H"]  # right-padded
+
+    def joined(self, other: PlainStates) -> PlainStates:
+        """These rows with the other's behind them, both as long as the longer ones."""
+        tokens = max(self.states.shape[1], other.states.shape[1])
+        return PlainStates(torch.cat([self.at(tokens), other.at(tokens)]))
+
+    def at(self, tokens: int) -> Float[Tensor, "B tokens L H"]:
+        """The states at so many tokens; 0 behind those that were read."""
+        return torch.nn.functional.pad(self.states, (0, 0, 0, 0, 0, tokens - self.states.shape[1]))
 
 
 class Alignment(Term):
@@ -70,8 +90,8 @@ class Alignment(Term):
         if tokens < 1:  # a single token is predicted, so no token is read
             return TermLoss(torch.zeros(B, device=vectors.device))
         behind = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
-        ids = with_padding(batch.ids[:, : tokens + 1], padding_rows)
-        plain = self._without_vectors(ids)
+        assert isinstance(batch.term, PlainStates)
+        plain = with_padding(batch.term.at(tokens), padding_rows).unbind(2)
         with torch.enable_grad():
             cosine = torch.stack(
                 [
@@ -83,6 +103,12 @@ class Alignment(Term):
         share = self._share(batch.length.minimum(batch.room), tokens)
         loss = (distance.detach()[:B] * share).sum(-1)
         return TermLoss(loss, (distance,), (torch.ones_like(distance),))
+
+    def fresh(self, passages: Sequence[Passage]) -> Rows:
+        """The states that the text alone has, for as long as its passage is in a slot."""
+        ids = padded_ids(passages, max(2, *map(len, passages))).to(self.module.device)
+        states = [layer.to(self.module.device) for layer in self._without_vectors(ids)]
+        return PlainStates(torch.stack(states, dim=2))
 
     def _without_vectors(self, ids: Int[Tensor, "N T"]) -> list[Float[Tensor, "N t H"]]:
         """The states of each layer at the first t = T - 1 tokens, read behind BOS.
@@ -115,10 +141,6 @@ class Alignment(Term):
         read = predicted[:, None] + int(self.start_rule == "first-token") - 1
         within = torch.arange(tokens, device=predicted.device) < read
         return within / within.sum(-1, keepdim=True).clamp_min(1)
-
-    def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """One more forward pass over the text, without a backward pass: a third of its inputs."""
-        return (counted + 2) // 3
 
     def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self._seen.append(output[0] if isinstance(output, tuple) else output)

@@ -2,9 +2,10 @@
 Capacity of LLMs for One-Step Text Generation" (arXiv 2505.21189, EMNLP 2025).
 
 The model reads [e, m, m, ..., m], as many inputs as the passage has tokens, and the output at
-position i is token i. Nothing is fed back, so nothing can be continued; in the paper's tables two
-vectors hold about half of the tokens that one vector gives back token by token. With a shared m, P
-passages are in P + 1 vectors.
+position i is token i. Nothing is fed back, so nothing can be continued. In the published tables two
+vectors of a larger model hold about half of the tokens that one gives back token by token, by
+another criterion; those of Pythia-160M and 410M hold more. With a shared m, P passages are in P + 1
+vectors.
 """
 
 from __future__ import annotations

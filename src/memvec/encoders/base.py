@@ -60,15 +60,20 @@ class OnePassEncoder(ABC):
         """K <= max_vectors vectors of whole passages; differentiable in the encoder."""
 
     @torch.no_grad()
-    def encode(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-        """K vectors for each passage, in float32; one forward pass per `max_vectors` vectors."""
+    def encode(
+        self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int, *, whole: bool = False
+    ) -> Float[Tensor, "B K D"]:
+        """K vectors for each passage, in float32; one forward pass per `max_vectors` vectors.
+
+        `whole`: all of the passage is read, however many tokens make the best start.
+        """
         parts = -(-K // self.max_vectors)
         bounds = [round(i * K / parts) for i in range(parts + 1)]
         T = ids.shape[1]
         vectors = []
         for first, last in itertools.pairwise(bounds):
             part = ids[:, T * first // K : max(T * last // K, T * first // K + 1)]
-            if self.tokens:
+            if self.tokens and not whole:
                 part = part[:, : self.tokens * (last - first)]
             vectors.append(self.read(lm, part, last - first).float())
         return torch.cat(vectors, dim=1)

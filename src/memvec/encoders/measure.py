@@ -1,9 +1,9 @@
 """Compares an encoder with cramming: exact passages after one pass, and the steps that it saves.
 
-For each length: the share of held-out passages that are exact after one pass (free-running
-decoding), and how many steps cramming needs from the encoder's vectors and from noise. In addition
-the two quantities that the paper contrasts: lossless tokens per vector in one pass, and by
-cramming.
+For each length: the share of held-out passages that are exact after one pass over all of their
+tokens (free-running decoding), and how many steps cramming needs from the encoder's vectors and
+from noise. In addition the two quantities that the paper contrasts: lossless tokens per vector in
+one pass, and by cramming.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def compare(
 def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) -> AtLength:
     n, T = ids.shape
     assert lm.encoder is not None
-    vectors = lm.encoder.encode(lm, ids.to(lm.device), 1)
+    vectors = lm.encoder.encode(lm, ids.to(lm.device), 1, whole=True)
     right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
     by_start = {}
     for start in ("encoder", "noise"):

@@ -91,15 +91,15 @@ class Checkpoints(Exact):
             for first in [part.iloc[0]]
             for m in [per_dimension(part)]
         ]
-        columns = ["model", "tokens read", "valid loss", "bits / dimension", "low", "high"]
+        columns = ["model", "tokens read", "valid loss", "text bits / dimension", "low", "high"]
         return [
             Table(
                 "checkpoints",
                 "Exact capacity over training",
                 "Means over training seeds, each the mean of its passages, with the 95 % interval "
-                "over seeds. Valid loss is in nats per token. Bits are those that the model "
+                "over seeds. Valid loss is in nats per token. Text bits are those that the model "
                 "without vectors needs for the tokens of the exact horizon.",
-                [*columns, "exact tokens", "bits / vector", "seeds", "passages"],
+                [*columns, "exact tokens", "text bits / vector", "seeds", "passages"],
                 rows,
             ),
             _exponents_table(stages),
@@ -110,7 +110,10 @@ class Checkpoints(Exact):
         if not stages:
             return []
         panels = []
-        for label, measure in (("bits per dimension", "bits_per_dimension"), ("tokens", "horizon")):
+        for label, measure in (
+            ("text bits per dimension", "bits_per_dimension"),
+            ("tokens", "horizon"),
+        ):
             series = [
                 line_of_means(
                     name, _places(parts), [mean_interval(p[measure].tolist()) for p in parts]
@@ -197,7 +200,7 @@ def shape_name(row: pd.Series) -> str:
 
 
 def per_dimension(part: pd.DataFrame) -> Mean:
-    """Bits per dimension of a stage: mean over seeds with its interval."""
+    """Text bits per dimension of a stage: mean over seeds with its interval."""
     return mean_interval(part["bits_per_dimension"].tolist())
 
 
@@ -221,8 +224,8 @@ def _sentence(name: str, parts: list[pd.DataFrame]) -> str:
     lowest = int(np.argmin(means))
     read = int(parts[lowest]["tokens"].iloc[0])
     return (
-        f"{name}: {means[0]:.2f} bits per dimension before training, {means[-1]:.2f} at the end; "
-        f"the minimum is {means[lowest]:.2f}, after {read} tokens."
+        f"{name}: {means[0]:.2f} text bits per dimension before training, {means[-1]:.2f} at the "
+        f"end; the minimum is {means[lowest]:.2f}, after {read} tokens."
     )
 
 

@@ -181,8 +181,6 @@ def _spent(
     ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * cell.vectors
     fewest = min(n, ahead) if growing else n
     beside = before + between
-    if cell.recipe.get("term", "none") == "alignment":  # a third of the text once more
-        return moves * (fewest + beside + (fewest + 2) // 3), moves * (n + beside + (n + 2) // 3)
     if cell.recipe.get("term", "none") != "use":
         return moves * (fewest + beside), moves * (n + beside)
     query = before + int(cell.recipe["query_tokens"])
