@@ -12,11 +12,13 @@ from torch import nn
 from conftest import ALSO, FAMILIES, QUICK, TOO_NEW, WITHOUT_CACHE, build, passages, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine
+from memvec.decoding import decode_ids
 from memvec.errors import SlowPathWarning
 from memvec.lab.doctor import CACHE, checks
 from memvec.model.caching import KEEP_NONE, NAMES, cached_logits, find_cache
 from memvec.model.lm import WHOLE_MODEL, FrozenLM
 from test_families import REFUSED, as_mem
+from test_lm import Wrong
 
 CACHED = sorted((FAMILIES.keys() | ALSO.keys()) - set(WITHOUT_CACHE) - REFUSED - TOO_NEW)
 
@@ -124,3 +126,22 @@ def test_a_model_without_any_word_of_a_cache_is_no_error_of_ours():
     model.config.get_text_config = lambda: model.config
     found = find_cache(model, model.get_input_embeddings())
     assert (found.argument, found.fault, found.reason) == (None, False, "it keeps none")
+
+
+@pytest.mark.parametrize("kind", ["mean", "first"])
+def test_a_cache_that_mixes_the_rows_of_a_batch_is_not_used(kind):
+    """Right for one text, and for two that are alike: passages would not stay apart."""
+
+    class MixesRows(Wrong):
+        def forward(self, input_ids=None, inputs_embeds=None, cache=None, use_cache=None):
+            if cache is not None:  # reads a token at a time
+                rows = self.get_input_embeddings()(input_ids)
+                other = rows.mean(0, keepdim=True) if kind == "mean" else rows[:1]
+                input_ids, inputs_embeds = None, other.expand(len(rows), -1, -1)
+            return super().forward(input_ids, inputs_embeds, cache, use_cache)
+
+    with pytest.warns(SlowPathWarning):
+        lm = FrozenLM(MixesRows("nothing"), name="mixing")
+    assert not lm.has_cache
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(0))
+    assert decode_ids(lm, vectors, [6, 5, 4]) == decode_ids(tiny(), vectors, [6, 5, 4])

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import QUICK, passages, reader, tiny
+from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec, cram_job
 from memvec.cli.common import account
 from memvec.cli.display import failures
 from memvec.cli.expected import sentence
 from memvec.codec import CramStatus, cram, decode
+from memvec.cram_job import CramJob
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming.engine import Engine
@@ -27,7 +28,9 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
 from memvec.model import batch_size as batch_size_module
+from memvec.model.lm import FrozenLM
 from memvec.model.reading import START_RULES
+from memvec.passages.cutting import surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of
@@ -493,3 +496,47 @@ def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
 
     monkeypatch.setattr(engine.module, "states", full)
     assert engine.trial(4, 2) == 0.0
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 8, 10, 40])
+def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K, monkeypatch):
+    """By number: '16' is more than '2'."""
+    lm, known = reader(), {"16": 9.0, "2": 5.0, "1": 3.0, "8": 7.0}
+    monkeypatch.setattr(lm, "facts", {"bits_per_vector": known})
+    document = Document.of(lm, "the fox and the dog")
+    job = CramJob(lm, [document], K, None, Recipe(), 1, storage_of("float32"))
+    wanted = known[str(max(int(k) for k in known if int(k) <= K))]
+    assert job._bits_per_vector(None) == wanted
+    assert job.cutter()[0].bits == pytest.approx(0.4 * K * wanted)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("length", [2, 3])
+def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
+    """Mean over the probes, for one vector; up to the first error where a probe is not exact."""
+    lm = reader()
+    document = Document.of(lm, "the fox and the dog sat")
+    job = cram_job.CramJob(lm, [document], K, None, QUICK, 4, storage_of("float32"))
+    bits, whole = job._probed(document.ids, length)
+    room = len(document.ids) - length
+    starts = {room * i // cram_job.PROBED for i in range(cram_job.PROBED)}
+    each = [float(surprisals(lm, document.ids[at : at + length]).sum()) for at in starts]
+    assert whole
+    assert bits == pytest.approx(sum(each) / len(each) / K, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_vectors_are_measured_on_their_own_texts_and_model_only(tokens):
+    lm, texts = reader(), ["the fox", "the dog sat"]
+    recipe = replace(QUICK, steps=5, if_not_exact="stop")
+    mem = codec.cram(lm, texts, vectors=2, tokens=tokens, recipe=recipe)
+    assert [r.tokens for r in codec.measure(lm, mem, texts)] == [p.tokens for p in mem.passages]
+    for wrong in (texts[::-1], ["the fix", texts[1]], texts[:1], ["the fox", "the dog s"]):
+        with pytest.raises(MemvecError, match="is not in the texts: give the texts that were"):
+            codec.measure(lm, mem, wrong)
+    for more in ([*texts, "on"], [texts[0], texts[1] + " on"]):
+        with pytest.raises(MemvecError, match=r"go on after the last|is not in the texts"):
+            codec.measure(lm, mem, more)
+    other = FrozenLM(build("llama", 1, vocab_size=lm.vocab_size, hidden_size=64), lm.tokenizer)
+    with pytest.raises(MemvecError, match="made for other weights"):
+        codec.measure(other, mem, texts)

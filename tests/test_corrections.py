@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import QUICK, V, passages, reader, tiny
-from memvec import codec
+from conftest import QUICK, V, one_step, passages, reader, tiny
+from memvec import codec, metrics
 from memvec.certificate import measure
 from memvec.cli.common import account
 from memvec.corrections import pick, size, table
@@ -210,3 +210,35 @@ def test_on_the_command_line(command, folder, tmp_path, monkeypatch):
     assert f"{seen['corrections']} tokens listed, {seen['correction_bytes']} bytes" in shown
     sentence = command("cram", "letter.txt", *options, "--corrections", -1, "--force").sentence
     assert "the recipe's corrections must be at least 0" in sentence
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("layout", ["prefix", "one-step"])
+@pytest.mark.parametrize("token", [0, 1, V - 1])
+def test_any_token_of_the_vocabulary_may_be_listed(token, layout, cached):
+    """The first ones too: 0 is a token, and not 'the model's own'."""
+    lm = one_step(tiny()) if layout == "one-step" else tiny()
+    vectors = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    plain = decode_ids(lm, vectors, [6, 6], cached=cached)
+    fixed = [[(i, token)] for i in range(6)]
+    for i in range(6):
+        found = decode_ids(lm, vectors, [6, 6], corrections=[fixed[i], []], cached=cached)
+        assert found[0][: i + 1] == [*plain[0][:i], token]
+        assert found[1] == plain[1]
+
+
+@pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+def test_the_smallest_margin_is_that_of_what_is_not_listed(rule, corrections):
+    """Position by position, whether or not the first token is given."""
+    lm, given = tiny(), int(rule == "first-token")
+    recipe = replace(QUICK, steps=40, start_rule=rule, corrections=corrections)
+    listed = 0
+    for o in Engine(lm, recipe, vectors=1, batch_size=3).run(passages(9, 6, 12, seed=4)):
+        ids = torch.tensor([o.passage.ids])
+        margin = metrics.margins(lm.logits(o.vectors[None].float(), ids, rule), ids[:, given:])[0]
+        positions = {position for position, _ in o.corrections}
+        left = [float(m) for i, m in enumerate(margin, given) if i not in positions]
+        assert o.metrics.margin == pytest.approx(min(left), abs=1e-4)
+        listed += len(positions)
+    assert bool(listed) == bool(corrections)

@@ -13,6 +13,8 @@ from memvec import metrics
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming import step as step_module
+from memvec.cramming.batch import Job
+from memvec.cramming.certify import Finished, certify
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed, start_vectors
@@ -21,6 +23,7 @@ from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
+from memvec.storage import storage_of
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
 ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
@@ -550,3 +553,96 @@ def test_the_embedding_start_is_the_mean_of_each_part(vectors):
     for k in range(vectors):
         rows = [lm.embedding.weight[token] for token in ids[k * part : (k + 1) * part]]
         torch.testing.assert_close(found[k], torch.stack(rows).mean(0))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rule", ["vectors", "bos"])
+def test_what_is_not_finite_is_never_exact(rule, number):
+    """Its zeros are decoded instead: they may give the passage back by chance, the vectors not."""
+    lm, zeros = tiny(), torch.zeros(1, 2, tiny().width)
+    passage = Passage(tuple(decode_ids(lm, zeros, [5], start=rule)[0]))
+    sick = zeros[0].clone()
+    sick[1, 3] = number
+    finished = [Finished(passage, v, "budget", 0.0, 1, 1, 0.0) for v in (zeros[0], sick)]
+    sound, spoilt = certify(lm, finished, rule, storage_of("float32"))
+    assert (sound.exact, spoilt.exact) == (True, False)
+    assert bool(torch.isfinite(spoilt.vectors).all())
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 4])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_an_encoders_vectors_are_close_for_twice_its_tokens_for_each_vector(K, tokens):
+    lm = copy(tiny())
+    lm.encoder = Guess(0.5, tokens)
+    engine = Engine(lm, Recipe(), vectors=K, batch_size=3)
+    for passage in passages(2 * K * (tokens or 2) + 1, 2 * K * (tokens or 2), 3, seed=16):
+        engine.push(passage)
+    engine.fill(3)
+    found = zip(engine.jobs, engine.batch.schedule.enlarged.tolist(), strict=True)
+    for job, large in found:
+        assert large == (bool(tokens) and len(job.passage) > 2 * tokens * K)
+
+
+@pytest.mark.parametrize("budget", ["below", "just", "above"])
+def test_a_budget_is_spent_to_the_step_and_no_further(budget):
+    recipe = replace(QUICK, schedule="whole", margin=1e3)
+    each = 6 + 2 - 1  # inputs of a step: as many as tokens, and a vector more
+    tokens = 5 * each + {"below": -1, "just": 0, "above": 1}[budget]
+    (outcome,) = Engine(tiny(), replace(recipe, budget=tokens), vectors=2).run(passages(6, seed=4))
+    steps = 6 if budget == "above" else 5
+    assert (outcome.status, outcome.steps, outcome.spent) == ("budget", steps, steps * each)
+
+
+@pytest.mark.parametrize("how", ["halved", "retried"])
+@pytest.mark.parametrize("K", [1, 2])
+def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
+    """Steps, tokens, seconds, and the least bits of all its steps."""
+    lm, asked = tiny(), passages(6, 6, seed=5)
+    recipe = replace(
+        QUICK,
+        schedule="whole",
+        objective="cross-entropy",
+        temperature=1.0,
+        stuck_after=0,
+        margin=1e3,
+        lr=1e-6,
+        lr_large=0.0,
+        steps=9,
+    )
+    engine = Engine(lm, recipe, vectors=K, batch_size=2)
+    for passage in asked:
+        engine.push(passage)
+    engine.fill(2)
+    for _ in range(4):
+        engine.step()
+    engine.batch.least_mem_bits[:] = 1.0  # whatever its other steps were
+    if how == "halved":
+        engine._halve_batch()
+        found, extra = list(engine.run()), 0
+    else:
+        engine.batch.stopped[:] = True
+        for outcome in engine._certified(engine.retire_stopped()):
+            engine.push_again(outcome)
+        found, extra = list(engine.run()), 1  # a retry is never free
+    each = 6 + K - 1
+    for o in found:
+        assert (o.steps, o.spent, o.least_mem_bits) == (9, (9 - extra) * each, 1.0)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize(("size", "large"), [(0.4, False), (0.6, True), (1.0, True), (7.0, True)])
+def test_vectors_that_come_back_to_a_slot_never_shrink(size, large, K):
+    """Large from half of the large size on; each vector as it was, if it is as large already."""
+    lm = copy(tiny())
+    lm.encoder = Guess(0.5, 6)
+    engine = Engine(lm, Recipe(stuck_after=5), vectors=K, batch_size=1)
+    unit = torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
+    unit = unit / unit.square().mean(-1, keepdim=True).sqrt()
+    vectors = size * engine.recipe.lr_large * unit
+    engine.waiting.push(Job(passages(5)[0], 0.5, vectors))
+    engine.fill(1)
+    assert engine.batch.schedule.enlarged.tolist() == [large]
+    found = engine.stepper.coordinates.vectors(engine.batch.parameters)[0]
+    wanted = vectors * max(1.0, 1 / size) if large else vectors
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

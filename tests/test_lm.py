@@ -448,3 +448,15 @@ def test_a_folder_dtype_and_device_may_be_objects(folder):
     lm = load_lm(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert (lm.name, lm.dtype, lm.device.type) == (str(folder), torch.bfloat16, "cpu")
     says(folder, "unknown dtype 'float64'", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 30}, {"max_position_embeddings": 64}])
+def test_a_configuration_that_the_probe_does_not_feel_is_another_model(changes):
+    """The same weights and the same logits of eight tokens, but not those of a long passage."""
+    own = FrozenLM(build("mistral", sliding_window=20)).fingerprint
+    same = FrozenLM(build("mistral", sliding_window=20)).fingerprint
+    other = FrozenLM(build("mistral", **({"sliding_window": 20} | changes))).fingerprint
+    assert (own.weights, own.probe) == (other.weights, other.probe)
+    assert own.matches(same)
+    assert not own.matches(other)
+    assert not other.matches(own)

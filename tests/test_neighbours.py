@@ -268,3 +268,22 @@ def test_numbers_of_a_row_are_finite():
     which, none = torch.zeros(2, MAX_BESIDE, dtype=torch.long), torch.zeros(2, dtype=torch.long)
     inputs, _ = beside.row(words[:, :2], words, which, none, none)
     assert np.isfinite(inputs.numpy()).all()
+
+
+@pytest.mark.parametrize("front", ["none", "auto"])
+@pytest.mark.parametrize("scale", [0.25, 2.0])
+def test_the_loss_beside_neighbours_is_that_of_the_scaled_vectors(scale, front):
+    lm = tiny()
+    beside, losses = some(lm, 2), []
+    for factor in (scale, 1.0):
+        recipe = replace(USABLE, front=front, context_scale=factor)
+        engine = with_neighbours(lm, recipe, beside, batch_size=2)
+        for passage in passages(5, 3, seed=4):
+            engine.push(passage)
+        engine.fill(2)
+        batch, draw = engine.batch, torch.Generator().manual_seed(2)
+        batch.steps = torch.tensor([1, 2])
+        rows = (scale / factor) * torch.randn(2, 2, lm.width, generator=draw)
+        rows = with_padding(rows, 1).requires_grad_()
+        losses.append(engine.stepper.term.measure(rows, batch, engine.columns, 1).loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)

@@ -26,6 +26,7 @@ from memvec.export import target as target_of
 from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
 from memvec.vectors import MemVectors
+from test_engine import Guess
 from test_families import as_mem
 
 FAMILIES = ["llama", "gpt-neox", "opt-projected", "gpt2", "mamba", "bloom", "gemma2", "falcon-h1"]
@@ -336,3 +337,14 @@ def test_a_shared_m_keeps_its_limit_where_decoding_disagrees(monkeypatch, limit)
     outcomes = Shared(lm, recipe, batch_size=4, storage="float32").run(jobs)
     assert next(wrong) >= 2  # it was asked again
     assert all(0 < outcome.steps <= limit for outcome in outcomes)
+
+
+@pytest.mark.parametrize("layout", ["one-step", "one-step-shared"])
+def test_what_was_measured_in_front_of_a_passage_is_left_behind_by_other_layouts(layout):
+    """Bits, encoders and fill are those of vectors in front; the way back has them again."""
+    lm = copy(tiny())
+    lm.facts, lm.encoder, lm.usable_encoder = {"fill": 0.9}, Guess(0.5, 6), Guess(0.5, 6)
+    view = lm.read_as(layout)
+    assert (view.facts, view.encoder, view.usable_encoder) == ({}, None, None)
+    assert view.read_as("prefix") is lm
+    assert (lm.facts, lm.encoder.tokens) == ({"fill": 0.9}, 6)

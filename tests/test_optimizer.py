@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from transformers import get_constant_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup as cosine
 
 from conftest import tiny
 from memvec import metrics, registry
@@ -347,3 +349,30 @@ def test_presets_are_recipes_with_changes(untyped):
     assert paper.record() == Recipe.of("paper").record() | {"steps": 7}
     assert (paper.lr, paper.beta1, paper.beta2, paper.weight_decay) == (0.01, 0.9, 0.9, 0.01)
     assert (paper.patience, Recipe.of("paper").steps, paper.margin) == (2000, 4999, 0.0)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0, 9), (4, 0), (4, 20), (5, 6)])
+def test_the_rate_of_each_move_is_that_of_transformers_schedule(warmup, decay):
+    """Of the first move too, for passages that begin at different steps."""
+    recipe = Recipe(optimizer="adamw", lr=0.1, lr_end=0.02, warmup=warmup, decay=decay, beta2=0.9)
+    rows = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))
+    separate = [torch.nn.Parameter(row.clone()) for row in rows]
+    options = {"lr": 0.1, "betas": (0.9, 0.9), "weight_decay": recipe.weight_decay}
+    theirs = [torch.optim.AdamW([p], **options) for p in separate]
+    kind = (
+        (lambda o: cosine(o, warmup, decay, min_lr=0.02))
+        if decay
+        else (lambda o: get_constant_schedule_with_warmup(o, warmup))
+    )
+    schedules = [kind(optimizer) for optimizer in theirs]
+    ours = AdamW(recipe.__class__(**(vars(recipe) | {"beta1": 0.9, "beta1_rise": 0.0})))
+    state = ours.fresh(rows)
+    for step in range(decay or 30):  # theirs rises again behind its last step
+        moving, gradient = torch.tensor([True, step >= 7]), torch.randn(2, 1, 4)
+        ours.step(rows, gradient, state, moving)
+        for b in range(2):
+            if moving[b]:
+                separate[b].grad = gradient[b].clone()
+                theirs[b].step()
+                schedules[b].step()
+            torch.testing.assert_close(rows[b], separate[b].detach(), rtol=1e-4, atol=1e-5)

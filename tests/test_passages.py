@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import random
@@ -287,3 +288,26 @@ def test_halves_are_the_passage(n):
 def test_no_passage_without_tokens():
     with pytest.raises(MemvecError, match="at least one token"):
         Passage(())
+
+
+@pytest.mark.parametrize("size", [99, 100, 101, 5000])
+@pytest.mark.parametrize("where", ["file", "-"])
+def test_what_is_too_large_is_refused_and_never_cut(size, where, tmp_path, monkeypatch):
+    lm, data = reader(), b"a" * size
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    path = "-" if where == "-" else str(tmp_path / "file")
+    if size > 100:
+        with pytest.raises(MemvecError, match="is larger than 100 bytes"):
+            read_document(lm, path, largest=100)
+    else:
+        assert read_document(lm, path, largest=100).data(lm) == data
+
+
+@pytest.mark.parametrize("text", ["The cat", "thé ÇAT", "the 👍 cat 日本語", "Ünïcode"])
+def test_edits_cost_the_bytes_of_their_text(text):
+    lm = reader("words")
+    document = Document.of(lm, text)
+    assert apply_edits(lm.text(document.ids), document.edits) == text
+    written = b"".join(new.encode() for _, _, new in document.edits)
+    assert document.edit_bytes == len(written) + 8 * len(document.edits) > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, QUICK, build, one_step, passages, tiny
-from memvec import registry
+from memvec import metrics, registry
 from memvec.cramming.engine import Engine
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
@@ -19,6 +19,7 @@ from memvec.loading import load_lm
 from memvec.model import precision
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import ATTENTION, for_steps, widen_attention
+from memvec.passages.passage import Passage
 
 pytestmark = pytest.mark.filterwarnings("ignore:steps of .* are computed in float32")
 HALF = replace(QUICK, compute="bfloat16")
@@ -193,3 +194,37 @@ def test_steps_in_another_dtype_than_was_asked_for_are_told(monkeypatch):
     monkeypatch.setattr(precision, "COPIES", WeakKeyDictionary())
     with pytest.warns(SlowPathWarning, match=r"computed in float32, as a copy in bfloat16 differs"):
         assert for_steps(lm, "bfloat16") is lm
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("corrections", [0, 1, 3])
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_who_is_confirmed_is_decided_passage_by_passage(factor, corrections, fixed):
+    """By the model's own margins: padding, neighbours and listed tokens decide nothing."""
+    lm, lengths = tiny(), [7, 5, 4, 3]
+    vectors = 2 * torch.randn(4, 2, lm.width, generator=torch.Generator().manual_seed(3))
+    missed = [[], [(1, 5)], [(0, 7), (2, 9)], [(2, 2)]]
+    ids = decode_ids(lm, vectors, lengths, corrections=missed)
+    recipe = replace(QUICK, compute="bfloat16", corrections=corrections)
+    engine = Engine(lm, recipe, vectors=2, batch_size=5, fixed_shapes=fixed)
+    for i, row in enumerate(ids):
+        engine.push(Passage(tuple(row), i))
+    engine.fill(5)
+    batch, arrived = engine.batch, torch.tensor([True, True, True, False])
+    batch.vectors, batch.schedule.best = vectors, batch.length.clone()
+    smallest = []
+    for row, rows in zip(ids, vectors, strict=True):
+        logits = lm.logits(rows[None], torch.tensor([row]), engine.start_rule)
+        alone = metrics.margins(logits, torch.tensor([row]))[0].sort().values
+        smallest.append(float(alone[min(corrections, len(row) - 1)]))
+    batch.margin_asked = factor * torch.tensor(smallest).abs()
+    batch.target_margin = batch.margin_asked + 1.0  # it was raised before
+    before = batch.target_margin.clone()
+    found = engine.stepper.confirmed(batch, arrived, padding_rows=1)
+    for i, least in enumerate(smallest):
+        fine = factor < 1 and least > 0
+        assert bool(found[i]) == (i < 3 and fine)
+        lacks = 1.25 * (factor * abs(least) - least) + 0.01 * lm.logit_spread
+        raised = 0 if fine or i == 3 else lacks
+        assert float(batch.target_margin[i] - before[i]) == pytest.approx(raised, abs=1e-3)
+        assert int(batch.schedule.best[i]) == lengths[i] - (raised > 0)

@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from conftest import reader
+from conftest import QUICK, passages, reader, tiny
 from memvec import codec
-from memvec.cramming.engine import Progress
+from memvec.cramming.engine import Engine, Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.sources import SourcedPassage
@@ -255,3 +257,52 @@ def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
     one = codec.cram(lm, [text], vectors=2, tokens=2, recipe=Recipe(steps=600))
     assert [p.sha256 for p in two.passages] == [p.sha256 for p in one.passages]
     assert two.exact
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("layout", ["prefix", "one-step"])
+def test_a_workers_batch_is_crammed_as_one_engine_does_it(layout, storage):
+    """Same vectors in the same storage, each under its own key, and what is left is left."""
+    lm, recipe = tiny(), replace(QUICK, steps=8, margin=1e3)
+    asked = tuple(
+        Passage(p.ids, d, 5 * o)
+        for d, o, p in zip([0, 0, 1, 1], [0, 1, 0, 1], passages(4, 3, 4, 2, seed=8), strict=True)
+    )
+    batch = Batch(asked, recipe, 2, 2, storage, layout)
+    found = dict(batch.work(lm, "here", None))
+    assert found.keys() == batch.keys() == {(p.document, p.offset) for p in asked}
+    engine = Engine(lm.read_as(layout), recipe, vectors=2, batch_size=2, storage=storage)
+    for outcome in engine.run(asked):
+        ours = found[outcome.passage.document, outcome.passage.offset]
+        assert ours.passage == outcome.passage
+        assert ours.vectors.dtype == outcome.vectors.dtype
+        assert torch.equal(ours.vectors, outcome.vectors)
+    for p in asked:
+        left = batch.without({(p.document, p.offset)})
+        assert left.keys() == batch.keys() - {(p.document, p.offset)}
+
+
+@pytest.mark.parametrize("end", ["error", "silence"])
+def test_a_unit_with_numbers_of_an_earlier_one_is_lost_to_no_death(end):
+    """Passages of each cell are numbered from 0: what arrived of one cell is none of the next."""
+    (first,), (second,) = units(4, 4), units(4, 4)
+    first = replace(first, passages=first.passages[2:])
+    # It gives two passages of each unit: all of the first, and half of the second.
+    made = pool(Actor(2, end), spare=lambda: Actor(99, "done"))
+    found = list(made.stream(one_by_one([first, second]), None))
+    assert len(found) == 2 + 4
+    assert sorted(f.row.number for f in found) == [0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_run_ends_with_the_death_after_three_for_each_worker(count):
+    hired = []
+
+    def spare():
+        hired.append(Actor(0, "error"))
+        return hired[-1]
+
+    made = pool(*(Actor(0, "error") for _ in range(count)), spare=spare)
+    with pytest.raises(MemvecError, match=f"^{3 * count + 1} workers died"):
+        list(made.stream(one_by_one(units(60, 3)), None))
+    assert len(hired) == 3 * count

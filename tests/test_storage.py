@@ -218,3 +218,12 @@ def test_a_packing_that_is_not_held_is_refused(mem, tmp_path):
         MemVectors.load(path)
     with pytest.raises(MemvecError, match="are not rounded to"):
         MemVectors(mem.vectors * 1.01 + 0.003, mem.header)
+
+
+@pytest.mark.parametrize("D", [1, 2, 7, 32, 33])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "int8", "int4"])
+def test_the_size_of_vectors_is_that_of_their_tensors(name, D):
+    """Of an odd number of four-bit codes, too: half a byte is left over in each vector."""
+    storage = storage_of(name)
+    packed = storage.pack(torch.randn(3, 2, D, generator=torch.Generator().manual_seed(0)))
+    assert storage.size(3 * 2, D) == sum(t.numel() * t.itemsize for t in packed.values())

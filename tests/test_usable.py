@@ -26,7 +26,15 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.passage import ids_hash
 from memvec.usable import certificate, generate, queries, teacher
-from memvec.usable.certificate import FULL, NONE, VECTORS, Figures, certify_use, score_table
+from memvec.usable.certificate import (
+    FULL,
+    NONE,
+    VECTORS,
+    Figures,
+    _following,
+    certify_use,
+    score_table,
+)
 from memvec.usable.queries import continuations
 from memvec.usable.triggers import token_named
 from memvec.vectors import MemVectors
@@ -790,3 +798,23 @@ def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monke
     again = generate.write_behind(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
     assert again == plain
     assert lm.model.generation_config is own
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 6])
+def test_what_follows_a_passage_is_of_its_own_text(tokens):
+    """As many tokens as are asked for, however many passages they are in, or none."""
+    lm, texts = reader("words"), ["the cat sat on the mat and the dog", "fox", "a dog ran over the"]
+    recipe = Recipe(steps=1, if_not_exact="stop")
+    mem = codec.cram(lm, texts, vectors=1, tokens=2, recipe=recipe)
+    read = [lm.tokenize(text) for text in texts]
+    wanted, cut = {}, []
+    for document, ids in zip(mem.header.documents, read, strict=True):
+        at = 0
+        for _ in range(document.passages):
+            n = mem.passages[len(cut)].tokens
+            cut.append(ids[at : at + n])
+            at += n
+            if len(behind := ids[at : at + tokens]) == tokens:
+                wanted[len(cut) - 1] = behind
+    assert _following(mem, cut, tokens) == wanted
+    assert wanted

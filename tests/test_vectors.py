@@ -384,3 +384,24 @@ def test_wrong_text_is_never_returned(mem):
 def test_vectors_need_a_set_for_each_passage(mem, shape):
     with pytest.raises(MemvecError, match=r"shape \(P, K, D\)"):
         MemVectors(torch.zeros(shape), mem.header)
+
+
+@pytest.mark.parametrize("name", ["vectors", "trigger", "front"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_no_tensor_of_a_forged_file_holds_what_is_not_finite(name, number, tmp_path):
+    """A forger's digest is right: each tensor is looked at, the soft tokens too."""
+    recipe = QUICK.__class__(steps=5, start_rule="bos", if_not_exact="stop")
+    mem = codec.cram(reader(), ["the fox"], vectors=2, tokens=4, recipe=recipe)
+    header = mem.header.model_copy(update={"soft_trigger": 3, "soft_front": 2})
+    rows = {"trigger": torch.ones(3, reader().width), "front": torch.ones(2, reader().width)}
+    tensors, text = {"vectors": mem.vectors.clone(), **rows}, header.model_dump_json()
+    for sound in (True, False):
+        if not sound:
+            tensors[name].view(-1)[3] = number
+        metadata = {"memvec": text, "sha256": digest_of(text, tensors)}
+        (tmp_path / "a.mem").write_bytes(to_safetensors(tensors, metadata))
+        if sound:
+            assert torch.equal(MemVectors.load(tmp_path / "a.mem").soft["front"], rows["front"])
+        else:
+            with pytest.raises(MemvecError, match="numbers that are not finite"):
+                MemVectors.load(tmp_path / "a.mem")

@@ -1,0 +1,40 @@
+"""Means, intervals and spreads against other computations of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from memvec.statistics import bootstrap_mean, median_and_spread, ratio_of_means
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 19, 20, 35])
+def test_the_spread_is_the_same_from_both_ends(n):
+    """The 10th percentile of values is the 90th of their negatives; below ten, the extremes."""
+    values = torch.randperm(n, generator=torch.Generator().manual_seed(n)).double().tolist()
+    median, low, high = median_and_spread(values)
+    assert median_and_spread([-v for v in values]) == (-median, -high, -low)
+    assert (low, high) == ((0, n - 1) if n < 10 else (n // 10, n - 1 - n // 10))
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+@pytest.mark.parametrize("n", [5, 30])
+def test_a_bootstrap_interval_is_that_of_scipy(n, spread):
+    values = np.random.default_rng(n).gamma(1.0, spread, n)
+    found = bootstrap_mean(values.tolist())
+    options = {"n_resamples": 20_000, "method": "percentile", "random_state": 1}
+    theirs = stats.bootstrap((values,), np.mean, **options).confidence_interval
+    assert found.value == pytest.approx(values.mean())
+    close = 0.03 * (theirs.high - theirs.low)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=close)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 3.0])
+def test_a_ratio_of_means_that_are_both_0_is_that_of_equals(scale):
+    """Where a resample draws nothing but zeros on both sides, the interval is not pulled to 0."""
+    zeros = [0.0, 0.0, 0.0]
+    assert ratio_of_means([*zeros, 2.0], [*zeros, 2.0]) == (1.0, 1.0, 1.0)
+    value, low, high = ratio_of_means([*zeros, 2.0 * scale], [*zeros, 2.0])
+    assert (value, low, high) == (scale, min(scale, 1.0), max(scale, 1.0))
