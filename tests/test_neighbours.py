@@ -287,3 +287,22 @@ def test_the_loss_beside_neighbours_is_that_of_the_scaled_vectors(scale, front):
         rows = with_padding(rows, 1).requires_grad_()
         losses.append(engine.stepper.term.measure(rows, batch, engine.columns, 1).loss)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("front", ["none", "auto"])
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_a_step_of_the_term_costs_the_inputs_that_it_reads(k, front, monkeypatch):
+    lm, read, states_of = tiny(), [], FrozenLM.states_of
+
+    def watched(self, inputs, keep, cache=None):
+        read.append(inputs.shape[1])
+        return states_of(self, inputs, keep, cache)
+
+    engine = with_neighbours(lm, replace(USABLE, front=front), some(lm, k) if k else None)
+    engine.push(passages(5, seed=4)[0])
+    engine.fill(1)
+    monkeypatch.setattr(FrozenLM, "states_of", watched)
+    batch, term = engine.batch, engine.stepper.term
+    rows = batch.parameters.detach().requires_grad_()
+    term.measure(rows, batch, engine.columns, 0)
+    assert term.inputs(batch.length).tolist() == read

@@ -18,7 +18,7 @@ from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered as triggered_view
-from memvec.decoding import BATCH
+from memvec.decoding import BATCH, decode_ids
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.lab import slow_use
@@ -33,6 +33,7 @@ from memvec.usable.certificate import (
     Figures,
     _following,
     certify_use,
+    exact_only_vectors,
     score_table,
 )
 from memvec.usable.queries import continuations
@@ -818,3 +819,18 @@ def test_what_follows_a_passage_is_of_its_own_text(tokens):
                 wanted[len(cut) - 1] = behind
     assert _following(mem, cut, tokens) == wanted
     assert wanted
+
+
+@pytest.mark.parametrize("trigger", ["bos", "#3"])
+@pytest.mark.parametrize("vectors", [2, 3])
+def test_the_exact_only_control_is_exact_behind_the_same_trigger(vectors, trigger):
+    lm = reader("words")
+    recipe = replace(USABLE, settle=2, trigger=trigger)
+    mem = codec.cram(lm, "the cat sat on the mat", vectors=vectors, tokens=3, recipe=recipe)
+    view, passages = mem.view(lm), mem.tokens(lm)
+    found = exact_only_vectors(view, mem, passages)
+    assert any(rows is not None for rows in found)
+    for rows, ids in zip(found, passages, strict=True):
+        if rows is not None:
+            assert rows.shape == mem.vectors.shape[1:]
+            assert decode_ids(view, rows[None], [len(ids)], start="bos") == [list(ids)]
