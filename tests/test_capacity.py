@@ -116,6 +116,7 @@ def test_the_papers_rule_with_its_warts() -> None:
             "accuracy": [1.0, 0.9, 1.0, 0.99, 0.5, 0.7],
             "token_gain": [5, 4, 10, 9, 8, 12],
             "information_gain": [10.0, 9.0, 30.0, 28.0, 31.0, 33.0],
+            "start_rule": "vectors",
         }
     )
     found = paper_result(rows)

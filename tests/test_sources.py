@@ -91,12 +91,43 @@ def test_context_is_what_stood_before(book: Path) -> None:
 def test_chunks_have_their_words_and_their_sentences() -> None:
     texts = [("a", SENTENCES * 30), ("b", SENTENCES * 40), ("short", "Too short.")]
     for number in range(6):
-        name, text = chunk(texts, number, (100, 150))
-        assert not name.startswith("short")
-        assert 90 <= len(text.split()) <= 170
-        assert chunk(texts, number, (100, 150)) == (name, text)
+        drawn = chunk(texts, number, (100, 150))
+        assert drawn.text_name != "short"
+        assert 90 <= len(drawn.text.split()) <= 170
+        parts = sentences(dict(texts)[drawn.text_name])
+        span = parts[drawn.first : drawn.first + drawn.sentences]
+        assert drawn.text == " ".join(" ".join(span).split())
+        assert chunk(texts, number, (100, 150)) == drawn
     with pytest.raises(MemvecError, match="no text has the 5000 words"):
         chunk(texts, 0, (5000, 6000))
+
+
+@pytest.mark.parametrize("rule", ["start", "suffix"])
+@pytest.mark.parametrize("words", [(40, 60), (100, 130)])
+def test_no_two_chunks_have_the_same_passage(rule, words, tmp_path: Path) -> None:
+    """In a text that is not much longer than a chunk, too; the first passages stay the same."""
+    numbered = [f"Number {i} is a cat that sat on the mat near dog {i} ." for i in range(12)]
+    (tmp_path / "book.txt").write_text(" ".join(numbered))
+    lm, source = reader(), Files(path=str(tmp_path / "book.txt"), chunk_words=words, rule=rule)
+    drawn, found = source.passages(lm, 40, 8), []
+    with pytest.raises(MemvecError, match="lower passages, or chunk_words"):
+        found.extend(drawn)
+    places = {(passage.passage.ids, passage.before) for passage in found}
+    assert 1 <= len(places) == len(found) < 12
+    few = list(source.passages(lm, len(found), 8))
+    assert [p.passage for p in few] == [p.passage for p in found]
+
+
+def test_rows_of_a_data_set_are_kept_by_their_values(tmp_path: Path) -> None:
+    rows = [{"text": f"row {i}", "lang": "en" if i % 2 else "de"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_hub_texts(str(tmp_path), where={"lang": "en"})
+    assert [text for _, text in found] == ["row 1", "row 3"]
+    assert [name.rsplit(" ", 1)[1] for name, _ in found] == ["1", "3"]
+    with pytest.raises(MemvecError, match="has no column 'year'"):
+        read_hub_texts(str(tmp_path), where={"year": "1900"})
+    says = Files(name="f", path="-", where={"lang": "en"}).missing(None)
+    assert says == "source 'f': where is for tables, and standard input is a text."
 
 
 def test_random_words_come_from_the_list_and_it_is_named(book: Path) -> None:

@@ -77,7 +77,9 @@ class Exact(Protocol):
         for model, group in data.of(self.name).groupby("model", sort=False):
             series = []
             for (source, K), part in group.groupby(["series", "vectors"], sort=False):
-                values = np.sort(part["horizon"].to_numpy())
+                # The beginning of a passage that is there at full length adds no observation.
+                longest = part[part["length"] == part["length"].max()]
+                values = np.sort(longest["horizon"].to_numpy())
                 grid = np.unique(np.concatenate([[0], values]))
                 share = [float((values >= g).mean()) for g in grid]
                 name = f"{source}" + (f", K = {K}" if group["vectors"].nunique() > 1 else "")

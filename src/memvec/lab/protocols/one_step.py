@@ -24,7 +24,7 @@ from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.protocols.throughput import decode_seconds
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_series, short
+from memvec.lab.report.data import Data, averaged, by_series, short
 from memvec.lab.report.plot import Panel, Plot, line_of_means
 from memvec.lab.report.table import Table, TableCell
 from memvec.lab.sources import SourcedPassage
@@ -128,16 +128,17 @@ class OneStep(Protocol):
         return [Plot("one-step-speed", "Speed of one-step decoding", caption.strip(), panels)]
 
     def _timed(self, data: Data) -> pd.DataFrame:
-        """Timed rows, with columns `once` and `steps`: seconds of the two ways to decode.
+        """Timed passages, with columns `once` and `steps`: seconds of the two ways to decode.
 
-        Stores of an earlier memvec have no times.
+        Restarts are averaged. Stores of an earlier memvec have no times.
         """
         rows = data.restarts(self.name)
         times = [json.loads(extra).get("decode_seconds") for extra in rows["extra"]]
         kept = [pair for pair in times if pair is not None]
-        return rows[np.array([pair is not None for pair in times], dtype=bool)].assign(
-            once=[float(once) for once, _ in kept], steps=[float(steps) for _, steps in kept]
+        timed = rows[np.array([pair is not None for pair in times], dtype=bool)].assign(
+            once=[float(once) for once, _ in kept], token_by_token=[float(s) for _, s in kept]
         )
+        return averaged(timed).assign(steps=lambda part: part["token_by_token"])
 
 
 def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:

@@ -200,7 +200,9 @@ def paper_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> PaperResul
     drawn = bool((rows.groupby("length")["tokens"].nunique() > 1).any())
     if drawn:
         passed = rows[rows["accuracy"] >= threshold]
-        longest = int(passed["tokens"].max()) if len(passed) else None
+        # A BOS counts as one of the paper's tokens (`Paper.tokens`).
+        lengths = passed["tokens"] + (passed["start_rule"] == "bos")
+        longest = int(lengths.max()) if len(passed) else None
     else:
         longest = decoding_capacity(rows, threshold)
     full = unsaturated(rows, threshold)

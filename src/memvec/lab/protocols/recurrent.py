@@ -77,6 +77,8 @@ class Recurrent(Protocol):
             return "compares a recurrent encoder with cramming, so start cannot be an encoder's"
         if run.recipe.get("start_rule", "vectors") != "vectors":
             return "decodes from a memory and a question, so start_rule is 'vectors'"
+        if len(run.seeds) > 1:
+            return "crams each segment again from one start: leave one of seeds"
         return None
 
     def files(self, options: Mapping[str, Any]) -> dict[str, Path]:

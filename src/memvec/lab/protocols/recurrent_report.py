@@ -61,7 +61,8 @@ def chains_of(rows: pd.DataFrame) -> Iterator[Chain]:
         K, T, n = int(K), int(segment), len(part)
         lags = tuple(_lag(part, lag, T) for lag in range(len(part["_back"].iloc[0])))
         carried = [sum(T for t in back if t == T) / K for back in part["_back"]]
-        alone = [T / K if t == T else 0.0 for leading in part["_alone"] for t in leading]
+        # Segments of one document are not independent: a mean for each document.
+        alone = [sum(T for t in leading if t == T) / len(leading) / K for leading in part["_alone"]]
         yield Chain(
             *(str(model), str(series), K, T, int(length) // T, n, lags),
             mean_interval(carried),

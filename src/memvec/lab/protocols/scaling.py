@@ -49,7 +49,7 @@ def published_scaling(rows: pd.DataFrame) -> pd.DataFrame:
         fixed = Mean(longest, math.nan, math.nan, math.nan, r.token_gain.n)
         line = _line(int(str(K)), [fixed, r.token_gain, r.information_gain])
         line["n"] = r.token_gain.n
-        line["tried"] = float(group["tokens"].max())
+        line["tried"] = float(group["length"].max())
         lines.append(line)
     return _with_shares(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import heapq
 import lzma
+import math
 import zlib
 from collections import Counter
 from collections.abc import Hashable
@@ -23,8 +24,8 @@ NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NOTE = (
     "Ratios: bytes of text divided by bytes stored, over the joined exact passages of the longest "
     "length (a passage with restarts counts as exact if all of them are). Arithmetic: an "
-    "arithmetic coder driven by the same model (H_LM / 8). A ratio below 1 means that the stored "
-    "form is larger than the text."
+    "arithmetic coder driven by the same model (H_LM / 8; a first token that is given costs log2 V "
+    "bits). A ratio below 1 means that the stored form is larger than the text."
 )
 
 
@@ -54,7 +55,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
             len(bz2.compress(whole, 9)),
             len(lzma.compress(whole, preset=9)),
             _huffman_bits(whole) / 8,
-            float(exact["lm_bits"].sum()) / 8,
+            _text_bits(exact, int(data.models[str(model)]["vocabulary"])) / 8,
             _vectors(data, exact, str(protocol), K) * data.width(longest.iloc[0]) * number,
         ]
         row: list[TableCell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
@@ -67,6 +68,12 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
         note += " Paper, PG-19: " + ", ".join(f"{k} {v['pg19']}" for k, v in values.items()) + "."
     columns += ["lzma", "huffman", "arithmetic", "vectors"]
     return Table("bytes", "Byte accounting", note, columns, rows)
+
+
+def _text_bits(rows: pd.DataFrame, V: int) -> float:
+    """Bits of all tokens of passages under the model; one that is given is any of V."""
+    given = rows["tokens"] - rows["predicted"]
+    return float(rows["lm_bits"].sum() + given.sum() * math.log2(V))
 
 
 def _vectors(data: Data, rows: pd.DataFrame, protocol: str, K: int) -> int:

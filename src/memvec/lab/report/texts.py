@@ -1,10 +1,10 @@
 """A test of whether two kinds of written text fill vectors equally (PG-19, fan fictions).
 
 The paper compares two columns of Table 1; here the difference gets an interval and a p. The test
-uses rows of the paper protocol whose passages filled their vectors, at lengths that both sides
-have. A passage at several lengths is one observation, the mean over them. Different texts are
-compared by Welch's t test; two recipes on the same text by the paired t test, over the passages
-that both have.
+uses rows of the paper protocol whose passages filled their vectors, at the longest length at which
+both sides have some: a mean over several lengths would compare the lengths at which each side
+failed. Different texts are compared by Welch's t test; two recipes on the same text by the paired t
+test, over the passages that both have.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ALPHA = 0.05
 NOTE = (
     "Means of the first and the second text, their difference with its 95 % interval, and a "
     "two-sided p (not corrected for the number of lines), over n passages with accuracy of at most "
-    "0.99 at lengths that both have; a passage at several lengths counts once. Unpaired: Welch's t "
-    "test; paired: t test on the same passages by two recipes."
+    "0.99 at the longest length at which both have some. Unpaired: Welch's t test; paired: t test "
+    "on the same passages by two recipes."
 )
 
 
@@ -66,8 +66,7 @@ def comparisons(data: Data) -> list[Comparison]:
             written = not (one["random_text"] or other["random_text"])
             if not paired and not (written and one["recipe"] == other["recipe"]):
                 continue
-            lengths = set(first["length"]) & set(second["length"])
-            parts = [_by_passage(part[part["length"].isin(lengths)]) for part in (first, second)]
+            parts = _at_longest(unsaturated(first), unsaturated(second))
             if paired:
                 common = parts[0].index.intersection(parts[1].index)
                 parts = [part.loc[common] for part in parts]
@@ -89,9 +88,12 @@ def _sides(group: pd.DataFrame) -> Iterator[pd.DataFrame]:
             yield rows
 
 
-def _by_passage(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean gains of each passage that filled its vectors, over its lengths."""
-    return unsaturated(rows).groupby("number")[[column for column, _ in MEASURES]].mean()
+def _at_longest(*sides: pd.DataFrame) -> list[pd.DataFrame]:
+    """The gains of each side's passages, by number, at the longest length that both have."""
+    lengths = set.intersection(*(set(side["length"]) for side in sides))
+    at = max(lengths, default=0)
+    names = [column for column, _ in MEASURES]
+    return [side[side["length"] == at].set_index("number")[names].astype(float) for side in sides]
 
 
 def texts_table(data: Data) -> Table:

@@ -63,9 +63,15 @@ def read_texts(
 
 
 def read_hub_texts(
-    dataset: str, split: str = "train", column: str = "text", revision: str | None = None
+    dataset: str,
+    split: str = "train",
+    column: str = "text",
+    revision: str | None = None,
+    where: dict[str, str] | None = None,
 ) -> list[NamedText]:
     """(name, text) of every row of a split that has a text, in order.
+
+    `where` keeps only the rows with these values in these columns.
 
     `dataset` is a Hub id, or a folder with the files of a data set. The name of a row has the
     commit it came from, so that a record made with 'main' can be repeated. Raises MemvecError if
@@ -88,12 +94,17 @@ def read_hub_texts(
             f"source missing: {dataset} could not be read from the Hub ({first_line(error)}); "
             "give a local copy with path."
         ) from error
-    if column not in table.column_names:
-        names = ", ".join(table.column_names)
-        raise MemvecError(f"{dataset} has no column '{column}'; it has {names}.")
+    for needed in (column, *(where or {})):
+        if needed not in table.column_names:
+            names = ", ".join(table.column_names)
+            raise MemvecError(f"{dataset} has no column '{needed}'; it has {names}.")
     # The builder's hash is the commit for a Hub data set, and something shorter for a folder.
     commit = f"@{builder.hash[:12]}" if _COMMIT.fullmatch(str(builder.hash)) else ""
-    return [(f"{dataset}{commit} row {i}", str(t)) for i, t in enumerate(table[column]) if t]
+    kept = [True] * len(table)
+    for name, value in (where or {}).items():
+        kept = [k and str(found) == value for k, found in zip(kept, table[name], strict=True)]
+    rows = zip(table[column], kept, strict=True)
+    return [(f"{dataset}{commit} row {i}", str(t)) for i, (t, k) in enumerate(rows) if t and k]
 
 
 @functools.lru_cache(maxsize=1)

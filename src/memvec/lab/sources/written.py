@@ -3,7 +3,8 @@
 Kuratov et al. draw a book, split it into sentences, take a random span of 12,000 to 25,000 words
 (`preprocess_pg19.ipynb`), and cram the first T tokens of the *second half* of the span's sentences
 (`train.py`). Their draw was not seeded. Here the chunk's number seeds it, so that chunk i does not
-depend on the number of chunks. Sentences are split by punctuation here and by nltk's `punkt` there;
+depend on the number of chunks; one whose passage begins where that of an earlier one does is drawn
+again. Sentences are split by punctuation here and by nltk's `punkt` there;
 `splitter='nltk'` follows the paper exactly, where nltk and its data are installed.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -35,6 +36,7 @@ Rule = Literal["suffix", "start"]
 PAPER_WORDS = (12_000, 25_000)
 MIN_SENTENCES = 10  # of a chunk, as in the paper
 MAX_BEFORE = 4096  # tokens kept of the text before a passage
+ATTEMPTS = 100  # draws of a chunk whose passage is not that of an earlier one
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
 
 
@@ -68,6 +70,8 @@ class WrittenTexts(Source):
                 sentences("One. Two.", self.splitter)
             except MemvecError as error:  # nltk or its data
                 return str(error)
+        if self.where and self.path == "-":
+            return f"source '{self.name}': where is for tables, and standard input is a text."
         if self.path in (None, "-"):
             return None if self.path or self.dataset else f"source '{self.name}' needs a path."
         return missing_texts(str(self.path), base)
@@ -78,7 +82,7 @@ class WrittenTexts(Source):
             return read_texts(self.path, base, self.column, self.where)
         if self.dataset is None:
             raise MemvecError(f"source '{self.name}' needs a path or a dataset.")
-        return read_hub_texts(self.dataset, self.split, self.column, self.revision)
+        return read_hub_texts(self.dataset, self.split, self.column, self.revision, self.where)
 
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None
@@ -93,11 +97,12 @@ class WrittenTexts(Source):
                 f"{count} passages were asked of a source with {len(texts)} texts: lower passages, "
                 "or draw chunks with chunk_words."
             )
+        taken: set[tuple[str, int]] = set()
         for number in range(count):
             if self.chunk_words is None:
                 name, text = texts[number]
             else:
-                name, text = chunk(texts, number, self.chunk_words, self.seed, self.splitter)
+                name, text = self._chunk(texts, number, self.chunk_words, taken)
             before, passage_text = split_by_rule(text, self.rule, self.splitter)
             ids = _leading_ids(lm, passage_text, length)
             if len(ids) < length:
@@ -107,6 +112,35 @@ class WrittenTexts(Source):
                 )
             passage = Passage(tuple(ids[:length]), number)
             yield SourcedPassage(number, passage, name, _ids_before(lm, before))
+
+    def _chunk(
+        self,
+        texts: Sequence[NamedText],
+        number: int,
+        words: tuple[int, int],
+        taken: set[tuple[str, int]],
+    ) -> NamedText:
+        """Chunk `number`, whose passage begins at none of the `taken` sentences; it is added."""
+        for attempt in range(ATTEMPTS):
+            drawn = chunk(texts, number, words, self.seed, self.splitter, attempt)
+            middle = drawn.sentences // 2 if self.rule == "suffix" else 0
+            place = (drawn.text_name, drawn.first + middle)
+            if place not in taken:
+                taken.add(place)
+                return f"{drawn.text_name} #{number}", drawn.text
+        raise MemvecError(
+            f"source '{self.name}' has texts for {number} different chunks of {words[0]} to "
+            f"{words[1]} words, and more passages were asked: lower passages, or chunk_words."
+        )
+
+
+class Chunk(NamedTuple):
+    """A span of so many sentences of a text, from number `first` on."""
+
+    text_name: str
+    first: int
+    sentences: int
+    text: str
 
 
 def sentences(text: str, splitter: Splitter = "punctuation") -> list[str]:
@@ -135,10 +169,12 @@ def chunk(
     words: tuple[int, int] = PAPER_WORDS,
     seed: int = 0,
     splitter: Splitter = "punctuation",
-) -> NamedText:
+    attempt: int = 0,
+) -> Chunk:
     """Chunk `number` of a set of (name, text): a random text with enough words, a random span.
 
-    `words`: smallest and largest number of words. Raises MemvecError if no text is long enough.
+    `words`: smallest and largest number of words; another `attempt` draws another chunk. Raises
+    MemvecError if no text is long enough.
     """
     min_words, max_words = words
     usable = [(name, text) for name, text in texts if len(text.split()) >= min_words]
@@ -148,7 +184,7 @@ def chunk(
             f"no text has the {min_words} words of a chunk (the longest has {longest}): "
             "lower chunk_words."
         )
-    draw = seeded_random("chunk", seed, number)
+    draw = seeded_random("chunk", seed, number, *([attempt] if attempt else []))
     name, text = draw.choice(usable)
     parts = sentences(" ".join(text.split()), splitter)
     sizes = [len(part.split()) for part in parts]
@@ -161,7 +197,7 @@ def chunk(
     while end < len(parts) and (total < wanted or end - start < MIN_SENTENCES):
         total += sizes[end]
         end += 1
-    return f"{name} #{number}", " ".join(parts[start:end])
+    return Chunk(name, start, end - start, " ".join(parts[start:end]))
 
 
 def split_by_rule(text: str, rule: Rule, splitter: Splitter = "punctuation") -> tuple[str, str]:

@@ -1,0 +1,139 @@
+"""Reports of rows that are made by hand: what a table counts, joins and compares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memvec.errors import MemvecError
+from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.paper import paper_result
+from memvec.lab.protocols.recurrent_report import chains_of
+from memvec.lab.protocols.scaling import published_scaling
+from memvec.lab.report.byte_account import bytes_table
+from memvec.lab.report.data import Data, read_data
+from memvec.lab.report.texts import comparisons
+from memvec.lab.sources import SourcedPassage
+from memvec.lab.study.cells import Cell, expand
+from memvec.lab.study.row import Row, StoreEntry, Text
+from memvec.lab.study.spec import parse_spec
+from memvec.lab.study.store import Store
+from memvec.passages.passage import Passage
+
+HEAD = 'name = "made"\n[[models]]\nname = "pocket"\n[[sources]]\nkind = "random-tokens"\n'
+MODEL = {"name": "pocket", "weights": "w", "config": "c", "probe": [0.0], "dtype": "float32"}
+MODEL |= {"width": 8, "vocabulary": 64, "revision": None}
+
+RowOf = Callable[[Cell, int], dict[str, Any]]  # (cell, number of the passage) -> fields of its row
+
+
+def made(store: Store, spec: str, row_of: RowOf) -> Data:
+    """The data of a study whose rows have these fields; the others say that all came back."""
+    planned = expand(parse_spec(HEAD + spec, "made"))
+    store.plan(planned, set(), {"name": "made"})
+    store.set_environment({"gpu": None})
+    for cell, count in ((p.cell, p.passages) for p in planned):
+        store.describe(cell.key, MODEL)
+        for number in range(count):
+            row = row_of(cell, number)
+            T = row.pop("tokens", cell.length)
+            name = f"{number} of {T}"
+            source = SourcedPassage(number, Passage(tuple(range(2, T + 2))), f"text {number}")
+            store.put_passages(cell.key, [(name, source, Text(b"w " * T, ["w"] * T))])
+            right = row.get("horizon", T)
+            fields = {"predicted": T, "status": "done", "exact": right == T, "horizon": right}
+            fields |= {"accuracy": right / T, "margin": 0.5, "margin_asked": 0.5, "lm_right": 0}
+            fields |= {"lm_bits": 5.0 * T, "mem_bits": 0.0, "information_gain": 5.0 * right}
+            fields |= {"token_gain": right, "horizon_gain": 5.0 * right, "steps": 9, "spent": 99}
+            fields |= {"horizon_token_gain": right, "seconds": 0.1, "start_rule": "vectors"}
+            fields |= {"batch_size": 8, "worker": "w", "extra": {}} | row
+            whole = Row(cell=cell.key, number=number, passage=name, tokens=T, **fields)
+            scores = torch.zeros(4, fields["predicted"])
+            store.put(StoreEntry(whole, torch.ones(cell.vectors, 8), scores))
+    return read_data(store)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """An empty store, closed behind the test."""
+    with Store(tmp_path, write=True) as opened:
+        yield opened
+
+
+def test_texts_are_compared_at_one_length(store):
+    """A recipe that completes the short length is not better for what it has at the long one."""
+    run = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 6\nrecipe = { steps = %d }\n'
+
+    def row_of(cell, number):
+        if cell.length == 16:
+            return {"horizon": 12 + number % 2}
+        return {"horizon": 8 if cell.recipe["steps"] == 100 else 7}
+
+    found = comparisons(made(store, run % 50 + run % 100, row_of))
+    assert len(found) == 2
+    for comparison in found:
+        assert comparison.paired
+        assert comparison.n == (6, 6)
+        assert (comparison.difference.value, *set(comparison.means)) == (
+            0.0,
+            12.5 if comparison.measure == "token gain" else 62.5,
+        )
+
+
+@pytest.mark.parametrize("lengths", [[8], [8, 16], [4, 8, 16]])
+def test_a_passage_survives_once(lengths, store):
+    spec = f'[[runs]]\nprotocol = "exact"\nlengths = {lengths}\npassages = 5\n'
+    data = made(store, spec, lambda cell, number: {})
+    (plot,) = protocol_of("exact").figures(data, compare=False)
+    (series,) = plot.panels[0].series
+    assert series.x == [0.0, max(lengths)]
+    assert series.y == [1.0, 1.0]
+
+
+def test_segments_of_one_document_are_one_value(store):
+    spec = '[[runs]]\nprotocol = "recurrent"\nlengths = [16]\npassages = 4\n'
+    spec += 'options = { encoder = "e.safetensors" }\n'
+
+    def row_of(cell, number):
+        whole = [4] * 4 if number % 2 else [0] * 4
+        return {"extra": {"segment": 4, "back": whole, "right": whole, "alone": whole}}
+
+    data = made(store, spec, row_of)
+    (chain,) = chains_of(data.of("recurrent"))
+    assert (chain.alone.mean, chain.alone.n) == (2.0, 4)
+    assert chain.alone.low == chain.carried.low / 4
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_given_token_is_not_free_for_the_coder(given, store):
+    spec = '[[runs]]\nprotocol = "paper"\nlengths = [8]\npassages = 3\n'
+    data = made(store, spec, lambda cell, number: {"predicted": 8 - given, "lm_bits": 40.0})
+    table = bytes_table(data, compare=False)
+    bits = 3 * (40.0 + given * math.log2(64))
+    at = table.columns.index("arithmetic")
+    size = table.rows[0][table.columns.index("text bytes")]
+    assert table.rows[0][at] == pytest.approx(size / (bits / 8))
+
+
+@pytest.mark.parametrize("start", ["vectors", "bos"])
+def test_the_longest_length_is_that_of_the_grid_behind_a_bos_too(start, store):
+    spec = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 3\n'
+    given = int(start == "bos")
+    data = made(store, spec, lambda cell, n: {"tokens": cell.length - given, "start_rule": start})
+    line = published_scaling(data.of("paper")).iloc[0]
+    assert (line["longest"], line["tried"]) == (16, 16)
+    drawn = data.of("paper").assign(tokens=[6, 7, 8, 14, 15, 16 - given])
+    assert paper_result(drawn).longest == 16
+
+
+@pytest.mark.parametrize("protocol", ["transfer", "recurrent"])
+def test_a_protocol_of_one_start_has_one_seed(protocol):
+    options = {"transfer": 'origin = "pocket"', "recurrent": 'encoder = "e.safetensors"'}
+    run = f'[[runs]]\nprotocol = "{protocol}"\nlengths = [8]\nseeds = [0, 1]\n'
+    with pytest.raises(MemvecError, match="one start: leave one of seeds"):
+        parse_spec(HEAD + run + f"options = {{ {options[protocol]} }}\n", "made")
