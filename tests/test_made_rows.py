@@ -14,7 +14,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.recurrent_report import chains_of
-from memvec.lab.protocols.scaling import published_scaling
+from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report.byte_account import bytes_table
 from memvec.lab.report.data import Data, read_data
 from memvec.lab.report.texts import comparisons
@@ -137,3 +137,16 @@ def test_a_protocol_of_one_start_has_one_seed(protocol):
     run = f'[[runs]]\nprotocol = "{protocol}"\nlengths = [8]\nseeds = [0, 1]\n'
     with pytest.raises(MemvecError, match="one start: leave one of seeds"):
         parse_spec(HEAD + run + f"options = {{ {options[protocol]} }}\n", "made")
+
+
+@pytest.mark.parametrize("smallest", [0, 3])
+def test_vectors_that_hold_nothing_have_a_report(smallest, store):
+    spec = '[[runs]]\nprotocol = "vectors"\nlengths = [8]\nvectors = [1, 2]\npassages = 3\n'
+    held = {1: smallest, 2: 6}
+    data = made(store, spec, lambda cell, number: {"horizon": held[cell.vectors]})
+    table = exact_scaling(data.of("vectors"))
+    assert table["longest"].tolist() == [smallest, 6]
+    said = scaling_sentence("pocket", table, "longest")
+    assert ("100 % of the line" in said) == (smallest == 3)
+    for name in ("tables", "figures"):
+        getattr(protocol_of("vectors"), name)(data, compare=False)

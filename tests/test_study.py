@@ -826,3 +826,26 @@ def ancestors(pid: int) -> list[int]:
         pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         found.append(pid)
     return found
+
+
+@pytest.mark.parametrize("trigger", ['trigger = "bos"', 'trigger = "</s>"'])
+def test_a_line_ends_at_the_rows_accuracies_behind_their_trigger(
+    trigger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = reader()
+    text = HEAD + '[[runs]]\nprotocol = "geometry"\nsources = ["random-tokens"]\nlengths = [4]\n'
+    text += "passages = 2\nseeds = [0, 1]\n"
+    text += f'recipe = {{ steps = 60, start_rule = "bos", {trigger} }}\n'
+    run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: Here(lm), base=tmp_path)
+    with Store(tmp_path / "out") as store:
+        found = store.db.execute(
+            "SELECT paths.accuracy, a.accuracy, b.accuracy FROM paths "
+            "JOIN rows a ON a.cell = first AND a.number = paths.number "
+            "JOIN rows b ON b.cell = second AND b.number = paths.number"
+        ).fetchall()
+    assert len(found) == 2
+    for path, one, other in found:
+        assert (json.loads(path)[0], json.loads(path)[-1]) == (one, other)
+        assert one > 0
+    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: lm)
+    assert check_study(tmp_path / "out")["wrong"] == []

@@ -82,8 +82,8 @@ def tokens_per_vector(rows: pd.DataFrame) -> Interval:
 
 
 def _needed(tokens: int | None, per_vector: Interval) -> list[TableCell]:
-    """Vectors that `tokens` tokens need, with the interval; None where a rate is 0."""
+    """Vectors that `tokens` tokens need, with the interval; None where a rate is 0 or unknown."""
     if tokens is None:
         return [None, None, None]
     rates = (per_vector.value, per_vector.high, per_vector.low)
-    return [None if rate <= 0 else -int(-tokens // rate) for rate in rates]
+    return [-int(-tokens // rate) if rate > 0 else None for rate in rates]

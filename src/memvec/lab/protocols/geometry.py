@@ -45,6 +45,8 @@ class Geometry(Protocol):
     def problem(self, run: RunSpec) -> str | None:
         if run.recipe.get("start", "noise") == "encoder":
             return "compares restarts, which must differ, so start cannot be 'encoder'"
+        if run.recipe.get("space", "inputs") != "inputs":
+            return "draws lines between inputs, so space is 'inputs'"
         return None
 
     def between(

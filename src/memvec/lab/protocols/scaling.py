@@ -67,7 +67,7 @@ def _with_shares(lines: list[dict[str, float | int]]) -> pd.DataFrame:
         known = table[table[name].notna()]
         per_vector = table[name] / table["K"]
         first = per_vector[known.index[0]] if len(known) else math.nan
-        table[f"{name}_share"] = per_vector / first
+        table[f"{name}_share"] = per_vector / (first or math.nan)
     return table
 
 
@@ -80,7 +80,8 @@ def scaling_sentence(name: str, table: pd.DataFrame, measure: str = "bits") -> s
     a, b = (float(line[measure] / line["K"]) for line in (first, last))
     unit = "bits" if measure == "bits" else "tokens"
     change = "the same" if math.isclose(a, b, rel_tol=0.005) else "fewer" if b < a else "more"
+    share = f"{change}: {100 * b / a:.0f} % of the line" if a > 0 else change
     return (
         f"{name}: {a:.1f} {unit} per vector at K = {int(first['K'])}, {b:.1f} at "
-        f"K = {int(last['K'])} ({change}: {100 * b / a:.0f} % of the line)."
+        f"K = {int(last['K'])} ({share})."
     )

@@ -70,7 +70,8 @@ def _longest(series: list[Series], names: list[str]) -> str:
 def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
     """One protocol's capacity on one source: a point for each model that has one."""
     measured = rows[rows["protocol"] == protocol]
-    measured = measured[measured["vectors"] == measured["vectors"].min()]
+    fewest = measured.groupby("model")["vectors"].transform("min")
+    measured = measured[measured["vectors"] == fewest]
     points: dict[int, Capacity] = {}
     for i, model in enumerate(models):
         part = measured[measured["model"] == model]

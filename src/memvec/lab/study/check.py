@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from memvec.cramming.starts import triggered
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Protocol
@@ -295,8 +296,9 @@ def _check_pairs(
             wrong.append(f"{place}: {error}")
             continue
         stored, cell = json.loads(text), _cell(store, first)[1]
+        view = triggered(lm, cell.to_recipe())
         again, allowed = protocol_of(cell.protocol).recompute_between(
-            lm, ids, a, b, start_rule(lm, cell), len(stored)
+            view, ids, a, b, start_rule(view, cell), len(stored)
         )
         gaps = [abs(x - y) for x, y in zip(stored, again, strict=True)]
         worst["paths"] = max(worst.get("paths", 0.0), *gaps)

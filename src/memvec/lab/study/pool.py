@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from memvec.cramming.engine import Progress
+from memvec.cramming.starts import triggered
 from memvec.environment import environment
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage
@@ -89,9 +90,9 @@ class Pool(Protocol):
         """Rows of all units, in any order."""
 
     def between(
-        self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """Measure two restarts of a passage by a protocol, from their vectors (K, D)."""
+        """Measure two restarts of a passage by a cell's protocol, from their vectors (K, D)."""
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
         """Passages that go to one worker together."""
@@ -127,10 +128,11 @@ class Here:
             yield from (row for _, row in unit.work(self.lm, "local", on_progress))
 
     def between(
-        self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """Measure two restarts of a passage by a protocol."""
-        values: list[float] = protocol_of(protocol).between(self.lm, passage, a, b, start)
+        """Measure two restarts of a passage, behind the trigger and front of their cell."""
+        view = triggered(self.lm, cell.to_recipe())
+        values: list[float] = protocol_of(cell.protocol).between(view, passage, a, b, start)
         return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:

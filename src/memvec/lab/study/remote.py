@@ -51,10 +51,10 @@ class Remote:
         return texts
 
     def between(
-        self, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+        self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """Measure two restarts of a passage by a protocol."""
-        values: list[float] = self.workers.call(_between, protocol, passage, a, b, start)
+        """Measure two restarts of a passage by a cell's protocol."""
+        values: list[float] = self.workers.call(_between, cell, passage, a, b, start)
         return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
@@ -84,6 +84,6 @@ def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | Non
 
 
 def _between(
-    lm: FrozenLM, protocol: str, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+    lm: FrozenLM, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
 ) -> list[float]:
-    return Here(lm).between(protocol, passage, a, b, start)
+    return Here(lm).between(cell, passage, a, b, start)

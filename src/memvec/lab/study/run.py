@@ -200,7 +200,7 @@ class _Run:
             ).fetchone()
             ids = self.store.passage(a, number).ids
             one, two = (self.store.tensors(key, number)[0] for key in (a, b))
-            values = pool.between(first.cell.protocol, Passage(ids), one, two, row[0])
+            values = pool.between(first.cell, Passage(ids), one, two, row[0])
             self.store.put_path(a, b, number, values)
 
     # ------------------------------------------------------------------ progress
