@@ -70,6 +70,14 @@ WRONG = [
     ('protocol = "usable"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
     ('protocol = "spaces"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
     ('protocol = "geometry"\nlengths = [8]\nrecipe = { start = "encoder" }', "restarts", "start"),
+    ('protocol = "geometry"\nlengths = [8]\nrecipe = { space = "prefix" }', "lines", "'inputs'"),
+    ('protocol = "context"\nlengths = [8]\ncontexts = [0]', "contexts", "greater than 0"),
+    ('protocol = "context"\nlengths = [8]\noptions = 3\ncontexts = [4]', "options must be", ""),
+    (
+        'protocol = "one-step-groups"\nlengths = [8]\nvectors = [2]\ngroup = 4.0\npassages = 4',
+        "group",
+        "valid integer",
+    ),
 ]
 
 

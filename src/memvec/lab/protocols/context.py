@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from memvec.cramming.certify import Outcome
 from memvec.lab.protocols import protocol
@@ -47,7 +47,7 @@ class Context(Protocol):
     class Options(protocol.Options):
         """The numbers of preceding tokens."""
 
-        contexts: tuple[int, ...] = Field(
+        contexts: tuple[PositiveInt, ...] = Field(
             default=(64, 128, 512, 1024), description="real tokens given instead of vectors"
         )
 

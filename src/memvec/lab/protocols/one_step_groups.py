@@ -32,7 +32,7 @@ class OneStepGroups(Protocol):
     class Options(protocol.Options):
         """How many passages share m."""
 
-        group: int = Field(default=16, ge=1, description="passages that share one m")
+        group: int = Field(default=16, ge=1, strict=True, description="passages that share one m")
 
     def problem(self, run: RunSpec) -> str | None:
         group = run.options.get("group", 16)

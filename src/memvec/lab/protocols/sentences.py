@@ -202,7 +202,10 @@ def _cut(text: tuple[int, ...], sizes: Any) -> list[tuple[int, ...]]:
         sentences.append(tuple(text[end - size : end]))
         end -= size
     if end < 0:
-        raise ValueError(f"sentences of {sum(sizes)} tokens in a text of {len(text)}")
+        raise MemvecError(
+            f"the sentences of the context have {sum(sizes)} tokens and the source keeps {len(text)} "
+            "of the text before: lower the context."
+        )
     return sentences[::-1]
 
 

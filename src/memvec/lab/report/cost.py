@@ -15,7 +15,8 @@ def cost_table(data: Data) -> Table:
     return Table(
         "cost",
         "What was spent",
-        "Optimiser steps, forward-backward tokens and seconds, summed over all passages.",
+        "Optimiser steps, forward-backward tokens and seconds, summed over all passages. Without "
+        "what a protocol crams besides them (`transfer`, `recurrent`, `reading`, `sentences`).",
         ["model", "protocol", "cells", "passages", "steps", "tokens", "seconds"],
         rows,
     )

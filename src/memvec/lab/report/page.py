@@ -156,7 +156,9 @@ def reproduce(data: Data) -> dict[str, Any]:
     """Spec, commands, models and environments, to repeat the study."""
     stored_spec = data.store.meta("spec")
     spec = json.loads(stored_spec) if stored_spec else {"toml": "", "model": None}
-    model = f" --model {short(spec['model'])}" if spec["model"] else ""
+    # A folder of this machine is named by its last part.
+    given = spec["model"] or ""
+    model = f" --model {short(given) if Path(given).is_absolute() else given}" if given else ""
     models = {
         short(name): {k: v for k, v in d.items() if k not in ("probe", "name")}
         for name, d in data.models.items()

@@ -68,14 +68,14 @@ def random_word_passages(
 ) -> Iterator[SourcedPassage]:
     """`count` passages of random words, `length` tokens each.
 
-    `drawn_lengths`: each passage's own length is uniform in [2, length], as in the paper.
+    `drawn_lengths`: each passage's own length is uniform in [2, length], as in the paper; 1 for 1.
     """
     name = list_name(words, None)
     for number in range(count):
         draw = seeded_random("random-words", name, seed, number)
         tokens = length
         if drawn_lengths:
-            tokens = seeded_random("length", seed, number, length).randint(2, length)
+            tokens = seeded_random("length", seed, number, length).randint(min(2, length), length)
         ids: list[int] = []
         drawn: list[str] = []
         # Further words may merge with the last tokens, so these are not used.

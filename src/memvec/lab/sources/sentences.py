@@ -83,10 +83,11 @@ class Sentences(Source):
         for number, (ids, (document, i)) in enumerate(drawn[:count]):
             sizes = tuple(len(s.ids) for s in cut[document][:i])
             text = [token for s in cut[document][:i] for token in s.ids]
+            kept = max(MAX_BEFORE, sum(sizes[i - self.before :]))
             yield SentencePassage(
                 number,
                 Passage(ids, document, len(text)),
                 f"{texts[document][0]}, sentence {i + 1}",
-                tuple(text[-MAX_BEFORE:]),
+                tuple(text[-kept:]),
                 sizes,
             )

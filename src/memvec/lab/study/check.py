@@ -284,7 +284,7 @@ def _check_pairs(
     wrong = []
     pairs = store.db.execute(
         "SELECT first, second, number, accuracy FROM paths JOIN cells ON cell = first "
-        "WHERE model = ? ORDER BY position, second, number",
+        "WHERE model = ? AND planned > 0 ORDER BY position, second, number",
         (model,),
     ).fetchall()
     for first, second, number, text in pairs[: limit or None]:

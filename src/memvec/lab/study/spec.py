@@ -193,7 +193,7 @@ def _take_options(data: dict[str, Any], where: str) -> None:
             raise MemvecError(f"{where}: unknown protocol '{name}' in runs [{i}]: {hint}")
         option_names = protocol_of(name).Options.model_fields
         beside = {key: run.pop(key) for key in list(run) if key in option_names}
-        if beside:
+        if beside and isinstance(run.get("options", {}), dict):  # else pydantic reports it
             run["options"] = {**run.get("options", {}), **beside}
 
 
