@@ -135,7 +135,7 @@ def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
     for outcome in engine.run(passages):
         h = outcome.metrics.horizon
         reached.append(h / K)
-        bits.append(float(surprisals(lm, outcome.passage.ids[: max(h, 1)]).sum()) / K)
+        bits.append(float(surprisals(lm, outcome.passage.ids[:h]).sum()) / K if h else 0.0)
         gains.append(outcome.scores[:h].information_gain() / K)
     return {
         "what": "horizon",
