@@ -250,10 +250,10 @@ def difference(lm: FrozenLM, group: Group, at: int, row: list[int]) -> str:
 
 
 def keep(new: list[dict[str, Any]], path: Path) -> None:
-    """Put cells in the place of those of the same engine, model and dtype, beside all others."""
+    """Put cells in the place of those of the same engine, model, dtype and K, beside all others."""
 
-    def start_of(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["engine"], row["model"], row["dtype"]
+    def start_of(row: dict[str, Any]) -> tuple[str, str, str, int]:
+        return row["engine"], row["model"], row["dtype"], row["K"]
 
     replaced, models = {start_of(row) for row in new}, [*FAMILIES, "pocket"]
     rows = [row for row in kept_in(path) if start_of(row) not in replaced] + new

@@ -381,6 +381,21 @@ def test_the_page_counts_what_is_exact_and_names_the_rest(monkeypatch):
     assert "- vllm: way chat.\n- peft: no cell." in text
 
 
+def test_cells_of_other_numbers_of_vectors_are_kept(monkeypatch, tmp_path):
+    """A later start for one K replaces the cells of that K and leaves those of the others."""
+    monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
+    from engines import keep, kept_in
+
+    def cells(Ks, exact):
+        same = {"engine": "vllm", "model": "llama", "dtype": "float32", "way": "batch 1"}
+        return [same | {"K": K, "exact": exact} for K in Ks]
+
+    keep(cells([1, 2, 8], 16), tmp_path / "cells.json")
+    keep(cells([1], 15), tmp_path / "cells.json")
+    kept = {row["K"]: row["exact"] for row in kept_in(tmp_path / "cells.json")}
+    assert kept == {1: 15, 2: 16, 8: 16}
+
+
 # ---------------------------------------------------------------------- engines that are there
 
 
