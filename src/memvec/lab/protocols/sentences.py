@@ -203,8 +203,8 @@ def _cut(text: tuple[int, ...], sizes: Any) -> list[tuple[int, ...]]:
         end -= size
     if end < 0:
         raise MemvecError(
-            f"the sentences of the context have {sum(sizes)} tokens and the source keeps {len(text)} "
-            "of the text before: lower the context."
+            f"the sentences of the context have {sum(sizes)} tokens and the source keeps "
+            f"{len(text)} of the text before: lower the context."
         )
     return sentences[::-1]
 
