@@ -51,7 +51,7 @@ from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
-from texts import passages_of, random_tokens
+from texts import overlapping, passages_of, random_tokens
 
 # Mean exact horizon, tokens: one vector from noise, 400 and 800 steps (docs/capacity.md).
 HORIZONS = {"pocket": 74, "r256": 22}
@@ -191,6 +191,7 @@ def at_length(
     for row in rows:
         ratio = comparison.get(row["start"]) if row["side"] == "ours" else None
         row["ratio"], row["ratio_low"], row["ratio_high"] = ratio or (math.nan,) * 3
+        row["overlap"] = overlapping(passages[: row["n"]])
     return rows, comparison
 
 

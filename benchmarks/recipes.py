@@ -21,7 +21,7 @@ from memvec.cli.common import recipe_of
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
-from texts import passages_of, random_tokens
+from texts import overlapping, passages_of, random_tokens
 from usable import crammed
 
 
@@ -68,6 +68,7 @@ def main() -> None:
                     "vectors": options.vectors,
                     "recipe": name,
                     "n": len(outcomes),
+                    "overlap": overlapping(texts),
                     "exact": right,
                     "steps": sum(outcome.steps for outcome in outcomes) / len(outcomes),
                     "spent": sum(tokens) / len(outcomes),

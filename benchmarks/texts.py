@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from memvec.errors import MemvecError
 from memvec.lab.sources.random_tokens import random_token_passages
 from memvec.lab.sources.random_words import frequent_words, random_word_passages, read_words
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 
 PROSE = Path(__file__).parent.parent / "examples" / "harbour.txt"
+EXCERPT = 20_000  # characters of a long text that are tokenized for a passage
+ATTEMPTS = 100  # at another place for a passage that does not fit
 
 
 def passages_of(
@@ -20,15 +27,108 @@ def passages_of(
     """n different passages of T tokens, starting at random places of the text.
 
     The text is this project's own prose, which no model was trained on, or the held-out texts of a
-    corpus as recipes/corpus.py has it: a parquet file with columns `text` and `split`.
+    corpus as recipes/corpus.py has it: a parquet file with columns `text` and `split`. Passages
+    share no token, but where the prose is too short for that: then stderr says how many do, and
+    `overlapping` counts them. A draw depends on n, T and seed only.
     """
     draw = random.Random(seed)
-    texts = [PROSE.read_text(encoding="utf-8")] if corpus is None else held_out(corpus)
-    pieces = [lm.tokenize(_excerpt(draw.choice(texts), draw)) for _ in range(n if corpus else 1)]
     if corpus is not None:
-        return [Passage(tuple(ids[:T]), i) for i, ids in enumerate(pieces)]
-    places = draw.sample(range(len(pieces[0]) - T), n)
-    return [Passage(tuple(pieces[0][at : at + T]), i) for i, at in enumerate(places)]
+        pieces = _of_corpus(lm, n, T, draw, corpus)
+        return [Passage(ids[:T], i) for i, (_, _, ids) in enumerate(pieces)]
+    text = draw.choice([PROSE.read_text(encoding="utf-8")])  # moves `draw`, as ever
+    ids = lm.tokenize(_excerpt(text, draw)[1])
+    passages = [
+        Passage(tuple(ids[at : at + T]), i, at) for i, at in enumerate(places(len(ids), n, T, draw))
+    ]
+    if shared := overlapping(passages):
+        print(
+            f"{PROSE.name} has {len(ids)} tokens: {shared} of {n} passages of {T} tokens overlap, "
+            "so intervals over passages are too narrow",
+            file=sys.stderr,
+        )
+    return passages
+
+
+def overlapping(passages: Sequence[Passage]) -> int:
+    """How many passages share tokens with another one at the same place of the prose."""
+
+    def share(a: Passage, b: Passage) -> bool:
+        apart = b.offset - a.offset
+        return 0 <= apart < len(a) and a.ids[apart:] == b.ids[: len(a) - apart]
+
+    return sum(any(share(a, b) or share(b, a) for b in passages if b is not a) for a in passages)
+
+
+def places(N: int, n: int, T: int, draw: random.Random) -> list[int]:
+    """n different places in a text of N tokens, at least T apart if n passages of T tokens fit.
+
+    Only places that collide with an earlier one are drawn again.
+    """
+    if T > N or n > max(1, N - T):
+        raise MemvecError(
+            f"{PROSE.name} has {N} tokens, too few for {n} different passages of {T}: "
+            "ask for fewer or shorter ones."
+        )
+    drawn = draw.sample(range(max(1, N - T)), n)
+    if n * T > N:
+        return drawn
+    free = np.ones(N - T + 1, dtype=bool)
+    kept: dict[int, int] = {}
+
+    def take(i: int, at: int) -> None:
+        kept[i] = at
+        free[max(0, at - T + 1) : at + T] = False
+
+    for i, at in enumerate(drawn):
+        if free[at]:
+            take(i, at)
+    for i in sorted(set(range(n)) - kept.keys()):
+        if not free.any():  # the gaps are too small: spread all passages over the text instead
+            before = sorted(draw.choices(range(N - n * T + 1), k=n))
+            spread = [gap + j * T for j, gap in enumerate(before)]
+            return draw.sample(spread, n)
+        take(i, int(draw.choice(np.flatnonzero(free))))
+    return [kept[i] for i in range(n)]
+
+
+Piece = tuple[int, int, tuple[int, ...]]  # index of the text, character in it, token ids from there
+
+
+def _of_corpus(lm: FrozenLM, n: int, T: int, draw: random.Random, corpus: Path) -> list[Piece]:
+    """n pieces of at least T tokens; those whose first T overlap an earlier one are drawn again."""
+    texts = held_out(corpus)
+    if not texts:
+        raise MemvecError(f"--corpus {corpus}: no text is held out; give more texts.")
+    kept: dict[int, Piece] = {}
+
+    def fits(piece: Piece) -> bool:
+        index, at, ids = piece
+        end = at + len(lm.text(list(ids[:T])))
+        return len(ids) >= T and not any(
+            index == other and at < begin + len(lm.text(list(row[:T]))) and begin < end
+            for other, begin, row in kept.values()
+        )
+
+    def piece(characters: int) -> Piece:
+        index = draw.choice(range(len(texts)))
+        at, text = _excerpt(texts[index], draw, characters)
+        return index, at, tuple(lm.tokenize(text))
+
+    first = [piece(EXCERPT) for _ in range(n)]
+    for i, drawn in enumerate(first):
+        if fits(drawn):
+            kept[i] = drawn
+    for i in sorted(set(range(n)) - kept.keys()):
+        # From any place of a text: one that is no longer than an excerpt has more than its first.
+        again = (piece(0) for _ in range(ATTEMPTS))
+        found = next((drawn for drawn in again if fits(drawn)), None)
+        if found is None:
+            raise MemvecError(
+                f"--corpus {corpus}: found only {len(kept)} of {n} passages of {T} held-out tokens "
+                "that do not overlap; ask for fewer or shorter ones, or give more texts."
+            )
+        kept[i] = found
+    return [kept[i] for i in range(n)]
 
 
 def held_out(corpus: Path) -> list[str]:
@@ -43,12 +143,15 @@ def held_out(corpus: Path) -> list[str]:
     return list(frame.loc[[digest < 16 for digest in digests], "text"])
 
 
-def _excerpt(text: str, draw: random.Random, characters: int = 20_000) -> str:
-    """A span that begins with a word; the whole of a short text."""
-    if len(text) <= characters:
-        return text
-    at = text.find(" ", draw.randrange(len(text) - characters))
-    return text[at : at + characters]
+def _excerpt(text: str, draw: random.Random, least: int = EXCERPT) -> tuple[int, str]:
+    """A span that begins with a word, and its place; a text of at most `least` characters whole.
+
+    At least so many characters are behind its place.
+    """
+    if len(text) <= least:
+        return 0, text
+    at = max(0, text.find(" ", draw.randrange(len(text) - least)))
+    return at, text[at : at + EXCERPT]
 
 
 def random_words(

@@ -24,17 +24,19 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
 from models import SHAPES, random_model
-from texts import passages_of, random_tokens
+from texts import overlapping, passages_of, random_tokens
 
 FOREVER = 10**6
 
 
-def horizons(lm: FrozenLM, recipe: Recipe, K: int, T: int, options: Any) -> list[float]:
+def horizons(
+    lm: FrozenLM, recipe: Recipe, K: int, passages: list[Passage], options: Any
+) -> list[float]:
     """Horizon per vector of each passage."""
-    texts = random_tokens if lm.tokenizer is None else passages_of
     engine = Engine(lm, recipe, vectors=K, batch_size=min(options.batch_size, options.passages))
-    outcomes = list(engine.run(texts(lm, options.passages, T)))
+    outcomes = list(engine.run(passages))
     return [outcome.metrics.horizon / K for outcome in outcomes]
 
 
@@ -81,16 +83,19 @@ def main() -> None:
         print(f"{K} vectors with {options.tokens} tokens each do not fit {context} positions")
     if not fitting:
         parser.error("nothing fits the model's context: fewer --tokens")
+    texts = random_tokens if lm.tokenizer is None else passages_of
     for K in fitting:
+        T = options.tokens * K
+        passages = texts(lm, options.passages, T)
         for until, recipe in ways.items():
-            T = options.tokens * K
-            per_vector[until, K] = horizons(lm, recipe, K, T, options)
+            per_vector[until, K] = horizons(lm, recipe, K, passages, options)
             rows.append(
                 {
                     "model": lm.name,
                     "vectors": K,
                     "until": until,
                     "tokens": T,
+                    "overlap": overlapping(passages),
                     **summary(per_vector[until, K]),
                     "at_end": sum(h * K >= T for h in per_vector[until, K]),
                 }
