@@ -5,10 +5,12 @@
 Passages longer than anything that fits are crammed for a fixed number of steps; the leading tokens
 that free-running decoding gives back from the stored vectors (with the corrections among them) are
 what is held. Bytes are those of the file: packed numbers, scales, corrections as variable-length
-integers; text bytes are those of the tokens held. Beside them, for the same passages: xz and zstd
-of all of them joined, arithmetic coding with the same model (H_LM / 8), and corrections alone (the
-model decodes behind its BOS, and every token that it misses is listed). Rows carry the mean over n
-passages and its standard error. RESULT names the cheapest mix of vectors and corrections.
+integers; text bytes are those of the tokens held. Beside them, for the same passages (`length`
+tokens; four vectors have passages of four times the length): xz and zstd of all of them joined,
+arithmetic coding with the same model (H_LM / 8), and corrections alone (the model decodes behind
+its BOS, and every token that it misses is listed). Rows carry the mean over n passages and its
+standard error; `overlap` counts the passages that share tokens with another one. RESULT names the
+cheapest mix of vectors and corrections.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import surprisals
 from memvec.passages.passage import Passage
 from memvec.storage import STORAGES
-from texts import passages_of
+from texts import overlapping, passages_of
 
 
 def text_bytes(lm: FrozenLM, ids: Sequence[int]) -> int:
@@ -77,6 +79,59 @@ def beside(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[float, floa
     }
 
 
+def measured(
+    lm: FrozenLM, mixes: list[tuple[str, int, int]], texts: dict[int, list[Passage]], steps: int
+) -> list[dict[str, Any]]:
+    """A row for each mix (storage, K, corrections) on the passages of its K, and of those beside.
+
+    `texts`: the passages for each K.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def of(K: int) -> dict[str, Any]:
+        shared = overlapping(texts[K])
+        return {"length": len(texts[K][0]), "n": len(texts[K]), "overlap": shared}
+
+    for storage, K, corrections in mixes:
+        recipe = Recipe.of("default", steps=steps, corrections=corrections)
+        engine = Engine(lm, recipe, vectors=K, batch_size=min(len(texts[K]), 16), storage=storage)
+        outcomes = list(engine.run(texts[K]))
+        what = {"storage": storage, "vectors": K, "corrections": corrections} | of(K)
+        rows.append(what | held(lm, outcomes, storage, K))
+    for K, passages in texts.items():
+        for name, (price, error) in beside(lm, passages).items():
+            row = dict.fromkeys(rows[0], "") | {"storage": name} | of(K)
+            row |= {"bytes_per_text_byte": price, "bytes_per_text_byte_error": error}
+            rows.append(row)
+    return rows
+
+
+def result_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The RESULT line: the cheapest mix, and what needs no vectors on the passages of that mix."""
+    priced = [row for row in rows if row["vectors"]]
+    best = min(priced, key=lambda row: row["bytes_per_text_byte"])
+    plain = {
+        row["storage"]: row for row in priced if (row["vectors"], row["corrections"]) == (1, 0)
+    }
+    others = {
+        row["storage"]: row["bytes_per_text_byte"]
+        for row in rows
+        if not row["vectors"] and row["length"] == best["length"]
+    }
+    return {
+        "tokens_float32": plain["float32"]["tokens"],
+        "tokens_int8": plain["int8"]["tokens"],
+        "tokens_int4": plain["int4"]["tokens"],
+        "bytes_float32": plain["float32"]["bytes_per_text_byte"],
+        "bytes_int4": plain["int4"]["bytes_per_text_byte"],
+        "bytes_cheapest": best["bytes_per_text_byte"],
+        "cheapest_bits": best["stored_bits"],
+        "cheapest_corrections": best["corrections"],
+        "cheapest_length": best["length"],
+        **{name.replace("-", "_"): price for name, price in others.items()},
+    }
+
+
 def main() -> None:
     """Cram every storage without corrections, the smallest one with them; compare the bytes."""
     parser = arguments(__doc__ or "")
@@ -92,40 +147,8 @@ def main() -> None:
     mixes += [("int4", 1, N) for N in ((6,) if options.quick else (1, 2, 4, 8, 16))]
     if not options.quick:
         mixes += [(name, 4, 0) for name in STORAGES] + [("int4", 4, N) for N in (4, 16)]
-    rows: list[dict[str, Any]] = []
-    for storage, K, corrections in mixes:
-        recipe = Recipe.of("default", steps=steps, corrections=corrections)
-        engine = Engine(lm, recipe, vectors=K, batch_size=min(n, 16), storage=storage)
-        outcomes = list(engine.run(passages_of(lm, n, K * T)))
-        what = {"storage": storage, "vectors": K, "corrections": corrections, "n": n}
-        rows.append(what | held(lm, outcomes, storage, K))
-    priced = rows.copy()
-    for name, (price, error) in beside(lm, passages_of(lm, n, T)).items():
-        blank = dict.fromkeys(rows[0], "")
-        blank |= {"storage": name, "n": n, "bytes_per_text_byte": price}
-        rows.append(blank | {"bytes_per_text_byte_error": error})
-    best = min(priced, key=lambda row: row["bytes_per_text_byte"])
-    price = {row["storage"]: row for row in rows if row["vectors"] in (1, "")}
-    plain = {
-        row["storage"]: row for row in priced if (row["vectors"], row["corrections"]) == (1, 0)
-    }
-    report(
-        "bits",
-        rows,
-        options,
-        tokens_float32=plain["float32"]["tokens"],
-        tokens_int8=plain["int8"]["tokens"],
-        tokens_int4=plain["int4"]["tokens"],
-        bytes_float32=plain["float32"]["bytes_per_text_byte"],
-        bytes_int4=plain["int4"]["bytes_per_text_byte"],
-        bytes_cheapest=best["bytes_per_text_byte"],
-        cheapest_bits=best["stored_bits"],
-        cheapest_corrections=best["corrections"],
-        xz=price["xz"]["bytes_per_text_byte"],
-        zstd=price["zstd"]["bytes_per_text_byte"],
-        arithmetic=price["arithmetic"]["bytes_per_text_byte"],
-        corrections_alone=price["corrections-alone"]["bytes_per_text_byte"],
-    )
+    rows = measured(lm, mixes, {K: passages_of(lm, n, K * T) for _, K, _ in mixes}, steps)
+    report("bits", rows, options, **result_of(rows))
 
 
 if __name__ == "__main__":
