@@ -18,7 +18,7 @@ by our free-running decoding from the vectors that each program returns. `comple
 passages that are complete by the program's own teacher-forced measure. hidden_capacity is given the
 first token, as in its code. *Horizon* (`--long`): the leading tokens that decode freely, beside
 `reached`, the number by the program's own measure. hidden_capacity has no growing length, so it has
-no horizon.
+no horizon. On both sides the whole passage is decoded, also beyond what was reached.
 
 RESULT compares ours from noise with the best row of each program, chosen afterwards: `ratio_seed`
 and `ratio_progressive` are ratios of exact passages per minute, `ratio_horizon` is our horizon over
@@ -46,7 +46,7 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from models import SHAPES, random_model
 from peers_programs import Answer, by_progressive, by_seed
-from texts import passages_of, random_tokens
+from texts import overlapping, passages_of, random_tokens
 
 SEED_RATES = (0.01, 0.1, 0.5)
 PROGRESSIVE_RATES = (0.1, 0.5)  # those of its publication
@@ -96,6 +96,7 @@ class Row:
             "program": self.program,
             "settings": self.settings,
             "n": len(passages),
+            "overlap": overlapping(passages),
             "complete": sum(reached >= T for reached in self.reached),
             "exact": sum(t.exact for t in self.trials),
             "exact_per_minute": per_minute(self.trials),
@@ -173,11 +174,8 @@ def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespac
                 max_optimization_steps_per_sample=options.steps,
                 **changes,
             )
-            # Only the tokens that the program counts as reached are decoded.
-            reached = [
-                Passage(p.ids[: max(1, a.reached)]) for p, a in zip(passages, answers, strict=True)
-            ]
-            decoded = horizons(lm, reached, answers, given=0)
+            # The whole passage, as for ours: what decodes beyond `reached` counts on both sides.
+            decoded = horizons(lm, passages, answers, given=0)
             settings = f"progressive, lr {lr:g}{name}"
             rows.append(row_of("progressive_cramming", settings, passages, answers, decoded))
     return rows
@@ -227,7 +225,7 @@ def main() -> None:
     both = []
     for measure, T in ((at_fixed_length, options.tokens), (at_horizon, options.long)):
         selected = texts(lm, options.passages, T)
-        passages = [Passage(passage.ids, i) for i, passage in enumerate(selected)]
+        passages = [Passage(p.ids, i, p.offset) for i, p in enumerate(selected)]
         list(Engine(lm, Recipe(steps=2), batch_size=len(passages)).run(passages))  # first-use costs
         both.append((measure(lm, passages, options), passages))
     rows = [row.record(passages) for measured, passages in both for row in measured]

@@ -1,5 +1,6 @@
 """The benchmarks' parts that could be wrong without looking it; none is run at size here."""
 
+import itertools
 import runpy
 import sys
 from pathlib import Path
@@ -413,3 +414,102 @@ def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch)
     options.recipe = Recipe.of("usable", settle=61, decay=60, query_tokens=4, query_count=2)
     with pytest.raises(TypeError):
         usable.setting(lm, texts, 4, 2, options)
+
+
+def test_passages_of_the_prose_are_apart_while_they_fit(capsys):
+    """Only those that collide are drawn again; where they do not fit, their number is said."""
+    import random
+
+    from memvec.errors import MemvecError
+    from memvec.loading import load_lm
+    from texts import overlapping, passages_of, places
+
+    N = 3343
+    for n, T in ((8, 32), (64, 35), (192, 8), (32, 96), (1, N), (2, N // 2)):
+        found = places(N, n, T, random.Random(0))
+        assert found == places(N, n, T, random.Random(0))
+        assert len(found) == n
+        assert 0 <= min(found) <= max(found) <= N - T
+        inside = sorted(found)
+        assert all(b - a >= T for a, b in itertools.pairwise(inside))
+        if n * T < N / 4:
+            before = random.Random(0).sample(range(N - T), n)
+            assert sum(a != b for a, b in zip(found, before, strict=True)) < n / 2
+    lm = load_lm()
+    passages = passages_of(lm, 64, 35)
+    assert [p.document for p in passages] == list(range(64))
+    assert overlapping(passages) == 0
+    assert capsys.readouterr().err == ""
+    assert overlapping(passages_of(lm, 32, 288)) == 32
+    assert "32 of 32 passages of 288 tokens overlap" in capsys.readouterr().err
+    for n, T in ((4000, 8), (1, 4000)):
+        with pytest.raises(MemvecError, match="too few for"):
+            passages_of(lm, n, T)
+
+
+def test_passages_of_a_corpus_are_whole_and_apart(tmp_path):
+    """A text that is short gives no short passage, and one that is drawn twice no passage twice."""
+    import pandas as pd
+
+    from memvec.errors import MemvecError
+    from memvec.loading import load_lm
+    from texts import PROSE, passages_of
+
+    lm, prose = load_lm(), PROSE.read_text("utf-8")
+    ids = lm.tokenize(prose)
+    texts, path = ["Too short.", prose], tmp_path / "texts.parquet"
+    pd.DataFrame({"text": texts, "split": "valid"}).to_parquet(path)
+    passages = passages_of(lm, 12, 64, corpus=path)
+    assert [len(p) for p in passages] == [64] * 12
+    grams = [{p.ids[i : i + 12] for i in range(64 - 12)} for p in passages]
+    assert not any(a & b for i, a in enumerate(grams) for b in grams[:i])
+    assert passages == passages_of(lm, 12, 64, corpus=path)
+    with pytest.raises(MemvecError, match=f"passages of {len(ids) + 1} held-out tokens"):
+        passages_of(lm, 1, len(ids) + 1, corpus=path)
+    with pytest.raises(MemvecError, match="found only"):
+        passages_of(lm, 80, 64, corpus=path)
+
+
+def test_bits_compares_prices_of_the_same_passages():
+    """The compressors of RESULT are those of the cheapest mix's passages."""
+    from bits import measured, result_of
+    from memvec.loading import load_lm
+    from texts import passages_of
+
+    lm = load_lm()
+    texts = {1: passages_of(lm, 2, 8), 4: passages_of(lm, 2, 32)}
+    mixes = [("float32", 1, 0), ("int8", 1, 0), ("int4", 1, 0), ("int4", 4, 0)]
+    rows = measured(lm, mixes, texts, steps=20)
+    of_length = {
+        length: {r["storage"]: r["bytes_per_text_byte"] for r in rows[4:] if r["length"] == length}
+        for length in (8, 32)
+    }
+    assert of_length[8]["xz"] > of_length[32]["xz"]
+    for cheap, length in ((2, 8), (3, 32)):
+        priced = [row | {"bytes_per_text_byte": 100.0 - (i == cheap)} for i, row in enumerate(rows)]
+        result = result_of(priced[:4] + rows[4:])
+        assert result["cheapest_length"] == length
+        for name in ("xz", "zstd", "arithmetic", "corrections-alone"):
+            assert result[name.replace("-", "_")] == of_length[length][name]
+
+
+def test_horizons_of_the_published_programs_are_of_whole_passages(monkeypatch):
+    """As ours are: what decodes beyond the number that a program counts as reached counts, too."""
+    from types import SimpleNamespace
+
+    import peers
+    from peers_programs import Answer
+
+    lm, asked = tiny(), passages(8, 8, seed=35)
+    answers = [Answer(torch.zeros(1, lm.width), 2, 3, 1.0) for _ in asked]
+    decoded = []
+    monkeypatch.setattr(peers, "our_rows", lambda *_: [])
+    monkeypatch.setattr(peers, "by_progressive", lambda *_, **__: answers)
+    monkeypatch.setattr(
+        peers, "decode_ids", lambda lm, stack, lengths, **_: decoded.append(lengths) or asked_ids
+    )
+    asked_ids = [p.ids for p in asked]
+    options = SimpleNamespace(steps=9, progressive="folder")
+    rows = peers.at_horizon(lm, asked, options)
+    assert decoded == [[8, 8]] * len(rows)
+    assert all(row.horizon == [8, 8] and row.reached == [2, 2] for row in rows)
