@@ -6,7 +6,8 @@
 
 Notable:
 - each candidate is a run of `pocket.py` with other fields, in a folder of its own under --work; one
-  that is finished is not trained again, one that was stopped goes on;
+  that is finished is not trained again, one that was stopped goes on, and one that was made or
+  measured with other options is refused;
 - measured on held-out novels: valid loss, and the horizon of cramming with one and four vectors
   under memvec's default recipe at a fixed number of steps (`evaluate.py`), in tokens and text bits
   (those that the model alone needs for what comes back), also per dimension; what 24 tokens tell
@@ -33,6 +34,7 @@ from decoder import Shape
 from environment import in_environment
 from evaluate import context_gain, horizon, longest, one_pass
 from export import export
+from kept import refuse_others, write
 
 FIELDS = {f.name for kind in (pocket.Recipe, Shape) for f in dataclasses.fields(kind)}
 # (K, tokens) at which the one-pass encoder is measured.
@@ -74,11 +76,23 @@ def make(fields: dict, device: str) -> tuple[pocket.Run, bool]:
     return pocket.Run(*parts, device), fields.get("memory", True)
 
 
+def made_with(fields: dict) -> dict:
+    """Every field of a candidate that its model depends on, the defaults among them."""
+    whole = {"memory": True}
+    for kind in (pocket.Recipe, Shape):
+        whole |= {f.name: f.default for f in dataclasses.fields(kind)}
+    whole |= fields
+    return {name: whole[name] for name in whole if name not in ("checkpoint_every", "log_every")}
+
+
 def train(name: str, fields: dict, args, streams, tokenizer) -> Path:
     """The folder of the trained candidate; trains it if it is not there yet."""
     work = args.work / name
     out = work / "model"
+    record = work / "made_with.json"
     if (out / "model.safetensors").exists():
+        made = json.loads(record.read_text()) if record.exists() else {}
+        refuse_others(str(work), made, made_with(fields), f"use another --work, or delete {work}")
         return out
     work.mkdir(parents=True, exist_ok=True)
     run, memory = make(fields, args.device)
@@ -89,6 +103,7 @@ def train(name: str, fields: dict, args, streams, tokenizer) -> Path:
     export(run, tokenizer, out)
     if not memory:
         (out / "encoder.safetensors").unlink()  # never trained
+    write(record, made_with(fields))
     return out
 
 
@@ -122,6 +137,17 @@ def measure(name: str, folder: Path, fields: dict, args, streams) -> list[dict]:
         bits = [round(b / lm.width, 3) for b in row["bits_per_vector"]]
         rows.append({**shared, **row, "bits_per_dimension": bits})
     return rows
+
+
+def refuse_other_rows(path: Path, args) -> None:
+    """End the program if rows were measured with other options: the table is of all of them."""
+    remedy = f"give these options, or delete {path} to measure again"
+    rows = json.loads(path.read_text())
+    asked = {"steps": args.cram_steps, "n": args.passages}
+    for row in rows:
+        refuse_others(str(path), row, asked, remedy)
+    made = {"vectors": sorted({row["K"] for row in rows})}
+    refuse_others(str(path), made, {"vectors": sorted(set(args.vectors))}, remedy)
 
 
 def table(rows: list[dict]) -> str:
@@ -179,6 +205,8 @@ def main():
     candidates = read(args.spec, args.scale, args.minutes)
     names = chosen_names(args, candidates)
     tokenizer, streams = prepare(args.corpus, args.work, Shape.vocab_size)
+    for path in sorted(args.work.glob("*/measured.json")):
+        refuse_other_rows(path, args)
     for name in names:
         folder = args.work / name / "model"
         if not args.measure_only:

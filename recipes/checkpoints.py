@@ -8,13 +8,15 @@ Notable:
   as a folder that transformers loads, and nothing is crammed;
 - memvec.json in each folder says which run it is of, its seed, how much it has read and its loss on
   held-out text: the protocol `checkpoints` reads that;
-- a run whose last checkpoint is there is not trained again. Folders appear whole or not at all.
+- a run whose last checkpoint is there is not trained again, and one that was begun with other
+  options is refused. Folders appear whole or not at all.
 
 Writes --work/RUN-step-00000 and so on.
 """
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from transformers.utils import logging
 from candidates import arguments, chosen_names
 from corpus import prepare
 from environment import in_environment
+from kept import refuse_others, write
 from shapes import Plan, Trained, read, save, trained_to, valid_loss
 
 
@@ -39,9 +42,15 @@ def keep(trained: Trained, tokenizer, folder: Path, record: dict) -> None:
 
 def run(name: str, plan: Plan, tokenizer, streams, args) -> None:
     """One run with its checkpoints, unless it is finished."""
-    last = args.work / f"{name}.finished"
+    last, begun = (args.work / f"{name}.{what}" for what in ("finished", "begun"))
+    asked = {"scale": args.scale, **asdict(plan)}
+    if begun.exists():
+        remedy = f"use another --work, or delete {name}.* and {name}-step-* in {args.work}"
+        refuse_others(f"{name} in {args.work}", json.loads(begun.read_text()), asked, remedy)
     if last.exists():
         return
+    args.work.mkdir(parents=True, exist_ok=True)
+    write(begun, asked)
     for trained, reached in trained_to(plan, streams, args.scale):
         record = {"run": name, "family": trained.lm.config.model_type, "seed": plan.seed}
         record |= {key: reached[key] for key in ("step", "of", "tokens", "parameters")}

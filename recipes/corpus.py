@@ -12,6 +12,8 @@ Used by `pocket.py` and `evaluate.py`; nothing to run here.
 """
 
 import hashlib
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,10 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from kept import digest, refuse_others, write
+
 BOS, EOS = 0, 1
+VOCABULARY = "tokenizer.json"
 
 
 def read_texts(path: Path) -> pd.DataFrame:
@@ -77,16 +82,43 @@ def tokenized(tokenizer: Tokenizer, texts) -> np.ndarray:
     return np.concatenate(pieces)
 
 
+def _made_of(corpus: Path, vocabulary: Path, vocab_size: int) -> dict:
+    """What decides the token streams."""
+    made = {"corpus": f"SHA-256 {digest(corpus)[:16]}", "vocab_size": vocab_size}
+    if vocabulary.exists():
+        made["tokenizer"] = f"SHA-256 {digest(vocabulary)[:16]}"
+    return made
+
+
+def _refuse_other_text(corpus: Path, work: Path, vocab_size: int) -> None:
+    """End the program if the streams in `work` are not those of this corpus and vocabulary."""
+    record = work / "text.json"
+    if not record.exists():
+        raise SystemExit(
+            f"{work} does not say of which corpus its text is: delete train.npy and valid.npy "
+            "there to make them again of the same one, or use another --work."
+        )
+    if not corpus.exists():
+        print(f"there is no {corpus}: using the text in {work}", file=sys.stderr)
+        return
+    made, asked = json.loads(record.read_text()), _made_of(corpus, work / VOCABULARY, vocab_size)
+    refuse_others(f"the text in {work}", made, asked, "use another --work")
+
+
 def prepare(corpus: Path, work: Path, vocab_size: int):
     """Make the tokenizer and the token streams, or read them from `work` if they are there.
 
-    A tokenizer.json in `work` is used without training another one.
+    A tokenizer.json in `work` is used without training another one. text.json says what the
+    streams were made of; the program ends if that is something else than is asked for.
     Returns the tokenizer and {"train", "valid"}: ids (N,), with </s> after each text.
     """
     work.mkdir(parents=True, exist_ok=True)
-    vocabulary = work / "tokenizer.json"
+    vocabulary, record = work / VOCABULARY, work / "text.json"
     streams = {split: work / f"{split}.npy" for split in ("train", "valid")}
-    if not all(path.exists() for path in (vocabulary, *streams.values())):
+    whole = all(path.exists() for path in (vocabulary, *streams.values()))
+    if whole or record.exists():
+        _refuse_other_text(corpus, work, vocab_size)
+    if not whole:
         frame = read_texts(corpus)
         if not vocabulary.exists():
             texts = frame[frame["split"] == "train"]["text"]
@@ -96,6 +128,7 @@ def prepare(corpus: Path, work: Path, vocab_size: int):
             aside = path.with_suffix(".part.npy")
             np.save(aside, tokenized(tokenizer, frame[frame["split"] == split]["text"]))
             aside.replace(path)
+        write(record, _made_of(corpus, vocabulary, vocab_size))
     tokenizer = Tokenizer.from_file(str(vocabulary))
     return tokenizer, {
         split: torch.from_numpy(np.load(path).astype(np.int64)) for split, path in streams.items()

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
 from corpus import generator, ordinary_batch, read_texts, tokenized, windows
 
@@ -37,6 +38,11 @@ def interval(values, draws: int = 10_000) -> tuple[float, float, float]:
     return tuple(round(float(value), 3) for value in (values.mean(), low, high))
 
 
+def pieces_of(path: Path) -> dict[str, int] | None:
+    """The vocabulary of a tokenizer.json; None without the file."""
+    return Tokenizer.from_file(str(path)).get_vocab() if path.exists() else None
+
+
 def held_out(lm, corpus: Path | None, work: Path) -> torch.Tensor:
     """The token ids (N,) of the held-out texts."""
     if corpus is not None:
@@ -44,6 +50,11 @@ def held_out(lm, corpus: Path | None, work: Path) -> torch.Tensor:
         texts = frame[frame["split"] == "valid"]["text"]
         ids = tokenized(lm.tokenizer.backend_tokenizer, texts)
     elif (path := work / "valid.npy").exists():
+        if lm.tokenizer is None or lm.tokenizer.get_vocab() != pieces_of(work / "tokenizer.json"):
+            raise SystemExit(
+                f"{path} has ids of another tokenizer than {lm.name}'s: give --corpus, or the "
+                "--work where that model was trained"
+            )
         ids = np.load(path)
     else:
         raise SystemExit(f"there is no {path}: give --corpus, or run recipes/pocket.py first")

@@ -13,6 +13,7 @@ Notable:
   the model itself and given back from it.
 
 Writes shapes.jsonl and shapes.md into --work; a model that is measured is not trained again.
+Rows of other options are refused, since the table could not tell them apart.
 """
 
 import json
@@ -20,7 +21,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from corpus import generator, ordinary_batch, passage_batch, prepare
 from encoder import Encoder
 from environment import in_environment
 from evaluate import horizon
+from kept import refuse_others
 
 MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # share of the training
 
@@ -208,11 +210,25 @@ def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Traine
         opt.zero_grad(set_to_none=True)
 
 
+def options_of(args) -> dict:
+    """What the rows of all models depend on."""
+    return {"n": args.passages, "cram_steps": args.cram_steps, "scale": args.scale}
+
+
+def refuse_other_rows(rows: list[dict], names: list[str], plans: dict[str, Plan], args) -> None:
+    """End the program if a row was measured otherwise: the table is of all of them."""
+    for row in rows:
+        what, remedy = f"{row['model']} in shapes.jsonl", "use another --work"
+        refuse_others(what, row, options_of(args), remedy)
+        if row["model"] in names:
+            refuse_others(what, row.get("plan", {}), asdict(plans[row["model"]]), remedy)
+
+
 def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
     """Train one model, and measure it on the way."""
     began, rows = time.monotonic(), []
     for trained, reached in trained_to(plan, streams, args.scale):
-        row = {"model": name, **reached, "n": args.passages, "cram_steps": args.cram_steps}
+        row = {"model": name, **reached, **options_of(args), "plan": asdict(plan)}
         row |= measure(trained, tokenizer, streams["valid"], args)
         rows.append(row | {"seconds": round(time.monotonic() - began, 1)})
         print(json.dumps(rows[-1]), flush=True)
@@ -258,6 +274,8 @@ def main():
     tokenizer, streams = prepare(args.corpus, args.work, 2048)
     done = args.work / "shapes.jsonl"
     rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    if not args.table:
+        refuse_other_rows(rows, names, plans, args)
     measured = {row["model"] for row in rows}
     for name in [] if args.table else names:
         if name not in measured:

@@ -283,3 +283,93 @@ def test_a_passage_of_which_nothing_comes_back_has_no_bits(monkeypatch):
     row = horizon(lm, stream, 1, 6, 3, Recipe(steps=1))
     assert row["shortest"] == 0
     assert row["bits_per_vector"] == row["tokens_per_vector"]
+
+
+def test_the_text_of_another_corpus_is_not_used_in_silence(tmp_path):
+    """Nor that of another vocabulary; the same corpus again is read from what is kept."""
+    import json
+
+    from corpus import prepare
+
+    first, second, work = (tmp_path / name for name in ("a", "b", "work"))
+    for folder, word in ((first, "cat"), (second, "dog")):
+        folder.mkdir()
+        for i in range(60):  # one text in 16 is held out, by its name
+            (folder / f"text {i}.txt").write_text(f"the {word} sat on mat {i} " * 5)
+    _, streams = prepare(first, work, 300)
+    again = prepare(first, work, 300)[1]
+    assert all(torch.equal(streams[split], again[split]) for split in streams)
+    with pytest.raises(SystemExit, match=r"the text in .* has corpus .*: use another --work"):
+        prepare(second, work, 300)
+    with pytest.raises(SystemExit, match="has vocab_size 300, not 280"):
+        prepare(first, work, 280)
+    (work / "valid.npy").unlink()
+    with pytest.raises(SystemExit, match="has corpus"):  # one half of each
+        prepare(second, work, 300)
+    assert torch.equal(prepare(first, work, 300)[1]["valid"], streams["valid"])
+    assert json.loads((work / "text.json").read_text())["vocab_size"] == 300
+    (work / "text.json").unlink()
+    with pytest.raises(SystemExit, match="does not say of which corpus"):
+        prepare(first, work, 300)
+
+
+def test_ids_of_another_tokenizer_are_not_evaluated(tmp_path):
+    import numpy as np
+
+    from corpus import train_tokenizer
+    from evaluate import held_out
+    from memvec.loading import load_lm
+
+    lm = load_lm()
+    np.save(tmp_path / "valid.npy", np.arange(50, dtype=np.uint16))
+    train_tokenizer(["the cat sat on the mat " * 50], 300).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(SystemExit, match="ids of another tokenizer than"):
+        held_out(lm, None, tmp_path)
+    lm.tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert held_out(lm, None, tmp_path).tolist() == list(range(50))
+
+
+def test_rows_and_models_of_other_options_are_refused(tmp_path, monkeypatch):
+    """In each program that skips what is there: a table has no column that would tell."""
+    import json
+    from types import SimpleNamespace
+
+    import candidates
+    import checkpoints
+    import shapes
+
+    plans = shapes.read(FOLDER / "shapes.toml")
+    args = SimpleNamespace(passages=16, cram_steps=200, scale=1.0, work=tmp_path, vectors=[1, 4])
+    options = shapes.options_of(args)
+    row = {"model": "base", **options, "plan": dataclasses.asdict(plans["base"])}
+    (row,) = rows = [json.loads(json.dumps(row))]
+    shapes.refuse_other_rows(rows, list(plans), plans, args)
+    for name, value in (("scale", 0.1), ("cram_steps", 400), ("n", 8)):
+        with pytest.raises(SystemExit, match=f"has {name} {value}"):
+            shapes.refuse_other_rows([row | {name: value}], [], plans, args)
+    changed = row | {"plan": row["plan"] | {"lr": 9.0}}
+    with pytest.raises(SystemExit, match=r"has lr 9\.0.*: use another --work"):
+        shapes.refuse_other_rows([changed], ["base"], plans, args)
+
+    monkeypatch.setattr(checkpoints, "trained_to", lambda *_: [])
+    for _ in range(2):
+        checkpoints.run("base", plans["base"], None, {}, args)
+    args.scale = 0.5
+    with pytest.raises(SystemExit, match=r"has scale 1\.0, not 0\.5"):
+        checkpoints.run("base", plans["base"], None, {}, args)
+
+    measured = tmp_path / "measured.json"
+    measured.write_text(json.dumps([{"K": K, "n": 16, "steps": 200} for K in (1, 4)]))
+    candidates.refuse_other_rows(measured, args)
+    for name, value in (("cram_steps", 400), ("passages", 8), ("vectors", [1])):
+        with pytest.raises(SystemExit, match=r"delete .*measured.json to measure again"):
+            candidates.refuse_other_rows(measured, SimpleNamespace(**vars(args) | {name: value}))
+
+    fields = candidates.read(FOLDER / "candidates.toml", 1.0, 0.0)["final"]
+    folder = tmp_path / "final"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/model.safetensors").touch()
+    (folder / "made_with.json").write_text(json.dumps(candidates.made_with(fields)))
+    assert candidates.train("final", fields, args, {}, None) == folder / "model"
+    with pytest.raises(SystemExit, match="has memory True, not False"):
+        candidates.train("final", fields | {"memory": False}, args, {}, None)
