@@ -11,6 +11,7 @@ positions.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,21 +54,27 @@ class SlowPassage:
     def bits_after(self, prefix: Sequence[int]) -> tuple[float, int]:
         """(bits, arg-max hits) of the predicted tokens after `prefix`, no vectors."""
         truth = self.ids[self.given :]
-        table = logits(self.lm, None, [*prefix, *self.ids])[-len(truth) - 1 : -1]
+        table = logits(self.lm, None, [*prefix, *self.ids], len(truth) + 1)
+        table = table[-len(truth) - 1 : -1]
         bits, margin = bits_and_margins(table, truth)
         return float(bits.sum()), int((margin > 0).sum())
 
 
 @torch.no_grad()
-def logits(lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None]) -> Floats:
+def logits(
+    lm: FrozenLM, vectors: Tensor | None, ids: Sequence[int | None], keep: int = 0
+) -> Floats:
     """Logits of the model's own forward on [F front tokens, vectors (K, D), ids (T,)], float64.
 
     The shape is (F + K + T, V). Where the vectors are keys and values in a cache, it is (T, V).
-    Entries of `ids` that are None are left out.
+    Entries of `ids` that are None are left out. `keep`: only the last so many rows behind tokens
+    alone, where the model can leave out the others, which take much memory behind a long text.
     """
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     if vectors is None:
-        out = lm.model(input_ids=table, use_cache=False)
+        few = keep and "logits_to_keep" in inspect.signature(lm.model.forward).parameters
+        options = {"logits_to_keep": keep} if few else {}
+        out = lm.model(input_ids=table, use_cache=False, **options)
     else:
         front, options = slow_space.front(lm, vectors)
         inputs = lm.embed(table)

@@ -31,6 +31,7 @@ from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
 from memvec.lab.sentences import evaluate, latents
+from memvec.lab.sentences.cutting import last_sentences
 from memvec.lab.sentences.files import load_latent_model
 from memvec.lab.sentences.flops import costs
 from memvec.lab.sentences.model import LatentModel
@@ -59,12 +60,15 @@ class Sentences(Protocol):
         "written": "token ids of the sentence that the predicted latent decodes to",
         "continuous": "bits of the tokens, rolled 2, 3, ... sentences ahead on its predictions",
         "discretised": "the same, with each prediction written and encoded again, bits",
-        "exact": "latents of the sentences before: [encoded ones that decode exactly, crammed "
-        "ones, all], number",
+        "before_exact": "for each of the sentences before: [1 if its encoded latent decodes "
+        "exactly, 1 if its crammed one does], number",
         "encoded_exact": "1 if the sentence's own encoded latent decodes exactly, else 0, number",
         "flops": "operations of the sentence each way (memvec.lab.sentences.flops.COSTS), number",
     }
-    not_recomputed = ("continuous", "discretised", "exact", "encoded_exact")
+    not_recomputed = (
+        *("continuous", "discretised", "before_exact", "encoded_exact", "sizes"),
+        "bits (crammed and discretised)",
+    )
 
     class Options(protocol.Options):
         """The latent model, and what it reads."""
@@ -101,7 +105,7 @@ class Sentences(Protocol):
                 f"{sourced.name} has {len(sizes)} sentences before it, fewer than the context of "
                 f"{options['context']}: raise 'before' of the source."
             )
-        before = _cut(sourced.before, sizes)
+        before = last_sentences(sourced.before, sizes)
         measured = evaluate.measure(
             lm,
             model,
@@ -136,7 +140,7 @@ class Sentences(Protocol):
         """
         lm, ids = passage.lm, passage.ids
         model = _latent_model(lm, passage.options["latents"])
-        before = _cut(passage.before, [int(size) for size in stored["sizes"]])
+        before = last_sentences(passage.before, [int(size) for size in stored["sizes"]])
         known = latents.encode(lm, before, model.vectors)
         predicted = torch.tensor(stored["predicted"], dtype=torch.float32)
         scale = float(predicted.abs().max())
@@ -193,20 +197,6 @@ def _written(passage: SlowPassage, predicted: torch.Tensor, stored: Any) -> Comp
     _, margin = slow.teacher_forced(passage.lm, predicted, token_ids, "vectors")
     tied = bool((abs(margin) < slow.TIE).any())
     return Compared("written", [float(len(token_ids))], [float(same)], [math.inf if tied else 0.0])
-
-
-def _cut(text: tuple[int, ...], sizes: Any) -> list[tuple[int, ...]]:
-    """The last sentences of a text, split by their token counts."""
-    sentences, end = [], len(text)
-    for size in reversed(sizes):
-        sentences.append(tuple(text[end - size : end]))
-        end -= size
-    if end < 0:
-        raise MemvecError(
-            f"the sentences of the context have {sum(sizes)} tokens and the source keeps "
-            f"{len(text)} of the text before: lower the context."
-        )
-    return sentences[::-1]
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, averaged, short
 from memvec.lab.report.plot import Mark, Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
+from memvec.lab.sentences.cutting import last_sentences
 from memvec.lab.sentences.evaluate import WAYS
 from memvec.lab.sentences.flops import COSTS
 from memvec.statistics import Interval, paired_difference, ratio_of_means, share_interval
@@ -82,7 +83,7 @@ def cards(data: Data, protocol: str) -> list[Card]:
 def tables(data: Data, protocol: str) -> list[Table]:
     """Tables of the bits by way, of sentences ahead, of operations, and of exact latents."""
     groups = list(groups_of(data, protocol))
-    return [_ways(groups), _ahead(groups), _flops(groups, protocol), _exact(groups, protocol)]
+    return [_ways(groups), _ahead(groups), _flops(groups, protocol), _exact(data, groups, protocol)]
 
 
 def _ways(groups: list[Group]) -> Table:
@@ -154,23 +155,44 @@ def _flops(groups: list[Group], protocol: str) -> Table:
     return Table("sentences-flops", "Operations", note, [*columns, "high", "n"], rows)
 
 
-def _exact(groups: list[Group], protocol: str) -> Table:
+def _exact(data: Data, groups: list[Group], protocol: str) -> Table:
     rows: list[list[TableCell]] = []
     for group in groups:
-        counts = extra_of(group.rows, protocol, "exact")
         own_encoded, n = extra_of(group.rows, protocol, "encoded_exact"), len(group.rows)
-        encoded, crammed, every = (sum(int(c[i]) for c in counts) for i in range(3))
+        decodes = _before_exact(data, group.rows, protocol).values()
+        encoded, crammed = (sum(flags[i] for flags in decodes) for i in range(2))
         lines = (
             ("the sentence, encoded", sum(map(int, own_encoded)), n),
             ("the sentence, crammed", round(float(group.rows["exact"].sum())), n),
-            ("sentences before, encoded", encoded, every),
-            ("sentences before, crammed", crammed, every),
+            ("sentences before, encoded", encoded, len(decodes)),
+            ("sentences before, crammed", crammed, len(decodes)),
         )
         rows += [[group.name, what, str(share_interval(k, m)), m] for what, k, m in lines]
-    note = "Share of latents from which the sentence decodes whole; 95 % Wilson intervals."
+    note = (
+        "Share of latents from which the sentence decodes whole; 95 % Wilson intervals. A sentence "
+        "that stands before several others counts once."
+    )
     return Table(
         "sentences-exact", "Latents that decode", note, ["latent model", "of", "exact", "n"], rows
     )
+
+
+def _before_exact(
+    data: Data, rows: pd.DataFrame, protocol: str
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """For each sentence before: whether its (encoded, crammed) latent decodes exactly, 0 or 1.
+
+    The keys are token ids, so that a sentence of several rows, whose latent is the same, is there
+    once.
+    """
+    decodes: dict[tuple[int, ...], tuple[int, int]] = {}
+    measured = (extra_of(rows, protocol, name) for name in ("sizes", "before_exact"))
+    places = zip(rows["cell"], rows["number"], strict=True)
+    for (cell, number), sizes, flags in zip(places, *measured, strict=True):
+        text = data.store.passage(str(cell), int(number)).before
+        for ids, (encoded, crammed) in zip(last_sentences(text, sizes), flags, strict=True):
+            decodes.setdefault(ids, (int(encoded), int(crammed)))
+    return decodes
 
 
 def figures(data: Data, protocol: str) -> list[Plot]:

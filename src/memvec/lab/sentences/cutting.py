@@ -77,3 +77,20 @@ def first_sentence(lm: FrozenLM, ids: Sequence[int]) -> tuple[int, ...]:
         if begins and text.strip() and len(sentences(text.strip() + NEXT)) > 1:
             return tuple(ids[:n])
     return tuple(ids)
+
+
+def last_sentences(text: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The last sentences of a text of token ids, split by their token counts.
+
+    Raises MemvecError if the text has fewer tokens.
+    """
+    sentences, end = [], len(text)
+    for size in reversed(sizes):
+        sentences.append(tuple(text[end - size : end]))
+        end -= size
+    if end < 0:
+        raise MemvecError(
+            f"the sentences of the context have {sum(sizes)} tokens and the source keeps "
+            f"{len(text)} of the text before: lower the context."
+        )
+    return sentences[::-1]

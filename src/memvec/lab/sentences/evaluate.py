@@ -43,9 +43,9 @@ class Measured:
 
     `bits`: bits of all its tokens, by WAYS. `predicted`: the predicted latent (K, D). `written`:
     the token ids that it decodes to. `continuous` and `discretised`: bits behind predictions 2, 3,
-    ... sentences ahead. `exact`: of the sentences before, the number of [encoded latents that
-    decode exactly, crammed latents that do, all]. `encoded_exact`: whether the encoded latent of
-    the sentence decodes exactly.
+    ... sentences ahead. `before_exact`: for each of the sentences before, [1 if its encoded latent
+    decodes exactly, 1 if its crammed one does]. `encoded_exact`: whether the encoded latent of the
+    sentence decodes exactly.
     """
 
     bits: dict[str, float]
@@ -53,7 +53,7 @@ class Measured:
     written: tuple[int, ...]
     continuous: list[float]
     discretised: list[float]
-    exact: list[int]
+    before_exact: list[list[int]]
     encoded_exact: bool
 
 
@@ -76,7 +76,8 @@ def bits_behind_text(lm: FrozenLM, before: Ids, ids: Ids) -> float:
     if len(whole) == len(ids):
         raise ValueError("the first token needs something before it")
     table = torch.tensor([whole], device=lm.device)
-    logits = lm.own_logits(table)[:, -len(ids) - 1 : -1]
+    # Logits of the sentence alone: those of a long text would not fit in memory.
+    logits = lm.head(lm.states_of(lm.embed(table), keep=len(ids) + 1))[:, :-1]
     return float(metrics.surprisal(logits, table[:, -len(ids) :]).double().sum())
 
 
@@ -133,7 +134,7 @@ def measure(
         rolled[0].ids,
         continuous[1:],
         discretised[1:],
-        [sum(decodes[:-1]), sum(crammed.exact), S],
+        [[int(a), int(b)] for a, b in zip(decodes[:-1], crammed.exact, strict=True)],
         decodes[-1],
     )
 

@@ -83,7 +83,8 @@ class Sentences(Source):
         for number, (ids, (document, i)) in enumerate(drawn[:count]):
             sizes = tuple(len(s.ids) for s in cut[document][:i])
             text = [token for s in cut[document][:i] for token in s.ids]
-            kept = max(MAX_BEFORE, sum(sizes[i - self.before :]))
+            # All that a model can read behind, so that no measure of it is of less.
+            kept = max(MAX_BEFORE, sum(sizes[i - self.before :]), lm.context or len(text))
             yield SentencePassage(
                 number,
                 Passage(ids, document, len(text)),
