@@ -155,6 +155,7 @@ def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):
     monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
     checked = check_study(small)
     assert checked["wrong"] == []
+    assert "the values of words were not computed again" in str(checked["unchecked"])
     assert {"contexts", "rms", "layers", "directions"} <= checked["worst"].keys()
 
 

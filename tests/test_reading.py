@@ -149,15 +149,18 @@ def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
     assert last["left without it"] == last["left without it and above"]
     page = (out / "report" / "index.html").read_text("utf-8")
     assert "The optimiser's paths" in page or "The optimiser&#x27;s paths" in page
-    for name, change in (("attention", 0.1), ("lens", 1.0)):
+    kinds = ("attention", [0.1]), ("lens", [1, 0, 0]), ("lens-rank", [0, 5, 0])
+    for name, change in (*kinds, ("lens-arg-max", [0, 0, 1])):
         with contextlib.closing(sqlite3.connect(out / "study.sqlite")) as db:
             (kept,) = db.execute("SELECT extra FROM rows WHERE number = 0").fetchone()
             extra = json.loads(kept)
-            first = extra[name][0]
-            extra[name][0] = first + change if name == "attention" else [first[0] + 1, *first[1:]]
+            layers = extra[name.split("-")[0]]
+            first = layers[-1] if isinstance(layers[-1], list) else layers[-1:]
+            changed = [value + more for value, more in zip(first, change, strict=True)]
+            layers[-1] = changed if len(changed) > 1 else changed[0]
             db.execute("UPDATE rows SET extra = ? WHERE number = 0", (json.dumps(extra),))
             db.commit()
-            assert name in str(check_study(out)["wrong"])
+            assert f"{name} is stored as" in str(check_study(out)["wrong"])
             db.execute("UPDATE rows SET extra = ? WHERE number = 0", (kept,))
             db.commit()
     with pytest.raises(MemvecError, match=r"traces the path of its own recipe with seed 0"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memvec.lab import slow
@@ -74,14 +75,37 @@ def lens(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None], token: int) -
     The inputs are [vectors (K, D), ids], and the model has no layers behind that one.
     """
     answers = []
+    for logits in _tables(lm, vectors, ids):
+        bits, _ = slow.bits_and_margins(logits[None], [token])
+        above = logits > logits[token]
+        answers.append([float(bits[0]), 1.0 + float(above.sum()), float(logits.argmax())])
+    return answers
+
+
+def may_rank(
+    lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None], token: int, tie: float
+) -> list[tuple[float, float]]:
+    """For each layer of `lens`, (how far the token's rank may differ, 1 if the arg-max may too).
+
+    Tokens whose logits are within `tie` of each other may change places.
+    """
+    allowed = []
+    for logits in _tables(lm, vectors, ids):
+        near = int((np.abs(logits - logits[token]) < tie).sum()) - 1  # without the token itself
+        first, second = np.sort(logits)[:-3:-1]
+        allowed.append((float(near), float(first - second < tie)))
+    return allowed
+
+
+def _tables(
+    lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]
+) -> Iterator[NDArray[np.float64]]:
+    """The logits (V,) at the last input, of the model that ends with each of its layers."""
     count = int(lm.config.get_text_config().num_hidden_layers)
     for last in range(1, count + 1):
         with _shortened(lm, last, count):
-            table = slow.logits(lm, vectors, ids)[-1:]
-        bits, _ = slow.bits_and_margins(table, [token])
-        above = table[0] > table[0, token]
-        answers.append([float(bits[0]), 1.0 + float(above.sum()), float(table[0].argmax())])
-    return answers
+            table = slow.logits(lm, vectors, ids)[-1]
+        yield table
 
 
 @contextlib.contextmanager

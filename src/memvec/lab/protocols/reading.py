@@ -10,6 +10,7 @@ the vectors when the passage is crammed once more alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,14 +97,20 @@ class Reading(Protocol):
         lm, ids, vectors = passage.lm, passage.ids, passage.vectors
         layers = int(lm.config.get_text_config().num_hidden_layers)
         shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *ids[:-1]])
+        near = 10 * passage.bits_tolerance / len(passage.lm_bits)
         lens = slow_inside.lens(lm, vectors, list(lm.trigger), ids[0])
         bits, again_bits = ([row[0] for row in rows] for rows in (stored["lens"], lens))
+        ranks, again_ranks = ([row[1] for row in rows] for rows in (stored["lens"], lens))
+        best, again_best = ([row[2] for row in rows] for rows in (stored["lens"], lens))
+        ties = slow_inside.may_rank(lm, vectors, list(lm.trigger), ids[0], near)
+        tied = [math.inf if tie else 0.0 for _, tie in ties]
         off = [0.05 * row[0] + 0.05 for row in lens]  # early layers may need many bits
         compared = [
             Compared("attention", stored["attention"], shares, [1e-3] * layers),
             Compared("lens", bits, again_bits, off),
+            Compared("lens-rank", ranks, again_ranks, [near_by for near_by, _ in ties]),
+            Compared("lens-arg-max", best, again_best, tied),
         ]
-        near = 10 * passage.bits_tolerance / len(passage.lm_bits)
         for name, without in cases(layers).items():
             with slow_use.apart(lm, without, len(vectors)):
                 _, margin = slow.teacher_forced(lm, vectors, ids, "bos")

@@ -55,6 +55,8 @@ class Spaces(Protocol):
         "nothing], nats",
     }
 
+    not_recomputed = ("words",)
+
     class Options(protocol.Options):
         """The held-out texts that are read behind the vectors."""
 

@@ -62,7 +62,7 @@ class TransferProtocol(Protocol):
         "(leave-one-out over the pairs)",
         "pairs": "passages that the map was fitted on, exact in both models, number",
     }
-    not_recomputed = ("steps_mapped", "exact_mapped", "explained")
+    not_recomputed = ("mapped", "steps_mapped", "exact_mapped", "explained", "pairs")
 
     class Options(protocol.Options):
         """The origin model and the pairs of the fit."""

@@ -57,6 +57,8 @@ class Usable(Protocol):
         "KL as context, nats]; empty without the option `directions`",
     }
 
+    not_recomputed = ("words",)
+
     class Options(protocol.Options):
         """The held-out texts of context mode, and the optional measurements."""
 
