@@ -35,7 +35,8 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         table.add_row(escape(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
     out.print(table)
     out.print(
-        "Hours are those of all steps of every passage, with 4 operations per parameter and token, "
+        "Hours are those of all steps of every passage and of what protocols cram besides, with 4 "
+        "operations per parameter and token, "
         f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU and {CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU. "
         "Small models reach a fraction of these rates."
     )

@@ -102,6 +102,15 @@ def save_encoder(
     write_atomically(path, save(tensors, metadata))
 
 
+def shape_of(path: Path) -> dict[str, Any]:
+    """The shape of a trained encoder from its file alone; empty for a kind without one.
+
+    Raises MemvecError if the file is no encoder.
+    """
+    shape = json.loads(_open(path).metadata.get("shape", "{}"))
+    return shape if isinstance(shape, dict) else {}
+
+
 def _open(path: Path) -> EncoderFile:
     if not path.is_file():
         raise MemvecError(f"there is no encoder {path}: train one with memvec encoder train.")

@@ -23,14 +23,21 @@ from pydantic import Field
 
 from memvec.cramming.certify import Outcome
 from memvec.cramming.recipe import Recipe
-from memvec.encoders.files import load_encoder
+from memvec.encoders.files import load_encoder, shape_of
 from memvec.encoders.recurrent import RecurrentEncoder, recurrent_of
 from memvec.encoders.recurrent_measure import check_chain, crammed_leading, recall
 from memvec.errors import MemvecError
 from memvec.lab import slow
 from memvec.lab.protocols import protocol, recurrent_report
 from memvec.lab.protocols.exact import exact_result
-from memvec.lab.protocols.protocol import Capacity, Card, Compared, Protocol, missing_file
+from memvec.lab.protocols.protocol import (
+    Capacity,
+    Card,
+    Compared,
+    Protocol,
+    missing_file,
+    most_tokens,
+)
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -86,6 +93,22 @@ class Recurrent(Protocol):
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
         return missing_file("encoder", options["encoder"], "memvec encoder train --recurrent")
+
+    def tokens_besides(
+        self,
+        passages: int,
+        tokens: int,
+        K: int,
+        recipe: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> float:
+        try:
+            segment, trained = segment_and_lags(Path(options["encoder"]).expanduser())
+        except (MemvecError, ValueError, TypeError):
+            # The run says what is wrong with the file; a chain of one segment is the least.
+            segment, trained = tokens, 1
+        alone = min(options["lags"] or trained, tokens // segment)
+        return passages * alone * most_tokens(segment, K, recipe)
 
     def extra_of_cell(
         self,
@@ -174,6 +197,12 @@ def chain_of(
     lags = lags or encoder.lags
     check_chain(lm, encoder, tokens, tokens // encoder.segment, lags)
     return tokens // encoder.segment, lags
+
+
+def segment_and_lags(path: Path) -> tuple[int, int]:
+    """(tokens of a segment, lags it was trained for) of an encoder's file, without the model."""
+    shape = shape_of(path)
+    return int(shape.get("segment", 0)) or 1, int(shape.get("lags", 0)) or 1
 
 
 @functools.lru_cache(maxsize=4)

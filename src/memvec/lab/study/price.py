@@ -14,6 +14,7 @@ from pathlib import Path
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.protocol import most_tokens
 from memvec.lab.study.cells import Planned, too_long
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import Spec
@@ -91,11 +92,15 @@ def _length(p: Planned) -> int:
 
 
 def max_tokens(p: Planned) -> float:
-    """Forward-backward tokens of a passage that uses all its steps, or its budget."""
-    each = _length(p) + p.cell.vectors
-    total = each * int(p.cell.recipe["steps"])
-    budget = int(p.cell.recipe["budget"])
-    return float(min(total, budget + each) if budget else total)
+    """Forward-backward tokens of a passage that uses all its steps, or its budget.
+
+    A passage has its part of what the protocol crams besides the cell's passages.
+    """
+    cell, tokens = p.cell, _length(p)
+    besides: float = protocol_of(cell.protocol).tokens_besides(
+        p.passages, tokens, cell.vectors, cell.recipe, cell.options
+    )
+    return most_tokens(tokens, cell.vectors, cell.recipe) + besides / p.passages
 
 
 def _memory(p: Planned, facts: Facts) -> float:
