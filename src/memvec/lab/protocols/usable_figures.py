@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.usable_report import Group, groups_of, rise
-from memvec.lab.report.data import panel_title, short
+from memvec.lab.report.data import distinct_names, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.statistics import Interval, mean_interval
 from memvec.usable.certificate import VECTORS
@@ -26,19 +26,20 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
 
 
 def _frontier(groups: list[Group]) -> Plot:
-    panels: dict[str, Panel] = {}
+    panels: list[Panel] = []
     by_panel: dict[tuple[str, int], list[Group]] = {}
     for g in groups:
         by_panel.setdefault((g.model, g.K), []).append(g)
+    names = distinct_names(dict.fromkeys(g.model for g in groups))
     for (model, K), of_panel in by_panel.items():
         labels = _labels(list(dict.fromkeys(g.series for g in of_panel)))
         series = [
             _points(label, [g for g in of_panel if g.series == name])
             for name, label in labels.items()
         ]
-        title = panel_title(model, K)
+        title = f"{names[model]}, K = {K}"
         axes = ("exact tokens per vector", "KL / KL of no context")
-        panels[title] = Panel(title, *axes, [*series, *_ends(of_panel)], log_y=True)
+        panels.append(Panel(title, *axes, [*series, *_ends(of_panel)], log_y=True))
     nearer = [g.score(VECTORS).ratio.high < 1 for g in groups]
     whole = [g for g in groups if g.exact.share == 1]
     caption = (
@@ -55,7 +56,7 @@ def _frontier(groups: list[Group]) -> Plot:
             f"{ratio.high:.2f}], {best.length} tokens in {best.K} vectors ({best.series}, "
             f"{short(best.model)}, n {len(best.rows)})."
         )
-    return Plot("usable", "Exactness against use", caption, list(panels.values()))
+    return Plot("usable", "Exactness against use", caption, panels)
 
 
 def _points(name: str, groups: list[Group]) -> Series:
@@ -66,11 +67,24 @@ def _points(name: str, groups: list[Group]) -> Series:
 
 
 def _ends(groups: list[Group]) -> list[Series]:
-    """KL ratios of the last tokens of the text at each length, which no recipe changes."""
-    alike: dict[int, Group] = {}
+    """KL ratios of the last tokens of the text at each length, a line for each source.
+
+    No recipe changes them.
+    """
+    by_source: dict[str, dict[int, Group]] = {}
     for g in groups:
-        alike.setdefault(g.length, g)
-    lengths = sorted(alike.values(), key=lambda g: g.length)
+        by_source.setdefault(str(g.rows["source"].iloc[0]), {}).setdefault(g.length, g)
+    several = len(by_source) > 1
+    return [
+        line
+        for source, alike in by_source.items()
+        for line in _ends_of_source(list(alike.values()), f", {source}" if several else "")
+    ]
+
+
+def _ends_of_source(groups: list[Group], behind: str) -> list[Series]:
+    """The lines of one source, whose groups have different lengths; `behind` ends their names."""
+    lengths = sorted(groups, key=lambda g: g.length)
     names = dict.fromkeys(name for g in lengths for name in g.contexts() if name.startswith("last"))
     series = []
     for name in list(names)[:DASHED]:
@@ -79,7 +93,7 @@ def _ends(groups: list[Group]) -> list[Series]:
         y = [g.score(name).ratio.value for g in having]
         if len(x) == 1:  # a short line, because one point would be invisible
             x, y = [0.9 * x[0], 1.1 * x[0]], y * 2
-        series.append(Series(name, x, y, "dashed"))
+        series.append(Series(name + behind, x, y, "dashed"))
     return series
 
 

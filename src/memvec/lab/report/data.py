@@ -8,7 +8,7 @@ gets a name, which is appended to the source's name. Restarts of a passage do no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +180,18 @@ def read_data(store: Store) -> Data:
 def short(model: str) -> str:
     """A model's name without its owner or folder."""
     return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def distinct_names(models: Iterable[str]) -> dict[str, str]:
+    """A name for each model: its last part, with folders in front where two would be alike."""
+    parts = {model: model.rstrip("/").split("/") for model in models}
+    names = {}
+    for model, own in parts.items():
+        others = [other for name, other in parts.items() if name != model]
+        lengths = range(1, len(own) + 1)
+        apart = (n for n in lengths if all(other[-n:] != own[-n:] for other in others))
+        names[model] = "/".join(own[-next(apart, len(own)) :])
+    return names
 
 
 def panel_title(model: str, K: int, recipe: str = "") -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from memvec import __version__
 from memvec.errors import MemvecError
 from memvec.lab.report.contents import all_cards
-from memvec.lab.report.data import Data, short
+from memvec.lab.report.data import Data, distinct_names, short
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
 from memvec.statistics import mean_interval
@@ -159,8 +159,9 @@ def reproduce(data: Data) -> dict[str, Any]:
     # A folder of this machine is named by its last part.
     given = spec["model"] or ""
     model = f" --model {short(given) if Path(given).is_absolute() else given}" if given else ""
+    names = distinct_names(data.models)
     models = {
-        short(name): {k: v for k, v in d.items() if k not in ("probe", "name")}
+        names[name]: {k: v for k, v in d.items() if k not in ("probe", "name")}
         for name, d in data.models.items()
     }
     environments = []
