@@ -126,7 +126,7 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
                 own = rows["model"].str.endswith(f"tiny-{layers}-{seed}-step-{tokens:05d}")
                 means.append(rows[own]["alone"].mean())
                 lengths.append(rows[own]["horizon"].mean())
-        assert (seeds, passages) == (len(means), 3 * len(means))
+        assert (seeds, passages) == (len(means), 3)  # the same passages for every seed
         assert valid == 5.0 - tokens / 128
         assert per_vector == pytest.approx(np.mean(means), rel=1e-4)
         assert held == pytest.approx(np.mean(lengths))

@@ -15,6 +15,7 @@ import torch
 
 from conftest import QUICK, reader, tiny
 from memvec import metrics
+from memvec.cli.sentences import _progress_lines
 from memvec.decoding import decode_ids
 from memvec.encoders.files import save_encoder
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
@@ -30,6 +31,7 @@ from memvec.lab.sentences.inspect import look
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.lab.sentences.plan import LatentPlan
 from memvec.lab.sentences.training import LatentTraining
+from memvec.lab.sources import written
 from memvec.lab.sources.sentences import Sentences
 from memvec.lab.study.check import check_study
 from memvec.lab.study.pool import Here
@@ -238,7 +240,7 @@ def documents(n: int = 40) -> list[list[Sentence]]:
 
 
 @pytest.mark.parametrize("loss", ["tokens", "latents", "both"])
-def test_training_moves_the_latent_model_and_nothing_else(loss):
+def test_training_moves_the_latent_model_and_nothing_else(loss, capsys):
     lm = with_encoder(tiny())
     everything = [*lm.model.parameters(), *lm.encoder.network.parameters()]
     before = [p.clone() for p in everything]
@@ -255,6 +257,12 @@ def test_training_moves_the_latent_model_and_nothing_else(loss):
     values = [getattr(now, measure) for now in seen]
     assert sum(values[-4:]) < sum(values[:4])
     assert seen[-1].held_out is not None
+    progress_line = _progress_lines()
+    progress_line(replace(seen[-1], seconds=99.0))
+    assert "bits per token of training text (none is held out)" in capsys.readouterr().err
+    LatentTraining(lm, documents(100), replace(PLAN, steps=1)).run(None, seen.append)
+    progress_line(replace(seen[-1], seconds=999.0))
+    assert "bits per token held out," in capsys.readouterr().err
 
 
 def test_the_gradient_at_latents_is_that_of_the_loss():
@@ -450,14 +458,15 @@ def test_a_study_is_measured_recomputed_and_shown(study, home):
     assert checked["wrong"] == []
     (sentence,) = checked["unchecked"]
     assert (
-        "the values of continuous, discretised, exact, encoded_exact were not computed again"
-        in sentence
+        "the values of continuous, discretised, before_exact, encoded_exact, sizes, bits (crammed "
+        "and discretised) were not computed again" in sentence
     )
     assert checked["rows"] == 4
     with Store(study) as store:
         data = read_data(store)
         ways, ahead, flops, exact = protocol_of("sentences").tables(data, compare=False)
         (figure,) = protocol_of("sentences").figures(data, compare=False)
+        texts = [store.passage(r.cell, r.number).before for r in data.rows.itertuples()]
     rows, extras = data.rows, [json.loads(extra) for extra in data.rows["extra"]]
     tokens = rows["tokens"].sum()
     table = pd.DataFrame(ways.rows, columns=[*map(str, range(len(ways.columns)))])
@@ -475,7 +484,17 @@ def test_a_study_is_measured_recomputed_and_shown(study, home):
         [regime, step] for regime in ("continuous", "discretised") for step in (1, 2)
     ]
     assert flops.rows[0][3] == pytest.approx(1)
-    assert [row[3] for row in exact.rows] == [4, 4, 12, 12]
+    # The sentences before, each once, though some stand before several of the four.
+    before = {}
+    for text_before, extra in zip(texts, extras, strict=True):
+        end = len(text_before)
+        for size, flags in reversed([*zip(extra["sizes"], extra["before_exact"], strict=True)]):
+            before[text_before[end - size : end]] = flags
+            end -= size
+    assert [row[3] for row in exact.rows] == [4, 4, len(before), len(before)]
+    encoded = sum(flags[0] for flags in before.values()) / len(before)
+    assert exact.rows[2][2].startswith(f"{100 * encoded:.0f} %")
+    assert "counts once" in exact.note
     saves = predicted < alone  # whether there is anything to show that it saves
     assert len(figure.panels) == 2 + saves
     assert f"{predicted / tokens:.2f} [" in figure.caption
@@ -512,6 +531,13 @@ def test_sentences_are_drawn_once_and_alike(home):
         i = whole.index(passage.passage.ids)
         assert passage.sizes == tuple(len(ids) for ids in whole[:i])
         assert passage.before == tuple(itertools.chain(*whole[:i]))
+    long = copy(lm)
+    long.context = 20_000
+    (home / "long.txt").write_text(TEXT * 60, "utf-8")
+    for model, kept in ((lm, written.MAX_BEFORE), (long, long.context)):
+        (last,) = Sentences(path="long.txt", before=1200).passages(model, 1, LIMIT, home)
+        assert len(last.before) == max(kept, sum(last.sizes[-1200:]))
+        assert len(last.before) > written.MAX_BEFORE  # more than that precedes it
     with pytest.raises(MemvecError, match="lower passages from 1000"):
         list(source.passages(lm, 1000, LIMIT, home))
     (home / "one.txt").write_text("The cat sat.", "utf-8")

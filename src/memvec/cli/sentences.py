@@ -230,7 +230,8 @@ def _progress_lines() -> Callable[[LatentProgress], None]:
         last = now.seconds
         left = now.seconds / now.step * (now.steps - now.step)
         bits = "" if now.bits != now.bits else f"{now.bits:.2f} bits per token, "
-        held_out = "" if now.held_out is None else f", {now.held_out:.3f} bits per token held out"
+        which = "of training text (none is held out)" if now.of_training else "held out"
+        held_out = "" if now.held_out is None else f", {now.held_out:.3f} bits per token {which}"
         say(
             f"step {now.step} of {now.steps}: {bits}squared distance {now.distance:.3f}{held_out}, "
             f"{left / 60:.0f} min left"

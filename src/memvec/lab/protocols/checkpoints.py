@@ -85,7 +85,7 @@ class Checkpoints(Exact):
             [
                 *(shape_name(first), int(first["tokens"]), float(part["valid"].mean())),
                 *(m.mean, m.low, m.high, mean_interval(part["horizon"].tolist()).mean),
-                *(mean_interval(part["bits"].tolist()).mean, m.n, int(part["n"].sum())),
+                *(mean_interval(part["bits"].tolist()).mean, m.n, int(part["n"].max())),
             ]
             for part in stages
             for first in [part.iloc[0]]
@@ -156,7 +156,7 @@ def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
 
     Rows of another source, recipe, length or K make stages of their own: their family has these in
     its name. Columns: family, width, layers, tokens, valid (nats per token), horizon (tokens), bits
-    (of the horizon under the model without vectors), bits_per_dimension, n (passages).
+    (of the horizon under the model without vectors), bits_per_dimension, n (different passages).
     `attrs["stages"]` is the number of stages of that shape.
     """
     rows = data.restarts(protocol)
@@ -175,7 +175,7 @@ def stages_of(data: Data, protocol: str) -> list[pd.DataFrame]:
             known["family"] = f"{known['family']} ({where})"
         known |= {"valid": float(first["_valid"]), "horizon": float(part["horizon"].mean())}
         known |= {"bits": bits, "bits_per_dimension": bits / first["_width"] / first["vectors"]}
-        seeds.append(known | {"n": len(part)})
+        seeds.append(known | {"n": int(part["number"].nunique())})
     if not seeds:
         return []
     table = pd.DataFrame(seeds).sort_values("tokens", kind="stable")

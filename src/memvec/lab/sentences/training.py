@@ -55,6 +55,7 @@ class LatentProgress:
     distance: float  # squared, per number, in units of the latents' standard deviation
     held_out: float | None  # bits per token of held-out sentences, at every checkpoint
     seconds: float
+    of_training: bool  # nothing is held out: those sentences are of the training text
 
 
 class LatentTraining:
@@ -116,7 +117,13 @@ class LatentTraining:
             if on_progress is not None:
                 on_progress(
                     LatentProgress(
-                        self.step, self.plan.steps, bits, distance, held_out, self.seconds
+                        self.step,
+                        self.plan.steps,
+                        bits,
+                        distance,
+                        held_out,
+                        self.seconds,
+                        self.held_out == self.train,
                     )
                 )
             if partial is not None and at_checkpoint:
