@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +18,12 @@ from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.recurrent_report import chains_of
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report.byte_account import bytes_table
-from memvec.lab.report.data import Data, read_data
+from memvec.lab.report.cost import cost_table
+from memvec.lab.report.data import Data, distinct_names, read_data
+from memvec.lab.report.page import reproduce
 from memvec.lab.report.texts import comparisons
+from memvec.lab.sentences import evaluate
+from memvec.lab.sentences.flops import COSTS
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.row import Row, StoreEntry, Text
@@ -28,6 +34,7 @@ from memvec.passages.passage import Passage
 HEAD = 'name = "made"\n[[models]]\nname = "pocket"\n[[sources]]\nkind = "random-tokens"\n'
 MODEL = {"name": "pocket", "weights": "w", "config": "c", "probe": [0.0], "dtype": "float32"}
 MODEL |= {"width": 8, "vocabulary": 64, "revision": None}
+ONE = '[[runs]]\nprotocol = "exact"\nlengths = [4]\npassages = 1\n'
 
 RowOf = Callable[[Cell, int], dict[str, Any]]  # (cell, number of the passage) -> fields of its row
 
@@ -43,7 +50,8 @@ def made(store: Store, spec: str, row_of: RowOf) -> Data:
             row = row_of(cell, number)
             T = row.pop("tokens", cell.length)
             name = f"{number} of {T}"
-            source = SourcedPassage(number, Passage(tuple(range(2, T + 2))), f"text {number}")
+            passage, before = Passage(tuple(range(2, T + 2))), row.pop("before", ())
+            source = SourcedPassage(number, passage, f"text {number}", before)
             store.put_passages(cell.key, [(name, source, Text(b"w " * T, ["w"] * T))])
             right = row.get("horizon", T)
             fields = {"predicted": T, "status": "done", "exact": right == T, "horizon": right}
@@ -137,6 +145,78 @@ def test_a_protocol_of_one_start_has_one_seed(protocol):
     run = f'[[runs]]\nprotocol = "{protocol}"\nlengths = [8]\nseeds = [0, 1]\n'
     with pytest.raises(MemvecError, match="one start: leave one of seeds"):
         parse_spec(HEAD + run + f"options = {{ {options[protocol]} }}\n", "made")
+
+
+def test_a_sentence_before_several_others_counts_once(store):
+    spec = '[[runs]]\nprotocol = "sentences"\nlengths = [8]\npassages = 3\n'
+    spec += 'options = { latents = "s.safetensors", context = 2 }\n'
+    sentences, flags = [(5, 6), (7, 8, 9), (5,), (9,)], [[0, 1], [1, 1], [0, 0], [1, 1]]
+
+    def row_of(cell, number):
+        some = slice(number, number + 2)
+        bits = dict.fromkeys(evaluate.WAYS, 9.0)
+        extra = {"bits": bits, "continuous": [], "discretised": [], "encoded_exact": 1}
+        extra |= {"flops": dict.fromkeys(COSTS, 1.0), "before_exact": flags[some]}
+        extra |= {"sizes": [len(ids) for ids in sentences[some]]}
+        return {"extra": extra, "before": (3, *itertools.chain(*sentences[some]))}
+
+    *_, exact = protocol_of("sentences").tables(made(store, spec, row_of), compare=False)
+    assert [row[3] for row in exact.rows] == [3, 3, 4, 4]
+    assert [row[2].split(" %")[0] for row in exact.rows[2:]] == ["50", "75"]
+
+
+def frontier(store, models, sources=("random-tokens",)):
+    """Data of the protocol 'usable' whose passages of another source or model have another KL."""
+    spec = "".join(f'[[models]]\nname = "{name}"\n' for name in models)
+    spec += '[[sources]]\nname = "other"\nkind = "random-tokens"\nseed = 1\n'
+    spec += '[[runs]]\nprotocol = "usable"\nlengths = [8]\npassages = 3\n'
+    spec += f"models = {list(models)}\nsources = {list(sources)}\n"
+
+    def row_of(cell, number):
+        kl = 1.0 + number / 10 + (cell.source == "other")
+        contexts = {name: [kl, kl] for name in ("vectors", "last 1 token")}
+        contexts |= {"nothing": [4.0, 4.0], "text": [0.0, 1.0]}
+        extra = {"contexts": contexts, "rms": 1.0, "layers": {}, "directions": {}, "words": []}
+        return {"extra": extra}
+
+    return made(store, spec, row_of)
+
+
+def test_models_of_one_last_name_have_a_panel_and_an_entry_each(store):
+    data = frontier(store, ("a/model", "b/model"))
+    (plot,) = protocol_of("usable").figures(data, compare=False)
+    assert [panel.title for panel in plot.panels] == ["a/model, K = 1", "b/model, K = 1"]
+    assert list(reproduce(data)["models"]) == ["a/model", "b/model"]
+    alike = distinct_names(["/x/a/m", "/y/a/m", "m", "other/n"])
+    assert list(alike.values()) == ["x/a/m", "y/a/m", "m", "n"]
+
+
+def test_the_last_tokens_of_each_source_are_a_line(store):
+    data = frontier(store, ("a/model",), ("random-tokens", "other"))
+    (plot,) = protocol_of("usable").figures(data, compare=False)
+    (panel,) = plot.panels
+    ends = {s.name: s.y[0] for s in panel.series if s.mark == "dashed"}
+    here = {"last 1 token, random-tokens": 1.1 / 4, "last 1 token, other": 2.1 / 4}
+    assert ends == pytest.approx(here)
+
+
+@pytest.mark.parametrize(
+    ("model", "named"), [("meta/llama", "meta/llama"), ("/home/me/model", "model"), (None, "")]
+)
+def test_the_page_names_a_model_of_the_hub_whole(model, named, store):
+    data = made(store, ONE, lambda *_: {})
+    spec = json.dumps({"toml": "", "model": model})
+    store.db.execute("INSERT OR REPLACE INTO meta VALUES ('spec', ?)", (spec,))
+    first, *_ = reproduce(data)["commands"]
+    assert first == "memvec study run made.toml" + f" --model {named}" * bool(named)
+
+
+def test_the_notes_say_which_cramming_is_not_counted(store):
+    data = made(store, ONE, lambda *_: {})
+    for name in ("transfer", "recurrent", "reading", "sentences"):
+        assert f"`{name}`" in cost_table(data).note
+    (table,) = protocol_of("transfer").tables(data, compare=False)
+    assert "Steps in the origin and those of the pairs are not counted" in table.note
 
 
 @pytest.mark.parametrize("smallest", [0, 3])

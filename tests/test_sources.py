@@ -139,6 +139,8 @@ def test_random_words_come_from_the_list_and_it_is_named(book: Path) -> None:
     assert "wordfreq en, 100000 words" in RandomWords().settings()["list"]
     drawn = RandomWords(words="words.txt", drawn_lengths=True).passages(reader(), 12, 20, book)
     assert len({len(f.passage) for f in drawn}) > 4
+    (one,) = RandomWords(words="words.txt", drawn_lengths=True).passages(reader(), 1, 1, book)
+    assert len(one.passage) == 1
 
 
 def test_random_tokens_are_ordinary_ones() -> None:

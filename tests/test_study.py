@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
+from safetensors.torch import save_file
 from transformers import Olmo2Config
 
 from conftest import reader
@@ -129,6 +131,27 @@ def test_what_a_passage_costs_is_no_more_than_its_budget() -> None:
     text = text.replace("[8]", "[16]", 1).replace("[8]", "[4]")
     limited, short = (max_tokens(planned) for planned in expand(parse_spec(text, "spec"))[:3:2])
     assert (limited, short) == (100.0 + 17, (4 + 1) * 10)  # the last step may pass the budget
+
+
+def test_what_a_protocol_crams_besides_is_priced(tmp_path: Path) -> None:
+    """12 passages of 8 tokens in one vector, 10 steps: 90 tokens each, and so for each besides."""
+    encoder = tmp_path / "e.safetensors"
+    save_file({"x": torch.zeros(1)}, encoder, {"shape": '{"segment": 2, "lags": 3}'})
+    costs = {
+        'protocol = "exact"': 90,
+        'protocol = "reading"': None,  # has a recipe of its own; each passage is crammed twice
+        'protocol = "transfer"\norigin = "pocket"\npairs = 24': 90 * (1 + 3) + 24 * 2 * 90 / 12,
+        'protocol = "sentences"\nlatents = "s.safetensors"\ncontext = 5': 90 * (1 + 5),
+        f'protocol = "recurrent"\nencoder = "{encoder}"': 90 + 3 * (2 + 1) * 10,
+        'protocol = "usable"': (8 + 1 + 1 + 6) * 10,  # a query of 6 behind the vector
+    }
+    for block, cost in costs.items():
+        recipe = "recipe = { steps = 10%s }\n" % (", query_tokens = 6" * ("usable" in block))
+        text = f"{HEAD}[[runs]]\n{block}\nlengths = [8]\npassages = 12\n"
+        planned = expand(parse_spec(text + recipe * (cost is not None), "spec"))[0]
+        if cost is None:
+            cost = 2 * 9 * planned.cell.recipe["steps"]
+        assert max_tokens(planned) == cost, block
 
 
 def test_duplicate_cells_and_impossible_lengths_are_told() -> None:
@@ -436,6 +459,11 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         db.commit()
         db.close()
         assert any(sentence in s for s in check_study(tmp_path / str(i))["wrong"]), sentence
+    # Lines of cells that the last spec does not have are not compared: their model may be gone.
+    with contextlib.closing(sqlite3.connect(tmp_path / "0" / "study.sqlite")) as db:
+        db.execute("UPDATE cells SET planned = 0 WHERE protocol = 'geometry'")
+        db.commit()
+    assert check_study(tmp_path / "0")["wrong"] == []
     for at, sentence in ((0, "does not hold the vectors"), (-8, "positions (margin without)")):
         shutil.copytree(two_rows, tmp_path / sentence)
         file = next((tmp_path / sentence / "vectors").glob("*.bin"))
