@@ -28,7 +28,7 @@ from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data, recipe_names
 from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import overview, write_page
-from memvec.lab.report.report import write_report
+from memvec.lab.report.report import delete_others, write_report
 from memvec.lab.report.table import Table, show
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
@@ -68,19 +68,26 @@ def test_every_table_and_figure_is_there(study: Path) -> None:
             assert (study / f"report/figures/{name}.{kind}").stat().st_size > 1000
 
 
-@pytest.mark.slow
-def test_only_what_an_earlier_report_wrote_is_deleted(study: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(study / "report", tmp_path / "report"))
-    mine = [out / "tables/mine.csv", out / "figures/exact.notes.txt", tmp_path / "exact.csv"]
-    for path in (*mine, out / "tables/gone.csv", out / "tables/gone.tex"):
+def test_only_what_an_earlier_report_wrote_is_deleted(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    kept = [out / "tables/exact.csv", out / "tables/mine.csv", out / "figures/gone.notes.txt"]
+    kept += [tmp_path / "exact.csv"]
+    gone = [out / "tables/gone.csv", out / "tables/gone.tex", out / "figures/gone.svg"]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    record = json.loads((out / "files.json").read_text())
-    names = [*record, "tables/gone", "../exact", "tables/../../exact", "figures/*"]
-    (out / "files.json").write_text(json.dumps(names))
-    write_report(study / "out", out, figures=False)
-    assert {p.stem for p in (out / "tables").glob("*.csv")} == TABLES | {"mine"}
-    assert [p.name for p in (out / "figures").iterdir()] == ["exact.notes.txt"]
-    assert all(path.exists() for path in mine)
+    names = ["tables/exact", "tables/gone", "figures/gone", "../exact", "tables/../../exact"]
+    (out / "files.json").write_text(json.dumps([*names, "figures/*"]))
+    delete_others(out, ["tables/exact", "figures/new"])
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in gone)
+    assert json.loads((out / "files.json").read_text()) == ["tables/exact", "figures/new"]
+
+
+@pytest.mark.slow
+def test_a_report_records_its_tables_and_figures(study: Path) -> None:
+    names = json.loads((study / "report/files.json").read_text())
+    assert set(names) == {f"tables/{t}" for t in TABLES} | {f"figures/{f}" for f in FIGURES}
 
 
 def test_every_pair_of_restarts_is_compared(study: Path) -> None:

@@ -47,11 +47,11 @@ def write_report(folder: Path, out: Path, *, compare: bool = False, figures: boo
         page = write_page(data, tables, plots, out / "index.html")
     names = [f"tables/{table.key}" for table in tables]
     names += [f"figures/{plot.key}" for plot in plots if figures]
-    _delete_others(out, names)
+    delete_others(out, names)
     return Report(page, tables)
 
 
-def _delete_others(out: Path, names: list[str]) -> None:
+def delete_others(out: Path, names: list[str]) -> None:
     """Delete what an earlier report wrote and this one has not; record what this one wrote."""
     record = out / FILES
     earlier = json.loads(record.read_text("utf-8")) if record.is_file() else []
