@@ -72,8 +72,8 @@ def test_a_lock_holds_one_tested_release_of_everything(lock):
 @pytest.mark.parametrize(
     ("installed", "said"),
     [
-        ("99.0", "is newer than 2.14.1, the newest that memvec was tested with."),
-        ("2.14.2+cu130", "torch 2.14.2 is newer than 2.14.1"),
+        ("99.0", "is newer than 2.15.0, the newest that memvec was tested with."),
+        ("2.15.1+cu130", "torch 2.15.1 is newer than 2.15.0"),
         ("1.0", "is older than 2.11.0, the lowest that memvec was tested with."),
     ],
 )
@@ -103,4 +103,4 @@ def test_a_model_that_loads_says_it(folder, monkeypatch, command, tmp_path):
     (tmp_path / "a.txt").write_text("the cat")
     ran = command("cram", tmp_path / "a.txt", "--model", folder, "--tokens", 2)
     assert ran.code == 0
-    assert "memvec: torch 99.0 is newer than 2.14.1" in ran.err
+    assert "memvec: torch 99.0 is newer than 2.15.0" in ran.err

@@ -15,7 +15,7 @@ from memvec.errors import UntestedVersionWarning
 
 # name -> (lowest, newest) release with which the whole suite passes: `make test-oldest`,
 # `make test-newest`. pyproject.toml allows the newest's minor release and nothing above.
-TESTED = {"torch": ("2.11.0", "2.14.1"), "transformers": ("5.10.1", "5.24.0")}
+TESTED = {"torch": ("2.11.0", "2.15.0"), "transformers": ("5.10.1", "5.24.0")}
 
 
 def warn_of_untested_versions() -> None:
