@@ -127,16 +127,11 @@ class Protocol:
         """Passages that are crammed into one m together; 0: each passage has its own vectors."""
         return 0
 
-    def tokens_besides(
-        self,
-        passages: int,
-        tokens: int,
-        K: int,
-        recipe: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> float:
-        """Most forward-backward tokens that a cell crams besides its passages of so many tokens."""
-        return 0.0
+    def crammed_besides(
+        self, passages: int, tokens: int, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """(number, tokens each) of what a cell crams besides its passages, at the most."""
+        return 0, tokens
 
     def extra(
         self,
@@ -227,18 +222,6 @@ class Protocol:
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         """Figures of this protocol's rows. `compare`: published values as extra series."""
         return []
-
-
-def most_tokens(tokens: int, K: int, recipe: Mapping[str, Any]) -> float:
-    """Forward-backward tokens of a passage that is crammed for all its steps, or its budget.
-
-    A step reads the vectors and the passage, and with the second loss the vectors and a query.
-    """
-    each = tokens + K
-    if recipe.get("term") == "use":
-        each += K + int(recipe["query_tokens"])
-    total, budget = each * int(recipe["steps"]), int(recipe["budget"])
-    return float(min(total, budget + each) if budget else total)
 
 
 def missing_file(what: str, path: str, maker: str) -> str | None:

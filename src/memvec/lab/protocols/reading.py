@@ -23,7 +23,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import inside, slow, slow_inside, slow_use
 from memvec.lab.protocols import reading_report
-from memvec.lab.protocols.protocol import Compared, Protocol, most_tokens
+from memvec.lab.protocols.protocol import Compared, Protocol
 from memvec.lab.protocols.usable import cases
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
@@ -63,15 +63,10 @@ class Reading(Protocol):
             )
         return None
 
-    def tokens_besides(
-        self,
-        passages: int,
-        tokens: int,
-        K: int,
-        recipe: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> float:
-        return passages * most_tokens(tokens, K, recipe)  # each once more, for its path
+    def crammed_besides(
+        self, passages: int, tokens: int, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        return passages, tokens  # each once more, for its path
 
     def extra(
         self,

@@ -36,7 +36,6 @@ from memvec.lab.protocols.protocol import (
     Compared,
     Protocol,
     missing_file,
-    most_tokens,
 )
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
@@ -94,21 +93,16 @@ class Recurrent(Protocol):
     def missing(self, options: Mapping[str, Any]) -> str | None:
         return missing_file("encoder", options["encoder"], "memvec encoder train --recurrent")
 
-    def tokens_besides(
-        self,
-        passages: int,
-        tokens: int,
-        K: int,
-        recipe: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> float:
+    def crammed_besides(
+        self, passages: int, tokens: int, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
         try:
             segment, trained = segment_and_lags(Path(options["encoder"]).expanduser())
         except (MemvecError, ValueError, TypeError):
             # The run says what is wrong with the file; a chain of one segment is the least.
             segment, trained = tokens, 1
         alone = min(options["lags"] or trained, tokens // segment)
-        return passages * alone * most_tokens(segment, K, recipe)
+        return passages * alone, segment
 
     def extra_of_cell(
         self,

@@ -26,7 +26,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab import slow
 from memvec.lab.protocols import protocol, sentences_report
-from memvec.lab.protocols.protocol import Card, Compared, Protocol, missing_file, most_tokens
+from memvec.lab.protocols.protocol import Card, Compared, Protocol, missing_file
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -82,15 +82,10 @@ class Sentences(Protocol):
             return "reads latents with nothing behind them, so start_rule is 'vectors'"
         return None
 
-    def tokens_besides(
-        self,
-        passages: int,
-        tokens: int,
-        K: int,
-        recipe: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> float:
-        return passages * float(options["context"]) * most_tokens(tokens, K, recipe)
+    def crammed_besides(
+        self, passages: int, tokens: int, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        return passages * int(options["context"]), tokens
 
     def extra_of_cell(
         self,

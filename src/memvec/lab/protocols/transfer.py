@@ -29,7 +29,7 @@ from memvec.decoding import decode_ids
 from memvec.encoders.transfer import MIN_PAIRS, Transfer, check_same_tokens, fit_transfer
 from memvec.lab import slow
 from memvec.lab.protocols import protocol
-from memvec.lab.protocols.protocol import Compared, Protocol, extra_of, most_tokens
+from memvec.lab.protocols.protocol import Compared, Protocol, extra_of
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
@@ -82,17 +82,12 @@ class TransferProtocol(Protocol):
             return "maps the vectors of one start: leave one of seeds"
         return None
 
-    def tokens_besides(
-        self,
-        passages: int,
-        tokens: int,
-        K: int,
-        recipe: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> float:
+    def crammed_besides(
+        self, passages: int, tokens: int, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
         # The pairs in both models; each passage twice in the origin, and once from its mapped
         # vectors. The origin counts as large as this model: nothing of it is loaded here.
-        return float(2 * options["pairs"] + 3 * passages) * most_tokens(tokens, K, recipe)
+        return 2 * int(options["pairs"]) + 3 * passages, tokens
 
     def extra_of_cell(
         self,

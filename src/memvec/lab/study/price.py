@@ -14,8 +14,7 @@ from pathlib import Path
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
-from memvec.lab.protocols.protocol import most_tokens
-from memvec.lab.study.cells import Planned, too_long
+from memvec.lab.study.cells import Cell, Planned, too_long
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import Spec
 from memvec.loading import local_folder
@@ -91,16 +90,27 @@ def _length(p: Planned) -> int:
     return int(protocol_of(p.cell.protocol).tokens(p.cell.length, p.cell.vectors, "vectors"))
 
 
+def _most_tokens(cell: Cell, tokens: int) -> float:
+    """Forward-backward tokens of a passage that is crammed for all its steps, or its budget.
+
+    A step reads the vectors and the passage, and with the second loss the vectors and a query.
+    """
+    recipe, K = cell.recipe, cell.vectors
+    each = tokens + K
+    if recipe.get("term") == "use":
+        each += K + int(recipe["query_tokens"])
+    total, budget = each * int(recipe["steps"]), int(recipe["budget"])
+    return float(min(total, budget + each) if budget else total)
+
+
 def max_tokens(p: Planned) -> float:
     """Forward-backward tokens of a passage that uses all its steps, or its budget.
 
     A passage has its part of what the protocol crams besides the cell's passages.
     """
     cell, tokens = p.cell, _length(p)
-    besides: float = protocol_of(cell.protocol).tokens_besides(
-        p.passages, tokens, cell.vectors, cell.recipe, cell.options
-    )
-    return most_tokens(tokens, cell.vectors, cell.recipe) + besides / p.passages
+    number, each = protocol_of(cell.protocol).crammed_besides(p.passages, tokens, cell.options)
+    return _most_tokens(cell, tokens) + float(number) / p.passages * _most_tokens(cell, each)
 
 
 def _memory(p: Planned, facts: Facts) -> float:
