@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 POCKET = ROOT / "src/memvec/pocket/model.safetensors"
-LONGEST = 240  # seconds; 40 on one idle core
 
 
 def code_cells(notebook):
@@ -29,9 +27,7 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch, python):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     run = runpy.run_path(str(ROOT / "examples/notebooks.py"))["run"]
-    began = time.monotonic()
     fresh = run(path, tmp_path / "examples")
-    assert time.monotonic() - began < LONGEST
     stored = json.loads(path.read_text("utf-8"))
     for now, then in zip(code_cells(fresh), code_cells(stored), strict=True):
         kinds = [[output["output_type"] for output in cell["outputs"]] for cell in (now, then)]

@@ -268,7 +268,7 @@ def test_training_learns_both():
     lm = load_lm("pocket")
     texts = sorted((Path(__file__).parent.parent / "studies" / "texts").glob("*.txt"))
     text = torch.tensor([i for path in texts[:3] for i in lm.tokenize(path.read_text())])
-    plan = UsablePlan(steps=30, slots=2, rank=8, positions=400, query_tokens=16, warmup=5)
+    plan = UsablePlan(steps=30, slots=2, rank=8, positions=240, query_tokens=8, warmup=5)
 
     def trained(weight: float) -> tuple[list[float], float]:
         bits, nats = [], []
