@@ -12,10 +12,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import QUICK, reader, tiny
 from memvec import metrics
+from memvec.cli import sentences as command_line
 from memvec.cli.sentences import _progress_lines
+from memvec.cli.training_text import alone_at, texts_of
 from memvec.decoding import decode_ids
 from memvec.encoders.files import save_encoder
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
@@ -25,7 +28,7 @@ from memvec.lab.report.data import read_data
 from memvec.lab.report.report import write_report
 from memvec.lab.sentences import evaluate, latents
 from memvec.lab.sentences.cutting import Sentence, cut_sentences, first_sentence
-from memvec.lab.sentences.files import load_latent_model, save_latent_model
+from memvec.lab.sentences.files import load_latent_model, model_of, save_latent_model
 from memvec.lab.sentences.flops import Shape, costs, shape_of
 from memvec.lab.sentences.inspect import look
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
@@ -227,8 +230,32 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(MemvecError, match="not a latent model that memvec can read"):
         load_latent_model(file, lm)
     save_encoder(file, lm.encoder, lm)
-    with pytest.raises(MemvecError, match="is no latent model of sentences"):
-        load_latent_model(file, lm)
+    for read in (model_of, lambda path: load_latent_model(path, lm)):
+        with pytest.raises(MemvecError, match="is no latent model of sentences"):
+            read(file)
+    save_file({"x": torch.zeros(1)}, file, {"format": "memvec-sentences"})
+    for read in (model_of, lambda path: load_latent_model(path, lm)):
+        with pytest.raises(MemvecError, match=r"can read: it does not say its model\.$"):
+            read(file)
+
+
+def test_a_training_replaces_nothing_but_a_latent_model(tmp_path):
+    file = tmp_path / "letter.txt"
+    file.write_text("The cat sat. The dog ran.", "utf-8")
+    for force, sentence in ((False, "exists: use --force"), (True, "is no earlier latent model")):
+        with pytest.raises(MemvecError, match=sentence):
+            command_line.train(str(file), file, force=force)
+    with pytest.raises(MemvecError, match="is a directory"):
+        command_line.train(str(file), tmp_path, force=True)
+    assert [p.read_text("utf-8") for p in tmp_path.iterdir()] == ["The cat sat. The dog ran."]
+
+
+def test_rows_are_not_chosen_of_a_text_that_has_none(tmp_path):
+    file = tmp_path / "letter.txt"
+    file.write_text("The cat sat.", "utf-8")
+    assert texts_of(str(file), "text", None) == [("letter", "The cat sat.")]
+    with pytest.raises(MemvecError, match="--where is of tables"):
+        texts_of(str(file), "text", ["split=train"])
 
 
 # ---------------------------------------------------------------------- training
@@ -631,6 +658,9 @@ def test_the_commands_train_and_show(home, tmp_path, command):
         ran = command(*words)
         assert (ran.code, ran.err.count("\nTraceback")) == (2, 0), ran.err
         assert sentence in ran.err
+    with alone_at(tmp_path / "c.partial"):
+        ran = command(*train, "--text", text, "-o", tmp_path / "c")
+    assert (ran.code, "another memvec is writing c: wait for it" in ran.err) == (2, True)
 
 
 def test_the_inspector_says_what_decoding_says():

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memvec.cli import options
+from memvec.cli.common import check_seed, check_target
 from memvec.cli.encoder import REPORT_EVERY
-from memvec.cli.training_text import Column, Texts, Where, pairs_of
+from memvec.cli.training_text import Column, Texts, Where, checkpointed, texts_of, was_trained
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ def train(
         sentences=sentences,
         seed=seed,
     )
-    if out.exists() and not force:
-        raise MemvecError(f"{out} exists: use --force to overwrite it, or -o for another.")
-    if not out.parent.is_dir():
-        raise MemvecError(f"there is no folder {out.parent} to write {out.name} in.")
+    check_seed(seed)
+    check_target(out, force)
+    if out.exists() and not was_trained(out, "memvec-sentences"):
+        raise MemvecError(f"{out} is no earlier latent model: name another file with -o.")
     _train(plan, out, text, (column, where), (model, device, dtype, encoder))
 
 
@@ -177,12 +178,11 @@ def _train(
     from memvec.lab.sentences.cutting import cut_sentences, need_two, share_cut
     from memvec.lab.sentences.files import save_latent_model
     from memvec.lab.sentences.training import LatentTraining, of_each
-    from memvec.lab.sources.text_readers import read_texts
     from memvec.loading import load_lm
 
     model, device, dtype, encoder = model_choice
     lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
-    texts = read_texts(text, None, table[0], pairs_of(table[1]))
+    texts = texts_of(text, *table)
     share = of_each(plan.sentences, len(texts))
     documents = [cut_sentences(lm, content, plan.max_tokens, share) for _, content in texts]
     if len(documents) == 1:
@@ -194,7 +194,8 @@ def _train(
     )
     training = LatentTraining(lm, documents, plan, _encoding_lines())
     partial = out.with_name(out.name + ".partial")
-    latent_model = training.run(partial, _progress_lines())
+    with checkpointed(partial):
+        latent_model = training.run(partial, _progress_lines())
     save_latent_model(out, latent_model, lm)
     partial.unlink(missing_ok=True)
     say(f"{out}: memvec lab sentences show {out} TEXT decodes its predictions.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+    from memvec.lab.sources.text_readers import NamedText
     from memvec.model.lm import FrozenLM
 
 PIECE = 100_000  # characters tokenised at once: tokens of a novel take 100 times its memory
@@ -38,13 +39,13 @@ def target_of(model: str, name: str, out: Path | None, force: bool) -> Path:
     """
     target = out or (Path(model) if Path(model).is_dir() else Path()) / name
     check_target(target, force)
-    if target.exists() and not _was_trained(target):
+    if target.exists() and not was_trained(target, "memvec-encoder", "memvec-trigger"):
         raise MemvecError(f"{target} is no earlier encoder or trigger: name another file with -o.")
     return target
 
 
-def _was_trained(file: Path) -> bool:
-    """True for a file that a training of memvec wrote: --force replaces nothing else."""
+def was_trained(file: Path, *formats: str) -> bool:
+    """True for a file that such a training wrote: --force replaces nothing else."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -52,7 +53,7 @@ def _was_trained(file: Path) -> bool:
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError):
         return False
-    return metadata.get("format") in ("memvec-encoder", "memvec-trigger")
+    return metadata.get("format") in formats
 
 
 @contextlib.contextmanager
@@ -102,21 +103,27 @@ def checkpointed(partial: Path) -> Iterator[None]:
 def token_stream(
     lm: FrozenLM, text: str, column: str, where: list[str] | None
 ) -> Int[Tensor, " N"]:
-    """Token ids of all the text, one text after the other.
-
-    Raises MemvecError for a column that only a table has, where there is none.
-    """
+    """Token ids of all the text, one text after the other. Raises MemvecError as `texts_of`."""
     import torch
 
-    from memvec.lab.sources.text_readers import TABLES, files_of, read_texts
-
-    if where and text != "-" and not any(f.suffix in TABLES for f in files_of(Path(text))):
-        raise MemvecError(f"--where is of tables, and {text} has none: leave it out.")
     ids: list[int] = []
-    for _, content in read_texts(text, None, column, pairs_of(where)):
+    for _, content in texts_of(text, column, where):
         for start in range(0, len(content), PIECE):
             ids += lm.tokenize(content[start : start + PIECE])
     return torch.tensor(ids)
+
+
+def texts_of(text: str, column: str, where: list[str] | None) -> list[NamedText]:
+    """Name and content of each text of --text.
+
+    Raises MemvecError for a column that only a table has, where there is none.
+    """
+    from memvec.lab.sources.text_readers import TABLES, files_of, read_texts
+
+    values = pairs_of(where)
+    if where and text != "-" and not any(f.suffix in TABLES for f in files_of(Path(text))):
+        raise MemvecError(f"--where is of tables, and {text} has none: leave it out.")
+    return read_texts(text, None, column, values)
 
 
 def pairs_of(where: list[str] | None) -> dict[str, str]:

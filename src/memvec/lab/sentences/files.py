@@ -48,8 +48,6 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
     beside another LM or another encoder.
     """
     tensors, metadata = _open(path)
-    if metadata.get("format") != FORMAT:
-        raise MemvecError(f"{path} is no latent model of sentences: memvec lab sentences train.")
     try:
         _check_model(path, metadata, lm)
         shape = {key: int(json.loads(metadata["shape"])[key]) for key in MAX_SIZES}
@@ -61,8 +59,10 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
         network = LatentNetwork(K * lm.width, **shape)
         network.load_state_dict(tensors)
         about = json.loads(metadata["about"])
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        raise MemvecError(f"{path} is not a latent model that memvec can read: {error}") from None
+    except KeyError as error:
+        raise _unreadable(path, f"it does not say its {error.args[0]}") from None
+    except (ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise _unreadable(path, str(error)) from None
     network = network.to(lm.device).eval().requires_grad_(False)
     identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return LatentModel(network, K, max_tokens, window, about, identity)
@@ -73,8 +73,8 @@ def model_of(path: Path) -> str:
     _, metadata = _open(path)
     try:
         return str(json.loads(metadata["model"])["name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise MemvecError(f"{path} is not a latent model that memvec can read: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise _unreadable(path, "it does not say its model") from None
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -85,9 +85,19 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise MemvecError(f"{path} is not a latent model that memvec can read: {error}") from None
+        raise _unreadable(path, str(error)) from None
+    if metadata.get("format") != FORMAT:
+        raise MemvecError(
+            f"{path} is no latent model of sentences: make one with memvec lab sentences train."
+        )
+    return tensors, metadata
+
+
+def _unreadable(path: Path, reason: str) -> MemvecError:
+    reason = reason.rstrip(".")
+    return MemvecError(f"{path} is not a latent model that memvec can read: {reason}.")
 
 
 def _check_model(path: Path, metadata: dict[str, str], lm: FrozenLM) -> None:
