@@ -27,6 +27,7 @@ from transformers import Olmo2Config
 from conftest import reader
 from memvec.cli.study import check, export, ls, validate
 from memvec.cli.study_progress import study_progress
+from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import positions
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
@@ -36,7 +37,7 @@ from memvec.lab.study.cells import check_lengths, expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
 from memvec.lab.study.pool import Here
-from memvec.lab.study.price import max_tokens, price, problems
+from memvec.lab.study.price import Price, max_tokens, price, problems
 from memvec.lab.study.recompute import Slow, SlowPassage
 from memvec.lab.study.recompute import _alone as check_alone
 from memvec.lab.study.row import Row
@@ -73,12 +74,20 @@ WRONG = [
     ('protocol = "spaces"\nlengths = [8]\nseeds = [0, 1]', "vectors of one start", "of seeds"),
     ('protocol = "geometry"\nlengths = [8]\nrecipe = { start = "encoder" }', "restarts", "start"),
     ('protocol = "geometry"\nlengths = [8]\nrecipe = { space = "prefix" }', "lines", "'inputs'"),
-    ('protocol = "context"\nlengths = [8]\ncontexts = [0]', "contexts", "greater than 0"),
+    (
+        'protocol = "context"\nlengths = [8]\ncontexts = [0]',
+        "contexts [1] must be",
+        "than 0, not 0",
+    ),
+    ('protocol = "context"\nlengths = [8]\ncontexts = 4', "option contexts must be a list", "4"),
+    ('protocol = "exact"\nlengths = [8]\noptions = { x = 1 }', "has no option 'x'", "leave it out"),
+    ('protocol = "context"\nlengths = [8]\noptions = { contxts = [4] }', "contxts", "'contexts'?"),
+    ('protocol = "exact"\nlengths = [8]\nrecipe = { seed = 3 }', "recipe's seed", "`seeds`"),
     ('protocol = "context"\nlengths = [8]\noptions = 3\ncontexts = [4]', "options must be", ""),
     (
         'protocol = "one-step-groups"\nlengths = [8]\nvectors = [2]\ngroup = 4.0\npassages = 4',
-        "group",
-        "valid integer",
+        "option group",
+        "must be a whole number, not 4.0",
     ),
 ]
 
@@ -92,6 +101,46 @@ def test_a_wrong_spec_is_told_in_one_sentence(text: str, what: str, hint: str) -
     assert what in sentence
     assert hint in sentence
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("chunk_words = [3]", "sources [2].chunk_words needs more than 1 value."),
+        ('chunk_words = ["a", 3]', "chunk_words [1] must be a whole number, not 'a'."),
+        ("chunk_words = [1, 2, 3]", "chunk_words must have at most 2 values, not [1, 2, 3]."),
+        ("where = 3", 'where must be a table such as { split = "valid" }, not 3.'),
+    ],
+)
+def test_a_wrong_source_is_told_in_the_words_of_a_spec(text: str, sentence: str) -> None:
+    head = HEAD.replace("chunk_words = [40, 80]", text)
+    assert head != HEAD
+    with pytest.raises(MemvecError) as raised:
+        parse_spec(head + RUN, "spec")
+    assert sentence in str(raised.value)
+
+
+def test_what_a_run_would_refuse_is_refused_before() -> None:
+    """A device, a table that is none, a recipe (with the run that it is of), a revision."""
+    with pytest.raises(MemvecError, match="unknown device 'gpu': use auto, cpu or cuda:0"):
+        parse_spec('device = "gpu"\n' + HEAD + RUN, "spec")
+    with pytest.raises(MemvecError, match=r"models \[1\] must be a table, not 'tiny'"):
+        parse_spec('name = "x"\nmodels = ["tiny"]\n' + RUN, "spec")
+    with pytest.raises(MemvecError, match=r"run 2 \(exact\): a recipe has no 'stepps'"):
+        expand(parse_spec(HEAD + RUN + RUN + "recipe = { stepps = 4 }", "spec"))
+    text = HEAD.replace('name = "tiny"', 'name = "pocket"\nrevision = "main"')
+    spec = parse_spec(text + RUN, "spec")
+    sentences = problems(spec, expand(spec), None)
+    assert any("only models of the Hub have a revision" in s for s in sentences)
+    hub = parse_spec(text.replace('kind = "random-tokens"', 'kind = "hub"') + RUN, "spec")
+    assert "source 'hub' needs a dataset, or a path." in problems(hub, expand(hub), None)
+
+
+def test_a_model_of_which_nothing_is_known_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    print_prices("x", [Price("nosuch", 1, 2, None, None, None)], ["x is missing."])
+    printed = capsys.readouterr().out
+    assert "no folder is called nosuch; the run looks for it on the Hub." in printed
+    assert "problem: x is missing." in printed
 
 
 def test_unknown_kinds_keys_of_sources_and_recipes_are_told() -> None:

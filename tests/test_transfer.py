@@ -183,7 +183,7 @@ def test_a_changed_result_is_found(study):
     [
         ("recipe = { start = 'encoder' }", "start cannot be an encoder's"),
         ("recipe = { start_rule = 'bos' }", "start_rule is 'vectors'"),
-        ("pairs = 3", "option pairs: Input should be greater than or equal to 8"),
+        ("pairs = 3", "option pairs must be at least 8, not 3"),
         ("", "needs the option 'origin'"),
     ],
 )

@@ -64,7 +64,7 @@ def _check_extras() -> None:
     )
 )
 def validate(spec: SpecFile, model: SpecModel = None, json: options.Json = False) -> None:
-    """Show what would run, its maximum of passages, time and memory, and what is missing."""
+    """Show what would run, its maximum of passages, time and memory, and what prevents it."""
     from memvec.lab.study.cells import expand
     from memvec.lab.study.price import price, problems
     from memvec.lab.study.spec import read_spec

@@ -18,7 +18,7 @@ MAX_SENTENCES = 20  # disagreements that `check` lists
 
 
 def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) -> None:
-    """The table of `study validate`: a model's passages, hours and memory; then what is missing."""
+    """The table of `study validate`: hours and memory of each model; then what prevents a run."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -40,8 +40,11 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU and {CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU. "
         "Small models reach a fraction of these rates."
     )
+    if unknown := [p.model for p in prices if p.gpu_hours is None]:
+        names = escape(", ".join(unknown))
+        out.print(f"?: no folder is called {names}; the run looks for it on the Hub.")
     for sentence in missing:
-        out.print(f"[red]missing:[/red] {escape(sentence)}")
+        out.print(f"[red]problem:[/red] {escape(sentence)}")
 
 
 def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:

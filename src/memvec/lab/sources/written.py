@@ -73,7 +73,8 @@ class WrittenTexts(Source):
         if self.where and self.path == "-":
             return f"source '{self.name}': where is for tables, and standard input is a text."
         if self.path in (None, "-"):
-            return None if self.path or self.dataset else f"source '{self.name}' needs a path."
+            needed = "a path" if self.kind == "files" else "a dataset, or a path"
+            return None if self.path or self.dataset else f"source '{self.name}' needs {needed}."
         return missing_texts(str(self.path), base)
 
     def texts(self, base: Path | None) -> list[NamedText]:

@@ -80,7 +80,7 @@ def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
         for number, run in enumerate(spec.runs, 1):
             if run.models and model.name not in run.models:
                 continue
-            for cell in _cells(spec, run, model, settings):
+            for cell in _cells(spec, number, model, settings):
                 if cell.key in planned:
                     raise MemvecError(
                         f"run {number} repeats a cell: {run.protocol}, {model.name}, "
@@ -94,12 +94,16 @@ def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
 
 
 def _cells(
-    spec: Spec, run: RunSpec, model: ModelSpec, settings: dict[str, dict[str, Any]]
+    spec: Spec, number: int, model: ModelSpec, settings: dict[str, dict[str, Any]]
 ) -> Iterator[Cell]:
-    """A run's cells for one model: sources x lengths x vectors x seeds."""
+    """The cells of a run, counted from 1, for a model: sources x lengths x vectors x seeds."""
+    run = spec.runs[number - 1]
     axes = (run.sources or tuple(settings), run.lengths, run.vectors, run.seeds)
-    recipe = recipe_of(run, seed=0)
-    check_effect(recipe, run.recipe)
+    try:
+        recipe = recipe_of(run, seed=0)
+        check_effect(recipe, run.recipe)
+    except MemvecError as error:
+        raise MemvecError(f"run {number} ({run.protocol}): {error}") from None
     files = protocol_of(run.protocol).files(options_of(run))
     hashes = named_files(recipe) | hashes_of(files)  # the same for every seed
     for source, length, K, seed in itertools.product(*axes):

@@ -69,10 +69,14 @@ def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[
     sentences = [s for source in spec.sources if (s := source.missing(base))]
     missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
     sentences += dict.fromkeys(s for s in missing if s)
-    for model in dict.fromkeys(p.cell.model for p in planned):
+    for model, revision in dict.fromkeys((p.cell.model, p.cell.revision) for p in planned):
         facts = facts_of_name(model)
         try:
-            local_folder(model)  # what is no folder here may be on the Hub
+            # What is no folder here may be on the Hub.
+            if local_folder(model) is not None and revision is not None:
+                sentences.append(
+                    f"{model} is a folder here: only models of the Hub have a revision."
+                )
         except MemvecError as error:
             sentences.append(str(error))
         cells_of_model = [p for p in planned if p.cell.model == model]

@@ -15,6 +15,7 @@ Every field has a description; unknown keys get a did-you-mean.
 from __future__ import annotations
 
 import glob
+import re
 import tomllib
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.header import LONGEST
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.sources import SOURCES, AnySource, Source
+from memvec.lab.study.wording import place_of, refusal
 from memvec.loading import DTYPES
 
 Storage = Literal["float32", "bfloat16", "float16"]
@@ -197,21 +199,6 @@ def _take_options(data: dict[str, Any], where: str) -> None:
             run["options"] = {**run.get("options", {}), **beside}
 
 
-_NUMBER = "must be a whole number"
-# Of pydantic's kinds of errors, those that a TOML file can have.
-_WORDS = {
-    "tuple_type": "must be a list",
-    "too_short": "must have at least one value",
-    "string_too_short": "must have at least one letter",
-    "int_type": _NUMBER,
-    "int_from_float": _NUMBER,
-    "greater_than_equal": "must be at least {ge}",
-    "string_type": "must be text in quotes",
-    "dict_type": "must be a table such as {{ steps = 400 }}",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "literal_error": "must be {expected}",
-}
 _KINDS: dict[str, type[BaseModel]] = {"models": ModelSpec, "runs": RunSpec}
 
 
@@ -219,7 +206,7 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
     """The first of pydantic's errors, as a sentence."""
     first = error.errors()[0]
     loc = [part for part in first["loc"] if part not in SOURCES]
-    where = _place(loc)
+    where = place_of(loc)
     if first["type"] == "extra_forbidden":
         owner: type[BaseModel] = Spec
         if loc[0] == "sources":
@@ -229,25 +216,21 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
             owner = _KINDS.get(str(loc[0]), Spec)
         belongs = [n for n in protocol_names() if loc[-1] in protocol_of(n).Options.model_fields]
         if owner is RunSpec and belongs:
-            return f"{_place(loc[:-1])} has no option '{loc[-1]}': it belongs to '{belongs[0]}'."
+            return f"{place_of(loc[:-1])} has no option '{loc[-1]}': it belongs to '{belongs[0]}'."
         hint = did_you_mean(str(loc[-1]), owner.model_fields)
-        return f"unknown key '{loc[-1]}' in {_place(loc[:-1])}: {hint}"
+        return f"unknown key '{loc[-1]}' in {place_of(loc[:-1])}: {hint}"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = data["sources"][int(loc[1])].get("kind")
         if kind is None:
             return f"{where} needs a kind: one of {', '.join(SOURCES)}."
         return f"unknown kind '{kind}' in {where}: {did_you_mean(str(kind), SOURCES)}"
-    if first["type"] == "missing":
-        return f"{_place(loc[:-1])} needs '{loc[-1]}'."
+    if first["type"] == "missing" and isinstance(loc[-1], str):
+        return f"{place_of(loc[:-1])} needs '{loc[-1]}'."
     if first["type"] == "tuple_type" and isinstance(first["input"], dict):
         return f"{where} is a list of tables: write [[{where}]], with two brackets."
-    rule = _WORDS.get(first["type"], first["msg"][0].lower() + first["msg"][1:])
-    return f"{where} {rule.format(**first.get('ctx', {}))}, not {first['input']!r}."
-
-
-def _place(loc: list[Any]) -> str:
-    words = [f"[{part + 1}]" if isinstance(part, int) else str(part) for part in loc]
-    return ".".join(words).replace(".[", " [") or "the spec"
+    if first["type"] == "missing":
+        where = place_of(loc[:-1])
+    return f"{where} {refusal(first, loc)}."
 
 
 def _check(spec: Spec, where: str) -> None:
@@ -256,6 +239,8 @@ def _check(spec: Spec, where: str) -> None:
             f"{where}: the name '{spec.name}' is that of a folder: give it some letters, and no "
             "slash; --out takes a path."
         )
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", spec.device) is None:
+        raise MemvecError(f"{where}: unknown device '{spec.device}': use auto, cpu or cuda:0.")
     for model in spec.models:
         if model.dtype not in ("auto", *DTYPES):
             raise MemvecError(
@@ -289,6 +274,8 @@ def _check_run(run: RunSpec, place: str) -> None:
             raise MemvecError(f"{place}: {field} must be at least 1, not {min(values)}.")
         if max(values) > LONGEST:
             raise MemvecError(f"{place}: {field} must be at most {LONGEST}, not {max(values)}.")
+    if "seed" in run.recipe:
+        raise MemvecError(f"{place}: each of `seeds` is a seed, so leave out the recipe's seed.")
     if any(abs(seed) >= 2**63 for seed in run.seeds):
         raise MemvecError(f"{place}: seeds must fit 64 bits.")
     if run.recipe.get("corrections"):
@@ -301,10 +288,14 @@ def _check_run(run: RunSpec, place: str) -> None:
         options_of(run)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
+        option = place_of(first["loc"])
         if first["type"] == "missing":
-            raise MemvecError(f"{place} needs the option '{name}'.") from None
-        raise MemvecError(f"{place}: option {name}: {first['msg']}.") from None
+            raise MemvecError(f"{place} needs the option '{option}'.") from None
+        if first["type"] == "extra_forbidden":
+            names = protocol_of(run.protocol).Options.model_fields
+            hint = did_you_mean(option, names) if names else "leave it out."
+            raise MemvecError(f"{place} has no option '{option}': {hint}") from None
+        raise MemvecError(f"{place}: option {option} {refusal(first, first['loc'])}.") from None
 
 
 def options_of(run: RunSpec) -> dict[str, Any]:
