@@ -114,7 +114,7 @@ def save_figure(path: Path, draw: Callable[[Any], None], panels: int) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("figures need matplotlib: pip install 'memvec[benchmarks]'.") from None
+        raise SystemExit("figures need matplotlib: pip install '.[benchmarks]'.") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

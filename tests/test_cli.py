@@ -515,7 +515,7 @@ def test_a_bare_install_has_all_it_needs(folder, letter):
     asked = [(verb[0].encode(), b"2" if verb[0] == "study" else b"0") for verb in verbs]
     assert codes == asked, said
     assert TEXT.encode() + b"CODE decode 0" in ran.stdout
-    assert "memvec[study]" in said
+    assert "pip install '.[study]' in the repository." in said
     assert "Traceback" not in said
 
 

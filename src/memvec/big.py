@@ -74,7 +74,9 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
 
 def _need(package: str, option: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise MemvecError(f"{option} needs the package {package}: pip install 'memvec[big]'.")
+        raise MemvecError(
+            f"{option} needs the package {package}: pip install '.[big]' in the repository."
+        )
 
 
 def refuse_spilled(model: nn.Module, name: str) -> None:

@@ -101,7 +101,7 @@ Seats = Annotated[int | None, typer.Option("--seats", hidden=True)]
 WorkerCount = Annotated[
     int,
     typer.Option(
-        "--workers", help="Ray workers on this machine (memvec[ray]); 0: only this process."
+        "--workers", help="Workers on this machine (they need Ray); 0: only this process."
     ),
 ]
 Cluster = Annotated[

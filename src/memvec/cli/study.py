@@ -50,7 +50,7 @@ def _check_extras() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MemvecError(
-            f"studies need {', '.join(missing)}: pip install 'memvec[study]' brings them."
+            f"studies need {', '.join(missing)}: pip install '.[study]' in the repository."
         )
 
 

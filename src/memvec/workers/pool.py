@@ -254,7 +254,9 @@ def _start_ray(workers: int, address: str | None) -> Any:
     try:
         import ray
     except ImportError:
-        raise MemvecError("--workers and --on need Ray: pip install 'memvec[ray]'.") from None
+        raise MemvecError(
+            "--workers and --on need Ray: pip install '.[ray]' in the repository."
+        ) from None
     if ray.is_initialized():
         return ray
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -93,7 +93,8 @@ def frequent_words() -> tuple[str, ...]:
         from wordfreq import top_n_list
     except ImportError:
         raise MemvecError(
-            "source 'random-words' needs wordfreq (pip install 'memvec[study]') or a word file."
+            "source 'random-words' needs a word file, or wordfreq: pip install '.[study]' in the "
+            "repository."
         ) from None
     return tuple(top_n_list("en", WORDS))
 

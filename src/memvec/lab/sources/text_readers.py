@@ -81,7 +81,8 @@ def read_hub_texts(
         from datasets import load_dataset_builder
     except ImportError:
         raise MemvecError(
-            f"source '{dataset}' needs the datasets library: pip install 'memvec[hub]'."
+            f"source '{dataset}' needs the datasets library: pip install '.[hub]' in the "
+            "repository."
         ) from None
     if revision is not None and Path(dataset).is_dir():
         raise MemvecError(f"{dataset} is a folder here and has no revision '{revision}'.")
@@ -123,7 +124,9 @@ def _read_file(file: Path, column: str, where: dict[str, str]) -> list[NamedText
         try:
             import pandas as pd
         except ImportError:
-            raise MemvecError(f"reading {file.name} needs pip install 'memvec[study]'.") from None
+            raise MemvecError(
+                f"reading {file.name} needs pandas: pip install '.[study]' in the repository."
+            ) from None
         try:
             frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
         except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one

@@ -58,7 +58,9 @@ def export_rows(folder: Path, target: Path) -> int:
         try:
             frame.to_parquet(target, index=False)
         except ImportError:
-            raise MemvecError("Parquet needs pyarrow: pip install 'memvec[study]'.") from None
+            raise MemvecError(
+                "Parquet needs pyarrow: pip install '.[study]' in the repository."
+            ) from None
     elif target.suffix == ".csv":
         frame.to_csv(target, index=False)
     else:
