@@ -569,6 +569,16 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
         assert "it: measuring, 0/100 tokens\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("split", "some"), [(1, "1 passage."), (7, "7 passages."), (0, "")])
+def test_progress_ends_with_what_was_cut_in_half(capsys, split, some):
+    """The cost of a result is that of its passages: those that were cut are in none of them."""
+    with display.progress("it") as show:
+        show(BUSY)
+        show(replace(BUSY, split=split))
+    said = f"not exact: {some} The cost counts the halves only."
+    assert (said in capsys.readouterr().err) == bool(split)
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     from rich.console import Console
 
@@ -579,6 +589,25 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
         show(BUSY)
     assert "cramming 2 passages" in screen.getvalue()
     assert "40 %" in screen.getvalue()
+
+
+def test_a_file_is_shown_in_words(capsys, stored):
+    """No letter without its word, no name of an argument, no number of a float's length."""
+    from memvec.vectors import MemVectors
+
+    mem = MemVectors.load(stored)
+    mem.header.model["revision"] = None
+    recipe = mem.header.recipe | {"unit": "logits", "temperature": 0.41182645}
+    display.inspect(MemVectors(mem.stored, mem.header.model_copy(update={"recipe": recipe})), "x")
+    certificate = {**(mem.header.certificate or {}), "attention": "sdpa", "torch": "2"}
+    for cache in ("past_key_values", "none: it has no cache"):
+        display.certificate(mem, {**certificate, "cache": cache}, [True] * len(mem.passages))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "temperature 0.412 logits, schedule growing" in shown
+    assert f"{mem.vectors.shape[1]} vectors each, D " in shown
+    assert "None" not in shown
+    assert "(sdpa attention, with a cache, torch 2)" in shown
+    assert "(sdpa attention, without a cache (it has no cache), torch 2)" in shown
 
 
 def test_a_long_certificate_lists_what_fails(capsys, stored):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, build, byte_tokenizer, reader, tiny
+from memvec.cli.encoder import _print_comparison
 from memvec.cli.training_text import alone_at, drawn, token_stream
 from memvec.cramming.engine import Engine
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
@@ -214,7 +215,14 @@ def test_its_files_are_checked(tmp_path):
         load_encoder(written({"map.weight": torch.zeros(2, 2)}, kind="summary"), lm)
 
 
-def test_cramming_starts_from_it_and_compares(tmp_path):
+def test_a_text_that_is_too_short_is_refused_with_the_tokens_that_it_needs():
+    lm = tiny()
+    with pytest.raises(MemvecError, match=r"3350 tokens are too few .* at least 3351 tokens\.$"):
+        Training(lm, stream(lm, 3350), SMALL)
+    assert len(Training(lm, stream(lm, 3352)[:-1], SMALL).held_out) == 68
+
+
+def test_cramming_starts_from_it_and_compares(monkeypatch, capsys):
     """The measured start is the encoder's; a good start needs fewer steps than noise does."""
     lm = tiny()
     ids = stream(lm, 8).view(4, 2)
@@ -238,6 +246,12 @@ def test_cramming_starts_from_it_and_compares(tmp_path):
     assert (row.encoder_exact, row.encoder_steps) == (1.0, 0)
     assert (row.noise_exact, row.noise_steps > 0) == (1.0, True)
     assert (found.one_pass_lossless, found.crammed_horizon, found.crammed_n) == (2, 2.0, 4)
+    assert row.one_pass_interval == 0.0
+    monkeypatch.setenv("COLUMNS", "200")
+    _print_comparison("tiny", found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "from its vectors: steps" in printed
+    assert f"100 % [51, 100] │ 0 │ 100 % [51, 100] │ {row.noise_steps:g} │" in printed
     with pytest.raises(MemvecError, match="no one-pass encoder"):
         compare(lm, ids, [2], QUICK)
 

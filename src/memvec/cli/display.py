@@ -14,15 +14,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.cli.expected import duration, sentence
+from memvec.cli.expected import duration, number_of, sentence
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json as to_json
 
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus, Expected
-    from memvec.lab.plan import Plan
     from memvec.model.lm import FrozenLM
-    from memvec.statistics import Mean
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 MAX_ROWS = 40  # passages that a certificate lists
@@ -39,7 +37,6 @@ __all__ = [
     "failures",
     "inspect",
     "model",
-    "planned",
     "progress",
     "safe",
     "say",
@@ -64,7 +61,26 @@ def model(lm: FrozenLM) -> None:
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[CramStatus], None]]:
-    """Yields a function that shows a status: as a bar on a terminal, else a line every 10 s."""
+    """Yields a function that shows a status: as a bar on a terminal, else a line every 10 s.
+
+    At the end it prints how many passages were cut in half, which no cost of the result counts.
+    """
+    split = 0
+    with _shown(title) as show:
+
+        def show_and_count(status: CramStatus) -> None:
+            nonlocal split
+            split = status.split
+            show(status)
+
+        yield show_and_count
+    if split:
+        some = number_of(split, "passage")
+        say(f"Cut in half because it was not exact: {some}. The cost counts the halves only.")
+
+
+@contextlib.contextmanager
+def _shown(title: str) -> Iterator[Callable[[CramStatus], None]]:
     if not err.is_terminal:
         yield _plain_lines(title)
         return
@@ -142,41 +158,12 @@ def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None
     out.print(table)
 
 
-def planned(plan: Plan, file: str, storage: str) -> None:
-    """Print the table of `memvec plan`: every total with its 95 % interval."""
-    table = facts_table(f"{file}: what cramming all of it will take")
-    table.add_row("text", f"{plan.text_bytes} bytes, {plan.tokens} tokens")
-    inexact = f"; {plan.inexact} did not become exact" if plan.inexact else ""
-    table.add_row(
-        "sample",
-        f"{plan.sampled} passages, {plan.sampled_tokens} tokens, crammed in "
-        f"{plan.sampled_seconds:.0f} s{inexact}",
-    )
-    table.add_row("tokens per vector", _interval(plan.tokens_per_vector, 1))
-    table.add_row("bits per vector", _interval(plan.bits_per_vector, 0))
-    table.add_row("vectors", _interval(plan.vectors, 0))
-    table.add_row("bytes of vectors", f"{_interval(plan.vector_bytes, 0)} in {storage}")
-    t = plan.seconds
-    low, high = (duration(max(0.0, s)) for s in (t.low, t.high))
-    table.add_row("time", f"{duration(t.mean)}, {low} to {high}")
-    out.print(table)
-
-
-def _interval(mean: Mean, digits: int) -> str:
-    if math.isnan(mean.low):
-        return f"{mean.mean:.{digits}f}"
-    low = max(0.0, mean.low)  # a symmetric interval of few passages may begin below 0
-    return f"{mean.mean:.{digits}f}, {low:.{digits}f} to {mean.high:.{digits}f}"
-
-
 def inspect(mem: MemVectors, file: str) -> None:
     """Print what a file holds. Strings of the file are printed without their markup."""
     s, header, made_by = mem.summary(), mem.header, mem.header.model
     table = facts_table(file)
-    table.add_row(
-        "model",
-        safe(f"{made_by.get('name')} ({made_by.get('dtype')}, revision {made_by.get('revision')})"),
-    )
+    revision = f", revision {r}" if (r := made_by.get("revision")) is not None else ""
+    table.add_row("model", safe(f"{made_by.get('name')} ({made_by.get('dtype')}{revision})"))
     table.add_row("weights", safe(made_by.get("weights"))[:16])
     names = ", ".join(d.name for d in header.documents[:MAX_NAMES])
     more = " ..." if len(header.documents) > MAX_NAMES else ""
@@ -187,10 +174,7 @@ def inspect(mem: MemVectors, file: str) -> None:
         f"text {s['text_bytes']}, vectors {s['vector_bytes']}, edits {s['edit_bytes']}, "
         f"corrections {s['correction_bytes']}",
     )
-    shown = (
-        name for name in ("objective", "temperature", "schedule", "lr") if name in header.recipe
-    )
-    table.add_row("recipe", safe(", ".join(f"{name} {header.recipe[name]}" for name in shown)))
+    table.add_row("recipe", safe(_recipe(header.recipe)))
     e = header.environment
     versions = f"memvec {e.get('memvec')}, torch {e.get('torch')}, {e.get('date')}"
     table.add_row("made with", safe(versions))
@@ -198,6 +182,16 @@ def inspect(mem: MemVectors, file: str) -> None:
     table.add_row("text in the file", "yes" if has_text else "no")
     _add_certificate(table, header.certificate)
     out.print(table)
+
+
+def _recipe(recipe: Mapping[str, Any]) -> str:
+    """The fields of a recipe that say most about it; a temperature with its unit."""
+    parts = []
+    for name in ("objective", "temperature", "schedule", "lr"):
+        if (value := recipe.get(name)) is not None:
+            unit = " logits" * (name == "temperature" and recipe.get("unit") == "logits")
+            parts.append(f"{name} {value:.3g}{unit}" if unit else f"{name} {value}")
+    return ", ".join(parts)
 
 
 def _add_certificate(table: Table, certificate: Mapping[str, Any] | None) -> None:
@@ -241,10 +235,9 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
     if "decoded_by" in c:
         how = f"by {safe(c['decoded_by'])}"
     else:
-        how = (
-            f"on {c['device']} "
-            f"({c['attention']} attention, cache {safe(c['cache'])}, torch {c['torch']})"
-        )
+        none, _, reason = str(c["cache"]).partition(": ")
+        cache = f"without a cache ({reason})" if none == "none" else "with a cache"
+        how = f"on {c['device']} ({c['attention']} attention, {safe(cache)}, torch {c['torch']})"
     out.print(
         f"decoded freely in {c['decoded_in']} {how}: "
         + _verdict(c["exact"], c["exact_passages"], c["passages"])
@@ -286,7 +279,8 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     spread = "" if math.isnan(error := s["tokens_per_vector_error"]) else f" ± {error:.1f}"
     table.add_row(
         "passages",
-        f"{s['passages']}, {s['vectors_per_passage']} vectors each, {_size(s)}, {s['storage']}",
+        f"{s['passages']}, {number_of(s['vectors_per_passage'], 'vector')} each, {_size(s)}, "
+        f"{s['storage']}",
     )
     table.add_row(
         "tokens",
@@ -319,7 +313,7 @@ def _size(summary: Mapping[str, Any]) -> str:
     """Numbers of a vector, and where they stand if they are no input."""
     if summary["space"] == "inputs":
         return f"D {summary['width']}"
-    return f"W {summary['width']} (space {summary['space']})"
+    return f"{summary['width']} numbers each (space {summary['space']})"
 
 
 def _bytes(counts: Mapping[str, int]) -> str:

@@ -43,8 +43,8 @@ app = typer.Typer(
 
 REPORT_EVERY = 10.0  # seconds between lines of progress
 COLUMNS = (
-    *("tokens", "one pass: exact", "leading tokens", "crammed from encoder", "steps"),
-    *("from noise", "steps", "fewer"),
+    *("tokens", "one pass: exact", "one pass: leading tokens", "from its vectors: exact"),
+    *("from its vectors: steps", "from noise: exact", "from noise: steps", "steps saved"),
 )
 
 # ---------------------------------------------------------------------- train
@@ -171,7 +171,7 @@ def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
             f"{left / 60:.0f} min left"
         )
         if now.step == now.steps:
-            say("The last step is done. If the encoder has a best length, it is measured now.")
+            say("The last step is done. An encoder with a best passage length measures it now.")
 
     return show
 
@@ -298,21 +298,34 @@ def _print_comparison(name: str, comparison: Comparison) -> None:
     for row in comparison.rows:
         table.add_row(
             str(row.tokens),
-            f"{row.one_pass_exact:.0%}",
-            f"{row.one_pass_horizon:.1f}",
-            f"{row.encoder_exact:.0%}",
+            _share(row.one_pass_exact, row.n),
+            _mean(row.one_pass_horizon, row.one_pass_interval),
+            _share(row.encoder_exact, row.n),
             f"{row.encoder_steps:g}",
-            f"{row.noise_exact:.0%}",
+            _share(row.noise_exact, row.n),
             f"{row.noise_steps:g}",
-            f"{row.noise_steps / max(row.encoder_steps, 1):.1f} x",
+            f"{row.noise_steps - row.encoder_steps:g}",
         )
     out.print(table)
-    half = comparison.crammed_interval
-    interval = "" if math.isnan(half) else f" ± {half:.1f}"
+    crammed = _mean(comparison.crammed_horizon, comparison.crammed_interval)
+    out.print(
+        "One pass: what its vectors give back at once. Then cramming, from its vectors and from "
+        "noise. Exact: share of passages that decode freely. Steps: medians; a passage that is not "
+        "exact counts with all its steps. 95 % intervals over passages."
+    )
     out.print(
         f"Tokens in one vector without loss: {comparison.one_pass_lossless} in one pass (half of "
-        f"the passages exact), {comparison.crammed_horizon:.1f}{interval} by cramming (mean "
-        f"horizon, n "
-        f"{comparison.crammed_n}). The paper's scale: 10 for encoders, 1500 for cramming into "
-        "Llama-3.1-8B."
+        f"the passages exact), {crammed} by cramming (mean horizon, n {comparison.crammed_n}). The "
+        "paper's scale: 10 for encoders, 1500 for cramming into Llama-3.1-8B."
     )
+
+
+def _share(share: float, n: int) -> str:
+    from memvec.statistics import share_interval
+
+    return str(share_interval(round(share * n), n))
+
+
+def _mean(mean: float, half: float) -> str:
+    """A mean with the half width of its interval, which is NaN for one passage."""
+    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"

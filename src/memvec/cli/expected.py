@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 def sentence(expected: Expected) -> str:
     """The slots, their memory, and what ten steps for every passage take."""
-    slots = f"{expected.slots} slot{'s' * (expected.slots > 1)}"
-    needs = f"{slots} of up to {expected.tokens} tokens: {memory(expected.memory)}."
+    slots, tokens = number_of(expected.slots, "slot"), number_of(expected.tokens, "token")
+    needs = f"{slots} of up to {tokens}: {memory(expected.memory)}."
     if not expected.step:
         return needs
     ten = 10 * expected.step * expected.fills
     return (
-        f"{needs} A step takes about {duration(expected.step)}: every 10 steps that passages need "
-        f"on average, {duration(ten)} in all."
+        f"{needs} A step takes about {duration(expected.step)}; if passages need 10 steps on "
+        f"average, all of them take {duration(ten)}."
     )
 
 
@@ -36,9 +36,14 @@ def memory(estimate: Estimate) -> str:
     )
 
 
+def number_of(n: int, noun: str) -> str:
+    """A number and what it counts: '1 passage', '2 passages'."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def counted(n: int, noun: str) -> str:
-    """A number and what it counts: '1 passage is', '2 passages are'."""
-    return f"{n} {noun} is" if n == 1 else f"{n} {noun}s are"
+    """As the beginning of a sentence: '1 passage is', '2 passages are'."""
+    return f"{number_of(n, noun)} {'is' if n == 1 else 'are'}"
 
 
 def duration(seconds: float) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, check_seed, recipe_of, renamed_seats
+from memvec.cli.expected import duration
 from memvec.errors import MemvecError, check_minimum
+
+if TYPE_CHECKING:
+    from memvec.lab.plan import Plan
+    from memvec.statistics import Mean
 
 EXAMPLES = options.examples("memvec plan book.txt", "memvec plan book.txt --vectors 4 --json")
 
@@ -68,4 +74,33 @@ def plan(
     if json:
         typer.echo(display.to_json({"file": file, "model": lm.name, **planned.record()}))
     else:
-        display.planned(planned, file, storage.value)
+        _print_plan(planned, file, storage.value)
+
+
+def _print_plan(plan: Plan, file: str, storage: str) -> None:
+    """Print the table of `memvec plan`: every total with its 95 % interval."""
+    from memvec.cli.display import facts_table, out
+
+    table = facts_table(f"{file}: what cramming all of it will take")
+    table.add_row("text", f"{plan.text_bytes} bytes, {plan.tokens} tokens")
+    inexact = f"; {plan.inexact} did not become exact" if plan.inexact else ""
+    table.add_row(
+        "sample",
+        f"{plan.sampled} passages, {plan.sampled_tokens} tokens, crammed in "
+        f"{plan.sampled_seconds:.0f} s{inexact}",
+    )
+    table.add_row("tokens per vector", _interval(plan.tokens_per_vector, 1))
+    table.add_row("bits per vector", _interval(plan.bits_per_vector, 0))
+    table.add_row("vectors", _interval(plan.vectors, 0))
+    table.add_row("bytes of vectors", f"{_interval(plan.vector_bytes, 0)} in {storage}")
+    t = plan.seconds
+    low, high = (duration(max(0.0, s)) for s in (t.low, t.high))
+    table.add_row("time", f"{duration(t.mean)}, {low} to {high}")
+    out.print(table)
+
+
+def _interval(mean: Mean, digits: int) -> str:
+    if math.isnan(mean.low):
+        return f"{mean.mean:.{digits}f}"
+    low = max(0.0, mean.low)  # a symmetric interval of few passages may begin below 0
+    return f"{mean.mean:.{digits}f}, {low:.{digits}f} to {mean.high:.{digits}f}"

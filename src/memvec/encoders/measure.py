@@ -38,6 +38,7 @@ class AtLength:
     n: int
     one_pass_exact: float  # share of passages
     one_pass_horizon: float  # mean horizon after one pass, tokens
+    one_pass_interval: float  # 95 % half width of that mean (Student's t), NaN for one passage
     encoder_exact: float  # share, after cramming from the encoder's vectors
     encoder_steps: float
     noise_exact: float
@@ -102,6 +103,7 @@ def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size
     assert lm.encoder is not None
     vectors = lm.encoder.encode(lm, ids.to(lm.device), 1, whole=True)
     right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
+    leading = mean_interval(horizon(right).tolist())
     by_start = {}
     for start in ("encoder", "noise"):
         outcomes = _cram(lm, ids, replace(recipe, start=start), batch_size)  # type: ignore[arg-type]
@@ -112,7 +114,8 @@ def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size
         T,
         n,
         float(right.all(1).float().mean()),
-        float(horizon(right).float().mean()),
+        leading.mean,
+        (leading.high - leading.low) / 2,
         *by_start["encoder"],
         *by_start["noise"],
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -125,7 +126,8 @@ class TrainingRun(ABC):
         self.text, self.held_out = stream[:cut], stream[cut:]
         if len(self.held_out) < FEWEST_HELD_OUT:
             raise MemvecError(
-                f"{len(stream)} tokens are too few to train an encoder on: give more text."
+                f"{len(stream)} tokens are too few to train an encoder on: give more text, at "
+                f"least {math.floor((FEWEST_HELD_OUT - 1) / HELD_OUT) + 1} tokens."
             )
         self.identity: dict[str, Any] = {
             "plan": asdict(plan),
