@@ -83,6 +83,22 @@ def test_the_table_of_a_study_s_columns_is_that_of_the_records():
     assert units["extra: after_copy"] == "bits, hits"
 
 
+def test_the_table_of_a_spec_s_fields_is_that_of_the_spec():
+    written = runpy.run_path(str(DOCS / "study_fields.py"))
+    assert (DOCS / "studies.md").read_text("utf-8") == written["page"](), (
+        "run: python docs/study_fields.py"
+    )
+    meanings = {(where, name): text for where, name, _, text in written["fields"]()}
+    assert not {key for key, text in meanings.items() if text in ("", "None")}
+    for key in (
+        ("top", "batch_size"),
+        ("`[[sources]]` of kind `files`, `hub`, `pg19`, `fanfics`", "dataset"),
+        ("`[[runs]]`", "lengths"),
+        ("`[[runs]]` of protocol `transfer`", "origin"),
+    ):
+        assert key in meanings
+
+
 def test_the_python_reference_names_what_is_there():
     """Every name is imported, without the documentation tools that `make docs` uses."""
     named = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)

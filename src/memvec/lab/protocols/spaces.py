@@ -61,7 +61,7 @@ class Spaces(Protocol):
         """The held-out texts that are read behind the vectors."""
 
         texts: int = Field(default=2, ge=1, description="held-out continuations of each passage")
-        words: int = Field(default=24, ge=2, description="tokens of each")
+        words: int = Field(default=24, ge=2, description="tokens of each continuation")
 
     def problem(self, run: RunSpec) -> str | None:
         if run.recipe.get("start_rule", "bos") != "bos":

@@ -63,7 +63,7 @@ class Usable(Protocol):
         """The held-out texts of context mode, and the optional measurements."""
 
         texts: int = Field(default=4, ge=1, description="held-out continuations of each passage")
-        words: int = Field(default=48, ge=1, description="tokens of each")
+        words: int = Field(default=48, ge=1, description="tokens of each continuation")
         layers: bool = Field(default=False, description="knock out attention layer by layer")
         directions: bool = Field(default=False, description="compare the subspaces of both modes")
 

@@ -40,7 +40,7 @@ class Source(BaseModel):
     random_text: ClassVar[bool] = False  # drawn by a program rather than written
     starts_alike: ClassVar[bool] = True  # passage i begins alike at every length
 
-    kind: str = Field(description="which source: a name that memvec.registry lists")
+    kind: str = Field(description="which source: a name of the table of sources")
     name: str = Field(default="", description="how the study calls it; default: its kind")
     seed: int = Field(default=0, description="seed of everything that is drawn")
     bos: bool = Field(

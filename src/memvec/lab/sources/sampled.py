@@ -21,7 +21,9 @@ class Sampled(Source):
     """Text the model itself generated."""
 
     kind: Literal["sampled"] = "sampled"
-    temperature: float = Field(default=1.0, gt=0, description="of the draw")
+    temperature: float = Field(
+        default=1.0, gt=0, description="temperature at which the model draws its text"
+    )
 
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None

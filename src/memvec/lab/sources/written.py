@@ -44,7 +44,9 @@ class WrittenTexts(Source):
     """Texts of a file, folder or data set, and the rule that takes a passage from each."""
 
     path: str | None = Field(default=None, description="file, folder or - for standard input")
-    dataset: str | None = Field(default=None, description="Hub data set, if there is no path")
+    dataset: str | None = Field(
+        default=None, description="Hub data set, if there is no path; pg19, fanfics: the paper's"
+    )
     split: str = Field(default="train", description="split of the Hub data set")
     revision: str | None = Field(default=None, description="revision of the Hub data set")
     column: str = Field(default="text", description="column of a table that holds the text")
@@ -54,7 +56,8 @@ class WrittenTexts(Source):
         description="'suffix': the paper's, second half of the sentences; 'start': from the start",
     )
     chunk_words: tuple[int, int] | None = Field(
-        default=None, description="draw chunks of so many words; default: each text is a chunk"
+        default=None,
+        description="draw chunks of [fewest, most] words; default: each text is a chunk",
     )
     splitter: Splitter = Field(default="punctuation", description="how sentences are split")
 

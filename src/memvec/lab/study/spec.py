@@ -58,15 +58,18 @@ class ModelSpec(Strict):
 class RunSpec(Strict):
     """A block of cells: models × sources × lengths × vectors × seeds under one protocol."""
 
-    protocol: str = Field(description="how capacity is asked: a name in memvec.registry")
+    protocol: str = Field(description="what is measured: a name of the table of protocols")
     models: tuple[str, ...] = Field(default=(), description="names of models; default: all")
     sources: tuple[str, ...] = Field(default=(), description="names of sources; default: all")
     lengths: tuple[Whole, ...] = Field(min_length=1, description="tokens of a passage")
     vectors: tuple[Whole, ...] = Field(default=(1,), min_length=1, description="K, [mem] vectors")
-    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1, description="restarts")
+    seeds: tuple[Whole, ...] = Field(
+        default=(0,), min_length=1, description="cram every passage once from each"
+    )
     passages: Whole = Field(default=50, description="passages of each cell")
     recipe: dict[str, Any] = Field(
-        default={}, description="changes of the protocol's recipe; 'preset' picks another start"
+        default={},
+        description="changes of the protocol's recipe; 'preset' names another recipe to change",
     )
     budget: Whole = Field(
         default=0, ge=0, description="maximum of forward-backward tokens for a passage; 0: no limit"
