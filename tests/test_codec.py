@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +227,32 @@ def test_bad_input_is_a_sentence(texts, options, sentence):
     with pytest.raises(MemvecError, match=sentence) as error:
         codec.cram(reader(), texts, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("texts", "options", "sentence"),
+    [
+        (Path("letter.txt"), {}, "text 0 is no str or bytes but of the type PosixPath."),
+        (["a", [1, 2, 3]], {}, "text 1 is no str or bytes but of the type list."),
+        (torch.tensor([3, 4]), {}, "text 0 is no str or bytes but of the type Tensor."),
+        (None, {}, "text 0 is no str or bytes but of the type NoneType."),
+        (np.array([]), {}, "there is no text to cram."),
+        ("a", {"recipe": "paper"}, "recipe is a memvec.Recipe, as Recipe.of('paper') gives, not "),
+    ],
+)
+def test_input_of_a_wrong_type_is_a_sentence(texts, options, sentence):
+    with pytest.raises(MemvecError, match=re.escape(sentence)):
+        codec.cram(reader(), texts, **options)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_any_collection_of_texts_is_crammed():
+    expected = ["the", "cat"]
+    for texts in (tuple(expected), iter(expected), np.array(expected), dict.fromkeys(expected)):
+        mem = codec.cram(reader(), texts, vectors=2, recipe=QUICK)
+        assert codec.decode(reader(), mem) == expected
+        assert len(codec.measure(reader(), mem, iter(expected))) == len(mem.passages)
 
 
 def test_ids_alone_need_no_tokenizer_but_text_does():

@@ -13,7 +13,7 @@ from memvec.decoding import BATCH
 from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.passages.documents import Document
+from memvec.passages.documents import Document, documents_of
 from memvec.passages.passage import Passage, ids_hash
 from memvec.results import PassageResult
 from memvec.vectors import MemVectors
@@ -63,10 +63,7 @@ def measure(
     were crammed.
     """
     mem.check_model(lm)
-    if isinstance(texts, str | bytes | Document):
-        texts = [texts]
-    read = [t if isinstance(t, Document) else Document.of(lm, t, name="text") for t in texts]
-    every = iter([token for document in read for token in document.ids])
+    every = iter([token for document in documents_of(lm, texts) for token in document.ids])
     results: list[PassageResult] = []
     view = mem.view(lm)
     for at in range(0, len(mem.passages), BATCH):

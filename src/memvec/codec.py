@@ -15,7 +15,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
-from memvec.passages.documents import Document
+from memvec.passages.documents import Document, documents_of
 from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 from memvec.workers import Workers
@@ -61,14 +61,12 @@ def cram(
     false. Raises MemvecError for bad input.
     """
     recipe = recipe or Recipe()
-    if isinstance(texts, str | bytes | Document):
-        texts = [texts]
-    if not texts:
+    if not isinstance(recipe, Recipe):
+        raise MemvecError(
+            f"recipe is a memvec.Recipe, as Recipe.of('paper') gives, not {recipe!r}."
+        )
+    if not (documents := documents_of(lm, texts)):
         raise MemvecError("there is no text to cram.")
-    documents = [
-        text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
-        for i, text in enumerate(texts)
-    ]
     lm = lm.read_as(layout)
     vectors = lm.reading.fixed_vectors or vectors
     stored = storage_of(storage)
@@ -83,8 +81,5 @@ def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
     Raises NotExactError rather than return a wrong one, and MemvecError for vectors of other
     weights (unless `force`) or of another width.
     """
-    contents = mem.documents(lm, force=force)
-    return [
-        data.decode(record.encoding)
-        for data, record in zip(contents, mem.header.documents, strict=True)
-    ]
+    contents = zip(mem.documents(lm, force=force), mem.header.documents, strict=True)
+    return [data.decode(record.encoding) for data, record in contents]

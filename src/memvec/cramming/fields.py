@@ -63,9 +63,7 @@ MINIMUM: dict[str, float] = {
 
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field of names can have; registered ones included."""
-    if name in REGISTERED:
-        return (*REGISTERED[name], *registry.names(name))
-    return CHOICES[name]
+    return (*REGISTERED[name], *registry.names(name)) if name in REGISTERED else CHOICES[name]
 
 
 def converted(name: str, value: Any, kind: type) -> Any:

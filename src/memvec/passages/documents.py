@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,9 @@ class Document:
     def of(
         cls, lm: FrozenLM, text: str | bytes, *, name: str = "text", encoding: str = "utf-8"
     ) -> Document:
-        """A document from a text. Raises MemvecError if it is empty or not in this encoding."""
+        """A document from a text. Raises MemvecError if it is none, empty, or otherwise encoded."""
+        if not isinstance(text, str | bytes):
+            raise MemvecError(f"{name} is no str or bytes but of the type {type(text).__name__}.")
         data = text if isinstance(text, bytes) else _encode(text, encoding, name)
         if not data:
             raise MemvecError(f"{name} is empty: there is nothing to cram.")
@@ -62,6 +64,18 @@ class Document:
     def edit_bytes(self) -> int:
         """What the edits cost: their text, and eight bytes for each position pair."""
         return sum(8 + len(new.encode("utf-8")) for _, _, new in self.edits)
+
+
+def documents_of(
+    lm: FrozenLM, texts: str | bytes | Document | Iterable[str | bytes | Document]
+) -> list[Document]:
+    """A document for each text; one text alone is one. Raises MemvecError as `Document.of`."""
+    if isinstance(texts, str | bytes | Document) or not isinstance(texts, Iterable):
+        texts = [texts]
+    return [
+        text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
+        for i, text in enumerate(texts)
+    ]
 
 
 def restore(
@@ -156,10 +170,8 @@ def read_document(
 def _encode(text: str, encoding: str, name: str) -> bytes:
     try:
         return text.encode(encoding)
-    except UnicodeEncodeError as error:
-        raise MemvecError(
-            f"{name} has characters that are not {encoding}: {error.reason}."
-        ) from None
+    except UnicodeEncodeError as why:
+        raise MemvecError(f"{name} has characters that are not {encoding}: {why.reason}.") from None
 
 
 def _decode(data: bytes, encoding: str, name: str) -> str:
