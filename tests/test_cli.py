@@ -591,13 +591,16 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     assert "40 %" in screen.getvalue()
 
 
-def test_a_file_is_shown_in_words(capsys, stored):
+def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):
     """No letter without its word, no name of an argument, no number of a float's length."""
+    from rich.console import Console
+
     from memvec.vectors import MemVectors
 
     mem = MemVectors.load(stored)
     mem.header.model["revision"] = None
     recipe = mem.header.recipe | {"unit": "logits", "temperature": 0.41182645}
+    monkeypatch.setattr(display, "out", Console(width=200))
     display.inspect(MemVectors(mem.stored, mem.header.model_copy(update={"recipe": recipe})), "x")
     certificate = {**(mem.header.certificate or {}), "attention": "sdpa", "torch": "2"}
     for cache in ("past_key_values", "none: it has no cache"):
@@ -606,6 +609,7 @@ def test_a_file_is_shown_in_words(capsys, stored):
     assert "temperature 0.412 logits, schedule growing" in shown
     assert f"{mem.vectors.shape[1]} vectors each, D " in shown
     assert "None" not in shown
+    assert "when crammed: margin, logits ┃ when crammed: gain, bits" in shown
     assert "(sdpa attention, with a cache, torch 2)" in shown
     assert "(sdpa attention, without a cache (it has no cache), torch 2)" in shown
 

@@ -213,7 +213,8 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
     `figures` is the certificate of `certificate.certificate_of`, `exact` one flag per passage.
     """
     table = Table(title=f"{sum(exact)} of {len(exact)} passages exact", title_justify="left")
-    for column in ("passage", "tokens", "vectors", "margin crammed", "bits crammed", "decodes"):
+    crammed = ("when crammed: margin, logits", "when crammed: gain, bits")
+    for column in ("passage", "tokens", "vectors", *crammed, "decodes"):
         table.add_column(column, justify="right")
     listed = list(range(len(exact)))
     if len(exact) > MAX_ROWS:

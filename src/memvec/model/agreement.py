@@ -22,6 +22,6 @@ def agree(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[bool, str]:
         return False, "its logits are not finite"
     # Masked columns (-1e9 and below) would inflate the standard deviation and hide differences.
     spread = truth[truth > MASKED].std().clamp_min(1e-6)
-    difference = float((ours - truth).abs().max() / spread)
+    gap = float((ours - truth).abs().max() / spread)
     limit = TOLERANCE[dtype]
-    return difference <= limit, f"largest difference {difference:.1e} of a std (limit {limit:g})"
+    return gap <= limit, f"largest difference {gap:.1e} std of the logits (limit {limit:g})"

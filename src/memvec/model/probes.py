@@ -115,5 +115,5 @@ def _effect(lm: FrozenLM) -> tuple[bool, str]:
 def _cache(lm: FrozenLM) -> tuple[bool, str]:
     """Also passes for a model known to keep no cache; the detail then gives the reason."""
     if lm.has_cache:
-        return True, f"passed on as '{lm.caching.argument}'"
+        return True, f"given as the argument '{lm.caching.argument}'"
     return not lm.caching.fault, f"it {lm.caching.sentence.removesuffix('.')}"

@@ -219,7 +219,7 @@ def _probed(lm: FrozenLM, space: str) -> Layers:
         layers = keys_values(lm, inputs)
         whole = layers and all(t.dim() == 4 and t.shape[2] == 7 for pair in layers for t in pair)
     except Exception as error:  # foreign code may raise any error
-        raise _unfit(lm, space, first_line(error)) from error
+        raise _unfit(lm, space, f"its cache is of another kind: {first_line(error)}") from error
     if not whole:
         raise _unfit(lm, space, "its cache is of another kind")
     if len({table.device for pair in layers for table in pair}) > 1:
