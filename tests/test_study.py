@@ -82,7 +82,7 @@ WRONG = [
     ('protocol = "context"\nlengths = [8]\ncontexts = 4', "option contexts must be a list", "4"),
     ('protocol = "exact"\nlengths = [8]\noptions = { x = 1 }', "has no option 'x'", "leave it out"),
     ('protocol = "context"\nlengths = [8]\noptions = { contxts = [4] }', "contxts", "'contexts'?"),
-    ('protocol = "exact"\nlengths = [8]\nrecipe = { seed = 3 }', "recipe's seed", "`seeds`"),
+    ('protocol = "exact"\nlengths = [8]\nrecipe = { seed = 3 }', "recipe's seed", "leave it out"),
     ('protocol = "context"\nlengths = [8]\noptions = 3\ncontexts = [4]', "options must be", ""),
     (
         'protocol = "one-step-groups"\nlengths = [8]\nvectors = [2]\ngroup = 4.0\npassages = 4',

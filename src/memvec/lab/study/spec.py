@@ -278,7 +278,9 @@ def _check_run(run: RunSpec, place: str) -> None:
         if max(values) > LONGEST:
             raise MemvecError(f"{place}: {field} must be at most {LONGEST}, not {max(values)}.")
     if "seed" in run.recipe:
-        raise MemvecError(f"{place}: each of `seeds` is a seed, so leave out the recipe's seed.")
+        raise MemvecError(
+            f"{place}: the recipe's seed does nothing where the run has seeds: leave it out."
+        )
     if any(abs(seed) >= 2**63 for seed in run.seeds):
         raise MemvecError(f"{place}: seeds must fit 64 bits.")
     if run.recipe.get("corrections"):
