@@ -8,7 +8,7 @@ import re
 import signal
 import sqlite3
 import subprocess
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import QUICK, build, passages, reader, tiny
+from conftest import QUICK, build, byte_tokenizer, passages, reader, tiny
 from memvec import codec, cram_job
 from memvec.cli.common import account
 from memvec.cli.display import failures
@@ -255,8 +255,19 @@ def test_any_collection_of_texts_is_crammed():
         assert len(codec.measure(reader(), mem, iter(expected))) == len(mem.passages)
 
 
+def test_a_token_that_the_model_has_not_is_a_sentence():
+    """A tokenizer that was given tokens, beside a model that was not."""
+    tokenizer = deepcopy(byte_tokenizer())
+    tokenizer.add_tokens(["<new>"])
+    lm = copy(reader())
+    lm.tokenizer = tokenizer
+    assert codec.decode(lm, codec.cram(lm, ["the"], vectors=2, recipe=QUICK)) == ["the"]
+    with pytest.raises(MemvecError, match=f"no row for the token {lm.vocab_size} of its tokenizer"):
+        codec.cram(lm, ["the<new>cat"], vectors=2)
+
+
 def test_ids_alone_need_no_tokenizer_but_text_does():
-    with pytest.raises(MemvecError, match="loaded without a tokenizer"):
+    with pytest.raises(MemvecError, match="loaded without a tokenizer, and this needs one"):
         codec.cram(tiny(), ["a"])
 
 

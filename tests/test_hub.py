@@ -110,6 +110,8 @@ def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MemvecError, match=r"no \[mem\] vectors in"):
         MemVectors.from_pretrained(tmp_path / "empty")
+    with pytest.raises(MemvecError, match=r"empty is a folder here: only the Hub has a revision"):
+        MemVectors.from_pretrained(tmp_path / "empty", revision="main")
     with pytest.raises(MemvecError, match=r"no folder .* not a Hub id"):
         MemVectors.from_pretrained(tmp_path / "none")
     with pytest.raises(MemvecError, match=r"the Hub could not be reached for somebody/letter") as e:

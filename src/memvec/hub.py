@@ -43,8 +43,6 @@ WARNING = (
     "**These vectors contain the text.** Whoever has them and the base model reads it back word "
     "for word: they are as confidential, and as copyrighted, as the text itself."
 )
-
-
 BODY = """
 # [mem] vectors of {name}
 
@@ -143,6 +141,8 @@ def local_file(
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise MemvecError(f"{folder} is a folder here: only the Hub has a revision of it.")
         if not (folder / FILE).is_file():
             raise MemvecError(f"there are no [mem] vectors in {folder}: it has no {FILE}.")
         return folder / FILE

@@ -116,18 +116,21 @@ class FrozenLM:
     # ------------------------------------------------------------------ tokens and text
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, with no special token added."""
+        """Token ids of a text, with no special token added.
+
+        Raises MemvecError for a token that was added to the tokenizer and not to the model.
+        """
         ids: list[int] = self._need_tokenizer()(
             text, add_special_tokens=False, verbose=False, return_attention_mask=False
         )["input_ids"]
+        if max(ids, default=0) >= self.vocab_size:
+            raise MemvecError(f"{self.name} has no row for the token {max(ids)} of its tokenizer.")
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids; some tokenizers do not give back exactly the tokenized text."""
-        text: str = self._need_tokenizer().decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
+        decode = self._need_tokenizer().decode
+        return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @property
     def adds_bos(self) -> bool:
@@ -152,7 +155,7 @@ class FrozenLM:
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise MemvecError(f"{self.name} was loaded without a tokenizer: give token ids.")
+            raise MemvecError(f"{self.name} was loaded without a tokenizer, and this needs one.")
         return self.tokenizer
 
     # ------------------------------------------------------------------ vectors to logits
