@@ -104,6 +104,21 @@ def test_bad_input_is_a_sentence(command, folder, tmp_path, changes, sentence):
     assert sentence in ran.err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("plan", "--sample", 1), "--sample must be at least 2"),
+        (("plan", "--encoding", "utf-99"), "unknown encoding 'utf-99'"),
+        (("cram", "--encoding", "base64"), "unknown encoding 'base64'"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(command, tmp_path, words, sentence):
+    """A large model takes minutes to load; here there is none, which would be said instead."""
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    ran = command(words[0], tmp_path / "a.txt", "-m", tmp_path / "no-model", *words[1:])
+    assert (ran.code, sentence in ran.err) == (2, True), ran.err
+
+
 def test_small_samples_are_refused_in_python_too():
     lm = reader()
     with pytest.raises(MemvecError, match="--sample"):

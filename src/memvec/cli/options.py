@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
 from memvec.registry import BUILT_IN
 
 
@@ -25,6 +26,15 @@ class Storage(StrEnum):
 def examples(*lines: str) -> str:
     """The end of a verb's help: command lines that work as they are printed."""
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
+
+
+def known_encoding(name: str) -> str:
+    """The name of an encoding of texts. Raises MemvecError, before a model is loaded."""
+    try:
+        "".encode(name)
+    except (LookupError, UnicodeError):
+        raise MemvecError(f"unknown encoding '{name}': try utf-8, latin-1 or utf-16.") from None
+    return name
 
 
 def recipe_help(name: str) -> str:
@@ -63,7 +73,7 @@ Encoder = Annotated[
 
 TextFile = Annotated[str, typer.Argument(help="A text file, or - for standard input.")]
 VectorFile = Annotated[str, typer.Argument(help=r"A file of \[mem] vectors.")]
-Encoding = Annotated[str, typer.Option(help="Encoding of the text.")]
+Encoding = Annotated[str, typer.Option(callback=known_encoding, help="Encoding of the text.")]
 MaxBytes = Annotated[int, typer.Option(help="Maximum size of the text, in bytes.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 ForceWeights = Annotated[

@@ -48,6 +48,7 @@ def plan(
         raise MemvecError("plan is for vectors that decode token by token, not for one step.")
     batch_size = renamed_seats(batch_size, seats)
     check_minimum(1, vectors=vectors, tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    check_minimum(2, sample=sample)
     check_seed(seed)
     choice = ModelChoice.of(model, revision, device, dtype, load)
 
