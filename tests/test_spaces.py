@@ -459,7 +459,7 @@ def test_the_command_crams_and_decodes_a_prefix(tmp_path, folder, command):
     header = MemVectors.load(file).header
     assert (header.start_rule, header.recipe["lr"]) == ("bos", prefix().lr)
     shown = command("inspect", file)
-    assert "128 numbers each (space prefix)" in " ".join(shown.out.decode().split())
+    assert "128 numbers (space prefix)" in " ".join(shown.out.decode().split())
     assert command("decode", file, "-m", folder).out == b"the fox"
     assert command("verify", file, "-m", folder).code == 0
     wrong = ["cram", text, "-m", folder, "--force", "--space"]

@@ -314,7 +314,7 @@ def _size(summary: Mapping[str, Any]) -> str:
     """Numbers of a vector, and where they stand if they are no input."""
     if summary["space"] == "inputs":
         return f"D {summary['width']}"
-    return f"{summary['width']} numbers each (space {summary['space']})"
+    return f"{summary['width']} numbers (space {summary['space']})"
 
 
 def _bytes(counts: Mapping[str, int]) -> str:
