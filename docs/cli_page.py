@@ -28,6 +28,7 @@ standard error. `--json` prints one JSON object for programs.
 | exit code | meaning |
 |---|---|
 | 0 | done; where a result can be exact, it is exact |
+| 1 | the reader of the output, such as `head`, ended before memvec did |
 | 2 | invalid input; one sentence says what is wrong and what to change |
 | 3 | not exact |
 | 130 | interrupted |

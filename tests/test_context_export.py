@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import memvec
 from conftest import reader
 from memvec import codec
+from memvec.cli.export import _worth
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.export import export_context, names
@@ -139,7 +140,16 @@ def test_the_command_writes_a_context(command, tmp_path):
     exported = command("export", file, "--to", "transformers", "--context")
     assert exported.code == 0, exported
     assert "inputs for transformers, to put in front of a prompt" in exported.err
+    kept = json.loads((tmp_path / "bus.transformers-context/manifest.json").read_text())
+    kept = kept["use"]["held_out"]["contexts"]["vectors"]["kept"]
+    words = f"vectors keep {kept:.2f} of" if kept >= 0 else f"none ({kept:.2f} of"
+    assert words in exported.sentence
     folder = tmp_path / "bus.transformers-context"
     inputs = load_file(folder / "context.safetensors")["inputs_embeds"][0]
     lm, mem = load_lm("pocket"), MemVectors.load(file)
     assert torch.equal(inputs, memvec.context_inputs(lm, mem))
+
+
+def test_vectors_that_are_worse_than_none_are_said_to_be():
+    assert _worth(0.5) == "keep 0.50 of the text's gain"
+    assert _worth(-1.894) == "are a worse context than none (-1.89 of the text's gain)"

@@ -9,6 +9,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, open_file
+from memvec.cli.expected import number_of
 from memvec.registry import BUILT_IN
 
 EXAMPLES = options.examples(
@@ -63,13 +64,20 @@ def export(
     elif context:
         kept = manifest["use"]["held_out"]["contexts"]["vectors"]["kept"]
         display.say(
-            f"{folder}: {manifest['inputs']} inputs for {to}, to put in front of a prompt; the "
-            f"vectors keep {kept:.2f} of the text's gain (held-out queries)."
+            f"{folder}: {manifest['inputs']} inputs for {to}, to put in front of a prompt. By the "
+            f"held-out queries the vectors {_worth(kept)}."
         )
     else:
         display.say(
-            f"{folder}: {len(manifest['passages'])} passages for {target.description}, exact in "
-            f"{manifest['dtype']}."
+            f"{folder}: {number_of(len(manifest['passages']), 'passage')} for "
+            f"{target.description}, exact in {manifest['dtype']}."
         )
         if target.argument:
             display.say(f"Decode it there: python {folder}/decode.py {target.argument}")
+
+
+def _worth(kept: float) -> str:
+    """What vectors keep of the text's gain as a context; below 0 they are worse than none."""
+    if kept < 0:
+        return f"are a worse context than none ({kept:.2f} of the text's gain)"
+    return f"keep {kept:.2f} of the text's gain"
