@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import fields, replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup
@@ -339,6 +343,19 @@ def test_rounding_to_the_stored_dtype_lets_gradients_through(dtype):
 def test_a_recipe_says_what_is_wrong_with_it(untyped, changes, sentence):
     with pytest.raises(MemvecError, match=sentence):
         Recipe.of("default", **changes)
+
+
+@pytest.mark.parametrize("made", [Recipe, Recipe.of, partial(replace, Recipe())])
+def test_values_have_the_types_of_their_fields(untyped, made):
+    """However a recipe is made, equal ones have equal records, and so equal keys."""
+    recipe = made(lr=1, steps=np.int64(40), margin=np.float32(0.5), temperature="2")
+    assert all(type(getattr(recipe, f.name)) is type(f.default) for f in fields(Recipe))
+    assert json.dumps(recipe.record()) == json.dumps(
+        Recipe.of(lr=1.0, steps=40, margin=0.5, temperature=2.0).record()
+    )
+    for wrong in ({"steps": 1.5}, {"steps": True}, {"lr": None}, {"seed": "x"}, {"beta1": "x"}):
+        with pytest.raises(MemvecError, match=r"must be a (whole )?number, not"):
+            made(**wrong)
 
 
 def test_presets_are_recipes_with_changes(untyped):

@@ -196,6 +196,9 @@ class Recipe:
     seed: int = documented(0, "seed; each passage adds its own from its token ids")
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = converted(item.name, getattr(self, item.name), type(item.default))
+            object.__setattr__(self, item.name, value)
         for name in (*REGISTERED, *CHOICES):
             value, allowed = getattr(self, name), choices(name)
             if value not in allowed:
@@ -219,14 +222,11 @@ class Recipe:
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:
         """A preset by name, with fields changed. Raises MemvecError for unknown names or values."""
         base: Recipe = registry.get("preset", preset)()
-        known = {item.name: item for item in fields(cls)}
-        typed = {}
-        for name, value in changes.items():
-            name = name.replace("-", "_")
-            if name not in known:
-                raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
-            typed[name] = converted(name, value, type(getattr(base, name)))
-        return replace(base, **typed)
+        known = [item.name for item in fields(cls)]
+        named = {name.replace("-", "_"): value for name, value in changes.items()}
+        for name in [name for name in named if name not in known]:
+            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
+        return replace(base, **named)
 
     def in_logits(self, spread: float) -> Recipe:
         """The same recipe for a model whose logits spread so far, with everything in logits."""
