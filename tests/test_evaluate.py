@@ -309,6 +309,39 @@ def test_a_table_has_n_intervals_and_the_share_that_is_kept():
     assert figures["acc", "full"].low == pytest.approx(0.342, abs=1e-3), "Wilson, 2 of 2"
 
 
+def test_a_table_counts_what_stood_for_the_contexts():
+    rows = [
+        receipt("choice", "crammed", i, context_tokens=tokens, slots=slots, exact=exact)
+        for i, (tokens, slots, exact) in enumerate([(7, 4, True), (12, 8, False), (5, 3, True)])
+    ]
+    for figure in table(rows):
+        assert (figure.context_tokens, figure.slots, figure.exact) == (8, 5, 2)
+        assert figure.documents == 3
+
+
+@pytest.mark.parametrize("kind", ["choice", "likelihood"])
+def test_only_tasks_of_one_kind_are_counted_together(kind):
+    """Each document beside its own: tasks number their documents alike."""
+    nll = {("a", "full"): 1.0, ("a", "none"): 2.0, ("a", "crammed"): 1.5}
+    nll |= {("b", "full"): 4.0, ("b", "none"): 9.0, ("b", "crammed"): 5.0}
+    rows = [
+        receipt(
+            kind if task == "b" else "likelihood",
+            column,
+            task=task,
+            answers=[Answer(text="x", loglikelihood=-value, greedy=True)],
+            choices=["x"] if (task, kind) == ("b", "choice") else [],
+        )
+        for (task, column), value in nll.items()
+    ]
+    together = {(f.score, f.column): f for f in table(rows) if f.task == "all tasks"}
+    assert bool(together) == (kind == "likelihood")
+    if together:
+        crammed = together["nll", "crammed"]
+        assert (crammed.value, crammed.documents) == (3.25, 2)
+        assert crammed.kept == pytest.approx((0.5 + 4) / (1 + 5))
+
+
 def test_receipts_are_read_again_and_a_change_is_noticed(tmp_path, command):
     receipts.write(tmp_path, "full", [receipt(), receipt(document=1, gold=1)])
     assert receipts.read(tmp_path) == [receipt(), receipt(document=1, gold=1)]
@@ -434,6 +467,39 @@ def test_the_figures_are_those_of_the_harness(evaluated):
     assert run["model"]["recipe"]["settle"] == 3
 
 
+def test_right_answers_are_read_as_the_harness_reads_them(harness, tmp_path):
+    """Choices also asked for without a context, right answers that are no choice, or a number."""
+    tasks = ("mutual", "outside", "pick")
+    figures = evaluate(
+        copy(reader()), settings(tasks=tasks, columns=("full",), receipts=tmp_path / "receipts")
+    )
+    theirs = json.loads((tmp_path / "receipts" / "run.json").read_text())["harness_results"]["full"]
+    compared = [(f.task, f.score) for f in figures if f"{f.score},none" in theirs[f.task]]
+    assert set(compared) >= {("mutual", "acc"), ("mutual", "acc_norm"), ("outside", "acc")}
+    for f in figures:
+        if f.task != "pick" and (f.task, f.score) in compared:
+            assert f.value == pytest.approx(theirs[f.task][f"{f.score},none"]), f
+    words = ["fox", "dog", "cat", "mat"]
+    rows = {(r.task, r.document): r for r in receipts.read(tmp_path / "receipts")}
+    for i, word in enumerate(words):
+        assert [a.text.strip() for a in rows["mutual", i].answers] == words
+        assert rows["pick", i].gold == word
+        assert rows["outside", i].gold == (i if i < 2 else -1)
+
+
+def test_columns_of_one_run_may_come_one_after_the_other(harness, tmp_path):
+    run, one = tmp_path / "run.json", {"tasks": ("finish",), "receipts": tmp_path}
+    for columns in (("full",), ("none", "truncated")):
+        evaluate(copy(reader()), settings(columns=columns, **one))
+    assert list(json.loads(run.read_text())["harness_results"]) == ["full", "none", "truncated"]
+    (tmp_path / "none.jsonl").unlink()
+    evaluate(copy(reader()), settings(columns=("full",), **one))
+    assert list(json.loads(run.read_text())["harness_results"]) == ["full", "truncated"]
+    run.write_text("{")
+    evaluate(copy(reader()), settings(columns=("full",), **one))
+    assert list(json.loads(run.read_text())["harness_results"]) == ["full"]
+
+
 def test_another_run_does_not_go_into_the_same_folder(evaluated):
     with pytest.raises(MemvecError, match="is of another run"):
         evaluate(copy(reader()), settings(receipts=evaluated[1] / "receipts", limit=1))
@@ -535,6 +601,7 @@ def test_the_harness_s_own_command_runs_the_model(harness, folder, tmp_path, mon
         ({"tasks": ("chose",)}, "the harness has no task 'chose': did you mean 'choose'"),
         ({"tasks": ("whole",)}, "whole scores whole texts, which have no context to replace"),
         ({"split": "\n\n\n"}, "no request of choose has a context in front of"),
+        ({"tasks": ("choose", "bare")}, "no request of bare has a context in front of"),
     ],
 )
 def test_a_task_that_cannot_be_evaluated_is_refused(harness, changes, sentence):

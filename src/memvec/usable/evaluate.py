@@ -31,6 +31,7 @@ from memvec.usable.receipts import (
     Figure,
     Kind,
     Receipt,
+    earlier_results,
     make_folder,
     refuse_another_run,
     scores_of,
@@ -135,6 +136,7 @@ def evaluate(
                 run = _identity(_record(evaluation, model, {}))
                 if evaluation.receipts is not None:
                     refuse_another_run(evaluation.receipts, run)
+                    results |= earlier_results(evaluation.receipts)
             raw = _run(model, list(tasks.values()), manager, evaluation)
             column_receipts = list(_receipts(raw["samples"], tasks, model, run))
             results[column] = raw["results"]
@@ -219,6 +221,11 @@ def _receipts(
         kind = KINDS[task.OUTPUT_TYPE]
         for row in {row["doc_id"]: row for row in rows}.values():  # once, whatever the filters
             trace = traces[task.config.task, row["doc_id"]][0]
+            choices = _choices(task, row["doc"]) if kind == "choice" else []
+            answers = [
+                _answer(arguments, answers[0])
+                for arguments, answers in zip(_arguments(row), row["resps"], strict=True)
+            ]
             receipt = Receipt(
                 run=run,
                 task=name,
@@ -230,11 +237,9 @@ def _receipts(
                 slots=trace.slots,
                 exact=trace.exact,
                 question=trace.question,
-                answers=[
-                    _answer(arguments, answers[0])
-                    for arguments, answers in zip(_arguments(row), row["resps"], strict=True)
-                ],
-                choices=_choices(task, row["doc"]) if kind == "choice" else [],
+                # With `acc_mutual_info` each choice is asked for without a context, too.
+                answers=answers[: len(choices) or None],
+                choices=choices,
                 gold=_gold(task, row["doc"], kind),
                 scores={},
             )
@@ -261,13 +266,17 @@ def _choices(task: Any, doc: Any) -> list[str]:
 
 
 def _gold(task: Any, doc: Any, kind: Kind) -> Any:
-    """The right choices by number, or the right texts."""
+    """The right choices by number, -1 for a text that is none of them, or the right texts."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if kind != "choice":
+        if kind == "text" and task.config.doc_to_choice is not None:
+            gold = task.doc_to_choice(doc)[gold]  # written texts that are choices, by number
         return [str(g) for g in gold] if isinstance(gold, list) else str(gold)
     choices = task.doc_to_choice(doc)
     several = [
-        choices.index(choice) if isinstance(choice, str) else int(choice)
+        (choices.index(choice) if choice in choices else -1)
+        if isinstance(choice, str)
+        else int(choice)
         for choice in (gold if isinstance(gold, list) else [gold])
     ]
     return several if isinstance(gold, list) else several[0]

@@ -166,11 +166,14 @@ class MemvecLM(HFLM):  # type: ignore[misc]
     def _stand_ins(self, requests: Sequence[Any], split: Sequence[Request]) -> dict[Ids, StandIn]:
         """The stand-in of each context; all new contexts are crammed together.
 
-        Raises MemvecError if no request has a context, so that every column would be the same.
+        Raises MemvecError if no request of a task has a context, so that every column would be the
+        same.
         """
-        if self.column.name != "full" and not any(r.context for r in split):
+        have = {q.task_name for q, r in zip(requests, split, strict=True) if r.context}
+        lacking = next((q.task_name for q in requests if q.task_name not in have), None)
+        if self.column.name != "full" and lacking is not None:
             raise MemvecError(
-                f"no request of {requests[0].task_name} has a context in front of {self.split!r}: "
+                f"no request of {lacking} has a context in front of {self.split!r}: "
                 "ask for examples (--fewshot), or name the text that begins a question (--split)."
             )
         contexts = list(dict.fromkeys(r.context for r in split))

@@ -137,11 +137,11 @@ def write(folder: Path, column: str, receipts: Sequence[Receipt]) -> None:
 
     Raises MemvecError if the folder cannot be written, or has another column of other documents.
     """
-    others = [path for c in COLUMNS if c != column and (path := folder / f"{c}.jsonl").is_file()]
+    others = [path for c in COLUMNS if c != column and (path := _file(folder, c)).is_file()]
     _refuse_mixed([*receipts, *(receipt for file in others for receipt in _of(file))])
     lines = "".join(receipt.model_dump_json() + "\n" for receipt in receipts)
     make_folder(folder)
-    write_atomically(folder / f"{column}.jsonl", lines.encode())
+    write_atomically(_file(folder, column), lines.encode())
 
 
 def make_folder(folder: Path) -> None:
@@ -155,7 +155,7 @@ def make_folder(folder: Path) -> None:
 def refuse_another_run(folder: Path, run: str) -> None:
     """Raise MemvecError if a folder has receipts that are not of this run."""
     for column in COLUMNS:
-        if (file := folder / f"{column}.jsonl").is_file() and any(r.run != run for r in _of(file)):
+        if (file := _file(folder, column)).is_file() and any(r.run != run for r in _of(file)):
             raise MemvecError(
                 f"{file} is of another run (model, recipe, tasks or seed): name another folder "
                 "with --receipts."
@@ -167,13 +167,26 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
     write_atomically(folder / RUN, json.dumps(run, indent=2, default=str).encode())
 
 
+def earlier_results(folder: Path) -> dict[str, Any]:
+    """The harness's figures of the columns that a folder has receipts of, by column."""
+    try:
+        results = json.loads((folder / RUN).read_text("utf-8"))["harness_results"]
+        return {c: results[c] for c in COLUMNS if c in results and _file(folder, c).is_file()}
+    except (OSError, ValueError, KeyError, TypeError):  # of no run, or cut short
+        return {}
+
+
+def _file(folder: Path, column: str) -> Path:
+    return folder / f"{column}.jsonl"
+
+
 def read(folder: Path) -> list[Receipt]:
     """All receipts of a folder, their scores computed again.
 
     Raises MemvecError for a folder without receipts, a damaged one, columns of several runs or of
     other documents, or a score that is not that of its answers.
     """
-    files = [path for column in COLUMNS if (path := folder / f"{column}.jsonl").is_file()]
+    files = [path for column in COLUMNS if (path := _file(folder, column)).is_file()]
     receipts = [receipt for file in files for receipt in _of(file)]
     if not receipts:
         raise MemvecError(f"there are no receipts in {folder}.")
