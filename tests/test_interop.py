@@ -292,6 +292,10 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(MemvecError, match="not an earlier export"):
         export(mem, tiny(), target_of("npy"), tmp_path / "mine", force=True)
+    for other in ('{"name": "a program"}', "[]", "{", '{"format": "another"}'):
+        (tmp_path / "mine/manifest.json").write_text(other)
+        with pytest.raises(MemvecError, match="not an earlier export"):
+            export(mem, tiny(), target_of("npy"), tmp_path / "mine", force=True)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
     with pytest.raises(MemvecError, match="no folder"):
         export(mem, tiny(), target_of("npy"), tmp_path / "none/out")

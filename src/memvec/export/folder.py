@@ -148,10 +148,19 @@ def check_place(output: Path, force: bool) -> None:
         raise MemvecError(f"there is no folder {output.parent} to write {output.name} in.")
     if not output.exists():
         return
-    if not (output / MANIFEST).is_file():
+    if not _is_export(output):
         raise MemvecError(f"{output} is not an earlier export: name another folder with -o.")
     if not force:
         raise MemvecError(f"{output} exists: use --force to replace it, or -o for another.")
+
+
+def _is_export(folder: Path) -> bool:
+    """True for a folder of an export: other programs write files named manifest.json, too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
