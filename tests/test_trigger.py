@@ -42,7 +42,13 @@ from memvec.usable.front import with_front_read
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import log_p_behind
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
-from memvec.usable.triggers import load_trigger, named_files, save_trigger, stored_trigger
+from memvec.usable.triggers import (
+    load_trigger,
+    named_files,
+    save_trigger,
+    stored_trigger,
+    trigger_named,
+)
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(
@@ -348,6 +354,16 @@ def test_another_trigger_under_the_same_name_is_another_setting(trigger_file):
     assert list(first) == ["trigger"]
     assert named_files(recipe) != first
     assert named_files(USABLE) == {}
+
+
+def test_only_what_is_named_as_a_file_is_one(tmp_path, monkeypatch):
+    """A trigger's text may begin with '~', and a file may have the name of a token."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "the").write_text("a file of something else")
+    assert named_files(replace(USABLE, trigger="the")) == {}
+    assert named_files(replace(USABLE, trigger="~~~")) == {}
+    with pytest.raises(MemvecError, match=r"^'~~~' is \d+ tokens of .* and a trigger is one"):
+        trigger_named(reader(), "~~~")
 
 
 def test_auto_is_the_folders_own_trigger(folder, tmp_path):

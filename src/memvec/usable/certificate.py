@@ -145,14 +145,14 @@ def certify_use(
         behind_each(view, behind, continuations(view, ids[i], recipe)[0])
         for behind, i in zip(contexts, chosen, strict=True)
     ]
-    following = _following(mem, ids, tokens)
+    following, token = _following(mem, ids, tokens), mem.header.trigger
     true = [
         behind_each(view, behind, torch.tensor([following[i]]))
         for behind, i in zip(contexts, chosen, strict=True)
         if i in following
     ]
     return UseCertificate(
-        trigger="crammed" if mem.soft else str(mem.header.trigger or "bos"),
+        trigger="crammed" if mem.soft else "bos" if token is None else str(token),
         vectors=K,
         context_scale=mem.header.context_scale,
         held_out=score_table(held_out, QUERIES, tokens),

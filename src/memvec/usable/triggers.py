@@ -56,9 +56,13 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
         return lm.own_trigger if lm.reading.space == "inputs" else None
     if name == "bos":
         return None
-    if (path := Path(name).expanduser()).suffix == ".safetensors":
-        return load_trigger(path, lm)
-    return token_named(lm, name)
+    path = trigger_file(name)
+    return token_named(lm, name) if path is None else load_trigger(path, lm)
+
+
+def trigger_file(name: str) -> Path | None:
+    """The file that a trigger names; None for other names, which may begin with '~', too."""
+    return Path(name).expanduser() if Path(name).suffix == ".safetensors" else None
 
 
 def named_files(recipe: Recipe) -> dict[str, str]:
@@ -67,7 +71,8 @@ def named_files(recipe: Recipe) -> dict[str, str]:
     A name does not identify a file whose contents changed since. Raises MemvecError if
     the file of neighbours is not there.
     """
-    named = {"trigger": Path(recipe.trigger).expanduser()}
+    path = trigger_file(recipe.trigger)
+    named = {} if path is None else {"trigger": path}
     if recipe.term == "use":
         named["questions"] = Path(recipe.queries)
     if recipe.neighbours != "none":
