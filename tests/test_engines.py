@@ -243,6 +243,8 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
         engines.decode_with("vllm", MemVectors(mem.vectors, header), lm, python="/no/python")
     with pytest.raises(MemvecError, match="reads a model's folder, and tiny-llama is none"):
         engines.decode_with("vllm", mem, lm, python="/no/python")
+    with pytest.raises(MemvecError, match="--batch must be at least 1, not 0"):
+        engines.decode_with("vllm", mem, lm, python="/no/python", batch=0)
 
 
 def test_an_engine_that_fails_says_why(tmp_path, saved, python):

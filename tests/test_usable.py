@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -408,11 +409,12 @@ def test_turns_are_for_the_term_use():
 
 
 @pytest.mark.parametrize(
-    ("trigger", "storage"), [("bos", "int8"), ("#5", "float32"), ("the", "int8")]
+    ("trigger", "storage"), [("bos", "int8"), ("#0", "float32"), ("the", "int8")]
 )
 @pytest.mark.slow
 def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
     lm = reader("words")
+    (the,) = lm.tokenize("the")
     mem = codec.cram(
         lm,
         ["the cat sat on the mat and the dog"],
@@ -428,6 +430,7 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert again.header.use == mem.header.use
     assert codec.decode(lm, again) == ["the cat sat on the mat and the dog"]
+    assert again.header.use["trigger"] == {"bos": "bos", "#0": "0", "the": str(the)}[trigger]
     if trigger != "bos":
         assert again.header.trigger == token_named(lm, trigger)
         other = MemVectors(again.vectors, again.header.model_copy(update={"trigger": None}))
@@ -572,6 +575,16 @@ def greedy(lm, inputs, tokens: int) -> str:
         ids.append(token)
         inputs = torch.cat([inputs, lm.embed(torch.tensor([[token]]))], 1)
     return lm.text(ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [generate.context_inputs, partial(generate.use, prompt="fox")])
+def test_passages_are_some_of_one_file(crammed, asked):
+    lm, mems = crammed
+    with pytest.raises(MemvecError, match="passages are picked from one file"):
+        asked(lm, mems, passages=[0])
+    with pytest.raises(MemvecError, match="there is no passage to use"):
+        asked(lm, mems[0], passages=[])
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def decode_with(
     engine starts, for vectors of another model, one-step vectors, vectors with corrections, or a
     model that the engine cannot read vectors with.
     """
+    check_minimum(1, batch=batch)
     check(engine, mem, lm, model)
     prompts, starts = passage_prompts(mem, lm)
     indices = [i for i, p in enumerate(prompts) if p.new_tokens]  # a given token needs no engine

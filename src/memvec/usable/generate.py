@@ -46,9 +46,7 @@ def use(
     of different spaces or fronts, passages of several files, or more inputs than the model's
     context holds.
     """
-    files = _files(mem)
-    if passages is not None and len(files) > 1:
-        raise MemvecError("passages are picked from one file: give a single one with them.")
+    files = _files(mem, passages)
     if context not in get_args(Context):
         raise MemvecError(f"context is one of {', '.join(get_args(Context))}, not '{context}'.")
     prompt_ids = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
@@ -92,11 +90,17 @@ def write_behind(
     return lm.text([token for token in ids if token not in ends])
 
 
-def _files(mem: MemVectors | Sequence[MemVectors]) -> list[MemVectors]:
-    """One file or several, as a list. Raises MemvecError for none."""
+def _files(
+    mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None
+) -> list[MemVectors]:
+    """One file or several, as a list. Raises MemvecError for none, or passages of several."""
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
     if not files:
         raise MemvecError("there are no vectors to use: give at least one file.")
+    if passages is not None and len(files) > 1:
+        raise MemvecError("passages are picked from one file: give a single one with them.")
+    if passages is not None and not len(passages):
+        raise MemvecError("there is no passage to use: give the number of at least one.")
     return files
 
 
@@ -152,9 +156,10 @@ def context_inputs(
     the other, multiplied by their `context_scale`; in the model's dtype, on the CPU. Other software
     continues behind them with the embeddings of a prompt, without another BOS. `passages` takes
     some of a single file. Raises MemvecError for vectors of another model, vectors without a
-    trigger, vectors that are no inputs, or files that cannot stand in one row.
+    trigger, vectors that are no inputs, files that cannot stand in one row, no passage, or passages
+    of several files.
     """
-    files = _files(mem)
+    files = _files(mem, passages)
     view, rows = in_a_row(lm, files, passages)
     if view.reading.space != "inputs":
         raise MemvecError(
