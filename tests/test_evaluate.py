@@ -21,7 +21,8 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.journal import Journal
-from memvec.usable import receipts
+from memvec.usable import columns, receipts
+from memvec.usable import evaluate as evaluating
 from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import COLUMNS, Column, request_of, split_text
 from memvec.usable.evaluate import Evaluation, _changes, evaluate
@@ -152,6 +153,19 @@ def test_a_cache_keeps_each_passage_from_the_moment_it_is_done(tmp_path, monkeyp
     fewer = Column(lm, "crammed", cache=tmp_path, **{**SIZES, "vectors": 1})
     fewer.stand_in(other)
     assert asked[0] == other, "other sizes are other vectors"
+
+
+def test_a_cache_is_of_the_files_that_its_recipe_names(tmp_path, monkeypatch):
+    """Other questions under the same name are other vectors."""
+    settings = []
+    monkeypatch.setattr(columns, "Journal", lambda _, of: settings.append(of))
+    monkeypatch.setattr(columns.WholePassages, "cram", lambda *_: None)
+    questions = tmp_path / "questions.txt"
+    sizes = {**SIZES, "recipe": replace(QUICK, queries=str(questions))}
+    for text in ("a", "a", "b"):
+        questions.write_text(text, "utf-8")
+        Column(reader(), "crammed", cache=tmp_path, batch_size=1, **sizes).prepare([IDS])
+    assert settings[0] == settings[1] != settings[2]
 
 
 @pytest.mark.parametrize(
@@ -489,8 +503,8 @@ def test_right_answers_are_read_as_the_harness_reads_them(harness, tmp_path):
 
 def test_columns_of_one_run_may_come_one_after_the_other(harness, tmp_path):
     run, one = tmp_path / "run.json", {"tasks": ("finish",), "receipts": tmp_path}
-    for columns in (("full",), ("none", "truncated")):
-        evaluate(copy(reader()), settings(columns=columns, **one))
+    for some in (("full",), ("none", "truncated")):
+        evaluate(copy(reader()), settings(columns=some, **one))
     assert list(json.loads(run.read_text())["harness_results"]) == ["full", "none", "truncated"]
     (tmp_path / "none.jsonl").unlink()
     evaluate(copy(reader()), settings(columns=("full",), **one))
@@ -515,6 +529,11 @@ def test_the_receipts_give_the_same_table_and_name_every_context(evaluated, comm
         contexts[r.task, r.document].add((r.context_sha256, r.context_tokens))
         assert r.question.startswith("the ")
         assert (r.exact is None) == (r.column != "crammed")
+        passages = -(-r.context_tokens // SIZES["tokens"])
+        vectors = passages * SIZES["vectors"]
+        ends = min(vectors, r.context_tokens)
+        slots = {"full": r.context_tokens, "none": 0, "truncated": ends, "crammed": vectors}
+        assert r.slots == slots[r.column]
     assert all(len(same) == 1 for same in contexts.values())
     assert command("eval", "--rescore", out / "receipts").code == 0
 
@@ -531,6 +550,55 @@ def test_a_second_evaluation_crams_nothing(evaluated, monkeypatch):
     again = evaluate(copy(reader()), what)
     first = [f.model_copy(update={"kept": None, "kept_interval": None}) for f in figures]
     assert again == [f for f in first if f.column == "crammed"]
+
+
+def test_a_run_is_everything_that_a_number_of_it_depends_on(harness, tmp_path, monkeypatch):
+    runs, asked, questions = [], [], tmp_path / "questions.txt"
+
+    def refused(**options):
+        asked.append(options)
+        raise ValueError("that is enough")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", refused)
+    monkeypatch.setattr(evaluating, "refuse_another_run", lambda _, run: runs.append(run))
+
+    def run(**changes):
+        with pytest.raises(MemvecError, match="that is enough"):
+            evaluate(copy(reader()), settings(receipts=tmp_path / "out", **changes))
+        return runs[-1]
+
+    first = run()
+    assert run(columns=("none",)) == first, "columns of one run are compared"
+    changes = [{"tasks": ("choose",)}, {"vectors": 3}, {"tokens": 4}, {"batch_size": 2}]
+    changes += [{"split": "\n"}, {"limit": 3}, {"examples": 2}, {"seed": 7}]
+    changes += [{"recipe": replace(QUICK, settle=4)}]
+    changed = [run(**change) for change in changes]
+    for text in ("a", "b"):
+        questions.write_text(text, "utf-8")
+        changed.append(run(recipe=replace(QUICK, queries=str(questions))))
+    assert len({first, *changed}) == 1 + len(changed)
+    assert {(o["limit"], o["num_fewshot"]) for o in asked} == {(None, None), (3, None), (None, 2)}
+    assert [o["fewshot_random_seed"] for o in asked].count(7) == 1
+    for options in asked:
+        assert len({value for name, value in options.items() if name.endswith("seed")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("task_settings", "until", "options"),
+    [
+        ({}, [], {"max_new_tokens": 256, "do_sample": False}),
+        ({"until": "x", "max_gen_toks": 5}, ["x"], {"max_new_tokens": 5, "do_sample": False}),
+        ({"until": ["x", "y"], "max_new_tokens": 7, "temperature": 0.0}, ["x", "y"], {}),
+        ({"do_sample": True, "max_new_tokens": 7}, [], {"do_sample": True, "max_new_tokens": 7}),
+        ({"do_sample": True, "temperature": 0.5}, [], {"do_sample": True, "temperature": 0.5}),
+    ],
+)
+def test_a_task_s_own_settings_of_what_is_written_are_kept(harness, task_settings, until, options):
+    given = dict(task_settings)
+    options = options or {"max_new_tokens": 7, "do_sample": False}
+    options = {"max_new_tokens": 256, **options}
+    assert harness._generation(task_settings) == (until, options)
+    assert task_settings == given
 
 
 def test_the_full_column_is_the_harness_s_own_model(harness, folder, evaluated):
