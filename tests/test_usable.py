@@ -129,6 +129,25 @@ def test_one_move_follows_the_gradient_of_both_losses(family, weight):
         torch.testing.assert_close(fast[row], slow[0], atol=3e-4, rtol=3e-2)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_query_counts_by_its_own_tokens(first, monkeypatch):
+    """Queries of a source of one's own may be of several lengths: padding counts in none."""
+    rows = [([5, 6, 0, 0], 2), ([7, 8, 9, 4], 4)]
+    table, lengths = zip(rows[first], rows[1 - first], strict=True)
+    own = queries.Queries(torch.tensor(table), torch.tensor(lengths))
+    monkeypatch.setattr("memvec.usable.term.queries_of", lambda *_: own)
+    lm = tiny()
+    engine = Engine(lm, USABLE, vectors=2, batch_size=1)
+    engine.push(passages(5, 1, seed=4)[0])
+    engine.fill(1)
+    loss = engine.stepper.measure(engine.batch, engine.columns).term.loss
+    words, view, ids = [table[0][: lengths[0]]], engine.lm, engine.jobs[0].passage.ids
+    vectors = engine.batch.parameters[0].detach()
+    text = slow_use.context_ids(lm, ids, 2)["text"]
+    kl, _ = slow_use.divergence_and_nll(view, vectors, [], text, words)
+    assert float(loss[0]) == pytest.approx(kl, rel=2e-2, abs=2e-3)
+
+
 def recipe_in(engine: Engine) -> float:
     """The temperature in logits."""
     return engine.recipe.temperature
@@ -466,6 +485,15 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
     assert list(tables[0].contexts) == [name for name in full if name != FULL]
     assert all(list(one.contexts) == list(tables[0].contexts) for one in tables)
     assert all(one.contexts["last 4 tokens"].kl == pytest.approx(0.4) for one in tables)
+
+
+@pytest.mark.parametrize(("tokens", "K"), [(3, 2), (2, 5), (1, 7)])
+def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
+    lm = triggered_view(tiny(), USABLE)
+    asked = [[5] * tokens] * 100
+    n = certificate._fitting(lm, asked, K, 48)
+    taken = [max(1 + m * tokens, len(lm.front) + m * K) + 48 for m in (n, n + 1)]
+    assert taken[0] <= lm.context < taken[1]
 
 
 @pytest.mark.parametrize("seed", [0, 7919, -7919, 2**63 - 1])
