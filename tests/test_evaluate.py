@@ -209,6 +209,7 @@ def test_likelihoods_are_those_of_the_model_s_own_forward():
     cases = [
         (IDS, (3, 4), (5, 6, 7)),
         (IDS, (3, 4), (5, 6, 9)),  # shares the forward pass of the first
+        (IDS[:2], (3, 4), (5, 6, 7)),  # the same behind another context
         (IDS[:2], (), (8,)),
         ((), (13,), (2, 2)),
         (IDS, (3, 4), ()),
@@ -242,6 +243,9 @@ def test_a_text_is_written_up_to_the_first_stop():
     assert free == lm.text([token for token in own.tolist() if token != 1])
     stop = free[2:4]
     assert written(lm, asked, ("never written", stop), **settings) == free[: free.index(stop)]
+    # Two stops that the same token completes: the text ends before the one that begins first.
+    i = next(i for i in range(len(free) - 1) if free.index(free[i + 1]) == i + 1)
+    assert written(lm, asked, (free[i + 1], free[i : i + 2]), **settings) == free[:i]
 
 
 def test_what_does_not_fit_the_model_is_refused():

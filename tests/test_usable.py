@@ -487,6 +487,18 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
     assert all(one.contexts["last 4 tokens"].kl == pytest.approx(0.4) for one in tables)
 
 
+def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors():
+    lm, ids, words = triggered_view(tiny(), USABLE), passages(5, 1, seed=4)[0].ids, [[5, 6, 7]]
+    vectors, control = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    of_scale = [
+        certificate.contexts_of(certificate.as_context_at(lm, scale), vectors, ids, control)
+        for scale in (1.0, 0.25)
+    ]
+    for name, same in (("exact-only vectors", True), ("vectors", False)):
+        first, second = (contexts[name](torch.tensor(words)) for contexts in of_scale)
+        assert torch.allclose(first, second, atol=1e-4) == same
+
+
 @pytest.mark.parametrize(("tokens", "K"), [(3, 2), (2, 5), (1, 7)])
 def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
     lm = triggered_view(tiny(), USABLE)
