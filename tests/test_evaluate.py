@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -434,7 +435,7 @@ def test_one_document_has_no_interval_of_a_mean():
         (["--rescore", "x", "--limit", "3"], "--rescore reads receipts only: leave out --limit."),
         (["t", "--seed", "-1"], "--seed must be from 0 to 4294967295, not -1."),
         (["t", "--columns", "full,none,full"], "the column 'full' is named twice"),
-        (["t"], "evaluation needs lm-evaluation-harness: pip install 'memvec[eval]'"),
+        (["t"], "evaluation needs lm-evaluation-harness: pip install '.[eval]'"),
     ],
 )
 def test_bad_input_is_one_sentence(command, monkeypatch, words, sentence):
@@ -551,7 +552,18 @@ def test_a_second_evaluation_crams_nothing(evaluated, monkeypatch):
 
     monkeypatch.setattr(Engine, "run", nothing)
     what = settings(cache=out / "cache", columns=("crammed",))
+
+    def drawn():
+        """Not of `random`: the checks of types draw from it in tests."""
+        return float(np.random.rand()), float(torch.rand(()))
+
+    for begin in (np.random.seed, torch.manual_seed):
+        begin(5)
+    expected = drawn()
+    for begin in (np.random.seed, torch.manual_seed):
+        begin(5)
     again = evaluate(copy(reader()), what)
+    assert drawn() == expected, "the caller's generators go on where they were"
     first = [f.model_copy(update={"kept": None, "kept_interval": None}) for f in figures]
     assert again == [f for f in first if f.column == "crammed"]
 

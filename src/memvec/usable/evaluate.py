@@ -19,6 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from memvec.cram_job import CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
@@ -90,7 +93,7 @@ class Evaluation:
             raise MemvecError("--split must be the text at which a question begins, not empty.")
         if importlib.util.find_spec("lm_eval") is None:
             raise MemvecError(
-                "evaluation needs lm-evaluation-harness: pip install 'memvec[eval]' brings it."
+                "evaluation needs lm-evaluation-harness: pip install '.[eval]' in the repository."
             )
         if self.receipts is not None:
             make_folder(self.receipts)
@@ -310,15 +313,17 @@ def _identity(record: dict[str, Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No remarks of the harness and its libraries below an error; what is wrong is raised."""
+    """No remarks of the harness below an error, and no generator seeded for the caller, too."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
     levels = [logger.level for logger in loggers]
-    state = random.getstate()
+    state, of_numpy = random.getstate(), np.random.get_state()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
         random.setstate(state)
+        np.random.set_state(of_numpy)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -30,7 +30,8 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise MemvecError(
-        f"evaluation needs lm-evaluation-harness: pip install 'memvec[eval]' brings it ({error})."
+        f"evaluation needs lm-evaluation-harness ({error}): "
+        "pip install '.[eval]' in the repository."
     ) from error
 
 BATCH = 16  # requests of a forward pass, where the harness leaves it open
