@@ -16,6 +16,7 @@ from torch import nn
 import memvec
 from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec
+from memvec.cli.use_tables import show_use
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered as triggered_view
@@ -477,7 +478,7 @@ def test_the_true_continuation_is_measured_where_the_text_goes_on():
     assert "exact-only vectors" not in worth.continuation.contexts
 
 
-def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
+def test_a_context_that_a_passage_lacks_is_left_out_there_alone(capsys):
     full = {FULL: Figures(0.0, 1.0), NONE: Figures(1.0, 2.0)}
     full |= {"last 4 tokens": Figures(0.4, 1.4), VECTORS: Figures(0.1, 1.1)}
     short = {name: own for name, own in full.items() if name != "last 4 tokens"}
@@ -485,6 +486,12 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone():
     assert list(tables[0].contexts) == [name for name in full if name != FULL]
     assert all(list(one.contexts) == list(tables[0].contexts) for one in tables)
     assert all(one.contexts["last 4 tokens"].kl == pytest.approx(0.4) for one in tables)
+    assert {name for name, one in tables[0].contexts.items() if one.passages} == {"last 4 tokens"}
+    assert tables[0].contexts["last 4 tokens"].passages == 2, "a number travels with its n"
+    show_use({"vectors": 2, "held_out": tables[0].model_dump()})
+    shown = capsys.readouterr().out
+    assert "(n 3," in shown
+    assert "last 4 tokens (n 2)" in shown
 
 
 def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors():

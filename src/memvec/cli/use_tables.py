@@ -56,7 +56,8 @@ def show_use(use: Mapping[str, Any]) -> None:
             table.add_column(column, justify="left" if column == "context" else "right")
         for name, c in measured["contexts"].items():
             kl = _with_interval(c["kl"], c["kl_interval"], 3)
-            table.add_row(safe(name), kl, _with_interval(c["kept"], c["kept_interval"], 2))
+            some = f" (n {c['passages']})" if c.get("passages") else ""
+            table.add_row(safe(name) + some, kl, _with_interval(c["kept"], c["kept_interval"], 2))
         out.print(table)
 
 

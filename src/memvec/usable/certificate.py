@@ -72,6 +72,7 @@ class ContextScore(Record):
     kept_interval: tuple[float, float]
     over_vectors: float = Field(description="KL of this context / KL of the vectors")
     over_vectors_interval: tuple[float, float]
+    passages: int | None = Field(default=None, ge=1, description="passages with it; None: all")
 
 
 class ScoreTable(Record):
@@ -325,12 +326,11 @@ def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: in
     scores = {}
     for name in names:
         rows = [(row[name], row, g) for row, g in zip(measured, gain, strict=True) if name in row]
-        kl = statistics.bootstrap_mean([behind.kl for behind, *_ in rows])
+        kls = [behind.kl for behind, *_ in rows]
+        kl = statistics.bootstrap_mean(kls)
         gained = [row[NONE].nll - behind.nll for behind, row, _ in rows]
         kept = statistics.ratio_of_means(gained, [g for *_, g in rows])
-        over = statistics.ratio_of_means(
-            [behind.kl for behind, *_ in rows], [row[VECTORS].kl for _, row, _ in rows]
-        )
+        over = statistics.ratio_of_means(kls, [row[VECTORS].kl for _, row, _ in rows])
         scores[name] = ContextScore(
             kl=kl.value,
             kl_interval=(kl.low, kl.high),
@@ -339,6 +339,7 @@ def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: in
             kept_interval=(kept.low, kept.high),
             over_vectors=over.value,
             over_vectors_interval=(over.low, over.high),
+            passages=len(rows) if len(rows) < len(measured) else None,
         )
     return ScoreTable(
         passages=len(measured),
