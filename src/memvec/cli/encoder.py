@@ -149,7 +149,7 @@ def _what_it_is(encoder: TrainedEncoder, choices: Plan, target: Path) -> str:
             f"{target} starts from it."
         )
     return (
-        f"{choices.slots} slot(s), best at {encoder.tokens} tokens per vector; memvec cram "
+        f"{choices.slots} slot(s), up to {encoder.tokens} tokens read for a vector; memvec cram "
         f"--encoder {target} starts from it, memvec encoder measure shows what it saves."
     )
 
