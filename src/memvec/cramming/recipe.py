@@ -222,11 +222,11 @@ class Recipe:
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:
         """A preset by name, with fields changed. Raises MemvecError for unknown names or values."""
         base: Recipe = registry.get("preset", preset)()
-        known = [item.name for item in fields(cls)]
+        kinds = {item.name: type(item.default) for item in fields(cls)}
         named = {name.replace("-", "_"): value for name, value in changes.items()}
-        for name in [name for name in named if name not in known]:
-            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, known)}")
-        return replace(base, **named)
+        for name in [name for name in named if name not in kinds]:
+            raise MemvecError(f"a recipe has no '{name}': {did_you_mean(name, kinds)}")
+        return replace(base, **{n: converted(n, v, kinds[n]) for n, v in named.items()})
 
     def in_logits(self, spread: float) -> Recipe:
         """The same recipe for a model whose logits spread so far, with everything in logits."""
