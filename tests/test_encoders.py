@@ -16,7 +16,13 @@ from memvec.cli.encoder import _print_comparison
 from memvec.cli.training_text import alone_at, drawn, token_stream
 from memvec.cramming.engine import Engine
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
-from memvec.encoders.files import load_encoder, save_encoder
+from memvec.encoders.files import (
+    FILE_NAME,
+    load_encoder,
+    read_encoders,
+    save_encoder,
+    shape_of,
+)
 from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.training import GRID, Training, TrainingPlan
@@ -110,6 +116,19 @@ def test_a_network_reads_embeddings_of_unit_size(family):
     assert float(read.std()) == pytest.approx(1, abs=0.05)
 
 
+def test_passages_grow_with_success_and_fit_the_context(monkeypatch):
+    """The longest passage is as long as the context allows, and the target follows the accuracy."""
+    lm = tiny()
+    training = Training(lm, stream(lm, 20_000), replace(SMALL, slots=33, positions=1))
+    assert training.longest == 2  # 33 x 2 tokens behind 33 vectors, in a context of 128
+    training = Training(lm, stream(lm), SMALL)
+    for accuracy, target in [(0.99, training.longest), (0.8, training.longest), (0.1, 1.0)]:
+        monkeypatch.setattr(training, "_descend", lambda *_, a=accuracy: (1.0, a))
+        for training.step in range(400):
+            training._train_step()
+        assert training.target == target
+
+
 def test_the_shortest_text_is_trained_on_to_the_end():
     lm = tiny()
     plan = AdaptedPlan(steps=2, rank=2, longest=100, shortest=2, slots=1, positions=64, warmup=0)
@@ -146,6 +165,31 @@ def test_too_little_text_and_a_loss_that_is_not_finite():
 
 
 # ---------------------------------------------------------------------- the vectors it gives
+
+
+@pytest.mark.parametrize(("T", "K", "tokens"), [(17, 5, 0), (17, 5, 2), (20, 4, 3), (3, 5, 1)])
+def test_a_passage_is_read_in_equal_parts_one_after_the_other(T, K, tokens, monkeypatch):
+    """Of each part the leading tokens for its vectors; a passage of fewer tokens than vectors
+    gives some of them twice."""
+    lm, read = tiny(), []
+    encoder = SlotEncoder(network_of(lm), tokens)
+
+    def noted(lm, ids, K):
+        read.append((ids[0].tolist(), K))
+        return torch.zeros(len(ids), K, lm.width)
+
+    monkeypatch.setattr(encoder, "read", noted)
+    ids = torch.arange(T)[None]
+    assert encoder.encode(lm, ids, K).shape == (1, K, lm.width)
+    vectors = [k for _, k in read]
+    assert (sum(vectors), max(vectors)) == (K, encoder.max_vectors)
+    whole, read[:] = read[:], []
+    encoder.encode(lm, ids, K, whole=True)
+    if T >= K:
+        assert [token for part, _ in read for token in part] == list(range(T))
+        assert all(abs(len(part) / k - T / K) < 1 for part, k in read)
+    for (leading, k), (part, _) in zip(whole, read, strict=True):
+        assert leading == part[: tokens * k or None] != []
 
 
 @pytest.fixture
@@ -207,12 +251,38 @@ def test_its_files_are_checked(tmp_path):
         ({"shape": "{}"}, "cannot|can read"),
         ({"shape": "no json"}, "can read"),
         ({"tokens": "many"}, "can read"),
+        ({"tokens": "-4"}, "can read"),
+        ({"shape": shape.replace("16", "1e999")}, "can read"),
         ({"shape": shape.replace("2}", "3}")}, "does not fit"),
     ]:
         with pytest.raises(MemvecError, match=says):
             load_encoder(written(tensors, **metadata), lm)
     with pytest.raises(MemvecError, match=r"no (map.bias|summary)"):
         load_encoder(written({"map.weight": torch.zeros(2, 2)}, kind="summary"), lm)
+    D = lm.width
+    maps = {"map.weight": torch.zeros(D, D), "map.bias": torch.zeros(D)}
+    for summary, says in [
+        (torch.zeros(()), "its width is not"),
+        (torch.zeros(2, 0), "its width is not"),
+        (torch.zeros(0, D), "can read"),
+    ]:
+        with pytest.raises(MemvecError, match=says):
+            load_encoder(written(maps | {"summary": summary}, kind="summary"), lm)
+    with pytest.raises(MemvecError, match="can read"):
+        shape_of(written(tensors, shape="no json"))
+
+
+def test_a_quantized_model_takes_no_encoder_from_its_folder(tmp_path):
+    """Those of a folder were trained for other weights; one that is named was asked for."""
+    lm = tiny()
+    save_encoder(tmp_path / FILE_NAME, SlotEncoder(network_of(lm)), lm)
+    read_encoders(lm, tmp_path, None)
+    assert lm.encoder is not None
+    lm.encoder, lm.quantize = None, "int8"
+    read_encoders(lm, tmp_path, None)
+    assert lm.encoder is None
+    read_encoders(lm, tmp_path, tmp_path / FILE_NAME)
+    assert lm.encoder is not None
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_tokens_that_it_needs():

@@ -36,6 +36,9 @@ FILE_NAME = "encoder.safetensors"
 ADAPTED_FILE_NAME = "adapted-encoder.safetensors"
 USABLE_FILE_NAME = "usable-encoder.safetensors"
 
+# What reading metadata, or tensors of other shapes than expected, may raise.
+READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
 
 def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) -> None:
     """Set the encoders of a model from its folder, and replace one of them by that of `file`.
@@ -72,7 +75,9 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
         tokens = int(file.metadata.get("tokens", 0))
         _check_model(file, lm)
         encoder: OnePassEncoder = registry.get("encoder", kind)(file, lm)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if tokens < 0 or encoder.max_vectors < 1:
+            raise ValueError(f"{tokens} tokens for each of {encoder.max_vectors} vectors")
+    except READING_ERRORS as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error!r}") from None
     encoder = encoder.to(lm.device, lm.dtype)
     encoder.tokens, encoder.file = tokens, path
@@ -107,7 +112,10 @@ def shape_of(path: Path) -> dict[str, Any]:
 
     Raises MemvecError if the file is no encoder.
     """
-    shape = json.loads(_open(path).metadata.get("shape", "{}"))
+    try:
+        shape = json.loads(_open(path).metadata.get("shape", "{}"))
+    except ValueError as error:
+        raise MemvecError(f"{path} is not an encoder that memvec can read: {error}.") from None
     return shape if isinstance(shape, dict) else {}
 
 

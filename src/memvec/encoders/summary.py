@@ -53,7 +53,8 @@ def read(file: EncoderFile, lm: FrozenLM) -> SummaryEncoder:
     if missing:
         raise MemvecError(f"{file.path} is not an encoder that memvec can read: no {min(missing)}.")
     summary, weight, bias = (file.tensors[key] for key in ("summary", "map.weight", "map.bias"))
-    summary, D = summary.reshape(-1, summary.shape[-1]), lm.width
-    if summary.shape[1] != D or weight.shape != (D, D) or bias.shape != (D,):
+    D = lm.width
+    summary = summary.reshape(-1, D) if summary.shape[-1:] == (D,) else summary
+    if summary.shape[1:] != (D,) or weight.shape != (D, D) or bias.shape != (D,):
         raise MemvecError(f"{file.path} was made for another model: its width is not {D}.")
     return SummaryEncoder(summary, weight, bias)
