@@ -20,6 +20,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, start_vectors, triggered
 from memvec.encoders.adapters import called_maps, linear_maps
 from memvec.encoders.files import load_encoder, save_encoder
+from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.usable import UsableEncoder, fresh
 from memvec.encoders.usable_training import UsablePlan, UsableTraining
 from memvec.errors import MemvecError
@@ -236,6 +237,11 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     for other in (replace(SMALL, weight=1.0), replace(SMALL, rank=5)):
         with pytest.raises(MemvecError, match="another model, text or settings"):
             UsableTraining(lm, stream(lm), other).run(partial)
+    D = lm.width
+    lm.encoder = SummaryEncoder(torch.zeros(1, D), torch.zeros(D, D), torch.zeros(D))
+    lm.encoder.identity = "its own"  # its summary is where a training begins
+    with pytest.raises(MemvecError, match="another model, text or settings"):
+        UsableTraining(lm, stream(lm), SMALL).run(partial)
 
 
 def test_a_trained_encoder_goes_on_being_trained(tmp_path):

@@ -56,8 +56,9 @@ class AdapterTraining(TrainingRun):
         """Load the parameters of the plan's encoder, if it names one, and make the optimiser.
 
         The run's identity then contains the hash of that encoder's file. Raises MemvecError as
-        `load_encoder` does, for an encoder of another kind, and if its slots or rank differ from
-        --slots or --rank.
+        `load_encoder` does, for an encoder of another kind, and if its rank, or the slots of a
+        usable one, differ from --rank or --slots. An adapted encoder has one summary for any
+        --slots.
         """
         if self.plan.begin:
             path = Path(self.plan.begin).expanduser()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
+from memvec.encoders.adapted import own_summary
 from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
 from memvec.encoders.training_run import seeded
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
@@ -67,6 +68,8 @@ class UsableTraining(AdapterTraining):
                 f"with: make one with {MADE_BY}."
             )
         self.identity["trigger"] = own_trigger_of(lm)
+        summary_encoder = own_summary(lm)
+        self.identity["begun_at"] = summary_encoder.identity if summary_encoder else None
         self.top = min(recipe.teacher_top, lm.vocab_size - 1)
         with seeded(plan.seed):
             self.network = fresh(lm, slots=plan.slots, rank=plan.rank).begun(lm, self.mean)
