@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from conftest import QUICK, reader
 from memvec import codec
+from memvec.cli.plan import _print_plan
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.plan import _apart, plan
@@ -53,7 +55,7 @@ def test_equal_passages_leave_no_doubt(tokens):
     assert planned.seconds.low <= planned.seconds.mean <= planned.seconds.high
 
 
-def test_what_does_not_fit_counts_with_all_its_halves():
+def test_what_does_not_fit_counts_with_all_its_halves(capsys):
     """With a handful of steps passages are halved down to single tokens, as in a cram."""
     lm = reader()
     document = Document.of(lm, WORDS)
@@ -62,6 +64,9 @@ def test_what_does_not_fit_counts_with_all_its_halves():
     mem = codec.cram(lm, [WORDS], **options)
     assert planned.vectors.mean == pytest.approx(len(mem.passages))
     assert planned.inexact == sum(not p.exact for p in mem.passages)
+    _print_plan(replace(planned, inexact=3), "letter.txt", "float32")  # of one sampled passage
+    said = " ".join(capsys.readouterr().out.split())
+    assert "; 3 of their pieces did not become exact" in said
 
 
 @pytest.mark.slow

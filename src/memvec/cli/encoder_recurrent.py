@@ -54,7 +54,8 @@ def print_segments(name: str, comparison: SegmentComparison) -> None:
     out.print(
         "Carried: tokens of the segments that come back whole, over all lags asked. Crammed whole: "
         "leading tokens of the chain in the same K vectors. Crammed alone: K vectors a segment. "
-        "Exact is decided by free decoding; 95 % intervals over documents."
+        "Exact is decided by free decoding; 95 % intervals over documents, and of what is crammed "
+        "alone over segments."
     )
 
 

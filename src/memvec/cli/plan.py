@@ -84,7 +84,7 @@ def _print_plan(plan: Plan, file: str, storage: str) -> None:
 
     table = facts_table(f"{file}: what cramming all of it will take")
     table.add_row("text", f"{plan.text_bytes} bytes, {plan.tokens} tokens")
-    inexact = f"; {plan.inexact} did not become exact" if plan.inexact else ""
+    inexact = f"; {plan.inexact} of their pieces did not become exact" if plan.inexact else ""
     table.add_row(
         "sample",
         f"{plan.sampled} passages, {plan.sampled_tokens} tokens, crammed in "

@@ -37,8 +37,8 @@ class Plan:
 
     Means over passages: `tokens_per_vector`, `bits_per_vector` (bits of the passage under the model
     without vectors). Totals: `vectors`, `vector_bytes`, `seconds` (on a machine like this one,
-    without loading the model). `inexact` counts sampled passages that did not become exact even in
-    the shortest pieces.
+    without loading the model). `inexact` counts the pieces of sampled passages that did not become
+    exact: they are too short to be halved again.
     """
 
     tokens: int
