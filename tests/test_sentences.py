@@ -12,7 +12,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import QUICK, reader, tiny
 from memvec import metrics
@@ -20,6 +22,7 @@ from memvec.cli import sentences as command_line
 from memvec.cli.sentences import _progress_lines
 from memvec.cli.training_text import alone_at, texts_of
 from memvec.decoding import decode_ids
+from memvec.encoders.adapted import AdaptedEncoder, fresh
 from memvec.encoders.files import save_encoder
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.errors import MemvecError
@@ -29,7 +32,7 @@ from memvec.lab.report.report import write_report
 from memvec.lab.sentences import evaluate, latents
 from memvec.lab.sentences.cutting import Sentence, cut_sentences, first_sentence
 from memvec.lab.sentences.files import load_latent_model, model_of, save_latent_model
-from memvec.lab.sentences.flops import Shape, costs, shape_of
+from memvec.lab.sentences.flops import Shape, costs, encoding, shape_of
 from memvec.lab.sentences.inspect import look
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.lab.sentences.plan import LatentPlan
@@ -239,6 +242,19 @@ def test_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
             read(file)
 
 
+def test_a_file_that_claims_more_than_it_holds_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    lm, file = with_encoder(tiny()), tmp_path / "s.safetensors"
+    save_latent_model(file, untrained(lm), lm)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    huge = json.dumps(SHAPE | {"hidden": 16_000, "layers": 200})
+    monkeypatch.setattr("memvec.lab.sentences.files.LatentNetwork", None)
+    for change in ({"shape": huge}, {"vectors": "4096"}):
+        save_file({"x": torch.zeros(1)}, file, metadata | change)
+        with pytest.raises(MemvecError, match="it claims more than it holds"):
+            load_latent_model(file, lm)
+
+
 def test_a_training_replaces_nothing_but_a_latent_model(tmp_path):
     file = tmp_path / "letter.txt"
     file.write_text("The cat sat. The dog ran.", "utf-8")
@@ -332,6 +348,13 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     partial.write_bytes(b"half")
     with pytest.raises(MemvecError, match="delete it to start over"):
         LatentTraining(lm, documents(), PLAN).run(partial)
+
+
+def test_a_run_without_a_warm_up_trains():
+    lm = with_encoder(tiny())
+    training = LatentTraining(lm, documents(), replace(PLAN, steps=2, warmup=0))
+    training.run()
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(PLAN.lr * (1 - 0.99 / 2))
 
 
 def test_what_cannot_be_trained_is_one_sentence():
@@ -429,6 +452,19 @@ def test_operations_are_counted_from_shapes():
     found = costs(lm, untrained(lm), 5, 20, 60, 3)
     assert found["continuous"] < found["written"] < found["discretised"]
     assert found["recent"] < found["text"]
+
+
+def test_an_adapted_encoder_costs_its_adapters_too():
+    """Against the matrix products that torch counts in a pass over three parts."""
+    lm, T, K = tiny(), 12, 3
+    lm.encoder = AdaptedEncoder(fresh(lm, rank=4), K)
+    with FlopCounterMode(display=False) as counted:
+        lm.encoder.encode(lm, torch.full((1, T), 3), K)
+    by_operator = counted.get_flop_counts()["Global"]
+    products = sum(n for operator, n in by_operator.items() if "attention" not in str(operator))
+    norms = sum(p.numel() for name, p in lm.model.named_parameters() if "norm" in name)
+    attention = Shape(0, 2, 4 * 8, 0).reading(T + K)
+    assert encoding(lm, T, K) == products + 2 * (T + K) * norms + attention
 
 
 # ---------------------------------------------------------------------- the study

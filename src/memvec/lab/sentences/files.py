@@ -56,6 +56,9 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
         K, max_tokens, window = (int(metadata[k]) for k in ("vectors", "max_tokens", "window"))
         if min(K, max_tokens, window) < 1 or K > MAX_VECTORS:
             raise ValueError(f"{K} vectors, {max_tokens} tokens, {window} sentences")
+        claimed = shape["hidden"] * (12 * shape["layers"] * shape["hidden"] + 2 * K * lm.width)
+        if claimed > 2 * sum(tensor.numel() for tensor in tensors.values()) + 1024:
+            raise ValueError("it claims more than it holds")  # before memory is allocated for it
         network = LatentNetwork(K * lm.width, **shape)
         network.load_state_dict(tensors)
         about = json.loads(metadata["about"])

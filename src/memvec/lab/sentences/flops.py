@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from memvec.encoders.adapted import AdaptedEncoder
 from memvec.encoders.base import OnePassEncoder
 from memvec.encoders.slots import SlotEncoder
 from memvec.lab.sentences.latents import need_encoder
@@ -74,7 +75,8 @@ def encoding(lm: FrozenLM, T: int, K: int) -> float:
     """Operations of K vectors of a sentence of T tokens.
 
     The summary encoder, and one of another package, counts as one pass of the LM over K parts with
-    a summary embedding each, and a D x D map; a slot encoder as its own transformer.
+    a summary embedding each, and a D x D map. An adapted encoder reads all parts in one pass, in
+    which its adapters add products to those of the LM; a slot encoder is its own transformer.
     """
     encoder: OnePassEncoder = need_encoder(lm)
     if isinstance(encoder, SlotEncoder):
@@ -83,6 +85,10 @@ def encoding(lm: FrozenLM, T: int, K: int) -> float:
         n = T + K  # in both directions: all n^2 pairs
         attention = int(sizes["layers"]) * int(sizes["hidden"])
         return float(2 * n * parameters + 4 * attention * n * n)
+    if isinstance(encoder, AdaptedEncoder):
+        network, n = encoder.network, T + K
+        adapters = sum(p.numel() for p in network.adapters.parameters())
+        return shape_of(lm).reading(n) + 2 * n * adapters + 2 * K * network.map.weight.numel()
     return K * shape_of(lm).reading(T / K + 1) + 2 * K * lm.width**2
 
 

@@ -165,9 +165,8 @@ class LatentTraining:
             loss, bits = (predicted * slope).sum(), nats / math.log(2)
         if plan.loss != "tokens":
             loss = loss + distance
-        if not math.isfinite(float(distance.detach())) or (
-            plan.loss != "latents" and math.isnan(bits)
-        ):
+        counted = [float(distance.detach())] + [bits] * (plan.loss != "latents")
+        if not all(map(math.isfinite, counted)):
             raise MemvecError(
                 f"the loss was not finite at step {self.step + 1}: lower --lr (now {plan.lr})."
             )
@@ -226,7 +225,7 @@ class LatentTraining:
     def _rate(self) -> float:
         """Factor of the learning rate: linear warm-up, then linear decay to a hundredth."""
         left = 1 - self.step / self.plan.steps
-        return min((self.step + 1) / self.plan.warmup, 0.01 + 0.99 * left)
+        return min((self.step + 1) / max(1, self.plan.warmup), 0.01 + 0.99 * left)
 
     # ------------------------------------------------------------------ text and files
 
