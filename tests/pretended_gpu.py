@@ -5,6 +5,7 @@ wait is counted with the line that asked for it: reading a number, a result whos
 numbers, a copy between devices. So the path of a GPU runs where there is none.
 
     python tests/pretended_gpu.py cram     # waits of each recipe, as JSON
+    python tests/pretended_gpu.py train    # what every kind of training makes
     python tests/pretended_gpu.py split    # a model on two devices
     python tests/pretended_gpu.py mixed    # tensors of two devices meet: the pretence itself
 
@@ -233,6 +234,10 @@ def cram() -> dict[str, Any]:
         "prefix": Recipe(space="prefix", **prefix),
         "low-dim": Recipe(coordinates="low-dim", dimensions=4),
         "alignment": Recipe(term="alignment", align_layers=2),
+        "prefix-layer": Recipe(space="prefix-layer", layer=1, **prefix),
+        "shared-basis": Recipe(space="shared-basis", dimensions=8),
+        "whitened": Recipe(coordinates="whitened"),
+        "geometric": Recipe(schedule="geometric", start="embeddings"),
     }
     said: dict[str, Any] = {}
     with Mode():
@@ -254,6 +259,63 @@ def cram() -> dict[str, Any]:
             outcomes = list(run.run(passages(6, 5, 4)))
             said[name] = {"waits": waits, "outcomes": len(outcomes)}
     return said
+
+
+def train() -> dict[str, Any]:
+    """The type of what each training makes, with and without an encoder of the model's own."""
+    from conftest import build
+    from memvec.cramming.recipe import Recipe
+    from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
+    from memvec.encoders.measure import compare
+    from memvec.encoders.recurrent_measure import compare_segments
+    from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
+    from memvec.encoders.summary import SummaryEncoder
+    from memvec.encoders.training import Training, TrainingPlan
+    from memvec.encoders.usable_training import UsablePlan, UsableTraining
+    from memvec.lab.sentences.cutting import Sentence
+    from memvec.lab.sentences.plan import LatentPlan
+    from memvec.lab.sentences.training import LatentTraining
+    from memvec.model.lm import FrozenLM
+    from trainings import stream
+
+    options: dict[str, Any] = {"steps": 2, "slots": 2, "positions": 64}
+    network: dict[str, Any] = {"hidden": 16, "heads": 2, "layers": 1}
+    adapters: dict[str, Any] = {"rank": 2, "shortest": 2, "longest": 4}
+    chain: dict[str, Any] = {"segments": 2, "lags": 2, "segment_tokens": 4}
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # for Module.to
+    with Mode():
+        model = moved(build("llama"), "gpu:0")
+        model.set_attn_implementation("eager")
+        lm = FrozenLM(model, name="pretended")
+        text, D = stream(lm), lm.width
+        own = SummaryEncoder(torch.ones(1, D), torch.eye(D), torch.zeros(D))
+        own = own.to(lm.device, lm.dtype)
+        runs: dict[str, Callable[[], Any]] = {
+            "slots": lambda: Training(lm, text, TrainingPlan(**options, **network)),
+            "adapted": lambda: AdaptedTraining(lm, text, AdaptedPlan(**options, **adapters)),
+            "usable": lambda: UsableTraining(
+                lm, text, UsablePlan(**options, **adapters, query_tokens=4)
+            ),
+            "recurrent": lambda: RecurrentTraining(
+                lm, text, RecurrentPlan(**options, **network, **chain)
+            ),
+        }
+        made = {}
+        for name, run in runs.items():
+            for encoder in (None, own):
+                lm.encoder = encoder
+                made[name] = run().run()
+        ids, few = text[:32].view(2, 16), Recipe(steps=3)
+        for lm.encoder in (made["slots"], made["adapted"], made["recurrent"]):
+            compare(lm, ids, [4], few)
+        compare_segments(lm, ids, 2, recipe=few)
+        lm.encoder = own
+        sentences = [Sentence(tuple(row)) for row in text[:60].view(12, 5).tolist()]
+        plan = LatentPlan(
+            steps=2, vectors=2, max_tokens=8, window=3, batch=2, loss="both", **network
+        )
+        made["latents"] = LatentTraining(lm, [sentences], plan).run()
+        return {name: type(thing).__name__ for name, thing in made.items()}
 
 
 def split() -> dict[str, Any]:
@@ -302,4 +364,4 @@ def mixed() -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     begin()
-    print(json.dumps({"cram": cram, "split": split, "mixed": mixed}[sys.argv[1]]()))
+    print(json.dumps({"cram": cram, "train": train, "split": split, "mixed": mixed}[sys.argv[1]]()))

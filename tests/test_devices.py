@@ -48,6 +48,17 @@ def test_no_recipe_makes_a_gpu_wait_between_polls():
         assert said["outcomes"] == 3, name
 
 
+def test_every_training_runs_and_is_measured_on_a_gpu():
+    """Also where it begins with the model's own encoder, which is on the GPU already."""
+    assert said_by("train") == {
+        "slots": "SlotEncoder",
+        "adapted": "AdaptedEncoder",
+        "usable": "UsableEncoder",
+        "recurrent": "RecurrentEncoder",
+        "latents": "LatentModel",
+    }
+
+
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
 def test_an_untied_head_on_another_gpu_is_still_computed_apart():
     """Else each step would compute and keep the logits of every token of the vocabulary."""

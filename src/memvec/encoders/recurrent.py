@@ -105,9 +105,8 @@ class RecurrentNetwork(nn.Module):
             self.map.bias.copy_(mean)
             self.first.mul_(size).add_(mean)
             return self
-        self.slots.copy_(
-            summary_encoder.summary[:1].float() + std * 0.1 * torch.randn_like(self.slots)
-        )
+        summary_encoder = summary_encoder.to(self.slots.device, self.slots.dtype)
+        self.slots.copy_(summary_encoder.summary[:1] + std * 0.1 * torch.randn_like(self.slots))
         self.map.weight.copy_(summary_encoder.weight)
         self.map.bias.copy_(summary_encoder.bias)
         self.first.mul_(0.5).add_(summary_encoder.bias)

@@ -95,12 +95,12 @@ class TrainingProgress:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Context manager that seeds torch, to initialise a network.
+    """Context manager that seeds torch's generator of the CPU, to initialise a network there.
 
-    The caller's generators are restored afterwards.
+    The caller's generator is restored afterwards; those of GPUs are left alone.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -192,10 +192,11 @@ class LatentTraining:
         slope, nats = torch.zeros_like(predicted), 0.0
         size = -(-len(order) // GROUPS)
         for at in range(0, len(order), size):
-            some = order[at : at + size]
-            lengths = torch.tensor([len(passages[i]) for i in some], device=lm.device)
-            longest = int(lengths.max())
-            ids = padded_ids([passages[i] for i in some], longest).to(lm.device)
+            group = [passages[i] for i in order[at : at + size]]
+            some = torch.tensor(order[at : at + size], device=lm.device)
+            longest = max(map(len, group))
+            lengths = torch.tensor([*map(len, group)], device=lm.device)
+            ids = padded_ids(group, longest).to(lm.device)
             counts = torch.arange(longest, device=lm.device) < lengths[:, None]
             with torch.set_grad_enabled(backward):
                 vectors = predicted[some].detach().reshape(-1, K, lm.width)
