@@ -15,6 +15,7 @@ from conftest import QUICK, build, byte_tokenizer, reader, tiny
 from memvec.cli.encoder import _print_comparison
 from memvec.cli.training_text import alone_at, drawn, token_stream
 from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.files import (
     FILE_NAME,
@@ -325,6 +326,24 @@ def test_cramming_starts_from_it_and_compares(capsys):
     assert max(map(len, printed.splitlines())) <= 80
     with pytest.raises(MemvecError, match="no one-pass encoder"):
         compare(lm, ids, [2], QUICK)
+
+
+def test_a_passage_that_is_never_exact_counts_with_all_steps(monkeypatch):
+    """It gives up early, and would look cheap; and half of the passages exact are enough."""
+    lm = tiny()
+    lm.encoder = SlotEncoder(network_of(lm))
+    ids = stream(lm, 48).view(2, 24)
+    seen = compare(lm, ids, [24], Recipe(steps=9, patience=1, if_not_exact="stop"))
+    row = seen.rows[0]
+    assert (row.noise_exact, row.noise_steps, row.encoder_steps) == (0, 9, 9)
+    shares = {4: 1.0, 6: 0.5, 8: 0.49}
+
+    def at_length(lm, ids, *_):
+        return replace(row, tokens=ids.shape[1], one_pass_exact=shares[ids.shape[1]])
+
+    monkeypatch.setattr("memvec.encoders.measure._at_length", at_length)
+    few = Recipe(steps=1)
+    assert compare(lm, ids[:, :8], [8, 4, 6], few).one_pass_lossless == 6
 
 
 def test_one_pass_reads_all_tokens_and_a_start_those_that_make_the_best_one(monkeypatch):

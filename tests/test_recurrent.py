@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from memvec.encoders.recurrent import (
     recurrent_of,
     state_width,
 )
-from memvec.encoders.recurrent_measure import compare_segments, crammed_leading
+from memvec.encoders.recurrent_measure import check_chain, compare_segments, crammed_leading
 from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.summary import SummaryEncoder
@@ -183,6 +184,43 @@ def test_the_loss_goes_back_to_the_first_segment():
     assert_gradient_of(training, sum(losses) / 2, found, rtol=1e-3, atol=1e-6)
 
 
+def test_chains_grow_over_the_first_half_of_the_steps():
+    lm, longest = tiny(), []
+    training = RecurrentTraining(lm, stream(lm), replace(SMALL, steps=8, segments=4))
+    for training.step in range(8):
+        longest.append(training._longest_chain())
+    assert longest == [1, 2, 3, 4, 4, 4, 4, 4]
+
+
+def test_the_last_memory_is_noisy_in_training():
+    """By the plan's share of its size."""
+
+    def memories(noise):
+        seen = []
+        training = RecurrentTraining(lm, stream(lm), replace(SMALL, noise=noise, positions=2000))
+        training._descend = lambda vectors, _: seen.append(vectors.detach()[:, :2]) or (1.0, 0.5)
+        training._train_step()
+        return seen[0]
+
+    lm = tiny()
+    without = memories(0.0)
+    added = (memories(0.5) - without).square().mean() / without.square().mean()
+    assert added.sqrt() == pytest.approx(0.5, rel=0.1)
+
+
+def test_questions_and_first_memory_move_at_a_higher_rate():
+    """From an even rate to a hundredth of it, as in every training."""
+    lm, rates = tiny(), []
+    training = RecurrentTraining(lm, stream(lm), replace(SMALL, warmup=0))
+    groups = training.optimizer.param_groups
+    training.run(on_progress=lambda _: rates.append([group["lr"] for group in groups]))
+    bare = {id(p) for p in groups[1]["params"]}
+    assert bare == {id(training.network.questions), id(training.network.first)}
+    even = [SMALL.lr * (0.01 + 0.99 * left) for left in (1, 0.75, 0.5, 0.25)]
+    assert [rate for rate, _ in rates] == pytest.approx(even)
+    assert [rate for _, rate in rates] == pytest.approx([10 * rate for rate in even])
+
+
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     lm, partial = tiny(), tmp_path / "e.partial"
     _, seen = stopped_and_resumed(
@@ -254,6 +292,11 @@ def test_documents_and_encoders_that_cannot_be_compared_are_refused():
             compare_segments(recurrent, ids, segments, lags)
     with pytest.raises(MemvecError, match="do not fit the context"):
         compare_segments(recurrent, stream(lm, 150)[None], 50)
+    for tokens in (126, 127):  # and two vectors, in a context of 128
+        recurrent.encoder.segment = tokens
+        refused = pytest.raises(MemvecError, match="do not fit the context")
+        with refused if tokens == 127 else nullcontext():
+            check_chain(lm, recurrent.encoder, tokens, 1, 1)
 
 
 def test_damaged_files_are_refused(tmp_path):

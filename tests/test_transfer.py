@@ -110,6 +110,20 @@ def test_a_model_is_carried_over_to_itself():
     assert np.abs(mapped.flatten(1).double().numpy() - made).max() < 0.1 * np.abs(made).max()
 
 
+def test_pairs_are_exact_in_both_models(monkeypatch):
+    lm, rows = tiny(), np.random.default_rng(0).standard_normal((12, 4))
+    exact = {1: np.arange(12) != 3, 2: np.arange(12) != 7}  # by the number of steps
+
+    def crammed(_lm, _ids, _K, recipe):
+        return rows, exact[recipe.steps]
+
+    monkeypatch.setattr("memvec.encoders.transfer.crammed", crammed)
+    target, origin = (replace(RECIPE, steps=steps) for steps in (2, 1))
+    mapping = fit_transfer(lm, lm, [], 1, target, origin).mapping
+    assert mapping.pairs == 10
+    assert mapping.mean_in == pytest.approx(np.delete(rows, [3, 7], axis=0).mean(0))
+
+
 def test_the_engine_starts_from_the_map():
     lm = tiny()
     asked = torch.randint(2, lm.vocab_size, (40, 3), generator=torch.Generator().manual_seed(1))
