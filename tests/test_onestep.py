@@ -6,6 +6,7 @@ import functools
 import json
 from copy import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -317,6 +318,24 @@ def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots():
     assert [o.spent for o in one] == [o.spent for o in all_]
     for a, b in zip(one, all_, strict=True):
         torch.testing.assert_close(a.vectors, b.vectors, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_shared_m_reaches_at_once_counts_from_the_next_step(monkeypatch):
+    """Beside a passage with more columns, too, and each passage has its share of the time."""
+    monkeypatch.setattr(
+        shared_m, "horizon", lambda right: torch.full(right.shape[:1], right.shape[1])
+    )
+    recipe = shared_m.without_parts(Recipe.of("one-step", steps=1, lr=0.1, schedule="growing"))
+    recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3)
+    lm, jobs, made = one_step(tiny()), [Job(p, 1e3) for p in passages(40, 12, 30)], []
+    for slots in (1, 3):
+        clock = SimpleNamespace(perf_counter=iter([10.0, 16.0]).__next__)
+        monkeypatch.setattr(shared_m, "time", clock)
+        made.append(Shared(lm, recipe, batch_size=slots, storage="float32")._cram(jobs, 1))
+    assert [o.spent for o in made[0]] == [16, 12, 16]  # of the columns that were read, no more
+    for alone, beside in zip(*made, strict=True):
+        torch.testing.assert_close(alone.vectors, beside.vectors, atol=1e-4, rtol=1e-4)
+        assert (alone.spent, alone.seconds) == (beside.spent, 2.0)
 
 
 @pytest.mark.parametrize("limit", [4, 8])
