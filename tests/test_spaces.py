@@ -24,6 +24,8 @@ from memvec.lab import slow, slow_use
 from memvec.lab.report.report import write_report
 from memvec.lab.study.check import check_study
 from memvec.lab.study.spec import read_spec
+from memvec.spaces import keys_values
+from memvec.spaces.keys_values import _unit
 from memvec.spaces.presets import prefix
 from memvec.storage import STORAGES
 from memvec.usable.certificate import behind_each, contexts_of
@@ -252,6 +254,23 @@ def test_a_prefix_begins_as_the_model_computes_it_for_inputs():
     assert 0.5 < float(size) < 2
 
 
+def test_a_shared_basis_begins_at_the_nearest_vectors():
+    """Those of coefficients are given back; of others, what is left lies across the basis."""
+    view = triggered(tiny(), SPACES["shared-basis"])
+    reading, generator = view.reading, torch.Generator().manual_seed(0)
+    z = torch.randn(3, 24, generator=generator)
+    torch.testing.assert_close(reading.begun_at(view, reading.vectors_of(z)), z)
+    vectors = torch.randn(3, view.width, generator=generator)
+    left = vectors - reading.vectors_of(reading.begun_at(view, vectors))
+    assert (left @ reading.basis.T).abs().max() < 1e-4 < left.abs().max()
+    assert reading.basis.square().sum(1) == pytest.approx(view.width / 24)
+
+
+def test_units_are_the_nearest_powers_of_two():
+    for size, unit in [(0.37, -1), (1.4, 0), (1.5, 1), (3.0, 2), (0.0, 0), (float("inf"), 0)]:
+        assert _unit(torch.full((1, 2, 3, 4), size)) == unit
+
+
 def test_other_layers_than_the_chosen_one_see_no_passage():
     """With a prefix in the last layer, what the first layer hands on is that of K fillers."""
     lm = tiny("llama")
@@ -305,6 +324,16 @@ def test_a_model_without_such_a_cache_is_refused(family, reason):
     for space in ("prefix", "prefix-layer"):
         with pytest.raises(MemvecError, match=sentence):
             Engine(tiny(family), SPACES[space])
+
+
+def test_a_model_that_reads_its_own_keys_otherwise_is_refused(monkeypatch):
+    lm, honest = tiny(), keys_values.agree
+    monkeypatch.setattr(
+        keys_values, "agree", lambda ours, own, dtype: honest(ours + 0.1 * own, own, dtype)
+    )
+    for space in ("prefix", "prefix-layer"):
+        with pytest.raises(MemvecError, match="its own, handed in again, give others"):
+            Engine(lm, SPACES[space])
 
 
 def test_what_a_space_cannot_do_is_one_sentence(tmp_path):
