@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,7 +276,7 @@ def test_its_files_are_checked(tmp_path):
 
 def test_a_quantized_model_takes_no_encoder_from_its_folder(tmp_path):
     """Those of a folder were trained for other weights; one that is named was asked for."""
-    lm = tiny()
+    lm = copy(tiny())
     save_encoder(tmp_path / FILE_NAME, SlotEncoder(network_of(lm)), lm)
     read_encoders(lm, tmp_path, None)
     assert lm.encoder is not None
@@ -330,7 +331,7 @@ def test_cramming_starts_from_it_and_compares(capsys):
 
 def test_a_passage_that_is_never_exact_counts_with_all_steps(monkeypatch):
     """It gives up early, and would look cheap; and half of the passages exact are enough."""
-    lm = tiny()
+    lm = copy(tiny())
     lm.encoder = SlotEncoder(network_of(lm))
     ids = stream(lm, 48).view(2, 24)
     seen = compare(lm, ids, [24], Recipe(steps=9, patience=1, if_not_exact="stop"))

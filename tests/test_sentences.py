@@ -456,7 +456,7 @@ def test_operations_are_counted_from_shapes():
 
 def test_an_adapted_encoder_costs_its_adapters_too():
     """Against the matrix products that torch counts in a pass over three parts."""
-    lm, T, K = tiny(), 12, 3
+    lm, T, K = copy(tiny()), 12, 3
     lm.encoder = AdaptedEncoder(fresh(lm, rank=4), K)
     with FlopCounterMode(display=False) as counted:
         lm.encoder.encode(lm, torch.full((1, T), 3), K)

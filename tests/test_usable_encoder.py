@@ -237,7 +237,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     for other in (replace(SMALL, weight=1.0), replace(SMALL, rank=5)):
         with pytest.raises(MemvecError, match="another model, text or settings"):
             UsableTraining(lm, stream(lm), other).run(partial)
-    D = lm.width
+    lm, D = copy.copy(lm), lm.width
     lm.encoder = SummaryEncoder(torch.zeros(1, D), torch.zeros(D, D), torch.zeros(D))
     lm.encoder.identity = "its own"  # its summary is where a training begins
     with pytest.raises(MemvecError, match="another model, text or settings"):
