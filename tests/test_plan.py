@@ -12,12 +12,14 @@ import pytest
 from conftest import QUICK, reader
 from memvec import codec
 from memvec.cli.plan import _print_plan
+from memvec.cram_job import CramJob
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab.plan import _apart, plan
+from memvec.lab.plan import _apart, _cost, _Times, plan
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.statistics import Mean
+from memvec.storage import storage_of
 
 TEXT = "the cat sat on the lazy dog while the fox ran over the hill and the cow ate the grass. " * 6
 WORDS = "the lazy dog sat on the cat"
@@ -53,6 +55,22 @@ def test_equal_passages_leave_no_doubt(tokens):
     assert planned.vectors.sd == pytest.approx(0)
     assert planned.tokens_per_vector.mean == pytest.approx(tokens / 2)
     assert planned.seconds.low <= planned.seconds.mean <= planned.seconds.high
+
+
+@pytest.mark.parametrize(("sample", "sampled"), [(3, 3), (4, 7), (6, 7)])
+def test_a_text_of_which_more_than_half_would_be_sampled_is_measured_whole(sample, sampled):
+    lm = reader()
+    document = Document.of(lm, WORDS)
+    planned = plan(lm, document, tokens=1, recipe=QUICK, sample=sample)
+    assert (len(document.ids), planned.sampled, planned.sampled_tokens) == (7, sampled, sampled)
+
+
+def test_the_seconds_of_a_passage_are_those_of_its_pieces():
+    """Of all that were tried: steps with their padding, and filling and certifying each."""
+    job = CramJob(reader(), [], 1, None, QUICK, 1, storage_of("float32"))
+    job.spent = {(0, 4, 6): 100, (0, 4, 3): 40, (0, 7, 3): 60, (0, 10, 5): 999}
+    cost = _cost(job, Passage((1,) * 6, 0, 4), 1, _Times(0.01, 1.5, 0.25, 7.0))
+    assert cost.seconds == pytest.approx(200 * 1.5 * 0.01 + 3 * 0.25)
 
 
 def test_what_does_not_fit_counts_with_all_its_halves(capsys):

@@ -36,7 +36,7 @@ from memvec.lab.sentences.flops import Shape, costs, encoding, shape_of
 from memvec.lab.sentences.inspect import look
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.lab.sentences.plan import LatentPlan
-from memvec.lab.sentences.training import LatentTraining
+from memvec.lab.sentences.training import LatentTraining, _parted
 from memvec.lab.sources import written
 from memvec.lab.sources.sentences import Sentences
 from memvec.lab.study.check import check_study
@@ -146,6 +146,8 @@ def test_crammed_latents_decode_exactly():
         assert exact == (tuple(decoded) == ids)
     assert sum(made.exact) >= 4
     known = latents.encoded(lm, asked, K)
+    unmoved = latents.crammed(lm, asked, K, replace(QUICK, start="noise", steps=0))
+    torch.testing.assert_close(unmoved.vectors, known.vectors)  # whatever start the recipe names
     assert known.exact == [
         tuple(decode_ids(lm, v[None], [len(ids)])[0]) == ids
         for v, ids in zip(known.vectors, asked, strict=True)
@@ -348,6 +350,13 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     partial.write_bytes(b"half")
     with pytest.raises(MemvecError, match="delete it to start over"):
         LatentTraining(lm, documents(), PLAN).run(partial)
+
+
+def test_sentences_at_the_end_of_long_documents_are_held_out():
+    """At least two, one to read and one to predict; of short documents alone, nothing is."""
+    document = [Sentence((3,))] * 150
+    assert _parted([document[:99], document]) == ([(0, 99), (99, 246)], [(246, 249)])
+    assert _parted([document[:99]]) == ([(0, 99)], [(0, 99)])
 
 
 def test_a_run_without_a_warm_up_trains():
@@ -703,6 +712,7 @@ def test_the_inspector_says_what_decoding_says():
     lm = with_encoder(reader())
     model = untrained(lm)
     steps = list(look(lm, model, TEXT, count=3))
+    narrow = list(look(lm, replace(model, window=2), TEXT, count=3))
     sentences = cut_sentences(lm, TEXT, LIMIT, 3)
     known = latents.encode(lm, [s.ids for s in sentences], K)
     for i, step in enumerate(steps):
@@ -714,6 +724,9 @@ def test_the_inspector_says_what_decoding_says():
         assert step.predicted_bits == pytest.approx(
             evaluate.bits_behind(lm, predicted[0], ids) / n, rel=1e-4
         )
+        read = [s.ids for s in sentences[max(0, i - 1) : i]]  # a window of 2 reads one before
+        text = evaluate.bits_behind_text(lm, [*itertools.chain(*read)], ids)
+        assert narrow[i].text == pytest.approx(text / n, rel=1e-4)
     assert steps[0].alone == pytest.approx(steps[0].text)
     made = latents.crammed(lm, [s.ids for s in sentences], K, replace(QUICK, steps=10))
     crammed = [*look(lm, model, TEXT, count=3, recipe=replace(QUICK, steps=10))]

@@ -196,7 +196,7 @@ def _cost(work: CramJob, passage: Passage, vectors: int, times: _Times) -> _Cost
     return _Cost(
         vectors=float(vectors * len(kept)),
         seconds=in_steps + len(tried) * times.per_piece,
-        bits=sum(outcome.metrics.lm_bits for outcome in kept),
+        bits=math.fsum(outcome.metrics.lm_bits for outcome in kept),
     )
 
 
