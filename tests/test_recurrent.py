@@ -19,6 +19,7 @@ from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
 from memvec.encoders import recurrent_measure
 from memvec.encoders.files import load_encoder, save_encoder
+from memvec.encoders.measure import compare
 from memvec.encoders.recurrent import (
     RecurrentEncoder,
     RecurrentNetwork,
@@ -112,6 +113,19 @@ def test_one_segment_at_lag_0_is_the_ordinary_encoder():
     assert torch.equal(ordinary, encoder.asked(memory, 0))
     assert torch.equal(encoder.encode(lm, ids, 2), memory)
     assert torch.equal(encoder.encode(lm, ids, 1), memory[:, 1:])
+
+
+def test_a_passage_is_read_as_far_as_memory_and_slots_leave_room():
+    """A segment between 2 vectors and 2 slots: GPT-2 has no position behind its context."""
+    lm = tiny("gpt2")
+    view = with_encoder(lm, encoder_of(lm))
+    ids = stream(lm, 128)[None, :127]
+    start = view.encoder.encode(view, ids, 2)
+    assert torch.equal(start, view.encoder.encode(view, ids[:, : 128 - 4], 2))
+    with pytest.raises(MemvecError, match=r"125 tokens do not fit the context .* at most 124"):
+        compare(view, ids, [3, 125])
+    with pytest.raises(MemvecError, match="lengths must be from 1 to 127"):
+        compare(view, ids, [-1])
 
 
 def test_before_training_it_is_a_queue_of_the_own_encoder():

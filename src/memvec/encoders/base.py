@@ -35,6 +35,7 @@ class OnePassEncoder(ABC):
 
     tokens: int = 0
     max_vectors: int = 1
+    beside: int = 1  # inputs that the LM reads beside a passage in a pass for one vector
     for_use: bool = False  # True for an encoder of usable vectors
     file: Path | None = None  # from which it was loaded
     identity: str = "in-memory"  # hash of its file, in records because starts change vectors

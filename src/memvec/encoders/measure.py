@@ -76,12 +76,12 @@ def compare(
             f"{lm.name} has no one-pass encoder: train one with memvec encoder train."
         )
     recipe = recipe or Recipe()
-    if not lengths or max(lengths) > passages.shape[1]:
+    if not lengths or min(lengths) < 1 or max(lengths) > passages.shape[1]:
         raise MemvecError(f"lengths must be from 1 to {passages.shape[1]} tokens.")
-    if lm.context is not None and max(lengths) > lm.context - 1:
+    if lm.context is not None and max(lengths) > (most := lm.context - lm.encoder.beside):
         raise MemvecError(
-            f"a vector and {max(lengths)} tokens do not fit the context of {lm.name}: at most "
-            f"{lm.context - 1}."
+            f"{max(lengths)} tokens do not fit the context of {lm.name} beside the vectors of the "
+            f"encoder: at most {most}."
         )
     rows = tuple(_at_length(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
     horizons = [

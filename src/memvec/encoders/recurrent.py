@@ -153,6 +153,7 @@ class RecurrentEncoder(TrainedEncoder):
             int(network.shape[name]) for name in ("slots", "lags", "segment")
         )
         self.max_vectors = self.slots + 1
+        self.beside = 2 * self.slots
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RecurrentEncoder:
         return RecurrentEncoder(self.network.to(device).eval().requires_grad_(False), self.tokens)
@@ -209,9 +210,11 @@ class RecurrentEncoder(TrainedEncoder):
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
         """The last K vectors of the memory after the passage as the first segment.
 
-        With K = slots + 1: the whole memory and the question of lag 0.
+        With K = slots + 1: the whole memory and the question of lag 0. A passage that does not fit
+        the context between memory and slots is read as far as it does.
         """
-        memory = self.carry(lm, self.empty(len(ids)), ids)
+        fitting = ids if lm.context is None else ids[:, : lm.context - self.beside]
+        memory = self.carry(lm, self.empty(len(ids)), fitting)
         return self.asked(memory, 0) if self.slots < K else memory[:, self.slots - K :]
 
 
