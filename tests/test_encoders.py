@@ -18,6 +18,7 @@ from memvec.cli.training_text import alone_at, drawn, token_stream
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
+from memvec.encoders.checkpoint import _alike, model_of
 from memvec.encoders.files import (
     FILE_NAME,
     load_encoder,
@@ -105,6 +106,14 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, stop):
         partial.write_bytes(bad)
         with pytest.raises(MemvecError, match="is damaged: delete it to start over"):
             Training(lm, stream(lm), SMALL).run(partial)
+
+
+def test_a_checkpoint_is_of_one_model_in_one_form():
+    lm = copy(tiny())
+    whole = {"plan": {}, "model": model_of(lm)}
+    assert _alike(whole, {"plan": {}, "model": model_of(tiny())})
+    lm.quantize = "int8"
+    assert not _alike(whole, {"plan": {}, "model": model_of(lm)})
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])

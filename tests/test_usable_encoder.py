@@ -231,6 +231,17 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
     assert_gradient_of(training, loss, found, rtol=2e-3, atol=2e-5)
 
 
+def test_the_divergence_that_is_shown_is_a_running_mean():
+    training, seen = UsableTraining(tiny(), stream(tiny()), SMALL), []
+    given = training._divergence
+    training._divergence = lambda *a: seen.append(given(*a)) or seen[-1]
+    for _ in range(4):
+        training._train_step()
+    nats = [value for value, _ in seen]
+    assert training.target == pytest.approx(sum(nats) / 4)
+    assert training.target != pytest.approx(nats[-1])
+
+
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     lm, partial = tiny(), tmp_path / "e.partial"
     stopped_and_resumed(lambda: UsableTraining(lm, stream(lm), SMALL), partial, 3, monkeypatch)
