@@ -55,7 +55,7 @@ def guarded(name: str, check: Callable[[FrozenLM], tuple[bool, str]], lm: Frozen
     try:
         ok, detail = check(lm)
     except Exception as error:  # foreign code may raise any error
-        return Check(name, False, f"the model refuses: {first_line(error)}")
+        return Check(name, False, f"the model refuses: {first_line(error).removesuffix('.')}")
     return Check(name, ok, detail)
 
 
