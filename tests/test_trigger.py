@@ -577,6 +577,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path, monkeypatch
         ran = command(*words)
     assert ran.code == 130
     assert "batch 1 of 2, step 10 of 10: horizon " in ran.err
+    assert "step 11 of 10" not in ran.err
     assert "trigger.safetensors.partial; the same command goes on" in ran.err
     ran = command(*words)
     assert ran.code == 0, ran.err

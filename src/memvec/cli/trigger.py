@@ -123,7 +123,7 @@ def _line_of_a_batch(batch: BatchReport) -> None:
 
 
 def _lines_within_a_batch(batches: int) -> Callable[[int, Progress, int], None]:
-    """Prints a line every ten seconds."""
+    """Prints a line every ten seconds. Behind a batch's steps comes one that only measures."""
     from memvec.cli.display import PLAIN_EVERY, say
 
     last_line = time.monotonic()
@@ -133,7 +133,7 @@ def _lines_within_a_batch(batches: int) -> Callable[[int, Progress, int], None]:
         if time.monotonic() - last_line >= PLAIN_EVERY:
             last_line = time.monotonic()
             say(
-                f"batch {number} of {batches}, step {now.steps} of {steps}: horizon "
+                f"batch {number} of {batches}, step {min(now.steps, steps)} of {steps}: horizon "
                 f"{now.horizon:.0f} tokens"
             )
 
