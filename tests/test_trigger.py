@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from copy import copy
 from dataclasses import replace
@@ -20,6 +21,7 @@ from memvec.cramming.batch import Job
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
+from memvec.cramming.step import Step
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.export import export
@@ -479,6 +481,65 @@ def test_other_questions_under_the_same_name_are_another_training(tmp_path):
     assert [report.number for report in reports] == [2]
 
 
+def test_the_first_soft_tokens_are_the_token_that_opens_a_text_and_noise():
+    """Of size 1; the last one behind the vectors has no noise, and another seed has another."""
+    lm = tiny()
+    rows = first_rows(lm, PLAN)
+    token = lm.embed(torch.tensor(lm.bos_id))
+    torch.testing.assert_close(rows[PLAN.rows - 1], token / token.square().mean().sqrt())
+    other = first_rows(lm, replace(PLAN, seed=1))
+    assert [torch.equal(*both) for both in zip(rows, other, strict=True)] == [False, True, False]
+    headless = copy(lm)
+    headless.bos_id = None
+    noise = torch.randn(3, lm.width, generator=torch.Generator().manual_seed(PLAN.seed))
+    torch.testing.assert_close(first_rows(headless, PLAN), noise)
+    noise[PLAN.rows - 1] = 0
+    torch.testing.assert_close(rows - rows[PLAN.rows - 1], 0.3 * noise)
+
+
+def test_the_rate_falls_over_all_batches(tmp_path, monkeypatch):
+    """A cosine from the whole rate to a twentieth of it, over `settle` steps of each batch.
+
+    One more step of each batch measures the vectors that the last one left.
+    """
+    rates, step = [], torch.optim.NAdam.step
+
+    def recorded(self):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.NAdam, "step", recorded)
+    plan, recipe = replace(PLAN, batches=2, lr=0.2), replace(USABLE, settle=3, decay=7)
+    train_trigger(tiny(), ASKED, plan, recipe, tmp_path / "a.safetensors")
+    shares = [0.05 + 0.95 * (1 + math.cos(math.pi * i / 6)) / 2 for i in (0, 1, 2, 3, 3, 4, 5, 6)]
+    assert rates == pytest.approx([0.2 * share for share in shares])
+
+
+def test_a_batch_reports_its_exact_passages_and_their_mean_kl(tmp_path, monkeypatch):
+    """Each number of the last step of all, written down where it is measured."""
+    outcomes, losses, reports = [], [], []
+    run, measure = Engine.run, Step.measure
+
+    def ran(self, asked):
+        for outcome in run(self, asked):
+            outcomes.append(outcome)
+            yield outcome
+
+    def measured(self, *given):
+        found = measure(self, *given)
+        losses.append(found.term.loss)
+        return found
+
+    monkeypatch.setattr(Engine, "run", ran)
+    monkeypatch.setattr(Step, "measure", measured)
+    plan = replace(PLAN, batches=1)
+    train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors", reports.append)
+    (report,) = reports
+    assert report.exact == sum(one.exact for one in outcomes) < report.passages == 2
+    assert losses[-1].shape == (2,)
+    assert report.kl == pytest.approx(float(losses[-1].sum()) / 2)
+
+
 def test_soft_tokens_behind_the_vectors_alone(tmp_path):
     plan = replace(PLAN, front=0, batches=1)
     soft = train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors")
@@ -527,8 +588,11 @@ def test_a_training_that_cannot_work_is_refused(tmp_path):
     lm, path = tiny(), tmp_path / "a.safetensors"
     with pytest.raises(MemvecError, match="at least 1"):
         TriggerPlan(rows=0)
-    with pytest.raises(MemvecError, match="above 0"):
-        TriggerPlan(lr=0.0)
+    with pytest.raises(MemvecError, match="at least 0"):
+        TriggerPlan(front=-1)
+    for lr in (0.0, math.inf, math.nan):
+        with pytest.raises(MemvecError, match="above 0"):
+            TriggerPlan(lr=lr)
     with pytest.raises(MemvecError, match="term 'use'"):
         train_trigger(lm, ASKED, PLAN, Recipe(), path)
     with pytest.raises(MemvecError, match="need as many passages"):
@@ -536,6 +600,8 @@ def test_a_training_that_cannot_work_is_refused(tmp_path):
     train_trigger(lm, ASKED, replace(PLAN, batches=1), USABLE, path)
     with pytest.raises(MemvecError, match="another training"):
         train_trigger(lm, ASKED, replace(PLAN, batches=1, seed=1), USABLE, path)
+    with pytest.raises(MemvecError, match="another training"):
+        train_trigger(lm, ASKED[::-1], replace(PLAN, batches=1), USABLE, path)
 
 
 # ---------------------------------------------------------------------- the command
