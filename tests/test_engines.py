@@ -7,11 +7,13 @@ environments `vllm`, `llama.cpp` and `mlx`, the engines themselves run too.
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,11 +24,14 @@ import memvec
 from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec, engines
 from memvec.cramming.recipe import Recipe
-from memvec.engines import Prompt, run
+from memvec.engines import Answer, Prompt, decode, run
 from memvec.engines.folder import folder_of, model_alone
 from memvec.engines.request import write_request
 from memvec.errors import MemvecError
 from memvec.export import limits
+from memvec.header import SpaceRecord
+from memvec.loading import POCKET
+from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage, ids_hash
 from memvec.vectors import MemVectors
 from test_interop import crammed
@@ -115,6 +120,61 @@ def test_the_answer_behind_vectors_for_use_is_that_of_memvec_use(
         engines.answer_with(engine, [], lm, "x", model=folder)
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """What engines are asked for, in place of running them; `answers` is what they give back."""
+    calls = SimpleNamespace(given=[], answers=[])
+
+    def answered(*given, **named):
+        calls.given.append((*given, named))
+        return Answer("made 1.0", calls.answers)
+
+    monkeypatch.setattr(decode, "run_engine", answered)
+    return calls
+
+
+def test_an_engine_is_asked_in_batches_for_what_is_not_given(asked):
+    """A passage of its given token alone needs no engine; numbers are of the model's dtype."""
+    lm = FrozenLM(build("llama").to(torch.bfloat16), name="pocket")
+    mem = crammed(tiny(), "first-token", tuple(passages(2, 3, 2, 4)))
+    records = list(mem.passages)
+    records[2] = records[2].model_copy(update={"tokens": 1})
+    header = mem.header.model_copy(update={"passages": records})
+    mem = MemVectors(mem.vectors, header)
+    mem.check_model = lambda lm: None
+    asked.answers = [[[1], [2, 3]], [[4]]]
+    version, ids = engines.decode_with("vllm", mem, lm, batch=2, settings={"threads": 3})
+    firsts = [record.first for record in mem.passages]
+    new = ([1], [2, 3], [], [4])
+    assert (version, ids) == ("made 1.0", [[f, *ids] for f, ids in zip(firsts, new, strict=True)])
+    ((engine, python, model, dtype, prompts, named),) = asked.given
+    assert (engine, python, model, dtype) == ("vllm", sys.executable, POCKET, "bfloat16")
+    assert named == {"batches": [[0, 1], [3]], "settings": {"threads": 3}}
+    assert [prompt.new_tokens for prompt in prompts] == [record.tokens - 1 for record in records]
+    for prompt, vectors in zip(prompts, mem.vectors, strict=True):
+        assert torch.equal(prompt.vectors, vectors.bfloat16().float())
+
+
+def test_an_answer_ends_before_the_first_end_of_text(asked, folder):
+    lm = reader()
+    recipe = Recipe.of(start_rule="bos", steps=600, patience=600)
+    mem = codec.cram(lm, "dog", vectors=2, tokens=2, recipe=recipe)
+    words, end = lm.tokenize(" ran"), lm.model.generation_config.eos_token_id
+    said = {"model": folder, "settings": {"threads": 3}, "max_new_tokens": 20}
+    for ids in (words, [*words, end], [*words, end, *words, end]):
+        asked.answers = [[ids]]
+        assert engines.answer_with("vllm", mem, lm, " to", **said) == ("made 1.0", " ran")
+    *given, dtype, (prompt,), named = asked.given[-1]
+    assert (given, dtype) == (["vllm", sys.executable, folder], "float32")
+    assert named == {"settings": {"threads": 3}}
+    assert (prompt.tokens, prompt.new_tokens, prompt.text) == (lm.tokenize(" to"), 20, " to")
+    assert torch.equal(prompt.vectors, memvec.context_inputs(lm, mem))
+    room = lm.context - len(prompt.vectors) - len(prompt.tokens)
+    engines.answer_with("vllm", mem, lm, " to", **(said | {"max_new_tokens": room}))
+    with pytest.raises(MemvecError, match="do not fit the context"):
+        engines.answer_with("vllm", mem, lm, " to", **(said | {"max_new_tokens": room + 1}))
+
+
 def test_the_chat_of_the_server_has_the_vectors_in_front_of_the_text(saved, stand_in):
     lm, path = tiny(), saved()
     vectors, tokens = torch.randn(2, lm.width), [3, 9, 4]
@@ -194,6 +254,22 @@ def test_a_request_is_of_one_width_and_finite(tmp_path):
     def written(*prompts):
         write_request(tmp_path, "x", "float32", prompts, [[i] for i in range(len(prompts))])
 
+    prompts = [Prompt(torch.ones(1, 4), [7], 2, text="7"), Prompt(None, [3], 5)]
+    write_request(tmp_path, "x", "float16", prompts, [[1], [0]], {"threads": 3})
+    request = json.loads((tmp_path / "request.json").read_text())
+    digest = hashlib.sha256((tmp_path / "prompt-0000.npy").read_bytes()).hexdigest()
+    vectors = {"tokens": [7], "new_tokens": 2, "text": "7", "file": "prompt-0000.npy"}
+    assert request == {
+        "model": "x",
+        "dtype": "float16",
+        "width": 4,
+        "settings": {"threads": 3},
+        "batches": [[1], [0]],
+        "prompts": [
+            vectors | {"sha256": digest},
+            {"tokens": [3], "new_tokens": 5, "text": None, "file": None},
+        ],
+    }
     with pytest.raises(MemvecError, match="no prompt"):
         written()
     with pytest.raises(MemvecError, match="not one width"):
@@ -217,6 +293,13 @@ def test_a_model_that_the_engine_cannot_take_is_refused():
     with pytest.raises(MemvecError, match="writes no GGUF file for models of the type gpt2"):
         run.refuse_model("llama.cpp", tiny("gpt2"))
     run.refuse_model("llama.cpp", tiny("gpt2"), "its.gguf")
+    for engine in ("vllm", "vllm-server"):
+        run.refuse_model(engine, tiny("gpt2"))
+        with pytest.raises(MemvecError, match="vLLM may scale given vectors again"):
+            run.refuse_model(engine, tiny("gemma3"))
+    for dtype in ("float32", "bfloat16", "float16"):
+        for engine in ("vllm", "llama.cpp", "mlx"):
+            limits.refuse(engine, tiny(dtype=dtype))
     for engine in ("transformers", "peft"):
         run.refuse_model(engine, tiny("gemma3"))
 
@@ -241,6 +324,17 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
     header = mem.header.model_copy(update={"passages": [first, *mem.passages[1:]]})
     with pytest.raises(MemvecError, match="no corrections"):
         engines.decode_with("vllm", MemVectors(mem.vectors, header), lm, python="/no/python")
+    wide, space = (
+        torch.cat([mem.vectors] * 2, -1),
+        SpaceRecord(name="prefix", numbers=64, options={}),
+    )
+    others = (
+        MemVectors(mem.vectors, mem.header.model_copy(update={"layout": "one-step"})),
+        MemVectors(wide, mem.header.model_copy(update={"space": space})),
+    )
+    for other in others:
+        with pytest.raises(MemvecError, match="no one-step layout, no other space than inputs"):
+            decode.check("vllm", other, lm)
     with pytest.raises(MemvecError, match="reads a model's folder, and tiny-llama is none"):
         engines.decode_with("vllm", mem, lm, python="/no/python")
     with pytest.raises(MemvecError, match="--batch must be at least 1, not 0"):
@@ -263,6 +357,52 @@ def test_an_engine_that_fails_says_why(tmp_path, saved, python):
         engines.run_engine("transformers", killed, folder, "float32", asked)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("n_embd", "gpt2"), ("word_embed_proj_dim", "opt-projected")]
+)
+def test_the_width_is_what_the_config_calls_it(name, kind, saved, tmp_path):
+    """Also in the text part of a model of several parts."""
+    config = json.loads((saved(kind) / "config.json").read_text())
+    width = config[name]
+    for i, parts in enumerate((config, {"hidden_size": 5, "text_config": config})):
+        there = tmp_path / f"{i}"
+        there.mkdir()
+        (there / "config.json").write_text(json.dumps(parts))
+        run._check_width(there, [Prompt(None, [3], 1), Prompt(torch.zeros(2, width), [], 1)])
+        with pytest.raises(MemvecError, match=f"have 5 numbers each and the model .* {width}"):
+            run._check_width(there, [Prompt(torch.zeros(2, 5), [], 1)])
+
+
+def test_the_engines_python_does_not_see_the_packages_of_this_one(monkeypatch, tmp_path):
+    for name in ("PYTHONPATH", "PYTHONHOME", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("KEPT", "1")
+    seen = {}
+
+    def ran(words, env, **_):
+        seen.update(env, words=words)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("subprocess.run", ran)
+    run.start("vllm-server", "its-python", tmp_path, tmp_path / "b")
+    assert (seen["KEPT"], seen["HF_HUB_OFFLINE"], seen["TOKENIZERS_PARALLELISM"]) == (
+        "1",
+        "1",
+        "false",
+    )
+    assert not {"PYTHONPATH", "PYTHONHOME"} & seen.keys()
+    runner = [str(RUNNERS), "on_vllm_server", str(tmp_path), str(tmp_path / "b")]
+    assert seen["words"] == ["its-python", *runner]
+
+
+def test_the_reason_is_the_error_or_what_the_runner_said_last():
+    output = "ValueError: first\nOSError: second\nleft the server\n"
+    assert run._reason(1, output) == "OSError: second"
+    assert run._reason(run.REFUSED, output) == "left the server"
+    assert run._reason(1, "no memory\n\n") == "no memory"
+    assert run._reason(7, "") == "exit code 7"
+
+
 # ---------------------------------------------------------------------- the model's folder
 
 
@@ -279,10 +419,36 @@ def test_an_engine_sees_the_models_own_weights_only(saved):
     assert not alone.exists()
 
 
+def test_weights_in_several_files_are_the_models_own(tmp_path):
+    build("llama").save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with model_alone(tmp_path) as same:
+        assert same == tmp_path
+    (tmp_path / "encoder.safetensors").write_bytes(b"x")
+    with model_alone(tmp_path) as alone:
+        kept = {p.name for p in alone.iterdir()}
+    assert kept == {p.name for p in tmp_path.iterdir()} - {"encoder.safetensors"}
+
+
 def test_the_built_in_model_has_a_folder():
     lm = copy.copy(tiny())
     lm.name = "pocket"
     assert (folder_of(lm) / "config.json").is_file()
+
+
+def test_a_model_of_the_hub_is_found_in_the_cache_at_its_revision(saved, monkeypatch):
+    lm, there = copy.copy(tiny()), saved()
+    lm.name, lm.revision = "somebody/llama", "a1b2c3"
+    asked = []
+
+    def cached(*given, **named):
+        asked.append((given, named))
+        return str(there / "config.json")
+
+    monkeypatch.setattr("memvec.engines.folder.cached_file", cached)
+    assert folder_of(lm) == there
+    where = {"revision": "a1b2c3", "local_files_only": True}
+    assert asked == [(("somebody/llama", "config.json"), where)]
 
 
 # ---------------------------------------------------------------------- GGUF
