@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +103,7 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
     assert (kept["mode"], kept["inputs"], kept["context_scale"]) == ("context", len(inputs), 0.5)
     assert kept["front_vectors"] == (4 if soft else 1)
     assert set(kept["use"]["held_out"]["contexts"]) >= {"vectors", "nothing"}
+    assert "exact-only" not in kept["use"]["held_out"]["contexts"]  # it would have to be crammed
     assert not list((tmp_path / "out").glob("*.py"))  # nothing there decodes passages
 
 
@@ -115,6 +116,10 @@ def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
     plain = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=Recipe(steps=300))
     with pytest.raises(MemvecError, match="cram the text with --usable"):
         export_context(plain, lm, target_of("npy"), tmp_path / "plain")
+    inputs, small = len(memvec.context_inputs(lm, mem)), copy(lm)
+    small.context = inputs  # no room for a prompt
+    with pytest.raises(MemvecError, match=f"need {inputs} inputs and .* reads {inputs}, a prompt"):
+        export_context(mem, small, target_of("npy"), tmp_path / "small")
     long = MemVectors(mem.vectors.repeat(1, 500, 1), mem.header, mem.soft)
     with pytest.raises(MemvecError, match="fewer vectors"):
         export_context(long, lm, target_of("npy"), tmp_path / "long")

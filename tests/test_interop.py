@@ -6,6 +6,7 @@ import base64
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import json
 import re
@@ -24,7 +25,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.export import export, names
 from memvec.export import target as target_of
-from memvec.export.target import stock_attention
+from memvec.export.target import Item, stock_attention
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import widen_attention
 from memvec.model.reading import START_RULES
@@ -224,6 +225,15 @@ def test_vllm_can_load_the_request(dtype, tmp_path):
         assert body["max_tokens"] == passage["new_tokens"]
         assert body["ignore_eos"] is True
         assert (body["temperature"], body["prompt"]) == (0, None)
+        assert {name: body[name] for name in body.keys() - {"prompt_embeds", "max_tokens"}} == {
+            "model": lm.name,
+            "prompt": None,
+            "temperature": 0,
+            "ignore_eos": True,  # one inside a passage is a token like any other
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+            "return_token_ids": True,
+        }
 
 
 def test_sglang_reads_the_very_numbers(tmp_path):
@@ -238,6 +248,13 @@ def test_sglang_reads_the_very_numbers(tmp_path):
         assert body["sampling_params"]["max_new_tokens"] == passage["new_tokens"]
         assert {name: type(value) for name, value in body.items()} == SGLANG
         assert {name: type(value) for name, value in body["sampling_params"].items()} == SAMPLING
+        assert body["sampling_params"] == {
+            "temperature": 0,
+            "max_new_tokens": passage["new_tokens"],
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+        }
 
 
 def test_numpy_files_hold_the_vectors(tmp_path):
@@ -245,6 +262,64 @@ def test_numpy_files_hold_the_vectors(tmp_path):
     manifest = export(mem, tiny(), target_of("npy"), tmp_path / "out")
     files = [tmp_path / "out" / p["file"] for p in manifest["passages"]]
     assert np.array_equal(np.stack([np.load(f) for f in files]), mem.vectors.numpy())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")]
+)
+@pytest.mark.parametrize("target", ["npy", "llama.cpp"])
+def test_numpy_files_are_of_a_dtype_that_numpy_has(target, dtype, kept, tmp_path):
+    """llama.cpp takes float32 whatever the model's dtype is."""
+    lm = in_dtype("llama", getattr(torch, dtype))
+    item, path = Item(torch.randn(2, lm.width), (), 1), tmp_path / "a.npy"
+    target_of(target).write(path, item, lm)
+    assert np.load(path).dtype == (kept if target == "npy" else "float32")
+    assert np.array_equal(np.load(path), item.vectors.to(lm.dtype).float().numpy())
+
+
+def test_the_adapter_names_the_models_revision(tmp_path):
+    lm = copy.copy(tiny())
+    lm.revision = "a1b2c3"
+    target_of("peft").write(tmp_path / "a", Item(torch.zeros(2, lm.width), (), 1), lm)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert (config["revision"], config["inference_mode"]) == ("a1b2c3", True)
+
+
+def test_a_gguf_file_of_ones_own_takes_every_type_of_model(tmp_path):
+    """llama.cpp has a program that makes one, where memvec writes none."""
+    lm = tiny("gpt2")
+    assert export(crammed(lm), lm, target_of("llama.cpp"), tmp_path / "out")["passages"]
+    with pytest.raises(MemvecError, match="mlx-lm takes no input embeddings"):
+        export(crammed(lm), lm, target_of("mlx"), tmp_path / "mlx")
+
+
+def test_a_manifest_says_what_was_exported_and_how(tmp_path):
+    lm = FrozenLM(build("llama"), name="half", revision="a1b2c3")
+    mem = crammed(lm)
+    manifest = export(mem, lm, target_of("npy"), tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755  # mkdtemp's are for one user
+    model = lm.description()
+    assert manifest["model"] == {k: model[k] for k in ("name", "revision", "config", "weights")}
+    for ours, theirs in zip(manifest["documents"], mem.header.documents, strict=True):
+        assert ours["passages"] == theirs.passages
+        assert ours.keys() == {"name", "sha256", "size", "encoding", "edits", "passages"}
+    certificate = manifest["certificate"]
+    assert (certificate["device"], certificate["batch"]) == (model["device"], 1)
+    assert certificate["attention"] == model["attention"]
+    assert certificate.keys() >= {"exact", "memvec", "torch", "transformers", "date"}
+    whole = {name: value for name, value in manifest.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    assert manifest["sha256"] == digest
+
+
+@pytest.mark.parametrize(("named", "more"), [(3, ""), (2, " and 1 more"), (1, " and 2 more")])
+def test_an_error_names_a_few_passages_and_counts_the_others(named, more, tmp_path, monkeypatch):
+    lm = tiny()
+    mem = crammed(lm)
+    monkeypatch.setattr("memvec.export.folder.MAX_NAMED", named)
+    rows = ", ".join(f"passage {i} ({mem.passages[i].tokens} tokens)" for i in range(named))
+    with pytest.raises(NotExactError, match=re.escape(f"reads them: {rows}{more}; cram for it")):
+        export(MemVectors(-mem.vectors, mem.header), lm, target_of("npy"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -387,6 +462,19 @@ def test_an_export_is_certified_under_the_attention_that_others_run(tmp_path):
     ours = lm.config._attn_implementation
     with stock_attention(lm):
         assert lm.config._attn_implementation == "sdpa" != ours
+    assert lm.config._attn_implementation == ours
+    target, under = target_of("npy"), []
+    decode = target.decode
+
+    def recorded(*given):
+        under.append(lm.config._attn_implementation)
+        return decode(*given)
+
+    target.decode = recorded
+    mem = crammed(in_dtype("llama", torch.bfloat16))
+    manifest = export(mem, lm, target, tmp_path / "out")
+    assert under == ["sdpa"] * len(mem.passages)
+    assert manifest["certificate"]["attention"] == "sdpa"
     assert lm.config._attn_implementation == ours
 
 
