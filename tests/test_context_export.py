@@ -103,7 +103,8 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
     assert (kept["mode"], kept["inputs"], kept["context_scale"]) == ("context", len(inputs), 0.5)
     assert kept["front_vectors"] == (4 if soft else 1)
     assert set(kept["use"]["held_out"]["contexts"]) >= {"vectors", "nothing"}
-    assert "exact-only" not in kept["use"]["held_out"]["contexts"]  # it would have to be crammed
+    # That control would have to be crammed.
+    assert "exact-only vectors" not in kept["use"]["held_out"]["contexts"]
     assert not list((tmp_path / "out").glob("*.py"))  # nothing there decodes passages
 
 
