@@ -98,3 +98,12 @@ class EncoderFile:
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+
+
+def claims_too_much(numbers: int, tensors: dict[str, Tensor]) -> bool:
+    """True if a file's shape asks for far more numbers than its tensors have.
+
+    A reader asks before it allocates a network of that shape, which may be too large for memory.
+    """
+    held: int = sum(tensor.numel() for tensor in tensors.values())
+    return numbers > 2 * held + 1024

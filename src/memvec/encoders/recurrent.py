@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from memvec.encoders.base import EncoderFile, TrainedEncoder
+from memvec.encoders.base import EncoderFile, TrainedEncoder, claims_too_much
 from memvec.encoders.slots import position_codes, transformer
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
@@ -249,7 +249,7 @@ def read(file: EncoderFile, lm: FrozenLM) -> RecurrentEncoder:
             )
     claimed = shape["layers"] * 12 * shape["hidden"] ** 2
     claimed += (2 * shape["slots"] + shape["lags"]) * lm.width
-    if claimed > 2 * sum(tensor.numel() for tensor in file.tensors.values()) + 1024:
+    if claims_too_much(claimed, file.tensors):
         raise MemvecError(f"{file.path} claims more than it holds: the file is damaged.")
     try:
         network = RecurrentNetwork(lm.width, state_width(lm), **shape)

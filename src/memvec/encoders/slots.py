@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memvec.encoders.base import EncoderFile, TrainedEncoder
+from memvec.encoders.base import EncoderFile, TrainedEncoder, claims_too_much
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def read(file: EncoderFile, lm: FrozenLM) -> SlotEncoder:
                 f"{file.path} claims {shape[name]} {name}: not an encoder of memvec's."
             )
     claimed = shape["layers"] * 12 * shape["hidden"] ** 2
-    if claimed > 2 * sum(tensor.numel() for tensor in file.tensors.values()) + 1024:
+    if claims_too_much(claimed, file.tensors):
         raise MemvecError(f"{file.path} claims more than it holds: the file is damaged.")
     try:
         network = SlotNetwork(lm.width, **shape)

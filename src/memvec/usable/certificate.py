@@ -72,7 +72,7 @@ class ContextScore(Record):
     kept_interval: tuple[float, float]
     over_vectors: float = Field(description="KL of this context / KL of the vectors")
     over_vectors_interval: tuple[float, float]
-    passages: int | None = Field(default=None, ge=1, description="passages with it; None: all")
+    passages: int | None = Field(default=None, ge=1, description="of how many passages; None: all")
 
 
 class ScoreTable(Record):

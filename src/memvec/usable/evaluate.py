@@ -313,7 +313,7 @@ def _identity(record: dict[str, Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No remarks of the harness below an error, and no generator seeded for the caller, too."""
+    """Silences the harness below errors, and restores the random generators that it seeds."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
     levels = [logger.level for logger in loggers]
     state, of_numpy = random.getstate(), np.random.get_state()

@@ -30,13 +30,7 @@ from memvec.errors import MemvecError
 from memvec.lab import slow
 from memvec.lab.protocols import protocol, recurrent_report
 from memvec.lab.protocols.exact import exact_result
-from memvec.lab.protocols.protocol import (
-    Capacity,
-    Card,
-    Compared,
-    Protocol,
-    missing_file,
-)
+from memvec.lab.protocols.protocol import Capacity, Card, Compared, Protocol, missing_file
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from memvec.encoders.base import claims_too_much
 from memvec.errors import MemvecError
 from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
@@ -57,8 +58,8 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
         if min(K, max_tokens, window) < 1 or K > MAX_VECTORS:
             raise ValueError(f"{K} vectors, {max_tokens} tokens, {window} sentences")
         claimed = shape["hidden"] * (12 * shape["layers"] * shape["hidden"] + 2 * K * lm.width)
-        if claimed > 2 * sum(tensor.numel() for tensor in tensors.values()) + 1024:
-            raise ValueError("it claims more than it holds")  # before memory is allocated for it
+        if claims_too_much(claimed, tensors):
+            raise ValueError("it claims more than it holds")
         network = LatentNetwork(K * lm.width, **shape)
         network.load_state_dict(tensors)
         about = json.loads(metadata["about"])
