@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, build, byte_tokenizer, tiny
 from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders import recurrent_measure
 from memvec.encoders.files import load_encoder, save_encoder
@@ -305,12 +306,14 @@ def test_documents_and_encoders_that_cannot_be_compared_are_refused():
         with pytest.raises(MemvecError, match=says):
             compare_segments(recurrent, ids, segments, lags)
     with pytest.raises(MemvecError, match="do not fit the context"):
-        compare_segments(recurrent, stream(lm, 150)[None], 50)
+        compare_segments(recurrent, stream(lm, 150)[None], 50, recipe=Recipe(steps=1))
+    back = compare_segments(recurrent, stream(lm, 150)[None], 50)  # it reads segment by segment
+    assert back.chains[-1].segments == 50
     for tokens in (126, 127):  # and two vectors, in a context of 128
         recurrent.encoder.segment = tokens
         refused = pytest.raises(MemvecError, match="do not fit the context")
         with refused if tokens == 127 else nullcontext():
-            check_chain(lm, recurrent.encoder, tokens, 1, 1)
+            check_chain(lm, recurrent.encoder, tokens, 1, 1, crammed=True)
 
 
 def test_damaged_files_are_refused(tmp_path):

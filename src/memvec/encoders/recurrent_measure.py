@@ -73,14 +73,14 @@ def compare_segments(
 
     `lags` is how many of the newest segments to decode; by default all that it was trained for.
     `recipe` is that of the controls; without one, nothing is crammed. Raises MemvecError if the
-    model has no recurrent encoder, a document has fewer segments, a lag is out of range, or the
-    chain does not fit the context.
+    model has no recurrent encoder, a document has fewer segments, a lag is out of range, or a
+    chain that is to be crammed does not fit the context.
     """
     encoder = recurrent_of(lm)
     check_minimum(1, segments=segments, lags=lags)
     T, K = encoder.segment, encoder.slots
     lags = encoder.lags if lags is None else lags
-    check_chain(lm, encoder, documents.shape[1], segments, lags)
+    check_chain(lm, encoder, documents.shape[1], segments, lags, crammed=recipe is not None)
     ids = documents[:, : segments * T].to(lm.device)
     with torch.no_grad():
         memories = encoder.memories(lm, ids, T)
@@ -98,12 +98,13 @@ def compare_segments(
 
 
 def check_chain(
-    lm: FrozenLM, encoder: RecurrentEncoder, tokens: int, segments: int, lags: int
+    lm: FrozenLM, encoder: RecurrentEncoder, tokens: int, segments: int, lags: int, crammed: bool
 ) -> None:
     """Raise MemvecError if a document is too short for the segments, or a number is too large.
 
     `tokens` is the length of each document. Refused are more `lags` than the encoder was trained
-    for, and a chain that does not fit the context together with its vectors.
+    for, and, if it is to be crammed as a whole, a chain that does not fit the context together with
+    its vectors. The encoder itself reads one segment at a time.
     """
     T = encoder.segment
     if tokens < segments * T:
@@ -116,7 +117,7 @@ def check_chain(
             f"--lags {lags} is out of range: this encoder was trained to give back the newest "
             f"{encoder.lags} segments."
         )
-    if lm.context is not None and segments * T > lm.context - encoder.slots:
+    if crammed and lm.context is not None and segments * T > lm.context - encoder.slots:
         raise MemvecError(
             f"{segments} segments of {T} tokens and {encoder.slots} vectors do not fit the context "
             f"of {lm.name} ({lm.context} tokens), so they cannot be crammed together: use fewer."

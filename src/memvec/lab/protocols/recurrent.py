@@ -183,7 +183,7 @@ def chain_of(
             f"a length of {tokens} tokens is no chain of whole segments of {encoder.segment}."
         )
     lags = lags or encoder.lags
-    check_chain(lm, encoder, tokens, tokens // encoder.segment, lags)
+    check_chain(lm, encoder, tokens, tokens // encoder.segment, lags, crammed=True)
     return tokens // encoder.segment, lags
 
 
