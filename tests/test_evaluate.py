@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tomllib
 from copy import copy
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,6 +447,24 @@ def test_bad_input_is_one_sentence(command, monkeypatch, words, sentence):
     assert sentence in ran.sentence
 
 
+@pytest.mark.parametrize("exact", [(True, True), (True, False), (None, True), (None, None)])
+def test_a_document_is_exact_if_all_its_contexts_are(exact):
+    traces = [
+        SimpleNamespace(task="t", document=0, context=(i,), slots=2, exact=e, question="q")
+        for i, e in enumerate(exact)
+    ]
+    task = SimpleNamespace(
+        OUTPUT_TYPE="loglikelihood",
+        config=SimpleNamespace(task="t", doc_to_choice=None),
+        multiple_input=0,
+        doc_to_target=lambda doc: "x",
+    )
+    row = {"doc_id": 0, "doc": {}, "arguments": [("a", "x")], "resps": [[(-1.0, True)]]}
+    model = SimpleNamespace(column=SimpleNamespace(name="crammed"), traces=traces)
+    (receipt,) = evaluating._receipts({"t": [row]}, {"t": task}, model, "run")
+    assert receipt.exact == {(None, None): None, (True, False): False}.get(exact, True)
+
+
 # ---------------------------------------------------------------------- the harness
 
 
@@ -592,6 +612,14 @@ def test_a_run_is_everything_that_a_number_of_it_depends_on(harness, tmp_path, m
     for text in ("a", "b"):
         questions.write_text(text, "utf-8")
         changed.append(run(recipe=replace(QUICK, queries=str(questions))))
+    edited = shutil.copytree(TASKS, tmp_path / "edited")
+    assert run(tasks_folder=edited) == first, "the same tasks, in another place"
+    for file, old, new in [
+        ("say.yaml", "max_gen_toks: 5", "max_gen_toks: 6"),
+        ("local.py", "fox", "ox"),
+    ]:
+        (edited / file).write_text((TASKS / file).read_text().replace(old, new))
+        changed.append(run(tasks_folder=edited))
     assert len({first, *changed}) == 1 + len(changed)
     assert {(o["limit"], o["num_fewshot"]) for o in asked} == {(None, None), (3, None), (None, 2)}
     assert [o["fewshot_random_seed"] for o in asked].count(7) == 1

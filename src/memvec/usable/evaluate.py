@@ -12,10 +12,12 @@ import importlib.util
 import json
 import logging
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,7 @@ def evaluate(
     with _quiet():
         manager = _manager(evaluation)  # made once: it reads thousands of task files
         tasks = _tasks(evaluation, manager)
+        contents = {name: _content(task, evaluation.limit) for name, task in tasks.items()}
         receipts: list[Receipt] = []
         results: dict[str, Any] = {}
         run = ""
@@ -136,7 +139,7 @@ def evaluate(
                 **_changes(evaluation.recipe),
             )
             if not run:  # the same for every column
-                run = _identity(_record(evaluation, model, {}))
+                run = _identity(_record(evaluation, model, contents, {}))
                 if evaluation.receipts is not None:
                     refuse_another_run(evaluation.receipts, run)
                     results |= earlier_results(evaluation.receipts)
@@ -146,7 +149,7 @@ def evaluate(
             receipts += column_receipts
             if evaluation.receipts is not None:
                 write(evaluation.receipts, column, column_receipts)
-                write_run(evaluation.receipts, _record(evaluation, model, results))
+                write_run(evaluation.receipts, _record(evaluation, model, contents, results))
     return table(receipts)
 
 
@@ -172,6 +175,15 @@ def _tasks(evaluation: Evaluation, manager: Any) -> dict[str, Any]:
         if task.OUTPUT_TYPE not in KINDS:
             raise MemvecError(f"{name} scores whole texts, which have no context to replace.")
     return loaded
+
+
+def _content(task: Any, limit: int | None) -> str:
+    """A hash of a task as its file has it, and of its documents up to the limit."""
+    config = task.dump_config()
+    config.get("metadata", {}).pop("config_source", None)  # where the file lies
+    written = json.dumps([config, *islice(task.eval_docs, limit)], sort_keys=True, default=str)
+    in_any_process = re.sub(r" at 0x[0-9a-f]+", "", written)  # objects that have no other name
+    return hashlib.sha256(in_any_process.encode()).hexdigest()[:16]
 
 
 def _manager(evaluation: Evaluation) -> Any:
@@ -223,7 +235,8 @@ def _receipts(
         task = tasks[name]
         kind = KINDS[task.OUTPUT_TYPE]
         for row in {row["doc_id"]: row for row in rows}.values():  # once, whatever the filters
-            trace = traces[task.config.task, row["doc_id"]][0]
+            asked = traces[task.config.task, row["doc_id"]]
+            trace, exact = asked[0], [t.exact for t in asked if t.exact is not None]
             choices = _choices(task, row["doc"]) if kind == "choice" else []
             answers = [
                 _answer(arguments, answers[0])
@@ -238,7 +251,7 @@ def _receipts(
                 context_sha256=ids_hash(trace.context),
                 context_tokens=len(trace.context),
                 slots=trace.slots,
-                exact=trace.exact,
+                exact=all(exact) if exact else None,  # of all its contexts, if there are several
                 question=trace.question,
                 # With `acc_mutual_info` each choice is asked for without a context, too.
                 answers=answers[: len(choices) or None],
@@ -285,7 +298,9 @@ def _gold(task: Any, doc: Any, kind: Kind) -> Any:
     return several if isinstance(gold, list) else several[0]
 
 
-def _record(evaluation: Evaluation, model: Any, results: dict[str, Any]) -> dict[str, Any]:
+def _record(
+    evaluation: Evaluation, model: Any, contents: dict[str, str], results: dict[str, Any]
+) -> dict[str, Any]:
     """What a number of this run depends on, and the harness's own figures for comparison."""
     import lm_eval
 
@@ -293,6 +308,7 @@ def _record(evaluation: Evaluation, model: Any, results: dict[str, Any]) -> dict
     del info["context"]
     return {
         "tasks": list(evaluation.tasks),
+        "task_contents": contents,
         "limit": evaluation.limit,
         "examples": evaluation.examples,
         "seed": evaluation.seed,
