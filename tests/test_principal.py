@@ -104,6 +104,18 @@ def test_what_is_crammed_is_exact_and_kept_as_measured(family, recipe):
     exact_as_measured(tiny(family), recipe)
 
 
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_a_product_of_each_passage_rounds_as_it_does_alone(K):
+    rows, matrix = torch.randn(9, K, 48), torch.randn(48, 48)
+    every = principal.each_by(rows, matrix)
+    torch.testing.assert_close(every, rows @ matrix, rtol=1e-4, atol=1e-4)
+    for n in (1, 2, 3, 4, 8):
+        assert torch.equal(principal.each_by(rows[:n], matrix), every[:n])
+        assert torch.equal(
+            principal.each_by(rows[-n:], matrix.T), principal.each_by(rows, matrix.T)[-n:]
+        )
+
+
 @both
 def test_a_passage_does_not_feel_its_neighbours(recipe):
     alone_as_beside_others(recipe)
