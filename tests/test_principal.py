@@ -105,15 +105,15 @@ def test_what_is_crammed_is_exact_and_kept_as_measured(family, recipe):
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
-def test_a_product_of_each_passage_rounds_as_it_does_alone(K):
-    rows, matrix = torch.randn(9, K, 48), torch.randn(48, 48)
-    every = principal.each_by(rows, matrix)
-    torch.testing.assert_close(every, rows @ matrix, rtol=1e-4, atol=1e-4)
-    for n in (1, 2, 3, 4, 8):
-        assert torch.equal(principal.each_by(rows[:n], matrix), every[:n])
-        assert torch.equal(
-            principal.each_by(rows[-n:], matrix.T), principal.each_by(rows, matrix.T)[-n:]
-        )
+@pytest.mark.parametrize("coordinates", [principal.Principal, principal.Whitened])
+def test_coordinates_round_alone_as_beside_others(coordinates, K):
+    lm = tiny()
+    made, asked = coordinates(TURNED, K, lm), torch.randn(9, K, lm.width)
+    for turn in (made.parameters, made.vectors):
+        every = turn(asked)
+        for n in (1, 2, 3, 4, 8):
+            assert torch.equal(turn(asked[:n]), every[:n])
+            assert torch.equal(turn(asked[-n:]), every[-n:])
 
 
 @both

@@ -123,7 +123,10 @@ def turned_by(
 def product_of(
     left: Float[Tensor, "B M P"], right: Float[Tensor, "B P N"]
 ) -> Float[Tensor, "B M N"]:
-    """Products of B pairs; on a CPU one by one, so that one rounds alone as beside others."""
+    """Products of B pairs; on a CPU one by one, so that one rounds alone as beside others.
+
+    A single product of all rows rounds otherwise for three rows than for four on some processors.
+    """
     if left.device.type != "cpu":
         return left @ right
     return torch.stack([a @ b for a, b in zip(left, right, strict=True)])

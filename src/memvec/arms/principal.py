@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec.arms.full_matrix import product_of
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -57,20 +58,11 @@ class Principal:
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
         """The coordinates of vectors."""
-        return each_by(vectors, self.to_parameters)
+        return product_of(vectors, self.to_parameters.expand(len(vectors), -1, -1))
 
     def vectors(self, parameters: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
         """The vectors with these coordinates."""
-        return each_by(parameters, self.to_vectors)
-
-
-def each_by(rows: Float[Tensor, "B K D"], matrix: Float[Tensor, "D D"]) -> Float[Tensor, "B K D"]:
-    """The product of each passage's rows and a matrix, in a product of its own.
-
-    A product of all rows at once rounds otherwise for three rows than for four, on some processors,
-    so that passages would feel how many stand beside them.
-    """
-    return torch.bmm(rows, matrix.expand(len(rows), -1, -1))
+        return product_of(parameters, self.to_vectors.expand(len(parameters), -1, -1))
 
 
 class Whitened(Principal):

@@ -243,8 +243,7 @@ def measure(
 
     recurrent = recurrent_of(lm)
     tokens = segments * recurrent.segment
-    lags = lags or recurrent.lags
-    check_chain(lm, recurrent, tokens, segments, lags, crammed=steps > 0)
+    check_chain(lm, recurrent, tokens, segments, lags or recurrent.lags, crammed=steps > 0)
     stream = token_stream(lm, text, column, where)
     ids = drawn(stream, text, tokens, passages, seed)
     controls = Recipe.of(steps=steps) if steps else None
