@@ -87,6 +87,8 @@ def test_any_bytes_are_latin_1():
         (b"", "utf-8", "is empty"),
         (b"\xff\xfe\x00", "utf-8", "--encoding latin-1"),
         (b"abc", "utf-7000", "unknown encoding 'utf-7000'"),
+        ("abc", "utf-7000", "unknown encoding 'utf-7000'"),
+        ("abc", "rot13", "unknown encoding 'rot13'"),
         ("né", "ascii", "has characters that are not ascii"),
         ("\ud800", "utf-8", "has characters that are not utf-8"),
         (b"a\x00b\x00", "utf-16", "does not survive --encoding utf-16"),

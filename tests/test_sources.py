@@ -6,17 +6,19 @@ import io
 import json
 import sys
 import types
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import AddedToken
 
 from conftest import reader
 from memvec.errors import MemvecError
 from memvec.lab.sources import SOURCES, Source
 from memvec.lab.sources.files import Files
 from memvec.lab.sources.random_tokens import RandomTokens, ordinary_tokens
-from memvec.lab.sources.random_words import RandomWords
+from memvec.lab.sources.random_words import RandomWords, read_words
 from memvec.lab.sources.sampled import Sampled
 from memvec.lab.sources.text_readers import read_hub_texts, read_texts
 from memvec.lab.sources.written import chunk, sentences, split_by_rule
@@ -150,6 +152,22 @@ def test_random_tokens_are_ordinary_ones() -> None:
     assert len(tokens) == len(lm.tokenizer) - 2
 
 
+def test_special_tokens_without_a_role_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Llama's reserved ones and Qwen's marks of a chat; an ordinary added token is text."""
+    lm = copy(reader())
+    monkeypatch.setattr(lm, "tokenizer", deepcopy(lm.tokenizer))
+    added = {5: AddedToken("<|reserved|>", special=True), 6: AddedToken("word", special=False)}
+    monkeypatch.setattr(type(lm.tokenizer), "added_tokens_decoder", added)
+    assert 5 not in lm.tokenizer.all_special_ids
+    assert 6 in ordinary_tokens(lm)
+    assert 5 not in ordinary_tokens(lm)
+    logits = torch.zeros(lm.vocab_size)
+    logits[[5, 6]] = 50.0
+    monkeypatch.setattr(lm, "logits", lambda vectors, ids: logits.expand(1, ids.shape[1], -1))
+    (drawn,) = Sampled().passages(lm, 1, 8)
+    assert set(drawn.passage.ids) == {6}
+
+
 def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     import pandas as pd
 
@@ -166,6 +184,44 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         read_texts("nothing.txt", tmp_path)
     (tmp_path / "a.txt").write_text("A.")
     assert len(read_texts(".", tmp_path, "body")) == 7
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_rows_are_kept_by_the_values_of_the_file(tmp_path: Path, kind: str) -> None:
+    """A missing value beside it makes no 1.0 of a 1; a text that looks like a value is a text."""
+    import pandas as pd
+
+    rows = [{"text": "One.", "label": 1}, {"text": "Two."}, {"text": "NA", "label": 2}]
+    rows += [{"text": "1984", "label": 1}]
+    if kind == "jsonl":
+        lines = [{"label": 3}, *rows]  # the first row has no text
+        (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    elif kind == "csv":
+        (tmp_path / "x.csv").write_text("text,label\nOne.,1\nTwo.,\nNA,2\n1984,1\n")
+    else:
+        frame = pd.DataFrame(rows)
+        frame.astype({"label": "Int64"}).to_parquet(tmp_path / "x.parquet")
+    found = read_texts(f"x.{kind}", tmp_path, where={"label": "1"})
+    assert [text for _, text in found] == ["One.", "1984"]
+    assert [text for _, text in read_texts(f"x.{kind}", tmp_path)] == ["One.", "Two.", "NA", "1984"]
+    with pytest.raises(MemvecError, match=rf"no row of x.{kind} has a text where label is '9'\."):
+        read_texts(f"x.{kind}", tmp_path, where={"label": "9"})
+    with pytest.raises(MemvecError, match="has no column 'lang'; it has "):
+        read_texts(f"x.{kind}", tmp_path, where={"lang": "en"})
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, name: str) -> None:
+    text = {"x.txt": "One.", "x.jsonl": '{"text": "One."}', "x.csv": "text\nOne.\n"}[name]
+    (tmp_path / name).write_text(text, "utf-8-sig")
+    assert [text for _, text in read_texts(name, tmp_path)] == ["One."]
+
+
+def test_word_files_are_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("cat\ndog\n", "utf-8-sig")
+    assert read_words("words.txt", tmp_path) == ("cat", "dog")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert "is not UTF-8 text (byte 3)" in str(RandomWords(words="latin.txt").missing(tmp_path))
 
 
 def test_what_cannot_be_had_is_told(book: Path) -> None:
@@ -267,6 +323,12 @@ def test_files_that_are_not_what_they_say_are_told(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[1]\n")
     with pytest.raises(MemvecError, match="line 1 is not an object"):
         read_texts("list.jsonl", tmp_path)
+    (tmp_path / "half.jsonl").write_text('{"text": "half of a pair: \\ud83d"}\n')
+    with pytest.raises(MemvecError, match=r"half row 0 has characters that are not utf-8"):
+        read_texts("half.jsonl", tmp_path)
+    (tmp_path / "folder" / "notes.md").mkdir(parents=True)  # a folder, whatever its name ends with
+    (tmp_path / "folder" / "notes.md" / "a.txt").write_text("A.")
+    assert read_texts("folder", tmp_path) == [("a", "A.")]
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(MemvecError, match="is not UTF-8 text"):
         read_texts("latin.txt", tmp_path)

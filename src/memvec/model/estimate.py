@@ -140,9 +140,8 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     parameter_count = float(sum(p.numel() for p in lm.model.parameters()))
     facts = facts_of_config(lm.config, steps.dtype.itemsize, parameter_count)
     weights = float(sum(map(_bytes, parameters.values())))
-    token_bytes = kept_bytes(steps, tokens)
-    measured = replace(facts, weights=weights, kept=token_bytes, width=lm.numbers)
-    return replace(measured, checkpointing=lm.checkpointing)
+    facts = replace(facts, kept=kept_bytes(steps, tokens), checkpointing=lm.checkpointing)
+    return replace(facts, weights=weights, width=lm.numbers)
 
 
 def _bytes(parameter: Tensor) -> int:

@@ -78,9 +78,8 @@ def _own_logits(lm: FrozenLM) -> tuple[bool, str]:
 def _padding(lm: FrozenLM) -> tuple[bool, str]:
     ids = probe_ids(lm, 9)
     vectors = lm.embed(ids[:, :2])
-    return agree(
-        lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6]), lm.rounding
-    )
+    padded, alone = lm.logits(vectors, ids[:, 2:])[:, :4], lm.logits(vectors, ids[:, 2:6])
+    return agree(padded, alone, lm.rounding)
 
 
 @torch.no_grad()

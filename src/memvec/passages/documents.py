@@ -172,6 +172,8 @@ def _encode(text: str, encoding: str, name: str) -> bytes:
         return text.encode(encoding)
     except UnicodeEncodeError as why:
         raise MemvecError(f"{name} has characters that are not {encoding}: {why.reason}.") from None
+    except (LookupError, UnicodeError):
+        return text.encode()  # `_decode` refuses such an encoding
 
 
 def _decode(data: bytes, encoding: str, name: str) -> str:

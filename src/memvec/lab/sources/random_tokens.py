@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
 from memvec.passages.passage import Passage
@@ -44,5 +44,11 @@ def ordinary_tokens(lm: FrozenLM) -> list[int]:
     """Every token id but special ones and ids the tokenizer does not use."""
     if lm.tokenizer is None:
         return [i for i in range(lm.vocab_size) if i != lm.bos_id]
-    special = set(lm.tokenizer.all_special_ids)
+    special = special_ids(lm.tokenizer)
     return [i for i in range(min(lm.vocab_size, len(lm.tokenizer))) if i not in special]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of all special tokens; `all_special_ids` has only those with a role, such as BOS."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}

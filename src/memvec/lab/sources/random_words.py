@@ -17,7 +17,7 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
-from memvec.lab.sources.text_readers import resolve
+from memvec.lab.sources.text_readers import read_utf8, resolve
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def read_words(path: str, base: Path | None = None) -> tuple[str, ...]:
     file = resolve(path, base)
     if not file.is_file():
         raise MemvecError(f"source missing: there is no word file {file}.")
-    words = tuple(line.strip() for line in file.read_text("utf-8").splitlines() if line.strip())
+    words = tuple(line.strip() for line in read_utf8(file).splitlines() if line.strip())
     if not words:
         raise MemvecError(f"the word file {file} is empty.")
     return words

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from memvec.errors import MemvecError
 from memvec.lab.sources.base import Source, SourcedPassage, seeded_random
+from memvec.lab.sources.random_tokens import special_ids
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def sampled_passages(
     """
     if lm.bos_id is None:
         raise MemvecError(f"{lm.name} has no token that starts a text, so it cannot be sampled.")
-    special = [lm.bos_id] if lm.tokenizer is None else sorted(lm.tokenizer.all_special_ids)
+    special = [lm.bos_id] if lm.tokenizer is None else sorted(special_ids(lm.tokenizer))
     banned = [i for i in special if i < lm.vocab_size]
     for number in range(count):
         passage_seed = seeded_random("sampled", seed, number).getrandbits(62)

@@ -29,7 +29,7 @@ def files_of(path: Path) -> list[Path]:
     """The file itself, or the files of a folder that can be read, in a fixed order."""
     if not path.is_dir():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    return sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
 
 
 def missing_texts(path: str, base: Path | None) -> str | None:
@@ -47,7 +47,7 @@ def read_texts(
 
     `base` is the folder relative paths start from (a spec's own folder). `where` keeps only the
     table rows whose columns have these values, e.g. {'split': 'valid'}.
-    Raises MemvecError: no such file, no such column, an unknown kind of file.
+    Raises MemvecError: no such file or column, no text left, or one that is not UTF-8.
     """
     if path == "-":
         texts = [("standard input", _read_stream(sys.stdin))]
@@ -57,9 +57,25 @@ def read_texts(
         file = resolve(path, base)
         texts = [text for one in files_of(file) for text in _read_file(one, column, where or {})]
     texts = [(name, text) for name, text in texts if text.strip()]
+    if not texts and where:
+        raise MemvecError(f"source empty: no row of {path} has a text where {_conditions(where)}.")
     if not texts:
         raise MemvecError(EMPTY.format(path))
+    for name, text in texts:
+        _refuse_surrogates(name, text)
     return texts
+
+
+def _conditions(where: dict[str, str]) -> str:
+    return " and ".join(f"{column} is '{value}'" for column, value in where.items())
+
+
+def _refuse_surrogates(name: str, text: str) -> None:
+    """Raise MemvecError for half a character (JSON can escape one), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MemvecError(f"{name} has characters that are not utf-8: {error.reason}.") from None
 
 
 def read_hub_texts(
@@ -128,17 +144,23 @@ def _read_file(file: Path, column: str, where: dict[str, str]) -> list[NamedText
                 f"reading {file.name} needs pandas: pip install '.[study]' in the repository."
             ) from None
         try:
-            frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+            # As they are in the file: no number, truth value or missing value is made of a text,
+            # and a column with missing values keeps its whole numbers.
+            if file.suffix == ".parquet":
+                frame = pd.read_parquet(file, dtype_backend="pyarrow")
+            else:
+                frame = pd.read_csv(file, dtype=str, keep_default_na=False)
         except ValueError as error:  # empty, not UTF-8, cut off: all of pandas' kinds are one
             kind, reason = file.suffix[1:], first_line(error)
             raise MemvecError(f"{file} is not a {kind} table: {reason}.") from None
         return _texts_of_rows(frame.to_dict("records"), file, column, where)
-    return [(file.stem, _read_utf8(file))]
+    return [(file.stem, read_utf8(file))]
 
 
-def _read_utf8(file: Path) -> str:
+def read_utf8(file: Path) -> str:
+    """A file's text, without a byte order mark in front. Raises MemvecError for another coding."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise MemvecError(
             f"{file} is not UTF-8 text (byte {error.start}): convert it, as with iconv."
@@ -148,7 +170,7 @@ def _read_utf8(file: Path) -> str:
 def _json_lines(file: Path) -> list[dict[str, object]]:
     rows = []
     # Not splitlines: JSON may have U+2028 and others of its line ends inside a string.
-    for number, line in enumerate(_read_utf8(file).split("\n"), 1):
+    for number, line in enumerate(read_utf8(file).split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -162,10 +184,10 @@ def _json_lines(file: Path) -> list[dict[str, object]]:
 def _texts_of_rows(
     rows: list[dict[str, object]], file: Path, column: str, where: dict[str, str]
 ) -> list[NamedText]:
-    if rows and column not in rows[0]:
-        raise MemvecError(
-            f"{file} has no column '{column}'; it has {', '.join(map(str, rows[0]))}."
-        )
+    names = dict.fromkeys(str(name) for row in rows for name in row)  # JSON may leave some out
+    for needed in (column, *where):
+        if rows and needed not in names:
+            raise MemvecError(f"{file} has no column '{needed}'; it has {', '.join(names)}.")
     kept = [row for row in rows if all(str(row.get(k)) == v for k, v in where.items())]
     # A row without a text (None, NaN) is not the text "None".
     texts = [row.get(column) for row in kept]
