@@ -63,7 +63,7 @@ def _turned(v):
     return torch.cat([-v[..., half:], v[..., :half]], -1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gpt-neox", "gpt2", "mamba2"])
 def test_the_lens_of_the_last_layer_is_the_models_answer(family):
     lm = tiny(family)
     inputs, token = inputs_of(lm), ASKED.ids[0]
@@ -93,10 +93,32 @@ def test_the_slow_path_finds_the_same_inside(family):
     assert torch.equal(lm.states_of(inputs, keep=3), whole)
 
 
-def test_models_without_such_insides_are_refused():
-    lm = tiny("mamba")
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt-oss", "vaultgemma"])
+def test_windows_caps_and_sinks_are_attention_too(family):
+    """The slow path has shares of what a position may read: a window of 5, scores that are capped,
+    and a sink that takes a part of the weight."""
+    lm, (passage,) = tiny(family), passages(9, seed=4)
+    vectors = 0.4 * torch.randn(K, lm.width, generator=torch.Generator().manual_seed(1))
+    inputs = lm.inputs(vectors[None], torch.tensor([passage.ids]), "bos")
+    before, whole = lm.config._attn_implementation, lm.states_of(inputs, keep=3)
+    shares = slow_inside.attention_shares(lm, vectors, [*lm.trigger, *passage.ids[:-1]])
+    assert shares == pytest.approx(inside.attention_shares(lm, inputs, K), abs=1e-4)
+    assert lm.config._attn_implementation == before
+    assert torch.equal(lm.states_of(inputs, keep=3), whole)
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_models_without_such_insides_are_refused(family):
+    lm = tiny(family)
     with pytest.raises(MemvecError, match="has no attention whose weights could be read"):
         inside.attention_shares(lm, inputs_of(lm), K)
+
+
+@pytest.mark.parametrize("family", ["opt-projected", "xlm"])
+def test_a_model_whose_head_is_not_behind_its_norm_has_no_lens(family):
+    lm = tiny(family)
+    with pytest.raises(MemvecError, match="has no final norm where a logit lens could look"):
+        inside.logit_lens(lm, inputs_of(lm), K, ASKED.ids[0])
 
 
 def test_a_path_goes_from_the_start_to_the_end():

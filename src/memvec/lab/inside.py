@@ -58,7 +58,7 @@ def attention_shares(lm: FrozenLM, inputs: Float[Tensor, "1 N D"], K: int) -> li
     with eager(lm):
         out = lm.model(inputs_embeds=inputs.to(lm.dtype), use_cache=False, output_attentions=True)
     tables = getattr(out, "attentions", None) or ()
-    layers = [table for table in tables if table is not None]
+    layers = [table for table in tables if table is not None and table.dim() == 4]
     if len(layers) != int(lm.config.get_text_config().num_hidden_layers):
         raise MemvecError(f"{lm.name} has no attention whose weights could be read.")
     return [float(table[0, :, K:, :K].float().sum(-1).mean()) for table in layers]
@@ -86,7 +86,8 @@ def logit_lens(
     finally:
         for hook in hooks:
             hook.remove()
-    if not torch.allclose(norm(states[-1]), last, atol=1e-2, rtol=1e-2):
+    looked = norm(states[-1])
+    if looked.shape != last.shape or not torch.allclose(looked, last, atol=1e-2, rtol=1e-2):
         raise _no_lens(lm)
     for state in states:
         logits = lm.head(norm(state))[0]
@@ -100,7 +101,9 @@ def logit_lens(
 def _norm_and_layers(lm: FrozenLM) -> tuple[nn.Module, list[nn.Module]]:
     count = int(getattr(lm.config.get_text_config(), "num_hidden_layers", 0))
     stacks = [m for m in lm.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    named = {name.rsplit(".", 1)[-1]: module for name, module in lm.model.named_modules()}
+    inner = {id(module) for stack in stacks for module in stack.modules()}  # has norms of its own
+    modules = [(name, m) for name, m in lm.model.named_modules() if id(m) not in inner]
+    named = {name.rsplit(".", 1)[-1]: module for name, module in modules}
     norm = next((named[name] for name in NORMS if name in named), None)
     if not stacks or norm is None or not lm.has_split_head:
         raise _no_lens(lm)

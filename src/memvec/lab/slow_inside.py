@@ -2,13 +2,15 @@
 
 Shares are computed from the queries and keys that the model passes to its attention function:
 scores and their softmax in float64 with numpy, for one head and one position at a time, over the
-positions that it may attend to. The lens of a layer is computed with the model cut off behind that
-layer: the later layers are removed, so that the final norm and the head follow directly.
+positions that it may attend to, with the layer's window, soft cap and sinks. The lens of a layer is
+computed with the model cut off behind that layer: the later layers are removed, so that the final
+norm and the head follow directly.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,41 +28,43 @@ WATCHED = "memvec_watched"  # name of the recording attention function in transf
 @torch.no_grad()
 def attention_shares(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> list[float]:
     """For each layer, the share of attention on the vectors (K, D), mean over later positions."""
-    seen: list[tuple[Tensor, Tensor, float]] = []
+    seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
     with _watching(lm, seen):
         slow.logits(lm, vectors, ids)
     K = len(vectors)
-    return [_share(query, key, scale, K) for query, key, scale in seen]
+    return [_share(query, key, options, K) for query, key, options in seen]
 
 
-def _share(query: Tensor, key: Tensor, scale: float, K: int) -> float:
+def _share(query: Tensor, key: Tensor, options: dict[str, Any], K: int) -> float:
     q, k = query[0].double().cpu().numpy(), key[0].double().cpu().numpy()
-    groups = len(q) // len(k)
+    groups, window = len(q) // len(k), options.get("sliding_window") or q.shape[1]
+    scale, cap = options.get("scaling") or q.shape[-1] ** -0.5, options.get("softcap")
+    sinks = options.get("s_aux")  # a further score of each head, on nothing (gpt-oss)
     shares = []
     for head in range(len(q)):
         for at in range(K, q.shape[1]):
-            scores = k[head // groups, : at + 1] @ q[head, at] * scale
-            weights = np.exp(scores - scores.max())
-            shares.append(float(weights[:K].sum() / weights.sum()))
+            first = max(0, at + 1 - window)
+            scores = k[head // groups, first : at + 1] @ q[head, at] * scale
+            scores = np.tanh(scores / cap) * cap if cap else scores
+            unread = [] if sinks is None else [float(sinks[head])]
+            weights = np.exp(np.append(scores, unread) - max(scores.max(), *unread, -np.inf))
+            shares.append(float(weights[: max(0, K - first)].sum() / weights.sum()))
     return float(np.mean(shares))
 
 
 @contextlib.contextmanager
-def _watching(lm: FrozenLM, seen: list[tuple[Tensor, Tensor, float]]) -> Iterator[None]:
-    """Record each layer's queries, keys and scale in `seen` while the context is open."""
+def _watching(lm: FrozenLM, seen: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[None]:
+    """Record each layer's queries, keys and options in `seen` while the context is open."""
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-    def record(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        seen.append((query, key, float(scale)))
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    def record(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append((query, key, options))
+        own: Any = sys.modules[type(module).__module__]  # that of the family's own file
+        return own.eager_attention_forward(module, query, key, *args, **options)
 
     AttentionInterface.register(WATCHED, record)
-    AttentionMaskInterface.register(WATCHED, sdpa_mask)
+    AttentionMaskInterface.register(WATCHED, eager_mask)
     before, model = lm.config._attn_implementation, lm.model
     try:
         model.set_attn_implementation(WATCHED)  # type: ignore[operator]
