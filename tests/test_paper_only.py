@@ -187,6 +187,18 @@ def test_published_values_stand_beside_for_every_k(
     assert table1(MODEL, "fanfics", 2) is None
 
 
+def test_published_values_are_those_of_as_many_vectors(tmp_path: Path) -> None:
+    """Without one vector, two of ours stand beside two of theirs."""
+    head, *runs = SPEC.split("[[runs]]")
+    runs = [run for run in runs if "vectors = " in run]  # two and four
+    _, plots = report(tmp_path, text="[[runs]]".join([head, *runs]))
+    published = {s.name: s.y for s in plots["lengths"].panels[0].series if "published" in s.name}
+    assert published == {"pg19, published": [192.0]}
+    assert "measured over published: 0.17 to 0.17 (n 1" in plots["lengths"].caption
+    # The published shares are of one vector.
+    assert not [s for s in plots["utilisation"].panels[1].series if "published" in s.name]
+
+
 def test_gains_are_those_of_passages_that_filled_their_vectors(
     whole: tuple[dict[str, Table], dict[str, Plot]],
 ) -> None:

@@ -31,7 +31,7 @@ def lengths(data: Data, *, compare: bool) -> Plot:
         text = str(rows_of_source["source"].iloc[0])
         known = f"{text}{PUBLISHED}"
         if compare and any(line.x for line in lines) and known not in [s.name for s in series]:
-            series += _published(models, text, known)
+            series += _published(models, rows_of_source, known)
     kept = sorted({int(x) for s in series for x in s.x})  # models with a capacity
     names = [short(str(models[i])) for i in kept]
     moved = [_at(s, [float(kept.index(int(x))) for x in s.x]) for s in series]
@@ -90,8 +90,12 @@ def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
     )
 
 
-def _published(models: list[str], source: str, name: str) -> list[Series]:
-    entries = [(i, published.table1(model, source)) for i, model in enumerate(models)]
+def _published(models: list[str], rows: pd.DataFrame, name: str) -> list[Series]:
+    """The published Max on the source of `rows`, for the K that is drawn of each model."""
+    by_rule = rows[rows["protocol"] == "paper"]
+    fewest = (rows if by_rule.empty else by_rule).groupby("model")["vectors"].min().to_dict()
+    source = str(rows["source"].iloc[0])
+    entries = [(i, published.table1(m, source, fewest.get(m, 1))) for i, m in enumerate(models)]
     known = [(float(i), float(entry["longest"])) for i, entry in entries if entry]
     return [Series(name, [i for i, _ in known], [v for _, v in known])] if known else []
 

@@ -112,7 +112,7 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
         share.append(Series(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
         share.append(Series(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
     if compare:
-        share += _published(models, {u.series for u in selected.values()})
+        share += _published(models, list(selected.values()))
     limit = max([1.0, *(u.theoretical for u in selected.values())])
     reached.append(Series("y = x", [0.0, limit], [0.0, limit], "dashed"))
     panels = [
@@ -128,12 +128,13 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
     )
 
 
-def _published(models: list[str], texts: set[str]) -> list[Series]:
-    """The paper's shares of tokens for the texts that were measured."""
+def _published(models: list[str], measured: list[Utilisation]) -> list[Series]:
+    """The paper's shares of tokens, which are those of one vector, beside measured ones of one."""
     values = published.published()["utilisation"]["values"]
-    series = []
+    texts, series = {u.series for u in measured}, []
+    single = {u.model for u in measured if u.K == 1} & values.keys()
     for key, name in (("pg19", "PG-19"), ("random", "random words")):
-        known = [(float(i), values[m]) for i, m in enumerate(models) if m in values]
+        known = [(float(i), values[m]) for i, m in enumerate(models) if m in single]
         wanted = key == "pg19" or any(text.startswith("random-words") for text in texts)
         if known and wanted:
             xs, ys = [x for x, _ in known], [v[f"utilisation_{key}"] for _, v in known]
