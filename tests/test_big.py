@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from memvec.big import refuse_spilled
 from memvec.cli.expected import memory
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
+from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.price import hours
 from memvec.loading import load_lm
 from memvec.model.estimate import (
@@ -267,6 +269,23 @@ def test_parameters_are_added_up():
         model = transformers.AutoModelForCausalLM.from_config(config)
         counted = sum(p.numel() for p in model.parameters())
         assert facts_of_config(config, 4).parameters == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "jamba", "deepseek-v3", "llama"])
+def test_all_experts_take_memory_and_those_that_are_read_take_time(family, tmp_path):
+    lm = tiny(family)
+    lm.config.save_pretrained(tmp_path)
+    facts, sizes = facts_of_name(str(tmp_path)), dict(lm.model.named_parameters())
+    total = sum(p.numel() for p in sizes.values())
+    assert facts.parameters * facts.number <= (facts.weights or math.inf)
+    if family == "llama":
+        assert facts.weights == 0
+        assert facts.parameters == pytest.approx(total, rel=0.05)
+        return
+    assert facts.weights == 2 * total
+    if family == "mixtral":  # two of four experts
+        inside = sum(p.numel() for name, p in sizes.items() if "experts" in name)
+        assert facts.parameters == total - inside / 2
 
 
 def test_8b_at_1568_tokens_fits_16_slots_in_80_gb_with_checkpointing_only():

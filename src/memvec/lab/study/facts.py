@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from memvec.errors import MemvecError
 from memvec.loading import POCKET
 from memvec.model.estimate import Facts, facts_of_config
 
 NUMBER = 2  # bytes of a weight in bfloat16, for which prices are computed
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number
 
 
 def facts_of_name(name: str) -> Facts | None:
@@ -33,7 +36,8 @@ def facts_of_name(name: str) -> Facts | None:
     if not file.is_file():
         return None
     try:
-        facts = facts_of_config(_config(json.loads(file.read_text("utf-8"))), NUMBER)
+        config = _config(json.loads(file.read_text("utf-8")))
+        facts = _with_experts(config, facts_of_config(config, NUMBER))
     except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not such a config
         raise MemvecError(f"{file} is not a model's config: {error}.") from None
     if not facts.hidden or not facts.layers:
@@ -49,6 +53,27 @@ def _known(name: str) -> Facts | None:
     if known is None:
         return None
     return facts_of_config(_config(known["config"]), NUMBER, known["parameters"])
+
+
+def _with_experts(config: PretrainedConfig, facts: Facts) -> Facts:
+    """Facts of a mixture of experts: bytes of all of its weights, parameters that a token reads.
+
+    They are counted in the model that transformers builds from the configuration, without memory
+    for its weights. Facts of another model, or of one that cannot be built, are returned unchanged.
+    """
+    text = config.get_text_config()
+    number = next((n for name in EXPERTS if (n := getattr(text, name, None))), None)
+    if not isinstance(number, int):
+        return facts
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:  # foreign code may raise any error
+        return facts
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total, inside = sum(sizes.values()), sum(n for name, n in sizes.items() if ".experts." in name)
+    read = min(1.0, int(getattr(text, "num_experts_per_tok", None) or number) / number)
+    return replace(facts, parameters=total - inside * (1 - read), weights=float(total * NUMBER))
 
 
 def _config(record: dict[str, Any]) -> PretrainedConfig:
