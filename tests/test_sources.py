@@ -8,6 +8,7 @@ import sys
 import types
 from copy import copy, deepcopy
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from memvec.lab.sources.random_tokens import RandomTokens, ordinary_tokens
 from memvec.lab.sources.random_words import RandomWords, read_words
 from memvec.lab.sources.sampled import Sampled
 from memvec.lab.sources.text_readers import read_hub_texts, read_texts
-from memvec.lab.sources.written import chunk, sentences, split_by_rule
+from memvec.lab.sources.written import _leading_ids, chunk, sentences, split_by_rule
 from memvec.lab.study.cells import expand
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.work import find_passages
+from memvec.model.lm import FrozenLM
 from studies import HEAD, SENTENCES
 
 
@@ -143,6 +145,15 @@ def test_random_words_come_from_the_list_and_it_is_named(book: Path) -> None:
     assert len({len(f.passage) for f in drawn}) > 4
     (one,) = RandomWords(words="words.txt", drawn_lengths=True).passages(reader(), 1, 1, book)
     assert len(one.passage) == 1
+
+
+def test_a_passage_of_long_words_is_as_long_as_asked() -> None:
+    """The beginning of a text in which tokens were looked for has too few, and the text enough."""
+    lm = cast(
+        "FrozenLM", types.SimpleNamespace(tokenize=lambda text: [len(w) for w in text.split()])
+    )
+    text = " ".join(["x" * 40] * 30)
+    assert _leading_ids(lm, text, 20)[:20] == [40] * 20
 
 
 def test_random_tokens_are_ordinary_ones() -> None:
@@ -304,6 +315,11 @@ def test_standard_input_is_the_same_text_each_time_it_is_asked_for(
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         for _ in range(2):
             assert read_texts("-") == [("standard input", text)]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"\ufeff{SENTENCES}"))
+    assert read_texts("-") == [("standard input", SENTENCES)]
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(MemvecError, match="standard input is closed: name a file"):
+        read_texts("-")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
     with pytest.raises(MemvecError, match="standard input is not UTF-8"):
         read_texts("-")

@@ -7,7 +7,12 @@ import pytest
 import torch
 from scipy import stats
 
-from memvec.statistics import bootstrap_mean, median_and_spread, ratio_of_means
+from memvec.statistics import (
+    bootstrap_mean,
+    median_and_spread,
+    ratio_of_means,
+    ratio_of_separate_means,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 19, 20, 35])
@@ -38,3 +43,32 @@ def test_a_ratio_of_means_that_are_both_0_is_that_of_equals(scale):
     assert ratio_of_means([*zeros, 2.0], [*zeros, 2.0]) == (1.0, 1.0, 1.0)
     value, low, high = ratio_of_means([*zeros, 2.0 * scale], [*zeros, 2.0])
     assert (value, low, high) == (scale, min(scale, 1.0), max(scale, 1.0))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_ratio_over_a_mean_that_may_be_0_has_an_infinite_end(sign):
+    """Of three values, one draw in 27 takes three times the first: more than a share of 2.5 %."""
+    first, second = [sign, sign, sign], [0.0, 1.0, 1.0]
+    value, *ends = ratio_of_means(first, second)
+    assert value == pytest.approx(sign * 1.5)
+    assert sorted(ends) == ends
+    assert ends == ([1.0, np.inf] if sign > 0 else [-np.inf, -1.0])
+
+
+def test_one_value_of_either_side_gives_no_interval():
+    several = [1.0, 2.0, 3.0]
+    for first, second in (([4.0], several), (several, [4.0])):
+        value, *ends = ratio_of_separate_means(first, second)
+        assert value == pytest.approx(np.mean(first) / np.mean(second))
+        assert np.isnan(ends).all()
+
+
+def test_means_of_different_passages_are_drawn_apart():
+    """Of the same values on both sides, a paired ratio is 1 in every draw; a separate one varies
+    as much as two means do."""
+    values = np.random.default_rng(1).gamma(4.0, 1.0, 30)
+    both = (values.tolist(), values.tolist())
+    assert ratio_of_means(*both) == pytest.approx((1.0, 1.0, 1.0))
+    _, low, high = ratio_of_separate_means(*both)
+    error = values.std(ddof=1) / np.sqrt(len(values)) / values.mean()
+    assert np.log(high / low) == pytest.approx(2 * 1.96 * error * np.sqrt(2), rel=0.1)

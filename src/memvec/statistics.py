@@ -177,7 +177,7 @@ def _ratio(a: Floats, b: Floats, means_a: Floats, means_b: Floats) -> Interval:
     with np.errstate(divide="ignore", invalid="ignore"):
         if min(len(a), len(b)) < 2:  # one value says nothing of the others
             return Interval(float(a.mean() / b.mean()), math.nan, math.nan)
-        ratios = np.nan_to_num(means_a / means_b, nan=1.0, posinf=np.inf)
+        ratios = np.nan_to_num(means_a / means_b, nan=1.0, posinf=np.inf, neginf=-np.inf)
         low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")
         return Interval(float(a.mean() / b.mean()), float(low), float(high))
 

@@ -50,6 +50,8 @@ def read_texts(
     Raises MemvecError: no such file or column, no text left, or one that is not UTF-8.
     """
     if path == "-":
+        if sys.stdin is None:
+            raise MemvecError("standard input is closed: name a file.")
         texts = [("standard input", _read_stream(sys.stdin))]
     else:
         if sentence := missing_texts(path, base):
@@ -128,7 +130,7 @@ def read_hub_texts(
 def _read_stream(stream: Any) -> str:
     """All of a text stream, cached: it can be read once, and every cell of a study asks for it."""
     try:
-        return str(stream.read())
+        return str(stream.read()).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise MemvecError(f"standard input is not UTF-8 text (byte {error.start}).") from None
 
