@@ -13,7 +13,7 @@ import transformers
 
 from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
-from memvec.big import refuse_spilled
+from memvec.big import loading_options, refuse_spilled
 from memvec.cli.expected import memory
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
@@ -29,6 +29,7 @@ from memvec.model.estimate import (
 )
 from memvec.model.large import layers_of, recomputed, saved_bytes
 from memvec.model.lm import FrozenLM
+from memvec.model.memory import LOGITS_AT_ONCE
 
 LLAMA_8B = transformers.LlamaConfig(
     vocab_size=128_256,
@@ -146,6 +147,22 @@ def test_what_is_missing_is_named(folder, monkeypatch, options, sentence):
     )
     with pytest.raises(MemvecError, match=sentence):
         load_lm(str(folder), **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "device_map", "expected"),
+    [
+        ("cpu", None, None),
+        ("cuda:1", None, {"": torch.device("cuda:1")}),
+        ("cuda:1", "auto", "auto"),
+    ],
+)
+def test_weights_in_few_bits_are_made_where_they_stay(device, device_map, expected):
+    """On a CPU they need no map, nor the package that reads one."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("accelerate")
+    options = loading_options(device_map, "8bit", torch.float32, torch.device(device))
+    assert options.get("device_map") == expected
 
 
 @pytest.mark.parametrize(
@@ -304,6 +321,16 @@ def test_8b_at_1568_tokens_fits_16_slots_in_80_gb_with_checkpointing_only():
     assert max_batch_size(facts, free=free, tokens=1568) < 16
     assert max_batch_size(facts, free=0.0, tokens=1568) == 1
     assert "GiB at the peak" in memory(spared)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64, 1024])
+def test_logits_of_many_positions_are_never_in_memory_at_once(batch_size):
+    """Beyond a chunk, only the states that the logits are made of grow with the slots."""
+    facts = facts_of_config(LLAMA_8B, 2)
+    part = estimate(facts, batch_size=batch_size, tokens=64)
+    states = 3 * batch_size * 64 * facts.hidden * facts.number
+    rows = min(batch_size * 64, LOGITS_AT_ONCE // facts.vocabulary)
+    assert part.logits == rows * facts.vocabulary * 4 * 3 + states
 
 
 def test_time_is_operations_over_speed():

@@ -17,6 +17,7 @@ from conftest import QUICK, build, passages, tiny
 from memvec import graphs, metrics
 from memvec.cramming import engine as engine_module
 from memvec.cramming.engine import Engine
+from memvec.cramming.objectives import Score
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model import memory
@@ -159,6 +160,19 @@ def test_as_many_graphs_are_kept_as_fit(monkeypatch):
     assert outcomes(engine, asked) == outcomes(plain, asked)
     assert len(shapes) > 1
     assert len(replays.captured) == 1
+
+
+def test_the_graphs_that_go_are_those_not_replayed_for_longest(monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
+    kept = object.__new__(graphs.Graphs)
+    row = torch.zeros(1, 1)
+    given = (row[..., None], Score(row, row, row[..., None]))
+    kept.captured, kept.seen, kept.work = {}, set(), lambda *inputs: given
+    kept._capture = lambda *inputs: kept.work
+    kept._check = lambda *inputs: None
+    for columns in (1, 1, 2, 2, 1, 3, 3):  # the third shape in the place of the second
+        kept(torch.zeros(1, 1, 4), torch.zeros(1, columns).long(), torch.ones(1))
+    assert [ids[1] for _, ids in kept.captured] == [1, 3]
 
 
 def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monkeypatch):

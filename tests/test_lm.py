@@ -24,8 +24,10 @@ from memvec.errors import MemvecError, SlowPathWarning
 from memvec.lab.doctor import checks, examine, speed
 from memvec.loading import load_lm
 from memvec.model.agreement import agree
+from memvec.model.configuration import context_length
 from memvec.model.fingerprint import fingerprint_of
 from memvec.model.lm import FrozenLM
+from memvec.model.spread import logit_spread
 
 SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
 BERT = {
@@ -250,6 +252,9 @@ class Wrong(nn.Module):
         name = tiny().caching.argument  # of the installed transformers
         out = self.inner(inputs_embeds=inputs_embeds, **{name: cache}, use_cache=use_cache)
         out["cache"] = out.get(name)
+        if self.kind == "short memory":  # each block of three positions alone
+            blocks = inputs_embeds.split(3, dim=1)
+            out.logits = torch.cat([self.inner(inputs_embeds=b).logits for b in blocks], 1)
         if self.kind == "not finite":
             out.logits = out.logits * torch.nan
         if self.kind == "forgets" and cache is not None:
@@ -264,7 +269,8 @@ class Wrong(nn.Module):
             "scales tokens",
             "'takes free input vectors' fails, largest difference .* std of the logits",
         ),
-        ("looks ahead", "fails"),
+        ("looks ahead", "'is causal' fails, a later token changes an earlier prediction"),
+        ("short memory", "'vectors reach every later token' fails, gradient norm .* 0.0e\\+00 at"),
         ("cuts gradients", "'vectors reach every later token' fails"),
         ("not finite", "its logits are not finite"),
     ],
@@ -349,6 +355,34 @@ def test_the_token_that_starts_a_text(changes, expected):
     lm = FrozenLM(build("llama", **changes), name="it")
     assert lm.bos_id == expected
     assert lm.context == 128
+
+
+@pytest.mark.parametrize("unknown", [None, 0, -1, 10**30])
+def test_a_context_that_says_nothing_is_none(unknown):
+    config = SimpleNamespace(max_position_embeddings=unknown)
+    assert context_length(config) is None
+    config.n_positions = 64
+    assert context_length(config) == 64
+
+
+def test_a_token_behind_the_last_row_is_refused():
+    """Its id is the number of rows: the first that has none."""
+    lm = copy.copy(tiny())
+    lm.tokenizer = lambda text, **_: {"input_ids": [int(text)]}
+    assert lm.tokenize(str(lm.vocab_size - 1)) == [lm.vocab_size - 1]
+    with pytest.raises(MemvecError, match=f"no row for the token {lm.vocab_size} of its tokenizer"):
+        lm.tokenize(str(lm.vocab_size))
+
+
+def test_columns_that_are_never_written_do_not_widen_the_spread():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    masked = torch.cat([logits, torch.full((3, 2), -1e9), torch.full((3, 1), -torch.inf)], 1)
+    assert logit_spread(masked) == pytest.approx(float(logits.std(1).mean()))
+
+
+def test_the_speed_of_a_model_is_that_of_texts_it_can_read():
+    """gpt2 has 128 learned positions, one of which is for the vector."""
+    assert speed(tiny("gpt2"), tokens=500, batch_size=1, seconds=0.0) > 0
 
 
 def test_a_tokenizer_that_adds_bos_is_noticed():

@@ -12,10 +12,11 @@ import pytest
 from conftest import QUICK, reader
 from memvec import codec
 from memvec.cli.plan import _print_plan
-from memvec.cram_job import CramJob
+from memvec.cram_job import CramJob, CramStatus
+from memvec.cramming.engine import Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab.plan import _apart, _cost, _Times, plan
+from memvec.lab.plan import _apart, _Clock, _cost, _Times, _Total, plan
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
 from memvec.statistics import Mean
@@ -71,6 +72,27 @@ def test_the_seconds_of_a_passage_are_those_of_its_pieces():
     job.spent = {(0, 4, 6): 100, (0, 4, 3): 40, (0, 7, 3): 60, (0, 10, 5): 999}
     cost = _cost(job, Passage((1,) * 6, 0, 4), 1, _Times(0.01, 1.5, 0.25, 7.0))
     assert cost.seconds == pytest.approx(200 * 1.5 * 0.01 + 3 * 0.25)
+
+
+def test_the_rate_is_that_of_steps_with_busy_slots():
+    """Engine totals so far: three slots at 10 ms a token, then one alone at 50 ms."""
+    clock = _Clock(None)
+    for slots, tokens, seconds in [(3, 300, 3.0), (3, 600, 6.0), (1, 700, 11.0), (2, 900, 13.0)]:
+        clock(CramStatus("cramming", 9, 0, 0, 0, Progress(slots, 0, 1.0, 1, tokens, seconds)))
+    clock(CramStatus("certifying", 9, 9, 9, 0, Progress(3, 0, 1.0, 1, 10_000, 0.0)))
+    assert clock.seconds_per_token() == pytest.approx((3.0 + 3.0 + 2.0) / (300 + 300 + 200))
+
+
+@pytest.mark.parametrize("tokens", [12, 60])
+def test_a_sample_is_scaled_to_the_tokens_of_the_document(tokens):
+    """Passages of 4 and 8 tokens cost 2 and 2 vectors; what each token costs is added to it."""
+    passages = [Passage((1,) * 4), Passage((1,) * 8, 0, 4)]
+    total = _Total(tokens, passages)([2.0, 2.0], scale=3.0, per_token=0.5)
+    if tokens == 12:  # all of it: no interval
+        assert (total.mean, total.low, total.high) == (12 + 6, 12 + 6, 12 + 6)
+    else:
+        assert total.mean == pytest.approx(60 * ((6 / 4 + 6 / 8) / 2 + 0.5))
+        assert total.low < total.mean < total.high
 
 
 def test_what_does_not_fit_counts_with_all_its_halves(capsys):

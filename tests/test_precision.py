@@ -67,6 +67,32 @@ def test_the_model_itself_is_not_touched(family):
     assert precision.for_steps(lm, "bfloat16").model is fast.model  # rounded once
 
 
+@pytest.mark.parametrize(("device", "rounds"), [("cpu", True), ("cuda", False)])
+def test_only_steps_on_a_cpu_are_rounded_unasked(device, rounds, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "MIN_PARAMETERS", 0)
+    lm = FrozenLM(build("llama"), name="somewhere")
+    assert precision.for_steps(lm, "auto") is not lm
+    lm.device = torch.device(device)
+    assert (precision.for_steps(lm, "auto") is not lm) is rounds
+
+
+def test_weights_in_few_bits_are_never_rounded_again():
+    lm = FrozenLM(build("llama"), name="few-bits", quantize="8bit")
+    assert precision.for_steps(lm, "bfloat16") is lm
+
+
+def test_the_rounded_copy_of_a_trained_model_has_its_fingerprint():
+    """The weights were changed before the model was wrapped; the copy's never were."""
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    lm = FrozenLM(model, name="trained")
+    fast = precision.for_steps(lm, "bfloat16")
+    assert fast is not lm
+    assert fast.fingerprint is lm.fingerprint
+
+
 @pytest.mark.slow
 def test_rounded_copies_agree_for_nearly_all_families():
     agree = [f for f in SERVED if precision.for_steps(tiny(f), "bfloat16") is not tiny(f)]

@@ -189,10 +189,21 @@ def test_the_horizon_of_all_workers_is_shown() -> None:
     list(made.stream(one_by_one(units(4, 2)), seen.append))
     assert {p.horizon for p in seen} <= {3.0, 5.0, 7.0}  # one, both, the other
     assert 5.0 in {p.horizon for p in seen}
+    made = pool(Actor(99, "done"), Actor(99, "done"), spare=lambda: healthy)
+    made.members[1].unit = units(4, 2)[0]
+    assert made._progress().horizon == 7.0  # the first has told of its last unit, and has none
     assert combined([]) is None
     assert combined([Progress(1, 0, 2.0, 5, 50), Progress(3, 4, 6.0, 7, 70)]) == Progress(
         4, 4, 5.0, 12, 120
     )
+
+
+def test_passages_that_share_a_vector_are_decoded_where_it_is(monkeypatch):
+    """Parts of them would be sent without the rows of the others."""
+    monkeypatch.setattr(MemVectors, "decode_passages", lambda mem, lm: [[7]])
+    workers, mem = pool(spare=lambda: Actor(0, "done")), object.__new__(MemVectors)
+    workers.gpu = False
+    assert decode_passages(tiny().read_as("one-step-shared"), mem, workers) == [[7]]
 
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])

@@ -614,7 +614,11 @@ def test_sentences_are_drawn_once_and_alike(home):
         (last,) = Sentences(path="long.txt", before=1200).passages(model, 1, LIMIT, home)
         assert len(last.before) == max(kept, sum(last.sizes[-1200:]))
         assert len(last.before) > written.MAX_BEFORE  # more than that precedes it
-    with pytest.raises(MemvecError, match="lower passages from 1000"):
+    parts = cut_sentences(lm, f"{TEXT} {LONG}", LIMIT)[2:]
+    behind_two = {s.ids for s in parts if s.whole and len(s.ids) >= source.min_tokens}
+    every = source.passages(lm, len(behind_two), LIMIT, home)
+    assert {p.passage.ids for p in every} == behind_two
+    with pytest.raises(MemvecError, match=f"has {len(behind_two)} whole .* passages from 1000"):
         list(source.passages(lm, 1000, LIMIT, home))
     (home / "one.txt").write_text("The cat sat.", "utf-8")
     with pytest.raises(MemvecError, match=r"one has 1 sentence\(s\)"):
