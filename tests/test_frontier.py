@@ -31,7 +31,7 @@ from test_protocols import falsify, restore
 pytestmark = pytest.mark.slow  # left out of `make check`
 
 # Sliding windows of 5, grouped heads, norms on queries and keys, partial rotary embeddings.
-KNOCKED = ["llama", "olmo2", "qwen3", "mistral", "gemma3", "phi", "gpt-neox"]
+KNOCKED = ["llama", "olmo2", "qwen3", "mistral", "gemma3", "phi", "gpt-neox", "falcon"]
 
 
 def vectors_of(lm, K=2, seed=0):
@@ -81,7 +81,7 @@ def test_nothing_stays_behind_when_the_model_fails():
     assert [len(m._forward_pre_hooks) for m in attention_modules(lm)] == before
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon-h1"])
+@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon-h1", "falcon-alibi", "minimax"])
 def test_a_model_that_is_not_like_llama_is_refused_in_a_sentence(family):
     with pytest.raises(MemvecError, match="cannot be knocked out layer by layer: leave out"):
         layer_count(tiny(family))

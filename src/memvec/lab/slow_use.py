@@ -95,7 +95,7 @@ def apart(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
     named = [
         module
         for name, module in lm.model.named_modules()
-        if name.rsplit(".", 1)[-1] in ("self_attn", "attention", "attn")
+        if name.rsplit(".", 1)[-1] in ("self_attn", "self_attention", "attention", "attn")
     ]
     with contextlib.ExitStack() as stack:
         for layer in layers:

@@ -52,8 +52,11 @@ def layer_count(lm: FrozenLM) -> int:
     inputs = lm.behind_front(
         torch.stack([torch.cat([part, token[0]]) for part in (-token[0], 2 * token[0])])
     )
-    with knocked_out(lm, range(layers), 1):
-        first, second = lm.states_of(inputs, keep=1)
+    try:
+        with knocked_out(lm, range(layers), 1):
+            first, second = lm.states_of(inputs, keep=1)
+    except RuntimeError as error:  # of shapes: alibi, linear attention
+        raise _unfit(lm, "attention that takes no mask of other positions") from error
     if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
         raise _unfit(lm, "another way than attention to read them")
     return layers
