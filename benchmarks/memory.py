@@ -28,7 +28,7 @@ def peak_memory(work: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
         raise SystemExit(f"peak memory needs a GPU or Linux, not {sys.platform}.")
-    # memvec makes the allocator keep freed memory (memvec.model.memory). It is returned here,
+    # memvec makes the allocator keep freed memory (memvec.machine). It is returned here,
     # because work that fits into it would seem to need none.
     ctypes.CDLL(None).malloc_trim(0)
     before = _kilobytes("VmRSS")

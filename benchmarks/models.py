@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import transformers
 
+from memvec.machine import keep_freed_memory
 from memvec.model.lm import FrozenLM
-from memvec.model.memory import keep_freed_memory
 
 # name -> (configuration class, its options)
 SHAPES = {

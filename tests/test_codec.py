@@ -277,14 +277,6 @@ def test_slots_fit_the_memory(monkeypatch, free, batch_size):
     assert batch_size_module.default_batch_size(reader(), 100) == batch_size
 
 
-def test_free_memory_is_known_or_assumed(monkeypatch):
-    assert batch_size_module.free_memory() > 2**20
-    monkeypatch.setattr(
-        "pathlib.Path.open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no /proc"))
-    )
-    assert batch_size_module.free_memory() == 4 * 2**30
-
-
 # ---------------------------------------------------------------------- interruptions
 
 

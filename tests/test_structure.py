@@ -27,10 +27,12 @@ BESIDE = (
     "graphs",
     "recipe_effect",
     "statistics",
+    "machine",
     "cli",
 )
+BELOW_THE_MODEL = ("errors", "registry", "versions", "machine")
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
-# graphs, workers, the Hub.
+# graphs, workers, the Hub, the operating system.
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
@@ -39,6 +41,7 @@ ON_REQUEST = {
     "memvec.usable.triggers",
     "memvec.workers",
     "memvec.hub",
+    "memvec.machine",
 }
 
 
@@ -82,7 +85,7 @@ def test_there_are_no_import_circles():
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("memvec.model")])
 def test_the_model_knows_nothing_above_it(name):
-    allowed = ("memvec.model", "memvec.errors", "memvec.registry", "memvec.versions")
+    allowed = ("memvec.model", *(f"memvec.{part}" for part in BELOW_THE_MODEL))
     assert [other for other in GRAPH[name] if not other.startswith(allowed)] == []
 
 

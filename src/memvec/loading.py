@@ -14,8 +14,9 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationErr
 
 from memvec.encoders.files import read_encoders
 from memvec.errors import MemvecError, did_you_mean, first_line, first_problem
+from memvec.machine import keep_freed_memory
 from memvec.model.lm import FrozenLM
-from memvec.model.memory import keep_freed_memory, out_of_memory
+from memvec.model.memory import out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
 from memvec.usable.triggers import FILE_NAME as TRIGGER_FILE

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from memvec.machine import free_memory
 from memvec.model.estimate import facts_of, max_batch_size
 from memvec.model.lm import FrozenLM
 
@@ -24,13 +23,3 @@ def default_batch_size(lm: FrozenLM, tokens: int, vectors: int = 1) -> int:
     tokens = max(1, tokens)
     facts = facts_of(lm, tokens)
     return min(32, max_batch_size(facts, free=free / 4, tokens=tokens, vectors=vectors))
-
-
-def free_memory() -> int:
-    """Available main memory in bytes; 4 GiB where /proc/meminfo does not give it."""
-    try:
-        with Path("/proc/meminfo").open() as info:
-            kibibytes = next(line for line in info if line.startswith("MemAvailable")).split()[1]
-        return int(kibibytes) * 1024
-    except (OSError, StopIteration):
-        return 4 * 2**30

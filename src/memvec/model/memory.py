@@ -1,16 +1,7 @@
-"""Keeps freed memory for the next step (Linux with glibc), and recovers when memory runs out.
-
-By default glibc returns every freed block above a limit (128 KiB to 32 MiB) to the kernel and
-requests zeroed pages again at the next step, which costs up to half of the time of a training loop.
-`mallopt` turns this off for the running process; it needs no environment variable and no other
-allocator. The process then keeps its largest amount of memory until it ends.
-"""
+"""What to do when memory runs out: notice it, do less at once, free what can be made again."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -18,25 +9,10 @@ from weakref import WeakSet
 Result = TypeVar("Result")
 # Objects that cache what can be computed again; `forget()` frees their memory.
 HOLDERS: WeakSet[Any] = WeakSet()
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-LARGEST_INT = 2**31 - 1
 # What main memory, CUDA itself and its libraries say in a RuntimeError.
 NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 # Logits computed at once: 64 MiB in float32, and a few copies of them while losses are computed.
 LOGITS_AT_ONCE = 2**24
-
-
-@functools.cache
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed blocks; True if it accepted. Repeated calls do nothing."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # musl, or a statically linked interpreter
-        return False
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST_INT, M_TOP_PAD: 256 * 2**20}
-    return all(mallopt(option, value) == 1 for option, value in settings.items())
 
 
 def out_of_memory(error: BaseException) -> bool:

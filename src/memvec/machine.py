@@ -1,0 +1,68 @@
+"""What memvec asks of the operating system: how much memory is free, and to keep what was freed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/")
+UNKNOWN = 4 * 2**30  # bytes that are taken to be free where the system does not say
+# Files of a control group, by which a container may have less memory than its machine: the limit,
+# what is used, and the row of memory.stat that counts cached files, which are given up first.
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+LARGEST_INT = 2**31 - 1
+
+
+def free_memory() -> int:
+    """Available main memory, bytes, within the limits of this process's control groups."""
+    free = []
+    try:
+        lines = (ROOT / "proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        free += _left_in_groups()
+    except (OSError, ValueError):  # another system, or one that hides this
+        pass
+    return max(0, min(free, default=UNKNOWN))
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that are left of each limit on the groups that this process is in."""
+    for line in (ROOT / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounted = ROOT / "sys/fs/cgroup" / ("memory" if controllers else "")
+        limit, used, cached = VERSION_1 if controllers else VERSION_2
+        inside = PurePosixPath(path.lstrip("/"))
+        # A container sees its own group where it is mounted, whatever the path says.
+        for folder in (mounted / part for part in (inside, *inside.parents)):
+            try:
+                rows = (folder / "memory.stat").read_text().splitlines()
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                yield left + int(dict(row.split() for row in rows)[cached])
+            except (OSError, ValueError, KeyError):  # no such group here, or no limit ("max")
+                continue
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed blocks (Linux); True if it accepted. Repeated calls do nothing.
+
+    By default glibc returns every freed block above a limit (128 KiB to 32 MiB) to the kernel and
+    requests zeroed pages again at the next step, which costs up to half of the time of a training
+    loop. `mallopt` turns this off for the running process; it needs no environment variable and no
+    other allocator. The process then keeps its largest amount of memory until it ends.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # musl, or a statically linked interpreter
+        return False
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST_INT, M_TOP_PAD: 256 * 2**20}
+    return all(mallopt(option, value) == 1 for option, value in settings.items())

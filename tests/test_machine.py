@@ -1,0 +1,74 @@
+"""Free memory, of a machine and of a container on it, as Linux says it."""
+
+from __future__ import annotations
+
+import pytest
+
+from memvec import machine
+
+GIB = 2**30
+V1, V2 = machine.VERSION_1, machine.VERSION_2
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Writes files of a system under a folder that is taken for its root."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    return write
+
+
+def group(folder, names, limit, used, cached):
+    """The files of a control group; sizes in GiB."""
+    stat = f"anon 1\n{names[2]} {cached * GIB}\nshmem 0\n"
+    sizes = [limit if isinstance(limit, str) else f"{limit * GIB}\n", f"{used * GIB}\n", stat]
+    return dict(
+        zip([f"{folder}/{name}" for name in (*names[:2], "memory.stat")], sizes, strict=True)
+    )
+
+
+def meminfo(gib):
+    return {"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable:  {gib * 2**20} kB\n"}
+
+
+def test_this_machine_has_some():
+    assert machine.free_memory() > 2**20
+
+
+def test_where_nothing_is_known_four_gib_are_assumed(system):
+    assert machine.free_memory() == 4 * GIB
+    system({"proc/meminfo": "MemTotal: 9 kB\n"})
+    assert machine.free_memory() == 4 * GIB
+
+
+def test_without_control_groups_it_is_what_the_kernel_says(system):
+    system(meminfo(3))
+    assert machine.free_memory() == 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("names", "mounted", "line"),
+    [
+        (V2, "sys/fs/cgroup", "0::/a/b"),
+        (V1, "sys/fs/cgroup/memory", "9:cpu:/z\n4:hugetlb,memory:/a/b"),
+    ],
+)
+@pytest.mark.parametrize("inside", ["", "/a", "/a/b"])
+def test_the_smallest_limit_of_the_groups_counts(system, names, mounted, line, inside):
+    """Cached files are given up; a container sees its group at the root, whatever its path."""
+    system(meminfo(50) | {"proc/self/cgroup": line + "\n"})
+    unlimited = "max" if names is V2 else str(2**63 - 4096)
+    for folder in ("", "/a", "/a/b"):
+        system(group(mounted + folder, names, unlimited, 9, 1))
+    assert machine.free_memory() == 50 * GIB
+    system(group(mounted + inside, names, 8, 7, 2))
+    assert machine.free_memory() == 3 * GIB
+    system(group(mounted + "/other", names, 1, 1, 0))
+    assert machine.free_memory() == 3 * GIB, "this process is not in that group"
+    system(group(mounted + inside, names, 8, 9, 0))
+    assert machine.free_memory() == 0
