@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import memvec
 from conftest import QUICK, build, byte_tokenizer, passages, reader, tiny
 from memvec import codec, cram_job
 from memvec.cli.common import account
@@ -239,11 +240,50 @@ def test_bad_input_is_a_sentence(texts, options, sentence):
         (None, {}, "text 0 is no str or bytes but of the type NoneType."),
         (np.array([]), {}, "there is no text to cram."),
         ("a", {"recipe": "paper"}, "recipe is a memvec.Recipe, as Recipe.of('paper') gives, not "),
+        ("a", {"vectors": "2"}, "--vectors must be at least 1, not '2'."),
+        ("a", {"storage": None}, "unknown storage 'None': known: "),
     ],
 )
 def test_input_of_a_wrong_type_is_a_sentence(texts, options, sentence):
     with pytest.raises(MemvecError, match=re.escape(sentence)):
         codec.cram(reader(), texts, **options)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("path", ["letter.mem", Path("letter.mem"), None])
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda lm, mem: memvec.decode(lm, mem),
+        lambda lm, mem: memvec.verify(lm, mem),
+        lambda lm, mem: memvec.measure(lm, mem, "the"),
+        lambda lm, mem: memvec.use(lm, mem, "the"),
+        lambda lm, mem: memvec.context_inputs(lm, mem),
+        lambda lm, mem: memvec.certify_use(lm, mem),
+    ],
+)
+def test_a_path_in_the_place_of_vectors_is_a_sentence(given, path):
+    sentence = f"mem is a memvec.MemVectors, as MemVectors.load gives, not {path!r}."
+    with pytest.raises(MemvecError, match=re.escape(sentence)):
+        given(reader(), path)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_a_name_in_the_place_of_a_model_is_a_sentence():
+    mem = codec.cram(reader(), "the", vectors=2, recipe=QUICK)
+    for given in (
+        lambda: memvec.cram("pocket", "the"),
+        lambda: memvec.decode("pocket", mem),
+        lambda: memvec.verify("pocket", mem),
+        lambda: memvec.measure("pocket", mem, "the"),
+        lambda: memvec.use("pocket", mem, "the"),
+        lambda: memvec.context_inputs("pocket", mem),
+        lambda: memvec.certify_use("pocket", mem),
+    ):
+        with pytest.raises(MemvecError, match=r"as memvec\.load_lm gives, not 'pocket'"):
+            given()
+    with pytest.raises(MemvecError, match="the prompt is no str but of the type NoneType"):
+        memvec.use(reader(), mem, None)
 
 
 @pytest.mark.usefixtures("untyped")

@@ -122,6 +122,15 @@ def test_the_summary_adds_up(mem):
     assert s["vector_bytes"] == P * K * D * 4 == mem.size
 
 
+def test_edits_cost_their_text_and_eight_bytes_each(mem):
+    edits = [(0, 1, "é"), (4, 4, "👍 cat")]
+    first, *others = mem.header.documents
+    documents = [first.model_copy(update={"edits": edits}), *others]
+    edited = MemVectors(mem.vectors, mem.header.model_copy(update={"documents": documents}))
+    assert mem.summary()["edit_bytes"] == 0
+    assert edited.summary()["edit_bytes"] == 2 * 8 + len("é👍 cat".encode())
+
+
 def test_numbers_that_are_not_finite_are_null_in_json():
     assert json.loads(pretty_json({"a": [math.nan, 1.5], "b": (math.inf,)})) == {
         "a": [None, 1.5],
@@ -311,6 +320,9 @@ def test_a_header_that_is_no_json_is_refused(mem, tmp_path):
         {"model__surprise": []},
         {"environment": {}},
         {"recipe": {}},
+        {"recipe": {"temperature": "x", "unit": "logits"}},
+        {"model__quantize": 3},
+        {"documents__0__encoding": "utf\0"},
         {"certificate": {}},
         {"passages__0__lm_bits": 1e308, "passages__1__lm_bits": 1e308},
         {"certificate": {"exact": "no", "passages": "[x"}},

@@ -11,7 +11,7 @@ import torch
 from memvec.cramming.certify import Finished, certify
 from memvec.decoding import BATCH
 from memvec.environment import environment
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_type
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document, documents_of
 from memvec.passages.passage import Passage, ids_hash
@@ -27,6 +27,7 @@ def verify(
     Hashes of tokens are compared; `memvec.decode` compares the bytes of the texts, too. Raises
     MemvecError for vectors of other weights (unless `force`) or of another width.
     """
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     return certificate_of(lm, mem, mem.decode_passages(lm, force=force))
 
 
@@ -36,6 +37,8 @@ def certificate_of(
     """The certificate of decoded token ids, and whether each passage is exact."""
     exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]
     device = lm.description()
+    cache = lm.caching.argument or f"none: {lm.caching.reason}"
+    cache = cache if mem.header.layout == "prefix" else "none: one forward pass gives all tokens"
     certificate = {
         "exact": all(exact),
         "passages": len(exact),
@@ -43,7 +46,7 @@ def certificate_of(
         "decoded_in": device["dtype"],
         **{k: device[k] for k in ("device", "attention")},
         "batch": BATCH,
-        "cache": lm.caching.argument or f"none: {lm.caching.reason}",
+        "cache": cache,
         **{k: environment()[k] for k in ("torch", "transformers", "date")},
     }
     return certificate, exact
@@ -62,6 +65,7 @@ def measure(
     file. Raises MemvecError if the vectors are of another model or the texts are not those that
     were crammed.
     """
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     mem.check_model(lm)
     every = iter([token for document in documents_of(lm, texts) for token in document.ids])
     results: list[PassageResult] = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from memvec.certificate import measure, verify
 from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_type
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document, documents_of
@@ -61,10 +61,8 @@ def cram(
     false. Raises MemvecError for bad input.
     """
     recipe = recipe or Recipe()
-    if not isinstance(recipe, Recipe):
-        raise MemvecError(
-            f"recipe is a memvec.Recipe, as Recipe.of('paper') gives, not {recipe!r}."
-        )
+    check_type("lm", lm, FrozenLM, "memvec.load_lm")
+    check_type("recipe", recipe, Recipe, "Recipe.of('paper')")
     if not (documents := documents_of(lm, texts)):
         raise MemvecError("there is no text to cram.")
     lm = lm.read_as(layout)
@@ -81,5 +79,6 @@ def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
     Raises NotExactError rather than return a wrong one, and MemvecError for vectors of other
     weights (unless `force`) or of another width.
     """
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     contents = zip(mem.documents(lm, force=force), mem.header.documents, strict=True)
     return [data.decode(record.encoding) for data, record in contents]

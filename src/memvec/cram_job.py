@@ -330,7 +330,5 @@ class CramJob:
 
 def _space_record(lm: FrozenLM) -> SpaceRecord | None:
     """The record of the space of a model's vectors; None for inputs."""
-    reading = lm.reading
-    if reading.space == "inputs":
-        return None
-    return SpaceRecord(name=reading.space, numbers=lm.numbers, options=dict(reading.options))
+    name, options = lm.reading.space, dict(lm.reading.options)
+    return None if name == "inputs" else SpaceRecord(name=name, numbers=lm.numbers, options=options)

@@ -34,9 +34,15 @@ class UntestedVersionWarning(UserWarning):
 def check_minimum(minimum: int, /, **options: int | float | None) -> None:
     """Raise MemvecError, which names the option, for a value below the minimum; None is none."""
     for name, value in options.items():
-        if value is not None and not value >= minimum:
+        if value is not None and (isinstance(value, str) or not value >= minimum):
             option = name.replace("_", "-")
-            raise MemvecError(f"--{option} must be at least {minimum}, not {value:g}.")
+            raise MemvecError(f"--{option} must be at least {minimum}, not {value!r}.")
+
+
+def check_type(name: str, value: object, kind: type, source: str) -> None:
+    """Raise MemvecError, which says what gives one, for an argument of another class."""
+    if not isinstance(value, kind):
+        raise MemvecError(f"{name} is a memvec.{kind.__name__}, as {source} gives, not {value!r}.")
 
 
 def first_line(error: BaseException) -> str:
@@ -53,5 +59,5 @@ def first_problem(error: ValidationError) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or the whole list."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}."

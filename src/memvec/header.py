@@ -58,6 +58,7 @@ class _Identity(BaseModel):
     weights: str
     probe: list[float]
     dtype: str
+    quantize: str | None = None
     vocabulary: int = Field(ge=2)
 
 

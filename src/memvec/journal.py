@@ -59,10 +59,8 @@ class Journal:
 
     def get(self, passage: Passage) -> Outcome | None:
         """The outcome of this passage under these settings, if it is known."""
-        query = (
-            "SELECT vectors, record, digest FROM finished_passages WHERE settings = ? AND ids = ?"
-        )
-        row = self._execute(query, self._settings, ids_hash(passage.ids)).fetchone()
+        sql = "SELECT vectors, record, digest FROM finished_passages WHERE settings = ? AND ids = ?"
+        row = self._execute(sql, self._settings, ids_hash(passage.ids)).fetchone()
         if row is None:
             return None
         if not isinstance(row[0], bytes) or self._digest(*row[:2]) != row[2]:

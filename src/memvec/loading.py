@@ -126,9 +126,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a name; 'auto' is float32 on a CPU and bfloat16 on a GPU."""
     if name not in ("auto", *DTYPES):
         raise MemvecError(f"unknown dtype '{name}': {did_you_mean(name, ['auto', *DTYPES])}")
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    return DTYPES[name]
+    auto = "float32" if device.type == "cpu" else "bfloat16"
+    return DTYPES[auto if name == "auto" else name]
 
 
 def _weights(

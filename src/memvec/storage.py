@@ -187,7 +187,7 @@ STORAGES: dict[str, Storage] = {
 
 def storage_of(kind: str | torch.dtype | Storage) -> Storage:
     """The storage of a name or a torch dtype. Raises MemvecError for an unknown one."""
-    if not isinstance(kind, str | torch.dtype):
+    if isinstance(kind, Storage):
         return kind
     name = str(kind).removeprefix("torch.")
     if name not in STORAGES:

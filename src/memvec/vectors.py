@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memvec import corrections, hub, metrics
 from memvec.decoding import decode_ids
-from memvec.errors import MemvecError, NotExactError
+from memvec.errors import MemvecError, NotExactError, check_type
 from memvec.header import Header, PassageRecord
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -227,6 +227,7 @@ class MemVectors:
 
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
+        check_type("lm", lm, FrozenLM, "memvec.load_lm")
         model = self.header.model
         made_for = " in ".join(filter(None, (model["name"], model.get("quantize"))))
         if self.vectors.shape[2] != (takes := self._in_space(lm).numbers):

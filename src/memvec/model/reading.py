@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 StartRule = Literal["vectors", "bos", "first-token"]
 START_RULES: tuple[StartRule, ...] = get_args(StartRule)
 Layout = Literal["prefix", "one-step", "one-step-shared"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class Prefix:

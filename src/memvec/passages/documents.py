@@ -60,11 +60,6 @@ class Document:
         """The text's bytes again, from the tokens and the edits."""
         return restore(lm, self.ids, self.encoding, self.edits, self.sha256, self.name)
 
-    @property
-    def edit_bytes(self) -> int:
-        """What the edits cost: their text, and eight bytes for each position pair."""
-        return sum(8 + len(new.encode("utf-8")) for _, _, new in self.edits)
-
 
 def documents_of(
     lm: FrozenLM, texts: str | bytes | Document | Iterable[str | bytes | Document]
@@ -88,7 +83,7 @@ def restore(
     text = apply_edits(lm.text(ids), edits)
     try:
         data = text.encode(encoding, errors="surrogatepass" if encoding == "utf-8" else "strict")
-    except (UnicodeEncodeError, LookupError) as error:
+    except (ValueError, LookupError) as error:  # a name with a NUL is a ValueError
         raise NotExactError(f"{name} cannot be written as {encoding}: {error}.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise NotExactError(

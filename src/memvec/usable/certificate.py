@@ -38,7 +38,7 @@ from memvec import registry, statistics
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_type
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.results import Record
@@ -128,8 +128,9 @@ def certify_use(
     of another model, vectors that nothing can be read behind (one-step, start rule 'vectors'), or a
     passage that leaves the model's context no room for a query.
     """
-    view = mem.view(lm)
+    check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_usable(mem)
+    view = mem.view(lm)
     ids = passages if passages is not None else mem.tokens(lm)
     chosen = _spread(len(ids), PASSAGES)
     K, tokens = mem.vectors.shape[1], _room(view, mem, [ids[i] for i in chosen])
@@ -164,10 +165,8 @@ def certify_use(
 
 
 def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
-    """Raise MemvecError for vectors behind which nothing but their passage can be read.
-
-    `subject`: what the sentence calls them.
-    """
+    """Raise MemvecError if nothing but their passage can be read behind vectors (`subject`)."""
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
             f"{subject} have no trigger, so whatever follows them is taken for their passage: "

@@ -6,14 +6,14 @@ and the model's own `generate` writes on, with whatever generation settings it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.errors import MemvecError, check_minimum
+from memvec.errors import MemvecError, check_minimum, check_type
 from memvec.model.lm import FrozenLM
 from memvec.usable.around import front_rows
 from memvec.usable.certificate import check_usable
@@ -46,7 +46,10 @@ def use(
     of different spaces or fronts, passages of several files, or more inputs than the model's
     context holds.
     """
+    check_type("lm", lm, FrozenLM, "memvec.load_lm")
     files = _files(mem, passages)
+    if not isinstance(prompt, str):
+        raise MemvecError(f"the prompt is no str but of the type {type(prompt).__name__}.")
     if context not in get_args(Context):
         raise MemvecError(f"context is one of {', '.join(get_args(Context))}, not '{context}'.")
     prompt_ids = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
@@ -94,9 +97,13 @@ def _files(
     mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None
 ) -> list[MemVectors]:
     """One file or several, as a list. Raises MemvecError for none, or passages of several."""
+    if isinstance(mem, str) or not isinstance(mem, Iterable):
+        check_type("mem", mem, MemVectors, "MemVectors.load")
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
     if not files:
         raise MemvecError("there are no vectors to use: give at least one file.")
+    for file in files:
+        check_type("mem", file, MemVectors, "MemVectors.load")
     if passages is not None and len(files) > 1:
         raise MemvecError("passages are picked from one file: give a single one with them.")
     if passages is not None and not len(passages):
