@@ -114,6 +114,9 @@ def test_what_is_not_there_is_said_in_one_sentence(tmp_path, monkeypatch):
         MemVectors.from_pretrained(tmp_path / "empty", revision="main")
     with pytest.raises(MemvecError, match=r"no folder .* not a Hub id"):
         MemVectors.from_pretrained(tmp_path / "none")
+    for relative in ("./none", "../none"):
+        with pytest.raises(MemvecError, match=r"no folder .* not a Hub id"):
+            MemVectors.from_pretrained(relative)
     with pytest.raises(MemvecError, match=r"the Hub could not be reached for somebody/letter") as e:
         MemVectors.from_pretrained("somebody/letter")  # tests run offline
     assert "\n" not in str(e.value)
@@ -178,6 +181,10 @@ def test_the_card_does_not_name_a_folder_of_somebody(tmp_path):
     assert "secret" not in text
     assert "base_model:" not in text
     assert "base model's licence is `mit`" in text
+    for relative in ("./gone", "../gone", "../models/gone"):  # crammed in another folder
+        text = hub.card(named(relative))
+        assert "base_model:" not in text
+        assert 'load_lm("gone"' in text
     for text, licence in (
         ("# tiny\n\nlicense: gpl\n", None),
         ("---\nlicense: [mit\n---\n", None),

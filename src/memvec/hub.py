@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FILE = "vectors.mem.safetensors"
 CARD = "README.md"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\b[\w.-]+\b/\b[\w.-]+\b")  # no ./folder or ../folder
 # The error of the Hub's HTTP library without an answer; that library depends on the version.
 UNREACHABLE: type[Exception] = HfHubHTTPError.__bases__[0]
 WARNING = (
@@ -104,8 +104,8 @@ def save_pretrained(
         raise MemvecError(
             f"{place / CARD} is not a card of vectors: name another folder, or use force."
         )
-    without_paths(mem).save(place / FILE, force=force)
     text = card(mem, repository=repository, licence=licence, base_licence=base_licence)
+    without_paths(mem).save(place / FILE, force=force)
     write_atomically(place / CARD, text.encode("utf-8"))
     return place
 
