@@ -181,8 +181,12 @@ def test_the_command_crams_and_decodes(command, folder, tmp_path):
     shown = json.loads(ran.out)
     assert (shown["layout"], shown["vectors_per_passage"]) == ("one-step", 2)
     assert command("decode", tmp_path / "a.mem").out == b"the fox and the dog"
-    assert command("verify", tmp_path / "a.mem").code == 0
-    assert "one-step" in command("inspect", tmp_path / "a.mem").out.decode()
+    ran = command("verify", tmp_path / "a.mem")
+    assert ran.code == 0
+    assert b"without a cache (one forward pass" in b" ".join(ran.out.split())
+    shown = " ".join(command("inspect", tmp_path / "a.mem").out.decode().split())
+    assert "one-step" in shown
+    assert "without a cache: one forward pass gives all tokens" in shown
 
 
 def test_lengths_come_from_what_one_step_holds(monkeypatch):

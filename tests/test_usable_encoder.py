@@ -162,7 +162,9 @@ def test_auto_takes_it_for_use_and_for_nothing_else():
     other = copy.copy(lm)
     other.own_trigger = CrammedTrigger(torch.zeros(1, lm.width), "not the one it knows")
     assert start_of(other, USABLE) == "last-tokens"
-    with pytest.raises(MemvecError, match=r"no usable encoder: use --start last-tokens"):
+    with pytest.raises(
+        MemvecError, match=r"no usable encoder for such vectors: use --start last-tokens"
+    ):
         start_vectors(tiny(), ids, 2, replace(USABLE, start="encoder"))
     for asked in ({"trigger": "bos"}, {"front": "none"}):
         with pytest.raises(MemvecError, match=r"knows one trigger and front, and these are others"):

@@ -85,7 +85,7 @@ def _shown(title: str) -> Iterator[Callable[[CramStatus], None]]:
         yield _plain_lines(title)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
@@ -145,7 +145,8 @@ def _line(status: CramStatus) -> str:
         return status.stage
     e = status.engine
     split = f", {status.split} split" if status.split else ""
-    return f"cramming {e.in_slots} passages ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
+    cramming = f"cramming {number_of(e.in_slots, 'passage')}"
+    return f"{cramming} ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
 
 
 def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
@@ -189,8 +190,10 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
     parts = []
     for name in ("objective", "temperature", "schedule", "lr"):
         if (value := recipe.get(name)) is not None:
-            unit = " logits" * (name == "temperature" and recipe.get("unit") == "logits")
-            parts.append(f"{name} {value:.3g}{unit}" if unit else f"{name} {value}")
+            in_logits = name == "temperature" and recipe.get("unit") == "logits"
+            if in_logits and isinstance(value, float):  # a file may claim anything
+                value = f"{value:.3g} logits"
+            parts.append(f"{name} {value}")
     return ", ".join(parts)
 
 

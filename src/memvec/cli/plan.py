@@ -9,7 +9,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, check_seed, recipe_of, renamed_seats
-from memvec.cli.expected import duration
+from memvec.cli.expected import duration, number_of
 from memvec.errors import MemvecError, check_minimum
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def _print_plan(plan: Plan, file: str, storage: str) -> None:
     inexact = f"; {plan.inexact} of their pieces did not become exact" if plan.inexact else ""
     table.add_row(
         "sample",
-        f"{plan.sampled} passages, {plan.sampled_tokens} tokens, crammed in "
-        f"{plan.sampled_seconds:.0f} s{inexact}",
+        f"{number_of(plan.sampled, 'passage')}, {plan.sampled_tokens} tokens, crammed in "
+        f"{duration(plan.sampled_seconds)}{inexact}",
     )
     table.add_row("tokens per vector", _interval(plan.tokens_per_vector, 1))
     table.add_row("bits per vector", _interval(plan.bits_per_vector, 0))

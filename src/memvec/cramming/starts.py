@@ -77,7 +77,7 @@ def start_vectors(
         return [rows / recipe.context_scale for rows in begun]
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
-        raise MemvecError(f"{lm.name} has no {kind} encoder: use --start {other}.")
+        raise MemvecError(f"{lm.name} has no {kind} encoder for such vectors: use --start {other}.")
     encoder.refuse_unfit(lm, recipe)
     batches: dict[int, list[int]] = {}
     for i, ids in enumerate(passages):
