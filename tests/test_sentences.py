@@ -272,8 +272,20 @@ def test_rows_are_not_chosen_of_a_text_that_has_none(tmp_path):
     file = tmp_path / "letter.txt"
     file.write_text("The cat sat.", "utf-8")
     assert texts_of(str(file), "text", None) == [("letter", "The cat sat.")]
-    with pytest.raises(MemvecError, match="--where is of tables"):
-        texts_of(str(file), "text", ["split=train"])
+    for text in (str(file), str(tmp_path), "-"):
+        with pytest.raises(MemvecError, match="--where is of tables"):
+            texts_of(text, "text", ["split=train"])
+        with pytest.raises(MemvecError, match="--column is of tables"):
+            texts_of(text, "body", None)
+
+
+def test_rows_are_chosen_of_a_table_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = ("split,body", "train,The cat sat.", "valid,The dog.")
+    (tmp_path / "letters.csv").write_text("\n".join(rows), "utf-8")
+    for text in ("~", "~/letters.csv"):
+        ((_, content),) = texts_of(text, "body", ["split=train"])
+        assert content == "The cat sat."
 
 
 # ---------------------------------------------------------------------- training

@@ -118,11 +118,13 @@ def texts_of(text: str, column: str, where: list[str] | None) -> list[NamedText]
 
     Raises MemvecError for a column that only a table has, where there is none.
     """
-    from memvec.lab.sources.text_readers import TABLES, files_of, read_texts
+    from memvec.lab.sources.text_readers import TABLES, files_of, read_texts, resolve
 
     values = pairs_of(where)
-    if where and text != "-" and not any(f.suffix in TABLES for f in files_of(Path(text))):
-        raise MemvecError(f"--where is of tables, and {text} has none: leave it out.")
+    files = [] if text == "-" else files_of(resolve(text, None))
+    for option, given in (("--where", bool(where)), ("--column", column != "text")):
+        if given and not any(file.suffix in TABLES for file in files):
+            raise MemvecError(f"{option} is of tables, and {text} has none: leave it out.")
     return read_texts(text, None, column, values)
 
 
