@@ -12,6 +12,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,14 +21,19 @@ import memvec
 from conftest import TRAINED_ON, reader
 from memvec import codec, registry
 from memvec.cli import display
+from memvec.cli.common import ModelChoice, loading_options, open_file
+from memvec.cli.cram import _Request
 from memvec.cli.expected import sentence
 from memvec.cli.options import Storage
+from memvec.cli.use import _settings as generation_settings
 from memvec.cram_job import CramStatus, Expected
 from memvec.cramming.engine import Progress
+from memvec.cramming.recipe import Recipe
 from memvec.export import names as target_names
 from memvec.journal import Journal
 from memvec.model.estimate import Estimate
 from memvec.storage import STORAGES
+from memvec.vectors import MemVectors
 
 TEXT = "the lazy dog\r\n\té 👍\n\n"
 FAST = ["--vectors", 2, "--tokens", 2, "--steps", 600]
@@ -106,6 +112,42 @@ def test_unknown_loading_options_are_a_sentence(command, folder, letter, option)
     ran = command("cram", letter, "-m", folder, "--load", option)
     assert ran.code == 2
     assert "--load" in ran.err
+
+
+def test_loading_options_are_what_they_say():
+    assert loading_options(None) == {}
+    given = ["checkpointing=false", "offload", "quantize=4bit", "device_map=auto"]
+    expected = {"checkpointing": False, "offload": True, "quantize": "4bit", "device_map": "auto"}
+    assert loading_options(given) == expected
+    assert loading_options(["checkpointing=true", "offload=false"]) == {
+        "checkpointing": True,
+        "offload": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ((None, None, "cpu", None, None), ("org/m", "r1", "bfloat16", "8bit")),
+        ((None, "r2", "cpu", None, None), ("org/m", "r2", "bfloat16", "8bit")),
+        (("here", None, "cpu", None, None), ("here", None, "bfloat16", "8bit")),
+        ((None, None, "cpu", "float32", ["quantize=4bit"]), ("org/m", "r1", "float32", "4bit")),
+    ],
+)
+def test_a_file_says_which_model_reads_it_and_how(monkeypatch, stored, tmp_path, choice, expected):
+    """What the command line leaves open; a revision is one of the model of the same name."""
+    mem, asked = MemVectors.load(stored), []
+    model = {"name": "org/m", "revision": "r1", "dtype": "bfloat16", "quantize": "8bit"}
+    header = mem.header.model_copy(update={"model": mem.header.model | model})
+    file = MemVectors(mem.vectors, header).save(tmp_path / "a.mem")
+
+    def load(name, **options):
+        asked.append((name, *(options[key] for key in ("revision", "dtype", "quantize"))))
+        return reader()
+
+    monkeypatch.setattr("memvec.loading.load_lm", load)
+    open_file(str(file), ModelChoice.of(*choice))
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
@@ -333,7 +375,10 @@ def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
     assert "is no name in UTF-8" in command("decode", os.fsdecode(b"a-\xff.mem")).sentence
 
 
-def test_only_what_these_settings_finished_is_gone_on_with(command, folder, letter, monkeypatch):
+@pytest.mark.parametrize("changed", [("--margin", 0.9), ("--storage", "int8"), ("--one-step",)])
+def test_only_what_these_settings_finished_is_gone_on_with(
+    command, folder, letter, monkeypatch, changed
+):
     put = Journal.put
 
     def interrupted(journal, outcome):
@@ -343,11 +388,68 @@ def test_only_what_these_settings_finished_is_gone_on_with(command, folder, lett
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "put", interrupted)
         assert command("cram", letter, "-m", folder, *FAST).code == 130
-        other = command("cram", letter, "-m", folder, *FAST, "--margin", 0.9)
+        other = command("cram", letter, "-m", folder, *FAST, *changed)
     assert "Going on" not in other.err
     ran = command("cram", letter, "-m", folder, *FAST)
     assert "Going on: 1 passage is finished" in ran.err
     assert command("decode", "letter.mem").out == TEXT.encode()
+
+
+def test_a_file_of_questions_that_changed_is_another_setting(tmp_path):
+    """It decides the vectors: an interrupted run does not go on with others."""
+    questions, lm = tmp_path / "questions.txt", reader()
+    asked = SimpleNamespace(vectors=2, layout="prefix", storage="float32")
+    asked.recipe = Recipe(term="use", queries=str(questions), start_rule="bos")
+    settings = []
+    for text in ("Who sat?", "Who ran?", "Who sat?"):
+        questions.write_text(text)
+        settings.append(_Request.settings(asked, lm))
+    assert settings[0] == settings[2] != settings[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "samples"),
+    [
+        ((False, None, None), False),
+        ((True, None, None), True),
+        ((False, 0.5, None), True),
+        ((False, None, 0.9), True),
+    ],
+)
+def test_a_setting_of_sampling_samples(given, samples):
+    assert generation_settings(5, *given)["do_sample"] is samples
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(command, folder, letter, monkeypatch):
+    honest, target = codec.cram, letter.with_name("letter.mem.safetensors")
+
+    def slow(*arguments, **options):
+        mem = honest(*arguments, **options)
+        target.write_bytes(b"of somebody else")
+        return mem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "cram", slow)
+        ran = command("cram", letter, "-m", folder, *FAST)
+    assert (ran.code, target.read_bytes()) == (2, b"of somebody else")
+    assert "exists: use --force" in ran.sentence
+    ran = command("cram", letter, "-m", folder, *FAST, "-o", "other.mem")
+    assert command("decode", "other.mem").out == TEXT.encode()
+    ran = command("cram", letter, "-m", folder, *FAST, "--force")  # nothing was lost
+    assert "Going on: " in ran.err
+
+
+def test_tokens_that_are_right_and_bytes_that_are_not_are_no_success(command, stored, tmp_path):
+    mem = MemVectors.load(stored)
+    (document,) = mem.header.documents
+    header = mem.header.model_copy(
+        update={"documents": [document.model_copy(update={"sha256": "0" * 64})]}
+    )
+    file = MemVectors(mem.vectors, header).save(tmp_path / "a.mem")
+    for verb in ("verify", "decode"):
+        ran = command(verb, file)
+        assert (ran.code, ran.out) == (3, b"")
+        assert "came back but its bytes did not" in ran.sentence
 
 
 def test_as_a_module_of_python():
@@ -595,8 +697,6 @@ def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):
     """No letter without its word, no name of an argument, no number of a float's length."""
     from rich.console import Console
 
-    from memvec.vectors import MemVectors
-
     mem = MemVectors.load(stored)
     mem.header.model["revision"] = None
     recipe = mem.header.recipe | {"unit": "logits", "temperature": 0.41182645}
@@ -615,8 +715,6 @@ def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):
 
 
 def test_a_long_certificate_lists_what_fails(capsys, stored):
-    from memvec.vectors import MemVectors
-
     mem = MemVectors.load(stored)
     n = 60
     passages = [mem.passages[0]] * n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from copy import copy
 from dataclasses import replace
@@ -748,6 +749,8 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
     again = ["--seed", 5, "--max-new-tokens", 8]  # a seed is of sampling
     first = command("use", file, "-m", folder, "-p", "the", *again).out
     assert first == command("use", file, "-m", folder, "-p", "the", "--sample", *again).out
+    shown = command("use", file, "-m", folder, "-p", "the", "--json", *again).out
+    assert json.loads(shown)["vectors"] == first.decode().removesuffix("\n")
     drawn = ["--temperature", 0.9, "--seed", 1, "--max-new-tokens", 3]
     assert command("use", file, "-m", folder, "-p", "the", *drawn).code == 0
     assert "do not fit" in command("use", file, "-m", folder, "-p", "the").sentence
