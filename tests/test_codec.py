@@ -61,6 +61,8 @@ def test_several_texts_come_back(kind, rule, tmp_path):
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
     assert codec.decode(lm, again) == texts
     assert again.header.start_rule == rule
+    # No token of the text is in the file but one that decoding is given.
+    assert {p.first is not None for p in again.passages} == {rule == "first-token"}
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
@@ -124,6 +126,7 @@ def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=8, recipe=Recipe(steps=0))
     assert not mem.exact
     assert min(p.tokens for p in mem.passages) >= 2
+    assert all(p.tokens < 4 for p in mem.passages if not p.exact)  # else it has two halves
     failed = [i for i, p in enumerate(mem.passages) if not p.exact]
     sentences = list(failures(mem))
     assert len(sentences) == len(failed)
@@ -173,6 +176,35 @@ def test_a_last_decode_that_disagrees_crams_again(monkeypatch):
     asked = mem.header.recipe["margin"]
     assert mem.passages[0].margin_asked == pytest.approx(2 * asked)
     assert {p.margin_asked for p in mem.passages[1:]} == {asked}
+
+
+def test_a_last_decode_that_disagrees_ends_where_the_recipe_says_stop(monkeypatch):
+    lm, honest, decodes = reader(), cram_job.certificate_of, []
+
+    def lying(lm, mem, decoded):
+        decodes.append(decoded)
+        certificate, exact = honest(lm, mem, decoded)
+        return certificate | {"exact": False}, [False, *exact[1:]]
+
+    monkeypatch.setattr(cram_job, "certificate_of", lying)
+    options = OPTIONS | {"recipe": replace(OPTIONS["recipe"], if_not_exact="stop")}
+    mem = codec.cram(lm, [TEXT], **options)
+    assert len(decodes) == 1
+    assert [p.exact for p in mem.passages] == [False] + [True] * (len(mem.passages) - 1)
+    assert {p.margin_asked for p in mem.passages} == {mem.header.recipe["margin"]}
+
+
+def test_what_was_known_not_to_decode_is_decoded_once_more_and_no_further(monkeypatch):
+    honest, decodes = cram_job.certificate_of, []
+
+    def counted(lm, mem, decoded):
+        decodes.append(decoded)
+        return honest(lm, mem, decoded)
+
+    monkeypatch.setattr(cram_job, "certificate_of", counted)
+    mem = codec.cram(reader(), [TEXT], vectors=2, tokens=8, recipe=Recipe(steps=0))
+    assert not mem.exact
+    assert len(decodes) == 1
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -460,6 +492,27 @@ def test_a_journal_of_other_settings_is_not_asked(tmp_path):
     other.close()
 
 
+def test_rows_of_another_format_are_not_asked(tmp_path, monkeypatch):
+    record = journal(tmp_path / "j")
+    codec.cram(reader(), ["the fox"], journal=record, **OPTIONS)
+    assert len(record)
+    record.close()
+    monkeypatch.setattr("memvec.journal.FORMAT", 1)
+    later = journal(tmp_path / "j")
+    assert len(later) == 0
+    later.close()
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "int8"])
+def test_a_resumed_run_stores_numbers_as_it_was_asked(tmp_path, storage):
+    lm, record = reader(), journal(tmp_path / "j")
+    first = codec.cram(lm, ["the fox"], journal=record, storage=storage, **OPTIONS)
+    again = codec.cram(lm, ["the fox"], journal=record, storage=storage, **OPTIONS)
+    record.close()
+    assert again.storage.name == first.storage.name == storage
+    assert torch.equal(again.vectors, first.vectors)
+
+
 def test_a_damaged_or_unwritable_journal_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "j").write_bytes(b"not a database" * 1000)
     with pytest.raises(MemvecError, match="is damaged"):
@@ -499,6 +552,16 @@ def test_verify_and_decode_refuse_a_wrong_text(monkeypatch):
         codec.decode(lm, noisy)
     with pytest.raises(NotExactError):
         noisy.documents(lm, force=True)
+
+
+def test_one_wrong_passage_makes_the_whole_not_exact():
+    lm = reader()
+    mem = codec.cram(lm, [TEXT], **OPTIONS)
+    vectors = mem.vectors.clone()
+    vectors[1] = vectors[0]
+    certificate, exact = codec.verify(lm, MemVectors(vectors, mem.header))
+    assert exact == [i != 1 for i in range(len(vectors))]
+    assert (certificate["exact"], certificate["exact_passages"]) == (False, len(vectors) - 1)
 
 
 def test_the_account_compares_with_compressors():
@@ -556,6 +619,9 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
     assert said.startswith("2 slots of up to 3 tokens: about ")
     assert ("A step takes about" in said) is not workers
     assert work.engine.steps == 0
+    assert told[-1].expected.fills == 1
+    work.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5, 6)), Passage((7, 8, 9))])
+    assert told[-1].expected.fills == 1.5
 
 
 def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):

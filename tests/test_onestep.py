@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from conftest import QUICK, FrozenLM, build, one_step, passages, reader, tiny
@@ -211,6 +212,7 @@ def test_a_shared_m_is_stored_once_and_gives_every_passage_back(tmp_path):
     assert P > 2
     assert mem.size == (P + 1) * D * 4
     assert mem.summary()["vectors"] == P + 1
+    assert mem.summary()["bits_per_number"] == 32
     assert torch.equal(mem.vectors[:, 1], mem.vectors[:1, 1].expand(P, -1))
     file = mem.save(tmp_path / "a.mem")
     assert load_file(file)["vectors"].shape == (P + 1, 1, D)
@@ -262,6 +264,13 @@ def test_a_header_cannot_claim_a_shared_m():
     header = mem.header.model_copy(update={"layout": "one-step-shared"})
     with pytest.raises(MemvecError, match="do not share one m"):
         MemVectors(mem.vectors, header)
+
+
+def test_a_header_cannot_claim_one_step_in_another_space():
+    claimed = as_one_step("llama").header.model_dump()
+    claimed["space"] = {"name": "shared-basis", "numbers": 4, "options": {}}
+    with pytest.raises(ValidationError, match="one-step vectors are inputs"):
+        Header.model_validate(claimed)
 
 
 def test_the_command_shares_m(command, folder, tmp_path):

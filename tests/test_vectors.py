@@ -92,6 +92,26 @@ def test_the_digest_covers_what_the_numbers_are(mem, tmp_path):
         MemVectors.load(file)
 
 
+def test_the_digest_covers_a_type_of_the_same_size(mem, tmp_path):
+    file, stored = tmp_path / "a.mem", mem.vectors.bfloat16()
+    metadata = {"memvec": mem.header.model_dump_json()}
+    metadata["sha256"] = digest_of(metadata["memvec"], {"vectors": stored})
+    file.write_bytes(to_safetensors({"vectors": stored.view(torch.float16)}, metadata))
+    with pytest.raises(MemvecError, match="digest does not match"):
+        MemVectors.load(file)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_file_may_be_read_by_whom_the_umask_says(mem, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        file = mem.save(tmp_path / "a.mem")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_the_text_is_not_in_the_file_unless_asked_for(tmp_path):
     lm, text = reader(), "the lazy dog sat"
     options = {"vectors": 2, "tokens": 2, "recipe": QUICK}
@@ -120,6 +140,19 @@ def test_the_summary_adds_up(mem):
     assert s["tokens_per_vector"] == pytest.approx(s["tokens"] / (P * K))
     assert s["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert s["vector_bytes"] == P * K * D * 4 == mem.size
+
+
+def test_the_summary_of_passages_that_differ(mem):
+    """Sums, the smallest margin, and hits over the tokens that had to come from the vectors."""
+    first, *others = mem.passages
+    odd = {"exact": False, "margin": -3.0, "tokens": 9, "predicted": 8, "accuracy": 0.25}
+    passages = [first.model_copy(update=odd | {"seconds": 2.0, "steps": 7, "spent": 70})]
+    passages += [p.model_copy(update={"seconds": 1.0, "steps": 1, "spent": 10}) for p in others]
+    n, tokens = len(others), sum(p.predicted for p in others)
+    s = MemVectors(mem.vectors, mem.header.model_copy(update={"passages": passages})).summary()
+    assert (s["exact"], s["exact_passages"], s["margin"]) == (False, n, -3.0)
+    assert (s["seconds"], s["steps"], s["spent"]) == (2.0 + n, 7 + n, 70 + 10 * n)
+    assert s["accuracy"] == pytest.approx((2 + tokens) / (8 + tokens))
 
 
 def test_edits_cost_their_text_and_eight_bytes_each(mem):
@@ -166,6 +199,15 @@ def test_a_write_that_fails_leaves_everything_as_it_was(mem, tmp_path, monkeypat
         mem.save(target, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["a.mem"])
     assert before is None or target.read_bytes() == before
+
+
+def test_vectors_that_were_cut_after_they_were_made_are_not_written(mem, tmp_path):
+    """No memvec could read such a file."""
+    cut = MemVectors(mem.vectors, mem.header)
+    cut.vectors = cut.vectors[:-1]
+    with pytest.raises(MemvecError, match="is not written"):
+        cut.save(tmp_path / "a.mem")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_file_is_not_overwritten_unasked(mem, tmp_path):
