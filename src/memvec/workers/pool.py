@@ -45,8 +45,9 @@ class Workers:
     """`workers` actors on this machine, or on the Ray cluster at `address`.
 
     If this process is connected to a Ray already (`ray.init`), that one is used, and `address` is
-    not read. With `workers` 0 there is one per GPU, or one per CPU without GPUs. Raises MemvecError if Ray is
-    not installed or does not start, for more workers than CPUs or GPUs, and for one numbered GPU.
+    not read. With `workers` 0 there is one per GPU, or one per CPU without GPUs. Raises MemvecError
+    if Ray is not installed or does not start, for more workers than CPUs or GPUs, and for one
+    numbered GPU.
     """
 
     def __init__(
