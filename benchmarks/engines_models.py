@@ -147,7 +147,7 @@ def crammed(
 
 
 def groups_of(family: str, lm: FrozenLM, Ks: list[int], work: Path) -> list[Group]:
-    """The prompts of every K and start rule, and those of vectors for use."""
+    """The prompts of every K and start rule, and those of usable vectors."""
     dtype = str(lm.dtype).removeprefix("torch.")
     groups = []
     for K in Ks:
@@ -163,7 +163,7 @@ def groups_of(family: str, lm: FrozenLM, Ks: list[int], work: Path) -> list[Grou
 
 
 def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
-    """Questions behind vectors for use; the answers are those of memvec's own decoder."""
+    """Questions behind usable vectors; the answers are those of memvec's own decoder."""
     dtype = str(lm.dtype).removeprefix("torch.")
     recipe = Recipe.of("usable", settle=100, steps=400, patience=400)
     generator = torch.Generator().manual_seed(0)

@@ -17,12 +17,12 @@ HEAD = """# Engines
 
 Written by `make engines` (`benchmarks/engines.py`), from one start or several: each engine ran in
 its own environment, greedily, on the CPU ({machine}), and its token ids were compared with the
-hashes of what was crammed, or, behind vectors for use, with memvec's own answers. **{exact} of
+hashes of what was crammed, or, behind usable vectors, with memvec's own answers. **{exact} of
 {cells} cells are exact ({share:.1f} %)**, {passages}.
 
 A cell is one engine, model, dtype, number of vectors K, start rule and way of asking, with up to 16
 passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K: {Ks}. Start
-rules: {rules}; *use* is four questions behind the vectors for use of each of four passages. A
+rules: {rules}; *use* is four questions behind the usable vectors of each of four passages. A
 passage with the model's EOS is in {eos} of the {decoding} cells that decode passages. Only passages
 that memvec itself certified are asked for: {left_out} of {attempted} were not exact and are left
 out.
@@ -159,8 +159,8 @@ def _errors(row: Row) -> str:
     """What went wrong in a cell, and the cause as far as the leads of the right tokens tell it."""
     leads = [float(re.findall(r"by (-?[\d.]+)$", error)[0]) for error in row["errors"]]
     what = f", K = {row['K']}, {row['rule']}, {row['way']}: {row['exact']} of {row['passages']}; "
-    what += f"where they part, the right token leads by {min(leads):.3f} to {max(leads):.3f} "
-    what += "standard deviations of the logits"
+    between = " to ".join(dict.fromkeys(f"{lead:.3f}" for lead in (min(leads), max(leads))))
+    what += f"where they part, the right token leads by {between} standard deviations of the logits"
     if row["dtype"] == "bfloat16" and max(leads) < TIE:
         return f"{what}: bfloat16 rounds such ties otherwise in each engine."
     return f"{what}: this is no tie, and the cause is not known."

@@ -543,8 +543,8 @@ def test_the_page_counts_what_is_exact_and_names_the_rest(monkeypatch):
     assert "**1 of 6 cells are exact (16.7 %)**, 46 of 96 answers." in " ".join(text.split())
     assert "| vllm 7.1 | batch 1 | 1 of 1 | 0 of 2 | 46 of 48 |" in text
     assert "| mlx | batch 1 | refused | failed | 0 of 48 |" in text
-    assert "0.020 to 0.020 standard deviations of the logits: bfloat16 rounds such ties" in text
-    assert "0.900 to 0.900 standard deviations of the logits: this is no tie" in text
+    assert "by 0.020 standard deviations of the logits: bfloat16 rounds such ties" in text
+    assert "by 0.900 standard deviations of the logits: this is no tie" in text
     assert "- mlx, llama, float32: mlx-lm takes none. (2 cells)" in text
     assert "- vllm: way chat.\n- peft: no cell." in text
 
