@@ -2,6 +2,10 @@
 
 The public catalogue; everything else is reachable by its module. Nothing heavy is imported until a
 name is used.
+
+Letters in shapes: B slots in the batch, K [mem] vectors, T tokens of a passage, D width of an input
+vector, H width of a hidden state, V vocabulary, N inputs of a forward pass, L layers, P passages of
+a file. docs/concepts.md defines the terms.
 """
 
 from __future__ import annotations

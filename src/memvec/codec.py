@@ -43,22 +43,22 @@ def cram(
     A `str`, `bytes` or Document alone is one text.
 
     `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
-    `storage` is how vectors are stored and certified (a name of memvec.storage.STORAGES).
-    `keep_text` puts the text in the file too. `journal` remembers finished passages across
-    interruptions. `workers` (memvec.workers) cram the passages on other devices; `lm` then cuts the
-    texts and makes the certificate.
-
-    `layout` 'one-step' crams two vectors a passage, from which one forward pass gives all tokens
-    (model/reading.py; `vectors` is then not used). With 'one-step-shared' all passages share one of
-    the two: then they are crammed together, depend on each other, and no journal is kept.
-
     `recipe` is how they are crammed (default: `Recipe()`), `batch_size` how many passages at once
-    (default: what the memory allows), and `on_status` is called with the progress. `layout` is
-    'prefix', vectors in front of their passage, unless another is given.
+    (default: what the memory allows). `storage` is how vectors are stored and certified (a name of
+    memvec.storage.STORAGES). `keep_text` puts the text in the file too. `journal` remembers
+    finished passages across interruptions. `workers` (memvec.workers) cram the passages on other
+    devices; `lm` then cuts the texts and makes the certificate. `on_status` is called with the
+    progress.
+
+    `layout` 'prefix' puts the vectors in front of their passage. 'one-step' crams two vectors a
+    passage, from which one forward pass gives all tokens (model/reading.py; `vectors` is then not
+    used). With 'one-step-shared' all passages share one of the two: then they are crammed together,
+    depend on each other, and no journal is kept.
 
     A passage that does not become exact within the recipe's steps, patience and budget is halved
     and crammed again, down to one token per vector; what still fails is in the result, with `exact`
-    false. Raises MemvecError for bad input.
+    false. Raises MemvecError for no text, an empty one, a setting that is out of range or that the
+    model does not support, and a passage that does not fit in memory.
     """
     recipe = recipe or Recipe()
     check_type("lm", lm, FrozenLM, "memvec.load_lm")

@@ -42,7 +42,7 @@ class Expected:
     slots: int
     tokens: int  # of the longest passage
     memory: Estimate
-    step: float  # seconds of one for all slots; 0: not tried, or there was too little memory
+    step: float  # seconds of a step of all slots; 0: not tried, or there was too little memory
     fills: float  # how many times the slots are filled
 
 
@@ -99,7 +99,11 @@ class CramJob:
         self._enter("measuring")
 
     def run(self, keep_text: bool) -> MemVectors:
-        """Cut the documents, cram the passages, and certify the result."""
+        """Cut the documents, cram the passages, and certify the result.
+
+        `keep_text` puts the texts in the header. Raises MemvecError as `cutter` does, and if a
+        passage does not fit in memory.
+        """
         cutter, shortest = self.cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
         self.choose_batch_size(passages)
@@ -170,7 +174,12 @@ class CramJob:
     # ------------------------------------------------------------------ passages in
 
     def cutter(self) -> tuple[Cutter, int]:
-        """What cuts the documents, and the shortest passage it may make."""
+        """What cuts the documents, and the smallest number of tokens of a passage.
+
+        For a model without measured facts, this crams a few passages to estimate the bits per
+        vector. Raises MemvecError if a document is shorter than that number, if the vectors leave
+        no room in the context, and as `Cutter` does.
+        """
         shortest = self.engine.given + 1
         for d in self.documents:
             if len(d.ids) < shortest:

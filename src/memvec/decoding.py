@@ -42,7 +42,8 @@ def decode_ids(
     part of the passage). `corrections` lists (position, token id) for each passage: that token
     replaces the model's own, and the model reads it next. `cached=False` is the slow
     reference path: one whole forward per token; a model without a usable cache knows no other.
-    Where memory runs out, the batch is halved and decoding goes on.
+    Where memory runs out, the batch is halved and decoding goes on. Raises MemvecError for the
+    start rule 'bos' without a BOS or trigger, and for one that the layout or space does not take.
     """
     if not lm.reading.feeds_back:
         in_one_pass = _decode_in_one_pass(lm, vectors, lengths, start, batch)

@@ -32,7 +32,10 @@ class UntestedVersionWarning(UserWarning):
 
 
 def check_minimum(minimum: int, /, **options: int | float | None) -> None:
-    """Raise MemvecError, which names the option, for a value below the minimum; None is none."""
+    """Raise MemvecError, which names the option, for a value below the minimum or a string.
+
+    None is an option that was not given.
+    """
     for name, value in options.items():
         if value is not None and (isinstance(value, str) or not value >= minimum):
             option = name.replace("_", "-")
@@ -40,7 +43,7 @@ def check_minimum(minimum: int, /, **options: int | float | None) -> None:
 
 
 def check_type(name: str, value: object, kind: type, source: str) -> None:
-    """Raise MemvecError, which says what gives one, for an argument of another class."""
+    """Raise MemvecError for an argument of another class; `source` makes one of the right class."""
     if not isinstance(value, kind):
         raise MemvecError(f"{name} is a memvec.{kind.__name__}, as {source} gives, not {value!r}.")
 

@@ -39,12 +39,16 @@ class PassageRecord(PassageResult):
 
 
 class DocumentRecord(Record):
-    """One text: the passages it is made of, and what turns their tokens into its bytes."""
+    """One text: the passages it is made of, and what turns their tokens into its bytes.
 
-    name: str
+    `edits` are (start, end, new), in order: characters start to end of the text that the tokenizer
+    gives back are replaced by `new` (memvec.passages.documents).
+    """
+
+    name: str = Field(description="the text's file, 'standard input', or 'text' and its number")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of the text's bytes")
     size: int = Field(ge=1, description="bytes")
-    encoding: str = "utf-8"
+    encoding: str = Field(default="utf-8", description="encoding of the text's bytes")
     edits: list[tuple[int, int, str]] = Field(default_factory=list)
     passages: int = Field(ge=1, description="number of passages, in order")
     text: str | None = Field(default=None, description="the text itself, only if asked for")
@@ -71,16 +75,16 @@ class SpaceRecord(Record):
 
 
 class Header(Record):
-    """Everything but the numbers."""
+    """Everything but the numbers; validation raises pydantic's ValidationError."""
 
     format: Literal["memvec"] = "memvec"
     version: Literal[1] = 1
     model: dict[str, Any] = Field(description="FrozenLM.description()")
-    start_rule: Literal["vectors", "bos", "first-token"]
+    start_rule: Literal["vectors", "bos", "first-token"] = Field(description="follows the vectors")
     layout: Layout = Field(
         default="prefix",
-        description="how the model reads the vectors: in front of a passage, or (model/reading.py) "
-        "two of them as [e, m, ..., m], with an m of each passage or one that all share",
+        description="how the model reads the vectors: 'prefix', in front of the passage; "
+        "'one-step', two as [e, m, ..., m]; 'one-step-shared', one m for all passages",
     )
     space: SpaceRecord | None = Field(
         default=None, description="where the numbers of a vector stand; none: they are inputs"
@@ -101,14 +105,14 @@ class Header(Record):
     soft_front: int = Field(
         default=0, ge=0, description="soft tokens in front of them, behind `front`: tensor 'front'"
     )
-    context_scale: float = Field(default=1.0, gt=0, description="multiplies vectors as context")
+    context_scale: float = Field(default=1.0, gt=0, description="factor of vectors as context")
     packing: PackingName | None = Field(
         default=None, description="integers that the numbers are stored as; none: as they are"
     )
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-    documents: list[DocumentRecord]
-    passages: list[PassageRecord]
+    recipe: dict[str, Any] = Field(description="Recipe.record(), with margins in logits")
+    environment: dict[str, Any] = Field(description="versions and machine that made the file")
+    documents: list[DocumentRecord] = Field(description="the texts, in order")
+    passages: list[PassageRecord] = Field(description="the passages of all texts, in order")
     certificate: dict[str, Any] | None = Field(
         default=None, description="result of the last whole decode of the stored vectors"
     )

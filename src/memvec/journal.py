@@ -25,7 +25,11 @@ FORMAT = 3  # of a row; rows in another format belong to other settings and are 
 
 
 class Journal:
-    """Finished passages of one output file. `settings` is what else decides the vectors."""
+    """Finished passages of one output file. `settings` is what else decides the vectors.
+
+    Only one process may have it open. Raises MemvecError if another has, or if the file is damaged
+    or cannot be read or written; this holds for each method, too.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
@@ -58,7 +62,10 @@ class Journal:
         return int(self._execute(query, self._settings).fetchone()[0])
 
     def get(self, passage: Passage) -> Outcome | None:
-        """The outcome of this passage under these settings, if it is known."""
+        """The outcome of this passage under these settings, without `scores`; None if unknown.
+
+        Raises MemvecError if its row was changed.
+        """
         sql = "SELECT vectors, record, digest FROM finished_passages WHERE settings = ? AND ids = ?"
         row = self._execute(sql, self._settings, ids_hash(passage.ids)).fetchone()
         if row is None:

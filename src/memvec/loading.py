@@ -65,8 +65,9 @@ def load_lm(
 ) -> FrozenLM:
     """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
 
-    `device` 'auto' is the first GPU, else the CPU. `dtype` 'auto' is float32 on a CPU and bfloat16
-    on a GPU; 'bfloat16-autocast' is mixed precision: float32 weights, products in bfloat16.
+    `revision` is a branch, tag or commit of the Hub. `device` 'auto' is the first GPU, else the
+    CPU. `dtype` 'auto' is float32 on a CPU and bfloat16 on a GPU; 'bfloat16-autocast' is mixed
+    precision: float32 weights, products in bfloat16. `check` False skips the self-checks.
     `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
     default: the model's, in float32 where a CPU's kernel for the dtype is slow (precision.py).
     `encoder` is a file of `memvec encoder train`; default: those in the model's folder, if any.
@@ -182,7 +183,10 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
 
 
 def local_folder(name: str) -> Path | None:
-    """The model's folder, or None for a Hub id. 'pocket' is a folder of the package."""
+    """The model's folder, or None for a Hub id. 'pocket' is a folder of the package.
+
+    Raises MemvecError for a path without a model, or behind an unknown ~NAME.
+    """
     try:
         folder = POCKET if name == "pocket" else Path(name).expanduser()
     except RuntimeError:

@@ -189,14 +189,21 @@ def register(kind: str, name: str) -> Callable[[Choice], Choice]:
 
 
 def names(kind: str) -> list[str]:
-    """Every name of a kind, the project's own first. Raises MemvecError for an unknown kind."""
+    """Every name of a kind, the project's own first.
+
+    Raises MemvecError for an unknown kind, and if a plug-in cannot be imported.
+    """
     _check_kind(kind)
     load_plugins()
     return [*BUILT_IN[kind], *_ADDED[kind]]
 
 
 def get(kind: str, name: str) -> Any:
-    """What a name stands for. Raises MemvecError, with the nearest known name, if it is unknown."""
+    """What a name stands for.
+
+    Raises MemvecError, with the nearest known name, for an unknown kind or name, and if a plug-in
+    cannot be imported.
+    """
     if name not in names(kind):
         raise MemvecError(f"unknown {kind} '{name}': {did_you_mean(name, names(kind))}")
     if name in _ADDED[kind]:

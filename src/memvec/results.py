@@ -23,7 +23,7 @@ Status = Literal["done", "budget", "not-finite"]
 
 
 class Record(BaseModel):
-    """A documented, immutable record; a loss that was not finite leaves figures that are not."""
+    """A documented, immutable record. Its figures are not finite where a loss was not finite."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings"
@@ -43,8 +43,8 @@ class Measures(Record):
         "true earlier tokens are given"
     )
     margin: float = Field(
-        description="smallest logit of a true token minus the best other one, over positions that "
-        "are not corrected, logits"
+        description="smallest margin (logit of the true token minus the best other one) over the "
+        "positions that are not corrected, logits"
     )
     lm_bits: float = Field(description="H_LM = -sum log2 p(t_i | t_<i), bits")
     mem_bits: float = Field(description="H_mem = -sum log2 p(t_i | vectors, t_<i), bits")
@@ -108,7 +108,11 @@ class PositionScores:
         return metrics.token_gain(self.margin > 0, self.lm_margin > 0)
 
     def measures(self, tokens: int, horizon: int, corrected: Sequence[int] = ()) -> Measures:
-        """The figures of a passage; the smallest margin leaves `corrected` positions out."""
+        """The figures of a passage of `tokens` tokens, from the scores (N,) of its N positions.
+
+        `horizon` is what free decoding gave back, in tokens. The smallest margin leaves the
+        positions in `corrected` out; at least one position must be left.
+        """
         uncorrected = [i for i in range(len(self.margin)) if i not in set(corrected)]
         return Measures(
             tokens=tokens,

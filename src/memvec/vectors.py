@@ -36,10 +36,11 @@ class MemVectors:
     """P sets of K [mem] vectors, `vectors` (P, K, D), and a header.
 
     `soft` has the soft tokens around them, if the header says that there are some: `trigger` (R, D)
-    behind them, `front` (P, D) in front.
+    behind them, `front` (F, D) in front.
 
     The vectors are in the dtype they are stored in; those stored as integers are float32 here, the
-    very numbers that the integers stand for.
+    very numbers that the integers stand for. In another space a vector has W numbers, not D. Raises
+    MemvecError for vectors or soft tokens that do not fit the header.
     """
 
     def __init__(
@@ -110,7 +111,12 @@ class MemVectors:
         return STORAGES[name]
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the whole: tokens and bits per vector, utilisation, bytes."""
+        """The figures of the whole file, by name.
+
+        Names in `bits` are bits, in `bytes` bytes; `margin` is logits, `spent` forward-backward
+        tokens. `theoretical_capacity` (tokens) is that of the K vectors of one passage; both
+        utilisations are of all vectors. A vector that all passages share counts once.
+        """
         P, K, D = self.vectors.shape
         V = int(self.header.model.get("vocabulary", 2))
         width = 8 * self.size / max(1, self.stored.numel())  # stored bits of a number
@@ -166,8 +172,8 @@ class MemVectors:
     def tokens(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """Decode every passage freely and check it against its hash.
 
-        Raises MemvecError for vectors of another model (unless `force`), NotExactError if a passage
-        does not hash to what was crammed: wrong text is never returned as if it were right.
+        Raises MemvecError as `decode_passages` does, and NotExactError if a passage does not hash
+        to what was crammed: wrong text is never returned as if it were right.
         """
         decoded = self.decode_passages(lm, force=force)
         for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
@@ -180,7 +186,11 @@ class MemVectors:
         return decoded
 
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
-        """Token ids of every passage, decoded freely, right or wrong."""
+        """Token ids of every passage, decoded freely, right or wrong.
+
+        Raises MemvecError for vectors of another model (with `force`: of another width only), and
+        for a passage that does not fit the model's context.
+        """
         self.check_model(lm, force=force)
         lm = self.view(lm)
         longest = max((p.tokens for p in self.passages), default=0)
@@ -203,7 +213,11 @@ class MemVectors:
         )
 
     def view(self, lm: FrozenLM) -> FrozenLM:
-        """The model as it reads these vectors: their layout, space, front and trigger."""
+        """The model as it reads these vectors: layout, space, front, trigger and context scale.
+
+        The weights are not compared: see `check_model`. Raises MemvecError for a model that cannot
+        read vectors so.
+        """
         header = self.header
         view = surrounded(self._in_space(lm), header.front, header.trigger, self.soft)
         return as_context_at(view, header.context_scale)
@@ -218,7 +232,10 @@ class MemVectors:
         return self.restored(lm, self.tokens(lm, force=force))
 
     def restored(self, lm: FrozenLM, tokens: Sequence[list[int]]) -> list[bytes]:
-        """The bytes of every document from the passages' tokens. MemvecError if they are others."""
+        """The bytes of every document from the passages' tokens.
+
+        Raises NotExactError if they do not hash to what was crammed.
+        """
         passages, contents = iter(tokens), []
         for d in self.header.documents:
             ids = [token for _ in range(d.passages) for token in next(passages)]
@@ -246,7 +263,8 @@ class MemVectors:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the file: aside first, then fsync, then rename. Never leaves half a file.
 
-        Raises MemvecError if it exists (unless `force`) or cannot be written.
+        Raises MemvecError if it exists (unless `force`) or cannot be written, or if the vectors
+        were changed or are not finite.
         """
         target = Path(path)
         if target.exists() and not force:

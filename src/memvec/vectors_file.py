@@ -25,7 +25,10 @@ from memvec.writing import write_atomically
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:
-    """The file a person means: `letter.mem` also finds `letter.mem.safetensors`."""
+    """The file a person means: `letter.mem` also finds `letter.mem.safetensors`.
+
+    Raises MemvecError if there is no such file, if it is a folder, or if its name is not UTF-8.
+    """
     file = Path(path)
     if not str(file).isascii() and os.fsencode(file).decode("utf-8", "replace") != str(file):
         raise MemvecError(f"{os.fsencode(file)!r} is no name in UTF-8: rename the file.")
@@ -42,8 +45,8 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
 def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Write a header and the tensors of a storage, and the soft tokens, if any, atomically.
 
-    Raises MemvecError for tensors that `read_file` would refuse: numbers that are not finite, or
-    another number of rows than the header's passages have.
+    Raises MemvecError for tensors that `read_file` would refuse (numbers that are not finite, or
+    another number of rows than the header's passages have), and if the file cannot be written.
     """
     first = tensors["codes" if header.packing else "vectors"]
     rows = reading_named(header.layout).row_count(len(header.passages))

@@ -37,7 +37,7 @@ def _umask() -> int:
 
 
 def pretty_json(value: Any) -> str:
-    """JSON for people and machines; NaN becomes null."""
+    """JSON for people and machines; NaN and infinities become null."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False)
 
 

@@ -1,5 +1,5 @@
-"""Choices that the core stands without: those of published programs, their recipes, and
-the optimizer of the default recipe.
+"""Choices that the core does not import: those of published programs, their recipes, and the
+optimizer of the default recipe.
 
-Each is registered by name as any other. Nothing in the core imports them; a recipe names them.
+Each is registered by name as any other, and loaded when a recipe names it.
 """

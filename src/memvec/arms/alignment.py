@@ -3,7 +3,7 @@
     alpha x sum over the first L layers of mean over the tokens that are read of
         1 - cos(hidden state with the vectors, hidden state without)
 
-The "hybrid" loss of Tarasov et al. (2026), whose best figures for an 8B model it gives. Hidden
+This is the "hybrid" loss of Tarasov et al. (2026), their best one for an 8B model. Hidden
 states are taken at the positions of the passage's own tokens; those without vectors come from the
 model reading the text alone, once for a passage. Two details differ from the published program: the
 text is read behind the model's BOS, if it has one (the program reads it as the tokenizer gives it);
@@ -49,7 +49,11 @@ class PlainStates(Rows):
 
 
 class Alignment(Term):
-    """Cosine distance of hidden states with the vectors from those without, in the first layers."""
+    """Cosine distance of hidden states with the vectors from those without, in the first layers.
+
+    Raises MemvecError for one-step vectors, for keys and values, and for more layers than there
+    are.
+    """
 
     def __init__(
         self, lm: FrozenLM, module: FrozenLM, recipe: Recipe, K: int, start_rule: StartRule

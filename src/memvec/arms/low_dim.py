@@ -30,6 +30,7 @@ class LowDim:
     (Tarasov et al. 2026): d D + K (d + D) numbers, a preconditioner rather than a smaller code.
 
     b is per vector, so that any vectors can be taken up; for one vector that is the publication's.
+    Raises MemvecError for more dimensions than an input has, and than MAX_DIMENSIONS.
     """
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:

@@ -15,7 +15,7 @@ from memvec.cramming.recipe import Recipe
 def paper() -> Recipe:
     """Kuratov et al. 2025, section 4 and the published train.py.
 
-    Of 5000 losses, the first is measured before any move.
+    4999 steps: the published loop measures 5000 losses, the first one before any move.
     """
     return Recipe(
         unit="logits",
@@ -98,7 +98,7 @@ def progressive() -> Recipe:
 
 
 def temperature() -> Recipe:
-    """`progressive` with a temperature. Their loss is 1/T of ours, which Adam does not feel."""
+    """`progressive` with a temperature T. Their loss is 1/T of ours: Adam's steps are the same."""
     return replace(progressive(), temperature=0.25)
 
 

@@ -44,7 +44,10 @@ class Spectrum(NamedTuple):
 
 
 class Principal:
-    """The vectors, turned: parameters = vectors Q, whose columns are the principal directions."""
+    """The vectors, turned: parameters = vectors Q, whose columns are the principal directions.
+
+    Raises MemvecError as `gradient_spectrum` does.
+    """
 
     of_inputs = True  # the directions that a model has are those of its inputs
 
@@ -91,8 +94,8 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
 
     The eigenvalues, rising, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times D
     gradients g of the default recipe's loss, each at one vector of large normal numbers and
-    `TOKENS` drawn tokens; float32, on the model's device. A gradient that is not finite is left
-    out. Raises MemvecError if none is.
+    `TOKENS` drawn tokens; float32, on the model's device. Gradients that are not finite are left
+    out. Raises MemvecError if all are.
     """
     if lm.fingerprint not in SPECTRA:
         lm = copy.copy(lm.read_as("prefix"))

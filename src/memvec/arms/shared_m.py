@@ -8,8 +8,8 @@ run starts from the beginning, and adding a passage changes every vector.
 
 All passages move in every step, a group of `slots` at a time; the gradient at m is the sum over all
 of them. It ends when every margin of every passage is met in the same step, or by the recipe's
-steps and patience; then the vectors of the step that gave back the largest number of tokens are
-kept.
+steps, patience and budget; then the vectors of the step that gave back the largest number of
+tokens are kept.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ RAISES = 4  # times that margins are raised because decoding disagrees with them
 def without_parts(recipe: Recipe) -> Recipe:
     """The recipe without what a shared m has no use for, so that a record says what was done.
 
-    Steps are computed by the model itself, and no passage's vectors are enlarged, cooled or
-    narrowed alone: m belongs to all.
+    Steps are computed by the model itself, and no passage has its own enlargement, temperature or
+    look-ahead: m belongs to all.
     """
     return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0, settle=0)
 
@@ -93,10 +93,11 @@ class Shared:
         self.steps = self.tokens = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Cram the jobs' passages together; those with vectors go on from them. Same order.
+        """Cram the jobs' passages together; those with vectors go on from them.
 
-        Where memory runs out they start again, with half as many in a forward pass. Raises
-        MemvecError if one alone does not fit.
+        There must be at least one job; outcomes are in the order of the jobs. Where memory runs
+        out they start again, with half as many in a forward pass. Raises MemvecError if one alone
+        does not fit.
         """
         while True:
             try:

@@ -31,7 +31,10 @@ def normal(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Te
 
 @torch.no_grad()
 def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Mean embedding of each K-th of the passage, with a little noise to part equal passages."""
+    """Mean embedding of each of K equal spans of the passage, plus a tenth of `noise`.
+
+    The noise keeps the vectors of equal spans apart.
+    """
     rows = lm.embed(torch.tensor([list(ids)], device=lm.device))[0].float().cpu()
     bounds = [len(ids) * k // K for k in range(K + 1)]
     spans = (slice(a, max(b, a + 1)) for a, b in itertools.pairwise(bounds))

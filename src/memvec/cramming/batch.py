@@ -31,7 +31,10 @@ SMALLEST_RAISE = 0.05
 
 @dataclass
 class Job:
-    """A passage that waits, is in a slot, or has left it, with what it has cost so far."""
+    """A passage that waits, is in a slot, or has left it, with what it has cost so far.
+
+    `least_mem_bits` is as in `Finished`, `seconds` its share of the wall time of the batch.
+    """
 
     passage: Passage
     margin: float  # that certification requires, logits

@@ -47,9 +47,10 @@ class Finished:
 class Outcome(Finished):
     """A finished passage with its measures; `exact` is decided by free-running decoding alone.
 
-    `metrics` are its measures, `scores` the bits and margins of each position that they were
-    computed from (None for an outcome that was read from a journal). Decoding puts the listed
-    `corrections` in their places; there are none unless the recipe allows them.
+    `vectors` are in the dtype in which a file holds them. `metrics` are its measures, `scores` the
+    bits and margins of each position that they were computed from (None for an outcome that was
+    read from a journal). Decoding puts the listed `corrections` in their places; there are none
+    unless the recipe allows them.
     """
 
     exact: bool
@@ -79,10 +80,10 @@ def certify(
     storage: Storage,
     corrections: int | Sequence[Corrections] = 0,
 ) -> Iterator[Outcome]:
-    """Decode and measure finished passages in a batch, from the vectors as stored.
+    """Decode and measure finished passages in a batch, from the vectors as stored, in their order.
 
     `corrections`: how many tokens of each passage may be listed (memvec.corrections chooses them),
-    or the lists themselves.
+    or the lists themselves. Vectors that are not finite are not exact; zeros replace them.
     """
     if not finished:
         return
@@ -130,9 +131,11 @@ def positions(
 ) -> PositionScores:
     """The scores (B, N) of every predicted position, teacher-forced, with the vectors and without.
 
-    Without vectors, a passage whose first token is BOS is read as it is, not behind a second BOS,
-    and its first token costs no bits: it is given, as in the published gains. Rows of shorter
-    passages are right-padded; values in the padding have no meaning.
+    N is T of the longest passage, or T - 1 where the first token is given. Without vectors, a
+    passage whose first token is BOS is read as it is, not behind a second BOS, and its first token
+    costs no bits: it is given, as in the published gains. For a model without a BOS, the first
+    token costs log2 V bits without vectors. Rows of shorter passages are right-padded; values in
+    the padding have no meaning.
     """
     B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
     ids = padded_ids(passages, longest).to(lm.device)

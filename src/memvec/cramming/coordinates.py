@@ -38,7 +38,10 @@ class Coordinates(Protocol):
 
 
 def fitting(name: str, lm: FrozenLM) -> str:
-    """The coordinates of that name; 'direct' where they are of inputs and vectors are not."""
+    """The name of the coordinates to use: `name`, or 'direct' where that is only for inputs.
+
+    Raises MemvecError for an unknown name.
+    """
     of_inputs = getattr(registry.get("coordinates", name), "of_inputs", False)
     are_inputs = lm.reading.enlarges and lm.numbers == lm.width
     return name if are_inputs or not of_inputs else "direct"

@@ -123,21 +123,18 @@ class Engine:
         self.waiting.push(job)
 
     def max_tokens(self) -> int | None:
-        """Longest passage that fits the model's context behind the vectors."""
+        """Longest passage (tokens) that the model's context takes behind the vectors; None: any."""
         if self.lm.context is None:
             return None
         around = len(self.lm.front) + len(self.lm.trigger) * (self.start_rule == "bos")
         return self.lm.context - self.K - around
 
     def trial(self, tokens: int, batch_size: int) -> float:
-        """Seconds of one trial step of `batch_size` passages of `tokens` tokens.
-
-        0 if memory runs out: then the run itself finds out how much fits.
-        """
+        """Seconds of a trial step of `batch_size` passages of `tokens` tokens; 0: no memory."""
         once = functools.partial(self.stepper.rehearse, tokens, batch_size)
         if not fits(once):  # the first one also warms up
             forget_freed_memory()
-            return 0.0
+            return 0.0  # the run itself finds out how much fits
         began = time.perf_counter()
         fits(once)
         return time.perf_counter() - began
@@ -145,7 +142,8 @@ class Engine:
     def run(self, passages: Iterable[Passage] = ()) -> Iterator[Outcome]:
         """Cram everything that waits; yields each outcome as soon as it is certified.
 
-        A caller may `push` further passages (the halves of one that did not fit) between yields.
+        A caller may `push` further passages (halves of one that did not fit) between yields. Raises
+        MemvecError as `push` does, or if memory is too small for one passage.
         """
         for passage in passages:
             self.push(passage)

@@ -114,7 +114,10 @@ class CrossEntropy(Objective):
 
 
 def objective_named(name: str) -> Objective:
-    """The objective that a recipe names: a registered class, or a registered loss function."""
+    """The objective of a name: from a registered class, or a registered loss function.
+
+    Raises MemvecError for an unknown name.
+    """
     choice = registry.get("objective", name)
     if isinstance(choice, type):
         made: Objective = choice()
@@ -124,8 +127,8 @@ def objective_named(name: str) -> Objective:
 
 @dataclass(frozen=True)
 class Score:
-    """What one step measured: loss and margin of each position, and the gradient of each position's
-    loss at its state."""
+    """What one step measured: loss and margin (logits) of each position, and the gradient of each
+    position's loss at its state."""
 
     loss: Float[Tensor, "B T"]
     margin: Float[Tensor, "B T"]
@@ -146,7 +149,7 @@ def score(
 
     The head is frozen and the loss is a weighted sum over positions, so the gradient of each chunk
     is known, but for its weight, as soon as its logits are: no (B, T, V) tensor outlives its chunk,
-    whatever V is, and the weights may depend on all margins. `temperature` is each
+    whatever V is, and the weights may depend on all margins. `temperature` (logits) is each
     passage's, or the recipe's if it is not given. `V` saves a call of the head. `reference`
     takes the slow path through autograd, to which the fused one must be equal.
     """

@@ -42,10 +42,17 @@ def documented(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How passages are crammed. Defaults are the best we know (docs/log.md)."""
+    """How passages are crammed. The defaults did best in our measurements (docs/log.md).
 
-    objective: str = documented("cross-entropy", "what is minimised")
-    temperature: float = documented(0.2, "what logits are divided by; the paper's: 1 logit")
+    Raises MemvecError for a value that its field cannot have.
+    """
+
+    objective: str = documented(
+        "cross-entropy",
+        "the loss that is minimised: 'cross-entropy'; 'deficit', the same with each token weighted "
+        "by what its margin lacks; 'margin', which counts the best wrong token only",
+    )
+    temperature: float = documented(0.2, "what the loss divides logits by; the paper's: 1 logit")
     margin: float = documented(0.28, "a token counts as right when its logit leads by this much")
     unit: UnitName = documented(
         "spread",
@@ -60,15 +67,15 @@ class Recipe:
     )
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
     term_rise: float = documented(
-        0.0, "for 'use': the share by which its weight rises after an exact step; else it falls"
+        0.0, "for 'use': share by which its weight rises after an exact step, else falls; 0: fixed"
     )
     context_scale: float = documented(
         1.0,
-        "for 'use': what the vectors are multiplied by where they are read as context; below 1 the "
-        "two modes differ in their size, too, and rates are those of the larger vectors",
+        "for 'use': what the vectors are multiplied by where they are read as context; below 1, "
+        "their size tells the modes apart, and rates are those of the stored, larger ones",
     )
     objective_every: int = documented(
-        1, "for 'use': one step of so many has the passage's own loss, until it is to settle"
+        1, "for 'use': one of so many steps has the objective's loss; from step `settle` on, all"
     )
     align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
@@ -81,7 +88,7 @@ class Recipe:
         "none", "for 'use': a file of usable vectors to stand beside the passage's in most queries"
     )
     query_count: int = documented(16, "queries of each passage; a step takes one of them")
-    query_tokens: int = documented(48, "tokens of a query with the answer")
+    query_tokens: int = documented(48, "tokens of a query, its answer included")
     teacher_top: int = documented(
         256, "tokens of the model's distribution that are kept beside the mass of all others"
     )
@@ -119,30 +126,31 @@ class Recipe:
         "direct",
         "what is moved: 'direct', the numbers; 'whitened', these scaled along the model's main "
         "directions, which saves a sixth of the forward-backward tokens and takes 4 D short passes "
-        "once for a model; 'principal', turned into these directions, for 'nadam'",
+        "once for a model; 'principal', turned into these directions, for 'nadam'; 'low-dim', a "
+        "few coefficients and a matrix",
     )
     dimensions: int = documented(
         256, "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'"
     )
     optimizer: str = documented(
         "full-matrix",
-        "how it is moved: 'full-matrix', Adam's step turned by the matrix of the passage's last "
-        "gradients; 'nadam', Adam whose mean gradient is taken a move ahead; 'adam'; 'adamw'",
+        "how they are moved: 'full-matrix', Adam's step turned by the matrix of the passage's last "
+        "gradients; 'nadam', Adam with Nesterov's momentum; 'adam'; 'adamw'",
     )
     lr: float = documented(
         0.1,
-        "learning rate; beside lr_large, that of vectors which an encoder put near where they have "
-        "to be, in proportion to their size (RMS) where that is more than 1; 0: as progressive "
-        "cramming was run, 0.5 for GPT-NeoX (Pythia), 0.1 for others",
+        "learning rate; with lr_large, only that of vectors that begin from an encoder, times "
+        "their size (RMS) where that is above 1; 0: 0.5 for GPT-NeoX (Pythia) and 0.1 for other "
+        "models, as progressive cramming was run",
     )
     lr_large: float = documented(
         12.8,
-        "learning rate, and minimum size (RMS), of all other vectors, and of those once their "
-        "passage has been stuck: a large vector gets there sooner and holds more; 0: lr for all",
+        "learning rate and minimum size (RMS) of all other vectors, and of an encoder's once their "
+        "passage was stuck: a large vector needs fewer steps and holds more; 0: lr for all",
     )
     warmup: int = documented(0, "moves over which the learning rate rises from 0")
     decay: int = documented(
-        0, "moves after which it has fallen, along a cosine, to lr_end; 0: it stays"
+        0, "moves after which the rate has fallen, along a cosine, to lr_end; 0: it does not fall"
     )
     lr_end: float = documented(1e-3, "learning rate after `decay` moves")
     beta1: float = documented(0.95, "decay of the mean gradient")
@@ -155,8 +163,9 @@ class Recipe:
     weight_decay: float = documented(0.0, "decoupled weight decay (adamw)")
     start: str = documented(
         "auto",
-        "where vectors begin; 'auto': the model's one-pass encoder for such vectors if it has one, "
-        "else noise, or for 'use' the last tokens of the passage",
+        "where vectors begin: 'encoder', 'noise', 'last-tokens', 'embeddings', 'uniform', 'normal' "
+        "or 'linear'; 'auto': the model's one-pass encoder for such vectors if it has one, else "
+        "noise, or for 'use' the last tokens of the passage",
     )
     start_rule: StartRuleName = documented(
         "vectors",
@@ -177,15 +186,15 @@ class Recipe:
     compute: ComputeName = documented(
         "auto",
         "what steps are computed in: 'model', the model's own dtype; 'bfloat16', a rounded copy of "
-        "its weights; 'auto': bfloat16 for float32 models on a CPU that has products of it. What "
-        "is exact is decided in the model's own dtype",
+        "its weights; 'auto': bfloat16 for float32 models on a CPU with bfloat16 products. What is "
+        "exact is decided in the model's own dtype",
     )
     steps: int = documented(1500, "maximum number of optimiser steps for a passage")
     patience: int = documented(300, "steps without progress after which a passage is given up")
     if_not_exact: NotExactName = documented(
         "raise-margin",
-        "a passage that has its margins and does not decode is crammed on at twice the margin; "
-        "'stop': it ends with the vectors that it has",
+        "'raise-margin': a passage that has its margins and does not decode is crammed on at twice "
+        "the margin; 'stop': it ends with the vectors that it has",
     )
     budget: int = documented(
         0, "maximum forward-backward tokens for a passage, checked after each step; 0: no limit"
@@ -193,7 +202,7 @@ class Recipe:
     corrections: int = documented(
         0, "tokens of a passage that may be listed in the file where the vectors miss them"
     )
-    seed: int = documented(0, "seed; each passage adds its own from its token ids")
+    seed: int = documented(0, "seed of what is drawn, together with each passage's token ids")
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -229,7 +238,10 @@ class Recipe:
         return replace(base, **{n: converted(n, v, kinds[n]) for n, v in named.items()})
 
     def in_logits(self, spread: float) -> Recipe:
-        """The same recipe for a model whose logits spread so far, with everything in logits."""
+        """The same recipe with temperature and margin in logits.
+
+        `spread` is the standard deviation of the model's logits (`FrozenLM.logit_spread`).
+        """
         if self.unit == "logits":
             return self
         return replace(
@@ -244,9 +256,10 @@ class Recipe:
         return self if self.lr else replace(self, lr=0.5 if family == "gpt_neox" else 0.1)
 
     def record(self) -> dict[str, Any]:
-        """As a plain dictionary, for files and stores; without what it has no use for.
+        """As a plain dictionary, for files and stores.
 
-        Without space, front and what is for use only, it is as it was before they were fields.
+        Some fields are left out at their default: space, layer, front, and those for 'use' only.
+        So a recipe that does not use them has the same record as before they existed.
         """
         absent = {k for k, v in (FOR_USE | {"front": "none"}).items() if getattr(self, k) == v}
         absent |= {"space", "layer"} if self.space == "inputs" else set()

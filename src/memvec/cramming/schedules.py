@@ -51,11 +51,17 @@ class Schedule:
         self.large_scale = recipe.lr_large / recipe.lr if recipe.lr_large else 1.0
 
     def fresh(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> ScheduleState:
-        """State of passages that enter a slot; `size` is the RMS of their vectors."""
+        """State of passages that enter a slot.
+
+        `size` is the RMS of their vectors; `enlarged` is true where they are large already.
+        """
         return ScheduleState(**self._common(size, enlarged))
 
     def reached(self, leading: Int[Tensor, " B"], hits: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The progress of a passage: here all tokens that are right."""
+        """The progress of each passage, tokens: here all that are right (`hits`).
+
+        `leading` are those before the first wrong one.
+        """
         return hits
 
     def record(

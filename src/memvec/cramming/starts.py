@@ -126,7 +126,10 @@ ENCODER_REACH = 2
 
 
 def encoder_reach(lm: FrozenLM, recipe: Recipe, K: int) -> float:
-    """Longest passage (tokens) for which the recipe's start is close to a solution; 0: none."""
+    """Longest passage (tokens) for which the recipe's start is close to a solution.
+
+    0: no passage, infinite: all of them.
+    """
     encoder = encoder_of(lm, recipe)
     if encoder is None or start_of(lm, recipe) != "encoder" or not recipe.lr_large:
         return 0.0

@@ -155,8 +155,11 @@ class Step:
         temperature: Float[Tensor, " N"] | None = None,
         lm: FrozenLM | None = None,
     ) -> tuple[Float[Tensor, "N T H"], Score]:
-        """The states that predict the tokens, and their losses, margins and gradients; with
-        `module`, or another model."""
+        """The states that predict the tokens, and their losses, margins and gradients.
+
+        n is T, and one more where the first token is given. `lm` computes them (None: `module`).
+        Raises MemvecError as `FrozenLM.states` does.
+        """
         lm = lm or self.module
         states, truth = lm.states(vectors, ids, self.start_rule), ids[:, self.given :]
         V = self.lm.vocab_size

@@ -155,8 +155,8 @@ def _bytes(parameter: Tensor) -> int:
 def kept_bytes(lm: FrozenLM, tokens: int) -> float | None:
     """Measured bytes per token that autograd keeps between forward and backward pass.
 
-    The passage has `tokens` tokens, but from 4 to 256. None for the one-step layouts, which put no
-    vectors in front of tokens.
+    They are measured on a passage of `tokens` tokens, or of 4 or 256 where `tokens` is below or
+    above these. None for the one-step layouts, which put no vectors in front of tokens.
     """
     if lm.layout != "prefix":
         return None

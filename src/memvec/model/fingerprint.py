@@ -76,7 +76,7 @@ def fixed_prompt(lm: FrozenLM) -> Int[Tensor, "1 8"]:
 
 @torch.no_grad()
 def probe_logits(lm: FrozenLM) -> Float[Tensor, "8 V"]:
-    """The model's own logits of the fixed prompt.
+    """The model's own logits of the fixed prompt, float32.
 
     Raises MemvecError for a model whose forward pass on tokens fails.
     """

@@ -48,10 +48,12 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     Build one with `load_lm`; the constructor takes a loaded model and tokenizer, for tests and for
-    models made in memory. `tokenizer` may be None when only token ids are used.
+    models made in memory. `tokenizer` may be None when only token ids are used. Raises MemvecError
+    for a model that takes no vectors or, unless `check` is False, fails a self-check.
 
-    Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id`,
-    `embedding_std`, `logit_spread` (standard deviation of its logits over the vocabulary, mean over
+    Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id` (the
+    token that starts a text: BOS, else EOS; None without), `embedding_std` (of the embeddings'
+    numbers), `logit_spread` (standard deviation of its logits over the vocabulary, mean over
     a fixed probe: the unit of a recipe's temperature and margin), `caching` (the name of the
     model's cache argument, or why decoding uses no cache), `autocast` (the dtype of matrix products
     in mixed precision, else None), `fingerprint`, `encoder` (for decoding mode; None for most
@@ -118,7 +120,7 @@ class FrozenLM:
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with no special token added.
 
-        Raises MemvecError for a token that was added to the tokenizer and not to the model.
+        Raises MemvecError for a token that the model does not have, and without a tokenizer.
         """
         ids: list[int] = self._need_tokenizer()(
             text, add_special_tokens=False, verbose=False, return_attention_mask=False
@@ -290,7 +292,7 @@ class FrozenLM:
             yield
 
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
-        """The tokens between the vectors and the first predicted token."""
+        """The tokens between vectors and first predicted token. Raises MemvecError without BOS."""
         if start == "bos":
             if not self.trigger:
                 raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")

@@ -22,6 +22,6 @@ def embedding_std(weight: Float[Tensor, "V D"]) -> float:
 
 
 def logit_spread(logits: Float[Tensor, "n V"]) -> float:
-    """Mean over n positions of the standard deviation over the unmasked columns."""
+    """Mean over n positions of the standard deviation over the unmasked columns; 1 instead of 0."""
     rows = [row[row > MASKED] for row in logits]  # an unfit model may have no finite logits
     return sum(float(row.std()) for row in rows if len(row) > 1) / len(rows) or 1.0

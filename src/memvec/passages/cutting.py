@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 class Cutter:
     """Cuts token ids into passages of at most `bits` bits, or of exactly `tokens` tokens.
 
-    `max_tokens`: the largest number of tokens in a passage (the model's context less the vectors).
+    A passage has at least one token, however many bits it costs, and the last passage of `tokens`
+    has those that are left. `max_tokens`: the largest number of tokens in a passage (the model's
+    context less the vectors). Raises ValueError unless one of `bits` and `tokens` is given, and
+    MemvecError if `tokens` is below 1 or above `max_tokens`.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Cutter:
 
 @torch.no_grad()
 def surprisals(lm: FrozenLM, ids: Sequence[int]) -> torch.Tensor:
-    """Bits of each token of a text under the model alone (T); the first one follows BOS.
+    """Bits of each token of a text under the model alone, (T) float64; the first one follows BOS.
 
     For a model without a BOS the first token costs log2 V.
     """

@@ -43,7 +43,11 @@ class Document:
     def of(
         cls, lm: FrozenLM, text: str | bytes, *, name: str = "text", encoding: str = "utf-8"
     ) -> Document:
-        """A document from a text. Raises MemvecError if it is none, empty, or otherwise encoded."""
+        """A document from a text.
+
+        Raises MemvecError for anything but `str` or `bytes`, for a text that is empty or not in
+        `encoding`, and for one of which the tokenizer makes no tokens.
+        """
         if not isinstance(text, str | bytes):
             raise MemvecError(f"{name} is no str or bytes but of the type {type(text).__name__}.")
         data = text if isinstance(text, bytes) else _encode(text, encoding, name)
@@ -57,14 +61,14 @@ class Document:
         return cls(tuple(ids), name, hashlib.sha256(data).hexdigest(), len(data), encoding, edits)
 
     def data(self, lm: FrozenLM) -> bytes:
-        """The text's bytes again, from the tokens and the edits."""
+        """The text's bytes again, from tokens and edits. Raises NotExactError as `restore` does."""
         return restore(lm, self.ids, self.encoding, self.edits, self.sha256, self.name)
 
 
 def documents_of(
     lm: FrozenLM, texts: str | bytes | Document | Iterable[str | bytes | Document]
 ) -> list[Document]:
-    """A document for each text; one text alone is one. Raises MemvecError as `Document.of`."""
+    """A document for each text, or for a single one. Raises MemvecError as `Document.of` does."""
     if isinstance(texts, str | bytes | Document) or not isinstance(texts, Iterable):
         texts = [texts]
     return [
@@ -115,7 +119,10 @@ def edits_between(old: str, new: str) -> Iterator[Edit]:
 
 
 def apply_edits(text: str, edits: Sequence[Edit]) -> str:
-    """The text with edits made; positions are those of the text before any of them."""
+    """The text with edits made; positions are those of the text before any of them.
+
+    Raises NotExactError for edits that overlap or lie outside the text.
+    """
     parts, at = [], 0
     for start, end, new in edits:
         if not at <= start <= end <= len(text):
@@ -141,7 +148,11 @@ def peek(path: str) -> None:
 def read_document(
     lm: FrozenLM, path: str, *, encoding: str = "utf-8", largest: int = LARGEST
 ) -> Document:
-    """A document from a file, or from standard input for '-'. Raises MemvecError."""
+    """A document from a file, or from standard input for '-'.
+
+    Raises MemvecError for a file that is missing, unreadable or larger than `largest` bytes, and as
+    `Document.of` does.
+    """
     if path == "-":
         if sys.stdin is None:
             raise MemvecError("standard input is closed: name a file.")

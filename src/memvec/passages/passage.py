@@ -20,7 +20,10 @@ def ids_hash(ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids, the document they are part of, and the position of the first one in it."""
+    """Token ids, the document they are part of, and the position of the first one in it.
+
+    Raises MemvecError without a token.
+    """
 
     ids: tuple[int, ...]
     document: int = 0
