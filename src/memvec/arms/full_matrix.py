@@ -2,10 +2,10 @@
 
 Adam divides each number of a vector by the root of its own mean square, and so knows nothing of how
 the numbers vary together. With the inverse root of the whole second-moment matrix of the last
-gradients, a passage that nearly fills its vectors takes two thirds of the steps (docs/log.md). Full-matrix
-adaptive regularisation over a window of gradients is by Agarwal et al. (2019, arXiv 1806.02958);
-that the step keeps the length of Adam's is grafting (Agarwal et al. 2020, arXiv 2002.11803), so a
-recipe's rates mean what they mean for Adam.
+gradients, a passage that nearly fills its vectors takes two thirds of the steps (docs/log.md).
+Full-matrix adaptive regularisation over a window of gradients is by Agarwal et al. (2019, arXiv
+1806.02958); that the step keeps the length of Adam's is grafting (Agarwal et al. 2020, arXiv
+2002.11803), so a recipe's rates mean what they mean for Adam.
 
 No matrix of KD x KD is made, and no eigenvalues are computed: the inverse root is a sum of a few
 inverses (Hale, Higham & Trefethen 2008, doi 10.1137/070700607), each by the Cholesky factor of a
