@@ -730,6 +730,14 @@ def test_use_refuses_another_models_vectors(crammed):
         memvec.use(other, mems[0], "the")
 
 
+@pytest.mark.slow
+def test_certify_use_refuses_vectors_of_another_width(crammed):
+    _, mems = crammed
+    other = FrozenLM(build("llama", 1, vocab_size=50, hidden_size=48), name="other")
+    with pytest.raises(MemvecError, match="numbers each and other takes 48"):
+        certify_use(other, mems[0], [[1] * p.tokens for p in mems[0].passages])
+
+
 # ---------------------------------------------------------------------- the command line
 
 

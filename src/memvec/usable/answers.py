@@ -88,8 +88,8 @@ def _batch(
 def written(lm: FrozenLM, request: EmbeddedRequest, until: Sequence[str], **settings: Any) -> str:
     """What the model writes behind a context and a question, up to the first of `until`.
 
-    `settings` go to the model's `generate`. Raises MemvecError for more inputs and new tokens than
-    the model's context holds.
+    `settings` go to the model's `generate`; `max_new_tokens` is required. Raises MemvecError for
+    more inputs and new tokens than the model's context holds, or a model that does not generate.
     """
     ids = torch.tensor([request.question], device=lm.device).long()
     inputs = torch.cat([request.inputs.to(lm.dtype), lm.embed(ids)], 1)

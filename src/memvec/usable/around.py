@@ -53,8 +53,8 @@ class CrammedTrigger:
 def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
     """The model with nothing or BOS in front of the vectors; 'auto': BOS, where that can be.
 
-    It can stand in front of inputs that a passage follows, in a model that has a BOS. Soft tokens
-    in front of the vectors stay. Raises MemvecError for 'bos' where it cannot.
+    BOS can stand only in front of inputs that a passage follows, in a model that has a BOS. Soft
+    tokens in front of the vectors stay. Raises MemvecError for 'bos' where BOS cannot stand.
     """
     fits = _takes_front(lm)
     if front == "bos" and lm.bos_id is None:
@@ -147,7 +147,10 @@ def as_context_at(lm: FrozenLM, scale: float) -> FrozenLM:
 def surrounded(
     lm: FrozenLM, front: FrontName, token: int | None, soft: Mapping[str, Tensor]
 ) -> FrozenLM:
-    """The model with what a file says of the front, the trigger and soft tokens by name."""
+    """The model with what a file says of the front, the trigger and soft tokens by name.
+
+    Raises MemvecError as `with_front` and `with_trigger`.
+    """
     lm = with_front(lm, front)
     if not soft:
         return with_trigger(lm, token)

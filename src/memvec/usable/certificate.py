@@ -9,7 +9,7 @@ exact only) it reads the same words, and two figures say how far it is from the 
     kept   (NLL without context - NLL behind the context) / (NLL without - NLL with the text): the
            share of what the text tells about the words that follow; 0 no context, 1 the whole text
 
-The words are queries that cramming never saw: continuations of the text that the model samples with
+The words (tokens) are queries that cramming never saw: continuations of the text, sampled with
 another seed, and the true continuation of a passage, where the document goes on behind it.
 
 Texts of several passages are measured as a whole, too: their vectors one behind the other, as
@@ -123,13 +123,14 @@ def certify_use(
 ) -> UseCertificate:
     """Measure how well vectors stand for their texts as context.
 
-    `passages` are the token ids of every passage, decoded from the vectors if they are not given.
-    `exact_only=False` leaves out the control that has to be crammed. Raises MemvecError for vectors
-    of another model, vectors that nothing can be read behind (one-step, start rule 'vectors'), or a
-    passage that leaves the model's context no room for a query.
+    `passages` are the token ids of every passage, decoded and checked if they are not given (raises
+    as `MemVectors.tokens`). `exact_only=False` leaves out the control that has to be crammed.
+    Raises MemvecError for vectors of another width, vectors that nothing can be read behind
+    (one-step, start rule 'vectors'), or passages too long for a query in the model's context.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_usable(mem)
+    mem.check_model(lm, force=True)  # `tokens` compares the weights, too
     view = mem.view(lm)
     ids = passages if passages is not None else mem.tokens(lm)
     chosen = _spread(len(ids), PASSAGES)

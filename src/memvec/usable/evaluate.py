@@ -110,9 +110,9 @@ def evaluate(
     """Evaluate, write the receipts if there is a folder for them, and return the table.
 
     `on_column` is called with each column before it starts, `on_status` with the progress of
-    cramming. Raises MemvecError for unknown tasks or
-    columns, a missing harness, a task that cannot be loaded or has no context, requests that do not
-    fit the model, or a folder with receipts of another run.
+    cramming. Raises MemvecError for unknown tasks or columns, a missing harness, a task that cannot
+    be loaded or has no context, requests that do not fit the model, or a folder with receipts of
+    another run.
     """
     from memvec.usable.harness import MemvecLM
 

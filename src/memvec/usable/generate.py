@@ -43,8 +43,10 @@ def use(
     to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
     tokens without them, whatever the model's own generation config says); `streamer` is one of
     transformers'. Raises MemvecError for vectors of another model, vectors without a trigger, files
-    of different spaces or fronts, passages of several files, or more inputs than the model's
-    context holds.
+    of different spaces or fronts, no file, no passage or one that is not there, passages of several
+    files, an unknown context, a prompt that is no str (or empty, where the model has nothing else
+    to begin with), fewer than 1 new tokens, more inputs than the model's context holds, or a model
+    that does not generate; NotExactError if the text itself is asked for and does not come back.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     files = _files(mem, passages)
@@ -235,6 +237,6 @@ def _generated(
 
 
 def end_ids(lm: FrozenLM) -> list[int]:
-    """The model's end-of-text tokens."""
+    """Ids of the model's end-of-text tokens, from its generation config; empty without any."""
     end = getattr(getattr(lm.model, "generation_config", None), "eos_token_id", None)
     return [] if end is None else [end] if isinstance(end, int) else list(end)

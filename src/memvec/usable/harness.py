@@ -59,8 +59,8 @@ class MemvecLM(HFLM):  # type: ignore[misc]
     context become so many vectors, `crammed_at_once` of them at a time (default: what the memory
     allows; `batch_size` is of the answers). `cache`: a folder that keeps crammed contexts.
     `on_status`: called with the progress of cramming. `split`: what the question begins with, or
-    the blank line in front of it. Every other argument is a field
-    of the recipe, on top of `preset`.
+    the blank line in front of it. Every other argument is a field of the recipe, on top of
+    `preset`.
 
     `traces` says what stood for the context of each request, in order. Raises MemvecError for bad
     arguments, or a model that cannot be loaded.
@@ -115,7 +115,10 @@ class MemvecLM(HFLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, greedy decoding writes it) of each request's answer."""
+        """(log-likelihood in nats, greedy decoding writes it) of each request's answer.
+
+        Raises MemvecError if no request of a task has a context, or one does not fit the model.
+        """
         split = [
             request_of(self.lm, request.args[0], request.args[1], self.split)
             for request in requests
@@ -133,7 +136,10 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         return out
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes for each request, up to the first of the task's stops."""
+        """What the model writes for each request, up to the first of the task's stops.
+
+        Raises MemvecError as `loglikelihood`.
+        """
         split = [request_of(self.lm, request.args[0], "", self.split) for request in requests]
         stand_ins = self._stand_ins(requests, split)
         out = []

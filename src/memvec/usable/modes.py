@@ -30,7 +30,7 @@ class BothModes:
 
     @torch.no_grad()
     def __call__(self, vectors: Float[Tensor, "K D"]) -> list[float]:
-        """[leading tokens right behind the trigger, mean margin (logits), KL (nats a word)].
+        """[leading right tokens behind the trigger, mean margin (logits), KL (nats per token)].
 
         Leading tokens are teacher-forced: as many as free-running decoding gives back.
         """

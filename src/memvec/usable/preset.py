@@ -34,8 +34,9 @@ def usable() -> Recipe:
 def usable_quick() -> Recipe:
     """The same in a sixth of the steps, for a model with a usable encoder (docs/usable.md).
 
-    From an encoder's vectors it is enough to ask for the passage in every fifth step, and for so
-    few steps few queries are: to sample them costs less than a passage of exact vectors.
+    Beginning at an encoder's vectors, it is enough to compute the passage's own loss in every fifth
+    step. So few steps need few queries, and sampling these costs less than cramming a passage into
+    exact-only vectors.
     """
     return replace(
         usable(),

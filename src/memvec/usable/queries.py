@@ -155,13 +155,19 @@ def continuations_behind(
 
 
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
-    """Texts that the model writes from nothing: they have nothing to do with the passage."""
+    """Texts that the model writes behind BOS alone, without the passage.
+
+    A model without BOS begins with the passage's first token. The passage also seeds the sampling.
+    """
     bos = lm.bos_id if lm.bos_id is not None else ids[0]
     return _sampled(lm, lm.embed(torch.tensor([[bos]], device=lm.device)), ids, recipe)
 
 
 def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequence[str]) -> Queries:
-    """A person's own questions, each with the answer that the model gives after the passage."""
+    """A person's own questions, each with the greedy answer of the model behind the passage.
+
+    Raises MemvecError for a question that leaves no room for an answer in `query_tokens`.
+    """
     rows, lengths = [], []
     text = text_inputs(lm, ids)
     for question in questions:
@@ -195,8 +201,8 @@ def questions_of(path: Path) -> list[str]:
 def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     """The queries of a passage, as the recipe has them.
 
-    Raises MemvecError for an unknown source, a file without questions, or queries that do not fit
-    the model's context behind the text.
+    Raises MemvecError for an unknown source, a file without questions or with too long ones, or
+    queries that do not fit the model's context behind the text.
     """
     if lm.context is not None and len(ids) + 1 + recipe.query_tokens > lm.context:
         raise MemvecError(

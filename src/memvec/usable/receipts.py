@@ -83,8 +83,8 @@ class Figure(Record):
 def scores_of(receipt: Receipt) -> dict[str, float]:
     """The scores of one document, from its receipt.
 
-    choice      `acc`: the likeliest choice is right; `acc_norm`: that with the most nats a
-                character
+    choice      `acc`: the choice with the largest log-likelihood is right; `acc_norm`: that with
+                the largest log-likelihood per character is
     likelihood  `acc`: greedy decoding writes the answer (LAMBADA's way); `nll`: nats of the answer
     text        `exact_match` and `f1` of words with the nearest right text, without articles,
                 punctuation and case (SQuAD's way)
@@ -163,7 +163,7 @@ def refuse_another_run(folder: Path, run: str) -> None:
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Write what the run was."""
+    """Write what the run was. Raises MemvecError if the folder cannot be written."""
     write_atomically(folder / RUN, json.dumps(run, indent=2, default=str).encode())
 
 
@@ -237,7 +237,10 @@ def _of(file: Path) -> list[Receipt]:
 
 
 def table(receipts: Sequence[Receipt]) -> list[Figure]:
-    """Every score of every task and column; of several tasks of a kind, of all documents too."""
+    """Every score of every task and column.
+
+    Several tasks that are all of one kind have rows over all their documents, too (`ALL`).
+    """
     tasks = list(dict.fromkeys(r.task for r in receipts))
     rows = [
         row for task in tasks for row in _of_task(task, [r for r in receipts if r.task == task])

@@ -44,7 +44,12 @@ from memvec.vectors import MemVectors
 
 
 class Use(Term):
-    """Divergence from the model that has read the text, on one query of each passage at a step."""
+    """Divergence from the model that has read the text, on one query of each passage at a step.
+
+    Raises MemvecError for vectors that are read in one step, another start rule than 'bos',
+    query_tokens below 2 where the first one is given, or neighbours that cannot be had
+    (memvec.usable.neighbours).
+    """
 
     step_type = Turns
 

@@ -44,14 +44,19 @@ NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
 
 @dataclass(frozen=True)
 class TriggerPlan:
-    """The choices of a training, on passages of T tokens in K vectors each."""
+    """The choices of a training, on passages in K vectors each.
+
+    Raises MemvecError for a choice out of range.
+    """
 
     rows: int = 4
     """Soft tokens behind the vectors (R)."""
     front: int = 4
     """Soft tokens in front of them (P); 0: none."""
     vectors: int = 4
+    """Vectors of each passage (K)."""
     tokens: int = 24
+    """Tokens of the passages, for the record: `train_trigger` is given the passages themselves."""
     batches: int = 4
     batch_size: int = 16
     """Passages of a batch."""
@@ -147,7 +152,8 @@ def train_trigger(
     `path` gets the trigger behind each batch, and a training of the same plan that finds it there
     continues from it. `recipe` crams the passages; its trigger is replaced by the trained one.
     `on_batch` and `on_progress` are called with the progress.
-    Raises MemvecError for too few passages, a recipe without a second mode, or another plan's file.
+    Raises MemvecError for too few passages, a recipe without a second mode, another plan's file, a
+    gradient that is not finite, or a file that cannot be written.
     """
     if recipe.term != "use":
         raise MemvecError("a trigger is trained by a recipe with the term 'use' (preset usable).")
