@@ -153,7 +153,10 @@ def assigned(assignments: list[str] | None) -> dict[str, str]:
 
 
 def renamed_seats(batch_size: int | None, seats: int | None) -> int | None:
-    """The batch size, from --seats where its old name was used; then one line warns on stderr."""
+    """The batch size, from --seats where its old name was used; then one line warns on stderr.
+
+    Raises MemvecError if both are given.
+    """
     if seats is None:
         return batch_size
     typer.echo(
@@ -165,7 +168,7 @@ def renamed_seats(batch_size: int | None, seats: int | None) -> int | None:
 
 
 def account(mem: MemVectors, text: bytes) -> dict[str, int]:
-    """Honest bytes of what was crammed: text, vectors with all that is listed, compressors.
+    """Bytes of the text, of the vectors with all that is listed, and of the text compressed.
 
     Under the start rule 'first-token' a passage's first token is listed (LEB128) and costs the
     arithmetic coder log2 V bits. A trigger is a model's, not a text's, and is not counted.

@@ -71,7 +71,9 @@ Usable = Annotated[
 ]
 UseWeight = Annotated[
     float | None,
-    typer.Option("--use-weight", help="Weight of that beside exactness; implies --usable."),
+    typer.Option(
+        "--use-weight", help="Weight of use as context beside exactness; implies --usable."
+    ),
 ]
 Queries = Annotated[str | None, typer.Option(help=options.recipe_help("queries"))]
 Seed = Annotated[int | None, typer.Option(help=options.recipe_help("seed"))]

@@ -150,7 +150,7 @@ def _line(status: CramStatus) -> str:
 
 
 def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
-    """Print the table that ends `memvec cram`; `byte_counts` are those of `certificate.account`."""
+    """Print the table that ends `memvec cram`; `byte_counts` are those of `common.account`."""
     s = mem.summary()
     table = facts_table(f"{path}")
     _add_figures(table, s)

@@ -217,7 +217,7 @@ def measure(
 ) -> None:
     """Show an encoder beside cramming: what one pass gives back, and how many steps it saves.
 
-    With --segments: how many segments back the memory of a recurrent encoder gives a document back.
+    With --segments: which of a document's newest segments a recurrent encoder's memory gives back.
     """
     from memvec.cramming.recipe import Recipe
     from memvec.loading import load_lm

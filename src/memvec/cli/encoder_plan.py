@@ -31,7 +31,7 @@ Recurrent = Annotated[
     bool, typer.Option("--recurrent", help="Carry a memory from segment to segment.")
 ]
 Usable = Annotated[
-    bool, typer.Option("--usable", help="A start for vectors that are to be used: cram --usable.")
+    bool, typer.Option("--usable", help="Encode usable vectors: a start for cram --usable.")
 ]
 Adapted = Annotated[
     bool, typer.Option("--adapted", help="The model itself encodes, with low-rank adapters.")
@@ -40,7 +40,8 @@ Steps = Annotated[int | None, typer.Option(help="Training steps; default: 2000."
 Slots = Annotated[
     int | None,
     typer.Option(
-        help="Maximum number of vectors per passage, or vectors of a memory; default: 1, or 4."
+        help="Maximum number of vectors per passage, or vectors of a memory; default: 1 (4 with "
+        "--recurrent, --adapted or --usable)."
     ),
 ]
 Positions = Annotated[
@@ -51,17 +52,22 @@ Lr = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights and batches; default: 0.")]
 Hidden = Annotated[int | None, typer.Option(help="Width of the encoder; default: 256.")]
-Layers = Annotated[int | None, typer.Option(help="Layers of the encoder; default: 4, or 2.")]
+Layers = Annotated[
+    int | None, typer.Option(help="Layers of the encoder; default: 4 (2 with --recurrent).")
+]
 Heads = Annotated[int | None, typer.Option(help="Attention heads of the encoder; default: 4.")]
 Size = Annotated[
-    float | None, typer.Option(help="Size (RMS) of its vectors at the start; default: 12.8.")
+    float | None,
+    typer.Option(help="Size (RMS) of the encoder's vectors before training; default: 12.8."),
 ]
 Segments = Annotated[
     int | None, typer.Option(help="With --recurrent: segments of the longest chain; default: 8.")
 ]
 Lags = Annotated[
     int | None,
-    typer.Option(help="With --recurrent: how many of the newest to give back; default: 6."),
+    typer.Option(
+        help="With --recurrent: how many of the newest segments to give back; default: 6."
+    ),
 ]
 SegmentTokens = Annotated[
     int | None, typer.Option(help="With --recurrent: tokens of a segment; default: 8.")
@@ -77,7 +83,10 @@ Shortest = Annotated[
 ]
 Longest = Annotated[
     int | None,
-    typer.Option(help="With --adapted, --usable: of the longest; default: 28, or 12."),
+    typer.Option(
+        help="With --adapted, --usable: tokens per vector of the longest passages; default: 28 "
+        "with --adapted, 12 with --usable."
+    ),
 ]
 QueryTokens = Annotated[
     int | None, typer.Option(help="With --usable: tokens that follow a passage; default: 32.")

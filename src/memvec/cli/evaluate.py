@@ -45,7 +45,7 @@ Rescore = Annotated[
     Path | None, typer.Option(help="Compute the scores of a folder of receipts again.")
 ]
 IncludePath = Annotated[Path | None, typer.Option(help="Folder with task files of your own.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of worked examples.")]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of worked examples.")]
 
 
 def evaluate(

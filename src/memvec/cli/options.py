@@ -29,7 +29,10 @@ def examples(*lines: str) -> str:
 
 
 def known_encoding(name: str) -> str:
-    """The name of an encoding of texts. Raises MemvecError, before a model is loaded."""
+    """The name of an encoding of texts. Raises MemvecError for an unknown one.
+
+    It is called before a model is loaded.
+    """
     try:
         "".encode(name)
     except (LookupError, UnicodeError):

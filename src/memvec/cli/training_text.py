@@ -35,7 +35,8 @@ Column = Annotated[str, typer.Option(help="Column of a table that holds the text
 def target_of(model: str, name: str, out: Path | None, force: bool) -> Path:
     """The file to write, by default `name` in the model's folder, or here if it has none.
 
-    Raises MemvecError if it exists (unless `force`) or cannot be written.
+    Raises MemvecError if it exists (unless `force`), is no earlier encoder or trigger, or cannot be
+    written.
     """
     target = out or (Path(model) if Path(model).is_dir() else Path()) / name
     check_target(target, force)
@@ -116,7 +117,7 @@ def token_stream(
 def texts_of(text: str, column: str, where: list[str] | None) -> list[NamedText]:
     """Name and content of each text of --text.
 
-    Raises MemvecError for a column that only a table has, where there is none.
+    Raises MemvecError for --column or --where without a table, and as `read_texts`.
     """
     from memvec.lab.sources.text_readers import TABLES, files_of, read_texts, resolve
 

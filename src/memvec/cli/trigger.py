@@ -70,7 +70,7 @@ def train(
     batches: Annotated[int, typer.Option(help="Batches of passages, one after the other.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Passages of a batch.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate of the trigger.")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Seed of its first numbers, and of the passages.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of its first values and of the passages.")] = 0,
     set_: options.Set = None,
     where: Where = None,
     column: Column = "text",

@@ -32,15 +32,20 @@ Passage = Annotated[
     list[int] | None,
     typer.Option("--passage", help="Only this passage of the file (from 0); may be repeated."),
 ]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens that are written.")]
+NewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", help="Maximum number of tokens to write.")
+]
 Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")
 ]
-Temperature = Annotated[float | None, typer.Option(help="Of sampling; implies --sample.")]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Of nucleus sampling; implies --sample.")
+Temperature = Annotated[
+    float | None, typer.Option(help="Temperature of sampling; implies --sample.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Of sampling; implies --sample.")]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Share of probability of nucleus sampling; implies --sample."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling; implies --sample.")]
 Compare = Annotated[
     bool,
     typer.Option(

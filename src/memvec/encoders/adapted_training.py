@@ -25,7 +25,10 @@ FIRST_TARGET = 2.0  # tokens per vector, for a LM without a summary encoder
 
 @dataclass(frozen=True)
 class AdaptedPlan(AdapterPlan):
-    """Every choice of a run that trains an adapted encoder. Lengths in tokens per vector."""
+    """Every choice of a run that trains an adapted encoder. Lengths in tokens per vector.
+
+    Raises MemvecError for a choice out of range.
+    """
 
     longest: int = 28
     several: float = 0.4

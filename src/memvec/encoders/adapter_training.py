@@ -21,7 +21,10 @@ from memvec.model.lm import FrozenLM
 
 @dataclass(frozen=True)
 class AdapterPlan(Plan):
-    """The choices of every run that trains adapters. Lengths in tokens per vector."""
+    """The choices of every run that trains adapters. Lengths in tokens per vector.
+
+    Raises MemvecError for a choice out of range.
+    """
 
     slots: int = 4
     rank: int = 64
@@ -42,7 +45,10 @@ class AdapterPlan(Plan):
 
 
 class AdapterTraining(TrainingRun):
-    """A training run of an encoder with adapters; `makes` is its class."""
+    """A training run of an encoder with adapters; `makes` is the encoder's class.
+
+    Raises MemvecError as `TrainingRun`, and for a model with gradient checkpointing.
+    """
 
     makes: ClassVar[type[TrainedEncoder]]
     plan: AdapterPlan

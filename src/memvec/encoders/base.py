@@ -41,7 +41,10 @@ class OnePassEncoder(ABC):
     identity: str = "in-memory"  # hash of its file, in records because starts change vectors
 
     def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
-        """True if the encoder was trained for this model with the recipe's trigger and front."""
+        """True if the encoder was trained for this model with the recipe's trigger and front.
+
+        Always true here; encoders of usable vectors override it.
+        """
         return True
 
     def refuse_unfit(self, lm: FrozenLM, recipe: Recipe) -> None:

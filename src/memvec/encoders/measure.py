@@ -50,7 +50,7 @@ class Comparison:
     """The results of all lengths, and lossless tokens per vector by one pass and by cramming."""
 
     rows: tuple[AtLength, ...]
-    one_pass_lossless: int  # largest T at which half of the passages are exact, or 0
+    one_pass_lossless: int  # largest T at which at least half of the passages are exact, or 0
     crammed_horizon: float  # mean tokens per vector, default recipe from the encoder's vectors
     crammed_interval: float  # 95 % half width of that mean (Student's t), NaN for one passage
     crammed_n: int

@@ -27,14 +27,17 @@ BARE = 10.0  # factor of the learning rate of questions and first memory
 
 @dataclass(frozen=True)
 class RecurrentPlan(NetworkPlan):
-    """Every choice of a run that trains a recurrent encoder."""
+    """Every choice of a run that trains a recurrent encoder.
+
+    Raises MemvecError for a choice out of range.
+    """
 
     slots: int = 4
     layers: int = 2
     segments: int = 8
     """Segments of the longest chain."""
     lags: int = 6
-    """How many of the newest segments are asked for."""
+    """How many of the newest segments the memory is trained to give back."""
     segment_tokens: int = 8
     noise: float = 0.04
     """Gaussian noise on the last memory, as a share of its RMS."""

@@ -42,7 +42,7 @@ RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracies at which a targe
 
 @dataclass(frozen=True)
 class Plan:
-    """The choices of every training run."""
+    """The choices of every training run. Raises MemvecError for a choice out of range."""
 
     steps: int = 2000
     slots: int = 1
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class NetworkPlan(Plan):
-    """The choices of a run whose encoder has a network beside the LM."""
+    """The choices of a run whose encoder has a network beside the LM. Raises as `Plan`."""
 
     hidden: int = 256
     layers: int = 4
@@ -219,9 +219,10 @@ class TrainingRun(ABC):
 
     @torch.no_grad()
     def best_length(self, encoder: OnePassEncoder, longest: int, n: int = 64) -> int:
-        """The length (tokens) with the largest mean horizon after one pass, n held-out passages.
+        """The length (tokens) with the largest mean horizon after one pass.
 
-        Each passage has one vector, and at most `longest` tokens or as many as are held out.
+        Each length is measured on `n` held-out passages with one vector each. No length exceeds
+        `longest` or the number of held-out tokens.
         """
         best, best_mean = 1, -1.0
         for T in (t for t in GRID if t <= min(longest, len(self.held_out))):

@@ -35,13 +35,16 @@ SHARE_OF_MEAN = 0.05  # weight of the newest step in the displayed running mean 
 
 @dataclass(frozen=True)
 class UsablePlan(AdapterPlan):
-    """Every choice of a run that trains a usable encoder. Lengths in tokens."""
+    """Every choice of a run that trains a usable encoder.
+
+    Raises MemvecError for a choice out of range.
+    """
 
     lr: float = 2e-3
     query_tokens: int = 32
     """Tokens behind each passage, on which the vectors stand for it."""
     weight: float = 8.0
-    """Of the divergence beside the cross-entropy."""
+    """Weight of the divergence (KL, nats per token) beside the passage's cross-entropy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +54,10 @@ class UsablePlan(AdapterPlan):
 
 
 class UsableTraining(AdapterTraining):
-    """A training run of a usable encoder, with the trigger of the model's folder, or BOS."""
+    """A training run of a usable encoder, with the trigger of the model's folder, or BOS.
+
+    Raises MemvecError as `AdapterTraining`, and for a model that has neither of the two.
+    """
 
     makes = UsableEncoder
     reached = "nats a token to the text"

@@ -35,9 +35,9 @@ def decode_with(
     """Every passage as an engine decodes it: (engine and release, token ids).
 
     `model` is the folder of the weights that `lm` was loaded from (or a GGUF file of them, for
-    llama.cpp); `batch` prompts are given to the engine at once. Raises MemvecError, before the
-    engine starts, for vectors of another model, one-step vectors, vectors with corrections, or a
-    model that the engine cannot read vectors with.
+    llama.cpp); `batch` prompts are given to the engine at once. Raises MemvecError before the
+    engine starts for vectors of another model, one-step vectors, vectors with corrections, or a
+    model that the engine cannot read vectors with, and otherwise as `run_engine`.
     """
     check_minimum(1, batch=batch)
     check(engine, mem, lm, model)
@@ -101,7 +101,11 @@ def use_prompt(
     new_tokens: int,
     passages: Sequence[int] | None = None,
 ) -> Prompt:
-    """The vectors of files, one behind the other, and a prompt behind them."""
+    """The vectors of files, one behind the other, and a prompt behind them.
+
+    Raises MemvecError as `memvec.usable.generate.context_inputs`, for fewer than 1 new tokens, or
+    more inputs than the model's context holds.
+    """
     vectors = context_inputs(lm, files, passages)
     tokens = lm.tokenize(prompt)
     check_minimum(1, max_new_tokens=new_tokens)

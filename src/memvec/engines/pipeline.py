@@ -80,7 +80,11 @@ class VectorsPipeline(Pipeline):  # type: ignore[misc]
         ]
 
     def passages(self, mem: MemVectors) -> list[list[int]]:
-        """Token ids of every passage, each of them generated alone, and with its hash."""
+        """Token ids of every passage, each generated alone and checked against its hash.
+
+        Raises MemvecError for vectors that transformers cannot decode (another model, one-step,
+        corrections), NotExactError for a passage that does not come back.
+        """
         check("transformers", mem, self.lm)
         decoded = []
         prompts, starts = passage_prompts(mem, self.lm)

@@ -49,9 +49,10 @@ def export(
     """Write `mem` for decoding mode in a target's format and certify it; returns the manifest.
 
     `lm` must be in the dtype in which the target runs it (`target.dtype` if it has one). Raises
-    MemvecError for another model, an existing folder (`force` replaces an earlier export only), or
-    a model that the target does not support; NotExactError, which names the passages, if they do
-    not decode exactly in the target's dtype. No files remain after an error.
+    MemvecError for another model, an existing folder (`force` replaces an earlier export only), a
+    model that the target does not support, or vectors that it cannot decode (one-step, in a space,
+    with corrections); NotExactError, which names the passages, if they do not decode exactly in the
+    target's dtype. No files remain after an error.
     """
     output = Path(folder)
     check(mem, lm, target, output, force)

@@ -19,7 +19,8 @@ from memvec.model.lm import FrozenLM
 def front(lm: FrozenLM, vectors: Tensor) -> tuple[Tensor | None, dict[str, Any]]:
     """Inputs (K, D) for vectors of W numbers (K, W), and further arguments of the model's forward.
 
-    Where the vectors are keys and values, there are no inputs and the arguments hold a cache.
+    Where the vectors are keys and values, there are no inputs and the arguments hold a cache. In
+    the space 'shared-basis' the inputs are the vectors times the basis, float32 on the CPU.
     """
     space, options = lm.reading.space, lm.reading.options
     if space == "shared-basis":

@@ -23,7 +23,7 @@ from memvec.model.reading import Prefix, StartRule
 class SharedBasis(Prefix):
     """The space of d coefficients per vector. `options`: `dimensions` (d) and `seed`, integers.
 
-    Raises MemvecError unless d is from 1 to D and the seed is an integer.
+    Raises MemvecError unless d is from 1 to D and the seed is an integer of 64 bits.
     """
 
     space = "shared-basis"

@@ -2,9 +2,9 @@
 
 Work is divided into units. A free worker takes the next unit, so no device is idle while units are
 left, and each result is returned as soon as it is ready. If a worker dies, its unfinished items go
-back to the queue and a new worker replaces it; after an average of three deaths per worker the run
-ends with MemvecError. The caller defines the units: passages of a study's cell (memvec.lab), or of
-a long document (`Crew`, for memvec.codec).
+back to the queue and a new worker replaces it; after more than three deaths per worker on average
+the run ends with MemvecError. The caller defines the units: passages of a study's cell
+(memvec.lab), or of a long document (`Crew`, for memvec.codec).
 
 actor.py     what lives in an actor, and how it loads its model
 pool.py      the driver's side: hand out units, collect results, replace the dead

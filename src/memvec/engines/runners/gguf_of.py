@@ -3,8 +3,8 @@
 python gguf_of.py MODEL_FOLDER model.gguf float32       (float32, bfloat16 or float16)
 
 It has no tokenizer (`no_vocab`): llama.cpp takes vectors and token ids and gives token ids back.
-Families whose attention and norms are written down here only; for others, and for a file that also
-chats, use llama.cpp's own convert_hf_to_gguf.py.
+It can be made only for families whose attention and norms are written down here; for others, and
+for a file that also chats, use llama.cpp's own convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_ke
 
 
 class Engine:
-    """A model and a context of llama.cpp."""
+    """A model and a context of llama.cpp. Raises RequestError if either cannot be made."""
 
     def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
         lib.llama_log_set(LOG, None)

@@ -144,7 +144,8 @@ class Protocol:
         """The protocol's extra measurements of a passage, by the names of `extras` (JSON values).
 
         `outcome.vectors` (K, D) are the stored ones; `outcome.scores` holds the bits and margins of
-        every predicted position, from the same pass as the row's other figures.
+        every predicted position, from the same pass as the row's other figures. Raises MemvecError
+        for a model that the protocol cannot measure.
         """
         return {}
 
@@ -168,7 +169,10 @@ class Protocol:
         b: Tensor,
         start: StartRule,
     ) -> list[float]:
-        """Measure two restarts of a passage, from their vectors `a` and `b` (K, D)."""
+        """Measure two restarts of a passage, from their vectors `a` and `b` (K, D).
+
+        Only protocols with `compares_restarts` have it, and `recompute_between`.
+        """
         raise NotImplementedError
 
     # ------------------------------------------------------------------ the slow check

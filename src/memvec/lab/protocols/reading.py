@@ -46,7 +46,7 @@ class Reading(Protocol):
         "attention": "for each layer, the share of attention on the vectors, mean over heads and "
         "the positions behind them",
         "cut": "for attention to the vectors cut in a layer ('2'), in it and all above ('2+') and "
-        "in none: [right ones before the first error, tokens, mean margin, logits]",
+        "in none: [leading right tokens; mean margin, logits]",
         "lens": "for each layer, what its state makes of the first token at once: [-log2 p, bits; "
         "its rank; id of the arg-max]",
         "path": "the vectors of every step in the plane of their first two principal components: "

@@ -58,7 +58,8 @@ class Sentences(Protocol):
         "bits": "bits of the sentence's tokens, each way (memvec.lab.sentences.evaluate.WAYS)",
         "predicted": "the predicted latent, K x D numbers",
         "written": "token ids of the sentence that the predicted latent decodes to",
-        "continuous": "bits of the tokens, rolled 2, 3, ... sentences ahead on its predictions",
+        "continuous": "bits of the sentence's tokens behind its latent predicted 2, 3, ... "
+        "sentences ahead, where the model reads its own predictions of those between",
         "discretised": "the same, with each prediction written and encoded again, bits",
         "before_exact": "for each of the sentences before: [1 if its encoded latent decodes "
         "exactly, 1 if its crammed one does], number",

@@ -51,8 +51,8 @@ class Spaces(Protocol):
         "space": "where the trained numbers of a vector are read",
         "numbers": "numbers of the passage's vectors, all K together",
         "words": "token ids of the held-out texts that were read behind each context",
-        "kl": "KL from the model behind the text, a word after the first, behind [the vectors, "
-        "nothing], nats",
+        "kl": "KL from the model behind the text, behind [the vectors, nothing]: mean over the "
+        "words after the first, nats per token",
     }
 
     not_recomputed = ("words",)

@@ -46,15 +46,16 @@ class Usable(Protocol):
     changes = {"start_rule": "bos"}  # noqa: RUF012
     extras = {  # noqa: RUF012
         "words": "token ids of the held-out texts that were read behind each context",
-        "contexts": "for each context: [KL from the model behind the text and NLL, a word, nats]",
+        "contexts": "for each context: [KL from the model behind the text; NLL of the words], "
+        "means in nats per token",
         "rms": "root mean square of the vectors' numbers",
         "layers": "for attention to the vectors knocked out in a layer ('2'), in it and all above "
-        "('2+') and in none: [right ones before the first error behind the trigger, tokens, the "
-        "mean margin of all, logits, KL as context, nats]; empty without the option `layers`",
+        "('2+') and in none: [leading right tokens behind the trigger; mean margin of all, logits; "
+        "KL as context, nats per token]; empty without the option `layers`",
         "directions": "share of the gradients of the passage's margins inside the span of those of "
         "held-out words ('text in use'), the reverse, and for the vectors whole and without either "
-        "span: [right ones before the first error behind the trigger, tokens, mean margin, logits, "
-        "KL as context, nats]; empty without the option `directions`",
+        "span: [leading right tokens behind the trigger; mean margin, logits; KL as context, nats "
+        "per token]; empty without the option `directions`",
     }
 
     not_recomputed = ("words",)

@@ -34,7 +34,11 @@ class Sentence:
 def cut_sentences(
     lm: FrozenLM, text: str, max_tokens: int, count: int | None = None
 ) -> list[Sentence]:
-    """The sentences of a text, in order, each of at most `max_tokens` tokens; the first `count`."""
+    """The sentences of a text, in order, each of at most `max_tokens` tokens; the first `count`.
+
+    Longer sentences are cut into parts of nearly one length. None for a text without words. Raises
+    MemvecError for `max_tokens` below 1.
+    """
     check_minimum(1, max_tokens=max_tokens)
     cut: list[Sentence] = []
     for sentence in sentences(" ".join(text.split())):

@@ -26,7 +26,10 @@ MAX_VECTORS = 4096
 
 
 def save_latent_model(path: Path, model: LatentModel, lm: FrozenLM) -> None:
-    """Write a latent model trained beside a frozen LM, atomically: never half a file."""
+    """Write a latent model trained beside a frozen LM, atomically: never half a file.
+
+    Raises MemvecError for an LM without an encoder, or a file that cannot be written.
+    """
     metadata = {
         "format": FORMAT,
         "version": "1",
@@ -73,7 +76,10 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
 
 
 def model_of(path: Path) -> str:
-    """The name of the LM that a latent model was trained beside. Raises MemvecError as above."""
+    """The name of the LM that a latent model was trained beside.
+
+    Raises MemvecError if there is no such file, or it is no latent model or damaged.
+    """
     _, metadata = _open(path)
     try:
         return str(json.loads(metadata["model"])["name"])

@@ -13,7 +13,7 @@ LOSSES = ("tokens", "latents", "both")
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """The options of a training run."""
+    """The options of a training run. Raises MemvecError for a value out of range."""
 
     steps: int = 1000
     vectors: int = 3
@@ -46,7 +46,10 @@ class LatentPlan:
 
 
 def check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
-    """Raise MemvecError if the encoder or the context is too small for the longest sentence."""
+    """Raise MemvecError if the encoder or the context is too small for the longest sentence.
+
+    Also for a model without an encoder, or one that does not give its hidden states.
+    """
     encoder, K = need_encoder(lm), plan.vectors
     if not lm.has_split_head:
         raise MemvecError(f"{lm.name} does not give its hidden states: no latent model for it.")

@@ -88,7 +88,7 @@ def random_word_passages(
 
 @functools.cache
 def frequent_words() -> tuple[str, ...]:
-    """wordfreq's most frequent English words."""
+    """wordfreq's most frequent English words. Raises MemvecError if wordfreq is not installed."""
     try:
         from wordfreq import top_n_list
     except ImportError:
@@ -100,7 +100,7 @@ def frequent_words() -> tuple[str, ...]:
 
 
 def read_words(path: str, base: Path | None = None) -> tuple[str, ...]:
-    """Words of a file, one per line."""
+    """Words of a file, one per line. Raises MemvecError if it is missing, empty or not UTF-8."""
     file = resolve(path, base)
     if not file.is_file():
         raise MemvecError(f"source missing: there is no word file {file}.")

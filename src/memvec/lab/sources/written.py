@@ -81,7 +81,10 @@ class WrittenTexts(Source):
         return missing_texts(str(self.path), base)
 
     def texts(self, base: Path | None) -> list[NamedText]:
-        """(name, text) of the texts that passages are taken from."""
+        """(name, text) of the texts that passages are taken from.
+
+        Raises MemvecError for a source without path and dataset, or texts that cannot be read.
+        """
         if self.path is not None:
             return read_texts(self.path, base, self.column, self.where)
         if self.dataset is None:
@@ -148,7 +151,7 @@ class Chunk(NamedTuple):
 
 
 def sentences(text: str, splitter: Splitter = "punctuation") -> list[str]:
-    """Sentences of a text, in order."""
+    """Sentences of a text, in order. Raises MemvecError if nltk is asked for and not installed."""
     if splitter == "nltk":
         try:
             from nltk.tokenize import sent_tokenize
@@ -205,7 +208,10 @@ def chunk(
 
 
 def split_by_rule(text: str, rule: Rule, splitter: Splitter = "punctuation") -> tuple[str, str]:
-    """(the text before the passage, the text whose first T tokens are the passage)."""
+    """(the text before the passage, the text whose first T tokens are the passage).
+
+    Raises MemvecError as `sentences`.
+    """
     if rule == "start":
         return "", text
     parts = sentences(text, splitter)

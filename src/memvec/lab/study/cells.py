@@ -73,7 +73,10 @@ class Planned:
 
 
 def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
-    """All cells of a spec, model by model. Raises MemvecError for duplicates and bad recipes."""
+    """All cells of a spec, model by model.
+
+    Raises MemvecError for duplicates, bad recipes, or a spec without any cell.
+    """
     settings = {s.name: s.settings(base) for s in spec.sources}
     planned: dict[str, Planned] = {}
     for model in spec.models:
@@ -126,7 +129,7 @@ def _cells(
 
 
 def recipe_of(run: RunSpec, seed: int) -> Recipe:
-    """The protocol's recipe with the run's changes."""
+    """The protocol's recipe with the run's changes. Raises MemvecError as `Recipe.of`."""
     protocol = protocol_of(run.protocol)
     changes = dict(run.recipe)
     preset = str(changes.pop("preset", protocol.preset))

@@ -51,7 +51,11 @@ def read_rows(store: Store) -> pd.DataFrame:
 
 
 def export_rows(folder: Path, target: Path) -> int:
-    """Write rows as CSV or Parquet by the file's ending; returns how many."""
+    """Write rows as CSV or Parquet by the file's ending; returns how many.
+
+    `TARGET.columns.json` beside it says what each column is. Raises MemvecError for another ending,
+    or Parquet without pyarrow.
+    """
     with Store(folder) as store:
         frame = read_rows(store)
     if target.suffix == ".parquet":

@@ -39,7 +39,7 @@ class Price:
 
 
 def price(planned: Sequence[Planned]) -> list[Price]:
-    """The price of each model of a plan."""
+    """The price of each model of a plan. Raises MemvecError as `facts_of_name`."""
     prices = []
     for model in dict.fromkeys(p.cell.model for p in planned):
         cells_of_model = [p for p in planned if p.cell.model == model]
@@ -65,7 +65,7 @@ def price(planned: Sequence[Planned]) -> list[Price]:
 
 
 def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[str]:
-    """Sentences about what prevents a run; loads no model."""
+    """Sentences about what prevents a run; loads no model. Raises as `facts_of_name`."""
     sentences = [s for source in spec.sources if (s := source.missing(base))]
     missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
     sentences += dict.fromkeys(s for s in missing if s)

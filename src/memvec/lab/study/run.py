@@ -38,8 +38,8 @@ class StudyStatus:
     rows_now: int  # rows of this process
     seconds: float  # of this process
     left: float | None  # estimated remaining seconds, None while unknown
-    what: str
-    horizon: float | None
+    what: str  # what is done now, a phrase to show
+    horizon: float | None  # mean leading right tokens of the passages in work, None while unknown
 
     @property
     def per_minute(self) -> float:

@@ -61,7 +61,10 @@ class RunSpec(Strict):
     protocol: str = Field(description="what is measured: a name of the table of protocols")
     models: tuple[str, ...] = Field(default=(), description="names of models; default: all")
     sources: tuple[str, ...] = Field(default=(), description="names of sources; default: all")
-    lengths: tuple[Whole, ...] = Field(min_length=1, description="tokens of a passage")
+    lengths: tuple[Whole, ...] = Field(
+        min_length=1,
+        description="tokens of a passage (per vector for 'vectors', at most for 'sentences')",
+    )
     vectors: tuple[Whole, ...] = Field(default=(1,), min_length=1, description="K, [mem] vectors")
     seeds: tuple[Whole, ...] = Field(
         default=(0,), min_length=1, description="cram every passage once from each"
@@ -101,7 +104,7 @@ class Spec(Strict):
 def read_spec(path: Path, model: str | None = None) -> Spec:
     """Read and validate a spec. `model` replaces every model of it.
 
-    Raises MemvecError, one sentence.
+    Raises MemvecError, one sentence, for a file that is missing or not UTF-8, and as `parse_spec`.
     """
     if not path.is_file():
         raise MemvecError(f"there is no spec {path}.")
@@ -113,7 +116,10 @@ def read_spec(path: Path, model: str | None = None) -> Spec:
 
 
 def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
-    """Validate a spec's text; `where` names it in errors."""
+    """Validate a spec's text; `where` names it in errors.
+
+    Raises MemvecError, one sentence, for a text that is no TOML, or what no spec may say.
+    """
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

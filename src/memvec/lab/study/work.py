@@ -28,7 +28,11 @@ from memvec.passages.passage import ids_hash
 def find_passages(
     lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None
 ) -> list[SourcedPassage]:
-    """The cell's passages: `count` of them, from its source."""
+    """The cell's passages: `count` of them, from its source.
+
+    Raises MemvecError for a length that leaves nothing to cram or does not fit the model's context,
+    and as the source.
+    """
     recipe = cell.to_recipe()
     start = resolve_start_rule(lm, recipe)
     tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
