@@ -50,7 +50,7 @@ class Storage(Protocol):
         """The vectors as a reader of the file gets them, in the dtype of `vectors` (float32)."""
 
     def pack(self, vectors: Float[Tensor, "P K D"]) -> dict[str, Tensor]:
-        """The tensors of a file, by name, for P passages."""
+        """The tensors of a file, by name, for P passages of K vectors each."""
 
     def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
         """The vectors in `dtype`. Raises ValueError for tensors that `pack` does not make."""

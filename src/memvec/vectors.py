@@ -99,7 +99,7 @@ class MemVectors:
 
     @property
     def stored(self) -> Tensor:
-        """The rows that a file holds: an m that all passages share is there once."""
+        """The rows (R, k, D) that a file holds: an m that all passages share is there once."""
         return reading_named(self.header.layout).rows(self.vectors)
 
     @property

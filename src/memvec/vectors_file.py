@@ -106,7 +106,10 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
 
 
 def digest_of(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """The digest of a file: over its header as it is written, and the bytes of its tensors."""
+    """The SHA-256 (hex) of a file's header as it is written, and of its tensors by name.
+
+    Of each tensor it covers name, dtype, shape and bytes.
+    """
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         flat = tensors[name].contiguous().flatten()

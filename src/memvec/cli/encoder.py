@@ -91,12 +91,12 @@ def train(
     dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
-    """Train an encoder for a frozen model: it encodes passages into slots and gives them back.
+    """Train an encoder: one pass turns a passage into vectors that a frozen model decodes.
 
     By default a network beside the model encodes; with --adapted the model itself, with adapters
-    of low rank. With --recurrent it reads a document segment by segment and gives back the newest
-    ones; with --usable its vectors stand for the passage, too. After an interruption the same
-    command goes on from its last checkpoint.
+    of low rank. With --recurrent it reads a document segment by segment, and its memory gives back
+    the newest ones; with --usable its vectors stand for the passage as context, too. After an
+    interruption the same command goes on from its last checkpoint.
     """
     from memvec.encoders.files import ADAPTED_FILE_NAME, FILE_NAME, USABLE_FILE_NAME
 

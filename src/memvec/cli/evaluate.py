@@ -36,9 +36,9 @@ Fewshot = Annotated[
 ]
 Split = Annotated[
     str,
-    typer.Option(help=r"Text at which the question begins, at its last place; \n: a new line."),
+    typer.Option(help=r"The question begins where this text occurs last; \n: a new line."),
 ]
-Limit = Annotated[int | None, typer.Option(help="Documents of each task; default: all.")]
+Limit = Annotated[int | None, typer.Option(help="Maximum documents of each task; default: all.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder that keeps crammed contexts.")]
 Receipts = Annotated[Path | None, typer.Option(help="Folder for the receipts.")]
 Rescore = Annotated[

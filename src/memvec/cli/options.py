@@ -56,7 +56,11 @@ ModelOfFile = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hub model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[
-    str, typer.Option(help="Dtype: auto, float32, bfloat16, float16, bfloat16-autocast.")
+    str,
+    typer.Option(
+        help="Dtype: float32, bfloat16, float16, bfloat16-autocast; auto: float32 on a CPU, "
+        "bfloat16 on a GPU."
+    ),
 ]
 DtypeOfFile = Annotated[
     str | None, typer.Option(help="Dtype of the model; default: the one it was crammed in.")

@@ -48,7 +48,10 @@ def train(
     encoder: options.Encoder = None,
     loss: Annotated[
         str,
-        typer.Option(help="tokens: through the frozen model; latents: squared distance; or both."),
+        typer.Option(
+            help="tokens: cross-entropy of the next sentence's tokens through the frozen model; "
+            "latents: squared distance to its encoded latent; both: their sum."
+        ),
     ] = "tokens",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     vectors: Annotated[int, typer.Option(help="Vectors per sentence (K).")] = 3,
@@ -62,7 +65,8 @@ def train(
     heads: Annotated[int, typer.Option(help="Attention heads of the latent model.")] = 6,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     sentences: Annotated[
-        int, typer.Option(help="Maximum number of sentences, alike from each text's start.")
+        int,
+        typer.Option(help="Maximum number of sentences, equally many from each text's start."),
     ] = 30_000,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     where: Where = None,

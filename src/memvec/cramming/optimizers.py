@@ -60,7 +60,8 @@ class OptimizerState(Rows):
 class Adam:
     """Adam (Kingma & Ba 2015) for B passages that start and stop at different steps.
 
-    It has no weight decay (AdamW has); beta1 may rise from step to step.
+    It has no weight decay (AdamW has); beta1 may rise from step to step. Gradients, means and
+    directions have the parameters' shape (B, ...), counts are (B).
     """
 
     decays = False

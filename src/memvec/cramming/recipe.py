@@ -169,8 +169,8 @@ class Recipe:
     )
     start_rule: StartRuleName = documented(
         "vectors",
-        "what follows the vectors: nothing, the model's BOS, the passage's first token; 'paper': "
-        "BOS if the tokenizer adds one, else the first token",
+        "what follows the vectors: 'vectors', nothing; 'bos', the model's BOS; 'first-token', the "
+        "passage's first token; 'paper', BOS if the tokenizer adds one, else the first token",
     )
     front: FrontName = documented(
         "none",

@@ -288,13 +288,13 @@ class Step:
     def gradient(
         self, outputs: Sequence[Tensor], batch: BatchState, slopes: Sequence[Tensor]
     ) -> Tensor:
-        """The gradient of every slot's loss at its parameters, from those at some outputs."""
+        """The gradient (B, ...) of the slots' losses at their parameters, from those at outputs."""
         (gradient,) = torch.autograd.grad(outputs, batch.parameters, slopes)
         return gradient
 
     @torch.no_grad()
     def enlarged(self, parameters: Tensor, rows: Bool[Tensor, " B"]) -> Tensor:
-        """Parameters with the vectors of some rows as large as the steps that they will take.
+        """Parameters (B, ...) with the vectors of some rows as large as their steps will be.
 
         They grow along their own direction and keep what they hold (docs/log.md). Without a rate
         for large vectors in the recipe nothing changes.

@@ -43,7 +43,11 @@ class AdaptedPlan(AdapterPlan):
 
 
 class AdaptedTraining(AdapterTraining):
-    """A training run of an adapted encoder."""
+    """A training run of an adapted encoder.
+
+    Raises MemvecError as `AdapterTraining`, and for passages that do not fit the model's context or
+    the held-out text.
+    """
 
     makes = AdaptedEncoder
     plan: AdaptedPlan

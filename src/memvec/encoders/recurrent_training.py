@@ -53,7 +53,11 @@ class RecurrentPlan(NetworkPlan):
 
 
 class RecurrentTraining(TrainingRun):
-    """A training run of a recurrent encoder; it begins with the LM's summary encoder, if any."""
+    """A training run of a recurrent encoder; it begins with the LM's summary encoder, if any.
+
+    Raises MemvecError as `TrainingRun`, and for segments that do not fit the model's context or the
+    held-out text.
+    """
 
     reached = "segments"
     plan: RecurrentPlan

@@ -34,7 +34,11 @@ class TrainingPlan(NetworkPlan):
 
 
 class Training(TrainingRun):
-    """A training run of a slot encoder."""
+    """A training run of a slot encoder.
+
+    Raises MemvecError as `TrainingRun`, and for slots that leave no room for a passage in the
+    model's context or the held-out text.
+    """
 
     plan: TrainingPlan
 

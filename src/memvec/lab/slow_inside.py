@@ -91,7 +91,7 @@ def may_rank(
 ) -> list[tuple[float, float]]:
     """For each layer of `lens`, (how far the token's rank may differ, 1 if the arg-max may too).
 
-    Tokens whose logits are within `tie` of each other may change places.
+    `vectors` are (K, D). Tokens whose logits are within `tie` of each other may change places.
     """
     allowed = []
     for logits in _tables(lm, vectors, ids):

@@ -244,7 +244,7 @@ def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: in
 def exact_only_vectors(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]
 ) -> list[Tensor | None]:
-    """As many vectors for each passage, crammed by the default recipe; None where not exact."""
+    """As many vectors (K, W) of each passage, crammed by the default recipe; None if not exact."""
     space = lm.reading.space  # its own preset has the rates of its numbers
     recipe = Recipe.of(space if space in registry.names("preset") else "default")
     storage: Storage = mem.storage

@@ -130,7 +130,7 @@ class Here:
     def between(
         self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """Measure two restarts of a passage, behind the trigger and front of their cell."""
+        """Measure two restarts `a`, `b` (K, D) of a passage, with the cell's trigger and front."""
         view = triggered(self.lm, cell.to_recipe())
         values: list[float] = protocol_of(cell.protocol).between(view, passage, a, b, start)
         return values

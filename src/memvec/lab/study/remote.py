@@ -53,7 +53,7 @@ class Remote:
     def between(
         self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
-        """Measure two restarts of a passage by a cell's protocol."""
+        """Measure two restarts `a` and `b` (K, D) of a passage by a cell's protocol."""
         values: list[float] = self.workers.call(_between, cell, passage, a, b, start)
         return values
 
