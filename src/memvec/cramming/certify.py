@@ -36,10 +36,10 @@ class Finished:
     passage: Passage
     vectors: Tensor  # (K, D) float32, already rounded as they will be stored
     status: Status
-    margin_asked: float
+    margin_asked: float  # that certification requires, logits
     steps: int
-    spent: int
-    seconds: float
+    spent: int  # forward-backward tokens
+    seconds: float  # its share of the wall time of the batch
     least_mem_bits: float = field(default=math.inf, kw_only=True)
 
 

@@ -29,6 +29,7 @@ class TrainingPlan(NetworkPlan):
     """Every choice of a training run. Lengths in tokens per vector."""
 
     first_target: float = 2.0
+    """Target length at the start; it rises by 2 % at steps with an accuracy above RISE_ABOVE."""
     longest: float = 2.0
     """Largest length of a passage, as a multiple of the target length."""
 

@@ -46,11 +46,14 @@ class Plan:
 
     steps: int = 2000
     slots: int = 1
+    """Maximum number of vectors of a passage, or vectors of a recurrent encoder's memory."""
     positions: int = 2048
     """Positions of the frozen LM per step."""
     lr: float = 1e-3
     warmup: int = 50
+    """Steps over which the learning rate rises from 0."""
     seed: int = 0
+    """Seed of weights and batches."""
 
     def __post_init__(self) -> None:
         self.at_least_1("steps", "slots", "positions")

@@ -40,9 +40,9 @@ class LinearMap(NamedTuple):
     """
 
     weight: Floats  # (inputs, outputs)
-    mean_in: Floats
-    mean_out: Floats
-    penalty: float
+    mean_in: Floats  # (inputs,)
+    mean_out: Floats  # (outputs,)
+    penalty: float  # of the ridge regression, added to the squared singular values
     explained: float
     pairs: int
 

@@ -51,7 +51,7 @@ class Facts:
     number: int
     norms: int = 0  # channels per layer through norms of the hidden state; RMSNorm in float32
     normed: int = 0  # channels of queries and keys that pass through norms
-    fused: bool = False
+    fused: bool = False  # queries, keys and values are one tensor, and the values keep all of it
     inside: int = 1  # tensors of the MLP's width that autograd keeps for its activation
     weights: float = 0.0  # bytes of all weights as loaded; 0: use parameters x number
     kept: float | None = None  # measured bytes that autograd keeps per token; None: counted

@@ -37,9 +37,9 @@ class Fit:
     low: float
     high: float
     rms: float
-    n: int
-    passages: int
-    reached: bool
+    n: int  # rows, each of which is a point
+    passages: int  # of the rows; one at several lengths counts once
+    reached: bool  # False: too few points are above the threshold, and C is a lower bound
 
 
 @dataclass(frozen=True)

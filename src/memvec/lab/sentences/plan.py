@@ -17,7 +17,9 @@ class LatentPlan:
 
     steps: int = 1000
     vectors: int = 3
+    """Vectors of a sentence (K)."""
     max_tokens: int = 45
+    """Tokens of a sentence; longer ones are cut."""
     window: int = 16
     """Sentences of a sequence."""
     batch: int = 4

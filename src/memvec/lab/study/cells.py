@@ -27,7 +27,11 @@ from memvec.usable.triggers import hashes_of, named_files
 
 @dataclass(frozen=True)
 class Cell:
-    """One protocol, model, source, length, K and seed. All fields go into the key."""
+    """One protocol, model, source, length, K and seed. All fields go into the key.
+
+    `length` is that of the spec, whose meaning the protocol defines (`Protocol.tokens`), `vectors`
+    is K. `recipe` has all fields of the recipe, `options` those of the protocol.
+    """
 
     protocol: str
     model: str
@@ -69,7 +73,7 @@ class Planned:
 
     cell: Cell
     passages: int
-    batch_size: int
+    batch_size: int  # passages crammed at once on a device
 
 
 def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
