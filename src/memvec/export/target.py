@@ -106,7 +106,8 @@ class Target:
     def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
         """Token ids from greedy decoding of the written item, at batch size 1.
 
-        By default memvec's decoder on the inputs of `read`; a target may run its own software.
+        By default memvec's decoder on the inputs of `read`; a target may run its own software, and
+        raises MemvecError if that cannot generate with the model.
         """
         prompt = self.read(path, item, lm).to(lm.device)
         return decode_ids(lm, prompt[None], [item.new_tokens])[0]

@@ -130,13 +130,16 @@ class FrozenLM:
         return ids
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of token ids; some tokenizers do not give back exactly the tokenized text."""
+        """The text of token ids; some tokenizers do not give back exactly the tokenized text.
+
+        Raises MemvecError without a tokenizer.
+        """
         decode = self._need_tokenizer().decode
         return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @property
     def adds_bos(self) -> bool:
-        """True if the tokenizer itself puts a BOS in front of a text (Llama 3, OPT)."""
+        """True if the tokenizer puts BOS in front of a text (Llama 3, OPT). Raises as `text`."""
         ids = self._need_tokenizer()("a")["input_ids"]
         return bool(self.bos_id is not None and ids and ids[0] == self.bos_id)
 

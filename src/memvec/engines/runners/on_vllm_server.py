@@ -40,7 +40,10 @@ def version() -> str:
 
 
 class Engine:
-    """A server on a free port of this machine, for as long as the request runs."""
+    """A server on a free port of this machine, for as long as the request runs.
+
+    Raises RequestError if it ends, or does not answer in time.
+    """
 
     def __init__(self, model: str, dtype: str, settings: dict[str, Any]) -> None:
         self.dtype, self.chat = getattr(torch, dtype), bool(settings.get("chat"))

@@ -61,7 +61,11 @@ class Source(BaseModel):
     def passages(
         self, lm: FrozenLM, count: int, length: int, base: Path | None = None
     ) -> Iterator[SourcedPassage]:
-        """`count` passages of `length` tokens. `base`: the folder relative paths start from."""
+        """`count` passages of `length` tokens. `base`: the folder relative paths start from.
+
+        Raises MemvecError if a file or library is missing, there is too little text, or the model
+        cannot sample one (source 'sampled').
+        """
         raise NotImplementedError
 
 
