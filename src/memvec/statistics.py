@@ -145,14 +145,20 @@ def share_interval(hits: int, n: int) -> Share:
 
 
 def median_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and the 10th and 90th percentile (the extremes below ten values)."""
+    """Median, and the 10th and 90th percentile (the extremes below ten values).
+
+    Raises statistics.StatisticsError without a value.
+    """
     ordered = sorted(values)
     tenth = len(ordered) // 10
     return statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
 
 
 def bootstrap_mean(values: Sequence[float]) -> Interval:
-    """The mean with its percentile bootstrap interval (NaN for one), for values far from normal."""
+    """The mean with its percentile bootstrap interval, for values far from normal.
+
+    The interval is NaN for one value; without a value everything is.
+    """
     data = np.asarray(values, dtype=float)
     if len(data) < 2:
         return Interval(float(data.mean()), math.nan, math.nan)
@@ -161,7 +167,11 @@ def bootstrap_mean(values: Sequence[float]) -> Interval:
 
 
 def ratio_of_means(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Ratio of two means over the same passages, paired bootstrap; infinite over a mean of 0."""
+    """Ratio of two means over the same passages, paired bootstrap; infinite over a mean of 0.
+
+    0 over 0 is NaN, and counts as 1 in a resample. The interval is NaN for one passage; without a
+    passage everything is.
+    """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     picks = _resamples(len(a))
     return _ratio(a, b, a[picks].mean(1), b[picks].mean(1))
