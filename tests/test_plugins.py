@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,149 @@ def test_an_installed_package_is_known_to_the_command(folder, tmp_path, python):
     mem = memvec.MemVectors.load(tmp_path / "a.mem.safetensors")
     assert mem.exact
     assert mem.header.recipe["objective"] == "plugged-in"
+
+
+# ---------------------------------------------------------------------- wrong plug-ins
+
+WRONG = """
+import json
+import types
+
+import torch
+
+import memvec
+from conftest import passages, tiny
+from memvec import metrics
+from memvec.cramming.engine import Engine
+from memvec.cramming.optimizers import Adam
+from memvec.cramming.recipe import Recipe
+from memvec.cramming.schedules import Schedule
+from memvec.cramming.terms import Term, TermLoss
+from memvec.errors import MemvecError
+from memvec.model.reading import Prefix
+
+def margins(logits, ids):
+    return metrics.margins(logits[None], ids[None])[0]
+
+def of(base, **members):
+    return type("Wrong", (base,), members)
+
+def counted(self, state, length):
+    return length
+
+def returned(self, parameters, gradient, state, moving, lr_scale=None):
+    return parameters - gradient
+
+class Uncounted(Schedule):
+    counted = counted
+    def fresh(self, size, enlarged):
+        state = super().fresh(size, enlarged)
+        state.mine = torch.zeros(len(size))
+        return state
+
+CASES = {
+    "mean": ("objective", lambda logits, ids, temperature, recipe: margins(logits, ids).mean()),
+    "column": ("objective", lambda logits, ids, temperature, recipe: margins(logits, ids)[:, None]),
+    "nothing": ("objective", lambda logits, ids, temperature, recipe: None),
+    "two-arguments": ("objective", lambda logits, ids: margins(logits, ids)),
+    "a-number": ("objective", 3),
+    "no-loss": ("objective", of(memvec.cramming.objectives.Objective)),
+    "no-counted": ("schedule", of(Schedule)),
+    "one-row": ("schedule", of(Schedule, counted=lambda self, state, length: length[:1])),
+    "a-count": ("schedule", of(Schedule, counted=lambda self, state, length: 3)),
+    "beside-the-fields": ("schedule", Uncounted),
+    "returned": ("optimizer", of(Adam, step=returned)),
+    "a-dictionary": ("optimizer", of(Adam, fresh=lambda self, parameters: {"count": 0})),
+    "narrow": ("coordinates", of(memvec.cramming.coordinates.Direct,
+                                 vectors=lambda self, parameters: parameters[..., 1:])),
+    "one-more": ("start", lambda lm, ids, K, recipe: torch.ones(K + 1, lm.width)),
+    "a-list": ("start", lambda lm, ids, K, recipe: [1.0] * K),
+    "no-measure": ("term", of(Term)),
+    "one-loss": ("term", of(Term, measure=lambda *_: TermLoss(torch.zeros(())))),
+    "no-rows": ("term", of(Term, fresh=lambda self, passages: None)),
+    "other-name": ("space", lambda lm, options: Prefix()),
+    "no-recipe": ("preset", lambda: {}),
+}
+said = {}
+for name, (kind, choice) in CASES.items():
+    try:
+        memvec.register(kind, name)(choice)
+        recipe = Recipe.of(name) if kind == "preset" else Recipe.of(**{kind: name}, steps=3)
+        list(Engine(tiny(), recipe, vectors=2, batch_size=2).run(passages(3, 4, seed=1)))
+    except MemvecError as error:
+        said[name] = str(error)
+    except Exception as error:
+        said[name] = repr(error)
+print(json.dumps(said))
+"""
+ROWS = (
+    "of its 2 passages: a dataclass derived from Rows is needed, with a row for each in every "
+    "field and no more."
+)
+LOSS = "is called with (logits, ids, temperature, recipe)"
+SAID = {
+    "mean": r"the objective 'mean' gives \(\), not a tensor of shape \(\d+,\)\.",
+    "column": r"the objective 'column' gives \((\d+), 1\), not a tensor of shape \(\1,\)\.",
+    "nothing": r"the objective 'nothing' gives NoneType, not a tensor of shape \(\d+,\)\.",
+    "two-arguments": re.escape(f"the objective 'two-arguments' {LOSS}: too many positional") + ".*",
+    "a-number": re.escape(f"the objective 'a-number' {LOSS}: 3 is not a callable object."),
+    "no-loss": r"the objective 'no-loss' has no method loss\.",
+    "no-counted": r"the schedule 'no-counted' has no method counted\.",
+    "one-row": r"the schedule 'one-row' gives \(1,\), not a tensor of shape \(2,\)\.",
+    "a-count": r"the schedule 'a-count' gives int, not a tensor of shape \(2,\)\.",
+    "beside-the-fields": re.escape(f"the schedule keeps ScheduleState {ROWS}"),
+    "returned": "the optimizer 'returned' returns something: its step has to change the "
+    r"parameters in place and return nothing\.",
+    "a-dictionary": re.escape(f"the optimizer keeps dict {ROWS}"),
+    "narrow": r"the coordinates 'narrow' gives \(2, 2, 31\), not a tensor of shape \(2, 2, 32\)\.",
+    "one-more": r"the start 'one-more' gives \(3, 32\), not a tensor of shape \(2, 32\)\.",
+    "a-list": r"the start 'a-list' gives list, not a tensor of shape \(2, 32\)\.",
+    "no-measure": r"the term 'no-measure' has no method measure\.",
+    "one-loss": r"the term 'one-loss' gives \(\), not a tensor of shape \(2,\)\.",
+    "no-rows": re.escape(f"the term keeps NoneType {ROWS}"),
+    "other-name": r"the space 'other-name' gives Prefix, not a Prefix with this space\.",
+    "no-recipe": r"the preset 'no-recipe' gives no Recipe but dict\.",
+}
+
+
+@pytest.fixture(scope="module")
+def sentences() -> dict[str, str]:
+    """What a wrong plug-in of each sort leads to, in a process without the tests' type checks."""
+    here = Path(__file__).parent
+    paths = [str(here), str(Path(memvec.__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ran = subprocess.run(
+        [sys.executable, "-c", WRONG], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    said: dict[str, str] = json.loads(ran.stdout.splitlines()[-1])
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAID)
+def test_a_wrong_plugin_is_named_in_one_sentence(sentences, name):
+    assert re.fullmatch(SAID[name], sentences[name]), sentences[name]
+
+
+def test_a_schedule_may_count_nothing_for_a_while(plugins):
+    """Also while it counts nothing of any passage in the batch, and where it returns `length`."""
+
+    @memvec.register("schedule", "late")
+    class Late(Schedule):
+        def counted(self, state, length):
+            return torch.where(state.stale + state.best < 2, 0, length)
+
+    @memvec.register("schedule", "hurried")
+    class Hurried(Schedule):
+        def counted(self, state, length):
+            return length
+
+        def may_count(self, steps):
+            return 3 * steps
+
+    for schedule in ("late", "hurried"):
+        recipe = Recipe.of(schedule=schedule, steps=600, patience=600)
+        outcomes = crammed(recipe, poll=3)
+        assert [o.exact for o in outcomes] == [True] * 3
+        assert sorted(len(o.passage) for o in outcomes) == [2, 3, 4]

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -171,7 +173,8 @@ _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 def register(kind: str, name: str) -> Callable[[Choice], Choice]:
     """Add a choice under a name; the decorated object is returned unchanged.
 
-    Raises MemvecError for an unknown kind, or a name that stands for something else already.
+    Raises MemvecError for an unknown kind, a name that stands for something else already, or a
+    function or class that cannot be called with the arguments that KINDS shows.
     """
     _check_kind(kind)
 
@@ -182,6 +185,7 @@ def register(kind: str, name: str) -> Callable[[Choice], Choice]:
             raise MemvecError(
                 f"the name '{name}' is taken by another {kind}: register yours under another one."
             )
+        _check_arguments(kind, name, choice)
         _ADDED[kind][name] = choice
         return choice
 
@@ -227,9 +231,28 @@ def load_plugins() -> None:
             ) from error
 
 
+def checked(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> Any:
+    """A tensor that a choice gave. Raises MemvecError, which names it, for any other shape."""
+    got = tuple(value.shape) if hasattr(value, "requires_grad") else type(value).__name__
+    if got != shape:
+        raise MemvecError(f"the {kind} '{name}' gives {got}, not a tensor of shape {tuple(shape)}.")
+    return value
+
+
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise MemvecError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS)}")
+
+
+def _check_arguments(kind: str, name: str, choice: Any) -> None:
+    """Raise MemvecError for a choice that cannot be called as KINDS shows."""
+    call = re.match(r"(?:a class made from )?\((.*?)\)", KINDS[kind])
+    if call is None or (kind == "objective" and isinstance(choice, type)):
+        return
+    try:
+        inspect.signature(choice).bind(*re.findall(r"\w+", call[1]))
+    except (TypeError, ValueError) as why:
+        raise MemvecError(f"the {kind} '{name}' is called with ({call[1]}): {why!s:.80}.") from why
 
 
 def _place(choice: Any) -> tuple[str, str]:

@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memvec.cramming.certify import Finished, Outcome
-from memvec.cramming.optimizers import OptimizerState
 from memvec.cramming.rows import Rows
 from memvec.cramming.schedules import ScheduleState
 from memvec.errors import MemvecError
@@ -128,8 +127,17 @@ class BatchState(Rows):
     term_mean: Float[Tensor, " B"]  # running mean of the second term's loss
     term_mean_of_best: Float[Tensor, " B"]  # the same at the step that gave the kept vectors
     schedule: ScheduleState
-    optimizer: OptimizerState
+    optimizer: Rows  # the optimizer.s own state
     term: Rows  # the second term's own state
+
+    def __post_init__(self) -> None:
+        for kind in ("schedule", "optimizer", "term"):
+            kept, B = getattr(self, kind), len(self.length)
+            if not isinstance(kept, Rows) or not kept.whole(B):
+                raise MemvecError(
+                    f"the {kind} keeps {type(kept).__name__} of its {B} passages: a dataclass "
+                    "derived from Rows is needed, with a row for each in every field and no more."
+                )
 
     @property
     def columns(self) -> int:

@@ -124,10 +124,7 @@ def certify(
 
 @torch.no_grad()
 def positions(
-    lm: FrozenLM,
-    vectors: Float[Tensor, "B K D"],
-    passages: Sequence[Passage],
-    start: StartRule,
+    lm: FrozenLM, vectors: Float[Tensor, "B K D"], passages: Sequence[Passage], start: StartRule
 ) -> PositionScores:
     """The scores (B, N) of every predicted position, teacher-forced, with the vectors and without.
 

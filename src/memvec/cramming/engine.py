@@ -175,12 +175,12 @@ class Engine:
         elif self.batch is not None:
             longest = self.batch.columns - self.given
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
+            registry.checked("schedule", self.recipe.schedule, counted, self.batch.length.shape)
             # Room for the tokens that may count before the next check. A passage that gets further
-            # waits for the check, even where its neighbours have more columns: each passage has
-            # the columns that it would have alone.
-            counted += self.schedule.may_count(self.poll - 1)
+            # waits for the check: each passage has the columns that it would have alone.
+            counted = counted + self.schedule.may_count(self.poll - 1)
             self.batch.room = whole_columns(counted)
-            need = int(self.batch.room.max())
+            need = int(self.batch.room.max().clamp_min(1))
             columns = columns_for(need) if self.graphs else need
             self.columns = longest if self.fixed_shapes else min(longest, columns)
 

@@ -15,12 +15,7 @@ NotExactName = Literal["raise-margin", "stop"]
 
 # Fields whose values are names of the registry, and names that stand beside the registered ones.
 REGISTERED: dict[str, tuple[str, ...]] = {
-    "objective": (),
-    "coordinates": (),
-    "space": (),
-    "optimizer": (),
-    "schedule": (),
-    "term": (),
+    **dict.fromkeys(("objective", "coordinates", "space", "optimizer", "schedule", "term"), ()),
     "start": ("auto", "encoder"),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -30,34 +25,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compute": get_args(ComputeName),
     "if_not_exact": get_args(NotExactName),
 }
+# The smallest values of numbers.
 MINIMUM: dict[str, float] = {
     "temperature": 1e-6,
-    "margin": 0.0,
-    "look_ahead": 1,
-    "narrow_after": 0,
-    "stuck_after": 0,
-    "dimensions": 1,
-    "layer": 0,
-    "lr": 0.0,
-    "lr_large": 0.0,
-    "warmup": 0,
-    "decay": 0,
-    "lr_end": 0.0,
-    "beta1_rise": 0.0,
-    "weight_decay": 0.0,
-    "term_weight": 0.0,
-    "term_rise": 0.0,
     "context_scale": 1e-3,
-    "objective_every": 1,
-    "align_layers": 1,
-    "query_count": 1,
-    "query_tokens": 1,
-    "teacher_top": 1,
-    "settle": 0,
-    "steps": 0,
-    "patience": 1,
-    "budget": 0,
-    "corrections": 0,
+    **dict.fromkeys(("margin", "lr", "lr_large", "lr_end", "beta1_rise", "weight_decay"), 0),
+    **dict.fromkeys(("term_weight", "term_rise", "narrow_after", "stuck_after", "layer"), 0),
+    **dict.fromkeys(("warmup", "decay", "settle", "steps", "budget", "corrections"), 0),
+    **dict.fromkeys(("look_ahead", "dimensions", "objective_every", "align_layers"), 1),
+    **dict.fromkeys(("query_count", "query_tokens", "teacher_top", "patience"), 1),
 }
 
 

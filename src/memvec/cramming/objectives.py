@@ -23,6 +23,7 @@ from torch import Tensor
 
 from memvec import metrics, registry
 from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
 from memvec.model import memory
 
 # (logits, true token ids, temperature, recipe) -> loss of each position
@@ -57,7 +58,7 @@ class Objective:
         recipe: Recipe,
     ) -> Float[Tensor, " n"]:
         """The loss of each position, logits."""
-        raise NotImplementedError
+        raise MemvecError(f"the objective '{recipe.objective}' has no method loss.")
 
     def weights(
         self,
@@ -88,9 +89,7 @@ def cross_entropy(
 
 
 def fused_cross_entropy(
-    logits: Float[Tensor, "n V"],
-    ids: Int[Tensor, " n"],
-    temperature: Float[Tensor, " n"],
+    logits: Float[Tensor, "n V"], ids: Int[Tensor, " n"], temperature: Float[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n V"]]:
     """Loss, margin, and the gradient of the loss at the logits, from one softmax.
 
@@ -175,6 +174,7 @@ def score(
             logits = head(part).float()
             if fused is None:
                 loss = objective.loss(logits, truth[here], temperatures[here], recipe)
+                registry.checked("objective", recipe.objective, loss, truth[here].shape)
                 (gradient[here],) = torch.autograd.grad(loss.sum(), part)
                 margins = metrics.margins(logits.detach()[None], truth[here][None])[0]
             else:

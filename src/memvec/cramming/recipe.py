@@ -230,7 +230,9 @@ class Recipe:
     @classmethod
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:
         """A preset by name, with fields changed. Raises MemvecError for unknown names or values."""
-        base: Recipe = registry.get("preset", preset)()
+        base = registry.get("preset", preset)()
+        if not isinstance(base, Recipe):
+            raise MemvecError(f"the preset '{preset}' gives no Recipe but {type(base).__name__}.")
         kinds = {item.name: type(item.default) for item in fields(cls)}
         named = {name.replace("-", "_"): value for name, value in changes.items()}
         for name in [name for name in named if name not in kinds]:
@@ -245,10 +247,7 @@ class Recipe:
         if self.unit == "logits":
             return self
         return replace(
-            self,
-            unit="logits",
-            temperature=self.temperature * spread,
-            margin=self.margin * spread,
+            self, unit="logits", temperature=self.temperature * spread, margin=self.margin * spread
         )
 
     def for_family(self, family: str) -> Recipe:

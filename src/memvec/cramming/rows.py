@@ -40,6 +40,11 @@ class Rows:
             }
         )
 
+    def whole(self, B: int) -> bool:
+        """True if all that is kept is in the fields, B rows in each."""
+        values = self._fields()
+        return vars(self).keys() == values.keys() and all(len(v) == B for v in values.values())
+
     def __len__(self) -> int:
         return next((len(field) for field in self._fields().values()), 0)
 

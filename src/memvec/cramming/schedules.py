@@ -26,6 +26,7 @@ from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import Rows
+from memvec.errors import MemvecError
 
 HALVED_AFTER = 60  # stuck steps after which the temperature is half of the recipe's
 LOWEST_TEMPERATURE = 1 / 3  # of the recipe's temperature
@@ -84,7 +85,7 @@ class Schedule:
 
     def counted(self, state: ScheduleState, length: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """Leading tokens of each passage that count in the loss."""
-        raise NotImplementedError
+        raise MemvecError(f"the schedule '{self.recipe.schedule}' has no method counted.")
 
     def may_count(self, steps: int) -> int:
         """The largest number of tokens by which `counted` may rise within so many steps.

@@ -56,12 +56,7 @@ def start_of(lm: FrozenLM, recipe: Recipe) -> str:
 
 
 def start_vectors(
-    lm: FrozenLM,
-    passages: Sequence[Sequence[int]],
-    K: int,
-    recipe: Recipe,
-    *,
-    alone: bool = False,
+    lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe, *, alone: bool = False
 ) -> list[Float[Tensor, "K D"]]:
     """First vectors of each passage under the recipe, float32 on the CPU.
 
@@ -72,8 +67,9 @@ def start_vectors(
     """
     name = start_of(lm, recipe)
     if name != "encoder":
-        start = registry.get("start", name)
-        begun = [lm.reading.begun_at(lm, start(lm, ids, K, recipe)) for ids in passages]
+        start, shape = registry.get("start", name), (K, lm.width)
+        begun = [registry.checked("start", name, start(lm, i, K, recipe), shape) for i in passages]
+        begun = [lm.reading.begun_at(lm, vectors) for vectors in begun]
         return [rows / recipe.context_scale for rows in begun]
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")

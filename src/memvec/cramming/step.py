@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,11 +29,11 @@ from memvec import registry
 from memvec.cramming.batch import BatchState
 from memvec.cramming.coordinates import Coordinates, as_stored
 from memvec.cramming.objectives import Score, objective_named, score
-from memvec.cramming.optimizers import Adam
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
+from memvec.errors import MemvecError
 from memvec.graphs import Graphs, Pass, whole_columns
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
@@ -83,7 +84,7 @@ class Step:
         self.coordinates: Coordinates = registry.get("coordinates", recipe.coordinates)(
             recipe, K, lm
         )
-        self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
+        self.optimizer: Any = registry.get("optimizer", recipe.optimizer)(recipe)
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
         self.objective = objective_named(recipe.objective)
         self.term: Term = registry.get("term", recipe.term)(lm, module, recipe, K, start_rule)
@@ -101,7 +102,7 @@ class Step:
         measured = self.measure(batch, columns, padding_rows)
         newly_enlarged = self._update_progress(batch, measured, padding_rows)
         most = measured.within.sum(-1)  # tokens of a new stage beyond these wait for the next step
-        counted = self.schedule.counted(batch.schedule, batch.length).minimum(most)
+        counted = self.schedule.counted(batch.schedule, batch.length).minimum(most).clamp_min(0)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
             column < counted[:, None], measured.margin, batch.target_margin
@@ -122,7 +123,7 @@ class Step:
         within = torch.arange(columns, device=room.device) < room[:, None]
         parameters = batch.parameters.requires_grad_()
         with torch.enable_grad():
-            vectors = as_stored(self.coordinates.vectors(parameters), self.storage)
+            vectors = as_stored(self.vectors_of(parameters), self.storage)
             ids = with_padding(batch.ids[:, : columns + self.given], padding_rows)
             rows = with_padding(vectors, padding_rows)
             temperature = self.schedule.temperature(batch.schedule, batch.target_margin)
@@ -130,9 +131,16 @@ class Step:
             with self.term.watching():
                 states, scores = self.score_of(rows, ids, temperature, decoding)
             term = self.term.measure(rows, batch, columns, padding_rows)
+            registry.checked("term", self.recipe.term, getattr(term, "loss", None), (B,))
         margin = scores.margin[:B].masked_fill(~decoding[:, None], -torch.inf)
         stored, loss = vectors.detach(), scores.loss[:B]
         return Measurement(decoding, within, states, scores.gradient, stored, loss, margin, term)
+
+    def vectors_of(self, parameters: Tensor) -> Float[Tensor, "B K D"]:
+        """The vectors that the coordinates make of the parameters, before they are rounded."""
+        vectors, shape = self.coordinates.vectors(parameters), (self.K, self.lm.numbers)
+        name, B = self.recipe.coordinates, len(parameters)
+        return registry.checked("coordinates", name, vectors, (B, *shape))  # type: ignore[no-any-return]
 
     def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:
         """Rows whose passage is decoded behind the trigger in this step: here all of them."""
@@ -276,9 +284,12 @@ class Step:
             slopes.append(grad * rows.reshape(-1, *(1 for _ in grad.shape[1:])).to(grad.dtype))
         gradient = self.gradient(outputs, batch, slopes)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
-        self.optimizer.step(
-            batch.parameters, gradient, batch.optimizer, moving, batch.schedule.lr_scale
-        )
+        states = (batch.optimizer, moving, batch.schedule.lr_scale)
+        if self.optimizer.step(batch.parameters, gradient, *states) is not None:
+            raise MemvecError(
+                f"the optimizer '{self.recipe.optimizer}' returns something: its step has to "
+                "change the parameters in place and return nothing."
+            )
         # A passage is charged for its own counted tokens, not for the columns of its neighbours.
         batch.steps = batch.steps + moving
         before = self.module.inputs_before(self.K, self.start_rule)
@@ -301,7 +312,7 @@ class Step:
         """
         if not self.recipe.lr_large:
             return parameters
-        vectors = self.coordinates.vectors(parameters)
+        vectors = self.vectors_of(parameters)
         size = vectors.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-8)
         large = self.coordinates.parameters(vectors * (self.recipe.lr_large / size).clamp_min(1))
         rows = rows.reshape(-1, *(1 for _ in parameters.shape[1:]))

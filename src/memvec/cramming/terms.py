@@ -29,6 +29,7 @@ from torch import Tensor
 
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import Rows
+from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
@@ -84,14 +85,10 @@ class Term:
         return contextlib.nullcontext()
 
     def measure(
-        self,
-        vectors: Float[Tensor, "N K D"],
-        batch: BatchState,
-        columns: int,
-        padding_rows: int,
+        self, vectors: Float[Tensor, "N K D"], batch: BatchState, columns: int, padding_rows: int
     ) -> TermLoss:
         """The loss of each slot at these vectors, attached to the parameters (N: B and padding)."""
-        raise NotImplementedError
+        raise MemvecError(f"the term '{self.recipe.term}' has no method measure.")
 
     def slopes(
         self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int
@@ -129,10 +126,6 @@ class NoTerm(Term):
     """None: the objective alone."""
 
     def measure(
-        self,
-        vectors: Float[Tensor, "N K D"],
-        batch: BatchState,
-        columns: int,
-        padding_rows: int,
+        self, vectors: Float[Tensor, "N K D"], batch: BatchState, columns: int, padding_rows: int
     ) -> TermLoss:
         return TermLoss(torch.zeros(len(batch), device=vectors.device))

@@ -141,7 +141,12 @@ def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
         return lm
     if lm.layout != "prefix":
         raise MemvecError(f"vectors read in one step are inputs: leave out the space '{name}'.")
-    return lm.read_as(registry.get("space", name)(lm.read_as(PREFIX), options))
+    reading = registry.get("space", name)(lm.read_as(PREFIX), options)
+    if not isinstance(reading, Prefix) or reading.space != name:
+        raise MemvecError(
+            f"the space '{name}' gives {type(reading).__name__}, not a Prefix with this space."
+        )
+    return lm.read_as(reading)
 
 
 @functools.cache
