@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 from conftest import QUICK, passages, reader, tiny
 from memvec import registry
@@ -158,7 +159,20 @@ def test_a_measurement_without_its_sentence_is_refused(
     plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry.get("protocol", "hardest"), "extras", {})
-    with pytest.raises(MemvecError, match="`extras` must have a sentence for each"):
+    for measured in ({"hardest_bits": 1.0}, None):
+        hardest = registry.get("protocol", "hardest")
+        monkeypatch.setattr(hardest, "extra_of_cell", lambda *_, measured=measured: measured)
+        with pytest.raises(MemvecError, match="`extras` must have a sentence for each"):
+            run(spec_in(tmp_path, HEAD + HARDEST), tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), {1, 2}])
+def test_a_measurement_that_is_no_json_is_refused(
+    plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: object
+) -> None:
+    hardest = registry.get("protocol", "hardest")
+    monkeypatch.setattr(hardest, "extra", lambda *_: {"hardest_bits": value})
+    with pytest.raises(MemvecError, match="protocol 'hardest' measured what JSON cannot hold"):
         run(spec_in(tmp_path, HEAD + HARDEST), tmp_path, tmp_path / "out")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 import sys
 import types
 from copy import copy, deepcopy
@@ -16,7 +18,7 @@ from tokenizers import AddedToken
 
 from conftest import reader
 from memvec.errors import MemvecError
-from memvec.lab.sources import SOURCES, Source
+from memvec.lab.sources import SOURCES, Source, SourcedPassage
 from memvec.lab.sources.files import Files
 from memvec.lab.sources.random_tokens import RandomTokens, ordinary_tokens
 from memvec.lab.sources.random_words import RandomWords, read_words
@@ -27,6 +29,7 @@ from memvec.lab.study.cells import expand
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.work import find_passages
 from memvec.model.lm import FrozenLM
+from memvec.passages.passage import Passage
 from studies import HEAD, SENTENCES
 
 
@@ -406,3 +409,53 @@ def test_a_bos_is_the_first_token_where_the_tokenizer_adds_one(
         (without,) = source.passages(lm, 1, 5 - adds)
         assert found.passage.ids == (*([lm.bos_id] if adds else []), *without.passage.ids)
         assert len(found.passage) == 5
+
+
+def sourced(ids: tuple[int, ...], number: int = 0) -> SourcedPassage:
+    return SourcedPassage(number, Passage(ids), "of a test")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ([], "gave 0 passages of 2."),
+        ([Passage((3, 4))], "gives Passage, not SourcedPassage."),
+        ([sourced((3, 4)), sourced((4, 5))], "gives number 0 where number 1 is due"),
+        ([sourced((3,) * 6)], "gives passage 0 with 6 tokens: from 1 to 5 were asked for."),
+        ([sourced((3, 9999))], "gives passage 0 the token 9999: tokens of tiny-bytes are integers"),
+        ([sourced((3, -1))], "gives passage 0 the token -1: tokens of tiny-bytes are integers"),
+    ],
+)
+def test_a_source_that_gives_something_else_is_named(given, sentence) -> None:
+    class Other(Source):
+        def passages(self, lm, count, length, base=None):
+            yield from given or ()
+            if given:
+                yield sourced((3, 4), 1)
+
+    cell = expand(parse_spec(ONE_CELL, "spec"))[0].cell
+    with pytest.raises(MemvecError, match=re.escape(f"source 'random-tokens' {sentence}")):
+        find_passages(reader(), cell, Other(kind="other"), 2, None)
+
+
+def test_of_a_source_that_does_not_end_as_many_passages_are_taken_as_asked_for() -> None:
+    class Endless(Source):
+        def passages(self, lm, count, length, base=None):
+            yield from (sourced((3, 4 + i), i) for i in itertools.count())
+
+    cell = expand(parse_spec(ONE_CELL, "spec"))[0].cell
+    drawn = find_passages(reader(), cell, Endless(kind="endless"), 2, None)
+    assert [p.passage.ids for p in drawn] == [(3, 4), (3, 5)]
+
+
+ONE_CELL = """
+name = "one"
+[[models]]
+name = "tiny"
+[[sources]]
+kind = "random-tokens"
+[[runs]]
+protocol = "exact"
+lengths = [5]
+passages = 2
+"""

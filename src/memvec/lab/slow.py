@@ -38,7 +38,7 @@ class SlowPassage:
     tokens are not predicted. `lm_bits` (N,) and `lm_margin` (N,) belong to the N predicted
     positions, in bits and logits; sums of bits may differ by `bits_tolerance`. `options` are those
     of the protocol. `vectors` (K, D) are the stored ones in float32; `lm` has the trigger that they
-    were crammed with.
+    were crammed with, and `start` is their start rule.
     """
 
     lm: FrozenLM
@@ -50,6 +50,7 @@ class SlowPassage:
     bits_tolerance: float
     options: dict[str, Any]
     vectors: Tensor
+    start: str = "vectors"
 
     def bits_after(self, prefix: Sequence[int]) -> tuple[float, int]:
         """(bits, arg-max hits) of the predicted tokens after `prefix`, no vectors."""

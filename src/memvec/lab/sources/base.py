@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from memvec.errors import MemvecError
 from memvec.passages.passage import Passage
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Source(BaseModel):
         Raises MemvecError if a file or library is missing, there is too little text, or the model
         cannot sample one (source 'sampled').
         """
-        raise NotImplementedError
+        raise MemvecError(f"the source '{self.kind}' has no method passages.")
 
 
 def seeded_random(*parts: object) -> random.Random:

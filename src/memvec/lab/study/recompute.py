@@ -88,7 +88,7 @@ def recompute(
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
         SlowPassage(
-            lm, ids, before, given, lm_bits, lm_margin, bits_limit * n, cell.options, front
+            lm, ids, before, given, lm_bits, lm_margin, bits_limit * n, cell.options, front, start
         ),
         int((np.abs(margin) < tie).sum()),
         int((np.abs(lm_margin) < tie).sum()),

@@ -5,6 +5,8 @@ The functions run in this process or in a Ray actor, and do not use the store.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -49,13 +51,36 @@ def find_passages(
         )
     # The tokens that a passage begins with before its text.
     head = (lm.bos_id,) if source.bos and lm.bos_id is not None and lm.adds_bos else ()
-    passages = [
-        replace(p, passage=replace(p.passage, ids=(*head, *p.passage.ids)))
-        for p in source.passages(lm, count, tokens - len(head), base)
-    ]
-    if len(passages) < count:
-        raise MemvecError(f"source '{cell.source}' gave {len(passages)} passages of {count}.")
-    return passages
+    asked = tokens - len(head)
+    drawn = list(itertools.islice(source.passages(lm, count, asked, base) or (), count))
+    if len(drawn) < count:
+        raise MemvecError(f"source '{cell.source}' gave {len(drawn)} passages of {count}.")
+    for number, sourced in enumerate(drawn):
+        _check_drawn(f"source '{cell.source}'", sourced, number, asked, lm)
+    return [replace(p, passage=replace(p.passage, ids=(*head, *p.passage.ids))) for p in drawn]
+
+
+def _check_drawn(source: str, sourced: Any, number: int, longest: int, lm: FrozenLM) -> None:
+    """Raise MemvecError unless a source gave the passage of this number, of tokens of the model."""
+    if not isinstance(sourced, SourcedPassage):
+        raise MemvecError(f"{source} gives {type(sourced).__name__}, not SourcedPassage.")
+    if sourced.number != number:
+        raise MemvecError(
+            f"{source} gives number {sourced.number} where number {number} is due: passages are "
+            "numbered from 0, in order."
+        )
+    ids = sourced.passage.ids
+    if len(ids) > longest:
+        raise MemvecError(
+            f"{source} gives passage {number} with {len(ids)} tokens: from 1 to {longest} were "
+            "asked for."
+        )
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < lm.vocab_size:
+            raise MemvecError(
+                f"{source} gives passage {number} the token {token!r}: tokens of {lm.name} are "
+                f"integers from 0 to {lm.vocab_size - 1}."
+            )
 
 
 def cram_cell(
@@ -153,9 +178,16 @@ def _extra(
     extra: dict[str, Any] = protocol.extra_of_cell(
         lm, sourced, outcome, start, recipe, cell.options
     )
-    if extra.keys() != protocol.extras.keys():
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
         raise MemvecError(
-            f"protocol '{cell.protocol}' measured {sorted(extra)} and documents "
+            f"protocol '{cell.protocol}' measured what JSON cannot hold ({error}): give numbers, "
+            "texts, lists or None."
+        ) from None
+    if not isinstance(extra, dict) or extra.keys() != protocol.extras.keys():
+        raise MemvecError(
+            f"protocol '{cell.protocol}' measured {sorted(extra or ())} and documents "
             f"{sorted(protocol.extras)}: `extras` must have a sentence for each."
         )
     return extra
