@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+from conftest import tiny
 from memvec import registry
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.export import Target, names, target
+from memvec.export.target import Item
 from memvec.lab.sources import SOURCES, Source
 
 PLACES = [
@@ -105,6 +109,32 @@ def test_mappings_follow_the_registry():
     assert SOURCES.get("mine") is None
     with pytest.raises(MemvecError, match=r"^unknown target 'vlm': did you mean 'vllm'\?$"):
         target("vlm")
+
+
+@pytest.mark.usefixtures("empty")
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ({}, "the export 'mine' has no description and no suffix."),
+        ({"suffix": ".x"}, "the export 'mine' has no description."),
+    ],
+)
+def test_a_target_without_its_attributes_is_named(members, sentence):
+    registry.register("export", "mine")(type("Mine", (Target,), members))
+    with pytest.raises(MemvecError, match=f"^{re.escape(sentence)}$"):
+        target("mine")
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_target_without_its_methods_or_its_base_is_named():
+    registry.register("export", "mine")(type("Mine", (Target,), {"description": "", "suffix": ""}))
+    item = Item(torch.zeros(1, tiny().width), (), 1)
+    for method in ("read", "write"):
+        with pytest.raises(MemvecError, match=f"^the export 'mine' has no method {method}.$"):
+            getattr(target("mine"), method)(Path("x"), item, tiny())
+    registry.register("export", "theirs")(object)
+    with pytest.raises(MemvecError, match=r"^the export 'theirs' is no class derived"):
+        target("theirs")
 
 
 @pytest.mark.slow

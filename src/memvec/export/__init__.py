@@ -26,5 +26,9 @@ def target(name: str) -> Target:
     """The target with a name. Raises MemvecError, with the nearest known name, for others."""
     if name not in names():
         raise MemvecError(f"unknown target '{name}': {did_you_mean(name, names())}")
-    made: Target = registry.get("export", name)(name)
-    return made
+    kind = registry.get("export", name)
+    if not (isinstance(kind, type) and issubclass(kind, Target)):
+        raise MemvecError(f"the export '{name}' is no class derived from memvec.export.Target.")
+    if lacking := [word for word in ("description", "suffix") if not hasattr(kind, word)]:
+        raise MemvecError(f"the export '{name}' has no {' and no '.join(lacking)}.")
+    return kind(name)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec import __version__
+from memvec import __version__, registry
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.model.precision import ATTENTION
@@ -97,11 +97,11 @@ class Target:
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:
         """Write one passage to `path` (a file, or a folder that does not exist yet)."""
-        raise NotImplementedError
+        raise MemvecError(f"the export '{self.name}' has no method write.")
 
     def read(self, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
         """The inputs (N, D) that the target passes to the model, read from `path`."""
-        raise NotImplementedError
+        raise MemvecError(f"the export '{self.name}' has no method read.")
 
     def decode(self, path: Path, item: Item, lm: FrozenLM) -> list[int]:
         """Token ids from greedy decoding of the written item, at batch size 1.
@@ -109,8 +109,10 @@ class Target:
         By default memvec's decoder on the inputs of `read`; a target may run its own software, and
         raises MemvecError if that cannot generate with the model.
         """
-        prompt = self.read(path, item, lm).to(lm.device)
-        return decode_ids(lm, prompt[None], [item.new_tokens])[0]
+        inputs = self.read(path, item, lm)
+        shape = (len(item.vectors) + len(item.given), lm.width)
+        inputs = registry.checked("export", self.name, inputs, shape).to(lm.device)
+        return decode_ids(lm, inputs[None], [item.new_tokens])[0]
 
     def certified_by(self) -> str:
         """The name and version of the program that `decode` runs, for the certificate."""
