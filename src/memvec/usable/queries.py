@@ -210,7 +210,7 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
             f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens or --tokens."
         )
     if recipe.queries in registry.names("queries"):
-        return Queries(*registry.get("queries", recipe.queries)(lm, ids, recipe))
+        return _checked(registry.get("queries", recipe.queries)(lm, ids, recipe), lm, recipe)
     path = Path(recipe.queries)
     if not path.exists():
         names = registry.names("queries")
@@ -219,6 +219,33 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
             f"{did_you_mean(recipe.queries, names)}"
         )
     return answered(lm, ids, recipe, questions_of(path))
+
+
+def _checked(made: Any, lm: FrozenLM, recipe: Recipe) -> Queries:
+    """The queries of a source, padded to `query_tokens`.
+
+    Raises MemvecError, which names the source, unless there are `query_count` rows of 1 to
+    `query_tokens` tokens of the model.
+    """
+    M, L = recipe.query_count, recipe.query_tokens
+    try:
+        queries = Queries(*made)
+        ids, length = queries.ids, queries.length
+        rows, columns = ids.shape
+        right = rows == M and columns <= L and tuple(length.shape) == (M,)
+        right = right and not ids.is_floating_point() and not length.is_floating_point()
+        right = right and bool(((length >= 1) & (length <= columns)).all())
+        right = right and bool(((ids >= 0) & (ids < lm.vocab_size)).all())
+    except (TypeError, ValueError, AttributeError):
+        right = False
+    if not right:
+        raise MemvecError(
+            f"the queries '{recipe.queries}' have to be query_count ({M}) rows of 1 to {L} token "
+            f"ids of {lm.name}, a tensor of integers (M, L), and the length of each row (M,)."
+        )
+    if queries.teacher is None:
+        ids = torch.nn.functional.pad(ids, (0, L - columns))
+    return Queries(ids, length, queries.teacher)
 
 
 def _sampled(

@@ -1,0 +1,138 @@
+"""Every example of the page for other parts runs, and does in a run what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import memvec
+from conftest import reader, tiny
+from memvec import registry
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.export import export, target
+from memvec.usable.queries import queries_of
+
+PAGE = Path(__file__).parent.parent / "docs" / "howto" / "add-part.md"
+TEXTS = ["the cat sat on the mat", "a dog ran"]
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """Runs the example below a heading of the page; gives what it defines."""
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+
+    def run(heading: str) -> dict[str, object]:
+        section = PAGE.read_text("utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+        defined: dict[str, object] = {"__name__": "of_the_page"}
+        exec(compile(code, f"{PAGE.name}: {heading}", "exec", dont_inherit=True), defined)
+        return defined
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("heading", "changes"),
+    [
+        ("Start", {"start": "mean-state"}),
+        ("Optimizer", {"optimizer": "momentum", "lr": 0.3, "lr_large": 0.0}),
+        ("Coordinates", {"coordinates": "rotated"}),
+        ("Space", {"space": "twice"}),
+    ],
+)
+def test_an_example_crams_and_what_it_crams_decodes(part, tmp_path, heading, changes):
+    part(heading)
+    lm = reader()
+    recipe = Recipe.of(steps=600, patience=600, **changes)
+    mem = memvec.cram(lm, TEXTS, recipe=recipe, vectors=2)
+    mem.save(tmp_path / "a.mem")
+    mem = memvec.MemVectors.load(tmp_path / "a.mem")
+    assert memvec.decode(lm, mem) == TEXTS
+    assert memvec.verify(lm, mem)[1] == [True] * len(mem.documents(lm))
+    assert mem.vectors.shape[2] == (lm.width // 2 if heading == "Space" else lm.width)
+
+
+def test_the_queries_are_of_every_length(part):
+    part("Queries")
+    recipe = Recipe.of(queries="endings", query_count=5, query_tokens=3)
+    queries = queries_of(tiny(), (5, 6, 7, 8), recipe)
+    assert queries.ids.tolist() == [[8, 0, 0], [7, 8, 0], [6, 7, 8], [8, 0, 0], [7, 8, 0]]
+    assert queries.length.tolist() == [1, 2, 3, 1, 2]
+
+
+ROW, TWO = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        ROW,
+        [[1, 2, 3], [1, 2, 3]],
+        (ROW.float(), TWO),
+        (ROW, TWO.float()),
+        (ROW, [3, 3]),
+        (ROW, TWO + 1),
+        (ROW, TWO - 3),
+        (ROW[:1], TWO[:1]),
+        (ROW - 1, TWO),
+        (ROW + 9999, TWO),
+        (torch.zeros(2, 5, dtype=torch.long), TWO),
+    ],
+)
+def test_queries_of_another_form_are_refused_by_name(part, given):
+    memvec.register("queries", "mine")(lambda lm, ids, recipe: given)
+    recipe = Recipe.of(queries="mine", query_count=2, query_tokens=4)
+    with pytest.raises(MemvecError, match=r"^the queries 'mine' have to be query_count \(2\) rows"):
+        queries_of(tiny(), (5, 6, 7), recipe)
+
+
+def test_short_queries_are_padded_so_that_those_of_all_passages_fit_together(part):
+    memvec.register("queries", "mine")(lambda lm, ids, recipe: (ROW, TWO))
+    recipe = Recipe.of(queries="mine", query_count=2, query_tokens=4)
+    queries = queries_of(tiny(), (5, 6, 7), recipe)
+    assert queries.ids.shape == (2, 4)
+    assert queries.length.tolist() == [3, 3]
+
+
+def test_the_source_gives_what_was_asked_for(part):
+    source = part("Source")["Counting"](first=7)
+    lm = memvec.load_lm("pocket")
+    (first, second) = source.passages(lm, 2, 6)
+    assert [first.number, second.number] == [0, 1]
+    assert lm.text(first.passage.ids).startswith("7 8 ")
+    assert len(second.passage.ids) == 6
+    assert next(source.passages(lm, 1, 6)) == first
+    assert source.settings()["first"] == 7
+
+
+def test_the_export_is_certified_from_its_files(part, tmp_path):
+    part("Export")
+    lm = reader()
+    mem = memvec.cram(lm, TEXTS[1:], recipe=Recipe.of(steps=600, patience=600), vectors=2)
+    manifest = export(mem, lm, target("json"), tmp_path / "out")
+    assert manifest["certificate"]["exact"]
+    written = json.loads((tmp_path / "out" / "passage-0000.json").read_text())
+    assert torch.equal(torch.tensor(written["inputs"]), mem.vectors[0])
+
+
+def test_the_encoder_comes_back_from_its_file(part, tmp_path):
+    from memvec.encoders.files import load_encoder, save_encoder
+
+    lm = reader()
+    encoder = part("Encoder")["Average"](lm.width)
+    save_encoder(tmp_path / "average.safetensors", encoder, lm)
+    again = load_encoder(tmp_path / "average.safetensors", lm)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(again.encode(lm, ids, 2), encoder.encode(lm, ids, 2))
+
+
+def test_the_page_has_every_kind_without_a_page_of_its_own():
+    own = {"objective", "term", "schedule", "protocol", "preset"}
+    headings = {name.lower() for name in re.findall(r"^## (.*)$", PAGE.read_text("utf-8"), re.M)}
+    assert headings == set(registry.KINDS) - own
