@@ -127,7 +127,7 @@ class BatchState(Rows):
     term_mean: Float[Tensor, " B"]  # running mean of the second term's loss
     term_mean_of_best: Float[Tensor, " B"]  # the same at the step that gave the kept vectors
     schedule: ScheduleState
-    optimizer: Rows  # the optimizer.s own state
+    optimizer: Rows  # the optimizer's own state
     term: Rows  # the second term's own state
 
     def __post_init__(self) -> None:
