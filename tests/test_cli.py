@@ -262,6 +262,8 @@ BAD = [
     (["cram", "none.txt"], "there is no file none.txt"),
     (["cram", "binary.txt"], "is not utf-8"),
     (["cram", "letter.txt", "--max-bytes", 5], "larger than"),
+    (["cram", "letter.txt", "--max-bytes", 5, "-m", "nowhere/none"], "larger than 5 bytes"),
+    (["plan", "letter.txt", "--max-bytes", 5, "-m", "nowhere/none"], "larger than 5 bytes"),
     (["cram", "letter.txt", "--max-bytes", -3], "--max-bytes must be at least 1"),
     (["cram", "letter.txt", "--encoding", "utf-9"], "unknown encoding"),
     (["cram", "letter.txt", "--encoding", "base64"], "unknown encoding"),

@@ -183,7 +183,7 @@ class _Request:
             raise MemvecError(
                 "--shared-m crams all passages together: leave out --workers and --on."
             )
-        peek(self.file)
+        peek(self.file, self.max_bytes)
         if self.file != "-" and self.target.exists() and self.target.samefile(self.file):
             raise MemvecError(f"{self.target} is the text itself: name another file with -o.")
         check_target(self.target, self.force)

@@ -56,7 +56,7 @@ def plan(
     from memvec.lab.plan import plan as plan_document
     from memvec.passages.documents import peek, read_document
 
-    peek(file)
+    peek(file, max_bytes)
     lm = choice.load()
     document = read_document(lm, file, encoding=encoding, largest=max_bytes)
     with display.progress(f"a sample of {file} with {lm.name}") as show:

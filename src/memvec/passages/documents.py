@@ -132,8 +132,11 @@ def apply_edits(text: str, edits: Sequence[Edit]) -> str:
     return "".join([*parts, text[at:]])
 
 
-def peek(path: str) -> None:
-    """Raise MemvecError for a file that can be seen to be unusable without a model."""
+def peek(path: str, largest: int = LARGEST) -> None:
+    """Raise MemvecError for a file that can be seen to be unusable without a model.
+
+    `largest`: bytes that it may have.
+    """
     if path == "-":
         return
     file = Path(path)
@@ -143,6 +146,8 @@ def peek(path: str) -> None:
         raise MemvecError(f"there is no file {path}.")
     if file.is_file() and file.stat().st_size == 0:
         raise MemvecError(f"{path} is empty: there is nothing to cram.")
+    if file.is_file():
+        _refuse_large(path, file.stat().st_size, largest)
 
 
 def read_document(
@@ -158,19 +163,23 @@ def read_document(
             raise MemvecError("standard input is closed: name a file.")
         data, name = sys.stdin.buffer.read(largest + 1), "standard input"
     else:
-        peek(path)
+        peek(path, largest)
         name = os.fsencode(path).decode("utf-8", "replace")  # a record holds UTF-8 only
         try:
             with Path(path).open("rb") as stream:
                 data = stream.read(largest + 1)
         except OSError as error:
             raise MemvecError(f"{path} cannot be read: {error.strerror}.") from None
-    if len(data) > largest:
+    _refuse_large(name, len(data), largest)
+    return Document.of(lm, data, name=name, encoding=encoding)
+
+
+def _refuse_large(name: str, size: int, largest: int) -> None:
+    if size > largest:
         raise MemvecError(
             f"{name} is larger than {largest} bytes, which would take very long to cram: "
             "cut it, or allow it with --max-bytes."
         )
-    return Document.of(lm, data, name=name, encoding=encoding)
 
 
 def _encode(text: str, encoding: str, name: str) -> bytes:
