@@ -160,7 +160,7 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_a_file_that_vanishes_or_may_not_be_read(tmp_path, monkeypatch):
     file = tmp_path / "a.txt"
     file.write_text("text")
-    monkeypatch.setattr("memvec.passages.documents.peek", lambda path: None)
+    monkeypatch.setattr("memvec.passages.documents.peek", lambda *_: None)
     monkeypatch.setattr(
         "pathlib.Path.open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no permission"))
     )
