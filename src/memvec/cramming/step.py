@@ -138,9 +138,10 @@ class Step:
 
     def vectors_of(self, parameters: Tensor) -> Float[Tensor, "B K D"]:
         """The vectors that the coordinates make of the parameters, before they are rounded."""
-        vectors, shape = self.coordinates.vectors(parameters), (self.K, self.lm.numbers)
-        name, B = self.recipe.coordinates, len(parameters)
-        return registry.checked("coordinates", name, vectors, (B, *shape))  # type: ignore[no-any-return]
+        shape = (len(parameters), self.K, self.lm.numbers)
+        vectors: Tensor = self.coordinates.vectors(parameters)
+        registry.checked("coordinates", self.recipe.coordinates, vectors, shape)
+        return vectors
 
     def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:
         """Rows whose passage is decoded behind the trigger in this step: here all of them."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
+from memvec.model.memory import out_of_memory
 
 KERNELS = ("sdpa", "eager")  # attention implementations that take any mask
 
@@ -56,6 +57,8 @@ def layer_count(lm: FrozenLM) -> int:
         with knocked_out(lm, range(layers), 1):
             first, second = lm.states_of(inputs, keep=1)
     except RuntimeError as error:  # of shapes: alibi, linear attention
+        if out_of_memory(error):
+            raise
         raise _unfit(lm, "attention that takes no mask of other positions") from error
     if not torch.allclose(first, second, atol=1e-3, rtol=1e-3):
         raise _unfit(lm, "another way than attention to read them")
