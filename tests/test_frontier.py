@@ -130,6 +130,17 @@ def test_vectors_without_a_span_have_nothing_in_it():
     torch.testing.assert_close(directions.without(left, a), left)
 
 
+def test_random_directions_have_no_preference():
+    """Their span has its share of any vector, and one seed always gives the same ones."""
+    found, again = (directions.random_directions(40, 400, 7) for _ in range(2))
+    assert torch.equal(found, again)
+    assert not torch.equal(found, directions.random_directions(40, 400, 8))
+    vectors = torch.zeros(100, 4, 100)
+    vectors.view(100, -1)[torch.arange(100), torch.arange(100)] = 1.0
+    left = [float(directions.without(v, found).square().sum()) for v in vectors]
+    assert np.mean(left) == pytest.approx(0.9, abs=0.02)
+
+
 # ---------------------------------------------------------------------- the protocol
 
 
@@ -171,6 +182,7 @@ def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):
         (lambda e: e["layers"]["1"].__setitem__(1, 99.0), "layers 1 is stored"),
         (lambda e: e["layers"].pop("0+"), "layers, entries is stored"),
         (lambda e: e["directions"].__setitem__("use in text", [0.9]), "directions use in text is"),
+        (lambda e: e["directions"]["without random"].__setitem__(2, 9.5), "without random is"),
         (lambda e: e.update(directions={}), "directions, entries is stored"),
         (lambda e: e.update(layers=3), "which protocol 'usable' does not write"),
     ],

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 import memvec
 from conftest import passages, tiny
 from memvec import metrics, registry
+from memvec.cramming import objectives
 from memvec.cramming.engine import Engine
+from memvec.cramming.optimizers import NAdam
 from memvec.cramming.recipe import Recipe, choices
 from memvec.cramming.schedules import Schedule
 from memvec.errors import MemvecError
@@ -132,6 +135,85 @@ def test_a_preset_is_a_function_that_returns_a_recipe(plugins):
     assert Recipe.of("gentle", steps="7") == Recipe(lr=0.02, start="noise", steps=7)
     with pytest.raises(MemvecError, match="unknown preset 'gentel': did you mean 'gentle'"):
         Recipe.of("gentel")
+
+
+def test_a_part_has_arguments_of_its_own_in_its_name(plugins):
+    """A function, a class that is made from the recipe, and one that is made from nothing."""
+    seen = {}
+
+    @memvec.register("objective", "hinge")
+    def hinge(logits, ids, temperature, recipe, *, factor=2.0, soft=False):
+        seen["hinge"] = (factor, soft)
+        margin = metrics.margins(logits[None], ids[None])[0]
+        return (factor * recipe.margin + temperature - margin).clamp_min(0)
+
+    @memvec.register("objective", "scaled")
+    class Scaled(objectives.Objective):
+        def __init__(self, *, factor=1.0):
+            self.factor = factor
+
+        def loss(self, logits, ids, temperature, recipe):
+            return self.factor * torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+
+    @memvec.register("optimizer", "slow")
+    class Slow(NAdam):
+        def __init__(self, recipe, *, by=1.0):
+            super().__init__(replace(recipe, lr=recipe.lr * by, lr_large=recipe.lr_large * by))
+            seen["slow"] = by
+
+    recipe = Recipe.of(objective="hinge(soft=True,factor = 3.0)", optimizer="slow(by=.5)", steps=2)
+    assert recipe.objective == "hinge(factor=3.0, soft=True)"  # one spelling
+    assert recipe.record()["optimizer"] == "slow(by=0.5)"
+    assert Recipe(**recipe.record()) == recipe
+    crammed(recipe)
+    assert seen == {"hinge": (3.0, True), "slow": 0.5}
+    assert Recipe.of(objective="hinge()").objective == "hinge"
+    for name, factor in (("scaled", 1.0), ("scaled(factor=4)", 4)):
+        made = objectives.objective_named(name)
+        assert isinstance(made, Scaled)
+        assert made.factor == factor
+    moved = [crammed(Recipe.of(optimizer=o, steps=3)) for o in ("nadam", "slow", "slow(by=0.25)")]
+    for plain, same, slower in zip(*moved, strict=True):
+        assert torch.equal(plain.vectors, same.vectors)
+        assert not torch.equal(plain.vectors, slower.vectors)
+
+
+def test_the_objectives_of_the_documentation(plugins):
+    """The page's examples, as they stand there."""
+    page = Path(__file__).parent.parent / "docs" / "howto" / "add-objective.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
+    names: dict = {"__name__": "page"}
+    exec(compile(code, str(page), "exec"), names)
+    recipe = replace(names["recipe"], unit="logits", margin=0.5)
+    logits, ids = torch.tensor([[0.0, 1.0, 3.0]] * 3), torch.tensor([0, 1, 2])
+    for name, factor in (("hinge", 2), ("hinge-by", 2), (recipe.objective, 3)):
+        loss = registry.get("objective", name)(logits, ids, torch.ones(3), recipe)
+        assert loss.tolist() == [factor / 2 + 3, factor / 2 + 2, max(0, factor / 2 - 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("hinge(fator=1)", "the objective 'hinge' has no 'fator': did you mean 'factor'?"),
+        ("hinge(recipe=1)", "the objective 'hinge' has no 'recipe': known: factor."),
+        ("margin(x=1)", "the objective 'margin' has no arguments of its own: leave out 'x'."),
+        ("hinge(2)", "'hinge(2)' cannot be read: write it like hinge(factor=3.0, kind='soft')."),
+        ("hinge(factor=[1])", "'hinge(factor=[1])' cannot be read"),
+        ("hinge(factor=__import__('os'))", "cannot be read"),
+        ("hinge(**{'factor': 1})", "cannot be read"),
+        ("hinge(factor=1", "'hinge(factor=1' cannot be read"),
+        ("hinge(factor=1).x()", "cannot be read"),
+        ("hing(factor=1)", "the recipe's objective cannot be 'hing(factor=1)': it is one of"),
+        ("(factor=1)", "the recipe's objective cannot be '(factor=1)': it is one of"),
+    ],
+)
+def test_wrong_arguments_of_a_part_are_one_sentence(plugins, value, sentence):
+    @memvec.register("objective", "hinge")
+    def hinge(logits, ids, temperature, recipe, *, factor=2.0):
+        raise AssertionError
+
+    with pytest.raises(MemvecError, match=re.escape(sentence)):
+        Recipe.of(objective=value)
 
 
 def test_an_unknown_name_lists_the_registered_ones(plugins):

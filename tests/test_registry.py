@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import tiny
-from memvec import registry
+from memvec import plugins, registry
 from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.export import Target, names, target
@@ -231,7 +231,7 @@ def installed(folder: Path, source: str) -> Path:
     metadata = folder / "memvec_counting-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: memvec-counting\nVersion: 1.0")
-    (metadata / "entry_points.txt").write_text(f"[{registry.GROUP}]\nmine = counting\n")
+    (metadata / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nmine = counting\n")
     return folder
 
 

@@ -28,11 +28,12 @@ BESIDE = (
     "recipe_effect",
     "statistics",
     "machine",
+    "plugins",
     "cli",
 )
-BELOW_THE_MODEL = ("errors", "registry", "versions", "machine")
+BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins")
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
-# graphs, workers, the Hub, the operating system.
+# graphs, workers, the Hub, the operating system, other packages.
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
@@ -42,6 +43,7 @@ ON_REQUEST = {
     "memvec.workers",
     "memvec.hub",
     "memvec.machine",
+    "memvec.plugins",
 }
 
 

@@ -18,14 +18,11 @@ listed:
 
 from __future__ import annotations
 
-import functools
 import importlib
-import inspect
-import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from memvec import plugins
 from memvec.errors import MemvecError, did_you_mean
 
 Choice = TypeVar("Choice")
@@ -46,7 +43,6 @@ KINDS = {
     "export": "what writes vectors for other software, and reads them as it does",
     "encoder": "what reads a one-pass encoder from a file's tensors and metadata",
 }
-GROUP = "memvec.plugins"
 
 # kind -> name -> where it is
 BUILT_IN: dict[str, dict[str, str]] = {
@@ -185,7 +181,7 @@ def register(kind: str, name: str) -> Callable[[Choice], Choice]:
             raise MemvecError(
                 f"the name '{name}' is taken by another {kind}: register yours under another one."
             )
-        _check_arguments(kind, name, choice)
+        plugins.check_arguments(kind, name, choice, KINDS[kind])
         _ADDED[kind][name] = choice
         return choice
 
@@ -198,16 +194,19 @@ def names(kind: str) -> list[str]:
     Raises MemvecError for an unknown kind, and if a plug-in cannot be imported.
     """
     _check_kind(kind)
-    load_plugins()
+    plugins.load_plugins()
     return [*BUILT_IN[kind], *_ADDED[kind]]
 
 
 def get(kind: str, name: str) -> Any:
-    """What a name stands for.
+    """What a name stands for, with the arguments that the name sets (memvec.plugins).
 
-    Raises MemvecError, with the nearest known name, for an unknown kind or name, and if a plug-in
-    cannot be imported.
+    Raises MemvecError, with the nearest known name, for an unknown kind, name or argument, and if a
+    plug-in cannot be imported.
     """
+    if "(" in name and not name.startswith("("):
+        name, arguments = plugins.split(name)
+        return plugins.bound(kind, name, get(kind, name), arguments)
     if name not in names(kind):
         raise MemvecError(f"unknown {kind} '{name}': {did_you_mean(name, names(kind))}")
     if name in _ADDED[kind]:
@@ -216,19 +215,10 @@ def get(kind: str, name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-@functools.cache
-def load_plugins() -> None:
-    """Import what installed packages declare as `memvec.plugins`, once.
-
-    Raises MemvecError that names the package if one cannot be imported.
-    """
-    for plugin in entry_points(group=GROUP):
-        try:
-            plugin.load()
-        except Exception as error:  # another package's code may raise anything
-            raise MemvecError(
-                f"the plug-in '{plugin.name}' ({plugin.value}) cannot be imported: {error}"
-            ) from error
+def spelled(kind: str, name: str) -> str:
+    """A known name, with its arguments in one spelling. Raises MemvecError as `get` does."""
+    get(kind, name)
+    return plugins.spelled(*plugins.split(name))
 
 
 def checked(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> Any:
@@ -242,17 +232,6 @@ def checked(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> Any:
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise MemvecError(f"unknown kind '{kind}': {did_you_mean(kind, KINDS)}")
-
-
-def _check_arguments(kind: str, name: str, choice: Any) -> None:
-    """Raise MemvecError for a choice that cannot be called as KINDS shows."""
-    call = re.match(r"(?:a class made from )?\((.*?)\)", KINDS[kind])
-    if call is None or (kind == "objective" and isinstance(choice, type)):
-        return
-    try:
-        inspect.signature(choice).bind(*re.findall(r"\w+", call[1]))
-    except (TypeError, ValueError) as why:
-        raise MemvecError(f"the {kind} '{name}' is called with ({call[1]}): {why!s:.80}.") from why
 
 
 def _place(choice: Any) -> tuple[str, str]:

@@ -210,7 +210,9 @@ class Recipe:
             object.__setattr__(self, item.name, value)
         for name in (*REGISTERED, *CHOICES):
             value, allowed = getattr(self, name), choices(name)
-            if value not in allowed:
+            if name in REGISTERED and value.partition("(")[0] in registry.names(name):
+                object.__setattr__(self, name, registry.spelled(name, value))
+            elif value not in allowed:
                 raise MemvecError(
                     f"the recipe's {name} cannot be '{value}': it is one of {', '.join(allowed)}."
                 )

@@ -10,7 +10,9 @@ subspaces coincide:
               the span of the other; n / (K·D) by chance, 1 if one span holds the other
     without   what is lost of each mode when the vectors lose what they have in a span
 
-Directions are taken at the vectors, one gradient each; nothing is assumed of curvature.
+Vectors lose a little in any span, so the same number of random directions is the control
+(`random_directions`). Directions are taken at the vectors, one gradient each; nothing is assumed
+of curvature.
 """
 
 from __future__ import annotations
@@ -60,6 +62,11 @@ def directions_of_use(
             log_p.gather(-1, table.gather(1, position[:, None])).sum(), rows
         )
     return gradient.flatten(1).float().cpu()
+
+
+def random_directions(n: int, numbers: int, seed: int) -> Directions:
+    """n independent directions without preference among so many numbers (K·D)."""
+    return torch.randn(n, numbers, generator=torch.Generator().manual_seed(seed))
 
 
 def places_of(M: int, L: int, n: int) -> list[tuple[int, int]]:

@@ -209,7 +209,7 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
             f"queries of {recipe.query_tokens} tokens do not fit the context of {lm.name} "
             f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens or --tokens."
         )
-    if recipe.queries in registry.names("queries"):
+    if recipe.queries.partition("(")[0] in registry.names("queries"):
         return _checked(registry.get("queries", recipe.queries)(lm, ids, recipe), lm, recipe)
     path = Path(recipe.queries)
     if not path.exists():

@@ -53,9 +53,9 @@ class Usable(Protocol):
         "('2+') and in none: [leading right tokens behind the trigger; mean margin of all, logits; "
         "KL as context, nats per token]; empty without the option `layers`",
         "directions": "share of the gradients of the passage's margins inside the span of those of "
-        "held-out words ('text in use'), the reverse, and for the vectors whole and without either "
-        "span: [leading right tokens behind the trigger; mean margin, logits; KL as context, nats "
-        "per token]; empty without the option `directions`",
+        "held-out words ('text in use'), the reverse, and for the vectors whole, without either "
+        "span and without a random span as large: [leading right tokens behind the trigger; mean "
+        "margin, logits; KL as context, nats per token]; empty without the option `directions`",
     }
 
     not_recomputed = ("words",)
@@ -164,6 +164,8 @@ class Usable(Protocol):
         flat = vectors.double().cpu().numpy().reshape(1, -1)
         left = {"whole": flat, "without text": slow_use.residual(flat, text)}
         left["without use"] = slow_use.residual(flat, use)
+        random = directions.random_directions(len(ids), flat.size, SEED).double().numpy()
+        left["without random"] = slow_use.residual(flat, random)
         for name, numbers in left.items():
             changed = torch.from_numpy(numbers).float().reshape(vectors.shape)
             again[name], tie = slow_use.both_modes(lm, changed, ids, words)
@@ -205,7 +207,7 @@ def by_layer(
 def in_spans(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
 ) -> dict[str, list[float]]:
-    """Overlap of the directions of both modes, and both modes without either span.
+    """Overlap of the directions of both modes, and both modes without either span, or a random one.
 
     `vectors` (K, D), the `ids` of the passage, `words` (texts, tokens) of held-out texts. Overlaps
     are shares; measures of both modes are as in `by_layer`.
@@ -213,11 +215,13 @@ def in_spans(
     places = directions.places_of(len(words), words.shape[1], len(ids))
     text = directions.directions_of_text(lm, vectors, ids)
     use = directions.directions_of_use(lm, vectors, words, places)
+    random = directions.random_directions(len(ids), vectors.numel(), SEED)
     both_modes = BothModes(lm, ids, words)
     left = {
         "whole": vectors,
         "without text": directions.without(vectors, text),
         "without use": directions.without(vectors, use),
+        "without random": directions.without(vectors, random),
     }
     return {
         "text in use": [directions.overlap(text, use)],

@@ -189,19 +189,21 @@ def _knocked(groups: list[Group]) -> Table:
 
 def _spans(data: Data, groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
+    entries = [entry for g in groups for entry in g.measured("directions")]
+    spans = ["without text", "without use", "without random"]  # earlier rows have no random one
+    spans = [name for name in spans if all(name in entry for entry in entries)]
     for g in groups:
         measured = g.measured("directions")
         chance = g.length / (g.K * int(data.models[g.model]["width"]))
         row: list[TableCell] = [short(g.model), g.series, g.length, g.K, chance]
         for name in ("text in use", "use in text"):
             row.append(mean_interval([d[name][0] for d in measured]).mean)
-        for name in ("whole", "without text", "without use"):
-            row.append(mean_interval([d[name][0] for d in measured]).mean)
-        for name in ("whole", "without text", "without use"):
-            row.append(mean_interval([d[name][2] for d in measured]).mean)
+        for figure in (0, 2):  # tokens, KL
+            for name in ("whole", *spans):
+                row.append(mean_interval([d[name][figure] for d in measured]).mean)
         rows.append([*row, len(measured)])
     columns = ["model", "source", "length", "K", "chance", "text in use", "use in text"]
-    columns += ["tokens", "without text", "without use", "KL", "without text", "without use", "n"]
+    columns += ["tokens", *spans, "KL", *spans, "n"]
     return Table(
         "usable-directions",
         "Directions of the text and of its use",
@@ -209,8 +211,8 @@ def _spans(data: Data, groups: list[Group]) -> Table:
         "the span of as many gradients of held-out words' log probabilities; use in text: the "
         "reverse; chance: the share inside a random span of that size. Tokens: leading right "
         "tokens in decoding mode; KL: of the vectors in context mode, nats per word; both for the "
-        "whole vectors, and for the vectors without their part in either span. Means over n "
-        "passages.",
+        "whole vectors, for the vectors without their part in either span, and without their part "
+        "in a random span of that size. Means over n passages.",
         columns,
         rows,
     )

@@ -1,0 +1,96 @@
+"""What other packages add to the registry: their import, their arguments, and numbers of their own.
+
+A function or class that is registered may have keyword-only parameters with defaults. They are set
+in the name that chooses it, as in `hinge(factor=3.0)`: in a recipe, on the command line
+(`--set "objective=hinge(factor=3.0)"`) and in the spec of a study. So records, files and keys hold
+the values with the name.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from memvec.errors import MemvecError, did_you_mean
+
+GROUP = "memvec.plugins"
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Import what installed packages declare as `memvec.plugins`, once.
+
+    Raises MemvecError that names the package if one cannot be imported.
+    """
+    for plugin in entry_points(group=GROUP):
+        try:
+            plugin.load()
+        except Exception as error:  # another package's code may raise anything
+            raise MemvecError(
+                f"the plug-in '{plugin.name}' ({plugin.value}) cannot be imported: {error}"
+            ) from error
+
+
+def check_arguments(kind: str, name: str, choice: Any, described: str) -> None:
+    """Raise MemvecError for a choice that cannot be called as its kind is `described` to be."""
+    call = re.match(r"(?:a class made from )?\((.*?)\)", described)
+    if call is None or (kind == "objective" and isinstance(choice, type)):
+        return
+    try:
+        inspect.signature(choice).bind(*re.findall(r"\w+", call[1]))
+    except (TypeError, ValueError) as why:
+        raise MemvecError(f"the {kind} '{name}' is called with ({call[1]}): {why!s:.80}.") from why
+
+
+def split(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments in `name(argument=value, ...)`; a plain name has none.
+
+    Values are numbers, strings in quotes, True or False. Raises MemvecError for anything else.
+    """
+    name, bracket, _ = text.partition("(")
+    if not bracket:
+        return text, {}
+    try:
+        call = ast.parse("made" + text[len(name) :], mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        arguments = {item.arg or "": ast.literal_eval(item.value) for item in call.keywords}
+        if not all(isinstance(value, int | float | str) for value in arguments.values()):
+            raise ValueError
+    except (SyntaxError, ValueError):
+        raise MemvecError(
+            f"'{text}' cannot be read: write it like {name}(factor=3.0, kind='soft')."
+        ) from None
+    return name, arguments
+
+
+def spelled(name: str, arguments: Mapping[str, Any]) -> str:
+    """The one spelling of a name with its arguments: sorted, without needless spaces."""
+    inner = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
+    return f"{name}({inner})" if inner else name
+
+
+def bound(kind: str, name: str, choice: Any, arguments: Mapping[str, Any]) -> Any:
+    """The choice with its keyword-only parameters set; a class stays a class.
+
+    Raises MemvecError for an argument that it does not have.
+    """
+    parameters = inspect.signature(choice).parameters.values()
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for key in arguments:
+        if not own:
+            raise MemvecError(
+                f"the {kind} '{name}' has no arguments of its own: leave out '{key}'."
+            )
+        if key not in own:
+            raise MemvecError(f"the {kind} '{name}' has no '{key}': {did_you_mean(key, own)}")
+    if not isinstance(choice, type):
+        return functools.partial(choice, **arguments)
+    begin: Any = choice.__init__  # type: ignore[misc]
+    body = {"__init__": functools.partialmethod(begin, **arguments), "__doc__": choice.__doc__}
+    return type(choice)(choice.__name__, (choice,), body | {"__module__": choice.__module__})
