@@ -25,7 +25,12 @@ from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
-from memvec.statistics import paired_difference, rank_correlation, separate_difference
+from memvec.statistics import (
+    mean_interval,
+    paired_difference,
+    rank_correlation,
+    separate_difference,
+)
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -205,17 +210,22 @@ def test_gains_are_those_of_passages_that_filled_their_vectors(
     """Of lengths 16, 32 and 64, one vector (20 tokens) is full at the last two."""
     tables, _ = whole
     full = [(n, i) for n in (32, 64) for i in range(4)]
-    expected = np.mean([round(20.5 + i % 3) - math.ceil(FREE * (n - 1)) for n, i in full])
+    gains = [round(20.5 + i % 3) - math.ceil(FREE * (n - 1)) for n, i in full]
+    expected = np.mean(gains)
     for key, column in (("table1", "token gain"), ("utilisation", "token gain")):
         table = tables[key]
         rows = [row for row in table.rows if row[1] == "fanfics"]
         assert [row[table.columns.index(column)] for row in rows] == [pytest.approx(expected)]
+    of_tokens = table.columns.index("% of tokens")
+    interval = mean_interval([100 * gain / float(rows[0][4]) for gain in gains])  # type: ignore[arg-type]
+    shares = [interval.mean, interval.low, interval.high]
+    assert rows[0][of_tokens : of_tokens + 3] == pytest.approx(shares)
     rows = {row[2]: row for row in tables["vectors-paper"].rows}
     assert rows[1][3:6] == [16, 64, "100 %"]
     assert rows[2][3] == 32
     at = tables["vectors-paper"].columns.index("token gain")
     share = float(rows[4][at]) / 4 / float(rows[1][at])  # type: ignore[arg-type]
-    assert rows[4][at + 1] == f"{100 * share:.0f} %"
+    assert rows[4][at + 3] == f"{100 * share:.0f} %"
 
 
 def test_seeds_stand_apart(whole: tuple[dict[str, Table], dict[str, Plot]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -274,6 +275,23 @@ def test_restarts_are_averaged_so_that_n_is_the_number_of_passages(tmp_path: Pat
     for key, n in (("vectors", {2}), ("copy", {2}), ("upper-bound", {2}), ("utilisation", {2, 4})):
         assert {row[-1] for row in tables[key].rows} == n, key
     assert [row[-1] for row in tables["geometry"].rows] == [6]  # which is about restarts
+
+
+def test_means_of_every_protocol_have_their_intervals(study: Path) -> None:
+    for key, names in (
+        ("copy", ("removed by vectors", "removed by copy", "accuracy, copy")),
+        ("upper-bound", ("least moved", "removed", "raised logit / removed, %")),
+        ("utilisation", ("% of tokens", "% of bits")),
+        ("vectors", ("exact tokens", "bits")),
+    ):
+        with (study / f"report/tables/{key}.csv").open() as file:
+            head, *rows = csv.reader(file)
+        for at in map(head.index, names):
+            assert head[at + 1 : at + 3] == ["low", "high"]
+            for row in rows:
+                low, mean, high = (float(row[at + i] or "nan") for i in (1, 0, 2))
+                assert low <= mean <= high or math.isnan(low)
+        assert any(row[head.index(names[0]) + 1] for row in rows), key
 
 
 def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study: Path) -> None:

@@ -69,24 +69,25 @@ class Copy(Protocol):
             copied = _with_copies(everything)
             accurate = copied[copied["accuracy"] >= MIN_ACCURACY]
             parts = {"all": copied, f"accuracy ≥ {MIN_ACCURACY}": accurate}
-            rows += [
-                [
-                    *(short(model), source, length, K, name),
-                    float(group["lm_bits"].mean()),
-                    mean_interval(group["information_gain"].tolist()).mean,
-                    mean_interval(group["copy_gain"].tolist()).mean,
-                    float(group["accuracy"].mean()),
-                    float((group["copy_hits"] / group["predicted"]).mean()),
-                    len(group),
-                ]
-                for name, group in parts.items()
-                if len(group) and (name == "all" or len(accurate) < len(copied))
-            ]
-        columns = ["model", "source", "length", "K", "passages", "H, bits", "removed by vectors"]
-        columns += ["removed by copy", "accuracy, vectors", "accuracy, copy", "n"]
+            for name, group in parts.items():
+                if not len(group) or (name != "all" and len(accurate) == len(copied)):
+                    continue
+                right = group["copy_hits"] / group["predicted"]
+                gains = (group["information_gain"], group["copy_gain"])
+                row: list[TableCell] = [short(model), source, length, K, name]
+                row.append(float(group["lm_bits"].mean()))
+                for values in (*gains, group["accuracy"], right):
+                    m = mean_interval(values.tolist())
+                    row += [m.mean, m.low, m.high]
+                rows.append([*row, len(group)])
+        columns = ["model", "source", "length", "K", "passages", "H, bits"]
+        for what in ("removed by vectors", "removed by copy"):
+            columns += [what, "low", "high"]
+        columns += ["accuracy, vectors", "low", "high", "accuracy, copy", "low", "high", "n"]
         note = (
-            "Means over n passages; H: bits without vectors. In the copy columns the model has "
-            "read the same passage directly before. The paper "
+            "Means over n passages with their 95 % intervals (Student's t); H: mean bits without "
+            "vectors. In the copy columns the model has read the same passage directly before. The "
+            "paper "
             f"compares passages whose vectors reach an accuracy of {MIN_ACCURACY}."
         )
         return [Table("copy", "A vector against the text repeated in context", note, columns, rows)]

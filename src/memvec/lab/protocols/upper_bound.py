@@ -34,6 +34,7 @@ from memvec.lab.sources import SourcedPassage
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.statistics import mean_interval, ratio_of_means
 
 
 def least_moved_bits(logits: Float[Tensor, "T V"], ids: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
@@ -105,22 +106,30 @@ class UpperBound(Protocol):
         rows: list[list[TableCell]] = []
         for (model, source, length, K), everything in by_length(data.of(self.name)):
             group = _with_needed(everything)
-            names = ("lm_bits", "least_moved", "raised_logit", "information_gain")
-            means = [float(group[name].mean()) for name in names]
-            shares = [100 * needed / means[-1] for needed in means[1:3]]
-            rows.append([short(model), source, length, K, *means, *shares, len(group)])
-        columns = ["model", "source", "length", "K", "H, bits", "least moved", "raised logit"]
-        columns += ["removed", "least moved / removed, %", "raised logit / removed, %", "n"]
+            removed = group["information_gain"].tolist()
+            row: list[TableCell] = [short(model), source, length, K, float(group["lm_bits"].mean())]
+            needed = [group[name].tolist() for name in ("least_moved", "raised_logit")]
+            for values in (*needed, removed):
+                m = mean_interval(values)
+                row += [m.mean, m.low, m.high]
+            for values in needed:
+                row += [100 * part for part in ratio_of_means(values, removed)]
+            rows.append([*row, len(group)])
+        columns = ["model", "source", "length", "K", "H, bits"]
+        means = ("least moved", "raised logit", "removed")
+        for name in (*means, "least moved / removed, %", "raised logit / removed, %"):
+            columns += [name, "low", "high"]
         return [
             Table(
                 "upper-bound",
                 "Bits needed for the arg-max against bits removed",
-                "Means over n passages. H: bits without vectors. Needed are the bits that make "
-                "each true token the arg-max: with the least probability moved, from as many of "
-                "the likeliest tokens as necessary (least moved, the paper's bound), or with the "
-                "true token's logit raised to the best other one (raised logit). Removed: "
+                "Means over n passages with their 95 % intervals (Student's t), and ratios of "
+                "these means (paired bootstrap). H: bits without vectors. Needed are the bits that "
+                "make each true token the arg-max: with the least probability moved, from as many "
+                "of the likeliest tokens as necessary (least moved, the paper's bound), or with "
+                "the true token's logit raised to the best other one (raised logit). Removed: "
                 "information gain of the vectors.",
-                columns,
+                [*columns, "n"],
                 rows,
             )
         ]

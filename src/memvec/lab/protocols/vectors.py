@@ -27,6 +27,7 @@ MEASURES = (
     ("token_gain", "token gain, exact horizon", "token gain", "token_gain"),
     ("bits", "information gain, bits, exact horizon", "information gain, bits", "gain_nats"),
 )
+ENDS = ("", "_low", "_high")  # of a measure's name: its mean and the ends of its interval
 
 
 class Vectors(Protocol):
@@ -80,21 +81,21 @@ def _exact_table(measured: pd.DataFrame) -> Table:
     rows: list[list[TableCell]] = []
     for model, source, group in _by_text(measured):
         for line in exact_scaling(group).to_dict("records"):
-            numbers = ("longest", "longest_low", "longest_high", "bits")
+            numbers = [f"{name}{end}" for name in ("longest", "bits") for end in ENDS]
             shares = ("bits_share", "censored", "cut")
             row: list[TableCell] = [short(model), source, int(line["K"])]
             row += [float(line[name]) for name in numbers]
             row += [line["bits"] / line["K"], *(f"{100 * line[name]:.0f} %" for name in shares)]
             rows.append([*row, int(line["n"])])
-    columns = ["model", "source", "K", "exact tokens", "low", "high", "bits", "bits / vector"]
+    columns = ["model", "source", "K", "exact tokens", "low", "high", "bits", "low", "high"]
     return Table(
         "vectors",
         "K vectors against the straight line",
-        "Means over n passages: exact horizon with its 95 % interval, and information gain over "
+        "Means over n passages with their 95 % intervals: exact horizon, and information gain over "
         "it. Of the line: bits divided by K times the bits per vector at the smallest K. Censored: "
         "share of passages that decode whole, where K vectors might hold more. Cut: share of "
         "passages that ended at their budget.",
-        [*columns, "of the line", "censored", "cut", "n"],
+        [*columns, "bits / vector", "of the line", "censored", "cut", "n"],
         rows,
     )
 
@@ -102,7 +103,9 @@ def _exact_table(measured: pd.DataFrame) -> Table:
 def _published_table(data: Data, compare: bool) -> Table:
     """Figure 4 in numbers, by the published rule."""
     columns = ["model", "source", "K", "Max", "longest tried", "of the line"]
-    columns += ["token gain", "of the line", "bits", "of the line", "n"]
+    for gain in ("token gain", "bits"):
+        columns += [gain, "low", "high", "of the line"]
+    columns.append("n")
     if compare:
         columns += ["paper Max", "paper gain", "paper bits (nats / ln 2)"]
     rows: list[list[TableCell]] = []
@@ -113,7 +116,8 @@ def _published_table(data: Data, compare: bool) -> Table:
             row += [None if math.isnan(longest) else int(longest), int(line["tried"])]
             row += [_percent(line["longest_share"])]
             for name in ("token_gain", "bits"):
-                row += [float(line[name]), _percent(line[f"{name}_share"])]
+                row += [float(line[f"{name}{end}"]) for end in ENDS]
+                row.append(_percent(line[f"{name}_share"]))
             row.append(int(line["n"]))
             if compare:
                 known = published.table1(model, str(group["source"].iloc[0]), K) or {}
@@ -125,8 +129,8 @@ def _published_table(data: Data, compare: bool) -> Table:
         "K vectors by the paper's protocol (Figure 4)",
         "Max: longest length of the grid whose mean teacher-forced accuracy is at least 0.99; "
         "where it is the longest tried, a longer grid might give more. Gains: means over the n "
-        "passages with accuracy of at most 0.99. The line is K times the value per vector at the "
-        "smallest K.",
+        "passages with accuracy of at most 0.99, with their 95 % intervals. The line is K times "
+        "the value per vector at the smallest K.",
         columns,
         rows,
     )

@@ -84,6 +84,7 @@ def _panel(ax: Any, panel: Panel) -> None:
             width = 0.8 / len(bars)
             shift = (bars.index(s) - (len(bars) - 1) / 2) * width
             ax.bar(np.array(s.x) + shift, s.y, width, label=s.name or None, color=colour)
+            _intervals(ax, s, "black", shift)
         elif s.mark == "boxes":
             _boxes(ax, s, colour)
         else:  # side by side rather than on top of each other where x is a name
@@ -148,7 +149,12 @@ def _curve(ax: Any, s: Series, colour: str, shift: float) -> None:
         style = "--" if s.mark == "dashed" else "-"
         marker = "o" if s.mark == "line" and len(x) < 20 else ""
         ax.plot(x, y, style, marker=marker, ms=4, lw=1.3, label=label, color=colour)
+    _intervals(ax, s, colour, shift)
+
+
+def _intervals(ax: Any, s: Series, colour: str, shift: float) -> None:
     if s.low and s.high:
+        x, y = np.array(s.x, float) + shift, np.array(s.y, float)
         low, high = np.array(s.low, float), np.array(s.high, float)
         error = np.nan_to_num(np.abs(np.stack([y - low, high - y])))
         ax.errorbar(x, y, error, fmt="none", ecolor=colour, lw=1, capsize=2)

@@ -15,9 +15,9 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Gains
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.plot import Mark, Panel, Plot, Series
 from memvec.lab.report.table import Table, TableCell
-from memvec.statistics import mean_interval
+from memvec.statistics import Mean, mean_interval
 
 BITS = 16  # bits of a number, as in the paper's Figure 5
 
@@ -31,9 +31,9 @@ class Utilisation:
     protocol: str
     K: int
     theoretical: float  # tokens
-    token_gain: float  # tokens, mean
-    tokens: float  # % of the theoretical tokens
-    bits: float  # % of the vectors' bits
+    token_gain: Mean  # tokens
+    tokens: Mean  # % of the theoretical tokens
+    bits: Mean  # % of the vectors' bits
     bits_per_dimension: float
     n: int  # passages
     rule: str
@@ -55,17 +55,16 @@ def _utilisation(data: Data, group: pd.DataFrame, gains: Gains) -> Utilisation:
     first = group.iloc[0]
     facts = data.models[str(first["model"])]
     D, V, K = data.width(first), int(facts["vocabulary"]), int(first["vectors"])
-    bits, tokens = (mean_interval(values).mean for values in (gains.bits, gains.tokens))
     return Utilisation(
         str(first["model"]),
         str(first["series"]),
         str(first["protocol"]),
         K,
         metrics.theoretical_capacity(D, K, BITS, V),
-        tokens,
-        100 * metrics.token_utilisation(tokens, D, K, BITS, V),
-        100 * metrics.bit_utilisation(bits, D, K, BITS),
-        metrics.bits_per_dimension(bits, D, K),
+        mean_interval(gains.tokens),
+        mean_interval([100 * metrics.token_utilisation(g, D, K, BITS, V) for g in gains.tokens]),
+        mean_interval([100 * metrics.bit_utilisation(g, D, K, BITS) for g in gains.bits]),
+        metrics.bits_per_dimension(mean_interval(gains.bits).mean, D, K),
         len(gains.bits),
         gains.rule,
     )
@@ -76,14 +75,19 @@ def utilisation_table(data: Data) -> Table:
     rows: list[list[TableCell]] = []
     for u in utilisations(data):
         row: list[TableCell] = [short(u.model), u.series, u.protocol, u.K, u.theoretical]
-        rows.append([*row, u.token_gain, u.tokens, u.bits, u.bits_per_dimension, u.n])
+        row.append(u.token_gain.mean)
+        for share in (u.tokens, u.bits):
+            row += [share.mean, share.low, share.high]
+        rows.append([*row, u.bits_per_dimension, u.n])
     columns = ["model", "source", "protocol", "K", "theoretical tokens", "token gain"]
+    columns += ["% of tokens", "low", "high", "% of bits", "low", "high"]
     return Table(
         "utilisation",
         "Theoretical capacity and what is reached of it",
-        f"{BITS}-bit numbers, as in the paper's Figure 5. {_rules(data)} The share of bits is the "
-        "stricter one where a token costs fewer than log2 V bits.",
-        [*columns, "% of tokens", "% of bits", "bits / dimension", "n"],
+        f"{BITS}-bit numbers, as in the paper's Figure 5. {_rules(data)} Means over n passages; "
+        "the shares have their 95 % intervals (Student's t), and the gains are proportional to "
+        "them. The share of bits is the stricter one where a token costs fewer than log2 V bits.",
+        [*columns, "bits / dimension", "n"],
         rows,
     )
 
@@ -108,9 +112,10 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
         x = [float(models.index(u.model)) for u in of_series]
         hover = [short(u.model) for u in of_series]
         theoretical = [u.theoretical for u in of_series]
-        reached.append(Series(name, theoretical, [u.token_gain for u in of_series], hover=hover))
-        share.append(Series(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
-        share.append(Series(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
+        gains = [u.token_gain for u in of_series]
+        reached.append(_series(name, theoretical, gains, "points", hover))
+        share.append(_series(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
+        share.append(_series(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
     if compare:
         share += _published(models, list(selected.values()))
     limit = max([1.0, *(u.theoretical for u in selected.values())])
@@ -122,10 +127,17 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
     return Plot(
         "utilisation",
         "Theoretical capacity and utilisation (Figure 5)",
-        f"{BITS}-bit numbers; tokens by token gain, bits by information gain. "
-        + _sentence([*selected.values()]),
+        f"{BITS}-bit numbers; tokens by token gain, bits by information gain. Means over passages "
+        "with their 95 % intervals. " + _sentence([*selected.values()]),
         panels if selected else [],
     )
+
+
+def _series(
+    name: str, x: list[float], means: list[Mean], mark: Mark, hover: list[str] | None = None
+) -> Series:
+    low, high = [m.low for m in means], [m.high for m in means]
+    return Series(name, x, [m.mean for m in means], mark, low, high, hover)
 
 
 def _published(models: list[str], measured: list[Utilisation]) -> list[Series]:
@@ -148,9 +160,9 @@ def _sentence(selected: list[Utilisation]) -> str:
         return ""
     ends = [
         f"{min(v):.1f} to {max(v):.1f} %" if max(v) - min(v) > 0.05 else f"{min(v):.1f} %"
-        for v in ([u.tokens for u in selected], [u.bits for u in selected])
+        for v in ([u.tokens.mean for u in selected], [u.bits.mean for u in selected])
     ]
-    stricter = sum(u.bits < u.tokens for u in selected)
+    stricter = sum(u.bits.mean < u.tokens.mean for u in selected)
     return (
         f"The vectors reach {ends[0]} of the tokens and {ends[1]} of the bits; the share of bits "
         f"is the smaller one in {stricter} of {len(selected)} cases (a model and a source)."
