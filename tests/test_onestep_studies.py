@@ -24,7 +24,7 @@ from memvec.lab.report.data import read_data
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
 from memvec.lab.study.check import check_study
-from memvec.lab.study.pool import Unit, in_units
+from memvec.lab.study.pool import StudyUnit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
@@ -235,7 +235,7 @@ def test_groups_go_to_workers_whole() -> None:
     assert [sorted(u.keys()) for u in units] == [[0, 1, 2], [3, 4, 5]]
     assert [sorted(u.keys()) for u in in_units(cell, found, 1, 2, done={0, 1, 2})] == [[3, 4, 5]]
     rest = units[1].without({4})
-    assert isinstance(rest, Unit)
+    assert isinstance(rest, StudyUnit)
     assert (sorted(rest.keys()), [p.number for p in rest.beside]) == ([3, 5], [4])
 
 

@@ -22,7 +22,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
-from memvec.lab.study.pool import Unit, in_units
+from memvec.lab.study.pool import StudyUnit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
@@ -54,7 +54,7 @@ class Actor:
             options=lambda **_: SimpleNamespace(remote=lambda unit: self.results(unit))
         )
 
-    def results(self, unit: Unit | Batch) -> Any:
+    def results(self, unit: StudyUnit | Batch) -> Any:
         """(key, result) for the unit's passages, then its end; batches are really decoded."""
         if isinstance(unit, Decoding):
             yield from itertools.islice(unit.work(reader("words"), "scripted", None), self.rows)
@@ -98,13 +98,13 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
     return made
 
 
-def one_by_one(things: Iterable[Unit]) -> Callable[[], Unit | None]:
+def one_by_one(things: Iterable[StudyUnit]) -> Callable[[], StudyUnit | None]:
     """Each unit when it is asked for, then None."""
     left = iter(things)
     return lambda: next(left, None)
 
 
-def units(n: int, size: int) -> list[Unit]:
+def units(n: int, size: int) -> list[StudyUnit]:
     cell = expand(parse_spec(HEAD + '[[runs]]\nprotocol = "exact"\nlengths = [3]\n', "spec"))[
         0
     ].cell

@@ -40,7 +40,7 @@ EXPLAINED = {
 POCKET = Path(__file__).parent / "pocket"
 
 
-class Facts(BaseModel):
+class CuttingFacts(BaseModel):
     """What a model's folder may say in its memvec.json about cutting texts; the rest is free."""
 
     fill: float = Field(1, gt=0, le=1)
@@ -172,7 +172,7 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
     if local is not None and (facts := local / "memvec.json").is_file():
         try:
             lm.facts = dict(json.loads(facts.read_text("utf-8")))
-            Facts(**lm.facts)
+            CuttingFacts(**lm.facts)
         except (ValueError, TypeError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise MemvecError(f"{facts} holds no measured facts ({reason}): delete it.") from None

@@ -91,7 +91,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "layout": {
         "prefix": "memvec.model.reading:Prefix",
-        "one-step": "memvec.arms.one_step:OneStep",
+        "one-step": "memvec.arms.one_step:OneStepReading",
         "one-step-shared": "memvec.arms.one_step:OneStepSharedM",
     },
     "space": {

@@ -22,7 +22,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import Layout, Prefix, StartRule
 
 
-class OneStep(Prefix):
+class OneStepReading(Prefix):
     """[e, m x (T - 1)] for vectors (B, 2, D): one forward pass gives all tokens of a passage."""
 
     layout: Layout = "one-step"
@@ -76,7 +76,7 @@ class OneStep(Prefix):
         return min(lm.context or reach + 2, reach + 2)
 
 
-class OneStepSharedM(OneStep):
+class OneStepSharedM(OneStepReading):
     """The same with one m for all passages of a file, stored once: [m, e_1 ... e_P]."""
 
     layout: Layout = "one-step-shared"

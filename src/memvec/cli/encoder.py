@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from memvec.encoders.base import TrainedEncoder
     from memvec.encoders.measure import Comparison
     from memvec.encoders.recurrent_measure import SegmentComparison
-    from memvec.encoders.training_run import Plan, TrainingProgress
+    from memvec.encoders.training_run import TrainingPlan, TrainingProgress
     from memvec.model.lm import FrozenLM
 
 app = typer.Typer(
@@ -117,7 +117,7 @@ def train(
     _train(lm, token_stream(lm, text, column, where), choices, target)
 
 
-def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: Plan, target: Path) -> None:
+def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: TrainingPlan, target: Path) -> None:
     """Train by a plan and write the encoder."""
     from memvec.cli.display import say
     from memvec.encoders.files import save_encoder
@@ -132,7 +132,7 @@ def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: Plan, target: Path)
     say(f"{target}: {_what_it_is(encoder, choices, target)}")
 
 
-def _what_it_is(encoder: TrainedEncoder, choices: Plan, target: Path) -> str:
+def _what_it_is(encoder: TrainedEncoder, choices: TrainingPlan, target: Path) -> str:
     """What was trained, and what to do with it."""
     from memvec.encoders.recurrent_training import RecurrentPlan
 

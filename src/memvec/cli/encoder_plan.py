@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from memvec.encoders.training_run import Plan, TrainingRun
+    from memvec.encoders.training_run import TrainingPlan, TrainingRun
     from memvec.model.lm import FrozenLM
 
 Out = Annotated[
@@ -115,7 +115,7 @@ def kind_of(**flags: bool) -> str:
     return kinds[0] if kinds else "slots"
 
 
-def kinds() -> dict[str, tuple[type[Plan], Callable[[FrozenLM, Tensor, Any], TrainingRun]]]:
+def kinds() -> dict[str, tuple[type[TrainingPlan], Callable[[FrozenLM, Tensor, Any], TrainingRun]]]:
     """The plan and the run of each kind of encoder."""
     from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
     from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
@@ -130,7 +130,7 @@ def kinds() -> dict[str, tuple[type[Plan], Callable[[FrozenLM, Tensor, Any], Tra
     }
 
 
-def plan_of(kind: str, given: dict[str, Any]) -> Plan:
+def plan_of(kind: str, given: dict[str, Any]) -> TrainingPlan:
     """The plan of a training run from options, None where not given.
 
     Raises MemvecError for options that this kind of encoder does not have, and for values that no
@@ -149,7 +149,7 @@ def plan_of(kind: str, given: dict[str, Any]) -> Plan:
     return plans[kind](**given)
 
 
-def training_of(lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan) -> TrainingRun:
+def training_of(lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> TrainingRun:
     """The run of a plan."""
     run = next(run for kind, run in kinds().values() if kind is type(plan))
     return run(lm, stream, plan)

@@ -169,7 +169,7 @@ class Engine:
         """Fill up to `slots` slots with waiting passages; choose the columns of the next steps."""
         free = min(slots - len(self.jobs), len(self.waiting))
         newcomers = [self.waiting.pop() for _ in range(free)]
-        if newcomers and not fits(lambda: self._seat(newcomers)):
+        if newcomers and not fits(lambda: self._give_slots(newcomers)):
             self._put_back(newcomers)
             self.fill(self.batch_size)
         elif self.batch is not None:
@@ -184,7 +184,7 @@ class Engine:
             columns = columns_for(need) if self.graphs else need
             self.columns = longest if self.fixed_shapes else min(longest, columns)
 
-    def _seat(self, newcomers: list[Job]) -> None:
+    def _give_slots(self, newcomers: list[Job]) -> None:
         """Give each of these jobs a slot."""
         columns = max(len(job.passage) for job in newcomers)
         if self.batch is not None:  # the slots may still be as wide as a passage that has left

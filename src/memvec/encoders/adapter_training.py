@@ -14,13 +14,13 @@ from torch import Tensor
 
 from memvec.encoders.base import TrainedEncoder
 from memvec.encoders.files import load_encoder
-from memvec.encoders.training_run import Plan, TrainingRun
+from memvec.encoders.training_run import TrainingPlan, TrainingRun
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
 
 @dataclass(frozen=True)
-class AdapterPlan(Plan):
+class AdapterPlan(TrainingPlan):
     """The choices of every run that trains adapters. Lengths in tokens per vector.
 
     Raises MemvecError for a choice out of range.

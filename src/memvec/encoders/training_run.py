@@ -41,7 +41,7 @@ RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracies at which a targe
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The choices of every training run. Raises MemvecError for a choice out of range."""
 
     steps: int = 2000
@@ -66,8 +66,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class NetworkPlan(Plan):
-    """The choices of a run whose encoder has a network beside the LM. Raises as `Plan`."""
+class NetworkPlan(TrainingPlan):
+    """The choices of a run whose encoder has a network beside the LM. Raises as `TrainingPlan`."""
 
     hidden: int = 256
     layers: int = 4
@@ -120,7 +120,7 @@ class TrainingRun(ABC):
     optimizer: torch.optim.Optimizer
     target: float
 
-    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: Plan) -> None:
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> None:
         if not lm.has_split_head:
             raise MemvecError(f"{lm.name} does not give its hidden states: no encoder for it.")
         self.lm, self.plan = lm, plan

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.arms.one_step import OneStep
+from memvec.arms.one_step import OneStepReading
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -30,7 +30,7 @@ FORMULAS = {
 }
 
 
-class Arranged(OneStep):
+class Arranged(OneStepReading):
     """Reads e and m in one of these orders; `length` (N of the spec) fixes where halves meet."""
 
     def __init__(self, arrangement: Arrangement, length: int) -> None:

@@ -23,7 +23,7 @@ from memvec.passages.passage import Passage
 
 
 @dataclass(frozen=True)
-class Unit:
+class StudyUnit:
     """Passages of one cell that go to one worker together.
 
     The passages in `beside` have rows from a worker that died before it finished the unit. They are
@@ -39,7 +39,7 @@ class Unit:
         """The numbers of its passages."""
         return {sourced.number for sourced in self.passages}
 
-    def without(self, done: set[Hashable]) -> Unit:
+    def without(self, done: set[Hashable]) -> StudyUnit:
         """The unit without the passages whose numbers are done."""
         left = tuple(p for p in self.passages if p.number not in done)
         if not protocol_of(self.cell.protocol).group_size(self.cell.options):
@@ -85,7 +85,7 @@ class Pool(Protocol):
         """A cell's passages."""
 
     def cram(
-        self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
+        self, units: Iterable[StudyUnit], on_progress: Callable[[Progress], None] | None
     ) -> Iterator[StoreEntry]:
         """Rows of all units, in any order."""
 
@@ -121,7 +121,7 @@ class Here:
         return Texts(passages, [text_of(self.lm, p) for p in passages])
 
     def cram(
-        self, units: Iterable[Unit], on_progress: Callable[[Progress], None] | None
+        self, units: Iterable[StudyUnit], on_progress: Callable[[Progress], None] | None
     ) -> Iterator[StoreEntry]:
         """Rows of all units, one unit after the other."""
         for unit in units:
@@ -157,7 +157,7 @@ def in_units(
     size: int,
     batch_size: int,
     done: Collection[int] = (),
-) -> Iterator[Unit]:
+) -> Iterator[StudyUnit]:
     """Units of `size` passages that are not done; groups that share a vector make one unit each.
 
     All passages of a group are done, or none.
@@ -166,8 +166,8 @@ def in_units(
     group = protocol_of(cell.protocol).group_size(cell.options)
     if not group:
         for at in range(0, len(left), size):
-            yield Unit(cell, tuple(left[at : at + size]), batch_size)
+            yield StudyUnit(cell, tuple(left[at : at + size]), batch_size)
         return
     for key in sorted({p.number // group for p in left}):
         waiting = tuple(p for p in left if p.number // group == key)
-        yield Unit(cell, waiting, batch_size)
+        yield StudyUnit(cell, waiting, batch_size)

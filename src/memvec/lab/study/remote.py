@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memvec.lab.sources import Source
 from memvec.lab.study.cells import Cell
-from memvec.lab.study.pool import Here, Texts, Unit
+from memvec.lab.study.pool import Here, StudyUnit, Texts
 from memvec.lab.study.row import StoreEntry
 from memvec.lab.study.spec import ModelSpec
 from memvec.passages.passage import Passage
@@ -61,7 +61,7 @@ class Remote:
         """Passages that go to one worker together."""
         return self.workers.share(waiting, batch_size)
 
-    def cram(self, units: Iterable[Unit], on_progress: OnProgress) -> Iterator[StoreEntry]:
+    def cram(self, units: Iterable[StudyUnit], on_progress: OnProgress) -> Iterator[StoreEntry]:
         """Rows of all units as they finish; the next unit is taken when a worker is free."""
         source = iter(units)
         yield from self.workers.stream(lambda: next(source, None), on_progress)

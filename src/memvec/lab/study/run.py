@@ -17,7 +17,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source
 from memvec.lab.study.cells import Planned, expand
-from memvec.lab.study.pool import Pool, Unit, in_units
+from memvec.lab.study.pool import Pool, StudyUnit, in_units
 from memvec.lab.study.price import max_tokens, problems
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
@@ -140,7 +140,7 @@ class _Run:
     def _left(self, p: Planned) -> int:
         return p.passages - self.done[p.cell.key]
 
-    def _units(self, planned: list[Planned], pool: Pool) -> Iterator[Unit]:
+    def _units(self, planned: list[Planned], pool: Pool) -> Iterator[StudyUnit]:
         """Units of all cells that are not done, each made when the pool takes it."""
         description = pool.description()
         earlier: dict[str, dict[int, tuple[int, ...]]] = {}  # passages of each source

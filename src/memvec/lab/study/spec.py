@@ -30,7 +30,7 @@ from memvec.lab.sources import SOURCES, AnySource, Source
 from memvec.lab.study.wording import place_of, refusal
 from memvec.loading import DTYPES
 
-Storage = Literal["float32", "bfloat16", "float16"]
+StorageName = Literal["float32", "bfloat16", "float16"]
 
 
 Whole = Annotated[int, Field(strict=True)]  # not true, and not 6.0
@@ -77,7 +77,7 @@ class RunSpec(Strict):
     budget: Whole = Field(
         default=0, ge=0, description="maximum of forward-backward tokens for a passage; 0: no limit"
     )
-    storage: Storage | None = Field(
+    storage: StorageName | None = Field(
         default=None, description="dtype of this run's stored vectors; default: the spec's"
     )
     options: dict[str, Any] = Field(
@@ -91,7 +91,7 @@ class Spec(Strict):
     name: str = Field(description="name of the study and of its default folder")
     about: str = Field(default="", description="what it is for")
     batch_size: Whole = Field(default=8, ge=1, description="passages crammed at once on a device")
-    storage: Storage = Field(default="float32", description="dtype of stored vectors")
+    storage: StorageName = Field(default="float32", description="dtype of stored vectors")
     fixed_shapes: bool = Field(
         default=True, description="keep batch shapes fixed, so rows do not depend on who runs them"
     )

@@ -96,7 +96,7 @@ def cram_cell(
     """Rows of a cell's passages, each as soon as it is certified.
 
     `beside`: passages of the same group that have rows and are crammed again with the others, for
-    protocols whose passages share a vector (see `Unit`).
+    protocols whose passages share a vector (see `StudyUnit`).
     """
     recipe, protocol = cell.to_recipe(), protocol_of(cell.protocol)
     lm = lm.read_as(protocol.reading(cell.length, cell.options))
