@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ from conftest import passages, reader, tiny
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.lab.protocols.arrangements import ARRANGEMENTS, Arranged
+from memvec.lab.protocols.arrangements import Arranged, Arrangement
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.one_step import OneStep, published_longest, times_faster
 from memvec.lab.protocols.one_step_groups import group_means
@@ -33,6 +34,7 @@ from studies import HEAD, everything, run, spec_in
 pytestmark = pytest.mark.slow  # left out of `make check`
 
 RECIPE = "recipe = { lr = 0.1, steps = 12 }\n"
+ARRANGEMENTS = get_args(Arrangement)
 
 
 def block(protocol: str, more: str) -> str:

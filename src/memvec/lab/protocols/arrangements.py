@@ -8,7 +8,7 @@ saved in a file, so only that one has a name in `memvec.model.reading`.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,6 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 
 Arrangement = Literal["e", "halves", "pairs", "m-for-each", "m-for-rest"]
-ARRANGEMENTS: tuple[Arrangement, ...] = get_args(Arrangement)
 FORMULAS = {
     "e": "[e] × N",
     "halves": "[e] × N/2 [m] × N/2",

@@ -18,7 +18,6 @@ from typing import Any
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
-from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
 from memvec.recipe_effect import check_effect
@@ -153,11 +152,3 @@ def too_long(cell: Cell, facts: Facts | None) -> str | None:
             f"context of {cell.model} ({facts.context} tokens)."
         )
     return None
-
-
-def check_lengths(planned: list[Planned]) -> None:
-    """Raise MemvecError for the first cell that cannot fit."""
-    facts = {name: facts_of_name(name) for name in {p.cell.model for p in planned}}
-    for p in planned:
-        if sentence := too_long(p.cell, facts[p.cell.model]):
-            raise MemvecError(sentence)

@@ -3,7 +3,8 @@
 Three kinds of columns (a test sees that every column is of one of them):
 
 - recomputed from vectors and token ids (`recompute.py`);
-- costs that the recipe and the margin bound: the steps, the tokens of so many steps, the margin;
+- costs that the recipe and the margin bound: the status, the steps, the tokens of so many steps,
+  the margin;
 - records of what happened, which nothing can recompute: these only the row's seal holds. The gain
   at the least loss is one of them, and no stored vectors may exceed it.
 
@@ -41,16 +42,6 @@ from memvec.model.mixed import BFLOAT16_AUTOCAST
 TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05, BFLOAT16_AUTOCAST: 0.3}  # logits
 BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, BFLOAT16_AUTOCAST: 0.1}  # bits a token
 MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
-
-RECOMPUTED = frozenset(
-    (
-        *("passage", "tokens", "predicted", "exact", "horizon", "accuracy", "margin", "lm_bits"),
-        *("mem_bits", "information_gain", "token_gain", "lm_right", "horizon_gain"),
-        *("horizon_token_gain", "start_rule", "extra"),
-    )
-)
-BOUNDED = frozenset(["status", "margin_asked", "steps", "spent"])
-RECORDED = frozenset(["cell", "number", "seconds", "batch_size", "worker", "least_loss_gain"])
 
 
 def check_study(
