@@ -20,6 +20,7 @@ from memvec.errors import MemvecError
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.price import hours
 from memvec.loading import load_lm
+from memvec.model.configuration import context_length
 from memvec.model.estimate import (
     estimate,
     facts_of_config,
@@ -331,6 +332,12 @@ def test_logits_of_many_positions_are_never_in_memory_at_once(batch_size):
     states = 3 * batch_size * 64 * facts.hidden * facts.number
     rows = min(batch_size * 64, LOGITS_AT_ONCE // facts.vocabulary)
     assert part.logits == rows * facts.vocabulary * 4 * 3 + states
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len", "max_sequence_length"])
+def test_a_spec_knows_the_context_that_a_loaded_model_has(name):
+    config = transformers.PretrainedConfig(hidden_size=8, num_hidden_layers=1, **{name: 64})
+    assert facts_of_config(config, 2).context == context_length(config) == 64
 
 
 def test_time_is_operations_over_speed():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memvec.model.configuration import context_length
 from memvec.model.large import saved_bytes
 from memvec.model.memory import LOGITS_AT_ONCE
 
@@ -125,7 +126,7 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
         normed=normed,
         fused=family in FUSED,
         inside=WRITTEN_OUT.get(activation, 1),
-        context=first("max_position_embeddings", "n_positions", "max_seq_len") or None,
+        context=context_length(c),
     )
 
 
