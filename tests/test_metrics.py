@@ -14,11 +14,16 @@ from conftest import passages, tiny
 from memvec import metrics
 from memvec.cramming.certify import positions
 from memvec.lab.compressors import byte_account
+from memvec.lab.report.published import published
 from memvec.model import memory
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
 
 B, T, V = 3, 8, 13
+XZ_9E = {  # what `xz -9e` does, written out
+    **{"id": lzma.FILTER_LZMA2, "dict_size": 2**26, "lc": 3, "lp": 0, "pb": 2},
+    **{"mode": lzma.MODE_NORMAL, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 512},
+}
 SEEDS = range(5)
 
 
@@ -91,15 +96,30 @@ def test_gains(seed):
 
 
 @pytest.mark.parametrize(("D", "K", "b", "size"), [(2048, 1, 16, 128256), (512, 4, 32, 4096)])
-def test_capacity_and_utilisation(D, K, b, size):
+def test_capacity_is_the_tokens_that_fit(D, K, b, size):
     capacity = 0.0  # count the tokens that fit, one by one
     while (capacity + 1) * math.log2(size) <= K * D * b:
         capacity += 1
     assert math.floor(metrics.theoretical_capacity(D, K, b, size)) == capacity
-    share = metrics.token_utilisation(100, D, K, b, size)
-    assert share == pytest.approx(100 / (K * D * b / math.log2(size)))
-    assert metrics.bit_utilisation(100.0, D, K, b) == pytest.approx(100 / (K * D * b))
-    assert metrics.bits_per_dimension(100.0, D, K) == pytest.approx(100 / (K * D))
+
+
+@pytest.mark.parametrize("model", published()["utilisation"]["values"])
+def test_capacity_and_utilisation_are_the_published_ones(model):
+    """Figure 5 as its authors computed it, from the token gains of their Tables 1 and 3."""
+    figure, gains = (published()[name]["values"][model] for name in ("utilisation", "table1"))
+    D, size = figure["width"], figure["vocabulary"]
+    assert metrics.theoretical_capacity(D, 1, 16, size) == pytest.approx(
+        figure["theoretical"], abs=0.5
+    )
+    share = 100 * metrics.token_utilisation(gains["pg19"]["token_gain"][0], D, 1, 16, size)
+    assert share == pytest.approx(figure["utilisation_pg19"], rel=2e-3)
+
+
+def test_shares_of_bits_by_hand():
+    """24 bits in three vectors of four 8-bit numbers, of 96 bits."""
+    assert metrics.bit_utilisation(24.0, 4, 3, 8) == 0.25
+    assert metrics.bits_per_dimension(24.0, 4, 3) == 2.0
+    assert metrics.token_utilisation(3, 4, 3, 8, 256) == 0.25  # a token of 256 is 8 bits
 
 
 @pytest.mark.parametrize("n", [2, 3, 50])
@@ -123,7 +143,9 @@ def test_the_byte_account_can_be_decompressed(text):
     account = byte_account(text, 4096, 100.5)
     assert (account["text"], account["vectors"]) == (len(text), 4096)
     assert account["arithmetic"] == 13  # 100.5 bits need 12.56 bytes
-    assert account["xz"] == len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    packed = lzma.compress(text, filters=[XZ_9E])
+    assert account["xz"] == len(packed)
+    assert lzma.decompress(packed) == text
     packed = zstandard.ZstdCompressor(level=19).compress(text)
     assert account["zstd"] == len(packed)
     assert zstandard.ZstdDecompressor().decompress(packed) == text
