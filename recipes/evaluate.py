@@ -28,14 +28,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from corpus import generator, ordinary_batch, read_texts, tokenized, windows
+from memvec.statistics import bootstrap_mean
 
 
-def interval(values, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean of the values and its 95 % bootstrap interval."""
-    values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return tuple(round(float(value), 3) for value in (values.mean(), low, high))
+def interval(values) -> tuple[float, float, float]:
+    """Mean of the values and its 95 % bootstrap interval (NaN for one value)."""
+    return tuple(round(value, 3) for value in bootstrap_mean([float(value) for value in values]))
 
 
 def pieces_of(path: Path) -> dict[str, int] | None:
