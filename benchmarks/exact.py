@@ -54,7 +54,7 @@ from models import SHAPES, random_model
 from texts import overlapping, passages_of, random_tokens
 
 # Mean exact horizon, tokens: one vector from noise, 400 and 800 steps (docs/capacity.md).
-HORIZONS = {"pocket": 74, "r256": 22}
+HORIZONS = {"pocket": 91, "r256": 23}
 SHARES = (0.3, 0.6, 0.9)
 QUICK = {"pocket": (0.2,), "r256": (0.5,)}  # shares
 QUICK_STEPS, QUICK_PASSAGES = 160, 3  # of theirs
