@@ -615,7 +615,7 @@ def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
     engine.fill(2)
     for _ in range(4):
         engine.step()
-    engine.batch.least_mem_bits[:] = 1.0  # whatever its other steps were
+    engine.batch.min_mem_bits[:] = 1.0  # whatever its other steps were
     if how == "halved":
         engine._halve_batch()
         found, extra = list(engine.run()), 0
@@ -626,7 +626,7 @@ def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
         found, extra = list(engine.run()), 1  # a retry is never free
     each = 6 + K - 1
     for o in found:
-        assert (o.steps, o.spent, o.least_mem_bits) == (9, (9 - extra) * each, 1.0)
+        assert (o.steps, o.spent, o.min_mem_bits) == (9, (9 - extra) * each, 1.0)
     assert len(found) == 2
 
 

@@ -52,7 +52,7 @@ def watched(engine):
 def outcomes(engine, asked):
     """All that differs from passage to passage, by its ids."""
     return {
-        o.passage.ids: (o.steps, o.spent, o.status, o.exact, o.least_mem_bits, o.vectors.tolist())
+        o.passage.ids: (o.steps, o.spent, o.status, o.exact, o.min_mem_bits, o.vectors.tolist())
         for o in engine.run(asked)
     }
 

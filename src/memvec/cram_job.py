@@ -92,9 +92,9 @@ class CramJob:
         self.split = 0
         self.expected: Expected | None = None
         self._enter("preparing")  # coordinates may have a model's gradients to measure
-        slots, tell = 1 if batch_size is None else batch_size, self._tell
+        slots, report = 1 if batch_size is None else batch_size, self._report
         self.engine = Engine(
-            lm, recipe, vectors=K, batch_size=slots, storage=storage, on_progress=tell
+            lm, recipe, vectors=K, batch_size=slots, storage=storage, on_progress=report
         )
         self._enter("measuring")
 
@@ -154,7 +154,7 @@ class CramJob:
     def _crew(self, workers: Workers) -> Crew:
         e = self.engine
         batch = Batch((), self.recipe, self.K, e.batch_size, self.storage.name, self.lm.layout)
-        return Crew(workers, batch, self._tell)
+        return Crew(workers, batch, self._report)
 
     def _cram_sharing_a_vector(self, jobs: list[Job]) -> None:
         """Cram all passages together, as they share m; again with halves of those that fail."""
@@ -162,7 +162,7 @@ class CramJob:
             self.done.clear()
             options = {"batch_size": self.engine.batch_size, "storage": self.storage}
             shared = self.lm.reading.crammer(
-                self.lm, self.engine.recipe, on_progress=self._tell, **options
+                self.lm, self.engine.recipe, on_progress=self._report, **options
             )
             crammed, jobs, split = shared.run(jobs), [], self.split
             for outcome in crammed:
@@ -245,7 +245,7 @@ class CramJob:
             halves = ()
         else:
             self.split += 1
-        self._tell()
+        self._report()
         return list(halves)
 
     # ------------------------------------------------------------------ result out
@@ -324,17 +324,17 @@ class CramJob:
         )
         return MemVectors(torch.stack([o.vectors for o in outcomes]), header, soft)
 
-    # ------------------------------------------------------------------ news
+    # ------------------------------------------------------------------ status
 
     def _enter(self, stage: str) -> None:
         self.stage = stage
-        self._tell()
+        self._report()
 
-    def _tell(self, progress: Progress | None = None) -> None:
+    def _report(self, progress: Progress | None = None) -> None:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
-            vectors, news = self.K * len(self.done), (progress, self.expected)
-            self.on_status(CramStatus(self.stage, self.total, done, vectors, self.split, *news))
+            vectors, now = self.K * len(self.done), (progress, self.expected)
+            self.on_status(CramStatus(self.stage, self.total, done, vectors, self.split, *now))
 
 
 def _space_record(lm: FrozenLM) -> SpaceRecord | None:

@@ -65,7 +65,7 @@ def export(
         kept = manifest["use"]["held_out"]["contexts"]["vectors"]["kept"]
         display.say(
             f"{folder}: {manifest['inputs']} inputs for {to}, to put in front of a prompt. By the "
-            f"held-out queries the vectors {_worth(kept)}."
+            f"held-out queries the vectors {_kept_gain(kept)}."
         )
     else:
         display.say(
@@ -76,7 +76,7 @@ def export(
             display.say(f"Decode it there: python {folder}/decode.py {target.argument}")
 
 
-def _worth(kept: float) -> str:
+def _kept_gain(kept: float) -> str:
     """What vectors keep of the text's gain as a context; below 0 they are worse than none."""
     if kept < 0:
         return f"are a worse context than none ({kept:.2f} of the text's gain)"

@@ -32,7 +32,7 @@ SMALLEST_RAISE = 0.05
 class Job:
     """A passage that waits, is in a slot, or has left it, with what it has cost so far.
 
-    `least_mem_bits` is as in `Finished`, `seconds` its share of the wall time of the batch.
+    `min_mem_bits` is as in `Finished`, `seconds` its share of the wall time of the batch.
     """
 
     passage: Passage
@@ -40,7 +40,7 @@ class Job:
     vectors: Float[Tensor, "K D"] | None = None  # None: begin from the recipe's start
     steps: int = 0
     spent: int = 0  # forward-backward tokens
-    least_mem_bits: float = math.inf
+    min_mem_bits: float = math.inf
     seconds: float = 0.0
 
     @classmethod
@@ -53,13 +53,13 @@ class Job:
         margin = outcome.margin_asked
         if raised is not None:
             margin = max(2 * margin, SMALLEST_RAISE * raised)
-        costs = (outcome.steps, outcome.spent, outcome.least_mem_bits, outcome.seconds)
+        costs = (outcome.steps, outcome.spent, outcome.min_mem_bits, outcome.seconds)
         return cls(outcome.passage, margin, outcome.vectors.float(), *costs)
 
     def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
         """The end of this job, with the vectors (K, D) as they will be stored."""
-        costs, bits = (self.steps, self.spent, self.seconds), self.least_mem_bits
-        return Finished(self.passage, vectors, status, self.margin, *costs, least_mem_bits=bits)
+        costs, bits = (self.steps, self.spent, self.seconds), self.min_mem_bits
+        return Finished(self.passage, vectors, status, self.margin, *costs, min_mem_bits=bits)
 
 
 def refuse_for_memory(jobs: Sequence[Job], device: torch.device) -> NoReturn:
@@ -120,7 +120,7 @@ class BatchState(Rows):
     vectors: Float[Tensor, "B K D"]  # the best measured so far, as they will be stored
     steps: Int[Tensor, " B"]
     spent: Int[Tensor, " B"]  # forward-backward tokens
-    least_mem_bits: Float[Tensor, " B"]  # of the whole passage, over all steps; inf: not measured
+    min_mem_bits: Float[Tensor, " B"]  # of the whole passage, over all steps; inf: not measured
     done: Bool[Tensor, " B"]  # every margin is met
     failed: Bool[Tensor, " B"]  # the loss was not finite
     stopped: Bool[Tensor, " B"]  # done, failed or out of budget: the slot can be freed
@@ -154,7 +154,7 @@ class BatchState(Rows):
         """Write the best vectors that were measured in a row, and what they cost, into its job."""
         job.vectors = self.vectors[row].cpu().clone()
         job.steps, job.spent = int(self.steps[row]), int(self.spent[row])
-        job.least_mem_bits = float(self.least_mem_bits[row])
+        job.min_mem_bits = float(self.min_mem_bits[row])
 
     def widen(self, columns: int) -> None:
         """Room for passages of `columns` tokens."""

@@ -29,7 +29,7 @@ from memvec.storage import Storage
 class Finished:
     """A passage that left its slot: 'done' (every margin met), 'budget' or 'not-finite'.
 
-    `least_mem_bits` is the smallest H_mem of all its steps, bits, which need not be that of the
+    `min_mem_bits` is the smallest H_mem of all its steps, bits, which need not be that of the
     kept vectors; infinite where the loss of a step is not the cross-entropy of the whole passage.
     """
 
@@ -40,7 +40,7 @@ class Finished:
     steps: int
     spent: int  # forward-backward tokens
     seconds: float  # its share of the wall time of the batch
-    least_mem_bits: float = field(default=math.inf, kw_only=True)
+    min_mem_bits: float = field(default=math.inf, kw_only=True)
 
 
 @dataclass(frozen=True)

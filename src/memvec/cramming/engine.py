@@ -233,7 +233,7 @@ class Engine:
             vectors=vectors.float(),
             steps=torch.tensor([job.steps for job in jobs], device=device),
             spent=torch.tensor([job.spent for job in jobs], device=device),
-            least_mem_bits=torch.tensor([job.least_mem_bits for job in jobs], device=device),
+            min_mem_bits=torch.tensor([job.min_mem_bits for job in jobs], device=device),
             done=flag,
             failed=flag.clone(),
             stopped=flag.clone(),

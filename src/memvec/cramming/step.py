@@ -101,8 +101,8 @@ class Step:
         """
         measured = self.measure(batch, columns, padding_rows)
         newly_enlarged = self._update_progress(batch, measured, padding_rows)
-        most = measured.within.sum(-1)  # tokens of a new stage beyond these wait for the next step
-        counted = self.schedule.counted(batch.schedule, batch.length).minimum(most).clamp_min(0)
+        room = measured.within.sum(-1)  # tokens of a new stage beyond these wait for the next step
+        counted = self.schedule.counted(batch.schedule, batch.length).minimum(room).clamp_min(0)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
             column < counted[:, None], measured.margin, batch.target_margin
@@ -202,7 +202,7 @@ class Step:
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
             bits = (measured.loss.double() * measured.within).sum(-1) / LN2
-            batch.least_mem_bits = torch.fmin(batch.least_mem_bits, bits.to(batch.least_mem_bits))
+            batch.min_mem_bits = torch.fmin(batch.min_mem_bits, bits.to(batch.min_mem_bits))
         # With `settle` a passage is done after so many steps, if it was exact in one of them.
         settled = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
         arrived = settled if self.recipe.settle else whole

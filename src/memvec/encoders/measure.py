@@ -78,10 +78,10 @@ def compare(
     recipe = recipe or Recipe()
     if not lengths or min(lengths) < 1 or max(lengths) > passages.shape[1]:
         raise MemvecError(f"lengths must be from 1 to {passages.shape[1]} tokens.")
-    if lm.context is not None and max(lengths) > (most := lm.context - lm.encoder.beside):
+    if lm.context is not None and max(lengths) > (max_tokens := lm.context - lm.encoder.beside):
         raise MemvecError(
             f"{max(lengths)} tokens do not fit the context of {lm.name} beside the vectors of the "
-            f"encoder: at most {most}."
+            f"encoder: at most {max_tokens}."
         )
     rows = tuple(_at_length(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
     horizons = [

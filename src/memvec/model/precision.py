@@ -34,8 +34,8 @@ def multiplies_bfloat16() -> bool:
     """True if torch reports that this CPU has instructions for bfloat16 matrix products."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    says = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every supported torch
-    return says is not None and bool(says())
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every supported torch
+    return known is not None and bool(known())
 
 
 def attention(

@@ -113,7 +113,7 @@ class WholePassages(CramJob):
 
     def _keep_or_halve(self, outcome: Outcome) -> list[Passage]:
         self.done[outcome.passage.document, outcome.passage.offset] = outcome
-        self._tell()
+        self._report()
         return []
 
 

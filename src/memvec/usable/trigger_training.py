@@ -215,7 +215,7 @@ def _crammed(
 ) -> tuple[Float[Tensor, "N D"], BatchReport]:
     """New vectors for a batch of passages, and the trigger that they have moved."""
 
-    def tell(now: Progress) -> None:
+    def progressed(now: Progress) -> None:
         if on_progress is not None:
             on_progress(number + 1, now, recipe.steps)
 
@@ -225,7 +225,7 @@ def _crammed(
         recipe,
         vectors=plan.vectors,
         batch_size=len(passages),
-        on_progress=tell,
+        on_progress=progressed,
     )
     step = engine.stepper
     assert isinstance(step, SharedStep)

@@ -121,7 +121,7 @@ def read_hub_texts(
     commit = f"@{builder.hash[:12]}" if _COMMIT.fullmatch(str(builder.hash)) else ""
     kept = [True] * len(table)
     for name, value in (where or {}).items():
-        kept = [k and str(found) == value for k, found in zip(kept, table[name], strict=True)]
+        kept = [k and str(cell) == value for k, cell in zip(kept, table[name], strict=True)]
     rows = zip(table[column], kept, strict=True)
     return [(f"{dataset}{commit} row {i}", str(t)) for i, (t, k) in enumerate(rows) if t and k]
 

@@ -166,7 +166,7 @@ def _finished(
 
 def _least_loss_gain(outcome: Outcome) -> float:
     """Information gain at the least loss of all steps, bits; NaN where it was not measured."""
-    gain = outcome.metrics.lm_bits - outcome.least_mem_bits
+    gain = outcome.metrics.lm_bits - outcome.min_mem_bits
     return gain if math.isfinite(gain) else math.nan
 
 
