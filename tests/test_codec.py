@@ -31,6 +31,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, NotExactError
 from memvec.journal import Journal
 from memvec.model import batch_size as batch_size_module
+from memvec.model.estimate import facts_of
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import START_RULES
 from memvec.passages.cutting import surprisals
@@ -624,6 +625,29 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
     assert told[-1].expected.fills == 1.5
 
 
+def test_the_activations_of_a_step_are_measured_once_on_what_computes_it(monkeypatch):
+    """For the number of slots and for the estimate that is shown."""
+    measured = []
+
+    def counted(lm, tokens, fast=None):
+        measured.append((fast, tokens))
+        return facts_of(lm, tokens, fast)
+
+    for module in (cram_job, batch_size_module):
+        monkeypatch.setattr(module, "facts_of", counted)
+    options = {"on_status": lambda status: None}
+    job = cram_job.CramJob(reader(), [], 2, 3, QUICK, None, storage_of("float32"), **options)
+    job.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5))])
+    assert measured == [(job.engine.module, 3)]
+    assert job.expected.slots == 2
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_fewer_than_one_slot_is_refused(batch_size):
+    with pytest.raises(MemvecError, match="--batch-size must be at least 1"):
+        codec.cram(reader(), "the fox", recipe=QUICK, batch_size=batch_size)
+
+
 def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
     engine = Engine(copy(reader()), QUICK)
     assert engine.trial(4, 2) > 0
@@ -644,7 +668,7 @@ def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K,
     job = CramJob(lm, [document], K, None, Recipe(), 1, storage_of("float32"))
     wanted = known[str(max(int(k) for k in known if int(k) <= K))]
     assert job._bits_per_vector(None) == wanted
-    assert job.cutter()[0].bits == pytest.approx(0.4 * K * wanted)
+    assert job.make_cutter()[0].bits == pytest.approx(0.4 * K * wanted)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])

@@ -13,11 +13,11 @@ from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
 from memvec.environment import environment
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_minimum
 from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
 from memvec.journal import Journal
 from memvec.model.batch_size import default_batch_size
-from memvec.model.estimate import Estimate, estimate, facts_of
+from memvec.model.estimate import Estimate, Facts, estimate, facts_of
 from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
@@ -79,6 +79,7 @@ class CramJob:
         on_status: Callable[[CramStatus], None] | None = None,
         workers: Workers | None = None,
     ) -> None:
+        check_minimum(1, batch_size=batch_size)
         self.workers = workers
         if lm.reading.crammer:
             recipe = lm.reading.crammer.without_parts(recipe)
@@ -92,19 +93,16 @@ class CramJob:
         self.split = 0
         self.expected: Expected | None = None
         self._enter("preparing")  # coordinates may have a model's gradients to measure
-        slots, report = 1 if batch_size is None else batch_size, self._report
-        self.engine = Engine(
-            lm, recipe, vectors=K, batch_size=slots, storage=storage, on_progress=report
-        )
+        self.engine = Engine(lm, recipe, vectors=K, storage=storage, on_progress=self._report)
         self._enter("measuring")
 
     def run(self, keep_text: bool) -> MemVectors:
         """Cut the documents, cram the passages, and certify the result.
 
-        `keep_text` puts the texts in the header. Raises MemvecError as `cutter` does, and if a
+        `keep_text` puts the texts in the header. Raises MemvecError as `make_cutter` does, and if a
         passage does not fit in memory.
         """
-        cutter, shortest = self.cutter()
+        cutter, shortest = self.make_cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
         self.choose_batch_size(passages)
         if self.lm.reading.crammer:
@@ -114,21 +112,24 @@ class CramJob:
         return self.certified(keep_text)[0]
 
     def choose_batch_size(self, passages: Sequence[Passage]) -> None:
-        """Set the number of slots: the caller's, or as many as these passages allow."""
-        self.engine.batch_size = self._batch_size or default_batch_size(
-            self.lm, max(map(len, passages)), self.K
-        )
+        """Set the number of slots: the caller's, or as many as these passages allow.
+
+        The memory of a step is that of the model or copy that computes it, measured once.
+        """
+        longest = max(map(len, passages))
+        facts = facts_of(self.lm, longest, self.engine.module)
+        slots = self._batch_size or default_batch_size(self.lm, longest, self.K, facts)
+        self.engine.batch_size = slots
         if self.on_status is not None:
-            self.expected = self._expected(passages)
+            self.expected = self._expected(passages, facts)
         self._enter("cramming")
 
-    def _expected(self, passages: Sequence[Passage]) -> Expected:
-        """Estimate memory from the configuration, and the time of a step from a trial step.
+    def _expected(self, passages: Sequence[Passage], facts: Facts) -> Expected:
+        """Estimate memory from the model's facts, and the time of a step from a trial step.
 
         The number of steps is not estimated here (`memvec plan` does that, on a sample).
         """
         slots, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
-        facts = facts_of(self.lm, longest, self.engine.module)
         memory = estimate(facts, batch_size=slots, tokens=longest, vectors=self.K)
         step = 0.0
         if self.workers is None and not self.lm.reading.crammer:
@@ -173,7 +174,7 @@ class CramJob:
 
     # ------------------------------------------------------------------ passages in
 
-    def cutter(self) -> tuple[Cutter, int]:
+    def make_cutter(self) -> tuple[Cutter, int]:
         """What cuts the documents, and the smallest number of tokens of a passage.
 
         For a model without measured facts, this crams a few passages to estimate the bits per

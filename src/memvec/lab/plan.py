@@ -134,7 +134,7 @@ def _sample(
     work: CramJob, document: Document, sample: int, seed: int
 ) -> tuple[list[Passage], float]:
     """The sampled passages, and the seconds that cutting takes per token of the document."""
-    cutter, shortest = work.cutter()
+    cutter, shortest = work.make_cutter()
     ids, began = document.ids, time.perf_counter()
     draw = seeded_random("plan", seed, document.sha256)
     passages = []
