@@ -11,7 +11,8 @@ Notable:
 - horizon: passages crammed by memvec under its default recipe but for the number of steps, then
   decoded freely from the stored vectors. Passages are longer than anything that fits, so the
   horizon is never cut off by the passage's end;
-- every mean comes with n and a 95 % interval (percentile bootstrap over passages).
+- every mean comes with n and a 95 % interval (percentile bootstrap over passages; Wilson for the
+  share of exact passages).
 
 Writes what it measured, one JSON line per row, to --log and prints it.
 """
@@ -28,12 +29,17 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from corpus import generator, ordinary_batch, read_texts, tokenized, windows
-from memvec.statistics import bootstrap_mean
+from memvec.statistics import bootstrap_mean, share_interval
 
 
 def interval(values) -> tuple[float, float, float]:
     """Mean of the values and its 95 % bootstrap interval (NaN for one value)."""
     return tuple(round(value, 3) for value in bootstrap_mean([float(value) for value in values]))
+
+
+def share(hits: int, n: int) -> tuple[float, float, float]:
+    """The share of hits and its 95 % Wilson interval, which is not empty at 0 and at 1."""
+    return tuple(round(value, 3) for value in share_interval(hits, n))
 
 
 def pieces_of(path: Path) -> dict[str, int] | None:
@@ -92,7 +98,7 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
         "T": T,
         "n": n,
         "free_running_tokens_right": interval(right.float().mean(1)),
-        "passages_exact": interval(right.all(1)),
+        "passages_exact": share(int(right.all(1).sum()), n),
     }
 
 
