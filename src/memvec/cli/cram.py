@@ -51,7 +51,7 @@ SharedM = Annotated[
 Space = Annotated[
     str | None,
     typer.Option(
-        "--space", help=options.recipe_help("space") + "; the preset of this name, if there is one"
+        "--space", help=options.recipe_help("space", "; the preset of this name, if there is one")
     ),
 ]
 Layer = Annotated[int | None, typer.Option("--layer", help=options.recipe_help("layer"))]

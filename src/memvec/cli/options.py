@@ -40,9 +40,10 @@ def known_encoding(name: str) -> str:
     return name
 
 
-def recipe_help(name: str) -> str:
-    """The documentation of a field of the recipe."""
-    return str(Recipe.__dataclass_fields__[name].metadata["help"])
+def recipe_help(name: str, more: str = "") -> str:
+    """The documentation of a field of the recipe, and `more`, as a sentence of a help text."""
+    text = str(Recipe.__dataclass_fields__[name].metadata["help"]) + more
+    return f"{text[0].upper()}{text[1:]}."
 
 
 # ---------------------------------------------------------------------- the model
