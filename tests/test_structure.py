@@ -111,6 +111,23 @@ def test_nothing_but_the_command_line_imports_the_lab(name):
         assert [other for other in GRAPH[name] if other.startswith("memvec.lab")] == []
 
 
+def test_modules_are_imported_inside_functions_for_an_optional_extra_only():
+    """The command line is left out: it imports inside its verbs, so that --help is instant."""
+    inside = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                inside |= {
+                    (name, statement.module)
+                    for statement in ast.walk(node)
+                    if isinstance(statement, ast.ImportFrom) and statement.module in MODULES
+                }
+    assert {pair for pair in inside if not pair[0].startswith("memvec.cli")} == {
+        ("memvec.loading", "memvec.big"),  # torchao and accelerate
+        ("memvec.usable.evaluate", "memvec.usable.harness"),  # lm-evaluation-harness
+    }
+
+
 def lines_of_code(path: Path) -> int:
     """Lines that hold code: no blank lines, comments or docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from memvec.errors import MemvecError
 from memvec.export.target import Item, Target, decoder, prompt
+from memvec.usable.generation_config import generating_by
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -80,15 +81,3 @@ def plain_generation(lm: FrozenLM) -> Iterator[None]:
     """
     with generating_by(lm, GenerationConfig(pad_token_id=0)):
         yield
-
-
-@contextlib.contextmanager
-def generating_by(lm: FrozenLM, config: GenerationConfig) -> Iterator[None]:
-    """Context manager that replaces the model's generation config and restores it afterwards."""
-    model: Any = lm.model
-    previous = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = previous

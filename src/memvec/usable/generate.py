@@ -17,6 +17,7 @@ from memvec.errors import MemvecError, check_minimum, check_type
 from memvec.model.lm import FrozenLM
 from memvec.usable.around import front_rows
 from memvec.usable.certificate import check_usable
+from memvec.usable.generation_config import generating_by
 from memvec.usable.queries import text_inputs
 from memvec.vectors import MemVectors
 
@@ -217,8 +218,6 @@ def _generated(
     cache: Any,
 ) -> list[int]:
     from transformers import GenerationConfig
-
-    from memvec.export.transformers import generating_by
 
     generate: Any = getattr(lm.model, "generate", None)
     if generate is None:
