@@ -206,6 +206,15 @@ def test_the_report_shows_the_frontier_and_the_layers(small, tmp_path):
         assert (folder / f"figures/{name}.svg").is_file(), name
     assert "the passage needs layer" in page
     extras = extras_of(small)
+    spans = pd.read_csv(folder / "tables/usable-directions.csv")
+    assert spans["vectors"].tolist()[:3] == ["whole", "without text", "without use"]
+    measured = [e["directions"]["without text"] for e in extras if e["directions"]]
+    shown = spans[spans["vectors"] == "without text"]
+    assert shown["n"].sum() == len(measured)
+    assert (shown["KL"] * shown["n"]).sum() == pytest.approx(sum(kl for _, _, kl in measured))
+    for name, low, high in (("tokens", "low", "high"), ("KL", "low.1", "high.1")):
+        assert (spans[low] <= spans[name]).all()
+        assert (spans[name] <= spans[high]).all()
     table = pd.read_csv(folder / "tables/usable-contexts.csv")
     shown = table[table["context"] == "nothing"]["KL"]
     assert len(shown) == 3  # two passages each

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Card
@@ -125,13 +124,15 @@ def _trade(data: Data, groups: list[Group]) -> Table:
     for g in groups:
         recipe = _recipe(data, g)
         score = g.score(VECTORS)
-        rms = mean_interval([extra["rms"] for extra in g.extras])
+        rms, per_vector = mean_interval([extra["rms"] for extra in g.extras]), g.per_vector
         row: list[TableCell] = [short(g.model), g.series, g.length, g.K]
         row += [recipe["term_weight"] if recipe["term"] == "use" else 0.0, recipe["trigger"]]
-        row += [rms.mean, str(g.exact), g.per_vector.mean, score.kl.value, *score.ratio]
+        row += [rms.mean, str(g.exact), per_vector.mean, per_vector.low, per_vector.high]
+        row += [*score.kl, *score.ratio]
         rows.append([*row, *score.kept, len(g.rows)])
     columns = ["model", "source", "length", "K", "weight", "trigger", "RMS", "exact"]
-    columns += ["tokens/vector", "KL", "KL/nothing", "low", "high", "kept", "low", "high", "n"]
+    for name in ("tokens/vector", "KL", "KL/nothing", "kept"):
+        columns += [name, "low", "high"]
     return Table(
         "usable",
         "Exactness against use",
@@ -140,7 +141,7 @@ def _trade(data: Data, groups: list[Group]) -> Table:
         "leading tokens that decode, per vector; KL: divergence from the model that has read the "
         "text, on held-out words, in nats per word; KL/nothing: ratio to the KL without context; "
         "kept: share of the text's gain on these words. Intervals: 95 % over passages.",
-        columns,
+        [*columns, "n"],
         rows,
     )
 
@@ -171,17 +172,19 @@ def _knocked(groups: list[Group]) -> Table:
         entries = g.measured("layers")
         for name in entries[0]:
             row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
-            row += [float(value) for value in np.mean([e[name] for e in entries], axis=0)]
+            for i in range(3):  # tokens, margin, KL
+                row += _with_interval([e[name][i] for e in entries])
             rows.append([*row, *rise(entries, name), len(entries)])
-    columns = ["model", "source", "length", "K", "without", "tokens", "margin", "KL"]
+    columns = ["model", "source", "length", "K", "without", "tokens", "low", "high"]
+    columns += ["margin", "low", "high", "KL", "low", "high"]
     return Table(
         "usable-layers",
         "Without attention to the vectors in some layers",
         "Without: the layer without attention to the vectors, or it and all above ('2+'); tokens: "
         "leading right tokens in decoding mode; margin: mean over the passage in decoding mode, "
         "logits; KL: of the vectors in context mode, nats per word; KL / whole: ratio to the KL "
-        "with all layers, with its 95 % interval over n passages. In '0+' no layer attends to the "
-        "vectors or to BOS.",
+        "with all layers. Means over n passages, all with 95 % intervals. In '0+' no layer attends "
+        "to the vectors or to BOS.",
         [*columns, "KL / whole", "low", "high", "n"],
         rows,
     )
@@ -189,21 +192,22 @@ def _knocked(groups: list[Group]) -> Table:
 
 def _spans(data: Data, groups: list[Group]) -> Table:
     rows: list[list[TableCell]] = []
-    entries = [entry for g in groups for entry in g.measured("directions")]
-    spans = ["without text", "without use", "without random"]  # earlier rows have no random one
-    spans = [name for name in spans if all(name in entry for entry in entries)]
     for g in groups:
         measured = g.measured("directions")
         chance = g.length / (g.K * int(data.models[g.model]["width"]))
-        row: list[TableCell] = [short(g.model), g.series, g.length, g.K, chance]
+        overlaps: list[TableCell] = [chance]
         for name in ("text in use", "use in text"):
-            row.append(mean_interval([d[name][0] for d in measured]).mean)
-        for figure in (0, 2):  # tokens, KL
-            for name in ("whole", *spans):
-                row.append(mean_interval([d[name][figure] for d in measured]).mean)
-        rows.append([*row, len(measured)])
-    columns = ["model", "source", "length", "K", "chance", "text in use", "use in text"]
-    columns += ["tokens", *spans, "KL", *spans, "n"]
+            overlaps += _with_interval([d[name][0] for d in measured])
+        for name in ("whole", "without text", "without use", "without random"):
+            if any(name not in d for d in measured):
+                continue  # earlier studies have no random span
+            row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
+            for i in (0, 2):  # tokens, KL
+                row += _with_interval([d[name][i] for d in measured])
+            rows.append([*row, *overlaps, len(measured)])
+    columns = ["model", "source", "length", "K", "vectors", "tokens", "low", "high"]
+    columns += ["KL", "low", "high", "chance", "text in use", "low", "high"]
+    columns += ["use in text", "low", "high", "n"]
     return Table(
         "usable-directions",
         "Directions of the text and of its use",
@@ -212,10 +216,15 @@ def _spans(data: Data, groups: list[Group]) -> Table:
         "reverse; chance: the share inside a random span of that size. Tokens: leading right "
         "tokens in decoding mode; KL: of the vectors in context mode, nats per word; both for the "
         "whole vectors, for the vectors without their part in either span, and without their part "
-        "in a random span of that size. Means over n passages.",
+        "in a random span of that size. Means over n passages with 95 % intervals.",
         columns,
         rows,
     )
+
+
+def _with_interval(values: list[float]) -> list[TableCell]:
+    m = mean_interval(values)
+    return [m.mean, m.low, m.high]
 
 
 def _recipe(data: Data, group: Group) -> dict[str, Any]:
