@@ -248,6 +248,15 @@ def test_group_means_and_factors() -> None:
     assert times_faster(timed).value == 4
 
 
+def test_restarts_of_a_group_are_no_further_groups() -> None:
+    """Of several groups the intervals are over groups; of a single one, over its restarts."""
+    rows = pd.DataFrame({"number": range(4), "accuracy": [1.0, 0.5, 1.0, 0.0]}).assign(cell="a")
+    restart = rows.assign(cell="b", accuracy=[1.0, 0.5, 0.0, 0.0])
+    both = pd.concat([rows, restart])
+    assert group_means(both, 2).tolist() == [0.75, 0.25]
+    assert group_means(both, 4).tolist() == [0.625, 0.375]
+
+
 @pytest.mark.parametrize(("once", "words"), [(0.01, "slower in"), (0.0001, "times as fast.")])
 def test_the_caption_on_speed_follows_the_times(
     study: Path, monkeypatch: pytest.MonkeyPatch, once: float, words: str

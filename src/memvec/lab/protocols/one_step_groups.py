@@ -3,7 +3,8 @@
 Mezentsev & Oseledets (arXiv 2505.21189) share m among 1, 16 and 256 texts at 256 tokens. The
 passages of a group have neighbouring numbers and are crammed together (`memvec.arms.shared_m`);
 their rows are written when all of them are finished. Passages of a group are not independent of
-each other, so n is the number of groups, over all seeds.
+each other, and neither are restarts of a group: n is the number of groups. With a single group, as
+in the publication, nothing is known of others, and n is the number of its restarts.
 """
 
 from __future__ import annotations
@@ -65,13 +66,14 @@ class OneStepGroups(Protocol):
                 row += _published(number, size)
             rows.append(row)
         columns = ["model", "source", "tokens", "group", "vectors / passage", "accuracy", "low"]
-        columns += ["high", "best passage", "% exact", "groups"]
+        columns += ["high", "best passage", "% exact", "n"]
         return [
             Table(
                 "one-step-groups",
                 "One-step decoding with one m for a group of passages",
-                "Accuracy: mean over groups (passages of one group share m and are not "
-                "independent) with 95 % interval.",
+                "Accuracy: mean over n groups with 95 % interval (passages of one group share m "
+                "and are not independent; restarts of a group are averaged). Where there is one "
+                "group only, the interval is over its n restarts.",
                 [*columns, *(["paper accuracy", "paper best"] if compare else [])],
                 rows,
             )
@@ -79,8 +81,9 @@ class OneStepGroups(Protocol):
 
 
 def group_means(rows: pd.DataFrame, size: int) -> pd.Series:
-    """Mean accuracy of each group of each cell."""
-    return rows.groupby(["cell", rows["number"] // size])["accuracy"].mean()
+    """Mean accuracy of each group over its restarts; of a single group, of each restart."""
+    groups = rows["number"] // size
+    return rows.groupby(groups if groups.nunique() > 1 else "cell")["accuracy"].mean()
 
 
 def _published(length: int, size: int) -> list[TableCell]:
