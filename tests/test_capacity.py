@@ -11,6 +11,7 @@ import torch
 
 from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.geometry import cosines, principal_components
+from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.plane import compare, fit, fit_capacity
 from memvec.lab.protocols.scaling import exact_scaling
@@ -74,6 +75,22 @@ def test_the_claim_is_tested_both_ways() -> None:
     assert "natural text holds more" in other.verdict
 
 
+def test_a_passage_at_several_lengths_is_drawn_as_one() -> None:
+    """The same passages once more add points to the fit, and nothing to what is known."""
+    rows = plane(120, 20, 6)
+    once, twice = fit(rows, draws=50), fit(pd.concat([rows, rows]), draws=50)
+    assert (twice.n, twice.passages) == (40, 20)
+    assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
+
+
+def test_two_texts_are_drawn_apart_and_either_may_hold_more() -> None:
+    alike = compare(plane(100, 30, 7), plane(100, 30, 7), draws=50)
+    assert alike.low < 0 < alike.high
+    less = compare(plane(80, 30, 7), plane(120, 30, 8), draws=50)
+    assert less.high < 0
+    assert "random text holds more" in less.verdict
+
+
 def test_a_raised_logit_just_reaches_the_best_other_token() -> None:
     logits = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0)).double() * 2
     ids = torch.arange(6)[None]
@@ -126,6 +143,22 @@ def test_the_papers_rule_with_its_warts() -> None:
     rows["tokens"] = [3, 8, 11, 16, 20, 32]
     assert paper_result(rows).longest == 16
     assert paper_result(rows).drawn
+
+
+def test_an_accuracy_of_just_the_threshold_passes_and_gains_are_of_what_did_not_fit() -> None:
+    rows = pd.DataFrame({"length": [8, 16], "accuracy": [1.0, 0.99], "tokens": [8, 16]})
+    rows = rows.assign(token_gain=[1, 2], information_gain=[10.0, 20.0], start_rule="bos")
+    found = paper_result(rows)
+    assert found.longest == 16
+    assert (found.token_gain.mean, found.information_gain.mean) == (2, 20)
+    drawn = pd.concat([rows, rows.assign(tokens=[5, 9])])
+    assert paper_result(drawn).longest == 17  # BOS counts
+
+
+def test_a_bos_is_one_of_the_papers_tokens() -> None:
+    tokens = protocol_of("paper").tokens
+    assert [tokens(64, 1, start) for start in ("bos", "first-token", "vectors")] == [63, 64, 64]
+    assert tokens(1, 1, "bos") == 1
 
 
 def test_exact_horizons_and_their_censoring() -> None:
