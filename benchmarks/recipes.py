@@ -47,7 +47,7 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     result: dict[str, float] = {}
-    for T in options.tokens:
+    for T in sorted(options.tokens):
         if lm.tokenizer is None:
             texts = random_tokens(lm, options.passages, T)
         else:

@@ -62,7 +62,6 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
     `streams`: {"train", "valid"}, ids (N,). `name` is that of both files in `work`. Without
     `memory` the run is the plain twin.
     """
-    log = (work / f"{name}.jsonl").open("a", buffering=1)
     sums: dict[str, list] = {}
     last = time.monotonic()
 
@@ -70,32 +69,34 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
         for key, value in record.items():
             sums.setdefault(key, []).append(value)
 
-    while run.progress < 1:
-        in_trunk = run.before(run.recipe.trunk_steps)
-        add(train_step(run, streams["train"], memory))
-        now = time.monotonic()
-        # the first step also compiles
-        run.seconds, last = run.seconds + (now - last) * (run.step > 1), now
-        if run.step % run.recipe.log_every == 0:
-            record = {"step": run.step, "seconds": round(run.seconds, 1), **run.tokens}
-            record = {f"tokens_{k}" if k in run.tokens else k: v for k, v in record.items()}
-            record |= {key: round(sum(v) / len(v), 4) for key, v in sums.items()}
-            record["targets"] = [round(v, 1) for v in run.lengths.targets.values()]
-            record["inner_targets"] = [round(v, 1) for v in run.lengths.inner_targets.values()]
-            record["accuracy"] = [round(v, 3) for v in run.lengths.accuracy.values()]
-            print(json.dumps(record), file=log)
-            sums.clear()
-        if run.step % run.recipe.checkpoint_every == 0 or run.progress >= 1:
-            add(settle(run))
-            loss = valid_loss(run, streams["valid"])
-            if not math.isfinite(loss):
-                raise SystemExit(
-                    f"{name}: the loss is {loss} after step {run.step}; lower the rates"
-                )
-            print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
-            run.save(work / f"{name}.pt")
-        if memory and in_trunk and not run.before(run.recipe.trunk_steps):
-            run.save(work / "trunk.pt")
+    with (work / f"{name}.jsonl").open("a", buffering=1) as log:
+        while run.progress < 1:
+            in_trunk = run.before(run.recipe.trunk_steps)
+            add(train_step(run, streams["train"], memory))
+            now = time.monotonic()
+            # the first step also compiles
+            run.seconds, last = run.seconds + (now - last) * (run.step > 1), now
+            if run.step % run.recipe.log_every == 0:
+                record = {"step": run.step, "seconds": round(run.seconds, 1), **run.tokens}
+                record = {f"tokens_{k}" if k in run.tokens else k: v for k, v in record.items()}
+                record |= {key: round(sum(v) / len(v), 4) for key, v in sums.items()}
+                record["targets"] = [round(v, 1) for v in run.lengths.targets.values()]
+                record["inner_targets"] = [round(v, 1) for v in run.lengths.inner_targets.values()]
+                record["accuracy"] = [round(v, 3) for v in run.lengths.accuracy.values()]
+                print(json.dumps(record), file=log)
+                sums.clear()
+            # before the checkpoint, behind which a stopped run is no longer in its trunk
+            if memory and in_trunk and not run.before(run.recipe.trunk_steps):
+                run.save(work / "trunk.pt")
+            if run.step % run.recipe.checkpoint_every == 0 or run.progress >= 1:
+                add(settle(run))
+                loss = valid_loss(run, streams["valid"])
+                if not math.isfinite(loss):
+                    raise SystemExit(
+                        f"{name}: the loss is {loss} after step {run.step}; lower the rates"
+                    )
+                print(json.dumps({"step": run.step, "valid": round(loss, 4)}), file=log)
+                run.save(work / f"{name}.pt")
 
 
 def arguments():
@@ -155,7 +156,10 @@ def main():
     if (args.work / f"{name}.pt").exists():
         run.load(args.work / f"{name}.pt")
     elif args.twin:
-        run.load(args.work / "trunk.pt", trunk=True)
+        trunk = args.work / "trunk.pt"
+        if not trunk.exists():
+            raise SystemExit(f"--twin: there is no {trunk}: train the model first, without --twin.")
+        run.load(trunk, trunk=True)
     elif args.begin:
         run.begin_with(args.begin)
     elif args.export_only:

@@ -72,6 +72,8 @@ def read(path: Path) -> dict[str, Plan]:
             plans[name] = Plan(**{**base, **table, "config": config})
         except TypeError as error:
             raise SystemExit(f"{path.name}: [{name}]: {error}") from None
+        if plans[name].bos_share not in (0, 0.5):  # `ordinary_batch` draws half of them
+            raise SystemExit(f"{path.name}: [{name}]: bos_share must be 0 or 0.5")
     return plans
 
 
