@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zipfile
 from pathlib import Path
 
@@ -373,3 +374,264 @@ def test_rows_and_models_of_other_options_are_refused(tmp_path, monkeypatch):
     assert candidates.train("final", fields, args, {}, None) == folder / "model"
     with pytest.raises(SystemExit, match="has memory True, not False"):
         candidates.train("final", fields | {"memory": False}, args, {}, None)
+
+
+def test_batches_are_spans_of_the_text():
+    """Half of the crops begin with <s>; of odd passages a third are shuffled spans."""
+    from corpus import BOS, generator, ordinary_batch, passage_batch, tokenized, train_tokenizer
+
+    stream = torch.arange(2, 1002)
+    crops = ordinary_batch(stream, 80 * 8, 8, generator(0, "text", 0))
+    started = crops[:, 0] == BOS
+    assert 20 < int(started.sum()) < 60
+    steps = crops[:, 1:] - crops[:, :-1]
+    assert bool((steps[:, 1:] == 1).all() and (steps[~started] == 1).all())
+    ids, odd = passage_batch(stream, 30, 9, 0.3, 1002, generator(0, "memory", 0))
+    steps = ids[:, 1:] - ids[:, :-1]
+    assert odd == 9
+    assert bool((steps[:21] == 1).all() and (steps[21:] != 1).any(1).all())
+    assert bool((ids[27:].sort(1).values[:, 1:] - ids[27:].sort(1).values[:, :-1] == 1).all())
+    keys = [(0, "text", 0), (1, "text", 0), (0, "memory", 0), (0, "text", 1)]
+    assert len({float(torch.rand((), generator=generator(*key))) for key in keys}) == 4
+    tokenizer = train_tokenizer(["the cat sat " * 50], 280)
+    one, two = (tokenized(tokenizer, texts).tolist() for texts in (["the cat"], ["the cat"] * 2))
+    assert one[-1] == 1  # </s> behind each text
+    assert two == one * 2
+
+
+def decoded(model, *ids):
+    """Logits of the model on the embeddings of token ids, joined."""
+    from losses import embed
+
+    return torch.nn.functional.linear(model(embed(model, torch.cat(ids, 1))), model.embedding)
+
+
+def test_vectors_that_are_a_text_are_read_as_that_text():
+    """The passage's logits, and no divergence where the vectors are <s> and the passage."""
+    from losses import embed, passage_logits, use_loss
+
+    run, stream = small_run(noise=0.0)
+    ids, before, bos = stream[:24].view(3, 8), stream[24:36].view(3, 4), torch.zeros(3, 1).long()
+    with run.half_width(), torch.no_grad():
+        for trigger, middle in ((False, []), (True, [bos])):
+            parts = [before, *middle, ids]
+            found = passage_logits(
+                run.model, embed(run.model, before), embed(run.model, ids), trigger
+            )
+            torch.testing.assert_close(found, decoded(run.model, *parts)[:, -9:-1])
+
+        def as_text(model, embedded, K):
+            return torch.cat([embed(model, bos), embedded], 1)
+
+        noise = torch.zeros(3, 9, run.shape.hidden_size)
+        loss = use_loss(run.model, as_text, ids, before, noise, run.recipe)
+        shorter = use_loss(
+            run.model,
+            lambda m, e, K: as_text(m, e, K)[:, :K],
+            ids,
+            before,
+            noise[:, :6],
+            run.recipe,
+        )
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert float(shorter) > 1e-5
+
+
+def test_steps_of_descent_lower_the_loss_and_let_gradients_pass():
+    from losses import descended, embed, noisy, passage_logits
+
+    run, stream = small_run()
+    ids = stream[:24].view(3, 8)
+    vectors = torch.randn(3, 2, 32, requires_grad=True)
+    with run.half_width():
+        embedded = embed(run.model, ids)
+
+        def loss(vectors):
+            logits = passage_logits(run.model, vectors, embedded, False)
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).item()
+
+        moved = descended(run.model, vectors, embedded, ids, run.recipe, False)
+        assert loss(moved) < loss(vectors)
+    (gradient,) = torch.autograd.grad(moved.sum(), vectors)
+    assert bool((gradient == 1).all())
+    far = 7.0 * torch.randn(64, 1, 32)
+    noise = (noisy(far, torch.randn(64, 1, 32), 0.1) - far).std() / far.std()
+    assert float(noise) == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_vector_is_of_its_own_part_of_its_own_passage():
+    run, _ = small_run()
+    embedded = torch.randn(3, 8, 32)
+    changed = embedded.clone()
+    changed[1, 4:] += 1  # the second half of the second passage
+    with torch.no_grad():
+        a, b = (run.encoder(run.model, e, 2) for e in (embedded, changed))
+    differs = (a - b).abs().amax(-1) > 1e-4
+    assert differs.nonzero().tolist() == [[1, 1]]
+
+
+def test_targets_follow_what_comes_back():
+    """Up where passages near the target come back, down where they do not; longer ones tell
+    nothing of the first, and shorter ones nothing of the second."""
+    run, _ = small_run()
+    lengths = run.lengths
+    for inner in (False, True):
+        ours, other = lengths.targets, lengths.inner_targets
+        ours, other = (other, ours) if inner else (ours, other)
+        for share, accuracy, moves in (
+            (1.0, 0.99, 1),
+            (1.0, 0.1, -1),
+            (1.0, 0.8, 0),
+            (0.5, 0.99, 0),
+            (2.0, 0.1, 0),
+            (2.0, 0.99, 1),
+            (0.5, 0.1, -1),
+        ):
+            before, untouched = ours[1], dict(other)
+            lengths.adjust(1, share, accuracy, inner=inner)
+            assert (ours[1] > before) - (ours[1] < before) == moves
+            assert other == untouched
+    lengths.targets[1] = 50.0  # K vectors are for more than one holds
+    assert lengths.target(lengths.targets, 4) == pytest.approx(run.recipe.least_share * 4 * 50)
+
+
+def test_rates_rise_stay_and_fall_to_zero():
+    from optimizers import optimizers_of
+
+    run, _ = small_run(warmup_steps=4, decay_share=0.5)
+    factors = []
+    for run.step in range(13):
+        factors.append(run.set_rates())
+        for opt, base in zip(run.optimizers, run.base_rates, strict=True):
+            rates = [float(group["lr"]) for group in opt.param_groups]
+            assert rates == pytest.approx([factors[-1] * rate for rate in base])
+    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1])
+    assert factors[4:7] == [1, 1, 1]
+    assert factors[6:] == pytest.approx([(12 - step) / 6 for step in range(6, 13)])
+    run.step, run.seconds = 0, 30.0  # a plan of so many minutes is shortened alike
+    run.recipe = dataclasses.replace(run.recipe, minutes=1.0)
+    assert run.set_rates() == pytest.approx(0.25)
+    assert run.before(7)
+    assert not run.before(6)
+    recipe = dataclasses.replace(run.recipe, lr_matrices=1.0, lr_rest=2.0, lr_encoder=3.0)
+    rate_of = {
+        id(p): float(group["lr"])
+        for opt in optimizers_of(run.model, run.encoder, recipe, "cpu")
+        for group in opt.param_groups
+        for p in group["params"]
+    }
+    assert len(rate_of) == len(run.parameters)
+    assert rate_of[id(run.encoder.map.weight)] == 3
+    assert {rate_of[id(p)] for p in (run.model.embedding, run.encoder.summary)} == {2}
+    assert rate_of[id(run.model.model.layers[0].mlp.up_proj.weight)] == 1
+
+
+def test_a_step_begins_with_no_gradient_and_draws_its_own_noise():
+    from steps import noise_of, train_step
+
+    run, stream = small_run()
+    train_step(run, stream, memory=True)
+    assert not any(bool(p.grad.any()) for p in run.parameters)
+    first = noise_of(run, 2, 1)
+    assert torch.equal(first, noise_of(run, 2, 1))
+    train_step(run, stream, memory=True)
+    assert not torch.equal(first, noise_of(run, 2, 1))
+
+
+def test_the_trunk_is_kept_before_a_checkpoint_that_is_behind_it(tmp_path, monkeypatch):
+    """A run that is killed between the two has both, or makes the end of its trunk again."""
+    import pocket
+    from run import Run
+
+    run, stream = small_run(checkpoint_every=2)
+    saved = []
+
+    def save(self, path):
+        saved.append((path.name, self.step))
+        if path.name == "pocket.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        pocket.train(run, {"train": stream, "valid": stream}, tmp_path, "pocket", True)
+    assert saved == [("trunk.pt", 2), ("pocket.pt", 2)]
+
+
+def test_the_twin_needs_a_trunk(tmp_path, monkeypatch):
+    import sys
+
+    import pocket
+
+    monkeypatch.setattr(sys, "argv", ["pocket.py", "--twin", "--work", str(tmp_path)])
+    monkeypatch.setattr(pocket, "prepare", lambda *_: (None, {}))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(pocket, "Run", lambda *_: None)
+    with pytest.raises(SystemExit, match="train the model first, without --twin"):
+        pocket.main()
+
+
+def test_crops_are_as_the_plan_wants_them(tmp_path):
+    import shapes
+    from corpus import generator
+
+    plan = shapes.read(FOLDER / "shapes.toml")["base"]
+    stream = torch.arange(2, 3000)
+    crops = {
+        (bos, copied): shapes.crops_of(
+            stream,
+            dataclasses.replace(plan, context=8, bos_share=bos, copy_share=copied),
+            160,
+            generator(0, "text", 0),
+        )
+        for bos, copied in ((0.5, 0.0), (0, 0.0), (0, 1.0))
+    }
+    assert bool((crops[0.5, 0.0] == 0).any())
+    assert not bool((crops[0, 0.0] == 0).any())
+    assert bool((crops[0, 1.0][:, 4:] == crops[0, 1.0][:, :4]).all())
+    spec = tmp_path / "shapes.toml"
+    text = (FOLDER / "shapes.toml").read_text()
+    spec.write_text(text.replace("bos_share = 0.0", "bos_share = 0.25"))
+    with pytest.raises(SystemExit, match=r"bos_share must be 0 or 0\.5"):
+        shapes.read(spec)
+
+
+def test_candidates_are_scaled_from_their_own_fields():
+    import candidates
+
+    spec = FOLDER / "candidates.toml"
+    whole, half = (candidates.read(spec, scale, 0.0) for scale in (1.0, 0.5))
+    for name, fields in whole.items():
+        for key in candidates.SCALED:
+            assert half[name][key] == max(512, round(fields[key] / 2))
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_what_is_evaluated_is_per_vector_and_behind_the_text(K):
+    """Against each passage alone, by the model's own forward."""
+    from conftest import tiny
+    from corpus import generator, windows
+    from evaluate import context_gain, horizon, interval, longest
+    from memvec.cramming.recipe import Recipe
+
+    lm = tiny()
+    stream = torch.randint(2, lm.vocab_size, (2000,), generator=torch.Generator().manual_seed(0))
+    row = horizon(lm, stream, K, 6, 3, Recipe(steps=40))
+    assert row["tokens_per_vector"][0] * K == pytest.approx(
+        (row["longest"] + row["shortest"]) / 2, abs=2
+    )
+    assert row["longest"] == round(row["longest"]) <= 6
+    assert row["gain_per_vector"][0] <= row["bits_per_vector"][0] + 1e-3
+    assert longest(lm, K) + K < lm.context
+    gain = context_gain(lm, stream, 5, 3, 4)["nats_per_token"]
+
+    def nats(before, following):
+        with torch.no_grad():
+            table = lm.model(torch.tensor([[*before, *following]])).logits[0].log_softmax(-1)
+        places = range(len(before) - 1, len(before) + len(following) - 1)
+        return -sum(float(table[i, t]) for i, t in zip(places, following, strict=True)) / 3
+
+    bos, whole = lm.bos_id, windows(stream, 4, 8, generator(0, "context", 0)).tolist()
+    found = [nats([bos], ids[5:]) - nats([bos, *ids[:5]], ids[5:]) for ids in whole]
+    assert gain == pytest.approx(interval(found), abs=2e-3)
+    assert interval([2.0])[0] == 2
+    assert all(math.isnan(end) for end in interval([2.0])[1:])
