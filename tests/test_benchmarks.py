@@ -513,3 +513,151 @@ def test_horizons_of_the_published_programs_are_of_whole_passages(monkeypatch):
     rows = peers.at_horizon(lm, asked, options)
     assert decoded == [[8, 8]] * len(rows)
     assert all(row.horizon == [8, 8] and row.reached == [2, 2] for row in rows)
+
+
+def test_the_paper_s_side_keeps_the_vectors_that_it_measured(monkeypatch):
+    """Not those of a step later: of a text that the model writes behind the first ones, these."""
+    import exact
+    from memvec.decoding import decode_ids
+
+    lm = tiny()
+    vectors = torch.randn(1, lm.width, generator=torch.Generator().manual_seed(0))
+    (ids,) = decode_ids(lm, vectors[None], [6], start="first-token", first=[5])
+    (passage,) = [type(p)(tuple(ids)) for p in passages(6)]
+    kept = []
+    monkeypatch.setattr(exact, "start_vectors", lambda *_: [vectors.clone()])
+    monkeypatch.setattr(
+        exact, "decode_ids", lambda lm, stack, lengths, **_: kept.append(stack) or [ids]
+    )
+    trial = exact.as_published(lm, passage, 0.5, 9)
+    assert (trial.exact, trial.steps) == (True, 1)
+    assert torch.equal(kept[0], vectors[None])
+
+
+def test_our_seconds_are_those_that_passed_and_theirs_of_their_best_rate(monkeypatch):
+    from types import SimpleNamespace
+
+    import exact
+    from exact import Trial
+
+    lm, asked = tiny(), passages(2, 2, seed=37)
+    monkeypatch.setattr(exact, "clock", itertools.count(0, 10).__next__)
+    assert sum(t.seconds for t in exact.by_engine(lm, asked, "noise")) == pytest.approx(10)
+    ours = [Trial(True, 1.0, 1.0, {})] * 2
+    monkeypatch.setattr(exact, "by_engine", lambda *_: ours)
+    seconds = {0.01: 8.0, 0.1: 2.0, 0.5: 4.0}
+    monkeypatch.setattr(
+        exact, "as_published", lambda lm, p, lr, steps: Trial(True, 9.0, seconds[lr], {})
+    )
+    options = SimpleNamespace(lr=list(seconds), steps=30, theirs=2)
+    rows, comparison = exact.at_length(lm, asked, options)
+    assert comparison["noise"][0] == pytest.approx(2)
+    assert [row["lr"] for row in rows if row["side"] == "paper, best"] == [0.1]
+
+
+def test_ours_has_no_smaller_margin_and_pays_for_no_stage(monkeypatch):
+    import horizon
+
+    lm, paid = tiny(), {}
+    default = Recipe().in_logits(lm.logit_spread).margin
+    for margin in (0.0, 10 * default):
+        recipes = horizon.ours(lm, margin)
+        assert {r.margin for r in recipes.values()} == {max(margin, default)}
+    recipes |= horizon.published({"margin": (0.5,), "paper": (0.1,)}, 0.0, layers=2)
+    monkeypatch.setattr(horizon, "fixed", lambda *_: [[0]])
+    monkeypatch.setattr(
+        horizon,
+        "growing",
+        lambda lm, recipe, asked, costs, staged: paid.update({recipe.lr: staged}) or [[0]],
+    )
+    horizon.curves(lm, recipes, passages(3), [1])
+    assert paid == {recipes[horizon.OURS].lr: False, 0.5: True}
+
+
+def test_intervals_that_overlap_are_not_apart():
+    from horizon import budget_rows, compare
+
+    found = {"default, noise": [[4], [9]], "margin, lr 0.5": [[2], [5]]}
+    (row,) = rows = budget_rows("pocket-natural", found, [10], T=64)
+    assert row["noise"]["low"] < row["published"]["high"] < row["noise"]["mean"]
+    assert compare(rows)["apart"] == 0
+
+
+def test_corrections_behind_the_horizon_cost_and_hold_nothing(monkeypatch):
+    from types import SimpleNamespace
+
+    import bits
+    from memvec.corrections import size
+    from memvec.storage import STORAGES
+
+    monkeypatch.setattr(bits, "surprisals", lambda lm, ids: torch.full((len(ids),), 2.0))
+    monkeypatch.setattr(bits, "text_bytes", lambda lm, ids: 5 * len(ids))
+    lm, (passage,) = tiny(), passages(8)
+    outcome = SimpleNamespace(
+        metrics=SimpleNamespace(horizon=4), corrections=[(1, 7), (5, 9)], passage=passage
+    )
+    row = bits.held(lm, [outcome], "float32", 2)
+    assert (row["tokens"], row["bits_held"]) == (2, (4 - 1) * 2 / 2)
+    stored = STORAGES["float32"].size(2, lm.width) + size([[(1, 7)]])
+    assert row["bytes_per_text_byte"] == stored / 20
+
+
+@pytest.fixture
+def result(monkeypatch, tmp_path):
+    """Runs the main of a module with a command line; returns the numbers of its RESULT."""
+
+    def run(module, *words):
+        shown = {}
+        monkeypatch.setattr(module, "report", lambda *_, **result: shown.update(result))
+        monkeypatch.setattr(sys, "argv", [module.__name__, *words, "--out", str(tmp_path)])
+        module.main()
+        return shown
+
+    return run
+
+
+def test_a_ratio_has_the_other_recipe_above_and_is_of_the_greatest_length(result, monkeypatch):
+    from types import SimpleNamespace
+
+    import recipes
+
+    def crammed(lm, passages, recipe, K, batch_size):
+        changed = recipe.optimizer == "nadam"
+        spent = (50.0 if len(passages[0]) == 6 else 75.0) if changed else 100.0
+        outcome = SimpleNamespace(spent=spent, exact=True, steps=1)
+        return dict.fromkeys(range(len(passages)), outcome)
+
+    monkeypatch.setattr(recipes, "crammed", crammed)
+    words = ("--shape", "tiny-llama", "--tokens", "6", "3", "--passages", "4")
+    assert result(recipes, *words)["ratio"] == 0.5
+
+
+def test_more_vectors_are_over_one_and_many_slots_over_one(result, monkeypatch):
+    import batch
+    import vectors
+
+    monkeypatch.setattr(vectors, "save_figure", lambda *_: None)
+    monkeypatch.setattr(vectors, "horizons", lambda lm, r, K, asked, _: [4.0 / K] * len(asked))
+    words = ("--shape", "tiny-llama", "--tokens", "3", "--vectors", "2", "1", "--passages", "2")
+    assert result(vectors, *words)["per_vector"] == 0.5
+    monkeypatch.setattr(
+        batch, "measure", lambda lm, asked, slots, steps: batch.Measured(float(slots), 1, 1.0, 1)
+    )
+    monkeypatch.setattr(batch, "load_lm", lambda _: None)
+    monkeypatch.setattr(batch, "passages_of", lambda lm, n, T: [()] * n)
+    assert result(batch, "--passages", "4", "--rounds", "1")["ratio"] == 4
+
+
+def test_ours_is_over_the_best_row_of_each_program():
+    from exact import Trial
+    from peers import Row, result_of
+
+    def row(program, seconds, horizon):
+        return Row(program, "", [Trial(True, 1, seconds, {})] * 2, [horizon] * 2, [9, 9])
+
+    ours = row("memvec", 1.0, 8)
+    theirs = [row("hidden_capacity", s, 0) for s in (9.0, 3.0)]
+    theirs += [row("progressive_cramming", s, h) for s, h in ((2.0, 4), (5.0, 2))]
+    result = result_of([ours, *theirs], [ours, *theirs[2:]])
+    assert (result["ratio_seed"], result["ratio_progressive"]) == (3, 2)
+    assert (result["ratio_horizon"], result["time_horizon"]) == (2, 2)
