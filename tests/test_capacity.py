@@ -12,6 +12,7 @@ import torch
 from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.geometry import cosines, principal_components
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.protocols.one_step import one_step_result
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.plane import compare, fit, fit_capacity
 from memvec.lab.protocols.scaling import exact_scaling
@@ -159,6 +160,13 @@ def test_a_bos_is_one_of_the_papers_tokens() -> None:
     tokens = protocol_of("paper").tokens
     assert [tokens(64, 1, start) for start in ("bos", "first-token", "vectors")] == [63, 64, 64]
     assert tokens(1, 1, "bos") == 1
+
+
+def test_a_length_behind_one_that_failed_is_not_always_exact() -> None:
+    rows = pd.DataFrame({"length": [2, 4, 4, 8, 8], "exact": [1.0, 1.0, 0.5, 1.0, 1.0]})
+    rows = rows.assign(tokens=rows["length"], accuracy=[1.0, 0.5, 0.98, 0.99, 1.0])
+    found = one_step_result(rows.assign(lm_bits=[5.0, 6.0, 7.0, 9.0, 8.0]))
+    assert (found.always, found.longest, found.longest_bits) == (2, 8, 9)
 
 
 def test_exact_horizons_and_their_censoring() -> None:

@@ -230,3 +230,158 @@ def test_vectors_that_hold_nothing_have_a_report(smallest, store):
     assert ("100 % of the line" in said) == (smallest == 3)
     for name in ("tables", "figures"):
         getattr(protocol_of("vectors"), name)(data, compare=False)
+
+
+def lines(data: Data, protocol: str, key: str) -> list[dict[str, Any]]:
+    """The lines of a table by its columns; a name that occurs again has a number behind it."""
+    (table,) = (t for t in protocol_of(protocol).tables(data, compare=False) if t.key == key)
+    names = [
+        name + str(table.columns[:i].count(name) or "") for i, name in enumerate(table.columns)
+    ]
+    return [dict(zip(names, row, strict=True)) for row in table.rows]
+
+
+def spec_of(protocol: str, lengths: list[int], passages: int, more: str = "") -> str:
+    return (
+        f'[[runs]]\nprotocol = "{protocol}"\nlengths = {lengths}\npassages = {passages}\n{more}\n'
+    )
+
+
+def test_the_more_a_vector_holds_the_fewer_a_book_needs(store):
+    def row_of(cell, number):
+        return {"horizon": 4 + 4 * (number % 2), "extra": {"book_tokens": 100}}
+
+    (line,) = lines(made(store, spec_of("book", [8], 6), row_of), "book", "book")
+    assert line["vectors for it"] == math.ceil(100 / 6)
+    assert line["low1"] < line["vectors for it"] < line["high1"]
+
+
+def test_what_is_removed_is_of_what_was_there(store):
+    """By vectors, by a copy, by real context, and what would have been enough."""
+    runs = [spec_of(name, [8], 2) for name in ("paper", "copy", "upper-bound", "context")]
+    extras = {
+        "copy": {"after_copy": [8.0, 8]},
+        "upper-bound": {"least_moved_bits": 6.0, "needed_bits": 15.0},
+        "context": {"after_context": {"64": [20.0, 3]}},
+    }
+
+    def row_of(cell, number):
+        row = {"mem_bits": 10.0, "information_gain": 30.0, "extra": extras.get(cell.protocol, {})}
+        return row | {"accuracy": 0.9 + number / 10}
+
+    data = made(store, "".join(runs), row_of)
+    (caption,) = (
+        plot.caption
+        for plot in protocol_of("threshold").figures(data, compare=False)
+        if plot.key == "per-token"
+    )
+    assert "The vectors remove 75 to 75 % of the bits" in caption
+    copies = lines(data, "copy", "copy")
+    assert [(line["removed by vectors"], line["removed by copy"]) for line in copies] == [
+        (30, 32),
+        (30, 32),
+    ]
+    assert [(line["passages"], line["n"]) for line in copies] == [
+        ("all", 2),
+        ("accuracy ≥ 0.99", 1),
+    ]
+    (bound,) = lines(data, "upper-bound", "upper-bound")
+    shares = ("least moved / removed, %", "raised logit / removed, %")
+    assert [bound[name] for name in shares] == [20, 50]
+    (figure,) = protocol_of("context").figures(data, compare=False)
+    assert figure.caption.startswith("In 1 of 1 cases")
+
+
+def test_a_memory_reaches_as_far_as_half_of_the_documents(store):
+    spec = spec_of(
+        "recurrent", [8, 16], 4, 'vectors = [2]\noptions = { encoder = "e.safetensors" }'
+    )
+
+    def row_of(cell, number):
+        back = [4 * (number < 2), 0, 4, 4][: cell.length // 4]
+        extra = {"segment": 4, "back": back, "right": [4] * len(back), "alone": [4, 0, 4, 0]}
+        extra["alone"] = extra["alone"][: len(back)]
+        return {"extra": extra, "horizon": 6}
+
+    data = made(store, spec, row_of)
+    chains = list(chains_of(data.of("recurrent")))
+    assert [chain.reach for chain in chains] == [1, 1]
+    assert [chain.alone.mean for chain in chains] == [1, 1]  # 4 of 8, and 8 of 16, over 2 and K
+    assert [lag.right for chain in chains for lag in chain.lags] == [1.0] * 6
+    (card,) = protocol_of("recurrent").cards(data)
+    assert card.value == "1 of 4 segments"
+
+
+def test_spaces_are_compared_by_their_longest_passages(store):
+    spec = spec_of("spaces", [4, 8], 3, 'storage = "float32"')
+    spec += spec_of("spaces", [8], 3, 'storage = "bfloat16"')
+
+    def row_of(cell, number):
+        half = cell.storage == "bfloat16"
+        kl = [1.0, 4.0] if cell.length == 8 else [9.0, 9.0]
+        extra = {"space": "inputs", "numbers": 8, "words": [], "kl": kl}
+        return {"horizon": (6 if half else 8) if cell.length == 8 else 2, "extra": extra}
+
+    data = made(store, spec, row_of)
+    whole, half = lines(data, "spaces", "spaces")
+    assert (whole["exact tokens"], half["exact tokens"]) == (8, 6)
+    assert (whole["bits / number"], half["bits / number"]) == (5 * 8 / 8, 5 * 6 / 8)
+    assert whole["KL / nothing"] == half["KL / nothing"] == 0.25
+    (card,) = protocol_of("spaces").cards(data)
+    assert card.value == "8.0 tokens"
+
+
+def test_use_is_claimed_of_vectors_that_are_exact(store):
+    kl_of = {8: 2.0, 16: 1.0, 32: 0.5}
+
+    def row_of(cell, number):
+        kl = kl_of[cell.length]
+        contexts = {"vectors": [kl, 2.0], "nothing": [4.0, 4.0], "text": [0.0, 1.0]}
+        extra = {"contexts": contexts, "rms": 1.0, "layers": {}, "directions": {}, "words": []}
+        return {"extra": extra, "horizon": min(cell.length, 20)}
+
+    data = made(store, spec_of("usable", [8, 16, 32], 3), row_of)
+    (card,) = protocol_of("usable").cards(data)
+    assert card.value == "0.25 × KL"
+    found = lines(data, "usable", "usable")
+    assert [line["KL/nothing"] for line in found] == [0.5, 0.25, 0.125]
+    assert [line["kept"] for line in found] == pytest.approx([2 / 3] * 3)
+
+
+def test_steps_from_a_map_are_over_those_from_the_start(store):
+    more = 'options = { origin = "pocket", origin_seed = %d }'
+    spec = spec_of("transfer", [4, 8], 3, more % 0) + spec_of("transfer", [8], 3, more % 1)
+
+    def row_of(cell, number):
+        steps = 3 * (1 + cell.options["origin_seed"]) * cell.length
+        extra = {"at_once": 2, "steps_mapped": steps, "cosine": 0.5, "explained": 0.5, "pairs": 9}
+        return {"extra": extra, "steps": 48}
+
+    found = lines(made(store, spec, row_of), "transfer", "transfer")
+    assert [(line["tokens"], line["ratio"], line["n"]) for line in found] == [
+        (4, 0.25, 3),
+        (8, 0.5, 3),
+        (8, 1.0, 3),
+    ]
+
+
+def test_a_latent_s_gain_is_of_what_its_own_text_saves(store):
+    spec = spec_of("sentences", [8], 3, 'options = { latents = "s.safetensors", context = 2 }')
+
+    def row_of(cell, number):
+        bits = dict.fromkeys(evaluate.WAYS, 40.0)
+        bits |= {"predicted": 30.0, "text": 20.0, "full": 10.0, "discretised": 35.0}
+        extra = {"bits": bits, "continuous": [38.0], "discretised": [39.0], "encoded_exact": 1}
+        extra |= {"flops": dict.fromkeys(COSTS, 1.0), "before_exact": [[0, 1], [1, 1]]}
+        return {"extra": extra | {"sizes": [1, 1]}, "before": (3, 4, 5), "lm_bits": 40.0}
+
+    data = made(store, spec, row_of)
+    (card,) = protocol_of("sentences").cards(data)
+    assert card.value.startswith("50 %")
+    ahead = lines(data, "sentences", "sentences-ahead")
+    assert [(line["regime"], line["bits / token"] * 8) for line in ahead] == [
+        ("continuous", 30),
+        ("continuous", 38),
+        ("discretised", 35),
+        ("discretised", 39),
+    ]

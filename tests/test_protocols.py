@@ -23,6 +23,7 @@ from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.report import write_report
 from memvec.lab.slow import SlowPassage, bits_and_margins, logits
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study import schema
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
@@ -253,6 +254,21 @@ def restore(folder: Path, rows: list[tuple[str, int, str]]) -> None:
         db.execute("UPDATE rows SET extra=? WHERE cell=? AND number=?", (extra, cell, number))
     db.commit()
     db.close()
+
+
+@pytest.mark.parametrize("tokens", [4, 64, 65])
+def test_real_tokens_are_the_last_ones_before_and_fit_the_context(tokens: int) -> None:
+    """Two copies of 65 tokens do not fit 128 positions, and 64 other ones fit no more than 64."""
+    lm, (before, passage) = tiny(), passages(70, tokens, seed=42)
+    sourced = SourcedPassage(0, passage, "x", before.ids)
+    copied = protocol_of("copy").extra(lm, sourced, None, "vectors", {})["after_copy"]
+    contexts = protocol_of("context").extra(lm, sourced, None, "vectors", {"contexts": (2, 64)})
+    assert (copied is None) == (2 * tokens > lm.context)
+    assert list(contexts["after_context"]) == ["2", "64"][: 1 + (64 + tokens <= lm.context)]
+    table = logits(lm, None, [*before.ids[-2:], *passage.ids])[1:-1]
+    bits, margin = bits_and_margins(table, passage.ids)
+    expected = [pytest.approx(bits.sum(), abs=1e-2), int((margin > 0).sum())]
+    assert contexts["after_context"]["2"] == expected
 
 
 # ---------------------------------------------------------------------- stores of earlier memvecs

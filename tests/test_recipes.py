@@ -435,6 +435,11 @@ def test_vectors_that_are_a_text_are_read_as_that_text():
         )
     assert float(loss) == pytest.approx(0, abs=1e-6)
     assert float(shorter) > 1e-5
+    taught = []
+    run.model.register_forward_hook(lambda *_: taught.append(torch.is_grad_enabled()))
+    with run.half_width():
+        use_loss(run.model, as_text, ids, before, noise, run.recipe)
+    assert taught == [True, False]  # the vectors follow the text, not the text the vectors
 
 
 def test_steps_of_descent_lower_the_loss_and_let_gradients_pass():
@@ -622,6 +627,8 @@ def test_what_is_evaluated_is_per_vector_and_behind_the_text(K):
     assert row["longest"] == round(row["longest"]) <= 6
     assert row["gain_per_vector"][0] <= row["bits_per_vector"][0] + 1e-3
     assert longest(lm, K) + K < lm.context
+    nothing = horizon(lm, stream, K, 6, 3, Recipe(steps=1, margin=99.0))
+    assert (nothing["longest"], nothing["gain_per_vector"]) == (0, (0, 0, 0))
     gain = context_gain(lm, stream, 5, 3, 4)["nats_per_token"]
 
     def nats(before, following):
@@ -635,3 +642,17 @@ def test_what_is_evaluated_is_per_vector_and_behind_the_text(K):
     assert gain == pytest.approx(interval(found), abs=2e-3)
     assert interval([2.0])[0] == 2
     assert all(math.isnan(end) for end in interval([2.0])[1:])
+
+
+def test_bits_per_byte_are_the_nats_of_all_tokens():
+    from conftest import reader
+    from corpus import generator, ordinary_batch
+    from evaluate import losses
+
+    lm = reader()
+    stream = torch.randint(2, lm.vocab_size, (2000,), generator=torch.Generator().manual_seed(0))
+    row = losses(lm, stream, 2)
+    crops = ordinary_batch(stream, 2 * 512, 512, generator(0, "valid", 0))
+    size = sum(len(lm.text(crop[1:].tolist()).encode()) for crop in crops)
+    nats = row["nats_per_token"][0] * 511 * 2
+    assert row["bits_per_byte"] * size == pytest.approx(nats / math.log(2), rel=5e-4)

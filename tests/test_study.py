@@ -333,8 +333,8 @@ def test_every_planned_row_is_there_and_says_everything(done: Path) -> None:
             missing = store.db.execute(f"SELECT count(*) FROM rows WHERE {of} AND {name} IS NULL")
             assert missing.fetchone()[0] == 0, name
         extras = [json.loads(r[0]) for r in store.db.execute("SELECT extra FROM rows")]
-        contexts = [e["context"] for e in extras if "context" in e]
-        assert all(set(c) == {"4", "8"} for c in contexts)  # 4000 do not fit
+        contexts = [e["after_context"] for e in extras if "after_context" in e]
+        assert [set(c) for c in contexts] == [{"4", "8"}] * 2  # 4000 do not fit
         assert store.db.execute("SELECT count(*) FROM paths").fetchone()[0] == 6  # all pairs
         record = json.loads(store.db.execute("SELECT record FROM environments").fetchone()[0])
         assert {"torch", "transformers", "memvec", "model"} <= set(record)
