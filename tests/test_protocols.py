@@ -18,6 +18,7 @@ from conftest import QUICK, passages, reader, tiny
 from memvec import registry
 from memvec.cli.study import check
 from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.protocols.protocol import Protocol
@@ -261,8 +262,10 @@ def test_real_tokens_are_the_last_ones_before_and_fit_the_context(tokens: int) -
     """Two copies of 65 tokens do not fit 128 positions, and 64 other ones fit no more than 64."""
     lm, (before, passage) = tiny(), passages(70, tokens, seed=42)
     sourced = SourcedPassage(0, passage, "x", before.ids)
-    copied = protocol_of("copy").extra(lm, sourced, None, "vectors", {})["after_copy"]
-    contexts = protocol_of("context").extra(lm, sourced, None, "vectors", {"contexts": (2, 64)})
+    (outcome,) = Engine(lm, Recipe(steps=1)).run(passages(1))
+    copied = protocol_of("copy").extra(lm, sourced, outcome, "vectors", {})["after_copy"]
+    options = {"contexts": (2, 64)}
+    contexts = protocol_of("context").extra(lm, sourced, outcome, "vectors", options)
     assert (copied is None) == (2 * tokens > lm.context)
     assert list(contexts["after_context"]) == ["2", "64"][: 1 + (64 + tokens <= lm.context)]
     table = logits(lm, None, [*before.ids[-2:], *passage.ids])[1:-1]

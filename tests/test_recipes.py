@@ -656,3 +656,76 @@ def test_bits_per_byte_are_the_nats_of_all_tokens():
     size = sum(len(lm.text(crop[1:].tolist()).encode()) for crop in crops)
     nats = row["nats_per_token"][0] * 511 * 2
     assert row["bits_per_byte"] * size == pytest.approx(nats / math.log(2), rel=5e-4)
+
+
+def test_a_checkpoint_keeps_how_far_a_run_has_come(tmp_path):
+    run, _ = small_run()
+    run.step, run.seconds, run.tokens["memory"] = 3, 7.0, 99
+    lengths = run.lengths
+    lengths.targets[1], lengths.inner_targets[1], lengths.accuracy[1] = 22.0, 33.0, 0.5
+    run.save(tmp_path / "run.pt")
+    again, _ = small_run()
+    again.load(tmp_path / "run.pt")
+    for name in ("step", "seconds", "tokens"):
+        assert getattr(again, name) == getattr(run, name)
+    for name in ("targets", "inner_targets", "accuracy"):
+        assert getattr(again.lengths, name) == getattr(lengths, name)
+
+
+def test_another_seed_draws_other_passages_and_text():
+    from steps import begin
+
+    drawn = []
+    for seed in (0, 0, 1):
+        run, stream = small_run(seed=seed)
+        run.step = 2
+        records = [begin(run, stream, memory=True) for _ in range(4)]
+        drawn.append([(record.K, record.T, record.inner) for record in records])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_valid_loss_is_that_of_all_its_crops():
+    import pocket
+    from corpus import generator, ordinary_batch
+    from losses import text_loss
+
+    run, stream = small_run()
+    found = pocket.valid_loss(run, stream, crops=16, length=32)
+    ids = ordinary_batch(stream, 16 * 32, 32, generator(0, "valid", 0))
+    with run.half_width(), torch.no_grad():
+        assert found == pytest.approx(text_loss(run.model, ids).item(), rel=1e-3)
+
+
+def test_a_small_model_reads_its_share_of_the_text_at_rates_that_end_at_zero(monkeypatch):
+    import shapes
+
+    plan = shapes.read(FOLDER / "checkpoints.toml")["llama-64x2"]
+    sizes = plan.config | {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 60}
+    plan = dataclasses.replace(
+        plan, config=sizes, tokens=256 * 40, tokens_per_step=256, context=32, warmup=5, stops=[1.0]
+    )
+    rates, seeds, crops_of = [], [], shapes.crops_of
+
+    class Recorded(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"] / plan.lr)
+            super().step()
+
+    def drawn(stream, plan, tokens, rng):
+        seeds.append(rng.initial_seed())
+        return crops_of(stream, plan, tokens, rng)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    monkeypatch.setattr(shapes, "crops_of", drawn)
+    stream = torch.randint(2, 60, (500,), generator=torch.Generator().manual_seed(0))
+    for seed in (0, 1):
+        ((_, reached),) = shapes.trained_to(
+            dataclasses.replace(plan, seed=seed), {"train": stream}, scale=0.5
+        )
+        assert (reached["step"], reached["tokens"]) == (20, 256 * 20)
+    assert (
+        rates[20:]
+        == rates[:20]
+        == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1] * 12, 1, 0.75, 0.5, 0.25])
+    )
+    assert len(set(seeds)) == 40
