@@ -292,6 +292,13 @@ def test_what_is_removed_is_of_what_was_there(store):
     assert figure.caption.startswith("In 1 of 1 cases")
 
 
+def test_a_passage_that_took_all_its_steps_was_cut(store):
+    run = spec_of("paper", [8], 3, "recipe = { steps = %d }")
+    data = made(store, run % 9 + run % 10, lambda cell, number: {"steps": 9})
+    found = lines(data, "threshold", "threshold")
+    assert {line["text"].split()[-1]: line["cut"] for line in found} == {"9": "100 %", "10": "0 %"}
+
+
 def test_a_memory_reaches_as_far_as_half_of_the_documents(store):
     spec = spec_of(
         "recurrent", [8, 16], 4, 'vectors = [2]\noptions = { encoder = "e.safetensors" }'

@@ -32,6 +32,8 @@ from memvec.cramming.certify import positions
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
 from memvec.lab.sources import SourcedPassage
+from memvec.lab.sources.random_tokens import RandomTokens
+from memvec.lab.study import check as check_module
 from memvec.lab.study.cells import expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
@@ -44,6 +46,7 @@ from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
+from memvec.lab.study.work import find_passages
 from memvec.passages.passage import Passage
 from studies import HEAD, SENTENCES, everything, maker, run, spec_in
 
@@ -229,6 +232,21 @@ def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path
     spec = spec_in(tmp_path, HEAD + RUN.replace("[8]", "[400]"))
     with pytest.raises(MemvecError, match="impossible length: 400 tokens"):
         run(spec, tmp_path, tmp_path / "s")
+
+
+def test_a_passage_leaves_room_for_its_vectors_and_what_is_around_them() -> None:
+    lm, source = reader(), RandomTokens()
+    assert lm.context == 128
+    for more, longest in (("", 126), ('recipe = { start_rule = "bos" }', 125)):
+        for length in (longest, longest + 1):
+            text = HEAD + RUN.replace("[8]", f"[{length}]") + f"vectors = [2]\n{more}\n"
+            cell = expand(parse_spec(text, "spec"))[0].cell
+            if length == longest:
+                (found,) = find_passages(lm, cell, source, 1, None)
+                assert len(found.passage) == length
+            else:
+                with pytest.raises(MemvecError, match="and 2 vectors do not fit the context"):
+                    find_passages(lm, cell, source, 1, None)
 
 
 def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
