@@ -661,3 +661,38 @@ def test_ours_is_over_the_best_row_of_each_program():
     result = result_of([ours, *theirs], [ours, *theirs[2:]])
     assert (result["ratio_seed"], result["ratio_progressive"]) == (3, 2)
     assert (result["ratio_horizon"], result["time_horizon"]) == (2, 2)
+
+
+def test_a_step_that_goes_past_a_cost_was_not_paid_for_there():
+    """What the first vectors give back by chance is measured by the first step."""
+    from at_costs import growing
+
+    asked = [type(p)(p.ids, i) for i, p in enumerate(passages(*[2] * 64, seed=38))]
+    recipe = Recipe(start="noise", margin=0.0)
+    free, paid = zip(*growing(tiny(), recipe, asked, [1, 20], staged=False), strict=True)
+    assert set(free) == {0}
+    assert any(paid)
+
+
+def test_every_attempt_of_a_search_is_paid_for(monkeypatch):
+    """Ten tokens each: 2 and 4 come back, 8 and 6 do not, 5 does."""
+    from types import SimpleNamespace
+
+    import at_costs
+
+    class Ten:
+        given, recipe = 0, SimpleNamespace(margin=0.0)
+
+        def __init__(self, *_, **__):
+            self.jobs = []
+            self.waiting = SimpleNamespace(push=self.jobs.append)
+
+        def run(self):
+            while self.jobs:
+                job = self.jobs.pop()
+                exact = len(job.passage) <= 5
+                yield SimpleNamespace(passage=job.passage, exact=exact, spent=job.spent + 10)
+
+    monkeypatch.setattr(at_costs, "Engine", Ten)
+    (row,) = at_costs.fixed(tiny(), Recipe(), passages(8), [5, 10, 29, 49, 50])
+    assert row == [0, 2, 4, 4, 5]

@@ -305,7 +305,7 @@ def test_a_memory_reaches_as_far_as_half_of_the_documents(store):
     )
 
     def row_of(cell, number):
-        back = [4 * (number < 2), 0, 4, 4][: cell.length // 4]
+        back = [4 * (number < 2), 0, 4, 0][: cell.length // 4]
         extra = {"segment": 4, "back": back, "right": [4] * len(back), "alone": [4, 0, 4, 0]}
         extra["alone"] = extra["alone"][: len(back)]
         return {"extra": extra, "horizon": 6}

@@ -37,8 +37,9 @@ from memvec.lab.study import check as check_module
 from memvec.lab.study.cells import expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
+from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.pool import Here
-from memvec.lab.study.price import Price, max_tokens, price, problems
+from memvec.lab.study.price import Price, hours, max_tokens, price, problems
 from memvec.lab.study.recompute import Slow, SlowPassage
 from memvec.lab.study.recompute import _alone as check_alone
 from memvec.lab.study.row import Row
@@ -182,6 +183,12 @@ def test_what_a_passage_costs_is_no_more_than_its_budget() -> None:
     text = text.replace("[8]", "[16]", 1).replace("[8]", "[4]")
     limited, short = (max_tokens(planned) for planned in expand(parse_spec(text, "spec"))[:3:2])
     assert (limited, short) == (100.0 + 17, (4 + 1) * 10)  # the last step may pass the budget
+
+
+def test_a_token_there_and_back_costs_four_operations_a_parameter() -> None:
+    """An hour for 3600 tokens at one token a second."""
+    facts = facts_of_name("pocket")
+    assert hours(facts, 3600.0, 4.0 * facts.parameters) == pytest.approx(1)
 
 
 def test_what_a_protocol_crams_besides_is_priced(tmp_path: Path) -> None:
