@@ -339,10 +339,11 @@ def test_spaces_are_compared_by_their_longest_passages(store):
 
 
 def test_use_is_claimed_of_vectors_that_are_exact(store):
-    kl_of = {8: 2.0, 16: 1.0, 32: 0.5}
+    """And of those whose whole interval is nearer to the text than no context is."""
+    kl_of = {8: [2.0] * 3, 16: [1.0] * 3, 32: [0.5, 1.0, 6.0]}
 
     def row_of(cell, number):
-        kl = kl_of[cell.length]
+        kl = kl_of[cell.length][number]
         contexts = {"vectors": [kl, 2.0], "nothing": [4.0, 4.0], "text": [0.0, 1.0]}
         extra = {"contexts": contexts, "rms": 1.0, "layers": {}, "directions": {}, "words": []}
         return {"extra": extra, "horizon": min(cell.length, 20)}
@@ -351,8 +352,11 @@ def test_use_is_claimed_of_vectors_that_are_exact(store):
     (card,) = protocol_of("usable").cards(data)
     assert card.value == "0.25 × KL"
     found = lines(data, "usable", "usable")
-    assert [line["KL/nothing"] for line in found] == [0.5, 0.25, 0.125]
+    assert [line["KL/nothing"] for line in found] == [0.5, 0.25, 0.625]
     assert [line["kept"] for line in found] == pytest.approx([2 / 3] * 3)
+    (figure,) = protocol_of("usable").figures(data, compare=False)
+    assert "in 2 the whole interval of the KL ratio is below 1" in figure.caption
+    assert "in 2 every passage is exact" in figure.caption
 
 
 def test_steps_from_a_map_are_over_those_from_the_start(store):
