@@ -676,12 +676,12 @@ def test_another_seed_draws_other_passages_and_text():
     from steps import begin
 
     drawn = []
-    for seed in (0, 0, 1):
-        run, stream = small_run(seed=seed)
+    for seed in (0, 1):
+        run, stream = small_run(seed=seed, inner_share=0.0)
         run.step = 2
-        records = [begin(run, stream, memory=True) for _ in range(4)]
-        drawn.append([(record.K, record.T, record.inner) for record in records])
-    assert drawn[0] == drawn[1] != drawn[2]
+        records = [begin(run, stream, memory=True) for _ in range(2)]
+        drawn.append([(record.K, record.T, record.share) for record in records])
+    assert not set(drawn[0]) & set(drawn[1])
 
 
 def test_the_valid_loss_is_that_of_all_its_crops():
@@ -702,7 +702,7 @@ def test_a_small_model_reads_its_share_of_the_text_at_rates_that_end_at_zero(mon
     plan = shapes.read(FOLDER / "checkpoints.toml")["llama-64x2"]
     sizes = plan.config | {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 60}
     plan = dataclasses.replace(
-        plan, config=sizes, tokens=256 * 40, tokens_per_step=256, context=32, warmup=5, stops=[1.0]
+        plan, config=sizes, tokens=256 * 20, tokens_per_step=256, context=32, warmup=5, stops=[1.0]
     )
     rates, seeds, crops_of = [], [], shapes.crops_of
 
@@ -722,10 +722,6 @@ def test_a_small_model_reads_its_share_of_the_text_at_rates_that_end_at_zero(mon
         ((_, reached),) = shapes.trained_to(
             dataclasses.replace(plan, seed=seed), {"train": stream}, scale=0.5
         )
-        assert (reached["step"], reached["tokens"]) == (20, 256 * 20)
-    assert (
-        rates[20:]
-        == rates[:20]
-        == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1] * 12, 1, 0.75, 0.5, 0.25])
-    )
-    assert len(set(seeds)) == 40
+        assert (reached["step"], reached["tokens"]) == (10, 256 * 10)
+    assert rates[10:] == rates[:10] == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1] * 5, 0.5])
+    assert len(set(seeds)) == 20
