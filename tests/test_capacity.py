@@ -200,6 +200,7 @@ def test_scaling_is_measured_against_the_first_k() -> None:
     )
     table = exact_scaling(rows)
     assert table["bits_share"].tolist() == [1.0, 0.75]
+    assert (table["censored"].tolist(), table["cut"].tolist()) == ([0.5, 0.0], [0.5, 1.0])
 
 
 def test_intervals_are_students_and_wilsons() -> None:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.optimize import curve_fit
+from scipy.stats import t
 
 from conftest import reader
 from memvec.errors import MemvecError
 from memvec.lab import slow
-from memvec.lab.protocols.checkpoints import exponents, training_of
+from memvec.lab.protocols.checkpoints import _exponents_table, exponents, training_of
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.data import read_data
 from memvec.lab.study.check import check_study
@@ -180,6 +183,35 @@ def test_the_intervals_of_the_fit_cover_what_they_should():
         assert fit is not None
         hits += fit.width[1] < 0.8 < fit.width[2]
     assert 365 < hits < 395
+
+
+def test_the_intervals_of_the_fit_are_those_of_a_regression():
+    """The covariance by scipy, Student's t with as many degrees of freedom as are left."""
+    width, depth = (a.ravel().astype(float) for a in np.meshgrid([32, 64, 128], [2, 4]))
+    bits = 3 * width**0.8 * np.exp(0.2 * np.random.default_rng(1).standard_normal(6))
+
+    def line(x, level, a, b):
+        return level + a * x[0] + b * x[1]
+
+    logs = np.log(np.stack([width, depth]))
+    best, covariance = curve_fit(line, logs, np.log(bits), p0=[0.0, 0.0, 0.0])
+    half = t.ppf(0.975, 6 - 3) * np.sqrt(np.diag(covariance))
+    fit = exponents(width, depth, bits)
+    for (value, low, high), i in ((fit.width, 1), (fit.depth, 2)):
+        assert (value, low, high) == pytest.approx(
+            (best[i], best[i] - half[i], best[i] + half[i]), rel=1e-4
+        )
+
+
+def test_exponents_stand_before_training_and_at_its_end():
+    stages = [
+        pd.DataFrame([{"family": "x", "width": D, "layers": L, "tokens": n, "bits": D**a / L}])
+        for D in (32, 64)
+        for L in (2, 4)
+        for n, a in ((0, 1.0), (9, 0.5), (99, 2.0))
+    ]
+    rows = {row[1]: row[2] for row in _exponents_table(stages).rows}
+    assert rows == {"before training": pytest.approx(1), "at the end": pytest.approx(2)}
 
 
 @pytest.mark.parametrize(

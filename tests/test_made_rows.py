@@ -359,6 +359,30 @@ def test_use_is_claimed_of_vectors_that_are_exact(store):
     assert "in 2 every passage is exact" in figure.caption
 
 
+def test_layers_and_spans_are_compared_with_the_whole_vectors(store):
+    more = "vectors = [2]\noptions = { layers = true, directions = true }"
+    layers = {"none": [8.0, 3.0, 1.0], "0": [2.0, 1.0, 2.0], "1": [6.0, 2.0, 4.0]}
+    layers |= {"0+": [0.0, 0.0, 8.0], "1+": [6.0, 2.0, 4.0]}
+    spans = {name: [8.0, 3.0, 1.0] for name in ("whole", "without text", "without use")}
+    spans |= {"text in use": [0.5], "use in text": [0.25]}
+
+    def row_of(cell, number):
+        contexts = {"vectors": [1.0, 2.0], "nothing": [4.0, 4.0], "text": [0.0, 1.0]}
+        extra = {"contexts": contexts, "rms": 1.0, "layers": layers, "directions": spans}
+        return {"extra": extra | {"words": []}}
+
+    data = made(store, spec_of("usable", [8], 3, more), row_of)
+    found = lines(data, "usable", "usable-layers")
+    assert {line["without"]: line["KL / whole"] for line in found} == {
+        name: kl for name, (_, _, kl) in layers.items()
+    }
+    (line,) = lines(data, "usable", "usable-directions")
+    assert (line["chance"], line["text in use"]) == (8 / (2 * 8), 0.5)
+    _, figure = protocol_of("usable").figures(data, compare=False)
+    assert "needs layer 0 most" in figure.caption
+    assert "context mode needs layer 1 most (KL 4.00 times" in figure.caption
+
+
 def test_steps_from_a_map_are_over_those_from_the_start(store):
     more = 'options = { origin = "pocket", origin_seed = %d }'
     spec = spec_of("transfer", [4, 8], 3, more % 0) + spec_of("transfer", [8], 3, more % 1)

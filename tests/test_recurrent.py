@@ -9,6 +9,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,14 +33,17 @@ from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
+from memvec.lab.protocols import recurrent
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.data import read_data
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.check import check_study
 from memvec.lab.study.pool import Here
 from memvec.lab.study.run import run_study
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
 from memvec.loading import load_lm
+from memvec.passages.passage import Passage
 from test_encoders import stream
 from test_protocols import falsify, restore
 from trainings import assert_gradient_of, one_step, stopped_and_resumed
@@ -509,6 +513,27 @@ def test_what_is_crammed_beside_is_stored_as_asked(monkeypatch, storage):
     monkeypatch.setattr(recurrent_measure, "Engine", Seen)
     crammed_leading(tiny(), [[3, 4, 5]], 2, QUICK, 1, storage)
     assert asked == [str(storage).removeprefix("torch.")]
+
+
+def test_each_segment_is_crammed_beside_its_own_lag(monkeypatch):
+    """The newest segment first, as they are asked for."""
+    lm, beside = tiny(), []
+    (outcome,) = Engine(lm, QUICK, vectors=2).run([Passage((3, 4, 5, 6, 7, 8))])
+    memory = torch.zeros(1, 2, lm.width)
+    encoder = SimpleNamespace(segment=2, slots=2, memories=lambda *_: [memory] * 3)
+    recalled = SimpleNamespace(leading=[0], right=[0])
+    for name, value in (
+        ("carried_by", lambda lm, path: lm),
+        ("recurrent_of", lambda view: encoder),
+        ("chain_of", lambda *_: (3, 2)),
+        ("recall", lambda *_: recalled),
+        ("crammed_leading", lambda lm, parts, *_: beside.extend(parts) or [2, 2]),
+    ):
+        monkeypatch.setattr(recurrent, name, value)
+    sourced, options = SourcedPassage(0, outcome.passage, "x"), {"encoder": "r", "lags": 2}
+    row = protocol_of("recurrent").extra_of_cell(lm, sourced, outcome, "vectors", QUICK, options)
+    assert beside == [[7, 8], [5, 6]]
+    assert (row["alone"], len(row["back"])) == ([2, 2], 2)
 
 
 def test_a_changed_result_is_found(study):

@@ -15,9 +15,11 @@ from conftest import QUICK, reader, tiny
 from memvec.cramming.engine import Engine
 from memvec.encoders.transfer import Transfer, crammed, fit_linear, fit_transfer
 from memvec.errors import MemvecError
+from memvec.lab.protocols import transfer as transfer_protocol
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.transfer import mapped_start
 from memvec.lab.report.data import read_data
+from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.check import check_study
 from memvec.lab.study.pool import Here
 from memvec.lab.study.run import run_study
@@ -133,6 +135,43 @@ def test_the_engine_starts_from_the_map():
     engine.fill(1)
     assert engine.batch is not None
     torch.testing.assert_close(engine.batch.vectors, transfer.encode(lm, asked[:1], 1))
+
+
+def test_steps_are_counted_from_the_mapped_vectors(monkeypatch):
+    """A map that gives the crammed vectors of the row has them exact at once, in fewer steps."""
+    lm, passage = tiny(), Passage((5, 9, 7))
+    (outcome,) = Engine(lm, RECIPE).run([passage])
+
+    class Known(Transfer):
+        def read(self, lm, ids, K):
+            return outcome.vectors[None].expand(len(ids), -1, -1)
+
+    mapping = fit_linear(*pairs(20, lm.width, lm.width, 0.1)[:2])
+    known = Known(lm, RECIPE, 1, mapping)
+    monkeypatch.setattr(transfer_protocol, "_fitted", lambda *_: known)
+    options = {"origin": "tiny", "origin_seed": 0, "pairs": 20}
+    row = protocol_of("transfer").extra_of_cell(
+        lm, SourcedPassage(0, passage, "x"), outcome, "vectors", RECIPE, options
+    )
+    assert outcome.exact
+    assert (row["at_once"], row["exact_mapped"], row["cosine"]) == (3, 1, pytest.approx(1))
+    assert row["steps_mapped"] < outcome.steps
+
+
+def test_the_seed_of_the_origin_is_of_the_origin_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(transfer_protocol, "load_lm", lambda *_, **__: tiny())
+    monkeypatch.setattr(transfer_protocol, "sampled_passages", lambda *_, **__: iter(()))
+    monkeypatch.setattr(transfer_protocol, "check_same_tokens", lambda *_: None)
+    mapping = fit_linear(*pairs(20, 32, 32, 0.1)[:2])
+
+    def fit(origin, target, passages, K, recipe, origin_recipe):
+        asked.append((recipe.seed, origin_recipe.seed))
+        return Transfer(origin, origin_recipe, K, mapping)
+
+    monkeypatch.setattr(transfer_protocol, "fit_transfer", fit)
+    transfer_protocol._fitted.__wrapped__(tiny(), RECIPE, 1, 4, "tiny", 5, 8)
+    assert asked == [(RECIPE.seed, 5)]
 
 
 def test_another_number_of_vectors_is_refused():
