@@ -383,6 +383,20 @@ def test_layers_and_spans_are_compared_with_the_whole_vectors(store):
     assert "context mode needs layer 1 most (KL 4.00 times" in figure.caption
 
 
+def test_layers_are_compared_with_all_of_them_and_an_arg_max_is_the_first(store):
+    cut = {"none": [8.0, 1.0], "0": [4.0, 0.5], "1": [2.0, 0.5], "0+": [0.0, 0.0], "1+": [2.0, 0.0]}
+    path = {"x": [0.0, 1.0], "y": [0.0, 1.0], "leading": [0, 8], "explained": 1.0}
+
+    def row_of(cell, number):
+        lens = [[5.0, 1.0 + number, 7.0], [0.5, 1.0, 7.0]]
+        return {"extra": {"attention": [0.1, 0.2], "cut": cut, "lens": lens, "path": path}}
+
+    found = lines(made(store, spec_of("reading", [8], 3), row_of), "reading", "reading")
+    assert [line["arg-max right"] for line in found] == ["1 of 3", "3 of 3"]
+    assert [line["left without it"] for line in found] == [0.5, 0.25]
+    assert [line["left without it and above"] for line in found] == [0, 0.25]
+
+
 def test_steps_from_a_map_are_over_those_from_the_start(store):
     more = 'options = { origin = "pocket", origin_seed = %d }'
     spec = spec_of("transfer", [4, 8], 3, more % 0) + spec_of("transfer", [8], 3, more % 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -608,6 +609,10 @@ def test_candidates_are_scaled_from_their_own_fields():
     for name, fields in whole.items():
         for key in candidates.SCALED:
             assert half[name][key] == max(512, round(fields[key] / 2))
+    tables = tomllib.loads(spec.read_text())
+    given = [(name, key) for name in whole for key in candidates.SCALED if key in tables[name]]
+    assert given
+    assert all(whole[name][key] == tables[name][key] for name, key in given)
 
 
 @pytest.mark.parametrize("K", [1, 2])
