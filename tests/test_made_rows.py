@@ -363,8 +363,9 @@ def test_layers_and_spans_are_compared_with_the_whole_vectors(store):
     more = "vectors = [2]\noptions = { layers = true, directions = true }"
     layers = {"none": [8.0, 3.0, 1.0], "0": [2.0, 1.0, 2.0], "1": [6.0, 2.0, 4.0]}
     layers |= {"0+": [0.0, 0.0, 8.0], "1+": [6.0, 2.0, 4.0]}
-    spans = {name: [8.0, 3.0, 1.0] for name in ("whole", "without text", "without use")}
-    spans |= {"text in use": [0.5], "use in text": [0.25]}
+    left = {"whole": [8.0, 3.0, 1.0], "without text": [0.0, -1.0, 1.5]}  # of an earlier study
+    left |= {"without use": [5.0, 2.0, 2.5]}
+    spans = left | {"text in use": [0.5], "use in text": [0.25]}
 
     def row_of(cell, number):
         contexts = {"vectors": [1.0, 2.0], "nothing": [4.0, 4.0], "text": [0.0, 1.0]}
@@ -376,8 +377,13 @@ def test_layers_and_spans_are_compared_with_the_whole_vectors(store):
     assert {line["without"]: line["KL / whole"] for line in found} == {
         name: kl for name, (_, _, kl) in layers.items()
     }
-    (line,) = lines(data, "usable", "usable-directions")
-    assert (line["chance"], line["text in use"]) == (8 / (2 * 8), 0.5)
+    found = lines(data, "usable", "usable-directions")
+    assert {line["vectors"]: (line["tokens"], line["KL"]) for line in found} == {
+        name: (tokens, kl) for name, (tokens, _, kl) in left.items()
+    }
+    for line in found:
+        shares = (line["chance"], line["text in use"], line["use in text"])
+        assert shares == (8 / (2 * 8), 0.5, 0.25)
     _, figure = protocol_of("usable").figures(data, compare=False)
     assert "needs layer 0 most" in figure.caption
     assert "context mode needs layer 1 most (KL 4.00 times" in figure.caption
