@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 from dataclasses import replace
@@ -52,6 +53,20 @@ def gradient(lm: FrozenLM) -> tuple[torch.Tensor, int]:
     with saved_bytes(lm.model) as kept:
         states = lm.states(vectors, ids)
     return torch.autograd.grad(states.square().sum(), vectors)[0], kept()
+
+
+def test_measuring_what_is_kept_keeps_nothing():
+    """Every cram measures it: a tensor left behind would be one more for each call."""
+    lm = tiny()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    kept_bytes(lm, 8)
+    before = tensors()
+    kept_bytes(lm, 8)
+    assert tensors() == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

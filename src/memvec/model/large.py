@@ -105,6 +105,8 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     is_weight = _weights(model)
 
     def keep(tensor: Tensor) -> Tensor:
+        # Of the output of an operation: attached, it and what computed it would hold each other.
+        tensor = tensor.detach()
         if not is_weight(tensor):
             storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
