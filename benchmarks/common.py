@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from memvec.environment import environment
 from memvec.errors import MemvecError
+from memvec.machine import environment
 from memvec.statistics import (
     bootstrap_mean,
     median_and_spread,

@@ -17,10 +17,10 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.engines import Prompt
 from memvec.engines.decode import passage_prompts
-from memvec.environment import environment
 from memvec.export.target import embedded
 from memvec.header import DocumentRecord, Header, PassageRecord
 from memvec.loading import POCKET, load_lm
+from memvec.machine import environment
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import STORAGES

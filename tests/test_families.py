@@ -25,10 +25,10 @@ from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
-from memvec.environment import environment
 from memvec.errors import MemvecError
 from memvec.header import DocumentRecord, Header, PassageRecord
 from memvec.lab.doctor import checks, round_trip
+from memvec.machine import environment
 from memvec.model.caching import cached_logits
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import START_RULES

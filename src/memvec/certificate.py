@@ -10,8 +10,8 @@ import torch
 
 from memvec.cramming.certify import Finished, certify
 from memvec.decoding import BATCH
-from memvec.environment import environment
 from memvec.errors import MemvecError, check_type
+from memvec.machine import environment
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document, documents_of
 from memvec.passages.passage import Passage, ids_hash

@@ -12,10 +12,10 @@ from memvec.certificate import certificate_of
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
-from memvec.environment import environment
 from memvec.errors import MemvecError, check_minimum
 from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
 from memvec.journal import Journal
+from memvec.machine import environment
 from memvec.model.batch_size import default_batch_size
 from memvec.model.estimate import Estimate, Facts, estimate, facts_of
 from memvec.model.lm import FrozenLM

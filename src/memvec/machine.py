@@ -1,12 +1,17 @@
-"""What memvec asks of the operating system: how much memory is free, and to keep what was freed."""
+"""What memvec asks of the system it runs on: versions, free memory, and to keep what was freed."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from memvec import __version__
 
 ROOT = Path("/")
 UNKNOWN = 4 * 2**30  # bytes that are taken to be free where the system does not say
@@ -16,6 +21,25 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and threads of this process, for the record of what it makes."""
+    import torch
+    import transformers
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "memvec": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def free_memory() -> int:

@@ -24,8 +24,8 @@ from safetensors.torch import save
 
 from memvec import registry
 from memvec.encoders.base import EncoderFile, OnePassEncoder, TrainedEncoder
-from memvec.environment import environment
 from memvec.errors import MemvecError, did_you_mean
+from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import write_atomically

@@ -37,8 +37,8 @@ from torch import Tensor
 from memvec import registry, statistics
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.environment import environment
 from memvec.errors import MemvecError, check_type
+from memvec.machine import environment
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.results import Record

@@ -26,8 +26,8 @@ import torch
 
 from memvec.cram_job import CramStatus
 from memvec.cramming.recipe import Recipe
-from memvec.environment import environment
 from memvec.errors import MemvecError, check_minimum, first_line
+from memvec.machine import environment
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import ids_hash
 from memvec.usable.columns import COLUMNS, SPLIT, column_named

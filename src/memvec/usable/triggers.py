@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from memvec.cramming.recipe import Recipe
-from memvec.environment import environment
 from memvec.errors import MemvecError
+from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.usable.around import MADE_BY, CrammedTrigger

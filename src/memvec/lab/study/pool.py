@@ -11,12 +11,12 @@ from torch import Tensor
 
 from memvec.cramming.engine import Progress
 from memvec.cramming.starts import triggered
-from memvec.environment import environment
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.work import cram_cell, find_passages
+from memvec.machine import environment
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.passages.passage import Passage
