@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import signal
 import sqlite3
 import subprocess
+from collections.abc import Iterator
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +232,42 @@ def test_a_last_decode_that_disagrees_halves_what_has_no_step_left(monkeypatch, 
     assert max(p.tokens for p in mem.passages) == 2
     assert {p.status for p in mem.passages} == {"budget"}
     assert sum(p.tokens for p in mem.passages) == len(lm.tokenize(TEXT))
+
+
+@contextlib.contextmanager
+def numbers_in_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        numbers_in_float64,
+        torch.inference_mode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    ],
+)
+def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(settings):
+    lm = reader()
+    truth = cram(lm, TEXT[:20], tokens=4, recipe=QUICK)
+
+    def state() -> tuple[object, ...]:
+        devices = torch.get_default_dtype(), torch.get_default_device()
+        return *devices, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+    with settings():
+        before = state()
+        mem = cram(lm, TEXT[:20], tokens=4, recipe=QUICK)
+        assert memvec.verify(lm, mem)[1] == [True] * len(mem.passages)
+        assert decode(lm, mem) == [TEXT[:20]]
+        (measured, *_) = memvec.measure(lm, mem, TEXT[:20])
+        assert state() == before
+    assert torch.equal(mem.vectors, truth.vectors)
+    assert not mem.vectors.is_inference()
+    assert measured.mem_bits == memvec.measure(lm, truth, TEXT[:20])[0].mem_bits
 
 
 def everything_decodes(monkeypatch) -> None:

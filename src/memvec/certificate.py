@@ -11,7 +11,7 @@ import torch
 from memvec.cramming.certify import Finished, certify
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_type
-from memvec.machine import environment
+from memvec.machine import environment, plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document, documents_of
 from memvec.passages.passage import Passage, ids_hash
@@ -52,6 +52,7 @@ def certificate_of(
     return certificate, exact
 
 
+@plain_torch()
 @torch.no_grad()
 def measure(
     lm: FrozenLM,

@@ -14,6 +14,7 @@ from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_type
 from memvec.journal import Journal
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document, documents_of
 from memvec.storage import storage_of
@@ -23,6 +24,7 @@ from memvec.workers import Workers
 __all__ = ["CramJob", "CramStatus", "cram", "decode", "measure", "verify"]
 
 
+@plain_torch()
 def cram(
     lm: FrozenLM,
     texts: str | bytes | Document | Sequence[str | bytes | Document],

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.corrections import table
+from memvec.machine import plain_torch
 from memvec.model.caching import behind, step
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
@@ -24,6 +25,7 @@ from memvec.model.reading import StartRule
 BATCH = 32  # passages decoded together; certification and users use the same number
 
 
+@plain_torch()
 @torch.no_grad()
 def decode_ids(
     lm: FrozenLM,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationErr
 
 from memvec.encoders.files import read_encoders
 from memvec.errors import MemvecError, did_you_mean, first_line, first_problem
-from memvec.machine import keep_freed_memory
+from memvec.machine import keep_freed_memory, plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
@@ -49,6 +49,7 @@ class CuttingFacts(BaseModel):
     """Bits that each of K vectors gives back, by K."""
 
 
+@plain_torch()
 def load_lm(
     name: str | Path = "pocket",
     *,

@@ -1,7 +1,8 @@
-"""What memvec asks of the system it runs on: versions, free memory, and to keep what was freed."""
+"""What memvec asks of the system: versions, memory, and torch without what a caller has set."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
@@ -40,6 +41,29 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Context manager and decorator that sets aside what a caller has set for all of torch.
+
+    Inference mode leaves no gradients, autocast rounds what is measured and certified, and another
+    default dtype or device makes tensors that do not go with those of the model.
+    """
+    import torch
+
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # else every call of torch would be slower
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 def free_memory() -> int:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -15,7 +16,7 @@ from memvec.errors import MemvecError
 
 def ids_hash(ids: Sequence[int]) -> str:
     """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
-    return hashlib.sha256(torch.tensor(list(ids), dtype=torch.int32).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

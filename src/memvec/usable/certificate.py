@@ -38,7 +38,7 @@ from memvec import registry, statistics
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_type
-from memvec.machine import environment
+from memvec.machine import environment, plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.results import Record
@@ -114,6 +114,7 @@ class Figures(NamedTuple):
     nll: float
 
 
+@plain_torch()
 def certify_use(
     lm: FrozenLM,
     mem: MemVectors,
@@ -231,8 +232,7 @@ def _scores_in_a_row(
 
 
 def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: int) -> int:
-    """How many passages, from the first on, the context holds, as text and as vectors, and so many
-    tokens more."""
+    """How many of the first passages fit the context as text and as vectors, with `tokens` more."""
     text, row = 1, len(lm.front)
     for n, ids in enumerate(passages):
         text, row = text + len(ids), row + K

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.errors import MemvecError, check_minimum, check_type
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.usable.around import front_rows
 from memvec.usable.certificate import check_usable
@@ -26,6 +27,7 @@ NEW_TOKENS = 128  # generated at the most, unless the settings say otherwise
 SHORTER = "use fewer passages, or a shorter prompt or answer"
 
 
+@plain_torch()
 @torch.no_grad()
 def use(
     lm: FrozenLM,
@@ -156,6 +158,7 @@ def in_a_row(
     return view, torch.cat(rows)[None].to(lm.device)
 
 
+@plain_torch()
 @torch.no_grad()
 def context_inputs(
     lm: FrozenLM, mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None = None
