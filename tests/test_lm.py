@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -98,6 +99,46 @@ def test_a_model_that_is_trained_further_is_another_one(trained, monkeypatch):
             use()
     with pytest.raises(MemvecError, match="made for other weights"):
         decode(new, mem)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])
+def test_a_copy_of_a_model_is_unchanged_where_the_model_was(copied):
+    """PyTorch counts the changes of a copy anew; a worker gets its model so."""
+    lm = FrozenLM(build("llama"))
+    copied(lm).check_unchanged()
+    lm.model.half()
+    for changed in (lm, copied(lm), copied(copied(lm)), copy.copy(lm)):
+        with pytest.raises(MemvecError, match="were changed after"):
+            changed.check_unchanged()
+
+
+def test_a_model_in_float64_is_served():
+    model = build("llama").double()
+    lm = FrozenLM(model)
+    (outcome,) = Engine(lm, Recipe(steps=400)).run(passages(3))
+    assert outcome.exact
+    assert decode_ids(lm, outcome.vectors[None], [3]) == [list(outcome.passage.ids)]
+
+
+# PEFT 0.21 asks transformers 5.24 under the old name (2026-11-30).
+@pytest.mark.filterwarnings(r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_wrappers_of_other_libraries_hide_nothing():
+    """Adapters of PEFT compute in the module inside; virtual tokens do not, and are refused."""
+    model, compiled = build("llama"), nn.Module()
+    compiled._orig_mod = model  # as torch.compile keeps it
+    assert FrozenLM(compiled).model is model
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig("CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(model, lora)
+    lm, ids = FrozenLM(tuned), torch.tensor([[3, 4, 5]])
+    assert lm.has_cache
+    assert lm.has_split_head
+    with torch.no_grad():
+        assert torch.equal(lm.own_logits(ids), tuned(input_ids=ids).logits)
+        assert not torch.equal(lm.own_logits(ids), tiny().own_logits(ids))
+    virtual = peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(MemvecError, match="cannot be crammed"):
+        FrozenLM(peft.get_peft_model(build("llama"), virtual))
 
 
 def test_one_number_of_the_embedding_makes_another_model():

@@ -89,9 +89,26 @@ def probe_logits(lm: FrozenLM) -> Float[Tensor, "8 V"]:
         ) from error
 
 
-def times_changed(model: nn.Module) -> list[int]:
-    """How often each parameter was changed in place, as PyTorch counts (not through `.data`)."""
-    return [p._version for p in model.parameters() if not p.is_inference()]
+class Unchanged:
+    """True while a model's parameters are those that it had when this was made.
+
+    PyTorch counts how often each one was changed in place (not through `.data`). It counts anew in
+    a deep copy or behind a pickle, and so does this; a model that was changed before stays so.
+    """
+
+    def __init__(self, model: nn.Module, so_far: bool = True) -> None:
+        self.model, self.so_far, self.state = model, so_far, _state(model)
+
+    def __bool__(self) -> bool:
+        return self.so_far and _state(self.model) == self.state
+
+    def __reduce__(self) -> tuple[type[Unchanged], tuple[nn.Module, bool]]:
+        return Unchanged, (self.model, bool(self))
+
+
+def _state(model: nn.Module) -> list[Any]:
+    parameters = (p for p in model.parameters() if not p.is_inference())
+    return [(p._version, p.dtype, p.device) for p in parameters]
 
 
 def fingerprint_of(

@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 Head = Callable[[Tensor], Tensor]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile and PEFT, which hide body, head and cache.
+
+    Steps differ in shape, and a compiled model would be compiled for each. PEFT's adapters are in
+    the module inside; its virtual tokens are not, so a model with these stays as it is.
+    """
+    model = getattr(model, "_orig_mod", model)
+    tuned: Any = getattr(model, "peft_config", {})
+    inside: Any = getattr(model, "get_base_model", None)
+    if inside is None or any(config.is_prompt_learning for config in tuned.values()):
+        return model
+    return unwrapped(inside())
+
+
 @torch.no_grad()
 def split_head(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None, Head]:
     """Body and head of a model, whose composition equals the model's own forward pass.

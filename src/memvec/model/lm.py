@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.model.caching import behind, find_cache
 from memvec.model.configuration import context_length, start_token
-from memvec.model.fingerprint import Fingerprint, fingerprint_of, probe_logits, times_changed
-from memvec.model.heads import split_head
+from memvec.model.fingerprint import Fingerprint, Unchanged, fingerprint_of, probe_logits
+from memvec.model.heads import split_head, unwrapped
 from memvec.model.large import offloaded, recomputed
 from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
@@ -48,8 +48,9 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     Build one with `load_lm`; the constructor takes a loaded model and tokenizer, for tests and for
-    models made in memory. `tokenizer` may be None when only token ids are used. Raises MemvecError
-    for a model that takes no vectors or, unless `check` is False, fails a self-check.
+    models made in memory. The model is frozen in place: all its parameters, adapters of PEFT too.
+    `tokenizer` may be None when only token ids are used. Raises MemvecError for a model that takes
+    no vectors or, unless `check` is False, fails a self-check.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id` (the
     token that starts a text: BOS, else EOS; None without), `embedding_std` (of the embeddings'
@@ -82,7 +83,7 @@ class FrozenLM:
         self.own_trigger: CrammedTrigger | None = None  # from the model's folder
         self.context_scale = 1.0  # factor of vectors in context mode (memvec.usable.around)
         self._original: FrozenLM | None = None  # for a view made by `read_as`: its model
-        self.model = model.eval().requires_grad_(False)
+        self.model = model = unwrapped(model).eval().requires_grad_(False)
         self.tokenizer, self.name, self.revision = tokenizer, name, revision
         self.config: Any = model.config
         text_config = model.config.get_text_config()  # type: ignore[operator,union-attr]
@@ -110,7 +111,7 @@ class FrozenLM:
                 warnings.warn(f"{name} {WHOLE_MODEL}", SlowPathWarning, stacklevel=2)
         mixed = BFLOAT16_AUTOCAST if self.autocast else None
         self._fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
-        self._times_changed = times_changed(model)
+        self._unchanged = Unchanged(model)
         self.facts: dict[str, Any] = {}
         self.encoder: OnePassEncoder | None = None
         self.usable_encoder: OnePassEncoder | None = None
@@ -312,7 +313,7 @@ class FrozenLM:
         other.model, other.embedding = model, model.get_input_embeddings()  # type: ignore[operator]
         other.dtype = other.embedding.weight.dtype  # type: ignore[assignment]
         other._body, other._head = split_head(model, other.embedding)
-        other._times_changed = times_changed(model)
+        other._unchanged = Unchanged(model)
         return other
 
     # ------------------------------------------------------------------ what identifies it
@@ -325,7 +326,7 @@ class FrozenLM:
 
     def check_unchanged(self) -> None:
         """Raise MemvecError if the weights were changed in place (trained) since this was made."""
-        if times_changed(self.model) != self._times_changed:
+        if not self._unchanged:
             raise MemvecError(
                 f"the weights of {self.name} were changed after it was loaded: make a new FrozenLM."
             )
