@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -312,6 +313,11 @@ def test_bad_input_is_a_sentence(texts, options, sentence):
         (np.array([]), {}, "there is no text to cram."),
         ("a", {"recipe": "paper"}, "recipe is a memvec.Recipe, as Recipe.of('paper') gives, not "),
         ("a", {"vectors": "2"}, "--vectors must be at least 1, not '2'."),
+        ("a", {"vectors": 1.5}, "--vectors must be a whole number, not 1.5."),
+        ("a", {"tokens": 2.0}, "--tokens must be a whole number, not 2.0."),
+        ("a", {"recipe": {}}, "recipe is a memvec.Recipe, as Recipe.of('paper') gives, not {}."),
+        ({"text": "the"}, {}, "text 0 is no str or bytes but of the type dict."),
+        (pd.DataFrame({"text": ["the"]}), {}, "but of the type DataFrame."),
         ("a", {"storage": None}, "unknown storage 'None': known: "),
     ],
 )
@@ -337,6 +343,15 @@ def test_a_path_in_the_place_of_vectors_is_a_sentence(given, path):
     sentence = f"mem is a memvec.MemVectors, as MemVectors.load gives, not {path!r}."
     with pytest.raises(MemvecError, match=re.escape(sentence)):
         given(reader(), path)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("given", [lambda: torch.rand(2, 3, 4), lambda: reader().model])
+def test_a_large_object_in_the_place_of_vectors_is_a_short_sentence(given):
+    with pytest.raises(MemvecError, match=re.escape("as MemVectors.load gives, not ")) as error:
+        memvec.decode(reader(), given())
+    assert len(str(error.value)) < 140
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.usefixtures("untyped")

@@ -636,6 +636,22 @@ def test_passages_are_some_of_one_file(crammed, asked):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("untyped")
+def test_use_is_asked_in_ways_that_it_can_heed(crammed):
+    lm, (mem, *_) = crammed
+    for chosen in (0, "0", [0.0]):
+        with pytest.raises(MemvecError, match="passages is a list of numbers"):
+            generate.use(lm, mem, "fox", passages=chosen)
+    for setting in ("max_length", "num_return_sequences", "input_ids"):
+        with pytest.raises(MemvecError, match=f"inputs of its own: leave out {setting}"):
+            generate.use(lm, mem, "fox", **{setting: 1})
+    with pytest.raises(MemvecError, match=r"max-new-tokens must be a whole number, not 2\.5"):
+        generate.use(lm, mem, "fox", max_new_tokens=2.5)
+    written = generate.use(lm, mem, "fox", passages=iter([0]), max_new_tokens=3)
+    assert written == generate.use(lm, mem, "fox", passages=[0], max_new_tokens=3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("passage", [0, 1])
 def test_one_passage_can_be_used_alone(crammed, passage):
     lm, mems = crammed

@@ -62,7 +62,7 @@ def cram(
     false. Raises MemvecError for no text, an empty one, a setting that is out of range or that the
     model does not support, and a passage that does not fit in memory.
     """
-    recipe = recipe or Recipe()
+    recipe = Recipe() if recipe is None else recipe
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_type("recipe", recipe, Recipe, "Recipe.of('paper')")
     if not (documents := documents_of(lm, texts)):

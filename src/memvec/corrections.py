@@ -18,24 +18,20 @@ from torch import Tensor
 Corrections = tuple[tuple[int, int], ...]
 
 
-def max_corrections(requested: int, predicted: int) -> int:
-    """Corrections that a passage of this many predicted tokens may have: never all of them."""
-    return min(requested, predicted - 1)
-
-
 def pick(
     margins: Float[Tensor, " n"], ids: Sequence[int], margin_asked: float, limit: int
 ) -> Corrections:
     """Up to `limit` corrections, at positions whose margin (in logits) is below the one asked.
 
     Wrong ones come first, front to back (where there are too many, that makes the longest horizon),
-    then the weakest of the right ones. `margins` are teacher-forced, of the last n of the passage's
-    `ids`. A margin of 0 never suffices, even if 0 is required: the arg-max is then a tie.
+    then the weakest of the right ones; never all of them. `margins` are teacher-forced, of the last
+    n of the passage's `ids`. A margin of 0 never suffices, even if 0 is required: the arg-max is
+    then a tie.
     """
     given, values = len(ids) - len(margins), margins.tolist()
     missed = [i for i, m in enumerate(values) if not (m >= margin_asked and m > 0)]
     missed.sort(key=lambda i: (1, values[i], i) if values[i] > 0 else (0, 0.0, i))
-    listed = sorted(missed[: max_corrections(limit, len(values))])
+    listed = sorted(missed[: min(limit, len(values) - 1)])
     return tuple((given + i, ids[given + i]) for i in listed)
 
 

@@ -31,21 +31,24 @@ class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that memvec was tested with."""
 
 
-def check_minimum(minimum: int, /, **options: int | float | None) -> None:
+def check_minimum(minimum: int | float, /, **options: int | float | None) -> None:
     """Raise MemvecError, which names the option, for a value below the minimum or a string.
 
-    None is an option that was not given.
+    None is an option that was not given. With an `int` as the minimum, so is every value.
     """
     for name, value in options.items():
         if value is not None and (isinstance(value, str) or not value >= minimum):
             option = name.replace("_", "-")
-            raise MemvecError(f"--{option} must be at least {minimum}, not {value!r}.")
+            raise MemvecError(f"--{option} must be at least {minimum:g}, not {value!r}.")
+        if isinstance(value, float) and isinstance(minimum, int):
+            raise MemvecError(f"--{name.replace('_', '-')} must be a whole number, not {value}.")
 
 
 def check_type(name: str, value: object, kind: type, source: str) -> None:
     """Raise MemvecError for an argument of another class; `source` makes one of the right class."""
     if not isinstance(value, kind):
-        raise MemvecError(f"{name} is a memvec.{kind.__name__}, as {source} gives, not {value!r}.")
+        shown = repr(value).splitlines()[0][:60]  # of a tensor or a model, no more
+        raise MemvecError(f"{name} is a memvec.{kind.__name__}, as {source} gives, not {shown}.")
 
 
 def first_line(error: BaseException) -> str:

@@ -233,7 +233,7 @@ def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
         return fields["space"] if has_preset else preset
     if preset not in ("default", *FOR_USE):
         raise MemvecError(f"--usable has a recipe of its own: leave out --preset {preset}.")
-    check_minimum(0, use_weight=fields["term_weight"])
+    check_minimum(0.0, use_weight=fields["term_weight"])
     return "usable" if preset == "default" else preset
 
 

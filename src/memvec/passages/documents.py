@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,9 +68,13 @@ class Document:
 def documents_of(
     lm: FrozenLM, texts: str | bytes | Document | Iterable[str | bytes | Document]
 ) -> list[Document]:
-    """A document for each text, or for a single one. Raises MemvecError as `Document.of` does."""
-    if isinstance(texts, str | bytes | Document) or not isinstance(texts, Iterable):
-        texts = [texts]
+    """A document for each text, or for a single one. Raises MemvecError as `Document.of` does.
+
+    A table is no list of texts: what it gives one by one are the names of its columns.
+    """
+    table = isinstance(texts, Mapping) or hasattr(texts, "columns")
+    if isinstance(texts, str | bytes | Document) or table or not isinstance(texts, Iterable):
+        texts = [texts]  # type: ignore[list-item]
     return [
         text if isinstance(text, Document) else Document.of(lm, text, name=f"text {i}")
         for i, text in enumerate(texts)

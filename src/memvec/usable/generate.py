@@ -6,6 +6,7 @@ and the model's own `generate` writes on, with whatever generation settings it i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -24,6 +25,12 @@ from memvec.vectors import MemVectors
 
 Context = Literal["vectors", "text", "nothing"]
 NEW_TOKENS = 128  # generated at the most, unless the settings say otherwise
+# What `use` gives to `generate` itself, and what would make several texts of one.
+ITS_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "generation_config"} | {
+    "max_length",
+    "num_return_sequences",
+    "return_dict_in_generate",
+}
 SHORTER = "use fewer passages, or a shorter prompt or answer"
 
 
@@ -47,20 +54,21 @@ def use(
     tokens without them, whatever the model's own generation config says); `streamer` is one of
     transformers'. Raises MemvecError for vectors of another model, vectors without a trigger, files
     of different spaces or fronts, no file, no passage or one that is not there, passages of several
-    files, an unknown context, a prompt that is no str (or empty, where the model has nothing else
-    to begin with), fewer than 1 new tokens, more inputs than the model's context holds, or a model
-    that does not generate; NotExactError if the text itself is asked for and does not come back.
+    files, a setting that is made here (ITS_OWN), an unknown context, a prompt that is no str (or
+    empty, where the model has nothing else to begin with), fewer than 1 new tokens, more inputs
+    than the model's context holds, or a model that does not generate; NotExactError if the text
+    itself is asked for and does not come back.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
+    passages = _numbers(passages)
     files = _files(mem, passages)
     if not isinstance(prompt, str):
         raise MemvecError(f"the prompt is no str but of the type {type(prompt).__name__}.")
     if context not in get_args(Context):
         raise MemvecError(f"context is one of {', '.join(get_args(Context))}, not '{context}'.")
     prompt_ids = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
-    new_tokens = int(options["max_new_tokens"])
-    check_minimum(1, max_new_tokens=new_tokens)
+    options = _options(lm, settings)
+    new_tokens: int = options["max_new_tokens"]
     if context == "vectors":
         view, rows = in_a_row(lm, files, passages)
         inputs, cache = _opened(view, rows, prompt_ids)
@@ -96,6 +104,34 @@ def write_behind(
     """
     ids, ends = _generated(lm, inputs, streamer, options, cache), set(end_ids(lm))
     return lm.text([token for token in ids if token not in ends])
+
+
+def _options(lm: FrozenLM, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `generate` with those that were not given.
+
+    Raises MemvecError for fewer than 1 new tokens, or a setting of ITS_OWN.
+    """
+    if refused := ITS_OWN & set(settings):
+        raise MemvecError(
+            "memvec.use writes one text of at most max_new_tokens behind inputs of its own: leave "
+            f"out {', '.join(sorted(refused))}."
+        )
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
+    if options["max_new_tokens"] is None:
+        options["max_new_tokens"] = NEW_TOKENS
+    check_minimum(1, max_new_tokens=options["max_new_tokens"])
+    if "stop_strings" in settings:  # which `generate` finds in text
+        options.setdefault("tokenizer", lm.tokenizer)
+    return options
+
+
+def _numbers(passages: Iterable[int] | None) -> list[int] | None:
+    """The numbers of passages as a list; None: all. Raises MemvecError for anything else."""
+    try:
+        return None if passages is None else [operator.index(i) for i in passages]
+    except TypeError:
+        shown = f"{passages!r:.60}"
+        raise MemvecError(f"passages is a list of numbers, such as [0, 2], not {shown}.") from None
 
 
 def _files(
@@ -172,6 +208,7 @@ def context_inputs(
     trigger, vectors that are no inputs, files that cannot stand in one row, no passage, or passages
     of several files.
     """
+    passages = _numbers(passages)
     files = _files(mem, passages)
     view, rows = in_a_row(lm, files, passages)
     if view.reading.space != "inputs":
