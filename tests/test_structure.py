@@ -167,3 +167,8 @@ def test_files_and_functions_can_be_read(name):
     ]
     long = {f.name: f.end_lineno - f.lineno for f in functions if f.end_lineno - f.lineno > 60}
     assert long == {}
+
+
+def test_type_checkers_of_other_projects_read_our_hints():
+    """Without this file they take the whole package for untyped (PEP 561)."""
+    assert (ROOT / "py.typed").is_file()

@@ -66,6 +66,7 @@ def test_everything_comes_back(mem, tmp_path):
     assert pretty_json(again.summary()) == pretty_json(mem.summary())
     assert again.documents(reader()) == [text.encode() for text in TEXTS]
     assert codec.decode(reader(), again) == TEXTS
+    assert repr(again) == f"<MemVectors of shape (P, K, D) = {tuple(mem.vectors.shape)}>"
 
 
 def test_figures_that_are_not_finite_come_back(mem, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def certificate_of(
 def measure(
     lm: FrozenLM,
     mem: MemVectors,
-    texts: str | bytes | Document | Sequence[str | bytes | Document],
+    texts: str | bytes | Document | Iterable[str | bytes | Document],
 ) -> list[PassageResult]:
     """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
 

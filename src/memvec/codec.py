@@ -7,7 +7,7 @@ texts -> documents -> passages (cut by information) -> engine -> outcomes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from memvec.certificate import measure, verify
 from memvec.cram_job import CramJob, CramStatus
@@ -27,7 +27,7 @@ __all__ = ["CramJob", "CramStatus", "cram", "decode", "measure", "verify"]
 @plain_torch()
 def cram(
     lm: FrozenLM,
-    texts: str | bytes | Document | Sequence[str | bytes | Document],
+    texts: str | bytes | Document | Iterable[str | bytes | Document],
     *,
     vectors: int = 1,
     tokens: int | None = None,

@@ -79,6 +79,9 @@ class MemVectors:
                     f"these vectors are not rounded to {header.packing}, as their header says."
                 )
 
+    def __repr__(self) -> str:
+        return f"<MemVectors of shape (P, K, D) = {tuple(self.vectors.shape)}>"
+
     # ------------------------------------------------------------------ figures
 
     @property
