@@ -70,9 +70,10 @@ def documents_of(
 ) -> list[Document]:
     """A document for each text, or for a single one. Raises MemvecError as `Document.of` does.
 
-    A table is no list of texts: what it gives one by one are the names of its columns.
+    A table is no list of texts, nor a row of one: they give the names of their columns. But a
+    dictionary without values is a set of texts in their order (`dict.fromkeys`).
     """
-    table = isinstance(texts, Mapping) or hasattr(texts, "columns")
+    table = any(texts.values()) if isinstance(texts, Mapping) else hasattr(texts, "columns")
     if isinstance(texts, str | bytes | Document) or table or not isinstance(texts, Iterable):
         texts = [texts]  # type: ignore[list-item]
     return [
