@@ -59,7 +59,7 @@ from memvec.usable.certificate import (
     contexts_of_row,
 )
 from memvec.usable.certificate import score_table as tabulated
-from memvec.usable.triggers import named_files
+from memvec.usable.recipe_files import named_files
 from memvec.writing import write_atomically
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import build, tiny
+from memvec.companions.encoder_files import load_encoder, save_encoder
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, start_vectors
@@ -21,7 +22,6 @@ from memvec.decoding import decode_ids
 from memvec.encoders.adapted import AdaptedEncoder, fresh, own_summary
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.adapters import called_maps
-from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError

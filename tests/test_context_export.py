@@ -17,6 +17,8 @@ import memvec
 from conftest import reader
 from memvec import codec
 from memvec.cli.export import _worth
+from memvec.companions.around import CrammedTrigger
+from memvec.companions.triggers import save_trigger
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.export import export_context, names
@@ -25,8 +27,6 @@ from memvec.export.target import Item, embedded
 from memvec.export.transformers import generated
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.usable.around import CrammedTrigger
-from memvec.usable.triggers import save_trigger
 from memvec.vectors import MemVectors
 
 RECIPE = Recipe.of(

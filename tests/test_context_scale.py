@@ -11,6 +11,7 @@ import memvec
 from conftest import passages, reader, tiny
 from memvec import codec
 from memvec.cli.use_tables import show_use, stored_use
+from memvec.companions.around import as_context_at
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
@@ -20,7 +21,6 @@ from memvec.export import export
 from memvec.export import target as target_of
 from memvec.lab import slow_use
 from memvec.lab.study.check import check_study
-from memvec.usable.around import as_context_at
 from memvec.usable.certificate import EXACT_ONLY, VECTORS, behind_each, certify_use, contexts_of
 from memvec.usable.columns import Column
 from memvec.usable.generate import in_a_row

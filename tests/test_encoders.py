@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from conftest import QUICK, build, byte_tokenizer, reader, tiny
 from memvec.cli.encoder import _print_comparison
 from memvec.cli.training_text import alone_at, drawn, token_stream
-from memvec.cramming.engine import Engine
-from memvec.cramming.recipe import Recipe
-from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
-from memvec.encoders.checkpoint import _alike, model_of
-from memvec.encoders.files import (
+from memvec.companions.encoder_files import (
     FILE_NAME,
     load_encoder,
     read_encoders,
     save_encoder,
     shape_of,
 )
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
+from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
+from memvec.encoders.checkpoint import _alike, model_of
 from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.training import GRID, Training, TrainingPlan

@@ -10,6 +10,7 @@ import torch
 
 from conftest import QUICK, V, passages, reader, tiny
 from memvec import metrics
+from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming import step as step_module
@@ -19,7 +20,6 @@ from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed, start_vectors
 from memvec.decoding import decode_ids, first_error
-from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage

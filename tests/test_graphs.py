@@ -15,14 +15,14 @@ from packaging.version import Version
 
 from conftest import QUICK, build, passages, tiny
 from memvec import graphs, metrics
+from memvec.companions.around import CrammedTrigger, with_trigger
 from memvec.cramming import engine as engine_module
 from memvec.cramming.engine import Engine
-from memvec.cramming.objectives import Score
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
-from memvec.usable.around import CrammedTrigger, with_trigger
+from memvec.results import Score
 from recorder import NoWaiting, Recorder
 
 ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step

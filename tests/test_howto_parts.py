@@ -122,7 +122,7 @@ def test_the_export_is_certified_from_its_files(part, tmp_path):
 
 
 def test_the_encoder_comes_back_from_its_file(part, tmp_path):
-    from memvec.encoders.files import load_encoder, save_encoder
+    from memvec.companions.encoder_files import load_encoder, save_encoder
 
     lm = reader()
     encoder = part("Encoder")["Average"](lm.width)

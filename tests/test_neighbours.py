@@ -19,8 +19,8 @@ from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.usable.neighbours import MAX_BESIDE, PLACES, Neighbours
+from memvec.usable.recipe_files import named_files
 from memvec.usable.term import Use
-from memvec.usable.triggers import named_files
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(

@@ -9,10 +9,10 @@ import torch
 
 from conftest import QUICK, passages, tiny
 from memvec.arms import principal
+from memvec.companions.around import with_front
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from memvec.usable.around import with_front
 from properties import alone_as_beside_others, exact_as_measured
 
 TURNED = replace(QUICK, coordinates="principal", compute="model")

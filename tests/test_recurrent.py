@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import QUICK, build, byte_tokenizer, tiny
+from memvec.companions.encoder_files import load_encoder, save_encoder
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders import recurrent_measure
-from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.measure import compare
 from memvec.encoders.recurrent import (
     RecurrentEncoder,

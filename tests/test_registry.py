@@ -14,7 +14,7 @@ import torch
 
 from conftest import tiny
 from memvec import plugins, registry
-from memvec.encoders.base import OnePassEncoder
+from memvec.companions.encoder import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.export import Target, names, target
 from memvec.export.target import Item
@@ -140,7 +140,7 @@ def test_a_target_without_its_methods_or_its_base_is_named():
 @pytest.mark.slow
 def test_an_abstract_encoder_costs_no_model():
     """So that the model can hold one without a circle."""
-    code = "import memvec.encoders.base, sys; print('memvec.model' in sys.modules)"
+    code = "import memvec.companions.encoder, sys; print('memvec.model' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
     assert OnePassEncoder.__abstractmethods__ == {"to", "read"}

@@ -21,9 +21,9 @@ from memvec import metrics
 from memvec.cli import sentences as command_line
 from memvec.cli.sentences import _progress_lines
 from memvec.cli.training_text import alone_at, texts_of
+from memvec.companions.encoder_files import save_encoder
 from memvec.decoding import decode_ids
 from memvec.encoders.adapted import AdaptedEncoder, fresh
-from memvec.encoders.files import save_encoder
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of

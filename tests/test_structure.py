@@ -15,6 +15,7 @@ FILES = {
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 BESIDE = (
     "lab",
+    "companions",
     "usable",
     "arms",
     "big",
@@ -37,9 +38,9 @@ BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins")
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
-    "memvec.encoders.files",
-    "memvec.usable.around",
-    "memvec.usable.triggers",
+    "memvec.companions.encoder_files",
+    "memvec.companions.around",
+    "memvec.companions.triggers",
     "memvec.workers",
     "memvec.hub",
     "memvec.machine",
@@ -83,6 +84,19 @@ def reachable(name: str) -> set[str]:
 
 def test_there_are_no_import_circles():
     assert [name for name in MODULES if name in reachable(name)] == []
+
+
+def test_packages_make_no_circle_either():
+    """Seen as wholes: what a file at the top or a folder imports is above it."""
+    packages: dict[str, set[str]] = {}
+    for name, others in GRAPH.items():
+        if name not in ("memvec", "memvec.__main__"):
+            own = name.split(".")[1]
+            packages.setdefault(own, set()).update({o.split(".")[1] for o in others} - {own})
+    while above := [p for p, others in packages.items() if not others & set(packages)]:
+        for package in above:
+            del packages[package]
+    assert packages == {}
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("memvec.model")])

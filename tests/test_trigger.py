@@ -17,6 +17,19 @@ import memvec
 from conftest import build, passages, reader, tiny
 from memvec import codec, engines
 from memvec.cli import display
+from memvec.companions.around import (
+    CrammedTrigger,
+    front_rows,
+    with_front,
+    with_soft_tokens,
+    with_trigger,
+)
+from memvec.companions.triggers import (
+    load_trigger,
+    save_trigger,
+    stored_trigger,
+    trigger_named,
+)
 from memvec.cramming.batch import Job
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -32,25 +45,12 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.spaces import keys_values
 from memvec.usable import trigger_training, turns
-from memvec.usable.around import (
-    CrammedTrigger,
-    front_rows,
-    with_front,
-    with_soft_tokens,
-    with_trigger,
-)
 from memvec.usable.certificate import VECTORS, contexts_of
 from memvec.usable.front import with_front_read
 from memvec.usable.queries import queries_of, text_inputs
+from memvec.usable.recipe_files import named_files
 from memvec.usable.teacher import log_p_behind
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
-from memvec.usable.triggers import (
-    load_trigger,
-    named_files,
-    save_trigger,
-    stored_trigger,
-    trigger_named,
-)
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(

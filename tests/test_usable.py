@@ -18,6 +18,7 @@ import memvec
 from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec
 from memvec.cli.use_tables import show_use
+from memvec.companions.triggers import token_named
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered as triggered_view
@@ -40,7 +41,6 @@ from memvec.usable.certificate import (
     score_table,
 )
 from memvec.usable.queries import continuations
-from memvec.usable.triggers import token_named
 from memvec.vectors import MemVectors
 
 USABLE = Recipe.of(

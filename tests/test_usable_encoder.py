@@ -15,11 +15,13 @@ from torch import nn
 
 import memvec
 from conftest import build, tiny
+from memvec.companions.around import CrammedTrigger
+from memvec.companions.encoder_files import load_encoder, save_encoder
+from memvec.companions.triggers import save_trigger
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_of, start_vectors, triggered
 from memvec.encoders.adapters import called_maps, linear_maps
-from memvec.encoders.files import load_encoder, save_encoder
 from memvec.encoders.summary import SummaryEncoder
 from memvec.encoders.usable import UsableEncoder, fresh
 from memvec.encoders.usable_training import UsablePlan, UsableTraining
@@ -27,11 +29,9 @@ from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from memvec.usable.around import CrammedTrigger
 from memvec.usable.queries import text_inputs
 from memvec.usable.starts import last_tokens
 from memvec.usable.teacher import log_p_behind
-from memvec.usable.triggers import save_trigger
 from trainings import (
     assert_gradient_of,
     assert_moves_the_encoder_alone,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from memvec.encoders.base import TrainedEncoder
-from memvec.encoders.files import load_encoder, save_encoder
+from memvec.companions.encoder import TrainedEncoder
+from memvec.companions.encoder_files import load_encoder, save_encoder
 from memvec.encoders.training_run import TrainingRun
 from memvec.model.lm import FrozenLM
 

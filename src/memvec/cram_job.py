@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from memvec.certificate import certificate_of
+from memvec.companions.around import recorded
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
@@ -23,7 +24,6 @@ from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import Storage
-from memvec.usable.around import recorded
 from memvec.vectors import MemVectors
 from memvec.workers import Batch, Crew, Workers, decode_passages
 

@@ -28,17 +28,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.cramming.objectives import Score
-from memvec.cramming.terms import Term
 from memvec.errors import MemvecError, first_line
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
+from memvec.results import Score
+
+if TYPE_CHECKING:
+    from memvec.cramming.terms import Term
 
 # (vectors, ids, temperature) -> states, and their losses, margins and gradients
 Pass = Callable[
@@ -252,7 +254,7 @@ def why_not(module: FrozenLM, term: Term) -> str | None:
         return f"{name} is quantized, and its kernels are not known to be replayable"
     if module.reading.crammer:
         return "passages that share a vector are not crammed in slots"
-    if type(term).watching is not Term.watching:
+    if term.watches:
         return f"the term {type(term).__name__} reads along in the layers, which do not run again"
     return None
 

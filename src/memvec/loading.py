@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError
 
-from memvec.encoders.files import read_encoders
+from memvec.companions.encoder_files import read_encoders
+from memvec.companions.triggers import FILE_NAME as TRIGGER_FILE
+from memvec.companions.triggers import load_trigger
 from memvec.errors import MemvecError, did_you_mean, first_line, first_problem
 from memvec.machine import keep_freed_memory, plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
-from memvec.usable.triggers import FILE_NAME as TRIGGER_FILE
-from memvec.usable.triggers import load_trigger
 from memvec.versions import warn_of_untested_versions
 
 DTYPES = {

@@ -22,6 +22,16 @@ from memvec import metrics
 Status = Literal["done", "budget", "not-finite"]
 
 
+@dataclass(frozen=True)
+class Score:
+    """What one step measured: loss and margin (logits) of each position, and the gradient of each
+    position's loss at its state."""
+
+    loss: Float[Tensor, "B T"]
+    margin: Float[Tensor, "B T"]
+    gradient: Float[Tensor, "B T H"]
+
+
 class Record(BaseModel):
     """A documented, immutable record. Its figures are not finite where a loss was not finite."""
 

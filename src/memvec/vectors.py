@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from memvec import corrections, hub, metrics
+from memvec.companions.around import as_context_at, surrounded
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, NotExactError, check_type
 from memvec.header import Header, PassageRecord
@@ -28,7 +29,6 @@ from memvec.model.reading import StartRule, in_space, reading_named
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES, Storage
-from memvec.usable.around import as_context_at, surrounded
 from memvec.vectors_file import existing_path, read_file, write_file
 
 

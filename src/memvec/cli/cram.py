@@ -211,7 +211,7 @@ class _Request:
 
     def settings(self, lm: FrozenLM) -> dict[str, Any]:
         """What decides a passage's vectors: an interrupted run goes on only under the same."""
-        from memvec.usable.triggers import named_files
+        from memvec.usable.recipe_files import named_files
 
         return {
             "model": lm.description(),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from memvec.encoders.base import TrainedEncoder
+    from memvec.companions.encoder import TrainedEncoder
     from memvec.encoders.measure import Comparison
     from memvec.encoders.recurrent_measure import SegmentComparison
     from memvec.encoders.training_run import TrainingPlan, TrainingProgress
@@ -98,7 +98,7 @@ def train(
     the newest ones; with --usable its vectors stand for the passage as context, too. After an
     interruption the same command goes on from its last checkpoint.
     """
-    from memvec.encoders.files import ADAPTED_FILE_NAME, FILE_NAME, USABLE_FILE_NAME
+    from memvec.companions.encoder_files import ADAPTED_FILE_NAME, FILE_NAME, USABLE_FILE_NAME
 
     changes: dict[str, Any] = {"steps": steps, "slots": slots, "positions": positions, "lr": lr}
     changes |= {"hidden": hidden, "layers": layers, "heads": heads, "size": size, "seed": seed}
@@ -120,7 +120,7 @@ def train(
 def _train(lm: FrozenLM, stream: Int[Tensor, " N"], choices: TrainingPlan, target: Path) -> None:
     """Train by a plan and write the encoder."""
     from memvec.cli.display import say
-    from memvec.encoders.files import save_encoder
+    from memvec.companions.encoder_files import save_encoder
 
     training = plan.training_of(lm, stream, choices)
     partial = target.with_name(target.name + ".partial")
@@ -255,7 +255,7 @@ def _with_encoder(lm: FrozenLM, file: Path | None) -> FrozenLM:
     """The model with the encoder of a file. Raises MemvecError for one of vectors for use."""
     if file is None:
         return lm
-    from memvec.encoders.files import load_encoder
+    from memvec.companions.encoder_files import load_encoder
 
     encoder = load_encoder(file.expanduser(), lm)
     if encoder.for_use:

@@ -85,9 +85,9 @@ def train(
     """
     from memvec.cli.display import model as say_model
     from memvec.cli.display import say
+    from memvec.companions.triggers import FILE_NAME
     from memvec.loading import load_lm
     from memvec.usable.trigger_training import TriggerPlan, train_trigger
-    from memvec.usable.triggers import FILE_NAME
 
     check_seed(seed)
     plan = TriggerPlan(rows, front, vectors, tokens, batches, batch_size, lr, seed)

@@ -15,7 +15,6 @@ or a subclass of `Objective` if it weighs positions in its own way or has a fast
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +24,7 @@ from memvec import metrics, registry
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model import memory
+from memvec.results import Score
 
 # (logits, true token ids, temperature, recipe) -> loss of each position
 LossFunction = Callable[
@@ -122,16 +122,6 @@ def objective_named(name: str) -> Objective:
         made: Objective = choice()
         return made
     return Objective(choice)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one step measured: loss and margin (logits) of each position, and the gradient of each
-    position's loss at its state."""
-
-    loss: Float[Tensor, "B T"]
-    margin: Float[Tensor, "B T"]
-    gradient: Float[Tensor, "B T H"]
 
 
 def score(

@@ -12,16 +12,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec import registry
+from memvec.companions.around import as_context_at, with_front, with_trigger
+from memvec.companions.triggers import trigger_named
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space
 from memvec.passages.passage import ids_hash
-from memvec.usable.around import as_context_at, with_front, with_trigger
-from memvec.usable.triggers import trigger_named
 
 if TYPE_CHECKING:
-    from memvec.encoders.base import OnePassEncoder
+    from memvec.companions.encoder import OnePassEncoder
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:

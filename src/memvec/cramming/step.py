@@ -28,7 +28,7 @@ from torch import Tensor
 from memvec import registry
 from memvec.cramming.batch import BatchState
 from memvec.cramming.coordinates import Coordinates, as_stored
-from memvec.cramming.objectives import Score, objective_named, score
+from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
@@ -38,6 +38,7 @@ from memvec.graphs import Graphs, Pass, whole_columns
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.results import Score
 from memvec.storage import Storage
 
 TERM_MEAN = 0.9  # decay of the running mean of a term, whose loss changes with each query

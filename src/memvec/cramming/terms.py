@@ -84,6 +84,11 @@ class Term:
         """Entered around the forward pass of the objective, for a term that reads along."""
         return contextlib.nullcontext()
 
+    @property
+    def watches(self) -> bool:
+        """True for a term that reads along."""
+        return type(self).watching is not Term.watching
+
     def measure(
         self, vectors: Float[Tensor, "N K D"], batch: BatchState, columns: int, padding_rows: int
     ) -> TermLoss:

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from memvec.companions.encoder import EncoderFile, TrainedEncoder
 from memvec.encoders.adapters import Adapters, called_maps, load_network
-from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.encoders.recurrent import state_width
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError

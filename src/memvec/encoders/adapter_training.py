@@ -12,8 +12,8 @@ from typing import ClassVar
 from jaxtyping import Int
 from torch import Tensor
 
-from memvec.encoders.base import TrainedEncoder
-from memvec.encoders.files import load_encoder
+from memvec.companions.encoder import TrainedEncoder
+from memvec.companions.encoder_files import load_encoder
 from memvec.encoders.training_run import TrainingPlan, TrainingRun
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM

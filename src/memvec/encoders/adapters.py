@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from memvec.encoders.base import EncoderFile
+from memvec.companions.encoder import EncoderFile
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:

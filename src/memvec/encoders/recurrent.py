@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from memvec.encoders.base import EncoderFile, TrainedEncoder, claims_too_much
+from memvec.companions.encoder import EncoderFile, TrainedEncoder, claims_too_much
 from memvec.encoders.slots import position_codes, transformer
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memvec.encoders.base import EncoderFile, TrainedEncoder, claims_too_much
+from memvec.companions.encoder import EncoderFile, TrainedEncoder, claims_too_much
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.encoders.base import EncoderFile, OnePassEncoder
+from memvec.companions.encoder import EncoderFile, OnePassEncoder
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.companions.encoder import OnePassEncoder, TrainedEncoder
 from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
-from memvec.encoders.base import OnePassEncoder, TrainedEncoder
 from memvec.encoders.checkpoint import load_checkpoint, model_of, save_checkpoint
 from memvec.errors import MemvecError, check_minimum
 from memvec.metrics import horizon

@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
-from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.companions.encoder import EncoderFile, TrainedEncoder
 from memvec.encoders.adapted import own_summary
 from memvec.encoders.adapters import Adapters, called_maps, load_network
-from memvec.encoders.base import EncoderFile, TrainedEncoder
 from memvec.encoders.recurrent import state_width
 from memvec.usable.queries import behind_bos
 from memvec.usable.starts import last_embeddings

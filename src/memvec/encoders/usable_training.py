@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memvec.companions.around import MADE_BY
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import triggered
 from memvec.encoders.adapted import own_summary
@@ -26,7 +27,6 @@ from memvec.encoders.training_run import seeded
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.usable.around import MADE_BY
 from memvec.usable.queries import behind_bos
 from memvec.usable.teacher import divergence_at, likeliest, states_behind
 

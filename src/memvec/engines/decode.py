@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memvec.companions.around import in_full
 from memvec.engines.folder import folder_of
 from memvec.engines.request import Prompt
 from memvec.engines.run import known_engine, refuse_model, run_engine
 from memvec.errors import MemvecError, check_minimum
 from memvec.export.target import embedded, refuse_other_weights
-from memvec.usable.around import in_full
 from memvec.usable.generate import SHORTER, check_room, context_inputs, end_ids
 
 if TYPE_CHECKING:

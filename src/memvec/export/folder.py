@@ -21,12 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memvec.companions.around import in_full
 from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target, refuse_other_weights, stock_attention
 from memvec.header import PassageRecord
 from memvec.machine import environment
 from memvec.passages.passage import ids_hash
-from memvec.usable.around import in_full
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json
 

@@ -38,8 +38,8 @@ from memvec.model.soft_tokens import embedded
 from memvec.model.spread import embedding_std, logit_spread
 
 if TYPE_CHECKING:
-    from memvec.encoders.base import OnePassEncoder
-    from memvec.usable.around import CrammedTrigger
+    from memvec.companions.around import CrammedTrigger
+    from memvec.companions.encoder import OnePassEncoder
 
 WHOLE_MODEL = "gives no states apart from its logits: a step computes and keeps logits everywhere."
 
@@ -77,11 +77,12 @@ class FrozenLM:
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Prefix = PREFIX
-        self.other_trigger: tuple[int, ...] | None = None  # replaces BOS (memvec.usable.around)
+        # What stands around the vectors (memvec.companions.around):
+        self.other_trigger: tuple[int, ...] | None = None  # replaces BOS
         self.soft: Tensor | None = None  # (R, D) soft tokens of a crammed trigger
-        self.front: tuple[int, ...] = ()  # tokens in front of the vectors (memvec.usable.around)
+        self.front: tuple[int, ...] = ()  # tokens in front of the vectors
         self.own_trigger: CrammedTrigger | None = None  # from the model's folder
-        self.context_scale = 1.0  # factor of vectors in context mode (memvec.usable.around)
+        self.context_scale = 1.0  # factor of vectors in context mode
         self._original: FrozenLM | None = None  # for a view made by `read_as`: its model
         self.model = model = unwrapped(model).eval().requires_grad_(False)
         self.tokenizer, self.name, self.revision = tokenizer, name, revision

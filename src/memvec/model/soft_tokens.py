@@ -1,7 +1,7 @@
 """Soft tokens: input vectors that a view of a model reads as additional tokens.
 
 Their ids follow those of the embedding matrix, and no text is ever tokenized to them. A crammed
-trigger consists of R soft tokens, which all passages share (memvec.usable.around).
+trigger consists of R soft tokens, which all passages share (memvec.companions.around).
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from memvec import registry, statistics
+from memvec.companions.around import as_context_at
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_type
@@ -43,7 +44,6 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.results import Record
 from memvec.storage import Storage
-from memvec.usable.around import as_context_at
 from memvec.usable.queries import continuations, text_inputs
 from memvec.usable.teacher import log_p_behind, states_as_context
 from memvec.vectors import MemVectors

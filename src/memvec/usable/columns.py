@@ -34,7 +34,7 @@ from memvec.passages.documents import Document
 from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import storage_of
 from memvec.usable.queries import text_inputs
-from memvec.usable.triggers import named_files
+from memvec.usable.recipe_files import named_files
 
 ColumnName = Literal["full", "none", "truncated", "crammed"]
 COLUMNS: tuple[ColumnName, ...] = get_args(ColumnName)

@@ -1,8 +1,8 @@
 """The front read once: steps begin behind the keys and values of what stands before the vectors.
 
 BOS and soft tokens in front of the vectors are the same for all passages and at every step
-(memvec.usable.around). Nothing before them changes what the model computes for them, so their keys
-and values are computed once for an engine and stand in its cache, as a prefix does
+(memvec.companions.around). Nothing before them changes what the model computes for them, so their
+keys and values are computed once for an engine and stand in its cache, as a prefix does
 (memvec.spaces.keys_values). States are those of the whole input, up to rounding.
 """
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec.companions.around import front_rows
 from memvec.errors import MemvecError
 from memvec.model.reading import Prefix
 from memvec.spaces.keys_values import KeysValues
-from memvec.usable.around import front_rows
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memvec.companions.around import front_rows
 from memvec.errors import MemvecError, check_minimum, check_type
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
-from memvec.usable.around import front_rows
 from memvec.usable.certificate import check_usable
 from memvec.usable.generation_config import generating_by
 from memvec.usable.queries import text_inputs

@@ -23,7 +23,7 @@ from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import SPLIT, Column, Ids, Request, StandIn, request_of
-from memvec.usable.triggers import named_files
+from memvec.usable.recipe_files import named_files
 
 try:
     from lm_eval.api.registry import register_model

@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memvec.companions.around import front_rows
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.usable.around import front_rows
 from memvec.usable.certificate import check_usable
 from memvec.usable.queries import Queries, continuations_behind
 from memvec.usable.teacher import Beside

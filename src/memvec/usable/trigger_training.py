@@ -28,6 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec.companions.around import CrammedTrigger, with_soft_tokens
+from memvec.companions.triggers import save_trigger, stored_trigger
 from memvec.cramming.batch import BatchState, Progress
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -35,8 +37,7 @@ from memvec.cramming.step import Measurement, Step
 from memvec.errors import MemvecError, check_minimum
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
-from memvec.usable.around import CrammedTrigger, with_soft_tokens
-from memvec.usable.triggers import named_files, save_trigger, stored_trigger
+from memvec.usable.recipe_files import named_files
 
 LAST_RATE = 0.05  # share of the learning rate at the end
 NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memvec.cramming.batch import BatchState
-from memvec.cramming.objectives import Score
 from memvec.cramming.step import Measurement, Step
+from memvec.results import Score
 from memvec.usable.front import with_front_read
 from memvec.usable.teacher import Teacher
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from memvec.encoders.base import claims_too_much
+from memvec.companions.encoder import claims_too_much
 from memvec.errors import MemvecError
 from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from memvec.companions.encoder import OnePassEncoder
 from memvec.encoders.adapted import AdaptedEncoder
-from memvec.encoders.base import OnePassEncoder
 from memvec.encoders.slots import SlotEncoder
 from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
-from memvec.encoders.base import OnePassEncoder
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import first_sentence
 from memvec.model.lm import FrozenLM

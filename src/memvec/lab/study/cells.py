@@ -21,7 +21,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
 from memvec.recipe_effect import check_effect
-from memvec.usable.triggers import hashes_of, named_files
+from memvec.usable.recipe_files import hashes_of, named_files
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from memvec.cramming.recipe import Recipe
+from memvec.companions.around import MADE_BY, CrammedTrigger
 from memvec.errors import MemvecError
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.usable.around import MADE_BY, CrammedTrigger
-from memvec.vectors_file import existing_path
 from memvec.writing import write_atomically
 
 FILE_NAME = "trigger.safetensors"  # in a model's folder
@@ -63,30 +60,6 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
 def trigger_file(name: str) -> Path | None:
     """The file that a trigger names; None for other names, which may begin with '~', too."""
     return Path(name).expanduser() if Path(name).suffix == ".safetensors" else None
-
-
-def named_files(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the files that a recipe names: its questions, trigger and neighbours.
-
-    A name does not identify a file whose contents changed since. Raises MemvecError if
-    the file of neighbours is not there.
-    """
-    path = trigger_file(recipe.trigger)
-    named = {} if path is None else {"trigger": path}
-    if recipe.term == "use":
-        named["questions"] = Path(recipe.queries)
-    if recipe.neighbours != "none":
-        named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
-    return hashes_of(named)
-
-
-def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of each of these files, without those that are not there."""
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for name, path in files.items()
-        if path.is_file()
-    }
 
 
 def save_trigger(path: Path, trigger: CrammedTrigger, lm: FrozenLM, about: dict[str, Any]) -> None:

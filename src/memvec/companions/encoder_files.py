@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from memvec import registry
-from memvec.encoders.base import EncoderFile, OnePassEncoder, TrainedEncoder
+from memvec.companions.encoder import EncoderFile, OnePassEncoder, TrainedEncoder
 from memvec.errors import MemvecError, did_you_mean
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint

@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec.cramming.fields import FrontName
 from memvec.errors import MemvecError
 from memvec.model.soft_tokens import first_soft_id
 
 if TYPE_CHECKING:
+    from memvec.cramming.fields import FrontName
     from memvec.model.lm import FrozenLM
 
 MADE_BY = "memvec trigger train"

@@ -1,0 +1,35 @@
+"""The files that a recipe names, by their hashes: a name does not identify what a file contains."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from memvec.companions.triggers import trigger_file
+from memvec.cramming.recipe import Recipe
+from memvec.vectors_file import existing_path
+
+
+def named_files(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the files that a recipe names: its questions, trigger and neighbours.
+
+    A name does not identify a file whose contents changed since. Raises MemvecError if
+    the file of neighbours is not there.
+    """
+    path = trigger_file(recipe.trigger)
+    named = {} if path is None else {"trigger": path}
+    if recipe.term == "use":
+        named["questions"] = Path(recipe.queries)
+    if recipe.neighbours != "none":
+        named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
+    return hashes_of(named)
+
+
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each of these files, without those that are not there."""
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in files.items()
+        if path.is_file()
+    }
