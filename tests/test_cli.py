@@ -12,7 +12,6 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from conftest import TRAINED_ON, reader
 from memvec import codec, registry
 from memvec.cli import display
 from memvec.cli.common import ModelChoice, loading_options, open_file
-from memvec.cli.cram import _Request
 from memvec.cli.expected import sentence
 from memvec.cli.options import Storage
 from memvec.cli.use import _settings as generation_settings
@@ -32,6 +30,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.export import names as target_names
 from memvec.journal import Journal
 from memvec.model.estimate import Estimate
+from memvec.resume import settings_of
 from memvec.storage import STORAGES
 from memvec.vectors import MemVectors
 
@@ -400,12 +399,12 @@ def test_only_what_these_settings_finished_is_gone_on_with(
 def test_a_file_of_questions_that_changed_is_another_setting(tmp_path):
     """It decides the vectors: an interrupted run does not go on with others."""
     questions, lm = tmp_path / "questions.txt", reader()
-    asked = SimpleNamespace(vectors=2, layout="prefix", storage="float32")
-    asked.recipe = Recipe(term="use", queries=str(questions), start_rule="bos")
+    recipe = Recipe(term="use", queries=str(questions), start_rule="bos")
+    sizes = {"vectors": 2, "layout": "prefix", "storage": "float32"}
     settings = []
     for text in ("Who sat?", "Who ran?", "Who sat?"):
         questions.write_text(text)
-        settings.append(_Request.settings(asked, lm))
+        settings.append(settings_of(lm, recipe, **sizes))
     assert settings[0] == settings[2] != settings[1]
 
 

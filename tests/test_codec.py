@@ -445,6 +445,39 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatch):
+    """The same call goes on, one with another recipe does not, and nothing stays locked."""
+    lm, path = reader(), tmp_path / "kept"
+    options = {"vectors": 2, "tokens": 8, "recipe": HASTY, "batch_size": 1, "journal": str(path)}
+    crammed, push = [], engine_module.Engine.push
+    monkeypatch.setattr(
+        engine_module.Engine, "push", lambda s, p: crammed.append(p.ids) or push(s, p)
+    )
+
+    def interrupt(status: CramStatus):
+        if status.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        codec.cram(lm, [TEXT], on_status=interrupt, **options)
+    whole = codec.cram(lm, [TEXT], **options | {"journal": None})
+    crammed.clear()
+    for journal, fewer in ((str(path), 0), (path, len(whole.passages))):
+        before = len(crammed)
+        mem = codec.cram(lm, [TEXT], **options | {"journal": journal})
+        assert torch.equal(mem.vectors, whole.vectors)
+        assert (len(crammed) == before) == bool(fewer)
+    assert len(crammed) < len(whole.passages)
+    before = len(crammed)
+    codec.cram(lm, [TEXT], **options | {"recipe": replace(HASTY, seed=1)})
+    assert len(crammed) >= before + len(whole.passages)
+
+
+def test_a_journal_without_a_folder_is_named_in_a_sentence():
+    with pytest.raises(MemvecError, match=r"^there is no folder no/folder to keep kept in\.$"):
+        codec.cram(reader(), [TEXT], journal="no/folder/kept", vectors=2)
+
+
 @pytest.mark.parametrize(
     "change",
     [

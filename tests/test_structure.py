@@ -30,11 +30,12 @@ BESIDE = (
     "statistics",
     "machine",
     "plugins",
+    "resume",
     "cli",
 )
 BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins")
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
-# graphs, workers, the Hub, the operating system, other packages.
+# graphs, workers, the Hub, the operating system, other packages, the journal of a path.
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
@@ -45,6 +46,7 @@ ON_REQUEST = {
     "memvec.hub",
     "memvec.machine",
     "memvec.plugins",
+    "memvec.resume",
 }
 
 

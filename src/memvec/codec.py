@@ -8,6 +8,7 @@ texts -> documents -> passages (cut by information) -> engine -> outcomes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from os import PathLike
 
 from memvec.certificate import measure, verify
 from memvec.cram_job import CramJob, CramStatus
@@ -17,6 +18,7 @@ from memvec.journal import Journal
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document, documents_of
+from memvec.resume import opened
 from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 from memvec.workers import Workers
@@ -36,7 +38,7 @@ def cram(
     storage: str = "float32",
     layout: str = "prefix",
     keep_text: bool = False,
-    journal: Journal | None = None,
+    journal: Journal | str | PathLike[str] | None = None,
     workers: Workers | None = None,
     on_status: Callable[[CramStatus], None] | None = None,
 ) -> MemVectors:
@@ -47,8 +49,9 @@ def cram(
     `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
     `recipe` is how they are crammed (default: `Recipe()`), `batch_size` how many passages at once
     (default: what the memory allows). `storage` is how vectors are stored and certified (a name of
-    memvec.storage.STORAGES). `keep_text` puts the text in the file too. `journal` remembers
-    finished passages across interruptions. `workers` (memvec.workers) cram the passages on other
+    memvec.storage.STORAGES). `keep_text` puts the text in the file too. `journal` is the path of a
+    file that keeps finished passages: after an interruption, the same call goes on from there.
+    Delete it once the vectors are saved. `workers` (memvec.workers) cram the passages on other
     devices; `lm` then cuts the texts and makes the certificate. `on_status` is called with the
     progress.
 
@@ -70,9 +73,11 @@ def cram(
     lm = lm.read_as(layout)
     vectors = lm.reading.fixed_vectors or vectors
     stored = storage_of(storage)
-    return CramJob(
-        lm, documents, vectors, tokens, recipe, batch_size, stored, journal, on_status, workers
-    ).run(keep_text)
+    sizes = {"vectors": vectors, "storage": storage, "layout": layout}
+    with opened(journal, lm, recipe, **sizes) as kept:
+        return CramJob(
+            lm, documents, vectors, tokens, recipe, batch_size, stored, kept, on_status, workers
+        ).run(keep_text)
 
 
 def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memvec import __version__
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, account, assigned, check_target, recipe_of, renamed_seats
 from memvec.cli.expected import counted
@@ -209,20 +208,6 @@ class _Request:
             )
         raise MemvecError(f"{file} is a start of vectors that are to be used: add --usable.")
 
-    def settings(self, lm: FrozenLM) -> dict[str, Any]:
-        """What decides a passage's vectors: an interrupted run goes on only under the same."""
-        from memvec.usable.recipe_files import named_files
-
-        return {
-            "model": lm.description(),
-            "recipe": self.recipe.record(),
-            "vectors": self.vectors,
-            "layout": self.layout,
-            "storage": self.storage,
-            "version": __version__,
-            **named_files(self.recipe),
-        }
-
 
 def _preset(preset: str, usable: bool, fields: dict[str, Any]) -> str:
     """The preset, or the one that vectors for use or in another space than inputs have."""
@@ -263,12 +248,20 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
     from memvec.cli import display
     from memvec.journal import Journal
     from memvec.passages.documents import read_document
+    from memvec.resume import settings_of
 
     lm = request.choice.load()
     request.check_encoder(lm)
     document = read_document(lm, request.file, encoding=request.encoding, largest=request.max_bytes)
     partial = request.target.with_name(request.target.name + ".partial")
-    journal = Journal(partial, request.settings(lm))
+    settings = settings_of(
+        lm,
+        request.recipe,
+        vectors=request.vectors,
+        storage=request.storage,
+        layout=request.layout,
+    )
+    journal = Journal(partial, settings)
     if len(journal):
         display.say(f"Going on: {counted(len(journal), 'passage')} finished by an earlier run.")
     try:

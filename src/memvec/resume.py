@@ -1,0 +1,57 @@
+"""Crash-safe cramming: the journal of a run, named by a path, under what decides its vectors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from memvec import __version__
+from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
+from memvec.journal import Journal
+from memvec.model.lm import FrozenLM
+from memvec.usable.recipe_files import named_files
+
+
+def settings_of(
+    lm: FrozenLM, recipe: Recipe, *, vectors: int, storage: str, layout: str
+) -> dict[str, Any]:
+    """What decides a passage's vectors: an interrupted run goes on only under the same.
+
+    Raises MemvecError as `named_files`.
+    """
+    return {
+        "model": lm.description(),
+        "recipe": recipe.record(),
+        "vectors": vectors,
+        "layout": layout,
+        "storage": storage,
+        "version": __version__,
+        **named_files(recipe),
+    }
+
+
+@contextlib.contextmanager
+def opened(
+    journal: Journal | str | os.PathLike[str] | None, lm: FrozenLM, recipe: Recipe, **sizes: Any
+) -> Iterator[Journal | None]:
+    """A journal as it is, or the one at a path, open within; `sizes` are those of `settings_of`.
+
+    Raises MemvecError as `Journal` does, for what is neither, and for a folder that is not there.
+    """
+    if journal is None or isinstance(journal, Journal):
+        yield journal
+        return
+    if not isinstance(journal, str | os.PathLike):
+        raise MemvecError(f"journal is the path of a file, or a Journal, not {journal!r:.60}.")
+    path = Path(journal).expanduser()
+    if not path.parent.is_dir():
+        raise MemvecError(f"there is no folder {path.parent} to keep {path.name} in.")
+    kept = Journal(path, settings_of(lm, recipe, **sizes))
+    try:
+        yield kept
+    finally:
+        kept.close(delete=False)
