@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import memvec
 from conftest import reader
 from memvec import codec
-from memvec.cli.export import _worth
+from memvec.cli.export import _kept_gain
 from memvec.companions.around import CrammedTrigger
 from memvec.companions.triggers import save_trigger
 from memvec.cramming.recipe import Recipe
@@ -157,5 +157,5 @@ def test_the_command_writes_a_context(command, tmp_path):
 
 
 def test_vectors_that_are_worse_than_none_are_said_to_be():
-    assert _worth(0.5) == "keep 0.50 of the text's gain"
-    assert _worth(-1.894) == "are a worse context than none (-1.89 of the text's gain)"
+    assert _kept_gain(0.5) == "keep 0.50 of the text's gain"
+    assert _kept_gain(-1.894) == "are a worse context than none (-1.89 of the text's gain)"
