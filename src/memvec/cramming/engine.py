@@ -50,10 +50,10 @@ class Engine:
     """Crams passages with K (`vectors`) vectors each, up to `batch_size` at once.
 
     `storage` is the number format in which vectors are certified and stored (memvec.storage).
-    `poll` is the number of steps between checks for finished passages (a check makes the device
-    wait). `graphs` replays steps on a GPU instead of launching each kernel (memvec.graphs); rows
-    and columns are then rounded up to a few shapes. Raises MemvecError for settings that cannot
-    work with the model.
+    `graphs` replays steps on a GPU instead of launching each kernel (memvec.graphs); rows and
+    columns are then rounded up to a few shapes. `poll` is the number of steps between checks for
+    finished passages: 8 with graphs, since a check makes the device wait, else 1, since most steps
+    do (transformers looks at positions). Raises MemvecError for settings that the model lacks.
     """
 
     step_type: type[Step] | None = None  # instead of the term's
@@ -90,7 +90,7 @@ class Engine:
         self.fixed_shapes, self.graphs, self.on_progress = fixed_shapes, graphs, on_progress
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
-        self.poll = poll or (1 if lm.device.type == "cpu" else 8)
+        self.poll = poll or (8 if graphs else 1)
         settings = (self.start_rule, self.storage, fixed_shapes, graphs)
         step_type = self.step_type or registry.get("term", self.recipe.term).step_type or Step
         self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, *settings)
@@ -156,7 +156,7 @@ class Engine:
                     if not fits(self.step):
                         self._halve_batch()
                         break
-                self._share_time(time.perf_counter() - began)
+                self._share_time(began)
                 finished += self.retire_stopped()
                 self._report()
             if len(finished) >= min(BATCH, -(-self.batch_size // 2)) or not self.jobs:
@@ -262,8 +262,10 @@ class Engine:
         before = self.stepper.module.inputs_before(self.K, self.start_rule)
         self.tokens += (self.columns + before) * len(self.jobs)
 
-    def _share_time(self, seconds: float) -> None:
-        self.seconds += seconds
+    def _share_time(self, began: float) -> None:
+        assert self.batch is not None, "no slot is taken"
+        self.batch.stopped.tolist()  # waits for the device, whose time counts
+        self.seconds += (seconds := time.perf_counter() - began)
         for job in self.jobs:
             job.seconds += seconds / len(self.jobs)
 
