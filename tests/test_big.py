@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
@@ -29,7 +30,7 @@ from memvec.model.estimate import (
     layer_bytes,
     max_batch_size,
 )
-from memvec.model.large import layers_of, recomputed, saved_bytes
+from memvec.model.large import layers_of, offloaded, recomputed, saved_bytes
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import LOGITS_AT_ONCE
 
@@ -100,6 +101,27 @@ def test_offloading_leaves_weights_where_they_are(family, monkeypatch):
     weights = {p.untyped_storage().data_ptr() for p in lm.model.parameters()}
     assert copied
     assert not weights & set(copied)
+
+
+def test_offloading_to_pinned_memory_makes_no_gpu_wait():
+    """Not one copy of the hundreds of a step, there or back."""
+    lm, copies = FrozenLM(build("llama"), name="pinned"), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if kwargs.pop("pin_memory", False):
+                pinned.append(1)
+            if func is torch.ops.aten.copy_.default:
+                copies.append(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            return func(*args, **kwargs)
+
+    pinned: list[int] = []
+    vectors = torch.zeros(1, 1, lm.width).requires_grad_()
+    with Watching(), offloaded(lm.model, pin=True):
+        lm.states(vectors, torch.ones(1, 4, dtype=torch.long))
+    assert len(pinned) > 10
+    assert copies == [True] * len(pinned)
 
 
 def test_a_layer_that_was_given_a_forward_keeps_it():

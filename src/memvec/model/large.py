@@ -85,7 +85,8 @@ def offloaded(model: nn.Module, *, pin: bool) -> Iterator[None]:
         if is_weight(tensor):
             return None, tensor
         aside = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-        return tensor.device, aside.copy_(tensor)
+        # The copy back waits on the device for this one: nothing here reads what is aside.
+        return tensor.device, aside.copy_(tensor, non_blocking=pin)
 
     def give(stored: tuple[torch.device | None, Tensor]) -> Tensor:
         device, tensor = stored

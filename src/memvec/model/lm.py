@@ -293,7 +293,7 @@ class FrozenLM:
             if torch.is_grad_enabled() and self.checkpointing:
                 stack.enter_context(recomputed(self.model))
             if torch.is_grad_enabled() and self.offload:
-                stack.enter_context(offloaded(self.model, pin=self.device.type == "cuda"))
+                stack.enter_context(offloaded(self.model, pin=self.device.type != "cpu"))
             yield
 
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
