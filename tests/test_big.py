@@ -22,9 +22,11 @@ from memvec.errors import MemvecError
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.price import hours
 from memvec.loading import load_lm
+from memvec.model.batch_size import default_batch_size
 from memvec.model.configuration import context_length
 from memvec.model.estimate import (
     estimate,
+    facts_of,
     facts_of_config,
     kept_bytes,
     layer_bytes,
@@ -33,6 +35,7 @@ from memvec.model.estimate import (
 from memvec.model.large import layers_of, offloaded, recomputed, saved_bytes
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import LOGITS_AT_ONCE
+from memvec.model.mixed import put_under_autocast
 
 LLAMA_8B = transformers.LlamaConfig(
     vocab_size=128_256,
@@ -359,6 +362,22 @@ def test_8b_at_1568_tokens_fits_16_slots_in_80_gb_with_checkpointing_only():
     assert max_batch_size(facts, free=free, tokens=1568) < 16
     assert max_batch_size(facts, free=0.0, tokens=1568) == 1
     assert "GiB at the peak" in memory(spared)
+
+
+def test_the_estimate_has_the_rounded_weights_that_autocast_keeps():
+    model = build("llama")
+    put_under_autocast(model)
+    lm = FrozenLM(model, name="mixed")
+    vectors = torch.zeros(1, 1, lm.width).requires_grad_()
+    with saved_bytes(model) as kept:
+        lm.states(vectors, torch.ones(1, 4, dtype=torch.long))
+    facts, ends = facts_of(lm, 4), 2 * 2 * lm.embedding.weight.numel()  # embedding and head
+    assert 0 < kept() - 4 * facts.kept <= facts.copies <= kept() - 4 * facts.kept + ends
+    assert estimate(facts, batch_size=1, tokens=4).weights == facts.weights + facts.copies
+    lm.checkpointing = True
+    assert facts_of(lm, 4).copies == facts_of(tiny(), 4).copies == 0
+    much = replace(facts, copies=1e15)  # what is left for slots is counted without them
+    assert default_batch_size(lm, 4, facts=much) == 1 < default_batch_size(lm, 4, facts=facts)
 
 
 @pytest.mark.parametrize("batch_size", [1, 64, 1024])

@@ -25,4 +25,5 @@ def default_batch_size(
         free = free_memory()
     tokens = max(1, tokens)
     facts = facts or facts_of(lm, tokens)
-    return min(32, max_batch_size(facts, free=free / 4, tokens=tokens, vectors=vectors))
+    share = (free - facts.copies) / 4
+    return min(32, max_batch_size(facts, free=share, tokens=tokens, vectors=vectors))

@@ -58,13 +58,14 @@ class Facts:
     kept: float | None = None  # measured bytes that autograd keeps per token; None: counted
     checkpointing: bool = False  # each layer keeps only its input, and is computed twice
     context: int | None = None  # longest input in positions; None: no limit, or unknown
+    copies: float = 0.0  # bytes of rounded weights that autocast keeps until the backward pass
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of each part of a step, and their sum at its peak."""
 
-    weights: float
+    weights: float  # and their rounded copies under autocast
     activations: float  # kept from the forward pass to the backward pass
     logits: float  # logits and their copies while losses are computed
     passing: float  # gradients of the backward pass, and the activations of a recomputed layer
@@ -142,7 +143,10 @@ def facts_of(lm: FrozenLM, tokens: int, fast: FrozenLM | None = None) -> Facts:
     facts = facts_of_config(lm.config, steps.dtype.itemsize, parameter_count)
     weights = float(sum(map(_bytes, parameters.values())))
     facts = replace(facts, kept=kept_bytes(steps, tokens), checkpointing=lm.checkpointing)
-    return replace(facts, weights=weights, width=lm.numbers)
+    # Autocast has no cache for frozen weights: every product rounds its own, and autograd keeps it.
+    number = steps.autocast.itemsize if steps.autocast and not lm.checkpointing else 0
+    copies = float(number * sum(p.numel() for p in steps.model.parameters() if p.dim() > 1))
+    return replace(facts, weights=weights, width=lm.numbers, copies=copies)
 
 
 def _bytes(parameter: Tensor) -> int:
@@ -197,7 +201,7 @@ def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Est
     rows = min(N, max(1, LOGITS_AT_ONCE // max(1, f.vocabulary)))
     states = 3 * N * f.hidden * f.number  # hidden states and their gradients
     return Estimate(
-        weights=f.weights or f.parameters * f.number,
+        weights=(f.weights or f.parameters * f.number) + f.copies,
         activations=float(N * kept),
         logits=rows * f.vocabulary * 4.0 * LOGITS_COPIES + states,
         passing=float(N * max(back, ends)),

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+import torch
+
 Result = TypeVar("Result")
 # Objects that cache what can be computed again; `forget()` frees their memory.
 HOLDERS: WeakSet[Any] = WeakSet()
@@ -17,8 +19,6 @@ LOGITS_AT_ONCE = 2**24
 
 def out_of_memory(error: BaseException) -> bool:
     """True for the errors that mean that there is no memory for a tensor."""
-    import torch
-
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     )
@@ -60,8 +60,6 @@ def in_batches(work: Callable[[slice], list[Result]], total: int, batch: int) ->
 
 def forget_freed_memory() -> None:
     """Free the caches of all `HOLDERS`, and the GPU memory that PyTorch's allocator keeps."""
-    import torch
-
     for holder in list(HOLDERS):
         holder.forget()
     if torch.cuda.is_available():
