@@ -123,11 +123,11 @@ def fingerprint_of(
     dtype of computation, if it is not the dtype of the matrix.
     """
     described = json.dumps(_lasting(config.to_dict()), sort_keys=True, default=str).encode()
-    rounded = embedding.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    rounded = embedding.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
     probe = logits[:: max(1, len(logits) // 8)][:8]
     return Fingerprint(
         hashlib.sha256(described).hexdigest(),
-        hashlib.sha256(rounded).hexdigest(),
+        hashlib.sha256(rounded.data).hexdigest(),
         tuple(round(float(x), 3) for x in probe),
         dtype or str(embedding.dtype).removeprefix("torch."),
     )
