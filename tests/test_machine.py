@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from memvec import machine
 
@@ -34,6 +35,14 @@ def group(folder, names, limit, used, cached):
 
 def meminfo(gib):
     return {"proc/meminfo": f"MemTotal: 9 kB\nMemAvailable:  {gib * 2**20} kB\n"}
+
+
+@pytest.mark.parametrize(("device", "gpu"), [(None, 0), ("cpu", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_record_names_the_gpu_of_the_model(device, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    where = None if device is None else torch.device(device)
+    assert machine.environment(where)["gpu"] == f"GPU {gpu}"
 
 
 def test_this_machine_has_some():

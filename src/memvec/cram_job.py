@@ -319,7 +319,7 @@ class CramJob:
             space=_space_record(self.engine.lm),
             packing=self.storage.packing,
             recipe=self.engine.recipe.record(),
-            environment=environment(),
+            environment=environment(self.lm.device),
             documents=documents,
             passages=passages,
         )

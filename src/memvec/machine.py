@@ -10,9 +10,12 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memvec import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path("/")
 UNKNOWN = 4 * 2**30  # bytes that are taken to be free where the system does not say
@@ -24,12 +27,16 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 LARGEST_INT = 2**31 - 1
 
 
-def environment() -> dict[str, Any]:
-    """Versions, processor and threads of this process, for the record of what it makes."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, processor and threads of this process, for the record of what it makes.
+
+    The GPU is the one that `device` names, else the first one.
+    """
     import torch
     import transformers
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    index = device.index or 0 if device is not None and device.type == "cuda" else 0
+    gpu = torch.cuda.get_device_name(index) if torch.cuda.is_available() else None
     return {
         "memvec": __version__,
         "torch": torch.__version__,

@@ -101,7 +101,7 @@ def save_encoder(
         "max_vectors": str(encoder.max_vectors),
         "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about or {}),
-        "environment": json.dumps(environment() | {"device": lm.device.type}),
+        "environment": json.dumps(environment(lm.device) | {"device": lm.device.type}),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.network.state_dict().items()}
     write_atomically(path, save(tensors, metadata))

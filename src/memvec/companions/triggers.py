@@ -69,7 +69,7 @@ def save_trigger(path: Path, trigger: CrammedTrigger, lm: FrozenLM, about: dict[
         "version": "1",
         "model": json.dumps({"name": lm.name, **asdict(lm.fingerprint)}),
         "about": json.dumps(about),
-        "environment": json.dumps(environment() | {"device": lm.device.type}),
+        "environment": json.dumps(environment(lm.device) | {"device": lm.device.type}),
     }
     parts = {"trigger": trigger.rows, "front": trigger.front}
     tensors = {

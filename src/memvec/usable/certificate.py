@@ -162,7 +162,7 @@ def certify_use(
         held_out=score_table(held_out, QUERIES, tokens),
         continuation=score_table(true, 1, tokens) if true else None,
         in_a_row=_scores_in_a_row(view, mem, ids, recipe),
-        environment=environment(),
+        environment=environment(lm.device),
     )
 
 

@@ -314,7 +314,7 @@ def _record(
         "seed": evaluation.seed,
         "model": info,
         "harness": lm_eval.__version__,
-        "environment": environment(),
+        "environment": environment(model.lm.device),
         "harness_results": results,
     }
 

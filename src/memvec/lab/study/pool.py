@@ -113,7 +113,7 @@ class Here:
 
     def environment(self) -> dict[str, Any]:
         """The environment of this process."""
-        return environment()
+        return environment(self.lm.device)
 
     def find(self, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
         """A cell's passages."""
