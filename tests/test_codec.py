@@ -242,10 +242,18 @@ def numbers_in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@contextlib.contextmanager
+def products_in_bfloat16() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         numbers_in_float64,
+        products_in_bfloat16,
         torch.inference_mode,
         lambda: torch.device("meta"),
         lambda: torch.autocast("cpu", dtype=torch.bfloat16),
@@ -256,7 +264,8 @@ def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(settings):
     truth = cram(lm, TEXT[:20], tokens=4, recipe=QUICK)
 
     def state() -> tuple[object, ...]:
-        devices = torch.get_default_dtype(), torch.get_default_device()
+        products = torch.backends.mkldnn.matmul.fp32_precision
+        devices = torch.get_default_dtype(), torch.get_default_device(), products
         return *devices, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
     with settings():

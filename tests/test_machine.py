@@ -45,6 +45,29 @@ def test_a_record_names_the_gpu_of_the_model(device, gpu, monkeypatch):
     assert machine.environment(where)["gpu"] == f"GPU {gpu}"
 
 
+def set_by_the_older_name():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def set_by_the_newer_name():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("chosen", [set_by_the_older_name, set_by_the_newer_name])
+def test_products_have_all_their_bits_whatever_a_caller_has_set(chosen):
+    products = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision("highest")
+    try:
+        chosen()
+        before = [kind.fp32_precision for kind in products]
+        with machine.plain_torch():
+            assert [kind.fp32_precision for kind in products] == ["ieee", "ieee"]
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert [kind.fp32_precision for kind in products] == before == ["tf32", "ieee"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_this_machine_has_some():
     assert machine.free_memory() > 2**20
 

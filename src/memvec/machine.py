@@ -54,14 +54,16 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 def plain_torch() -> Iterator[None]:
     """Context manager and decorator that sets aside what a caller has set for all of torch.
 
-    Inference mode leaves no gradients, autocast rounds what is measured and certified, and another
-    default dtype or device makes tensors that do not go with those of the model.
+    Inference mode leaves no gradients, autocast and float32 products of fewer bits round what is
+    measured and certified, and another default dtype or device makes tensors that do not go with
+    those of the model.
     """
     import torch
 
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_whole_products())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -71,6 +73,29 @@ def plain_torch() -> Iterator[None]:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
         yield
+
+
+@contextlib.contextmanager
+def _whole_products() -> Iterator[None]:
+    """Within, float32 products have all their bits: not TF32 of a GPU, nor bfloat16 of a CPU."""
+    import torch
+
+    backends: Any = torch.backends
+    products = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [kind.fp32_precision for kind in products]
+    if not {"tf32", "bf16"} & set(before):
+        yield
+        return
+    older_name = "highest"
+    with contextlib.suppress(RuntimeError):  # where it is set by the newer names alone
+        older_name = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older_name)
+        for kind, precision in zip(products, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def free_memory() -> int:
