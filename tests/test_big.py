@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import QUICK, build, passages, tiny
 from memvec import MemVectors, cram
-from memvec.big import loading_options, refuse_spilled
+from memvec.big import keep_few_bits, loading_options, refuse_spilled
 from memvec.cli.expected import memory
 from memvec.cramming.engine import Engine
 from memvec.errors import MemvecError
@@ -237,6 +237,32 @@ def test_a_device_map_loads_the_same_model(folder):
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(lm.own_logits(ids), again.own_logits(ids))
     assert lm.fingerprint.matches(again.fingerprint)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("bits", "dtype"), [("8bit", torch.float32), ("4bit", torch.bfloat16)])
+def test_autograd_keeps_no_wide_weights_of_quantized_layers(bits, dtype):
+    """Else a step would take more memory than the model that was to be made smaller."""
+    quantize_ = pytest.importorskip("torchao.quantization").quantize_
+    model = build("llama").to(dtype)
+    options = loading_options(None, bits, dtype, torch.device("cpu"))
+    quantize_(
+        model.model.layers,
+        options["quantization_config"].quant_type,
+        lambda module, _: isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0,
+    )
+    lm = FrozenLM(model, name="few bits", quantize=bits, check=False)
+    matrices = [p for p in model.parameters() if hasattr(p, "__tensor_flatten__")]
+    wide = sum(weight.numel() for weight in matrices) * dtype.itemsize
+    assert wide
+    truth, before = gradient(lm)
+    assert before > wide
+    keep_few_bits(model)
+    found, after = gradient(lm)
+    assert torch.equal(found, truth)
+    assert after <= before - wide
+    lm.checkpointing = True
+    assert torch.equal(gradient(lm)[0], truth)
 
 
 @pytest.mark.slow

@@ -6,11 +6,14 @@ what it would do in silence. Fewer kept activations: memvec.model.large.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memvec.errors import MemvecError, did_you_mean
 
@@ -77,6 +80,66 @@ def _need(package: str, option: str) -> None:
         raise MemvecError(
             f"{option} needs the package {package}: pip install '.[big]' in the repository."
         )
+
+
+def prepare(model: nn.Module, name: str) -> None:
+    """What a model that transformers loaded with these options needs before it is crammed.
+
+    Raises MemvecError as `refuse_spilled`.
+    """
+    refuse_spilled(model, name)
+    keep_few_bits(model)
+
+
+def keep_few_bits(model: nn.Module) -> None:
+    """Make autograd keep the quantized weights of linear layers, and not these in full.
+
+    torchao widens a weight at each product, and the backward pass needs the wide one: kept from the
+    forward pass on, those of all layers are as large as the model that was to be made smaller. They
+    are made again instead. bitsandbytes does so itself.
+    """
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear) and hasattr(weight, "__tensor_flatten__"):
+            row = (weight.dtype, weight.device, weight.dim(), weight.shape[1])
+            kept = _kept_of(module.forward, *row)
+            wide = {i for i, tensor in enumerate(kept) if tensor.numel() == weight.numel()}
+            module.forward = functools.partial(  # type: ignore[method-assign]
+                _product, module.forward, wide
+            )
+
+
+def _product(forward: Callable[[Tensor], Tensor], wide: set[int], x: Tensor) -> Tensor:
+    """A product; of what autograd keeps of it, the tensors with these numbers are made again."""
+    if not torch.is_grad_enabled():
+        return forward(x)
+    count, row = itertools.count(), (x.dtype, x.device, x.dim(), x.shape[-1])
+
+    def keep(tensor: Tensor) -> int | Tensor:
+        number = next(count)
+        return number if number in wide else tensor
+
+    def give(kept: int | Tensor) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _kept_of(forward, *row)[kept]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        return forward(x)
+
+
+def _kept_of(
+    forward: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device, dim: int, D: int
+) -> list[Tensor]:
+    """What autograd keeps of a product with a single row."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        return tensor
+
+    row = torch.zeros((1,) * (dim - 1) + (D,), dtype=dtype, device=device, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        forward(row)
+    return kept
 
 
 def refuse_spilled(model: nn.Module, name: str) -> None:

@@ -89,7 +89,7 @@ def load_lm(
         keep_freed_memory()
     big: dict[str, Any] = {}
     if device_map is not None or quantize is not None:
-        from memvec.big import loading_options, refuse_spilled
+        from memvec.big import loading_options, prepare
 
         with _quiet():
             big = loading_options(device_map, quantize, weights_dtype, where)
@@ -98,7 +98,7 @@ def load_lm(
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
     model, tokenizer = _weights(name, local, revision, where, weights_dtype, attention, big)
     if big:
-        refuse_spilled(model, name)
+        prepare(model, name)
     if where.type == "cpu" and weights_dtype != torch.float32 and attention is None:
         widen_attention(model)
     if dtype == BFLOAT16_AUTOCAST:
