@@ -151,7 +151,7 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     if func in COPYING:
         source, goal = args[1 if func is aten.copy_.default else 0], target or place_of(args[0])
         if numbered(place_of(source)) != numbered(goal):
-            wait("a copy between devices")
+            wait(f"a copy between devices of {source.dtype}")
     elif len(places) > 1 or (pretended and here and func not in INDEXING):
         raise RuntimeError(
             f"Expected all tensors to be on the same device: {func} of {places} "
@@ -343,7 +343,12 @@ def split() -> dict[str, Any]:
         ids = torch.zeros(1, 5, dtype=torch.long, device="gpu:0")
         with torch.no_grad():
             states = lm.states(torch.zeros(1, 1, lm.width, device="gpu:0"), ids)
-        return {"head": lm.has_split_head, "states": list(states.shape), "device": str(lm.device)}
+            with watching():
+                logits = lm.head(states)
+        crossed = sorted({what.split(" in ")[0].split(".")[-1] for what in WAITS})
+        shape, head = list(states.shape), lm.has_split_head
+        assert logits.dtype == torch.float32
+        return {"head": head, "states": shape, "device": str(lm.device), "crossed": crossed}
 
 
 def mixed() -> dict[str, Any]:

@@ -66,5 +66,7 @@ def test_every_training_runs_and_is_measured_on_a_gpu():
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
 def test_an_untied_head_on_another_gpu_is_still_computed_apart():
-    """Else each step would compute and keep the logits of every token of the vocabulary."""
-    assert said_by("split") == {"head": True, "states": [1, 5, 32], "device": "gpu:0"}
+    """Else each step would compute and keep the logits of every token of the vocabulary; those that
+    come back from there are in the model's dtype, not in float32."""
+    told = {"head": True, "states": [1, 5, 32], "device": "gpu:0", "crossed": ["bfloat16"]}
+    assert said_by("split") == told

@@ -256,7 +256,7 @@ class FrozenLM:
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""
-        return self._head(states).float().to(self.device)
+        return self._head(states).to(self.device).float()  # half of the bytes between devices
 
     def logits(
         self,
