@@ -12,8 +12,8 @@ until they are certified: a run that is killed loses only the passages in its sl
 Slots share nothing but a batch: losses are summed, moments and step counts are per slot, and seeds
 come from token ids. At a fixed batch shape and in the same slot a passage's vectors are bit-equal
 whatever its neighbours are. `fixed_shapes=True` keeps the shape until the end; otherwise empty
-slots and columns that count for no passage are left out. Another shape or another slot changes
-rounding only.
+slots and columns that count for no passage are left out. Another shape or slot changes rounding
+only, as do kernels of a GPU that add in any order.
 """
 
 from __future__ import annotations
