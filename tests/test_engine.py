@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import QUICK, V, passages, reader, tiny
-from memvec import graphs, metrics
+from memvec import metrics
 from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
@@ -24,7 +24,6 @@ from memvec.errors import MemvecError
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
 from memvec.storage import storage_of
-from recorder import Recorder
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
 ENDLESS = Recipe(steps=12, margin=1000.0)  # a margin that nobody meets: all leave at the last step
@@ -646,7 +645,7 @@ def test_the_time_of_a_device_that_is_waited_for_counts(monkeypatch):
     assert engine.seconds == sum(o.seconds for o in found) > 0
 
 
-def test_a_batch_is_looked_at_in_each_step_unless_steps_are_replayed(monkeypatch):
+def test_a_batch_is_looked_at_in_each_step_unless_steps_are_replayed():
     """Looks that are rare cost columns that no token needs, and steps behind the last one."""
     recipe, asked = Recipe(steps=10, margin=1e3), passages(40, 40)
     rare, often = (Engine(tiny(), recipe, vectors=1, poll=poll) for poll in (8, None))
@@ -654,8 +653,6 @@ def test_a_batch_is_looked_at_in_each_step_unless_steps_are_replayed(monkeypatch
         list(engine.run(asked))
     assert (often.poll, often.steps, rare.steps) == (1, 11, 16)
     assert often.tokens < 0.6 * rare.tokens
-    monkeypatch.setitem(graphs.BACKENDS, "cpu", Recorder)
-    assert Engine(tiny(), recipe, graphs=True).poll == 8
 
 
 @pytest.mark.parametrize("K", [1, 3])

@@ -235,6 +235,7 @@ def test_a_passage_that_cannot_be_decoded_alone_is_said(monkeypatch):
 def test_graphs_go_with_their_engine():
     engine = Engine(tiny(), ENDLESS, graphs=True)
     replays = weakref.ref(engine.stepper.passed)
+    assert engine.poll == 8  # a look at the batch would cost as much as a step
     assert replays() in memory.HOLDERS
     del engine
     gc.collect()

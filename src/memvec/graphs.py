@@ -141,7 +141,7 @@ class Graphs:
         """Drop all graphs, and the memory that they hold."""
         self.captured: dict[Any, Captured] = {}
         self.seen: set[Any] = set()
-        self.backend = BACKENDS[self.module.device.type](self.module.device)
+        self.backend: Backend | None = None  # made when something is captured
 
     def __call__(
         self,
@@ -171,6 +171,9 @@ class Graphs:
         """Both graphs for inputs of these shapes."""
         # Zeros, so that the check below sees an input that is not copied.
         buffers = tuple(torch.zeros_like(tensor.detach()) for tensor in inputs)
+        if self.backend is None:
+            self.backend = BACKENDS[self.module.device.type](self.module.device)
+        backend = self.backend
         vectors = buffers[0].requires_grad_()
 
         def forward() -> tuple[Tensor, ...]:
@@ -179,9 +182,9 @@ class Graphs:
             return states, scores.loss, scores.margin, scores.gradient
 
         with self._explained():
-            replay, (states, *figures) = self.backend.capture(forward)
+            replay, (states, *figures) = backend.capture(forward)
             slope = torch.zeros_like(states)
-            again, (gradient,) = self.backend.capture(
+            again, (gradient,) = backend.capture(
                 lambda: torch.autograd.grad(states, vectors, slope)
             )
         scores = Score(*figures)
