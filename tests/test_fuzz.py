@@ -141,7 +141,7 @@ def forged(good: bytes, count: int) -> Iterator[bytes]:
 
 def read(data: bytes, path: Path) -> str:
     """What a person gets: 'refused', 'right', or what must not be."""
-    path.unlink(missing_ok=True)  # file systems flush a file that is cut to 0 bytes and written again
+    path.unlink(missing_ok=True)  # else ext4 flushes each file to the disk
     path.write_bytes(data)
     try:
         mem = MemVectors.load(path)
