@@ -16,23 +16,23 @@ MANY = 4  # with more named series, the legend gets room above the curves
 
 
 def draw_all(plots: list[Plot], folder: Path) -> None:
-    """Write every plot into a folder."""
+    """Write every plot into a folder.
+
+    A caller's backend and settings of matplotlib stay as they are. A dollar sign in a name is text.
+    """
     import matplotlib as mpl
 
-    mpl.use("agg")
-    mpl.rcParams["svg.fonttype"] = "none"  # text as text: smaller, and searchable
-    folder.mkdir(parents=True, exist_ok=True)
-    for plot in plots:
-        plot_data(plot).to_csv(folder / f"{plot.key}.csv", index=False)
-        figure = draw(plot)
-        for kind in ("pdf", "svg", "png"):
-            # No date in the file: the same study draws the same bytes.
-            metadata = {"Date": None} if kind == "svg" else None
-            metadata = {"CreationDate": None} if kind == "pdf" else metadata
-            figure.savefig(folder / f"{plot.key}.{kind}", dpi=120, metadata=metadata)
-        import matplotlib.pyplot as plt
-
-        plt.close(figure)
+    # Text as text is smaller and searchable in an SVG.
+    with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+        folder.mkdir(parents=True, exist_ok=True)
+        for plot in plots:
+            plot_data(plot).to_csv(folder / f"{plot.key}.csv", index=False)
+            figure = draw(plot)
+            for kind in ("pdf", "svg", "png"):
+                # No date in the file: the same study draws the same bytes.
+                metadata = {"Date": None} if kind == "svg" else None
+                metadata = {"CreationDate": None} if kind == "pdf" else metadata
+                figure.savefig(folder / f"{plot.key}.{kind}", dpi=120, metadata=metadata)
 
 
 def plot_data(plot: Plot) -> pd.DataFrame:
@@ -57,15 +57,14 @@ def plot_data(plot: Plot) -> pd.DataFrame:
 
 
 def draw(plot: Plot) -> Any:
-    """A matplotlib figure."""
-    import matplotlib.pyplot as plt
+    """A matplotlib figure, apart from those of pyplot."""
+    from matplotlib.figure import Figure
 
     n = len(plot.panels)
     columns = min(n, COLUMNS)
     lines = -(-n // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for ax, panel in zip(axes.flat, plot.panels, strict=False):
         _panel(ax, panel)
     for ax in axes.flat[n:]:
