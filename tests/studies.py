@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -112,8 +111,7 @@ def spec_in(folder: Path, text: str = EVERYTHING) -> Spec:
 
 def run(spec: Spec, base: Path, out: Path, text: str = "") -> StudyStatus:
     """Run a spec with the tiny model of conftest."""
-    kept = json.dumps({"toml": text, "model": None})
-    return run_study(spec, out, maker, base=base, text=kept)
+    return run_study(spec, out, maker, base=base, toml=text)
 
 
 def maker(model: ModelSpec) -> Here:

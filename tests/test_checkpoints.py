@@ -61,9 +61,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study") / "out"
     text = SPEC.replace("FOLDER", str(checkpoints))
-    kept = json.dumps({"toml": text, "model": None})
     spec = parse_spec(text, "test")
-    run_study(spec, out, lambda model: Here(load_lm(model.name)), base=checkpoints, text=kept)
+    run_study(spec, out, lambda model: Here(load_lm(model.name)), base=checkpoints, toml=text)
     return out
 
 
@@ -145,7 +144,7 @@ def test_lengths_and_numbers_of_vectors_do_not_share_a_stage(checkpoints, tmp_pa
     text = SPEC.replace("FOLDER/*-step-*", f"{checkpoints}/tiny-1-*")
     text = text.replace("lengths = [6]", "lengths = [3, 6]\nvectors = [1, 2]")
     out = tmp_path / "out"
-    run_study(parse_spec(text, "test"), out, lambda model: Here(load_lm(model.name)), text=text)
+    run_study(parse_spec(text, "test"), out, lambda model: Here(load_lm(model.name)), toml=text)
     with Store(out) as store:
         data = read_data(store)
         table, _ = protocol_of("checkpoints").tables(data, compare=False)

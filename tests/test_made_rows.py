@@ -19,8 +19,10 @@ from memvec.lab.protocols.recurrent_report import chains_of
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
 from memvec.lab.report.byte_account import bytes_table
 from memvec.lab.report.cost import cost_table
-from memvec.lab.report.data import Data, distinct_names, read_data
+from memvec.lab.report.data import MAX_NAME, Data, distinct_names, read_data
+from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import reproduce
+from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.texts import comparisons
 from memvec.lab.sentences import evaluate
 from memvec.lab.sentences.flops import COSTS
@@ -440,3 +442,28 @@ def test_a_latent_s_gain_is_of_what_its_own_text_saves(store):
         ("discretised", 35),
         ("discretised", 39),
     ]
+
+
+def test_a_very_long_name_of_a_recipe_is_a_number(tmp_path):
+    """Such as that of a part with an argument of many characters; it left figures no room."""
+    runs = "".join(
+        f"{ONE}recipe = {{ queries = '{letter * length}', preset = 'usable' }}\n"
+        for letter, length in (("a", 9), ("b", MAX_NAME))
+    )
+    with Store(tmp_path, write=True) as store:
+        data = made(store, runs, lambda cell, number: {})
+    names = data.rows["recipe"].tolist()
+    assert names == ["queries aaaaaaaaa", "recipe 2"]
+
+
+def test_figures_leave_a_callers_matplotlib_alone_and_take_any_name(tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    monkeypatch.setitem(mpl.rcParams, "backend", "svg")
+    before, names = dict(mpl.rcParams), ["$x_{$", r"\frac $a$"]
+    series = [Series(name, [0.0, 1.0], [1.0, 2.0]) for name in names]
+    panel = Panel("$_$", "x", "y", series, names=names)
+    draw_all([Plot("plot", "$100 to $200_$", "", [panel])], tmp_path)
+    assert dict(mpl.rcParams) == before
+    drawn = (tmp_path / "plot.svg").read_text("utf-8")
+    assert all(text in drawn for text in (*names, "$100 to $200_$", "$_$"))

@@ -465,9 +465,8 @@ def spec_text(folder: Path, encoder: Path) -> str:
 def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study")
     text = spec_text(folder, written_encoder(folder, out / "r.safetensors"))
-    kept = json.dumps({"toml": text, "model": None})
     make = lambda model: Here(load_lm(model.name))  # noqa: E731
-    run_study(parse_spec(text, "test"), out / "out", make, base=folder, text=kept)
+    run_study(parse_spec(text, "test"), out / "out", make, base=folder, toml=text)
     return out / "out"
 
 

@@ -536,8 +536,7 @@ recipe = { steps = 12 }
 def study(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
     text = SPEC.replace("HOME", str(home))
-    kept = json.dumps({"toml": text, "model": None})
-    run_study(parse_spec(text, "test"), out, lambda m: Here(load_lm(m.name)), base=home, text=kept)
+    run_study(parse_spec(text, "test"), out, lambda m: Here(load_lm(m.name)), base=home, toml=text)
     return out
 
 
@@ -657,7 +656,7 @@ def test_what_a_study_cannot_measure_is_one_sentence(home, tmp_path, change, sen
     text = text.replace("steps = 12", "steps = 2").replace("lengths = [12]", "lengths = [10]")
     spec = parse_spec(text, "test")
     run = lambda: run_study(  # noqa: E731
-        spec, tmp_path / "out", lambda m: Here(load_lm(m.name)), base=home, text="{}"
+        spec, tmp_path / "out", lambda m: Here(load_lm(m.name)), base=home
     )
     if sentence is None:
         assert run().rows_now == 1

@@ -189,9 +189,8 @@ def test_models_with_other_tokens_are_refused():
 def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study") / "out"
     text = SPEC.replace("FOLDER", str(folder))
-    kept = json.dumps({"toml": text, "model": None})
     run_study(
-        parse_spec(text, "test"), out, lambda m: Here(load_lm(m.name)), base=folder, text=kept
+        parse_spec(text, "test"), out, lambda m: Here(load_lm(m.name)), base=folder, toml=text
     )
     return out
 

@@ -113,9 +113,9 @@ def run(
     checked = read_spec(spec, model)
     folder = out or Path(f"{checked.name}.study")
     # The override belongs to the study: resume must find it again.
-    text = jsonlib.dumps({"toml": spec.read_text("utf-8-sig"), "model": model})
+    kept = {"toml": spec.read_text("utf-8-sig"), "model": model}
     make_pool = _pool_maker(device or checked.device, workers, on)
-    _run(checked, folder, spec.parent.resolve(), text, make_pool, json)
+    _run(checked, folder, spec.parent.resolve(), kept, make_pool, json)
 
 
 @app.command(
@@ -142,27 +142,25 @@ def resume(
     stored = jsonlib.loads(text)
     checked = parse_spec(stored["toml"], str(folder), stored["model"])
     make_pool = _pool_maker(device or checked.device, workers, on)
-    _run(checked, folder, Path(base or "."), text, make_pool, json)
+    _run(checked, folder, Path(base or "."), stored, make_pool, json)
 
 
 def _run(
     spec: Spec,
     folder: Path,
     base: Path,
-    text: str,
+    kept: dict[str, Any],
     make_pool: Callable[[ModelSpec], Pool],
     json: bool,
 ) -> None:
-    """Run `spec` into `folder`, which keeps `text`; files of the spec are relative to `base`."""
+    """Run `spec`, whose files are relative to `base`, into `folder`, which keeps `kept` of it."""
     from memvec.cli.display import say
     from memvec.cli.study_progress import study_progress
     from memvec.lab.study.run import run_study
 
     sentence = f"What is finished is in {folder}; the same command goes on from there."
     with reporting_interrupt(lambda: sentence), study_progress(spec.name) as show:
-        status: StudyStatus = run_study(
-            spec, folder, make_pool, base=base, text=text, on_status=show
-        )
+        status: StudyStatus = run_study(spec, folder, make_pool, base=base, on_status=show, **kept)
     if json:
         typer.echo(jsonlib.dumps(vars(status)))
         return

@@ -21,6 +21,7 @@ from memvec.lab.study.store import Store
 from memvec.storage import STORAGES
 
 MAX_DIFFERENCES = 3  # between recipes, in a name; more are too long
+MAX_NAME = 80  # characters of such a name
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ def recipe_names(store: Store, without: Sequence[str] = ()) -> dict[str, str]:
         differ = [key for key in keys if any(k.get(key) != kinds[0].get(key) for k in kinds)]
         for cell, recipe in recipes.items():
             differences = [f"{key} {recipe.get(key)}" for key in differ]
-            long = len(differences) > MAX_DIFFERENCES
+            long = len(differences) > MAX_DIFFERENCES or len(", ".join(differences)) > MAX_NAME
             number = f"recipe {kinds.index(recipe) + 1}"
             names[cell] = number if long else ", ".join(differences)
     return names

@@ -7,6 +7,7 @@ the store takes a row only once. Only this process writes to the store.
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -53,11 +54,15 @@ def run_study(
     make_pool: MakePool,
     *,
     base: Path | None = None,
-    text: str = "",
+    toml: str = "",
+    model: str | None = None,
     on_status: Callable[[StudyStatus], None] | None = None,
 ) -> StudyStatus:
     """Run the remaining passages of a study.
 
+    `make_pool` makes what crams for each model of the spec, such as `Here(load_lm(model.name))`.
+    Files that the spec names are relative to `base`. The folder keeps the text of the spec, `toml`,
+    and the `model` that `parse_spec` was given, for its report and `memvec study resume`.
     Raises MemvecError for errors in the spec or its files, for a folder of another study, and if
     passages come back without a row.
     """
@@ -71,7 +76,8 @@ def run_study(
                 "that name."
             )
         drawn = {s.name for s in spec.sources if s.random_text}
-        about = {"name": spec.name, "about": spec.about, "spec": text, "base": str(base or "")}
+        kept = json.dumps({"toml": toml, "model": model}) if toml else ""
+        about = {"name": spec.name, "about": spec.about, "spec": kept, "base": str(base or "")}
         store.plan(planned, drawn, {**about, "batch_size": str(spec.batch_size)})
         return _Run(spec, store, planned, base, on_status).run(make_pool)
 
