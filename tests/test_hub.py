@@ -97,6 +97,32 @@ def test_paths_of_somebody_do_not_leave_the_machine(tmp_path):
     assert codec.decode(lm, again) == [TEXT]
 
 
+@pytest.mark.parametrize(
+    ("given", "published"),
+    [
+        (
+            "mine(words='/home/secret/a.txt', by=2, kind='a/b')",
+            "mine(by=2, kind='a/b', words='a.txt')",
+        ),
+        ("mine(words='~/secret/a.txt')", "mine(words='a.txt')"),
+        ("mine()", "mine()"),
+        ("mine(a", "mine(a"),
+    ],
+)
+def test_paths_in_the_arguments_of_a_part_do_not_leave_it_either(given, published):
+    fields = {"objective": given, "queries": given}
+    header = mem().header.model_copy(update={"recipe": mem().header.recipe | fields})
+    recipe = hub.without_paths(MemVectors(mem().vectors, header)).header.recipe
+    assert [recipe["objective"], recipe["queries"]] == [published] * 2
+
+
+@pytest.mark.parametrize("name", ["questions(1).txt", "questions (a)", "(a=1)"])
+def test_a_path_of_questions_with_brackets_is_a_path(name):
+    header = mem().header
+    changed = header.model_copy(update={"recipe": header.recipe | {"queries": f"/secret/{name}"}})
+    assert hub.without_paths(MemVectors(mem().vectors, changed)).header.recipe["queries"] == name
+
+
 def test_vectors_are_not_overwritten_unasked(tmp_path):
     mem().save_pretrained(tmp_path)
     before = (tmp_path / hub.FILE).read_bytes()

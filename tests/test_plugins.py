@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import memvec
-from conftest import passages, tiny
+from conftest import passages, reader, tiny
 from memvec import metrics, registry
 from memvec.cramming import objectives
 from memvec.cramming.engine import Engine
@@ -22,6 +22,8 @@ from memvec.cramming.optimizers import NAdam
 from memvec.cramming.recipe import Recipe, choices
 from memvec.cramming.schedules import Schedule
 from memvec.errors import MemvecError
+from memvec.usable.queries import queries_of
+from memvec.usable.recipe_files import named_files
 
 
 @pytest.fixture
@@ -203,6 +205,9 @@ def test_the_objectives_of_the_documentation(plugins):
         ("hinge(**{'factor': 1})", "cannot be read"),
         ("hinge(factor=1", "'hinge(factor=1' cannot be read"),
         ("hinge(factor=1).x()", "cannot be read"),
+        ("hinge(factor=1, factor=2)", "cannot be read"),
+        ("hinge(factor=1e999)", "'hinge(factor=1e999)' cannot be read"),
+        (f"hinge(factor={9999 * '-'}1)", "cannot be read"),
         ("hing(factor=1)", "the recipe's objective cannot be 'hing(factor=1)': it is one of"),
         ("(factor=1)", "the recipe's objective cannot be '(factor=1)': it is one of"),
     ],
@@ -214,6 +219,44 @@ def test_wrong_arguments_of_a_part_are_one_sentence(plugins, value, sentence):
 
     with pytest.raises(MemvecError, match=re.escape(sentence)):
         Recipe.of(objective=value)
+
+
+def test_questions_with_arguments_are_told_from_files(plugins, tmp_path, monkeypatch):
+    @memvec.register("queries", "endings")
+    def endings(lm, ids, recipe, *, of=""):
+        raise AssertionError
+
+    monkeypatch.chdir(tmp_path)
+    name = f"endings(of='{300 * 'x'}')"  # too long for a file
+    recipe = Recipe.of("usable", queries=name.replace("=", " = "))
+    assert recipe.queries == name
+    assert named_files(recipe) == {}
+    with pytest.raises(MemvecError, match="the queries 'endings' has no 'off': did you mean 'of'"):
+        Recipe.of("usable", queries="endings(off=1)")
+    Path("endings(1).txt").write_text("why?")  # as a browser calls a second one
+    recipe = Recipe.of("usable", queries="endings(1).txt")
+    assert list(named_files(recipe)) == ["questions"]
+    assert len(queries_of(reader(), (2, 3), replace(recipe, query_count=1)).ids) == 1
+    Path("endings").touch()
+    assert named_files(Recipe.of("usable", queries="endings")) == {}
+
+
+def test_a_space_has_no_arguments_for_files_name_it(plugins):
+    memvec.register("space", "mine")(lambda lm, options, *, by=2: None)
+    with pytest.raises(MemvecError, match="the space 'mine' has no arguments of its own: leave"):
+        Recipe.of(space="mine(by=3)")
+
+
+@pytest.mark.parametrize("name", ["a(b", "a)", "(", " ", ""])
+def test_a_name_that_nothing_could_choose_is_refused(plugins, name):
+    with pytest.raises(MemvecError, match="no objective can be called"):
+        memvec.register("objective", name)
+
+
+@pytest.mark.parametrize("name", ["auto", "encoder"])
+def test_a_start_has_no_name_that_a_recipe_reads_otherwise(plugins, name):
+    with pytest.raises(MemvecError, match=f"the name '{name}' is taken by another start"):
+        memvec.register("start", name)
 
 
 def test_an_unknown_name_lists_the_registered_ones(plugins):

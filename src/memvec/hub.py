@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from memvec import plugins
 from memvec.errors import MemvecError, first_line
 from memvec.loading import POCKET
 from memvec.writing import write_atomically
@@ -113,9 +114,10 @@ def save_pretrained(
 def without_paths(mem: MemVectors) -> MemVectors:
     """The same vectors, with a header in which files and folders have names without their paths."""
     header, recipe = mem.header, dict(mem.header.recipe)
-    for field in {"queries", "neighbours", "trigger"} & recipe.keys():
-        if field != "trigger" or recipe[field].endswith(".safetensors"):  # else a token's text
-            recipe[field] = Path(recipe[field]).name
+    files = {"queries", "neighbours"}
+    files |= {"trigger"} if str(recipe.get("trigger")).endswith(".safetensors") else set()
+    for field in (files | plugins.WITH_ARGUMENTS) & recipe.keys():  # another trigger is a text
+        recipe[field] = plugins.without_folders(recipe[field], field in files)
     update = {
         "model": {**header.model, "name": _base(mem)[0]},
         "recipe": recipe,
@@ -245,11 +247,9 @@ def _figures(mem: MemVectors) -> str:
 
 def _licences(licence: str | None, base_licence: str | None) -> str:
     base = f"`{base_licence}`" if base_licence else "not known here: see the model's own page"
-    vectors = (
-        f"These vectors are published under `{licence}`."
-        if licence
-        else "No licence is given for these vectors."
-    )
+    vectors = "No licence is given for these vectors."
+    if licence:
+        vectors = f"These vectors are published under `{licence}`."
     return f"The base model's licence is {base}.\n{vectors}"
 
 

@@ -9,16 +9,23 @@ the values with the name.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from memvec.errors import MemvecError, did_you_mean
 
 GROUP = "memvec.plugins"
+# Kinds whose names may have arguments: those that a recipe names, but a file names its space.
+WITH_ARGUMENTS = {"preset", "objective", "term", "queries", "schedule", "coordinates", "optimizer"}
+WITH_ARGUMENTS |= {"start"}
+BESIDE = {"start": ("auto", "encoder")}  # names that stand for something else in a recipe
 
 
 @functools.cache
@@ -36,6 +43,16 @@ def load_plugins() -> None:
             ) from error
 
 
+def check_name(kind: str, name: str) -> None:
+    """Raise MemvecError for a name by which nothing could be chosen."""
+    if not isinstance(name, str) or not name.strip() or set(name) & set("()"):
+        raise MemvecError(f"no {kind} can be called {name!r}: give it a name without brackets.")
+    if name in BESIDE.get(kind, ()):
+        raise MemvecError(
+            f"the name '{name}' is taken by another {kind}: register yours under another one."
+        )
+
+
 def check_arguments(kind: str, name: str, choice: Any, described: str) -> None:
     """Raise MemvecError for a choice that cannot be called as its kind is `described` to be."""
     call = re.match(r"(?:a class made from )?\((.*?)\)", described)
@@ -47,10 +64,16 @@ def check_arguments(kind: str, name: str, choice: Any, described: str) -> None:
         raise MemvecError(f"the {kind} '{name}' is called with ({call[1]}): {why!s:.80}.") from why
 
 
+def plain(text: str) -> str:
+    """The name alone; a text whose bracket does not end it, such as `texts(1).txt`, is a name."""
+    return text.partition("(")[0] if text.endswith(")") else text
+
+
 def split(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the arguments in `name(argument=value, ...)`; a plain name has none.
 
-    Values are numbers, strings in quotes, True or False. Raises MemvecError for anything else.
+    Values are finite numbers, strings in quotes, True or False, each argument once. Raises
+    MemvecError for anything else.
     """
     name, bracket, _ = text.partition("(")
     if not bracket:
@@ -60,9 +83,12 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise ValueError
         arguments = {item.arg or "": ast.literal_eval(item.value) for item in call.keywords}
-        if not all(isinstance(value, int | float | str) for value in arguments.values()):
+        if len(arguments) < len(call.keywords):
             raise ValueError
-    except (SyntaxError, ValueError):
+        for value in arguments.values():
+            if not isinstance(value, int | float | str) or value in (math.inf, -math.inf):
+                raise ValueError
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: too deep
         raise MemvecError(
             f"'{text}' cannot be read: write it like {name}(factor=3.0, kind='soft')."
         ) from None
@@ -75,12 +101,28 @@ def spelled(name: str, arguments: Mapping[str, Any]) -> str:
     return f"{name}({inner})" if inner else name
 
 
+def without_folders(text: str, file: bool) -> str:
+    """A name with the last parts of those of its arguments that are absolute paths.
+
+    A `file` is a path itself, unless it is a name with arguments.
+    """
+    name, arguments = plain(text), {}
+    with contextlib.suppress(MemvecError):
+        arguments = split(text)[1] if name == Path(name).name else {}
+    if not arguments:
+        return Path(text).name if file else text
+    for key, value in arguments.items():
+        if str(value).startswith("~") or Path(str(value)).is_absolute():
+            arguments[key] = Path(value).name
+    return spelled(name, arguments)
+
+
 def bound(kind: str, name: str, choice: Any, arguments: Mapping[str, Any]) -> Any:
     """The choice with its keyword-only parameters set; a class stays a class.
 
     Raises MemvecError for an argument that it does not have.
     """
-    parameters = inspect.signature(choice).parameters.values()
+    parameters = inspect.signature(choice).parameters.values() if kind in WITH_ARGUMENTS else ()
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for key in arguments:
         if not own:

@@ -169,10 +169,11 @@ _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 def register(kind: str, name: str) -> Callable[[Choice], Choice]:
     """Add a choice under a name; the decorated object is returned unchanged.
 
-    Raises MemvecError for an unknown kind, a name that stands for something else already, or a
-    function or class that cannot be called with the arguments that KINDS shows.
+    Raises MemvecError for an unknown kind, a name with brackets, one that stands for something else
+    already, or a function or class that cannot be called with the arguments that KINDS shows.
     """
     _check_kind(kind)
+    plugins.check_name(kind, name)
 
     def add(choice: Choice) -> Choice:
         known = _ADDED[kind].get(name, choice)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from memvec import registry
+from memvec import plugins, registry
 from memvec.cramming.fields import (
     CHOICES,
     MINIMUM,
@@ -216,6 +216,8 @@ class Recipe:
                 raise MemvecError(
                     f"the recipe's {name} cannot be '{value}': it is one of {', '.join(allowed)}."
                 )
+        if plugins.plain(self.queries) in registry.names("queries"):  # else it is a file
+            object.__setattr__(self, "queries", registry.spelled("queries", self.queries))
         for name, minimum in MINIMUM.items():
             value = getattr(self, name)
             if not value >= minimum or value == float("inf"):

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec import registry
+from memvec import plugins, registry
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed
 from memvec.decoding import BATCH, free_running
@@ -209,7 +209,7 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
             f"queries of {recipe.query_tokens} tokens do not fit the context of {lm.name} "
             f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens or --tokens."
         )
-    if recipe.queries.partition("(")[0] in registry.names("queries"):
+    if plugins.plain(recipe.queries) in registry.names("queries"):
         return _checked(registry.get("queries", recipe.queries)(lm, ids, recipe), lm, recipe)
     path = Path(recipe.queries)
     if not path.exists():

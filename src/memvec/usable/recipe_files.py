@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from memvec import plugins, registry
 from memvec.companions.triggers import trigger_file
 from memvec.cramming.recipe import Recipe
 from memvec.vectors_file import existing_path
@@ -19,7 +20,7 @@ def named_files(recipe: Recipe) -> dict[str, str]:
     """
     path = trigger_file(recipe.trigger)
     named = {} if path is None else {"trigger": path}
-    if recipe.term == "use":
+    if recipe.term == "use" and plugins.plain(recipe.queries) not in registry.names("queries"):
         named["questions"] = Path(recipe.queries)
     if recipe.neighbours != "none":
         named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
