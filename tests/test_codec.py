@@ -274,6 +274,7 @@ def test_what_a_caller_has_set_for_all_of_torch_changes_nothing(settings):
         assert memvec.verify(lm, mem)[1] == [True] * len(mem.passages)
         assert decode(lm, mem) == [TEXT[:20]]
         (measured, *_) = memvec.measure(lm, mem, TEXT[:20])
+        assert memvec.FrozenLM(lm.model, lm.tokenizer).logit_spread == lm.logit_spread
         assert state() == before
     assert torch.equal(mem.vectors, truth.vectors)
     assert not mem.vectors.is_inference()

@@ -957,7 +957,8 @@ def test_a_line_ends_at_the_rows_accuracies_behind_their_trigger(
     text = HEAD + '[[runs]]\nprotocol = "geometry"\nsources = ["random-tokens"]\nlengths = [4]\n'
     text += "passages = 2\nseeds = [0, 1]\n"
     text += f'recipe = {{ steps = 60, start_rule = "bos", {trigger} }}\n'
-    run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: Here(lm), base=tmp_path)
+    with torch.inference_mode():  # as a notebook's cell may
+        run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: Here(lm), base=tmp_path)
     with Store(tmp_path / "out") as store:
         found = store.db.execute(
             "SELECT paths.accuracy, a.accuracy, b.accuracy FROM paths "

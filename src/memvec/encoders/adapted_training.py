@@ -18,6 +18,7 @@ from memvec.encoders.adapted import AdaptedEncoder, AdaptedNetwork, fresh, own_s
 from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
 from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE, seeded
 from memvec.errors import MemvecError
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 
 FIRST_TARGET = 2.0  # tokens per vector, for a LM without a summary encoder
@@ -53,6 +54,7 @@ class AdaptedTraining(AdapterTraining):
     plan: AdaptedPlan
     network: AdaptedNetwork
 
+    @plain_torch()
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: AdaptedPlan) -> None:
         super().__init__(lm, stream, plan)
         summary_encoder = own_summary(lm)

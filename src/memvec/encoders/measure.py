@@ -21,6 +21,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
+from memvec.machine import plain_torch
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -60,6 +61,7 @@ class Comparison:
         return asdict(self)
 
 
+@plain_torch()
 def compare(
     lm: FrozenLM,
     passages: Int[Tensor, "n T"],

@@ -21,6 +21,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.recurrent import RecurrentEncoder, recurrent_of
 from memvec.errors import MemvecError, check_minimum
+from memvec.machine import plain_torch
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -61,6 +62,7 @@ class SegmentComparison:
         return asdict(self)
 
 
+@plain_torch()
 def compare_segments(
     lm: FrozenLM,
     documents: Int[Tensor, "n N"],

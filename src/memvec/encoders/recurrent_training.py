@@ -20,6 +20,7 @@ from memvec.encoders.adapted import own_summary
 from memvec.encoders.recurrent import RecurrentEncoder, RecurrentNetwork, state_width
 from memvec.encoders.training_run import NetworkPlan, TrainingRun, seeded
 from memvec.errors import MemvecError
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 
 BARE = 10.0  # factor of the learning rate of questions and first memory
@@ -62,6 +63,7 @@ class RecurrentTraining(TrainingRun):
     reached = "segments"
     plan: RecurrentPlan
 
+    @plain_torch()
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: RecurrentPlan) -> None:
         super().__init__(lm, stream, plan)
         summary_encoder = own_summary(lm)

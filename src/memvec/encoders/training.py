@@ -21,6 +21,7 @@ from memvec.encoders.training_run import (
     seeded,
 )
 from memvec.errors import MemvecError
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 
 
@@ -43,6 +44,7 @@ class Training(TrainingRun):
 
     plan: TrainingPlan
 
+    @plain_torch()
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> None:
         super().__init__(lm, stream, plan)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots")}

@@ -28,6 +28,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.checkpoint import load_checkpoint, model_of, save_checkpoint
 from memvec.errors import MemvecError, check_minimum
+from memvec.machine import plain_torch
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
@@ -150,6 +151,7 @@ class TrainingRun(ABC):
 
     # ------------------------------------------------------------------ the loop
 
+    @plain_torch()
     def run(
         self,
         partial: Path | None = None,

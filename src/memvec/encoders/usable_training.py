@@ -26,6 +26,7 @@ from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
 from memvec.encoders.training_run import seeded
 from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trigger_of
 from memvec.errors import MemvecError
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.usable.queries import behind_bos
 from memvec.usable.teacher import divergence_at, likeliest, states_behind
@@ -64,6 +65,7 @@ class UsableTraining(AdapterTraining):
     plan: UsablePlan
     network: UsableNetwork
 
+    @plain_torch()
     def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: UsablePlan) -> None:
         super().__init__(lm, stream, plan)
         recipe = Recipe.of("usable")

@@ -25,7 +25,7 @@ from memvec.companions.around import in_full
 from memvec.errors import MemvecError, NotExactError
 from memvec.export.target import Item, Target, refuse_other_weights, stock_attention
 from memvec.header import PassageRecord
-from memvec.machine import environment
+from memvec.machine import environment, plain_torch
 from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json
@@ -38,6 +38,7 @@ FORMAT = "memvec-export"
 MAX_NAMED = 5  # passages that an error message names
 
 
+@plain_torch()
 def export(
     mem: MemVectors,
     lm: FrozenLM,

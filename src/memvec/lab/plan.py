@@ -21,6 +21,7 @@ from memvec.cram_job import CramJob, CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import check_minimum
 from memvec.lab.sources import seeded_random
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
@@ -58,6 +59,7 @@ class Plan:
         return asdict(self)
 
 
+@plain_torch()
 def plan(
     lm: FrozenLM,
     document: Document,

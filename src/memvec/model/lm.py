@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memvec.errors import MemvecError, SlowPathWarning
+from memvec.machine import plain_torch
 from memvec.model.caching import behind, find_cache
 from memvec.model.configuration import context_length, start_token
 from memvec.model.fingerprint import Fingerprint, Unchanged, fingerprint_of, probe_logits
@@ -48,21 +49,21 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     Build one with `load_lm`; the constructor takes a loaded model and tokenizer, for tests and for
-    models made in memory. The model is frozen in place: all its parameters, adapters of PEFT too.
-    `tokenizer` may be None when only token ids are used. Raises MemvecError for a model that takes
-    no vectors or, unless `check` is False, fails a self-check.
+    models in memory. It freezes the model in place: all its parameters, adapters of PEFT too.
+    `tokenizer` may be None for token ids only. Raises MemvecError for a model that takes no vectors
+    or, unless `check` is False, fails a self-check.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id` (the
     token that starts a text: BOS, else EOS; None without), `embedding_std` (of the embeddings'
-    numbers), `logit_spread` (standard deviation of its logits over the vocabulary, mean over
-    a fixed probe: the unit of a recipe's temperature and margin), `caching` (the name of the
-    model's cache argument, or why decoding uses no cache), `autocast` (the dtype of matrix products
-    in mixed precision, else None), `fingerprint`, `encoder` (for decoding mode; None for most
-    models), `usable_encoder` (for usable vectors; None for most models), `facts` (the model
-    folder's memvec.json: measured bits per vector), `reading` (how it reads vectors: in front of a
-    passage, or as chosen with `read_as`).
+    numbers), `logit_spread` (standard deviation of its logits over the vocabulary, mean over a
+    fixed probe: the unit of a recipe's temperature and margin), `caching` (the name of the model's
+    cache argument, or why decoding uses no cache), `autocast` (the dtype of matrix products in
+    mixed precision, else None), `fingerprint`, `encoder` (for decoding mode; None for most models),
+    `usable_encoder` (for usable vectors), `facts` (the folder's memvec.json: measured bits per
+    vector), `reading` (how it reads vectors: see `read_as`).
     """
 
+    @plain_torch()
     def __init__(
         self,
         model: nn.Module,
@@ -77,8 +78,7 @@ class FrozenLM:
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Prefix = PREFIX
-        # What stands around the vectors (memvec.companions.around):
-        self.other_trigger: tuple[int, ...] | None = None  # replaces BOS
+        self.other_trigger: tuple[int, ...] | None = None  # replaces BOS (memvec.companions.around)
         self.soft: Tensor | None = None  # (R, D) soft tokens of a crammed trigger
         self.front: tuple[int, ...] = ()  # tokens in front of the vectors
         self.own_trigger: CrammedTrigger | None = None  # from the model's folder
@@ -107,9 +107,9 @@ class FrozenLM:
         if check:
             refuse_if_unfit(self)
             if not self.has_cache:
-                warnings.warn(f"{name} {self.caching.sentence}", SlowPathWarning, stacklevel=2)
+                warnings.warn(f"{name} {self.caching.sentence}", SlowPathWarning, stacklevel=3)
             if not self.has_split_head:
-                warnings.warn(f"{name} {WHOLE_MODEL}", SlowPathWarning, stacklevel=2)
+                warnings.warn(f"{name} {WHOLE_MODEL}", SlowPathWarning, stacklevel=3)
         mixed = BFLOAT16_AUTOCAST if self.autocast else None
         self._fingerprint = fingerprint_of(self.config, weight, logits[-1], mixed)
         self._unchanged = Unchanged(model)

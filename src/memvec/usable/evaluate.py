@@ -27,7 +27,7 @@ import torch
 from memvec.cram_job import CramStatus
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum, first_line
-from memvec.machine import environment
+from memvec.machine import environment, plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import ids_hash
 from memvec.usable.columns import COLUMNS, SPLIT, column_named
@@ -101,6 +101,7 @@ class Evaluation:
             make_folder(self.receipts)
 
 
+@plain_torch()
 def evaluate(
     lm: FrozenLM,
     evaluation: Evaluation,

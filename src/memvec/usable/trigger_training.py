@@ -35,6 +35,7 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.step import Measurement, Step
 from memvec.errors import MemvecError, check_minimum
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.usable.recipe_files import named_files
@@ -139,6 +140,7 @@ def first_rows(lm: FrozenLM, plan: TriggerPlan) -> Float[Tensor, "N D"]:
     return token + NOISE * noise
 
 
+@plain_torch()
 def train_trigger(
     lm: FrozenLM,
     passages: Sequence[Sequence[int]],

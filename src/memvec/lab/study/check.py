@@ -35,6 +35,7 @@ from memvec.lab.study.export import read_rows
 from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
 from memvec.lab.study.store import Store
 from memvec.loading import load_lm
+from memvec.machine import plain_torch
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.mixed import BFLOAT16_AUTOCAST
@@ -44,6 +45,7 @@ BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, BFLOAT16_AUTOCAST: 0.
 MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
 
 
+@plain_torch()
 def check_study(
     folder: Path, *, model: str | None = None, sample: int = 0, device: str = "auto"
 ) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from memvec.lab.study.pool import Pool, StudyUnit, in_units
 from memvec.lab.study.price import max_tokens, problems
 from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
+from memvec.machine import plain_torch
 from memvec.passages.passage import Passage, ids_hash
 
 REPORT_EVERY = 0.2  # seconds
@@ -48,6 +49,7 @@ class StudyStatus:
         return 60 * self.rows_now / self.seconds if self.seconds > 0 else 0.0
 
 
+@plain_torch()
 def run_study(
     spec: Spec,
     folder: Path,
