@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -486,6 +487,25 @@ def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatc
 def test_a_journal_without_a_folder_is_named_in_a_sentence():
     with pytest.raises(MemvecError, match=r"^there is no folder no/folder to keep kept in\.$"):
         codec.cram(reader(), [TEXT], journal="no/folder/kept", vectors=2)
+
+
+def test_no_sentence_about_a_journal_tells_to_delete_what_is_whole(tmp_path):
+    """A text in its place, and a journal that is closed or of another thread."""
+    letter, record = tmp_path / "letter.txt", journal(tmp_path / "j")
+    letter.write_text("Dear John,\n" * 9)
+    with pytest.raises(MemvecError, match=r"letter.txt is no file of finished passages: name an"):
+        codec.cram(reader(), [TEXT], journal=letter)
+    assert letter.read_text() == "Dear John,\n" * 9
+    with (
+        ThreadPoolExecutor() as pool,
+        pytest.raises(MemvecError, match="j cannot be written or re"),
+    ):
+        pool.submit(len, record).result()
+    record.close()
+    with pytest.raises(
+        MemvecError, match="j cannot be written or read: Cannot operate on a closed"
+    ):
+        len(record)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ class Journal:
     def _execute(self, query: str, *values: Any) -> sqlite3.Cursor:
         try:
             return self._db.execute(query, values)
-        except sqlite3.OperationalError as error:  # a full disk, above all
+        except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+            # A full disk, above all; or the journal is closed, or of another thread.
             raise MemvecError(f"{self.path} cannot be written or read: {error}.") from None
         except sqlite3.DatabaseError as error:
             raise MemvecError(f"{self.path} is damaged ({error}): delete it.") from None

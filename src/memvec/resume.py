@@ -15,6 +15,8 @@ from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
 from memvec.usable.recipe_files import named_files
 
+BEGIN = b"SQLite format 3\0"
+
 
 def settings_of(
     lm: FrozenLM, recipe: Recipe, *, vectors: int, storage: str, layout: str
@@ -40,7 +42,8 @@ def opened(
 ) -> Iterator[Journal | None]:
     """A journal as it is, or the one at a path, open within; `sizes` are those of `settings_of`.
 
-    Raises MemvecError as `Journal` does, for what is neither, and for a folder that is not there.
+    Raises MemvecError as `Journal` does, for what is neither, for a folder that is not there, and
+    for a file of another kind.
     """
     if journal is None or isinstance(journal, Journal):
         yield journal
@@ -50,6 +53,10 @@ def opened(
     path = Path(journal).expanduser()
     if not path.parent.is_dir():
         raise MemvecError(f"there is no folder {path.parent} to keep {path.name} in.")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(BEGIN)) not in (BEGIN, b""):
+                raise MemvecError(f"{path} is no file of finished passages: name another one.")
     kept = Journal(path, settings_of(lm, recipe, **sizes))
     try:
         yield kept
