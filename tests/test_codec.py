@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -41,6 +42,7 @@ from memvec.model.reading import START_RULES
 from memvec.passages.cutting import surprisals
 from memvec.passages.documents import Document
 from memvec.passages.passage import Passage
+from memvec.resume import settings_of
 from memvec.storage import storage_of
 from memvec.vectors import MemVectors
 
@@ -487,6 +489,34 @@ def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatc
 def test_a_journal_without_a_folder_is_named_in_a_sentence():
     with pytest.raises(MemvecError, match=r"^there is no folder no/folder to keep kept in\.$"):
         codec.cram(reader(), [TEXT], journal="no/folder/kept", vectors=2)
+
+
+def test_a_journal_is_of_all_that_decides_the_vectors(tmp_path, monkeypatch):
+    trigger = tmp_path / "t.safetensors"
+    trigger.write_bytes(b"1")
+    recipe, sizes = replace(QUICK, trigger=str(trigger)), {"vectors": 1, "storage": "float32"}
+    sizes["layout"] = "prefix"
+    found = [settings_of(reader(), recipe, **sizes)]
+    for change in ({"vectors": 2}, {"storage": "int8"}, {"layout": "one-step"}):
+        found.append(settings_of(reader(), recipe, **(sizes | change)))
+    found.append(settings_of(reader(seed=1), recipe, **sizes))
+    found.append(settings_of(reader(), replace(recipe, seed=1), **sizes))
+    trigger.write_bytes(b"2")
+    found.append(settings_of(reader(), recipe, **sizes))
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked, opened = {}, codec.opened
+
+    def noted(*args, **sizes):
+        asked.update(sizes)
+        return opened(*args, **sizes)
+
+    monkeypatch.setattr(codec, "opened", noted)
+    given = {"layout": "one-step", "storage": "bfloat16", "journal": "~/kept"}
+    codec.cram(reader(), "fox", tokens=2, recipe=replace(QUICK, steps=0), **given)
+    assert asked == {"vectors": 2, "layout": "one-step", "storage": "bfloat16"}
+    assert (tmp_path / "kept").is_file()
 
 
 def test_no_sentence_about_a_journal_tells_to_delete_what_is_whole(tmp_path):

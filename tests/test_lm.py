@@ -27,6 +27,7 @@ from memvec.loading import load_lm
 from memvec.model.agreement import agree
 from memvec.model.configuration import context_length
 from memvec.model.fingerprint import fingerprint_of
+from memvec.model.heads import unwrapped
 from memvec.model.lm import FrozenLM
 from memvec.model.spread import logit_spread
 
@@ -538,3 +539,22 @@ def test_a_configuration_that_the_probe_does_not_feel_is_another_model(changes):
     assert own.matches(same)
     assert not own.matches(other)
     assert not other.matches(own)
+
+
+def test_wrappers_are_opened_to_the_last_and_virtual_tokens_are_kept():
+    """A compiled model in an adapter; of several adapters, one of virtual tokens counts."""
+    inside, kinds = build("llama"), {"lora": False, "virtual": True}
+
+    class Adapted(nn.Module):
+        def __init__(self, *names):
+            super().__init__()
+            self.peft_config = {n: SimpleNamespace(is_prompt_learning=kinds[n]) for n in names}
+
+        def get_base_model(self):
+            compiled = nn.Module()
+            compiled._orig_mod = inside
+            return compiled
+
+    assert unwrapped(Adapted("lora")) is inside
+    both = Adapted("lora", "virtual")
+    assert unwrapped(both) is both

@@ -467,3 +467,16 @@ def test_figures_leave_a_callers_matplotlib_alone_and_take_any_name(tmp_path, mo
     assert dict(mpl.rcParams) == before
     drawn = (tmp_path / "plot.svg").read_text("utf-8")
     assert all(text in drawn for text in (*names, "$100 to $200_$", "$_$"))
+
+
+def test_the_table_of_copies_tells_the_vectors_from_the_copy(tmp_path):
+    with Store(tmp_path, write=True) as store:
+        data = made(
+            store,
+            '[[runs]]\nprotocol = "copy"\nlengths = [4]\npassages = 2\n',
+            lambda cell, number: {"extra": {"after_copy": [2.0, 1]}},
+        )
+        (table,) = protocol_of("copy").tables(data, compare=False)
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row["accuracy, vectors"], row["accuracy, copy"]) == (1.0, 0.25)
+    assert (row["removed by vectors"], row["removed by copy"]) == (20.0, 18.0)

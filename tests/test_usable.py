@@ -647,6 +647,9 @@ def test_use_is_asked_in_ways_that_it_can_heed(crammed):
             generate.use(lm, mem, "fox", **{setting: 1})
     with pytest.raises(MemvecError, match=r"max-new-tokens must be a whole number, not 2\.5"):
         generate.use(lm, mem, "fox", max_new_tokens=2.5)
+    with pytest.raises(MemvecError, match="an answer of 128 tokens"):  # as where none is given
+        generate.use(lm, mem, "fox", max_new_tokens=None)
+    assert generate._options(lm, {"stop_strings": ["end"]})["tokenizer"] is lm.tokenizer
     written = generate.use(lm, mem, "fox", passages=iter([0]), max_new_tokens=3)
     assert written == generate.use(lm, mem, "fox", passages=[0], max_new_tokens=3)
 
