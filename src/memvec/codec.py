@@ -73,8 +73,7 @@ def cram(
     lm = lm.read_as(layout)
     vectors = lm.reading.fixed_vectors or vectors
     stored = storage_of(storage)
-    sizes = {"vectors": vectors, "storage": storage, "layout": layout}
-    with opened(journal, lm, recipe, **sizes) as kept:
+    with opened(journal, lm, recipe, vectors=vectors, storage=storage, layout=layout) as kept:
         return CramJob(
             lm, documents, vectors, tokens, recipe, batch_size, stored, kept, on_status, workers
         ).run(keep_text)

@@ -80,13 +80,11 @@ class CramJob:
         workers: Workers | None = None,
     ) -> None:
         check_minimum(1, batch_size=batch_size)
-        self.workers = workers
         if lm.reading.crammer:
             recipe = lm.reading.crammer.without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
-        self.recipe, self.storage = recipe, storage
-        self.journal, self.on_status = journal, on_status
-        self._batch_size = batch_size
+        self.recipe, self.storage, self._batch_size = recipe, storage, batch_size
+        self.journal, self.on_status, self.workers = journal, on_status, workers
         self.total = sum(len(d.ids) for d in documents)
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}

@@ -94,13 +94,11 @@ class Engine:
         settings = (self.start_rule, self.storage, fixed_shapes, graphs)
         step_type = self.step_type or registry.get("term", self.recipe.term).step_type or Step
         self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, *settings)
-        self.schedule = self.stepper.schedule
-        self.waiting = Waiting()
+        self.schedule, self.waiting = self.stepper.schedule, Waiting()
         self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
         self.batch: BatchState | None = None  # None while no slot is taken
         self.columns = 0  # predicted columns of the forward pass now
-        self.steps = self.tokens = 0
-        self.seconds = 0.0
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
 
     # ------------------------------------------------------------------ what a caller uses
 

@@ -188,8 +188,7 @@ def layer_bytes(f: Facts) -> float:
 def estimate(f: Facts, *, batch_size: int, tokens: int, vectors: int = 1) -> Estimate:
     """Peak bytes of a step with B = `batch_size` slots, T = `tokens` and K = `vectors`."""
     N = batch_size * (tokens + vectors - 1)
-    one_layer = layer_bytes(f)
-    kept = f.kept
+    one_layer, kept = layer_bytes(f), f.kept
     if kept is None:
         kept = f.layers * (f.number * f.hidden if f.checkpointing else one_layer)
     # The backward pass first holds the last norm, its output and their gradients, later those of a
