@@ -216,6 +216,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, own):
             AdaptedTraining(other, stream(lm), plan).run(partial)
 
 
+@pytest.mark.slow
 def test_passages_grow_with_success_where_there_was_no_encoder(monkeypatch):
     """Beside a model with its own summary encoder, all lengths are drawn from the first step."""
 

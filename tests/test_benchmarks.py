@@ -447,6 +447,7 @@ def test_passages_of_the_prose_are_apart_while_they_fit(capsys):
             passages_of(lm, n, T)
 
 
+@pytest.mark.slow
 def test_passages_of_a_corpus_are_whole_and_apart(tmp_path):
     """A text that is short gives no short passage, and one that is drawn twice no passage twice."""
     import pandas as pd
@@ -470,6 +471,7 @@ def test_passages_of_a_corpus_are_whole_and_apart(tmp_path):
         passages_of(lm, 80, 64, corpus=path)
 
 
+@pytest.mark.slow
 def test_bits_compares_prices_of_the_same_passages():
     """The compressors of RESULT are those of the cheapest mix's passages."""
     from bits import measured, result_of

@@ -376,6 +376,7 @@ def test_a_name_that_is_not_utf8_loses_nothing(command, folder, letter):
     assert "is no name in UTF-8" in command("decode", os.fsdecode(b"a-\xff.mem")).sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [("--margin", 0.9), ("--storage", "int8"), ("--one-step",)])
 def test_only_what_these_settings_finished_is_gone_on_with(
     command, folder, letter, monkeypatch, changed

@@ -70,6 +70,7 @@ def slow_inputs(lm: FrozenLM, mem: MemVectors, scale: float, front: str) -> torc
     return torch.cat([*parts, *(scale * vectors.float() for vectors in mem.vectors)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", ["auto", "none"])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("soft", [False, True])
@@ -86,6 +87,7 @@ def test_context_inputs_are_what_use_reads(soft, scale, front, tmp):
     assert lm.text(ids) == memvec.use(lm, mem, PROMPT, max_new_tokens=6, eos_token_id=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("to", names())
 def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
@@ -108,6 +110,7 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
     assert not list((tmp_path / "out").glob("*.py"))  # nothing there decodes passages
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
     lm, mem = reader("words"), crammed(tmp, False, 1.0)
     export_context(mem, lm, target_of("npy"), tmp_path / "out")
@@ -136,6 +139,7 @@ def test_vectors_that_are_no_inputs_are_refused():
         memvec.context_inputs(lm, mem)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_context(command, tmp_path):
     file = tmp_path / "bus.mem"
     text = tmp_path / "bus.txt"

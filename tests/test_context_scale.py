@@ -90,6 +90,7 @@ def test_a_scale_of_one_is_no_scale():
 # ---------------------------------------------------------------------- the file and its readers
 
 
+@pytest.mark.slow
 def test_the_file_says_it_and_everybody_reads_it(mem, tmp_path, capsys):
     lm = reader("words")
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))

@@ -227,6 +227,7 @@ def test_any_token_of_the_vocabulary_may_be_listed(token, layout, cached):
         assert found[1] == plain[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
 @pytest.mark.parametrize("corrections", [0, 1, 3])
 def test_the_smallest_margin_is_that_of_what_is_not_listed(rule, corrections):

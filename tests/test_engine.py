@@ -145,6 +145,7 @@ def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
     assert alone[0][:2] == ((40, 1) if schedule == "whole" else (16, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["growing", "whole"])
 def test_padding_that_a_model_masks_fails_no_passage(schedule):
     """The loss at the padding (token 0) of a short passage is infinite then."""
@@ -168,6 +169,7 @@ def test_looking_less_often_changes_nothing(poll):
     assert torch.equal(often.vectors, seldom.vectors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}])
 @pytest.mark.parametrize("poll", [1, 3, 8])
 @pytest.mark.parametrize("look_ahead", [1, 8])
@@ -284,6 +286,7 @@ def test_a_passage_that_does_not_fit_its_budget_is_reported_with_its_horizon():
     assert outcome.metrics.horizon == first_error(decoded, passage.ids) < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "given"), [("vectors", 0), ("bos", 1), ("first-token", 1)])
 def test_a_passage_pays_for_what_counts_for_it_and_not_for_its_neighbours(rule, given):
     """Forward-backward tokens: what counts, and what stands before it besides the last vector."""
@@ -393,6 +396,7 @@ def test_no_steps_at_all_measures_the_start(large):
 # ---------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slot", "poison"), [(0, float("nan")), (2, float("inf"))])
 @pytest.mark.parametrize("family", FEW)
 def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family, poison, slot):
@@ -417,6 +421,7 @@ def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family, poi
         torch.testing.assert_close(outcome.vectors, sound[ids].vectors, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["spread", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("margin", "raised"), [(0.5, 1.0), (0.0, 0.05), (0.02, 0.05), (1.0, 2.0)])
 def test_a_decode_that_disagrees_sends_a_passage_back(monkeypatch, margin, raised, unit):

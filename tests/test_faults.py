@@ -70,6 +70,7 @@ def test_out_of_memory_halves_the_slots_and_goes_on(monkeypatch, rows, error):
     assert found == [list(o.passage.ids) for o in outcomes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [1, 3])
 def test_no_memory_for_new_slots_seats_fewer_passages(monkeypatch, room):
     """At the first filling and at later ones; no passage is lost, and each gives its vectors."""
@@ -188,6 +189,7 @@ def test_an_interrupt_during_save_leaves_the_old_file_or_none(tmp_path, monkeypa
     assert MemVectors.load(mem.save(target, force=True)).exact
 
 
+@pytest.mark.slow
 def test_an_interrupt_during_save_keeps_what_is_finished(command, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letter.txt").write_text(TEXT)

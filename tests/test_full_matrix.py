@@ -40,6 +40,7 @@ def slow_direction(gradients, vector):
     return vectors @ ((vectors.T @ vector.double()) / root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moves", [1, 2, 7, WINDOW, 2 * WINDOW + 9])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("first", [1, 2500])

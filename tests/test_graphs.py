@@ -175,6 +175,7 @@ def test_the_graphs_that_go_are_those_not_replayed_for_longest(monkeypatch):
     assert [ids[1] for _, ids in kept.captured] == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monkeypatch):
     """As CUDA says it: the end of the broken capture fails in its turn."""
     lm, asked, held = tiny(), passages(5, 4, 3, 5, seed=2), []
@@ -330,6 +331,7 @@ def test_other_passes_are_replayed_too(name):
 # ---------------------------------------------------------------------- nothing waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "int4"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_no_step_waits_once_it_is_captured(name, storage):

@@ -36,6 +36,7 @@ def part(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heading", "changes"),
     [

@@ -25,6 +25,7 @@ def recipes_on_the_path(monkeypatch):
     torch.compiler.set_stance("default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "family"), [("before", "llama"), ("after", "olmo2")])
 def test_what_is_trained_is_what_transformers_computes(norm, family):
     from decoder import Decoder, Shape

@@ -270,6 +270,7 @@ def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
     assert two.exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("layout", ["prefix", "one-step"])
 def test_a_workers_batch_is_crammed_as_one_engine_does_it(layout, storage):

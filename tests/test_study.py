@@ -568,6 +568,7 @@ class DiesAfter(Here):
             yield finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "seeds"), [("paper", "[0]"), ("geometry", "[0, 1]")])
 def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
     tmp_path: Path, protocol: str, seeds: str

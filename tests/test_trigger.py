@@ -246,6 +246,7 @@ def test_a_model_is_not_changed_by_a_view_of_it():
         with_trigger(lm, CrammedTrigger(torch.zeros(2, lm.width + 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("P", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_passages_are_exact_behind_it(family, P):
@@ -338,6 +339,7 @@ def test_other_software_gets_it_as_vectors(mem, tmp_path):
         assert decode_ids(lm, prompt.vectors[None], [record.tokens]) == [ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [Recipe.of("prefix"), Recipe(space="shared-basis", dimensions=24)])
 def test_spaces_take_what_is_behind_the_vectors_only(trigger_file, tmp_path, base):
     recipe = replace(base, start_rule="bos", trigger=str(trigger_file), front="auto")

@@ -319,6 +319,7 @@ def test_turns_cost_less_and_passages_stay_exact(slots, poll):
     assert spent[3] < spent[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [2, 5])
 @pytest.mark.parametrize("schedule", ["growing", "geometric"])
 def test_a_stage_narrows_by_the_turns_that_a_passage_had(every, schedule):
@@ -352,6 +353,7 @@ def test_a_passage_whose_misses_are_listed_settles(schedule, corrections):
         assert 40 <= outcome.steps < recipe.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("rise", [0.0, 0.1])
 def test_the_weight_follows_whether_the_passage_came(every, rise):
@@ -516,6 +518,7 @@ def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
     assert taken[0] <= lm.context < taken[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 7919, -7919, 2**63 - 1])
 def test_no_held_out_text_is_one_that_cramming_saw(seed, monkeypatch):
     """Whatever the recipe's seed: it moves that of the certificate, too."""
@@ -911,6 +914,7 @@ def test_what_follows_a_passage_is_of_its_own_text(tokens):
     assert wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trigger", ["bos", "#3"])
 @pytest.mark.parametrize("vectors", [2, 3])
 def test_the_exact_only_control_is_exact_behind_the_same_trigger(vectors, trigger):
