@@ -77,6 +77,7 @@ def test_a_letter_there_and_back(command, folder, letter):
     assert command("cram", letter, "-m", folder, *FAST, "--force").code == 0
 
 
+@pytest.mark.slow
 def test_json_for_machines(command, folder, letter):
     ran = command("cram", letter, "-m", folder, *FAST, "-o", "a.mem", "--json", "--keep-text")
     made = json.loads(ran.out)
@@ -149,6 +150,7 @@ def test_a_file_says_which_model_reads_it_and_how(monkeypatch, stored, tmp_path,
     assert asked == [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
 def test_other_storages_and_recipes(command, folder, letter, storage):
     ran = command(
@@ -495,6 +497,7 @@ def test_a_folder_that_cannot_be_written(command, folder, letter, monkeypatch):
     assert "cannot be written to: Not allowed" in ran.sentence
 
 
+@pytest.mark.slow
 def test_two_at_once(command, folder, letter):
     busy = Journal(letter.with_name("letter.mem.safetensors.partial"), {})
     ran = command("cram", letter, "-m", folder, *FAST)

@@ -458,6 +458,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatch):
     """The same call goes on, one with another recipe does not, and nothing stays locked."""
     lm, path = reader(), tmp_path / "kept"
@@ -618,6 +619,7 @@ def test_killed_for_real_the_finished_passages_are_there(folder, tmp_path, pytho
     again.close()
 
 
+@pytest.mark.slow
 def test_two_writers_are_told_apart(tmp_path):
     first = journal(tmp_path / "a.mem.partial")
     with pytest.raises(MemvecError, match=r"another memvec is writing a\.mem"):

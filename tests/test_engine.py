@@ -110,6 +110,7 @@ def test_passages_pushed_between_outcomes_are_crammed_too():
     assert set(seen) == {long, *halves}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [{}, {"fixed_shapes": True}, {"poll": 8}])
 @pytest.mark.parametrize("schedule", ["growing", "whole", "geometric"])
 def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
@@ -251,6 +252,7 @@ def test_the_kept_vectors_are_the_measured_ones(monkeypatch, length, steps, stor
     assert outcome.status == ("done" if length == 3 else "budget")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", START_RULES)
 @pytest.mark.parametrize("vectors", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_outcomes_figures_are_those_of_its_vectors(rule, vectors):

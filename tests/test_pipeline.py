@@ -34,6 +34,7 @@ def test_documents_come_back(read, tmp_path):
     assert read.model.generation_config is own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
 def test_every_start_rule_is_generated(rule):
     mem, model = crammed(tiny(), rule), build("llama")

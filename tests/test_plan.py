@@ -95,6 +95,7 @@ def test_a_sample_is_scaled_to_the_tokens_of_the_document(tokens):
         assert total.low < total.mean < total.high
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_counts_with_all_its_halves(capsys):
     """With a handful of steps passages are halved down to single tokens, as in a cram."""
     lm = reader()

@@ -41,6 +41,7 @@ def test_it_loads_with_what_belongs_to_it(pocket):
     assert sum(f.stat().st_size for f in POCKET.glob("*.safetensors")) <= 32 * 2**20
 
 
+@pytest.mark.slow
 def test_the_doctor_passes_it(monkeypatch):
     monkeypatch.setattr("memvec.lab.doctor.speed", lambda lm: 1.0)
     report = examine("pocket")

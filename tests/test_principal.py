@@ -22,6 +22,7 @@ FAMILIES = ["llama", "gpt2", "mamba", "gemma2", "opt-projected", "qwen3-moe"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
+@pytest.mark.slow
 @every_family
 def test_directions_are_those_of_gradients_taken_one_by_one(family):
     """Through autograd and the whole loss, row by row; the mean of g gᵀ is diagonal in them."""

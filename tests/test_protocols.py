@@ -224,6 +224,7 @@ FALSIFIED: list[dict[str, tuple[str, str]]] = [  # protocol -> its false `extra`
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("falsified", FALSIFIED)
 def test_the_check_sees_a_falsified_measurement_of_each_protocol(
     extras: Path, monkeypatch: pytest.MonkeyPatch, falsified: dict[str, tuple[str, str]]

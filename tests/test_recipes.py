@@ -616,6 +616,7 @@ def test_candidates_are_scaled_from_their_own_fields():
     assert all(whole[name][key] == tables[name][key] for name, key in given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 2])
 def test_what_is_evaluated_is_per_vector_and_behind_the_text(K):
     """Against each passage alone, by the model's own forward."""

@@ -158,6 +158,7 @@ def test_before_training_it_is_a_queue_of_the_own_encoder():
 # ---------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "opt-projected", "mamba"])
 def test_training_moves_the_encoder_and_nothing_else(family):
     lm = tiny(family)
@@ -294,6 +295,7 @@ def test_texts_and_segments_that_do_not_fit_are_refused():
             encoder.asked(memory, lag)
 
 
+@pytest.mark.slow
 def test_documents_and_encoders_that_cannot_be_compared_are_refused():
     lm = tiny()
     recurrent, ids = with_encoder(lm, encoder_of(lm)), stream(lm, 12).view(2, 6)
@@ -581,6 +583,7 @@ def test_runs_that_cannot_be_are_one_sentence(change, sentence):
         parse_spec(text.replace("FOLDER", "pocket"), "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [

@@ -296,6 +296,7 @@ def documents(n: int = 40) -> list[list[Sentence]]:
     return [[Sentence(ids) for ids in (ids_of(4, seed) * n)[:n]] for seed in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["tokens", "latents", "both"])
 def test_training_moves_the_latent_model_and_nothing_else(loss, capsys):
     lm = with_encoder(tiny())

@@ -590,6 +590,7 @@ def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
         assert set(store.done(cell)) >= {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_the_same_tokens_behind_other_text_are_another_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -950,6 +951,7 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trigger", ['trigger = "bos"', 'trigger = "</s>"'])
 def test_a_line_ends_at_the_rows_accuracies_behind_their_trigger(
     trigger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

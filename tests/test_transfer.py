@@ -126,6 +126,7 @@ def test_pairs_are_exact_in_both_models(monkeypatch):
     assert mapping.mean_in == pytest.approx(np.delete(rows, [3, 7], axis=0).mean(0))
 
 
+@pytest.mark.slow
 def test_the_engine_starts_from_the_map():
     lm = tiny()
     asked = torch.randint(2, lm.vocab_size, (40, 3), generator=torch.Generator().manual_seed(1))

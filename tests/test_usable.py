@@ -822,6 +822,7 @@ def test_another_file_of_questions_is_another_run(folder, tmp_path, command):
     assert not torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mamba"])
 def test_the_certificate_of_use_fits_the_context(family):
     """Learned positions end where the context does: fewer tokens are read there, and recorded."""

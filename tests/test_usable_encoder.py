@@ -257,6 +257,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
         UsableTraining(lm, stream(lm), SMALL).run(partial)
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_goes_on_being_trained(tmp_path):
     """`--begin`: from its numbers, as a run of its own that can be stopped, too."""
     lm, file, partial = tiny(), tmp_path / "first.safetensors", tmp_path / "e.partial"
