@@ -271,7 +271,7 @@ def train() -> dict[str, Any]:
     from memvec.encoders.recurrent_measure import compare_segments
     from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
     from memvec.encoders.summary import SummaryEncoder
-    from memvec.encoders.training import Training, TrainingPlan
+    from memvec.encoders.training import SlotsPlan, Training
     from memvec.encoders.usable_training import UsablePlan, UsableTraining
     from memvec.lab.sentences.cutting import Sentence
     from memvec.lab.sentences.plan import LatentPlan
@@ -292,7 +292,7 @@ def train() -> dict[str, Any]:
         own = SummaryEncoder(torch.ones(1, D), torch.eye(D), torch.zeros(D))
         own = own.to(lm.device, lm.dtype)
         runs: dict[str, Callable[[], Any]] = {
-            "slots": lambda: Training(lm, text, TrainingPlan(**options, **network)),
+            "slots": lambda: Training(lm, text, SlotsPlan(**options, **network)),
             "adapted": lambda: AdaptedTraining(lm, text, AdaptedPlan(**options, **adapters)),
             "usable": lambda: UsableTraining(
                 lm, text, UsablePlan(**options, **adapters, query_tokens=4)

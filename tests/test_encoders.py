@@ -28,14 +28,14 @@ from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.checkpoint import _alike, model_of
 from memvec.encoders.measure import compare
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.training import GRID, Training, TrainingPlan
+from memvec.encoders.training import GRID, SlotsPlan, Training
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from trainings import assert_gradient_of, one_step, stopped_and_resumed, stream
 
-SMALL = TrainingPlan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
+SMALL = SlotsPlan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
 
 
 def network_of(lm, seed=0, **changes):
@@ -78,9 +78,7 @@ def test_the_loss_gradient_is_that_of_plain_cross_entropy():
 def test_training_learns():
     """More of the passage comes back in one pass after training than before."""
     lm = tiny()
-    plan = TrainingPlan(
-        steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2
-    )
+    plan = SlotsPlan(steps=150, hidden=32, layers=2, heads=2, positions=256, lr=3e-3, longest=1.2)
     losses = []
     Training(lm, stream(lm), plan).run(on_progress=lambda now: losses.append(now.loss_bits))
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
@@ -161,7 +159,7 @@ def test_the_shortest_text_is_trained_on_to_the_end():
 )
 def test_plans_that_cannot_be_are_refused(changes, says):
     with pytest.raises(MemvecError, match=says):
-        TrainingPlan(**changes)
+        SlotsPlan(**changes)
 
 
 def test_too_little_text_and_a_loss_that_is_not_finite():

@@ -119,11 +119,11 @@ def kinds() -> dict[str, tuple[type[TrainingPlan], Callable[[FrozenLM, Tensor, A
     """The plan and the run of each kind of encoder."""
     from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
     from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
-    from memvec.encoders.training import Training, TrainingPlan
+    from memvec.encoders.training import SlotsPlan, Training
     from memvec.encoders.usable_training import UsablePlan, UsableTraining
 
     return {
-        "slots": (TrainingPlan, Training),
+        "slots": (SlotsPlan, Training),
         "recurrent": (RecurrentPlan, RecurrentTraining),
         "usable": (UsablePlan, UsableTraining),
         "adapted": (AdaptedPlan, AdaptedTraining),

@@ -26,7 +26,7 @@ from memvec.model.lm import FrozenLM
 
 
 @dataclass(frozen=True)
-class TrainingPlan(NetworkPlan):
+class SlotsPlan(NetworkPlan):
     """Every choice of a training run. Lengths in tokens per vector."""
 
     first_target: float = 2.0
@@ -42,10 +42,10 @@ class Training(TrainingRun):
     model's context or the held-out text.
     """
 
-    plan: TrainingPlan
+    plan: SlotsPlan
 
     @plain_torch()
-    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: TrainingPlan) -> None:
+    def __init__(self, lm: FrozenLM, stream: Int[Tensor, " N"], plan: SlotsPlan) -> None:
         super().__init__(lm, stream, plan)
         shape = {k: getattr(plan, k) for k in ("hidden", "layers", "heads", "slots")}
         with seeded(plan.seed):
