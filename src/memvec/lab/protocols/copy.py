@@ -77,8 +77,7 @@ class Copy(Protocol):
                 row: list[TableCell] = [short(model), source, length, K, name]
                 row.append(float(group["lm_bits"].mean()))
                 for values in (*gains, group["accuracy"], right):
-                    m = mean_interval(values.tolist())
-                    row += [m.mean, m.low, m.high]
+                    row += mean_interval(values.tolist()).cells
                 rows.append([*row, len(group)])
         columns = ["model", "source", "length", "K", "passages", "H, bits"]
         for what in ("removed by vectors", "removed by copy"):

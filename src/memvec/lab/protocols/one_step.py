@@ -85,7 +85,7 @@ class OneStep(Protocol):
             paper_values = published_longest(model, str(group["source"].iloc[0]))
             for at in result.lengths:
                 row: list[TableCell] = [short(model), source, at.length, str(at.exact)]
-                row += [at.accuracy.mean, at.accuracy.low, at.accuracy.high]
+                row += at.accuracy.cells
                 row += [at.accuracy.n, result.always, result.longest, result.longest_bits]
                 rows.append([*row, *paper_values] if compare else row)
         columns = ["model", "source", "length", "exact", "accuracy", "low", "high", "n"]

@@ -60,7 +60,7 @@ class OneStepGroups(Protocol):
             number, size = int(str(length)), int(str(size))
             m = mean_interval(group_means(part, size).tolist())
             row: list[TableCell] = [short(str(model)), str(source), number, size, (size + 1) / size]
-            row += [m.mean, m.low, m.high, float(part["accuracy"].max())]
+            row += [*m.cells, float(part["accuracy"].max())]
             row += [100 * float((part["exact"] == 1).mean()), m.n]
             if compare:
                 row += _published(number, size)

@@ -73,7 +73,7 @@ def tables(rows: pd.DataFrame) -> list[Table]:
         for i, means in enumerate(zip(*measured, strict=True)):
             row: list[TableCell] = [short(model), series, length, K, i]
             for mean in means:
-                row += [mean.mean, mean.low, mean.high]
+                row += mean.cells
             table_rows.append([*row, f"{group.right(i)} of {n}", n])
     columns = ["model", "source", "length", "K", "layer", "attention share", "low", "high"]
     columns += ["left without it", "low", "high", "left without it and above", "low", "high"]

@@ -108,7 +108,8 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     by_lag: list[list[TableCell]] = [
         [
             *(short(c.model), c.series, c.K, c.segments, at.lag, str(at.exact)),
-            *(at.leading.mean, at.leading.low, at.leading.high, f"{100 * at.right:.0f} %"),
+            *at.leading.cells,
+            f"{100 * at.right:.0f} %",
             *(str(at.alone), c.n),
         ]
         for c in chains
@@ -117,8 +118,9 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     by_chain: list[list[TableCell]] = [
         [
             *(short(c.model), c.series, c.K, c.segments, c.segments * c.segment, c.reach),
-            *(c.carried.mean, c.carried.low, c.carried.high),
-            *(c.whole.mean, c.whole.low, c.whole.high, str(c.whole_exact)),
+            *c.carried.cells,
+            *c.whole.cells,
+            str(c.whole_exact),
             *(c.alone.mean, c.K * c.segments, c.n),
         ]
         for c in chains

@@ -110,8 +110,7 @@ class UpperBound(Protocol):
             row: list[TableCell] = [short(model), source, length, K, float(group["lm_bits"].mean())]
             needed = [group[name].tolist() for name in ("least_moved", "raised_logit")]
             for values in (*needed, removed):
-                m = mean_interval(values)
-                row += [m.mean, m.low, m.high]
+                row += mean_interval(values).cells
             for values in needed:
                 row += [100 * part for part in ratio_of_means(values, removed)]
             rows.append([*row, len(group)])

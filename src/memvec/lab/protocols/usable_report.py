@@ -127,7 +127,7 @@ def _trade(data: Data, groups: list[Group]) -> Table:
         rms, per_vector = mean_interval([extra["rms"] for extra in g.extras]), g.per_vector
         row: list[TableCell] = [short(g.model), g.series, g.length, g.K]
         row += [recipe["term_weight"] if recipe["term"] == "use" else 0.0, recipe["trigger"]]
-        row += [rms.mean, str(g.exact), per_vector.mean, per_vector.low, per_vector.high]
+        row += [rms.mean, str(g.exact), *per_vector.cells]
         row += [*score.kl, *score.ratio]
         rows.append([*row, *score.kept, len(g.rows)])
     columns = ["model", "source", "length", "K", "weight", "trigger", "RMS", "exact"]
@@ -173,7 +173,7 @@ def _knocked(groups: list[Group]) -> Table:
         for name in entries[0]:
             row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
             for i in range(3):  # tokens, margin, KL
-                row += _with_interval([e[name][i] for e in entries])
+                row += mean_interval([e[name][i] for e in entries]).cells
             rows.append([*row, *rise(entries, name), len(entries)])
     columns = ["model", "source", "length", "K", "without", "tokens", "low", "high"]
     columns += ["margin", "low", "high", "KL", "low", "high"]
@@ -197,13 +197,13 @@ def _spans(data: Data, groups: list[Group]) -> Table:
         chance = g.length / (g.K * int(data.models[g.model]["width"]))
         overlaps: list[TableCell] = [chance]
         for name in ("text in use", "use in text"):
-            overlaps += _with_interval([d[name][0] for d in measured])
+            overlaps += mean_interval([d[name][0] for d in measured]).cells
         for name in ("whole", "without text", "without use", "without random"):
             if any(name not in d for d in measured):
                 continue  # earlier studies have no random span
             row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
             for i in (0, 2):  # tokens, KL
-                row += _with_interval([d[name][i] for d in measured])
+                row += mean_interval([d[name][i] for d in measured]).cells
             rows.append([*row, *overlaps, len(measured)])
     columns = ["model", "source", "length", "K", "vectors", "tokens", "low", "high"]
     columns += ["KL", "low", "high", "chance", "text in use", "low", "high"]
@@ -220,11 +220,6 @@ def _spans(data: Data, groups: list[Group]) -> Table:
         columns,
         rows,
     )
-
-
-def _with_interval(values: list[float]) -> list[TableCell]:
-    m = mean_interval(values)
-    return [m.mean, m.low, m.high]
 
 
 def _recipe(data: Data, group: Group) -> dict[str, Any]:

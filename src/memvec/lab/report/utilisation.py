@@ -77,7 +77,7 @@ def utilisation_table(data: Data) -> Table:
         row: list[TableCell] = [short(u.model), u.series, u.protocol, u.K, u.theoretical]
         row.append(u.token_gain.mean)
         for share in (u.tokens, u.bits):
-            row += [share.mean, share.low, share.high]
+            row += share.cells
         rows.append([*row, u.bits_per_dimension, u.n])
     columns = ["model", "source", "protocol", "K", "theoretical tokens", "token gain"]
     columns += ["% of tokens", "low", "high", "% of bits", "low", "high"]
