@@ -49,8 +49,9 @@ class Journal:
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
+                file = path.name.removesuffix(".partial")  # of a command: the file that it makes
                 raise MemvecError(
-                    f"another memvec is writing {path.stem}: wait for it, or name another place to "
+                    f"another memvec is writing {file}: wait for it, or name another place to "
                     "write to."
                 ) from None
             raise MemvecError(f"{path} cannot be written: {error}.") from None
