@@ -10,6 +10,7 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -881,6 +882,26 @@ def test_a_draw_is_that_of_torch():
     for _ in range(20):
         expected = torch.multinomial(shares, 1, generator=theirs)[:, 0]
         assert torch.equal(drawn.of(shares), expected)
+
+
+def test_a_draw_from_a_large_vocabulary_follows_the_shares():
+    """As numpy's search in the summed shares; rows get the same numbers whatever part is drawn."""
+    V = queries.LARGE_VOCABULARY
+    shares = torch.zeros(3, V)
+    shares[:, [0, 5, V - 1]] = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    whole, part, numbers = (torch.Generator().manual_seed(3) for _ in range(3))
+    draws, of_part = queries.Draws(whole, 3, slice(0, 3)), queries.Draws(part, 3, slice(1, 3))
+    drawn = []
+    for _ in range(500):
+        drawn.append(draws.of(shares))
+        assert torch.equal(of_part.of(shares[1:]), drawn[-1][1:])
+        u = torch.rand(3, dtype=torch.float64, generator=numbers).numpy()
+        sums = np.cumsum(shares.numpy().astype(np.float64), axis=1)
+        slow = [np.searchsorted(sums[i], u[i] * sums[i, -1], side="right") for i in range(3)]
+        assert drawn[-1].tolist() == slow
+    tokens = torch.stack(drawn)
+    found = torch.stack([(tokens == token).double().mean(0) for token in (0, 5, V - 1)], 1)
+    assert (found - shares[:, [0, 5, V - 1]]).abs().max() < 0.08  # 3.5 standard errors
 
 
 def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monkeypatch):

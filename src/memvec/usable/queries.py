@@ -31,6 +31,9 @@ from memvec.model.caching import step
 from memvec.model.lm import FrozenLM
 from memvec.usable.teacher import TopTokens, likeliest
 
+# From this vocabulary on a draw takes one random number for each row, not one for each token: the
+# CPU draws them, and at 128,000 tokens that takes longer than the model's own pass on a GPU.
+LARGE_VOCABULARY = 32_768
 # Layers of a cache that hold keys and values and nothing else; hybrids repeat only a part.
 REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
@@ -77,9 +80,19 @@ class Draws:
     rows: slice
 
     def of(self, shares: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
-        """One token of each row by its shares, as torch.multinomial draws it."""
-        drawn = torch.empty(self.batch, shares.shape[1]).exponential_(generator=self.generator)
-        return (shares / drawn[self.rows]).argmax(-1)
+        """One token of each row by its shares, drawn on the CPU: the same on every device.
+
+        As torch.multinomial draws it; for a large vocabulary, the token in whose part of the summed
+        shares one random number falls (inverse transform sampling).
+        """
+        V = shares.shape[1]
+        if V < LARGE_VOCABULARY:
+            drawn = torch.empty(self.batch, V).exponential_(generator=self.generator)
+            return (shares.cpu() / drawn[self.rows]).argmax(-1).to(shares.device)
+        number = torch.rand(self.batch, 1, dtype=torch.float64, generator=self.generator)
+        sums = shares.double().cumsum(-1)
+        place = number[self.rows].to(shares.device) * sums[:, -1:]
+        return torch.searchsorted(sums, place, right=True)[:, 0].clamp(max=V - 1)
 
 
 @torch.no_grad()
@@ -103,8 +116,7 @@ def continued(
             top_tokens.append(likeliest(logits, min(top, lm.vocab_size - 1)))
         if draws is None:
             return logits.argmax(-1)
-        shares = logits.softmax(-1).cpu()  # drawn on the CPU: the same everywhere
-        return draws.of(shares).to(lm.device)
+        return draws.of(logits.softmax(-1))
 
     inputs, cache = (inputs, None) if rows == 1 else _shared(lm, inputs, rows)
     return torch.stack(
