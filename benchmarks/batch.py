@@ -14,6 +14,7 @@ from typing import NamedTuple
 from common import arguments, median_and_spread, report, run
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
@@ -69,6 +70,10 @@ def main() -> None:
                     "steps": measured.steps,
                     "exact_per_minute": measured.exact_per_minute,
                 }
+            )
+        if not rates[1]:
+            raise MemvecError(
+                "no passage was exact in one slot, so there is no ratio: lower --tokens."
             )
         ratios.append(rates[options.passages] / rates[1])
     median, low, high = median_and_spread(ratios)
