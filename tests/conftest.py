@@ -295,6 +295,13 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
         {k: v for k, v in MODEL.items() if k not in ("hidden_size", "num_hidden_layers")}
         | {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
     ),
+    "gemma4": (  # heads of two sizes; without embeddings of tokens in each layer
+        "Gemma4TextConfig",
+        GROUPED
+        | SLIDING
+        | {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16}
+        | {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0},
+    ),
     "vaultgemma": ("VaultGemmaConfig", GROUPED | SLIDING | {"query_pre_attn_scalar": 8}),
     "xlm": (
         "XLMConfig",

@@ -29,6 +29,7 @@ KNOWN_AS = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2 (soft caps, sliding windows)",
     "gemma3": "Gemma 3 (sliding windows)",
+    "gemma4": "Gemma 4 (heads of two sizes, sliding windows)",
     "gpt-neo": "GPT-Neo (local attention)",
     "gpt-neox": "GPT-NeoX, Pythia",
     "gpt2": "GPT-2",

@@ -23,7 +23,7 @@ from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.price import hours
 from memvec.loading import load_lm
 from memvec.model.batch_size import default_batch_size
-from memvec.model.configuration import context_length
+from memvec.model.configuration import context_length, setting
 from memvec.model.estimate import (
     estimate,
     facts_of,
@@ -420,6 +420,19 @@ def test_logits_of_many_positions_are_never_in_memory_at_once(batch_size):
 def test_a_spec_knows_the_context_that_a_loaded_model_has(name):
     config = transformers.PretrainedConfig(hidden_size=8, num_hidden_layers=1, **{name: 64})
     assert facts_of_config(config, 2).context == context_length(config) == 64
+
+
+@pytest.mark.parametrize("family", ["gemma4", "llama", "gpt2", "mamba"])
+def test_settings_of_a_model_with_layers_of_their_own_are_the_largest(family):
+    """transformers refuses such a setting of the whole model, but layers have it."""
+    config = build(family).config
+    facts = facts_of_config(config, 4)
+    if family == "gemma4" and hasattr(config, "per_layer_config"):  # newer releases
+        assert [layer.head_dim for layer in config.per_layer_config] == [8, 16]
+        assert (facts.attention, facts.keys) == (4 * 16, 2 * 16)
+        assert setting(config, "head_dim") == 16
+    assert (facts.hidden, facts.layers) == (32, 2)
+    assert setting(config, "nothing") is None
 
 
 def test_time_is_operations_over_speed():

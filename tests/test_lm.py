@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conftest import build, byte_tokenizer, passages, reader, tiny
+from conftest import ALSO, build, byte_tokenizer, passages, reader, tiny
 from memvec.codec import cram, decode
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -504,6 +504,20 @@ def test_a_cap_is_found_where_logits_are_small():
         model.get_output_embeddings().weight.mul_(0.05)
     lm = FrozenLM(model, name="small")
     assert float(lm.head(1000 * torch.randn(5, lm.width)).abs().max()) <= 30
+
+
+def test_a_cap_of_the_text_model_inside_a_larger_one_is_found():
+    text = ALSO["gemma4"][1] | {"final_logit_softcapping": 3.0, "pad_token_id": 0}
+    no_parts = {"vision_config": None, "audio_config": None}
+    special = {f"{name}_token_id": 22 for name in ("image", "boi", "eoi", "audio", "boa", "video")}
+    config = transformers.Gemma4Config(text_config=text, **no_parts, **special)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(60)  # so that logits come near the cap
+    lm = FrozenLM(model, name="whole")
+    assert lm.has_split_head
+    assert float(lm.head(1000 * torch.randn(5, lm.width)).abs().max()) <= 3
 
 
 def test_measured_facts_that_are_none_are_told(folder, tmp_path):

@@ -1,14 +1,28 @@
-"""Facts from a model's configuration: its context length, and the token that starts a text."""
+"""Facts of a model's configuration: settings, the context, and the token that starts a text."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+
+def setting(config: Any, name: str) -> Any:
+    """A value of a configuration of transformers; None if it has none.
+
+    The largest number where layers have values of their own, as those of Gemma 4 have: transformers
+    raises RuntimeError for such a value of the whole model.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+        return max((v for v in values if isinstance(v, int)), default=None)
 
 
 def context_length(config: Any) -> int | None:
     """Longest input, in positions; None for models without a limit (Mamba)."""
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
-        length = getattr(config, key, None)
+        length = setting(config, key)
         if isinstance(length, int) and 0 < length < 10**9:
             return length
     return None
@@ -19,15 +33,10 @@ def start_token(config: Any, tokenizer: Any, rows: int) -> int | None:
 
     `rows` is the number of rows of the embedding matrix. None if no id lies below it.
     """
-    candidates = [
-        getattr(tokenizer, "bos_token_id", None),
-        getattr(config, "bos_token_id", None),
-        getattr(tokenizer, "eos_token_id", None),
-        getattr(config, "eos_token_id", None),
-    ]
-    for token in candidates:
-        if isinstance(token, list):
-            token = token[0] if token else None
+    places = itertools.product(("bos_token_id", "eos_token_id"), (tokenizer, config))
+    for name, place in places:
+        token = getattr(place, name, None)
+        token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, int) and 0 <= token < rows:
             return token
     return None

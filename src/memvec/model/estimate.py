@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memvec.model.configuration import context_length
+from memvec.model.configuration import context_length, setting
 from memvec.model.large import saved_bytes
 from memvec.model.memory import LOGITS_AT_ONCE
 
@@ -90,7 +90,7 @@ def facts_of_config(config: Any, number: int, parameters: float | None = None) -
     c = config.get_text_config()
 
     def first(*names: str, default: int = 0) -> int:
-        values = (getattr(c, name, None) for name in names)
+        values = (setting(c, name) for name in names)
         return next((int(v) for v in values if isinstance(v, int) and v > 0), default)
 
     hidden = first("hidden_size", "n_embd", "d_model")

@@ -47,7 +47,7 @@ def split_head(model: nn.Module, embedding: nn.Module) -> tuple[nn.Module | None
     linear = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(body, nn.Module) or body is model or linear is None:
         return None, lambda states: states
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     cap = getattr(config, "final_logit_softcapping", None)

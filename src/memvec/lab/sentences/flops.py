@@ -20,6 +20,7 @@ from memvec.encoders.adapted import AdaptedEncoder
 from memvec.encoders.slots import SlotEncoder
 from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel
+from memvec.model.configuration import setting
 from memvec.model.lm import FrozenLM
 
 COSTS = {
@@ -53,9 +54,9 @@ def shape_of(lm: FrozenLM) -> Shape:
     head = lm.model.get_output_embeddings()  # type: ignore[operator]
     tied = head.weight is lm.embedding.weight
     parameters = sum(p.numel() for p in lm.model.parameters()) - embedding
-    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    heads = int(setting(config, "num_attention_heads") or 0)
     hidden = int(config.hidden_size)
-    width = int(getattr(config, "head_dim", None) or (hidden // heads if heads else 0))
+    width = int(setting(config, "head_dim") or (hidden // heads if heads else 0))
     return Shape(
         parameters - (0 if tied else head.weight.numel()),
         int(config.num_hidden_layers),
