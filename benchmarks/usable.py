@@ -49,7 +49,8 @@ from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.statistics import share_interval
-from memvec.usable.certificate import (
+from memvec.usable.certificate import score_table as tabulated
+from memvec.usable.contexts import (
     EXACT_ONLY,
     NONE,
     VECTORS,
@@ -58,7 +59,6 @@ from memvec.usable.certificate import (
     contexts_of,
     contexts_of_row,
 )
-from memvec.usable.certificate import score_table as tabulated
 from memvec.usable.recipe_files import named_files
 from memvec.writing import write_atomically
 from models import SHAPES, random_model

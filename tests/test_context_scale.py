@@ -21,8 +21,9 @@ from memvec.export import export
 from memvec.export import target as target_of
 from memvec.lab import slow_use
 from memvec.lab.study.check import check_study
-from memvec.usable.certificate import EXACT_ONLY, VECTORS, behind_each, certify_use, contexts_of
+from memvec.usable.certificate import certify_use
 from memvec.usable.columns import Column
+from memvec.usable.contexts import EXACT_ONLY, VECTORS, behind_each, contexts_of
 from memvec.usable.generate import in_a_row
 from memvec.usable.modes import BothModes
 from memvec.usable.neighbours import neighbours_of

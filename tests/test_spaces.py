@@ -28,8 +28,8 @@ from memvec.spaces import keys_values
 from memvec.spaces.keys_values import _unit
 from memvec.spaces.presets import prefix
 from memvec.storage import STORAGES
-from memvec.usable.certificate import behind_each, contexts_of
 from memvec.usable.columns import Column
+from memvec.usable.contexts import behind_each, contexts_of
 from memvec.usable.generate import use
 from memvec.usable.queries import queries_of
 from memvec.vectors import MemVectors

@@ -45,7 +45,7 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.spaces import keys_values
 from memvec.usable import trigger_training, turns
-from memvec.usable.certificate import VECTORS, contexts_of
+from memvec.usable.contexts import VECTORS, contexts_of
 from memvec.usable.front import with_front_read
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.recipe_files import named_files

@@ -19,6 +19,7 @@ import memvec
 from conftest import QUICK, build, passages, reader, tiny
 from memvec import codec
 from memvec.cli.use_tables import show_use
+from memvec.companions.around import as_context_at
 from memvec.companions.triggers import token_named
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -30,17 +31,9 @@ from memvec.lab import slow_use
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
 from memvec.passages.passage import ids_hash
-from memvec.usable import certificate, generate, queries, teacher
-from memvec.usable.certificate import (
-    FULL,
-    NONE,
-    VECTORS,
-    Figures,
-    _following,
-    certify_use,
-    exact_only_vectors,
-    score_table,
-)
+from memvec.usable import certificate, contexts, generate, queries, teacher
+from memvec.usable.certificate import _following, certify_use, exact_only_vectors, score_table
+from memvec.usable.contexts import FULL, NONE, VECTORS, Figures
 from memvec.usable.queries import continuations
 from memvec.vectors import MemVectors
 
@@ -502,7 +495,7 @@ def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors()
     lm, ids, words = triggered_view(tiny(), USABLE), passages(5, 1, seed=4)[0].ids, [[5, 6, 7]]
     vectors, control = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
     of_scale = [
-        certificate.contexts_of(certificate.as_context_at(lm, scale), vectors, ids, control)
+        contexts.contexts_of(as_context_at(lm, scale), vectors, ids, control)
         for scale in (1.0, 0.25)
     ]
     for name, same in (("exact-only vectors", True), ("vectors", False)):
@@ -553,6 +546,11 @@ def test_a_text_of_several_passages_is_measured_whole(room):
     small = copy(lm)
     small.context = room
     ids = [list(range(2, 2 + tokens)) for tokens in passages]
+    records = [
+        record.model_copy(update={"sha256": ids_hash(own)})
+        for record, own in zip(mem.passages, ids, strict=True)
+    ]
+    mem = MemVectors(mem.vectors, mem.header.model_copy(update={"passages": records}), mem.soft)
     worth = certify_use(small, mem, ids, exact_only=False).in_a_row
     found, view, recipe = [], mem.view(lm), Recipe(query_count=4, query_tokens=48, seed=7919)
     for first, n in ((0, counts[0]), (counts[0] + 1, counts[2])):
@@ -759,6 +757,17 @@ def test_certify_use_refuses_vectors_of_another_width(crammed):
     other = FrozenLM(build("llama", 1, vocab_size=50, hidden_size=48), name="other")
     with pytest.raises(MemvecError, match="numbers each and other takes 48"):
         certify_use(other, mems[0], [[1] * p.tokens for p in mems[0].passages])
+
+
+@pytest.mark.slow
+def test_certify_use_refuses_the_token_ids_of_other_passages(crammed):
+    lm, mems = crammed
+    ids = mems[0].tokens(lm)
+    assert certify_use(lm, mems[0], ids, exact_only=False) is not None
+    others = [[1] * p.tokens for p in mems[0].passages]
+    for wrong in (others, ids[1:], [*ids, [1]], ids[::-1], [[]] * len(ids)):
+        with pytest.raises(MemvecError, match="are not those of these passages"):
+            certify_use(lm, mems[0], wrong, exact_only=False)
 
 
 # ---------------------------------------------------------------------- the command line

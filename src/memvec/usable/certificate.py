@@ -22,30 +22,35 @@ then left out for every context.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from memvec import registry, statistics
-from memvec.companions.around import as_context_at
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_type
 from memvec.machine import environment, plain_torch
 from memvec.model.lm import FrozenLM
-from memvec.passages.passage import Passage
+from memvec.passages.passage import Passage, ids_hash
 from memvec.results import Record
 from memvec.storage import Storage
-from memvec.usable.queries import continuations, text_inputs
-from memvec.usable.teacher import log_p_behind, states_as_context
+from memvec.usable.contexts import (
+    FULL,
+    NONE,
+    VECTORS,
+    Figures,
+    behind_each,
+    contexts_of,
+    contexts_of_row,
+)
+from memvec.usable.queries import continuations
 from memvec.vectors import MemVectors
 
 PASSAGES = 32  # at most so many passages are measured, evenly spread over the file
@@ -53,13 +58,6 @@ QUERIES = 4  # held-out continuations of each passage
 TOKENS = 48  # of each, and of the true continuation; fewer where the context holds no more
 SEED = 7919  # added to the recipe's: other continuations than cramming saw
 ROWS = 8  # at most so many texts of several passages are measured whole
-FULL, NONE, VECTORS, EXACT_ONLY = "text", "nothing", "vectors", "exact-only vectors"
-LAST_PASSAGE = "vectors of the last passage"
-
-# A model's predictions behind a context: words (M, L) -> log-probabilities (M, n, V) of all n = L
-# words, or of all but the first.
-Context = Callable[[Int[Tensor, "M L"]], Float[Tensor, "M n V"]]
-Contexts = dict[str, Context]
 
 
 class ContextScore(Record):
@@ -107,33 +105,27 @@ class UseCertificate(Record):
         return dict(json.loads(self.model_dump_json()))
 
 
-class Figures(NamedTuple):
-    """KL and NLL of one passage behind one context, means over its queries, nats per token."""
-
-    kl: float
-    nll: float
-
-
 @plain_torch()
 def certify_use(
     lm: FrozenLM,
     mem: MemVectors,
-    passages: Sequence[Sequence[int]] | None = None,
+    token_ids: Sequence[Sequence[int]] | None = None,
     *,
     exact_only: bool = True,
 ) -> UseCertificate:
     """Measure how well vectors stand for their texts as context.
 
-    `passages` are the token ids of every passage, decoded and checked if they are not given (raises
-    as `MemVectors.tokens`). `exact_only=False` leaves out the control that has to be crammed.
-    Raises MemvecError for vectors of another width, vectors that nothing can be read behind
-    (one-step, start rule 'vectors'), or passages too long for a query in the model's context.
+    `token_ids` are those of every passage, where the caller has them; without them, the passages
+    are decoded (raises as `MemVectors.tokens`). `exact_only=False` leaves out the control that has
+    to be crammed. Raises MemvecError for token ids that are not the passages', vectors of another
+    width, vectors that nothing can be read behind (one-step, start rule 'vectors'), or passages
+    too long for a query in the model's context.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_usable(mem)
-    mem.check_model(lm, force=True)  # `tokens` compares the weights, too
+    mem.check_model(lm, force=True)  # the width; `tokens` compares the weights, too
     view = mem.view(lm)
-    ids = passages if passages is not None else mem.tokens(lm)
+    ids = mem.tokens(lm) if token_ids is None else _checked(token_ids, mem)
     chosen = _spread(len(ids), PASSAGES)
     K, tokens = mem.vectors.shape[1], _room(view, mem, [ids[i] for i in chosen])
     controls: list[Tensor | None] = [None] * len(chosen)
@@ -174,6 +166,20 @@ def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
             f"{subject} have no trigger, so whatever follows them is taken for their passage: "
             "cram the text with --usable."
         )
+
+
+def _checked(token_ids: Sequence[Sequence[int]], mem: MemVectors) -> Sequence[Sequence[int]]:
+    """Token ids that a caller has. Raises MemvecError unless they are those of the passages."""
+    try:
+        same = [ids_hash(ids) for ids in token_ids] == [p.sha256 for p in mem.passages]
+    except (TypeError, ValueError, OverflowError):  # not sequences of 32-bit integers
+        same = False
+    if not same:
+        raise MemvecError(
+            "token_ids are not those of these passages: leave them out, or pass what "
+            "mem.tokens(lm) gives."
+        )
+    return token_ids
 
 
 def _spread(n: int, limit: int) -> list[int]:
@@ -258,64 +264,6 @@ def exact_only_vectors(
     jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
     crammed = {o.passage.document: o.vectors.float() for o in engine.run(jobs) if o.exact}
     return [crammed.get(i) for i in range(len(passages))]
-
-
-def contexts_of(
-    lm: FrozenLM, vectors: Float[Tensor, "K D"], ids: Sequence[int], exact_only: Tensor | None
-) -> Contexts:
-    """The text, nothing, ends of the text, exact-only vectors if there are any, and the vectors."""
-    K = len(vectors)
-    ends = {f"last {n} tokens": ids[-n:] for n in (K, 2 * K, 4 * K, 8 * K) if n < len(ids)}
-    contexts: Contexts = {
-        name: functools.partial(_behind_text, lm, text)
-        for name, text in ({FULL: ids, NONE: ()} | ends).items()
-    }
-    if exact_only is not None:
-        plain = as_context_at(lm, 1.0)  # a control is read as it was crammed
-        contexts[EXACT_ONLY] = functools.partial(_behind_vectors, plain, exact_only)
-    contexts[VECTORS] = functools.partial(_behind_vectors, lm, vectors)
-    return contexts
-
-
-def contexts_of_row(lm: FrozenLM, vectors: Float[Tensor, "n K D"], ids: Sequence[int]) -> Contexts:
-    """The same of a text of n passages whose vectors stand one behind the other; where there are
-    several, also the vectors of the last one alone."""
-    contexts = contexts_of(lm, vectors.flatten(0, 1), ids, None)
-    if len(vectors) > 1:
-        contexts[LAST_PASSAGE] = functools.partial(_behind_vectors, lm, vectors[-1])
-    return contexts
-
-
-def _behind_text(
-    lm: FrozenLM, ids: Sequence[int], words: Int[Tensor, "M L"]
-) -> Float[Tensor, "M n V"]:
-    log_p = log_p_behind(lm, text_inputs(lm, ids), words)
-    return log_p[:, int(not lm.reading.predicts) :]
-
-
-def _behind_vectors(
-    lm: FrozenLM, vectors: Float[Tensor, "K W"], words: Int[Tensor, "M L"]
-) -> Float[Tensor, "M n V"]:
-    rows = vectors.to(lm.device).expand(len(words), -1, -1)
-    return lm.head(states_as_context(lm, rows, words)).log_softmax(-1)
-
-
-@torch.no_grad()
-def behind_each(lm: FrozenLM, contexts: Contexts, words: Int[Tensor, "M L"]) -> dict[str, Figures]:
-    """KL from the first context (the text) and NLL of the words behind each context.
-
-    `lm` reads vectors in the space that they are in (`MemVectors.view`), here and in `contexts_of`.
-    """
-    words = words.to(lm.device)
-    reference: Tensor | None = None
-    figures = {}
-    for name, context in contexts.items():
-        log_q = context(words)
-        nll = -log_q.gather(-1, words[:, -log_q.shape[1] :, None]).mean()
-        reference = log_q if reference is None else reference
-        kl = (reference.exp() * (reference - log_q)).sum(-1).mean()
-        figures[name] = Figures(float(kl), float(nll))
-    return figures
 
 
 def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> ScoreTable:

@@ -33,7 +33,8 @@ from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.usable import directions
-from memvec.usable.certificate import SEED, behind_each, contexts_of
+from memvec.usable.certificate import SEED
+from memvec.usable.contexts import behind_each, contexts_of
 from memvec.usable.knockout import knocked_out, layer_count
 from memvec.usable.modes import BothModes
 from memvec.usable.queries import queries_of

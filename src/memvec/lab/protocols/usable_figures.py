@@ -12,7 +12,7 @@ from memvec.lab.protocols.usable_report import Group, groups_of, rise
 from memvec.lab.report.data import distinct_names, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
 from memvec.statistics import Interval, mean_interval
-from memvec.usable.certificate import VECTORS
+from memvec.usable.contexts import VECTORS
 
 DASHED = 2  # controls in a panel of the frontier: the last K and the last 2 K tokens
 

@@ -21,7 +21,7 @@ from memvec.statistics import (
     ratio_of_means,
     share_interval,
 )
-from memvec.usable.certificate import FULL, NONE, VECTORS
+from memvec.usable.contexts import FULL, NONE, VECTORS
 
 
 @dataclass(frozen=True)
