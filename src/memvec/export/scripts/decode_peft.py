@@ -16,15 +16,22 @@ from passages import MANIFEST, decode, model_folder
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-dtype = getattr(torch, MANIFEST["dtype"])
-model: Any = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype)
+# As the export was certified: another device or attention rounds otherwise.
+certified = MANIFEST["certificate"]
+options: dict[str, Any] = {"dtype": getattr(torch, MANIFEST["dtype"])}
+if certified["attention"] in ("eager", "sdpa"):
+    options["attn_implementation"] = certified["attention"]
+device = certified["device"] if torch.cuda.is_available() else "cpu"
+model: Any = AutoModelForCausalLM.from_pretrained(model_folder(), **options).to(device)
 # The model's own may sample, penalise or stop early.
 model.generation_config = GenerationConfig(pad_token_id=0)
 
 
 def behind(path: Path, passage: dict[str, Any]) -> list[int]:
     """The new tokens behind the adapter of a passage and the tokens that it is given."""
-    given = torch.tensor([passage["given"]], dtype=torch.long)  # (1, 0) where nothing is given
+    given = torch.tensor(
+        [passage["given"]], dtype=torch.long, device=device
+    )  # (1, 0) where nothing is given
     adapted: Any = PeftModel.from_pretrained(model, path)
     new = adapted.generate(
         input_ids=given,

@@ -16,15 +16,20 @@ from passages import MANIFEST, decode, model_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-dtype = getattr(torch, MANIFEST["dtype"])
-model: Any = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype)
+# As the export was certified: another device or attention rounds otherwise.
+certified = MANIFEST["certificate"]
+options: dict[str, Any] = {"dtype": getattr(torch, MANIFEST["dtype"])}
+if certified["attention"] in ("eager", "sdpa"):
+    options["attn_implementation"] = certified["attention"]
+device = certified["device"] if torch.cuda.is_available() else "cpu"
+model: Any = AutoModelForCausalLM.from_pretrained(model_folder(), **options).to(device)
 # The model's own may sample, penalise or stop early.
 model.generation_config = GenerationConfig(pad_token_id=0)
 
 
 def behind(path: Path, passage: dict[str, Any]) -> list[int]:
     """The new tokens behind the inputs (1, N, D) of a passage."""
-    inputs = load_file(path)["inputs_embeds"]
+    inputs = load_file(path)["inputs_embeds"].to(device)
     new = model.generate(
         inputs_embeds=inputs, max_new_tokens=passage["new_tokens"], do_sample=False
     )
