@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import re
 import shutil
 import subprocess
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +29,9 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.contents import all_plots, all_tables
 from memvec.lab.report.data import read_data, recipe_names
-from memvec.lab.report.figures import draw_all
+from memvec.lab.report.figures import draw, draw_all
 from memvec.lab.report.page import overview, write_page
+from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.report import delete_others, write_report
 from memvec.lab.report.table import Table, show
 from memvec.lab.sources import SourcedPassage
@@ -477,3 +480,34 @@ def test_a_table_of_the_terminal_has_every_cell(terminal, monkeypatch, capsys):
         assert any(row[0] in line and row[2] in line for line in lines)
     above = "source novels, note always the same words"
     assert (above in " ".join(said.split())) == (terminal == 40)
+
+
+@pytest.mark.parametrize(("series", "name"), [(2, "words"), (6, "words"), (2, "w" * 40), (14, "x")])
+def test_a_legend_with_many_or_long_names_stands_below_the_panels(series, name):
+    """Otherwise it would cover the curves, and panels would have no width (matplotlib warns)."""
+    names = [f"{name} {i}" for i in range(series)]
+    curves = [
+        Series(name=own, x=[0.0, 1.0], y=[float(i), i + 1.0], mark="line")
+        for i, own in enumerate(names)
+    ]
+    panels = [
+        Panel(title=title, x="x", y="y", series=order)
+        for title, order in (("a", curves), ("b", curves[::-1]))
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw(Plot(key="key", title="title", caption="caption", panels=panels))
+        figure.savefig(io.BytesIO())
+    below = series > 4 or len(name) > 28
+    assert [len(figure.legends), *(ax.get_legend() is None for ax in figure.axes)] == (
+        [1, True, True] if below else [0, False, False]
+    )
+    for ax in figure.axes:
+        box = ax.get_position()
+        assert box.width > 0.35
+        assert box.height * figure.get_figheight() > 2  # inches
+    if below:
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+        colours = [{line.get_label(): line.get_color() for line in ax.lines} for ax in figure.axes]
+        assert colours[0] == colours[1]
+        assert len(set(colours[0].values())) == min(series, 12)

@@ -10,9 +10,13 @@ import pandas as pd
 
 from memvec.lab.report.plot import Panel, Plot, Series
 
-COLOURS = ("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a")
+COLOURS = (
+    *("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a"),
+    *("#6b4226", "#e38fb4", "#1b4d3e", "#a8c256"),
+)
 COLUMNS = 3  # panels in a row
-MANY = 4  # with more named series, the legend gets room above the curves
+# With more named series in a panel, or longer names, one legend stands below all panels.
+MANY, LONG = 4, 28
 
 
 def draw_all(plots: list[Plot], folder: Path) -> None:
@@ -63,22 +67,41 @@ def draw(plot: Plot) -> Any:
     n = len(plot.panels)
     columns = min(n, COLUMNS)
     lines = -(-n // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
+    names = _names_below(plot)
+    across = max(1, int(4.6 * columns / (0.07 * max(map(len, names), default=0) + 0.5)))
+    below = 0.2 * -(-len(names) // across)  # inches
+    figure = Figure(figsize=(4.6 * columns, 3.6 * lines + below), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax, panel in zip(axes.flat, plot.panels, strict=False):
-        _panel(ax, panel)
+        _panel(ax, panel, names)
     for ax in axes.flat[n:]:
         ax.set_visible(False)
+    if names:
+        drawn = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes.flat]
+        handles = {label: handle for pairs in drawn for handle, label in pairs}
+        place = {"loc": "outside lower center", "ncols": across}
+        figure.legend(handles.values(), handles, fontsize=7, edgecolor="none", **place)
     figure.suptitle(plot.title, fontsize=11)
     return figure
 
 
-def _panel(ax: Any, panel: Panel) -> None:
+def _names_below(plot: Plot) -> list[str]:
+    """The names in the legend below all panels; none where each panel has room for its own."""
+    panels = [[s.name for s in p.series if s.name and s.mark != "boxes"] for p in plot.panels]
+    if all(len(own) <= MANY and max(map(len, own), default=0) <= LONG for own in panels):
+        return []
+    return list(dict.fromkeys(name for own in panels for name in own))
+
+
+def _panel(ax: Any, panel: Panel, below: list[str]) -> None:
+    """Draw a panel. A name in the legend `below` has one colour in all panels."""
     bars = [s for s in panel.series if s.mark == "bars"]
     named = [i for i, s in enumerate(panel.series) if s.name]
     for i, s in enumerate(panel.series):
         # A series without a name goes with the one before it.
-        colour = COLOURS[(max([k for k in named if k <= i], default=i)) % len(COLOURS)]
+        shown = max([k for k in named if k <= i], default=i)
+        name = panel.series[shown].name
+        colour = COLOURS[(below.index(name) if name in below else shown) % len(COLOURS)]
         if s.mark == "bars":
             width = 0.8 / len(bars)
             shift = (bars.index(s) - (len(bars) - 1) / 2) * width
@@ -102,26 +125,12 @@ def _panel(ax: Any, panel: Panel) -> None:
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    if any(s.name and s.mark != "boxes" for s in panel.series):
-        # The legend is transparent, so that the curves under it stay visible. With many lines the
-        # axis is extended above them.
-        many = len([s for s in panel.series if s.name]) > MANY
-        ax.legend(
-            fontsize=7,
-            framealpha=0.6,
-            edgecolor="none",
-            ncols=2 if many else 1,
-            loc="upper left" if many else "best",
-        )
-        if many and not panel.names:
-            low, high = ax.get_ylim()
-            ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
-            ax.set_yticks(ticks)  # no accuracy above 1 beside the legend
-            room = high * (high / low) ** 0.4 if panel.log_y else high + 0.3 * (high - low)
-            ax.set_ylim(low, room)
+    if not below and any(s.name and s.mark != "boxes" for s in panel.series):
+        # The legend is transparent, so that the curves under it stay visible.
+        ax.legend(fontsize=7, framealpha=0.6, edgecolor="none", loc="best")
     heights = [v for s in panel.series for v in s.y if np.isfinite(v)]
     if panel.names and heights and min(heights) >= 0 and panel.series[0].mark != "boxes":
-        ax.set_ylim(0, ax.get_ylim()[1] * (1.3 if bars else 1.0))
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.3 if bars and not below else 1.0))
 
 
 def _boxes(ax: Any, s: Series, colour: str) -> None:
