@@ -19,7 +19,7 @@ from memvec import registry
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import SOURCES
 from memvec.lab.sources.base import Source
-from memvec.lab.study.export import CELL_COLUMNS, STORE_COLUMNS
+from memvec.lab.study.export import CELL_COLUMNS, SETTING_COLUMNS, STORE_COLUMNS
 from memvec.lab.study.row import Row
 from memvec.lab.study.spec import ModelSpec, RunSpec, Spec
 
@@ -92,6 +92,8 @@ def columns() -> Iterator[tuple[str, str, str, str]]:
     for name, sentence in CELL_COLUMNS.items():
         kinds = {"vectors": int, "seed": int, "random_text": bool}
         yield name, unit(sentence, kinds.get(name)), sentence, "all"
+    for name, sentence in SETTING_COLUMNS.items():
+        yield name, "text", sentence, "all"
     for name, field in Row.model_fields.items():
         if name != "extra":
             sentence = str(field.description)

@@ -782,6 +782,32 @@ def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:
         assert len(frame) == n == len(everything(done / "out"))
         sentences = json.loads((tmp_path / f"{name}.columns.json").read_text())
         assert set(frame) == set(sentences)
+    with Store(done / "out") as store:
+        cells = [
+            json.loads(settings)
+            for (settings,) in store.db.execute(
+                "SELECT settings FROM rows JOIN cells USING (cell) "
+                "ORDER BY cells.planned = 0, cells.position, rows.number"
+            )
+        ]
+    for name in ("recipe", "options"):
+        assert [json.loads(value) for value in frame[name]] == [cell[name] for cell in cells]
+    assert list(frame["dtype"]) == [cell["dtype"] for cell in cells]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"), [('dtype = "bfloat16"', "dtype"), ('revision = "main"', "revision")]
+)
+def test_a_model_that_was_loaded_otherwise_than_the_spec_says_is_refused(
+    line: str, name: str, tmp_path: Path
+) -> None:
+    """Its rows would stand in the cell of another model."""
+    text = HEAD.replace('name = "tiny"', f'name = "tiny"\n{line}') + RUN
+    assert line in text
+    spec = spec_in(tmp_path, text.replace("novels", "random-tokens"))
+    with pytest.raises(MemvecError, match=f"pass {name} to load_lm"):
+        run_study(spec, tmp_path / "out", maker, base=tmp_path)
+    assert not everything(tmp_path / "out")
 
 
 def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:

@@ -22,6 +22,13 @@ CELL_COLUMNS = {
     "storage": "dtype of the stored vectors",
     "random_text": "true if a program drew the source's text",
 }
+# Of the cell's settings: where each is in their JSON.
+SETTINGS = {"dtype": "$.dtype", "recipe": "$.recipe", "options": "$.options"}
+SETTING_COLUMNS = {
+    "dtype": "dtype of the model, as in the spec",
+    "recipe": "all fields of the recipe, as JSON",
+    "options": "options of the protocol, as JSON",
+}
 STORE_COLUMNS = {
     "step_limit": "steps after which a passage is given up",
     "environment": "id of the environment record",
@@ -36,8 +43,9 @@ def read_rows(store: Store) -> pd.DataFrame:
     """All rows with their cells' columns, in the order of the spec, those of no spec last."""
     cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
     row_columns = ", ".join(f"rows.{name}" for name in COLUMNS)
+    settings = ", ".join(f"json_extract(cells.settings, '{SETTINGS[k]}') AS {k}" for k in SETTINGS)
     query = (
-        f"SELECT {cell}, {_STEP_LIMIT} AS step_limit, {row_columns}, "
+        f"SELECT {cell}, {settings}, {_STEP_LIMIT} AS step_limit, {row_columns}, "
         "rows.environment, rows.finished, rows.number < cells.planned AS planned "
         "FROM rows JOIN cells USING (cell) "
         "ORDER BY cells.planned = 0, cells.position, rows.number"
@@ -69,7 +77,7 @@ def export_rows(folder: Path, target: Path) -> int:
         frame.to_csv(target, index=False)
     else:
         raise MemvecError(f"{target} must end in .csv or .parquet.")
-    sentences = {**CELL_COLUMNS, **COLUMNS}
+    sentences = {**CELL_COLUMNS, **SETTING_COLUMNS, **COLUMNS}
     for name in dict.fromkeys(frame["protocol"]):
         for key, sentence in protocol_of(str(name)).extras.items():
             sentences["extra"] += f"; '{key}' of protocol '{name}': {sentence}"

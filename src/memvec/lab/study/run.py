@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
@@ -62,7 +63,8 @@ def run_study(
 ) -> StudyStatus:
     """Run the remaining passages of a study.
 
-    `make_pool` makes what crams for each model of the spec, such as `Here(load_lm(model.name))`.
+    `make_pool` makes what crams for each model of the spec, such as
+    `Here(load_lm(model.name, revision=model.revision, dtype=model.dtype))`.
     Files that the spec names are relative to `base`. The folder keeps the text of the spec, `toml`,
     and the `model` that `parse_spec` was given, for its report and `memvec study resume`.
     Raises MemvecError for errors in the spec or its files, for a folder of another study, and if
@@ -82,6 +84,20 @@ def run_study(
         about = {"name": spec.name, "about": spec.about, "spec": kept, "base": str(base or "")}
         store.plan(planned, drawn, {**about, "batch_size": str(spec.batch_size)})
         return _Run(spec, store, planned, base, on_status).run(make_pool)
+
+
+def _check_model(model: ModelSpec, description: dict[str, Any]) -> None:
+    """Raise MemvecError for a pool's model that was loaded without the spec's dtype or revision."""
+    has = {name: description.get(name) for name in ("dtype", "revision")}
+    right = {
+        "dtype": model.dtype in ("auto", has["dtype"]),
+        "revision": model.revision is None or has["revision"] is not None,  # maybe the commit of it
+    }
+    for name in (name for name, same in right.items() if not same):
+        raise MemvecError(
+            f'the spec has {name} = "{getattr(model, name)}" for {model.name}, and the model that '
+            f"was loaded has {has[name]}: pass {name} to load_lm."
+        )
 
 
 class _Run:
@@ -122,6 +138,7 @@ class _Run:
             self._report()
             pool = make_pool(model)
             try:
+                _check_model(model, pool.description())
                 self.store.set_environment({**pool.environment(), "model": pool.description()})
                 for finished in pool.cram(self._units(cells_of_model, pool), self._progress):
                     self.store.put(finished)
