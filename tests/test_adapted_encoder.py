@@ -256,11 +256,11 @@ def test_a_trained_encoder_goes_on_being_trained(tmp_path):
     assert training.identity["plan"]["begin"] == first.identity
     assert training.target == SMALL.longest
     assert not torch.equal(training.run().network.summary, first.network.summary)
-    with pytest.raises(MemvecError, match="slots of rank 4: give --begin the same"):
+    with pytest.raises(MemvecError, match="slots of rank 4: begin with the same"):
         AdaptedTraining(lm, stream(lm), replace(plan, rank=5))
     pocket = load_lm("pocket")
     own = str(own_summary(pocket).file)
-    with pytest.raises(MemvecError, match="is no adapted encoder: --begin goes on from one"):
+    with pytest.raises(MemvecError, match="is no adapted encoder to begin from"):
         AdaptedTraining(pocket, stream(lm), replace(SMALL, begin=own))
 
 
@@ -299,9 +299,9 @@ def test_training_from_nothing_learns_to_give_passages_back():
     [
         ({"rank": 0}, "rank"),
         ({"shortest": 0}, "shortest"),
-        ({"longest": 1}, "--longest 1 is below"),
-        ({"size": 0.0}, "--size"),
-        ({"lr": 0.0}, "--lr"),
+        ({"longest": 1}, "longest must be at least 2"),
+        ({"size": 0.0}, "^size must"),
+        ({"lr": 0.0}, "^lr must"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(changes, says):
@@ -311,7 +311,7 @@ def test_plans_that_cannot_be_are_refused(changes, says):
 
 def test_runs_that_cannot_be_are_refused():
     lm = tiny()
-    with pytest.raises(MemvecError, match=r"do not fit the context.*fewer --slots"):
+    with pytest.raises(MemvecError, match=r"do not fit the context.*fewer slots"):
         AdaptedTraining(lm, stream(lm), replace(SMALL, longest=64))
     mamba = tiny("mamba")  # of any length
     with pytest.raises(MemvecError, match="too few to train an encoder on passages of 4000"):

@@ -252,7 +252,7 @@ def test_an_interrupted_verb_that_keeps_nothing_says_one_word(command, stored, m
 def test_what_use_cannot_be_measured_of_is_told_before_decoding(command, stored, monkeypatch):
     monkeypatch.setattr("memvec.vectors.MemVectors.decode_passages", None)
     ran = command("verify", stored, "--use")
-    assert (ran.code, "cram the text with --usable" in ran.sentence) == (2, True)
+    assert (ran.code, "cram the text with the preset 'usable'" in ran.sentence) == (2, True)
 
 
 # ---------------------------------------------------------------------- bad input
@@ -277,9 +277,9 @@ BAD = [
     (["cram", "letter.txt", "-m", "nobody-at-all/nothing"], "could not be reached|neither"),
     (["cram", "letter.txt", "-m", "."], "no config.json"),
     (["cram", "letter.txt", "--vectors", 0], "--vectors must be at least 1"),
-    (["cram", "letter.txt", "--vectors", 500], "leaves no room"),
+    (["cram", "letter.txt", "--vectors", 500], "500 vectors leave no room"),
     (["cram", "letter.txt", "--tokens", 0], "--tokens must be at least 1"),
-    (["cram", "letter.txt", "--tokens", 500], "does not fit the context"),
+    (["cram", "letter.txt", "--tokens", 500], "500 tokens do not fit the context"),
     (["cram", "letter.txt", "--batch-size", 0], "--batch-size must be at least 1"),
     (["cram", "letter.txt", "-o", "taken.mem"], "exists: use --force"),
     (["cram", "letter.txt", "-o", "no/such/folder/a.mem"], "there is no folder"),

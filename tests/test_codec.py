@@ -301,11 +301,11 @@ def everything_decodes(monkeypatch) -> None:
         ([""], {}, "text 0 is empty"),
         (["a", b""], {}, "text 1 is empty"),
         (["a"], {"storage": "int3"}, "unknown storage 'int3'"),
-        (["a"], {"vectors": 0}, "--vectors must be at least 1"),
-        (["a"], {"batch_size": -1}, "--batch-size must be at least 1"),
-        (["a"], {"tokens": 0}, "--tokens must be at least 1"),
-        (["a"], {"tokens": 128}, "does not fit the context"),
-        (["a"], {"vectors": 128}, "leaves no room for text"),
+        (["a"], {"vectors": 0}, "vectors must be at least 1"),
+        (["a"], {"batch_size": -1}, "batch_size must be at least 1"),
+        (["a"], {"tokens": 0}, "tokens must be at least 1"),
+        (["a"], {"tokens": 128}, "128 tokens do not fit the context"),
+        (["a"], {"vectors": 128}, "128 vectors leave no room for text"),
         (["a"], {"recipe": Recipe(start_rule="first-token")}, "too short for the start rule"),
     ],
 )
@@ -325,9 +325,9 @@ def test_bad_input_is_a_sentence(texts, options, sentence):
         (None, {}, "text 0 is no str or bytes but of the type NoneType."),
         (np.array([]), {}, "there is no text to cram."),
         ("a", {"recipe": "paper"}, "recipe is a memvec.Recipe, as Recipe.of('paper') gives, not "),
-        ("a", {"vectors": "2"}, "--vectors must be at least 1, not '2'."),
-        ("a", {"vectors": 1.5}, "--vectors must be a whole number, not 1.5."),
-        ("a", {"tokens": 2.0}, "--tokens must be a whole number, not 2.0."),
+        ("a", {"vectors": "2"}, "vectors must be at least 1, not '2'."),
+        ("a", {"vectors": 1.5}, "vectors must be a whole number, not 1.5."),
+        ("a", {"tokens": 2.0}, "tokens must be a whole number, not 2.0."),
         ("a", {"recipe": {}}, "recipe is a memvec.Recipe, as Recipe.of('paper') gives, not {}."),
         ({"text": "the"}, {}, "text 0 is no str or bytes but of the type dict."),
         (pd.DataFrame({"text": ["the"]}), {}, "but of the type DataFrame."),
@@ -792,7 +792,7 @@ def test_the_activations_of_a_step_are_measured_once_on_what_computes_it(monkeyp
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_fewer_than_one_slot_is_refused(batch_size):
-    with pytest.raises(MemvecError, match="--batch-size must be at least 1"):
+    with pytest.raises(MemvecError, match=r"batch_size must be at least 1"):
         codec.cram(reader(), "the fox", recipe=QUICK, batch_size=batch_size)
 
 

@@ -114,11 +114,11 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
 def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
     lm, mem = reader("words"), crammed(tmp, False, 1.0)
     export_context(mem, lm, target_of("npy"), tmp_path / "out")
-    with pytest.raises(MemvecError, match="exists: use --force"):
+    with pytest.raises(MemvecError, match="exists: use force=True"):
         export_context(mem, lm, target_of("npy"), tmp_path / "out")
     export_context(mem, lm, target_of("npy"), tmp_path / "out", force=True)
     plain = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=Recipe(steps=300))
-    with pytest.raises(MemvecError, match="cram the text with --usable"):
+    with pytest.raises(MemvecError, match="cram the text with the preset 'usable'"):
         export_context(plain, lm, target_of("npy"), tmp_path / "plain")
     inputs, small = len(memvec.context_inputs(lm, mem)), copy(lm)
     small.context = inputs  # no room for a prompt

@@ -151,7 +151,7 @@ def test_a_study_of_it_is_recomputed(tmp_path, monkeypatch):
 
 
 def test_what_has_no_scale_is_one_sentence():
-    with pytest.raises(MemvecError, match=r"context_scale 0.5 is for use only: add --usable"):
+    with pytest.raises(MemvecError, match="the recipe's context_scale is for use only"):
         Recipe(context_scale=0.5)
     with pytest.raises(MemvecError, match=r"context_scale must be at least 0.001, not 0"):
         replace(RECIPE, context_scale=0.0)

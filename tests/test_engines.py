@@ -337,7 +337,7 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
             decode.check("vllm", other, lm)
     with pytest.raises(MemvecError, match="reads a model's folder, and tiny-llama is none"):
         engines.decode_with("vllm", mem, lm, python="/no/python")
-    with pytest.raises(MemvecError, match="--batch must be at least 1, not 0"):
+    with pytest.raises(MemvecError, match=r"^batch must be at least 1, not 0"):
         engines.decode_with("vllm", mem, lm, python="/no/python", batch=0)
 
 

@@ -175,8 +175,8 @@ def test_a_cache_is_of_the_files_that_its_recipe_names(tmp_path, monkeypatch):
     ("arguments", "sentence"),
     [
         ({"name": "cramed"}, "there is no column 'cramed': did you mean 'crammed'"),
-        ({"vectors": 0}, "--vectors must be at least 1, not 0"),
-        ({"tokens": 0}, "--tokens must be at least 1, not 0"),
+        ({"vectors": 0}, "^vectors must be at least 1, not 0"),
+        ({"tokens": 0}, "^tokens must be at least 1, not 0"),
     ],
 )
 def test_a_column_that_cannot_be_is_refused(arguments, sentence):

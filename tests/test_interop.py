@@ -346,7 +346,7 @@ def test_what_is_not_exact_for_the_target_is_named_and_not_written(target, tmp_p
 
 
 def test_the_dtype_of_the_target_decides(tmp_path):
-    with pytest.raises(MemvecError, match="use --dtype bfloat16"):
+    with pytest.raises(MemvecError, match="load it in bfloat16"):
         export(crammed(tiny()), tiny(), target_of("sglang"), tmp_path / "out")
 
 
@@ -358,7 +358,7 @@ def test_another_model_is_refused(tmp_path):
 def test_only_an_earlier_export_is_replaced(tmp_path):
     mem, out = crammed(tiny()), tmp_path / "out"
     export(mem, tiny(), target_of("npy"), out)
-    with pytest.raises(MemvecError, match="--force"):
+    with pytest.raises(MemvecError, match="force=True"):
         export(mem, tiny(), target_of("npy"), out)
     export(mem, tiny(), target_of("peft"), out, force=True)
     assert json.loads((out / "manifest.json").read_text())["target"] == "peft"

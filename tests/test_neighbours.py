@@ -240,7 +240,7 @@ def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
     plain = codec.cram(lm, ["the fox"], vectors=1, tokens=2, recipe=Recipe(compute="model"))
     files = {"usable": usable.save(tmp_path / "u.mem"), "plain": plain.save(tmp_path / "p.mem")}
     beside = replace(USABLE, neighbours=str(files["usable"]))
-    with pytest.raises(MemvecError, match=r"^neighbours n.mem is for use only: add --usable\.$"):
+    with pytest.raises(MemvecError, match=r"^the recipe's neighbours is for use only"):
         Recipe(neighbours="n.mem")
     with pytest.raises(MemvecError, match=r"^there is no file"):
         Engine(lm, replace(USABLE, neighbours=str(tmp_path / "none.mem")), vectors=2)

@@ -84,13 +84,13 @@ def test_any_bytes_are_latin_1():
     [
         ("", "utf-8", "is empty"),
         (b"", "utf-8", "is empty"),
-        (b"\xff\xfe\x00", "utf-8", "--encoding latin-1"),
+        (b"\xff\xfe\x00", "utf-8", "use encoding='latin-1'"),
         (b"abc", "utf-7000", "unknown encoding 'utf-7000'"),
         ("abc", "utf-7000", "unknown encoding 'utf-7000'"),
         ("abc", "rot13", "unknown encoding 'rot13'"),
         ("né", "ascii", "has characters that are not ascii"),
         ("\ud800", "utf-8", "has characters that are not utf-8"),
-        (b"a\x00b\x00", "utf-16", "does not survive --encoding utf-16"),
+        (b"a\x00b\x00", "utf-16", "does not survive the encoding utf-16"),
     ],
 )
 def test_a_text_that_cannot_be_a_document(text, encoding, sentence):
@@ -263,7 +263,7 @@ def test_cutting_is_lazy(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [({"tokens": 0}, "--tokens must be at least 1"), ({"tokens": 9, "max_tokens": 8}, "at most 8")],
+    [({"tokens": 0}, "^tokens must be at least 1"), ({"tokens": 9, "max_tokens": 8}, "at most 8")],
 )
 def test_lengths_that_cannot_be_cut(options, sentence):
     with pytest.raises(MemvecError, match=sentence):

@@ -139,7 +139,7 @@ def test_the_command(command, folder, tmp_path):
         (["--vectors", 0], "--vectors must be at least 1"),
         (["--max-bytes", 0], "--max-bytes must be at least 1"),
         (["--seed", 2**64], "--seed must fit 64 bits"),
-        (["--tokens", 9999], "does not fit the context"),
+        (["--tokens", 9999], "9999 tokens do not fit the context"),
         (["--preset", "papr"], "unknown preset 'papr'"),
     ],
 )
@@ -167,7 +167,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(command, tmp_path, 
 
 def test_small_samples_are_refused_in_python_too():
     lm = reader()
-    with pytest.raises(MemvecError, match="--sample"):
+    with pytest.raises(MemvecError, match=r"^sample must be at least 2"):
         plan(lm, Document.of(lm, TEXT), sample=0)
 
 

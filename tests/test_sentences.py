@@ -393,8 +393,8 @@ def test_what_cannot_be_trained_is_one_sentence():
         LatentTraining(tiny(), documents(), PLAN)
     for change, sentence in (
         ({"loss": "token"}, "did you mean 'tokens'"),
-        ({"window": 1}, "--window must be at least 2"),
-        ({"heads": 3}, "no multiple of --heads"),
+        ({"window": 1}, "^window must be at least 2"),
+        ({"heads": 3}, "^hidden must be a multiple of"),
         ({"lr": 2.0}, "between 0 and 1"),
     ):
         with pytest.raises(MemvecError, match=sentence):

@@ -320,7 +320,7 @@ def test_a_bfloat16_copy_computes_the_steps():
     ],
 )
 def test_a_model_without_such_a_cache_is_refused(family, reason):
-    sentence = f"^tiny-{family} keeps no keys and values .*{reason}.*use --space inputs.$"
+    sentence = f"^tiny-{family} keeps no keys and values .*{reason}.*use the space 'inputs'.$"
     for space in ("prefix", "prefix-layer"):
         with pytest.raises(MemvecError, match=sentence):
             Engine(tiny(family), SPACES[space])
@@ -348,7 +348,7 @@ def test_what_a_space_cannot_do_is_one_sentence(tmp_path):
         Engine(one_step(lm), prefix, vectors=2)
     with pytest.raises(MemvecError, match=r"^the recipe's space cannot be 'prefixes': it is one"):
         replace(prefix, space="prefixes")
-    with pytest.raises(MemvecError, match=r"1 to 32 dimensions, not 256: use --set dimensions\.$"):
+    with pytest.raises(MemvecError, match="1 to 32 dimensions, not 256: change"):
         Engine(lm, Recipe(space="shared-basis"))
     sparing = FrozenLM(build("llama"), name="tiny", checkpointing=True)
     with pytest.raises(MemvecError, match=r"^tiny keeps no keys .*checkpointing computes"):

@@ -829,7 +829,7 @@ def test_an_export_is_what_its_option_says(done: Path, tmp_path: Path) -> None:
 
 
 def test_a_check_of_fewer_than_no_rows_is_refused(done: Path) -> None:
-    with pytest.raises(MemvecError, match=r"^--sample must be at least 0, not -1\.$"):
+    with pytest.raises(MemvecError, match=r"^sample must be at least 0, not -1\.$"):
         check(done / "out", sample=-1)
 
 
@@ -887,7 +887,7 @@ recipe = { steps = 3 }
     )
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
     renamed = text.replace('name = "', 'name = "other-', 1)
-    with pytest.raises(MemvecError, match=r"holds the study .*: name another folder with -o"):
+    with pytest.raises(MemvecError, match=r"holds the study .*: name another folder"):
         run(spec_in(tmp_path, renamed), tmp_path, tmp_path / "out", renamed)
 
 

@@ -189,7 +189,7 @@ def test_without_a_front_nothing_is_kept(monkeypatch):
     spread = with_front(lm, "bos")
     assert with_front_read(spread) is spread
     with pytest.raises(
-        MemvecError, match=r"its layers lie on several devices\): use --space inputs"
+        MemvecError, match=r"its layers lie on several devices\): use the space 'inputs'"
     ):
         keys_values.KeysValues(lm, {})
 

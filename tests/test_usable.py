@@ -408,13 +408,13 @@ def test_a_weight_that_rises_keeps_passages_exact_and_apart():
 
 
 def test_turns_are_for_the_term_use():
-    with pytest.raises(MemvecError, match=r"term_rise 0.03 is for use only: add --usable"):
+    with pytest.raises(MemvecError, match="term_rise is for use only: take the preset 'usable'"):
         replace(QUICK, term="none", term_rise=0.03)
     with pytest.raises(MemvecError, match="term_rise must be at least 0"):
         replace(USABLE, term_rise=-0.1)
     assert "term_rise" not in USABLE.record()
     for term in ("none", "alignment"):
-        with pytest.raises(MemvecError, match="objective_every 2 is for use only: add --usable"):
+        with pytest.raises(MemvecError, match="the recipe's objective_every is for use only"):
             replace(QUICK, term=term, objective_every=2)
     with pytest.raises(MemvecError, match="objective_every must be at least 1"):
         replace(USABLE, objective_every=0)
@@ -805,7 +805,7 @@ def test_the_command_crams_shows_and_uses(folder, tmp_path, command):
         (["--usable", "--queries", "nowhere.txt"], "no source of queries, and no file"),
         (["--usable", "--one-step"], "cannot stand in front of a query"),
         (["--usable", "--set", "term=none"], "--set term=none leaves nothing of --usable"),
-        (["--usable", "--start-rule", "first-token"], "use --start-rule bos"),
+        (["--usable", "--start-rule", "first-token"], "use the start rule 'bos'"),
         (["--usable", "--trigger", "#²"], "a trigger is one"),
     ],
 )

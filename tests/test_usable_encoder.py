@@ -163,7 +163,7 @@ def test_auto_takes_it_for_use_and_for_nothing_else():
     other.own_trigger = CrammedTrigger(torch.zeros(1, lm.width), "not the one it knows")
     assert start_of(other, USABLE) == "last-tokens"
     with pytest.raises(
-        MemvecError, match=r"no usable encoder for such vectors: use --start last-tokens"
+        MemvecError, match=r"no usable encoder for such vectors: use start 'last-tokens'"
     ):
         start_vectors(tiny(), ids, 2, replace(USABLE, start="encoder"))
     for asked in ({"trigger": "bos"}, {"front": "none"}):
@@ -278,7 +278,7 @@ def test_a_trained_encoder_goes_on_being_trained(tmp_path):
         with pytest.raises(MemvecError, match=says):
             UsableTraining(lm, stream(lm), replace(plan, **changes))
     pocket = load_lm("pocket")
-    with pytest.raises(MemvecError, match="is no usable encoder: --begin goes on from one"):
+    with pytest.raises(MemvecError, match="is no usable encoder to begin from"):
         UsableTraining(pocket, stream(lm), replace(SMALL, begin=str(pocket.encoder.file)))
 
 
@@ -313,7 +313,7 @@ def test_training_learns_both():
     [
         ({"rank": 0}, "rank"),
         ({"query_tokens": 0}, "query"),
-        ({"longest": 1}, "--longest 1 is below"),
+        ({"longest": 1}, "longest must be at least 4"),
         ({"weight": -1.0}, "--use-weight"),
         ({"lr": 0.0}, "--lr"),
     ],

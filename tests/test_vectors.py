@@ -214,7 +214,7 @@ def test_vectors_that_were_cut_after_they_were_made_are_not_written(mem, tmp_pat
 def test_an_existing_file_is_not_overwritten_unasked(mem, tmp_path):
     target = tmp_path / "a.mem"
     target.write_bytes(b"mine")
-    with pytest.raises(MemvecError, match="use --force"):
+    with pytest.raises(MemvecError, match="use force=True"):
         mem.save(target)
     assert target.read_bytes() == b"mine"
     mem.save(target, force=True)

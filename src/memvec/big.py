@@ -152,6 +152,6 @@ def refuse_spilled(model: nn.Module, name: str) -> None:
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise MemvecError(
             f"{name} does not fit on the GPUs: device_map leaves a part of its weights in main "
-            "memory or on disk, where cramming saves nothing by it. Use quantize, more GPUs, or "
-            "device='cpu' (on the command line: --load quantize=4bit, --device cpu)."
+            "memory or on disk, where cramming saves nothing by it. Use quantize='4bit', more "
+            "GPUs, or the device 'cpu'."
         )

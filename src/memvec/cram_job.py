@@ -186,7 +186,7 @@ class CramJob:
         max_tokens = self.engine.max_tokens()
         if max_tokens is not None and max_tokens < shortest:
             raise MemvecError(
-                f"--vectors {self.K} leaves no room for text in {self.lm.name}'s context of "
+                f"{self.K} vectors leave no room for text in {self.lm.name}'s context of "
                 f"{self.lm.context} tokens."
             )
         if self.tokens is not None:

@@ -31,17 +31,16 @@ class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that memvec was tested with."""
 
 
-def check_minimum(minimum: int | float, /, **options: int | float | None) -> None:
-    """Raise MemvecError, which names the option, for a value below the minimum or a string.
+def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> None:
+    """Raise MemvecError, which names the argument, for a value below the minimum or a string.
 
-    None is an option that was not given. With an `int` as the minimum, so is every value.
+    None is one that was not given. With an `int` as the minimum, so is every value.
     """
-    for name, value in options.items():
+    for name, value in arguments.items():
         if value is not None and (isinstance(value, str) or not value >= minimum):
-            option = name.replace("_", "-")
-            raise MemvecError(f"--{option} must be at least {minimum:g}, not {value!r}.")
+            raise MemvecError(f"{name} must be at least {minimum:g}, not {value!r}.")
         if isinstance(value, float) and isinstance(minimum, int):
-            raise MemvecError(f"--{name.replace('_', '-')} must be a whole number, not {value}.")
+            raise MemvecError(f"{name} must be a whole number, not {value}.")
 
 
 def check_type(name: str, value: object, kind: type, source: str) -> None:

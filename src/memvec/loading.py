@@ -95,7 +95,7 @@ def load_lm(
             big = loading_options(device_map, quantize, weights_dtype, where)
     local = local_folder(name)
     if local is not None and revision is not None:
-        raise MemvecError(f"{name} is a folder here: only models of the Hub have a --revision.")
+        raise MemvecError(f"{name} is a folder here: only models of the Hub have a revision.")
     model, tokenizer = _weights(name, local, revision, where, weights_dtype, attention, big)
     if big:
         prepare(model, name)
@@ -120,7 +120,7 @@ def _device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise MemvecError(f"unknown device '{name}': use auto, cpu or cuda:0.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise MemvecError("this machine has no usable GPU: use --device cpu.")
+        raise MemvecError("this machine has no usable GPU: use the device 'cpu'.")
     return device
 
 
@@ -224,8 +224,8 @@ def _loading(name: str) -> Iterator[None]:
         first = first_line(error)
         if out_of_memory(error):
             raise MemvecError(
-                f"{name} does not fit in the memory of the device: use device_map='auto' or "
-                "quantize (on the command line: --load device_map=auto, --load quantize=4bit)."
+                f"{name} does not fit in the memory of the device: use device_map='auto', "
+                "or quantize='4bit'."
             ) from error
         if isinstance(error, ImportError):
             raise MemvecError(f"{name} needs a package that is missing: {first}") from error

@@ -258,7 +258,7 @@ class MemVectors:
         if not force and not Fingerprint.of_record(model).matches(lm.fingerprint):
             raise MemvecError(
                 f"these vectors were made for other weights (of {made_for}) than those of "
-                f"{lm.name}: load that model; memvec decode --force tries it as it is."
+                f"{lm.name}: load that model; decode with force=True tries it as it is."
             )
 
     # ------------------------------------------------------------------ the file
@@ -271,7 +271,7 @@ class MemVectors:
         """
         target = Path(path)
         if target.exists() and not force:
-            raise MemvecError(f"{target} exists: use --force to overwrite it, or -o for another.")
+            raise MemvecError(f"{target} exists: use force=True to overwrite it, or name another.")
         write_file(target, self.header, self.storage.pack(self.stored) | self.soft)
         return target
 

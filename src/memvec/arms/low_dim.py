@@ -38,7 +38,7 @@ class LowDim:
         if recipe.dimensions > limit:
             raise MemvecError(
                 f"low-dim coordinates of {lm.name} have 1 to {limit} dimensions, not "
-                f"{recipe.dimensions}: use --set dimensions."
+                f"{recipe.dimensions}: change the recipe's dimensions."
             )
         self.z, self.W = (t.to(lm.device) for t in basis(recipe, K, lm.numbers))
         self.sizes = [self.z.numel(), self.W.numel(), K * lm.numbers]

@@ -49,8 +49,8 @@ class OneStepReading(Prefix):
             )
         if start != "vectors":
             raise MemvecError(
-                "one-step decoding continues no given tokens: use --start-rule vectors, "
-                f"not {start}."
+                "one-step decoding continues no given tokens: use the start rule "
+                f"'vectors', not '{start}'."
             )
         vectors = vectors.to(lm.dtype)
         return torch.cat([vectors[:, :1], vectors[:, 1:].expand(-1, ids.shape[1] - 1, -1)], dim=1)

@@ -109,7 +109,7 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
         if not covariance.any():
             raise MemvecError(
                 f"the gradients of {lm.name} at its input are not finite, so its directions cannot "
-                "be found: use --dtype float32, or --set coordinates=direct."
+                "be found: use the dtype 'float32', or the coordinates 'direct'."
             )
         shares, directions = (part.float().to(lm.device) for part in torch.linalg.eigh(covariance))
         SPECTRA[lm.fingerprint] = Spectrum(shares.clamp_min(0), directions)

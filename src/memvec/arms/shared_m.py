@@ -79,10 +79,10 @@ class Shared:
     ) -> None:
         recipe = recipe.in_logits(lm.logit_spread).for_family(lm.config.model_type)
         if recipe.coordinates != "direct":
-            raise MemvecError("a shared m is moved directly: leave out --set coordinates.")
+            raise MemvecError("a shared m is moved directly: leave out the coordinates.")
         resolve_start_rule(lm, recipe)
         if recipe.corrections:
-            raise MemvecError("a shared m takes no corrections: leave out --corrections.")
+            raise MemvecError("a shared m takes no corrections: leave them out.")
         self.lm, self.recipe, self.batch_size = lm, recipe, batch_size
         # One of the two vectors is a passage's own.
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, 1)
@@ -109,7 +109,7 @@ class Shared:
                 longest = max(len(job.passage) for job in jobs)
                 raise MemvecError(
                     f"one passage of {longest} tokens does not fit in the memory of "
-                    f"{self.lm.device}: use fewer --tokens."
+                    f"{self.lm.device}: cram shorter passages."
                 )
             self.batch_size = min(self.batch_size, len(jobs)) // 2 or 1
             forget_freed_memory()

@@ -31,6 +31,7 @@ from memvec.cli import (
     use,
     verify,
 )
+from memvec.cli.arguments import as_options, options_of
 from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
 
 
@@ -104,7 +105,8 @@ def main() -> None:
     try:
         app()
     except MemvecError as error:
-        _end(str(error), error.exit_code)
+        known = set(options_of(typer.main.get_command(app)))
+        _end(as_options(str(error), known), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except OverflowError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memvec.cli.arguments import option_of
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -99,7 +100,6 @@ Begin = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="With --adapted, --usable: an encoder to go on from."),
 ]
-NAMES = {"weight": "--use-weight"}  # of options that are not called as the plan's fields are
 
 
 def kind_of(**flags: bool) -> str:
@@ -140,7 +140,7 @@ def plan_of(kind: str, given: dict[str, Any]) -> TrainingPlan:
     known = {name: {field.name for field in fields(plan)} for name, plan in plans.items()}
     given = {name: value for name, value in given.items() if value is not None}
     for name in sorted(given.keys() - known[kind]):
-        option = NAMES.get(name, "--" + name.replace("_", "-"))
+        option = option_of(name)
         others = [other for other in plans if name in known[other]]
         if kind == "slots":
             flags = " or ".join(f"--{other}" for other in others)

@@ -52,7 +52,7 @@ class OnePassEncoder(ABC):
         if not self.fits(lm, recipe):
             raise MemvecError(
                 f"the usable encoder of {lm.name} knows one trigger and front, and these are "
-                "others: use --start last-tokens, or trigger and front 'auto'."
+                "others: use the start 'last-tokens', or trigger and front 'auto'."
             )
 
     @abstractmethod

@@ -67,7 +67,7 @@ def refuse_for_memory(jobs: Sequence[Job], device: torch.device) -> NoReturn:
     longest = max((len(job.passage) for job in jobs), default=0)
     raise MemvecError(
         f"one passage of {longest} tokens does not fit in the memory of {device}: "
-        "use fewer --tokens, or load_lm(..., checkpointing=True)."
+        "cram shorter passages, or load the model with checkpointing=True."
     )
 
 

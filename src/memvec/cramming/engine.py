@@ -296,7 +296,7 @@ class Engine:
             longest = max(len(f.passage) for f in finished)
             raise MemvecError(
                 f"a passage of up to {longest} tokens cannot be decoded in the memory of "
-                f"{self.lm.device}: use fewer --tokens."
+                f"{self.lm.device}: cram shorter passages."
             ) from error
 
     def _may_retry(self, outcome: Outcome) -> bool:

@@ -224,7 +224,7 @@ class Recipe:
                 raise MemvecError(f"the recipe's {name} must be at least {minimum:g}, not {value}.")
         for name, unset in FOR_USE.items():
             if self.term != "use" and getattr(self, name) != unset:
-                raise MemvecError(f"{name} {getattr(self, name)} is for use only: add --usable.")
+                raise MemvecError(f"the recipe's {name} is for use only: take the preset 'usable'.")
         if abs(self.seed) >= 2**63:
             raise MemvecError(f"the recipe's seed must fit 64 bits; {self.seed} does not.")
         for name in ("beta1", "beta2"):

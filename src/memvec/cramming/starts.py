@@ -73,7 +73,7 @@ def start_vectors(
         return [rows / recipe.context_scale for rows in begun]
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
-        raise MemvecError(f"{lm.name} has no {kind} encoder for such vectors: use --start {other}.")
+        raise MemvecError(f"{lm.name} has no {kind} encoder for such vectors: use start '{other}'.")
     encoder.refuse_unfit(lm, recipe)
     batches: dict[int, list[int]] = {}
     for i, ids in enumerate(passages):
@@ -110,10 +110,10 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
         rules = " or ".join(lm.reading.start_rules)
         raise MemvecError(
             f"in the space '{lm.reading.space}' a token stands before the first predicted one: "
-            f"use --start-rule {rules}, not {rule}."
+            f"use the start rule {rules}, not {rule}."
         )
     if rule == "bos" and not lm.trigger:
-        raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
+        raise MemvecError(f"{lm.name} has no BOS token: use the start rule 'vectors'.")
     return rule
 
 

@@ -40,7 +40,7 @@ class AdaptedPlan(AdapterPlan):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.size < float("inf"):
-            raise MemvecError(f"--size must be a number above 0, not {self.size}.")
+            raise MemvecError(f"size must be a number above 0, not {self.size}.")
 
 
 class AdaptedTraining(AdapterTraining):
@@ -68,8 +68,8 @@ class AdaptedTraining(AdapterTraining):
         if lm.context is not None and largest > lm.context:
             raise MemvecError(
                 f"{plan.slots} vectors and passages of {plan.slots * plan.longest} tokens do not "
-                f"fit the context of {lm.name} ({lm.context}): use fewer --slots, or a smaller "
-                "--longest."
+                f"fit the context of {lm.name} ({lm.context}): use fewer slots, or shorter "
+                "passages."
             )
         if largest > len(self.text):
             raise MemvecError(

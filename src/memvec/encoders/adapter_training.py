@@ -40,7 +40,8 @@ class AdapterPlan(TrainingPlan):
         self.at_least_1("rank", "shortest")
         if self.longest < self.shortest:
             raise MemvecError(
-                f"--longest {self.longest} is below --shortest {self.shortest} tokens per vector."
+                f"longest must be at least {self.shortest}, the tokens per vector of the shortest "
+                f"passages, not {self.longest}."
             )
 
 
@@ -71,14 +72,14 @@ class AdapterTraining(TrainingRun):
             encoder = load_encoder(path, self.lm)
             if not isinstance(encoder, self.makes):
                 kind = self.makes.kind
-                raise MemvecError(f"{path} is no {kind} encoder: --begin goes on from one.")
+                raise MemvecError(f"{path} is no {kind} encoder to begin from.")
             try:
                 self.network.load_state_dict(encoder.network.state_dict())
             except RuntimeError:
                 rank = len(encoder.network.state_dict()["adapters.down.0"])
                 raise MemvecError(
-                    f"{path} has {encoder.max_vectors} slots of rank {rank}: give --begin the same "
-                    "--slots and --rank."
+                    f"{path} has {encoder.max_vectors} slots of rank {rank}: begin with the "
+                    "same slots and rank."
                 ) from None
             self.identity["plan"]["begin"] = encoder.identity
         self.network.to(self.lm.device)

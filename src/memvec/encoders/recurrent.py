@@ -223,7 +223,7 @@ def recurrent_of(lm: FrozenLM) -> RecurrentEncoder:
     if not isinstance(lm.encoder, RecurrentEncoder):
         raise MemvecError(
             f"{lm.name} has no recurrent encoder: train one with memvec encoder train --recurrent, "
-            "and name it with --encoder."
+            "and load it with encoder=FILE."
         )
     return lm.encoder
 

@@ -116,8 +116,8 @@ def check_chain(
         )
     if lags > encoder.lags:
         raise MemvecError(
-            f"--lags {lags} is out of range: this encoder was trained to give back the newest "
-            f"{encoder.lags} segments."
+            f"lags must be at most {encoder.lags}, the newest segments that this encoder was "
+            f"trained to give back, not {lags}."
         )
     if crammed and lm.context is not None and segments * T > lm.context - encoder.slots:
         raise MemvecError(

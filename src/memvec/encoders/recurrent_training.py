@@ -48,8 +48,7 @@ class RecurrentPlan(NetworkPlan):
         self.at_least_1("segments", "lags", "segment_tokens")
         if self.lags > self.segments:
             raise MemvecError(
-                f"--lags {self.lags} ask for more segments than a chain of --segments "
-                f"{self.segments} has: lags are from 1 to that."
+                f"lags must be at most {self.segments}, the segments of a chain, not {self.lags}."
             )
 
 

@@ -59,7 +59,7 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         self.at_least_1("steps", "slots", "positions")
         if not 0 < self.lr < 1:
-            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+            raise MemvecError(f"lr must be between 0 and 1, not {self.lr}.")
 
     def at_least_1(self, *names: str) -> None:
         """Raise MemvecError if one of these fields is below 1."""
@@ -80,9 +80,11 @@ class NetworkPlan(TrainingPlan):
         super().__post_init__()
         self.at_least_1("hidden", "layers", "heads")
         if self.hidden % self.heads:
-            raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
+            raise MemvecError(
+                f"hidden must be a multiple of {self.heads}, the heads, not {self.hidden}."
+            )
         if not 0 < self.size < float("inf"):
-            raise MemvecError(f"--size must be a number above 0, not {self.size}.")
+            raise MemvecError(f"size must be a number above 0, not {self.size}.")
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ class TrainingRun(ABC):
         loss = float(scores.loss.mean()) / torch.log(torch.tensor(2.0)).item()
         if not loss < float("inf"):
             raise MemvecError(
-                f"the loss was not finite at step {self.step + 1}: lower --lr (now {self.plan.lr})."
+                f"the loss was not finite at step {self.step + 1}: lower the learning rate (now "
+                f"{self.plan.lr})."
             )
         accuracy = float((scores.margin > 0).float().mean())
         return loss, accuracy, scores.gradient.to(states.dtype) / ids.numel()

@@ -51,7 +51,7 @@ class UsablePlan(AdapterPlan):
         super().__post_init__()
         self.at_least_1("query_tokens")
         if not 0 <= self.weight < float("inf"):
-            raise MemvecError(f"--use-weight must be a number from 0, not {self.weight}.")
+            raise MemvecError(f"weight must be a number from 0, not {self.weight}.")
 
 
 class UsableTraining(AdapterTraining):
@@ -88,9 +88,9 @@ class UsableTraining(AdapterTraining):
         largest = longest + max(before, plan.query_tokens + 1)
         if lm.context is not None and largest > lm.context:
             raise MemvecError(
-                f"passages of {longest} tokens with --slots {plan.slots} and "
-                f"--query-tokens {plan.query_tokens} do not fit the context of {lm.name} "
-                f"({lm.context}): use fewer, or a smaller --longest."
+                f"{plan.slots} vectors, passages of {longest} tokens and queries of "
+                f"{plan.query_tokens} do not fit the context of {lm.name} ({lm.context}): use "
+                "fewer slots, or shorter passages or queries."
             )
         if longest + plan.query_tokens > len(self.text):
             raise MemvecError(

@@ -34,7 +34,7 @@ def folder_of(lm: FrozenLM) -> Path:
             folder = Path(config).parent if config else folder
     if not (folder / "config.json").is_file():
         raise MemvecError(
-            f"an engine reads a model's folder, and {lm.name} is none: give it with --engine-model."
+            f"an engine reads a model's folder, and {lm.name} is none: give it with model=FOLDER."
         )
     return folder
 

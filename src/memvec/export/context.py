@@ -66,7 +66,7 @@ def export_context(
         if not torch.equal(read, inputs):
             raise MemvecError(
                 f"{target.name} reads other numbers than were written in {lm.dtype}: use another "
-                "--dtype."
+                "dtype."
             )
         with stock_attention(lm):
             use = certify_use(lm, mem, exact_only=False)

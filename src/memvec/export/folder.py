@@ -127,7 +127,7 @@ def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bo
     if mem.header.space is not None:
         raise MemvecError(
             f"vectors in the space '{mem.header.space.name}' are no inputs, which is what "
-            f"{target.name} takes: cram the text with --space inputs."
+            f"{target.name} takes: cram the text in the space 'inputs'."
         )
     mem.check_model(lm)
     refuse_other_weights(lm, target.name)
@@ -135,7 +135,7 @@ def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bo
     if target.dtype not in (None, dtype):
         raise MemvecError(
             f"{target.name} takes vectors in {target.dtype} and {lm.name} is loaded in {dtype}: "
-            f"use --dtype {target.dtype}."
+            f"load it in {target.dtype}."
         )
     target.refuse(lm)
     check_place(output, force)
@@ -151,9 +151,9 @@ def check_place(output: Path, force: bool) -> None:
     if not output.exists():
         return
     if not _is_export(output):
-        raise MemvecError(f"{output} is not an earlier export: name another folder with -o.")
+        raise MemvecError(f"{output} is not an earlier export: name another folder.")
     if not force:
-        raise MemvecError(f"{output} exists: use --force to replace it, or -o for another.")
+        raise MemvecError(f"{output} exists: use force=True to replace it, or name another.")
 
 
 def _is_export(folder: Path) -> bool:
@@ -170,7 +170,7 @@ def _item(mem: MemVectors, i: int, lm: FrozenLM) -> Item:
     if record.corrections:
         raise MemvecError(
             f"passage {i} has corrections, which only 'memvec decode' puts in their places: cram "
-            "it without --corrections."
+            "it without corrections."
         )
     view, given = mem.view(lm), tuple[int, ...]()
     vectors = in_full(view, mem.vectors[i]) if view.front or mem.soft else mem.vectors[i]
@@ -205,7 +205,7 @@ def _certify(
     raise NotExactError(
         f"{len(wrong)} of {len(paths)} passages do not decode exactly in {dtype} as "
         f"{target.name} reads them: {', '.join(wrong[:MAX_NAMED])}{more}; cram for it with "
-        f"--dtype {dtype} --storage {dtype}, or with a larger --margin."
+        f"the dtype and storage '{dtype}', or with a larger margin."
     )
 
 

@@ -39,7 +39,7 @@ def refuse(engine: str, lm: FrozenLM, *, writes_model: bool = True) -> None:
     if dtype not in DTYPES[engine]:
         raise MemvecError(
             f"{name} takes vectors in {' or '.join(DTYPES[engine])} and {lm.name} is loaded in "
-            f"{dtype}: use --dtype {DTYPES[engine][0]}."
+            f"{dtype}: load it in {DTYPES[engine][0]}."
         )
     refuse_per_layer_inputs(lm, name)
     refuse_other_width(lm, name)
@@ -51,7 +51,7 @@ def refuse(engine: str, lm: FrozenLM, *, writes_model: bool = True) -> None:
     if engine == "llama.cpp" and writes_model and kind not in GGUF_WRITTEN:
         raise MemvecError(
             f"memvec writes no GGUF file for models of the type {kind}: make it with llama.cpp's "
-            "convert_hf_to_gguf.py and give it with --engine-model."
+            "convert_hf_to_gguf.py and give it with model=FILE."
         )
 
 
@@ -79,7 +79,7 @@ def refuse_scaled_embeddings(lm: FrozenLM, engine: str) -> None:
     if not torch.allclose(lm.embed(ids).float(), weight[ids].float(), rtol=1e-2, atol=1e-4):
         raise MemvecError(
             f"{lm.name} scales its token embeddings, and {engine} may scale given vectors again: "
-            f"an export for {engine} cannot be certified; use --to transformers."
+            f"an export for {engine} cannot be certified; use the target 'transformers'."
         )
 
 
@@ -90,5 +90,5 @@ def refuse_other_width(lm: FrozenLM, engine: str) -> None:
     if hidden != lm.width:
         raise MemvecError(
             f"{engine} takes vectors of the hidden size {hidden}, and {lm.name} reads vectors of "
-            f"{lm.width}: use --to transformers."
+            f"{lm.width}: use the target 'transformers'."
         )

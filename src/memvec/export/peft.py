@@ -90,7 +90,8 @@ class Peft(Target):
             except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
                 reason = first_line(error)
                 raise MemvecError(
-                    f"PEFT cannot generate with {lm.name} ({reason}): use --to transformers."
+                    f"PEFT cannot generate with {lm.name} ({reason}): use the target "
+                    "'transformers'."
                 ) from error
         new_ids: list[int] = ids[0, given.shape[1] :].tolist()
         return new_ids

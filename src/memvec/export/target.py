@@ -39,7 +39,7 @@ def refuse_other_weights(lm: FrozenLM, reader: str) -> None:
         how = f"quantized to {lm.quantize}" if lm.quantize else "in mixed precision"
         raise MemvecError(
             f"{lm.name} is {how} here, and {reader} reads its folder as it is: cram with the model "
-            "in a dtype that it is run in, without --load quantize."
+            "in a dtype that it is run in, without quantization."
         )
 
 

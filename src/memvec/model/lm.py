@@ -300,7 +300,7 @@ class FrozenLM:
         """The tokens between vectors and first predicted token. Raises MemvecError without BOS."""
         if start == "bos":
             if not self.trigger:
-                raise MemvecError(f"{self.name} has no BOS token: use --start-rule vectors.")
+                raise MemvecError(f"{self.name} has no BOS token: use the start rule 'vectors'.")
             # Filled on the device: a copy from the CPU would make a GPU wait.
             return torch.cat([ids.new_full((len(ids), 1), token) for token in self.trigger], 1)
         return ids[:, : int(start == "first-token")]

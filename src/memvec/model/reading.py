@@ -97,7 +97,7 @@ class Prefix:
             elif lm.bos_id is not None:
                 before = ids.new_full((len(ids), 1), lm.bos_id)
             else:
-                raise MemvecError(f"{lm.name} has no BOS token: use --start-rule vectors.")
+                raise MemvecError(f"{lm.name} has no BOS token: use the start rule 'vectors'.")
             parts.append(lm.embed(before))
         parts.append(lm.embed(ids[:, :-1]))
         return torch.cat(parts, dim=1)

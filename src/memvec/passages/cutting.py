@@ -44,7 +44,7 @@ class Cutter:
             raise ValueError("give either bits or tokens")
         check_minimum(1, tokens=tokens)
         if tokens is not None and max_tokens is not None and tokens > max_tokens:
-            raise MemvecError(f"--tokens {tokens} does not fit the context: at most {max_tokens}.")
+            raise MemvecError(f"{tokens} tokens do not fit the context: at most {max_tokens}.")
         self.lm, self.bits, self.tokens = lm, bits, tokens
         self.max_tokens = max_tokens or 10**9
 

@@ -183,7 +183,7 @@ def _refuse_large(name: str, size: int, largest: int) -> None:
     if size > largest:
         raise MemvecError(
             f"{name} is larger than {largest} bytes, which would take very long to cram: "
-            "cut it, or allow it with --max-bytes."
+            "cut it, or allow it with largest=BYTES."
         )
 
 
@@ -203,10 +203,10 @@ def _decode(data: bytes, encoding: str, name: str) -> str:
             return text
     except UnicodeDecodeError as error:
         raise MemvecError(
-            f"{name} is not {encoding} (byte {error.start}): name its encoding with --encoding, or "
-            "use --encoding latin-1, which takes any bytes."
+            f"{name} is not {encoding} (byte {error.start}): name its encoding, or use "
+            "encoding='latin-1', which takes any bytes."
         ) from None
     except (LookupError, UnicodeError):  # or one that does not encode texts ('idna')
         raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
     # utf-16 without a byte order mark, and the like
-    raise MemvecError(f"{name} does not survive --encoding {encoding}: use --encoding latin-1.")
+    raise MemvecError(f"{name} does not survive the encoding {encoding}: use encoding='latin-1'.")

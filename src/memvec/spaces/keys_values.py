@@ -244,13 +244,13 @@ def _checked(units: Any, count: int) -> list[int]:
 
 def _nothing_before(space: str) -> str:
     return (
-        f"in the space '{space}' a token stands before the first predicted one: use --start-rule "
-        "bos or first-token, not vectors."
+        f"in the space '{space}' a token stands before the first predicted one: use the start "
+        "rule bos or first-token, not vectors."
     )
 
 
 def _unfit(lm: FrozenLM, space: str, reason: str) -> MemvecError:
     return MemvecError(
         f"{lm.name} keeps no keys and values that the space '{space}' could put a prefix in "
-        f"({reason}): use --space inputs."
+        f"({reason}): use the space 'inputs'."
     )

@@ -33,7 +33,7 @@ class SharedBasis(Prefix):
         if not isinstance(d, int) or not 1 <= d <= lm.width or not isinstance(seed, int):
             raise MemvecError(
                 f"an input vector of {lm.name} has {lm.width} numbers, so a shared basis has 1 to "
-                f"{lm.width} dimensions, not {d}: use --set dimensions."
+                f"{lm.width} dimensions, not {d}: change the recipe's dimensions."
             )
         if abs(seed) >= 2**63:
             raise MemvecError(f"the seed of a shared basis must fit 64 bits; {seed} does not.")

@@ -164,7 +164,7 @@ def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
             f"{subject} have no trigger, so whatever follows them is taken for their passage: "
-            "cram the text with --usable."
+            "cram the text with the preset 'usable'."
         )
 
 
@@ -195,7 +195,7 @@ def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> i
     if room < 2:
         raise MemvecError(
             f"a passage of {max(map(len, passages))} tokens leaves no room for a query in the "
-            f"context of {lm.name} ({lm.context}): cram it with fewer --tokens."
+            f"context of {lm.name} ({lm.context}): cram shorter passages."
         )
     return min(TOKENS, room)
 

@@ -86,13 +86,13 @@ class Evaluation:
                 raise MemvecError(f"the column '{column}' is named twice: name each once.")
         check_minimum(1, vectors=self.vectors, tokens=self.tokens)
         check_minimum(1, limit=self.limit, batch_size=self.batch_size)
-        check_minimum(0, fewshot=self.examples)
+        check_minimum(0, examples=self.examples)
         if not 0 <= self.seed < 2**32:  # what the harness takes
-            raise MemvecError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
+            raise MemvecError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
         if self.tasks_folder is not None and not self.tasks_folder.is_dir():
             raise MemvecError(f"there is no folder {self.tasks_folder} with task files.")
         if not self.split:
-            raise MemvecError("--split must be the text at which a question begins, not empty.")
+            raise MemvecError("split must be the text at which a question begins, not empty.")
         if importlib.util.find_spec("lm_eval") is None:
             raise MemvecError(
                 "evaluation needs lm-evaluation-harness: pip install '.[eval]' in the repository."

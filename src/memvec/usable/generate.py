@@ -214,7 +214,7 @@ def context_inputs(
     if view.reading.space != "inputs":
         raise MemvecError(
             f"vectors in the space '{view.reading.space}' are no inputs: use memvec.use, or cram "
-            "the text with --space inputs."
+            "the text in the space 'inputs'."
         )
     return view.behind_front(rows)[0].cpu()
 

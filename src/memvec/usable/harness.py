@@ -87,7 +87,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         changed = Recipe.of(preset, **recipe)
         self.split = split.replace("\\n", "\n")
         if not self.split:
-            raise MemvecError("--split must be the text at which a question begins, not empty.")
+            raise MemvecError("split must be the text at which a question begins, not empty.")
         if isinstance(pretrained, FrozenLM):
             self.lm = pretrained
         else:
@@ -181,7 +181,8 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         if self.column.name != "full" and lacking is not None:
             raise MemvecError(
                 f"no request of {lacking} has a context in front of {self.split!r}: "
-                "ask for examples (--fewshot), or name the text that begins a question (--split)."
+                "ask for examples (examples=N), or name the text that begins a question "
+                "(split=TEXT)."
             )
         contexts = list(dict.fromkeys(r.context for r in split))
         self.column.prepare(contexts)

@@ -74,7 +74,7 @@ class Neighbours:
             raise MemvecError(
                 f"a passage of {len(ids)} tokens, neighbours of {neighbour_tokens} and a query of "
                 f"{recipe.query_tokens} do not fit the context of {lm.name} ({lm.context}): use a "
-                "file of shorter neighbours, or fewer query_tokens or --tokens."
+                "file of shorter neighbours, fewer query_tokens, or shorter passages."
             )
         texts = []
         for m in range(recipe.query_count):

@@ -219,7 +219,8 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     if lm.context is not None and len(ids) + 1 + recipe.query_tokens > lm.context:
         raise MemvecError(
             f"queries of {recipe.query_tokens} tokens do not fit the context of {lm.name} "
-            f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens or --tokens."
+            f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens, or "
+            "shorter passages."
         )
     if plugins.plain(recipe.queries) in registry.names("queries"):
         return _checked(registry.get("queries", recipe.queries)(lm, ids, recipe), lm, recipe)

@@ -158,7 +158,7 @@ def refuse_another_run(folder: Path, run: str) -> None:
         if (file := _file(folder, column)).is_file() and any(r.run != run for r in _of(file)):
             raise MemvecError(
                 f"{file} is of another run (model, recipe, tasks or seed): name another folder "
-                "with --receipts."
+                "of receipts."
             )
 
 
@@ -205,7 +205,7 @@ def _refuse_mixed(receipts: Sequence[Receipt]) -> None:
             raise MemvecError(
                 f"document {receipt.document} of {receipt.task} is another one in the column "
                 f"'{receipt.column}' than in '{first.column}': the task's data have changed, so "
-                "name another folder with --receipts."
+                "name another folder of receipts."
             )
 
 

@@ -61,7 +61,7 @@ class Use(Term):
         if start_rule != "bos":
             raise MemvecError(
                 "vectors that are to be used as context need a trigger behind which the passage "
-                "comes: use --start-rule bos, or --trigger with a token."
+                "comes: use the start rule 'bos', or a token as the trigger."
             )
         if recipe.query_tokens < 2 and not lm.reading.predicts:
             raise MemvecError(

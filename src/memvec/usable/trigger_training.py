@@ -70,7 +70,7 @@ class TriggerPlan:
             check_minimum(1, **{name: getattr(self, name)})
         check_minimum(0, front=self.front)
         if not 0 < self.lr < math.inf:
-            raise MemvecError(f"--lr must be a number above 0, not {self.lr}.")
+            raise MemvecError(f"lr must be a number above 0, not {self.lr}.")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class SharedStep(Step):
         assert rows is not None
         gradient, shared = torch.autograd.grad(outputs, [batch.parameters, rows], slopes)
         if not bool(torch.isfinite(shared).all()):
-            raise MemvecError("the gradient of the trigger is not finite: use a smaller --lr.")
+            raise MemvecError(
+                "the gradient of the trigger is not finite: use a smaller learning rate."
+            )
         rows.grad = shared / len(batch)
         for group in self.optimizer_of_rows.param_groups:
             group["lr"] = group["initial_lr"] * self.rate(self.taken)
@@ -187,7 +189,7 @@ def train_trigger(
         stored, about = stored_trigger(path, lm)
         done = int(about.pop("batches_done", 0))
         if about != identity:
-            raise MemvecError(f"{path} is of another training: delete it, or use another -o.")
+            raise MemvecError(f"{path} is of another training: delete it, or name another file.")
         rows = stored.table
     for number in range(done, plan.batches):
         batch = passages[number * plan.batch_size : (number + 1) * plan.batch_size]

@@ -60,7 +60,7 @@ class Workers:
     ) -> None:
         if device.startswith("cuda:"):
             raise MemvecError(
-                f"--device {device} is one GPU, and each worker has its own: use --device cuda."
+                f"{device} is one GPU, and each worker has its own: use the device 'cuda'."
             )
         self.ray = _start_ray(workers, address)
         resources = self.ray.cluster_resources()
@@ -70,12 +70,12 @@ class Workers:
         if self.count > cpus:  # Ray would wait for the last of them for ever, without an error
             raise MemvecError(
                 f"{self.count} workers need as many CPUs, and Ray has {cpus} here: ask for fewer "
-                "--workers, or end the Ray that runs already (ray stop; in Python ray.shutdown())."
+                "workers, or end the Ray that runs already (ray stop; in Python ray.shutdown())."
             )
         if 0 < gpus < self.count:
             raise MemvecError(
                 f"{self.count} workers need a GPU each, and Ray has {gpus} here: ask for fewer "
-                "--workers, or for --device cpu."
+                "workers, or for the device 'cpu'."
             )
         self.loading, self.device = loading, device
         self.gpu = gpus > 0
@@ -256,9 +256,7 @@ def _start_ray(workers: int, address: str | None) -> Any:
     try:
         import ray
     except ImportError:
-        raise MemvecError(
-            "--workers and --on need Ray: pip install '.[ray]' in the repository."
-        ) from None
+        raise MemvecError("workers need Ray: pip install '.[ray]' in the repository.") from None
     if ray.is_initialized():
         return ray
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -122,6 +122,6 @@ def _check_model(path: Path, metadata: dict[str, str], lm: FrozenLM) -> None:
         )
     if need_encoder(lm).identity != metadata["encoder"]:
         raise MemvecError(
-            f"{path} was trained on the latents of another encoder than {lm.name} has now: name it "
-            "with --encoder, or train anew."
+            f"{path} was trained on the latents of another encoder than {lm.name} has now: load "
+            "that one with encoder=FILE, or train anew."
         )

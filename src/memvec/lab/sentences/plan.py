@@ -40,11 +40,13 @@ class LatentPlan:
             check_minimum(1, **{name: getattr(self, name)})
         check_minimum(2, window=self.window, sentences=self.sentences)
         if self.hidden % self.heads:
-            raise MemvecError(f"--hidden {self.hidden} is no multiple of --heads {self.heads}.")
+            raise MemvecError(
+                f"hidden must be a multiple of {self.heads}, the heads, not {self.hidden}."
+            )
         if not 0 < self.lr < 1:
-            raise MemvecError(f"--lr must be between 0 and 1, not {self.lr}.")
+            raise MemvecError(f"lr must be between 0 and 1, not {self.lr}.")
         if self.loss not in LOSSES:
-            raise MemvecError(f"--loss is not '{self.loss}': {did_you_mean(self.loss, LOSSES)}")
+            raise MemvecError(f"unknown loss '{self.loss}': {did_you_mean(self.loss, LOSSES)}")
 
 
 def check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
@@ -57,11 +59,11 @@ def check_sizes(lm: FrozenLM, plan: LatentPlan) -> None:
         raise MemvecError(f"{lm.name} does not give its hidden states: no latent model for it.")
     if encoder.tokens and plan.max_tokens > encoder.tokens * K:
         raise MemvecError(
-            f"--max-tokens {plan.max_tokens} is more than the encoder of {lm.name} reads into {K} "
-            f"vector(s), {encoder.tokens * K} tokens: lower it, or raise --vectors."
+            f"max_tokens must be at most {encoder.tokens * K}, which the encoder of {lm.name} "
+            f"reads into {K} vector(s), not {plan.max_tokens}: lower it, or use more vectors."
         )
     if lm.context is not None and plan.max_tokens + K > lm.context:
         raise MemvecError(
-            f"--max-tokens {plan.max_tokens} and {K} vector(s) do not fit the context of {lm.name} "
-            f"({lm.context} tokens)."
+            f"sentences of {plan.max_tokens} tokens and {K} vector(s) do not fit the context of "
+            f"{lm.name} ({lm.context} tokens)."
         )

@@ -168,7 +168,8 @@ class LatentTraining:
         counted = [float(distance.detach())] + [bits] * (plan.loss != "latents")
         if not all(map(math.isfinite, counted)):
             raise MemvecError(
-                f"the loss was not finite at step {self.step + 1}: lower --lr (now {plan.lr})."
+                f"the loss was not finite at step {self.step + 1}: lower the learning rate (now "
+                f"{plan.lr})."
             )
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -76,8 +76,7 @@ def run_study(
     with Store(folder, write=True) as store:
         if (held := store.meta("name")) and held != spec.name:
             raise MemvecError(
-                f"{folder} holds the study {held}: name another folder with -o, or give the spec "
-                "that name."
+                f"{folder} holds the study {held}: name another folder, or give the spec that name."
             )
         drawn = {s.name for s in spec.sources if s.random_text}
         kept = json.dumps({"toml": toml, "model": model}) if toml else ""

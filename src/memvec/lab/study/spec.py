@@ -246,7 +246,7 @@ def _check(spec: Spec, where: str) -> None:
     if spec.name.strip() in ("", ".", "..") or set(spec.name) & set("/\\\0"):
         raise MemvecError(
             f"{where}: the name '{spec.name}' is that of a folder: give it some letters, and no "
-            "slash; --out takes a path."
+            "slash."
         )
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", spec.device) is None:
         raise MemvecError(f"{where}: unknown device '{spec.device}': use auto, cpu or cuda:0.")

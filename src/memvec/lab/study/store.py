@@ -304,7 +304,7 @@ class Store:
             self._lock = None
             raise MemvecError(
                 f"another memvec is running the study in {self.folder}: wait for it, or use "
-                "--workers there."
+                "workers there."
             ) from None
 
     def _check_version(self) -> None:
