@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from memvec import plugins
 from memvec.errors import MemvecError, first_line
 from memvec.loading import POCKET
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 if TYPE_CHECKING:
     from memvec.vectors import MemVectors
@@ -96,7 +96,7 @@ def save_pretrained(
     the base model, needed if its card is not on this machine. Raises MemvecError if the folder
     holds vectors or another card already (unless `force`), or cannot be written.
     """
-    place = Path(folder)
+    place = path_of(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,7 +141,7 @@ def local_file(
 
     Raises MemvecError if there is no such folder, repository or file, or no network.
     """
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if folder.is_dir():
         if revision is not None:
             raise MemvecError(f"{folder} is a folder here: only the Hub has a revision of it.")
@@ -256,7 +256,7 @@ def _licences(licence: str | None, base_licence: str | None) -> str:
 def licence_of(mem: MemVectors) -> str | None:
     """The licence that the base model's own card names, if that card is on this machine."""
     name = str(mem.header.model.get("name"))
-    folder = POCKET if name == "pocket" else Path(name).expanduser()
+    folder = POCKET if name == "pocket" else path_of(name)
     file: Any = folder / CARD
     if not file.is_file() and HUB_ID.fullmatch(name):
         revision = mem.header.model.get("revision")
@@ -296,7 +296,7 @@ def _base(mem: MemVectors) -> tuple[str, bool]:
     For a local folder, only the last part of its path, since the rest is private.
     """
     name = str(mem.header.model.get("name"))
-    if name != "pocket" and (Path(name).expanduser().exists() or not HUB_ID.fullmatch(name)):
+    if name != "pocket" and (path_of(name).exists() or not HUB_ID.fullmatch(name)):
         return Path(name).name, False
     return name, name != "pocket"
 

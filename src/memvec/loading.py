@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from memvec.model.memory import out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
 from memvec.versions import warn_of_untested_versions
+from memvec.writing import path_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,13 +53,13 @@ class CuttingFacts(BaseModel):
 
 @plain_torch()
 def load_lm(
-    name: str | Path = "pocket",
+    name: str | os.PathLike[str] = "pocket",
     *,
     revision: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str | None = None,
-    encoder: str | Path | None = None,
+    encoder: str | os.PathLike[str] | None = None,
     check: bool = True,
     device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
@@ -82,7 +84,8 @@ def load_lm(
     a causal LM that cannot be served exactly.
     """
     warn_of_untested_versions()
-    name, dtype = str(name), str(dtype).removeprefix("torch.")
+    name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
+    dtype = str(dtype).removeprefix("torch.")
     where = _device(str(device))
     weights_dtype = _dtype(dtype, where)
     if where.type == "cpu":
@@ -93,8 +96,7 @@ def load_lm(
 
         with _quiet():
             big = loading_options(device_map, quantize, weights_dtype, where)
-    local = local_folder(name)
-    if local is not None and revision is not None:
+    if (local := local_folder(name)) is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a revision.")
     model, tokenizer = _weights(name, local, revision, where, weights_dtype, attention, big)
     if big:
@@ -168,7 +170,7 @@ def _weights(
     return model, tokenizer
 
 
-def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -> None:
+def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | os.PathLike[str] | None) -> None:
     """What a model's folder holds besides weights: measured facts, encoders, and a trigger."""
     if local is not None and (facts := local / "memvec.json").is_file():
         try:
@@ -186,14 +188,10 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | Path | None) -
 def local_folder(name: str) -> Path | None:
     """The model's folder, or None for a Hub id. 'pocket' is a folder of the package.
 
-    Raises MemvecError for a path without a model, or behind an unknown ~NAME.
+    Raises MemvecError for a path without a model.
     """
-    try:
-        folder = POCKET if name == "pocket" else Path(name).expanduser()
-    except RuntimeError:
-        raise MemvecError(f"no model in {name}: there is no such home folder.") from None
-    looks_local = name == "pocket" or name.startswith((".", "/", "~")) or folder.exists()
-    if not looks_local:
+    folder = POCKET if name == "pocket" else path_of(name)
+    if not (name == "pocket" or name.startswith((".", "/", "~")) or folder.exists()):
         return None
     if not (folder / "config.json").is_file():
         raise MemvecError(f"no model in {folder}: there is no config.json.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from memvec import __version__
@@ -14,6 +13,7 @@ from memvec.errors import MemvecError
 from memvec.journal import Journal
 from memvec.model.lm import FrozenLM
 from memvec.usable.recipe_files import named_files
+from memvec.writing import path_of
 
 BEGIN = b"SQLite format 3\0"
 
@@ -50,7 +50,7 @@ def opened(
         return
     if not isinstance(journal, str | os.PathLike):
         raise MemvecError(f"journal is the path of a file, or a Journal, not {journal!r:.60}.")
-    path = Path(journal).expanduser()
+    path = path_of(journal)
     if not path.parent.is_dir():
         raise MemvecError(f"there is no folder {path.parent} to keep {path.name} in.")
     if path.is_file():

@@ -30,6 +30,7 @@ from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES, Storage
 from memvec.vectors_file import existing_path, read_file, write_file
+from memvec.writing import path_of
 
 
 class MemVectors:
@@ -269,8 +270,7 @@ class MemVectors:
         Raises MemvecError if it exists (unless `force`) or cannot be written, or if the vectors
         were changed or are not finite.
         """
-        target = Path(path)
-        if target.exists() and not force:
+        if (target := path_of(path)).exists() and not force:
             raise MemvecError(f"{target} exists: use force=True to overwrite it, or name another.")
         write_file(target, self.header, self.storage.pack(self.stored) | self.soft)
         return target

@@ -21,7 +21,7 @@ from memvec.errors import MemvecError, first_problem
 from memvec.header import Header
 from memvec.model.reading import reading_named
 from memvec.storage import STORAGES
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:
@@ -29,17 +29,15 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
 
     Raises MemvecError if there is no such file, if it is a folder, or if its name is not UTF-8.
     """
-    file = Path(path)
+    file = path_of(path)
     if not str(file).isascii() and os.fsencode(file).decode("utf-8", "replace") != str(file):
         raise MemvecError(f"{os.fsencode(file)!r} is no name in UTF-8: rename the file.")
     if file.is_dir():
         raise MemvecError(f"{file} is a directory, not a file of [mem] vectors.")
-    longer = file.with_name(file.name + ".safetensors")
-    if not file.exists() and longer.exists():
-        return longer
-    if not file.exists():
-        raise MemvecError(f"there is no file {file}.")
-    return file
+    for candidate in (file, file.with_name(file.name + ".safetensors")):
+        if candidate.exists():
+            return candidate
+    raise MemvecError(f"there is no file {file}.")
 
 
 def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,16 @@ from typing import Any
 from memvec.errors import MemvecError
 
 
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """A path that a person wrote, with the home folder for '~'; an unknown ~NAME stays as it is.
+
+    Raises MemvecError for what is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise MemvecError(f"a path is a str or a Path, not {path!r:.60}.")
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (that of Path raises for such a NAME)
+
+
 def write_atomically(target: Path, data: bytes) -> None:
     """Write aside, fsync, rename. Raises MemvecError with the reason, the target untouched."""
     aside: str | None = None

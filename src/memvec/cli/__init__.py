@@ -111,10 +111,6 @@ def main() -> None:
         sys.exit(130)
     except OverflowError:
         _end("a number is too large: whole numbers have at most 64 bits.")
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # pathlib's error for ~NAME
-            raise
-        _end("a path begins with ~NAME, and there is no such user here.")
     except OSError as error:  # a name that is too long, a disk that went away
         _end(f"{error.filename or 'a file or standard output'}: {error.strerror or error}.")
 

@@ -16,6 +16,7 @@ from memvec.cli.expected import counted
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.registry import BUILT_IN
+from memvec.writing import path_of
 
 if TYPE_CHECKING:
     from memvec.journal import Journal
@@ -199,7 +200,7 @@ class _Request:
                 f"{file} is where vectors would begin, and so is --start {self.recipe.start}: "
                 "leave out one of them."
             )
-        if encoder is not None and encoder.file == file.expanduser():
+        if encoder is not None and encoder.file == path_of(file):
             return
         if self.recipe.term == "use":
             raise MemvecError(

@@ -257,7 +257,7 @@ def _with_encoder(lm: FrozenLM, file: Path | None) -> FrozenLM:
         return lm
     from memvec.companions.encoder_files import load_encoder
 
-    encoder = load_encoder(file.expanduser(), lm)
+    encoder = load_encoder(file, lm)
     if encoder.for_use:
         raise MemvecError(
             f"{file} is a start of vectors that are to be used, which are measured "

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 # In a model's folder: the encoder that it was trained with, a better one that was trained later for
 # the frozen model, and the encoder of usable vectors.
@@ -40,7 +41,7 @@ USABLE_FILE_NAME = "usable-encoder.safetensors"
 READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
-def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) -> None:
+def read_encoders(lm: FrozenLM, folder: Path | None, file: str | os.PathLike[str] | None) -> None:
     """Set the encoders of a model from its folder, and replace one of them by that of `file`.
 
     A quantized model gets none from its folder, because they were trained for other weights. Raises
@@ -53,19 +54,20 @@ def read_encoders(lm: FrozenLM, folder: Path | None, file: str | Path | None) ->
     if folder is not None and (path := folder / USABLE_FILE_NAME).is_file():
         lm.usable_encoder = load_encoder(path, lm)
     if file is not None:
-        encoder = load_encoder(Path(file).expanduser(), lm)
+        encoder = load_encoder(file, lm)
         if encoder.for_use:
             lm.usable_encoder = encoder
         else:
             lm.encoder = encoder
 
 
-def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
+def load_encoder(path: str | os.PathLike[str], lm: FrozenLM) -> OnePassEncoder:
     """The encoder in a file, on the model's device.
 
     Raises MemvecError if the file is no encoder, is of an unknown kind, was made for another model,
     or is damaged.
     """
+    path = path_of(path)
     file = _open(path)
     kind = file.metadata.get("kind", "summary")
     if kind not in registry.names("encoder"):
@@ -86,7 +88,10 @@ def load_encoder(path: Path, lm: FrozenLM) -> OnePassEncoder:
 
 
 def save_encoder(
-    path: Path, encoder: TrainedEncoder, lm: FrozenLM, about: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    encoder: TrainedEncoder,
+    lm: FrozenLM,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Write an encoder trained with a frozen LM to a file, atomically.
 
@@ -104,16 +109,16 @@ def save_encoder(
         "environment": json.dumps(environment(lm.device) | {"device": lm.device.type}),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in encoder.network.state_dict().items()}
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path_of(path), save(tensors, metadata))
 
 
-def shape_of(path: Path) -> dict[str, Any]:
+def shape_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The shape of a trained encoder from its file alone; empty for a kind without one.
 
     Raises MemvecError if the file is no encoder.
     """
     try:
-        shape = json.loads(_open(path).metadata.get("shape", "{}"))
+        shape = json.loads(_open(path_of(path)).metadata.get("shape", "{}"))
     except ValueError as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}.") from None
     return shape if isinstance(shape, dict) else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from memvec.errors import MemvecError
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 FILE_NAME = "trigger.safetensors"  # in a model's folder
 
@@ -59,10 +60,12 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
 
 def trigger_file(name: str) -> Path | None:
     """The file that a trigger names; None for other names, which may begin with '~', too."""
-    return Path(name).expanduser() if Path(name).suffix == ".safetensors" else None
+    return path_of(name) if Path(name).suffix == ".safetensors" else None
 
 
-def save_trigger(path: Path, trigger: CrammedTrigger, lm: FrozenLM, about: dict[str, Any]) -> None:
+def save_trigger(
+    path: str | os.PathLike[str], trigger: CrammedTrigger, lm: FrozenLM, about: dict[str, Any]
+) -> None:
     """Write a crammed trigger, atomically; `about` is how it was trained."""
     metadata = {
         "format": "memvec-trigger",
@@ -77,20 +80,23 @@ def save_trigger(path: Path, trigger: CrammedTrigger, lm: FrozenLM, about: dict[
         for name, rows in parts.items()
         if rows is not None
     }
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path_of(path), save(tensors, metadata))
 
 
-def load_trigger(path: Path, lm: FrozenLM) -> CrammedTrigger:
+def load_trigger(path: str | os.PathLike[str], lm: FrozenLM) -> CrammedTrigger:
     """The crammed trigger in a file. Raises MemvecError as `stored_trigger` does."""
     return stored_trigger(path, lm)[0]
 
 
-def stored_trigger(path: Path, lm: FrozenLM) -> tuple[CrammedTrigger, dict[str, Any]]:
+def stored_trigger(
+    path: str | os.PathLike[str], lm: FrozenLM
+) -> tuple[CrammedTrigger, dict[str, Any]]:
     """The crammed trigger in a file, and how it was trained.
 
     Raises MemvecError if there is no such file, or if it is no trigger, is damaged, or was trained
     for other weights than the model's.
     """
+    path = path_of(path)
     if not path.is_file():
         raise MemvecError(f"there is no trigger {path}: make one with {MADE_BY}.")
     try:

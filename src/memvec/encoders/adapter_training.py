@@ -6,7 +6,6 @@ Such an encoder is the frozen LM itself with low-rank adapters (`adapters.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from jaxtyping import Int
@@ -17,6 +16,7 @@ from memvec.companions.encoder_files import load_encoder
 from memvec.encoders.training_run import TrainingPlan, TrainingRun
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
+from memvec.writing import path_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AdapterTraining(TrainingRun):
         --slots.
         """
         if self.plan.begin:
-            path = Path(self.plan.begin).expanduser()
+            path = path_of(self.plan.begin)
             encoder = load_encoder(path, self.lm)
             if not isinstance(encoder, self.makes):
                 kind = self.makes.kind

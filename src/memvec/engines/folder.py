@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from memvec.errors import MemvecError
 from memvec.loading import POCKET
+from memvec.writing import path_of
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -25,7 +26,7 @@ def folder_of(lm: FrozenLM) -> Path:
 
     Raises MemvecError if there is none with a `config.json`.
     """
-    folder = POCKET if lm.name == "pocket" else Path(lm.name).expanduser()
+    folder = POCKET if lm.name == "pocket" else path_of(lm.name)
     if not (folder / "config.json").is_file():
         with contextlib.suppress(OSError, ValueError):
             config = cached_file(

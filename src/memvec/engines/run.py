@@ -21,6 +21,7 @@ from memvec.engines.folder import config_of, model_alone
 from memvec.engines.request import Prompt, write_request
 from memvec.errors import MemvecError, did_you_mean
 from memvec.export.limits import refuse
+from memvec.writing import path_of
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -70,7 +71,7 @@ def run_engine(
     an interpreter that is not there or an engine that fails.
     """
     known_engine(engine)
-    path = Path(model).expanduser()
+    path = path_of(model)
     _check_width(path, prompts)
     indices = [[i] for i in range(len(prompts))] if batches is None else batches
     with tempfile.TemporaryDirectory() as temporary, model_alone(path) as alone:

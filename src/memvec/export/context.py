@@ -25,7 +25,7 @@ from memvec.export.target import Item, Target, stock_attention
 from memvec.usable.certificate import certify_use
 from memvec.usable.generate import context_inputs
 from memvec.vectors import MemVectors
-from memvec.writing import pretty_json
+from memvec.writing import path_of, pretty_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -50,7 +50,7 @@ def export_context(
     does not support; NotExactError if the passages do not decode exactly in this dtype. No files
     remain after an error.
     """
-    output = Path(folder)
+    output = path_of(folder)
     check(mem, lm, target, output, force)
     inputs = context_inputs(lm, mem)
     if lm.context is not None and len(inputs) + ROOM > lm.context:

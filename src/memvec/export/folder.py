@@ -28,7 +28,7 @@ from memvec.header import PassageRecord
 from memvec.machine import environment, plain_torch
 from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors
-from memvec.writing import pretty_json
+from memvec.writing import path_of, pretty_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -55,7 +55,7 @@ def export(
     with corrections); NotExactError, which names the passages, if they do not decode exactly in the
     target's dtype. No files remain after an error.
     """
-    output = Path(folder)
+    output = path_of(folder)
     check(mem, lm, target, output, force)
     items = [_item(mem, i, lm) for i in range(len(mem.passages))]
     digits = max(4, len(str(len(items) - 1)))
@@ -141,11 +141,12 @@ def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bo
     check_place(output, force)
 
 
-def check_place(output: Path, force: bool) -> None:
+def check_place(output: str | os.PathLike[str], force: bool) -> None:
     """Raise MemvecError if an export cannot be written to `output`.
 
     It needs no model, so that it can run before one is loaded.
     """
+    output = path_of(output)
     if not output.parent.is_dir():
         raise MemvecError(f"there is no folder {output.parent} to write {output.name} in.")
     if not output.exists():

@@ -14,10 +14,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memvec.errors import MemvecError, NotExactError
+from memvec.writing import path_of
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -137,14 +137,14 @@ def apply_edits(text: str, edits: Sequence[Edit]) -> str:
     return "".join([*parts, text[at:]])
 
 
-def peek(path: str, largest: int = LARGEST) -> None:
+def peek(path: str | os.PathLike[str], largest: int = LARGEST) -> None:
     """Raise MemvecError for a file that can be seen to be unusable without a model.
 
     `largest`: bytes that it may have.
     """
     if path == "-":
         return
-    file = Path(path)
+    file = path_of(path)
     if file.is_dir():
         raise MemvecError(f"{path} is a directory: name a text file in it.")
     if not file.exists():
@@ -152,11 +152,11 @@ def peek(path: str, largest: int = LARGEST) -> None:
     if file.is_file() and file.stat().st_size == 0:
         raise MemvecError(f"{path} is empty: there is nothing to cram.")
     if file.is_file():
-        _refuse_large(path, file.stat().st_size, largest)
+        _refuse_large(str(path), file.stat().st_size, largest)
 
 
 def read_document(
-    lm: FrozenLM, path: str, *, encoding: str = "utf-8", largest: int = LARGEST
+    lm: FrozenLM, path: str | os.PathLike[str], *, encoding: str = "utf-8", largest: int = LARGEST
 ) -> Document:
     """A document from a file, or from standard input for '-'.
 
@@ -171,7 +171,7 @@ def read_document(
         peek(path, largest)
         name = os.fsencode(path).decode("utf-8", "replace")  # a record holds UTF-8 only
         try:
-            with Path(path).open("rb") as stream:
+            with path_of(path).open("rb") as stream:
                 data = stream.read(largest + 1)
         except OSError as error:
             raise MemvecError(f"{path} cannot be read: {error.strerror}.") from None

@@ -15,8 +15,8 @@ The question and the answer are the same token ids in every column.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -35,6 +35,7 @@ from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import storage_of
 from memvec.usable.queries import text_inputs
 from memvec.usable.recipe_files import named_files
+from memvec.writing import path_of
 
 ColumnName = Literal["full", "none", "truncated", "crammed"]
 COLUMNS: tuple[ColumnName, ...] = get_args(ColumnName)
@@ -136,7 +137,7 @@ class Column:
         tokens: int = 48,
         recipe: Recipe | None = None,
         batch_size: int | None = None,
-        cache: Path | None = None,
+        cache: str | os.PathLike[str] | None = None,
         on_status: Callable[[CramStatus], None] | None = None,
     ) -> None:
         check_minimum(1, vectors=vectors, tokens=tokens)
@@ -147,7 +148,8 @@ class Column:
             raise MemvecError(
                 f"a context is crammed into inputs here: leave out the space '{self.recipe.space}'."
             )
-        self.cache, self.on_status = cache, on_status
+        self.cache = None if cache is None else path_of(cache)
+        self.on_status = on_status
         self._crammed: dict[Ids, list[Outcome]] = {}
 
     def pieces(self, ids: Ids) -> list[tuple[int, int]]:

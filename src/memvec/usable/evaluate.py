@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import random
 import re
 from collections import defaultdict
@@ -18,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from memvec.usable.receipts import (
     write,
     write_run,
 )
+from memvec.writing import path_of
 
 KINDS: dict[str, Kind] = {
     "multiple_choice": "choice",
@@ -66,9 +67,9 @@ class Evaluation:
     tokens: int = 48
     recipe: Recipe | None = None
     split: str = SPLIT
-    cache: Path | None = None
-    receipts: Path | None = None
-    tasks_folder: Path | None = None
+    cache: str | os.PathLike[str] | None = None
+    receipts: str | os.PathLike[str] | None = None
+    tasks_folder: str | os.PathLike[str] | None = None
     limit: int | None = None
     examples: int | None = None
     batch_size: int | None = None
@@ -89,7 +90,7 @@ class Evaluation:
         check_minimum(0, examples=self.examples)
         if not 0 <= self.seed < 2**32:  # what the harness takes
             raise MemvecError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
-        if self.tasks_folder is not None and not self.tasks_folder.is_dir():
+        if self.tasks_folder is not None and not path_of(self.tasks_folder).is_dir():
             raise MemvecError(f"there is no folder {self.tasks_folder} with task files.")
         if not self.split:
             raise MemvecError("split must be the text at which a question begins, not empty.")
@@ -193,10 +194,11 @@ def _manager(evaluation: Evaluation) -> Any:
 
     if evaluation.tasks_folder is None:
         return TaskManager()
-    folder_only = TaskManager(include_path=str(evaluation.tasks_folder), include_defaults=False)
+    folder = str(path_of(evaluation.tasks_folder))
+    folder_only = TaskManager(include_path=folder, include_defaults=False)
     if all(name in folder_only.all_tasks for name in evaluation.tasks):
         return folder_only
-    return TaskManager(include_path=str(evaluation.tasks_folder))
+    return TaskManager(include_path=folder)
 
 
 def _run(model: Any, tasks: Sequence[Any], manager: Any, evaluation: Evaluation) -> dict[str, Any]:

@@ -9,9 +9,9 @@ command, with this model registered.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         context: str = "full",
         vectors: int | str = 8,
         tokens: int | str = 48,
-        cache: str | Path | None = None,
+        cache: str | os.PathLike[str] | None = None,
         split: str = SPLIT,
         preset: str = PRESET,
         revision: str | None = None,
@@ -100,7 +100,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
             tokens=_whole("tokens", tokens),
             recipe=changed,
             batch_size=_whole("crammed_at_once", crammed_at_once) if crammed_at_once else None,
-            cache=Path(cache) if cache else None,
+            cache=cache or None,
             on_status=on_status,
         )
         self.traces: list[Trace] = []

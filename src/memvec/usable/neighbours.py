@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -125,7 +124,7 @@ def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
             f"queries behind neighbours continue the text: leave out the queries "
             f"'{recipe.queries}'."
         )
-    mem = MemVectors.load(Path(recipe.neighbours).expanduser())
+    mem = MemVectors.load(recipe.neighbours)
     mem.check_model(lm)
     check_usable(mem, f"the vectors in {recipe.neighbours}")
     if not torch.equal(front_rows(mem.view(lm)), front_rows(lm)):

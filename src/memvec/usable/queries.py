@@ -12,9 +12,9 @@ Everything random comes from the passage's own token ids and the recipe's seed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from memvec.model import memory
 from memvec.model.caching import step
 from memvec.model.lm import FrozenLM
 from memvec.usable.teacher import TopTokens, likeliest
+from memvec.writing import path_of
 
 # From this vocabulary on a draw takes one random number for each row, not one for each token: the
 # CPU draws them, and at 128,000 tokens that takes longer than the model's own pass on a GPU.
@@ -197,10 +198,10 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
     return Queries(torch.stack(rows), torch.tensor(lengths))
 
 
-def questions_of(path: Path) -> list[str]:
+def questions_of(path: str | os.PathLike[str]) -> list[str]:
     """The questions of a file, one on each line. Raises MemvecError if it cannot be used."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path_of(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise MemvecError(f"{path} is not UTF-8: questions are read from a text file.") from None
     except OSError as error:
@@ -224,7 +225,7 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
         )
     if plugins.plain(recipe.queries) in registry.names("queries"):
         return _checked(registry.get("queries", recipe.queries)(lm, ids, recipe), lm, recipe)
-    path = Path(recipe.queries)
+    path = path_of(recipe.queries)
     if not path.exists():
         names = registry.names("queries")
         raise MemvecError(

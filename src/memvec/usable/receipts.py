@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import string
 from collections import Counter
@@ -23,7 +24,7 @@ from memvec import statistics
 from memvec.errors import MemvecError
 from memvec.results import Record
 from memvec.usable.columns import COLUMNS
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 ALL = "all tasks"
 RUN = "run.json"
@@ -132,7 +133,7 @@ def _f1(words: list[str], gold: list[str]) -> float:
 # ---------------------------------------------------------------------- the folder
 
 
-def write(folder: Path, column: str, receipts: Sequence[Receipt]) -> None:
+def write(folder: str | os.PathLike[str], column: str, receipts: Sequence[Receipt]) -> None:
     """Write the receipts of a column.
 
     Raises MemvecError if the folder cannot be written, or has another column of other documents.
@@ -144,15 +145,15 @@ def write(folder: Path, column: str, receipts: Sequence[Receipt]) -> None:
     write_atomically(_file(folder, column), lines.encode())
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: str | os.PathLike[str]) -> None:
     """Make the folder. Raises MemvecError if it cannot be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path_of(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MemvecError(f"{folder} cannot be written: {error.strerror}.") from None
 
 
-def refuse_another_run(folder: Path, run: str) -> None:
+def refuse_another_run(folder: str | os.PathLike[str], run: str) -> None:
     """Raise MemvecError if a folder has receipts that are not of this run."""
     for column in COLUMNS:
         if (file := _file(folder, column)).is_file() and any(r.run != run for r in _of(file)):
@@ -162,25 +163,25 @@ def refuse_another_run(folder: Path, run: str) -> None:
             )
 
 
-def write_run(folder: Path, run: dict[str, Any]) -> None:
+def write_run(folder: str | os.PathLike[str], run: dict[str, Any]) -> None:
     """Write what the run was. Raises MemvecError if the folder cannot be written."""
-    write_atomically(folder / RUN, json.dumps(run, indent=2, default=str).encode())
+    write_atomically(path_of(folder) / RUN, json.dumps(run, indent=2, default=str).encode())
 
 
-def earlier_results(folder: Path) -> dict[str, Any]:
+def earlier_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The harness's figures of the columns that a folder has receipts of, by column."""
     try:
-        results = json.loads((folder / RUN).read_text("utf-8"))["harness_results"]
+        results = json.loads((path_of(folder) / RUN).read_text("utf-8"))["harness_results"]
         return {c: results[c] for c in COLUMNS if c in results and _file(folder, c).is_file()}
     except (OSError, ValueError, KeyError, TypeError):  # of no run, or cut short
         return {}
 
 
-def _file(folder: Path, column: str) -> Path:
-    return folder / f"{column}.jsonl"
+def _file(folder: str | os.PathLike[str], column: str) -> Path:
+    return path_of(folder) / f"{column}.jsonl"
 
 
-def read(folder: Path) -> list[Receipt]:
+def read(folder: str | os.PathLike[str]) -> list[Receipt]:
     """All receipts of a folder, their scores computed again.
 
     Raises MemvecError for a folder without receipts, a damaged one, columns of several runs or of

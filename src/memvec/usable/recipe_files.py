@@ -10,6 +10,7 @@ from memvec import plugins, registry
 from memvec.companions.triggers import trigger_file
 from memvec.cramming.recipe import Recipe
 from memvec.vectors_file import existing_path
+from memvec.writing import path_of
 
 
 def named_files(recipe: Recipe) -> dict[str, str]:
@@ -21,9 +22,9 @@ def named_files(recipe: Recipe) -> dict[str, str]:
     path = trigger_file(recipe.trigger)
     named = {} if path is None else {"trigger": path}
     if recipe.term == "use" and plugins.plain(recipe.queries) not in registry.names("queries"):
-        named["questions"] = Path(recipe.queries)
+        named["questions"] = path_of(recipe.queries)
     if recipe.neighbours != "none":
-        named["neighbours"] = existing_path(Path(recipe.neighbours).expanduser())
+        named["neighbours"] = existing_path(recipe.neighbours)
     return hashes_of(named)
 
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.usable.recipe_files import named_files
+from memvec.writing import path_of
 
 LAST_RATE = 0.05  # share of the learning rate at the end
 NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
@@ -148,7 +149,7 @@ def train_trigger(
     passages: Sequence[Sequence[int]],
     plan: TriggerPlan,
     recipe: Recipe,
-    path: Path,
+    path: str | os.PathLike[str],
     on_batch: Callable[[BatchReport], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> CrammedTrigger:
@@ -185,6 +186,7 @@ def train_trigger(
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}
     identity |= named_files(recipe)
     rows, done = first_rows(lm, plan), 0
+    path = path_of(path)
     if path.is_file():
         stored, about = stored_trigger(path, lm)
         done = int(about.pop("batches_done", 0))

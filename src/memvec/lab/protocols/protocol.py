@@ -43,6 +43,7 @@ from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import Layout, Prefix, StartRule, reading_named
 from memvec.passages.passage import Passage
+from memvec.writing import path_of
 
 
 class Options(BaseModel):
@@ -230,7 +231,7 @@ class Protocol:
 
 def missing_file(what: str, path: str, maker: str) -> str | None:
     """A sentence if the file at `path` is missing; `maker` is the command that makes it."""
-    if Path(path).expanduser().is_file():
+    if path_of(path).is_file():
         return None
     return f"there is no {what} {path}: make one with {maker}."
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.writing import path_of
 
 # Largest difference of a memory relative to its root mean square; devices and kernels round
 # differently at each segment.
@@ -82,7 +84,7 @@ class Recurrent(Protocol):
         return None
 
     def files(self, options: Mapping[str, Any]) -> dict[str, Path]:
-        return {"encoder": Path(options["encoder"]).expanduser()}
+        return {"encoder": path_of(options["encoder"])}
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
         return missing_file("encoder", options["encoder"], "memvec encoder train --recurrent")
@@ -91,7 +93,7 @@ class Recurrent(Protocol):
         self, passages: int, tokens: int, options: Mapping[str, Any]
     ) -> tuple[int, int]:
         try:
-            segment, trained = segment_and_lags(Path(options["encoder"]).expanduser())
+            segment, trained = segment_and_lags(options["encoder"])
         except (MemvecError, ValueError, TypeError):
             # The run says what is wrong with the file; a chain of one segment is the least.
             segment, trained = tokens, 1
@@ -187,7 +189,7 @@ def chain_of(
     return tokens // encoder.segment, lags
 
 
-def segment_and_lags(path: Path) -> tuple[int, int]:
+def segment_and_lags(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(tokens of a segment, lags it was trained for) of an encoder's file, without the model."""
     shape = shape_of(path)
     return int(shape.get("segment", 0)) or 1, int(shape.get("lags", 0)) or 1
@@ -197,6 +199,6 @@ def segment_and_lags(path: Path) -> tuple[int, int]:
 def carried_by(lm: FrozenLM, path: str) -> FrozenLM:
     """The model with the recurrent encoder in a file. Raises MemvecError if it has none."""
     view = copy.copy(lm)
-    view.encoder = load_encoder(Path(path).expanduser(), lm)
+    view.encoder = load_encoder(path, lm)
     recurrent_of(view)
     return view

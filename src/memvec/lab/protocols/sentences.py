@@ -41,6 +41,7 @@ from memvec.lab.sources.sentences import SentencePassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
+from memvec.writing import path_of
 
 # Ways whose bits the slow path computes again.
 RECOMPUTED = ("nothing", "latents", "predicted", "text", "full", "encoded")
@@ -134,7 +135,7 @@ class Sentences(Protocol):
         }
 
     def files(self, options: Mapping[str, Any]) -> dict[str, Path]:
-        return {"latents": Path(options["latents"]).expanduser()}
+        return {"latents": path_of(options["latents"])}
 
     def missing(self, options: Mapping[str, Any]) -> str | None:
         return missing_file("latent model", options["latents"], "memvec lab sentences train")
@@ -208,4 +209,4 @@ def _written(passage: SlowPassage, predicted: torch.Tensor, stored: Any) -> Comp
 @functools.lru_cache(maxsize=4)
 def _latent_model(lm: FrozenLM, path: str) -> LatentModel:
     """The latent model of a cell, read once in each process that works on it."""
-    return load_latent_model(Path(path), lm)
+    return load_latent_model(path, lm)

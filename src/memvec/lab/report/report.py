@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import write_page
 from memvec.lab.report.table import Table
 from memvec.lab.study.store import Store
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 FILES = "files.json"  # names of the tables and figures of a report, beside its page
 SUFFIXES = ("csv", "tex", "md", "pdf", "svg", "png")
@@ -26,12 +27,19 @@ class Report:
     tables: list[Table]
 
 
-def write_report(folder: Path, out: Path, *, compare: bool = False, figures: bool = True) -> Report:
+def write_report(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    compare: bool = False,
+    figures: bool = True,
+) -> Report:
     """Write tables/, figures/ and index.html of the study in `folder` under `out`.
 
     `compare` puts published values beside ours. Tables and figures that an earlier report wrote
     there and this one has not are deleted. Raises MemvecError for a study without rows.
     """
+    out = path_of(out)
     with Store(folder) as store:
         data = read_data(store)
         tables = all_tables(data, compare=compare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import write_atomically
+from memvec.writing import path_of, write_atomically
 
 FORMAT = "memvec-sentences"
 MAX_SIZES = {"hidden": 16_384, "layers": 256, "heads": 512}  # of the shape in a file
 MAX_VECTORS = 4096
 
 
-def save_latent_model(path: Path, model: LatentModel, lm: FrozenLM) -> None:
+def save_latent_model(path: str | os.PathLike[str], model: LatentModel, lm: FrozenLM) -> None:
     """Write a latent model trained beside a frozen LM, atomically: never half a file.
 
     Raises MemvecError for an LM without an encoder, or a file that cannot be written.
@@ -42,15 +43,16 @@ def save_latent_model(path: Path, model: LatentModel, lm: FrozenLM) -> None:
         "about": json.dumps(model.about),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()}
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path_of(path), save(tensors, metadata))
 
 
-def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
+def load_latent_model(path: str | os.PathLike[str], lm: FrozenLM) -> LatentModel:
     """The latent model in a file, on the LM's device.
 
     Raises MemvecError if there is no such file, it is no latent model, is damaged, or was trained
     beside another LM or another encoder.
     """
+    path = path_of(path)
     tensors, metadata = _open(path)
     try:
         _check_model(path, metadata, lm)
@@ -75,11 +77,12 @@ def load_latent_model(path: Path, lm: FrozenLM) -> LatentModel:
     return LatentModel(network, K, max_tokens, window, about, identity)
 
 
-def model_of(path: Path) -> str:
+def model_of(path: str | os.PathLike[str]) -> str:
     """The name of the LM that a latent model was trained beside.
 
     Raises MemvecError if there is no such file, or it is no latent model or damaged.
     """
+    path = path_of(path)
     _, metadata = _open(path)
     try:
         return str(json.loads(metadata["model"])["name"])

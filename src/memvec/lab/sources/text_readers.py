@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memvec.errors import MemvecError, first_line
+from memvec.writing import path_of
 
 TABLES = (".jsonl", ".parquet", ".csv")
 SUFFIXES = (".txt", ".md", *TABLES)
@@ -21,7 +22,7 @@ NamedText = tuple[str, str]  # name of a text, the text
 
 def resolve(path: str, base: Path | None) -> Path:
     """A path a person wrote; `base` is the folder that a relative one starts from."""
-    file = Path(path).expanduser()
+    file = path_of(path)
     return file if file.is_absolute() or base is None else base / file
 
 

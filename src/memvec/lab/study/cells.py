@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from memvec.cramming.recipe import Recipe
@@ -22,6 +22,7 @@ from memvec.lab.study.spec import ModelSpec, RunSpec, Spec, options_of
 from memvec.model.estimate import Facts
 from memvec.recipe_effect import check_effect
 from memvec.usable.recipe_files import hashes_of, named_files
+from memvec.writing import path_of
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ class Planned:
     batch_size: int  # passages crammed at once on a device
 
 
-def expand(spec: Spec, base: Path | None = None) -> list[Planned]:
+def expand(spec: Spec, base: str | os.PathLike[str] | None = None) -> list[Planned]:
     """All cells of a spec, model by model.
 
     Raises MemvecError for duplicates, bad recipes, or a spec without any cell.
     """
+    base = None if base is None else path_of(base)
     settings = {s.name: s.settings(base) for s in spec.sources}
     planned: dict[str, Planned] = {}
     for model in spec.models:

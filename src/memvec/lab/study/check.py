@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,11 @@ MAX_PAIRS = 200  # of restarts that are compared again when rows are sampled
 
 @plain_torch()
 def check_study(
-    folder: Path, *, model: str | None = None, sample: int = 0, device: str = "auto"
+    folder: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    sample: int = 0,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Compare stored and recomputed columns: {'rows', 'worst' per column, 'wrong' sentences,
     'unchecked' sentences about what a protocol measured and does not recompute}.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.study.schema import ADDED, COLUMNS
 from memvec.lab.study.store import Store
+from memvec.writing import path_of
 
 CELL_COLUMNS = {
     "protocol": "protocol by which capacity was measured",
@@ -58,12 +60,13 @@ def read_rows(store: Store) -> pd.DataFrame:
     return frame
 
 
-def export_rows(folder: Path, target: Path) -> int:
+def export_rows(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
     """Write rows as CSV or Parquet by the file's ending; returns how many.
 
     `TARGET.columns.json` beside it says what each column is. Raises MemvecError for another ending,
     or Parquet without pyarrow.
     """
+    target = path_of(target)
     with Store(folder) as store:
         frame = read_rows(store)
     if target.suffix == ".parquet":

@@ -10,7 +10,6 @@ import functools
 import json
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from memvec.errors import MemvecError
 from memvec.loading import POCKET
 from memvec.model.estimate import Facts, facts_of_config
+from memvec.writing import path_of
 
 NUMBER = 2  # bytes of a weight in bfloat16, for which prices are computed
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number
@@ -31,7 +31,7 @@ def facts_of_name(name: str) -> Facts | None:
     """
     if (known := _known(name)) is not None:
         return known
-    folder = POCKET if name == "pocket" else Path(name).expanduser()
+    folder = POCKET if name == "pocket" else path_of(name)
     file = folder / "config.json"
     if not file.is_file():
         return None

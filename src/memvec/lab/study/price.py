@@ -8,9 +8,9 @@ rate that only large models reach.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
@@ -19,6 +19,7 @@ from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.spec import Spec
 from memvec.loading import local_folder
 from memvec.model.estimate import Facts, estimate
+from memvec.writing import path_of
 
 OPERATIONS = 4  # per parameter and forward-backward token: weights get no gradient
 
@@ -64,8 +65,11 @@ def price(planned: Sequence[Planned]) -> list[Price]:
     return prices
 
 
-def problems(spec: Spec, planned: Sequence[Planned], base: Path | None) -> list[str]:
+def problems(
+    spec: Spec, planned: Sequence[Planned], base: str | os.PathLike[str] | None
+) -> list[str]:
     """Sentences about what prevents a run; loads no model. Raises as `facts_of_name`."""
+    base = None if base is None else path_of(base)
     sentences = [s for source in spec.sources if (s := source.missing(base))]
     missing = (protocol_of(p.cell.protocol).missing(p.cell.options) for p in planned)
     sentences += dict.fromkeys(s for s in missing if s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from memvec.lab.study.spec import ModelSpec, Spec
 from memvec.lab.study.store import Store
 from memvec.machine import plain_torch
 from memvec.passages.passage import Passage, ids_hash
+from memvec.writing import path_of
 
 REPORT_EVERY = 0.2  # seconds
 MakePool = Callable[[ModelSpec], Pool]
@@ -53,10 +55,10 @@ class StudyStatus:
 @plain_torch()
 def run_study(
     spec: Spec,
-    folder: Path,
+    folder: str | os.PathLike[str],
     make_pool: MakePool,
     *,
-    base: Path | None = None,
+    base: str | os.PathLike[str] | None = None,
     toml: str = "",
     model: str | None = None,
     on_status: Callable[[StudyStatus], None] | None = None,
@@ -70,6 +72,7 @@ def run_study(
     Raises MemvecError for errors in the spec or its files, for a folder of another study, and if
     passages come back without a row.
     """
+    base = None if base is None else path_of(base)
     planned = expand(spec, base)
     for sentence in problems(spec, planned, base):
         raise MemvecError(sentence)

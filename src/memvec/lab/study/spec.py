@@ -15,6 +15,7 @@ Every field has a description; unknown keys get a did-you-mean.
 from __future__ import annotations
 
 import glob
+import os
 import re
 import tomllib
 import warnings
@@ -29,6 +30,7 @@ from memvec.lab.protocols.lookup import protocol_names, protocol_of
 from memvec.lab.sources import SOURCES, AnySource, Source
 from memvec.lab.study.wording import place_of, refusal
 from memvec.loading import DTYPES
+from memvec.writing import path_of
 
 StorageName = Literal["float32", "bfloat16", "float16"]
 
@@ -101,11 +103,12 @@ class Spec(Strict):
     runs: tuple[RunSpec, ...] = Field(min_length=1)
 
 
-def read_spec(path: Path, model: str | None = None) -> Spec:
+def read_spec(path: str | os.PathLike[str], model: str | None = None) -> Spec:
     """Read and validate a spec. `model` replaces every model of it.
 
     Raises MemvecError, one sentence, for a file that is missing or not UTF-8, and as `parse_spec`.
     """
+    path = path_of(path)
     if not path.is_file():
         raise MemvecError(f"there is no spec {path}.")
     try:
@@ -179,7 +182,7 @@ def _find_folders(data: dict[str, Any], where: str) -> None:
         if not isinstance(name, str) or not set("*?") & set(name):
             expanded.append(model)
             continue
-        pattern = str(Path(name).expanduser() / "config.json")
+        pattern = str(path_of(name) / "config.json")
         # Path.glob takes no absolute pattern.
         folders = sorted(str(Path(file).parent) for file in glob.glob(pattern))  # noqa: PTH207
         if not folders:

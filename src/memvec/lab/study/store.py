@@ -36,6 +36,7 @@ from memvec.lab.study.cells import Planned
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
 from memvec.model.fingerprint import Fingerprint
+from memvec.writing import path_of
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
@@ -43,8 +44,8 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 class Store:
     """A study's folder; `write=True` locks and may create it. Raises MemvecError if it cannot."""
 
-    def __init__(self, folder: Path, *, write: bool = False) -> None:
-        self.folder, self.write = folder, write
+    def __init__(self, folder: str | os.PathLike[str], *, write: bool = False) -> None:
+        self.folder, self.write = (folder := path_of(folder)), write
         self.file, self.vectors = folder / "study.sqlite", folder / "vectors"
         self._lock: IO[str] | None = None
         self._open: dict[str, IO[bytes]] = {}
