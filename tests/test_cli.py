@@ -270,9 +270,15 @@ BAD = [
     (["cram", "letter.txt", "--encoding", "base64"], "unknown encoding"),
     (["cram", "letter.txt", "--encoding", "undefined"], "unknown encoding"),
     (["cram", "letter.txt", "--set", "steps=100000000000000000000"], "at most 64 bits"),
-    (["cram", "letter.txt", "--encoder", "~no-such/e"], "there is no such user here"),
-    (["cram", "letter.txt", "--usable", "--trigger", "~no-such/t.safetensors"], "no such user"),
-    (["cram", "letter.txt", "-m", "~nobody-here/x"], "no such home folder"),
+    (["cram", "letter.txt", "--encoder", "~no-such/e"], "there is no encoder ~no-such/e"),
+    (
+        ["cram", "letter.txt", "--usable", "--trigger", "~no-such/t.safetensors"],
+        "no trigger ~no-such/",
+    ),
+    (
+        ["cram", "letter.txt", "-m", "~nobody-here/x"],
+        "no model in ~nobody-here/x",
+    ),
     (["cram", "letter.txt", "-m", "pocket", "--revision", "v1"], "only models of the Hub"),
     (["cram", "letter.txt", "-m", "nobody-at-all/nothing"], "could not be reached|neither"),
     (["cram", "letter.txt", "-m", "."], "no config.json"),

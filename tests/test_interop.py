@@ -341,7 +341,7 @@ def test_what_is_not_exact_for_the_target_is_named_and_not_written(target, tmp_p
     damaged[1] = -damaged[1]
     with pytest.raises(NotExactError, match=r"1 of 3 passages .* passage 1 \(") as error:
         export(MemVectors(damaged, mem.header), lm, target_of(target), tmp_path / "out")
-    assert "--dtype bfloat16 --storage bfloat16" in str(error.value)
+    assert "cram for it with the dtype and storage 'bfloat16'" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -90,8 +90,8 @@ class Evaluation:
         check_minimum(0, examples=self.examples)
         if not 0 <= self.seed < 2**32:  # what the harness takes
             raise MemvecError(f"seed must be from 0 to {2**32 - 1}, not {self.seed}.")
-        if self.tasks_folder is not None and not path_of(self.tasks_folder).is_dir():
-            raise MemvecError(f"there is no folder {self.tasks_folder} with task files.")
+        if self.tasks_folder is not None and not (folder := path_of(self.tasks_folder)).is_dir():
+            raise MemvecError(f"there is no folder {folder} with task files.")
         if not self.split:
             raise MemvecError("split must be the text at which a question begins, not empty.")
         if importlib.util.find_spec("lm_eval") is None:

@@ -200,8 +200,9 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
 
 def questions_of(path: str | os.PathLike[str]) -> list[str]:
     """The questions of a file, one on each line. Raises MemvecError if it cannot be used."""
+    path = path_of(path)
     try:
-        lines = path_of(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise MemvecError(f"{path} is not UTF-8: questions are read from a text file.") from None
     except OSError as error:

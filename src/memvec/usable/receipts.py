@@ -147,8 +147,9 @@ def write(folder: str | os.PathLike[str], column: str, receipts: Sequence[Receip
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Make the folder. Raises MemvecError if it cannot be made."""
+    folder = path_of(folder)
     try:
-        path_of(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MemvecError(f"{folder} cannot be written: {error.strerror}.") from None
 
@@ -187,6 +188,7 @@ def read(folder: str | os.PathLike[str]) -> list[Receipt]:
     Raises MemvecError for a folder without receipts, a damaged one, columns of several runs or of
     other documents, or a score that is not that of its answers.
     """
+    folder = path_of(folder)
     files = [path for column in COLUMNS if (path := _file(folder, column)).is_file()]
     receipts = [receipt for file in files for receipt in _of(file)]
     if not receipts:
