@@ -29,13 +29,15 @@ BESIDE = (
     "recipe_effect",
     "statistics",
     "machine",
+    "versions",
     "plugins",
     "resume",
     "cli",
 )
 BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins")
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
-# graphs, workers, the Hub, the operating system, other packages, the journal of a path.
+# graphs, workers, the Hub, the operating system, releases of libraries, other packages, the journal
+# of a path.
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
@@ -45,6 +47,7 @@ ON_REQUEST = {
     "memvec.workers",
     "memvec.hub",
     "memvec.machine",
+    "memvec.versions",
     "memvec.plugins",
     "memvec.resume",
 }

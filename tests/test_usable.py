@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -743,12 +743,30 @@ def test_vectors_without_a_trigger_are_not_used():
 
 
 @pytest.mark.slow
-def test_use_refuses_another_models_vectors(crammed):
-    _, mems = crammed
-    other = FrozenLM(build("llama", 1, vocab_size=50), name="other")
-    other.tokenizer = reader("words").tokenizer
-    with pytest.raises(MemvecError, match="were made for"):
-        memvec.use(other, mems[0], "the")
+def test_another_models_vectors_are_taken_by_force_only(crammed):
+    """As those of a model are where it was tuned since."""
+    lm, mems = crammed
+    mem, ids = mems[0], mems[0].tokens(lm)
+    tuned = deepcopy(lm.model)
+    with torch.no_grad():
+        for layer in tuned.model.layers:
+            layer.mlp.down_proj.weight.mul_(0.5)
+    other = FrozenLM(tuned, lm.tokenizer, name="other")
+    for behind in (
+        lambda **force: memvec.use(other, mem, "the", max_new_tokens=4, **force),
+        lambda **force: memvec.use(other, mem, "the", context="vectors", max_new_tokens=4, **force),
+        lambda **force: memvec.context_inputs(other, mem, **force),
+        lambda **force: memvec.measure(other, mem, memvec.decode(lm, mem), **force),
+        lambda **force: certify_use(other, mem, ids, exact_only=False, **force),
+    ):
+        with pytest.raises(MemvecError, match=r"were made for other weights .* force=True"):
+            behind()
+        assert behind(force=True) is not None
+    own, others = (
+        certify_use(model, mem, ids, exact_only=False, force=True).held_out.contexts["vectors"].kl
+        for model in (lm, other)
+    )
+    assert own != others, "measured with the model that was given"
 
 
 @pytest.mark.slow

@@ -58,16 +58,18 @@ def measure(
     lm: FrozenLM,
     mem: MemVectors,
     texts: str | bytes | Document | Iterable[str | bytes | Document],
+    *,
+    force: bool = False,
 ) -> list[PassageResult]:
     """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
 
     As certification does it: bits and margins from one teacher-forced pass, `horizon` and `exact`
     from free decoding, over the same positions; `steps`, `spent` and `seconds` are those of the
-    file. Raises MemvecError if the vectors are of another model or the texts are not those that
-    were crammed.
+    file. `force` measures vectors of another model of that width. Raises MemvecError if the vectors
+    are of another model or the texts are not those that were crammed.
     """
     check_type("mem", mem, MemVectors, "MemVectors.load")
-    mem.check_model(lm)
+    mem.check_model(lm, force=force)
     every = iter([token for document in documents_of(lm, texts) for token in document.ids])
     results: list[PassageResult] = []
     view = mem.view(lm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 from pydantic import ValidationError
 
@@ -32,15 +33,17 @@ class UntestedVersionWarning(UserWarning):
 
 
 def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> None:
-    """Raise MemvecError, which names the argument, for a value below the minimum or a string.
+    """Raise MemvecError, which names the argument, for a value below the minimum or no number.
 
-    None is one that was not given. With an `int` as the minimum, so is every value.
+    None is one that was not given. With an `int` as the minimum, every value is a whole number.
     """
+    whole = isinstance(minimum, int)
     for name, value in arguments.items():
-        if value is not None and (isinstance(value, str) or not value >= minimum):
+        if value is not None and not isinstance(value, Integral if whole else Real):
+            kind = "a whole number" if whole else "a number"
+            raise MemvecError(f"{name} must be {kind}, not {value!r:.60}.")
+        if value is not None and not value >= minimum:
             raise MemvecError(f"{name} must be at least {minimum:g}, not {value!r}.")
-        if isinstance(value, float) and isinstance(minimum, int):
-            raise MemvecError(f"{name} must be a whole number, not {value}.")
 
 
 def check_type(name: str, value: object, kind: type, source: str) -> None:

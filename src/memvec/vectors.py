@@ -259,7 +259,7 @@ class MemVectors:
         if not force and not Fingerprint.of_record(model).matches(lm.fingerprint):
             raise MemvecError(
                 f"these vectors were made for other weights (of {made_for}) than those of "
-                f"{lm.name}: load that model; decode with force=True tries it as it is."
+                f"{lm.name}: load that model, or try it as it is with force=True."
             )
 
     # ------------------------------------------------------------------ the file

@@ -70,6 +70,7 @@ def use(
     device: options.Device = "auto",
     dtype: options.DtypeOfFile = None,
     load: options.Load = None,
+    force: options.ForceWeights = False,
     json: options.Json = False,
 ) -> None:
     """Write on behind the vectors of a text and a prompt, as behind the text itself."""
@@ -79,6 +80,7 @@ def use(
     check_seed(seed)
     settings = _settings(max_new_tokens, sample or seed is not None, temperature, top_p)
     choice = ModelChoice.of(model, revision, device, dtype, load)
+    settings["force"] = force
     prompt_text = _text(prompt)
     first, lm = open_file(files[0], choice)
     mems = [first, *(MemVectors.load(file) for file in files[1:])]

@@ -112,20 +112,22 @@ def certify_use(
     token_ids: Sequence[Sequence[int]] | None = None,
     *,
     exact_only: bool = True,
+    force: bool = False,
 ) -> UseCertificate:
     """Measure how well vectors stand for their texts as context.
 
     `token_ids` are those of every passage, where the caller has them; without them, the passages
-    are decoded (raises as `MemVectors.tokens`). `exact_only=False` leaves out the control that has
-    to be crammed. Raises MemvecError for token ids that are not the passages', vectors of another
-    width, vectors that nothing can be read behind (one-step, start rule 'vectors'), or passages
-    too long for a query in the model's context.
+    are decoded (raises as `MemVectors.tokens`). `exact_only=False` leaves out the control that
+    has to be crammed; `force` measures the vectors of another model of that width. Raises
+    MemvecError for vectors of another model, token ids that are not the passages', vectors that
+    nothing can be read behind (one-step, start rule 'vectors'), or passages too long for a query
+    in the model's context.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_usable(mem)
-    mem.check_model(lm, force=True)  # the width; `tokens` compares the weights, too
+    mem.check_model(lm, force=force)
     view = mem.view(lm)
-    ids = mem.tokens(lm) if token_ids is None else _checked(token_ids, mem)
+    ids = mem.tokens(lm, force=force) if token_ids is None else _checked(token_ids, mem)
     chosen = _spread(len(ids), PASSAGES)
     K, tokens = mem.vectors.shape[1], _room(view, mem, [ids[i] for i in chosen])
     controls: list[Tensor | None] = [None] * len(chosen)

@@ -44,11 +44,13 @@ def use(
     passages: Sequence[int] | None = None,
     context: Context = "vectors",
     streamer: Any = None,
+    force: bool = False,
     **settings: Any,
 ) -> str:
     """What the model writes behind vectors and a prompt.
 
     Several files stand one behind the other; `passages` takes some passages of a single file only.
+    `force` uses the vectors of another model of that width, such as one before its fine-tuning.
     `context` puts the text itself in the vectors' place, or nothing, for comparison. `settings` go
     to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
     tokens without them, whatever the model's own generation config says); `streamer` is one of
@@ -70,15 +72,15 @@ def use(
     options = _options(lm, settings)
     new_tokens: int = options["max_new_tokens"]
     if context == "vectors":
-        view, rows = in_a_row(lm, files, passages)
+        view, rows = in_a_row(lm, files, passages, force=force)
         inputs, cache = _opened(view, rows, prompt_ids)
         slots = len(view.front) + rows.shape[1] + prompt_ids.shape[1]
     else:
         ids: list[int] = []
         for file in files:
-            indices = _chosen(lm, file, passages)
+            indices = _chosen(lm, file, passages, force)
             if context == "text":
-                tokens = file.tokens(lm)
+                tokens = file.tokens(lm, force=force)
                 ids += [token for i in indices for token in tokens[i]]
         context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS in front of everything, where the model has one.
@@ -152,13 +154,15 @@ def _files(
     return files
 
 
-def _chosen(lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None) -> Sequence[int]:
+def _chosen(
+    lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None, force: bool
+) -> Sequence[int]:
     """The passages of a file that stand in front of the prompt.
 
     Raises MemvecError for vectors of another model, vectors without a trigger, or a passage that is
     not there.
     """
-    mem.check_model(lm)
+    mem.check_model(lm, force=force)
     check_usable(mem)
     indices = range(len(mem.passages)) if passages is None else passages
     for i in indices:
@@ -168,14 +172,19 @@ def _chosen(lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None) -> Se
 
 
 def in_a_row(
-    lm: FrozenLM, files: Sequence[MemVectors], passages: Sequence[int] | None = None
+    lm: FrozenLM,
+    files: Sequence[MemVectors],
+    passages: Sequence[int] | None = None,
+    *,
+    force: bool = False,
 ) -> tuple[FrozenLM, Float[Tensor, "1 N W"]]:
     """The vectors of all files one behind the other, as context, and the model that reads them.
 
-    `passages` takes some of a single file. Raises MemvecError if the vectors are not all in one
-    space or behind one front, are of another model, have no trigger, or if a passage is not there.
+    `passages` takes some of a single file; `force` takes those of another model of that width.
+    Raises MemvecError if the vectors are not all in one space or behind one front, are of another
+    model, have no trigger, or if a passage is not there.
     """
-    chosen = [_chosen(lm, file, passages) for file in files]
+    chosen = [_chosen(lm, file, passages, force) for file in files]
     spaces = [mem.header.space for mem in files]
     if any(space != spaces[0] for space in spaces[1:]):
         raise MemvecError("files of different spaces cannot stand in one row: use them one by one.")
@@ -197,20 +206,24 @@ def in_a_row(
 @plain_torch()
 @torch.no_grad()
 def context_inputs(
-    lm: FrozenLM, mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None = None
+    lm: FrozenLM,
+    mem: MemVectors | Sequence[MemVectors],
+    passages: Sequence[int] | None = None,
+    *,
+    force: bool = False,
 ) -> Float[Tensor, "N D"]:
     """The inputs that put vectors in front of a prompt: what `memvec.use` hands to the model.
 
     What stands in front of the vectors (BOS, soft tokens), then the vectors of all files one behind
     the other, multiplied by their `context_scale`; in the model's dtype, on the CPU. Other software
     continues behind them with the embeddings of a prompt, without another BOS. `passages` takes
-    some of a single file. Raises MemvecError for vectors of another model, vectors without a
-    trigger, vectors that are no inputs, files that cannot stand in one row, no passage, or passages
-    of several files.
+    some of a single file; `force` takes the vectors of another model of that width. Raises
+    MemvecError for vectors of another model, vectors without a trigger, vectors that are no inputs,
+    files that cannot stand in one row, no passage, or passages of several files.
     """
     passages = _numbers(passages)
     files = _files(mem, passages)
-    view, rows = in_a_row(lm, files, passages)
+    view, rows = in_a_row(lm, files, passages, force=force)
     if view.reading.space != "inputs":
         raise MemvecError(
             f"vectors in the space '{view.reading.space}' are no inputs: use memvec.use, or cram "
