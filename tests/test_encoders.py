@@ -167,7 +167,7 @@ def test_too_little_text_and_a_loss_that_is_not_finite():
     with pytest.raises(MemvecError, match="too few"):
         Training(lm, stream(lm, 100), SMALL)
     for slots in (60, 200):
-        with pytest.raises(MemvecError, match=f"^{slots} slots leave no room"):
+        with pytest.raises(MemvecError, match=rf"^{slots} slot\(s\) leave no room"):
             Training(lm, stream(lm), replace(SMALL, slots=slots))
     training = Training(lm, stream(lm), SMALL)
     with torch.no_grad():

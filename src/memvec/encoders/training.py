@@ -57,7 +57,7 @@ class Training(TrainingRun):
         self.longest = min(GRID[-1], room // plan.slots, len(self.held_out) // (2 * plan.slots))
         if self.longest < 1:
             raise MemvecError(
-                f"{plan.slots} slots leave no room for text in {lm.name}'s context, or the text "
+                f"{plan.slots} slot(s) leave no room for text in {lm.name}'s context, or the text "
                 "is too short for them: use fewer."
             )
 
