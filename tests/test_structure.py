@@ -24,6 +24,7 @@ BESIDE = (
     "export",
     "engines",
     "hub",
+    "certification",
     "workers",
     "graphs",
     "recipe_effect",
@@ -31,13 +32,14 @@ BESIDE = (
     "machine",
     "versions",
     "plugins",
+    "journal",
     "resume",
     "cli",
 )
 BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins")
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
 # graphs, workers, the Hub, the operating system, releases of libraries, other packages, the journal
-# of a path.
+# and what it keeps.
 ON_REQUEST = {
     "memvec.big",
     "memvec.graphs",
@@ -49,6 +51,7 @@ ON_REQUEST = {
     "memvec.machine",
     "memvec.versions",
     "memvec.plugins",
+    "memvec.journal",
     "memvec.resume",
 }
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # a name 'as' itself is one that this package gives on
+    from memvec.certification import certify as certify
     from memvec.codec import cram as cram
     from memvec.codec import decode as decode
     from memvec.codec import measure as measure
@@ -40,6 +41,7 @@ _WHERE = {
     "MemVectors": "memvec.vectors",
     "measure": "memvec.codec",
     "verify": "memvec.codec",
+    "certify": "memvec.certification",
     "use": "memvec.usable.generate",
     "context_inputs": "memvec.usable.generate",
     "certify_use": "memvec.usable.certificate",

@@ -48,6 +48,7 @@ def certificate_of(
         "batch": BATCH,
         "cache": cache,
         **{k: environment()[k] for k in ("torch", "transformers", "date")},
+        "vectors_sha256": mem.digest,
     }
     return certificate, exact
 

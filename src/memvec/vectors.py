@@ -28,8 +28,8 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule, in_space, reading_named
 from memvec.passages.documents import restore
 from memvec.passages.passage import ids_hash
-from memvec.storage import STORAGES, Storage
-from memvec.vectors_file import existing_path, read_file, write_file
+from memvec.storage import STORAGES, Storage, storage_of
+from memvec.vectors_file import digest_of, existing_path, read_file, write_file
 from memvec.writing import path_of
 
 
@@ -92,8 +92,19 @@ class MemVectors:
 
     @property
     def exact(self) -> bool:
-        """True if every passage was decoded exactly from the stored vectors."""
-        return all(p.exact for p in self.passages)
+        """True if every passage was decoded exactly from the stored vectors, as they are now."""
+        return all(p.exact for p in self.passages) and not self.changed
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 (hex) of the vectors and soft tokens as they are stored."""
+        return digest_of("", self.storage.pack(self.stored) | self.soft)
+
+    @property
+    def changed(self) -> bool:
+        """True if the certificate is of other vectors: these were changed after it was made."""
+        known = (self.header.certificate or {}).get("vectors_sha256")
+        return known is not None and bool(known != self.digest)
 
     @property
     def size(self) -> int:
@@ -268,8 +279,13 @@ class MemVectors:
         """Write the file: aside first, then fsync, then rename. Never leaves half a file.
 
         Raises MemvecError if it exists (unless `force`) or cannot be written, or if the vectors
-        were changed or are not finite.
+        were changed since they were certified or are not finite.
         """
+        if self.changed:
+            raise MemvecError(
+                "these vectors were changed after they were certified: use mem.with_vectors and "
+                "memvec.certify."
+            )
         if (target := path_of(path)).exists() and not force:
             raise MemvecError(f"{target} exists: use force=True to overwrite it, or name another.")
         write_file(target, self.header, self.storage.pack(self.stored) | self.soft)
@@ -293,6 +309,25 @@ class MemVectors:
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the vectors and a card: see `memvec.hub.push_to_hub`."""
         return hub.push_to_hub(self, repository, **options)
+
+    def with_vectors(self, vectors: Tensor, storage: str | None = None) -> MemVectors:
+        """Other vectors (P, K, D) for the same passages, stored as these are or by `storage`.
+
+        Nothing is known of them: no passage is exact, and what was measured is NaN, until
+        `memvec.certify` measures them. Raises MemvecError for another number of passages or an
+        unknown storage.
+        """
+        stored = self.storage if storage is None else storage_of(storage)
+        names = ("accuracy", "margin", "mem_bits", "information_gain")
+        unknown = {"exact": False, "horizon": 0, "token_gain": 0, **dict.fromkeys(names, math.nan)}
+        update = {
+            "passages": [p.model_copy(update=unknown) for p in self.passages],
+            "packing": stored.packing,
+            "certificate": None,
+            "use": None,
+        }
+        rounded = stored.rounded(vectors.detach().cpu().float()).to(stored.dtype)
+        return MemVectors(rounded, self.header.model_copy(update=update), self.soft)
 
     def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:
         """The same vectors with the result of a whole decode of them."""
