@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from memvec import registry
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.paper import paper_result
@@ -480,3 +482,16 @@ def test_the_table_of_copies_tells_the_vectors_from_the_copy(tmp_path):
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert (row["accuracy, vectors"], row["accuracy, copy"]) == (1.0, 0.25)
     assert (row["removed by vectors"], row["removed by copy"]) == (20.0, 18.0)
+
+
+def test_the_table_of_the_documentation_has_a_mean_over_passages(store, monkeypatch):
+    """The example of the page on protocols, as it stands there."""
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+    page = Path(__file__).parent.parent / "docs" / "howto" / "add-protocol.md"
+    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    exec(compile(code, str(page), "exec"), {})
+    spec = spec_of("hardest-token", [4, 8], 3)
+    data = made(store, spec, lambda cell, number: {"extra": {"hardest": cell.length + number}})
+    found = lines(data, "hardest-token", "hardest-token")
+    assert [(line["length"], line["bits"], line["n"]) for line in found] == [(4, 5, 3), (8, 9, 3)]
+    assert all(line["low"] < line["bits"] < line["high"] for line in found)

@@ -33,7 +33,7 @@ from memvec.lab.report.figures import draw, draw_all
 from memvec.lab.report.page import overview, write_page
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.report import delete_others, write_report
-from memvec.lab.report.table import Table, show
+from memvec.lab.report.table import Table, interval, show, with_sd
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
 from memvec.lab.study.export import read_rows
@@ -42,7 +42,7 @@ from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
-from memvec.statistics import mean_interval
+from memvec.statistics import Difference, Interval, mean_interval
 from studies import EVERYTHING, HEAD, run, spec_in
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -315,6 +315,15 @@ def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study:
     tex = r"1 $\pm$ 2 \textbackslash{} \{\textasciitilde{}\} \#\$\textasciicircum{}"
     assert tex in signs.latex()
     assert table.csv() == "a_b,c\nx,0.5\n,12.34\n"
+    gain = with_sd("c", mean_interval([2, 4]))
+    line = [("a", "x"), *interval("b", Interval(1.0, 0.5, 1.5)), *gain]
+    pairs = Table.of("k", "T", "", [line, [("a", "y"), *line[1:]]])
+    assert pairs.columns == ["a", "b", "low", "high", "c", "sd"]
+    assert pairs.rows == [[name, 1.0, 0.5, 1.5, 3.0, 2**0.5] for name in "xy"]
+    assert [cell for _, cell in interval("d", Difference(1.0, 0.0, 2.0, 0.5))] == [1.0, 0.0, 2.0]
+    assert with_sd("e", None, "± sd") == [("e", None), ("± sd", None)]
+    with pytest.raises(MemvecError, match=r"the lines of table 'k' differ: the first has .*'sd'"):
+        Table.of("k", "T", "", [line, line[:-1]])
     assert (show(float("nan")), show(3), show(0.25)) == ("–", "3", "0.250")
     other = study / "other"
     other.mkdir()

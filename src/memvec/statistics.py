@@ -32,11 +32,6 @@ class Mean:
     sd: float
     n: int
 
-    @property
-    def cells(self) -> tuple[float, float, float]:
-        """The mean and both ends of its interval: three cells of a table."""
-        return self.mean, self.low, self.high
-
     def record(self) -> dict[str, Any]:
         """As a plain dictionary."""
         return asdict(self)

@@ -19,7 +19,7 @@ from memvec.cramming.certify import Outcome
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.book import Block
 from memvec.model.lm import FrozenLM
@@ -47,31 +47,36 @@ class Book(Protocol):
         return {"book_tokens": sourced.whole if isinstance(sourced, Block) else None}
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, length, K), group in by_length(data.of(self.name)):
             whole = json.loads(group["extra"].iloc[0])["book_tokens"]
             per_vector = tokens_per_vector(group)
             exact = share_interval(int((group["exact"] == 1).sum()), len(group))
-            row: list[TableCell] = [short(model), source, length, K, len(group), str(exact)]
-            row += [*per_vector, whole, *_needed(whole, per_vector)]
+            line: TableLine = [
+                ("model", short(model)),
+                ("source", source),
+                ("block", length),
+                ("K", K),
+                ("blocks", len(group)),
+                ("exact", str(exact)),
+                *interval("tokens / vector", per_vector),
+                ("tokens of the text", whole),
+                *interval("vectors for it", _needed(whole, per_vector)),
+            ]
             if compare:
                 hobbit = published.published()["book"]["values"]
-                row += [*_needed(hobbit["tokens"], per_vector), hobbit["vectors"].get(model)]
-            rows.append(row)
-        columns = ["model", "source", "block", "K", "blocks", "exact", "tokens / vector", "low"]
-        columns += ["high", "tokens of the text", "vectors for it", "low", "high"]
-        if compare:
-            columns += ["for The Hobbit", "low", "high", "paper, not run"]
+                line += interval("for The Hobbit", _needed(hobbit["tokens"], per_vector))
+                line.append(("paper, not run", hobbit["vectors"].get(model)))
+            lines.append(line)
         return [
-            Table(
+            Table.of(
                 "book",
                 "Vectors for a whole book",
                 "Tokens per vector: leading tokens of a block that decode freely, divided by K; "
                 "mean over blocks with its 95 % bootstrap interval. Vectors: the text's tokens "
                 "divided by that mean, rounded up. Where all blocks are exact, fewer vectors may "
                 "be enough.",
-                columns,
-                rows,
+                lines,
             )
         ]
 
@@ -81,9 +86,11 @@ def tokens_per_vector(rows: pd.DataFrame) -> Interval:
     return bootstrap_mean((rows["horizon"] / rows["vectors"]).tolist())
 
 
-def _needed(tokens: int | None, per_vector: Interval) -> list[TableCell]:
+def _needed(tokens: int | None, per_vector: Interval) -> tuple[int | None, int | None, int | None]:
     """Vectors that `tokens` tokens need, with the interval; None where a rate is 0 or unknown."""
-    if tokens is None:
-        return [None, None, None]
-    rates = (per_vector.value, per_vector.high, per_vector.low)
-    return [-int(-tokens // rate) if rate > 0 else None for rate in rates]
+
+    def at(rate: float) -> int | None:
+        return -int(-tokens // rate) if tokens is not None and rate > 0 else None
+
+    # More tokens per vector are fewer vectors.
+    return at(per_vector.value), at(per_vector.high), at(per_vector.low)

@@ -28,7 +28,7 @@ from memvec.lab.protocols.exact import Exact
 from memvec.lab.protocols.protocol import Card, Compared, extra_of
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.model.lm import FrozenLM
@@ -81,26 +81,27 @@ class Checkpoints(Exact):
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         stages = stages_of(data, self.name)
-        rows: list[list[TableCell]] = [
+        lines: list[TableLine] = [
             [
-                *(shape_name(first), int(first["tokens"]), float(part["valid"].mean())),
-                *(m.mean, m.low, m.high, mean_interval(part["horizon"].tolist()).mean),
-                *(mean_interval(part["bits"].tolist()).mean, m.n, int(part["n"].max())),
+                ("model", shape_name(part.iloc[0])),
+                ("tokens read", int(part["tokens"].iloc[0])),
+                ("valid loss", float(part["valid"].mean())),
+                *interval("text bits / dimension", per_dimension(part)),
+                ("exact tokens", mean_interval(part["horizon"].tolist()).mean),
+                ("text bits / vector", mean_interval(part["bits"].tolist()).mean),
+                ("seeds", len(part)),
+                ("passages", int(part["n"].max())),
             ]
             for part in stages
-            for first in [part.iloc[0]]
-            for m in [per_dimension(part)]
         ]
-        columns = ["model", "tokens read", "valid loss", "text bits / dimension", "low", "high"]
         return [
-            Table(
+            Table.of(
                 "checkpoints",
                 "Exact capacity over training",
                 "Means over training seeds, each the mean of its passages, with the 95 % interval "
                 "over seeds. Valid loss is in nats per token. Text bits are those that the model "
                 "without vectors needs for the tokens of the exact horizon.",
-                [*columns, "exact tokens", "text bits / vector", "seeds", "passages"],
-                rows,
+                lines,
             ),
             _exponents_table(stages),
         ]
@@ -265,7 +266,7 @@ def exponents(
 
 def _exponents_table(stages: list[pd.DataFrame]) -> Table:
     """The fits of each family before training and at its end."""
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     ends: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for _, parts in _lines(stages):
         family = str(parts[0]["family"].iloc[0])
@@ -275,12 +276,20 @@ def _exponents_table(stages: list[pd.DataFrame]) -> Table:
         columns = ([float(p[name].mean()) for p in parts] for name in ("width", "layers", "bits"))
         fit = exponents(*(np.array(column) for column in columns))
         if fit is not None:
-            rows.append([family, when, *fit.width, *fit.depth, fit.r_squared, fit.n])
-    return Table(
+            lines.append(
+                [
+                    ("family", family),
+                    ("when", when),
+                    *interval("a (width)", fit.width),
+                    *interval("b (depth)", fit.depth),
+                    ("R²", fit.r_squared),
+                    ("models", fit.n),
+                ]
+            )
+    return Table.of(
         "exponents",
         "Width and depth: bits of a vector as c · D^a · L^b",
         "Least squares of logarithms over the models of a family (mean over seeds where there are "
         "several), with 95 % intervals.",
-        ["family", "when", "a (width)", "low", "high", "b (depth)", "low", "high", "R²", "models"],
-        rows,
+        lines,
     )

@@ -28,7 +28,7 @@ from memvec.lab.protocols.protocol import (
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.model.lm import FrozenLM
@@ -82,27 +82,34 @@ class Context(Protocol):
         ]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, length, K), group in by_length(data.of(self.name)):
             vector = f"{K} vector{'s' if K > 1 else ''}"
             for name, pairs in _entries(group, vector).items():
                 m = mean_interval([left for left, _ in pairs])
                 base = mean_interval([base for _, base in pairs]).mean
-                row: list[TableCell] = [short(model), source, length, K, name, m.mean]
-                row += [m.low, m.high, 100 * (1 - m.mean / base), m.n]
+                line: TableLine = [
+                    ("model", short(model)),
+                    ("source", source),
+                    ("length", length),
+                    ("K", K),
+                    ("given", name),
+                    *interval("bits left", m),
+                    ("% removed", 100 * (1 - m.mean / base)),
+                    ("n", m.n),
+                ]
                 if compare:
                     key = {"none": "0", vector: "vector"}.get(name, name.split()[0])
                     comparable = key != "vector" or K == 1
-                    row.append(_published(model, length, key) if comparable else None)
-                rows.append(row)
-        columns = ["model", "source", "length", "K", "given", "bits left", "low", "high"]
+                    known = _published(model, length, key) if comparable else None
+                    line.append(("paper, bits", known))
+                lines.append(line)
         note = (
             "Bits left: bits of the passage behind what is given, mean over n passages with its "
             "95 % interval. Removed: share of the bits of the same passages with nothing given. "
             "Not every passage has so many tokens before it, so n may differ."
         )
-        columns += ["% removed", "n", *(["paper, bits"] if compare else [])]
-        return [Table("context", "A vector against real preceding tokens", note, columns, rows)]
+        return [Table.of("context", "A vector against real preceding tokens", note, lines)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         panels, ahead, cases = [], 0, 0

@@ -24,7 +24,7 @@ from memvec.lab.protocols.protocol import (
 )
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.model.lm import FrozenLM
@@ -64,7 +64,7 @@ class Copy(Protocol):
         return [bits_and_hits("copy", pair, passage.bits_after(prefix), passage)]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, length, K), everything in by_length(data.of(self.name)):
             copied = _with_copies(everything)
             accurate = copied[copied["accuracy"] >= MIN_ACCURACY]
@@ -72,24 +72,37 @@ class Copy(Protocol):
             for name, group in parts.items():
                 if not len(group) or (name != "all" and len(accurate) == len(copied)):
                     continue
-                right = group["copy_hits"] / group["predicted"]
-                gains = (group["information_gain"], group["copy_gain"])
-                row: list[TableCell] = [short(model), source, length, K, name]
-                row.append(float(group["lm_bits"].mean()))
-                for values in (*gains, group["accuracy"], right):
-                    row += mean_interval(values.tolist()).cells
-                rows.append([*row, len(group)])
-        columns = ["model", "source", "length", "K", "passages", "H, bits"]
-        for what in ("removed by vectors", "removed by copy"):
-            columns += [what, "low", "high"]
-        columns += ["accuracy, vectors", "low", "high", "accuracy, copy", "low", "high", "n"]
+                by_vectors, by_copy, accuracy, right = (
+                    mean_interval(values.tolist())
+                    for values in (
+                        group["information_gain"],
+                        group["copy_gain"],
+                        group["accuracy"],
+                        group["copy_hits"] / group["predicted"],
+                    )
+                )
+                lines.append(
+                    [
+                        ("model", short(model)),
+                        ("source", source),
+                        ("length", length),
+                        ("K", K),
+                        ("passages", name),
+                        ("H, bits", float(group["lm_bits"].mean())),
+                        *interval("removed by vectors", by_vectors),
+                        *interval("removed by copy", by_copy),
+                        *interval("accuracy, vectors", accuracy),
+                        *interval("accuracy, copy", right),
+                        ("n", len(group)),
+                    ]
+                )
         note = (
             "Means over n passages with their 95 % intervals (Student's t); H: mean bits without "
             "vectors. In the copy columns the model has read the same passage directly before. The "
             "paper "
             f"compares passages whose vectors reach an accuracy of {MIN_ACCURACY}."
         )
-        return [Table("copy", "A vector against the text repeated in context", note, columns, rows)]
+        return [Table.of("copy", "A vector against the text repeated in context", note, lines)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         panels = []

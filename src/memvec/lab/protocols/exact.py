@@ -16,7 +16,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Capacity, Card, Protocol
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 
@@ -48,27 +48,29 @@ class Exact(Protocol):
         return cards
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, K), group in by_series(data.of(self.name)):
             r = exact_result(group)
-            rows.append(
+            lines.append(
                 [
-                    *(short(model), source, K),
-                    *(r.horizon.mean, r.horizon.low, r.horizon.high, r.horizon.n),
-                    *(r.bits.mean, r.bits.low, r.bits.high),
-                    *(str(r.censored), r.spent.mean),
+                    ("model", short(model)),
+                    ("source", source),
+                    ("K", K),
+                    *interval("exact tokens", r.horizon),
+                    ("n", r.horizon.n),
+                    *interval("bits", r.bits),
+                    ("censored", str(r.censored)),
+                    ("spent", r.spent.mean),
                 ]
             )
-        columns = ["model", "source", "K", "exact tokens", "low", "high", "n", "bits", "low"]
         return [
-            Table(
+            Table.of(
                 "exact",
                 "Exact horizon: leading tokens that free-running decoding gives back",
                 "Means over n passages with 95 % intervals. Bits: information gain over the exact "
                 "horizon. Censored: share of passages that decode whole, where a longer one might "
                 "have been exact too. Spent: forward-backward tokens per passage.",
-                [*columns, "high", "censored", "spent"],
-                rows,
+                lines,
             )
         ]
 

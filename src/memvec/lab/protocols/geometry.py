@@ -23,7 +23,7 @@ from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report.data import Data, by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, with_sd
 from memvec.lab.study.spec import RunSpec
 from memvec.metrics import teacher_forced_accuracy
 from memvec.model.lm import FrozenLM
@@ -68,26 +68,34 @@ class Geometry(Protocol):
         return accuracy, allowed
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        table_lines: list[TableLine] = []
         for (model, source, length, K), group in by_length(data.restarts(self.name)):
             vectors, labels = solutions(data, group)
             within, between = (mean_interval(c.tolist()) for c in cosines(vectors, labels))
             lines = list(paths(data, group))
             lowest = mean_interval([min(a) for a in lines])
-            row: list[TableCell] = [short(model), source, length, K, within.mean, within.sd]
-            row += [between.mean, between.sd, lowest.mean, len(lines), len(vectors)]
-            rows.append(row)
-        columns = ["model", "source", "length", "K", "cosine within", "sd", "cosine between", "sd"]
+            table_lines.append(
+                [
+                    ("model", short(model)),
+                    ("source", source),
+                    ("length", length),
+                    ("K", K),
+                    *with_sd("cosine within", within),
+                    *with_sd("cosine between", between),
+                    ("lowest accuracy", lowest.mean),
+                    ("lines", len(lines)),
+                    ("solutions", len(vectors)),
+                ]
+            )
         return [
-            Table(
+            Table.of(
                 "geometry",
                 "Restarts: how far apart the solutions of one passage lie",
                 "Cosines: mean and standard deviation over pairs of solutions, of one passage "
                 "(within) and of different passages (between). Lowest accuracy: minimum of the "
                 "teacher-forced accuracy on the straight line between two solutions of a passage, "
                 "mean over lines.",
-                [*columns, "lowest accuracy", "lines", "solutions"],
-                rows,
+                table_lines,
             )
         ]
 

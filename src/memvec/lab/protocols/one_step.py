@@ -26,7 +26,7 @@ from memvec.lab.protocols.throughput import decode_seconds
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, by_series, short
 from memvec.lab.report.plot import Panel, Plot, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval, with_sd
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
@@ -79,21 +79,27 @@ class OneStep(Protocol):
         return {"decode_seconds": list(decode_seconds(lm, outcome.vectors.float(), tokens))}
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, _), group in by_series(data.of(self.name)):
             result = one_step_result(group)
-            paper_values = published_longest(model, str(group["source"].iloc[0]))
+            known = published_longest(model, str(group["source"].iloc[0])) if compare else []
             for at in result.lengths:
-                row: list[TableCell] = [short(model), source, at.length, str(at.exact)]
-                row += at.accuracy.cells
-                row += [at.accuracy.n, result.always, result.longest, result.longest_bits]
-                rows.append([*row, *paper_values] if compare else row)
-        columns = ["model", "source", "length", "exact", "accuracy", "low", "high", "n"]
-        columns += ["always exact", "longest", "H of it, bits"]
-        if compare:
-            columns += ["paper longest", "paper, one m for all", "paper H, bits"]
+                lines.append(
+                    [
+                        ("model", short(model)),
+                        ("source", source),
+                        ("length", at.length),
+                        ("exact", str(at.exact)),
+                        *interval("accuracy", at.accuracy),
+                        ("n", at.accuracy.n),
+                        ("always exact", result.always),
+                        ("longest", result.longest),
+                        ("H of it, bits", result.longest_bits),
+                        *known,
+                    ]
+                )
         return [
-            Table(
+            Table.of(
                 "one-step",
                 "One-step decoding: two vectors, one forward pass",
                 "Exact: share of the n passages that decode to the last token, with its 95 % "
@@ -101,8 +107,7 @@ class OneStep(Protocol):
                 "up to which all passages of all lengths are exact. Longest: by the published "
                 "rule, the longest single passage with an accuracy of at least 0.99, which is a "
                 "maximum over passages. H: its bits without vectors.",
-                columns,
-                rows,
+                lines,
             ),
             _speed_table(self._timed(data), compare),
         ]
@@ -138,18 +143,23 @@ class OneStep(Protocol):
 
 def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
     """Tokens per second in one forward pass and token by token, by length."""
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     keys = ["model", "series", "length"]
     for (model, source, length), group in timed.groupby(keys, sort=False):
-        ways = [mean_interval((group["tokens"] / group[c]).tolist()) for c in ("once", "steps")]
-        row: list[TableCell] = [short(str(model)), str(source), int(str(length))]
-        for m in ways:
-            row += [m.mean, m.sd]
-        faster = times_faster(group)
-        row += [faster.value, faster.low, faster.high, len(group)]
-        rows.append(row)
-    columns = ["model", "source", "length", "tokens / s, one pass", "sd"]
-    columns += ["tokens / s, token by token", "sd", "times faster", "low", "high", "n"]
+        once, steps = (
+            mean_interval((group["tokens"] / group[c]).tolist()) for c in ("once", "steps")
+        )
+        lines.append(
+            [
+                ("model", short(str(model))),
+                ("source", str(source)),
+                ("length", int(str(length))),
+                *with_sd("tokens / s, one pass", once),
+                *with_sd("tokens / s, token by token", steps),
+                *interval("times faster", times_faster(group)),
+                ("n", len(group)),
+            ]
+        )
     note = (
         "One passage at a time on the machine of the rows; means and standard deviations over n "
         "timed passages. Times faster: ratio of the mean seconds, with its 95 % bootstrap interval."
@@ -157,7 +167,7 @@ def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
     if compare:
         factor = published.published()["one_step"]["values"]["times_faster"]
         note += f" Published: {factor} times faster on average."
-    return Table("one-step-speed", "Speed of one-step decoding", note, columns, rows)
+    return Table.of("one-step-speed", "Speed of one-step decoding", note, lines)
 
 
 def times_faster(timed: pd.DataFrame) -> Interval:
@@ -177,17 +187,15 @@ def _faster(timed: pd.DataFrame) -> str:
     return sentence + (f", slower in {slower} of {len(values)} cases." if slower else ".")
 
 
-def published_longest(model: str, source: str) -> list[TableCell]:
+def published_longest(model: str, source: str) -> TableLine:
     """The paper's longest with an m per passage, with one m for all, and H of it (bits)."""
     values = published.published()["one_step"]["values"]
-    known = values["longest"].get(model, {}).get(source)
-    if known is None:
-        return [None, None, None]
-    nats = values["nats"][model] if source == "pg19" else None
+    known = values["longest"].get(model, {}).get(source, {})
+    nats = values["nats"][model] if known and source == "pg19" else None
     return [
-        known["own_m"],
-        known["shared_m"],
-        None if nats is None else published.bits(float(nats)),
+        ("paper longest", known.get("own_m")),
+        ("paper, one m for all", known.get("shared_m")),
+        ("paper H, bits", None if nats is None else published.bits(float(nats))),
     ]
 
 

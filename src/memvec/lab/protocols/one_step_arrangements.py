@@ -17,7 +17,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.study.spec import RunSpec
 from memvec.statistics import mean_interval, share_interval
 
@@ -63,32 +63,29 @@ class OneStepArrangements(Protocol):
         return orders[kind]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        columns = ["model", "source", "N", "inputs", "accuracy", "low", "high", "exact", "n"]
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, length, kind), group in self._groups(data):
             m = mean_interval(group["accuracy"].tolist())
             exact = share_interval(int((group["exact"] == 1).sum()), len(group))
-            row: list[TableCell] = [
-                short(model),
-                source,
-                length,
-                FORMULAS[kind],
-                m.mean,
-                m.low,
-                m.high,
+            line: TableLine = [
+                ("model", short(model)),
+                ("source", source),
+                ("N", length),
+                ("inputs", FORMULAS[kind]),
+                *interval("accuracy", m),
+                ("exact", str(exact)),
+                ("n", m.n),
             ]
-            row += [str(exact), m.n]
             if compare:
-                row.append(_published(model, kind, length))
-            rows.append(row)
+                line.append(("paper accuracy", _published(model, kind, length)))
+            lines.append(line)
         return [
-            Table(
+            Table.of(
                 "one-step-arrangements",
                 "One-step decoding by the order of e and m",
                 "Accuracy: mean over passages with 95 % interval; exact: share of passages given "
                 "back to the last token.",
-                [*columns, *(["paper accuracy"] if compare else [])],
-                rows,
+                lines,
             )
         ]
 

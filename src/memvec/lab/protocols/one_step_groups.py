@@ -19,7 +19,7 @@ from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.study.spec import RunSpec
 from memvec.statistics import mean_interval
 
@@ -50,7 +50,7 @@ class OneStepGroups(Protocol):
         return int(options["group"])
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         measured = data.restarts(self.name)
         measured = measured.assign(
             size=data.option(measured, "group"), line=data.series_without(measured, "group")
@@ -59,23 +59,28 @@ class OneStepGroups(Protocol):
         for (model, source, length, size), part in measured.groupby(keys, sort=False):
             number, size = int(str(length)), int(str(size))
             m = mean_interval(group_means(part, size).tolist())
-            row: list[TableCell] = [short(str(model)), str(source), number, size, (size + 1) / size]
-            row += [*m.cells, float(part["accuracy"].max())]
-            row += [100 * float((part["exact"] == 1).mean()), m.n]
+            line: TableLine = [
+                ("model", short(str(model))),
+                ("source", str(source)),
+                ("tokens", number),
+                ("group", size),
+                ("vectors / passage", (size + 1) / size),
+                *interval("accuracy", m),
+                ("best passage", float(part["accuracy"].max())),
+                ("% exact", 100 * float((part["exact"] == 1).mean())),
+                ("n", m.n),
+            ]
             if compare:
-                row += _published(number, size)
-            rows.append(row)
-        columns = ["model", "source", "tokens", "group", "vectors / passage", "accuracy", "low"]
-        columns += ["high", "best passage", "% exact", "n"]
+                line += _published(number, size)
+            lines.append(line)
         return [
-            Table(
+            Table.of(
                 "one-step-groups",
                 "One-step decoding with one m for a group of passages",
                 "Accuracy: mean over n groups with 95 % interval (passages of one group share m "
                 "and are not independent; restarts of a group are averaged). Where there is one "
                 "group only, the interval is over its n restarts.",
-                [*columns, *(["paper accuracy", "paper best"] if compare else [])],
-                rows,
+                lines,
             )
         ]
 
@@ -86,9 +91,11 @@ def group_means(rows: pd.DataFrame, size: int) -> pd.Series:
     return rows.groupby(groups if groups.nunique() > 1 else "cell")["accuracy"].mean()
 
 
-def _published(length: int, size: int) -> list[TableCell]:
+def _published(length: int, size: int) -> TableLine:
     known = published.published()["one_step"]["values"]["groups"]
-    if length != known["length"]:
-        return [None, None]
-    values = (known[name].get(str(size)) for name in ("mean", "maximum"))
-    return [None if v is None else float(v) for v in values]
+
+    def accuracy(name: str) -> float | None:
+        value = known[name].get(str(size)) if length == known["length"] else None
+        return None if value is None else float(value)
+
+    return [("paper accuracy", accuracy("mean")), ("paper best", accuracy("maximum"))]

@@ -22,7 +22,7 @@ from memvec.lab.protocols.protocol import Capacity, Gains, Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series, boxes
-from memvec.lab.report.table import Table, TableCell, mean_and_sd
+from memvec.lab.report.table import Table, TableLine, mean_and_sd, with_sd
 from memvec.model.reading import StartRule
 from memvec.statistics import Mean, mean_interval
 
@@ -52,22 +52,23 @@ class Paper(Protocol):
         return Gains(full["information_gain"].tolist(), full["token_gain"].tolist(), rule)
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        columns = ["model", "source", "K", "Max", "token gain", "± sd", "bits", "± sd", "n"]
-        columns += ["bits at the least loss", "± sd"]
-        if compare:
-            columns += ["paper Max", "paper gain", "paper nats", "paper bits (nats / ln 2)"]
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, K), group in by_series(data.of(self.name)):
             r = paper_result(group)
             longest = f"{r.longest or '–'}{' (longest single)' if r.drawn and r.longest else ''}"
-            row: list[TableCell] = [short(model), source, K, longest]
-            row += [r.token_gain.mean, r.token_gain.sd]
-            row += [r.information_gain.mean, r.information_gain.sd, r.token_gain.n]
-            at_least_loss = r.least_loss_gain
-            row += [at_least_loss.mean, at_least_loss.sd] if at_least_loss else [None, None]
+            line: TableLine = [
+                ("model", short(model)),
+                ("source", source),
+                ("K", K),
+                ("Max", longest),
+                *with_sd("token gain", r.token_gain, "± sd"),
+                *with_sd("bits", r.information_gain, "± sd"),
+                ("n", r.token_gain.n),
+                *with_sd("bits at the least loss", r.least_loss_gain, "± sd"),
+            ]
             if compare:
-                row += _published(model, str(group["source"].iloc[0]), K)
-            rows.append(row)
+                line += _published(model, str(group["source"].iloc[0]), K)
+            lines.append(line)
         note = (
             "The published rule: Max is the longest length (tokens) whose mean teacher-forced "
             "accuracy is at least 0.99; gains are means and standard deviations over the n "
@@ -77,7 +78,7 @@ class Paper(Protocol):
         )
         if compare:
             note += " Published 'bits' are nats: 1 nat = 1 / ln 2 = 1.4427 bits."
-        return [Table("table1", "Table 1, by the paper's protocol", note, columns, rows)]
+        return [Table.of("table1", "Table 1, by the paper's protocol", note, lines)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         rows = data.of(self.name)
@@ -167,13 +168,15 @@ def spread(rows: pd.DataFrame) -> Plot:
     return Plot("boxes", "Spread over passages, by length", caption, panels)
 
 
-def _published(model: str, source: str, K: int) -> list[TableCell]:
+def _published(model: str, source: str, K: int) -> TableLine:
     """Table 1's four values; for K > 1 those of Figure 4."""
-    known = published.table1(model, source, K)
-    if known is None:
-        return [None] * 4
-    pairs = (known["token_gain"], known["gain_nats"], known["gain_bits"])
-    return [known["longest"], *map(mean_and_sd, pairs)]
+    known = published.table1(model, source, K) or {}
+    return [
+        ("paper Max", known.get("longest")),
+        ("paper gain", mean_and_sd(known.get("token_gain"))),
+        ("paper nats", mean_and_sd(known.get("gain_nats"))),
+        ("paper bits (nats / ln 2)", mean_and_sd(known.get("gain_bits"))),
+    ]
 
 
 @dataclass(frozen=True)

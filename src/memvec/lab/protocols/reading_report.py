@@ -11,7 +11,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import extra_of
 from memvec.lab.report.data import by_length, short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, mean_interval
 
 PATHS = 8  # passages whose paths a figure shows
@@ -65,19 +65,28 @@ def groups_of(rows: pd.DataFrame) -> Iterator[Group]:
 
 def tables(rows: pd.DataFrame) -> list[Table]:
     """One table with a line for each layer."""
-    table_rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for group in groups_of(rows):
         model, series, length, K = group.key
         n = len(group.rows)
-        measured = (group.shares(), group.left(above=False), group.left(above=True), group.bits())
-        for i, means in enumerate(zip(*measured, strict=True)):
-            row: list[TableCell] = [short(model), series, length, K, i]
-            for mean in means:
-                row += mean.cells
-            table_rows.append([*row, f"{group.right(i)} of {n}", n])
-    columns = ["model", "source", "length", "K", "layer", "attention share", "low", "high"]
-    columns += ["left without it", "low", "high", "left without it and above", "low", "high"]
-    columns += ["first token, bits", "low", "high", "arg-max right", "n"]
+        shares, bits = group.shares(), group.bits()
+        left, left_above = group.left(above=False), group.left(above=True)
+        for i in range(group.layers):
+            lines.append(
+                [
+                    ("model", short(model)),
+                    ("source", series),
+                    ("length", length),
+                    ("K", K),
+                    ("layer", i),
+                    *interval("attention share", shares[i]),
+                    *interval("left without it", left[i]),
+                    *interval("left without it and above", left_above[i]),
+                    *interval("first token, bits", bits[i]),
+                    ("arg-max right", f"{group.right(i)} of {n}"),
+                    ("n", n),
+                ]
+            )
     note = (
         "Means over n passages with 95 % intervals (Student's t). Attention share: share of "
         "attention on the vectors, mean over the positions behind them. Left: leading right tokens "
@@ -86,7 +95,7 @@ def tables(rows: pd.DataFrame) -> list[Table]:
         "applied to the layer's state behind BOS (logit lens); for the last layer this is the "
         "model's prediction."
     )
-    return [Table("reading", "Where the model reads the vectors", note, columns, table_rows)]
+    return [Table.of("reading", "Where the model reads the vectors", note, lines)]
 
 
 def figures(rows: pd.DataFrame) -> list[Plot]:

@@ -10,7 +10,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import short
 from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
 HALF = 0.5  # a lag counts as reached from this share of exact segments
@@ -64,11 +64,17 @@ def chains_of(rows: pd.DataFrame) -> Iterator[Chain]:
         # Segments of one document are not independent: a mean for each document.
         alone = [sum(T for t in leading if t == T) / len(leading) / K for leading in part["_alone"]]
         yield Chain(
-            *(str(model), str(series), K, T, int(length) // T, n, lags),
-            mean_interval(carried),
-            mean_interval((part["horizon"] / K).tolist()),
-            share_interval(int((part["horizon"] == length).sum()), n),
-            mean_interval(alone),
+            model=str(model),
+            series=str(series),
+            K=K,
+            segment=T,
+            segments=int(length) // T,
+            n=n,
+            lags=lags,
+            carried=mean_interval(carried),
+            whole=mean_interval((part["horizon"] / K).tolist()),
+            whole_exact=share_interval(int((part["horizon"] == length).sum()), n),
+            alone=mean_interval(alone),
         )
 
 
@@ -105,29 +111,39 @@ def cards(rows: pd.DataFrame) -> list[Card]:
 def tables(rows: pd.DataFrame) -> list[Table]:
     """A table of the lags of each chain, and a table of the chains."""
     chains = list(chains_of(rows))
-    by_lag: list[list[TableCell]] = [
+    by_lag: list[TableLine] = [
         [
-            *(short(c.model), c.series, c.K, c.segments, at.lag, str(at.exact)),
-            *at.leading.cells,
-            f"{100 * at.right:.0f} %",
-            *(str(at.alone), c.n),
+            ("model", short(c.model)),
+            ("source", c.series),
+            ("K", c.K),
+            ("segments", c.segments),
+            ("lag", at.lag),
+            ("exact", str(at.exact)),
+            *interval("leading tokens", at.leading),
+            ("teacher-forced", f"{100 * at.right:.0f} %"),
+            ("alone: exact", str(at.alone)),
+            ("n", c.n),
         ]
         for c in chains
         for at in c.lags
     ]
-    by_chain: list[list[TableCell]] = [
+    by_chain: list[TableLine] = [
         [
-            *(short(c.model), c.series, c.K, c.segments, c.segments * c.segment, c.reach),
-            *c.carried.cells,
-            *c.whole.cells,
-            str(c.whole_exact),
-            *(c.alone.mean, c.K * c.segments, c.n),
+            ("model", short(c.model)),
+            ("source", c.series),
+            ("K", c.K),
+            ("segments", c.segments),
+            ("tokens", c.segments * c.segment),
+            ("reach", c.reach),
+            *interval("carried", c.carried),
+            *interval("crammed whole", c.whole),
+            ("whole: exact", str(c.whole_exact)),
+            ("crammed alone", c.alone.mean),
+            ("its vectors", c.K * c.segments),
+            ("n", c.n),
         ]
         for c in chains
     ]
-    columns = ["model", "source", "K", "segments", "lag", "exact", "leading tokens", "low", "high"]
-    kept = ["model", "source", "K", "segments", "tokens", "reach", "carried", "low", "high"]
-    kept += ["crammed whole", "low", "high", "whole: exact", "crammed alone", "its vectors", "n"]
     note = (
         "Decoding from the memory of K vectors after the last segment. Lag: number of segments "
         "before the newest. Exact: share of the n documents whose segment decodes to the last "
@@ -144,14 +160,8 @@ def tables(rows: pd.DataFrame) -> list[Table]:
         "alone: tokens of exact segments with K vectors for each segment."
     )
     return [
-        Table(
-            "recurrent",
-            "A memory carried over segments, by lag",
-            note,
-            [*columns, "teacher-forced", "alone: exact", "n"],
-            by_lag,
-        ),
-        Table("recurrent-chains", "What is left after n segments", kept_note, kept, by_chain),
+        Table.of("recurrent", "A memory carried over segments, by lag", note, by_lag),
+        Table.of("recurrent-chains", "What is left after n segments", kept_note, by_chain),
     ]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, averaged, short
 from memvec.lab.report.plot import Mark, Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.sentences.cutting import last_sentences
 from memvec.lab.sentences.evaluate import WAYS
 from memvec.lab.sentences.flops import COSTS
@@ -87,22 +87,22 @@ def tables(data: Data, protocol: str) -> list[Table]:
 
 
 def _ways(groups: list[Group]) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for group in groups:
         for way, meaning in WAYS.items():
             value = group.per_token(group.bits[way])
             saved = paired_difference(group.bits["alone"], group.bits[way])
-            rows.append(
+            lines.append(
                 [
-                    *(group.name, meaning, value.value, value.low, value.high),
-                    *(2**value.value, saved.value, saved.low, saved.high),
-                    *group.gained(way),
-                    len(group.tokens),
+                    ("latent model", group.name),
+                    ("in front of the sentence", meaning),
+                    *interval("bits / token", value),
+                    ("perplexity", 2**value.value),
+                    *interval("bits saved", saved),
+                    *interval("of what its text saves", group.gained(way)),
+                    ("n", len(group.tokens)),
                 ]
             )
-    columns = ["latent model", "in front of the sentence", "bits / token", "low", "high"]
-    columns += ["perplexity", "bits saved", "low", "high", "of what its text saves"]
-    columns += ["low", "high", "n"]
     note = (
         "Bits per token of the true next sentence under the frozen model: sum of bits over sum of "
         "tokens, with the 95 % bootstrap interval over n sentences; perplexity: 2 to that power. "
@@ -110,71 +110,74 @@ def _ways(groups: list[Group]) -> Table:
         "95 % interval (paired, Student's t); and the ratio of these bits to those that the text "
         "of the same sentences saves (bootstrap)."
     )
-    return Table("sentences", "The next sentence, each way", note, columns, rows)
+    return Table.of("sentences", "The next sentence, each way", note, lines)
 
 
 def _ahead(groups: list[Group]) -> Table:
-    rows: list[list[TableCell]] = []
-    for group in groups:
-        for regime, by_step in group.ahead.items():
-            for step, bits in enumerate(by_step, 1):
-                value = group.per_token(bits)
-                rows.append([group.name, regime, step, *value, len(group.tokens)])
-    columns = ["latent model", "regime", "sentences ahead", "bits / token", "low", "high", "n"]
+    lines: list[TableLine] = [
+        [
+            ("latent model", group.name),
+            ("regime", regime),
+            ("sentences ahead", step),
+            *interval("bits / token", group.per_token(bits)),
+            ("n", len(group.tokens)),
+        ]
+        for group in groups
+        for regime, by_step in group.ahead.items()
+        for step, bits in enumerate(by_step, 1)
+    ]
     note = (
         "Bits per token with the 95 % bootstrap interval over n sentences. Continuous: predictions "
         "are fed back unchanged. Discretised: each prediction, the last one too, is written as a "
         "sentence and encoded again."
     )
-    return Table("sentences-ahead", "Predicted further ahead", note, columns, rows)
+    return Table.of("sentences-ahead", "Predicted further ahead", note, lines)
 
 
 def _flops(groups: list[Group], protocol: str) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for group in groups:
         every = extra_of(group.rows, protocol, "flops")
         text = [float(row["text"]) for row in every]
         for way, meaning in COSTS.items():
             operations = [float(row[way]) for row in every]
-            part = ratio_of_means(operations, text)
-            rows.append(
+            lines.append(
                 [
-                    group.name,
-                    meaning,
-                    sum(operations) / len(operations) / 1e6,
-                    *part,
-                    len(operations),
+                    ("latent model", group.name),
+                    ("the next sentence", meaning),
+                    ("million operations", sum(operations) / len(operations) / 1e6),
+                    *interval("of the first", ratio_of_means(operations, text)),
+                    ("n", len(operations)),
                 ]
             )
-    columns = ["latent model", "the next sentence", "million operations", "of the first", "low"]
     note = (
         "Computed from shapes (memvec.lab.sentences.flops), mean over n sentences; the ratio to "
         "the first line has a 95 % bootstrap interval. The operations that read or encoded the "
         "earlier sentences are not counted."
     )
-    return Table("sentences-flops", "Operations", note, [*columns, "high", "n"], rows)
+    return Table.of("sentences-flops", "Operations", note, lines)
 
 
 def _exact(data: Data, groups: list[Group], protocol: str) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for group in groups:
         own_encoded, n = extra_of(group.rows, protocol, "encoded_exact"), len(group.rows)
         decodes = _before_exact(data, group.rows, protocol).values()
         encoded, crammed = (sum(flags[i] for flags in decodes) for i in range(2))
-        lines = (
+        counts = (
             ("the sentence, encoded", sum(map(int, own_encoded)), n),
             ("the sentence, crammed", round(float(group.rows["exact"].sum())), n),
             ("sentences before, encoded", encoded, len(decodes)),
             ("sentences before, crammed", crammed, len(decodes)),
         )
-        rows += [[group.name, what, str(share_interval(k, m)), m] for what, k, m in lines]
+        for what, k, m in counts:
+            exact = str(share_interval(k, m))
+            lines.append([("latent model", group.name), ("of", what), ("exact", exact), ("n", m)])
     note = (
         "Share of latents from which the sentence decodes whole; 95 % Wilson intervals. A sentence "
         "that stands before several others counts once."
     )
-    return Table(
-        "sentences-exact", "Latents that decode", note, ["latent model", "of", "exact", "n"], rows
-    )
+    return Table.of("sentences-exact", "Latents that decode", note, lines)
 
 
 def _before_exact(

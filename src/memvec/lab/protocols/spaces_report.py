@@ -13,7 +13,7 @@ from memvec.lab.protocols.exact import ExactResult, exact_result
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Interval, Mean, mean_interval, ratio_of_means
 from memvec.storage import STORAGES
 
@@ -74,12 +74,18 @@ def lines_of(data: Data, rows: pd.DataFrame) -> Iterator[Line]:
         kept = part[part["length"] == part["length"].max()]
         gain = kept["horizon_gain"]
         yield Line(
-            *(str(model), str(source), str(space), int(K), str(storage), int(budget)),
-            *(numbers, stored),
-            exact_result(part),
-            ratio_of_means([k[0] for k in kept["kl"]], [k[1] for k in kept["kl"]]),
-            mean_interval((gain / numbers).tolist()),
-            mean_interval((gain / stored).tolist()),
+            model=str(model),
+            source=str(source),
+            space=str(space),
+            K=int(K),
+            storage=str(storage),
+            budget=int(budget),
+            numbers=numbers,
+            stored_bits=stored,
+            exact=exact_result(part),
+            kl=ratio_of_means([k[0] for k in kept["kl"]], [k[1] for k in kept["kl"]]),
+            per_number=mean_interval((gain / numbers).tolist()),
+            per_bit=mean_interval((gain / stored).tolist()),
         )
 
 
@@ -103,9 +109,6 @@ def cards(data: Data, rows: pd.DataFrame) -> list[Card]:
 
 def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
     """All lines ordered by their count of numbers, and once more by stored bits."""
-    columns = ["model", "source", "space", "K", "numbers", "storage", "stored bits"]
-    columns += ["exact tokens", "low", "high", "n", "censored", "bits / number", "low", "high"]
-    columns += ["bits / stored bit", "budget", "spent", "KL / nothing", "low", "high"]
     lines = sorted(lines_of(data, rows), key=lambda line: (line.model, line.source, line.numbers))
     by_bits = sorted(lines, key=lambda line: (line.model, line.source, line.stored_bits))
     note = (
@@ -117,7 +120,7 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
         "this too, all others for exact decoding only."
     )
     return [
-        Table(key, title, note, columns, [_row(line) for line in ordered])
+        Table.of(key, title, note, [_table_line(line) for line in ordered])
         for key, title, ordered in (
             ("spaces", "Where the numbers stand, by how many there are", lines),
             ("spaces-bits", "Where the numbers stand, by stored bits", by_bits),
@@ -125,14 +128,23 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
     ]
 
 
-def _row(line: Line) -> list[TableCell]:
-    r = line.exact
+def _table_line(line: Line) -> TableLine:
     return [
-        *(short(line.model), line.source, line.space, line.K, line.numbers, line.storage),
-        *(line.stored_bits, r.horizon.mean, r.horizon.low, r.horizon.high, r.horizon.n),
-        *(str(r.censored), line.per_number.mean, line.per_number.low, line.per_number.high),
-        *(line.per_bit.mean, line.budget or "none", r.spent.mean),
-        *(line.kl.value, line.kl.low, line.kl.high),
+        ("model", short(line.model)),
+        ("source", line.source),
+        ("space", line.space),
+        ("K", line.K),
+        ("numbers", line.numbers),
+        ("storage", line.storage),
+        ("stored bits", line.stored_bits),
+        *interval("exact tokens", line.exact.horizon),
+        ("n", line.exact.horizon.n),
+        ("censored", str(line.exact.censored)),
+        *interval("bits / number", line.per_number),
+        ("bits / stored bit", line.per_bit.mean),
+        ("budget", line.budget or "none"),
+        ("spent", line.exact.spent.mean),
+        *interval("KL / nothing", line.kl),
     ]
 
 

@@ -16,7 +16,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import mean_interval, rank_correlation
 
 MIN_RANKED = 3  # a rank correlation needs more models than this
@@ -35,11 +35,9 @@ class Threshold(Protocol):
     plane = "threshold"
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows = [row for plane in planes(data) for row in _rows(plane)]
-        columns = ["model", "K", "text", "C, bits", "low", "high", "rms, bits", "n", "passages"]
-        columns += ["cut", "conclusion"]
+        lines = [line for plane in planes(data) for line in _lines(plane)]
         title = "Threshold: bits left with vectors = max(0, H − C)"
-        return [Table("threshold", title, NOTE, columns, rows)]
+        return [Table.of("threshold", title, NOTE, lines)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         return [
@@ -80,7 +78,7 @@ def planes(data: Data) -> list[Plane]:
     return fitted
 
 
-def _rows(plane: Plane) -> list[list[TableCell]]:
+def _lines(plane: Plane) -> list[TableLine]:
     """Lines of C for all, natural and random text, and for the difference of the last two."""
     drawn, recipe = plane.rows["random_text"], f", {plane.recipe}" if plane.recipe else ""
     parts = (
@@ -88,21 +86,40 @@ def _rows(plane: Plane) -> list[list[TableCell]]:
         ("natural", plane.natural, plane.rows[~drawn]),
         ("random", plane.random, plane.rows[drawn]),
     )
-    rows: list[list[TableCell]] = []
-    head: list[TableCell] = [short(plane.model), plane.K]
+    lines: list[TableLine] = []
     for name, f, part in parts:
         if f is not None:
             cut = float((part["steps"] >= part["step_limit"]).mean())
             conclusion = "" if f.reached else f"not reached: fewer than {MIN_ABOVE} above"
-            numbers = [f.capacity, f.low, f.high, f.rms, f.n, f.passages]
-            rows.append([*head, f"{name}{recipe}", *numbers, f"{100 * cut:.0f} %", conclusion])
+            lines.append(
+                [
+                    ("model", short(plane.model)),
+                    ("K", plane.K),
+                    ("text", f"{name}{recipe}"),
+                    *interval("C, bits", (f.capacity, f.low, f.high)),
+                    ("rms, bits", f.rms),
+                    ("n", f.n),
+                    ("passages", f.passages),
+                    ("cut", f"{100 * cut:.0f} %"),
+                    ("conclusion", conclusion),
+                ]
+            )
     if plane.difference is not None:
         d = plane.difference
-        conclusion = f"{d.p_value}; {d.verdict}" if d.decided else d.verdict
-        interval = [d.difference, d.low, d.high]
-        text = f"natural − random{recipe}"
-        rows.append([*head, text, *interval, None, len(plane.rows), None, None, conclusion])
-    return rows
+        lines.append(
+            [
+                ("model", short(plane.model)),
+                ("K", plane.K),
+                ("text", f"natural − random{recipe}"),
+                *interval("C, bits", (d.difference, d.low, d.high)),
+                ("rms, bits", None),
+                ("n", len(plane.rows)),
+                ("passages", None),
+                ("cut", None),
+                ("conclusion", f"{d.p_value}; {d.verdict}" if d.decided else d.verdict),
+            ]
+        )
+    return lines
 
 
 def plane_figure(fitted: list[Plane]) -> Plot:

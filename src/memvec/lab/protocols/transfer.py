@@ -32,7 +32,7 @@ from memvec.lab.protocols import protocol
 from memvec.lab.protocols.protocol import Compared, Protocol, extra_of
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.sources.sampled import sampled_passages
@@ -138,23 +138,31 @@ class TransferProtocol(Protocol):
         ]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, origin, seed, series), part in _pairs(data, self.name):
             steps, mapped = (part[c].astype(float).tolist() for c in ("steps", "_steps_mapped"))
-            saved = ratio_of_means(mapped, steps)
             whole = part["_at_once"] >= part["predicted"]
             at_once = share_interval(int(whole.sum()), len(part))
-            row: list[TableCell] = [_origin(origin, seed), short(model), series]
-            row += [int(part["length"].iloc[0]), int(part["vectors"].iloc[0])]
-            row += [float(part["_explained"].mean()), float(part["_cosine"].mean()), str(at_once)]
-            row += [mean_interval(part["_at_once"].tolist()).mean]
-            row += [float(part["steps"].mean()), float(part["_steps_mapped"].mean())]
-            row += [saved.value, saved.low, saved.high, int(part["_pairs"].iloc[0]), len(part)]
-            rows.append(row)
-        columns = ["from", "to", "source", "tokens", "K", "explained", "cosine", "exact at once"]
-        columns += ["tokens at once", "steps", "steps from the map", "ratio", "low", "high"]
+            lines.append(
+                [
+                    ("from", _origin(origin, seed)),
+                    ("to", short(model)),
+                    ("source", series),
+                    ("tokens", int(part["length"].iloc[0])),
+                    ("K", int(part["vectors"].iloc[0])),
+                    ("explained", float(part["_explained"].mean())),
+                    ("cosine", float(part["_cosine"].mean())),
+                    ("exact at once", str(at_once)),
+                    ("tokens at once", mean_interval(part["_at_once"].tolist()).mean),
+                    ("steps", float(part["steps"].mean())),
+                    ("steps from the map", float(part["_steps_mapped"].mean())),
+                    *interval("ratio", ratio_of_means(mapped, steps)),
+                    ("pairs", int(part["_pairs"].iloc[0])),
+                    ("n", len(part)),
+                ]
+            )
         return [
-            Table(
+            Table.of(
                 "transfer",
                 "Vectors of another model through a linear map",
                 "Explained: share of the vectors' squared deviation from their mean that the map "
@@ -162,8 +170,7 @@ class TransferProtocol(Protocol):
                 "that decode whole from the mapped vectors. Steps: means until the passage is "
                 "exact or given up, and their ratio with its 95 % interval (paired bootstrap over "
                 "passages). Steps in the origin and those of the pairs are not counted.",
-                [*columns, "pairs", "n"],
-                rows,
+                lines,
             )
         ]
 

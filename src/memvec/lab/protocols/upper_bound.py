@@ -28,13 +28,13 @@ from memvec.lab.protocols.protocol import Compared, Protocol, extra_of
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage, logits
 from memvec.lab.sources import SourcedPassage
 from memvec.model import memory
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
-from memvec.statistics import mean_interval, ratio_of_means
+from memvec.statistics import Interval, mean_interval, ratio_of_means
 
 
 def least_moved_bits(logits: Float[Tensor, "T V"], ids: Int[Tensor, " T"]) -> Float[Tensor, " T"]:
@@ -103,23 +103,29 @@ class UpperBound(Protocol):
         ]
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
-        rows: list[list[TableCell]] = []
+        lines: list[TableLine] = []
         for (model, source, length, K), everything in by_length(data.of(self.name)):
             group = _with_needed(everything)
-            removed = group["information_gain"].tolist()
-            row: list[TableCell] = [short(model), source, length, K, float(group["lm_bits"].mean())]
-            needed = [group[name].tolist() for name in ("least_moved", "raised_logit")]
-            for values in (*needed, removed):
-                row += mean_interval(values).cells
-            for values in needed:
-                row += [100 * part for part in ratio_of_means(values, removed)]
-            rows.append([*row, len(group)])
-        columns = ["model", "source", "length", "K", "H, bits"]
-        means = ("least moved", "raised logit", "removed")
-        for name in (*means, "least moved / removed, %", "raised logit / removed, %"):
-            columns += [name, "low", "high"]
+            least, raised, removed = (
+                group[name].tolist() for name in ("least_moved", "raised_logit", "information_gain")
+            )
+            lines.append(
+                [
+                    ("model", short(model)),
+                    ("source", source),
+                    ("length", length),
+                    ("K", K),
+                    ("H, bits", float(group["lm_bits"].mean())),
+                    *interval("least moved", mean_interval(least)),
+                    *interval("raised logit", mean_interval(raised)),
+                    *interval("removed", mean_interval(removed)),
+                    *interval("least moved / removed, %", _percent(least, removed)),
+                    *interval("raised logit / removed, %", _percent(raised, removed)),
+                    ("n", len(group)),
+                ]
+            )
         return [
-            Table(
+            Table.of(
                 "upper-bound",
                 "Bits needed for the arg-max against bits removed",
                 "Means over n passages with their 95 % intervals (Student's t), and ratios of "
@@ -128,8 +134,7 @@ class UpperBound(Protocol):
                 "of the likeliest tokens as necessary (least moved, the paper's bound), or with "
                 "the true token's logit raised to the best other one (raised logit). Removed: "
                 "information gain of the vectors.",
-                [*columns, "n"],
-                rows,
+                lines,
             )
         ]
 
@@ -151,6 +156,11 @@ class UpperBound(Protocol):
         title = "What the arg-max needs and what vectors remove"
         caption = "One point per passage, with straight fits." + (_published() if compare else "")
         return [Plot("upper-bound", title, caption, panels)]
+
+
+def _percent(needed: list[float], removed: list[float]) -> Interval:
+    """Ratio of the means, in percent."""
+    return Interval(*(100 * part for part in ratio_of_means(needed, removed)))
 
 
 def _with_needed(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Card
 from memvec.lab.report.data import Data, by_length, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import (
     Interval,
     Mean,
@@ -120,20 +120,28 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
 
 
 def _trade(data: Data, groups: list[Group]) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for g in groups:
         recipe = _recipe(data, g)
         score = g.score(VECTORS)
-        rms, per_vector = mean_interval([extra["rms"] for extra in g.extras]), g.per_vector
-        row: list[TableCell] = [short(g.model), g.series, g.length, g.K]
-        row += [recipe["term_weight"] if recipe["term"] == "use" else 0.0, recipe["trigger"]]
-        row += [rms.mean, str(g.exact), *per_vector.cells]
-        row += [*score.kl, *score.ratio]
-        rows.append([*row, *score.kept, len(g.rows)])
-    columns = ["model", "source", "length", "K", "weight", "trigger", "RMS", "exact"]
-    for name in ("tokens/vector", "KL", "KL/nothing", "kept"):
-        columns += [name, "low", "high"]
-    return Table(
+        lines.append(
+            [
+                ("model", short(g.model)),
+                ("source", g.series),
+                ("length", g.length),
+                ("K", g.K),
+                ("weight", recipe["term_weight"] if recipe["term"] == "use" else 0.0),
+                ("trigger", recipe["trigger"]),
+                ("RMS", mean_interval([extra["rms"] for extra in g.extras]).mean),
+                ("exact", str(g.exact)),
+                *interval("tokens/vector", g.per_vector),
+                *interval("KL", score.kl),
+                *interval("KL/nothing", score.ratio),
+                *interval("kept", score.kept),
+                ("n", len(g.rows)),
+            ]
+        )
+    return Table.of(
         "usable",
         "Exactness against use",
         "Weight: weight of the KL divergence beside the loss of the passage; RMS: root mean square "
@@ -141,43 +149,59 @@ def _trade(data: Data, groups: list[Group]) -> Table:
         "leading tokens that decode, per vector; KL: divergence from the model that has read the "
         "text, on held-out words, in nats per word; KL/nothing: ratio to the KL without context; "
         "kept: share of the text's gain on these words. Intervals: 95 % over passages.",
-        [*columns, "n"],
-        rows,
+        lines,
     )
 
 
 def _contexts(groups: list[Group]) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for g in groups:
         for name in g.contexts():
-            w = g.score(name)
-            row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
-            rows.append([*row, *w.kl, *w.kept, *w.over_vectors, w.n])
-    columns = ["model", "source", "length", "K", "context", "KL", "low", "high"]
-    columns += ["kept", "low", "high", "KL / KL of vectors", "low", "high", "n"]
-    return Table(
+            score = g.score(name)
+            lines.append(
+                [
+                    ("model", short(g.model)),
+                    ("source", g.series),
+                    ("length", g.length),
+                    ("K", g.K),
+                    ("context", name),
+                    *interval("KL", score.kl),
+                    *interval("kept", score.kept),
+                    *interval("KL / KL of vectors", score.over_vectors),
+                    ("n", score.n),
+                ]
+            )
+    return Table.of(
         "usable-contexts",
         "What stands in front of the same words",
         "KL: divergence from the model that has read the whole text, in nats per word. Kept: share "
         "of the text's gain on these words. Where KL / KL of vectors is above 1, the vectors are "
         "nearer to the text than the context. 95 % intervals over n passages.",
-        columns,
-        rows,
+        lines,
     )
 
 
 def _knocked(groups: list[Group]) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for g in groups:
         entries = g.measured("layers")
         for name in entries[0]:
-            row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
-            for i in range(3):  # tokens, margin, KL
-                row += mean_interval([e[name][i] for e in entries]).cells
-            rows.append([*row, *rise(entries, name), len(entries)])
-    columns = ["model", "source", "length", "K", "without", "tokens", "low", "high"]
-    columns += ["margin", "low", "high", "KL", "low", "high"]
-    return Table(
+            tokens, margin, kl = (mean_interval([e[name][i] for e in entries]) for i in range(3))
+            lines.append(
+                [
+                    ("model", short(g.model)),
+                    ("source", g.series),
+                    ("length", g.length),
+                    ("K", g.K),
+                    ("without", name),
+                    *interval("tokens", tokens),
+                    *interval("margin", margin),
+                    *interval("KL", kl),
+                    *interval("KL / whole", rise(entries, name)),
+                    ("n", len(entries)),
+                ]
+            )
+    return Table.of(
         "usable-layers",
         "Without attention to the vectors in some layers",
         "Without: the layer without attention to the vectors, or it and all above ('2+'); tokens: "
@@ -185,30 +209,35 @@ def _knocked(groups: list[Group]) -> Table:
         "logits; KL: of the vectors in context mode, nats per word; KL / whole: ratio to the KL "
         "with all layers. Means over n passages, all with 95 % intervals. In '0+' no layer attends "
         "to the vectors or to BOS.",
-        [*columns, "KL / whole", "low", "high", "n"],
-        rows,
+        lines,
     )
 
 
 def _spans(data: Data, groups: list[Group]) -> Table:
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for g in groups:
         measured = g.measured("directions")
-        chance = g.length / (g.K * int(data.models[g.model]["width"]))
-        overlaps: list[TableCell] = [chance]
-        for name in ("text in use", "use in text"):
-            overlaps += mean_interval([d[name][0] for d in measured]).cells
+        text_in_use = mean_interval([d["text in use"][0] for d in measured])
+        use_in_text = mean_interval([d["use in text"][0] for d in measured])
         for name in ("whole", "without text", "without use", "without random"):
             if any(name not in d for d in measured):
                 continue  # earlier studies have no random span
-            row: list[TableCell] = [short(g.model), g.series, g.length, g.K, name]
-            for i in (0, 2):  # tokens, KL
-                row += mean_interval([d[name][i] for d in measured]).cells
-            rows.append([*row, *overlaps, len(measured)])
-    columns = ["model", "source", "length", "K", "vectors", "tokens", "low", "high"]
-    columns += ["KL", "low", "high", "chance", "text in use", "low", "high"]
-    columns += ["use in text", "low", "high", "n"]
-    return Table(
+            lines.append(
+                [
+                    ("model", short(g.model)),
+                    ("source", g.series),
+                    ("length", g.length),
+                    ("K", g.K),
+                    ("vectors", name),
+                    *interval("tokens", mean_interval([d[name][0] for d in measured])),
+                    *interval("KL", mean_interval([d[name][2] for d in measured])),
+                    ("chance", g.length / (g.K * int(data.models[g.model]["width"]))),
+                    *interval("text in use", text_in_use),
+                    *interval("use in text", use_in_text),
+                    ("n", len(measured)),
+                ]
+            )
+    return Table.of(
         "usable-directions",
         "Directions of the text and of its use",
         "Text in use: share of the squared length of the gradients of the tokens' margins inside "
@@ -217,8 +246,7 @@ def _spans(data: Data, groups: list[Group]) -> Table:
         "tokens in decoding mode; KL: of the vectors in context mode, nats per word; both for the "
         "whole vectors, for the vectors without their part in either span, and without their part "
         "in a random span of that size. Means over n passages with 95 % intervals.",
-        columns,
-        rows,
+        lines,
     )
 
 

@@ -8,7 +8,8 @@ the paper protocol with several K are reported beside it by the published rule (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,7 @@ from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scali
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell, mean_and_sd
+from memvec.lab.report.table import Table, TableLine, interval, mean_and_sd
 from memvec.model.reading import StartRule
 
 # (measure of `scaling`, its label by the exact rule, its label by the published rule, its name in
@@ -27,7 +28,6 @@ MEASURES = (
     ("token_gain", "token gain, exact horizon", "token gain", "token_gain"),
     ("bits", "information gain, bits, exact horizon", "information gain, bits", "gain_nats"),
 )
-ENDS = ("", "_low", "_high")  # of a measure's name: its mean and the ends of its interval
 
 
 class Vectors(Protocol):
@@ -78,62 +78,74 @@ def _sweeps(data: Data) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _exact_table(measured: pd.DataFrame) -> Table:
-    rows: list[list[TableCell]] = []
-    for model, source, group in _by_text(measured):
-        for line in exact_scaling(group).to_dict("records"):
-            numbers = [f"{name}{end}" for name in ("longest", "bits") for end in ENDS]
-            shares = ("bits_share", "censored", "cut")
-            row: list[TableCell] = [short(model), source, int(line["K"])]
-            row += [float(line[name]) for name in numbers]
-            row += [line["bits"] / line["K"], *(f"{100 * line[name]:.0f} %" for name in shares)]
-            rows.append([*row, int(line["n"])])
-    columns = ["model", "source", "K", "exact tokens", "low", "high", "bits", "low", "high"]
-    return Table(
+    lines: list[TableLine] = [
+        [
+            ("model", short(model)),
+            ("source", source),
+            ("K", int(at["K"])),
+            *interval("exact tokens", _mean(at, "longest")),
+            *interval("bits", _mean(at, "bits")),
+            ("bits / vector", at["bits"] / at["K"]),
+            ("of the line", f"{100 * at['bits_share']:.0f} %"),
+            ("censored", f"{100 * at['censored']:.0f} %"),
+            ("cut", f"{100 * at['cut']:.0f} %"),
+            ("n", int(at["n"])),
+        ]
+        for model, source, group in _by_text(measured)
+        for at in exact_scaling(group).to_dict("records")
+    ]
+    return Table.of(
         "vectors",
         "K vectors against the straight line",
         "Means over n passages with their 95 % intervals: exact horizon, and information gain over "
         "it. Of the line: bits divided by K times the bits per vector at the smallest K. Censored: "
         "share of passages that decode whole, where K vectors might hold more. Cut: share of "
         "passages that ended at their budget.",
-        [*columns, "bits / vector", "of the line", "censored", "cut", "n"],
-        rows,
+        lines,
     )
 
 
 def _published_table(data: Data, compare: bool) -> Table:
     """Figure 4 in numbers, by the published rule."""
-    columns = ["model", "source", "K", "Max", "longest tried", "of the line"]
-    for gain in ("token gain", "bits"):
-        columns += [gain, "low", "high", "of the line"]
-    columns.append("n")
-    if compare:
-        columns += ["paper Max", "paper gain", "paper bits (nats / ln 2)"]
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for model, source, group in _sweeps(data):
-        for line in published_scaling(group).to_dict("records"):
-            K, longest = int(line["K"]), line["longest"]
-            row: list[TableCell] = [short(model), source, K]
-            row += [None if math.isnan(longest) else int(longest), int(line["tried"])]
-            row += [_percent(line["longest_share"])]
-            for name in ("token_gain", "bits"):
-                row += [float(line[f"{name}{end}"]) for end in ENDS]
-                row.append(_percent(line[f"{name}_share"]))
-            row.append(int(line["n"]))
+        for at in published_scaling(group).to_dict("records"):
+            longest = at["longest"]
+            line: TableLine = [
+                ("model", short(model)),
+                ("source", source),
+                ("K", int(at["K"])),
+                ("Max", None if math.isnan(longest) else int(longest)),
+                ("longest tried", int(at["tried"])),
+                ("of the line", _percent(at["longest_share"])),
+                *interval("token gain", _mean(at, "token_gain")),
+                ("of the line", _percent(at["token_gain_share"])),
+                *interval("bits", _mean(at, "bits")),
+                ("of the line", _percent(at["bits_share"])),
+                ("n", int(at["n"])),
+            ]
             if compare:
-                known = published.table1(model, str(group["source"].iloc[0]), K) or {}
-                pairs = (known.get("token_gain"), known.get("gain_bits"))
-                row += [known.get("longest"), *map(mean_and_sd, pairs)]
-            rows.append(row)
-    return Table(
+                known = published.table1(model, str(group["source"].iloc[0]), int(at["K"])) or {}
+                line += [
+                    ("paper Max", known.get("longest")),
+                    ("paper gain", mean_and_sd(known.get("token_gain"))),
+                    ("paper bits (nats / ln 2)", mean_and_sd(known.get("gain_bits"))),
+                ]
+            lines.append(line)
+    return Table.of(
         "vectors-paper",
         "K vectors by the paper's protocol (Figure 4)",
         "Max: longest length of the grid whose mean teacher-forced accuracy is at least 0.99; "
         "where it is the longest tried, a longer grid might give more. Gains: means over the n "
         "passages with accuracy of at most 0.99, with their 95 % intervals. The line is K times "
         "the value per vector at the smallest K.",
-        columns,
-        rows,
+        lines,
     )
+
+
+def _mean(at: Mapping[Hashable, Any], measure: str) -> tuple[float, float, float]:
+    """A measure of one K with the ends of its interval."""
+    return float(at[measure]), float(at[f"{measure}_low"]), float(at[f"{measure}_high"])
 
 
 def _percent(share: float) -> str | None:

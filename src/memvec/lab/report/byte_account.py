@@ -16,7 +16,7 @@ import pandas as pd
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine
 from memvec.statistics import share_interval
 
 MAX_PASSAGES = 200  # of a group
@@ -35,7 +35,7 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
     Passages of different K are not joined, because one is the beginning of another, and a
     compressor would store the repeated part only once.
     """
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     keys = ["model", "series", "protocol", "vectors"]
     for (model, source, protocol, k), group in averaged(data.rows).groupby(keys, sort=False):
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
@@ -49,25 +49,33 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
             text for text, back in zip(every, came_back, strict=True) if back and text is not None
         ]
         whole, size = b"\n".join(texts), sum(map(len, texts))
-        K, number = int(str(k)), NUMBER_BYTES[str(longest["storage"].iloc[0])]
-        stored = [
-            len(zlib.compress(whole, 9)),
-            len(bz2.compress(whole, 9)),
-            len(lzma.compress(whole, preset=9)),
-            _huffman_bits(whole) / 8,
-            _text_bits(exact, int(data.models[str(model)]["vocabulary"])) / 8,
-            _vectors(data, exact, str(protocol), K) * data.width(longest.iloc[0]) * number,
-        ]
-        row: list[TableCell] = [short(str(model)), str(source), str(protocol), K, len(longest)]
-        row += [str(share_interval(len(exact), len(longest))), size]
-        rows.append([*row, *(size / b if size else None for b in stored)])
-    columns = ["model", "source", "protocol", "K", "passages", "exact", "text bytes", "zlib", "bz2"]
+        K = int(str(k))
+        vector = data.width(longest.iloc[0]) * NUMBER_BYTES[str(longest["storage"].iloc[0])]
+        stored = {
+            "zlib": len(zlib.compress(whole, 9)),
+            "bz2": len(bz2.compress(whole, 9)),
+            "lzma": len(lzma.compress(whole, preset=9)),
+            "huffman": _huffman_bits(whole) / 8,
+            "arithmetic": _text_bits(exact, int(data.models[str(model)]["vocabulary"])) / 8,
+            "vectors": _vectors(data, exact, str(protocol), K) * vector,
+        }
+        lines.append(
+            [
+                ("model", short(str(model))),
+                ("source", str(source)),
+                ("protocol", str(protocol)),
+                ("K", K),
+                ("passages", len(longest)),
+                ("exact", str(share_interval(len(exact), len(longest)))),
+                ("text bytes", size),
+                *((way, size / b if size else None) for way, b in stored.items()),
+            ]
+        )
     note = NOTE
     if compare:
         values = published.published()["compression"]["values"]
         note += " Paper, PG-19: " + ", ".join(f"{k} {v['pg19']}" for k, v in values.items()) + "."
-    columns += ["lzma", "huffman", "arithmetic", "vectors"]
-    return Table("bytes", "Byte accounting", note, columns, rows)
+    return Table.of("bytes", "Byte accounting", note, lines)
 
 
 def _text_bits(rows: pd.DataFrame, V: int) -> float:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine
 
 
 def cost_table(data: Data) -> Table:
     """One line for each model and protocol."""
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for (model, protocol), g in data.rows.groupby(["model", "protocol"], sort=False):
-        row: list[TableCell] = [short(str(model)), str(protocol), g["cell"].nunique(), len(g)]
-        rows.append([*row, int(g["steps"].sum()), int(g["spent"].sum()), float(g["seconds"].sum())])
-    return Table(
+        lines.append(
+            [
+                ("model", short(str(model))),
+                ("protocol", str(protocol)),
+                ("cells", g["cell"].nunique()),
+                ("passages", len(g)),
+                ("steps", int(g["steps"].sum())),
+                ("tokens", int(g["spent"].sum())),
+                ("seconds", float(g["seconds"].sum())),
+            ]
+        )
+    return Table.of(
         "cost",
         "What was spent",
         "Optimiser steps, forward-backward tokens and seconds, summed over all passages. Without "
         "what a protocol crams besides them (`transfer`, `recurrent`, `reading`, `sentences`).",
-        ["model", "protocol", "cells", "passages", "steps", "tokens", "seconds"],
-        rows,
+        lines,
     )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from memvec.errors import MemvecError
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine
 from memvec.statistics import Mean, mean_interval
 
 PARTS = 5  # of a passage
@@ -71,27 +71,37 @@ def errors(data: Data) -> Iterator[Errors]:
 
 def positions_table(data: Data) -> Table:
     """Shares of wrong positions by fifth of the passage, and the bits of wrong and right tokens."""
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for e in errors(data):
         margin, bits = np.concatenate(e.margins), np.concatenate(e.lm_bits)
         wrong = margin <= 0
         overall = mean_interval([float((m <= 0).mean()) for m in e.margins])
-        row: list[TableCell] = [short(e.model), e.series, e.protocol, e.K, round(_length(e))]
-        row += [100 * overall.mean, 100 * overall.sd]
-        row += [100 * float(share) for share in e.parts().mean(0)]
-        row += [_mean(bits[wrong]), _mean(bits[~wrong]), len(e.margins)]
-        rows.append(row)
-    columns = ["model", "source", "protocol", "K", "positions", "% wrong", "sd over passages"]
-    columns += [f"{100 * i // PARTS}–{100 * (i + 1) // PARTS} %" for i in range(PARTS)]
-    return Table(
+        lines.append(
+            [
+                ("model", short(e.model)),
+                ("source", e.series),
+                ("protocol", e.protocol),
+                ("K", e.K),
+                ("positions", round(_length(e))),
+                ("% wrong", 100 * overall.mean),
+                ("sd over passages", 100 * overall.sd),
+                *(
+                    (f"{100 * i // PARTS}–{100 * (i + 1) // PARTS} %", 100 * float(share))
+                    for i, share in enumerate(e.parts().mean(0))
+                ),
+                ("bits, wrong", _mean(bits[wrong])),
+                ("bits, right", _mean(bits[~wrong])),
+                ("rows", len(e.margins)),
+            ]
+        )
+    return Table.of(
         "positions",
         "Errors by position",
         "Share of positions whose arg-max is wrong with teacher forcing, in %: over the whole "
         "passage, and in each fifth of it, at the longest length; means over rows. Bits: mean "
         "bits, without vectors, of the tokens that are wrong with the vectors, and of those that "
         "are right.",
-        [*columns, "bits, wrong", "bits, right", "rows"],
-        rows,
+        lines,
     )
 
 

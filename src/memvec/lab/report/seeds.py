@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.report.data import Data, by_series, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, with_sd
 from memvec.statistics import mean_interval
 
 
@@ -18,7 +18,7 @@ def seeds_table(data: Data) -> Table:
 
     Only the lengths that all of its seeds have are used.
     """
-    rows: list[list[TableCell]] = []
+    lines: list[TableLine] = []
     for (model, source, K), group in by_series(data.restarts("paper")):
         seeds = sorted(group["seed"].unique())
         if len(seeds) < 2:
@@ -28,25 +28,31 @@ def seeds_table(data: Data) -> Table:
         if shared.empty:
             continue
         results = [paper_result(part) for _, part in shared.groupby("seed")]
-        longest = ", ".join(str(r.longest or "–") for r in results)
+        # A seed without a passage that filled its vectors has no mean.
+        gains, bits = (
+            mean_interval([m.mean for m in means if m.n])
+            for means in ([r.token_gain for r in results], [r.information_gain for r in results])
+        )
         accuracy = mean_interval(shared.groupby("seed")["accuracy"].mean().tolist())
-        row: list[TableCell] = [short(model), source, K, len(seeds), longest]
-        for name in ("token_gain", "information_gain"):
-            # A seed without a passage that filled its vectors has no mean.
-            means = [getattr(r, name) for r in results]
-            spread = mean_interval([m.mean for m in means if m.n])
-            row += [spread.mean, spread.sd]
-        row += [accuracy.mean, accuracy.sd, ", ".join(str(r.token_gain.n) for r in results)]
-        rows.append(row)
-    columns = ["model", "source", "K", "seeds", "Max of each seed", "token gain", "sd over seeds"]
-    columns += ["bits", "sd over seeds", "accuracy", "sd over seeds", "n of each seed"]
-    return Table(
+        lines.append(
+            [
+                ("model", short(model)),
+                ("source", source),
+                ("K", K),
+                ("seeds", len(seeds)),
+                ("Max of each seed", ", ".join(str(r.longest or "–") for r in results)),
+                *with_sd("token gain", gains, "sd over seeds"),
+                *with_sd("bits", bits, "sd over seeds"),
+                *with_sd("accuracy", accuracy, "sd over seeds"),
+                ("n of each seed", ", ".join(str(r.token_gain.n) for r in results)),
+            ]
+        )
+    return Table.of(
         "seeds",
         "Spread over seeds",
         "Each seed is evaluated by the published rule, at the lengths that all seeds have. Max and "
         "token gain are tokens, bits the information gain; gains and accuracy are means of the "
         "seeds' means, with the standard deviation of these over seeds. n: passages of each seed "
         "whose gains are averaged.",
-        columns,
-        rows,
+        lines,
     )

@@ -1,13 +1,28 @@
-"""A table with its title, note and cells, written as Markdown, LaTeX or CSV by pandas."""
+"""A table with its title, note and cells, written as Markdown, LaTeX or CSV by pandas.
+
+A line is a list of pairs, so that the title of a column stands beside its cell:
+
+    line = [
+        ("model", short(model)),
+        *interval("exact tokens", mean_interval(horizons)),  # and its columns "low" and "high"
+        ("n", len(horizons)),
+    ]
+    Table.of("mine", "Exact horizons", "Means over n passages with 95 % intervals.", [line])
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from memvec.errors import MemvecError
+from memvec.statistics import Difference, Mean
+
 TableCell = str | float | int | None
+TableLine = list[tuple[str, TableCell]]  # (title of a column, cell), from left to right
 
 _MARKDOWN = str.maketrans({"|": r"\|", "\n": " "})
 _LATEX = str.maketrans(
@@ -29,6 +44,21 @@ class Table:
     note: str
     columns: list[str]
     rows: list[list[TableCell]]
+
+    @classmethod
+    def of(cls, key: str, title: str, note: str, lines: Sequence[TableLine]) -> Table:
+        """A table from its lines, whose titles are the columns; several may have one title.
+
+        Raises MemvecError if a line has other titles than the first.
+        """
+        columns = [name for name, _ in lines[0]] if lines else []
+        for line in lines:
+            if (titles := [name for name, _ in line]) != columns:
+                raise MemvecError(
+                    f"the lines of table '{key}' differ: the first has the columns {columns}, "
+                    f"another {titles}; give every line the same."
+                )
+        return cls(key, title, note, columns, [[cell for _, cell in line] for line in lines])
 
     def shown(self) -> list[list[str]]:
         """Cells as text."""
@@ -69,6 +99,24 @@ def show(cell: TableCell) -> str:
     if isinstance(cell, float):
         return f"{cell:.3f}" if abs(cell) < 1 else f"{cell:.1f}"
     return str(cell)
+
+
+def interval(
+    title: str, estimate: Mean | Difference | tuple[TableCell, TableCell, TableCell]
+) -> TableLine:
+    """Three columns: an estimate under `title`, and the ends of its interval, 'low' and 'high'.
+
+    A tuple is (estimate, low, high), as `memvec.statistics.Interval` is.
+    """
+    if isinstance(estimate, Mean):
+        return [(title, estimate.mean), ("low", estimate.low), ("high", estimate.high)]
+    value, low, high, *_ = estimate
+    return [(title, value), ("low", low), ("high", high)]
+
+
+def with_sd(title: str, mean: Mean | None, sd: str = "sd") -> TableLine:
+    """Two columns: a mean under `title`, and the standard deviation of its values under `sd`."""
+    return [(title, mean.mean), (sd, mean.sd)] if mean else [(title, None), (sd, None)]
 
 
 def mean_and_sd(pair: tuple[float, float | None] | None) -> str | None:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from memvec.lab.protocols.paper import unsaturated
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Difference, paired_difference, separate_difference
 
 MEASURES = (("token_gain", "token gain"), ("information_gain", "bits"))
@@ -98,15 +98,23 @@ def _at_longest(*sides: pd.DataFrame) -> list[pd.DataFrame]:
 
 def texts_table(data: Data) -> Table:
     """The comparisons, one line each."""
-    rows: list[list[TableCell]] = []
-    for c in comparisons(data):
-        row: list[TableCell] = [short(c.model), c.K, f"{c.first} − {c.second}", c.measure, *c.means]
-        row += [c.difference.value, c.difference.low, c.difference.high, c.difference.p_value()]
-        row += ["paired" if c.paired else "unpaired", f"{c.n[0]}, {c.n[1]}", c.conclusion]
-        rows.append(row)
-    columns = ["model", "K", "texts", "measure", "first", "second", "difference", "low", "high"]
-    columns += ["p", "test", "n", "conclusion"]
-    return Table("texts", "One kind of text against another", NOTE, columns, rows)
+    lines: list[TableLine] = [
+        [
+            ("model", short(c.model)),
+            ("K", c.K),
+            ("texts", f"{c.first} − {c.second}"),
+            ("measure", c.measure),
+            ("first", c.means[0]),
+            ("second", c.means[1]),
+            *interval("difference", c.difference),
+            ("p", c.difference.p_value()),
+            ("test", "paired" if c.paired else "unpaired"),
+            ("n", f"{c.n[0]}, {c.n[1]}"),
+            ("conclusion", c.conclusion),
+        ]
+        for c in comparisons(data)
+    ]
+    return Table.of("texts", "One kind of text against another", NOTE, lines)
 
 
 def texts_sentence(data: Data) -> str:

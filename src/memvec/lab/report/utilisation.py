@@ -16,7 +16,7 @@ from memvec.lab.protocols.protocol import Gains
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Mark, Panel, Plot, Series
-from memvec.lab.report.table import Table, TableCell
+from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, mean_interval
 
 BITS = 16  # bits of a number, as in the paper's Figure 5
@@ -72,23 +72,28 @@ def _utilisation(data: Data, group: pd.DataFrame, gains: Gains) -> Utilisation:
 
 def utilisation_table(data: Data) -> Table:
     """Figure 5 in numbers."""
-    rows: list[list[TableCell]] = []
-    for u in utilisations(data):
-        row: list[TableCell] = [short(u.model), u.series, u.protocol, u.K, u.theoretical]
-        row.append(u.token_gain.mean)
-        for share in (u.tokens, u.bits):
-            row += share.cells
-        rows.append([*row, u.bits_per_dimension, u.n])
-    columns = ["model", "source", "protocol", "K", "theoretical tokens", "token gain"]
-    columns += ["% of tokens", "low", "high", "% of bits", "low", "high"]
-    return Table(
+    lines: list[TableLine] = [
+        [
+            ("model", short(u.model)),
+            ("source", u.series),
+            ("protocol", u.protocol),
+            ("K", u.K),
+            ("theoretical tokens", u.theoretical),
+            ("token gain", u.token_gain.mean),
+            *interval("% of tokens", u.tokens),
+            *interval("% of bits", u.bits),
+            ("bits / dimension", u.bits_per_dimension),
+            ("n", u.n),
+        ]
+        for u in utilisations(data)
+    ]
+    return Table.of(
         "utilisation",
         "Theoretical capacity and what is reached of it",
         f"{BITS}-bit numbers, as in the paper's Figure 5. {_rules(data)} Means over n passages; "
         "the shares have their 95 % intervals (Student's t), and the gains are proportional to "
         "them. The share of bits is the stricter one where a token costs fewer than log2 V bits.",
-        [*columns, "bits / dimension", "n"],
-        rows,
+        lines,
     )
 
 
