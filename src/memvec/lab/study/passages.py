@@ -16,6 +16,7 @@ import numpy as np
 
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.row import Text
+from memvec.lab.study.sql import insert
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS passages (
@@ -41,18 +42,18 @@ def put(
     db: sqlite3.Connection, cell: str, key: str, sourced: SourcedPassage, text: Text | None
 ) -> None:
     """Store a passage of a cell under the hash of its ids."""
-    words = (None, None) if text is None else (text.data, json.dumps(text.pieces))
-    name, before = sourced.name, to_bytes(sourced.before)
-    db.execute(
-        "INSERT OR IGNORE INTO passages VALUES (?,?,?,?,?,?)",
-        (key, name, to_bytes(sourced.passage.ids), before, *words),
-    )
-    query = "SELECT name, before, text, pieces FROM passages WHERE passage=?"
-    if db.execute(query, (key,)).fetchone() != (name, before, *words):
-        db.execute(
-            "INSERT OR REPLACE INTO elsewhere VALUES (?,?,?,?,?,?)",
-            (cell, sourced.number, name, before, *words),
-        )
+    here = {
+        "name": sourced.name,
+        "before": to_bytes(sourced.before),
+        "text": None if text is None else text.data,
+        "pieces": None if text is None else json.dumps(text.pieces),
+    }
+    ids = to_bytes(sourced.passage.ids)
+    insert(db, "passages", {"passage": key, "ids": ids, **here}, verb="INSERT OR IGNORE")
+    query = f"SELECT {', '.join(here)} FROM passages WHERE passage=?"
+    if db.execute(query, (key,)).fetchone() != (*here.values(),):
+        place = {"cell": cell, "number": sourced.number}
+        insert(db, "elsewhere", {**place, **here}, verb="INSERT OR REPLACE")
 
 
 def find(db: sqlite3.Connection, cell: str, number: int) -> Kept | None:

@@ -35,9 +35,12 @@ from memvec.lab.study import passages, schema
 from memvec.lab.study.cells import Planned
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
+from memvec.lab.study.sql import insert
 from memvec.model.fingerprint import Fingerprint
 from memvec.writing import path_of
 
+# Columns of the table `cells` that are fields of a cell.
+OF_CELL = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -113,15 +116,16 @@ class Store:
                 self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
             for position, p in enumerate(planned):
                 c = p.cell
-                self.db.execute(
-                    "INSERT INTO cells VALUES (?,?,?,?,?,?,?,?,?,?,?,?,NULL) ON CONFLICT(cell) "
-                    "DO UPDATE SET position=excluded.position, planned=excluded.planned",
-                    (
-                        *(c.key, position, p.passages, c.protocol, c.model, c.source),
-                        *(c.length, c.vectors, c.seed, c.storage, int(c.source in random_sources)),
-                        json.dumps(c.settings(), sort_keys=True),
-                    ),
-                )
+                values = {
+                    "cell": c.key,
+                    "position": position,
+                    "planned": p.passages,
+                    **{name: getattr(c, name) for name in OF_CELL},
+                    "random_text": int(c.source in random_sources),
+                    "settings": json.dumps(c.settings(), sort_keys=True),
+                }
+                again = "DO UPDATE SET position=excluded.position, planned=excluded.planned"
+                insert(self.db, "cells", values, end=f"ON CONFLICT (cell) {again}")
 
     def describe(self, cell: str, description: dict[str, Any]) -> None:
         """Record a cell's model. Raises MemvecError if it differs from that of earlier rows."""
@@ -163,9 +167,8 @@ class Store:
         """Set the environment that is recorded with the rows written from now on."""
         text = json.dumps(record, sort_keys=True, default=str)
         self._environment = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.db.execute(
-            "INSERT OR IGNORE INTO environments VALUES (?, ?)", (self._environment, text)
-        )
+        values = {"id": self._environment, "record": text}
+        insert(self.db, "environments", values, verb="INSERT OR IGNORE")
 
     def put_passages(
         self, cell: str, entries: Sequence[tuple[str, SourcedPassage, Text | None]]
@@ -200,17 +203,15 @@ class Store:
             }
             values = {name: values[name] for name in self.columns if name != "seal"}
             values["seal"] = schema.seal(values)
-            places = f"({','.join(values)}) VALUES ({','.join('?' * len(values))})"
-            self.db.execute(f"INSERT INTO rows {places}", (*values.values(),))
+            insert(self.db, "rows", values)
         except (OSError, sqlite3.OperationalError) as error:
             raise MemvecError(f"{self.folder} cannot be written: {error}.") from None
 
     def put_path(self, first: str, second: str, number: int, accuracy: list[float]) -> None:
         """Store the accuracies along the straight line between two restarts."""
-        self.db.execute(
-            "INSERT OR IGNORE INTO paths VALUES (?,?,?,?)",
-            (first, second, number, json.dumps(accuracy)),
-        )
+        values = {"first": first, "second": second, "number": number}
+        values["accuracy"] = json.dumps(accuracy)
+        insert(self.db, "paths", values, verb="INSERT OR IGNORE")
 
     # ------------------------------------------------------------------ what all readers use
 
