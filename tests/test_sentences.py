@@ -343,7 +343,7 @@ def test_the_gradient_at_latents_is_that_of_the_loss():
 
 
 def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("memvec.lab.sentences.training.CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("memvec.encoders.resumable.CHECKPOINT_EVERY", 1)
     lm, partial = with_encoder(tiny()), tmp_path / "a.partial"
     whole = LatentTraining(lm, documents(), PLAN).run()
 
@@ -363,6 +363,16 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     partial.write_bytes(b"half")
     with pytest.raises(MemvecError, match="delete it to start over"):
         LatentTraining(lm, documents(), PLAN).run(partial)
+
+
+def test_what_a_caller_has_set_for_all_of_torch_does_not_reach_the_training():
+    """Inference mode left the loss without a gradient."""
+    lm = with_encoder(tiny())
+    plain = LatentTraining(lm, documents(), PLAN).run()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = LatentTraining(lm, documents(), PLAN).run()
+    for a, b in zip(plain.network.parameters(), inside.network.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_sentences_at_the_end_of_long_documents_are_held_out():

@@ -57,7 +57,7 @@ def stopped_and_resumed(
 
     Returns the encoder, and what the second half reported.
     """
-    monkeypatch.setattr("memvec.encoders.training_run.CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr("memvec.encoders.resumable.CHECKPOINT_EVERY", 1)
     whole = make().run()
 
     def interrupt(now: Any) -> None:

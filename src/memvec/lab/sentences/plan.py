@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memvec.encoders.resumable import RunPlan, check_heads
 from memvec.errors import MemvecError, check_minimum, did_you_mean
 from memvec.lab.sentences.latents import need_encoder
 from memvec.model.lm import FrozenLM
@@ -12,7 +13,7 @@ LOSSES = ("tokens", "latents", "both")
 
 
 @dataclass(frozen=True)
-class LatentPlan:
+class LatentPlan(RunPlan):
     """The options of a training run. Raises MemvecError for a value out of range."""
 
     steps: int = 1000
@@ -36,15 +37,10 @@ class LatentPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "vectors", "max_tokens", "batch", "hidden", "layers", "heads"):
-            check_minimum(1, **{name: getattr(self, name)})
+        self.at_least_1("steps", "vectors", "max_tokens", "batch", "hidden", "layers", "heads")
         check_minimum(2, window=self.window, sentences=self.sentences)
-        if self.hidden % self.heads:
-            raise MemvecError(
-                f"hidden must be a multiple of {self.heads}, the heads, not {self.hidden}."
-            )
-        if not 0 < self.lr < 1:
-            raise MemvecError(f"lr must be between 0 and 1, not {self.lr}.")
+        check_heads(self.hidden, self.heads)
+        self.check_rate()
         if self.loss not in LOSSES:
             raise MemvecError(f"unknown loss '{self.loss}': {did_you_mean(self.loss, LOSSES)}")
 

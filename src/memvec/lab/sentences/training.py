@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,19 +26,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec.cramming.objectives import score
-from memvec.encoders.checkpoint import load_checkpoint, model_of, save_checkpoint
+from memvec.encoders.checkpoint import model_of
+from memvec.encoders.resumable import ResumableRun
 from memvec.encoders.training_run import CROSS_ENTROPY, seeded
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import Sentence, share_cut
 from memvec.lab.sentences.latents import encode, need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.lab.sentences.plan import LatentPlan, check_sizes
+from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
-from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 
 HELD_OUT = 0.02  # share of each document's sentences, at its end, that is never trained on
-CHECKPOINT_EVERY = 50
 GROUPS = 4  # groups of sentences by length in a step: less padding of short ones
 CHECKED = 96  # held-out sentences of each measurement during training
 
@@ -58,15 +56,18 @@ class LatentProgress:
     of_training: bool  # nothing is held out: those sentences are of the training text
 
 
-class LatentTraining:
-    """A training run that can be stopped after any checkpoint and resumed.
+class LatentTraining(ResumableRun[LatentProgress, LatentModel]):
+    """A training run of a latent model.
 
-    `documents` are the sentences of each document in order. The data of step n depend on the seed
-    and on n alone. Raises MemvecError if there is no encoder or too little text, if sentences are
-    too long for the encoder or the LM's context, if a loss is not finite, or if the partial file
-    belongs to another run.
+    `documents` are the sentences of each document in order. Raises MemvecError as `ResumableRun`,
+    if there is no encoder or too little text, and if sentences are too long for the encoder or the
+    LM's context.
     """
 
+    plan: LatentPlan
+    network: LatentNetwork
+
+    @plain_torch()
     def __init__(
         self,
         lm: FrozenLM,
@@ -75,8 +76,7 @@ class LatentTraining:
         on_encoded: Callable[[int], None] | None = None,
     ) -> None:
         check_sizes(lm, plan)
-        self.lm, self.plan = lm, plan
-        self.fast = for_steps(lm, "auto")  # the model that the loss is differentiated through
+        super().__init__(lm, plan)
         kept = _beginnings(documents, plan.sentences)
         self.train, self.held_out = _parted(kept)
         self.sentences = [s for document in kept for s in document]
@@ -93,49 +93,21 @@ class LatentTraining:
             self.network = LatentNetwork(plan.vectors * lm.width, **shape)
         known = torch.cat([self.latents[start:end] for start, end in self.train])
         self.network.scaled(known).to(lm.device)
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.01
-        )
-        self.step, self.seconds = 0, 0.0
+        self.optimizer = self.optimized(self.network.parameters())
 
-    # ------------------------------------------------------------------ the loop
-
-    def run(
-        self,
-        partial: Path | None = None,
-        on_progress: Callable[[LatentProgress], None] | None = None,
-    ) -> LatentModel:
-        """Train to the last step. With `partial`, a stopped run goes on from its checkpoint."""
-        if partial is not None and partial.exists():
-            self._load(partial)
-        while self.step < self.plan.steps:
-            began = time.perf_counter()
-            bits, distance = self._train_step()
-            self.seconds += time.perf_counter() - began
-            at_checkpoint = self.step % CHECKPOINT_EVERY == 0 or self.step == self.plan.steps
-            held_out = self.held_out_bits() if at_checkpoint else None
-            if on_progress is not None:
-                on_progress(
-                    LatentProgress(
-                        self.step,
-                        self.plan.steps,
-                        bits,
-                        distance,
-                        held_out,
-                        self.seconds,
-                        self.held_out == self.train,
-                    )
-                )
-            if partial is not None and at_checkpoint:
-                self._save(partial)
-        plan = self.plan
-        return LatentModel(
-            self.network.eval().requires_grad_(False),
-            plan.vectors,
-            plan.max_tokens,
-            plan.window,
-            self.about(),
+    def _progress(self, measured: tuple[float, float], checkpoint: bool) -> LatentProgress:
+        return LatentProgress(
+            self.step,
+            self.plan.steps,
+            *measured,
+            held_out=self.held_out_bits() if checkpoint else None,
+            seconds=self.seconds,
+            of_training=self.held_out == self.train,
         )
+
+    def _finished(self) -> LatentModel:
+        plan, network = self.plan, self.network.eval().requires_grad_(False)
+        return LatentModel(network, plan.vectors, plan.max_tokens, plan.window, self.about())
 
     def about(self) -> dict[str, Any]:
         """Facts about the run, for the file of the latent model."""
@@ -152,8 +124,6 @@ class LatentTraining:
         """One step: (mean bits per token, NaN without that loss; mean squared distance)."""
         plan, network = self.plan, self.network.train()
         rows, present = self._sequences(self._generator("step", self.step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = plan.lr * self._rate()
         known = self.latents[rows].to(self.lm.device)
         predicted = network(known[:, :-1])[present]
         gap = network.normalised(predicted) - network.normalised(known[present])
@@ -165,17 +135,8 @@ class LatentTraining:
             loss, bits = (predicted * slope).sum(), nats / math.log(2)
         if plan.loss != "tokens":
             loss = loss + distance
-        counted = [float(distance.detach())] + [bits] * (plan.loss != "latents")
-        if not all(map(math.isfinite, counted)):
-            raise MemvecError(
-                f"the loss was not finite at step {self.step + 1}: lower the learning rate (now "
-                f"{plan.lr})."
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self._need_finite(float(distance.detach()), *([] if plan.loss == "latents" else [bits]))
+        self._move([loss])
         return bits, float(distance.detach())
 
     def _through_lm(
@@ -224,17 +185,6 @@ class LatentTraining:
         nats, _ = self._through_lm(predicted, rows[present], backward=False)
         return nats / math.log(2)
 
-    def _rate(self) -> float:
-        """Factor of the learning rate: linear warm-up, then linear decay to a hundredth."""
-        left = 1 - self.step / self.plan.steps
-        return min((self.step + 1) / max(1, self.plan.warmup), 0.01 + 0.99 * left)
-
-    # ------------------------------------------------------------------ text and files
-
-    def _generator(self, purpose: str, number: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.plan.seed}/{purpose}/{number}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
     def _sequences(self, draw: torch.Generator, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """(indices of sentences (B, window), mask (B, window) of the places with a sentence)."""
         plan, spans = self.plan, self.held_out if held_out else self.train
@@ -249,14 +199,6 @@ class LatentTraining:
             first = start + int(torch.randint(end - start - n + 1, (), generator=draw))
             row[:n], present_row[:n] = torch.arange(first, first + n), True
         return rows, present
-
-    def _save(self, partial: Path) -> None:
-        progress = [self.step, self.seconds]
-        save_checkpoint(partial, self.identity, self.network, self.optimizer, progress)
-
-    def _load(self, partial: Path) -> None:
-        step, self.seconds = load_checkpoint(partial, self.identity, self.network, self.optimizer)
-        self.step = int(step)
 
 
 def _beginnings(documents: Sequence[Sequence[Sentence]], count: int) -> list[list[Sentence]]:
