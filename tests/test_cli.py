@@ -659,7 +659,14 @@ def test_the_catalogue_is_what_it_says():
 # ---------------------------------------------------------------------- progress
 
 TWO = Expected(2, 9, Estimate(5e8, 5e8, 0.0, 0.0, 0.0), 0.0, 1.0)
-BUSY = CramStatus("cramming", 100, 40, 3, 1, Progress(2, 5, 7.0, 30, 400))
+BUSY = CramStatus(
+    "cramming",
+    tokens=100,
+    done=40,
+    vectors=3,
+    split=1,
+    engine=Progress(2, 5, 7.0, steps=30, tokens=400),
+)
 
 
 def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
@@ -678,7 +685,7 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
         show(BUSY)
         assert capsys.readouterr().err == ""
         now[0] = 30.0
-        show(CramStatus("measuring", 100, 0, 0, 0))
+        show(CramStatus("measuring", tokens=100, done=0, vectors=0, split=0))
         assert "it: measuring, 0/100 tokens\n" in capsys.readouterr().err
 
 

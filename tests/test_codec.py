@@ -757,10 +757,10 @@ def test_memory_and_time_are_said_before_the_first_step(workers, untyped):
         reader(),
         [Document.of(reader(), "abcdef")],
         2,
-        3,
-        QUICK,
-        2,
-        storage_of("float32"),
+        tokens=3,
+        recipe=QUICK,
+        batch_size=2,
+        storage=storage_of("float32"),
         on_status=told.append,
         workers=object() if workers else None,
     )
@@ -785,8 +785,8 @@ def test_the_activations_of_a_step_are_measured_once_on_what_computes_it(monkeyp
 
     for module in (cram_job, batch_size_module):
         monkeypatch.setattr(module, "facts_of", counted)
-    options = {"on_status": lambda status: None}
-    job = cram_job.CramJob(reader(), [], 2, 3, QUICK, None, storage_of("float32"), **options)
+    options = {"storage": storage_of("float32"), "on_status": lambda status: None}
+    job = cram_job.CramJob(reader(), [], 2, tokens=3, recipe=QUICK, batch_size=None, **options)
     job.choose_batch_size([Passage((1, 2, 3)), Passage((4, 5))])
     assert measured == [(job.engine.module, 3)]
     assert job.expected.slots == 2
@@ -815,7 +815,8 @@ def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K,
     lm, known = reader(), {"16": 9.0, "2": 5.0, "1": 3.0, "8": 7.0}
     monkeypatch.setattr(lm, "facts", {"bits_per_vector": known})
     document = Document.of(lm, "the fox and the dog")
-    job = CramJob(lm, [document], K, None, Recipe(), 1, storage_of("float32"))
+    options = {"recipe": Recipe(), "batch_size": 1, "storage": storage_of("float32")}
+    job = CramJob(lm, [document], K, tokens=None, **options)
     wanted = known[str(max(int(k) for k in known if int(k) <= K))]
     assert job._bits_per_vector(None) == wanted
     assert job.make_cutter()[0].bits == pytest.approx(0.4 * K * wanted)
@@ -827,7 +828,8 @@ def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
     """Mean over the probes, for one vector; up to the first error where a probe is not exact."""
     lm = reader()
     document = Document.of(lm, "the fox and the dog sat")
-    job = cram_job.CramJob(lm, [document], K, None, QUICK, 4, storage_of("float32"))
+    options = {"recipe": QUICK, "batch_size": 4, "storage": storage_of("float32")}
+    job = cram_job.CramJob(lm, [document], K, tokens=None, **options)
     bits, whole = job._probed(document.ids, length)
     room = len(document.ids) - length
     starts = {room * i // cram_job.PROBED for i in range(cram_job.PROBED)}

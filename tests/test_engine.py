@@ -15,7 +15,7 @@ from memvec.cramming import certify as certify_module
 from memvec.cramming import engine as engine_module
 from memvec.cramming import step as step_module
 from memvec.cramming.batch import Job
-from memvec.cramming.certify import Finished, certify
+from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.engine import Engine, Progress, resolve_start_rule
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import passage_seed, start_vectors
@@ -23,6 +23,7 @@ from memvec.decoding import decode_ids, first_error
 from memvec.errors import MemvecError
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import Passage
+from memvec.results import PositionScores
 from memvec.storage import storage_of
 
 FEW = ["llama", "gpt-neox", "opt", "gpt2", "mamba"]
@@ -562,6 +563,17 @@ def test_the_embedding_start_is_the_mean_of_each_part(vectors):
         torch.testing.assert_close(found[k], torch.stack(rows).mean(0))
 
 
+def test_a_passage_that_goes_on_takes_all_of_its_costs_along():
+    """From a job to its end, and from its outcome to the job that continues."""
+    costs = {"steps": 3, "spent": 5, "min_mem_bits": 7.0, "seconds": 11.0}
+    finished = Job(passages(2)[0], 0.5, **costs).finished(torch.zeros(1, 4), "budget")
+    assert {name: getattr(finished, name) for name in costs} == costs
+    measured = PositionScores(*torch.ones(4, 2)).measures(2, 2)
+    job = Job.again(Outcome(**vars(finished), exact=False, metrics=measured), raised=20.0)
+    assert {name: getattr(job, name) for name in costs} == costs
+    assert (job.margin, job.vectors.tolist()) == (1.0, [[0.0] * 4])
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("rule", ["vectors", "bos"])
 def test_what_is_not_finite_is_never_exact(rule, number):
@@ -570,7 +582,9 @@ def test_what_is_not_finite_is_never_exact(rule, number):
     passage = Passage(tuple(decode_ids(lm, zeros, [5], start=rule)[0]))
     sick = zeros[0].clone()
     sick[1, 3] = number
-    finished = [Finished(passage, v, "budget", 0.0, 1, 1, 0.0) for v in (zeros[0], sick)]
+    finished = [
+        Finished(passage, v, "budget", 0.0, steps=1, spent=1, seconds=0.0) for v in (zeros[0], sick)
+    ]
     sound, spoilt = certify(lm, finished, rule, storage_of("float32"))
     assert (sound.exact, spoilt.exact) == (True, False)
     assert bool(torch.isfinite(spoilt.vectors).all())

@@ -24,7 +24,7 @@ from memvec.cramming.objectives import (
 )
 from memvec.cramming.optimizers import Adam, AdamW, NAdam
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.schedules import annealed_temperature, next_look_ahead
+from memvec.cramming.schedules import Growing, annealed_temperature
 from memvec.errors import MemvecError
 from memvec.model import memory
 from memvec.storage import storage_of
@@ -114,16 +114,20 @@ def test_a_schedule_notes_progress_and_runs_out_of_patience():
 @pytest.mark.parametrize("K", [1, 3])
 def test_what_counts_stays_until_all_of_it_is_right(after, K):
     """Against a loop over passages and steps with a plain rule."""
-    recipe = Recipe(look_ahead=4, narrow_after=after)
+    schedule = Growing(Recipe(look_ahead=4, narrow_after=after), K)
+    state = schedule.fresh(torch.ones(5), torch.zeros(5, dtype=torch.bool))
     draw = torch.Generator().manual_seed(K)
     gains = torch.randint(1, 7, (60, 5), generator=draw) * (torch.rand(60, 5, generator=draw) < 0.2)
-    ahead, stale = torch.full((5,), 4 * K), torch.zeros(5, dtype=torch.long)
-    stage, best, narrowest = ahead.clone(), torch.zeros(5, dtype=torch.long), 4 * K
+    stale, best, narrowest = (
+        torch.zeros(5, dtype=torch.long),
+        torch.zeros(5, dtype=torch.long),
+        4 * K,
+    )
     slow_best, target, size, idle = [0] * 5, [4 * K] * 5, [4 * K] * 5, [0] * 5
     for gained in gains:
         stale = torch.where(gained > 0, 0, stale + 1)
-        ahead, stage = next_look_ahead(ahead, stage, gained, stale, K, recipe)
-        narrowest = min(narrowest, int(stage.min()))
+        schedule.look_further(state, gained=gained, stale=stale)
+        narrowest = min(narrowest, int(state.stage.min()))
         best += gained
         for i in range(5):
             slow_best[i] += int(gained[i])
@@ -134,8 +138,8 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
             if target[i] <= slow_best[i]:
                 size[i] = min(4 * K, size[i] + K) if after else size[i]
                 target[i] = slow_best[i] + size[i]
-        assert (best + ahead).tolist() == target
-        assert stage.tolist() == size
+        assert (best + state.look_ahead).tolist() == target
+        assert state.stage.tolist() == size
     assert (narrowest == 4 * K) == (after == 0)
 
 

@@ -56,7 +56,7 @@ def test_every_text_comes_back_to_the_byte(kind, name):
         return
     document = Document.of(lm, text, name=name)
     assert document.size == len(text.encode())
-    back = restore(lm, document.ids, "utf-8", document.edits, document.sha256, name)
+    back = restore(lm, document.ids, document)
     assert back == text.encode()
 
 
@@ -69,14 +69,14 @@ def test_a_byte_level_tokenizer_needs_no_edits(name):
 def test_encodings_come_back_to_the_byte(encoding):
     lm, data = reader(), "\ufeffné à Zürich\r\n".lstrip("\ufeff").encode(encoding)
     document = Document.of(lm, data, encoding=encoding)
-    found = restore(lm, document.ids, encoding, document.edits, document.sha256, "it")
+    found = restore(lm, document.ids, document)
     assert found == data
 
 
 def test_any_bytes_are_latin_1():
     lm, data = reader(), bytes(range(256))
     document = Document.of(lm, data, encoding="latin-1")
-    assert restore(lm, document.ids, "latin-1", document.edits, document.sha256, "it") == data
+    assert restore(lm, document.ids, document) == data
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_wrong_tokens_never_give_wrong_bytes():
     document = Document.of(lm, "the lazy dog")
     wrong = [*document.ids[:-1], document.ids[-1] ^ 1]
     with pytest.raises(NotExactError, match="its bytes did not"):
-        restore(lm, wrong, "utf-8", (), document.sha256, "it")
+        restore(lm, wrong, document)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -68,7 +68,9 @@ def test_a_text_of_which_more_than_half_would_be_sampled_is_measured_whole(sampl
 
 def test_the_seconds_of_a_passage_are_those_of_its_pieces():
     """Of all that were tried: steps with their padding, and filling and certifying each."""
-    job = CramJob(reader(), [], 1, None, QUICK, 1, storage_of("float32"))
+    job = CramJob(
+        reader(), [], 1, tokens=None, recipe=QUICK, batch_size=1, storage=storage_of("float32")
+    )
     job.spent = {(0, 4, 6): 100, (0, 4, 3): 40, (0, 7, 3): 60, (0, 10, 5): 999}
     cost = _cost(job, Passage((1,) * 6, 0, 4), 1, _Times(0.01, 1.5, 0.25, 7.0))
     assert cost.seconds == pytest.approx(200 * 1.5 * 0.01 + 3 * 0.25)
@@ -78,8 +80,10 @@ def test_the_rate_is_that_of_steps_with_busy_slots():
     """Engine totals so far: three slots at 10 ms a token, then one alone at 50 ms."""
     clock = _Clock(None)
     for slots, tokens, seconds in [(3, 300, 3.0), (3, 600, 6.0), (1, 700, 11.0), (2, 900, 13.0)]:
-        clock(CramStatus("cramming", 9, 0, 0, 0, Progress(slots, 0, 1.0, 1, tokens, seconds)))
-    clock(CramStatus("certifying", 9, 9, 9, 0, Progress(3, 0, 1.0, 1, 10_000, 0.0)))
+        now = Progress(slots, 0, 1.0, steps=1, tokens=tokens, seconds=seconds)
+        clock(CramStatus("cramming", tokens=9, done=0, vectors=0, split=0, engine=now))
+    now = Progress(3, 0, 1.0, steps=1, tokens=10_000, seconds=0.0)
+    clock(CramStatus("certifying", tokens=9, done=9, vectors=9, split=0, engine=now))
     assert clock.seconds_per_token() == pytest.approx((3.0 + 3.0 + 2.0) / (300 + 300 + 200))
 
 

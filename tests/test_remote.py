@@ -92,7 +92,9 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
     made.count = len(actors)
     made.members = [Member(f"ray-{i}", actor) for i, actor in enumerate(actors)]
     made._hired, made._news_request = 0, None
-    latest = {f"ray-{i}": Progress(2, i, 3.0 + 4 * i, 10, 100) for i in range(len(actors))}
+    latest = {
+        f"ray-{i}": Progress(2, i, 3.0 + 4 * i, steps=10, tokens=100) for i in range(len(actors))
+    }
     made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: latest))
     made._hire = lambda: Member("spare", spare())  # type: ignore[method-assign]
     return made
@@ -193,9 +195,8 @@ def test_the_horizon_of_all_workers_is_shown() -> None:
     made.members[1].unit = units(4, 2)[0]
     assert made._progress().horizon == 7.0  # the first has told of its last unit, and has none
     assert combined([]) is None
-    assert combined([Progress(1, 0, 2.0, 5, 50), Progress(3, 4, 6.0, 7, 70)]) == Progress(
-        4, 4, 5.0, 12, 120
-    )
+    both = [Progress(1, 0, 2.0, steps=5, tokens=50), Progress(3, 4, 6.0, steps=7, tokens=70)]
+    assert combined(both) == Progress(4, 4, 5.0, steps=12, tokens=120)
 
 
 def test_passages_that_share_a_vector_are_decoded_where_it_is(monkeypatch):

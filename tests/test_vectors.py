@@ -460,3 +460,26 @@ def test_no_tensor_of_a_forged_file_holds_what_is_not_finite(name, number, tmp_p
         else:
             with pytest.raises(MemvecError, match="numbers that are not finite"):
                 MemVectors.load(tmp_path / "a.mem")
+
+
+@pytest.mark.parametrize(
+    ("trigger", "front", "sentence"),
+    [
+        ((3, 5), (2, 5), None),
+        ((3, 5), (1, 5), "a trigger of 3 soft tokens and 2 in front .* and 'front' has 1 here"),
+        ((2, 5), (2, 5), "a trigger of 3 soft tokens and 2 in front .* and 'trigger' has 2 here"),
+        ((3, 5), None, "and 'front' has 0 here"),
+        ((3, 5), (2, 4), r"one width, not \[\(3, 5\), \(2, 4\)\]"),
+        ((3, 5, 1), (2, 5), r"rows \(tokens, width\)"),
+    ],
+)
+def test_soft_tokens_are_those_of_the_header_and_of_one_width(mem, trigger, front, sentence):
+    """A wrong number and a wrong width have a sentence each."""
+    header = mem.header.model_copy(update={"soft_trigger": 3, "soft_front": 2})
+    shapes = {"trigger": trigger, "front": front}
+    soft = {name: torch.zeros(shape) for name, shape in shapes.items() if shape is not None}
+    if sentence is None:
+        assert MemVectors(mem.vectors, header, soft).soft.keys() == shapes.keys()
+    else:
+        with pytest.raises(MemvecError, match=sentence):
+            MemVectors(mem.vectors, header, soft)

@@ -18,6 +18,8 @@ from memvec.passages.passage import Passage, ids_hash
 from memvec.results import PassageResult
 from memvec.vectors import MemVectors
 
+COSTS = {"steps", "spent", "seconds"}  # of a record: not measured again
+
 
 def verify(
     lm: FrozenLM, mem: MemVectors, *, force: bool = False
@@ -86,7 +88,7 @@ def measure(
                 )
             passages.append(Passage(ids, i))
         finished = [
-            Finished(p, v.float(), r.status, r.margin_asked, r.steps, r.spent, r.seconds)
+            Finished(p, v.float(), r.status, r.margin_asked, **r.model_dump(include=COSTS))
             for p, v, r in zip(passages, mem.vectors[at : at + BATCH], records, strict=True)
         ]
         listed = [tuple((i, token) for i, token in r.corrections) for r in records]

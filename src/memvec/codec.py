@@ -75,7 +75,16 @@ def cram(
     stored = storage_of(storage)
     with opened(journal, lm, recipe, vectors=vectors, storage=storage, layout=layout) as kept:
         return CramJob(
-            lm, documents, vectors, tokens, recipe, batch_size, stored, kept, on_status, workers
+            lm,
+            documents,
+            vectors,
+            tokens=tokens,
+            recipe=recipe,
+            batch_size=batch_size,
+            storage=stored,
+            journal=kept,
+            on_status=on_status,
+            workers=workers,
         ).run(keep_text)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -51,6 +52,7 @@ class CramStatus:
     """The state of a cram of documents, for a progress display."""
 
     stage: str  # 'preparing', 'measuring', 'cramming' or 'certifying'
+    _: KW_ONLY
     tokens: int  # of all documents
     done: int  # tokens of finished passages
     vectors: int  # vectors finished
@@ -71,6 +73,7 @@ class CramJob:
         lm: FrozenLM,
         documents: list[Document],
         K: int,
+        *,
         tokens: int | None,
         recipe: Recipe,
         batch_size: int | None,
@@ -332,8 +335,9 @@ class CramJob:
     def _report(self, progress: Progress | None = None) -> None:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
-            vectors, now = self.K * len(self.done), (progress, self.expected)
-            self.on_status(CramStatus(self.stage, self.total, done, vectors, self.split, *now))
+            now: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
+            now |= {"split": self.split, "engine": progress, "expected": self.expected}
+            self.on_status(CramStatus(self.stage, tokens=self.total, **now))
 
 
 def _space_record(lm: FrozenLM) -> SpaceRecord | None:

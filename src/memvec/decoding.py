@@ -66,7 +66,7 @@ def decode_ids(
         def choose(logits: Tensor, i: int) -> Tensor:
             return torch.where(fixed[:, i] < 0, logits.argmax(-1), fixed[:, i])
 
-        tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached, cache))
+        tokens = list(free_running(lm, inputs, fixed.shape[1], choose, cached=cached, cache=cache))
         if start == "first-token":
             tokens.insert(0, start_tokens[:, 0])
         decoded = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in lengths[rows]]
@@ -90,10 +90,8 @@ def _decode_in_one_pass(
         blank = torch.zeros(len(part), max(lengths[rows]), dtype=torch.long, device=lm.device)
         states = lm.states(part, blank, start)
         # A passage at a time: logits of all (B, T, V) may not fit.
-        return [
-            lm.head(row[:n]).argmax(-1).tolist()
-            for row, n in zip(states, lengths[rows], strict=True)
-        ]
+        own = (row[:n] for row, n in zip(states, lengths[rows], strict=True))
+        return [lm.head(row).argmax(-1).tolist() for row in own]
 
     return in_batches(work, len(lengths), batch)
 
@@ -113,6 +111,7 @@ def free_running(
     inputs: Float[Tensor, "B N D"],
     tokens: int,
     choose: Choose,
+    *,
     cached: bool = True,
     cache: Callable[[], Any] = lambda: None,
 ) -> Iterator[Int[Tensor, " B"]]:

@@ -90,15 +90,18 @@ def load_lm(
     weights_dtype = _dtype(dtype, where)
     if where.type == "cpu":
         keep_freed_memory()
-    big: dict[str, Any] = {}
-    if device_map is not None or quantize is not None:
+    options: dict[str, Any] = {"dtype": weights_dtype, "revision": revision}
+    options |= {"attn_implementation": attention} if attention else {}
+    big = device_map is not None or quantize is not None
+    if big:
         from memvec.big import loading_options, prepare
 
         with _quiet():
-            big = loading_options(device_map, quantize, weights_dtype, where)
-    if (local := local_folder(name)) is not None and revision is not None:
+            options |= loading_options(device_map, quantize, weights_dtype, where)
+    local = local_folder(name)
+    if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a revision.")
-    model, tokenizer = _weights(name, local, revision, where, weights_dtype, attention, big)
+    model, tokenizer = _weights(name, local, options, device=None if big else where)
     if big:
         prepare(model, name)
     if where.type == "cpu" and weights_dtype != torch.float32 and attention is None:
@@ -135,16 +138,13 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _weights(
-    name: str,
-    local: Path | None,
-    revision: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str | None,
-    big: dict[str, Any],
+    name: str, local: Path | None, options: dict[str, Any], *, device: torch.device | None
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer, as transformers loads them."""
-    source = str(local) if local is not None else name
+    """The model and its tokenizer, as transformers loads them.
+
+    `options` are those of `from_pretrained`; `device` None: where they put the model.
+    """
+    source, revision = str(local) if local is not None else name, options["revision"]
     with _loading(name), _quiet():
         # Two seconds of import that a wrong option or a missing folder should not cost.
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -152,15 +152,10 @@ def _weights(
         config = AutoConfig.from_pretrained(source, revision=revision)
         _refuse_other_tasks(name, config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=dtype,
-            output_loading_info=True,
-            **({"attn_implementation": attention} if attention else {}),
-            **big,
+            source, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        if not big:
+        if device is not None:
             model = model.to(device)
     if missing := sorted(info["missing_keys"]):
         raise MemvecError(

@@ -135,10 +135,8 @@ class Integers:
             if halves.shape[-1] % 2:
                 halves = torch.nn.functional.pad(halves, (0, 1))
             codes = halves[..., ::2] | halves[..., 1::2] << 4
-        return {
-            "codes": codes.contiguous(),
-            "scales": scale[..., 0].to(torch.bfloat16).contiguous(),
-        }
+        scales = scale[..., 0].to(torch.bfloat16)
+        return {"codes": codes.contiguous(), "scales": scales.contiguous()}
 
     def unpack(self, tensors: dict[str, Tensor]) -> Float[Tensor, "P K D"]:
         """Codes times scales. Raises ValueError unless `pack` gives back the same tensors."""

@@ -63,14 +63,7 @@ class MemVectors:
         if reading.crammer and not bool((vectors[:, 1] == vectors[:1, 1]).all()):
             raise MemvecError("these vectors do not share one m, as their header says.")
         self.soft = {name: rows.detach().float().cpu() for name, rows in (soft or {}).items()}
-        counts = {"trigger": header.soft_trigger, "front": header.soft_front}
-        shapes = [(len(self.soft.get(name, ())), n) for name, n in counts.items()]
-        widths = {rows.shape[1:] for rows in self.soft.values()}
-        if any(a != b for a, b in shapes) or any(len(w) != 1 for w in widths) or len(widths) > 1:
-            raise MemvecError(
-                f"these vectors need a trigger of {header.soft_trigger} soft tokens and "
-                f"{header.soft_front} in front by their header, which did not come with them."
-            )
+        _check_soft_tokens(self.soft, header)
         self.vectors = vectors.detach().cpu().contiguous()
         self.header = header
         if header.packing is not None:
@@ -140,6 +133,7 @@ class MemVectors:
         count = self.stored.shape[0] * self.stored.shape[1]  # vectors; a shared one counts once
         per_vector = [p.tokens * P / max(1, count) for p in self.passages]
         mean, error = metrics.mean_and_error(per_vector)
+        inserted = [new for d in self.header.documents for _, _, new in d.edits]
         return {
             "model": self.header.model.get("name"),
             "documents": len(self.header.documents),
@@ -172,9 +166,7 @@ class MemVectors:
             "text_bytes": sum(d.size for d in self.header.documents),
             "vector_bytes": self.size,
             "trigger_bytes": sum(4 * rows.numel() for rows in self.soft.values()),
-            "edit_bytes": sum(
-                8 + len(new.encode()) for d in self.header.documents for _, _, new in d.edits
-            ),
+            "edit_bytes": sum(8 + len(new.encode()) for new in inserted),
             "corrections": sum(len(p.corrections) for p in self.passages),
             "correction_bytes": corrections.size([p.corrections for p in self.passages]),
             "steps": sum(p.steps for p in self.passages),
@@ -214,17 +206,16 @@ class MemVectors:
         if lm.context is not None and inputs > lm.context:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
         # A token that the model does not have (a forged file) is as wrong as any other.
-        first = [min(p.first or 0, lm.vocab_size - 1) for p in self.passages]
+        last = lm.vocab_size - 1
+        first = [min(p.first or 0, last) for p in self.passages]
+        listed = [[(at, min(token, last)) for at, token in p.corrections] for p in self.passages]
         return decode_ids(
             lm,
             self.vectors.float(),
             [p.tokens for p in self.passages],
             start=rule,
             first=first if rule == "first-token" else None,
-            corrections=[
-                [(position, min(token, lm.vocab_size - 1)) for position, token in p.corrections]
-                for p in self.passages
-            ],
+            corrections=listed,
         )
 
     def view(self, lm: FrozenLM) -> FrozenLM:
@@ -254,7 +245,7 @@ class MemVectors:
         passages, contents = iter(tokens), []
         for d in self.header.documents:
             ids = [token for _ in range(d.passages) for token in next(passages)]
-            contents.append(restore(lm, ids, d.encoding, d.edits, d.sha256, d.name))
+            contents.append(restore(lm, ids, d))
         return contents
 
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
@@ -341,3 +332,16 @@ class MemVectors:
         """The same vectors with a certificate of use."""
         header = self.header.model_copy(update={"use": use})
         return MemVectors(self.vectors, header, self.soft)
+
+
+def _check_soft_tokens(soft: Mapping[str, Tensor], header: Header) -> None:
+    """Raise MemvecError unless these are the soft tokens of a header, rows of one width."""
+    shapes = [tuple(rows.shape) for rows in soft.values()]
+    if any(len(shape) != 2 for shape in shapes) or len({width for _, width in shapes}) > 1:
+        raise MemvecError(f"soft tokens are rows (tokens, width) of one width, not {shapes}.")
+    for name, count in (("trigger", header.soft_trigger), ("front", header.soft_front)):
+        if (got := len(soft.get(name, ()))) != count:
+            raise MemvecError(
+                f"these vectors need a trigger of {header.soft_trigger} soft tokens and "
+                f"{header.soft_front} in front by their header, and '{name}' has {got} here."
+            )

@@ -253,4 +253,5 @@ class Shared:
     def _report(self, leading: Tensor, in_slots: int) -> None:
         if self.on_progress is not None:
             mean = float(leading.float().mean())
-            self.on_progress(Progress(in_slots, 0, mean, self.steps, self.tokens))
+            now = Progress(in_slots, 0, mean, steps=self.steps, tokens=self.tokens)
+            self.on_progress(now)

@@ -10,8 +10,8 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,7 @@ class Job:
     passage: Passage
     margin: float  # that certification requires, logits
     vectors: Float[Tensor, "K D"] | None = None  # None: begin from the recipe's start
+    _: KW_ONLY
     steps: int = 0
     spent: int = 0  # forward-backward tokens
     min_mem_bits: float = math.inf
@@ -53,13 +54,16 @@ class Job:
         margin = outcome.margin_asked
         if raised is not None:
             margin = max(2 * margin, SMALLEST_RAISE * raised)
-        costs = (outcome.steps, outcome.spent, outcome.min_mem_bits, outcome.seconds)
-        return cls(outcome.passage, margin, outcome.vectors.float(), *costs)
+        return cls(outcome.passage, margin, outcome.vectors.float(), **_costs(outcome))
 
     def finished(self, vectors: Float[Tensor, "K D"], status: Status) -> Finished:
         """The end of this job, with the vectors (K, D) as they will be stored."""
-        costs, bits = (self.steps, self.spent, self.seconds), self.min_mem_bits
-        return Finished(self.passage, vectors, status, self.margin, *costs, min_mem_bits=bits)
+        return Finished(self.passage, vectors, status, self.margin, **_costs(self))
+
+
+def _costs(of: Job | Outcome) -> dict[str, Any]:
+    """The costs so far by name: a job and an outcome have the same four."""
+    return {name: getattr(of, name) for name in ("steps", "spent", "min_mem_bits", "seconds")}
 
 
 def refuse_for_memory(jobs: Sequence[Job], device: torch.device) -> NoReturn:
@@ -101,6 +105,7 @@ class Progress:
     in_slots: int
     waiting: int
     horizon: float  # mean leading right tokens over the slots
+    _: KW_ONLY
     steps: int  # engine steps so far
     tokens: int  # forward-backward tokens so far
     seconds: float = 0.0  # in engine steps so far; filling slots and certifying not counted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jaxtyping import Float
@@ -37,10 +37,11 @@ class Finished:
     vectors: Tensor  # (K, D) float32, already rounded as they will be stored
     status: Status
     margin_asked: float  # that certification requires, logits
+    _: KW_ONLY
     steps: int
     spent: int  # forward-backward tokens
     seconds: float  # its share of the wall time of the batch
-    min_mem_bits: float = field(default=math.inf, kw_only=True)
+    min_mem_bits: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,11 @@ def certify(
     ):
         error = first_error(ids, f.passage.ids)
         horizon = len(f.passage) - given if error is None else error - given
+        corrected = [position - given for position, _ in fixed]
         yield Outcome(
             **{**vars(f), "vectors": stored.to(storage.dtype)},  # a file holds finite numbers only
             exact=error is None and bool(torch.isfinite(f.vectors).all()),
-            metrics=score.measures(
-                len(f.passage), horizon, [position - given for position, _ in fixed]
-            ),
+            metrics=score.measures(len(f.passage), horizon, corrected),
             corrections=fixed,
             scores=score,
         )

@@ -22,6 +22,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,9 +92,10 @@ class Engine:
         self.start_rule = resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (8 if graphs else 1)
-        settings = (self.start_rule, self.storage, fixed_shapes, graphs)
+        settings: dict[str, Any] = {"start_rule": self.start_rule, "storage": self.storage}
+        settings |= {"fixed_shapes": fixed_shapes, "graphs": graphs}
         step_type = self.step_type or registry.get("term", self.recipe.term).step_type or Step
-        self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, *settings)
+        self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, **settings)
         self.schedule, self.waiting = self.stepper.schedule, Waiting()
         self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
         self.batch: BatchState | None = None  # None while no slot is taken
@@ -271,8 +273,9 @@ class Engine:
         if self.on_progress is not None:
             best = None if self.batch is None else self.batch.schedule.best
             horizon = 0.0 if best is None else float(best.clamp_min(0).float().mean())
-            costs = (self.steps, self.tokens, self.seconds)
-            self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, *costs))
+            costs: dict[str, Any] = {"steps": self.steps, "tokens": self.tokens}
+            costs["seconds"] = self.seconds
+            self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, **costs))
 
     # ------------------------------------------------------------------ certify
 

@@ -118,10 +118,8 @@ def objective_named(name: str) -> Objective:
     Raises MemvecError for an unknown name.
     """
     choice = registry.get("objective", name)
-    if isinstance(choice, type):
-        made: Objective = choice()
-        return made
-    return Objective(choice)
+    made: Objective = choice() if isinstance(choice, type) else Objective(choice)
+    return made
 
 
 def score(

@@ -156,10 +156,28 @@ class Growing(Schedule):
         assert isinstance(state, GrowingState)
         # Small vectors are made large before their stages narrow.
         stale = torch.where(state.enlarged, state.stale, 0) if self.recipe.lr_large else state.stale
-        state.look_ahead, state.stage = next_look_ahead(
-            state.look_ahead, state.stage, gained, stale, self.K, self.recipe
-        )
+        self.look_further(state, gained=gained, stale=stale)
         return super().advance(state, gained)
+
+    def look_further(
+        self, state: GrowingState, *, gained: Int[Tensor, " B"], stale: Int[Tensor, " B"]
+    ) -> None:
+        """Change the look-ahead and the size of the next stage, after `gained` more leading tokens.
+
+        What counts stays the same until all of it is right; then a stage more counts. Tokens that
+        have to come right together do so sooner than one behind the other. After so many steps
+        without progress both are halved: where vectors are nearly full, tokens that they cannot
+        hold yet lead them astray (docs/log.md). A stage that is done makes the next one longer by a
+        token for each of the K vectors, up to the first one's size.
+        """
+        left, stage = state.look_ahead - gained, state.stage
+        if self.recipe.narrow_after:
+            stuck = (stale > 0) & (stale % self.recipe.narrow_after == 0)
+            left = torch.where(stuck, (left // 2).clamp_min(1), left)
+            narrower = torch.where(stuck, (stage // 2).clamp_min(1), stage)
+            longer = (narrower + self.K).clamp_max(self.recipe.look_ahead * self.K)
+            stage = torch.where(left > 0, narrower, longer)
+        state.look_ahead, state.stage = torch.where(left > 0, left, stage), stage
 
     def counted(self, state: ScheduleState, length: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         assert isinstance(state, GrowingState)
@@ -167,31 +185,6 @@ class Growing(Schedule):
 
     def may_count(self, steps: int) -> int:
         return steps * self.recipe.look_ahead * self.K
-
-
-def next_look_ahead(
-    look_ahead: Int[Tensor, " B"],
-    stage: Int[Tensor, " B"],
-    gained: Int[Tensor, " B"],
-    stale: Int[Tensor, " B"],
-    K: int,
-    recipe: Recipe,
-) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-    """The next look-ahead, and the size of the next stage, after `gained` more leading tokens.
-
-    What counts stays the same until all of it is right; then a stage more counts. Tokens that have
-    to come right together do so sooner than one behind the other. After so many steps without
-    progress both are halved: where vectors are nearly full, tokens that they cannot hold yet lead
-    them astray (docs/log.md). A stage that is done makes the next one longer by a token for each of
-    the K vectors, up to the first one's size.
-    """
-    left, first = look_ahead - gained, recipe.look_ahead * K
-    if recipe.narrow_after:
-        stuck = (stale > 0) & (stale % recipe.narrow_after == 0)
-        left = torch.where(stuck, (left // 2).clamp_min(1), left)
-        narrower = torch.where(stuck, (stage // 2).clamp_min(1), stage)
-        stage = torch.where(left > 0, narrower, (narrower + K).clamp_max(first))
-    return torch.where(left > 0, left, stage), stage
 
 
 def annealed_temperature(

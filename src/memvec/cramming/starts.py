@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
     """A seed from the passage's token ids and the recipe's seed; order and slot do not matter."""
-    return (
-        int.from_bytes(hashlib.sha256(f"{ids_hash(ids)} {seed}".encode()).digest()[:8], "big") >> 1
-    )
+    digest = hashlib.sha256(f"{ids_hash(ids)} {seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def noise(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
@@ -101,11 +100,9 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
 
     Raises MemvecError if the space or the model does not support the rule.
     """
-    rule: StartRule
-    if recipe.start_rule == "paper":
+    rule = recipe.start_rule
+    if rule == "paper":
         rule = "bos" if lm.tokenizer is not None and lm.adds_bos else "first-token"
-    else:
-        rule = recipe.start_rule
     if rule not in lm.reading.start_rules:
         rules = " or ".join(lm.reading.start_rules)
         raise MemvecError(

@@ -73,6 +73,7 @@ class Step:
         module: FrozenLM,
         recipe: Recipe,
         K: int,
+        *,
         start_rule: StartRule,
         storage: Storage,
         fixed_shapes: bool = False,
@@ -82,9 +83,8 @@ class Step:
         self.lm, self.module, self.recipe, self.K = lm, module, recipe, K
         self.start_rule, self.storage = start_rule, storage
         self.given = int(start_rule == "first-token")  # leading tokens that are not predicted
-        self.coordinates: Coordinates = registry.get("coordinates", recipe.coordinates)(
-            recipe, K, lm
-        )
+        coordinates = registry.get("coordinates", recipe.coordinates)
+        self.coordinates: Coordinates = coordinates(recipe, K, lm)
         self.optimizer: Any = registry.get("optimizer", recipe.optimizer)(recipe)
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
         self.objective = objective_named(recipe.objective)
@@ -109,7 +109,7 @@ class Step:
             column < counted[:, None], measured.margin, batch.target_margin
         ).masked_fill(~measured.decoding[:, None], 0)
         self._stop(batch, measured, weight)
-        self._move(batch, measured, weight, newly_enlarged, counted, padding_rows)
+        self._move(batch, measured, weight, counted, newly_enlarged, padding_rows=padding_rows)
 
     # ------------------------------------------------------------------ measure
 
@@ -271,8 +271,9 @@ class Step:
         batch: BatchState,
         measured: Measurement,
         weight: Float[Tensor, "B T"],
-        newly_enlarged: Bool[Tensor, " B"],
         counted: Int[Tensor, " B"],
+        newly_enlarged: Bool[Tensor, " B"],
+        *,
         padding_rows: int,
     ) -> None:
         """Move the passages that have not stopped, and charge them for the counted tokens."""

@@ -85,12 +85,11 @@ def plan(
         lm,
         [document],
         vectors,
-        tokens,
-        recipe or Recipe(),
-        batch_size,
-        storage_of(storage),
-        None,
-        clock,
+        tokens=tokens,
+        recipe=recipe or Recipe(),
+        batch_size=batch_size,
+        storage=storage_of(storage),
+        on_status=clock,
     )
     passages, cutting = _sample(work, document, sample, seed)
     times, vector_bytes = _cram(work, passages, clock, cutting)

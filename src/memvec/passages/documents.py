@@ -20,6 +20,7 @@ from memvec.errors import MemvecError, NotExactError
 from memvec.writing import path_of
 
 if TYPE_CHECKING:
+    from memvec.header import DocumentRecord
     from memvec.model.lm import FrozenLM
 
 LARGEST = 4_000_000  # bytes; more is a matter of days, so it has to be asked for
@@ -62,7 +63,7 @@ class Document:
 
     def data(self, lm: FrozenLM) -> bytes:
         """The text's bytes again, from tokens and edits. Raises NotExactError as `restore` does."""
-        return restore(lm, self.ids, self.encoding, self.edits, self.sha256, self.name)
+        return restore(lm, self.ids, self)
 
 
 def documents_of(
@@ -82,22 +83,20 @@ def documents_of(
     ]
 
 
-def restore(
-    lm: FrozenLM, ids: Sequence[int], encoding: str, edits: Sequence[Edit], sha256: str, name: str
-) -> bytes:
+def restore(lm: FrozenLM, ids: Sequence[int], document: Document | DocumentRecord) -> bytes:
     """The document's bytes from its token ids; never anything else.
 
     Raises NotExactError if the bytes do not hash to what was crammed.
     """
-    text = apply_edits(lm.text(ids), edits)
+    text, encoding = apply_edits(lm.text(ids), document.edits), document.encoding
     try:
         data = text.encode(encoding, errors="surrogatepass" if encoding == "utf-8" else "strict")
     except (ValueError, LookupError) as error:  # a name with a NUL is a ValueError
-        raise NotExactError(f"{name} cannot be written as {encoding}: {error}.") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
+        raise NotExactError(f"{document.name} cannot be written as {encoding}: {error}.") from None
+    if hashlib.sha256(data).hexdigest() != document.sha256:
         raise NotExactError(
-            f"the tokens of {name} came back but its bytes did not: is this the tokenizer that "
-            "it was crammed with?"
+            f"the tokens of {document.name} came back but its bytes did not: is this the tokenizer "
+            "that it was crammed with?"
         )
     return data
 

@@ -195,10 +195,10 @@ class Column:
             self.lm,
             documents,
             self.vectors,
-            self.tokens,
-            self.recipe,
-            self.batch_size,
-            storage_of(STORAGE),
+            tokens=self.tokens,
+            recipe=self.recipe,
+            batch_size=self.batch_size,
+            storage=storage_of(STORAGE),
             on_status=self.on_status,
         )
         job.choose_batch_size(passages)

@@ -224,9 +224,9 @@ def combined(progresses: Sequence[Progress]) -> Progress | None:
         in_slots,
         sum(p.waiting for p in progresses),
         sum(p.horizon * p.in_slots for p in progresses) / in_slots,
-        sum(p.steps for p in progresses),
-        sum(p.tokens for p in progresses),
-        sum(p.seconds for p in progresses),
+        steps=sum(p.steps for p in progresses),
+        tokens=sum(p.tokens for p in progresses),
+        seconds=sum(p.seconds for p in progresses),
     )
 
 
