@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -28,7 +28,7 @@ from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
 from memvec.cramming.engine import Job, Progress, resolve_start_rule
 from memvec.cramming.objectives import objective_named, score
-from memvec.cramming.optimizers import Adam
+from memvec.cramming.optimizers import Adam, OptimizerState
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.starts import start_vectors
@@ -40,6 +40,9 @@ from memvec.model.memory import forget_freed_memory, out_of_memory
 from memvec.passages.passage import padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
+
+Of = TypeVar("Of")
+Made = TypeVar("Made")
 
 RAISES = 4  # times that margins are raised because decoding disagrees with them
 
@@ -53,14 +56,67 @@ def without_parts(recipe: Recipe) -> Recipe:
     return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0, settle=0)
 
 
-class GroupMeasurement(NamedTuple):
-    """What one pass over a group of n passages gave."""
+@dataclass
+class Pair(Generic[Of]):
+    """Something of the e of all P passages, and the same of the m that they share."""
+
+    e: Of
+    m: Of
+
+    def each(self, change: Callable[[Of], Made]) -> Pair[Made]:
+        """What a function makes of both."""
+        return Pair(change(self.e), change(self.m))
+
+
+Tensors = Pair[Tensor]  # e (P, 1, D) and m (1, 1, D)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What P passages have to reach, row by row."""
+
+    ids: Int[Tensor, "P T"]
+    length: Int[Tensor, " P"]
+    margin: Float[Tensor, " P"]  # that certification requires, logits
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], device: torch.device) -> Task:
+        """The task of the passages of some jobs."""
+        lengths = [len(job.passage) for job in jobs]
+        ids = padded_ids([job.passage for job in jobs], max(lengths)).to(device)
+        margin = torch.tensor([job.margin for job in jobs], device=device)
+        return cls(ids, torch.tensor(lengths, device=device), margin)
+
+    def __getitem__(self, rows: Tensor) -> Task:
+        return Task(self.ids[rows], self.length[rows], self.margin[rows])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one pass over all passages, or over a group of them, gave (n passages)."""
 
     leading: Int[Tensor, " n"]  # leading right tokens
     counted: Int[Tensor, " n"]  # tokens that count in the loss
-    gradient_e: Float[Tensor, "n 1 D"]
-    gradient_m: Float[Tensor, "1 1 D"]
+    gradient: Tensors  # at the e of these passages, and their part of that at m
     finite: bool  # the loss is
+
+
+@dataclass
+class Best:
+    """The vectors of the step that gave back the largest number of tokens so far."""
+
+    vectors: Tensors
+    leading: Int[Tensor, " P"]  # of each passage, the largest number in any step
+    total: int = -1  # leading right tokens of all passages in that step
+    stale: int = 0  # steps since then
+
+    def update(self, vectors: Tensors, leading: Int[Tensor, " P"]) -> None:
+        """Take the vectors of a step that gave back more tokens than ever."""
+        self.leading = torch.maximum(self.leading, leading)
+        if (total := int(leading.sum())) > self.total:
+            self.vectors, self.total, self.stale = vectors.each(torch.clone), total, 0
+        else:
+            self.stale += 1
 
 
 class Shared:
@@ -137,67 +193,52 @@ class Shared:
 
     def _cram(self, jobs: list[Job], max_steps: int) -> list[Finished]:
         """Move all passages until every margin is met, for at most `max_steps` steps."""
-        recipe, device = self.recipe, self.lm.device
         began = time.perf_counter()
-        each_e, shared = (t.to(device) for t in self._start(jobs))
-        lengths = [len(job.passage) for job in jobs]
-        ids = padded_ids([job.passage for job in jobs], max(lengths))
-        ids, length = ids.to(device), torch.tensor(lengths, device=device)
-        margins = torch.tensor([job.margin for job in jobs], device=device)
-        order = sorted(range(len(jobs)), key=lambda i: -lengths[i])
-        groups = [
-            torch.tensor(order[at : at + self.batch_size], device=device)
-            for at in range(0, len(order), self.batch_size)
-        ]
-        optimizer = self.optimizer
-        moments = [optimizer.fresh(each_e), optimizer.fresh(shared)]
-        best = torch.zeros_like(length)
-        spent = torch.tensor([job.spent for job in jobs], device=device)
-        best_vectors, best_total, stale, steps = (each_e.clone(), shared.clone()), -1, 0, 0
-        status: Status = "budget"
+        task = Task.of(jobs, self.lm.device)
+        longest_first = task.length.argsort(descending=True, stable=True)
+        groups = torch.split(longest_first, self.batch_size)
+        vectors = self._start(jobs).each(lambda rows: rows.to(self.lm.device))
+        moments = vectors.each(self.optimizer.fresh)
+        best = Best(vectors.each(torch.clone), torch.zeros_like(task.length))
+        spent = torch.tensor([job.spent for job in jobs], device=self.lm.device)
+        steps = 0
         while True:
-            slopes = [torch.zeros_like(each_e), torch.zeros_like(shared)]
-            leading, counted = torch.zeros_like(length), torch.zeros_like(length)
-            finite = True
-            for group in groups:
-                measured = self._measure(group, each_e, shared, ids, length, margins, best)
-                leading[group], counted[group] = measured.leading, measured.counted
-                slopes[0][group] = measured.gradient_e
-                slopes[1] += measured.gradient_m
-                finite = finite and measured.finite
-            best = torch.maximum(best, leading)
-            total = int(leading.sum())
-            if total > best_total:
-                best_vectors, best_total, stale = (each_e.clone(), shared.clone()), total, 0
-            else:
-                stale += 1
-            self._report(leading, len(jobs))
-            if not finite:
-                status = "not-finite"
+            measured = self._measure_all(groups, vectors, task, best.leading)
+            best.update(vectors, measured.leading)
+            self._report(measured.leading, len(jobs))
+            status = self._status(measured, task)
+            over = bool(self.recipe.budget) and int(spent.max()) >= self.recipe.budget
+            gave_up = steps >= max_steps or best.stale >= self.recipe.patience or over
+            if status != "budget" or gave_up:
                 break
-            if total == sum(lengths):
-                status = "done"
-                break
-            over = bool(recipe.budget) and int(spent.max()) >= recipe.budget
-            if steps >= max_steps or stale >= recipe.patience or over:
-                break
-            for parameters, slope, state in zip((each_e, shared), slopes, moments, strict=True):
-                moving = torch.ones(len(parameters), dtype=torch.bool, device=device)
-                optimizer.step(parameters, slope, state, moving)
+            self._move(vectors, measured.gradient, moments)
             steps += 1
-            spent += counted
+            spent += measured.counted
             self.steps += 1
-            self.tokens += int(counted.sum())
-        vectors = torch.cat([best_vectors[0], best_vectors[1].expand(len(jobs), -1, -1)], dim=1)
-        vectors = as_stored(vectors, self.storage).cpu()
+            self.tokens += int(measured.counted.sum())
+        e, m = best.vectors.e, best.vectors.m.expand(len(jobs), -1, -1)
+        stored = as_stored(torch.cat([e, m], dim=1), self.storage).cpu()
         seconds = (time.perf_counter() - began) / len(jobs)
         after = [
             replace(j, steps=j.steps + steps, spent=cost, seconds=j.seconds + seconds)
             for j, cost in zip(jobs, spent.tolist(), strict=True)
         ]
-        return [j.finished(v.clone(), status) for j, v in zip(after, vectors, strict=True)]
+        return [j.finished(v.clone(), status) for j, v in zip(after, stored, strict=True)]
 
-    def _start(self, jobs: list[Job]) -> tuple[Float[Tensor, "P 1 D"], Float[Tensor, "1 1 D"]]:
+    def _status(self, measured: Measurement, task: Task) -> Status:
+        """How all passages would have stopped after this step: 'budget' if they may go on."""
+        if not measured.finite:
+            return "not-finite"
+        return "done" if bool((measured.leading == task.length).all()) else "budget"
+
+    def _move(self, vectors: Tensors, gradient: Tensors, moments: Pair[OptimizerState]) -> None:
+        """One step of every e and of m, in place."""
+        moves = ((vectors.e, gradient.e, moments.e), (vectors.m, gradient.m, moments.m))
+        for parameters, slope, state in moves:
+            moving = torch.ones(len(parameters), dtype=torch.bool, device=parameters.device)
+            self.optimizer.step(parameters, slope, state, moving)
+
+    def _start(self, jobs: list[Job]) -> Tensors:
         """First e of each passage and first m; the seed of m derives from all passages' ids."""
         new = [job for job in jobs if job.vectors is None]
         starts = iter(start_vectors(self.lm, [job.passage.ids for job in new], 2, self.recipe))
@@ -208,40 +249,44 @@ class Shared:
         else:
             every = [token for job in jobs for token in job.passage.ids]
             shared = start_vectors(self.lm, [every], 2, self.recipe)[0]
-        return torch.stack([row[:1] for row in rows]).float(), shared[None, 1:].float().clone()
+        e = torch.stack([row[:1] for row in rows]).float()
+        return Pair(e, shared[None, 1:].float().clone())
 
-    def _measure(
-        self,
-        group: Tensor,
-        each_e: Float[Tensor, "P 1 D"],
-        shared: Float[Tensor, "1 1 D"],
-        ids: Tensor,
-        length: Tensor,
-        margins: Tensor,
-        best: Tensor,
-    ) -> GroupMeasurement:
-        """One forward and backward pass of a group of passages."""
-        length, margins, best = length[group], margins[group], best[group]
+    def _measure_all(
+        self, groups: Sequence[Tensor], vectors: Tensors, task: Task, best: Int[Tensor, " P"]
+    ) -> Measurement:
+        """One pass over all passages, a group of rows at a time; gradients at m are summed."""
+        leading, counted = torch.zeros_like(task.length), torch.zeros_like(task.length)
+        gradient, finite = vectors.each(torch.zeros_like), True
+        for rows in groups:
+            group = self._measure(Pair(vectors.e[rows], vectors.m.clone()), task[rows], best[rows])
+            leading[rows], counted[rows] = group.leading, group.counted
+            gradient.e[rows] = group.gradient.e
+            gradient.m += group.gradient.m
+            finite = finite and group.finite
+        return Measurement(leading, counted, gradient, finite)
+
+    def _measure(self, vectors: Tensors, task: Task, best: Int[Tensor, " n"]) -> Measurement:
+        """One forward and backward pass of a group of n passages, whose horizons were `best`."""
         # Each passage has the columns that it needs itself, whatever else is in its group.
-        room = whole_columns(self._counted(best, length)).minimum(length)
+        room = whole_columns(self._counted(best, task.length)).minimum(task.length)
         width = int(room.max())
-        e = each_e[group].requires_grad_()
-        m = shared.clone().requires_grad_()
-        truth = ids[group, :width]
+        e, m = vectors.e.requires_grad_(), vectors.m.requires_grad_()
+        truth = task.ids[:, :width]
         with torch.enable_grad():
-            vectors = torch.cat([e, m.expand(len(group), -1, -1)], dim=1)
-            states = self.lm.states(as_stored(vectors, self.storage), truth)
+            both = torch.cat([e, m.expand(len(e), -1, -1)], dim=1)
+            states = self.lm.states(as_stored(both, self.storage), truth)
         scores = score(self.lm.head, states, truth, self.recipe, V=self.lm.vocab_size)
-        column = torch.arange(width, device=length.device)
+        column = torch.arange(width, device=room.device)
         within = column < room[:, None]
-        right = (scores.margin >= margins[:, None]) & (scores.margin > 0)
+        right = (scores.margin >= task.margin[:, None]) & (scores.margin > 0)
         leading = torch.minimum(horizon(right | ~within), room)
-        counted = self._counted(torch.maximum(best, leading), length).minimum(room)
-        weight = self.objective.weights(column < counted[:, None], scores.margin, margins)
-        sound = bool(torch.isfinite((scores.loss * weight).where(weight > 0, 0).sum()))
+        counted = self._counted(torch.maximum(best, leading), task.length).minimum(room)
+        weight = self.objective.weights(column < counted[:, None], scores.margin, task.margin)
+        finite = bool(torch.isfinite((scores.loss * weight).where(weight > 0, 0).sum()))
         slope = scores.gradient.mul_(weight[..., None])
-        gradient_e, gradient_m = torch.autograd.grad(states, (e, m), slope)
-        return GroupMeasurement(leading, counted, gradient_e, gradient_m, sound)
+        gradient = Pair(*torch.autograd.grad(states, (e, m), slope))
+        return Measurement(leading, counted, gradient, finite)
 
     def _counted(self, best: Tensor, length: Tensor) -> Tensor:
         """Tokens that count behind horizons that were reached; the look-ahead stays as it began."""
