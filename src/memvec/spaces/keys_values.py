@@ -19,7 +19,8 @@ instead would need one mask per layer, which few models accept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,55 @@ from memvec.model.reading import Prefix, StartRule
 
 # Keys and values (1, heads, K, width) of each layer.
 Layers = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of a cache that a vector of W numbers holds: keys and values of some layers."""
+
+    layers: list[int]
+    shapes: list[tuple[int, int]]  # (heads, width) of keys, of values, for each layer in turn
+    unit: Float[Tensor, " W"]  # what each number is multiplied by in the cache
+
+    @classmethod
+    def of(cls, layers: list[int], tables: Sequence[Tensor], units: Sequence[int]) -> Entries:
+        """Of layers with these keys and values; `units` are exponents of two, one a table."""
+        shapes = [(int(t.shape[1]), int(t.shape[3])) for t in tables]
+        sizes = [heads * width for heads, width in shapes]
+        scales = [torch.full((n,), 2.0**unit) for n, unit in zip(sizes, units, strict=True)]
+        # A copy to the device at each step would make a GPU wait.
+        return cls(layers, shapes, torch.cat(scales).to(tables[0].device))
+
+    def vectors_of(self, cached: Layers) -> Float[Tensor, "K W"]:
+        """The vectors of the entries of K positions, in units."""
+        tables = [t[0] for layer in self.layers for t in cached[layer]]
+        rows = torch.cat([t.transpose(0, 1).flatten(1).float() for t in tables], dim=-1)
+        return rows / self.unit.to(rows.device)
+
+    def cache(
+        self, vectors: Float[Tensor, "B K W"], dtype: torch.dtype, constants: Layers | None = None
+    ) -> Any:
+        """A DynamicCache with the entries of vectors, differentiable; `constants` elsewhere."""
+        from transformers import DynamicCache  # here, since this import takes two seconds
+
+        scaled = (vectors * self.unit.to(vectors.device)).to(dtype)
+        sizes = [heads * width for heads, width in self.shapes]
+        parts = iter(torch.split(scaled, sizes, dim=-1))
+        shapes = iter(self.shapes)
+
+        def table() -> Tensor:
+            flat: Tensor = next(parts)
+            return flat.reshape(*flat.shape[:2], *next(shapes)).transpose(1, 2)
+
+        cache = DynamicCache()
+        for layer in range(len(constants or self.layers)):
+            if layer in self.layers:
+                cache.update(table(), table(), layer)
+            elif constants:
+                keys, values = (t.to(vectors.device, dtype) for t in constants[layer])
+                rows = (len(vectors), -1, -1, -1)
+                cache.update(keys.expand(rows), values.expand(rows), layer)
+        return cache
 
 
 class KeysValues(Prefix):
@@ -53,17 +103,11 @@ class KeysValues(Prefix):
         self.lm = lm
         probe = _probed(lm, self.space)
         self.layers = self._trained(len(probe), options)
-        # (heads, width) of keys, of values, for each trained layer in turn.
         tables = [table for layer in self.layers for table in probe[layer]]
-        self.shapes = [(int(t.shape[1]), int(t.shape[3])) for t in tables]
-        self.sizes = [heads * width for heads, width in self.shapes]
         units = options.get("units")
         self.units = [_unit(t) for t in tables] if units is None else _checked(units, len(tables))
         self.options = {"units": self.units}
-        scales = [
-            torch.full((n,), 2.0**unit) for n, unit in zip(self.sizes, self.units, strict=True)
-        ]
-        self.unit = torch.cat(scales).to(lm.device)  # a copy at each step would make a GPU wait
+        self.entries = Entries.of(self.layers, tables, self.units)
         self._agrees(probe)
 
     def _trained(self, layers: int, options: Mapping[str, Any]) -> list[int]:
@@ -76,7 +120,7 @@ class KeysValues(Prefix):
 
     def numbers(self, lm: FrozenLM) -> int:
         """W: the sum over trained layers of 2 x key-value heads x head width (if equal)."""
-        return sum(self.sizes)
+        return len(self.entries.unit)
 
     def inputs_before(self, K: int, start: StartRule) -> int:
         """0: the prefix consists of keys and values, not of inputs."""
@@ -86,37 +130,13 @@ class KeysValues(Prefix):
     def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
         """The keys and values, in units, that the model computes for input vectors."""
         layers = keys_values(self.lm, vectors[None].to(self.lm.device, self.lm.dtype))
-        return self._flat(layers).cpu()
-
-    def _flat(self, layers: Layers) -> Float[Tensor, "K W"]:
-        tables = [t[0] for layer in self.layers for t in layers[layer]]
-        rows = torch.cat([t.transpose(0, 1).flatten(1).float() for t in tables], dim=-1)
-        return rows / self.unit.to(rows.device)
+        return self.entries.vectors_of(layers).cpu()
 
     def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
         """A DynamicCache with these keys and values, differentiable; None without vectors."""
         if vectors is None:
             return None
-        from transformers import DynamicCache  # here, since this import takes two seconds
-
-        scaled = (vectors * self.unit.to(vectors.device)).to(lm.rounding)
-        parts = iter(torch.split(scaled, self.sizes, dim=-1))
-        shapes = iter(self.shapes)
-
-        def table() -> Tensor:
-            flat: Tensor = next(parts)
-            return flat.reshape(*flat.shape[:2], *next(shapes)).transpose(1, 2)
-
-        cache = DynamicCache()
-        constants = self._constants(vectors.shape[1])
-        for layer in range(len(constants or self.layers)):
-            if layer in self.layers:
-                cache.update(table(), table(), layer)
-            elif constants:
-                keys, values = (t.to(vectors.device, lm.rounding) for t in constants[layer])
-                rows = (len(vectors), -1, -1, -1)
-                cache.update(keys.expand(rows), values.expand(rows), layer)
-        return cache
+        return self.entries.cache(vectors, lm.rounding, self._constants(vectors.shape[1]))
 
     def inputs(
         self,
@@ -150,18 +170,16 @@ class KeysValues(Prefix):
     @torch.no_grad()
     def _agrees(self, probe: Layers) -> None:
         """Raise MemvecError if the model's own keys and values, passed in, change its logits."""
-        ids = probe_ids(self.lm, 7)
-        whole = KeysValues.__new__(KeysValues)  # all layers, whatever is trained
-        whole.layers = list(range(len(probe)))
+        lm, ids = self.lm, probe_ids(self.lm, 7)
         tables = [table for layer in probe for table in layer]
-        whole.shapes = [(int(t.shape[1]), int(t.shape[3])) for t in tables]
-        whole.sizes = [heads * width for heads, width in whole.shapes]
-        whole.unit = torch.ones(sum(whole.sizes))
+        # All layers, whatever is trained, and no units.
+        whole = Entries.of(list(range(len(probe))), tables, [0] * len(tables))
         two = [(keys[:, :, :2], values[:, :, :2]) for keys, values in probe]
-        states = whole.states(self.lm, whole._flat(two)[None], ids[:, 2:], "first-token")
-        ok, detail = agree(self.lm.head(states), self.lm.own_logits(ids)[:, 2:-1], self.lm.rounding)
+        cache = whole.cache(whole.vectors_of(two)[None], lm.rounding)
+        states = lm.states_of(lm.embed(ids[:, 2:-1]), keep=4, cache=cache)
+        ok, detail = agree(lm.head(states), lm.own_logits(ids)[:, 2:-1], lm.rounding)
         if not ok:
-            raise _unfit(self.lm, self.space, f"its own, handed in again, give others, {detail}")
+            raise _unfit(lm, self.space, f"its own, handed in again, give others, {detail}")
 
 
 class OneLayer(KeysValues):
