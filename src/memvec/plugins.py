@@ -133,6 +133,12 @@ def bound(kind: str, name: str, choice: Any, arguments: Mapping[str, Any]) -> An
             raise MemvecError(f"the {kind} '{name}' has no '{key}': {did_you_mean(key, own)}")
     if not isinstance(choice, type):
         return functools.partial(choice, **arguments)
-    begin: Any = choice.__init__  # type: ignore[misc]
-    body = {"__init__": functools.partialmethod(begin, **arguments), "__doc__": choice.__doc__}
-    return type(choice)(choice.__name__, (choice,), body | {"__module__": choice.__module__})
+
+    # A partial of a class would hide what is read from the class itself: the `step_type` of a term,
+    # and that an objective is a class, which is then made, and not a function, which is the loss.
+    class Bound(choice):  # type: ignore[misc]
+        __doc__, __module__ = choice.__doc__, choice.__module__
+        __init__ = functools.partialmethod(choice.__init__, **arguments)
+
+    Bound.__name__ = Bound.__qualname__ = choice.__name__
+    return Bound
