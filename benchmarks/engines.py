@@ -177,7 +177,7 @@ def write(start: Start, model: Path, settings: dict[str, Any], resume: bool) -> 
     prompts = [prompt for group in start.groups for prompt in group.prompts]
     prompts += plain_prompts(start.lm, {group.K for group in start.groups})
     start.folder.mkdir(exist_ok=True)
-    write_request(start.folder, model, start.dtype, prompts, start.batches, settings)
+    write_request(start.folder, model, start.dtype, prompts, start.batches, settings=settings)
     if not resume or before | {"model": ""} != json.loads(path.read_text()) | {"model": ""}:
         (start.folder / "answer.json").unlink(missing_ok=True)
 

@@ -255,7 +255,7 @@ def test_a_request_is_of_one_width_and_finite(tmp_path):
         write_request(tmp_path, "x", "float32", prompts, [[i] for i in range(len(prompts))])
 
     prompts = [Prompt(torch.ones(1, 4), [7], 2, text="7"), Prompt(None, [3], 5)]
-    write_request(tmp_path, "x", "float16", prompts, [[1], [0]], {"threads": 3})
+    write_request(tmp_path, "x", "float16", prompts, [[1], [0]], settings={"threads": 3})
     request = json.loads((tmp_path / "request.json").read_text())
     digest = hashlib.sha256((tmp_path / "prompt-0000.npy").read_bytes()).hexdigest()
     vectors = {"tokens": [7], "new_tokens": 2, "text": "7", "file": "prompt-0000.npy"}

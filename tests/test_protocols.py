@@ -359,6 +359,17 @@ def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatc
         assert list(extra) == list(protocol.extras)
         ids = outcome.passage.ids
         table = logits(lm, None, [lm.bos_id, *ids])[-len(ids) - 1 : -1]
-        slow = SlowPassage(lm, ids, (), 0, *bits_and_margins(table, ids), 1e-3, {}, outcome.vectors)
+        lm_bits, lm_margin = bits_and_margins(table, ids)
+        slow = SlowPassage(
+            lm,
+            ids=ids,
+            before=(),
+            given=0,
+            lm_bits=lm_bits,
+            lm_margin=lm_margin,
+            bits_tolerance=1e-3,
+            options={},
+            vectors=outcome.vectors,
+        )
         (compared,) = protocol.recompute(slow, extra)
         assert compared.stored == pytest.approx(compared.recomputed, abs=compared.allowed[0])

@@ -310,7 +310,7 @@ def test_documents_and_encoders_that_cannot_be_compared_are_refused():
         (2, 3, "^lags must be at most 2"),
     ]:
         with pytest.raises(MemvecError, match=says):
-            compare_segments(recurrent, ids, segments, lags)
+            compare_segments(recurrent, ids, segments, lags=lags)
     with pytest.raises(MemvecError, match="do not fit the context"):
         compare_segments(recurrent, stream(lm, 150)[None], 50, recipe=Recipe(steps=1))
     back = compare_segments(recurrent, stream(lm, 150)[None], 50)  # it reads segment by segment
@@ -352,7 +352,7 @@ def test_damaged_files_are_refused(tmp_path):
 def test_what_is_measured_is_what_decodes():
     lm = with_encoder(tiny(), encoder_of(tiny()))
     ids = stream(lm, 18, seed=3).view(2, 9)
-    found = compare_segments(lm, ids, 3, None, QUICK)
+    found = compare_segments(lm, ids, 3, recipe=QUICK)
     assert [(at.segments, at.lag) for at in found.lags] == [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)]
     encoder = recurrent_of(lm)
     for at in found.lags:
@@ -512,7 +512,7 @@ def test_what_is_crammed_beside_is_stored_as_asked(monkeypatch, storage):
             asked.append(self.storage.name)
 
     monkeypatch.setattr(recurrent_measure, "Engine", Seen)
-    crammed_leading(tiny(), [[3, 4, 5]], 2, QUICK, 1, storage)
+    crammed_leading(tiny(), [[3, 4, 5]], 2, QUICK, batch_size=1, storage=storage)
     assert asked == [str(storage).removeprefix("torch.")]
 
 

@@ -440,7 +440,7 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
 def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     lm, whole, parts = tiny(), tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     reports = []
-    soft = train_trigger(lm, ASKED, PLAN, USABLE, whole, reports.append)
+    soft = train_trigger(lm, ASKED, PLAN, USABLE, whole, on_batch=reports.append)
     moved = soft.table != first_rows(lm, PLAN)
     assert (soft.table.shape, soft.front.shape) == ((3, lm.width), (1, lm.width))
     assert moved.all()
@@ -450,7 +450,7 @@ def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_trigger(lm, ASKED, PLAN, USABLE, parts, killed)
+        train_trigger(lm, ASKED, PLAN, USABLE, parts, on_batch=killed)
     assert stored_trigger(parts, lm)[1]["batches_done"] == 1
     again = train_trigger(lm, ASKED, PLAN, USABLE, parts)
     assert torch.equal(again.table, soft.table)
@@ -535,7 +535,7 @@ def test_a_batch_reports_its_exact_passages_and_their_mean_kl(tmp_path, monkeypa
     monkeypatch.setattr(Engine, "run", ran)
     monkeypatch.setattr(Step, "measure", measured)
     plan = replace(PLAN, batches=1)
-    train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors", reports.append)
+    train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors", on_batch=reports.append)
     (report,) = reports
     assert report.exact == sum(one.exact for one in outcomes) < report.passages == 2
     assert losses[-1].shape == (2,)

@@ -247,7 +247,7 @@ def measure(
     stream = token_stream(lm, text, column, where)
     ids = drawn(stream, text, tokens, passages, seed)
     controls = Recipe.of(steps=steps) if steps else None
-    back = compare_segments(lm, ids, segments, lags, controls)
+    back = compare_segments(lm, ids, segments, lags=lags, recipe=controls)
     _show(back, json, lambda: print_segments(lm.name, back))
 
 

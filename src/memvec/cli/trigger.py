@@ -105,8 +105,15 @@ def train(
     partial = target.with_name(target.name + ".partial")
 
     with checkpointed(partial):
-        lines = _lines_within_a_batch(batches)
-        train_trigger(lm, passages, plan, recipe, partial, _line_of_a_batch, lines)
+        train_trigger(
+            lm,
+            passages,
+            plan,
+            recipe,
+            partial,
+            on_batch=_line_of_a_batch,
+            on_progress=_lines_within_a_batch(batches),
+        )
     partial.replace(target)
     say(f"{target}: {rows + front} soft tokens; memvec cram --usable --trigger {target} uses it.")
 

@@ -67,6 +67,7 @@ def compare_segments(
     lm: FrozenLM,
     documents: Int[Tensor, "n N"],
     segments: int,
+    *,
     lags: int | None = None,
     recipe: Recipe | None = None,
     batch_size: int = 32,
@@ -100,7 +101,13 @@ def compare_segments(
 
 
 def check_chain(
-    lm: FrozenLM, encoder: RecurrentEncoder, tokens: int, segments: int, lags: int, crammed: bool
+    lm: FrozenLM,
+    encoder: RecurrentEncoder,
+    tokens: int,
+    segments: int,
+    lags: int,
+    *,
+    crammed: bool,
 ) -> None:
     """Raise MemvecError if a document is too short for the segments, or a number is too large.
 
@@ -142,7 +149,7 @@ def recall(
     return AtLag(segments, lag, tuple(leading.tolist()), tuple(right.tolist()))
 
 
-def crammed_leading(
+def crammed_leading(  # noqa: PLR0917 (what is crammed, and how)
     lm: FrozenLM,
     passages: Sequence[Sequence[int]],
     K: int,

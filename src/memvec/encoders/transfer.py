@@ -124,7 +124,7 @@ def crammed(
     return rows, np.array([o.exact for o in outcomes])
 
 
-def fit_transfer(
+def fit_transfer(  # noqa: PLR0917 (two models, the passages, and how both are crammed)
     origin: FrozenLM,
     target: FrozenLM,
     passages: Sequence[Sequence[int]],

@@ -41,6 +41,7 @@ def write_request(
     dtype: str,
     prompts: Sequence[Prompt],
     batches: Sequence[Sequence[int]],
+    *,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `request.json`, and a NumPy file (N, D) of each prompt with vectors, with its hash.

@@ -76,7 +76,7 @@ def run_engine(
     indices = [[i] for i in range(len(prompts))] if batches is None else batches
     with tempfile.TemporaryDirectory() as temporary, model_alone(path) as alone:
         folder = Path(temporary)
-        write_request(folder, alone, dtype, prompts, indices, settings)
+        write_request(folder, alone, dtype, prompts, indices, settings=settings)
         start(engine, python, folder)
         return answer_in(folder)
 

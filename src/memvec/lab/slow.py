@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class SlowPassage:
     """
 
     lm: FrozenLM
+    _: KW_ONLY
     ids: tuple[int, ...]
     before: tuple[int, ...]
     given: int

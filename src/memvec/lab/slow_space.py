@@ -30,7 +30,9 @@ def front(lm: FrozenLM, vectors: Tensor) -> tuple[Tensor | None, dict[str, Any]]
         argument = str(lm.caching.argument)
         trained = [options["layer"]] if space == "prefix-layer" else None
         filler = options.get("filler", 0)
-        cache = _cache(lm, argument, vectors, options["units"], trained, filler)
+        cache = _cache(
+            lm, argument, vectors, units=options["units"], trained=trained, filler=filler
+        )
         return None, {"use_cache": True, argument: cache}
     return vectors, {"use_cache": False}
 
@@ -40,6 +42,7 @@ def _cache(
     lm: FrozenLM,
     argument: str,
     vectors: Tensor,
+    *,
     units: list[int],
     trained: list[int] | None,
     filler: int,

@@ -40,7 +40,7 @@ def context_ids(lm: FrozenLM, ids: Sequence[int], K: int) -> dict[str, list[int]
     return {"text": [*bos, *ids], "nothing": bos, **named}
 
 
-def divergence_and_nll(
+def divergence_and_nll(  # noqa: PLR0917 (what is read, and the words behind it)
     lm: FrozenLM,
     vectors: Tensor | None,
     before: Sequence[int],

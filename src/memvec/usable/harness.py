@@ -70,6 +70,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         self,
         pretrained: str | FrozenLM = "pocket",
         context: str = "full",
+        *,
         vectors: int | str = 8,
         tokens: int | str = 48,
         cache: str | os.PathLike[str] | None = None,

@@ -101,6 +101,7 @@ def continued(
     lm: FrozenLM,
     inputs: Float[Tensor, "B N D"],
     tokens: int,
+    *,
     draws: Draws | None = None,
     top: int = 0,
     rows: int = 1,
@@ -162,7 +163,7 @@ def continuations_behind(
     for indices in by_length.values():
         table = torch.tensor([list(texts[i]) for i in indices], device=lm.device)
         inputs, n = behind_bos(lm, table), len(indices)
-        rows = _written(lm, inputs, n, recipe, generator, recipe.teacher_top)
+        rows = _written(lm, inputs, n, recipe, generator=generator, top=recipe.teacher_top)
         row_of_text |= dict(zip(indices, rows, strict=True))
     return _as_queries([row_of_text[i] for i in range(len(texts))], recipe)
 
@@ -271,7 +272,8 @@ def _sampled(
     top: int = 0,
 ) -> Queries:
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
-    return _as_queries(_written(lm, inputs, recipe.query_count, recipe, generator, top), recipe)
+    M = recipe.query_count
+    return _as_queries(_written(lm, inputs, M, recipe, generator=generator, top=top), recipe)
 
 
 def _written(
@@ -279,6 +281,7 @@ def _written(
     inputs: Float[Tensor, "B N D"],
     M: int,
     recipe: Recipe,
+    *,
     generator: torch.Generator,
     top: int,
 ) -> list[tuple[Tensor, ...]]:
@@ -292,7 +295,9 @@ def _written(
         generator.set_state(states.setdefault(first, generator.get_state()))
         part = slice(rows.start - first, rows.stop - first)
         draws = Draws(generator, min(BATCH, M - first), part)
-        written, top_tokens = continued(lm, part_inputs, recipe.query_tokens, draws, top, rows=n)
+        written, top_tokens = continued(
+            lm, part_inputs, recipe.query_tokens, draws=draws, top=top, rows=n
+        )
         parts = [torch.stack(part, 1) for part in zip(*top_tokens, strict=True)]
         return list(zip(written.cpu(), *parts, strict=True))
 

@@ -150,6 +150,7 @@ def train_trigger(
     plan: TriggerPlan,
     recipe: Recipe,
     path: str | os.PathLike[str],
+    *,
     on_batch: Callable[[BatchReport], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> CrammedTrigger:

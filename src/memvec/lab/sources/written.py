@@ -129,7 +129,9 @@ class WrittenTexts(Source):
     ) -> NamedText:
         """Chunk `number`, whose passage begins at none of the `taken` sentences; it is added."""
         for attempt in range(ATTEMPTS):
-            drawn = chunk(texts, number, words, self.seed, self.splitter, attempt)
+            drawn = chunk(
+                texts, number, words, seed=self.seed, splitter=self.splitter, attempt=attempt
+            )
             middle = drawn.sentences // 2 if self.rule == "suffix" else 0
             place = (drawn.text_name, drawn.first + middle)
             if place not in taken:
@@ -174,6 +176,7 @@ def chunk(
     texts: Sequence[NamedText],
     number: int,
     words: tuple[int, int] = PAPER_WORDS,
+    *,
     seed: int = 0,
     splitter: Splitter = "punctuation",
     attempt: int = 0,

@@ -25,7 +25,7 @@ from memvec.usable.recipe_files import hashes_of, named_files
 from memvec.writing import path_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One protocol, model, source, length, K and seed. All fields go into the key.
 
@@ -116,20 +116,20 @@ def _cells(
     hashes = named_files(recipe) | hashes_of(files)  # the same for every seed
     for source, length, K, seed in itertools.product(*axes):
         yield Cell(
-            run.protocol,
-            model.name,
-            model.revision,
-            model.dtype,
-            source,
-            settings[source],
-            length,
-            K,
-            seed,
-            recipe_of(run, seed).record(),
-            options_of(run),
-            run.storage or spec.storage,
-            spec.fixed_shapes,
-            hashes,
+            protocol=run.protocol,
+            model=model.name,
+            revision=model.revision,
+            dtype=model.dtype,
+            source=source,
+            source_settings=settings[source],
+            length=length,
+            vectors=K,
+            seed=seed,
+            recipe=recipe_of(run, seed).record(),
+            options=options_of(run),
+            storage=run.storage or spec.storage,
+            fixed_shapes=spec.fixed_shapes,
+            files=hashes,
         )
 
 

@@ -83,7 +83,7 @@ def check_study(
                 _, cell = _cell(store, str(key))
                 wrong += _check_cell(store, str(key), cell)
                 for row in group.to_dict("records"):
-                    wrong += _check_row(lm, store, cell, row, described["dtype"], worst)
+                    wrong += _check_row(lm, store, cell, row, dtype=described["dtype"], worst=worst)
             wrong += _check_pairs(lm, store, str(name), MAX_PAIRS if sample else 0, worst)
     unchecked = [sentence for name in frame["protocol"].unique() for sentence in _unchecked(name)]
     return {"rows": len(frame), "worst": worst, "wrong": wrong, "unchecked": unchecked}
@@ -143,6 +143,7 @@ def _check_row(
     store: Store,
     cell: Cell,
     row: dict[str, Any],
+    *,
     dtype: str,
     worst: dict[str, float],
 ) -> list[str]:
@@ -154,7 +155,16 @@ def _check_row(
     except MemvecError as error:
         return [f"{place}: {error}"]
     ids = kept.ids
-    slow = recompute(lm, cell, row, vectors, ids, kept.before, TIE[dtype], BITS[dtype])
+    slow = recompute(
+        lm,
+        cell,
+        row,
+        vectors=vectors,
+        ids=ids,
+        before=kept.before,
+        tie=TIE[dtype],
+        bits_limit=BITS[dtype],
+    )
     wrong = [*_compare(row, slow, dtype, worst), *_positions(slow, positions.numpy(), dtype, worst)]
     wrong += _extra(cell.protocol, row["extra"], slow, worst)
     wrong = [f"{place}: {sentence}" for sentence in wrong]

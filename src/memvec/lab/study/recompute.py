@@ -41,6 +41,7 @@ def recompute(
     lm: FrozenLM,
     cell: Cell,
     row: dict[str, Any],
+    *,
     vectors: Tensor,
     ids: tuple[int, ...],
     before: tuple[int, ...],
@@ -84,11 +85,27 @@ def recompute(
     return Slow(
         columns,
         (retries, int(cell.recipe["steps"])),
-        _spent(cell, int(row["steps"]) - retries, n, beside, between, len(lm.front)),
+        _spent(
+            cell,
+            int(row["steps"]) - retries,
+            n,
+            before=beside,
+            between=between,
+            front=len(lm.front),
+        ),
         margins,
         np.stack([lm_bits, bits, margin, lm_margin]),
         SlowPassage(
-            lm, ids, before, given, lm_bits, lm_margin, bits_limit * n, cell.options, front, start
+            lm,
+            ids=ids,
+            before=before,
+            given=given,
+            lm_bits=lm_bits,
+            lm_margin=lm_margin,
+            bits_tolerance=bits_limit * n,
+            options=cell.options,
+            vectors=front,
+            start=start,
         ),
         int((np.abs(margin) < tie).sum()),
         int((np.abs(lm_margin) < tie).sum()),
@@ -166,7 +183,7 @@ def _retries(margins: tuple[float, ...], margin: float) -> int:
 
 
 def _spent(
-    cell: Cell, moves: int, n: int, before: int, between: int, front: int
+    cell: Cell, moves: int, n: int, *, before: int, between: int, front: int
 ) -> tuple[int, int]:
     """(minimum, maximum) of the forward-backward tokens of `moves` optimiser steps.
 

@@ -54,7 +54,7 @@ class Remote:
         self, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
         """Measure two restarts `a` and `b` (K, D) of a passage by a cell's protocol."""
-        values: list[float] = self.workers.call(_between, cell, passage, a, b, start)
+        values: list[float] = self.workers.call(_between, cell, passage, (a, b), start)
         return values
 
     def unit_size(self, waiting: int, batch_size: int) -> int:
@@ -84,6 +84,6 @@ def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | Non
 
 
 def _between(
-    lm: FrozenLM, cell: Cell, passage: Passage, a: Tensor, b: Tensor, start: StartRule
+    lm: FrozenLM, cell: Cell, passage: Passage, restarts: tuple[Tensor, Tensor], start: StartRule
 ) -> list[float]:
-    return Here(lm).between(cell, passage, a, b, start)
+    return Here(lm).between(cell, passage, *restarts, start)

@@ -5,6 +5,7 @@ The functions run in this process or in a Ray actor, and do not use the store.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -100,6 +101,7 @@ def cram_cell(
     """
     recipe, protocol = cell.to_recipe(), protocol_of(cell.protocol)
     lm = lm.read_as(protocol.reading(cell.length, cell.options))
+    entry = functools.partial(_entry, cell=cell, worker=worker)
     if protocol.group_size(cell.options):
         group = sorted([*passages, *beside], key=lambda sourced: sourced.number)
         shared = Shared(
@@ -114,7 +116,7 @@ def cram_cell(
         for sourced, outcome in zip(group, shared.run(jobs), strict=True):
             if sourced.number in numbers:
                 size = shared.batch_size  # smaller if memory ran out
-                yield _finished(lm, cell, "vectors", size, sourced, outcome, worker)
+                yield entry(lm, sourced, outcome, start="vectors", batch_size=size)
         return
     engine = Engine(
         lm,
@@ -132,16 +134,17 @@ def cram_cell(
         for sourced in by_hash[ids_hash(outcome.passage.ids)]:
             # engine.lm has the trigger, lm has not.
             start, size = engine.start_rule, engine.batch_size
-            yield _finished(engine.lm, cell, start, size, sourced, outcome, worker)
+            yield entry(engine.lm, sourced, outcome, start=start, batch_size=size)
 
 
-def _finished(
+def _entry(
     lm: FrozenLM,
+    sourced: SourcedPassage,
+    outcome: Outcome,
+    *,
     cell: Cell,
     start: StartRule,
     batch_size: int,
-    sourced: SourcedPassage,
-    outcome: Outcome,
     worker: str,
 ) -> StoreEntry:
     scores = outcome.scores
