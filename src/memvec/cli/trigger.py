@@ -29,7 +29,8 @@ OWN_FIELDS |= {"objective_every", "term_rise"}
 if TYPE_CHECKING:
     from memvec.cramming.batch import Progress
     from memvec.cramming.recipe import Recipe
-    from memvec.usable.trigger_training import BatchReport
+    from memvec.model.lm import FrozenLM
+    from memvec.usable.trigger_training import BatchReport, TriggerPlan
 
 app = typer.Typer(
     name="trigger",
@@ -87,10 +88,11 @@ def train(
     from memvec.cli.display import say
     from memvec.companions.triggers import FILE_NAME
     from memvec.loading import load_lm
-    from memvec.usable.trigger_training import TriggerPlan, train_trigger
+    from memvec.usable.trigger_training import TriggerPlan
 
     check_seed(seed)
-    plan = TriggerPlan(rows, front, vectors, tokens, batches, batch_size, lr, seed)
+    sizes = {"rows": rows, "front": front, "vectors": vectors, "tokens": tokens}
+    plan = TriggerPlan(**sizes, batches=batches, batch_size=batch_size, lr=lr, seed=seed)
     recipe = _recipe(set_)
     target = target_of(model, FILE_NAME, out, force)
     if target.suffix != ".safetensors":
@@ -102,8 +104,17 @@ def train(
     stream = token_stream(lm, text, column, where)
     passages = drawn(stream, text, 2 * tokens, batches * batch_size, seed).tolist()
     passages = [ids[: tokens * (1 + i % 2)] for i, ids in enumerate(passages)]
-    partial = target.with_name(target.name + ".partial")
+    _train(lm, passages, plan, recipe, target)
+    say(f"{target}: {rows + front} soft tokens; memvec cram --usable --trigger {target} uses it.")
 
+
+def _train(
+    lm: FrozenLM, passages: list[list[int]], plan: TriggerPlan, recipe: Recipe, target: Path
+) -> None:
+    """Train into a file beside the target, which replaces it in the end."""
+    from memvec.usable.trigger_training import train_trigger
+
+    partial = target.with_name(target.name + ".partial")
     with checkpointed(partial):
         train_trigger(
             lm,
@@ -112,10 +123,9 @@ def train(
             recipe,
             partial,
             on_batch=_line_of_a_batch,
-            on_progress=_lines_within_a_batch(batches),
+            on_progress=_lines_within_a_batch(plan.batches),
         )
     partial.replace(target)
-    say(f"{target}: {rows + front} soft tokens; memvec cram --usable --trigger {target} uses it.")
 
 
 def _line_of_a_batch(batch: BatchReport) -> None:

@@ -215,9 +215,8 @@ class Engine:
         size = vectors.float().square().mean((1, 2)).sqrt()
         # Small steps are for vectors that an encoder has placed near a solution. A job that comes
         # back with vectors of at least half the large size was enlarged when it was stuck.
-        large = (length > encoder_reach(self.lm, self.recipe, self.K)) | (
-            again & (size >= self.recipe.lr_large / 2)
-        )
+        was_large = again & (size >= self.recipe.lr_large / 2)
+        large = (length > encoder_reach(self.lm, self.recipe, self.K)) | was_large
         parameters = self.stepper.coordinates.parameters(vectors.float())
         parameters = self.stepper.enlarged(parameters, large)
         flag = torch.zeros(len(jobs), dtype=torch.bool, device=device)
@@ -303,9 +302,10 @@ class Engine:
             ) from error
 
     def _may_retry(self, outcome: Outcome) -> bool:
-        recipe = self.recipe
-        affordable = not recipe.budget or outcome.spent < recipe.budget
-        return recipe.if_not_exact != "stop" and outcome.steps < recipe.steps and affordable
+        affordable = not self.recipe.budget or outcome.spent < self.recipe.budget
+        return (
+            affordable and outcome.steps < self.recipe.steps and self.recipe.if_not_exact != "stop"
+        )
 
     # ------------------------------------------------------------------ retire
 

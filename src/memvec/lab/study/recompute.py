@@ -23,7 +23,7 @@ MIN_RAISED = 0.05  # smallest margin after a failed certification, in spreads of
 SPREAD = 1e-3  # relative tolerance of margins: each machine measures the logits' spread
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slow:
     """The recomputation of one row."""
 
@@ -55,60 +55,40 @@ def recompute(
     start = start_rule(lm, cell)
     lm = triggered(lm, cell.to_recipe())
     given = int(start == "first-token")
-    between = len(lm.trigger) if start == "bos" else given
-    n = len(ids) - given
-    front = vectors.float()
-    bits, margin, decoded, beside = _with_vectors(lm, cell, front, ids, start)
+    n, front = len(ids) - given, vectors.float()
+    behind = _with_vectors(lm, cell, front, ids, start)
     lm_bits, lm_margin = _alone(lm, ids, start)
-    wrong = [i for i, (a, b) in enumerate(zip(decoded, ids[given:], strict=True)) if a != b]
-    right, base = margin > 0, lm_margin > 0
-    h = int(row["horizon"])  # gains over the stored horizon, so that a flipped tie counts once
+    passage = SlowPassage(
+        lm,
+        ids=ids,
+        before=before,
+        given=given,
+        lm_bits=lm_bits,
+        lm_margin=lm_margin,
+        bits_tolerance=bits_limit * n,
+        options=cell.options,
+        vectors=front,
+        start=start,
+    )
     margins = tuple(_margins(cell.recipe, lm.logit_spread))
     retries = _retries(margins, row["margin_asked"])
-    columns = {
-        "passage": hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),
-        "tokens": len(ids),
-        "predicted": n,
-        "start_rule": start,
-        "exact": not wrong,
-        "horizon": wrong[0] if wrong else n,
-        "accuracy": float(right.mean()),
-        "margin": float(margin.min()),
-        "lm_bits": float(lm_bits.sum()),
-        "mem_bits": float(bits.sum()),
-        "information_gain": float(lm_bits.sum() - bits.sum()),
-        "token_gain": int(right.sum()) - int(base.sum()),
-        "lm_right": int(base.sum()),
-        "horizon_gain": float(lm_bits[:h].sum() - bits[:h].sum()),
-        "horizon_token_gain": int(right[:h].sum()) - int(base[:h].sum()),
-    }
+    between = len(lm.trigger) if start == "bos" else given
     return Slow(
-        columns,
-        (retries, int(cell.recipe["steps"])),
-        _spent(
+        columns=_columns(passage, behind, int(row["horizon"])),
+        steps=(retries, int(cell.recipe["steps"])),
+        spent=_spent(
             cell,
             int(row["steps"]) - retries,
             n,
-            before=beside,
+            before=behind.further_inputs,
             between=between,
             front=len(lm.front),
         ),
-        margins,
-        np.stack([lm_bits, bits, margin, lm_margin]),
-        SlowPassage(
-            lm,
-            ids=ids,
-            before=before,
-            given=given,
-            lm_bits=lm_bits,
-            lm_margin=lm_margin,
-            bits_tolerance=bits_limit * n,
-            options=cell.options,
-            vectors=front,
-            start=start,
-        ),
-        int((np.abs(margin) < tie).sum()),
-        int((np.abs(lm_margin) < tie).sum()),
+        margins=margins,
+        positions=np.stack([lm_bits, behind.bits, behind.margin, lm_margin]),
+        passage=passage,
+        ties=int((np.abs(behind.margin) < tie).sum()),
+        lm_ties=int((np.abs(lm_margin) < tie).sum()),
     )
 
 
@@ -119,6 +99,32 @@ class _Decoded(NamedTuple):
     margin: Floats  # (N,), logits
     decoded: list[int]  # N token ids
     further_inputs: int  # inputs of a forward pass beyond one per predicted token
+
+
+def _columns(passage: SlowPassage, behind: _Decoded, horizon: int) -> dict[str, Any]:
+    """The measured columns; gains over the stored `horizon`, so that a flipped tie counts once."""
+    ids, n, h = passage.ids, len(behind.decoded), horizon
+    pairs = zip(behind.decoded, ids[passage.given :], strict=True)
+    wrong = [i for i, (decoded, true) in enumerate(pairs) if decoded != true]
+    bits, lm_bits = behind.bits, passage.lm_bits
+    right, base = behind.margin > 0, passage.lm_margin > 0
+    return {
+        "passage": hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),
+        "tokens": len(ids),
+        "predicted": n,
+        "start_rule": passage.start,
+        "exact": not wrong,
+        "horizon": wrong[0] if wrong else n,
+        "accuracy": float(right.mean()),
+        "margin": float(behind.margin.min()),
+        "lm_bits": float(lm_bits.sum()),
+        "mem_bits": float(bits.sum()),
+        "information_gain": float(lm_bits.sum() - bits.sum()),
+        "token_gain": int(right.sum()) - int(base.sum()),
+        "lm_right": int(base.sum()),
+        "horizon_gain": float(lm_bits[:h].sum() - bits[:h].sum()),
+        "horizon_token_gain": int(right[:h].sum()) - int(base[:h].sum()),
+    }
 
 
 def _with_vectors(
