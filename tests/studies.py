@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from conftest import reader
-from memvec.lab.study.pool import Here
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.run import StudyStatus, run_study
 from memvec.lab.study.spec import ModelSpec, Spec, parse_spec
 from memvec.lab.study.store import Store
@@ -116,7 +116,7 @@ def run(spec: Spec, base: Path, out: Path, text: str = "") -> StudyStatus:
 
 def maker(model: ModelSpec) -> Here:
     """The tiny model under whatever name."""
-    return Here(reader())
+    return LocalPool(reader())
 
 
 def everything(folder: Path) -> dict[tuple[str, int], tuple[object, ...]]:

@@ -18,7 +18,7 @@ from memvec.lab.protocols.checkpoints import _exponents_table, exponents, traini
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.data import read_data
 from memvec.lab.study.check import check_study
-from memvec.lab.study.pool import Here
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.run import run_study
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
@@ -62,7 +62,7 @@ def study(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study") / "out"
     text = SPEC.replace("FOLDER", str(checkpoints))
     spec = parse_spec(text, "test")
-    run_study(spec, out, lambda model: Here(load_lm(model.name)), base=checkpoints, toml=text)
+    run_study(spec, out, lambda model: LocalPool(load_lm(model.name)), base=checkpoints, toml=text)
     return out
 
 
@@ -144,7 +144,9 @@ def test_lengths_and_numbers_of_vectors_do_not_share_a_stage(checkpoints, tmp_pa
     text = SPEC.replace("FOLDER/*-step-*", f"{checkpoints}/tiny-1-*")
     text = text.replace("lengths = [6]", "lengths = [3, 6]\nvectors = [1, 2]")
     out = tmp_path / "out"
-    run_study(parse_spec(text, "test"), out, lambda model: Here(load_lm(model.name)), toml=text)
+    run_study(
+        parse_spec(text, "test"), out, lambda model: LocalPool(load_lm(model.name)), toml=text
+    )
     with Store(out) as store:
         data = read_data(store)
         table, _ = protocol_of("checkpoints").tables(data, compare=False)

@@ -13,7 +13,7 @@ from conftest import QUICK, V, one_step, passages, reader, tiny
 from memvec import codec, metrics
 from memvec.certificate import measure
 from memvec.cli.common import account
-from memvec.corrections import pick, size, table
+from memvec.corrections import fixed_tokens, pick, size
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids, first_error
@@ -73,9 +73,9 @@ def test_wrong_ones_are_picked_first_and_one_token_is_always_left():
 
 
 def test_the_table_puts_tokens_in_their_columns():
-    found = table([[(0, 5), (3, 7)], []], 4)
+    found = fixed_tokens([[(0, 5), (3, 7)], []], 4)
     assert found.tolist() == [[5, -1, -1, 7], [-1] * 4]
-    assert table([[(0, 5), (3, 7)]], 3, skip=1).tolist() == [[-1, -1, 7]]
+    assert fixed_tokens([[(0, 5), (3, 7)]], 3, skip=1).tolist() == [[-1, -1, 7]]
 
 
 @pytest.mark.parametrize("rule", START_RULES)

@@ -30,7 +30,7 @@ from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import COLUMNS, Column, request_of, split_text
 from memvec.usable.evaluate import Evaluation, _changes, evaluate
 from memvec.usable.queries import text_inputs
-from memvec.usable.receipts import Answer, Receipt, scores_of, table
+from memvec.usable.receipts import Answer, Receipt, score_figures, scores_of
 
 pytestmark = pytest.mark.slow  # left out of `make check`
 
@@ -320,7 +320,7 @@ def test_a_table_has_n_intervals_and_the_share_that_is_kept():
         for column, values in nll.items()
         for i, v in enumerate(values)
     ]
-    figures = {(f.score, f.column): f for f in table(rows)}
+    figures = {(f.score, f.column): f for f in score_figures(rows)}
     crammed = figures["nll", "crammed"]
     assert (crammed.value, crammed.documents) == (2.75, 2)
     assert crammed.kept == pytest.approx(2.5 / 4)
@@ -335,7 +335,7 @@ def test_a_table_counts_what_stood_for_the_contexts():
         receipt("choice", "crammed", i, context_tokens=tokens, slots=slots, exact=exact)
         for i, (tokens, slots, exact) in enumerate([(7, 4, True), (12, 8, False), (5, 3, True)])
     ]
-    for figure in table(rows):
+    for figure in score_figures(rows):
         assert (figure.context_tokens, figure.slots, figure.exact) == (8, 5, 2)
         assert figure.documents == 3
 
@@ -355,7 +355,7 @@ def test_only_tasks_of_one_kind_are_counted_together(kind):
         )
         for (task, column), value in nll.items()
     ]
-    together = {(f.score, f.column): f for f in table(rows) if f.task == "all tasks"}
+    together = {(f.score, f.column): f for f in score_figures(rows) if f.task == "all tasks"}
     assert bool(together) == (kind == "likelihood")
     if together:
         crammed = together["nll", "crammed"]
@@ -415,7 +415,7 @@ def test_a_receipt_may_hold_any_sign(tmp_path, end):
 
 def test_one_document_has_no_interval_of_a_mean():
     asked = [Answer(text="a", loglikelihood=-2.0, greedy=True)]
-    figures = {f.score: f for f in table([receipt("likelihood", "full", answers=asked)])}
+    figures = {f.score: f for f in score_figures([receipt("likelihood", "full", answers=asked)])}
     assert math.isnan(figures["nll"].low)
     assert figures["acc"].low == pytest.approx(0.207, abs=1e-3), "Wilson, 1 of 1"
 
@@ -547,7 +547,7 @@ def test_another_run_does_not_go_into_the_same_folder(evaluated):
 def test_the_receipts_give_the_same_table_and_name_every_context(evaluated, command):
     figures, out = evaluated
     rows = receipts.read(out / "receipts")
-    assert table(rows) == figures
+    assert score_figures(rows) == figures
     assert len(rows) == 4 * 3 * len(COLUMNS)
     contexts = {(r.task, r.document): set() for r in rows}
     for r in rows:

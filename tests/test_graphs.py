@@ -32,7 +32,7 @@ LENGTHS = (9, 3, 6, 2, 4)
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch):
     """The recorder in place of CUDA; the CPU is not looked at more freely than a GPU."""
-    monkeypatch.setattr(metrics, "LOOKS_FREELY", set())
+    monkeypatch.setattr(metrics, "SYNCHRONOUS_DEVICES", set())
     monkeypatch.setitem(graphs.BACKENDS, "cpu", Recorder)
     monkeypatch.setattr(Recorder, "made", [])
 
@@ -351,7 +351,7 @@ def test_ties_are_counted_alike_with_and_without_a_look(monkeypatch):
     logits = torch.randint(0, 3, (2, 50, 6)).float()  # ties everywhere
     ids = torch.randint(0, 6, (2, 50))
     with monkeypatch.context() as here:
-        here.setattr(metrics, "LOOKS_FREELY", {"cpu"})
+        here.setattr(metrics, "SYNCHRONOUS_DEVICES", {"cpu"})
         looked = metrics.margins(logits, ids)
     with NoWaiting():
         unseen = metrics.margins(logits, ids)

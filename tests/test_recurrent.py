@@ -38,7 +38,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.report.data import read_data
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.check import check_study
-from memvec.lab.study.pool import Here
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.run import run_study
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
@@ -467,7 +467,7 @@ def spec_text(folder: Path, encoder: Path) -> str:
 def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study")
     text = spec_text(folder, written_encoder(folder, out / "r.safetensors"))
-    make = lambda model: Here(load_lm(model.name))  # noqa: E731
+    make = lambda model: LocalPool(load_lm(model.name))  # noqa: E731
     run_study(parse_spec(text, "test"), out / "out", make, base=folder, toml=text)
     return out / "out"
 
@@ -597,4 +597,4 @@ def test_cells_that_do_not_fit_the_encoder_are_one_sentence(tmp_path, folder, ol
     text = text.replace(old, new).replace("steps = 40", "steps = 2")
     spec = parse_spec(text, "test")
     with pytest.raises(MemvecError, match=sentence):
-        run_study(spec, tmp_path / "out", lambda m: Here(load_lm(m.name)), base=folder)
+        run_study(spec, tmp_path / "out", lambda m: LocalPool(load_lm(m.name)), base=folder)

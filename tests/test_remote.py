@@ -91,11 +91,11 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
     )
     made.count = len(actors)
     made.members = [Member(f"ray-{i}", actor) for i, actor in enumerate(actors)]
-    made._hired, made._news_request = 0, None
+    made._hired, made._board_request = 0, None
     latest = {
         f"ray-{i}": Progress(2, i, 3.0 + 4 * i, steps=10, tokens=100) for i in range(len(actors))
     }
-    made.news = SimpleNamespace(all=SimpleNamespace(remote=lambda: latest))
+    made.board = SimpleNamespace(all=SimpleNamespace(remote=lambda: latest))
     made._hire = lambda: Member("spare", spare())  # type: ignore[method-assign]
     return made
 

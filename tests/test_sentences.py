@@ -40,7 +40,7 @@ from memvec.lab.sentences.training import LatentTraining, _parted
 from memvec.lab.sources import written
 from memvec.lab.sources.sentences import Sentences
 from memvec.lab.study.check import check_study
-from memvec.lab.study.pool import Here
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.run import run_study
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
@@ -547,7 +547,9 @@ recipe = { steps = 12 }
 def study(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
     text = SPEC.replace("HOME", str(home))
-    run_study(parse_spec(text, "test"), out, lambda m: Here(load_lm(m.name)), base=home, toml=text)
+    run_study(
+        parse_spec(text, "test"), out, lambda m: LocalPool(load_lm(m.name)), base=home, toml=text
+    )
     return out
 
 
@@ -667,7 +669,7 @@ def test_what_a_study_cannot_measure_is_one_sentence(home, tmp_path, change, sen
     text = text.replace("steps = 12", "steps = 2").replace("lengths = [12]", "lengths = [10]")
     spec = parse_spec(text, "test")
     run = lambda: run_study(  # noqa: E731
-        spec, tmp_path / "out", lambda m: Here(load_lm(m.name)), base=home
+        spec, tmp_path / "out", lambda m: LocalPool(load_lm(m.name)), base=home
     )
     if sentence is None:
         assert run().rows_now == 1

@@ -38,7 +38,7 @@ from memvec.lab.study.cells import expand
 from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
 from memvec.lab.study.facts import facts_of_name
-from memvec.lab.study.pool import Here
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.price import Price, hours, max_tokens, price, problems
 from memvec.lab.study.recompute import Slow, SlowPassage
 from memvec.lab.study.recompute import _alone as check_alone
@@ -558,7 +558,7 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         assert any(sentence in s for s in check_study(tmp_path / sentence)["wrong"]), sentence
 
 
-class DiesAfter(Here):
+class DiesAfter(LocalPool):
     """A pool that stops behind its fourth row."""
 
     def cram(self, units: Any, on_progress: Any) -> Any:
@@ -987,7 +987,7 @@ def test_a_line_ends_at_the_rows_accuracies_behind_their_trigger(
     text += "passages = 2\nseeds = [0, 1]\n"
     text += f'recipe = {{ steps = 60, start_rule = "bos", {trigger} }}\n'
     with torch.inference_mode():  # as a notebook's cell may
-        run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: Here(lm), base=tmp_path)
+        run_study(spec_in(tmp_path, text), tmp_path / "out", lambda _: LocalPool(lm), base=tmp_path)
     with Store(tmp_path / "out") as store:
         found = store.db.execute(
             "SELECT paths.accuracy, a.accuracy, b.accuracy FROM paths "

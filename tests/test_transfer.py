@@ -21,7 +21,7 @@ from memvec.lab.protocols.transfer import mapped_start
 from memvec.lab.report.data import read_data
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.check import check_study
-from memvec.lab.study.pool import Here
+from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.run import run_study
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
@@ -191,7 +191,7 @@ def study(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study") / "out"
     text = SPEC.replace("FOLDER", str(folder))
     run_study(
-        parse_spec(text, "test"), out, lambda m: Here(load_lm(m.name)), base=folder, toml=text
+        parse_spec(text, "test"), out, lambda m: LocalPool(load_lm(m.name)), base=folder, toml=text
     )
     return out
 

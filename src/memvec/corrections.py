@@ -35,7 +35,7 @@ def pick(
     return tuple((given + i, ids[given + i]) for i in listed)
 
 
-def table(
+def fixed_tokens(
     corrections: Sequence[Iterable[tuple[int, int]]], columns: int, *, skip: int = 0
 ) -> Int[Tensor, "B T"]:
     """Token to put at each of `columns` positions behind the first `skip`, -1: the model's own."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memvec.corrections import table
+from memvec.corrections import fixed_tokens
 from memvec.machine import plain_torch
 from memvec.model.caching import behind, step
 from memvec.model.lm import FrozenLM
@@ -60,7 +60,7 @@ def decode_ids(
         start_tokens = lm.start_ids(given.to(lm.device), start)
         predicted = max(lengths[rows]) - (start == "first-token")
         listed = corrections[rows] if corrections else [()] * len(lengths[rows])
-        fixed = table(listed, predicted, skip=int(start == "first-token")).to(lm.device)
+        fixed = fixed_tokens(listed, predicted, skip=int(start == "first-token")).to(lm.device)
         inputs, cache = lm.reading.opening(lm, vectors[rows].to(lm.device), start_tokens)
 
         def choose(logits: Tensor, i: int) -> Tensor:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LN2 = math.log(2.0)
-LOOKS_FREELY = {"cpu"}  # devices that need not wait until a value can be looked at
+SYNCHRONOUS_DEVICES = {"cpu"}  # whose values can be read without waiting
 TIED = float(torch.finfo(torch.float32).tiny)  # margin of a tie that the arg-max gets right
 
 
@@ -45,7 +45,7 @@ def first_of_ties(
     the first token of those that tie; every other tie stays 0, which is not right.
     """
     tied = margin == 0
-    if margin.device.type not in LOOKS_FREELY:
+    if margin.device.type not in SYNCHRONOUS_DEVICES:
         return torch.where(tied & (logits.argmax(-1) == ids), TIED, margin)
     if not bool(tied.any()):
         return margin

@@ -137,7 +137,7 @@ def _rescored(folder: Path, json: bool) -> None:
     """The table of a folder of receipts."""
     from memvec.usable import receipts
 
-    _show(receipts.table(receipts.read(folder)), json)
+    _show(receipts.score_figures(receipts.read(folder)), json)
 
 
 def _show(figures: Sequence[Figure], json: bool) -> None:

@@ -180,12 +180,12 @@ def _pool_maker(device: str, workers: int, on: str | None) -> Callable[[ModelSpe
 
             return Remote(model, workers=workers, address=on, device=device)
         from memvec.cli import display
-        from memvec.lab.study.pool import Here
+        from memvec.lab.study.pool import LocalPool
         from memvec.loading import load_lm
 
         lm = load_lm(model.name, revision=model.revision, device=device, dtype=model.dtype)
         display.model(lm)
-        return Here(lm)
+        return LocalPool(lm)
 
     return make
 

@@ -195,10 +195,7 @@ class Engine:
         self.jobs = self.jobs + newcomers
 
     def _put_back(self, newcomers: list[Job]) -> None:
-        """Let jobs wait that found no memory, and have slots for half of them only.
-
-        Raises MemvecError if that is none.
-        """
+        """Let jobs wait that found no memory, with slots for half; MemvecError if that is none."""
         self.batch_size = len(self.jobs) + len(newcomers) // 2
         if not self.batch_size:
             refuse_for_memory(newcomers, self.lm.device)
@@ -302,10 +299,9 @@ class Engine:
             ) from error
 
     def _may_retry(self, outcome: Outcome) -> bool:
-        affordable = not self.recipe.budget or outcome.spent < self.recipe.budget
-        return (
-            affordable and outcome.steps < self.recipe.steps and self.recipe.if_not_exact != "stop"
-        )
+        recipe = self.recipe
+        affordable = not recipe.budget or outcome.spent < recipe.budget
+        return recipe.if_not_exact != "stop" and outcome.steps < recipe.steps and affordable
 
     # ------------------------------------------------------------------ retire
 

@@ -39,8 +39,8 @@ from memvec.usable.receipts import (
     earlier_results,
     make_folder,
     refuse_another_run,
+    score_figures,
     scores_of,
-    table,
     write,
     write_run,
 )
@@ -152,7 +152,7 @@ def evaluate(
             if evaluation.receipts is not None:
                 write(evaluation.receipts, column, column_receipts)
                 write_run(evaluation.receipts, _record(evaluation, model, contents, results))
-    return table(receipts)
+    return score_figures(receipts)
 
 
 def _changes(recipe: Recipe | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.usable.certificate import check_usable
 from memvec.usable.queries import Queries, continuations_behind
-from memvec.usable.teacher import Beside
+from memvec.usable.teacher import NeighbourPlaces
 from memvec.vectors import MemVectors
 
 MAX_BESIDE = 1  # neighbours beside a passage in one query; up to three were no better
@@ -44,7 +44,7 @@ class Neighbours:
         """The largest number of inputs beside a passage."""
         return MAX_BESIDE * self.vectors.shape[1]
 
-    def drawn(self, ids: Sequence[int], recipe: Recipe) -> Beside:
+    def drawn(self, ids: Sequence[int], recipe: Recipe) -> NeighbourPlaces:
         """The neighbours of a passage in each of its queries, and their places; never itself.
 
         Raises MemvecError if there is no other passage.
@@ -60,9 +60,11 @@ class Neighbours:
         drawn = torch.randint(len(others), (1, M, MAX_BESIDE), generator=generator)
         neighbours = torch.tensor(others)[drawn].to(device)
         places = torch.tensor([[PLACES[m % len(PLACES)] for m in range(M)]], device=device)
-        return Beside(neighbours, places[..., 0], places.sum(-1))
+        return NeighbourPlaces(neighbours, places[..., 0], places.sum(-1))
 
-    def queries(self, lm: FrozenLM, ids: Sequence[int], recipe: Recipe, beside: Beside) -> Queries:
+    def queries(
+        self, lm: FrozenLM, ids: Sequence[int], recipe: Recipe, beside: NeighbourPlaces
+    ) -> Queries:
         """A continuation of the text, with its neighbours around it, for each query.
 
         Raises MemvecError if they do not fit the model's context.

@@ -239,7 +239,7 @@ def _of(file: Path) -> list[Receipt]:
 # ---------------------------------------------------------------------- the table
 
 
-def table(receipts: Sequence[Receipt]) -> list[Figure]:
+def score_figures(receipts: Sequence[Receipt]) -> list[Figure]:
     """Every score of every task and column.
 
     Several tasks that are all of one kind have rows over all their documents, too (`ALL`).

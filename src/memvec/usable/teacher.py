@@ -33,7 +33,7 @@ class TopTokens(NamedTuple):
 
 
 @dataclass
-class Beside(Rows):
+class NeighbourPlaces(Rows):
     """The neighbours of each passage in each of M queries (memvec.usable.neighbours), at most n."""
 
     neighbours: Int[Tensor, "B M n"]  # indices, in their order, those in front first
@@ -50,7 +50,7 @@ class Teacher(Rows):
     top: Int[Tensor, "B M L n"]  # token ids
     log_p: Float[Tensor, "B M L n"]  # their log-probabilities, nats
     log_others: Float[Tensor, "B M L"]  # log of the mass of all others, nats
-    beside: Beside
+    beside: NeighbourPlaces
     weight: Float[Tensor, " B"]  # of the term, in multiples of the recipe's
 
 
@@ -148,10 +148,10 @@ def answer_positions(length: Int[Tensor, " B"], columns: int) -> Bool[Tensor, "B
     return torch.arange(columns, device=length.device) < length[:, None]
 
 
-def no_neighbours(M: int, device: torch.device) -> Beside:
+def no_neighbours(M: int, device: torch.device) -> NeighbourPlaces:
     """No neighbours in M queries of one passage."""
     none = torch.zeros(1, M, dtype=torch.long, device=device)
-    return Beside(none[..., None][..., :0], none, none)
+    return NeighbourPlaces(none[..., None][..., :0], none, none)
 
 
 def joined(teachers: Sequence[Teacher]) -> Teacher:

@@ -29,7 +29,7 @@ from memvec.usable.certificate import certify_use
 from memvec.usable.neighbours import Neighbours, neighbours_of
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.teacher import (
-    Beside,
+    NeighbourPlaces,
     Teacher,
     TopTokens,
     answer_positions,
@@ -129,7 +129,7 @@ class Use(Term):
         self,
         vectors: Float[Tensor, "N K D"],
         ids: Int[Tensor, "B L"],
-        beside: Beside,
+        beside: NeighbourPlaces,
         query: Int[Tensor, " B"],
         padding_rows: int,
     ) -> Float[Tensor, "N n H"]:

@@ -12,7 +12,7 @@ crew.py      a document's passages over the pool, behind the interface of one en
 decoding.py  the decode that certifies a result, over the pool
 """
 
-from memvec.workers.actor import Loading, News, OnProgress, Unit, Worker
+from memvec.workers.actor import Loading, OnProgress, ProgressBoard, Unit, Worker
 from memvec.workers.crew import Batch, Crew
 from memvec.workers.decoding import Decoding, decode_passages
 from memvec.workers.pool import Workers, combined
@@ -22,8 +22,8 @@ __all__ = [
     "Crew",
     "Decoding",
     "Loading",
-    "News",
     "OnProgress",
+    "ProgressBoard",
     "Unit",
     "Worker",
     "Workers",

@@ -14,7 +14,7 @@ from memvec.cramming.engine import Progress
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 
-NEWS_EVERY = 1.0  # seconds between reports of a worker's progress
+REPORT_EVERY = 1.0  # seconds between reports of a worker's progress
 
 OnProgress = Callable[[Progress], None] | None
 
@@ -60,7 +60,7 @@ class Loading:
         )
 
 
-class News:
+class ProgressBoard:
     """A small actor that keeps the last progress of each worker, for the driver to display.
 
     Workers are busy while they cram and cannot answer, so they report here and the driver reads.
@@ -85,11 +85,11 @@ class Worker:
     """
 
     def __init__(
-        self, loading: Loading, device: str, threads: int, name: str, news: Any = None
+        self, loading: Loading, device: str, threads: int, name: str, board: Any = None
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self.name, self.news = name, news
+        self.name, self.board = name, board
         self._last_report = 0.0
         self.lm = loading.load(device)
 
@@ -102,6 +102,6 @@ class Worker:
         yield from unit.work(self.lm, self.name, self._report)
 
     def _report(self, progress: Progress) -> None:
-        if self.news is not None and time.monotonic() - self._last_report > NEWS_EVERY:
+        if self.board is not None and time.monotonic() - self._last_report > REPORT_EVERY:
             self._last_report = time.monotonic()
-            self.news.report.remote(self.name, progress)
+            self.board.report.remote(self.name, progress)

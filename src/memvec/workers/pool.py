@@ -12,7 +12,7 @@ import torch
 
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError
-from memvec.workers.actor import NEWS_EVERY, Loading, News, OnProgress, Unit, Worker
+from memvec.workers.actor import REPORT_EVERY, Loading, OnProgress, ProgressBoard, Unit, Worker
 
 MAX_DEATHS = 3  # mean per worker; with more, the run ends
 REFILLS = 4  # a unit has at most this many passages per slot
@@ -82,8 +82,8 @@ class Workers:
         # torch's number respects affinity and OMP_NUM_THREADS.
         self.threads = 0 if self.gpu else max(1, torch.get_num_threads() // self.count)
         self._hired = 0
-        self.news = self.ray.remote(num_cpus=0)(News).remote()
-        self._news_request: Any = None
+        self.board = self.ray.remote(num_cpus=0)(ProgressBoard).remote()
+        self._board_request: Any = None
         self.members = [self._hire() for _ in range(self.count)]
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -127,7 +127,7 @@ class Workers:
             busy = [m for m in self.members if m.unit is not None]
             if not busy:
                 return
-            ready, _ = self.ray.wait([m.results for m in busy], num_returns=1, timeout=NEWS_EVERY)
+            ready, _ = self.ray.wait([m.results for m in busy], num_returns=1, timeout=REPORT_EVERY)
             if on_progress is not None and (progress := self._progress()) is not None:
                 on_progress(progress)
             for member in [m for m in busy if any(m.results is r for r in ready)]:
@@ -154,8 +154,8 @@ class Workers:
         for member in self.members:
             self.ray.kill(member.actor)
         self.members = []
-        if self.news is not None:
-            self.ray.kill(self.news)
+        if self.board is not None:
+            self.ray.kill(self.board)
 
     # ------------------------------------------------------------------ inside
 
@@ -185,19 +185,19 @@ class Workers:
 
     def _progress(self) -> Progress | None:
         """The combined last progress of all busy workers; None if no new one has arrived."""
-        if self.news is None:
+        if self.board is None:
             return None
-        if self._news_request is None:
-            self._news_request = self.news.all.remote()
+        if self._board_request is None:
+            self._board_request = self.board.all.remote()
         try:
-            ready, _ = self.ray.wait([self._news_request], timeout=0)
+            ready, _ = self.ray.wait([self._board_request], timeout=0)
             if not ready:
                 return None
-            latest: dict[str, Progress] = self.ray.get(self._news_request)
+            latest: dict[str, Progress] = self.ray.get(self._board_request)
         except self.ray.exceptions.RayActorError:
-            self.news = None  # the run goes on without news
+            self.board = None  # the run goes on without its progress
             return None
-        self._news_request = None
+        self._board_request = None
         names = [member.name for member in self.members if member.unit is not None]
         return combined([latest[name] for name in names if name in latest])
 
@@ -205,7 +205,7 @@ class Workers:
         self._hired += 1
         name = f"ray-{self._hired}"
         remote = self.ray.remote(max_restarts=0, num_gpus=int(self.gpu), num_cpus=1)(Worker)
-        actor = remote.remote(self.loading, self.device, self.threads, name, self.news)
+        actor = remote.remote(self.loading, self.device, self.threads, name, self.board)
         return Member(name, actor)
 
     def _replace(self, member: Member) -> None:

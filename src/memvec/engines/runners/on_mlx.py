@@ -55,7 +55,7 @@ class Engine:
         return [int(token) for token, _ in steps]
 
 
-class Looked:
+class FixedEmbeddings:
     """Stands for a table of embeddings while a prompt of vectors is read."""
 
     def __init__(self, table: Any, inputs: Any) -> None:
@@ -73,7 +73,7 @@ class Looked:
 def looked_up(model: Any, inputs: Any, cache: Any) -> int:
     """The first token behind inputs (N, D) of a model without `input_embeddings`."""
     table = model.model.embed_tokens
-    model.model.embed_tokens = Looked(table, inputs)
+    model.model.embed_tokens = FixedEmbeddings(table, inputs)
     try:
         logits = model(mx.zeros((1, len(inputs)), dtype=mx.int32), cache=cache)
         return int(logits[0, -1].argmax().item())

@@ -101,7 +101,7 @@ class Pool(Protocol):
         """Stop the workers."""
 
 
-class Here:
+class LocalPool:
     """This process is the only worker."""
 
     def __init__(self, lm: FrozenLM) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memvec.lab.sources import Source
 from memvec.lab.study.cells import Cell
-from memvec.lab.study.pool import Here, StudyUnit, Texts
+from memvec.lab.study.pool import LocalPool, StudyUnit, Texts
 from memvec.lab.study.row import StoreEntry
 from memvec.lab.study.spec import ModelSpec
 from memvec.passages.passage import Passage
@@ -75,15 +75,15 @@ class Remote:
 
 
 def _about(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Any]]:
-    pool = Here(lm)
+    pool = LocalPool(lm)
     return pool.description(), pool.environment()
 
 
 def _find(lm: FrozenLM, cell: Cell, source: Source, count: int, base: Path | None) -> Texts:
-    return Here(lm).find(cell, source, count, base)
+    return LocalPool(lm).find(cell, source, count, base)
 
 
 def _between(
     lm: FrozenLM, cell: Cell, passage: Passage, restarts: tuple[Tensor, Tensor], start: StartRule
 ) -> list[float]:
-    return Here(lm).between(cell, passage, *restarts, start)
+    return LocalPool(lm).between(cell, passage, *restarts, start)

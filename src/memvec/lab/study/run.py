@@ -66,7 +66,7 @@ def run_study(
     """Run the remaining passages of a study.
 
     `make_pool` makes what crams for each model of the spec, such as
-    `Here(load_lm(model.name, revision=model.revision, dtype=model.dtype))`.
+    `LocalPool(load_lm(model.name, revision=model.revision, dtype=model.dtype))`.
     Files that the spec names are relative to `base`. The folder keeps the text of the spec, `toml`,
     and the `model` that `parse_spec` was given, for its report and `memvec study resume`.
     Raises MemvecError for errors in the spec or its files, for a folder of another study, and if
