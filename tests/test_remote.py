@@ -212,7 +212,9 @@ def test_a_crew_returns_every_passage_once_those_pushed_later_too(rows: int, end
     """A document's passages over two workers, one of which may die; halves come in between."""
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
-    crew = Crew(made, Batch((), Recipe(), 1, 2, "float32", "prefix"))
+    crew = Crew(
+        made, Batch((), Recipe(), vectors=1, batch_size=2, storage="float32", layout="prefix")
+    )
     seen = []
     for passage in crew.run(Passage((2,) * (1 + i % 4), 0, 10 * i) for i in range(9)):
         seen.append((passage.offset, len(passage)))  # scripted actors give the passage itself
@@ -281,7 +283,7 @@ def test_a_workers_batch_is_crammed_as_one_engine_does_it(layout, storage):
         Passage(p.ids, d, 5 * o)
         for d, o, p in zip([0, 0, 1, 1], [0, 1, 0, 1], passages(4, 3, 4, 2, seed=8), strict=True)
     )
-    batch = Batch(asked, recipe, 2, 2, storage, layout)
+    batch = Batch(asked, recipe, vectors=2, batch_size=2, storage=storage, layout=layout)
     found = dict(batch.work(lm, "here", None))
     assert found.keys() == batch.keys() == {(p.document, p.offset) for p in asked}
     engine = Engine(lm.read_as(layout), recipe, vectors=2, batch_size=2, storage=storage)

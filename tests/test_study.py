@@ -140,7 +140,11 @@ def test_what_a_run_would_refuse_is_refused_before() -> None:
 
 
 def test_a_model_of_which_nothing_is_known_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    print_prices("x", [Price("nosuch", 1, 2, None, None, None)], ["x is missing."])
+    print_prices(
+        "x",
+        [Price("nosuch", 1, 2, gpu_hours=None, cpu_hours=None, memory_gib=None)],
+        ["x is missing."],
+    )
     printed = capsys.readouterr().out
     assert "no folder is called nosuch; the run looks for it on the Hub." in printed
     assert "problem: x is missing." in printed

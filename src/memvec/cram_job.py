@@ -155,7 +155,8 @@ class CramJob:
 
     def _crew(self, workers: Workers) -> Crew:
         e = self.engine
-        batch = Batch((), self.recipe, self.K, e.batch_size, self.storage.name, self.lm.layout)
+        how: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.layout}
+        batch = Batch((), self.recipe, vectors=self.K, batch_size=e.batch_size, **how)
         return Crew(workers, batch, self._report)
 
     def _cram_sharing_a_vector(self, jobs: list[Job]) -> None:

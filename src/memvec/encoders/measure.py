@@ -106,20 +106,20 @@ def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size
     vectors = lm.encoder.encode(lm, ids.to(lm.device), 1, whole=True)
     right = torch.tensor(decode_ids(lm, vectors, [T] * n)) == ids
     leading = mean_interval(horizon(right).tolist())
-    by_start = {}
+    by_start: dict[str, Any] = {}
     for start in ("encoder", "noise"):
         outcomes = _cram(lm, ids, replace(recipe, start=start), batch_size)  # type: ignore[arg-type]
         exact = [o.exact for o in outcomes]
         steps = [o.steps if o.exact else recipe.steps for o in outcomes]
-        by_start[start] = (sum(exact) / n, statistics.median(steps))
+        by_start[f"{start}_exact"] = sum(exact) / n
+        by_start[f"{start}_steps"] = statistics.median(steps)
     return AtLength(
-        T,
-        n,
-        float(right.all(1).float().mean()),
-        leading.mean,
-        (leading.high - leading.low) / 2,
-        *by_start["encoder"],
-        *by_start["noise"],
+        tokens=T,
+        n=n,
+        one_pass_exact=float(right.all(1).float().mean()),
+        one_pass_horizon=leading.mean,
+        one_pass_interval=(leading.high - leading.low) / 2,
+        **by_start,
     )
 
 

@@ -97,7 +97,14 @@ def compare_segments(
         chains.append(AfterSegments(i, tuple(exact.tolist()), tuple(whole)))
     segments_alone = ids.reshape(-1, T).tolist()
     alone = crammed_leading(lm, segments_alone, K, recipe, batch_size) if recipe else ()
-    return SegmentComparison(K, T, len(ids), tuple(at_lags), tuple(chains), tuple(alone))
+    return SegmentComparison(
+        vectors=K,
+        segment=T,
+        documents=len(ids),
+        lags=tuple(at_lags),
+        chains=tuple(chains),
+        alone=tuple(alone),
+    )
 
 
 def check_chain(

@@ -79,7 +79,7 @@ def fit_linear(x: Floats, y: Floats) -> LinearMap:
     # The leave-one-out error of the mean: each residual over 1 - 1 / n.
     about = float(np.square((y - mean_out) * n / (n - 1)).sum())
     explained = 1 - error / about if about else 0.0
-    return LinearMap(weight, mean_in, mean_out, penalty, explained, n)
+    return LinearMap(weight, mean_in, mean_out, penalty=penalty, explained=explained, pairs=n)
 
 
 class Transfer(OnePassEncoder):

@@ -165,4 +165,12 @@ class Use(Term):
         queries, length = drawn.ids.to(lm.device), drawn.length.to(lm.device)
         top, log_p, log_others = (part[None] for part in top_tokens)
         weight = torch.ones(1, device=lm.device)
-        return Teacher(queries[None], length[None], top, log_p, log_others, beside, weight)
+        return Teacher(
+            queries[None],
+            length[None],
+            top=top,
+            log_p=log_p,
+            log_others=log_others,
+            beside=beside,
+            weight=weight,
+        )

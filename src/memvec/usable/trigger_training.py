@@ -250,9 +250,9 @@ def _crammed(
     report = BatchReport(
         number + 1,
         plan.batches,
-        sum(outcome.exact for outcome in outcomes),
-        len(outcomes),
-        step.last_kl,
-        engine.seconds,
+        exact=sum(outcome.exact for outcome in outcomes),
+        passages=len(outcomes),
+        kl=step.last_kl,
+        seconds=engine.seconds,
     )
     return shared.detach().cpu(), report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Waiting
@@ -21,6 +21,7 @@ class Batch:
 
     passages: tuple[Passage, ...]
     recipe: Recipe
+    _: KW_ONLY
     vectors: int
     batch_size: int
     storage: str

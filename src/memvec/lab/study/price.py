@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
@@ -34,6 +34,7 @@ class Price:
     model: str
     cells: int
     passages: int
+    _: KW_ONLY
     gpu_hours: float | None  # None: nothing is known of the model
     cpu_hours: float | None
     memory_gib: float | None  # peak of a step: weights, activations, logits and slots
@@ -47,7 +48,9 @@ def price(planned: Sequence[Planned]) -> list[Price]:
         cells, passages = len(cells_of_model), sum(p.passages for p in cells_of_model)
         facts = facts_of_name(model)
         if facts is None:
-            prices.append(Price(model, cells, passages, None, None, None))
+            prices.append(
+                Price(model, cells, passages, gpu_hours=None, cpu_hours=None, memory_gib=None)
+            )
             continue
         tokens = sum(max_tokens(p) * p.passages for p in cells_of_model)
         gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
@@ -57,9 +60,9 @@ def price(planned: Sequence[Planned]) -> list[Price]:
                 model,
                 cells,
                 passages,
-                gpu,
-                cpu,
-                memory / 2**30,
+                gpu_hours=gpu,
+                cpu_hours=cpu,
+                memory_gib=memory / 2**30,
             )
         )
     return prices
