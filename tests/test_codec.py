@@ -572,8 +572,12 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     before = path.read_bytes()
     broken = mem.vectors.clone()
     broken[0, 0, 0] = math.nan
+    header = mem.header
     for vectors in (broken, mem.vectors[:-1]):
-        mem.vectors = vectors
+        mem.vectors, mem.header = vectors, header
+        with pytest.raises(MemvecError, match="were changed after they were certified"):
+            mem.save(path, force=True)
+        mem.header = header.model_copy(update={"certificate": None})  # not even without one
         with pytest.raises(MemvecError, match="were changed or are not finite"):
             mem.save(path, force=True)
     assert path.read_bytes() == before

@@ -485,9 +485,9 @@ def test_the_longest_wait_least(batch_size):
 @pytest.mark.parametrize(
     ("options", "recipe", "word"),
     [
-        ({"vectors": 0}, {}, "--vectors"),
-        ({"vectors": -1}, {}, "--vectors"),
-        ({"batch_size": 0}, {}, "--batch-size"),
+        ({"vectors": 0}, {}, "^vectors must"),
+        ({"vectors": -1}, {}, "^vectors must"),
+        ({"batch_size": 0}, {}, "^batch_size must"),
     ],
 )
 def test_settings_that_cannot_work(options, recipe, word):

@@ -402,7 +402,7 @@ def test_the_command_speaks_one_sentence(command, folder, tmp_path):
     unknown = command("export", tmp_path / "a.mem", "--to", "vlm", "--model", folder)
     assert unknown.code == 2
     assert "did you mean 'vllm'" in unknown.sentence
-    damaged = MemVectors(-mem.vectors, mem.header)
+    damaged = mem.with_vectors(-mem.vectors)
     damaged.save(tmp_path / "b.mem")
     wrong = command("export", tmp_path / "b.mem", "--to", "npy", "--model", folder)
     assert wrong.code == 3
