@@ -16,9 +16,9 @@ from memvec.cramming import engine as engine_module
 from memvec.cramming import step as step_module
 from memvec.cramming.batch import Job
 from memvec.cramming.certify import Finished, Outcome, certify
-from memvec.cramming.engine import Engine, Progress, resolve_start_rule
+from memvec.cramming.engine import Engine, Progress
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import passage_seed, start_vectors
+from memvec.cramming.starts import passage_seed, resolve_start_rule, start_vectors
 from memvec.decoding import decode_ids, first_error
 from memvec.errors import MemvecError
 from memvec.model.reading import START_RULES

@@ -162,7 +162,7 @@ def test_a_cache_is_of_the_files_that_its_recipe_names(tmp_path, monkeypatch):
     """Other questions under the same name are other vectors."""
     settings = []
     monkeypatch.setattr(columns, "Journal", lambda _, of: settings.append(of))
-    monkeypatch.setattr(columns.WholePassages, "cram", lambda *_: None)
+    monkeypatch.setattr(columns.CramJob, "cram", lambda *_: None)
     questions = tmp_path / "questions.txt"
     sizes = {**SIZES, "recipe": replace(QUICK, queries=str(questions))}
     for text in ("a", "a", "b"):

@@ -37,6 +37,7 @@ def cram(
     batch_size: int | None = None,
     storage: str = "float32",
     layout: str = "prefix",
+    halve: bool = True,
     keep_text: bool = False,
     journal: Journal | str | PathLike[str] | None = None,
     workers: Workers | None = None,
@@ -44,16 +45,14 @@ def cram(
 ) -> MemVectors:
     """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's slots.
 
-    A `str`, `bytes` or Document alone is one text.
-
-    `tokens` fixes the passage length; otherwise passages are cut by information, so that they fit.
-    `recipe` is how they are crammed (default: `Recipe()`), `batch_size` how many passages at once
-    (default: what the memory allows). `storage` is how vectors are stored and certified (a name of
-    memvec.storage.STORAGES). `keep_text` puts the text in the file too. `journal` is the path of a
-    file that keeps finished passages: after an interruption, the same call goes on from there.
-    Delete it once the vectors are saved. `workers` (memvec.workers) cram the passages on other
-    devices; `lm` then cuts the texts and makes the certificate. `on_status` is called with the
-    progress.
+    A `str`, `bytes` or Document alone is one text. `tokens` fixes the passage length; otherwise
+    passages are cut by information, so that they fit. `recipe` is how they are crammed (default:
+    `Recipe()`), `batch_size` how many passages at once (default: what the memory allows). `storage`
+    is how vectors are stored and certified (a name of memvec.storage.STORAGES). `keep_text` puts
+    the text in the file too. `journal` is the path of a file that keeps finished passages: after an
+    interruption, the same call goes on from there. Delete it once the vectors are saved. `workers`
+    (memvec.workers) cram the passages on other devices; `lm` then cuts the texts and makes the
+    certificate. `on_status` is called with the progress.
 
     `layout` 'prefix' puts the vectors in front of their passage. 'one-step' crams two vectors a
     passage, from which one forward pass gives all tokens (model/reading.py; `vectors` is then not
@@ -62,8 +61,9 @@ def cram(
 
     A passage that does not become exact within the recipe's steps, patience and budget is halved
     and crammed again, down to one token per vector; what still fails is in the result, with `exact`
-    false. Raises MemvecError for no text, an empty one, a setting that is out of range or that the
-    model does not support, and a passage that does not fit in memory.
+    false. With `halve` false it stays whole, with its horizon: to measure vectors at one length
+    (give `tokens`). Raises MemvecError for no text, an empty one, a setting that is out of range or
+    that the model does not support, and a passage that does not fit in memory.
     """
     recipe = Recipe() if recipe is None else recipe
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
@@ -82,6 +82,7 @@ def cram(
             recipe=recipe,
             batch_size=batch_size,
             storage=stored,
+            halve=halve,
             journal=kept,
             on_status=on_status,
             workers=workers,

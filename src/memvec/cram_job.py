@@ -78,6 +78,7 @@ class CramJob:
         recipe: Recipe,
         batch_size: int | None,
         storage: Storage,
+        halve: bool = True,
         journal: Journal | None = None,
         on_status: Callable[[CramStatus], None] | None = None,
         workers: Workers | None = None,
@@ -87,6 +88,7 @@ class CramJob:
             recipe = lm.reading.crammer.without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
         self.recipe, self.storage, self._batch_size = recipe, storage, batch_size
+        self.halve = halve  # passages that do not fit; else they stay as they are
         self.journal, self.on_status, self.workers = journal, on_status, workers
         self.total = sum(len(d.ids) for d in documents)
         self.done: dict[tuple[int, int], Outcome] = {}
@@ -241,7 +243,7 @@ class CramJob:
         """Keep an outcome that is final, or return the halves of a passage that did not fit."""
         passage = outcome.passage
         self.spent[passage.document, passage.offset, len(passage)] = outcome.spent
-        halves = passage.halves() if len(passage) > 1 else ()
+        halves = passage.halves() if self.halve and len(passage) > 1 else ()
         shortest = max(self.K, self.engine.given + 1)
         if outcome.exact or not halves or min(map(len, halves)) < shortest:
             self.done[passage.document, passage.offset] = outcome

@@ -113,6 +113,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "uniform": "memvec.arms.starts:uniform",
         "linear": "memvec.arms.low_dim:linear",
         "normal": "memvec.arms.starts:normal",
+        "saved": "memvec.arms.saved:saved",
     },
     "source": {
         "files": "memvec.lab.sources.files:Files",

@@ -26,12 +26,12 @@ from torch import Tensor
 from memvec import registry
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import as_stored
-from memvec.cramming.engine import Job, Progress, resolve_start_rule
+from memvec.cramming.engine import Job, Progress
 from memvec.cramming.objectives import objective_named, score
 from memvec.cramming.optimizers import Adam, OptimizerState
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
-from memvec.cramming.starts import start_vectors
+from memvec.cramming.starts import resolve_start_rule, start_vectors
 from memvec.errors import MemvecError
 from memvec.graphs import whole_columns
 from memvec.metrics import horizon

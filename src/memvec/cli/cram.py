@@ -108,6 +108,7 @@ def cram(
     seats: options.Seats = None,
     workers: options.WorkerCount = 0,
     on: options.Cluster = None,
+    halve: options.Halve = True,
     keep_text: KeepText = False,
     encoding: options.Encoding = "utf-8",
     max_bytes: options.MaxBytes = 4_000_000,
@@ -134,12 +135,12 @@ def cram(
         batch_size=renamed_seats(batch_size, seats),
         workers=workers,
         address=on,
+        halve=halve,
         keep_text=keep_text,
         encoding=encoding,
         max_bytes=max_bytes,
         force=force,
     )
-    request.check()
     _report(*_run(request), json)
 
 
@@ -158,6 +159,7 @@ class _Request:
     batch_size: int | None
     workers: int
     address: str | None
+    halve: bool
     keep_text: bool
     encoding: str
     max_bytes: int
@@ -246,6 +248,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
     The journal of finished passages stays until they are saved.
     """
+    request.check()
     from memvec.cli import display
     from memvec.journal import Journal
     from memvec.passages.documents import read_document
@@ -298,6 +301,7 @@ def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal)
             batch_size=request.batch_size,
             storage=request.storage,
             layout=request.layout,
+            halve=request.halve,
             keep_text=request.keep_text,
             journal=journal,
             workers=workers,

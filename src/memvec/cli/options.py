@@ -92,6 +92,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 # ---------------------------------------------------------------------- cramming
 
 Vectors = Annotated[int, typer.Option(help=r"\[mem] vectors per passage (K).")]
+Halve = Annotated[
+    bool,
+    typer.Option(
+        help="Cut a passage that is not exact in two and cram the halves; otherwise it stays, with "
+        "the tokens that come back."
+    ),
+]
 Tokens = Annotated[
     int | None,
     typer.Option(help="Tokens per passage; default: chosen by the information in the text."),

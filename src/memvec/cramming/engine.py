@@ -29,11 +29,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memvec import registry
+from memvec.cramming import starts
 from memvec.cramming.batch import BatchState, Job, Progress, Waiting, refuse_for_memory
 from memvec.cramming.certify import Finished, Outcome, certify
 from memvec.cramming.coordinates import fitting
 from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import encoder_reach, resolve_start_rule, start_vectors, triggered
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
 from memvec.errors import MemvecError, check_minimum
@@ -44,7 +44,7 @@ from memvec.model.precision import for_steps
 from memvec.passages.passage import Passage, padded_ids
 from memvec.storage import Storage, storage_of
 
-__all__ = ["Engine", "Job", "Progress", "Waiting", "resolve_start_rule"]
+__all__ = ["Engine", "Job", "Progress", "Waiting"]
 
 
 class Engine:
@@ -76,7 +76,7 @@ class Engine:
         lm.check_unchanged()
         recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.recipe = recipe.for_family(str(lm.config.model_type))
-        self.lm = lm = triggered(lm, self.recipe)
+        self.lm = lm = starts.triggered(lm, self.recipe)
         self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
         # The recipe with the choices that were made here, for the record. Large steps are only for
@@ -89,7 +89,7 @@ class Engine:
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.graphs, self.on_progress = fixed_shapes, graphs, on_progress
-        self.start_rule = resolve_start_rule(lm, self.recipe)
+        self.start_rule = starts.resolve_start_rule(lm, self.recipe)
         self.given = int(self.start_rule == "first-token")  # leading tokens that are not predicted
         self.poll = poll or (8 if graphs else 1)
         settings: dict[str, Any] = {"start_rule": self.start_rule, "storage": self.storage}
@@ -208,12 +208,13 @@ class Engine:
         device = self.lm.device
         vectors = self._first_vectors(jobs).to(device)
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
-        again = torch.tensor([job.vectors is not None for job in jobs], device=device)
+        crammed = [starts.continues(self.recipe) or job.vectors is not None for job in jobs]
+        again = torch.tensor(crammed, device=device)
         size = vectors.float().square().mean((1, 2)).sqrt()
-        # Small steps are for vectors that an encoder has placed near a solution. A job that comes
-        # back with vectors of at least half the large size was enlarged when it was stuck.
+        # Small steps are for vectors that an encoder has placed near a solution. Vectors that were
+        # crammed before and have at least half the large size were enlarged when they were stuck.
         was_large = again & (size >= self.recipe.lr_large / 2)
-        large = (length > encoder_reach(self.lm, self.recipe, self.K)) | was_large
+        large = (length > starts.encoder_reach(self.lm, self.recipe, self.K)) | was_large
         parameters = self.stepper.coordinates.parameters(vectors.float())
         parameters = self.stepper.enlarged(parameters, large)
         flag = torch.zeros(len(jobs), dtype=torch.bool, device=device)
@@ -243,8 +244,9 @@ class Engine:
     def _first_vectors(self, jobs: list[Job]) -> Float[Tensor, "n K D"]:
         """The vectors that jobs begin with: their own, or those of the recipe's start."""
         new = [job.passage.ids for job in jobs if job.vectors is None]
-        starts = iter(start_vectors(self.lm, new, self.K, self.recipe, alone=self.fixed_shapes))
-        return torch.stack([next(starts) if job.vectors is None else job.vectors for job in jobs])
+        alone = self.fixed_shapes
+        begun = iter(starts.start_vectors(self.lm, new, self.K, self.recipe, alone=alone))
+        return torch.stack([next(begun) if job.vectors is None else job.vectors for job in jobs])
 
     # ------------------------------------------------------------------ step
 

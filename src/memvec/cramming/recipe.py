@@ -164,8 +164,9 @@ class Recipe:
     start: str = documented(
         "auto",
         "where vectors begin: 'encoder', 'noise', 'last-tokens', 'embeddings', 'uniform', 'normal' "
-        "or 'linear'; 'auto': the model's one-pass encoder for such vectors if it has one, else "
-        "noise, or for 'use' the last tokens of the passage",
+        "or 'linear'; \"saved(file='FILE')\": in those of a file; 'auto': the model's one-pass "
+        "encoder for such vectors if it has one, else noise, or for 'use' the last tokens of the "
+        "passage",
     )
     start_rule: StartRuleName = documented(
         "vectors",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memvec import registry
+from memvec import plugins, registry
 from memvec.companions.around import as_context_at, with_front, with_trigger
 from memvec.companions.triggers import trigger_named
 from memvec.cramming.recipe import Recipe
@@ -118,11 +118,18 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
 ENCODER_REACH = 2
 
 
+def continues(recipe: Recipe) -> bool:
+    """True if cramming goes on from vectors that were crammed before (memvec.arms.saved)."""
+    return plugins.plain(recipe.start) == "saved"
+
+
 def encoder_reach(lm: FrozenLM, recipe: Recipe, K: int) -> float:
     """Longest passage (tokens) for which the recipe's start is close to a solution.
 
     0: no passage, infinite: all of them.
     """
+    if continues(recipe):
+        return math.inf
     encoder = encoder_of(lm, recipe)
     if encoder is None or start_of(lm, recipe) != "encoder" or not recipe.lr_large:
         return 0.0

@@ -108,16 +108,6 @@ def request_of(lm: FrozenLM, prompt: str, answer: str = "", split: str = SPLIT) 
     )
 
 
-class WholePassages(CramJob):
-    """Cramming in which no passage is halved: an inexact one stays, with as many vectors as the
-    truncated context has tokens."""
-
-    def _keep_or_halve(self, outcome: Outcome) -> list[Passage]:
-        self.done[outcome.passage.document, outcome.passage.offset] = outcome
-        self._report()
-        return []
-
-
 class Column:
     """One column of a comparison.
 
@@ -191,7 +181,8 @@ class Column:
             for i, ids in enumerate(contexts)
             for start, end in self.pieces(ids)
         ]
-        job = WholePassages(
+        # An inexact passage stays, with as many vectors as the truncated context has tokens.
+        job = CramJob(
             self.lm,
             documents,
             self.vectors,
@@ -199,6 +190,7 @@ class Column:
             recipe=self.recipe,
             batch_size=self.batch_size,
             storage=storage_of(STORAGE),
+            halve=False,
             on_status=self.on_status,
         )
         job.choose_batch_size(passages)

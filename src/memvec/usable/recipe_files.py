@@ -9,15 +9,16 @@ from pathlib import Path
 from memvec import plugins, registry
 from memvec.companions.triggers import trigger_file
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import continues
 from memvec.vectors_file import existing_path
 from memvec.writing import path_of
 
 
 def named_files(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the files that a recipe names: its questions, trigger and neighbours.
+    """Hashes of the files that a recipe names: its questions, trigger, neighbours and start.
 
     A name does not identify a file whose contents changed since. Raises MemvecError if
-    the file of neighbours is not there.
+    the file of neighbours or of the start is not there.
     """
     path = trigger_file(recipe.trigger)
     named = {} if path is None else {"trigger": path}
@@ -25,6 +26,8 @@ def named_files(recipe: Recipe) -> dict[str, str]:
         named["questions"] = path_of(recipe.queries)
     if recipe.neighbours != "none":
         named["neighbours"] = existing_path(recipe.neighbours)
+    if continues(recipe) and (file := plugins.split(recipe.start)[1].get("file")):
+        named["start"] = existing_path(file)
     return hashes_of(named)
 
 

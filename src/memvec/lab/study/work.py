@@ -16,8 +16,8 @@ from typing import Any
 
 from memvec.arms.shared_m import Shared, without_parts
 from memvec.cramming.certify import Outcome
-from memvec.cramming.engine import Engine, Job, Progress, resolve_start_rule
-from memvec.cramming.starts import triggered
+from memvec.cramming.engine import Engine, Job, Progress
+from memvec.cramming.starts import resolve_start_rule, triggered
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.sources import Source, SourcedPassage
