@@ -307,7 +307,7 @@ def test_files_behind_different_fronts_do_not_stand_in_one_row(mem):
 def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header)
-    with pytest.raises(MemvecError, match="and 2 in front .* 'front' has 0"):
+    with pytest.raises(MemvecError, match=r"and 2 in front .* 'front' has 0"):
         MemVectors(mem.vectors, mem.header, {"trigger": mem.soft["trigger"]})
     for other in ({"trigger": mem.soft["trigger"][:, 0]}, {"front": torch.ones(2, 1)}):
         with pytest.raises(MemvecError, match="of one width"):
