@@ -137,8 +137,7 @@ def cram(
         address=on,
         halve=halve,
         keep_text=keep_text,
-        encoding=encoding,
-        max_bytes=max_bytes,
+        reading={"encoding": encoding, "largest": max_bytes},
         force=force,
     )
     _report(*_run(request), json)
@@ -161,8 +160,7 @@ class _Request:
     address: str | None
     halve: bool
     keep_text: bool
-    encoding: str
-    max_bytes: int
+    reading: dict[str, Any]  # how the text is read: its encoding, and the most bytes
     force: bool
 
     @property
@@ -180,12 +178,12 @@ class _Request:
 
         check_minimum(1, vectors=self.vectors, tokens=self.tokens, batch_size=self.batch_size)
         check_minimum(0, workers=self.workers)
-        check_minimum(1, max_bytes=self.max_bytes)
+        check_minimum(1, max_bytes=self.reading["largest"])
         if self.layout == "one-step-shared" and (self.workers or self.address):
             raise MemvecError(
                 "--shared-m crams all passages together: leave out --workers and --on."
             )
-        peek(self.file, self.max_bytes)
+        peek(self.file, self.reading["largest"])
         if self.file != "-" and self.target.exists() and self.target.samefile(self.file):
             raise MemvecError(f"{self.target} is the text itself: name another file with -o.")
         check_target(self.target, self.force)
@@ -256,7 +254,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
     lm = request.choice.load()
     request.check_encoder(lm)
-    document = read_document(lm, request.file, encoding=request.encoding, largest=request.max_bytes)
+    document = read_document(lm, request.file, **request.reading)
     partial = request.target.with_name(request.target.name + ".partial")
     settings = settings_of(
         lm,
