@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +89,24 @@ def mean_interval(values: Sequence[float | int]) -> Mean:
         return Mean(mean, math.nan, math.nan, math.nan, n)
     half = float(stdtrit(n - 1, LEVEL)) * error
     return Mean(mean, mean - half, mean + half, error * math.sqrt(n), n)
+
+
+def clustered_mean(values: Sequence[float | int], clusters: Sequence[Hashable]) -> Mean:
+    """The mean of values with a 95 % interval over their clusters, of which it has the number.
+
+    For values that are not independent, such as those of one text at several lengths. Student's t
+    with the variance of the clusters' sums of deviations (cluster-robust); `mean_interval` where
+    each value is a cluster of its own.
+    """
+    m, sums = mean_interval(values), dict.fromkeys(clusters, 0.0)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - m.mean
+    n, N = len(sums), len(values)
+    if n < 2:
+        return Mean(m.mean, math.nan, math.nan, math.nan, n)
+    error = math.sqrt(math.fsum(s**2 for s in sums.values()) * n / (n - 1)) / N
+    half = float(stdtrit(n - 1, LEVEL)) * error
+    return Mean(m.mean, m.mean - half, m.mean + half, error * math.sqrt(n), n)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:

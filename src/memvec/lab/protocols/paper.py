@@ -49,7 +49,8 @@ class Paper(Protocol):
         if full.empty:
             return None
         rule = f"passages with accuracy ≤ {THRESHOLD}"
-        return Gains(full["information_gain"].tolist(), full["token_gain"].tolist(), rule)
+        bits, tokens = (full[name].tolist() for name in ("information_gain", "token_gain"))
+        return Gains(bits, tokens, rule, full["number"].tolist())
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         lines: list[TableLine] = []
@@ -71,10 +72,10 @@ class Paper(Protocol):
             lines.append(line)
         note = (
             "The published rule: Max is the longest length (tokens) whose mean teacher-forced "
-            "accuracy is at least 0.99; gains are means and standard deviations over the n "
-            "passages with accuracy of at most 0.99, all lengths together. Passages are not "
-            "decoded. Bits are those of the stored vectors, which have the best accuracy; the "
-            "published gain is taken at the least loss of all steps."
+            "accuracy is at least 0.99; gains are means and standard deviations over n rows "
+            "with accuracy of at most 0.99, all lengths together, so that a text may count several "
+            "times. Passages are not decoded. Bits are those of the stored vectors, which have the "
+            "best accuracy; the published gain is taken at the least loss of all steps."
         )
         if compare:
             note += " Published 'bits' are nats: 1 nat = 1 / ln 2 = 1.4427 bits."

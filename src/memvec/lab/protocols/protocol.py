@@ -72,11 +72,16 @@ class Capacity(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """Information gains (bits) and token gains of passages, and the rule that selects them."""
+    """Information gains (bits) and token gains of rows, and the rule that selects these.
+
+    `passages` has the number of each row's passage, where one may have several rows (lengths,
+    restarts): intervals are over passages. Without it each row is a passage of its own.
+    """
 
     bits: list[float]
     tokens: list[float]
     rule: str
+    passages: list[int] | None = None
 
 
 class Card(NamedTuple):
@@ -214,7 +219,7 @@ class Protocol:
             return None
         longest = rows[rows["length"] == rows["length"].max()]
         bits, tokens = (longest[c].tolist() for c in ("horizon_gain", "horizon_token_gain"))
-        return Gains(bits, tokens, "exact horizon, longest length")
+        return Gains(bits, tokens, "exact horizon, longest length", longest["number"].tolist())
 
     def cards(self, data: Data) -> list[Card]:
         """The numbers at the top of the report page."""

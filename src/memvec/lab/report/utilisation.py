@@ -17,7 +17,7 @@ from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
 from memvec.lab.report.plot import Mark, Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine, interval
-from memvec.statistics import Mean, mean_interval
+from memvec.statistics import Mean, clustered_mean
 
 BITS = 16  # bits of a number, as in the paper's Figure 5
 
@@ -55,17 +55,21 @@ def _utilisation(data: Data, group: pd.DataFrame, gains: Gains) -> Utilisation:
     first = group.iloc[0]
     facts = data.models[str(first["model"])]
     D, V, K = data.width(first), int(facts["vocabulary"]), int(first["vectors"])
+    passages = range(len(gains.bits)) if gains.passages is None else gains.passages
+    bits, tokens = (clustered_mean(values, passages) for values in (gains.bits, gains.tokens))
+    share_of_tokens = [100 * metrics.token_utilisation(g, D, K, BITS, V) for g in gains.tokens]
+    share_of_bits = [100 * metrics.bit_utilisation(g, D, K, BITS) for g in gains.bits]
     return Utilisation(
         str(first["model"]),
         str(first["series"]),
         str(first["protocol"]),
         K,
         metrics.theoretical_capacity(D, K, BITS, V),
-        mean_interval(gains.tokens),
-        mean_interval([100 * metrics.token_utilisation(g, D, K, BITS, V) for g in gains.tokens]),
-        mean_interval([100 * metrics.bit_utilisation(g, D, K, BITS) for g in gains.bits]),
-        metrics.bits_per_dimension(mean_interval(gains.bits).mean, D, K),
-        len(gains.bits),
+        tokens,
+        clustered_mean(share_of_tokens, passages),
+        clustered_mean(share_of_bits, passages),
+        metrics.bits_per_dimension(bits.mean, D, K),
+        bits.n,
         gains.rule,
     )
 
@@ -90,9 +94,10 @@ def utilisation_table(data: Data) -> Table:
     return Table.of(
         "utilisation",
         "Theoretical capacity and what is reached of it",
-        f"{BITS}-bit numbers, as in the paper's Figure 5. {_rules(data)} Means over n passages; "
-        "the shares have their 95 % intervals (Student's t), and the gains are proportional to "
-        "them. The share of bits is the stricter one where a token costs fewer than log2 V bits.",
+        f"{BITS}-bit numbers, as in the paper's Figure 5. {_rules(data)} Means over the rows "
+        "of n passages (one may have several lengths and restarts); the shares have their 95 % "
+        "intervals over passages (Student's t), and the gains are proportional to them. The share "
+        "of bits is the stricter one where a token costs fewer than log2 V bits.",
         lines,
     )
 
