@@ -303,6 +303,40 @@ def test_an_installed_package_is_known_to_the_command(folder, tmp_path, python):
     assert mem.header.recipe["objective"] == "plugged-in"
 
 
+@pytest.mark.slow
+def test_a_file_is_known_to_the_command_by_its_path(folder, tmp_path, python):
+    """Also where a module has its name; a file that fails is named."""
+    (tmp_path / "json.py").write_text(PLUGIN)
+    (tmp_path / "other.py").write_text(PLUGIN.replace("plugged-in", "second"))
+    (tmp_path / "broken.py").write_text("import nothing_at_all")
+    (tmp_path / "a.txt").write_text("the cat")
+    source = {**os.environ, "PYTHONPATH": str(Path(memvec.__file__).parent.parent)}
+
+    def cram(objective: str, *files: str) -> subprocess.CompletedProcess[str]:
+        words = ["cram", "a.txt", "--model", str(folder), "--tokens", "2", "--force", "--json"]
+        return subprocess.run(
+            [python, "-m", "memvec", *words, "--set", f"objective={objective}"],
+            cwd=tmp_path,
+            env={**source, "MEMVEC_PLUGINS": os.pathsep.join(files)},
+            capture_output=True,
+            text=True,
+        )
+
+    for objective in ("plugged-in", "second"):
+        ran = cram(objective, "json.py", str(tmp_path / "other.py"))
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(ran.stdout)["exact"]
+    for file, reason in (
+        ("broken.py", "No module named 'nothing_at_all'"),
+        ("none.py", "No such file"),
+        ("a.txt", "it is no Python file"),
+    ):
+        ran = cram("plugged-in", "json.py", file)
+        assert ran.returncode == 2
+        assert f"the plug-in '{file}' (MEMVEC_PLUGINS) cannot be imported: " in ran.stderr
+        assert reason in ran.stderr
+
+
 # ---------------------------------------------------------------------- wrong plug-ins
 
 WRONG = """

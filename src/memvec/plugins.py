@@ -11,9 +11,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib.util
 import inspect
 import math
+import os
 import re
+import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 from memvec.errors import MemvecError, did_you_mean
 
 GROUP = "memvec.plugins"
+FILES = "MEMVEC_PLUGINS"  # environment variable: Python files, separated as in PATH
 # Kinds whose names may have arguments: those that a recipe names, but a file names its space.
 WITH_ARGUMENTS = {"preset", "objective", "term", "queries", "schedule", "coordinates", "optimizer"}
 WITH_ARGUMENTS |= {"start"}
@@ -30,17 +34,31 @@ BESIDE = {"start": ("auto", "encoder")}  # names that stand for something else i
 
 @functools.cache
 def load_plugins() -> None:
-    """Import what installed packages declare as `memvec.plugins`, once.
+    """Import what installed packages declare as `memvec.plugins`, and the files of MEMVEC_PLUGINS.
 
-    Raises MemvecError that names the package if one cannot be imported.
+    Each is imported once. Raises MemvecError that names the package, or the file, if one cannot be
+    imported.
     """
-    for plugin in entry_points(group=GROUP):
+    files = [Path(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
+    named = [(p.name, p.value, p.load) for p in entry_points(group=GROUP)]
+    named += [(file.name, FILES, functools.partial(_run_file, file)) for file in files]
+    for name, where, load in named:
         try:
-            plugin.load()
+            load()
         except Exception as error:  # another package's code may raise anything
             raise MemvecError(
-                f"the plug-in '{plugin.name}' ({plugin.value}) cannot be imported: {error}"
+                f"the plug-in '{name}' ({where}) cannot be imported: {error}"
             ) from error
+
+
+def _run_file(file: Path) -> None:
+    """Import a Python file by its path, under its own name unless a module has that name."""
+    name = file.stem if file.stem not in sys.modules else f"memvec_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file.expanduser())
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file (NAME.py).")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 def check_name(kind: str, name: str) -> None:
