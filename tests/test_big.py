@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -404,6 +405,24 @@ def test_the_estimate_has_the_rounded_weights_that_autocast_keeps():
     assert facts_of(lm, 4).copies == facts_of(tiny(), 4).copies == 0
     much = replace(facts, copies=1e15)  # what is left for slots is counted without them
     assert default_batch_size(lm, 4, facts=much) == 1 < default_batch_size(lm, 4, facts=facts)
+
+
+@pytest.mark.parametrize(("tokens", "vectors"), [(4, 1), (32, 1), (60, 4), (511, 1), (4000, 8)])
+def test_a_gpu_gets_as_many_slots_as_it_needs_to_be_busy(monkeypatch, tokens, vectors):
+    """Where its memory holds them; a CPU is busy with 32."""
+    lm = tiny()
+    facts = facts_of_config(LLAMA_8B, 2)
+    on_gpu = copy(lm)
+    on_gpu.device = torch.device("cuda")
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    for free in (2**44, 2**36, 0):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        monkeypatch.setattr("memvec.model.batch_size.free_memory", lambda free=free: free)
+        slots = default_batch_size(on_gpu, tokens, vectors, facts)
+        fits = max_batch_size(facts, free=free / 4, tokens=tokens, vectors=vectors)
+        assert slots == min(fits, max(32, 16_384 // (tokens + vectors)))
+        assert default_batch_size(lm, tokens, vectors, facts) == min(fits, 32)
 
 
 @pytest.mark.parametrize("batch_size", [1, 64, 1024])
