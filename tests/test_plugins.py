@@ -354,7 +354,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
 from memvec.errors import MemvecError
-from memvec.model.reading import Prefix
+from memvec.model.reading import Reading
 
 def margins(logits, ids):
     return metrics.margins(logits[None], ids[None])[0]
@@ -395,7 +395,7 @@ CASES = {
     "no-measure": ("term", of(Term)),
     "one-loss": ("term", of(Term, measure=lambda *_: TermLoss(torch.zeros(())))),
     "no-rows": ("term", of(Term, fresh=lambda self, passages: None)),
-    "other-name": ("space", lambda lm, options: Prefix()),
+    "other-name": ("space", lambda lm, options: Reading()),
     "no-recipe": ("preset", lambda: {}),
 }
 said = {}
@@ -435,7 +435,7 @@ SAID = {
     "no-measure": r"the term 'no-measure' has no method measure\.",
     "one-loss": r"the term 'one-loss' gives \(\), not a tensor of shape \(2,\)\.",
     "no-rows": re.escape(f"the term keeps NoneType {ROWS}"),
-    "other-name": r"the space 'other-name' gives Prefix, not a Prefix with this space\.",
+    "other-name": r"the space 'other-name' gives Reading, not a Reading with this space\.",
     "no-recipe": r"the preset 'no-recipe' gives no Recipe but dict\.",
 }
 

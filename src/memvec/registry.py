@@ -90,7 +90,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "low-dim": "memvec.arms.low_dim:LowDim",
     },
     "layout": {
-        "prefix": "memvec.model.reading:Prefix",
+        "prefix": "memvec.model.reading:Reading",
         "one-step": "memvec.arms.one_step:OneStepReading",
         "one-step-shared": "memvec.arms.one_step:OneStepSharedM",
     },
@@ -144,7 +144,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "geometry": "memvec.lab.protocols.geometry:Geometry",
         "usable": "memvec.lab.protocols.usable:Usable",
         "spaces": "memvec.lab.protocols.spaces:Spaces",
-        "reading": "memvec.lab.protocols.reading:Reading",
+        "reading": "memvec.lab.protocols.reading:ReadingProtocol",
         "sentences": "memvec.lab.protocols.sentences:Sentences",
     },
     "export": {

@@ -19,10 +19,10 @@ from torch import Tensor
 from memvec.arms.shared_m import Shared
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import Layout, Prefix, StartRule
+from memvec.model.reading import Layout, Reading, StartRule
 
 
-class OneStepReading(Prefix):
+class OneStepReading(Reading):
     """[e, m x (T - 1)] for vectors (B, 2, D): one forward pass gives all tokens of a passage."""
 
     layout: Layout = "one-step"

@@ -34,7 +34,7 @@ from memvec.model.heads import split_head, unwrapped
 from memvec.model.large import offloaded, recomputed
 from memvec.model.mixed import BFLOAT16_AUTOCAST, autocast_of
 from memvec.model.probes import refuse_if_unfit
-from memvec.model.reading import PREFIX, Layout, Prefix, StartRule, reading_named
+from memvec.model.reading import IN_FRONT, Layout, Reading, StartRule, reading_named
 from memvec.model.soft_tokens import embedded
 from memvec.model.spread import embedding_std, logit_spread
 
@@ -77,7 +77,7 @@ class FrozenLM:
         offload: bool = False,
     ) -> None:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
-        self.reading: Prefix = PREFIX
+        self.reading: Reading = IN_FRONT
         self.other_trigger: tuple[int, ...] | None = None  # replaces BOS (memvec.companions.around)
         self.soft: Tensor | None = None  # (R, D) soft tokens of a crammed trigger
         self.front: tuple[int, ...] = ()  # tokens in front of the vectors
@@ -179,7 +179,7 @@ class FrozenLM:
         """The name of the reading in files and records."""
         return self.reading.layout
 
-    def read_as(self, layout: str | Prefix) -> FrozenLM:
+    def read_as(self, layout: str | Reading) -> FrozenLM:
         """A view of this model with another reading of its vectors; itself if that is its own.
 
         `layout` is a reading or its name. The view shares the weights. With another reading than
@@ -189,7 +189,7 @@ class FrozenLM:
         reading = reading_named(layout) if isinstance(layout, str) else layout
         if reading is self.reading:
             return self
-        if reading is PREFIX:
+        if reading is IN_FRONT:
             return self._original or self
         view = copy.copy(self)
         original = self._original or self

@@ -1,7 +1,7 @@
 """How a model reads [mem] vectors: which inputs precede each predicted token, and how to decode.
 
-`Prefix` puts the vectors in front of the passage and decodes it token by token; memvec.arms has two
-readings that decode a passage in one forward pass.
+`Reading`, the base of all, puts the vectors in front of the passage and decodes it token by token;
+memvec.arms has two readings that decode a passage in one forward pass.
 
 A model has one reading (`FrozenLM.reading`); the engine, certification, metrics and files use it.
 
@@ -30,7 +30,7 @@ START_RULES: tuple[StartRule, ...] = get_args(StartRule)
 Layout = Literal["prefix", "one-step", "one-step-shared"]
 
 
-class Prefix:
+class Reading:
     """[vectors, (BOS,) t_1 ... t_{T-1}]: the vectors in front of the passage (Kuratov et al.)."""
 
     layout: Layout = "prefix"
@@ -123,10 +123,10 @@ class Prefix:
         return passages
 
 
-PREFIX = Prefix()
+IN_FRONT = Reading()
 
 
-def in_front(lm: FrozenLM, options: Mapping[str, Any]) -> Prefix:
+def in_front(lm: FrozenLM, options: Mapping[str, Any]) -> Reading:
     """The space `inputs`: the model's own reading."""
     return lm.reading
 
@@ -141,16 +141,16 @@ def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
         return lm
     if lm.layout != "prefix":
         raise MemvecError(f"vectors read in one step are inputs: leave out the space '{name}'.")
-    reading = registry.get("space", name)(lm.read_as(PREFIX), options)
-    if not isinstance(reading, Prefix) or reading.space != name:
+    reading = registry.get("space", name)(lm.read_as(IN_FRONT), options)
+    if not isinstance(reading, Reading) or reading.space != name:
         raise MemvecError(
-            f"the space '{name}' gives {type(reading).__name__}, not a Prefix with this space."
+            f"the space '{name}' gives {type(reading).__name__}, not a Reading with this space."
         )
     return lm.read_as(reading)
 
 
 @functools.cache
-def reading_named(layout: str) -> Prefix:
+def reading_named(layout: str) -> Reading:
     """The reading of a layout. Raises MemvecError for an unknown one."""
-    reading: Prefix = PREFIX if layout == "prefix" else registry.get("layout", layout)()
+    reading: Reading = IN_FRONT if layout == "prefix" else registry.get("layout", layout)()
     return reading

@@ -5,10 +5,10 @@ It is built from a model and options, which come from a recipe's record or from 
 imports none of them; a recipe selects one by name. Your own space:
 
     from memvec import register
-    from memvec.model.reading import Prefix
+    from memvec.model.reading import Reading
 
     @register("space", "mine")
-    class Mine(Prefix):
+    class Mine(Reading):
         space = "mine"
         def __init__(self, lm, options): ...
         def numbers(self, lm): ...                    # W

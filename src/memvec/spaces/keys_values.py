@@ -31,7 +31,7 @@ from memvec.errors import MemvecError, first_line
 from memvec.model.agreement import agree
 from memvec.model.lm import FrozenLM
 from memvec.model.probes import probe_ids
-from memvec.model.reading import Prefix, StartRule
+from memvec.model.reading import Reading, StartRule
 
 # Keys and values (1, heads, K, width) of each layer.
 Layers = list[tuple[Tensor, Tensor]]
@@ -86,7 +86,7 @@ class Entries:
         return cache
 
 
-class KeysValues(Prefix):
+class KeysValues(Reading):
     """A key and a value of each key-value head in every layer.
 
     `options` may hold `units`: for each layer in turn the exponents of two of the units of its keys

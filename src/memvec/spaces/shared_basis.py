@@ -17,10 +17,10 @@ from torch import Tensor
 
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import Prefix, StartRule
+from memvec.model.reading import Reading, StartRule
 
 
-class SharedBasis(Prefix):
+class SharedBasis(Reading):
     """The space of d coefficients per vector. `options`: `dimensions` (d) and `seed`, integers.
 
     Raises MemvecError unless d is from 1 to D and the seed is an integer of 64 bits.
@@ -65,11 +65,11 @@ class SharedBasis(Prefix):
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """The inputs of `Prefix`, with vectors computed from the coefficients."""
+        """The inputs of `Reading`, with vectors computed from the coefficients."""
         return super().inputs(lm, None if vectors is None else self.vectors_of(vectors), ids, start)
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K d"], given: Int[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
-        """The opening of `Prefix`, with vectors computed from the coefficients."""
+        """The opening of `Reading`, with vectors computed from the coefficients."""
         return super().opening(lm, self.vectors_of(vectors), given)

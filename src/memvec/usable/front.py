@@ -16,14 +16,14 @@ from torch import Tensor
 
 from memvec.companions.around import front_rows
 from memvec.errors import MemvecError
-from memvec.model.reading import Prefix
+from memvec.model.reading import Reading
 from memvec.spaces.keys_values import KeysValues
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 
-class BehindFront(Prefix):
+class BehindFront(Reading):
     """Vectors in front of the passage, behind the keys and values of the model's front.
 
     Raises MemvecError for a model without keys and values that could be handed in again.
@@ -42,7 +42,7 @@ class BehindFront(Prefix):
 
 def with_front_read(lm: FrozenLM) -> FrozenLM:
     """The model whose inputs begin behind its front; the model itself where it has none to keep."""
-    if not lm.front or type(lm.reading) is not Prefix or lm.offload:
+    if not lm.front or type(lm.reading) is not Reading or lm.offload:
         return lm
     try:
         reading = BehindFront(lm)

@@ -41,7 +41,7 @@ from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
-from memvec.model.reading import Layout, Prefix, StartRule, reading_named
+from memvec.model.reading import Layout, Reading, StartRule, reading_named
 from memvec.passages.passage import Passage
 from memvec.writing import path_of
 
@@ -125,7 +125,7 @@ class Protocol:
         """Tokens of a passage for a length of the spec."""
         return length
 
-    def reading(self, length: int, options: Mapping[str, Any]) -> Prefix:
+    def reading(self, length: int, options: Mapping[str, Any]) -> Reading:
         """How the model reads the vectors of a cell with this length of the spec."""
         return reading_named(self.layout)
 

@@ -36,7 +36,7 @@ from memvec.model.reading import StartRule
 from memvec.usable.knockout import knocked_out, layer_count
 
 
-class Reading(Protocol):
+class ReadingProtocol(Protocol):
     """Attention, knock-outs, logit lens and optimiser path of each passage."""
 
     preset = "default"
