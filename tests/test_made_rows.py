@@ -25,6 +25,7 @@ from memvec.lab.report.data import MAX_NAME, Data, distinct_names, read_data
 from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import reproduce
 from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.recipes import recipes_table
 from memvec.lab.report.texts import comparisons
 from memvec.lab.sentences import evaluate
 from memvec.lab.sentences.flops import COSTS
@@ -105,6 +106,31 @@ def test_a_passage_survives_once(lengths, store):
     (series,) = plot.panels[0].series
     assert series.x == [0.0, max(lengths)]
     assert series.y == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_two_recipes_are_compared_on_the_passages_that_both_have(extra, store):
+    """Every passage gains one token by the second recipe: an interval of each mean hides it."""
+    run = '[[runs]]\nprotocol = "exact"\nlengths = [16]\npassages = %d\nrecipe = { steps = %d }\n'
+
+    def row_of(cell, number):
+        return {"horizon": 2 * number + (cell.recipe["steps"] == 100)}
+
+    data = made(store, run % (6, 50) + run % (6 + extra, 100), row_of)
+    table = recipes_table(data)
+    lines = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [line["measure"] for line in lines] == ["exact tokens", "bits"]
+    for line, unit in zip(lines, (1, 5), strict=True):
+        assert line["recipes"] == "steps 50 − steps 100"
+        assert (line["n"], line["first"], line["second"]) == (6, 5 * unit, 6 * unit)
+        assert (line["difference"], line["low"], line["high"]) == (-unit, -unit, -unit)
+    one = made_alone(store.folder / "one", run % (6, 50), row_of)
+    assert not recipes_table(one).rows
+
+
+def made_alone(folder: Path, spec: str, row_of: RowOf) -> Data:
+    with Store(folder, write=True) as other:
+        return made(other, spec, row_of)
 
 
 def test_segments_of_one_document_are_one_value(store):

@@ -10,6 +10,7 @@ from memvec.lab.report.data import Data
 from memvec.lab.report.lengths import lengths
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.positions import positions_figure, positions_table
+from memvec.lab.report.recipes import recipes_table
 from memvec.lab.report.seeds import seeds_table
 from memvec.lab.report.table import Table
 from memvec.lab.report.texts import texts_table
@@ -20,7 +21,8 @@ def all_tables(data: Data, *, compare: bool) -> list[Table]:
     """Every table the study has rows for. `compare`: the paper's values in extra columns."""
     protocols = [protocol_of(name) for name in protocol_names()]
     tables = [table for p in protocols for table in p.tables(data, compare=compare)]
-    tables += [texts_table(data), seeds_table(data), utilisation_table(data), positions_table(data)]
+    tables += [texts_table(data), recipes_table(data), seeds_table(data)]
+    tables += [utilisation_table(data), positions_table(data)]
     tables += [bytes_table(data, compare=compare), cost_table(data)]
     return [table for table in tables if table.rows]
 
