@@ -269,6 +269,22 @@ def test_missing_texts_are_found_before_anything_runs(tmp_path: Path) -> None:
     assert "source empty" in problems(spec, expand(spec), tmp_path)[0]
 
 
+def test_a_model_beside_the_spec_is_not_taken_for_one_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts are found beside the spec, models from where the command runs."""
+    (tmp_path / "book.txt").write_text("A text.")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.json").write_text(Olmo2Config().to_json_string())
+    spec = parse_spec(HEAD + RUN, "spec")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    (sentence,) = problems(spec, expand(spec), tmp_path)
+    assert "tiny is a folder beside the spec" in sentence
+    monkeypatch.chdir(tmp_path)
+    assert not problems(spec, expand(spec), tmp_path)
+
+
 def test_missing_models_and_files_of_protocols_are_found_before_anything_runs(
     tmp_path: Path,
 ) -> None:

@@ -80,9 +80,15 @@ def problems(
         facts = facts_of_name(model)
         try:
             # What is no folder here may be on the Hub.
-            if local_folder(model) is not None and revision is not None:
+            folder = local_folder(model)
+            if folder is not None and revision is not None:
                 sentences.append(
                     f"{model} is a folder here: only models of the Hub have a revision."
+                )
+            if folder is None and base is not None and (base / model / "config.json").is_file():
+                sentences.append(
+                    f"{model} is a folder beside the spec, and folders of models are looked for "
+                    "where the command runs: run it there, or write the whole path in the spec."
                 )
         except MemvecError as error:
             sentences.append(str(error))
