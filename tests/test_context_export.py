@@ -93,7 +93,7 @@ def test_context_inputs_are_what_use_reads(soft, scale, front, tmp):
 def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
     mem, target = crammed(tmp, soft, 0.5), target_of(to)
     lm = in_dtype(target.dtype)
-    manifest = export_context(mem, lm, target, tmp_path / "out")
+    manifest = export_context(lm, mem, target, tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert kept == manifest
     sealed = {name: value for name, value in kept.items() if name != "sha256"}
@@ -113,20 +113,20 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
 @pytest.mark.slow
 def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
     lm, mem = reader("words"), crammed(tmp, False, 1.0)
-    export_context(mem, lm, target_of("npy"), tmp_path / "out")
+    export_context(lm, mem, target_of("npy"), tmp_path / "out")
     with pytest.raises(MemvecError, match="exists: use force=True"):
-        export_context(mem, lm, target_of("npy"), tmp_path / "out")
-    export_context(mem, lm, target_of("npy"), tmp_path / "out", force=True)
+        export_context(lm, mem, target_of("npy"), tmp_path / "out")
+    export_context(lm, mem, target_of("npy"), tmp_path / "out", force=True)
     plain = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=Recipe(steps=300))
     with pytest.raises(MemvecError, match="cram the text with the preset 'usable'"):
-        export_context(plain, lm, target_of("npy"), tmp_path / "plain")
+        export_context(lm, plain, target_of("npy"), tmp_path / "plain")
     inputs, small = len(memvec.context_inputs(lm, mem)), copy(lm)
     small.context = inputs  # no room for a prompt
     with pytest.raises(MemvecError, match=f"need {inputs} inputs and .* reads {inputs}, a prompt"):
-        export_context(mem, small, target_of("npy"), tmp_path / "small")
+        export_context(small, mem, target_of("npy"), tmp_path / "small")
     long = MemVectors(mem.vectors.repeat(1, 500, 1), mem.header, mem.soft)
     with pytest.raises(MemvecError, match="fewer vectors"):
-        export_context(long, lm, target_of("npy"), tmp_path / "long")
+        export_context(lm, long, target_of("npy"), tmp_path / "long")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(MemvecError, match="no vectors to use"):
         memvec.context_inputs(lm, [])

@@ -105,7 +105,7 @@ def test_the_file_says_it_and_everybody_reads_it(mem, tmp_path, capsys):
     assert torch.equal(rows[0].cpu(), torch.cat([row, row]))
     inputs = use_prompt(lm, [again], " the", 3).vectors
     assert torch.allclose(inputs[-len(row) :], row)
-    manifest = export(again, lm, target_of("npy"), tmp_path / "x")
+    manifest = export(lm, again, target_of("npy"), tmp_path / "x")
     assert manifest["context_scale"] == SCALE
     assert isinstance(memvec.use(lm, again, " the", max_new_tokens=2), str)
 

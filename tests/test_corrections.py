@@ -167,7 +167,7 @@ def test_the_file_holds_its_corrections(tmp_path):
     counts = account(again, TEXT.encode())
     assert counts["vectors"] == s["vector_bytes"] + s["edit_bytes"] + s["correction_bytes"]
     with pytest.raises(MemvecError, match="has corrections, which only 'memvec decode'"):
-        export(mem, lm, target_of("npy"), tmp_path / "exported")
+        export(lm, mem, target_of("npy"), tmp_path / "exported")
     # Taken up from the journal alone, they are still there.
     known = codec.cram(lm, [TEXT], journal=journal, **options)
     journal.close()

@@ -71,7 +71,7 @@ def test_an_engine_gives_the_passages_back(engine, rule, saved, stand_in):
     lm = tiny()
     mem = crammed(lm, rule, (*passages(2, 3), Passage((5, 1, 7))))  # 1 is the model's EOS
     version, ids = engines.decode_with(
-        engine, mem, lm, model=saved(), python=stand_in, batch=2, settings={"threads": 1}
+        engine, lm, mem, model=saved(), python=stand_in, batch=2, settings={"threads": 1}
     )
     assert version.startswith(engine.removesuffix("-server"))
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]
@@ -106,18 +106,18 @@ def test_the_answer_behind_vectors_for_use_is_that_of_memvec_use(
     for asked in (files[0], files):
         expected = memvec.use(lm, asked, " ran", max_new_tokens=9)
         _, text = engines.answer_with(
-            engine, asked, lm, " ran", max_new_tokens=9, model=folder, python=stand_in
+            engine, lm, asked, " ran", max_new_tokens=9, model=folder, python=stand_in
         )
         assert text == expected
     with pytest.raises(MemvecError, match="no passage 7"):
-        engines.answer_with(engine, files[0], lm, "x", passages=[7], model=folder, python="/no")
+        engines.answer_with(engine, lm, files[0], "x", passages=[7], model=folder, python="/no")
     with pytest.raises(MemvecError, match="do not fit the context"):
-        engines.answer_with(engine, files, lm, "x", max_new_tokens=9999, model=folder)
+        engines.answer_with(engine, lm, files, "x", max_new_tokens=9999, model=folder)
     plain = codec.cram(lm, "fox", vectors=2, tokens=2, recipe=QUICK)
     with pytest.raises(MemvecError, match="have no trigger"):
-        engines.answer_with(engine, plain, lm, "x", model=folder, python="/no/python")
+        engines.answer_with(engine, lm, plain, "x", model=folder, python="/no/python")
     with pytest.raises(MemvecError, match="no vectors to use"):
-        engines.answer_with(engine, [], lm, "x", model=folder)
+        engines.answer_with(engine, lm, [], "x", model=folder)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_an_engine_is_asked_in_batches_for_what_is_not_given(asked):
     mem = MemVectors(mem.vectors, header)
     mem.check_model = lambda lm: None
     asked.answers = [[[1], [2, 3]], [[4]]]
-    version, ids = engines.decode_with("vllm", mem, lm, batch=2, settings={"threads": 3})
+    version, ids = engines.decode_with("vllm", lm, mem, batch=2, settings={"threads": 3})
     firsts = [record.first for record in mem.passages]
     new = ([1], [2, 3], [], [4])
     assert (version, ids) == ("made 1.0", [[f, *ids] for f, ids in zip(firsts, new, strict=True)])
@@ -163,16 +163,16 @@ def test_an_answer_ends_before_the_first_end_of_text(asked, folder):
     said = {"model": folder, "settings": {"threads": 3}, "max_new_tokens": 20}
     for ids in (words, [*words, end], [*words, end, *words, end]):
         asked.answers = [[ids]]
-        assert engines.answer_with("vllm", mem, lm, " to", **said) == ("made 1.0", " ran")
+        assert engines.answer_with("vllm", lm, mem, " to", **said) == ("made 1.0", " ran")
     *given, dtype, (prompt,), named = asked.given[-1]
     assert (given, dtype) == (["vllm", sys.executable, folder], "float32")
     assert named == {"settings": {"threads": 3}}
     assert (prompt.tokens, prompt.new_tokens, prompt.text) == (lm.tokenize(" to"), 20, " to")
     assert torch.equal(prompt.vectors, memvec.context_inputs(lm, mem))
     room = lm.context - len(prompt.vectors) - len(prompt.tokens)
-    engines.answer_with("vllm", mem, lm, " to", **(said | {"max_new_tokens": room}))
+    engines.answer_with("vllm", lm, mem, " to", **(said | {"max_new_tokens": room}))
     with pytest.raises(MemvecError, match="do not fit the context"):
-        engines.answer_with("vllm", mem, lm, " to", **(said | {"max_new_tokens": room + 1}))
+        engines.answer_with("vllm", lm, mem, " to", **(said | {"max_new_tokens": room + 1}))
 
 
 def test_the_chat_of_the_server_has_the_vectors_in_front_of_the_text(saved, stand_in):
@@ -198,7 +198,7 @@ def test_another_models_vectors_are_refused_before_the_engine_starts(engine):
     mem = crammed(tiny())
     for lm, why in ((tiny(seed=1), "other weights"), (tiny("opt-projected"), "numbers each")):
         with pytest.raises(MemvecError, match=why):
-            engines.decode_with(engine, mem, lm, model="nowhere", python="/no/python")
+            engines.decode_with(engine, lm, mem, model="nowhere", python="/no/python")
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
@@ -323,7 +323,7 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
     first = mem.passages[0].model_copy(update={"corrections": [(0, 3)]})
     header = mem.header.model_copy(update={"passages": [first, *mem.passages[1:]]})
     with pytest.raises(MemvecError, match="no corrections"):
-        engines.decode_with("vllm", MemVectors(mem.vectors, header), lm, python="/no/python")
+        engines.decode_with("vllm", lm, MemVectors(mem.vectors, header), python="/no/python")
     wide, space = (
         torch.cat([mem.vectors] * 2, -1),
         SpaceRecord(name="prefix", numbers=64, options={}),
@@ -336,9 +336,9 @@ def test_vectors_that_an_engine_cannot_decode_are_refused():
         with pytest.raises(MemvecError, match="no one-step layout, no other space than inputs"):
             decode.check("vllm", other, lm)
     with pytest.raises(MemvecError, match="reads a model's folder, and tiny-llama is none"):
-        engines.decode_with("vllm", mem, lm, python="/no/python")
+        engines.decode_with("vllm", lm, mem, python="/no/python")
     with pytest.raises(MemvecError, match=r"^batch must be at least 1, not 0"):
-        engines.decode_with("vllm", mem, lm, python="/no/python", batch=0)
+        engines.decode_with("vllm", lm, mem, python="/no/python", batch=0)
 
 
 def test_an_engine_that_fails_says_why(tmp_path, saved, python):
@@ -580,5 +580,5 @@ def test_the_engine_itself(engine, tmp_path, monkeypatch):
     recipe = Recipe.of(start_rule="bos", steps=800, patience=800)
     asked = models.passages_of(lm, 2)[:4]
     mem = models.crammed(lm, recipe, 2, asked, tmp_path / "a.mem")
-    _, ids = engines.decode_with(engine, mem, lm, model=folder, python=python, batch=4)
+    _, ids = engines.decode_with(engine, lm, mem, model=folder, python=python, batch=4)
     assert [ids_hash(row) for row in ids] == [p.sha256 for p in mem.passages]

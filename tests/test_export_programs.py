@@ -34,7 +34,7 @@ RULES = ["vectors", "bos", "first-token"]
 def exported(target: str, folder: Path, rule: str = "vectors", dtype: torch.dtype = torch.float32):
     lm = in_dtype("llama", dtype)
     mem = crammed(lm, rule, (*passages(2, 3), Passage((5, 1, 7))))  # 1 is the model's EOS
-    export(mem, lm, target_of(target), folder)
+    export(lm, mem, target_of(target), folder)
     return mem
 
 

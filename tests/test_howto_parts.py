@@ -116,7 +116,7 @@ def test_the_export_is_certified_from_its_files(part, tmp_path):
     part("Export")
     lm = reader()
     mem = memvec.cram(lm, TEXTS[1:], recipe=Recipe.of(steps=600, patience=600), vectors=2)
-    manifest = export(mem, lm, target("json"), tmp_path / "out")
+    manifest = export(lm, mem, target("json"), tmp_path / "out")
     assert manifest["certificate"]["exact"]
     written = json.loads((tmp_path / "out" / "passage-0000.json").read_text())
     assert torch.equal(torch.tensor(written["inputs"]), mem.vectors[0])

@@ -82,7 +82,7 @@ def hashes(mem: MemVectors) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_gives_the_passages_back(family, tmp_path):
     mem = crammed(tiny(family))
-    manifest = export(mem, tiny(family), target_of("transformers"), tmp_path / "out")
+    manifest = export(tiny(family), mem, target_of("transformers"), tmp_path / "out")
     assert manifest == json.loads((tmp_path / "out/manifest.json").read_text())
     model, found = build(family), []
     model.generation_config = GenerationConfig(pad_token_id=0)
@@ -102,7 +102,7 @@ def test_every_target_keeps_every_start_rule(target, rule, tmp_path):
     """Given tokens travel with the vectors, and are not asked for again."""
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm, rule)
-    manifest = export(mem, lm, target_of(target), tmp_path / "out")
+    manifest = export(lm, mem, target_of(target), tmp_path / "out")
     for passage, record in zip(manifest["passages"], mem.passages, strict=True):
         assert (tmp_path / "out" / passage["file"]).exists()
         assert len(passage["starts_with"]) + passage["new_tokens"] == record.tokens
@@ -116,7 +116,7 @@ def test_an_eos_in_a_passage_and_a_model_that_samples_change_nothing(tmp_path):
     own = GenerationConfig(do_sample=True, temperature=9.0, eos_token_id=1, max_length=3)
     lm.model.generation_config = own
     mem = crammed(lm, asked=(Passage((5, 1, 7)),))
-    export(mem, lm, target_of("transformers"), tmp_path / "out")
+    export(lm, mem, target_of("transformers"), tmp_path / "out")
     assert lm.model.generation_config is own
 
 
@@ -129,7 +129,7 @@ def test_a_model_whose_generate_takes_no_vectors_is_refused(tmp_path, monkeypatc
 
     monkeypatch.setattr(lm.model, "generate", generate)
     with pytest.raises(MemvecError, match=r"generate\(\) of stubborn does not take inputs_embeds"):
-        export(mem, lm, target_of("transformers"), tmp_path / "out")
+        export(lm, mem, target_of("transformers"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +147,7 @@ def test_peft_loads_the_adapter_and_generates_the_passage(family, rule, tmp_path
 
     lm = tiny(family)
     mem = crammed(lm, rule)
-    manifest = export(mem, lm, target_of("peft"), tmp_path / "out")
+    manifest = export(lm, mem, target_of("peft"), tmp_path / "out")
     found = []
     for i, passage in enumerate(manifest["passages"]):
         adapter = tmp_path / "out" / passage["file"]
@@ -176,7 +176,7 @@ def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypa
     lm = FrozenLM(build("llama"), name="adapted")
     mem = crammed(lm)
     before = [(m, dict(vars(m))) for m in lm.model.modules()]
-    manifest = export(mem, lm, target_of("peft"), tmp_path / "out")
+    manifest = export(lm, mem, target_of("peft"), tmp_path / "out")
     assert manifest["certificate"]["decoded_by"].startswith("peft ")
     assert [m for m, _ in before] == list(lm.model.modules())
     for module, attributes in before:
@@ -184,7 +184,7 @@ def test_peft_itself_certifies_and_leaves_the_model_as_it_was(tmp_path, monkeypa
         assert all(vars(module)[name] is value for name, value in attributes.items())
     assert not any(p.requires_grad for p in lm.model.parameters())
     monkeypatch.setattr("memvec.export.peft.find_spec", lambda name: None)
-    manifest = export(mem, lm, target_of("peft"), tmp_path / "without")
+    manifest = export(lm, mem, target_of("peft"), tmp_path / "without")
     assert manifest["certificate"]["decoded_by"].startswith("memvec ")
 
 
@@ -198,7 +198,7 @@ def test_an_adapter_that_peft_generates_other_text_from_is_not_written(tmp_path,
         PeftModelForCausalLM, "generate", lambda self, **kw: real(self, **kw).flip(-1)
     )
     with pytest.raises(NotExactError, match="as peft reads them"):
-        export(crammed(lm), lm, target_of("peft"), tmp_path / "out")
+        export(lm, crammed(lm), target_of("peft"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,7 +210,7 @@ def test_vllm_can_load_the_request(dtype, tmp_path):
     """The rules of its loader: base64, weights only, dense, two dimensions, D the hidden size."""
     lm = in_dtype("llama", dtype)
     mem = crammed(lm)
-    manifest = export(mem, lm, target_of("vllm"), tmp_path / "out")
+    manifest = export(lm, mem, target_of("vllm"), tmp_path / "out")
     for passage, vectors in zip(manifest["passages"], mem.vectors, strict=True):
         path = tmp_path / "out" / passage["file"]
         body = json.loads(path.read_text())
@@ -239,7 +239,7 @@ def test_vllm_can_load_the_request(dtype, tmp_path):
 def test_sglang_reads_the_very_numbers(tmp_path):
     lm = in_dtype("llama", torch.bfloat16)
     mem = crammed(lm)
-    manifest = export(mem, lm, target_of("sglang"), tmp_path / "out")
+    manifest = export(lm, mem, target_of("sglang"), tmp_path / "out")
     for passage, vectors in zip(manifest["passages"], mem.vectors, strict=True):
         body = json.loads((tmp_path / "out" / passage["file"]).read_text())
         numbers = torch.tensor(body["input_embeds"])
@@ -259,7 +259,7 @@ def test_sglang_reads_the_very_numbers(tmp_path):
 
 def test_numpy_files_hold_the_vectors(tmp_path):
     mem = crammed(tiny())
-    manifest = export(mem, tiny(), target_of("npy"), tmp_path / "out")
+    manifest = export(tiny(), mem, target_of("npy"), tmp_path / "out")
     files = [tmp_path / "out" / p["file"] for p in manifest["passages"]]
     assert np.array_equal(np.stack([np.load(f) for f in files]), mem.vectors.numpy())
 
@@ -288,15 +288,15 @@ def test_the_adapter_names_the_models_revision(tmp_path):
 def test_a_gguf_file_of_ones_own_takes_every_type_of_model(tmp_path):
     """llama.cpp has a program that makes one, where memvec writes none."""
     lm = tiny("gpt2")
-    assert export(crammed(lm), lm, target_of("llama.cpp"), tmp_path / "out")["passages"]
+    assert export(lm, crammed(lm), target_of("llama.cpp"), tmp_path / "out")["passages"]
     with pytest.raises(MemvecError, match="mlx-lm takes no input embeddings"):
-        export(crammed(lm), lm, target_of("mlx"), tmp_path / "mlx")
+        export(lm, crammed(lm), target_of("mlx"), tmp_path / "mlx")
 
 
 def test_a_manifest_says_what_was_exported_and_how(tmp_path):
     lm = FrozenLM(build("llama"), name="half", revision="a1b2c3")
     mem = crammed(lm)
-    manifest = export(mem, lm, target_of("npy"), tmp_path / "out")
+    manifest = export(lm, mem, target_of("npy"), tmp_path / "out")
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755  # mkdtemp's are for one user
     model = lm.description()
     assert manifest["model"] == {k: model[k] for k in ("name", "revision", "config", "weights")}
@@ -319,7 +319,7 @@ def test_an_error_names_a_few_passages_and_counts_the_others(named, more, tmp_pa
     monkeypatch.setattr("memvec.export.folder.MAX_NAMED", named)
     rows = ", ".join(f"passage {i} ({mem.passages[i].tokens} tokens)" for i in range(named))
     with pytest.raises(NotExactError, match=re.escape(f"reads them: {rows}{more}; cram for it")):
-        export(MemVectors(-mem.vectors, mem.header), lm, target_of("npy"), tmp_path / "out")
+        export(lm, MemVectors(-mem.vectors, mem.header), target_of("npy"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -327,7 +327,7 @@ def test_an_error_names_a_few_passages_and_counts_the_others(named, more, tmp_pa
 def test_what_a_server_would_see_otherwise_is_refused(engine, family, why, tmp_path):
     lm = in_dtype(family, torch.bfloat16)
     with pytest.raises(MemvecError, match=why):
-        export(crammed(lm), lm, target_of(engine), tmp_path / "out")
+        export(lm, crammed(lm), target_of(engine), tmp_path / "out")
 
 
 # ---------------------------------------------------------------------- never a wrong export
@@ -340,40 +340,40 @@ def test_what_is_not_exact_for_the_target_is_named_and_not_written(target, tmp_p
     damaged = mem.vectors.clone()
     damaged[1] = -damaged[1]
     with pytest.raises(NotExactError, match=r"1 of 3 passages .* passage 1 \(") as error:
-        export(MemVectors(damaged, mem.header), lm, target_of(target), tmp_path / "out")
+        export(lm, MemVectors(damaged, mem.header), target_of(target), tmp_path / "out")
     assert "cram for it with the dtype and storage 'bfloat16'" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_dtype_of_the_target_decides(tmp_path):
     with pytest.raises(MemvecError, match="load it in bfloat16"):
-        export(crammed(tiny()), tiny(), target_of("sglang"), tmp_path / "out")
+        export(tiny(), crammed(tiny()), target_of("sglang"), tmp_path / "out")
 
 
 def test_another_model_is_refused(tmp_path):
     with pytest.raises(MemvecError, match="other weights"):
-        export(crammed(tiny()), tiny(seed=1), target_of("npy"), tmp_path / "out")
+        export(tiny(seed=1), crammed(tiny()), target_of("npy"), tmp_path / "out")
 
 
 def test_only_an_earlier_export_is_replaced(tmp_path):
     mem, out = crammed(tiny()), tmp_path / "out"
-    export(mem, tiny(), target_of("npy"), out)
+    export(tiny(), mem, target_of("npy"), out)
     with pytest.raises(MemvecError, match="force=True"):
-        export(mem, tiny(), target_of("npy"), out)
-    export(mem, tiny(), target_of("peft"), out, force=True)
+        export(tiny(), mem, target_of("npy"), out)
+    export(tiny(), mem, target_of("peft"), out, force=True)
     assert json.loads((out / "manifest.json").read_text())["target"] == "peft"
     assert not list(out.glob("*.npy"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(MemvecError, match="not an earlier export"):
-        export(mem, tiny(), target_of("npy"), tmp_path / "mine", force=True)
+        export(tiny(), mem, target_of("npy"), tmp_path / "mine", force=True)
     for other in ('{"name": "a program"}', "[]", "{", '{"format": "another"}'):
         (tmp_path / "mine/manifest.json").write_text(other)
         with pytest.raises(MemvecError, match="not an earlier export"):
-            export(mem, tiny(), target_of("npy"), tmp_path / "mine", force=True)
+            export(tiny(), mem, target_of("npy"), tmp_path / "mine", force=True)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
     with pytest.raises(MemvecError, match="no folder"):
-        export(mem, tiny(), target_of("npy"), tmp_path / "none/out")
+        export(tiny(), mem, target_of("npy"), tmp_path / "none/out")
 
 
 # ---------------------------------------------------------------------- the command
@@ -450,9 +450,9 @@ def test_what_other_software_would_read_with_other_numbers_is_refused(target, wh
     other.quantize = "4bit" if what == "quantized" else None
     other.autocast = None if what == "quantized" else torch.bfloat16
     with pytest.raises(MemvecError, match=r"is (quantized to 4bit|in mixed precision) here"):
-        export(mem, other, target_of(target), tmp_path / "x")
+        export(other, mem, target_of(target), tmp_path / "x")
     with pytest.raises(MemvecError, match="reads its folder as it is"):
-        engines.decode_with("transformers", mem, other)
+        engines.decode_with("transformers", other, mem)
     assert not list(tmp_path.iterdir())
 
 
@@ -472,7 +472,7 @@ def test_an_export_is_certified_under_the_attention_that_others_run(tmp_path):
 
     target.decode = recorded
     mem = crammed(in_dtype("llama", torch.bfloat16))
-    manifest = export(mem, lm, target, tmp_path / "out")
+    manifest = export(lm, mem, target, tmp_path / "out")
     assert under == ["sdpa"] * len(mem.passages)
     assert manifest["certificate"]["attention"] == "sdpa"
     assert lm.config._attn_implementation == ours
@@ -481,7 +481,7 @@ def test_an_export_is_certified_under_the_attention_that_others_run(tmp_path):
 def test_an_earlier_export_is_kept_where_its_successor_finds_no_place(tmp_path, monkeypatch):
     lm = tiny("llama")
     mem = crammed(lm)
-    export(mem, lm, target_of("npy"), tmp_path / "x")
+    export(lm, mem, target_of("npy"), tmp_path / "x")
     before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
     replace_path = Path.replace
 
@@ -492,9 +492,9 @@ def test_an_earlier_export_is_kept_where_its_successor_finds_no_place(tmp_path, 
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(MemvecError, match="No space left"):
-        export(mem, lm, target_of("npy"), tmp_path / "x", force=True)
+        export(lm, mem, target_of("npy"), tmp_path / "x", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     monkeypatch.undo()
-    export(mem, lm, target_of("npy"), tmp_path / "x", force=True)
+    export(lm, mem, target_of("npy"), tmp_path / "x", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -153,7 +153,7 @@ def test_nothing_is_continued(rule):
 @pytest.mark.parametrize("target", names())
 def test_what_generates_token_by_token_is_refused(target, tmp_path):
     with pytest.raises(MemvecError, match="one-step vectors are read in one forward pass"):
-        export(as_one_step("llama"), tiny(), target_of(target), tmp_path / "out")
+        export(tiny(), as_one_step("llama"), target_of(target), tmp_path / "out")
 
 
 def test_what_cannot_be_is_said():

@@ -144,7 +144,7 @@ def test_what_is_written_is_where_the_path_says(home, path, mem):
     mem.save(path("a.mem.safetensors"))
     mem.save_pretrained(path("folder"), base_licence="mit")
     save_trigger(path("t.safetensors"), CrammedTrigger(mem.vectors[0].float()), lm, {})
-    export(mem, lm, target("npy"), path("npy"))
+    export(lm, mem, target("npy"), path("npy"))
     receipts.make_folder(path("receipts"))
     cram(lm, "a", recipe=QUICK, journal=path("journal"))
     Column(lm, "crammed", cache=path("cache"), tokens=4)

@@ -357,7 +357,7 @@ def test_what_a_space_cannot_do_is_one_sentence(tmp_path):
     mem = codec.cram(text, ["the fox"], vectors=1, tokens=1, recipe=prefix)
     for name in ("transformers", "npy"):
         with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' are no inputs, whi"):
-            export(mem, text, target(name), tmp_path / name)
+            export(text, mem, target(name), tmp_path / name)
     with pytest.raises(MemvecError, match=r"^vectors in the space 'prefix' predict nothing by th"):
         use(text, mem, "")
     with pytest.raises(MemvecError, match=r"^in the space 'prefix' the first token of a query is"):

@@ -325,7 +325,7 @@ def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
 @pytest.mark.slow
 def test_other_software_gets_it_as_vectors(mem, tmp_path):
     lm = reader("words")
-    manifest = export(mem, lm, target_of("transformers"), tmp_path / "out")
+    manifest = export(lm, mem, target_of("transformers"), tmp_path / "out")
     assert manifest["certificate"]["exact"]
     around = [manifest[f"{name}_vectors"] for name in ("front", "trigger")]
     assert (manifest["vectors_per_passage"], *around) == (2, 1 + 2, 3)  # BOS in front, too

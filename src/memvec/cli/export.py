@@ -58,7 +58,7 @@ def export(
     choice = ModelChoice.of(model, revision, device, dtype or target.dtype, load)
     mem, lm = open_file(file, choice)
     write = exporting.export_context if context else exporting.export
-    manifest = write(mem, lm, target, folder, force=force)
+    manifest = write(lm, mem, target, folder, force=force)
     if json:
         typer.echo(display.to_json({"folder": str(folder), **manifest}))
     elif context:

@@ -113,4 +113,4 @@ def _in_engine(
     """(engine and release, token ids of every passage). Raises MemvecError as `decode_with`."""
     from memvec.engines import decode_with
 
-    return decode_with(engine, mem, lm, model=model, python=python or sys.executable)
+    return decode_with(engine, lm, mem, model=model, python=python or sys.executable)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def decode_with(
     engine: str,
-    mem: MemVectors,
     lm: FrozenLM,
+    mem: MemVectors,
     *,
     model: str | os.PathLike[str] | None = None,
     python: str | os.PathLike[str] = sys.executable,
@@ -59,8 +59,8 @@ def decode_with(
 
 def answer_with(
     engine: str,
-    mem: MemVectors | Sequence[MemVectors],
     lm: FrozenLM,
+    mem: MemVectors | Sequence[MemVectors],
     prompt: str,
     *,
     max_new_tokens: int = 128,

@@ -35,8 +35,8 @@ ROOM = 1  # inputs of the model's context to leave for a prompt
 
 
 def export_context(
-    mem: MemVectors,
     lm: FrozenLM,
+    mem: MemVectors,
     target: Target,
     folder: str | os.PathLike[str],
     *,

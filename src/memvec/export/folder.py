@@ -40,8 +40,8 @@ MAX_NAMED = 5  # passages that an error message names
 
 @plain_torch()
 def export(
-    mem: MemVectors,
     lm: FrozenLM,
+    mem: MemVectors,
     target: Target,
     folder: str | os.PathLike[str],
     *,
