@@ -145,7 +145,7 @@ def test_what_cannot_be_crammed_is_named_and_the_rest_is_kept():
 
 
 def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monkeypatch, tmp_path):
-    lm, start = reader(), engine_module.start_vectors
+    lm, start = reader(), engine_module.starts.start_vectors
     sick = tuple(lm.tokenize(TEXT)[2:4])
 
     def poisoned(lm, everyone, K, recipe, **options):
@@ -155,7 +155,7 @@ def test_a_passage_that_is_not_finite_is_named_and_the_others_can_be_saved(monke
             for ids, v in zip(everyone, vectors, strict=True)
         ]
 
-    monkeypatch.setattr(engine_module, "start_vectors", poisoned)
+    monkeypatch.setattr(engine_module.starts, "start_vectors", poisoned)
     mem = codec.cram(lm, [TEXT], **OPTIONS)
     assert {p.status for p in mem.passages} == {"done", "not-finite"}
     assert any("the loss was not finite" in sentence for sentence in failures(mem))

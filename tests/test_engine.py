@@ -414,7 +414,7 @@ def test_numbers_that_are_not_finite_stay_in_their_slot(monkeypatch, family, poi
             for ids, v in zip(everyone, vectors, strict=True)
         ]
 
-    monkeypatch.setattr(engine_module, "start_vectors", poisoned)
+    monkeypatch.setattr(engine_module.starts, "start_vectors", poisoned)
     found = crammed(lm, asked, recipe, batch_size=3)
     sick = found.pop(asked[slot].ids)
     assert (sick.status, sick.exact, sick.steps) == ("not-finite", False, 0)

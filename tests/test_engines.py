@@ -501,7 +501,7 @@ def test_the_command_certifies_in_an_engine(command, folder, tmp_path, stand_in)
     shown = command(*words[:-1], "vllm", *own)
     assert shown.code == 0, shown.err
     assert b"vllm" in shown.out
-    MemVectors(-mem.vectors, mem.header).save(tmp_path / "b.mem")
+    mem.with_vectors(-mem.vectors).save(tmp_path / "b.mem")
     words[1] = tmp_path / "b.mem"
     assert command(*words, *own).code == 3
     for option in ("--engine-python", "--engine-model"):

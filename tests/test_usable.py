@@ -647,7 +647,7 @@ def test_use_is_asked_in_ways_that_it_can_heed(crammed):
     for setting in ("max_length", "num_return_sequences", "input_ids"):
         with pytest.raises(MemvecError, match=f"inputs of its own: leave out {setting}"):
             generate.use(lm, mem, "fox", **{setting: 1})
-    with pytest.raises(MemvecError, match=r"max-new-tokens must be a whole number, not 2\.5"):
+    with pytest.raises(MemvecError, match=r"^max_new_tokens must be a whole number, not 2\.5"):
         generate.use(lm, mem, "fox", max_new_tokens=2.5)
     with pytest.raises(MemvecError, match="an answer of 128 tokens"):  # as where none is given
         generate.use(lm, mem, "fox", max_new_tokens=None)
