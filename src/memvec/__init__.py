@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # a name 'as' itself is one that this package gives on
     from memvec.usable.certificate import certify_use as certify_use
     from memvec.usable.generate import context_inputs as context_inputs
     from memvec.usable.generate import use as use
+    from memvec.usable.score import score as score
     from memvec.vectors import MemVectors as MemVectors
 
 _WHERE = {
@@ -44,6 +45,7 @@ _WHERE = {
     "certify": "memvec.certification",
     "use": "memvec.usable.generate",
     "context_inputs": "memvec.usable.generate",
+    "score": "memvec.usable.score",
     "certify_use": "memvec.usable.certificate",
     "register": "memvec.registry",
     "Engine": "memvec.cramming.engine",

@@ -62,8 +62,8 @@ def use(
     itself is asked for and does not come back.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
-    passages = _numbers(passages)
-    files = _files(mem, passages)
+    passages = passage_numbers(passages)
+    files = as_files(mem, passages)
     if not isinstance(prompt, str):
         raise MemvecError(f"the prompt is no str but of the type {type(prompt).__name__}.")
     if context not in get_args(Context):
@@ -76,12 +76,7 @@ def use(
         inputs, cache = _opened(view, rows, prompt_ids)
         slots = len(view.front) + rows.shape[1] + prompt_ids.shape[1]
     else:
-        ids: list[int] = []
-        for file in files:
-            indices = _chosen(lm, file, passages, force)
-            if context == "text":
-                tokens = file.tokens(lm, force=force)
-                ids += [token for i in indices for token in tokens[i]]
+        ids = tokens_in_a_row(lm, files, passages, force=force, decode=context == "text")
         context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS in front of everything, where the model has one.
         first = [text_inputs(lm, ())] if lm.bos_id is not None else []
@@ -127,7 +122,7 @@ def _options(lm: FrozenLM, settings: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _numbers(passages: Iterable[int] | None) -> list[int] | None:
+def passage_numbers(passages: Iterable[int] | None) -> list[int] | None:
     """The numbers of passages as a list; None: all. Raises MemvecError for anything else."""
     try:
         return None if passages is None else [operator.index(i) for i in passages]
@@ -136,7 +131,7 @@ def _numbers(passages: Iterable[int] | None) -> list[int] | None:
         raise MemvecError(f"passages is a list of numbers, such as [0, 2], not {shown}.") from None
 
 
-def _files(
+def as_files(
     mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None
 ) -> list[MemVectors]:
     """One file or several, as a list. Raises MemvecError for none, or passages of several."""
@@ -169,6 +164,27 @@ def _chosen(
         if not 0 <= i < len(mem.passages):
             raise MemvecError(f"there is no passage {i} in a file of {len(mem.passages)}.")
     return indices
+
+
+def tokens_in_a_row(
+    lm: FrozenLM,
+    files: Sequence[MemVectors],
+    passages: Sequence[int] | None = None,
+    *,
+    force: bool = False,
+    decode: bool = True,
+) -> list[int]:
+    """The token ids of the same passages as `in_a_row` takes; none without `decode`.
+
+    Raises MemvecError as `in_a_row` does for a single file, and NotExactError for a text that does
+    not come back.
+    """
+    ids: list[int] = []
+    for file in files:
+        chosen = _chosen(lm, file, passages, force)
+        tokens = file.tokens(lm, force=force) if decode else []
+        ids += [token for i in chosen if decode for token in tokens[i]]
+    return ids
 
 
 def in_a_row(
@@ -221,8 +237,8 @@ def context_inputs(
     MemvecError for vectors of another model, vectors without a trigger, vectors that are no inputs,
     files that cannot stand in one row, no passage, or passages of several files.
     """
-    passages = _numbers(passages)
-    files = _files(mem, passages)
+    passages = passage_numbers(passages)
+    files = as_files(mem, passages)
     view, rows = in_a_row(lm, files, passages, force=force)
     if view.reading.space != "inputs":
         raise MemvecError(
