@@ -244,6 +244,7 @@ def test_passages_grow_with_success_where_there_was_no_encoder(monkeypatch):
     assert own.target == 12
 
 
+@pytest.mark.slow
 def test_a_trained_encoder_goes_on_being_trained(tmp_path):
     """`--begin`: from its numbers, as a run of its own that can be stopped, too."""
     lm, file = tiny(), tmp_path / "first.safetensors"

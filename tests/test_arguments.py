@@ -44,6 +44,7 @@ def sentences(path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_library_names_no_options():
     named = []
     for path in LIBRARY:
@@ -92,6 +93,7 @@ def test_a_python_caller_reads_the_names_of_arguments(mem, tmp_path):
         mem.save(tmp_path / "a.mem")
 
 
+@pytest.mark.slow
 def test_a_command_prints_the_names_of_options(mem, tmp_path, command):
     (tmp_path / "a.txt").write_text("The fox.")
     (tmp_path / "latin.txt").write_bytes("Füchse".encode("latin-1"))

@@ -160,6 +160,7 @@ def test_what_ends_a_stage_is_paid_for_once_a_token_or_once_a_target():
     assert _stages_done(8, 9, 8) == []
 
 
+@pytest.mark.slow
 def test_every_published_arm_runs_and_pays_for_its_stages():
     """Doubling targets end fewer stages than single tokens, and alignment reads the text too."""
     from at_costs import growing
@@ -182,6 +183,7 @@ def test_every_published_arm_runs_and_pays_for_its_stages():
             assert all(a[1] <= b[1] for a, b in zip(paid, free, strict=True))
 
 
+@pytest.mark.slow
 def test_the_same_words_from_a_file_are_the_same_passages(tmp_path):
     from memvec.lab.sources.random_words import frequent_words
     from memvec.loading import load_lm

@@ -140,6 +140,7 @@ def test_the_table_is_the_mean_over_seeds_of_means_over_passages(study):
     assert "before training" in figure.caption
 
 
+@pytest.mark.slow
 def test_lengths_and_numbers_of_vectors_do_not_share_a_stage(checkpoints, tmp_path):
     text = SPEC.replace("FOLDER/*-step-*", f"{checkpoints}/tiny-1-*")
     text = text.replace("lengths = [6]", "lengths = [3, 6]\nvectors = [1, 2]")

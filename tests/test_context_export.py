@@ -132,6 +132,7 @@ def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
         memvec.context_inputs(lm, [])
 
 
+@pytest.mark.slow
 def test_vectors_that_are_no_inputs_are_refused():
     lm = reader("words")
     mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=replace(RECIPE, space="prefix"))

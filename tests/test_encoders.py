@@ -128,6 +128,7 @@ def test_a_network_reads_embeddings_of_unit_size(family):
     assert float(read.std()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_passages_grow_with_success_and_fit_the_context(monkeypatch):
     """The longest passage is as long as the context allows, and the target follows the accuracy."""
     lm = tiny()

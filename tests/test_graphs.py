@@ -149,6 +149,7 @@ def test_an_output_that_is_kept_is_seen_to_be_overwritten():
 # ---------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_as_many_graphs_are_kept_as_fit(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_SHAPES", 1)
     lm, asked = tiny(), passages(40, 33, 21, 5, seed=5)

@@ -307,6 +307,7 @@ def as_earlier(folder: Path) -> None:
     db.close()
 
 
+@pytest.mark.slow
 def test_a_store_of_an_earlier_memvec_is_read_checked_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

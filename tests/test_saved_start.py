@@ -45,6 +45,7 @@ def test_passages_stay_whole_where_they_are_not_to_be_halved(lm, vectors, tokens
     assert len(halved.passages) > len(mem.passages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize("start_rule", ["vectors", "bos"])
 def test_cramming_goes_on_from_vectors_in_a_file(lm, start_rule, storage, tmp_path):

@@ -71,6 +71,7 @@ def test_answers_are_as_probable_as_the_models_own_forward_says(usable, passages
         assert own.greedy
 
 
+@pytest.mark.slow
 def test_answers_that_cannot_be_scored_are_refused(usable):
     lm, mem = usable
     for answers in ([], "yes"):

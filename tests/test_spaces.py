@@ -479,6 +479,7 @@ def test_the_shipped_spec_is_valid():
 # ---------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_the_command_crams_and_decodes_a_prefix(tmp_path, folder, command):
     text, file = tmp_path / "a.txt", tmp_path / "a.mem.safetensors"
     text.write_text("the fox", "utf-8")

@@ -98,6 +98,7 @@ def test_too_few_pairs_have_no_map():
         fit_linear(np.zeros((7, 2)), np.zeros((7, 2)))
 
 
+@pytest.mark.slow
 def test_a_model_is_carried_over_to_itself():
     """From the same model and start the map is the identity, and the vectors decode at once."""
     lm = tiny()
