@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memvec.certificate import measure, verify
+from memvec.certificate import certificate_of, measure
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
@@ -28,7 +28,11 @@ def certify(
     is left out (`memvec.certify_use` measures it). Raises MemvecError as `memvec.measure`, and
     NotExactError without texts if one does not come back.
     """
-    texts = mem.documents(lm, force=force) if texts is None else texts
+    if texts is None:
+        decoded = mem.tokens(lm, force=force)
+        texts = mem.restored(lm, decoded)
+    else:
+        decoded = mem.decode_passages(lm, force=force)
     results = measure(lm, mem, texts, force=force)
     passages = [
         record.model_copy(update=result.model_dump())
@@ -36,4 +40,4 @@ def certify(
     ]
     update = {"passages": passages, "model": lm.description(), "use": None}
     measured = MemVectors(mem.vectors, mem.header.model_copy(update=update), mem.soft)
-    return measured.with_certificate(*verify(lm, measured))
+    return measured.with_certificate(*certificate_of(lm, measured, decoded))

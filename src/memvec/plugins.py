@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from memvec.errors import MemvecError, did_you_mean
+from memvec.writing import path_of
 
 GROUP = "memvec.plugins"
 FILES = "MEMVEC_PLUGINS"  # environment variable: Python files, separated as in PATH
@@ -39,7 +40,7 @@ def load_plugins() -> None:
     Each is imported once. Raises MemvecError that names the package, or the file, if one cannot be
     imported.
     """
-    files = [Path(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
+    files = [path_of(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
     named = [(p.name, p.value, p.load) for p in entry_points(group=GROUP)]
     named += [(file.name, FILES, functools.partial(_run_file, file)) for file in files]
     for name, where, load in named:
@@ -54,7 +55,7 @@ def load_plugins() -> None:
 def _run_file(file: Path) -> None:
     """Import a Python file by its path, under its own name unless a module has that name."""
     name = file.stem if file.stem not in sys.modules else f"memvec_plugin_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file.expanduser())
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("it is no Python file (NAME.py).")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)

@@ -43,7 +43,7 @@ class Peft(Target):
 
     description = "prompt-tuning adapters of PEFT, one per passage"
     suffix = ""
-    programs: ClassVar[dict[str, Path]] = decoder("decode_peft.py")
+    programs: ClassVar[dict[str, Path]] = decoder("decode_peft.py", "transformers_model.py")
     argument = "MODEL_FOLDER"
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
-def decoder(script: str) -> dict[str, Path]:
-    """The programs for an export folder, with which it can be decoded without memvec."""
-    return {"decode.py": SCRIPTS / script, "passages.py": SCRIPTS / "passages.py"}
+def decoder(script: str, *beside: str) -> dict[str, Path]:
+    """The programs for an export folder, with which it can be decoded without memvec.
+
+    `beside` are scripts that the first one imports, besides `passages.py`.
+    """
+    return {"decode.py": SCRIPTS / script} | {n: SCRIPTS / n for n in ("passages.py", *beside)}
 
 
 def refuse_other_weights(lm: FrozenLM, reader: str) -> None:

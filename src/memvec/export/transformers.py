@@ -31,7 +31,7 @@ class Transformers(Target):
 
     description = "generate(inputs_embeds=...) of transformers"
     suffix = ".safetensors"
-    programs: ClassVar[dict[str, Path]] = decoder("decode_transformers.py")
+    programs: ClassVar[dict[str, Path]] = decoder("decode_transformers.py", "transformers_model.py")
     argument = "MODEL_FOLDER"
 
     def write(self, path: Path, item: Item, lm: FrozenLM) -> None:

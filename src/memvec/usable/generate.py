@@ -76,7 +76,12 @@ def use(
         inputs, cache = _opened(view, rows, prompt_ids)
         slots = len(view.front) + rows.shape[1] + prompt_ids.shape[1]
     else:
-        ids = tokens_in_a_row(lm, files, passages, force=force, decode=context == "text")
+        ids: list[int] = []
+        if context == "text":
+            ids = tokens_in_a_row(lm, files, passages, force=force)
+        else:  # nothing: what is refused behind the others is refused here, too
+            for file in files:
+                _chosen(lm, file, passages, force)
         context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
         # One BOS in front of everything, where the model has one.
         first = [text_inputs(lm, ())] if lm.bos_id is not None else []
@@ -172,18 +177,16 @@ def tokens_in_a_row(
     passages: Sequence[int] | None = None,
     *,
     force: bool = False,
-    decode: bool = True,
 ) -> list[int]:
-    """The token ids of the same passages as `in_a_row` takes; none without `decode`.
+    """The token ids of the same passages as `in_a_row` takes.
 
     Raises MemvecError as `in_a_row` does for a single file, and NotExactError for a text that does
     not come back.
     """
     ids: list[int] = []
     for file in files:
-        chosen = _chosen(lm, file, passages, force)
-        tokens = file.tokens(lm, force=force) if decode else []
-        ids += [token for i in chosen if decode for token in tokens[i]]
+        chosen, tokens = _chosen(lm, file, passages, force), file.tokens(lm, force=force)
+        ids += [token for i in chosen for token in tokens[i]]
     return ids
 
 

@@ -12,19 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from passages import MANIFEST, decode, model_folder
+from passages import decode
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers_model import loaded_model
 
-# As the export was certified: another device or attention rounds otherwise.
-certified = MANIFEST["certificate"]
-options: dict[str, Any] = {"dtype": getattr(torch, MANIFEST["dtype"])}
-if certified["attention"] in ("eager", "sdpa"):
-    options["attn_implementation"] = certified["attention"]
-device = certified["device"] if torch.cuda.is_available() else "cpu"
-model: Any = AutoModelForCausalLM.from_pretrained(model_folder(), **options).to(device)
-# The model's own may sample, penalise or stop early.
-model.generation_config = GenerationConfig(pad_token_id=0)
+model, device = loaded_model()
 
 
 def behind(path: Path, passage: dict[str, Any]) -> list[int]:

@@ -24,9 +24,7 @@ CELL_COLUMNS = {
     "storage": "dtype of the stored vectors",
     "random_text": "true if a program drew the source's text",
 }
-# Of the cell's settings: where each is in their JSON.
-SETTINGS = {"dtype": "$.dtype", "recipe": "$.recipe", "options": "$.options"}
-SETTING_COLUMNS = {
+SETTING_COLUMNS = {  # of the cell's settings, under the same names
     "dtype": "dtype of the model, as in the spec",
     "recipe": "all fields of the recipe, as JSON",
     "options": "options of the protocol, as JSON",
@@ -45,7 +43,8 @@ def read_rows(store: Store) -> pd.DataFrame:
     """All rows with their cells' columns, in the order of the spec, those of no spec last."""
     cell = ", ".join(f"cells.{name}" for name in CELL_COLUMNS)
     row_columns = ", ".join(f"rows.{name}" for name in COLUMNS)
-    settings = ", ".join(f"json_extract(cells.settings, '{SETTINGS[k]}') AS {k}" for k in SETTINGS)
+    extracted = "json_extract(cells.settings, '$.{0}') AS {0}"
+    settings = ", ".join(extracted.format(name) for name in SETTING_COLUMNS)
     query = (
         f"SELECT {cell}, {settings}, {_STEP_LIMIT} AS step_limit, {row_columns}, "
         "rows.environment, rows.finished, rows.number < cells.planned AS planned "

@@ -90,16 +90,16 @@ def run_study(
 
 def _check_model(model: ModelSpec, description: dict[str, Any]) -> None:
     """Raise MemvecError for a pool's model that was loaded without the spec's dtype or revision."""
-    has = {name: description.get(name) for name in ("dtype", "revision")}
-    right = {
-        "dtype": model.dtype in ("auto", has["dtype"]),
-        "revision": model.revision is None or has["revision"] is not None,  # maybe the commit of it
-    }
-    for name in (name for name, same in right.items() if not same):
-        raise MemvecError(
-            f'the spec has {name} = "{getattr(model, name)}" for {model.name}, and the model that '
-            f"was loaded has {has[name]}: pass {name} to load_lm."
-        )
+    if model.dtype not in ("auto", description.get("dtype")):
+        name = "dtype"
+    elif model.revision is not None and description.get("revision") is None:
+        name = "revision"  # which a description may have as its commit
+    else:
+        return
+    raise MemvecError(
+        f'the spec has {name} = "{getattr(model, name)}" for {model.name}, and the model that '
+        f"was loaded has {description.get(name)}: pass {name} to load_lm."
+    )
 
 
 class _Run:
