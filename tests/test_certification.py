@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +98,14 @@ def test_a_tuned_model_certifies_the_vectors_as_its_own(crammed):
     assert [p.exact for p in own.passages] == memvec.verify(other, own)[1]
     with pytest.raises(MemvecError, match="were made for other weights"):
         memvec.verify(lm, own)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("vectors", ["vectors", None, [[0.0]], np.zeros((3, 2, 64))])
+def test_what_is_no_tensor_is_refused(crammed, vectors):
+    _, mem = crammed
+    with pytest.raises(MemvecError, match="vectors is a tensor of shape"):
+        mem.with_vectors(vectors)
 
 
 @pytest.mark.parametrize("vectors", [torch.zeros(1, 2, 64), torch.zeros(3, 64)])

@@ -305,9 +305,12 @@ class MemVectors:
         """Other vectors (P, K, D) for the same passages, stored as these are or by `storage`.
 
         Nothing is known of them: no passage is exact, and what was measured is NaN, until
-        `memvec.certify` measures them. Raises MemvecError for another number of passages or an
-        unknown storage.
+        `memvec.certify` measures them. Raises MemvecError for what is no tensor, another number of
+        passages, or an unknown storage.
         """
+        if not isinstance(vectors, Tensor):
+            shown = type(vectors).__name__
+            raise MemvecError(f"vectors is a tensor of shape (P, K, D), not of the type {shown}.")
         stored = self.storage if storage is None else storage_of(storage)
         names = ("accuracy", "margin", "mem_bits", "information_gain")
         unknown = {"exact": False, "horizon": 0, "token_gain": 0, **dict.fromkeys(names, math.nan)}
