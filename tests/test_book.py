@@ -61,7 +61,7 @@ def test_blocks_joined_are_the_beginning_of_the_text(base: Path) -> None:
 def test_a_study_says_how_many_vectors_the_text_needs(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     run(parse_spec(SPEC, "spec"), base, base / "out", SPEC)
     again = SPEC.replace("lengths = [3]", "lengths = [3, 5]")  # block 1 begins elsewhere
     assert run(parse_spec(again, "spec"), base, base / "out", again).rows_now == 4

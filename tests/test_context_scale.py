@@ -141,7 +141,7 @@ def test_neighbours_and_contexts_of_an_evaluation_are_read_as_context(mem, tmp_p
 def test_a_study_of_it_is_recomputed(tmp_path, monkeypatch):
     text = HEAD + USABLE.replace('trigger = "#3"', 'trigger = "#3", context_scale = 0.5')
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out", text)
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     checked = check_study(tmp_path / "out")
     assert checked["rows"] == 2
     assert checked["wrong"] == []

@@ -163,7 +163,7 @@ def extras_of(folder: Path) -> list[dict]:
 
 
 def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     checked = check_study(small)
     assert checked["wrong"] == []
     assert "the values of words were not computed again" in str(checked["unchecked"])
@@ -188,7 +188,7 @@ def test_the_study_agrees_with_its_slow_recomputation(small, monkeypatch):
     ],
 )
 def test_the_check_sees_each_falsified_measurement(small, monkeypatch, change, sentence):
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     extra = next(e for e in extras_of(small) if e["layers"])
     change(extra)
     before = falsify(small, json.dumps(extra), "usable")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import passages, reader, tiny
+from memvec.certificate import verify
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -28,7 +29,9 @@ from memvec.lab.study.check import check_study
 from memvec.lab.study.pool import StudyUnit, in_units
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
+from memvec.lab.study.vector_files import export_vectors
 from memvec.passages.passage import Passage
+from memvec.vectors import MemVectors
 from studies import HEAD, everything, run, spec_in
 
 pytestmark = pytest.mark.slow  # left out of `make check`
@@ -114,10 +117,29 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_slow_path_agrees_with_all_of_them(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     checked = check_study(study)
     assert checked["rows"] == 20 + 16 + 6
     assert checked["wrong"] == []
+
+
+def test_vectors_that_no_file_holds_are_left_out_of_the_files_of_a_study(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
+    written, left_out = export_vectors(study, tmp_path / "files")
+    assert {row["protocol"] for row in written} == {"one-step"}
+    groups = [sentence for sentence in left_out if "a file has one group" in sentence]
+    arranged = [sentence for sentence in left_out if "no name in a file" in sentence]
+    assert groups
+    assert arranged
+    assert len(groups) + len(arranged) == len(left_out)
+    for row in written:
+        mem = MemVectors.load(tmp_path / "files" / row["file"])
+        assert mem.header.layout == "one-step"
+        assert (
+            row["exact"] == f"{verify(reader(), mem)[0]['exact_passages']} of {len(mem.passages)}"
+        )
 
 
 def test_tables_and_figures_of_one_step_studies(study: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from conftest import QUICK, passages, reader, tiny
 from memvec import registry
-from memvec.cli.study import check
+from memvec.cli.study_results import check
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -90,7 +90,7 @@ def test_a_protocol_without_a_recomputation_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
 
     @registry.register("protocol", "hits")
     class Hits(Protocol):
@@ -122,7 +122,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_protocol_of_another_package_runs_is_checked_and_reported(
     plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     assert protocol_names()[-1] == "hardest"
     run(spec_in(tmp_path, HEAD + HARDEST), tmp_path, tmp_path / "out")
     with Store(tmp_path / "out") as store:
@@ -229,7 +229,7 @@ FALSIFIED: list[dict[str, tuple[str, str]]] = [  # protocol -> its false `extra`
 def test_the_check_sees_a_falsified_measurement_of_each_protocol(
     extras: Path, monkeypatch: pytest.MonkeyPatch, falsified: dict[str, tuple[str, str]]
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     before = {name: falsify(extras, value, name) for name, (value, _) in falsified.items()}
     wrong = check_study(extras)["wrong"]
     for rows in before.values():
@@ -311,7 +311,7 @@ def as_earlier(folder: Path) -> None:
 def test_a_store_of_an_earlier_memvec_is_read_checked_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     folder = tmp_path / "out"
     run(spec_in(tmp_path, SMALL), tmp_path, folder)
     before = everything(folder)

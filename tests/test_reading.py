@@ -153,7 +153,7 @@ passages = 2
 
 @pytest.mark.slow
 def test_a_study_says_where_the_vectors_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     out = tmp_path / "out"
     run(spec_in(tmp_path, STUDY), tmp_path, out)
     checked = check_study(out)

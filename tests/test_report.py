@@ -23,7 +23,7 @@ from rich.console import Console
 
 from conftest import reader
 from memvec.cli import display
-from memvec.cli.study import report
+from memvec.cli.study_results import report
 from memvec.cli.study_tables import FORMATS, print_report_table
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of

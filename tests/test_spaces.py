@@ -435,7 +435,7 @@ recipe = {{ {recipe}, steps = 40 }}
 
 @pytest.mark.slow
 def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     out = tmp_path / "out"
     run(spec_in(tmp_path, STUDY), tmp_path, out)
     checked = check_study(out)

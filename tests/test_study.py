@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from transformers import Olmo2Config
 
 from conftest import reader
-from memvec.cli.study import check, export, ls, validate
+from memvec.cli.study import ls, validate
 from memvec.cli.study_progress import study_progress
+from memvec.cli.study_results import check, export, vectors
 from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import positions
 from memvec.errors import MemvecError
@@ -49,6 +50,7 @@ from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
 from memvec.lab.study.work import find_passages
 from memvec.passages.passage import Passage
+from memvec.vectors import MemVectors
 from studies import HEAD, SENTENCES, everything, maker, run, spec_in
 
 SPECS = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
@@ -408,7 +410,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 ) -> None:
     import pandas as pd
 
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     for steps in (1, 2):
         text = f"{HEAD}{RUN}sources = ['random-tokens']\npassages = 2\nrecipe.steps = {steps}\n"
         run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
@@ -421,7 +423,7 @@ def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
 
 
 def test_recomputing_every_column_agrees(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     found = check_study(done / "out")
     assert found["wrong"] == []
     assert found["rows"] == len(everything(done / "out"))
@@ -477,7 +479,7 @@ def two_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_check_sees_an_extra_that_is_none(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: str
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     db = sqlite3.connect(tmp_path / "out" / "study.sqlite")
     db.execute("UPDATE rows SET extra = ?", (extra,))
@@ -490,7 +492,7 @@ def test_the_check_sees_an_extra_that_is_none(
 def test_the_check_sees_a_falsified_column(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     shutil.copytree(two_rows, tmp_path / "out")
     kind = Row.model_fields[column].annotation
     changed = {
@@ -548,7 +550,7 @@ def test_a_tie_behind_the_first_error_excuses_no_other_horizon() -> None:
 def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
     two_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     assert check_study(two_rows)["wrong"] == []
     assert check_study(two_rows)["worst"]["paths"] < 1e-6
     falsified = {
@@ -624,7 +626,7 @@ def test_the_same_tokens_behind_other_text_are_another_context(
     (tmp_path / "book.txt").write_text(SENTENCES * 30, "utf-8")
     (tmp_path / "refrain.txt").write_text(lines + "la la la la. " * 3, "utf-8")
     run(spec, tmp_path, tmp_path / "out")
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
     assert check_study(tmp_path / "out")["wrong"] == []
     with Store(tmp_path / "out") as store:
         rows = store.db.execute("SELECT cell, number FROM rows").fetchall()
@@ -813,6 +815,35 @@ def test_export_has_every_row_and_column(done: Path, tmp_path: Path) -> None:
     for name in ("recipe", "options"):
         assert [json.loads(value) for value in frame[name]] == [cell[name] for cell in cells]
     assert list(frame["dtype"]) == [cell["dtype"] for cell in cells]
+
+
+def test_vectors_of_a_study_are_files_that_decode_as_its_rows_say(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = reader()
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: lm)
+    vectors(done / "out", tmp_path / "files")
+    told = "".join(capsys.readouterr())
+    rows = everything(done / "out")
+    paths = list((tmp_path / "files").iterdir())
+    files = {path.name.split(".")[0]: MemVectors.load(path) for path in paths}
+    assert {cell for cell, _ in rows} == set(files)
+    assert f"has {len(files)} files" in told
+    assert "left out" not in told
+    with Store(done / "out") as store:
+        for (cell, number), row in rows.items():
+            mem = files[cell]
+            record = mem.passages[number]
+            _, exact, horizon = row[1:4]
+            assert (record.sha256, record.exact, record.horizon) == (row[0], exact, horizon)
+            assert torch.equal(mem.vectors[number], store.tensors(cell, number)[0])
+            kept = store.passage(cell, number)
+            if mem.exact:
+                assert mem.tokens(lm)[number] == list(kept.ids)
+                assert mem.documents(lm)[number] == kept.text
+    assert any(mem.exact for mem in files.values())
+    with pytest.raises(MemvecError, match="files exists and is not empty"):
+        vectors(done / "out", tmp_path / "files")
 
 
 @pytest.mark.parametrize(
@@ -1018,5 +1049,5 @@ def test_a_line_ends_at_the_rows_accuracies_behind_their_trigger(
     for path, one, other in found:
         assert (json.loads(path)[0], json.loads(path)[-1]) == (one, other)
         assert one > 0
-    monkeypatch.setattr("memvec.lab.study.check.load_lm", lambda *_, **__: lm)
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: lm)
     assert check_study(tmp_path / "out")["wrong"] == []

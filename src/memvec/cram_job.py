@@ -7,23 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
-import torch
-
+from memvec.assembly import assembled, passage_record
 from memvec.certificate import certificate_of
-from memvec.companions.around import recorded
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
-from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
+from memvec.header import DocumentRecord
 from memvec.journal import Journal
-from memvec.machine import environment
 from memvec.model.batch_size import default_batch_size
 from memvec.model.estimate import Estimate, Facts, estimate, facts_of
 from memvec.model.lm import FrozenLM
 from memvec.passages.cutting import Cutter, surprisals
 from memvec.passages.documents import Document
-from memvec.passages.passage import Passage, ids_hash
+from memvec.passages.passage import Passage
 from memvec.storage import Storage
 from memvec.vectors import MemVectors
 from memvec.workers import Batch, Crew, Workers, decode_passages
@@ -292,16 +289,7 @@ class CramJob:
         return [self.done[key] for key in sorted(self.done)]
 
     def _result(self, keep_text: bool) -> MemVectors:
-        outcomes = self._in_order()
-        passages = [
-            PassageRecord(
-                **o.result.model_dump(),
-                sha256=ids_hash(o.passage.ids),
-                first=o.passage.ids[0] if self.engine.given else None,
-                corrections=list(o.corrections),
-            )
-            for o in outcomes
-        ]
+        outcomes, engine = self._in_order(), self.engine
         documents = [
             DocumentRecord(
                 name=d.name,
@@ -314,20 +302,18 @@ class CramJob:
             )
             for i, d in enumerate(self.documents)
         ]
-        around, soft = recorded(self.engine.lm)
-        header = Header(
-            model=self.lm.description(),
-            start_rule=self.engine.start_rule,
-            **around,
-            layout=self.lm.layout,
-            space=_space_record(self.engine.lm),
-            packing=self.storage.packing,
-            recipe=self.engine.recipe.record(),
-            environment=environment(self.lm.device),
+        passages = [
+            passage_record(o.passage, o.result, engine.start_rule, o.corrections) for o in outcomes
+        ]
+        return assembled(
+            engine.lm,
+            [o.vectors for o in outcomes],
             documents=documents,
             passages=passages,
+            recipe=engine.recipe,
+            start_rule=engine.start_rule,
+            storage=self.storage,
         )
-        return MemVectors(torch.stack([o.vectors for o in outcomes]), header, soft)
 
     # ------------------------------------------------------------------ status
 
@@ -341,9 +327,3 @@ class CramJob:
             now: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
             now |= {"split": self.split, "engine": progress, "expected": self.expected}
             self.on_status(CramStatus(self.stage, tokens=self.total, **now))
-
-
-def _space_record(lm: FrozenLM) -> SpaceRecord | None:
-    """The record of the space of a model's vectors; None for inputs."""
-    name, options = lm.reading.space, dict(lm.reading.options)
-    return None if name == "inputs" else SpaceRecord(name=name, numbers=lm.numbers, options=options)

@@ -48,7 +48,7 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
 
 
 def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
-    """The table of `study ls`: a row for each study in `folder`, or for each cell of one."""
+    """The table of `study ls` and `study vectors`: a row for each study, cell or file."""
     from rich.markup import escape
     from rich.table import Table
 

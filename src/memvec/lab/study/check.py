@@ -34,9 +34,8 @@ from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
 from memvec.lab.study.store import Store
-from memvec.loading import load_lm
+from memvec.lab.study.stored_model import cell_of, model_of
 from memvec.machine import plain_torch
-from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.mixed import BFLOAT16_AUTOCAST
 
@@ -70,17 +69,10 @@ def check_study(
             wrong.append(f"{len(strays)} rows name a cell that the study does not have.")
         frame = _sampled(store, sample)
         for name, rows in frame.groupby("model", sort=False):
-            described, _ = _cell(store, str(rows.iloc[0]["cell"]))
-            lm = load_lm(
-                model or str(name),
-                revision=described["revision"] if model is None else None,
-                device=device,
-                dtype=described["dtype"],
-            )
-            if not Fingerprint.of_record(described).matches(lm.fingerprint):
-                raise MemvecError(f"{lm.name} has other weights than the study's {name}.")
+            described, _ = cell_of(store, str(rows.iloc[0]["cell"]))
+            lm = model_of(described, str(name), model=model, device=device)
             for key, group in rows.groupby("cell", sort=False):
-                _, cell = _cell(store, str(key))
+                _, cell = cell_of(store, str(key))
                 wrong += _check_cell(store, str(key), cell)
                 for row in group.to_dict("records"):
                     wrong += _check_row(lm, store, cell, row, dtype=described["dtype"], worst=worst)
@@ -112,14 +104,6 @@ def _sampled(store: Store, sample: int) -> pd.DataFrame:
     if sample and sample < len(frame):
         frame = frame.iloc[np.linspace(0, len(frame) - 1, sample).astype(int)]
     return frame
-
-
-def _cell(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
-    """(description of the model that crammed the cell, the cell)."""
-    description, settings = store.db.execute(
-        "SELECT description, settings FROM cells WHERE cell=?", (key,)
-    ).fetchone()
-    return json.loads(description), Cell(**json.loads(settings))
 
 
 def _check_cell(store: Store, key: str, cell: Cell) -> list[str]:
@@ -302,7 +286,7 @@ def _check_pairs(
         except MemvecError as error:
             wrong.append(f"{place}: {error}")
             continue
-        stored, cell = json.loads(text), _cell(store, first)[1]
+        stored, cell = json.loads(text), cell_of(store, first)[1]
         view = triggered(lm, cell.to_recipe())
         again, allowed = protocol_of(cell.protocol).recompute_between(
             view, ids, a, b, start_rule(view, cell), len(stored)

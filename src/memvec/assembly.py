@@ -1,0 +1,67 @@
+"""Crammed vectors and their records put together as MemVectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from memvec.companions.around import recorded
+from memvec.cramming.recipe import Recipe
+from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
+from memvec.machine import environment
+from memvec.model.lm import FrozenLM
+from memvec.model.reading import StartRule
+from memvec.passages.passage import Passage, ids_hash
+from memvec.results import PassageResult
+from memvec.storage import Storage
+from memvec.vectors import MemVectors
+
+
+def passage_record(
+    passage: Passage,
+    result: PassageResult,
+    start_rule: StartRule,
+    corrections: Sequence[tuple[int, int]] = (),
+) -> PassageRecord:
+    """The record of a passage in a file."""
+    return PassageRecord(
+        **result.model_dump(include=set(PassageResult.model_fields)),
+        sha256=ids_hash(passage.ids),
+        first=passage.ids[0] if start_rule == "first-token" else None,
+        corrections=list(corrections),
+    )
+
+
+def assembled(
+    view: FrozenLM,
+    vectors: Sequence[Float[Tensor, "K D"]],
+    *,
+    documents: list[DocumentRecord],
+    passages: list[PassageRecord],
+    recipe: Recipe,
+    start_rule: StartRule,
+    storage: Storage,
+) -> MemVectors:
+    """The vectors of each passage with a header, not yet certified.
+
+    `view` is the model as it reads the vectors: its layout, space, front and trigger are recorded.
+    """
+    around, soft = recorded(view)
+    reading = view.reading
+    space = SpaceRecord(name=reading.space, numbers=view.numbers, options=dict(reading.options))
+    header = Header(
+        model=view.description(),
+        start_rule=start_rule,
+        **around,
+        layout=view.layout,
+        space=None if reading.space == "inputs" else space,
+        packing=storage.packing,
+        recipe=recipe.record(),
+        environment=environment(view.device),
+        documents=documents,
+        passages=passages,
+    )
+    return MemVectors(torch.stack(list(vectors)), header, soft)

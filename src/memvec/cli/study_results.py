@@ -1,0 +1,139 @@
+"""`memvec study export, vectors, report, check`: what is made of a study that has rows."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memvec.cli import options
+from memvec.cli.study_tables import FORMATS, print_check, print_report_table, print_rows
+from memvec.errors import MemvecError, check_minimum, did_you_mean
+
+app = typer.Typer(rich_markup_mode="rich")
+
+StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study.")]
+StudyModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Where the study's model is now.")
+]
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec study export pocket-quick.study --csv rows.csv",
+        "memvec study export pocket-quick.study --parquet rows.parquet",
+    )
+)
+def export(
+    folder: StudyFolder,
+    parquet: Annotated[Path | None, typer.Option(help="Write a Parquet file.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV file.")] = None,
+) -> None:
+    """Write all rows with their cells' settings, and a sentence about each column."""
+    from memvec.cli.display import say
+    from memvec.lab.study.export import export_rows
+
+    if parquet is None and csv is None:
+        raise MemvecError("name a file: --csv rows.csv or --parquet rows.parquet.")
+    targets = ((parquet, ".parquet"), (csv, ".csv"))
+    for target, ending in targets:  # before anything is written
+        if target is not None and not target.parent.is_dir():
+            raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
+        if target is not None and target.suffix != ending:
+            raise MemvecError(f"--{ending[1:]} {target}: its name must end in {ending}.")
+        if target is not None and target.exists() and not Path(f"{target}.columns.json").exists():
+            raise MemvecError(f"{target} exists and is no export of rows: name another file.")
+    for target, _ in targets:
+        if target is not None:
+            n = export_rows(folder, target)
+            say(f"{target} has {n} rows; {target}.columns.json explains its columns.")
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec study vectors pocket-quick.study -o vectors",
+        "memvec decode vectors/CELL.mem.safetensors",
+    )
+)
+def vectors(
+    folder: StudyFolder,
+    out: Annotated[Path, typer.Option("-o", "--out", help="New folder for the files.")],
+    model: StudyModel = None,
+    device: options.Device = "auto",
+) -> None:
+    """Write the vectors of each cell as a file, decoded again for its certificate."""
+    from memvec.cli.display import say
+    from memvec.lab.study.vector_files import export_vectors
+
+    written, left_out = export_vectors(folder, out, model=model, device=device)
+    for sentence in left_out:
+        say(f"left out: {sentence}")
+    if written:
+        print_rows(written, out)
+    say(f"{out} has {len(written)} files, named by the column 'cell' of an export.")
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec study report pocket-quick.study",
+        "memvec study report table1.study --compare paper --format latex",
+    )
+)
+def report(
+    folder: StudyFolder,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write; default: FOLDER/report.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="'paper': published values beside ours.")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="Tables on the terminal: text, markdown, latex, csv.")
+    ] = "text",
+    figures: Annotated[bool, typer.Option(help="Draw PDF, SVG and PNG figures.")] = True,
+) -> None:
+    """Write tables, figures with their data, and one self-contained page."""
+    from memvec.cli.display import say
+    from memvec.lab.report.report import write_report
+
+    if compare not in (None, "paper"):
+        raise MemvecError(f"--compare knows 'paper', not '{compare}'.")
+    if format_ not in FORMATS:
+        raise MemvecError(f"unknown --format '{format_}': {did_you_mean(format_, FORMATS)}")
+    target = out or folder / "report"
+    others = target.is_dir() and any(target.iterdir()) and not (target / "tables").is_dir()
+    if others or (target.exists() and not target.is_dir()):
+        raise MemvecError(f"{target} holds something else than a report: name a new folder.")
+    if (target.parent / "study.sqlite").is_file() and target.parent.resolve() != folder.resolve():
+        raise MemvecError(f"{target} is in the folder of another study: name another with -o.")
+    written = write_report(folder, target, compare=compare == "paper", figures=figures)
+    for table in written.tables:
+        print_report_table(table, format_)
+    say(f"page: {written.page}; tables and figures beside it")
+
+
+@app.command(
+    epilog=options.examples(
+        "memvec study check pocket-quick.study", "memvec study check DIR --sample 20 --json"
+    )
+)
+def check(
+    folder: StudyFolder,
+    model: StudyModel = None,
+    sample: Annotated[int, typer.Option(help="Rows to recompute; 0: all.")] = 0,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Recompute every column from the stored vectors, slowly and independently."""
+    from memvec.lab.study.check import check_study
+
+    check_minimum(0, sample=sample)
+    checked = check_study(folder, model=model, sample=sample, device=device)
+    if json:
+        typer.echo(jsonlib.dumps(checked, indent=2))
+    else:
+        print_check(checked)
+    if checked["wrong"]:
+        raise typer.Exit(3)

@@ -1,0 +1,39 @@
+"""The cells of a store and the models that crammed them, as they are loaded again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from memvec.errors import MemvecError
+from memvec.lab.study.cells import Cell
+from memvec.lab.study.store import Store
+from memvec.loading import load_lm
+from memvec.model.fingerprint import Fingerprint
+from memvec.model.lm import FrozenLM
+
+
+def cell_of(store: Store, key: str) -> tuple[dict[str, Any], Cell]:
+    """(description of the model that crammed the cell, the cell)."""
+    description, settings = store.db.execute(
+        "SELECT description, settings FROM cells WHERE cell=?", (key,)
+    ).fetchone()
+    return json.loads(description), Cell(**json.loads(settings))
+
+
+def model_of(
+    description: dict[str, Any], name: str, *, model: str | None = None, device: str = "auto"
+) -> FrozenLM:
+    """The study's model `name` with this description, from `model` if it is elsewhere now.
+
+    Raises MemvecError as `load_lm`, and if its weights are others than the study's.
+    """
+    lm = load_lm(
+        model or name,
+        revision=description["revision"] if model is None else None,
+        device=device,
+        dtype=description["dtype"],
+    )
+    if not Fingerprint.of_record(description).matches(lm.fingerprint):
+        raise MemvecError(f"{lm.name} has other weights than the study's {name}.")
+    return lm
