@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from memvec.cli.study_progress import study_progress
 from memvec.cli.study_results import check, export, vectors
 from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import positions
+from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
 from memvec.lab.sources import SourcedPassage
@@ -49,6 +51,7 @@ from memvec.lab.study.schema import COLUMNS
 from memvec.lab.study.spec import parse_spec, read_spec
 from memvec.lab.study.store import Store
 from memvec.lab.study.work import find_passages
+from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
 from studies import HEAD, SENTENCES, everything, maker, run, spec_in
@@ -245,6 +248,34 @@ def test_impossible_lengths_of_unknown_models_are_told_by_the_run(tmp_path: Path
     spec = spec_in(tmp_path, HEAD + RUN.replace("[8]", "[400]"))
     with pytest.raises(MemvecError, match="impossible length: 400 tokens"):
         run(spec, tmp_path, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "differs"),
+    [
+        ("", False),
+        ("recipe = { start = 'noise' }", True),
+        ("recipe = { coordinates = 'low-dim' }", True),
+        ("recipe = { preset = 'usable' }", True),
+    ],
+)
+def test_a_seed_that_changes_nothing_is_refused(recipe: str, differs: bool) -> None:
+    """Every first vector comes from the encoder of `pocket`: restarts would be copies."""
+    lm, source = load_lm("pocket"), RandomTokens()
+    for seed in (0, 1):
+        text = HEAD + RUN.replace("[8]", "[8]\nvectors = [2]") + f"seeds = [{seed}]\n{recipe}\n"
+        cell = expand(parse_spec(text, "spec"))[0].cell
+        if seed and not differs:
+            with pytest.raises(MemvecError, match="seed 1 changes nothing: passages start from"):
+                find_passages(lm, cell, source, 1, None)
+        else:
+            (found,) = find_passages(lm, cell, source, 1, None)
+            first = [
+                start_vectors(lm, [found.passage.ids], 2, replace(cell.to_recipe(), seed=s))[0]
+                for s in (0, 1)
+            ]
+            drawn = recipe.endswith("'noise' }")
+            assert torch.equal(*first) is not drawn
 
 
 def test_a_passage_leaves_room_for_its_vectors_and_what_is_around_them() -> None:
