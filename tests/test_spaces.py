@@ -254,6 +254,20 @@ def test_a_prefix_begins_as_the_model_computes_it_for_inputs():
     assert 0.5 < float(size) < 2
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("dimensions", 16)])
+def test_a_view_in_a_space_is_read_with_the_options_that_are_asked(name: str, value: int) -> None:
+    """It was read with its own: a file of another seed decoded to other tokens."""
+    lm, recipe = reader(), SPACES["shared-basis"]
+    view = triggered(lm, recipe)
+    assert triggered(view, recipe) is view
+    other = replace(recipe, **{name: value})
+    mem = codec.cram(lm, "as it was", recipe=other)
+    again, alone = (triggered(v, other).reading for v in (view, lm))
+    assert again.options == alone.options
+    assert torch.equal(again.basis, alone.basis)
+    assert mem.decode_passages(view) == mem.decode_passages(lm)
+
+
 def test_a_shared_basis_begins_at_the_nearest_vectors():
     """Those of coefficients are given back; of others, what is left lies across the basis."""
     view = triggered(tiny(), SPACES["shared-basis"])

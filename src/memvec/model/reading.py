@@ -134,10 +134,11 @@ def in_front(lm: FrozenLM, options: Mapping[str, Any]) -> Reading:
 def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
     """A view of a model that reads its vectors in a space of the registry.
 
-    `options` are a recipe's record, or those stored in a file. Raises MemvecError if the model or
-    its layout does not support the space.
+    `options` are a recipe's record, or those stored in a file. A view in this space with other
+    options is built anew. Raises MemvecError if the model or its layout does not support the space.
     """
-    if name in ("inputs", lm.reading.space):
+    alike = all(options.get(key, value) == value for key, value in lm.reading.options.items())
+    if name == "inputs" or (name == lm.reading.space and alike):
         return lm
     if lm.layout != "prefix":
         raise MemvecError(f"vectors read in one step are inputs: leave out the space '{name}'.")

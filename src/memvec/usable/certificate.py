@@ -255,10 +255,11 @@ def exact_only_vectors(
     """As many vectors (K, W) of each passage, crammed by the default recipe; None if not exact."""
     space = lm.reading.space  # its own preset has the rates of its numbers
     recipe = Recipe.of(space if space in registry.names("preset") else "default")
+    of_space = {k: v for k, v in lm.reading.options.items() if k in recipe.record()}
     storage: Storage = mem.storage
     engine = Engine(
         lm,  # which has the trigger already: 'bos' leaves it as it is
-        replace(recipe, space=space, start_rule=mem.header.start_rule, trigger="bos"),
+        replace(recipe, space=space, start_rule=mem.header.start_rule, trigger="bos", **of_space),
         vectors=mem.vectors.shape[1],
         storage=storage,
         batch_size=min(32, len(passages)),
