@@ -260,7 +260,7 @@ def test_a_view_in_a_space_is_read_with_the_options_that_are_asked(name: str, va
     lm, recipe = reader(), SPACES["shared-basis"]
     view = triggered(lm, recipe)
     assert triggered(view, recipe) is view
-    other = replace(recipe, **{name: value})
+    other = replace(recipe, steps=5, **{name: value})
     mem = codec.cram(lm, "as it was", recipe=other)
     again, alone = (triggered(v, other).reading for v in (view, lm))
     assert again.options == alone.options
