@@ -144,15 +144,15 @@ def test_vectors_that_are_no_inputs_are_refused():
 def test_the_command_writes_a_context(command, tmp_path):
     file = tmp_path / "bus.mem"
     text = tmp_path / "bus.txt"
-    text.write_text("The bus was late.")
+    text.write_text("The bus was late. Nobody was surprised.")
     crammed = ["cram", str(text), "--usable", "--preset", "usable-quick", "-o", str(file)]
     small = ["--vectors", "2", "--tokens", "6", "--set", "settle=5", "--set", "decay=5"]
     assert command(*crammed, *small).code == 0
     exported = command("export", file, "--to", "transformers", "--context")
     assert exported.code == 0, exported
     assert "inputs for transformers, to put in front of a prompt" in exported.err
-    kept = json.loads((tmp_path / "bus.transformers-context/manifest.json").read_text())
-    kept = kept["use"]["held_out"]["contexts"]["vectors"]["kept"]
+    use = json.loads((tmp_path / "bus.transformers-context/manifest.json").read_text())["use"]
+    kept = use["in_a_row"]["contexts"]["vectors"]["kept"]  # as they are exported, not one by one
     words = f"vectors keep {kept:.2f} of" if kept >= 0 else f"none ({kept:.2f} of"
     assert words in exported.sentence
     folder = tmp_path / "bus.transformers-context"

@@ -662,7 +662,8 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path, monkeypatch
     assert command("decode", tmp_path / "letter.mem").out == b"the cat sat"
     header = MemVectors.load(tmp_path / "letter.mem").header
     assert (header.soft_trigger, header.soft_front) == (2, 1)
-    assert b"behind BOS, a trigger of" in command("inspect", tmp_path / "letter.mem").out
+    inspected = b" ".join(command("inspect", tmp_path / "letter.mem").out.split())
+    assert b"BOS in front, soft tokens of" in inspected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

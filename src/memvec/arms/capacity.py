@@ -6,8 +6,9 @@ from memvec.cramming.recipe import Recipe
 
 
 def capacity() -> Recipe:
-    """The default with a smaller margin, in whitened coordinates, for as long as there is progress.
+    """The default with a smaller margin, in whitened coordinates, for up to 5000 steps.
 
-    At this margin what is exact in float32 need not be so where logits are rounded more coarsely.
+    At this margin, vectors that are exact in float32 may not be exact where logits are rounded
+    more coarsely.
     """
     return Recipe(margin=0.1, coordinates="whitened", start="noise", steps=5000, patience=5000)

@@ -20,7 +20,7 @@ def decode(
     load: options.Load = None,
     force: options.ForceWeights = False,
 ) -> None:
-    """Write the exact bytes that were crammed to standard output, or nothing and an error."""
+    """Write the crammed bytes to standard output; if they are not exact, only an error."""
     if sys.stdout is None:
         raise MemvecError("standard output is closed: there is nowhere to write the text.")
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))

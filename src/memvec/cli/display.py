@@ -146,7 +146,7 @@ def _line(status: CramStatus) -> str:
     e = status.engine
     split = f", {status.split} split" if status.split else ""
     cramming = f"cramming {number_of(e.in_slots, 'passage')}"
-    return f"{cramming} ({e.waiting} wait{split}), horizon {e.horizon:.0f}"
+    return f"{cramming} ({e.waiting} waiting{split}), mean horizon {e.horizon:.0f}"
 
 
 def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
@@ -305,8 +305,8 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
             "corrections", f"{s['corrections']} tokens listed, {s['correction_bytes']} bytes"
         )
     read = f"start rule {s['start_rule']}" if s["layout"] == "prefix" else f"read {s['layout']}"
-    read += ", behind BOS" if s["front"] == "bos" else ""
-    read += f", a trigger of {s['trigger_bytes']} bytes" if s["trigger_bytes"] else ""
+    read += ", BOS in front" if s["front"] == "bos" else ""
+    read += f", soft tokens of {s['trigger_bytes']} bytes" if s["trigger_bytes"] else ""
     table.add_row("smallest margin", f"{s['margin']:.2f} logits; {read}")
     table.add_row(
         "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="encoder",
-    help="One-pass encoders beside a frozen model: a start for cramming, and its baseline.",
+    help="Train and measure one-pass encoders, whose vectors are a start for cramming.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -91,12 +91,12 @@ def train(
     dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
-    """Train an encoder: one pass turns a passage into vectors that a frozen model decodes.
+    """Train an encoder, which makes the vectors of a passage in one pass, for a frozen model.
 
-    By default a network beside the model encodes; with --adapted the model itself, with adapters
-    of low rank. With --recurrent it reads a document segment by segment, and its memory gives back
-    the newest ones; with --usable its vectors stand for the passage as context, too. After an
-    interruption the same command goes on from its last checkpoint.
+    By default a network beside the model encodes. With --adapted the model itself encodes, with
+    low-rank adapters. With --recurrent the encoder reads a document segment by segment, and its
+    memory gives back the newest segments. With --usable its vectors also stand for the passage as
+    context. After an interruption, the same command continues from its last checkpoint.
     """
     from memvec.companions.encoder_files import ADAPTED_FILE_NAME, FILE_NAME, USABLE_FILE_NAME
 
@@ -317,12 +317,12 @@ def _print_comparison(name: str, comparison: Comparison) -> None:
     crammed = _mean(comparison.crammed_horizon, comparison.crammed_interval)
     out.print(
         "Exact: share of passages that decode freely. Steps: medians; a passage that is not exact "
-        "counts with all its steps. 95 % intervals over passages."
+        "counts with all its steps. Brackets and ±: 95 % intervals over passages."
     )
     out.print(
         f"Tokens in one vector without loss: {comparison.one_pass_lossless} in one pass (half of "
         f"the passages exact), {crammed} by cramming (mean horizon, n {comparison.crammed_n}). The "
-        "paper's scale: 10 for encoders, 1500 for cramming into Llama-3.1-8B."
+        "paper names 10 for encoders, and 1500 for cramming into Llama-3.1-8B."
     )
 
 

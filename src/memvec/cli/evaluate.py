@@ -71,7 +71,7 @@ def evaluate(
     load: options.Load = None,
     json: options.Json = False,
 ) -> None:
-    """Evaluate vectors as context: scores with the context, without it, and with its vectors."""
+    """Score tasks with the context, without it, and with its vectors in its place."""
     options_given = dict(locals())
     if rescore is not None:
         _refuse_beside_rescore(options_given)

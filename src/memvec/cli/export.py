@@ -62,10 +62,11 @@ def export(
     if json:
         typer.echo(display.to_json({"folder": str(folder), **manifest}))
     elif context:
-        kept = manifest["use"]["held_out"]["contexts"]["vectors"]["kept"]
+        use = manifest["use"]  # the vectors of several passages are read in a row
+        kept = (use["in_a_row"] or use["held_out"])["contexts"]["vectors"]["kept"]
         display.say(
-            f"{folder}: {manifest['inputs']} inputs for {to}, to put in front of a prompt. By the "
-            f"held-out queries the vectors {_kept_gain(kept)}."
+            f"{folder}: {manifest['inputs']} inputs for {to}, to put in front of a prompt. On "
+            f"held-out continuations the vectors {_kept_gain(kept)}."
         )
     else:
         display.say(

@@ -85,7 +85,7 @@ Encoding = Annotated[str, typer.Option(callback=known_encoding, help="Encoding o
 MaxBytes = Annotated[int, typer.Option(help="Maximum size of the text, in bytes.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 ForceWeights = Annotated[
-    bool, typer.Option("--force", help="Go on even if the model's weights are different.")
+    bool, typer.Option("--force", help="Continue even if the model has other weights.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 

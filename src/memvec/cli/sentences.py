@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 lab = typer.Typer(
     name="lab",
-    help="Experiments beside the studies.",
+    help="Experiments: predict a text sentence by sentence.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 app = typer.Typer(
     name="sentences",
-    help="Sentence by sentence: latents of sentences, and a model that predicts the next one.",
+    help="Train and try a model that predicts the latent (the vectors) of the next sentence.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -122,7 +122,7 @@ def show(
     dtype: options.Dtype = "auto",
     json: options.Json = False,
 ) -> None:
-    """Decode every latent on the way: of each sentence, and of its prediction from those before."""
+    """Decode the latent of each sentence, and its prediction from the sentences before."""
     from memvec.lab.sentences.files import model_of
     from memvec.passages.documents import peek
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="study",
-    help="Capacity studies: measure a model the paper's way and the exact way, and see it.",
+    help="Measure how much the input vectors of a model hold, in many cells, and report it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -59,7 +59,7 @@ def _check_extras() -> None:
     )
 )
 def validate(spec: SpecFile, model: SpecModel = None, json: options.Json = False) -> None:
-    """Show what would run, its maximum of passages, time and memory, and what prevents it."""
+    """Show what a spec would run, its maximum of passages, time and memory, and its errors."""
     from memvec.lab.study.cells import expand
     from memvec.lab.study.price import price, problems
     from memvec.lab.study.spec import read_spec
@@ -102,7 +102,7 @@ def run(
     on: options.Cluster = None,
     json: options.Json = False,
 ) -> None:
-    """Run what is left of a study; the same command continues after any end."""
+    """Run a study. After an interruption, the same command continues it."""
     from memvec.lab.study.spec import read_spec
 
     checked = read_spec(spec, model)
@@ -126,7 +126,7 @@ def resume(
     on: options.Cluster = None,
     json: options.Json = False,
 ) -> None:
-    """Go on with a study from its own copy of the spec."""
+    """Continue a study from the copy of the spec in its folder."""
     from memvec.lab.study.spec import parse_spec
     from memvec.lab.study.store import Store
 

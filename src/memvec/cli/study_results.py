@@ -126,7 +126,7 @@ def check(
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Recompute every column from the stored vectors, slowly and independently."""
+    """Compute every column again from the stored vectors, by slower and independent code."""
     from memvec.lab.study.check import check_study
 
     check_minimum(0, sample=sample)

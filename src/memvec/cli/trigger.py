@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="trigger",
-    help="Crammed triggers: soft tokens that ask usable vectors for their passage.",
+    help="Train a trigger: soft tokens behind which usable vectors give their passage back.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -79,10 +79,11 @@ def train(
     dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
-    """Train a trigger for a frozen model: soft tokens that ask any vectors for their passage.
+    """Train a trigger: soft tokens behind which usable vectors give their passage back.
 
-    Vectors are crammed as by 'memvec cram --usable', and the trigger with them. With it in the
-    model's folder, --usable takes it by itself. After an interruption the same command continues.
+    Vectors are crammed as by 'memvec cram --usable', and the trigger is trained with them. If its
+    file is in the model's folder, --usable uses it. After an interruption, the same command
+    continues.
     """
     from memvec.cli.display import model as say_model
     from memvec.cli.display import say

@@ -73,7 +73,7 @@ def use(
     force: options.ForceWeights = False,
     json: options.Json = False,
 ) -> None:
-    """Write on behind the vectors of a text and a prompt, as behind the text itself."""
+    """Continue a prompt behind the vectors of a text, which stand for the text as context."""
     from memvec.usable.certificate import check_usable
     from memvec.vectors import MemVectors
 

@@ -58,7 +58,7 @@ def verify(
     engine_model: EngineModel = None,
     json: options.Json = False,
 ) -> None:
-    """Reload, decode freely, compare every passage with its hash. Exit 0 only if all are exact."""
+    """Decode a file freely; compare each passage with its hash. Exit 0 only if all are exact."""
     from memvec.certificate import certificate_of
     from memvec.cli import display
     from memvec.cli.use_tables import show_use

@@ -42,7 +42,7 @@ def documented(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How passages are crammed. The defaults did best in our measurements (docs/log.md).
+    """How passages are crammed. The defaults were the best in our measurements (docs/log.md).
 
     Raises MemvecError for a value that its field cannot have.
     """
@@ -67,15 +67,16 @@ class Recipe:
     )
     term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
     term_rise: float = documented(
-        0.0, "for 'use': share by which its weight rises after an exact step, else falls; 0: fixed"
+        0.0,
+        "for 'use': share by which its weight rises after an exact step; 0: it is fixed",
     )
     context_scale: float = documented(
         1.0,
-        "for 'use': what the vectors are multiplied by where they are read as context; below 1, "
-        "their size tells the modes apart, and rates are those of the stored, larger ones",
+        "for 'use': factor of the vectors in context mode; below 1, their size tells the modes "
+        "apart, and learning rates are those of the stored vectors, which are larger",
     )
     objective_every: int = documented(
-        1, "for 'use': one of so many steps has the objective's loss; from step `settle` on, all"
+        1, "for 'use': every how many steps the objective is computed, until step `settle`; 1: all"
     )
     align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
@@ -85,7 +86,8 @@ class Recipe:
         "question on each line, which the model answers",
     )
     neighbours: str = documented(
-        "none", "for 'use': a file of usable vectors to stand beside the passage's in most queries"
+        "none",
+        "for 'use': a file of usable vectors to read beside the passage's in most queries",
     )
     query_count: int = documented(16, "queries of each passage; a step takes one of them")
     query_tokens: int = documented(48, "tokens of a query, its answer included")
@@ -94,8 +96,8 @@ class Recipe:
     )
     settle: int = documented(
         0,
-        "smallest number of steps of a passage; of the exact vectors on the way, those with the "
-        "smallest second loss are kept; 0: it is done once it is exact",
+        "minimum number of steps of a passage; of the exact vectors in these steps, those with "
+        "the smallest second loss are kept; 0: the passage is done once it is exact",
     )
     schedule: str = documented(
         "growing",

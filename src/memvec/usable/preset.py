@@ -8,7 +8,7 @@ from memvec.cramming.recipe import Recipe
 
 
 def usable() -> Recipe:
-    """The text comes behind a trigger, and the vectors alone are its context."""
+    """Vectors that give their text back behind a trigger, and stand for it as context."""
     return Recipe(
         term="use",
         term_weight=12.0,
@@ -32,7 +32,7 @@ def usable() -> Recipe:
 
 
 def usable_quick() -> Recipe:
-    """The same in a sixth of the steps, for a model with a usable encoder (docs/usable.md).
+    """`usable` in a sixth of the steps, for a model with a usable encoder (docs/usable.md).
 
     Beginning at an encoder's vectors, it is enough to compute the passage's own loss in every fifth
     step. So few steps need few queries, and sampling these costs less than cramming a passage into
@@ -55,7 +55,7 @@ def usable_quick() -> Recipe:
 
 
 def usable_long() -> Recipe:
-    """The same for many tokens in each vector (24, say), in seven times the steps (docs/usable.md).
+    """`usable` for many tokens in each vector (24, say), in seven times the steps (docs/usable.md).
 
     Context mode reads the vectors an eighth as large, so that their size tells the modes apart. The
     rates are of the stored vectors and grow by as much.
