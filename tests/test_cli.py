@@ -680,7 +680,8 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
         now[0] = 19.5
         show(BUSY)
         line = capsys.readouterr().err
-        assert "cramming 2 passages (5 wait, 1 split), horizon 7, 40/100 tokens" in line
+        shown = "cramming 2 passages (5 waiting, 1 cut in half), mean horizon 7, 40/100 tokens"
+        assert shown in line
         assert "about 32 s left" in line  # 20 tokens took 10.5 s, 60 are left
         show(BUSY)
         assert capsys.readouterr().err == ""

@@ -144,7 +144,7 @@ def _line(status: CramStatus) -> str:
     if status.engine is None or status.stage != "cramming":
         return status.stage
     e = status.engine
-    split = f", {status.split} split" if status.split else ""
+    split = f", {status.split} cut in half" if status.split else ""
     cramming = f"cramming {number_of(e.in_slots, 'passage')}"
     return f"{cramming} ({e.waiting} waiting{split}), mean horizon {e.horizon:.0f}"
 

@@ -55,7 +55,7 @@ def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     from memvec.cli.display import out
 
     if not rows:
-        out.print(f"No studies in {folder}.", markup=False)
+        out.print(f"No studies in the folder {folder.resolve()}.", markup=False)
         return
     table = Table(*rows[0])
     for row in rows:
