@@ -69,6 +69,23 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(folder, dtype):
     assert reader().fingerprint.matches(lm.fingerprint)
 
 
+def test_the_fingerprint_of_a_deep_model_does_not_depend_on_the_dtype_either():
+    """Rounding adds up over layers: such a model was refused in another dtype."""
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 48}
+    model = build("llama", vocab_size=2000, initializer_range=0.15, **sizes).to(torch.bfloat16)
+    short, full = FrozenLM(model).fingerprint, FrozenLM(copy.deepcopy(model).float()).fingerprint
+    off = [abs(a - b) - 0.02 * abs(b) for a, b in zip(short.probe, full.probe, strict=True)]
+    assert max(off) > 0.1
+    assert short.matches(full)
+    assert full.matches(short)
+    with torch.no_grad():
+        model.get_submodule("model.layers")[20].mlp.down_proj.weight.mul_(-1)
+    other = FrozenLM(model).fingerprint
+    assert (other.config, other.weights) == (full.config, full.weights)
+    assert not other.matches(full)
+    assert not short.matches(other)
+
+
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.down_proj.weight"]
 )
