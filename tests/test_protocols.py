@@ -9,7 +9,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ import torch
 from conftest import QUICK, passages, reader, tiny
 from memvec import registry
 from memvec.cli.study_results import check
+from memvec.cramming.certify import Finished, certify
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
@@ -30,6 +31,8 @@ from memvec.lab.study.check import check_study
 from memvec.lab.study.export import export_rows
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
+from memvec.passages.passage import Passage
+from memvec.storage import STORAGES
 from studies import EVERYTHING, HEAD, USABLE, everything, run, spec_in
 
 MINE = '''
@@ -374,3 +377,57 @@ def test_the_protocol_of_the_documentation_measures_and_is_recomputed(monkeypatc
         )
         (compared,) = protocol.recompute(slow, extra)
         assert compared.stored == pytest.approx(compared.recomputed, abs=compared.allowed[0])
+
+
+@pytest.mark.parametrize("name", ["upper-bound", "context", "copy"])
+@pytest.mark.parametrize("start", ["vectors", "first-token"])
+def test_what_a_passage_costs_without_vectors_is_the_same_with_its_own_bos(name, start):
+    """As H_LM, which has that BOS given: no protocol may charge for it, nor read it twice."""
+    lm, protocol = reader(), protocol_of(name)
+    before, options = (7, 8, 9, 10), {"contexts": [3]}
+    storage, rest = STORAGES["float32"], (5, 9, 6, 11)
+    measured = []
+    for ids, rule in ((rest, "vectors"), ((lm.bos_id, *rest), start)):
+        crammed = Finished(
+            Passage(ids), torch.ones(1, lm.width), "budget", 0.1, steps=0, spent=0, seconds=0.0
+        )
+        (outcome,) = certify(lm, [crammed], rule, storage)
+        sourced = SourcedPassage(0, crammed.passage, "of a test", before)
+        extra = protocol.extra(lm, sourced, outcome, rule, options)
+        again = SlowPassage(
+            lm,
+            ids=ids,
+            before=before,
+            given=int(rule == "first-token"),
+            lm_bits=outcome.scores.lm_bits.double().numpy(),
+            lm_margin=outcome.scores.lm_margin.double().numpy(),
+            bits_tolerance=1e-3,
+            options=options,
+            vectors=outcome.vectors,
+        )
+        for compared in protocol.recompute(again, extra):
+            assert compared.stored[0] == pytest.approx(compared.recomputed[0], abs=1e-3)
+        measured.append((outcome.metrics.lm_bits, extra))
+    (bits, extra), (own_bits, own_extra) = measured
+    assert own_bits == pytest.approx(bits, abs=1e-4)
+    if name == "upper-bound":
+        assert own_extra == pytest.approx(extra, abs=1e-4)
+    elif start == "vectors":
+        ((least, hits),) = _pairs(extra)
+        assert _pairs(own_extra) == [[pytest.approx(least, abs=1e-4), hits + 1]]
+
+
+def _pairs(extra: dict[str, Any]) -> list[list[float]]:
+    """[bits, arg-max hits] of the protocols 'context' and 'copy'."""
+    value = next(iter(extra.values()))
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("ids", [(5,), (5, 7)])
+def test_the_upper_bound_of_a_model_without_bos_leaves_the_first_token_out(ids, monkeypatch):
+    lm = tiny("llama")
+    monkeypatch.setattr(lm, "bos_id", None)
+    passage, protocol = Passage(ids), protocol_of("upper-bound")
+    (outcome,) = Engine(lm, QUICK, vectors=2).run([passage])
+    extra = protocol.extra(lm, SourcedPassage(0, passage, "of a test"), outcome, "vectors", {})
+    assert (extra["least_moved_bits"] == 0) == (len(ids) == 1)

@@ -503,6 +503,20 @@ def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors()
         assert torch.allclose(first, second, atol=1e-4) == same
 
 
+def test_a_text_with_a_bos_of_its_own_is_read_behind_no_other():
+    """The reference of a divergence is then the model that has read the text alone, too."""
+    lm, vectors = tiny(), torch.randn(1, tiny().width)
+    words = torch.tensor([[4, 8, 2]])
+    for rest in ((5, 6, 7, 9), (5,)):
+        own = (lm.bos_id, *rest)
+        read, plain = (
+            contexts.behind_each(lm, contexts.contexts_of(lm, vectors, ids, None), words)
+            for ids in (own, rest)
+        )
+        assert (read[VECTORS], read[NONE]) == (plain[VECTORS], plain[NONE])
+        assert slow_use.context_ids(lm, own, 1)["text"] == list(own)
+
+
 @pytest.mark.parametrize(("tokens", "K"), [(3, 2), (2, 5), (1, 7)])
 def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
     lm = triggered_view(tiny(), USABLE)

@@ -53,13 +53,19 @@ class SlowPassage:
     vectors: Tensor
     start: str = "vectors"
 
+    @property
+    def own_bos(self) -> bool:
+        """True if a predicted BOS begins the passage: in `lm_bits` it is given (0 bits, a hit)."""
+        return self.given == 0 and self.ids[0] == self.lm.bos_id
+
     def bits_after(self, prefix: Sequence[int]) -> tuple[float, int]:
         """(bits, arg-max hits) of the predicted tokens after `prefix`, no vectors."""
-        truth = self.ids[self.given :]
-        table = logits(self.lm, None, [*prefix, *self.ids], len(truth) + 1)
+        ids = self.ids[1:] if self.own_bos else self.ids
+        truth = ids[self.given :]
+        table = logits(self.lm, None, [*prefix, *ids], len(truth) + 1)
         table = table[-len(truth) - 1 : -1]
         bits, margin = bits_and_margins(table, truth)
-        return float(bits.sum()), int((margin > 0).sum())
+        return float(bits.sum()), int((margin > 0).sum()) + self.own_bos
 
 
 @torch.no_grad()

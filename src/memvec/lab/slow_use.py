@@ -37,7 +37,8 @@ def context_ids(lm: FrozenLM, ids: Sequence[int], K: int) -> dict[str, list[int]
     bos = [] if lm.bos_id is None else [lm.bos_id]
     ends = {n: list(ids)[len(ids) - n :] for n in (K, 2 * K, 4 * K, 8 * K) if n < len(ids)}
     named = {f"last {n} tokens": [*bos, *end] for n, end in ends.items()}
-    return {"text": [*bos, *ids], "nothing": bos, **named}
+    text = list(ids) if ids[0] == lm.bos_id else [*bos, *ids]
+    return {"text": text, "nothing": bos, **named}
 
 
 def divergence_and_nll(  # noqa: PLR0917 (what is read, and the words behind it)

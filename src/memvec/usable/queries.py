@@ -54,11 +54,12 @@ class Queries(NamedTuple):
 def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
     """What the model reads of a text as its context: BOS, if the model has one, and the text.
 
-    No text for a model without BOS is the trigger alone, or its first token where the trigger is
-    crammed: a model has to read something.
+    A text that begins with BOS gets no second one. No text for a model without BOS is the trigger
+    alone, or its first token where the trigger is crammed: a model has to read something.
     """
     if not ids and lm.bos_id is None:
         ids = [0] if lm.soft is not None else list(lm.trigger)
+    ids = ids[1:] if ids and ids[0] == lm.bos_id else ids
     return behind_bos(lm, torch.tensor([list(ids)], dtype=torch.long, device=lm.device))
 
 

@@ -21,6 +21,7 @@ from memvec.lab.protocols.protocol import (
     bits_after,
     bits_and_hits,
     extra_of,
+    own_bos,
 )
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
@@ -125,7 +126,7 @@ def _prefix(lm: FrozenLM, ids: tuple[int, ...]) -> list[int]:
     if lm.tokenizer is None:
         return list(ids)
     head = [lm.bos_id] if lm.adds_bos and lm.bos_id is not None else []
-    return [*head, *lm.tokenize(BEFORE + lm.text(ids) + BETWEEN)]
+    return [*head, *lm.tokenize(BEFORE + lm.text(ids[own_bos(lm, ids, 0) :]) + BETWEEN)]
 
 
 def _too_long(lm: FrozenLM, prefix: list[int], ids: tuple[int, ...]) -> bool:

@@ -241,14 +241,21 @@ def missing_file(what: str, path: str, maker: str) -> str | None:
     return f"there is no {what} {path}: make one with {maker}."
 
 
+def own_bos(lm: FrozenLM, ids: Sequence[int], given: int) -> int:
+    """1 if a passage begins with a predicted BOS, which is given in H_LM: no bits, and a hit."""
+    return int(not given and ids[0] == lm.bos_id)
+
+
 def bits_after(
     lm: FrozenLM, prefix: Sequence[int], ids: Sequence[int], given: int
 ) -> tuple[float, int]:
     """(bits, arg-max hits) of the tokens ids[given:] behind [prefix, ids[:given]], no vectors.
 
-    They are computed by the model's own forward without a BOS. Raises ValueError if no token
-    precedes the first predicted one.
+    They are computed by the model's own forward without a BOS; one that the passage begins with is
+    given, as in H_LM. Raises ValueError if no token precedes the first predicted one.
     """
+    own = own_bos(lm, ids, given)
+    ids = ids[own:]
     whole = [*prefix, *ids]
     n = len(ids) - given
     if len(whole) == len(ids) and given == 0:  # no token precedes the first one
@@ -259,7 +266,7 @@ def bits_after(
         truth = table[:, -n:]
         bits = float(metrics.surprisal(logits, truth).double().sum())
         right = int((metrics.margins(logits, truth) > 0).sum())
-    return bits, right
+    return bits, right + own
 
 
 def extra_of(rows: pd.DataFrame, protocol: str, name: str) -> list[Any]:

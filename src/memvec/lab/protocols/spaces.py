@@ -96,7 +96,8 @@ class Spaces(Protocol):
         bos = [] if lm.bos_id is None else [lm.bos_id]
         again: tuple[list[float], list[float]] = ([], [])
         for row in words:
-            text = slow_use.log_probabilities(lm, None, [*bos, *ids, row[0]], row[1:])
+            whole = slow_use.context_ids(lm, ids, len(vectors))["text"]
+            text = slow_use.log_probabilities(lm, None, [*whole, row[0]], row[1:])
             behind = slow_use.log_probabilities(lm, vectors, row[:1], row[1:])
             alone = slow_use.log_probabilities(lm, None, [*bos, row[0]], row[1:])
             for values, q in zip(again, (behind, alone), strict=True):

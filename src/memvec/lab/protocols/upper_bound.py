@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec.cramming.certify import Outcome
-from memvec.lab.protocols.protocol import Compared, Protocol, extra_of
+from memvec.lab.protocols.protocol import Compared, Protocol, extra_of, own_bos
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud
@@ -174,7 +174,11 @@ def _with_needed(rows: pd.DataFrame) -> pd.DataFrame:
 def _least_moved(lm: FrozenLM, ids: tuple[int, ...], given: int) -> float:
     """The paper's bound of a passage under the model alone, bits; the same positions as H_LM."""
     table = torch.tensor([ids], device=lm.device)
-    states = lm.states(None, table, "bos" if lm.bos_id is not None and not given else "first-token")
+    given += own_bos(lm, ids, given)
+    behind_bos = lm.bos_id is not None and not given
+    if len(ids) == 1 and not behind_bos:  # no token is predicted from another
+        return 0.0
+    states = lm.states(None, table, "bos" if behind_bos else "first-token")
     truth = table[0, len(ids) - states.shape[1] :]
     rows = max(1, memory.LOGITS_AT_ONCE // (4 * lm.vocab_size))  # doubles, and their sorted copy
     total = sum(
@@ -188,7 +192,8 @@ def _least_moved(lm: FrozenLM, ids: tuple[int, ...], given: int) -> float:
 def _slow_least_moved(passage: SlowPassage) -> float:
     """`least_moved_bits` of a passage by the slow path, lowering one token after the other."""
     lm, ids = passage.lm, passage.ids
-    head = [lm.bos_id] if lm.bos_id is not None and not passage.given else []
+    behind_bos = lm.bos_id is not None and not passage.given and not passage.own_bos
+    head = [lm.bos_id] if behind_bos else []
     table = logits(lm, None, [*head, *ids])[:-1][passage.given - len(ids) :]
     total = 0.0
     for row, token in zip(table, ids[len(ids) - len(table) :], strict=True):
