@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import replace
 
@@ -159,6 +160,36 @@ def test_padding_that_a_model_masks_fails_no_passage(schedule):
     (alone,) = Engine(lm, replace(QUICK, schedule=schedule)).run([short])
     assert alone.status == both[short].status != "not-finite"
     assert (alone.steps, alone.spent) == (both[short].steps, both[short].spent)
+
+
+def test_the_least_bits_of_a_passage_are_its_own_where_padding_is_masked():
+    """They were lost beside a longer passage: the padding's infinite loss times 0."""
+    lm = copy(tiny())
+    head = lm._head
+    lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
+    long, short = passages(9, 3, seed=4)
+    recipe = Recipe.of("paper", steps=5, start_rule="vectors")
+    both = {o.passage: o.min_mem_bits for o in Engine(lm, recipe).run([long, short])}
+    (alone,) = Engine(lm, recipe).run([short])
+    assert both[short] == pytest.approx(alone.min_mem_bits, rel=1e-4)
+    assert all(map(math.isfinite, both.values()))
+
+
+@pytest.mark.parametrize("objective", ["cross-entropy", "deficit", "margin"])
+def test_a_passage_that_a_model_never_writes_fails_and_its_padding_does_not(objective):
+    """A weight by the margin is infinite or no number there, and moved vectors to no number."""
+    lm = copy(tiny())
+    head = lm._head
+    lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
+    short, long = passages(3, 9, seed=4)
+    recipe = Recipe(objective=objective, schedule="whole", steps=20, start="noise", compute="model")
+    both = {o.passage: o for o in Engine(lm, recipe).run([long, short])}
+    assert torch.isfinite(both[short].vectors).all()
+    (alone,) = Engine(lm, recipe).run([short])
+    assert (both[short].status, both[short].steps) == (alone.status, alone.steps)
+    assert alone.status == "done"
+    (never,) = Engine(lm, recipe).run([Passage((5, 0, 7))])
+    assert (never.status, never.steps) == ("not-finite", 0)
 
 
 @pytest.mark.parametrize("poll", [1, 3, 8])

@@ -35,5 +35,5 @@ class Deficit(CrossEntropy):
         margin: Float[Tensor, "B T"],
         target_margin: Float[Tensor, " B"],
     ) -> Float[Tensor, "B T"]:
-        share = (target_margin[:, None] - margin).clamp_min(0) * counted
+        share = (target_margin[:, None] - margin).clamp_min(0).where(counted, 0)
         return share / share.sum(-1, keepdim=True).clamp_min(1e-6)

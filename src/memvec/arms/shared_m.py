@@ -283,7 +283,7 @@ class Shared:
         leading = torch.minimum(horizon(right | ~within), room)
         counted = self._counted(torch.maximum(best, leading), task.length).minimum(room)
         weight = self.objective.weights(column < counted[:, None], scores.margin, task.margin)
-        finite = bool(torch.isfinite((scores.loss * weight).where(weight > 0, 0).sum()))
+        finite = bool(torch.isfinite((scores.loss * weight).where(weight != 0, 0).sum()))
         slope = scores.gradient.mul_(weight[..., None])
         gradient = Pair(*torch.autograd.grad(states, (e, m), slope))
         return Measurement(leading, counted, gradient, finite)

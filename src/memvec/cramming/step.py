@@ -202,7 +202,7 @@ class Step:
         better = self._better_by_term(batch, measured.term.loss, better, whole)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
-            bits = (measured.loss.double() * measured.within).sum(-1) / LN2
+            bits = measured.loss.double().where(measured.within, 0).sum(-1) / LN2
             batch.min_mem_bits = torch.fmin(batch.min_mem_bits, bits.to(batch.min_mem_bits))
         # With `settle` a passage is done after so many steps, if it was exact in one of them.
         settled = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
@@ -257,7 +257,7 @@ class Step:
     def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
         """Mark the rows whose loss is not finite, and all rows whose slot can be freed."""
         # Of a position without weight the loss may be infinite: its token may be padding.
-        loss = (measured.loss * weight).where(weight > 0, 0).sum(-1) + measured.term.loss
+        loss = (measured.loss * weight).where(weight != 0, 0).sum(-1) + measured.term.loss
         batch.failed = batch.failed | ~torch.isfinite(loss)
         over = (batch.steps >= self.recipe.steps) | self.schedule.out_of_patience(batch.schedule)
         if self.recipe.budget:
