@@ -280,7 +280,8 @@ def facts_table(title: str) -> Table:
 
 
 def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
-    spread = "" if math.isnan(error := s["tokens_per_vector_error"]) else f" ± {error:.1f}"
+    error = s["tokens_per_vector_error"]
+    spread = "" if math.isnan(error) else f", standard error {error:.1f}"
     table.add_row(
         "passages",
         f"{s['passages']}, {number_of(s['vectors_per_passage'], 'vector')} each, {_size(s)}, "
@@ -288,7 +289,7 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     )
     table.add_row(
         "tokens",
-        f"{s['tokens']}, {s['tokens_per_vector']:.1f}{spread} per vector (n = {s['passages']})",
+        f"{s['tokens']}, {s['tokens_per_vector']:.1f} per vector (n = {s['passages']}{spread})",
     )
     table.add_row(
         "information gain",

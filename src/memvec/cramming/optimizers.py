@@ -118,9 +118,9 @@ class Adam:
 class NAdam(Adam):
     """Adam with Nesterov's momentum, which looks one step ahead (Dozat 2016).
 
-    The newest gradient counts twice: in the mean, and once more with the weight that a gradient
-    has in the next mean. Steps are as large as the vectors, and this corrects an overshoot one step
-    earlier (gains: docs/log.md). The bias correction of the mean is Adam's.
+    The newest gradient counts twice: in the mean, and once more with the weight that it has there,
+    1 - beta1, beside beta1 times the mean. Steps are as large as the vectors, and this corrects an
+    overshoot one step earlier (gains: docs/log.md). The bias correction of the mean is Adam's.
     """
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ Two counts are measured:
   to q / (1 - p + q), where q is the best other token's probability, and all others keep their
   ratios. This needs more bits.
 
-Positions whose arg-max is right already need 0 bits.
+Positions whose arg-max is right already need 0 bits, and so does the first one of a model without
+a BOS, at which all tokens tie.
 """
 
 from __future__ import annotations
@@ -85,13 +86,15 @@ class UpperBound(Protocol):
         scores = outcome.scores
         assert scores is not None, "an outcome that comes from the engine has its scores"
         raised = raised_logit_bits(scores.lm_bits, scores.lm_margin)
+        raised = raised[int(lm.bos_id is None and start != "first-token") :]  # as `_least_moved`
         return {
             "least_moved_bits": _least_moved(lm, sourced.passage.ids, int(start == "first-token")),
             "needed_bits": float(raised.sum()),
         }
 
     def recompute(self, passage: SlowPassage, stored: Mapping[str, Any]) -> list[Compared]:
-        bits, margin = passage.lm_bits, passage.lm_margin
+        first = int(passage.lm.bos_id is None and not passage.given)
+        bits, margin = passage.lm_bits[first:], passage.lm_margin[first:]
         p = 2.0**-bits
         q = p * np.exp(-margin)
         needed = np.log2(q / (1 - p + q)) - np.log2(p)
