@@ -25,12 +25,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import Olmo2Config
 
-from conftest import reader
+from conftest import passages, reader, tiny
 from memvec.cli.study import ls, validate
 from memvec.cli.study_progress import study_progress
 from memvec.cli.study_results import check, export, vectors
 from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import positions
+from memvec.cramming.engine import Engine
+from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_names
@@ -43,7 +45,7 @@ from memvec.lab.study.export import export_rows
 from memvec.lab.study.facts import facts_of_name
 from memvec.lab.study.pool import LocalPool
 from memvec.lab.study.price import Price, hours, max_tokens, price, problems
-from memvec.lab.study.recompute import Slow, SlowPassage
+from memvec.lab.study.recompute import Slow, SlowPassage, _spent
 from memvec.lab.study.recompute import _alone as check_alone
 from memvec.lab.study.row import Row
 from memvec.lab.study.run import StudyStatus, run_study
@@ -556,6 +558,20 @@ def test_the_check_reads_a_text_alone_as_certification_does(rule: str, own: bool
     np.testing.assert_allclose(scores.lm_bits[0].numpy(), bits, atol=1e-4)
     np.testing.assert_allclose(scores.lm_margin[0].numpy(), margin, atol=1e-4)
     assert (bits[0] == 0) == (own and rule != "first-token")
+
+
+@pytest.mark.parametrize("schedule", ["growing", "geometric", "whole"])
+@pytest.mark.parametrize("narrow_after", [0, 2])
+def test_the_check_allows_what_a_schedule_costs(schedule: str, narrow_after: int) -> None:
+    """With targets that double from a few tokens, too: it held such rows for falsified."""
+    recipe = Recipe(schedule=schedule, narrow_after=narrow_after, look_ahead=2, steps=12)
+    text = HEAD + '[[runs]]\nprotocol = "exact"\nlengths = [20]\n'
+    planned, *_ = expand(parse_spec(text, "spec"))
+    cell = replace(planned.cell, recipe=recipe.record())
+    for outcome in Engine(tiny(), recipe).run(passages(20, 9)):
+        n = len(outcome.passage)
+        low, high = _spent(cell, outcome.steps, n, before=0, between=0, front=0)
+        assert low <= outcome.spent <= high
 
 
 def test_a_tie_behind_the_first_error_excuses_no_other_horizon() -> None:

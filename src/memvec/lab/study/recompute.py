@@ -193,16 +193,17 @@ def _spent(
 ) -> tuple[int, int]:
     """(minimum, maximum) of the forward-backward tokens of `moves` optimiser steps.
 
-    A step costs the positions that counted (all n, or with a growing horizon at least the
-    look-ahead), the vectors and the tokens in front of them (`before`), the tokens between vectors
-    and passage (`between`), and the tokens of the second loss: the vectors and a query. With the
-    second loss, the `front` tokens may have been read once for all steps, and the loss of the
-    passage may have been computed only every `objective_every` steps.
+    A step costs the positions that counted (all n with the schedule 'whole', at least the
+    look-ahead with one that never narrows, else at least one), the vectors and the tokens in front
+    of them (`before`), the tokens between vectors and passage (`between`), and the tokens of the
+    second loss: the vectors and a query. With the second loss, the `front` tokens may have been
+    read once for all steps, and the loss of the passage may have been computed only every
+    `objective_every` steps.
     """
-    growing = cell.recipe["schedule"] == "growing"
-    # a look-ahead that narrows ends at one token
-    ahead = 1 if cell.recipe["narrow_after"] else int(cell.recipe["look_ahead"]) * cell.vectors
-    fewest = min(n, ahead) if growing else n
+    schedule = cell.recipe["schedule"]
+    steady = schedule == "growing" and not cell.recipe["narrow_after"]
+    ahead = int(cell.recipe["look_ahead"]) * cell.vectors if steady else 1
+    fewest = n if schedule == "whole" else min(n, ahead)
     beside = before + between
     if cell.recipe.get("term", "none") != "use":
         return moves * (fewest + beside), moves * (n + beside)
