@@ -82,8 +82,8 @@ class PassageResult(Measures):
     )
     spent: int = Field(
         ge=0,
-        description="forward-backward tokens: inputs of this passage in all of its steps, as if "
-        "it were alone",
+        description="forward-backward tokens: in each of its steps the tokens that counted, the "
+        "inputs in front of them and those of a second loss; further columns are not charged",
     )
     seconds: float = Field(ge=0, description="share of the wall time of the batch, seconds")
 
