@@ -14,6 +14,9 @@ class MemvecError(Exception):
 
     exit_code = 2
 
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
+
 
 class NotExactError(MemvecError):
     """A text or an export did not come back as it was crammed. Exit code 3.
@@ -30,6 +33,12 @@ class SlowPathWarning(UserWarning):
 
 class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that memvec was tested with."""
+
+
+def printable(text: str) -> str:
+    """Text from outside as one line: what a terminal would obey is written as its escape."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> None:

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from memvec import plugins
-from memvec.errors import MemvecError, first_line
+from memvec.errors import MemvecError, first_line, printable
 from memvec.loading import POCKET
 from memvec.writing import path_of, write_atomically
 
@@ -107,7 +107,7 @@ def save_pretrained(
         )
     text = card(mem, repository=repository, licence=licence, base_licence=base_licence)
     without_paths(mem).save(place / FILE, force=force)
-    write_atomically(place / CARD, text.encode("utf-8"))
+    write_atomically(place / CARD, text.encode())
     return place
 
 
@@ -210,7 +210,7 @@ def card(
         license=licence,
     )
     body = BODY.format(
-        name=name,
+        name=_shown(name),
         warning=WARNING,
         figures=_figures(mem),
         certificate=_certificate(mem),
@@ -225,12 +225,11 @@ def card(
 def _figures(mem: MemVectors) -> str:
     """The rows of the card's table."""
     s, header = mem.summary(), mem.header
-    name, _ = _base(mem)
-    revision = header.model.get("revision")
-    has_text = any(d.text is not None for d in header.documents)
+    named = (_base(mem)[0], header.model["weights"], header.model.get("revision") or "")
+    name, weights, revision = map(_shown, named)
     rows = {
         "base model": f"`{name}`" + (f", revision `{revision}`" if revision else ""),
-        "weights of the base model": f"SHA-256 of its embeddings `{header.model['weights'][:16]}…`",
+        "weights of the base model": f"SHA-256 of its embeddings `{weights[:16]}…`",
         "texts": f"{s['documents']}, {s['text_bytes']} bytes",
         "passages": f"{s['passages']} of {s['vectors_per_passage']} vectors, D {s['width']}, "
         f"{s['storage']}",
@@ -240,16 +239,15 @@ def _figures(mem: MemVectors) -> str:
         "information gain": f"{s['information_gain_bits']:.0f} bits, "
         f"{s['bits_per_vector']:.0f} per vector",
         "bytes of the vectors": f"{s['vector_bytes']}",
-        "the text itself is in the file too": "yes" if has_text else "no",
+        "the text itself is in the file too": ("no", "yes")[any(d.text for d in header.documents)],
     }
     return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
 def _licences(licence: str | None, base_licence: str | None) -> str:
-    base = f"`{base_licence}`" if base_licence else "not known here: see the model's own page"
-    vectors = "No licence is given for these vectors."
-    if licence:
-        vectors = f"These vectors are published under `{licence}`."
+    base = f"`{_shown(base_licence)}`" if base_licence else "not known here: see its own page"
+    given = f"These vectors are published under `{licence}`."
+    vectors = given if licence else "No licence is given for these vectors."
     return f"The base model's licence is {base}.\n{vectors}"
 
 
@@ -302,23 +300,25 @@ def _base(mem: MemVectors) -> tuple[str, bool]:
 
 
 def _arguments(model: dict[str, Any]) -> str:
-    revision = f', revision="{model["revision"]}"' if model.get("revision") else ""
-    quantize = f', quantize="{model["quantize"]}"' if model.get("quantize") else ""
-    return f'{revision}, dtype="{model["dtype"]}"{quantize}'
+    named = {name: model.get(name) for name in ("revision", "dtype", "quantize")}
+    return "".join(f', {name}="{_shown(value)}"' for name, value in named.items() if value)
 
 
 def _certificate(mem: MemVectors) -> str:
     c = mem.header.certificate
     if c is None:
         return "None: these vectors were not decoded as a whole after they were made."
-    right, all_ = c.get("exact_passages"), c.get("passages")
-    verdict = "Exact" if c.get("exact") else "**Not exact**"
-    return (
-        f"{verdict}: {right} of {all_} passages came back, every token, by greedy decoding from "
-        f"the stored vectors alone; in {c.get('decoded_in')} on {c.get('device')}, "
-        f"{c.get('attention')} attention, batches of {c.get('batch')}, torch {c.get('torch')}, "
-        f"transformers {c.get('transformers')}, {c.get('date')}."
+    return ("Exact: " if c.get("exact") else "**Not exact**: ") + _shown(
+        f"{c.get('exact_passages')} of {c.get('passages')} passages came back, every token, by "
+        f"greedy decoding from the stored vectors alone; in {c.get('decoded_in')} on "
+        f"{c.get('device')}, {c.get('attention')} attention, batches of {c.get('batch')}, torch "
+        f"{c.get('torch')}, transformers {c.get('transformers')}, {c.get('date')}."
     )
+
+
+def _shown(claim: object) -> str:
+    """What a file claims, without the signs that Markdown, HTML or a string in Python obey."""
+    return re.sub(r'[`|<>"\\\[\]]', "_", printable(str(claim)))
 
 
 @contextlib.contextmanager

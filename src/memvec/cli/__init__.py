@@ -32,7 +32,7 @@ from memvec.cli import (
     verify,
 )
 from memvec.cli.arguments import as_options, options_of
-from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning
+from memvec.errors import MemvecError, SlowPathWarning, UntestedVersionWarning, printable
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -117,11 +117,13 @@ def main() -> None:
 
 def _end(sentence: str, code: int = 2) -> NoReturn:
     """Print one sentence on standard error and exit."""
-    typer.echo(f"memvec: {sentence}", err=True)
+    typer.echo(f"memvec: {printable(sentence)}", err=True)
     sys.exit(code)
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """A warning as one line on standard error, without the place in the code."""
     ours = issubclass(category, SlowPathWarning | UntestedVersionWarning)
-    typer.echo(f"memvec: {'' if ours else category.__name__ + ': '}{message}", err=True)
+    typer.echo(
+        f"memvec: {'' if ours else category.__name__ + ': '}{printable(str(message))}", err=True
+    )

@@ -202,7 +202,7 @@ def check_target(target: Path, force: bool) -> None:
     try:
         probe = target.with_name(f".{target.name}.probe")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another command may look, too
     except OSError as error:
         raise MemvecError(f"{target.parent} cannot be written to: {error.strerror}.") from None
 

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from memvec.cli.expected import duration, number_of, sentence
+from memvec.errors import printable
 from memvec.vectors import MemVectors
 from memvec.writing import pretty_json as to_json
 
@@ -47,7 +48,7 @@ __all__ = [
 
 def say(sentence: str) -> None:
     """Print one line on stderr."""
-    err.print(sentence, style="dim", markup=False, soft_wrap=True)
+    err.print(printable(sentence), style="dim", markup=False, soft_wrap=True)
 
 
 def model(lm: FrozenLM) -> None:
@@ -266,7 +267,7 @@ def doctor(report: Mapping[str, Any]) -> None:
 
 def safe(text: object) -> str:
     """Text from outside, escaped: no markup, and no control characters for the terminal."""
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
+    return escape(printable(str(text)))
 
 
 def facts_table(title: str) -> Table:

@@ -13,7 +13,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, recipe_of, reporting_interrupt
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, printable
 
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus
@@ -155,7 +155,9 @@ def _lines(figures: Sequence[Figure]) -> list[str]:
     rows = [head, *(_row(figure) for figure in figures)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
         for row in rows
     ]
 

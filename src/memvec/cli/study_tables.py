@@ -19,20 +19,19 @@ MAX_SENTENCES = 20  # disagreements that `check` lists
 
 def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) -> None:
     """The table of `study validate`: hours and memory of each model; then what prevents a run."""
-    from rich.markup import escape
     from rich.table import Table
 
-    from memvec.cli.display import out
+    from memvec.cli.display import out, safe
     from memvec.lab.study.price import CPU_FLOPS, GPU_FLOPS
 
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=safe(title), title_justify="left")
     for column in ("model", "cells", "passages", "GPU-hours", "CPU-hours", "memory"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for p in prices:
         gpu, cpu, memory = (
             "?" if v is None else f"{v:,.2f}" for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
         )
-        table.add_row(escape(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
+        table.add_row(safe(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
     out.print(table)
     out.print(
         "Hours are those of all steps of every passage and of what protocols cram besides, with 4 "
@@ -41,33 +40,31 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         "Small models reach a fraction of these rates."
     )
     if unknown := [p.model for p in prices if p.gpu_hours is None]:
-        names = escape(", ".join(unknown))
+        names = safe(", ".join(unknown))
         out.print(f"?: no folder is called {names}; the run looks for it on the Hub.")
     for sentence in missing:
-        out.print(f"[red]problem:[/red] {escape(sentence)}")
+        out.print(f"[red]problem:[/red] {safe(sentence)}")
 
 
 def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     """The table of `study ls` and `study vectors`: a row for each study, cell or file."""
-    from rich.markup import escape
     from rich.table import Table
 
-    from memvec.cli.display import out
+    from memvec.cli.display import out, safe
 
     if not rows:
         out.print(f"No studies in the folder {folder.resolve()}.", markup=False)
         return
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(*[escape(str(v)) for v in row.values()])
+        table.add_row(*[safe(str(v)) for v in row.values()])
     out.print(table)
 
 
 def print_check(checked: dict[str, Any]) -> None:
     """What `study check` compared: the largest difference of each column, and what disagrees."""
-    from rich.markup import escape
 
-    from memvec.cli.display import out
+    from memvec.cli.display import out, safe
 
     out.print(f"{checked['rows']} rows recomputed; largest differences:")
     for name, difference in checked["worst"].items():
@@ -75,7 +72,7 @@ def print_check(checked: dict[str, Any]) -> None:
     for sentence in checked["unchecked"]:
         out.print(sentence, markup=False, soft_wrap=True)
     for sentence in checked["wrong"][:MAX_SENTENCES]:
-        out.print(f"[red]{escape(sentence)}[/red]")
+        out.print(f"[red]{safe(sentence)}[/red]")
     verdict = "[green]agree[/green]" if not checked["wrong"] else "[red]DISAGREE[/red]"
     out.print(f"Stored and recomputed columns {verdict}.")
 
@@ -83,10 +80,9 @@ def print_check(checked: dict[str, Any]) -> None:
 def print_report_table(table: ReportTable, form: str) -> None:
     """One table of a report, in one of FORMATS."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    from memvec.cli.display import out
+    from memvec.cli.display import out, safe
 
     if form != "text":
         forms = {"markdown": table.markdown, "latex": table.latex, "csv": table.csv}
@@ -101,16 +97,16 @@ def print_report_table(table: ReportTable, form: str) -> None:
     above = ", ".join(f"{table.columns[i]} {rows[0][i]}" for i in sorted(same))
     title = f"{table.title} ({above})" if above else table.title
     shown = Table(
-        title=escape(title),
+        title=safe(title),
         title_justify="left",
-        caption=escape(table.note),
+        caption=safe(table.note),
         caption_justify="left",
     )
     columns = [i for i in range(len(table.columns)) if i not in same]
     for i in columns:
-        shown.add_column(escape(table.columns[i]), overflow="fold")
+        shown.add_column(safe(table.columns[i]), overflow="fold")
     for row in rows:
-        shown.add_row(*(escape(row[i]) for i in columns))
+        shown.add_row(*(safe(row[i]) for i in columns))
     console.print(shown)
 
 

@@ -13,18 +13,19 @@ A line is a list of pairs, so that the title of a column stands beside its cell:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, printable
 from memvec.statistics import Difference, Mean
 
 TableCell = str | float | int | None
 TableLine = list[tuple[str, TableCell]]  # (title of a column, cell), from left to right
 
-_MARKDOWN = str.maketrans({"|": r"\|", "\n": " "})
+_MARKDOWN = re.compile(r"\||<(?=[A-Za-z/!?])")  # ends a cell, or begins a tag of HTML
 _LATEX = str.maketrans(
     {
         **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
@@ -66,8 +67,8 @@ class Table:
 
     def markdown(self) -> str:
         """A Markdown table in GitHub's syntax, with title and note."""
-        columns = [name.translate(_MARKDOWN) for name in self.columns]
-        rows = [[cell.translate(_MARKDOWN) for cell in row] for row in self.shown()]
+        columns = [_MARKDOWN.sub(r"\\\g<0>", name) for name in self.columns]
+        rows = [[_MARKDOWN.sub(r"\\\g<0>", cell) for cell in row] for row in self.shown()]
         frame = pd.DataFrame(rows, columns=columns, dtype=object)
         body = frame.to_markdown(index=False, tablefmt="github", disable_numparse=True)
         return f"### {self.title}\n\n{body}\n\n{self.note}\n"
@@ -98,7 +99,7 @@ def show(cell: TableCell) -> str:
         return "–"
     if isinstance(cell, float):
         return f"{cell:.3f}" if abs(cell) < 1 else f"{cell:.1f}"
-    return str(cell)
+    return printable(str(cell))
 
 
 def interval(
