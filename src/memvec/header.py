@@ -31,8 +31,10 @@ class PassageRecord(PassageResult):
     )
 
     @model_validator(mode="after")
-    def _corrects_itself(self) -> Self:
+    def _adds_up(self) -> Self:
         places = [position for position, _ in self.corrections]
+        if not self.horizon <= self.predicted <= self.tokens or abs(self.token_gain) > self.tokens:
+            raise ValueError("its horizon or gain is longer than the passage")
         if places != sorted(set(places)) or (places and places[-1] >= self.tokens):
             raise ValueError("the corrections are not at rising positions of the passage")
         return self

@@ -20,6 +20,7 @@ from memvec.cramming.certify import Outcome
 from memvec.errors import MemvecError
 from memvec.passages.passage import Passage, ids_hash
 from memvec.results import Measures, PassageResult
+from memvec.storage import STORAGES
 
 FORMAT = 3  # of a row; rows in another format belong to other settings and are never asked for
 
@@ -73,11 +74,16 @@ class Journal:
             return None
         if not isinstance(row[0], bytes) or self._digest(*row[:2]) != row[2]:
             raise MemvecError(f"{self.path} is damaged (a row was changed): delete it.")
-        record = json.loads(row[1])
-        shape, dtype = record.pop("shape"), getattr(torch, record.pop("dtype"))
-        numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(shape)
-        corrections = tuple((p, t) for p, t in record.pop("corrections", []))
-        result = PassageResult(**record.pop("result"))
+        try:
+            record = json.loads(row[1])
+            shape, dtype = record.pop("shape"), STORAGES[record.pop("dtype")].dtype
+            numbers = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy()).reshape(
+                shape
+            )
+            corrections = tuple((p, t) for p, t in record.pop("corrections", []))
+            result = PassageResult(**record.pop("result"))
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+            raise MemvecError(f"{self.path} is damaged (a row was changed): delete it.") from None
         return Outcome(
             passage=passage,
             corrections=corrections,

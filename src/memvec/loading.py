@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from memvec.model.memory import out_of_memory
 from memvec.model.mixed import BFLOAT16_AUTOCAST, put_under_autocast
 from memvec.model.precision import widen_attention
 from memvec.versions import warn_of_untested_versions
-from memvec.writing import path_of
+from memvec.writing import path_of, read_json
 
 DTYPES = {
     "float32": torch.float32,
@@ -37,6 +36,8 @@ EXPLAINED = {
     "could not be reached: check the name and the network, or give a local folder.",
     ("is not a valid model identifier", "Repository Not Found"): "is neither a folder nor a model "
     "on the Hub: check the name (private models need a login).",
+    ("contains custom code",): "has code of its own, which memvec does not run: choose another "
+    "model.",
     ("no file named", "have a file named"): "has no weights that transformers can load: {}",
 }
 POCKET = Path(__file__).parent / "pocket"
@@ -144,17 +145,19 @@ def _weights(
 
     `options` are those of `from_pretrained`; `device` None: where they put the model.
     """
-    source, revision = str(local) if local is not None else name, options["revision"]
+    source = str(local) if local is not None else name
+    # Without the second, transformers asks on standard input whether to run code of the folder.
+    safe = {"revision": options["revision"], "trust_remote_code": False}
     with _loading(name), _quiet():
         # Two seconds of import that a wrong option or a missing folder should not cost.
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, **safe)
         _refuse_other_tasks(name, config)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, **options
+            source, output_loading_info=True, **{**options, **safe}
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         if device is not None:
             model = model.to(device)
     if missing := sorted(info["missing_keys"]):
@@ -169,7 +172,7 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | os.PathLike[st
     """What a model's folder holds besides weights: measured facts, encoders, and a trigger."""
     if local is not None and (facts := local / "memvec.json").is_file():
         try:
-            lm.facts = dict(json.loads(facts.read_text("utf-8")))
+            lm.facts = dict(read_json(facts.read_text("utf-8")))
             CuttingFacts(**lm.facts)
         except (ValueError, TypeError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else error

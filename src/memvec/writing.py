@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -37,13 +38,22 @@ def write_atomically(target: Path, data: bytes) -> None:
         raise MemvecError(f"{target} cannot be written: {error.strerror}.") from None
     finally:
         if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder went away, or is read-only now
+                Path(aside).unlink()
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for what is none, or is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def pretty_json(value: Any) -> str:

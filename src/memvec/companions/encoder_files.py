@@ -29,7 +29,7 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import path_of, write_atomically
+from memvec.writing import path_of, read_json, write_atomically
 
 # In a model's folder: the encoder that it was trained with, a better one that was trained later for
 # the frozen model, and the encoder of usable vectors.
@@ -38,7 +38,7 @@ ADAPTED_FILE_NAME = "adapted-encoder.safetensors"
 USABLE_FILE_NAME = "usable-encoder.safetensors"
 
 # What reading metadata, or tensors of other shapes than expected, may raise.
-READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def read_encoders(lm: FrozenLM, folder: Path | None, file: str | os.PathLike[str] | None) -> None:
@@ -118,7 +118,7 @@ def shape_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises MemvecError if the file is no encoder.
     """
     try:
-        shape = json.loads(_open(path_of(path)).metadata.get("shape", "{}"))
+        shape = read_json(_open(path_of(path)).metadata.get("shape", "{}"))
     except ValueError as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}.") from None
     return shape if isinstance(shape, dict) else {}
@@ -129,7 +129,7 @@ def _open(path: Path) -> EncoderFile:
         raise MemvecError(f"there is no encoder {path}: train one with memvec encoder train.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             return EncoderFile(path, tensors, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}.") from error

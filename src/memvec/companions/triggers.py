@@ -22,7 +22,7 @@ from memvec.errors import MemvecError
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import path_of, write_atomically
+from memvec.writing import path_of, read_json, write_atomically
 
 FILE_NAME = "trigger.safetensors"  # in a model's folder
 
@@ -102,9 +102,9 @@ def stored_trigger(
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
-            model, about = json.loads(facts["model"]), json.loads(facts["about"])
-            rows = file.get_tensor("trigger")
-            front = file.get_tensor("front") if "front" in file.keys() else None  # noqa: SIM118
+            model, about = read_json(facts["model"]), read_json(facts["about"])
+            held = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        rows, front = held["trigger"], held.get("front")
         made_for = Fingerprint.of_record(model)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise MemvecError(

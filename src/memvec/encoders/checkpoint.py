@@ -7,11 +7,13 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
+from memvec.companions.encoder_files import READING_ERRORS
 from memvec.errors import MemvecError
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -66,16 +68,20 @@ def load_checkpoint(
         raise MemvecError(f"{partial} cannot be read ({error.strerror}): delete it.") from None
     if hashlib.sha256(data).digest() != digest:
         raise MemvecError(f"{partial} is damaged: delete it to start over.")
-    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    same_run = _alike(state["identity"], identity)
-    if not same_run:
-        raise MemvecError(
-            f"{partial} is of a run with another model, text or settings: delete it to start over."
-        )
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    progress: list[float | int] = state["progress"]
-    return progress
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        same_run = _alike(state["identity"], identity)
+        if not same_run:
+            raise MemvecError(
+                f"{partial} is of a run with another model, text or settings: delete it to start "
+                "over."
+            )
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress: list[float | int] = state["progress"]
+        return progress
+    except (*READING_ERRORS, RuntimeError, EOFError, UnpicklingError):
+        raise MemvecError(f"{partial} is damaged: delete it to start over.") from None
 
 
 def _alike(stored: dict[str, Any], identity: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 
 from memvec.errors import MemvecError
 from memvec.loading import POCKET
-from memvec.writing import path_of
+from memvec.writing import path_of, read_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -43,11 +43,10 @@ def folder_of(lm: FrozenLM) -> Path:
 def config_of(model: Path) -> dict[str, Any]:
     """The text part of a model's `config.json`. Raises MemvecError if there is none."""
     try:
-        config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = dict(read_json((model / "config.json").read_text(encoding="utf-8")))
+        return dict(config.get("text_config") or config)
+    except (OSError, ValueError, TypeError):
         raise MemvecError(f"{model} is no folder of a model: it has no config.json.") from None
-    text: dict[str, Any] = config.get("text_config") or config
-    return text
 
 
 @contextlib.contextmanager

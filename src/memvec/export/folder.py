@@ -28,7 +28,7 @@ from memvec.header import PassageRecord
 from memvec.machine import environment, plain_torch
 from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors
-from memvec.writing import path_of, pretty_json
+from memvec.writing import path_of, pretty_json, read_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -108,13 +108,14 @@ def _put_in_place(finished: Path, output: Path) -> None:
     earlier = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.")) / "earlier"
     try:
         output.replace(earlier)
-        try:
-            finished.replace(output)
-        except BaseException:
+        finished.replace(output)
+    except BaseException:
+        if not output.exists():
             earlier.replace(output)
-            raise
+        raise
     finally:
-        shutil.rmtree(earlier.parent, ignore_errors=True)
+        if output.exists():  # else the earlier one is the only one
+            shutil.rmtree(earlier.parent, ignore_errors=True)
 
 
 def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:
@@ -160,7 +161,7 @@ def check_place(output: str | os.PathLike[str], force: bool) -> None:
 def _is_export(folder: Path) -> bool:
     """True for a folder of an export: other programs write files named manifest.json, too."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT

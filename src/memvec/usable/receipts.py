@@ -24,7 +24,7 @@ from memvec import statistics
 from memvec.errors import MemvecError
 from memvec.results import Record
 from memvec.usable.columns import COLUMNS
-from memvec.writing import path_of, write_atomically
+from memvec.writing import path_of, read_json, write_atomically
 
 ALL = "all tasks"
 RUN = "run.json"
@@ -172,7 +172,7 @@ def write_run(folder: str | os.PathLike[str], run: dict[str, Any]) -> None:
 def earlier_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The harness's figures of the columns that a folder has receipts of, by column."""
     try:
-        results = json.loads((path_of(folder) / RUN).read_text("utf-8"))["harness_results"]
+        results = read_json((path_of(folder) / RUN).read_text("utf-8"))["harness_results"]
         return {c: results[c] for c in COLUMNS if c in results and _file(folder, c).is_file()}
     except (OSError, ValueError, KeyError, TypeError):  # of no run, or cut short
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import write_page
 from memvec.lab.report.table import Table
 from memvec.lab.study.store import Store
-from memvec.writing import path_of, write_atomically
+from memvec.writing import path_of, read_json, write_atomically
 
 FILES = "files.json"  # names of the tables and figures of a report, beside its page
 SUFFIXES = ("csv", "tex", "md", "pdf", "svg", "png")
@@ -62,9 +63,13 @@ def write_report(
 def delete_others(out: Path, names: list[str]) -> None:
     """Delete what an earlier report wrote and this one has not; record what this one wrote."""
     record = out / FILES
-    earlier = json.loads(record.read_text("utf-8")) if record.is_file() else []
-    for name in set(earlier) - set(names):
+    earlier = []
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+        earlier = list(read_json(record.read_text("utf-8")))
+    for name in map(str, earlier):
         folder, _, key = name.partition("/")
+        if name in names:
+            continue
         if folder in ("tables", "figures") and key == Path(key).name:
             for suffix in SUFFIXES:
                 (out / folder / f"{key}.{suffix}").unlink(missing_ok=True)

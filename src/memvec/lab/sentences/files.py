@@ -19,7 +19,7 @@ from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import path_of, write_atomically
+from memvec.writing import path_of, read_json, write_atomically
 
 FORMAT = "memvec-sentences"
 MAX_SIZES = {"hidden": 16_384, "layers": 256, "heads": 512}  # of the shape in a file
@@ -56,7 +56,7 @@ def load_latent_model(path: str | os.PathLike[str], lm: FrozenLM) -> LatentModel
     tensors, metadata = _open(path)
     try:
         _check_model(path, metadata, lm)
-        shape = {key: int(json.loads(metadata["shape"])[key]) for key in MAX_SIZES}
+        shape = {key: int(read_json(metadata["shape"])[key]) for key in MAX_SIZES}
         if any(not 1 <= size <= MAX_SIZES[key] for key, size in shape.items()):
             raise ValueError(f"a shape of {shape}")
         K, max_tokens, window = (int(metadata[k]) for k in ("vectors", "max_tokens", "window"))
@@ -67,7 +67,7 @@ def load_latent_model(path: str | os.PathLike[str], lm: FrozenLM) -> LatentModel
             raise ValueError("it claims more than it holds")
         network = LatentNetwork(K * lm.width, **shape)
         network.load_state_dict(tensors)
-        about = json.loads(metadata["about"])
+        about = read_json(metadata["about"])
     except KeyError as error:
         raise _unreadable(path, f"it does not say its {error.args[0]}") from None
     except (ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
@@ -85,7 +85,7 @@ def model_of(path: str | os.PathLike[str]) -> str:
     path = path_of(path)
     _, metadata = _open(path)
     try:
-        return str(json.loads(metadata["model"])["name"])
+        return str(read_json(metadata["model"])["name"])
     except (ValueError, KeyError, TypeError):
         raise _unreadable(path, "it does not say its model") from None
 
@@ -97,7 +97,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, str(error)) from None
@@ -115,7 +115,7 @@ def _unreadable(path: Path, reason: str) -> MemvecError:
 
 def _check_model(path: Path, metadata: dict[str, str], lm: FrozenLM) -> None:
     """Raise MemvecError if the file was made for another LM or another encoder."""
-    record: dict[str, Any] = json.loads(metadata["model"])
+    record: dict[str, Any] = read_json(metadata["model"])
     probe = tuple(map(float, record["probe"]))
     trained_beside = Fingerprint(record["config"], record["weights"], probe, record["dtype"])
     if not trained_beside.matches(lm.fingerprint):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from memvec.errors import MemvecError, first_line
-from memvec.writing import path_of
+from memvec.writing import path_of, read_json
 
 TABLES = (".jsonl", ".parquet", ".csv")
 SUFFIXES = (".txt", ".md", *TABLES)
@@ -176,9 +175,10 @@ def _json_lines(file: Path) -> list[dict[str, object]]:
     for number, line in enumerate(read_utf8(file).split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise MemvecError(f"{file} line {number} is not JSON: {error.msg}.") from None
+                rows.append(read_json(line))
+            except ValueError as error:
+                reason = getattr(error, "msg", error)
+                raise MemvecError(f"{file} line {number} is not JSON: {reason}.") from None
             if not isinstance(rows[-1], dict):
                 raise MemvecError(f"{file} line {number} is not an object with columns.")
     return rows

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from memvec.errors import MemvecError
 from memvec.loading import POCKET
 from memvec.model.estimate import Facts, facts_of_config
-from memvec.writing import path_of
+from memvec.writing import path_of, read_json
 
 NUMBER = 2  # bytes of a weight in bfloat16, for which prices are computed
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number
@@ -36,7 +36,7 @@ def facts_of_name(name: str) -> Facts | None:
     if not file.is_file():
         return None
     try:
-        config = _config(json.loads(file.read_text("utf-8")))
+        config = _config(read_json(file.read_text("utf-8")))
         facts = _with_experts(config, facts_of_config(config, NUMBER))
     except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not such a config
         raise MemvecError(f"{file} is not a model's config: {error}.") from None

@@ -125,7 +125,7 @@ def parse_spec(text: str, where: str, model: str | None = None) -> Spec:
     """
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and [[[[...
         raise MemvecError(f"{where} is not TOML: {error}.") from None
     _name_sources(data)
     _find_folders(data, where)
