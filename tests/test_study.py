@@ -602,7 +602,7 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
     assert check_study(two_rows)["worst"]["paths"] < 1e-6
     falsified = {
         "UPDATE paths SET accuracy = replace(accuracy, substr(accuracy, 2, 3), '7.0')": "between",
-        "UPDATE passages SET text = 'another'": "text is not that of its tokens",
+        "UPDATE passages SET text = CAST('another' AS BLOB)": "text is not that of its tokens",
         "UPDATE cells SET length = 77": "length is stored as 77",
         "UPDATE cells SET settings = replace(settings, ': 5', ': 6')": "settings are those of",
     }

@@ -38,6 +38,7 @@ from memvec.lab.study.stored_model import cell_of, model_of
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.model.mixed import BFLOAT16_AUTOCAST
+from memvec.writing import read_json
 
 TIE = {"float32": 2e-3, "bfloat16": 0.3, "float16": 0.05, BFLOAT16_AUTOCAST: 0.3}  # logits
 BITS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, BFLOAT16_AUTOCAST: 0.1}  # bits a token
@@ -250,7 +251,7 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
     """Sentences about extra measurements that disagree with the protocol's recomputation."""
     maker, wrong = protocol_of(protocol), []
     try:
-        extra = json.loads(stored)
+        extra = read_json(stored)
         if not isinstance(extra, dict) or extra.keys() != maker.extras.keys():
             raise ValueError
         compared = maker.recompute(slow.passage, extra)

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.row import Text
 from memvec.lab.study.sql import insert
+from memvec.writing import read_json
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS passages (
@@ -26,6 +28,8 @@ CREATE TABLE IF NOT EXISTS elsewhere (
   cell TEXT NOT NULL, number INTEGER NOT NULL, name TEXT NOT NULL, before BLOB NOT NULL,
   text BLOB, pieces TEXT, PRIMARY KEY (cell, number)) WITHOUT ROWID;
 """
+
+PIECES = TypeAdapter(list[str])
 
 
 class Kept(NamedTuple):
@@ -57,7 +61,7 @@ def put(
 
 
 def find(db: sqlite3.Connection, cell: str, number: int) -> Kept | None:
-    """The passage of a row; None if the row or its passage is not there."""
+    """The passage of a row; None if the row or its passage is not there, or cannot be read."""
     query = (
         "SELECT name, ids, before, text, pieces FROM rows JOIN passages USING (passage) "
         "WHERE cell=? AND number=?"
@@ -72,8 +76,11 @@ def find(db: sqlite3.Connection, cell: str, number: int) -> Kept | None:
         elsewhere = db.execute(query, (cell, number)).fetchone()
         if elsewhere is not None:
             name, before, text, pieces = elsewhere
-    token_texts = None if pieces is None else json.loads(pieces)
-    return Kept(name, from_bytes(ids), from_bytes(before), text, token_texts)
+    try:
+        token_texts = None if pieces is None else PIECES.validate_python(read_json(pieces))
+        return Kept(name, from_bytes(ids), from_bytes(before), text, token_texts) if ids else None
+    except ValueError:
+        return None
 
 
 def to_bytes(ids: Sequence[int]) -> bytes:

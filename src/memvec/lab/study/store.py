@@ -25,13 +25,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from memvec.errors import MemvecError
 from memvec.lab.sources import SourcedPassage
-from memvec.lab.study import passages, schema
+from memvec.lab.study import passages, schema, valid
 from memvec.lab.study.cells import Planned
 from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
@@ -41,7 +40,6 @@ from memvec.writing import path_of
 
 # Columns of the table `cells` that are fields of a cell.
 OF_CELL = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
-NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
 class Store:
@@ -250,19 +248,20 @@ class Store:
         try:
             with file.open("rb") as stream:
                 stream.seek(offset)
-                data = stream.read(size)
-        except OSError as error:
-            raise MemvecError(f"{file} cannot be read: {error.strerror}.") from None
-        tail = 16 * int(predicted)
-        head = data[: size - tail]
-        if len(data) != size or hashlib.sha256(head).hexdigest() != digest:
-            raise MemvecError(f"{file} does not hold the vectors of passage {number}: damaged.")
-        dtype = getattr(torch, storage)
-        numbers = np.frombuffer(head, dtype=NUMPY[storage]).copy()
-        vectors = torch.from_numpy(numbers.view(np.int16 if storage != "float32" else np.float32))
-        vectors = vectors.view(dtype).reshape(K, -1)
-        positions = torch.from_numpy(np.frombuffer(data[-tail:], dtype=np.float32).copy())
-        return vectors, positions.reshape(4, -1)
+                data = stream.read(min(size, os.fstat(stream.fileno()).st_size))
+        except (OSError, ValueError) as error:  # the latter: an offset below 0
+            raise MemvecError(f"{file} cannot be read: {error}.") from None
+        end = size - 16 * predicted
+        try:
+            if len(data) != size or hashlib.sha256(data[:end]).hexdigest() != digest:
+                raise ValueError
+            vectors = torch.frombuffer(bytearray(data[:end]), dtype=getattr(torch, storage))
+            positions = torch.frombuffer(bytearray(data[end:]), dtype=torch.float32)
+            return vectors.reshape(K, -1), positions.reshape(4, predicted)
+        except (ValueError, RuntimeError):  # the latter: of another shape
+            raise MemvecError(
+                f"{file} does not hold the vectors of passage {number}: damaged."
+            ) from None
 
     def sealed(self, cell: str, number: int) -> bool:
         """True if a row was not changed after it was written."""
@@ -324,12 +323,13 @@ class Store:
                 f"version {SCHEMA}: run it with the memvec that made it, or use another folder."
             )
         schema.use_todays_names(self.db, write=self.write)
-        missing = schema.missing_columns(schema.columns_of(self.db))
-        if missing:
+        if missing := schema.missing_columns(schema.columns_of(self.db)):
             raise MemvecError(
                 f"the store in {self.folder} has no column '{missing[0]}', which this memvec "
                 "needs: run it with the memvec that made it, or use another folder."
             )
+        if wrong := valid.problem(self.db, schema.TABLES):
+            raise MemvecError(f"{self.file} is damaged: {wrong}.")
 
     def _stream(self, cell: str) -> IO[bytes]:
         """The cell's file of vectors, open for appending, with nothing in it that no row names."""
@@ -338,7 +338,7 @@ class Store:
                 "SELECT coalesce(max(offset + size), 0) FROM rows WHERE cell=?", (cell,)
             ).fetchone()[0]
             file = self.vectors / f"{cell}.bin"
-            stream = file.open("r+b" if file.exists() else "w+b")
+            stream = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
             stream.truncate(end)
             if len(self._open) >= 64:  # a study may have thousands of cells
                 self._open.pop(next(iter(self._open))).close()
