@@ -237,6 +237,7 @@ def test_a_value_of_another_kind_is_refused(study, tmp_path, table, column):
         *(("rows", "size", n) for n in (-1, 0, 2**62)),
         *(("rows", "offset", n) for n in (-1, 2**62)),
         *(("rows", "predicted", n) for n in (-1, 0, 2**40)),
+        *(("environments", "record", text) for text in ("", "3", "[]", DEEP)),
         *(("passages", "ids", data) for data in (b"", b"123")),
         *(("passages", "pieces", text) for text in ("", "3", "[3]", DEEP)),
     ],

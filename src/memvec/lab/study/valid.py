@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -18,6 +18,7 @@ from memvec.writing import read_json
 
 TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
 CELL = TypeAdapter(Cell)
+ENVIRONMENT = TypeAdapter(dict[str, Any])
 
 
 class _Description(BaseModel):
@@ -59,7 +60,7 @@ def problem(db: sqlite3.Connection, tables: str) -> str | None:
         for (_, name, kind, *_rest), total in zip(columns, totals, strict=True):
             if total:
                 return f"the column {name} of {table} has values that are no {kind}"
-    return _wrong_cell(db)
+    return _wrong_cell(db) or _wrong_environment(db)
 
 
 def _wrong_kind(name: str, kind: str, required: int) -> str:
@@ -82,4 +83,14 @@ def _wrong_cell(db: sqlite3.Connection) -> str | None:
             return f"cell {cell} has {first_problem(error)}"
         except ValueError as error:
             return f"cell {cell} has settings that are not JSON, {error}"
+    return None
+
+
+def _wrong_environment(db: sqlite3.Connection) -> str | None:
+    """A phrase about the record of an environment that cannot be read."""
+    for key, record in db.execute("SELECT id, record FROM environments"):
+        try:
+            ENVIRONMENT.validate_python(read_json(record))
+        except ValueError:
+            return f"the environment {key} has no record"
     return None
