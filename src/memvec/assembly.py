@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from memvec.companions.around import recorded
-from memvec.cramming.recipe import Recipe
-from memvec.header import DocumentRecord, Header, PassageRecord, SpaceRecord
+from memvec.header import Header, PassageRecord, SpaceRecord
 from memvec.machine import environment
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
@@ -38,30 +38,24 @@ def passage_record(
 def assembled(
     view: FrozenLM,
     vectors: Sequence[Float[Tensor, "K D"]],
-    *,
-    documents: list[DocumentRecord],
-    passages: list[PassageRecord],
-    recipe: Recipe,
-    start_rule: StartRule,
     storage: Storage,
+    **known: Any,
 ) -> MemVectors:
     """The vectors of each passage with a header, not yet certified.
 
     `view` is the model as it reads the vectors: its layout, space, front and trigger are recorded.
+    `known` has the other fields of the header: `documents`, `passages`, `recipe`, `start_rule`.
     """
     around, soft = recorded(view)
     reading = view.reading
     space = SpaceRecord(name=reading.space, numbers=view.numbers, options=dict(reading.options))
     header = Header(
         model=view.description(),
-        start_rule=start_rule,
         **around,
         layout=view.layout,
         space=None if reading.space == "inputs" else space,
         packing=storage.packing,
-        recipe=recipe.record(),
         environment=environment(view.device),
-        documents=documents,
-        passages=passages,
+        **known,
     )
     return MemVectors(torch.stack(list(vectors)), header, soft)

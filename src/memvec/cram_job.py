@@ -292,11 +292,7 @@ class CramJob:
         outcomes, engine = self._in_order(), self.engine
         documents = [
             DocumentRecord(
-                name=d.name,
-                sha256=d.sha256,
-                size=d.size,
-                encoding=d.encoding,
-                edits=list(d.edits),
+                **{name: value for name, value in vars(d).items() if name != "ids"},
                 passages=sum(1 for o in outcomes if o.passage.document == i),
                 text=d.data(self.lm).decode(d.encoding) if keep_text else None,
             )
@@ -308,11 +304,11 @@ class CramJob:
         return assembled(
             engine.lm,
             [o.vectors for o in outcomes],
+            self.storage,
             documents=documents,
             passages=passages,
-            recipe=engine.recipe,
+            recipe=engine.recipe.record(),
             start_rule=engine.start_rule,
-            storage=self.storage,
         )
 
     # ------------------------------------------------------------------ status

@@ -55,18 +55,16 @@ class Fingerprint:
         converted to float16 round to other bfloat16 numbers, so the hash of the weights is not
         compared if either model is in float16.
         """
-        dtypes = {self.dtype, other.dtype}
-        if self.config != other.config or len(self.probe) != len(other.probe):
+        dtypes, n = {self.dtype, other.dtype}, len(self.probe)
+        weights = self.weights == other.weights or "float16" in dtypes
+        if self.config != other.config or not weights or n != len(other.probe):
             return False
-        if self.weights != other.weights and "float16" not in dtypes:
-            return False
-        pairs = list(zip(self.probe, other.probe, strict=True))
+        pairs = zip(self.probe, other.probe, strict=True)
         close = all(abs(a - b) <= 0.1 + 0.02 * abs(a) for a, b in pairs)
         if close or dtypes <= {"float32", "float64"}:
             return close
-        return math.dist(self.probe, other.probe) <= math.sqrt(len(pairs)) * (
-            0.1 + 0.25 * statistics.pstdev(self.probe)
-        )
+        rms = math.dist(self.probe, other.probe) / math.sqrt(n)
+        return rms <= 0.1 + 0.25 * statistics.pstdev(self.probe)
 
 
 def _lasting(settings: Any) -> Any:

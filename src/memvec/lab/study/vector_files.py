@@ -86,11 +86,11 @@ def vectors_of_cell(
     mem = assembled(
         view,
         vectors,
+        storage_of(cell.storage),
         documents=documents,
         passages=passages,
-        recipe=recipe,
+        recipe=recipe.record(),
         start_rule=rule,
-        storage=storage_of(cell.storage),
     )
     return mem.with_certificate(*verify(lm, mem))
 
