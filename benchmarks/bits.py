@@ -7,7 +7,7 @@ that free-running decoding gives back from the stored vectors (with the correcti
 what is held. Bytes are those of the file: packed numbers, scales, corrections as variable-length
 integers; text bytes are those of the tokens held. Beside them, for the same passages (`length`
 tokens; four vectors have passages of four times the length): xz and zstd of all of them joined,
-arithmetic coding with the same model (H_LM / 8), and corrections alone (the model decodes behind
+arithmetic coding with the same model (H_LM / 8), and corrections alone (the model decodes after
 its BOS, and every token that it misses is listed). Rows carry the mean over n passages and its
 standard error; `overlap` counts the passages that share tokens with another one. RESULT names the
 cheapest mix of vectors and corrections.

@@ -5,7 +5,7 @@ python benchmarks/engines.py --work DIR --environments DIR [--engines vllm mlx .
 A cell is one engine, model, dtype, K, start rule and way of asking: one prompt at a time, sixteen
 together, those with plain prompts among them, and for vLLM the cache of prefixes on, the server,
 and its chat. The passages are random tokens, and one of them holds the model's EOS. A cell of rule
-'use' has questions behind usable vectors, and memvec's own answers. A cell passes if the engine's
+'use' has questions after usable vectors, and memvec's own answers. A cell passes if the engine's
 greedy tokens of every passage hash to what was crammed. `--environments` is a folder of virtual
 environments named after the engines; an engine without one is listed as not run.
 

@@ -62,7 +62,7 @@ FAMILIES = {
 class Group:
     """Prompts that make one cell with each way of asking: the ids that each must give, hashed.
 
-    `K` vectors and a start rule, or 'use'; `begins`: ids that each answer is put behind before it
+    `K` vectors and a start rule, or 'use'; `begins`: ids that each answer is put after before it
     is hashed; `eos`: whether a passage with the model's EOS is among them.
     """
 
@@ -163,7 +163,7 @@ def groups_of(family: str, lm: FrozenLM, Ks: list[int], work: Path) -> list[Grou
 
 
 def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
-    """Questions behind usable vectors; the answers are those of memvec's own decoder."""
+    """Questions after usable vectors; the answers are those of memvec's own decoder."""
     dtype = str(lm.dtype).removeprefix("torch.")
     recipe = Recipe.of("usable", settle=100, steps=400, patience=400)
     generator = torch.Generator().manual_seed(0)
@@ -187,8 +187,8 @@ def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
     prompts, hashes, leads = [], [], []
     for one in json.loads(kept.read_text(encoding="utf-8")):
         cast = mem.vectors[one["passage"]].to(lm.dtype).float()
-        behind = embedded(one["question"], lm).float()
-        prompts.append(Prompt(cast, one["question"], ANSWER_TOKENS, behind, one["text"]))
+        after = embedded(one["question"], lm).float()
+        prompts.append(Prompt(cast, one["question"], ANSWER_TOKENS, after, one["text"]))
         hashes.append(ids_hash(one["answer"]))
         leads.append(one["lead"])
     return Group(USE_VECTORS, "use", prompts, [[] for _ in prompts], hashes, False, leads)
@@ -197,7 +197,7 @@ def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
 def _chosen(
     lm: FrozenLM, mem: MemVectors, questions: list[list[int]], has_text: bool
 ) -> list[dict[str, Any]]:
-    """The questions that are asked behind each passage's vectors, and memvec's own answers."""
+    """The questions that are asked after each passage's vectors, and memvec's own answers."""
     chosen = []
     for i, vectors in enumerate(mem.vectors):
         cast, selected = vectors.to(lm.dtype), questions[i * QUESTIONS :][:QUESTIONS]
@@ -232,7 +232,7 @@ def _questions(lm: FrozenLM) -> list[list[int]]:
 def answered(
     lm: FrozenLM, vectors: torch.Tensor, questions: list[list[int]]
 ) -> tuple[list[list[int]], list[float]]:
-    """(memvec's answers behind vectors (K, D) and questions, smallest lead in each answer).
+    """(memvec's answers after vectors (K, D) and questions, smallest lead in each answer).
 
     The lead of a token is its logit minus the next largest one, in standard deviations of the
     logits.
@@ -266,7 +266,7 @@ def plain_prompts(lm: FrozenLM, lengths: set[int]) -> list[Prompt]:
 
 
 def lead(lm: FrozenLM, prompt: Prompt, right: list[int], wrong: int) -> float:
-    """How far the right token leads the wrong one behind a prompt and its right tokens so far.
+    """How far the right token leads the wrong one after a prompt and its right tokens so far.
 
     In standard deviations of the logits, as memvec's own forward pass has them.
     """

@@ -17,12 +17,12 @@ HEAD = """# Engines
 
 Written by `make engines` (`benchmarks/engines.py`), from one start or several: each engine ran in
 its own environment, greedily, on the CPU ({machine}), and its token ids were compared with the
-hashes of what was crammed, or, behind usable vectors, with memvec's own answers. **{exact} of
+hashes of what was crammed, or, after usable vectors, with memvec's own answers. **{exact} of
 {cells} cells are exact ({share:.1f} %)**, {passages}.
 
 A cell is one engine, model, dtype, number of vectors K, start rule and way of asking, with up to 16
 passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K: {Ks}. Start
-rules: {rules}; *use* is four questions behind the usable vectors of each of four passages. A
+rules: {rules}; *use* is four questions after the usable vectors of each of four passages. A
 passage with the model's EOS is in {eos} of the {decoding} cells that decode passages. Only passages
 that memvec itself certified are asked for: {left_out} of {attempted} were not exact and are left
 out.

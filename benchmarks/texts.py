@@ -146,7 +146,7 @@ def held_out(corpus: Path) -> list[str]:
 def _excerpt(text: str, draw: random.Random, least: int = EXCERPT) -> tuple[int, str]:
     """A span that begins with a word, and its place; a text of at most `least` characters whole.
 
-    At least so many characters are behind its place.
+    At least so many characters are after its place.
     """
     if len(text) <= least:
         return 0, text

@@ -6,11 +6,11 @@ Passages are crammed by the preset 'usable' (memvec.usable), then each context i
 48 tokens that truly follow, which cramming never saw: KL per token from the model that has read the
 text, and the share of the text's gain that is kept. Controls: nothing, the last K, 2 K, 4 K and 8 K
 tokens of the text, and vectors that are exact only. `--in-a-row N` crams N passages that follow
-each other; their vectors stand one behind the other, as `memvec use` has them, beside those of the
+each other; their vectors stand one after the other, as `memvec use` has them, beside those of the
 last passage alone. Only texts all of whose passages are exact count, and n says how many of how
 many. `cost` is forward-backward tokens of a passage over those of exact-only vectors of the same
 number from noise; the pass of an encoder that begins counts as one of them. `cost_queries` has the
-queries besides: they are sampled behind the text by forward passes, which count a half (a backward
+queries besides: they are sampled after the text by forward passes, which count a half (a backward
 pass to the vectors alone costs as much as a forward pass).
 
 `--keep FOLDER` writes down the measures of each text when its batch is done, and a later run with
@@ -55,7 +55,7 @@ from memvec.usable.contexts import (
     NONE,
     VECTORS,
     Figures,
-    behind_each,
+    after_each,
     contexts_of,
     contexts_of_row,
 )
@@ -64,7 +64,7 @@ from memvec.writing import write_atomically
 from models import SHAPES, random_model
 from texts import passages_of, random_tokens
 
-CONTINUATION = 48  # tokens behind each passage
+CONTINUATION = 48  # tokens after each passage
 EXACT_FROM_NOISE = Recipe(start="noise", start_rule="bos")
 
 
@@ -109,7 +109,7 @@ def measures(
             if (exact_only := in_a_row([plain[number] for number in numbers])) is not None:
                 plain_contexts = contexts_of(lm, exact_only.flatten(0, 1), text.ids[:whole], None)
                 contexts[EXACT_ONLY] = plain_contexts[VECTORS]
-            scores = behind_each(lm, contexts, torch.tensor([text.ids[whole:]]))
+            scores = after_each(lm, contexts, torch.tensor([text.ids[whole:]]))
         measured.append(
             {
                 "scores": scores,

@@ -72,10 +72,10 @@ def fields() -> Iterator[tuple[str, str, str, str]]:
 
 
 def unit(sentence: str, kind: Any = None) -> str:
-    """The unit that a column's sentence names: behind its last comma, inside its brackets or as its
+    """The unit that a column's sentence names: after its last comma, inside its brackets or as its
     first noun; else what kind of value it is."""
-    if behind := re.search(rf", ({UNITS}|text|number)(?: \([^)]*\))?(?:;|$)", sentence):
-        return behind[1]
+    if after := re.search(rf", ({UNITS}|text|number)(?: \([^)]*\))?(?:;|$)", sentence):
+        return after[1]
     if listed := re.search(r"\[(.* .*)\]", sentence):
         units = list(dict.fromkeys(re.findall(rf"\b(?:{UNITS})\b", listed[1])))
         if units:

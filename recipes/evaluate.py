@@ -6,7 +6,7 @@
 The texts are the held-out ones of --corpus, or those that `pocket.py` held out in --work.
 
 Notable:
-- losses: fixed crops of 512 tokens, half of them behind <s>, float32;
+- losses: fixed crops of 512 tokens, half of them after <s>, float32;
 - one-pass encoder: passages given back by free-running greedy decoding from the encoder's vectors;
 - horizon: passages crammed by memvec under its default recipe but for the number of steps, then
   decoded freely from the stored vectors. Passages are longer than anything that fits, so the

@@ -56,7 +56,7 @@ class Lengths:
         return K * min(allowed, key=lambda n: abs(math.log(n * K / tokens)))
 
     def draw_used(self, K: int, following: int, rng) -> int:
-        """Tokens of the passages of a step of use, with `following` tokens behind them."""
+        """Tokens of the passages of a step of use, with `following` tokens after them."""
         # from a few tokens a vector on: fewer are usable than can be given back
         share = 0.05 + 1.15 * float(torch.rand((), generator=rng))
         return self.on_grid(share * self.targets[K], K, following + 1)

@@ -30,7 +30,7 @@ def text_loss(model: Decoder, ids):
 
 
 def passage_logits(model: Decoder, vectors, embedded, trigger: bool):
-    """Logits (B, T, V) of a passage's tokens, embedded (B, T, D), behind vectors (B, K, D).
+    """Logits (B, T, V) of a passage's tokens, embedded (B, T, D), after vectors (B, K, D).
 
     With `trigger`, <s> stands between the vectors and the passage.
     """
@@ -87,23 +87,23 @@ def memory_loss(model: Decoder, encoder: Encoder, ids, noise, recipe: Recipe, *,
 def use_loss(model: Decoder, encoder: Encoder, ids, following, noise, recipe: Recipe):
     """KL divergence, in nats per token, of what the model predicts after passages ids (B, T).
 
-    Compared are its predictions of the tokens `following` (B, C) behind <s> and the passage, which
-    get no gradient, and behind the K vectors of the passage. The first of these tokens does not
-    count: right behind the vectors the model is trained to give back the passage. noise (B, K, D)
+    Compared are its predictions of the tokens `following` (B, C) after <s> and the passage, which
+    get no gradient, and after the K vectors of the passage. The first of these tokens does not
+    count: right after the vectors the model is trained to give back the passage. noise (B, K, D)
     is drawn from a standard normal distribution.
     """
     K = noise.shape[1]
-    embedded, behind = embed(model, ids), embed(model, following)
+    embedded, after = embed(model, ids), embed(model, following)
     vectors = noisy(encoder(model, embedded, K), noise, recipe.noise)
-    seen = torch.cat((vectors.to(embedded.dtype), behind[:, :-1]), dim=1)
+    seen = torch.cat((vectors.to(embedded.dtype), after[:, :-1]), dim=1)
     logits = F.linear(model(seen)[:, K:], model.embedding)
     with torch.no_grad():
         start = embed(model, ids.new_full((len(ids), 1), BOS))
-        text = torch.cat((start, embedded, behind[:, :-1]), dim=1)
-        behind_text = F.linear(model(text)[:, 1 + ids.shape[1] :], model.embedding)
+        text = torch.cat((start, embedded, after[:, :-1]), dim=1)
+        after_text = F.linear(model(text)[:, 1 + ids.shape[1] :], model.embedding)
     return F.kl_div(
         logits.float().log_softmax(-1).flatten(0, 1),
-        behind_text.float().log_softmax(-1).flatten(0, 1),
+        after_text.float().log_softmax(-1).flatten(0, 1),
         log_target=True,
         reduction="batchmean",
     )

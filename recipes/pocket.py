@@ -85,7 +85,7 @@ def train(run: Run, streams: dict, work: Path, name: str, memory: bool) -> None:
                 record["accuracy"] = [round(v, 3) for v in run.lengths.accuracy.values()]
                 print(json.dumps(record), file=log)
                 sums.clear()
-            # before the checkpoint, behind which a stopped run is no longer in its trunk
+            # before the checkpoint, after which a stopped run is no longer in its trunk
             if memory and in_trunk and not run.before(run.recipe.trunk_steps):
                 run.save(work / "trunk.pt")
             if run.step % run.recipe.checkpoint_every == 0 or run.progress >= 1:

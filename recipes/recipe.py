@@ -68,7 +68,7 @@ class Recipe:
     use_share: float = 0.0
     """Share of memory steps that train the model to go on from vectors as from their passage."""
     use_tokens: int = 48
-    """Tokens behind the passage on which the two are compared in such a step."""
+    """Tokens after the passage on which the two are compared in such a step."""
     inner_share: float = 0.0
     """Share of memory steps in which the vectors first take `inner_steps` steps of descent."""
     inner_steps: int = 2

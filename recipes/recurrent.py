@@ -4,7 +4,7 @@
     memvec study run studies/recurrent.toml
 
 Notable:
-- it is one command of memvec with the options that are here, and any of them can be changed behind
+- it is one command of memvec with the options that are here, and any of them can be changed after
   it: `python recipes/recurrent.py --text books --where "" --steps 200`;
 - a run that is stopped goes on from its last checkpoint;
 - the model and its own one-pass encoder stay as they are: the recurrent encoder begins as a queue

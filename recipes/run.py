@@ -80,7 +80,7 @@ class Run:
     def load(self, path: Path, trunk: bool = False):
         """Go on from a checkpoint. Ends the program if it is of another shape or recipe.
 
-        Behind a trunk, the recipe may be another one.
+        After a trunk, the recipe may be another one.
         """
         state = torch.load(path, weights_only=True, map_location=self.device)
         recipe = dataclasses.asdict(self.recipe)

@@ -1,4 +1,4 @@
-"""The adapted encoder: the frozen model with adapters, a summary behind each part of a passage."""
+"""The adapted encoder: the frozen model with adapters, a summary after each part of a passage."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path, family, K, T)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_part_is_read_behind_those_before_it(family):
+def test_each_part_is_read_after_those_before_it(family):
     """Against a reading of each part by itself: [parts and summaries so far] and its summary."""
     lm = tiny(family)
     encoder, ids = encoder_of(lm, slots=3), stream(lm, 14).view(2, 7)

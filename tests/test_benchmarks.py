@@ -362,7 +362,7 @@ def test_the_published_programs_get_our_ids_and_model_and_leave_nothing_behind(t
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_usable_vectors_are_measured_as_they_were_crammed(parts):
-    """Behind their front and their trigger, those of several passages one behind the other: KL by
+    """After their front and their trigger, those of several passages one after the other: KL by
     the slow path, which knows neither engine."""
     from types import SimpleNamespace
 
@@ -520,7 +520,7 @@ def test_horizons_of_the_published_programs_are_of_whole_passages(monkeypatch):
 
 
 def test_the_paper_s_side_keeps_the_vectors_that_it_measured(monkeypatch):
-    """Not those of a step later: of a text that the model writes behind the first ones, these."""
+    """Not those of a step later: of a text that the model writes after the first ones, these."""
     import exact
     from memvec.decoding import decode_ids
 
@@ -587,7 +587,7 @@ def test_intervals_that_overlap_are_not_apart():
     assert compare(rows)["apart"] == 0
 
 
-def test_corrections_behind_the_horizon_cost_and_hold_nothing(monkeypatch):
+def test_corrections_after_the_horizon_cost_and_hold_nothing(monkeypatch):
     from types import SimpleNamespace
 
     import bits

@@ -162,7 +162,7 @@ def test_a_bos_is_one_of_the_papers_tokens() -> None:
     assert tokens(1, 1, "bos") == 1
 
 
-def test_a_length_behind_one_that_failed_is_not_always_exact() -> None:
+def test_a_length_after_one_that_failed_is_not_always_exact() -> None:
     rows = pd.DataFrame({"length": [2, 4, 4, 8, 8], "exact": [1.0, 1.0, 0.5, 1.0, 1.0]})
     rows = rows.assign(tokens=rows["length"], accuracy=[1.0, 0.5, 0.98, 0.99, 1.0])
     found = one_step_result(rows.assign(lm_bits=[5.0, 6.0, 7.0, 9.0, 8.0]))

@@ -98,7 +98,7 @@ def test_a_changed_checkpoint_is_found(study, checkpoints):
 
 
 def bits_of(lm: FrozenLM, ids: tuple[int, ...], horizon: int) -> float:
-    """What the model alone needs for the first tokens, by its own forward behind BOS."""
+    """What the model alone needs for the first tokens, by its own forward after BOS."""
     table = slow.logits(lm, None, [lm.bos_id, *ids])[:-1]
     bits, _ = slow.bits_and_margins(table, ids)
     return float(bits[:horizon].sum())

@@ -23,7 +23,7 @@ from memvec.lab import slow_use
 from memvec.lab.study.check import check_study
 from memvec.usable.certificate import certify_use
 from memvec.usable.columns import Column
-from memvec.usable.contexts import EXACT_ONLY, VECTORS, behind_each, contexts_of
+from memvec.usable.contexts import EXACT_ONLY, VECTORS, after_each, contexts_of
 from memvec.usable.generate import in_a_row
 from memvec.usable.modes import BothModes
 from memvec.usable.neighbours import neighbours_of
@@ -55,8 +55,8 @@ def test_context_is_smaller_and_the_passage_is_not(family):
     lm = lm if lm.bos_id is not None else triggered(lm, replace(RECIPE, trigger="#3"))
     scaled = as_context_at(lm, SCALE)
     vectors, words = torch.randn(3, lm.width), torch.tensor([[4, 5, 6]])
-    ours = behind_each(scaled, contexts_of(scaled, vectors, ids, vectors), words)
-    plain = behind_each(lm, contexts_of(lm, SCALE * vectors, ids, vectors), words)
+    ours = after_each(scaled, contexts_of(scaled, vectors, ids, vectors), words)
+    plain = after_each(lm, contexts_of(lm, SCALE * vectors, ids, vectors), words)
     assert ours[VECTORS] == pytest.approx(plain[VECTORS], rel=1e-4, abs=1e-6)
     assert ours[EXACT_ONLY] == pytest.approx(plain[EXACT_ONLY], rel=1e-4, abs=1e-6)
     table = torch.tensor([list(ids)])

@@ -81,7 +81,7 @@ def test_the_table_puts_tokens_in_their_columns():
 @pytest.mark.parametrize("rule", START_RULES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
 def test_decoding_reads_the_corrected_token(family, rule):
-    """Against a loop with nothing but logits; the tokens behind a correction depend on it."""
+    """Against a loop with nothing but logits; the tokens after a correction depend on it."""
     lm, (passage,) = tiny(family), passages(8, seed=3)
     vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
     fixed = [[(2, 5), (6, 9)], [], [(1, 3)]]

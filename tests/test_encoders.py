@@ -133,7 +133,7 @@ def test_passages_grow_with_success_and_fit_the_context(monkeypatch):
     """The longest passage is as long as the context allows, and the target follows the accuracy."""
     lm = tiny()
     training = Training(lm, stream(lm, 20_000), replace(SMALL, slots=33, positions=1))
-    assert training.longest == 2  # 33 x 2 tokens behind 33 vectors, in a context of 128
+    assert training.longest == 2  # 33 x 2 tokens after 33 vectors, in a context of 128
     training = Training(lm, stream(lm), SMALL)
     for accuracy, target in [(0.99, training.longest), (0.8, training.longest), (0.1, 1.0)]:
         monkeypatch.setattr(training, "_descend", lambda *_, a=accuracy: (1.0, a))

@@ -683,7 +683,7 @@ def test_a_passage_in_a_slot_again_goes_on_with_all_its_costs(K, how):
 
 
 def test_the_time_of_a_device_that_is_waited_for_counts(monkeypatch):
-    """A GPU computes behind the call: its time passes where something is read from it."""
+    """A GPU computes after the call: its time passes where something is read from it."""
     now, tolist = [0.0], torch.Tensor.tolist
 
     def waiting(tensor):
@@ -698,7 +698,7 @@ def test_the_time_of_a_device_that_is_waited_for_counts(monkeypatch):
 
 
 def test_a_batch_is_looked_at_in_each_step_unless_steps_are_replayed():
-    """Looks that are rare cost columns that no token needs, and steps behind the last one."""
+    """Looks that are rare cost columns that no token needs, and steps after the last one."""
     recipe, asked = Recipe(steps=10, margin=1e3), passages(40, 40)
     rare, often = (Engine(tiny(), recipe, vectors=1, poll=poll) for poll in (8, None))
     for engine in (rare, often):

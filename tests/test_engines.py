@@ -95,7 +95,7 @@ def test_a_request_keeps_batches_and_plain_prompts_apart(saved, python):
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_the_answer_behind_vectors_for_use_is_that_of_memvec_use(
+def test_the_answer_after_vectors_for_use_is_that_of_memvec_use(
     engine, folder, stand_in, monkeypatch
 ):
     lm = reader()
@@ -178,14 +178,14 @@ def test_an_answer_ends_before_the_first_end_of_text(asked, folder):
 def test_the_chat_of_the_server_has_the_vectors_in_front_of_the_text(saved, stand_in):
     lm, path = tiny(), saved()
     vectors, tokens = torch.randn(2, lm.width), [3, 9, 4]
-    behind = lm.embed(torch.tensor(tokens)).detach()
-    asked = Prompt(vectors, tokens, 5, behind, "3 9 4")  # the stand-in's tokenizer is `int`
+    after = lm.embed(torch.tensor(tokens)).detach()
+    asked = Prompt(vectors, tokens, 5, after, "3 9 4")  # the stand-in's tokenizer is `int`
     found = [
         engines.run_engine(name, stand_in, path, "float32", [asked], settings=settings).ids
         for name, settings in (("vllm", {}), ("vllm-server", {"chat": True}))
     ]
     assert found[0] == found[1]
-    long = Prompt(vectors, tokens, 50, behind)
+    long = Prompt(vectors, tokens, 50, after)
     with pytest.raises(MemvecError, match=r"the server refused: .*too many tokens"):
         engines.run_engine("vllm-server", stand_in, path, "float32", [long])
 

@@ -1,4 +1,4 @@
-"""Evaluation: what stands for a context, answers behind it, receipts, and the harness's plug-in.
+"""Evaluation: what stands for a context, answers after it, receipts, and the harness's plug-in.
 
 What needs lm-evaluation-harness is skipped without it: `make test-eval` has it.
 """
@@ -71,8 +71,8 @@ def test_context_question_and_answer_are_the_tokens_of_the_whole_text(prompt):
     assert lm.text([*request.context, *request.question, *request.answer]) == prompt + " the mat"
     assert list(sum(request, ())) == lm.tokenize(prompt + " the mat")
     assert lm.text(request.context) in split_text(prompt)[0]
-    behind = request_of(lm, "<s>" + prompt, " the mat")
-    assert behind == request, "a start token that a template wrote is left to the column"
+    after = request_of(lm, "<s>" + prompt, " the mat")
+    assert after == request, "a start token that a template wrote is left to the column"
 
 
 def test_white_space_at_the_end_of_a_prompt_is_the_answers():
@@ -94,7 +94,7 @@ def test_each_column_puts_its_own_in_the_context_s_place():
         assert embedded[name].exact is None
     slots = {name: stand.slots for name, stand in embedded.items()}
     assert slots == {"full": 7, "none": 0, "truncated": 6, "crammed": 6}, "7 tokens in 3 passages"
-    inputs = embedded["crammed"].inputs  # behind BOS, too
+    inputs = embedded["crammed"].inputs  # after BOS, too
     assert inputs.shape == (1, 1 + 6, lm.width)
     assert torch.equal(inputs[:, :1], lm.embed(torch.tensor([bos])))
     assert embedded["crammed"].exact is True
@@ -212,7 +212,7 @@ def test_likelihoods_are_those_of_the_model_s_own_forward():
     cases = [
         (IDS, (3, 4), (5, 6, 7)),
         (IDS, (3, 4), (5, 6, 9)),  # shares the forward pass of the first
-        (IDS[:2], (3, 4), (5, 6, 7)),  # the same behind another context
+        (IDS[:2], (3, 4), (5, 6, 7)),  # the same after another context
         (IDS[:2], (), (8,)),
         ((), (13,), (2, 2)),
         (IDS, (3, 4), ()),
@@ -646,7 +646,7 @@ def test_a_task_s_own_settings_of_what_is_written_are_kept(harness, task_setting
 
 
 def test_the_full_column_is_the_harness_s_own_model(harness, folder, evaluated):
-    """Behind a start token, which this tokenizer does not add by itself."""
+    """After a start token, which this tokenizer does not add by itself."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -73,7 +73,7 @@ def test_a_mask_and_attention_of_the_parts_apart_agree(family, layers):
     assert torch.equal(states(lm, vectors, ids), whole)
 
 
-def test_nothing_stays_behind_when_the_model_fails():
+def test_nothing_stays_after_when_the_model_fails():
     lm = tiny()
     before = [len(m._forward_pre_hooks) for m in attention_modules(lm)]
     with pytest.raises(ZeroDivisionError), knocked_out(lm, [0, 1], 2):

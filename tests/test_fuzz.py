@@ -59,7 +59,7 @@ def good(tmp_path_factory) -> bytes:
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The safetensors header and the numbers behind it."""
+    """The safetensors header and the numbers after it."""
     (n,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + n]), data[8 + n :]
 

@@ -386,7 +386,7 @@ def test_a_model_that_cannot_read_tokens_is_refused_in_a_sentence(monkeypatch):
 
 
 def test_a_configuration_that_builds_nothing_is_a_sentence(folder, tmp_path):
-    """The class behind a configuration may raise anything at all."""
+    """The class of a configuration may raise anything at all."""
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     config = json.loads((broken / "config.json").read_text())
@@ -424,7 +424,7 @@ def test_a_context_that_says_nothing_is_none(unknown):
     assert context_length(config) == 64
 
 
-def test_a_token_behind_the_last_row_is_refused():
+def test_a_token_after_the_last_row_is_refused():
     """Its id is the number of rows: the first that has none."""
     lm = copy.copy(tiny())
     lm.tokenizer = lambda text, **_: {"input_ids": [int(text)]}

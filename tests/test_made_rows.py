@@ -73,7 +73,7 @@ def made(store: Store, spec: str, row_of: RowOf) -> Data:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """An empty store, closed behind the test."""
+    """An empty store, closed after the test."""
     with Store(tmp_path, write=True) as opened:
         yield opened
 
@@ -159,7 +159,7 @@ def test_a_given_token_is_not_free_for_the_coder(given, store):
 
 
 @pytest.mark.parametrize("start", ["vectors", "bos"])
-def test_the_longest_length_is_that_of_the_grid_behind_a_bos_too(start, store):
+def test_the_longest_length_is_that_of_the_grid_after_a_bos_too(start, store):
     spec = '[[runs]]\nprotocol = "paper"\nlengths = [8, 16]\npassages = 3\n'
     given = int(start == "bos")
     data = made(store, spec, lambda cell, n: {"tokens": cell.length - given, "start_rule": start})
@@ -263,7 +263,7 @@ def test_vectors_that_hold_nothing_have_a_report(smallest, store):
 
 
 def lines(data: Data, protocol: str, key: str) -> list[dict[str, Any]]:
-    """The lines of a table by its columns; a name that occurs again has a number behind it."""
+    """The lines of a table by its columns; a name that occurs again has a number after it."""
     (table,) = (t for t in protocol_of(protocol).tables(data, compare=False) if t.key == key)
     names = [
         name + str(table.columns[:i].count(name) or "") for i, name in enumerate(table.columns)

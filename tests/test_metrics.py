@@ -166,7 +166,7 @@ def test_measure_is_a_loop_over_the_models_own_logits(
     asked = passages(6, 3, 4, seed=3)
     if longest == 1:
         asked = passages(1 + given, 1 + given, 1 + given, seed=3)
-    # A text with its own BOS, as a source's `bos` makes it, is not read behind another.
+    # A text with its own BOS, as a source's `bos` makes it, is not read after another.
     asked[1] = Passage((lm.bos_id, *asked[1].ids[1:]), asked[1].document)
     if not bos:
         monkeypatch.setattr(lm, "bos_id", None)

@@ -41,9 +41,9 @@ def test_mixed_precision_is_autocast_over_float32_weights(family):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         own = plain(input_ids=ids, use_cache=False).logits.float()
         inputs = torch.cat([vectors, lm.embed(ids)], dim=1)
-        behind = plain(inputs_embeds=inputs, use_cache=False).logits.float()
+        after = plain(inputs_embeds=inputs, use_cache=False).logits.float()
     assert torch.equal(lm.own_logits(ids), own)
-    assert torch.equal(lm.logits(vectors, ids), behind[:, 1:-1])
+    assert torch.equal(lm.logits(vectors, ids), after[:, 1:-1])
     with torch.no_grad():
         assert not torch.equal(own, plain(input_ids=ids, use_cache=False).logits)
 

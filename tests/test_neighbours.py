@@ -59,7 +59,7 @@ def test_every_place_in_a_row_is_taken():
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("W", [1, 4])
-def test_a_row_is_its_parts_one_behind_the_other(k, K, W):
+def test_a_row_is_its_parts_one_after_the_other(k, K, W):
     beside = some(tiny(), k)
     D, N = beside.vectors.shape[2], len(PLACES)
     generator = torch.Generator().manual_seed(0)
@@ -69,12 +69,12 @@ def test_a_row_is_its_parts_one_behind_the_other(k, K, W):
     count = torch.tensor([sum(place) for place in PLACES])
     inputs, used = beside.row(vectors, words, which, in_front, count)
     assert inputs.shape == (N, K + MAX_BESIDE * k + W, D)
-    for i, (front, behind) in enumerate(PLACES):
+    for i, (front, after) in enumerate(PLACES):
         others = [beside.vectors[j] for j in which[i].tolist()]
-        parts = [*others[:front], vectors[i], *others[front : front + behind], words[i]]
+        parts = [*others[:front], vectors[i], *others[front : front + after], words[i]]
         expected = torch.cat(parts)
         assert torch.equal(inputs[i, : len(expected)], expected)
-        assert int(used[i]) == (front + behind) * k
+        assert int(used[i]) == (front + after) * k
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mamba", "opt-projected"])
@@ -100,9 +100,9 @@ def test_the_second_loss_is_that_of_the_row(family, front):
         loss = term.measure(rows, batch, engine.columns, 1).loss
         for row, ids in texts.items():
             m = int(batch.steps[row]) % len(PLACES)
-            n_front, n_behind = PLACES[m]
+            n_front, n_after = PLACES[m]
             which = batch.term.beside.neighbours[row, m].tolist()
-            names = [*which[:n_front], None, *which[n_front : n_front + n_behind]]
+            names = [*which[:n_front], None, *which[n_front : n_front + n_after]]
             text = [t for j in names for t in (ids if j is None else beside.ids[j])]
             parts = [vectors[row] if j is None else beside.vectors[j] for j in names]
             words = [batch.term.queries[row, m].tolist()]
@@ -155,7 +155,7 @@ def test_who_stands_beside_a_passage_depends_on_it_alone():
 
 @pytest.mark.slow
 def test_vectors_learn_to_stand_beside_others():
-    """Behind the rows of their own queries they are nearer to the texts than those made alone."""
+    """After the rows of their own queries they are nearer to the texts than those made alone."""
     lm, asked, n = tiny(), passages(4, 4, seed=3), 4 * len(PLACES)
     recipe = replace(USABLE, settle=60, decay=60, query_count=n, term_weight=30.0)
     beside = some(lm, 2)
@@ -246,7 +246,7 @@ def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
         Engine(lm, replace(USABLE, neighbours=str(tmp_path / "none.mem")), vectors=2)
     with pytest.raises(MemvecError, match=r"^the vectors in .*p.mem have no trigger"):
         Engine(lm, replace(USABLE, neighbours=str(files["plain"])), vectors=2)
-    with pytest.raises(MemvecError, match=r"were crammed behind other inputs in front"):
+    with pytest.raises(MemvecError, match=r"were crammed after other inputs in front"):
         Engine(lm, beside, vectors=2)
     with pytest.raises(MemvecError, match=r"^these vectors were made for other weights"):
         Engine(reader("words", seed=1), beside, vectors=2)
@@ -262,7 +262,7 @@ def test_what_cannot_stand_beside_is_one_sentence(tmp_path):
 
 
 def test_numbers_of_a_row_are_finite():
-    """Padding behind the shorter rows is a word: no NaN can come from there."""
+    """Padding after the shorter rows is a word: no NaN can come from there."""
     beside = some(tiny(), 2)
     words = torch.zeros(2, 3, beside.vectors.shape[2])
     which, none = torch.zeros(2, MAX_BESIDE, dtype=torch.long), torch.zeros(2, dtype=torch.long)

@@ -388,7 +388,7 @@ def test_the_rate_of_each_move_is_that_of_transformers_schedule(warmup, decay):
     schedules = [kind(optimizer) for optimizer in theirs]
     ours = AdamW(recipe.__class__(**(vars(recipe) | {"beta1": 0.9, "beta1_rise": 0.0})))
     state = ours.fresh(rows)
-    for step in range(decay or 30):  # theirs rises again behind its last step
+    for step in range(decay or 30):  # theirs rises again after its last step
         moving, gradient = torch.tensor([True, step >= 7]), torch.randn(2, 1, 4)
         ours.step(rows, gradient, state, moving)
         for b in range(2):

@@ -42,7 +42,7 @@ def test_every_start_rule_is_generated(rule):
     assert read.passages(mem) == mem.tokens(tiny())
 
 
-def test_the_answer_behind_a_prompt_is_that_of_use(read):
+def test_the_answer_after_a_prompt_is_that_of_use(read):
     recipe = Recipe.of(start_rule="bos", steps=600, patience=600)
     mem = codec.cram(reader(), "the fox", vectors=2, tokens=2, recipe=recipe)
     answer = read(mem, prompt=" ran", max_new_tokens=9)

@@ -55,9 +55,9 @@ def test_what_was_crammed_before_changes_no_direction(recipe, monkeypatch):
     """Nor what stands in front of the vectors: directions are the model's own."""
     lm, (passage,) = tiny(), passages(6, seed=3)
     recipe = replace(recipe, steps=6, margin=1e3)
-    behind = replace(recipe, front="bos")
+    after = replace(recipe, front="bos")
     found = []
-    for order in ([recipe, behind], [behind, recipe]):
+    for order in ([recipe, after], [after, recipe]):
         monkeypatch.setattr(principal, "SPECTRA", {})
         vectors = {}
         for one in order:

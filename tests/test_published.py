@@ -39,7 +39,7 @@ def ours(recipe, passage, family):
 
 
 def kuratov(lm, ids, vector):
-    """The whole passage behind [vector, tokens]; what the vector itself predicts is thrown away."""
+    """The whole passage after [vector, tokens]; what the vector itself predicts is thrown away."""
     memory = torch.nn.Parameter(vector.clone())
     optimizer = torch.optim.AdamW([memory], lr=0.01, betas=(0.9, 0.9), weight_decay=0.01)
     tokens = torch.tensor([ids])
@@ -154,7 +154,7 @@ def distance(lm, memory, read, layers):
     Of the first `layers` hidden states, as transformers lists them: the embeddings are the first.
     """
     bos = lm.embedding(torch.tensor([lm.bos_id]))
-    behind, plain = (
+    after, plain = (
         lm.model(
             inputs_embeds=torch.cat([first, lm.embedding(read)])[None], output_hidden_states=True
         ).hidden_states
@@ -162,7 +162,7 @@ def distance(lm, memory, read, layers):
     )
     return sum(
         (1 - torch.cosine_similarity(a[0, 1:], b[0, 1:], dim=-1)).mean()
-        for a, b in zip(behind[:layers], plain[:layers], strict=True)
+        for a, b in zip(after[:layers], plain[:layers], strict=True)
     )
 
 

@@ -115,7 +115,7 @@ def test_models_without_such_insides_are_refused(family):
 
 
 @pytest.mark.parametrize("family", ["opt-projected", "xlm"])
-def test_a_model_whose_head_is_not_behind_its_norm_has_no_lens(family):
+def test_a_model_whose_head_is_not_after_its_norm_has_no_lens(family):
     lm = tiny(family)
     with pytest.raises(MemvecError, match="has no final norm where a logit lens could look"):
         inside.logit_lens(lm, inputs_of(lm), K, ASKED.ids[0])

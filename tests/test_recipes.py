@@ -397,7 +397,7 @@ def test_batches_are_spans_of_the_text():
     assert len({float(torch.rand((), generator=generator(*key))) for key in keys}) == 4
     tokenizer = train_tokenizer(["the cat sat " * 50], 280)
     one, two = (tokenized(tokenizer, texts).tolist() for texts in (["the cat"], ["the cat"] * 2))
-    assert one[-1] == 1  # </s> behind each text
+    assert one[-1] == 1  # </s> after each text
     assert two == one * 2
 
 
@@ -545,7 +545,7 @@ def test_a_step_begins_with_no_gradient_and_draws_its_own_noise():
     assert not torch.equal(first, noise_of(run, 2, 1))
 
 
-def test_the_trunk_is_kept_before_a_checkpoint_that_is_behind_it(tmp_path, monkeypatch):
+def test_the_trunk_is_kept_before_a_checkpoint_that_is_after_it(tmp_path, monkeypatch):
     """A run that is killed between the two has both, or makes the end of its trunk again."""
     import pocket
     from run import Run
@@ -618,7 +618,7 @@ def test_candidates_are_scaled_from_their_own_fields():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("K", [1, 2])
-def test_what_is_evaluated_is_per_vector_and_behind_the_text(K):
+def test_what_is_evaluated_is_per_vector_and_after_the_text(K):
     """Against each passage alone, by the model's own forward."""
     from conftest import tiny
     from corpus import generator, windows

@@ -97,7 +97,7 @@ def test_batched_equals_single_and_reloaded_equals_saved(tmp_path):
         load_encoder(file, tiny(seed=1))
 
 
-def test_a_memory_is_carried_and_only_from_behind():
+def test_a_memory_is_carried_from_earlier_segments_only():
     """It depends on each earlier segment, and on nothing that comes later."""
     lm = tiny()
     encoder, ids = encoder_of(lm), stream(lm, 12)[None]
@@ -121,7 +121,7 @@ def test_one_segment_at_lag_0_is_the_ordinary_encoder():
 
 
 def test_a_passage_is_read_as_far_as_memory_and_slots_leave_room():
-    """A segment between 2 vectors and 2 slots: GPT-2 has no position behind its context."""
+    """A segment between 2 vectors and 2 slots: GPT-2 has no position after its context."""
     lm = tiny("gpt2")
     view = with_encoder(lm, encoder_of(lm))
     ids = stream(lm, 128)[None, :127]

@@ -1,4 +1,4 @@
-"""Answers behind vectors and other contexts, against the model's own forward pass."""
+"""Answers after vectors and other contexts, against the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def usable(request):
 
 
 def slow(lm, inputs: list[torch.Tensor], words: list[int], n: int) -> tuple[float, bool]:
-    """Bits of the last n words behind inputs, one word at a time."""
+    """Bits of the last n words after inputs, one word at a time."""
     bits, greedy = 0.0, True
     for i in range(len(words) - n, len(words)):
         before = lm.embed(torch.tensor([words[:i]], dtype=torch.long))
@@ -46,19 +46,19 @@ def test_answers_are_as_probable_as_the_models_own_forward_says(usable, passages
     ids = [token for i in numbers for token in mem.tokens(lm)[i]]
     bos = [] if lm.bos_id is None else [lm.embed(torch.tensor([[lm.bos_id]]))]
     front = bos if mem.header.front == "bos" else []
-    behind = {
+    after = {
         "vectors": [*front, *(mem.header.context_scale * mem.vectors[i][None] for i in numbers)],
         "text": [*bos, lm.embed(torch.tensor([ids]))],
         "nothing": bos,
         "last 4 tokens": [*bos, lm.embed(torch.tensor([ids[-4:]]))],
     }
     found = memvec.score(lm, mem, prompt, answers, passages=passages)
-    assert {one.context for one in found} >= set(behind)
+    assert {one.context for one in found} >= set(after)
     for one in found:
         words = lm.tokenize(prompt + one.answer)
         assert one.tokens == len(words) - len(lm.tokenize(prompt)) > 0
-        if one.context in behind:
-            bits, greedy = slow(lm, behind[one.context], words, one.tokens)
+        if one.context in after:
+            bits, greedy = slow(lm, after[one.context], words, one.tokens)
             assert one.bits == pytest.approx(bits, rel=1e-4)
             assert one.greedy == greedy
     written = memvec.use(lm, mem, "the dog", passages=passages, max_new_tokens=2)
@@ -77,7 +77,7 @@ def test_answers_that_cannot_be_scored_are_refused(usable):
     for answers in ([], "yes"):
         with pytest.raises(MemvecError, match="answers is a list of at least one text"):
             memvec.score(lm, mem, "the", answers)
-    with pytest.raises(MemvecError, match="has no token behind the prompt"):
+    with pytest.raises(MemvecError, match="has no token after the prompt"):
         memvec.score(lm, mem, "the", [" cat", ""])
     with pytest.raises(MemvecError, match="do not fit the context"):
         memvec.score(lm, mem, "the" + " cat" * 200, [" dog"])

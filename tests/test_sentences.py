@@ -639,10 +639,10 @@ def test_sentences_are_drawn_once_and_alike(home):
         assert len(last.before) == max(kept, sum(last.sizes[-1200:]))
         assert len(last.before) > written.MAX_BEFORE  # more than that precedes it
     parts = cut_sentences(lm, f"{TEXT} {LONG}", LIMIT)[2:]
-    behind_two = {s.ids for s in parts if s.whole and len(s.ids) >= source.min_tokens}
-    every = source.passages(lm, len(behind_two), LIMIT, home)
-    assert {p.passage.ids for p in every} == behind_two
-    with pytest.raises(MemvecError, match=f"has {len(behind_two)} whole .* passages from 1000"):
+    after_two = {s.ids for s in parts if s.whole and len(s.ids) >= source.min_tokens}
+    every = source.passages(lm, len(after_two), LIMIT, home)
+    assert {p.passage.ids for p in every} == after_two
+    with pytest.raises(MemvecError, match=f"has {len(after_two)} whole .* passages from 1000"):
         list(source.passages(lm, 1000, LIMIT, home))
     (home / "one.txt").write_text("The cat sat.", "utf-8")
     with pytest.raises(MemvecError, match=r"one has 1 sentence\(s\)"):
@@ -754,17 +754,17 @@ def test_the_inspector_says_what_decoding_says():
         predicted = model.predict(known[None, :i])
         n = len(ids)
         assert step.predicted_bits == pytest.approx(
-            evaluate.bits_behind(lm, predicted[0], ids) / n, rel=1e-4
+            evaluate.bits_after(lm, predicted[0], ids) / n, rel=1e-4
         )
         read = [s.ids for s in sentences[max(0, i - 1) : i]]  # a window of 2 reads one before
-        text = evaluate.bits_behind_text(lm, [*itertools.chain(*read)], ids)
+        text = evaluate.bits_after_text(lm, [*itertools.chain(*read)], ids)
         assert narrow[i].text == pytest.approx(text / n, rel=1e-4)
     assert steps[0].alone == pytest.approx(steps[0].text)
     made = latents.crammed(lm, [s.ids for s in sentences], K, replace(QUICK, steps=10))
     crammed = [*look(lm, model, TEXT, count=3, recipe=replace(QUICK, steps=10))]
     assert [step.exact for step in crammed] == made.exact
     assert crammed[2].predicted_bits == pytest.approx(
-        evaluate.bits_behind(lm, model.predict(made.vectors[None, :2])[0], sentences[2].ids)
+        evaluate.bits_after(lm, model.predict(made.vectors[None, :2])[0], sentences[2].ids)
         / len(sentences[2].ids),
         rel=1e-4,
     )

@@ -29,7 +29,7 @@ from memvec.spaces.keys_values import _unit
 from memvec.spaces.presets import prefix
 from memvec.storage import STORAGES
 from memvec.usable.columns import Column
-from memvec.usable.contexts import behind_each, contexts_of
+from memvec.usable.contexts import after_each, contexts_of
 from memvec.usable.generate import use
 from memvec.usable.queries import queries_of
 from memvec.vectors import MemVectors
@@ -119,7 +119,7 @@ BOS = {"start_rule": "bos"}
 @every_space
 @pytest.mark.parametrize("family", ["llama", "gpt-neox", "olmo2"])
 def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, family):
-    """One word at a time in numpy; behind keys and values the first word of a query is given."""
+    """One word at a time in numpy; after keys and values the first word of a query is given."""
     recipe = replace(recipe, **USED, **BOS)
     engine = Engine(tiny(family), recipe, vectors=2, batch_size=3)
     for passage in ASKED:
@@ -141,7 +141,7 @@ def test_the_second_loss_is_the_divergence_of_the_models_own_forward(recipe, fam
 
 @pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
-def test_usable_vectors_of_a_space_are_certified_and_written_behind(space, tmp_path):
+def test_usable_vectors_of_a_space_are_certified_and_written_after(space, tmp_path):
     lm, recipe = reader(), replace(SPACES[space], **USED, **BOS)
     text = "the cat sat on the mat"
     mem = codec.cram(lm, [text], vectors=2, tokens=3, recipe=recipe)
@@ -154,13 +154,13 @@ def test_usable_vectors_of_a_space_are_certified_and_written_behind(space, tmp_p
     given = int(space.startswith("prefix"))
     words = queries_of(lm, ids[0], Recipe(query_count=2, query_tokens=6, seed=1))[0]
     contexts = contexts_of(view, again.vectors[0].float(), ids[0], None)
-    for name, figures in behind_each(view, contexts, words).items():
+    for name, figures in after_each(view, contexts, words).items():
         vectors = again.vectors[0].float() if name == "vectors" else None
         before = [] if vectors is not None else slow_use.context_ids(lm, ids[0], 2)[name]
         own = [lm.bos_id, *ids[0]]
         kl, nll = slow_use.divergence_and_nll(view, vectors, before, own, words.tolist(), given)
         assert (figures.kl, figures.nll) == pytest.approx((kl, nll), abs=1e-4)
-    # All passages in a row, twice, and a prompt behind them.
+    # All passages in a row, twice, and a prompt after them.
     prompt = lm.tokenize("the dog")
     rows = torch.cat([*again.vectors, *again.vectors]).float()
     written = lm.text(slow.greedy(view, rows, prompt, 5))
@@ -480,7 +480,7 @@ def test_a_study_compares_spaces(tmp_path, monkeypatch, capsys):
     assert (table["n"] == 3).all()
     assert (table["exact tokens"] <= 6).all()
     assert "Where the numbers stand" in (out / "report" / "index.html").read_text("utf-8")
-    with pytest.raises(MemvecError, match=r"run 1 \(spaces\) compares spaces behind one"):
+    with pytest.raises(MemvecError, match=r"run 1 \(spaces\) compares spaces after one"):
         spec_in(tmp_path, STUDY.replace('preset = "default"', 'start_rule = "vectors"'))
 
 

@@ -212,7 +212,7 @@ def test_what_a_protocol_crams_besides_is_priced(tmp_path: Path) -> None:
         'protocol = "transfer"\norigin = "pocket"\npairs = 24': 90 * (1 + 3) + 24 * 2 * 90 / 12,
         'protocol = "sentences"\nlatents = "s.safetensors"\ncontext = 5': 90 * (1 + 5),
         f'protocol = "recurrent"\nencoder = "{encoder}"': 90 + 3 * (2 + 1) * 10,
-        'protocol = "usable"': (8 + 1 + 1 + 6) * 10,  # a query of 6 behind the vector
+        'protocol = "usable"': (8 + 1 + 1 + 6) * 10,  # a query of 6 after the vector
     }
     for block, cost in costs.items():
         recipe = "recipe = { steps = 10%s }\n" % (", query_tokens = 6" * ("usable" in block))
@@ -550,7 +550,7 @@ def test_the_check_sees_a_falsified_column(
 @pytest.mark.parametrize("rule", ["vectors", "bos", "first-token"])
 @pytest.mark.parametrize("own", [False, True])
 def test_the_check_reads_a_text_alone_as_certification_does(rule: str, own: bool) -> None:
-    """Also one that begins with BOS: it stands behind no other, and its BOS is given."""
+    """Also one that begins with BOS: no other precedes it, and its BOS is given."""
     lm = reader()
     ids = (lm.bos_id if own else 9, 7, 8, 5)
     scores = positions(lm, torch.zeros(1, 1, lm.width), [Passage(ids)], rule)
@@ -574,7 +574,7 @@ def test_the_check_allows_what_a_schedule_costs(schedule: str, narrow_after: int
         assert low <= outcome.spent <= high
 
 
-def test_a_tie_behind_the_first_error_excuses_no_other_horizon() -> None:
+def test_a_tie_after_the_first_error_excuses_no_other_horizon() -> None:
     """In bfloat16, where many margins are ties: what decoding gives back ends at the first tie or
     at the first token that is wrong beyond one."""
     margins = np.array([2.0, 0.1, 3.0, -4.0, 0.2, -0.1])
@@ -628,7 +628,7 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
 
 
 class DiesAfter(LocalPool):
-    """A pool that stops behind its fourth row."""
+    """A pool that stops after its fourth row."""
 
     def cram(self, units: Any, on_progress: Any) -> Any:
         for i, finished in enumerate(super().cram(units, on_progress)):
@@ -660,10 +660,10 @@ def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
 
 
 @pytest.mark.slow
-def test_the_same_tokens_behind_other_text_are_another_context(
+def test_the_same_tokens_after_other_text_are_another_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refrain: its rows were made behind different lines, and are checked and shown so."""
+    """A refrain: its rows were made after different lines, and are checked and shown so."""
     lines = "The fox is brown. la la la la. A cat sat on a mat. la la la la. Dogs see cats. "
     text = HEAD.replace('kind = "random-tokens"', 'kind = "book"\npath = "book.txt"')
     text += '[[runs]]\nprotocol = "context"\nsources = ["refrain"]\nlengths = [3]\npassages = 20\n'
@@ -1077,7 +1077,7 @@ def ancestors(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trigger", ['trigger = "bos"', 'trigger = "</s>"'])
-def test_a_line_ends_at_the_rows_accuracies_behind_their_trigger(
+def test_a_line_ends_at_the_rows_accuracies_after_their_trigger(
     trigger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = reader()

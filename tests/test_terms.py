@@ -35,7 +35,7 @@ def slots(recipe, asked, family="llama", K=2):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
     if family == "gpt2" and layers == 2:
-        pytest.skip("transformers gives the last layer's states behind a norm, which turns them")
+        pytest.skip("transformers gives the last layer's states after a norm, which turns them")
     recipe = replace(ALIGNED, start_rule=rule, align_layers=layers)
     lm, engine = slots(recipe, passages(5, 3, seed=2), family)
     batch, step = engine.batch, engine.stepper
@@ -44,11 +44,11 @@ def test_alignment_is_the_distance_of_hidden_states(family, rule, layers):
         ids = torch.tensor([job.passage.ids])
         vectors = batch.parameters[row : row + 1].detach().clone().requires_grad_()
         n = len(job.passage) - 1
-        behind = hidden(lm, lm.inputs(vectors, ids, rule))
+        after = hidden(lm, lm.inputs(vectors, ids, rule))
         plain = hidden(lm, lm.inputs(None, ids, "bos"))
         slow = sum(
             (1 - torch.cosine_similarity(a[:, -n:], b[:, -n:], dim=-1)).mean()
-            for a, b in zip(behind[1 : layers + 1], plain[1 : layers + 1], strict=True)
+            for a, b in zip(after[1 : layers + 1], plain[1 : layers + 1], strict=True)
         )
         assert float(measured.term.loss[row]) == pytest.approx(slow.item(), abs=1e-5)
         (wanted,) = torch.autograd.grad(slow, vectors)
@@ -196,7 +196,7 @@ def test_how_a_text_is_aligned_does_not_depend_on_its_neighbours():
 
 
 def test_a_text_with_its_own_bos_is_aligned_with_itself():
-    """Not with the states behind another BOS, where the model never reads a text."""
+    """Not with the states after another BOS, where the model never reads a text."""
     lm, (passage,) = tiny(), passages(5, seed=2)
     passage = Passage((lm.bos_id, *passage.ids[1:]), 0)
     engine = Engine(lm, ALIGNED, vectors=1, batch_size=1)
@@ -204,10 +204,10 @@ def test_a_text_with_its_own_bos_is_aligned_with_itself():
     engine.fill(1)
     measured = engine.stepper.measure(engine.batch, engine.columns)
     ids, n = torch.tensor([passage.ids]), len(passage) - 1
-    behind = hidden(lm, lm.inputs(engine.batch.parameters.detach(), ids, "vectors"))
+    after = hidden(lm, lm.inputs(engine.batch.parameters.detach(), ids, "vectors"))
     plain = hidden(lm, lm.embed(ids[:, :-1]))
     slow = sum(
         (1 - torch.cosine_similarity(a[:, -n:], b[:, -n:], dim=-1)).mean()
-        for a, b in zip(behind[1:3], plain[1:3], strict=True)
+        for a, b in zip(after[1:3], plain[1:3], strict=True)
     )
     assert float(measured.term.loss[0]) == pytest.approx(float(slow), abs=1e-5)

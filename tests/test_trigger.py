@@ -1,4 +1,4 @@
-"""What stands around vectors: BOS or soft tokens in front, a trigger behind; and its training."""
+"""What stands around vectors: BOS or soft tokens in front, a trigger after; and its training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from memvec.usable.contexts import VECTORS, contexts_of
 from memvec.usable.front import with_front_read
 from memvec.usable.queries import queries_of, text_inputs
 from memvec.usable.recipe_files import named_files
-from memvec.usable.teacher import log_p_behind
+from memvec.usable.teacher import log_p_after
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
 from memvec.vectors import MemVectors
 
@@ -69,13 +69,13 @@ def rows_for(lm: FrozenLM, R: int, seed: int = 0) -> torch.Tensor:
 
 
 def soft_for(lm: FrozenLM, R: int, P: int = 0) -> CrammedTrigger:
-    """R soft tokens behind vectors and P in front of them."""
+    """R soft tokens after vectors and P in front of them."""
     return CrammedTrigger(rows_for(lm, R), front=rows_for(lm, P, seed=1) if P else None)
 
 
 @pytest.fixture
 def trigger_file(tmp_path: Path) -> Path:
-    """Three soft tokens behind and two in front for the tiny reader."""
+    """Three soft tokens after and two in front for the tiny reader."""
     lm = reader("words")
     save_trigger(tmp_path / "trigger.safetensors", soft_for(lm, 3, 2), lm, {"plan": "none"})
     return tmp_path / "trigger.safetensors"
@@ -83,7 +83,7 @@ def trigger_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mem(trigger_file: Path) -> MemVectors:
-    """A text in usable vectors behind that trigger."""
+    """A text in usable vectors after that trigger."""
     recipe = replace(USABLE, trigger=str(trigger_file))
     return codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
 
@@ -144,7 +144,7 @@ def test_what_is_in_front_is_read_as_vectors_would_be(family, front, P):
     assert decoded == decode_ids(plain, longer, [6] * 3, start="bos")
     words = torch.tensor([[1, 2, 3]])
     context = contexts_of(view, vectors[0], ids[0].tolist(), None)[VECTORS](words)
-    assert torch.equal(context, log_p_behind(lm, longer[:1], words))
+    assert torch.equal(context, log_p_after(lm, longer[:1], words))
 
 
 @pytest.mark.parametrize("start", ["bos", "vectors", "first-token"])
@@ -163,10 +163,10 @@ def test_a_front_that_is_read_once_is_the_front(family, front, P, start):
     ids = torch.tensor([p.ids[:4] for p in passages(4, 4, 4)])
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(3, 2, lm.width, generator=generator).requires_grad_()
-    whole, behind = view.states(vectors, ids, start), once.states(vectors, ids, start)
-    torch.testing.assert_close(behind, whole, atol=1e-5, rtol=1e-4)
+    whole, after = view.states(vectors, ids, start), once.states(vectors, ids, start)
+    torch.testing.assert_close(after, whole, atol=1e-5, rtol=1e-4)
     slope = torch.randn(whole.shape, generator=generator)
-    slopes = [torch.autograd.grad(states, vectors, slope)[0] for states in (whole, behind)]
+    slopes = [torch.autograd.grad(states, vectors, slope)[0] for states in (whole, after)]
     torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-3)
     assert torch.equal(once.states(None, ids, "bos"), lm.states(None, ids, "bos"))
     assert view.front  # the view that reads it at every step is as it was
@@ -249,7 +249,7 @@ def test_a_model_is_not_changed_by_a_view_of_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("P", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_passages_are_exact_behind_it(family, P):
+def test_passages_are_exact_after_it(family, P):
     lm = tiny(family)
     view = with_trigger(with_front(lm, "auto" if P else "none"), soft_for(lm, 3, P))
     recipe = Recipe(start="noise", start_rule="bos", steps=1500, patience=1500)
@@ -289,13 +289,13 @@ def test_the_file_has_the_trigger(trigger_file, tmp_path, storage):
 
 
 @pytest.mark.slow
-def test_files_behind_different_fronts_do_not_stand_in_one_row(mem):
-    """Only one front can stand there; the others' vectors would be read behind a wrong one."""
+def test_files_after_different_fronts_do_not_stand_in_one_row(mem):
+    """Only one front can stand there; the others' vectors would be read after a wrong one."""
     lm = reader("words")
     bare = codec.cram(lm, [TEXT], vectors=2, tokens=4, recipe=replace(USABLE, trigger="bos"))
     moved = {**mem.soft, "front": mem.soft["front"] + 1e-3}
     for other in (bare, MemVectors(mem.vectors, mem.header, moved)):
-        with pytest.raises(MemvecError, match=r"^these files were crammed behind different inputs"):
+        with pytest.raises(MemvecError, match=r"^these files were crammed after different inputs"):
             memvec.use(lm, [mem, other], "the dog", max_new_tokens=3)
     same = MemVectors(mem.vectors, mem.header, dict(mem.soft))
     for alike in ((mem, same), (bare, bare)):
@@ -340,7 +340,7 @@ def test_other_software_gets_it_as_vectors(mem, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [Recipe.of("prefix"), Recipe(space="shared-basis", dimensions=24)])
-def test_spaces_take_what_is_behind_the_vectors_only(trigger_file, tmp_path, base):
+def test_spaces_take_what_is_after_the_vectors_only(trigger_file, tmp_path, base):
     recipe = replace(base, start_rule="bos", trigger=str(trigger_file), front="auto")
     mem = codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
     again = MemVectors.load(mem.save(tmp_path / "a.mem"))
@@ -427,8 +427,8 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
     true = torch.tensor(ASKED[0])
     loss = torch.nn.functional.cross_entropy(logits / T, true) * T
     words = queries_of(lm, ASKED[0], one_step)[0][:1]
-    log_p = log_p_behind(lm, text_inputs(lm, ASKED[0]), words)
-    log_q = log_p_behind(lm, view.behind_front(start), words)
+    log_p = log_p_after(lm, text_inputs(lm, ASKED[0]), words)
+    log_q = log_p_after(lm, view.after_front(start), words)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     loss = loss + one_step.term_weight * kl
     (written_out,) = torch.autograd.grad(loss, rows)
@@ -483,7 +483,7 @@ def test_other_questions_under_the_same_name_are_another_training(tmp_path):
 
 
 def test_the_first_soft_tokens_are_the_token_that_opens_a_text_and_noise():
-    """Of size 1; the last one behind the vectors has no noise, and another seed has another."""
+    """Of size 1; the last one after the vectors has no noise, and another seed has another."""
     lm = tiny()
     rows = first_rows(lm, PLAN)
     token = lm.embed(torch.tensor(lm.bos_id))
@@ -541,7 +541,7 @@ def test_a_batch_reports_its_exact_passages_and_their_mean_kl(tmp_path, monkeypa
     assert report.kl == pytest.approx(float(losses[-1].sum()) / 2)
 
 
-def test_soft_tokens_behind_the_vectors_alone(tmp_path):
+def test_soft_tokens_after_the_vectors_alone(tmp_path):
     plan = replace(PLAN, front=0, batches=1)
     soft = train_trigger(tiny(), ASKED, plan, USABLE, tmp_path / "a.safetensors")
     assert soft.front is None

@@ -1,4 +1,4 @@
-"""Vectors that are exact and usable: the second loss, its certificate, and a prompt behind them."""
+"""Vectors that are exact and usable: the second loss, its certificate, and a prompt after them."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def test_one_move_follows_the_gradient_of_both_losses(family, weight):
         kept = batch.term
         query, length = kept.queries[row, 0][None], int(kept.length[row, 0])
         text = queries.text_inputs(view, job.passage.ids)
-        reference = view.head(teacher.states_behind(view, text, query)).log_softmax(-1)
-        front = view.behind_front(vectors)
-        mine = view.head(teacher.states_behind(view, front, query)).log_softmax(-1)
+        reference = view.head(teacher.states_after(view, text, query)).log_softmax(-1)
+        front = view.after_front(vectors)
+        mine = view.head(teacher.states_after(view, front, query)).log_softmax(-1)
         kl = (reference.exp() * (reference - mine)).sum(-1)[0, :length].mean()
         assert float(measured.term.loss[row]) == pytest.approx(kl.item(), abs=2e-3, rel=2e-2)
         (slow,) = torch.autograd.grad(reconstruction + weight * kl, vectors)
@@ -166,7 +166,7 @@ def test_what_is_said_while_sampling_is_what_a_whole_forward_says(family, top):
     recipe = replace(recipe, teacher_top=top, query_count=BATCH + 1)  # two batches of samples
     ids = passages(4)[0].ids
     words, _, said = queries.continuations(lm, ids, recipe)
-    again = teacher.top_tokens_behind(lm, queries.text_inputs(lm, ids), words, top)
+    again = teacher.top_tokens_after(lm, queries.text_inputs(lm, ids), words, top)
     assert said is not None
     assert said.top.shape == (len(words), 5, min(top, lm.vocab_size - 1))
     torch.testing.assert_close(said.log_p, again.log_p, atol=1e-4, rtol=1e-4)
@@ -235,9 +235,9 @@ def test_the_second_loss_falls_and_exactness_stays(family):
         for ids, vectors in inputs.items():
             words, *_ = queries.continuations(engine.lm, ids, replace(recipe, seed=77))
             text = queries.text_inputs(engine.lm, ids).expand(len(words), -1, -1)
-            behind = engine.lm.behind_front(vectors.expand(len(words), -1, -1))
-            p = lm.head(teacher.states_behind(lm, text, words)).log_softmax(-1)
-            q = lm.head(teacher.states_behind(lm, behind, words)).log_softmax(-1)
+            after = engine.lm.after_front(vectors.expand(len(words), -1, -1))
+            p = lm.head(teacher.states_after(lm, text, words)).log_softmax(-1)
+            q = lm.head(teacher.states_after(lm, after, words)).log_softmax(-1)
             total += float((p.exp() * (p - q)).sum(-1).mean())
         kept[weight] = total
         # What keeps keys and values has read the front before (memvec.usable.front).
@@ -273,8 +273,8 @@ def test_between_its_turns_a_passage_follows_the_second_loss_alone(family, betwe
         which = int(batch.steps[row])
         query, length = batch.term.queries[row, which][None], int(batch.term.length[row, which])
         text = queries.text_inputs(view, engine.jobs[row].passage.ids)
-        p = view.head(teacher.states_behind(view, text, query)).log_softmax(-1)
-        q = view.head(teacher.states_behind(view, view.behind_front(vectors), query))
+        p = view.head(teacher.states_after(view, text, query)).log_softmax(-1)
+        q = view.head(teacher.states_after(view, view.after_front(vectors), query))
         kl = (p.exp() * (p - q.log_softmax(-1))).sum(-1)[0, :length].mean()
         total = total + recipe.term_weight * kl
         if row not in between:
@@ -383,7 +383,7 @@ def test_the_weight_follows_whether_the_passage_came(every, rise):
         torch.testing.assert_close(seen[-1], expected, rtol=1e-4, atol=1e-6)
         assert len(seen) == number + 1
     assert 5 < ups < 90 * 3 - 20
-    # Behind the steps that it has to settle, a passage feels less and less of it, as ever.
+    # After the steps that it has to settle, a passage feels less and less of it, as ever.
     step.recipe = step.term.recipe = replace(recipe, settle=10)
     engine.batch.steps += 80
     engine.batch.schedule.best *= 0
@@ -452,7 +452,7 @@ def test_a_file_keeps_its_trigger_and_its_worth(trigger, storage, tmp_path):
         assert again.header.trigger == token_named(lm, trigger)
         other = MemVectors(again.vectors, again.header.model_copy(update={"trigger": None}))
         certificate, _ = codec.verify(lm, other)
-        assert not certificate["exact"]  # behind another token the passage does not come
+        assert not certificate["exact"]  # after another token the passage does not come
     worth = certify_use(lm, again)
     assert worth.held_out.contexts["nothing"].kept == 0
     measured = worth.model_dump(mode="json")["held_out"]["contexts"]["vectors"]
@@ -466,9 +466,9 @@ def test_the_true_continuation_is_measured_where_the_text_goes_on():
     mem = codec.cram(lm, text, vectors=2, tokens=4, recipe=replace(USABLE, settle=2))
     worth = certify_use(lm, mem, exact_only=False)
     assert worth.continuation is not None
-    behind = sum(p.tokens for p in mem.passages)
+    after = sum(p.tokens for p in mem.passages)
     able = sum(
-        behind - sum(p.tokens for p in mem.passages[: i + 1]) >= worth.continuation.tokens
+        after - sum(p.tokens for p in mem.passages[: i + 1]) >= worth.continuation.tokens
         for i in range(len(mem.passages))
     )
     assert worth.continuation.passages == able
@@ -503,14 +503,14 @@ def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors()
         assert torch.allclose(first, second, atol=1e-4) == same
 
 
-def test_a_text_with_a_bos_of_its_own_is_read_behind_no_other():
+def test_a_text_with_a_bos_of_its_own_is_read_after_no_other():
     """The reference of a divergence is then the model that has read the text alone, too."""
     lm, vectors = tiny(), torch.randn(1, tiny().width)
     words = torch.tensor([[4, 8, 2]])
     for rest in ((5, 6, 7, 9), (5,)):
         own = (lm.bos_id, *rest)
         read, plain = (
-            contexts.behind_each(lm, contexts.contexts_of(lm, vectors, ids, None), words)
+            contexts.after_each(lm, contexts.contexts_of(lm, vectors, ids, None), words)
             for ids in (own, rest)
         )
         assert (read[VECTORS], read[NONE]) == (plain[VECTORS], plain[NONE])
@@ -550,7 +550,7 @@ def test_no_held_out_text_is_one_that_cramming_saw(seed, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [None, 110, 60])
 def test_a_text_of_several_passages_is_measured_whole(room):
-    """Its vectors one behind the other, as far as the context has room: the slow way."""
+    """Its vectors one after the other, as far as the context has room: the slow way."""
     lm = reader("words")
     texts = ["the cat sat on the mat and the dog ran " * 3, "a dog and", "the fox ran on the mat"]
     mem = codec.cram(lm, texts, vectors=2, tokens=6, recipe=replace(USABLE, settle=2, steps=2))
@@ -630,7 +630,7 @@ def test_use_writes_what_the_model_writes_by_hand(crammed, which, context):
 
 
 def greedy(lm, inputs, tokens: int) -> str:
-    """What the model writes behind inputs (1, S, D), a forward pass for each token."""
+    """What the model writes after inputs (1, S, D), a forward pass for each token."""
     ids = []
     for _ in range(tokens):
         token = int(lm.model(inputs_embeds=inputs, use_cache=False).logits[0, -1].argmax())
@@ -766,7 +766,7 @@ def test_another_models_vectors_are_taken_by_force_only(crammed):
         for layer in tuned.model.layers:
             layer.mlp.down_proj.weight.mul_(0.5)
     other = FrozenLM(tuned, lm.tokenizer, name="other")
-    for behind in (
+    for after in (
         lambda **force: memvec.use(other, mem, "the", max_new_tokens=4, **force),
         lambda **force: memvec.use(other, mem, "the", context="vectors", max_new_tokens=4, **force),
         lambda **force: memvec.context_inputs(other, mem, **force),
@@ -774,8 +774,8 @@ def test_another_models_vectors_are_taken_by_force_only(crammed):
         lambda **force: certify_use(other, mem, ids, exact_only=False, **force),
     ):
         with pytest.raises(MemvecError, match=r"were made for other weights .* force=True"):
-            behind()
-        assert behind(force=True) is not None
+            after()
+        assert after(force=True) is not None
     own, others = (
         certify_use(model, mem, ids, exact_only=False, force=True).held_out.contexts["vectors"].kl
         for model in (lm, other)
@@ -948,11 +948,11 @@ def test_a_draw_from_a_large_vocabulary_follows_the_shares():
 def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monkeypatch):
     lm = reader()
     inputs = lm.embed(torch.tensor([lm.tokenize("the cat sat on the mat")]))
-    plain = generate.write_behind(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
+    plain = generate.write_after(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
     own = copy(lm.model.generation_config)
     own.repetition_penalty, own.no_repeat_ngram_size = 3.0, 2
     monkeypatch.setattr(lm.model, "generation_config", own)
-    again = generate.write_behind(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
+    again = generate.write_after(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
     assert again == plain
     assert lm.model.generation_config is own
 
@@ -971,8 +971,8 @@ def test_what_follows_a_passage_is_of_its_own_text(tokens):
             n = mem.passages[len(cut)].tokens
             cut.append(ids[at : at + n])
             at += n
-            if len(behind := ids[at : at + tokens]) == tokens:
-                wanted[len(cut) - 1] = behind
+            if len(after := ids[at : at + tokens]) == tokens:
+                wanted[len(cut) - 1] = after
     assert _following(mem, cut, tokens) == wanted
     assert wanted
 
@@ -980,7 +980,7 @@ def test_what_follows_a_passage_is_of_its_own_text(tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("trigger", ["bos", "#3"])
 @pytest.mark.parametrize("vectors", [2, 3])
-def test_the_exact_only_control_is_exact_behind_the_same_trigger(vectors, trigger):
+def test_the_exact_only_control_is_exact_after_the_same_trigger(vectors, trigger):
     lm = reader("words")
     recipe = replace(USABLE, settle=2, trigger=trigger)
     mem = codec.cram(lm, "the cat sat on the mat", vectors=vectors, tokens=3, recipe=recipe)

@@ -31,7 +31,7 @@ from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
 from memvec.usable.queries import text_inputs
 from memvec.usable.starts import last_tokens
-from memvec.usable.teacher import log_p_behind
+from memvec.usable.teacher import log_p_after
 from trainings import (
     assert_gradient_of,
     assert_moves_the_encoder_alone,
@@ -214,7 +214,7 @@ def test_training_moves_the_encoder_and_nothing_else(family):
 
 @pytest.mark.parametrize("trigger", [False, True])
 def test_the_gradient_is_that_of_both_losses_written_out(trigger):
-    """One step's gradient against autograd through whole distributions, behind BOS or a trigger."""
+    """One step's gradient against autograd through whole distributions, after BOS or a trigger."""
     lm = copy.copy(tiny())
     if trigger:
         rows = lm.embedding_std * torch.randn(5, lm.width)
@@ -227,8 +227,8 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
     logits = view.logits(vectors, ids, "bos")
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     for i, row in enumerate(ids.tolist()):
-        true = log_p_behind(lm, text_inputs(lm, row), query[i : i + 1])
-        said = log_p_behind(lm, view.behind_front(vectors[i : i + 1]), query[i : i + 1])
+        true = log_p_after(lm, text_inputs(lm, row), query[i : i + 1])
+        said = log_p_after(lm, view.after_front(vectors[i : i + 1]), query[i : i + 1])
         loss = loss + 3.0 / len(ids) * (true.exp() * (true - said)).sum(-1).mean()
     assert_gradient_of(training, loss, found, rtol=2e-3, atol=2e-5)
 

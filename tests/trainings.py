@@ -53,7 +53,7 @@ def assert_gradient_of(
 def stopped_and_resumed(
     make: Callable[[], TrainingRun], partial: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[TrainedEncoder, list[Any]]:
-    """A run that is interrupted behind step `stop` and goes on: the encoder of one that was not.
+    """A run that is interrupted after step `stop` and goes on: the encoder of one that was not.
 
     Returns the encoder, and what the second half reported.
     """

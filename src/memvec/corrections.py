@@ -38,7 +38,7 @@ def pick(
 def fixed_tokens(
     corrections: Sequence[Iterable[tuple[int, int]]], columns: int, *, skip: int = 0
 ) -> Int[Tensor, "B T"]:
-    """Token to put at each of `columns` positions behind the first `skip`, -1: the model's own."""
+    """Token to put at each of `columns` positions after the first `skip`, -1: the model's own."""
     tokens = torch.full((len(corrections), columns), -1, dtype=torch.long)
     for row, listed in zip(tokens, corrections, strict=True):
         for position, token in listed:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memvec.corrections import fixed_tokens
 from memvec.machine import plain_torch
-from memvec.model.caching import behind, step
+from memvec.model.caching import after, step
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 from memvec.model.reading import StartRule
@@ -115,7 +115,7 @@ def free_running(
     cached: bool = True,
     cache: Callable[[], Any] = lambda: None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """The token ids that `choose` picks behind free inputs, one position at a time.
+    """The token ids that `choose` picks after free inputs, one position at a time.
 
     The model reads each picked token next, through its cache if it has one and `cached`. `cache`
     makes a new cache of what stands before the inputs at each call; None: nothing does.
@@ -143,7 +143,7 @@ def _uncached_steps(
     lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, opened: Callable[[], Any]
 ) -> Iterator[Tensor]:
     for i in range(tokens):
-        options = behind(lm.caching.argument, opened())
+        options = after(lm.caching.argument, opened())
         logits = lm.model(inputs_embeds=inputs, **options).logits[:, -1].float()
         ids = choose(logits, i)
         yield ids

@@ -11,7 +11,7 @@ measures:
     forward     vectors, ids, temperature -> states, and what `score` says of them
     backward    slope at the states -> gradient at the vectors
 
-What lies between and behind them (schedule, weights, optimiser, a second term) is a few kernels and
+What lies between and after them (schedule, weights, optimiser, a second term) is a few kernels and
 stays as it is. `torch.cuda.make_graphed_callables` splits a pass in the same way. Around the states
 alone it would leave the head's losses outside, whose operators are more than those of the layers
 where there are many positions (docs/log.md); it warms up three times, which an engine's first step

@@ -105,7 +105,7 @@ class Header(Record):
         description="soft tokens that follow them instead, the rows of the tensor 'trigger'",
     )
     soft_front: int = Field(
-        default=0, ge=0, description="soft tokens in front of them, behind `front`: tensor 'front'"
+        default=0, ge=0, description="soft tokens in front of them, after `front`: tensor 'front'"
     )
     context_scale: float = Field(default=1.0, gt=0, description="factor of vectors as context")
     packing: PackingName | None = Field(

@@ -6,7 +6,7 @@
     def hinge(logits, ids, temperature, recipe):
         ...
 
-A kind is one sort of choice (KINDS below says what stands behind each name). Recipes, study specs,
+A kind is one sort of choice (KINDS below says what each name means). Recipes, study specs,
 the command line's help and every "did you mean" come from here. The project's own choices are
 listed as `module:attribute` and imported when one is asked for, so that a list of names costs no
 import. A package that declares the entry-point group `memvec.plugins` is imported before a kind is
@@ -31,7 +31,7 @@ KINDS = {
     "preset": "() -> Recipe: every choice of how passages are crammed, under one name",
     "objective": "(logits, ids, temperature, recipe) -> loss of each position",
     "term": "a class made from (lm, module, recipe, K, start_rule): a second loss on the vectors",
-    "queries": "(lm, ids, recipe) -> token ids that the model reads behind the vectors",
+    "queries": "(lm, ids, recipe) -> token ids that the model reads after the vectors",
     "schedule": "a class made from (recipe, K): which positions count, and how soft the loss is",
     "coordinates": "a class made from (recipe, K, lm): parameters to [mem] vectors",
     "layout": "a class made from (): how a model reads [mem] vectors",

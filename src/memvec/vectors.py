@@ -37,7 +37,7 @@ class MemVectors:
     """P sets of K [mem] vectors, `vectors` (P, K, D), and a header.
 
     `soft` has the soft tokens around them, if the header says that there are some: `trigger` (R, D)
-    behind them, `front` (F, D) in front.
+    after them, `front` (F, D) in front.
 
     The vectors are in the dtype they are stored in; those stored as integers are float32 here, the
     very numbers that the integers stand for. In another space a vector has W numbers, not D. Raises

@@ -1,4 +1,4 @@
-"""Activation alignment: the hidden states behind the vectors resemble those of the plain text.
+"""Activation alignment: the hidden states after the vectors resemble those of the plain text.
 
     alpha x sum over the first L layers of mean over the tokens that are read of
         1 - cos(hidden state with the vectors, hidden state without)
@@ -6,7 +6,7 @@
 This is the "hybrid" loss of Tarasov et al. (2026), their best one for an 8B model. Hidden
 states are taken at the positions of the passage's own tokens; those without vectors come from the
 model reading the text alone, once for a passage. Two details differ from the published program: the
-text is read behind the model's BOS, if it has one (the program reads it as the tokenizer gives it);
+text is read after the model's BOS, if it has one (the program reads it as the tokenizer gives it);
 and the last token that counts is not read, so the mean is over one token less.
 """
 
@@ -39,12 +39,12 @@ class PlainStates(Rows):
     states: Float[Tensor, "B t L H"]  # right-padded
 
     def joined(self, other: PlainStates) -> PlainStates:
-        """These rows with the other's behind them, both as long as the longer ones."""
+        """These rows with the other's after them, both as long as the longer ones."""
         tokens = max(self.states.shape[1], other.states.shape[1])
         return PlainStates(torch.cat([self.at(tokens), other.at(tokens)]))
 
     def at(self, tokens: int) -> Float[Tensor, "B tokens L H"]:
-        """The states at so many tokens; 0 behind those that were read."""
+        """The states at so many tokens; 0 after those that were read."""
         return torch.nn.functional.pad(self.states, (0, 0, 0, 0, 0, tokens - self.states.shape[1]))
 
 
@@ -93,14 +93,14 @@ class Alignment(Term):
         B, tokens = len(batch), columns + int(self.start_rule == "first-token") - 1
         if tokens < 1:  # a single token is predicted, so no token is read
             return TermLoss(torch.zeros(B, device=vectors.device))
-        behind = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
+        after = [states[:, -tokens:] for states in self._seen[: len(self._layers)]]
         assert isinstance(batch.term, PlainStates)
         plain = with_padding(batch.term.at(tokens), padding_rows).unbind(2)
         with torch.enable_grad():
             cosine = torch.stack(
                 [
                     torch.cosine_similarity(with_vectors.float(), without.float(), dim=-1)
-                    for with_vectors, without in zip(behind, plain, strict=True)
+                    for with_vectors, without in zip(after, plain, strict=True)
                 ]
             )
             distance = (1 - cosine).sum(0)
@@ -115,7 +115,7 @@ class Alignment(Term):
         return PlainStates(torch.stack(states, dim=2))
 
     def _without_vectors(self, ids: Int[Tensor, "N T"]) -> list[Float[Tensor, "N t H"]]:
-        """The states of each layer at the first t = T - 1 tokens, read behind BOS.
+        """The states of each layer at the first t = T - 1 tokens, read after BOS.
 
         A passage that begins with BOS is a text as it is (a source's `bos`): it gets no second one,
         whatever its neighbours begin with.

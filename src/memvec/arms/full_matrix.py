@@ -90,7 +90,7 @@ def turned_by(
     """(M + floor)^(-1/2) v up to a factor, after `count` moves; writes the newest `products`.
 
     The first gradients of a plain model can be thousands of times as long as those after them. The
-    floor would hide all others behind one of these, so what one weighs is limited by the median.
+    floor would hide all others after one of these, so what one weighs is limited by the median.
 
     With the weighted gradients as rows of G, M = Gᵀ G, and each inverse in the sum is by Woodbury's
     identity (M + s)^(-1) v = (v - Gᵀ (G Gᵀ + s)^(-1) G v) / s.

@@ -121,7 +121,7 @@ def alignment() -> Recipe:
     """`progressive`, and hidden states of the first layers near those of the plain text.
 
     Their "hybrid" with L = 4, which counts the embeddings; these are the same in both, so three
-    layers are left. (On their models but the 8B they report L = 8.) The text is read behind the
+    layers are left. (On their models but the 8B they report L = 8.) The text is read after the
     model's BOS, and the last counted token is not in the mean (memvec.arms.alignment).
     """
     return replace(progressive(), term="alignment", term_weight=1.0, align_layers=3)

@@ -29,7 +29,7 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 
-TOKENS = 4  # drawn tokens behind each drawn vector
+TOKENS = 4  # drawn tokens after each drawn vector
 ROWS = 4  # gradients for each direction; with one, `principal` saves a sixth of the steps
 BATCH = 32  # directions whose gradients are computed in one pass
 MIN_SHARE = 1e-4  # added to every share, in units of their mean: none is scaled up without an end

@@ -289,7 +289,7 @@ class Shared:
         return Measurement(leading, counted, gradient, finite)
 
     def _counted(self, best: Tensor, length: Tensor) -> Tensor:
-        """Tokens that count behind horizons that were reached; the look-ahead stays as it began."""
+        """Tokens that count after horizons that were reached; the look-ahead stays as it began."""
         size = torch.zeros(len(best), device=best.device)
         state = self.schedule.fresh(size, size > 0)
         state.best = best

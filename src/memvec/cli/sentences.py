@@ -161,9 +161,9 @@ def _print_steps(steps: Iterable[Shown]) -> None:
         out.print(f"  its latent:   {exact}")
         out.print(f"  predicted:    {escape(step.predicted)}")
         out.print(
-            f"  bits a token: {step.predicted_bits:.2f} behind the prediction, "
-            f"{step.discretised_bits:.2f} behind it written and encoded again, {step.text:.2f} "
-            f"behind the text before, {step.alone:.2f} behind nothing"
+            f"  bits a token: {step.predicted_bits:.2f} after the prediction, "
+            f"{step.discretised_bits:.2f} after it written and encoded again, {step.text:.2f} "
+            f"after the text before, {step.alone:.2f} after nothing"
         )
 
 

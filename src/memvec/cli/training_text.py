@@ -157,7 +157,7 @@ def drawn(
     draw = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(stream) - tokens + 1, (count,), generator=draw)
     if bool((starts.sort().values.diff() < tokens).any()):
-        # Where they begin if each had no length; then each moves those behind it by its own.
+        # Where they begin if each had no length; then each moves those after it by its own.
         gaps = torch.randint(spare + 1, (count,), generator=draw).sort().values
         starts = (gaps + tokens * torch.arange(count))[torch.randperm(count, generator=draw)]
     return stream[starts[:, None] + torch.arange(tokens)]

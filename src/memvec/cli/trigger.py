@@ -1,4 +1,4 @@
-"""`memvec trigger`: train the soft tokens behind which usable vectors give their passage back."""
+"""`memvec trigger`: train the soft tokens after which usable vectors give their passage back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="trigger",
-    help="Train a trigger: soft tokens behind which usable vectors give their passage back.",
+    help="Train a trigger: soft tokens after which usable vectors give their passage back.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -62,8 +62,8 @@ def train(
             help="Default: trigger.safetensors in the model's folder, or here if it has none.",
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Soft tokens behind the vectors.")] = 4,
-    front: Annotated[int, typer.Option(help="Soft tokens in front of them, behind BOS.")] = 4,
+    rows: Annotated[int, typer.Option(help="Soft tokens after the vectors.")] = 4,
+    front: Annotated[int, typer.Option(help="Soft tokens in front of them, after BOS.")] = 4,
     vectors: Annotated[int, typer.Option(help="Vectors of a passage.")] = 4,
     tokens: Annotated[
         int, typer.Option(help="Tokens of every second passage; the others have twice as many.")
@@ -79,7 +79,7 @@ def train(
     dtype: options.Dtype = "auto",
     force: options.Force = False,
 ) -> None:
-    """Train a trigger: soft tokens behind which usable vectors give their passage back.
+    """Train a trigger: soft tokens after which usable vectors give their passage back.
 
     Vectors are crammed as by 'memvec cram --usable', and the trigger is trained with them. If its
     file is in the model's folder, --usable uses it. After an interruption, the same command
@@ -141,7 +141,7 @@ def _line_of_a_batch(batch: BatchReport) -> None:
 
 
 def _lines_within_a_batch(batches: int) -> Callable[[int, Progress, int], None]:
-    """Prints a line every ten seconds. Behind a batch's steps comes one that only measures."""
+    """Prints a line every ten seconds. After a batch's steps comes one that only measures."""
     from memvec.cli.display import PLAIN_EVERY, say
 
     last_line = time.monotonic()

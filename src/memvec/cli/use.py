@@ -1,4 +1,4 @@
-r"""`memvec use`: a prompt behind the \[mem] vectors of a text, and what the model writes."""
+r"""`memvec use`: a prompt after the \[mem] vectors of a text, and what the model writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = options.examples(
 )
 
 Files = Annotated[
-    list[str], typer.Argument(help="Files of usable vectors; they stand one behind the other.")
+    list[str], typer.Argument(help="Files of usable vectors; they stand one after the other.")
 ]
 Prompt = Annotated[
     str, typer.Option("--prompt", "-p", help="What follows the vectors; - for standard input.")
@@ -50,7 +50,7 @@ Compare = Annotated[
     bool,
     typer.Option(
         "--compare",
-        help="Show what is written behind the vectors, the text and nothing; --json has all three.",
+        help="Show what is written after the vectors, the text and nothing; --json has all three.",
     ),
 ]
 
@@ -73,7 +73,7 @@ def use(
     force: options.ForceWeights = False,
     json: options.Json = False,
 ) -> None:
-    """Continue a prompt behind the vectors of a text, which stand for the text as context."""
+    """Continue a prompt after the vectors of a text, which stand for the text as context."""
     from memvec.usable.certificate import check_usable
     from memvec.vectors import MemVectors
 
@@ -154,7 +154,7 @@ def _show_all(
     settings: dict[str, Any],
     json: bool,
 ) -> None:
-    """Print the answers behind the vectors, the text and nothing, one below the other."""
+    """Print the answers after the vectors, the text and nothing, one below the other."""
     from memvec.cli import display
     from memvec.cli.use_tables import show_answers
     from memvec.usable import generate

@@ -69,7 +69,7 @@ def _with_interval(value: Any, interval: Sequence[Any], digits: int) -> str:
 
 
 def show_answers(written: Mapping[str, str]) -> None:
-    """Print what was written behind each context."""
+    """Print what was written after each context."""
     table = facts_table("")
     for context, text in written.items():
         table.add_row(context, "\n".join(safe(line) for line in text.splitlines()))

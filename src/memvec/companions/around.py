@@ -1,11 +1,11 @@
-"""What stands around the vectors: in front of them nothing or BOS, behind them a trigger.
+"""What stands around the vectors: in front of them nothing or BOS, after them a trigger.
 
-Models read every text behind their BOS, and their attention falls on it where it has no other
+Models read every text after their BOS, and their attention falls on it where it has no other
 target (Xiao et al. 2023, arXiv 2309.17453). Vectors that come first have to be that attention sink,
-too; behind BOS they need not be. All contexts that they are compared with begin with BOS.
+too; after BOS they need not be. All contexts that they are compared with begin with BOS.
 
 The trigger is what follows the vectors under the start rule 'bos': BOS, another token, or R soft
-tokens that were trained for it, and with them P in front of the vectors, behind BOS. Soft tokens
+tokens that were trained for it, and with them P in front of the vectors, after BOS. Soft tokens
 are the same for all passages.
 
 The size of the vectors may separate the two modes, too: in context mode they are multiplied by
@@ -35,7 +35,7 @@ MADE_BY = "memvec trigger train"
 
 @dataclass(frozen=True)
 class CrammedTrigger:
-    """Soft tokens, float32: R behind the vectors, and P in front of them or none.
+    """Soft tokens, float32: R after the vectors, and P in front of them or none.
 
     `identity` is the hash of the file they came from, '' without one.
     """
@@ -46,7 +46,7 @@ class CrammedTrigger:
 
     @property
     def table(self) -> Float[Tensor, "N D"]:
-        """All of them, those behind the vectors first (N = R + P)."""
+        """All of them, those after the vectors first (N = R + P)."""
         return self.rows if self.front is None else torch.cat([self.rows, self.front])
 
 
@@ -75,16 +75,16 @@ def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
 @torch.no_grad()
 def front_rows(lm: FrozenLM) -> Float[Tensor, "F D"]:
     """The inputs that stand in front of the vectors, in the model's dtype; none: (0, D)."""
-    return lm.behind_front(torch.empty(1, 0, lm.width, device=lm.device))[0]
+    return lm.after_front(torch.empty(1, 0, lm.width, device=lm.device))[0]
 
 
 def in_full(lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "N D"]:
-    """Vectors with the front before them and the soft tokens behind, float32 on the CPU.
+    """Vectors with the front before them and the soft tokens after them, float32 on the CPU.
 
     `lm` is the view that reads them. Other software knows no soft tokens: to it all are vectors.
     """
-    behind = recorded(lm)[1].get("trigger", vectors[:0])
-    return torch.cat([part.float().cpu() for part in (front_rows(lm), vectors, behind)])
+    after = recorded(lm)[1].get("trigger", vectors[:0])
+    return torch.cat([part.float().cpu() for part in (front_rows(lm), vectors, after)])
 
 
 def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM:
@@ -109,8 +109,8 @@ def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM
     return view
 
 
-def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], behind: int) -> FrozenLM:
-    """The model with the first `behind` rows as its trigger, the others in front of the vectors.
+def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], after: int) -> FrozenLM:
+    """The model with the first `after` rows as its trigger, the others in front of the vectors.
 
     Gradients flow to the table. Raises MemvecError for rows of another width.
     """
@@ -123,7 +123,7 @@ def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], behind: int) -> 
     ids = range(first, first + len(table))
     view = copy.copy(lm)
     view.soft = table.to(lm.device)
-    view.other_trigger, view.front = tuple(ids[:behind]), (*_tokens(lm), *ids[behind:])
+    view.other_trigger, view.front = tuple(ids[:after]), (*_tokens(lm), *ids[after:])
     return view
 
 
@@ -159,8 +159,8 @@ def surrounded(
 
 def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What is around vectors as fields of a file's header, and the soft tokens by name."""
-    other, behind = lm.other_trigger, len(lm.trigger)
-    soft = {} if lm.soft is None else {"trigger": lm.soft[:behind], "front": lm.soft[behind:]}
+    other, after = lm.other_trigger, len(lm.trigger)
+    soft = {} if lm.soft is None else {"trigger": lm.soft[:after], "front": lm.soft[after:]}
     soft = {name: rows for name, rows in soft.items() if len(rows)}
     counts = {f"soft_{name}": len(soft.get(name, ())) for name in ("trigger", "front")}
     token = other[0] if other is not None and not soft else None

@@ -47,7 +47,7 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
     """The trigger of a recipe: 'bos' (None), 'auto', a token, or a file of a crammed trigger.
 
     'auto' is the crammed trigger in the model's folder, if there is one, else BOS; in other spaces
-    than the inputs that it was trained behind, BOS. Raises
+    than the inputs that preceded it in training, BOS. Raises
     MemvecError for a text that is not one token, or a file that is no trigger of this model.
     """
     if name == "auto":

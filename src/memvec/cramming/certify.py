@@ -129,7 +129,7 @@ def positions(
     """The scores (B, N) of every predicted position, teacher-forced, with the vectors and without.
 
     N is T of the longest passage, or T - 1 where the first token is given. Without vectors, a
-    passage whose first token is BOS is read as it is, not behind a second BOS, and its first token
+    passage whose first token is BOS is read as it is, not after a second BOS, and its first token
     costs no bits: it is given, as in the published gains. For a model without a BOS, the first
     token costs log2 V bits without vectors. Rows of shorter passages are right-padded; values in
     the padding have no meaning.
@@ -141,7 +141,7 @@ def positions(
     if given or lm.bos_id is not None:
         # Passages that begin with BOS; none where the first token is given: no id is -1. Their rows
         # are shifted left by one, so that the model reads their own BOS, and their scores are
-        # shifted back, behind those of the BOS itself: 0 bits, and a hit (a margin above 0).
+        # shifted back, after those of the BOS itself: 0 bits, and a hit (a margin above 0).
         bos = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
         read = torch.where(bos, ids.roll(-1, 1), ids)
         base = lm.states(None, read, "first-token" if given else "bos")

@@ -123,7 +123,7 @@ class Engine:
         self.waiting.push(job)
 
     def max_tokens(self) -> int | None:
-        """Longest passage (tokens) that the model's context takes behind the vectors; None: any."""
+        """Longest passage (tokens) that the model's context takes after the vectors; None: any."""
         if self.lm.context is None:
             return None
         around = len(self.lm.front) + len(self.lm.trigger) * (self.start_rule == "bos")

@@ -81,7 +81,7 @@ class Recipe:
     align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
         "continuations",
-        "what the model reads behind the vectors for 'use': 'continuations' of the text by the "
+        "what the model reads after the vectors for 'use': 'continuations' of the text by the "
         "model itself, 'samples' that it writes without the text, or the path of a file with a "
         "question on each line, which the model answers",
     )

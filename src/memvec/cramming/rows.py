@@ -29,7 +29,7 @@ class Rows:
         return self._each(lambda tensor: tensor[:n].clone())
 
     def joined(self: R, other: R) -> R:
-        """These rows with the other's behind them."""
+        """These rows with the other's after them."""
         values, other_values = self._fields(), other._fields()
         return type(self)(
             **{
@@ -61,7 +61,7 @@ class Rows:
 
 
 def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:
-    """Rows (B, ...) with `padding_rows` rows of one value behind them."""
+    """Rows (B, ...) with `padding_rows` rows of one value after them."""
     if not padding_rows:
         return rows
     return torch.cat([rows, rows.new_full((padding_rows, *rows.shape[1:]), value)])

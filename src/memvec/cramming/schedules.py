@@ -133,7 +133,7 @@ class Whole(Schedule):
 class GrowingState(ScheduleState):
     """Progress, and the stage of each passage."""
 
-    look_ahead: Int[Tensor, " B"]  # tokens behind the horizon that count now
+    look_ahead: Int[Tensor, " B"]  # tokens after the horizon that count now
     stage: Int[Tensor, " B"]  # tokens that are added once all that count are right
 
 
@@ -165,7 +165,7 @@ class Growing(Schedule):
         """Change the look-ahead and the size of the next stage, after `gained` more leading tokens.
 
         What counts stays the same until all of it is right; then a stage more counts. Tokens that
-        have to come right together do so sooner than one behind the other. After so many steps
+        have to come right together do so sooner than one after the other. After so many steps
         without progress both are halved: where vectors are nearly full, tokens that they cannot
         hold yet lead them astray (docs/log.md). A stage that is done makes the next one longer by a
         token for each of the K vectors, up to the first one's size.

@@ -145,7 +145,7 @@ class Step:
         return vectors
 
     def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:
-        """Rows whose passage is decoded behind the trigger in this step: here all of them."""
+        """Rows whose passage is decoded after the trigger in this step: here all of them."""
         return torch.ones_like(batch.stopped)
 
     def score_of(

@@ -2,7 +2,7 @@
 
 The objective makes the vectors give the passage back. A term adds a second aim, with a weight
 (`Recipe.term_weight`): the vectors stand for the text as context (`use`), or the hidden states
-behind them resemble those of the plain text (`alignment`). A term keeps state for each slot (what
+after them resemble those of the plain text (`alignment`). A term keeps state for each slot (what
 was computed once for the passage), and returns, at each step, the loss of each slot and the
 gradient that goes back to the vectors.
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from memvec.cramming.step import Step
     from memvec.vectors import MemVectors
 
-# Steps behind `settle` after which the term has half its weight for a passage that is not exact.
+# Steps after `settle` after which the term has half its weight for a passage that is not exact.
 YIELDS_AFTER = 40
 
 

@@ -20,7 +20,7 @@ from memvec.companions.encoder import EncoderFile, TrainedEncoder
 from memvec.encoders.adapted import own_summary
 from memvec.encoders.adapters import Adapters, called_maps, load_network
 from memvec.encoders.recurrent import state_width
-from memvec.usable.queries import behind_bos
+from memvec.usable.queries import after_bos
 from memvec.usable.starts import last_embeddings
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class UsableEncoder(TrainedEncoder):
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
         network = self.network
         summary = network.summary[:K].to(lm.dtype).expand(len(ids), -1, -1)
-        inputs = torch.cat([behind_bos(lm, ids), summary], 1)
+        inputs = torch.cat([after_bos(lm, ids), summary], 1)
         with network.adapters.on(lm):
             hidden = lm.hidden(inputs, keep=K)
         weight, bias = network.map.weight.float(), network.map.bias.float()

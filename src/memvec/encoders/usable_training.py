@@ -28,8 +28,8 @@ from memvec.encoders.usable import UsableEncoder, UsableNetwork, fresh, own_trig
 from memvec.errors import MemvecError
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
-from memvec.usable.queries import behind_bos
-from memvec.usable.teacher import divergence_at, likeliest, states_behind
+from memvec.usable.queries import after_bos
+from memvec.usable.teacher import divergence_at, likeliest, states_after
 
 SHARE_OF_MEAN = 0.05  # weight of the newest step in the displayed running mean of the KL
 
@@ -43,7 +43,7 @@ class UsablePlan(AdapterPlan):
 
     lr: float = 2e-3
     query_tokens: int = 32
-    """Tokens behind each passage, on which the vectors stand for it."""
+    """Tokens after each passage, on which the vectors stand for it."""
     weight: float = 8.0
     """Weight of the divergence (KL, nats per token) beside the passage's cross-entropy."""
 
@@ -95,7 +95,7 @@ class UsableTraining(AdapterTraining):
         if longest + plan.query_tokens > len(self.text):
             raise MemvecError(
                 f"{len(stream)} tokens are too few to train an encoder on passages of {longest} "
-                f"and {plan.query_tokens} behind them: give more text."
+                f"and {plan.query_tokens} after them: give more text."
             )
 
     def _train_step(self) -> tuple[float, float]:
@@ -124,7 +124,7 @@ class UsableTraining(AdapterTraining):
         """Mean KL in nats per token to the model after the text, and its gradient at the states."""
         lm = self.fast
         with torch.no_grad():
-            teacher = likeliest(lm.head(states_behind(lm, behind_bos(lm, ids), query)), self.top)
+            teacher = likeliest(lm.head(states_after(lm, after_bos(lm, ids), query)), self.top)
         share = torch.full(query.shape, 1 / query.numel(), device=query.device)
         losses, gradient = divergence_at(
             lm.head, states.detach(), teacher, share, V=self.lm.vocab_size

@@ -1,4 +1,4 @@
-"""What an engine gives back from vectors: the passages, or an answer behind a prompt."""
+"""What an engine gives back from vectors: the passages, or an answer after a prompt."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def answer_with(
     python: str | os.PathLike[str] = sys.executable,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[str, str]:
-    """What an engine writes, greedily, behind vectors for use and a prompt: (release, text).
+    """What an engine writes, greedily, after vectors for use and a prompt: (release, text).
 
     The same inputs as `memvec.use` gives to the model itself; the text ends before the model's
     first end-of-text token. Raises MemvecError as `decode_with`, for vectors that are not for use
@@ -101,7 +101,7 @@ def use_prompt(
     new_tokens: int,
     passages: Sequence[int] | None = None,
 ) -> Prompt:
-    """The vectors of files, one behind the other, and a prompt behind them.
+    """The vectors of files, one after the other, and a prompt after them.
 
     Raises MemvecError as `memvec.usable.generate.context_inputs`, for fewer than 1 new tokens, or
     more inputs than the model's context holds.

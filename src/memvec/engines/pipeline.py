@@ -34,7 +34,7 @@ TASK = "memvec"
 
 
 class VectorsPipeline(Pipeline):  # type: ignore[misc]
-    """Text from vectors: what was crammed or, with `prompt`, what the model writes behind them.
+    """Text from vectors: what was crammed or, with `prompt`, what the model writes after them.
 
     Called with a file of vectors, its path, or a list of either; `passages` and the settings of
     `generate` go with a prompt, as in `memvec.use`. Raises MemvecError for vectors of another model

@@ -20,9 +20,9 @@ from memvec.errors import MemvecError
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an engine reads, and how many tokens it writes behind it, greedily.
+    """What an engine reads, and how many tokens it writes after it, greedily.
 
-    `vectors` (K, D), in the model's dtype; `tokens` behind them, and `embedded` (n, D), the
+    `vectors` (K, D), in the model's dtype; `tokens` after them, and `embedded` (n, D), the
     embeddings of those as the model sees them, for engines that take all inputs as vectors. A plain
     prompt has `vectors` None: its tokens stand alone. `text` is the text of the tokens, for an
     engine that is asked with text.

@@ -63,7 +63,7 @@ def run_engine(
     batches: Sequence[Sequence[int]] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Answer:
-    """Greedy tokens of an engine behind prompts; without `batches`, one prompt at a time.
+    """Greedy tokens of an engine after prompts; without `batches`, one prompt at a time.
 
     `python` is the interpreter of the engine's environment, `model` the model's folder (or, for
     llama.cpp, a GGUF file). Raises MemvecError before the engine starts for an unknown engine or

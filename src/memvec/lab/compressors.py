@@ -9,7 +9,7 @@ import zstandard
 
 
 def byte_account(text: bytes, vector_bytes: int, lm_bits: float) -> dict[str, int]:
-    """Bytes of the text, of its vectors, and of the text behind each compressor.
+    """Bytes of the text, of its vectors, and of the text after each compressor.
 
     `arithmetic` is what an arithmetic coder driven by the same model needs, H_LM / 8 (the paper's
     Table 4 compares with it too); vectors are not a file compressor, and this shows it.

@@ -52,7 +52,7 @@ def eager(lm: FrozenLM) -> Iterator[None]:
 def attention_shares(lm: FrozenLM, inputs: Float[Tensor, "1 N D"], K: int) -> list[float]:
     """For each layer, the share of attention on the first K inputs.
 
-    It is the mean over heads and over the positions behind these inputs. Raises MemvecError for a
+    It is the mean over heads and over the positions after these inputs. Raises MemvecError for a
     model without attention weights.
     """
     with eager(lm):

@@ -75,8 +75,8 @@ def logits(
     """Logits of the model's own forward on [F front tokens, vectors (K, D), ids (T,)], float64.
 
     The shape is (F + K + T, V). Where the vectors are keys and values in a cache, it is (T, V).
-    Entries of `ids` that are None are left out. `keep`: only the last so many rows behind tokens
-    alone, where the model can leave out the others, which take much memory behind a long text.
+    Entries of `ids` that are None are left out. `keep`: only the last so many rows after tokens
+    alone, where the model can leave out the others, which take much memory after a long text.
     """
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     if vectors is None:

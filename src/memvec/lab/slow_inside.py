@@ -3,7 +3,7 @@
 Shares are computed from the queries and keys that the model passes to its attention function:
 scores and their softmax in float64 with numpy, for one head and one position at a time, over the
 positions that it may attend to, with the layer's window, soft cap and sinks. The lens of a layer is
-computed with the model cut off behind that layer: the later layers are removed, so that the final
+computed with the model cut off after that layer: the later layers are removed, so that the final
 norm and the head follow directly.
 """
 
@@ -76,7 +76,7 @@ def _watching(lm: FrozenLM, seen: list[tuple[Tensor, Tensor, dict[str, Any]]]) -
 def lens(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None], token: int) -> list[list[float]]:
     """For each layer, [-log2 p of a token (bits), its rank, id of the arg-max] at the last input.
 
-    The inputs are [vectors (K, D), ids], and the model has no layers behind that one.
+    The inputs are [vectors (K, D), ids], and the model has no layers after that one.
     """
     answers = []
     for logits in _tables(lm, vectors, ids):

@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 def log_probabilities(
     lm: FrozenLM, vectors: Tensor | None, before: Sequence[int], words: Sequence[int]
 ) -> Floats:
-    """(len(words), V) log-probabilities, nats, at each word behind [vectors (K, D), before]."""
+    """(len(words), V) log-probabilities, nats, at each word after [vectors (K, D), before]."""
     table = slow.logits(lm, vectors, [*before, *words])[-len(words) - 1 : -1]
     table = table - table.max(1, keepdims=True)
     return np.asarray(table - np.log(np.exp(table).sum(1, keepdims=True)))
@@ -41,7 +41,7 @@ def context_ids(lm: FrozenLM, ids: Sequence[int], K: int) -> dict[str, list[int]
     return {"text": text, "nothing": bos, **named}
 
 
-def divergence_and_nll(  # noqa: PLR0917 (what is read, and the words behind it)
+def divergence_and_nll(  # noqa: PLR0917 (what is read, and the words after it)
     lm: FrozenLM,
     vectors: Tensor | None,
     before: Sequence[int],
@@ -49,9 +49,9 @@ def divergence_and_nll(  # noqa: PLR0917 (what is read, and the words behind it)
     words: Any,
     given: int = 0,
 ) -> tuple[float, float]:
-    """(KL divergence from the model behind `text`, NLL of the words), nats per word.
+    """(KL divergence from the model after `text`, NLL of the words), nats per word.
 
-    Both are measured behind [vectors (K, D), before]. The first `given` words of each row are read
+    Both are measured after [vectors (K, D), before]. The first `given` words of each row are read
     and not predicted.
     """
     kl, nll = [], []
@@ -76,9 +76,9 @@ def both_modes(
     text = context_ids(lm, ids, len(vectors))["text"]
     with apart(lm, layers, len(vectors)):
         _, margin = slow.teacher_forced(lm, vectors, ids, "bos")
-        behind = [log_probabilities(lm, lm.context_scale * vectors, [], row) for row in words]
+        after = [log_probabilities(lm, lm.context_scale * vectors, [], row) for row in words]
     kl = []
-    for row, q in zip(words, behind, strict=True):
+    for row, q in zip(words, after, strict=True):
         p = log_probabilities(lm, None, text, row)
         kl.append(float((np.exp(p) * (p - q)).sum(1).mean()))
     leading = int(np.cumprod(margin > 0).sum())
@@ -163,7 +163,7 @@ def residual(rows: Floats, others: Floats) -> Floats:
 
 
 def _last_logits(lm: FrozenLM, vectors: Tensor, ids: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-    """(the vectors (K, D) as a leaf of autograd, the logits (V,) behind [vectors, ids])."""
+    """(the vectors (K, D) as a leaf of autograd, the logits (V,) after [vectors, ids])."""
     table = torch.tensor([[i for i in ids if i is not None]], device=lm.device, dtype=torch.long)
     with torch.enable_grad():
         point = vectors.to(lm.device, lm.dtype).detach().clone().requires_grad_()

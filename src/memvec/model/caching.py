@@ -67,7 +67,7 @@ def step(
     return out.logits[:, -1].float(), out.get(argument)
 
 
-def behind(argument: str | None, cache: Any) -> dict[str, Any]:
+def after(argument: str | None, cache: Any) -> dict[str, Any]:
     """Keyword arguments of a forward pass that continues from `cache` (None: without a cache)."""
     return {"use_cache": False} if cache is None else {"use_cache": True, str(argument): cache}
 

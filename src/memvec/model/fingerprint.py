@@ -99,7 +99,7 @@ class Unchanged:
     """True while a model's parameters are those that it had when this was made.
 
     PyTorch counts how often each one was changed in place (not through `.data`). It counts anew in
-    a deep copy or behind a pickle, and so does this; a model that was changed before stays so.
+    a deep copy and after pickling, and so does this; a model that was changed before stays so.
     """
 
     def __init__(self, model: nn.Module, so_far: bool = True) -> None:

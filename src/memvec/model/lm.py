@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.machine import plain_torch
-from memvec.model.caching import behind, find_cache
+from memvec.model.caching import after, find_cache
 from memvec.model.configuration import context_length, start_token
 from memvec.model.fingerprint import Fingerprint, Unchanged, fingerprint_of, probe_logits
 from memvec.model.heads import split_head, unwrapped
@@ -208,7 +208,7 @@ class FrozenLM:
         bos = () if self.bos_id is None else (self.bos_id,)
         return bos if self.other_trigger is None else self.other_trigger
 
-    def behind_front(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
+    def after_front(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
         """Vectors in the model's dtype, after the F tokens of its front (N = F + K)."""
         ids = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # built there: no copy
         front = [self.embed(token * ids) for token in self.front]
@@ -241,7 +241,7 @@ class FrozenLM:
     ) -> Float[Tensor, "B keep H"]:
         """States at the last `keep` positions of free inputs, which continue from `cache`."""
         out: Tensor
-        options = behind(self.caching.argument, cache)
+        options = after(self.caching.argument, cache)
         with self._sparing():
             if self._body is not None:
                 out = self._body(inputs_embeds=inputs, **options)[0][:, -keep:]

@@ -73,7 +73,7 @@ class Reading:
 
         The function returns None for an empty cache.
         """
-        inputs = torch.cat([lm.behind_front(vectors.to(lm.device)), lm.embed(given)], dim=1)
+        inputs = torch.cat([lm.after_front(vectors.to(lm.device)), lm.embed(given)], dim=1)
         return inputs, lambda: self.cache(lm, vectors)
 
     def inputs(
@@ -90,7 +90,7 @@ class Reading:
         tokens 2 to T are predicted). Without vectors, use 'bos' or 'first-token'. Raises
         MemvecError for 'bos' without a BOS token.
         """
-        parts = [] if vectors is None else [lm.behind_front(vectors)]
+        parts = [] if vectors is None else [lm.after_front(vectors)]
         if start == "bos":
             if vectors is not None:
                 before = lm.start_ids(ids, start)

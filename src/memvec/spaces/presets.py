@@ -11,7 +11,7 @@ from memvec.cramming.recipe import Recipe
 
 
 def prefix() -> Recipe:
-    """A key and a value in every layer, behind which BOS stands."""
+    """A key and a value in every layer, after which BOS stands."""
     return Recipe(space="prefix", start_rule="bos", lr=0.3, lr_large=0.0, optimizer="nadam")
 
 

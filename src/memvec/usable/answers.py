@@ -1,4 +1,4 @@
-"""Answers behind contexts: their log-likelihoods, and what the model writes until a stop."""
+"""Answers after contexts: their log-likelihoods, and what the model writes until a stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memvec.model.lm import FrozenLM
 from memvec.usable.columns import Ids
-from memvec.usable.generate import check_room, write_behind
+from memvec.usable.generate import check_room, write_after
 
 SHORTER = "use fewer examples, or another column"
 
@@ -24,7 +24,7 @@ class Likelihood(NamedTuple):
 
 
 class EmbeddedRequest(NamedTuple):
-    """Inputs that stand for a context, the question behind them, and an answer."""
+    """Inputs that stand for a context, the question after them, and an answer."""
 
     inputs: Float[Tensor, "1 N D"]
     question: Ids
@@ -35,7 +35,7 @@ class EmbeddedRequest(NamedTuple):
 def likelihoods(
     lm: FrozenLM, requests: Sequence[EmbeddedRequest], batch_size: int = 1
 ) -> list[Likelihood]:
-    """The likelihood of each answer behind its context and question.
+    """The likelihood of each answer after its context and question.
 
     Answers that differ in their last token only (the letters of a multiple choice) share a forward
     pass. Raises MemvecError for more inputs than the model's context holds.
@@ -68,9 +68,9 @@ def _batch(
     width = max(lengths)
     inputs = torch.zeros(len(first), width, lm.width, dtype=lm.dtype, device=lm.device)
     for row, request, length in zip(inputs, first, lengths, strict=True):
-        behind = torch.tensor([[*request.question, *request.answer[:-1]]], device=lm.device).long()
-        row[:length] = torch.cat([request.inputs.to(lm.dtype), lm.embed(behind)], 1)[0]
-    # Right padding without a mask: nothing that is read stands behind it.
+        after = torch.tensor([[*request.question, *request.answer[:-1]]], device=lm.device).long()
+        row[:length] = torch.cat([request.inputs.to(lm.dtype), lm.embed(after)], 1)[0]
+    # Right padding without a mask: nothing that is read comes after it.
     answers = [len(request.answer) for request in first]
     start = min(length - n for length, n in zip(lengths, answers, strict=True))
     states = lm.states_of(inputs, keep=width - start)
@@ -86,7 +86,7 @@ def _batch(
 
 
 def written(lm: FrozenLM, request: EmbeddedRequest, until: Sequence[str], **settings: Any) -> str:
-    """What the model writes behind a context and a question, up to the first of `until`.
+    """What the model writes after a context and a question, up to the first of `until`.
 
     `settings` go to the model's `generate`; `max_new_tokens` is required. Raises MemvecError for
     more inputs and new tokens than the model's context holds, or a model that does not generate.
@@ -101,5 +101,5 @@ def written(lm: FrozenLM, request: EmbeddedRequest, until: Sequence[str], **sett
         has_stop = [any(stop in text for stop in stops) for text in texts]
         return torch.tensor(has_stop, device=ids.device)
 
-    text = write_behind(lm, inputs, {**settings, "stopping_criteria": [stopped]})
+    text = write_after(lm, inputs, {**settings, "stopping_criteria": [stopped]})
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]

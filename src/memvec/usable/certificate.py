@@ -1,18 +1,18 @@
 """The certificate of use: how well vectors stand for the text as context, beside other contexts.
 
-For each passage, the model that has read the whole text is the reference. Behind each context (the
+For each passage, the model that has read the whole text is the reference. After each context (the
 vectors; nothing; the last K, 2 K, 4 K and 8 K tokens of the text; vectors that were crammed to be
 exact only) it reads the same words, and two figures say how far it is from the reference:
 
-    KL     mean over tokens of KL(model behind the text || model behind the context), nats, over all
+    KL     mean over tokens of KL(model after the text || model after the context), nats, over all
            V tokens
-    kept   (NLL without context - NLL behind the context) / (NLL without - NLL with the text): the
+    kept   (NLL without context - NLL after the context) / (NLL without - NLL with the text): the
            share of what the text tells about the words that follow; 0 no context, 1 the whole text
 
 The words (tokens) are queries that cramming never saw: continuations of the text, sampled with
-another seed, and the true continuation of a passage, where the document goes on behind it.
+another seed, and the true continuation of a passage, where the document goes on after it.
 
-Texts of several passages are measured as a whole, too: their vectors one behind the other, as
+Texts of several passages are measured as a whole, too: their vectors one after the other, as
 `memvec.use` has them, beside the whole text. Each passage was crammed to stand alone, so a row of
 them is a worse context than its parts (docs/usable.md).
 
@@ -46,7 +46,7 @@ from memvec.usable.contexts import (
     NONE,
     VECTORS,
     Figures,
-    behind_each,
+    after_each,
     contexts_of,
     contexts_of_row,
 )
@@ -63,7 +63,7 @@ ROWS = 8  # at most so many texts of several passages are measured whole
 class ContextScore(Record):
     """How well one context stands for the text; 95 % bootstrap intervals (NaN for one passage)."""
 
-    kl: float = Field(description="KL from the model behind the text, nats per token")
+    kl: float = Field(description="KL from the model after the text, nats per token")
     kl_interval: tuple[float, float]
     nll: float = Field(description="negative log-likelihood of the words, nats per token")
     kept: float = Field(description="share of the text's gain that the context keeps")
@@ -86,7 +86,7 @@ class ScoreTable(Record):
 class UseCertificate(Record):
     """How well the vectors of a file stand for their texts as context."""
 
-    trigger: str = Field(description="what the passage comes behind: 'bos', an id, or 'crammed'")
+    trigger: str = Field(description="what precedes the passage: 'bos', an id, or 'crammed'")
     vectors: int = Field(ge=1, description="vectors of each passage (K)")
     context_scale: float = Field(default=1.0, description="what they are multiplied by here")
     held_out: ScoreTable
@@ -120,7 +120,7 @@ def certify_use(
     are decoded (raises as `MemVectors.tokens`). `exact_only=False` leaves out the control that
     has to be crammed; `force` measures the vectors of another model of that width. Raises
     MemvecError for vectors of another model, token ids that are not the passages', vectors that
-    nothing can be read behind (one-step, start rule 'vectors'), or passages too long for a query
+    nothing can be read after (one-step, start rule 'vectors'), or passages too long for a query
     in the model's context.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
@@ -140,13 +140,13 @@ def certify_use(
     seed = (SEED + int(mem.header.recipe.get("seed", 0))) % 2**62  # another than cramming had
     recipe = Recipe(query_count=QUERIES, query_tokens=tokens, seed=seed)
     held_out = [
-        behind_each(view, behind, continuations(view, ids[i], recipe)[0])
-        for behind, i in zip(contexts, chosen, strict=True)
+        after_each(view, after, continuations(view, ids[i], recipe)[0])
+        for after, i in zip(contexts, chosen, strict=True)
     ]
     following, token = _following(mem, ids, tokens), mem.header.trigger
     true = [
-        behind_each(view, behind, torch.tensor([following[i]]))
-        for behind, i in zip(contexts, chosen, strict=True)
+        after_each(view, after, torch.tensor([following[i]]))
+        for after, i in zip(contexts, chosen, strict=True)
         if i in following
     ]
     return UseCertificate(
@@ -161,7 +161,7 @@ def certify_use(
 
 
 def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
-    """Raise MemvecError if nothing but their passage can be read behind vectors (`subject`)."""
+    """Raise MemvecError if nothing but their passage can be read after vectors (`subject`)."""
     check_type("mem", mem, MemVectors, "MemVectors.load")
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
@@ -189,7 +189,7 @@ def _spread(n: int, limit: int) -> list[int]:
 
 
 def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> int:
-    """Tokens of a query behind the longest of the passages, TOKENS at most."""
+    """Tokens of a query after the longest of the passages, TOKENS at most."""
     text = int(lm.bos_id is not None) + max(map(len, passages))
     vectors = len(lm.front) + mem.vectors.shape[1] + int(lm.reading.space != "inputs")
     # The last token of a query is not read.
@@ -205,16 +205,16 @@ def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> i
 def _following(
     mem: MemVectors, passages: Sequence[Sequence[int]], tokens: int
 ) -> dict[int, Sequence[int]]:
-    """So many tokens behind each passage, where its document has them."""
+    """So many tokens after each passage, where its document has them."""
     following: dict[int, Sequence[int]] = {}
     at = 0
     for document in mem.header.documents:
         end = at + document.passages
         for i in range(at, end):
             later = (t for j in range(i + 1, end) for t in passages[j])
-            behind = list(itertools.islice(later, tokens))
-            if len(behind) == tokens:
-                following[i] = behind
+            after = list(itertools.islice(later, tokens))
+            if len(after) == tokens:
+                following[i] = after
         at = end
     return following
 
@@ -235,7 +235,7 @@ def _scores_in_a_row(
         row = slice(rows[i].start, rows[i].stop)
         text = [token for ids in passages[row] for token in ids]
         contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
-        measured.append(behind_each(lm, contexts, continuations(lm, text, recipe)[0]))
+        measured.append(after_each(lm, contexts, continuations(lm, text, recipe)[0]))
     return score_table(measured, QUERIES, recipe.query_tokens) if measured else None
 
 
@@ -277,15 +277,15 @@ def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: in
     scores = {}
     for name in names:
         rows = [(row[name], row, g) for row, g in zip(measured, gain, strict=True) if name in row]
-        kls = [behind.kl for behind, *_ in rows]
+        kls = [after.kl for after, *_ in rows]
         kl = statistics.bootstrap_mean(kls)
-        gained = [row[NONE].nll - behind.nll for behind, row, _ in rows]
+        gained = [row[NONE].nll - after.nll for after, row, _ in rows]
         kept = statistics.ratio_of_means(gained, [g for *_, g in rows])
         over = statistics.ratio_of_means(kls, [row[VECTORS].kl for _, row, _ in rows])
         scores[name] = ContextScore(
             kl=kl.value,
             kl_interval=(kl.low, kl.high),
-            nll=sum(behind.nll for behind, *_ in rows) / len(rows),
+            nll=sum(after.nll for after, *_ in rows) / len(rows),
             kept=kept.value,
             kept_interval=(kept.low, kept.high),
             over_vectors=over.value,

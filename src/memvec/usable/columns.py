@@ -1,13 +1,13 @@
 """What stands in front of a question: the whole context, nothing, its end, or its vectors.
 
-A request is a context (a passage, or worked examples) and a question behind it. A comparison has
+A request is a context (a passage, or worked examples) and a question after it. A comparison has
 columns, and each puts something else in the context's place:
 
     full       the model's start token and the context
     none       the start token
     truncated  the start token and the last tokens of the context, one for each vector that the
                context is crammed into: as many inputs, without cramming
-    crammed    the vectors of the context, passage by passage, one behind the other
+    crammed    the vectors of the context, passage by passage, one after the other
 
 The question and the answer are the same token ids in every column.
 """
@@ -57,7 +57,7 @@ class StandIn(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Token ids of a context, of the question behind it and of an answer."""
+    """Token ids of a context, of the question after it and of an answer."""
 
     context: Ids
     question: Ids
@@ -164,7 +164,7 @@ class Column:
             rows = torch.cat([outcome.vectors.float() for outcome in outcomes])[None]
             exact = all(outcome.exact for outcome in outcomes)
             view = triggered(self.lm, self.recipe)
-            inputs = view.behind_front(view.context_scale * rows.to(self.lm.device))
+            inputs = view.after_front(view.context_scale * rows.to(self.lm.device))
             return StandIn(inputs, rows.shape[1], exact)
         count = {
             "full": len(ids),

@@ -1,8 +1,8 @@
 """Do vectors keep their text in some directions and its meaning in others?
 
 Every token of the passage has a direction of its own in the space of the vectors (K·D numbers):
-the gradient of its margin (the logit of the true token minus the best other one) behind the
-trigger. So has every word that the model reads behind the vectors as context: the gradient of its
+the gradient of its margin (the logit of the true token minus the best other one) after the
+trigger. So has every word that the model reads after the vectors as context: the gradient of its
 log-probability. Each set of n directions spans a subspace, and two figures say how far the
 subspaces coincide:
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from memvec import metrics
 from memvec.model.lm import FrozenLM
-from memvec.usable.teacher import states_behind
+from memvec.usable.teacher import states_after
 
 Directions = Float[Tensor, "n KD"]
 
@@ -33,7 +33,7 @@ Directions = Float[Tensor, "n KD"]
 def directions_of_text(
     lm: FrozenLM, vectors: Float[Tensor, "K D"], ids: Sequence[int]
 ) -> Directions:
-    """The gradient of each token's margin behind the trigger at the vectors, a row for each."""
+    """The gradient of each token's margin after the trigger at the vectors, a row for each."""
     T = len(ids)
     table = torch.tensor([list(ids)], device=lm.device).expand(T, -1)
     with torch.enable_grad():
@@ -50,12 +50,12 @@ def directions_of_use(
     words: Int[Tensor, "M L"],
     places: Sequence[tuple[int, int]],
 ) -> Directions:
-    """The gradient of the log-probability of words behind the vectors, for (row, position) each."""
+    """The gradient of the log-probability of words after the vectors, for (row, position) each."""
     row, position = (torch.tensor(axis, device=lm.device) for axis in zip(*places, strict=True))
     table = words.to(lm.device)[row]
     with torch.enable_grad():
         rows = vectors.to(lm.device).expand(len(places), -1, -1).detach().clone().requires_grad_()
-        states = states_behind(lm, lm.behind_front(lm.context_scale * rows), table)
+        states = states_after(lm, lm.after_front(lm.context_scale * rows), table)
         predicting = states[torch.arange(len(places)), position]
         log_p = lm.head(predicting).log_softmax(-1)
         (gradient,) = torch.autograd.grad(

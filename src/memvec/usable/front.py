@@ -1,4 +1,4 @@
-"""The front read once: steps begin behind the keys and values of what stands before the vectors.
+"""The front read once: steps begin after the keys and values of what stands before the vectors.
 
 BOS and soft tokens in front of the vectors are the same for all passages and at every step
 (memvec.companions.around). Nothing before them changes what the model computes for them, so their
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 
-class BehindFront(Reading):
-    """Vectors in front of the passage, behind the keys and values of the model's front.
+class AfterFront(Reading):
+    """Vectors in front of the passage, after the keys and values of the model's front.
 
     Raises MemvecError for a model without keys and values that could be handed in again.
     """
@@ -41,11 +41,11 @@ class BehindFront(Reading):
 
 
 def with_front_read(lm: FrozenLM) -> FrozenLM:
-    """The model whose inputs begin behind its front; the model itself where it has none to keep."""
+    """The model whose inputs begin after its front; the model itself where it has none to keep."""
     if not lm.front or type(lm.reading) is not Reading or lm.offload:
         return lm
     try:
-        reading = BehindFront(lm)
+        reading = AfterFront(lm)
     except MemvecError:  # it keeps no keys and values, or reads them otherwise when handed in
         return lm
     view = copy.copy(lm)

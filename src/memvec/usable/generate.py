@@ -1,4 +1,4 @@
-"""Vectors in use: a prompt behind them, and what the model writes.
+"""Vectors in use: a prompt after them, and what the model writes.
 
 The vectors of all passages stand in front, in their order, as the text would; the prompt follows,
 and the model's own `generate` writes on, with whatever generation settings it is given.
@@ -47,9 +47,9 @@ def use(
     force: bool = False,
     **settings: Any,
 ) -> str:
-    """What the model writes behind vectors and a prompt.
+    """What the model writes after vectors and a prompt.
 
-    Several files stand one behind the other; `passages` takes some passages of a single file only.
+    Several files stand one after the other; `passages` takes some passages of a single file only.
     `force` uses the vectors of another model of that width, such as one before its fine-tuning.
     `context` puts the text itself in the vectors' place, or nothing, for comparison. `settings` go
     to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
@@ -79,7 +79,7 @@ def use(
         ids: list[int] = []
         if context == "text":
             ids = tokens_in_a_row(lm, files, passages, force=force)
-        else:  # nothing: what is refused behind the others is refused here, too
+        else:  # nothing: what is refused after the others is refused here, too
             for file in files:
                 _chosen(lm, file, passages, force)
         context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
@@ -89,17 +89,17 @@ def use(
         inputs, cache = torch.cat([*first, text], 1), None
         slots = inputs.shape[1]
     check_room(lm, slots, new_tokens, SHORTER)
-    return write_behind(lm, inputs.to(lm.dtype), options, streamer, cache)
+    return write_after(lm, inputs.to(lm.dtype), options, streamer, cache)
 
 
-def write_behind(
+def write_after(
     lm: FrozenLM,
     inputs: Float[Tensor, "1 N D"],
     options: dict[str, Any],
     streamer: Any = None,
     cache: Any = None,
 ) -> str:
-    """What the model writes behind free inputs; `options` are those of its `generate`.
+    """What the model writes after free inputs; `options` are those of its `generate`.
 
     `cache` holds what stands before the inputs, if anything. Raises MemvecError for a model that
     does not generate.
@@ -115,7 +115,7 @@ def _options(lm: FrozenLM, settings: dict[str, Any]) -> dict[str, Any]:
     """
     if refused := ITS_OWN & set(settings):
         raise MemvecError(
-            "memvec.use writes one text of at most max_new_tokens behind inputs of its own: leave "
+            "memvec.use writes one text of at most max_new_tokens after inputs of its own: leave "
             f"out {', '.join(sorted(refused))}."
         )
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **settings}
@@ -197,10 +197,10 @@ def in_a_row(
     *,
     force: bool = False,
 ) -> tuple[FrozenLM, Float[Tensor, "1 N W"]]:
-    """The vectors of all files one behind the other, as context, and the model that reads them.
+    """The vectors of all files one after the other, as context, and the model that reads them.
 
     `passages` takes some of a single file; `force` takes those of another model of that width.
-    Raises MemvecError if the vectors are not all in one space or behind one front, are of another
+    Raises MemvecError if the vectors are not all in one space or after one front, are of another
     model, have no trigger, or if a passage is not there.
     """
     chosen = [_chosen(lm, file, passages, force) for file in files]
@@ -211,7 +211,7 @@ def in_a_row(
     fronts = [front_rows(mem.view(lm)) for mem in files]
     if not all(torch.equal(front, fronts[0]) for front in fronts):
         raise MemvecError(
-            "these files were crammed behind different inputs in front (BOS or soft tokens), and "
+            "these files were crammed after different inputs in front (BOS or soft tokens), and "
             "only one of them can stand there: cram them with the same front and trigger."
         )
     rows = [
@@ -233,9 +233,9 @@ def context_inputs(
 ) -> Float[Tensor, "N D"]:
     """The inputs that put vectors in front of a prompt: what `memvec.use` hands to the model.
 
-    What stands in front of the vectors (BOS, soft tokens), then the vectors of all files one behind
+    What stands in front of the vectors (BOS, soft tokens), then the vectors of all files one after
     the other, multiplied by their `context_scale`; in the model's dtype, on the CPU. Other software
-    continues behind them with the embeddings of a prompt, without another BOS. `passages` takes
+    continues after them with the embeddings of a prompt, without another BOS. `passages` takes
     some of a single file; `force` takes the vectors of another model of that width. Raises
     MemvecError for vectors of another model, vectors without a trigger, vectors that are no inputs,
     files that cannot stand in one row, no passage, or passages of several files.
@@ -248,13 +248,13 @@ def context_inputs(
             f"vectors in the space '{view.reading.space}' are no inputs: use memvec.use, or cram "
             "the text in the space 'inputs'."
         )
-    return view.behind_front(rows)[0].cpu()
+    return view.after_front(rows)[0].cpu()
 
 
 def _opened(
     lm: FrozenLM, rows: Float[Tensor, "1 N W"], prompt_ids: Int[Tensor, "1 n"]
 ) -> tuple[Float[Tensor, "1 m D"], Any]:
-    """Inputs for `generate` behind vectors, and the cache that holds the vectors, if one does.
+    """Inputs for `generate` after vectors, and the cache that holds the vectors, if one does.
 
     `generate` leaves out as many of its inputs as the cache has positions; so many zeros stand in
     front. Raises MemvecError without a prompt where the vectors predict nothing.

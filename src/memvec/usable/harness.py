@@ -52,7 +52,7 @@ class Trace(NamedTuple):
 
 @register_model("memvec")
 class MemvecLM(HFLM):  # type: ignore[misc]
-    """A frozen model that answers questions behind what takes the place of their context.
+    """A frozen model that answers questions after what takes the place of their context.
 
     `pretrained`: name of a model for memvec.load_lm, or a FrozenLM. `context`: a column, 'full',
     'none', 'truncated' or 'crammed'. `vectors`, `tokens`: passages of at most so many tokens of the

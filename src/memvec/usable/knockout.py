@@ -1,6 +1,6 @@
 """The model with attention to the vectors knocked out in some of its layers: who reads them where?
 
-In a layer that is knocked out, no position behind the vectors sees the vectors' positions: a hook
+In a layer that is knocked out, no position after the vectors sees the vectors' positions: a hook
 adds that to the attention mask which the layer would have used, and the shares of attention are
 those of the positions that are left. Attention at the vectors' own positions stays as it was, so
 their states in higher layers do not change. Gradients and decoding with a cache are not supported.
@@ -49,8 +49,8 @@ def layer_count(lm: FrozenLM) -> int:
     too (a hybrid with a recurrent state): then attention is not all there is to knock out.
     """
     layers, token = len(attention_modules(lm)), lm.embed(torch.tensor([[2]], device=lm.device))
-    # Two vectors that differ, the same token behind each.
-    inputs = lm.behind_front(
+    # Two vectors that differ, the same token after each.
+    inputs = lm.after_front(
         torch.stack([torch.cat([part, token[0]]) for part in (-token[0], 2 * token[0])])
     )
     try:
@@ -82,7 +82,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
-    """While this holds, positions behind K vectors do not attend to them in these layers.
+    """While this holds, positions after K vectors do not attend to them in these layers.
 
     They still attend to the inputs in front of the vectors.
 
@@ -105,7 +105,7 @@ def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]
 def _without(
     mask: Tensor | None, states: Float[Tensor, "B N D"], first: int, end: int
 ) -> Float[Tensor, "b 1 N N"]:
-    """The additive mask of a layer, with positions first to end hidden from all behind them."""
+    """The additive mask of a layer, with positions first to end hidden from all after them."""
     N, lowest = states.shape[1], torch.finfo(states.dtype).min
     position = torch.arange(N, device=states.device)
     visible = position[None] <= position[:, None]

@@ -1,4 +1,4 @@
-"""Three numbers for the two modes of vectors: decoding (behind the trigger) and context (without).
+"""Three numbers for the two modes of vectors: decoding (after the trigger) and context (without).
 
 An object is made once for a passage and its held-out texts, and called for each change of the
 vectors, or of the model while it reads them.
@@ -15,7 +15,7 @@ from torch import Tensor
 from memvec import metrics
 from memvec.model.lm import FrozenLM
 from memvec.usable.queries import text_inputs
-from memvec.usable.teacher import log_p_behind
+from memvec.usable.teacher import log_p_after
 
 
 class BothModes:
@@ -26,11 +26,11 @@ class BothModes:
         self.lm, self.words = lm, words.to(lm.device)
         self.ids = torch.tensor([list(ids)], device=lm.device)
         # The reference is read here, outside of whatever a caller changes in the model.
-        self.reference = log_p_behind(lm, text_inputs(lm, ids), self.words)
+        self.reference = log_p_after(lm, text_inputs(lm, ids), self.words)
 
     @torch.no_grad()
     def __call__(self, vectors: Float[Tensor, "K D"]) -> list[float]:
-        """[leading right tokens behind the trigger, mean margin (logits), KL (nats per token)].
+        """[leading right tokens after the trigger, mean margin (logits), KL (nats per token)].
 
         Leading tokens are teacher-forced: as many as free-running decoding gives back.
         """
@@ -38,7 +38,7 @@ class BothModes:
         logits = self.lm.logits(rows, self.ids, "bos")
         margin = metrics.margins(logits, self.ids)
         leading = metrics.horizon(margin > 0)
-        context = self.lm.behind_front(self.lm.context_scale * rows)
-        log_q = log_p_behind(self.lm, context, self.words)
+        context = self.lm.after_front(self.lm.context_scale * rows)
+        log_q = log_p_after(self.lm, context, self.words)
         kl = (self.reference.exp() * (self.reference - log_q)).sum(-1).mean()
         return [float(leading[0]), float(margin.mean()), float(kl)]

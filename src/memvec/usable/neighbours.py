@@ -1,8 +1,8 @@
 """Passages beside the one that is crammed, so that vectors can stand in a row (docs/usable.md).
 
-Vectors that were crammed alone take what follows them for the words right behind their text, and
-get in each other's way in a row. With neighbours, two of three queries are read behind a row:
-vectors of another passage stand in front of those that are moved, or behind them, and are compared
+Vectors that were crammed alone take what follows them for the words right after their text, and
+get in each other's way in a row. With neighbours, two of three queries are read after a row:
+vectors of another passage stand in front of those that are moved, or after them, and are compared
 with the model that has read both texts. The neighbours are the passages of a file of usable
 vectors. They stay as they are, and are the same for everybody; which of them stand beside a passage
 is drawn from its own token ids.
@@ -23,12 +23,12 @@ from memvec.cramming.starts import passage_seed
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 from memvec.usable.certificate import check_usable
-from memvec.usable.queries import Queries, continuations_behind
+from memvec.usable.queries import Queries, continuations_after
 from memvec.usable.teacher import NeighbourPlaces
 from memvec.vectors import MemVectors
 
 MAX_BESIDE = 1  # neighbours beside a passage in one query; up to three were no better
-# How many stand in front and how many behind, in the queries of a passage, in turn.
+# How many stand in front and how many after, in the queries of a passage, in turn.
 PLACES = tuple((front, n - front) for n in range(MAX_BESIDE + 1) for front in range(n, -1, -1))
 
 
@@ -83,7 +83,7 @@ class Neighbours:
             front, count = int(beside.in_front[0, m]), int(beside.count[0, m])
             row = [*chosen[:front], ids, *chosen[front:count]]
             texts.append([token for passage in row for token in passage])
-        return continuations_behind(lm, texts, ids, recipe)
+        return continuations_after(lm, texts, ids, recipe)
 
     def row(
         self,
@@ -95,7 +95,7 @@ class Neighbours:
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, " N"]]:
         """The inputs of each slot (S = K + n k + W), and how many of them are neighbours'.
 
-        They are the neighbours in front, the vectors, those behind, the words, and padding.
+        They are the neighbours in front, the vectors, those after them, the words, and padding.
         """
         K, k, W = vectors.shape[1], self.vectors.shape[1], words.shape[1]
         others = self.vectors[neighbours].flatten(1, 2).to(vectors.dtype)
@@ -113,9 +113,9 @@ class Neighbours:
 def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
     """The neighbours that a recipe names.
 
-    `lm` is the model with the front and the trigger that passages are crammed behind. Raises
+    `lm` is the model with the front and the trigger that precede crammed passages. Raises
     MemvecError for a file of another model, of vectors that are not exact, that have no trigger or
-    that were crammed behind another front, and for a space or queries that take no neighbours.
+    that were crammed after another front, and for a space or queries that take no neighbours.
     """
     if lm.reading.space != "inputs":
         raise MemvecError(
@@ -123,15 +123,14 @@ def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
         )
     if recipe.queries != "continuations":
         raise MemvecError(
-            f"queries behind neighbours continue the text: leave out the queries "
-            f"'{recipe.queries}'."
+            f"queries after neighbours continue the text: leave out the queries '{recipe.queries}'."
         )
     mem = MemVectors.load(recipe.neighbours)
     mem.check_model(lm)
     check_usable(mem, f"the vectors in {recipe.neighbours}")
     if not torch.equal(front_rows(mem.view(lm)), front_rows(lm)):
         raise MemvecError(
-            f"the neighbours in {recipe.neighbours} were crammed behind other inputs in front (BOS "
+            f"the neighbours in {recipe.neighbours} were crammed after other inputs in front (BOS "
             "or soft tokens): cram them with this front and trigger."
         )
     as_context = mem.header.context_scale * mem.vectors.float()

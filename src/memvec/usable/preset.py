@@ -8,7 +8,7 @@ from memvec.cramming.recipe import Recipe
 
 
 def usable() -> Recipe:
-    """Vectors that give their text back behind a trigger, and stand for it as context."""
+    """Vectors that give their text back after a trigger, and stand for it as context."""
     return Recipe(
         term="use",
         term_weight=12.0,

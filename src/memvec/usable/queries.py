@@ -1,4 +1,4 @@
-"""What the model reads behind the vectors while they learn to stand for their text.
+"""What the model reads after the vectors while they learn to stand for their text.
 
 A query is a row of token ids. The model that has read the text and the model that reads the vectors
 predict each of them, and the two are compared (memvec.usable.term). A source of queries is
@@ -42,7 +42,7 @@ REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 class Queries(NamedTuple):
     """The queries of a passage: ids (M, L), right-padded with 0, and the tokens of each row (M).
 
-    `teacher`: the model's `teacher_top` likeliest tokens behind the text at each position; None
+    `teacher`: the model's `teacher_top` likeliest tokens after the text at each position; None
     where the source did not sample the queries there and so does not have them.
     """
 
@@ -60,10 +60,10 @@ def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
     if not ids and lm.bos_id is None:
         ids = [0] if lm.soft is not None else list(lm.trigger)
     ids = ids[1:] if ids and ids[0] == lm.bos_id else ids
-    return behind_bos(lm, torch.tensor([list(ids)], dtype=torch.long, device=lm.device))
+    return after_bos(lm, torch.tensor([list(ids)], dtype=torch.long, device=lm.device))
 
 
-def behind_bos(lm: FrozenLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B N D"]:
+def after_bos(lm: FrozenLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B N D"]:
     """Texts of one length as the model reads them: BOS, if it has one, and their tokens."""
     bos = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
     return lm.embed(torch.cat([*bos, ids], 1))
@@ -107,7 +107,7 @@ def continued(
     top: int = 0,
     rows: int = 1,
 ) -> tuple[Int[Tensor, "R n"], list[TopTokens]]:
-    """`tokens` tokens that the model writes behind some inputs, and its likeliest tokens at each.
+    """`tokens` tokens that the model writes after some inputs, and its likeliest tokens at each.
 
     Sampled at temperature 1, or greedy without draws. The `top` likeliest tokens have one entry for
     each position; none for top 0. Inputs of one row are read once for `rows` continuations.
@@ -149,7 +149,7 @@ def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     return _sampled(lm, text_inputs(lm, ids), ids, recipe, recipe.teacher_top)
 
 
-def continuations_behind(
+def continuations_after(
     lm: FrozenLM, texts: Sequence[Sequence[int]], ids: Sequence[int], recipe: Recipe
 ) -> Queries:
     """One continuation of each of some texts around a passage `ids`, as `continuations` has them.
@@ -163,14 +163,14 @@ def continuations_behind(
     row_of_text: dict[int, tuple[Tensor, ...]] = {}
     for indices in by_length.values():
         table = torch.tensor([list(texts[i]) for i in indices], device=lm.device)
-        inputs, n = behind_bos(lm, table), len(indices)
+        inputs, n = after_bos(lm, table), len(indices)
         rows = _written(lm, inputs, n, recipe, generator=generator, top=recipe.teacher_top)
         row_of_text |= dict(zip(indices, rows, strict=True))
     return _as_queries([row_of_text[i] for i in range(len(texts))], recipe)
 
 
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
-    """Texts that the model writes behind BOS alone, without the passage.
+    """Texts that the model writes after BOS alone, without the passage.
 
     A model without BOS begins with the passage's first token. The passage also seeds the sampling.
     """
@@ -179,7 +179,7 @@ def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
 
 
 def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequence[str]) -> Queries:
-    """A person's own questions, each with the greedy answer of the model behind the passage.
+    """A person's own questions, each with the greedy answer of the model after the passage.
 
     Raises MemvecError for a question that leaves no room for an answer in `query_tokens`.
     """
@@ -192,8 +192,8 @@ def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequen
                 f"a question of {len(tokens)} tokens leaves no room for an answer in queries of "
                 f"{recipe.query_tokens} tokens: shorten it, or raise query_tokens."
             )
-        behind = lm.embed(torch.tensor([tokens], device=lm.device))
-        inputs = torch.cat([text, behind], 1)
+        after = lm.embed(torch.tensor([tokens], device=lm.device))
+        inputs = torch.cat([text, after], 1)
         answer, _ = continued(lm, inputs, recipe.query_tokens - len(tokens))
         rows.append(torch.cat([torch.tensor(tokens, dtype=torch.long), answer[0].cpu()]))
         lengths.append(len(rows[-1]))
@@ -218,12 +218,12 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
     """The queries of a passage, as the recipe has them.
 
     Raises MemvecError for an unknown source, a file without questions or with too long ones, or
-    queries that do not fit the model's context behind the text.
+    queries that do not fit the model's context after the text.
     """
     if lm.context is not None and len(ids) + 1 + recipe.query_tokens > lm.context:
         raise MemvecError(
             f"queries of {recipe.query_tokens} tokens do not fit the context of {lm.name} "
-            f"({lm.context}) behind a passage of {len(ids)}: use fewer query_tokens, or "
+            f"({lm.context}) after a passage of {len(ids)}: use fewer query_tokens, or "
             "shorter passages."
         )
     if plugins.plain(recipe.queries) in registry.names("queries"):
@@ -286,7 +286,7 @@ def _written(
     generator: torch.Generator,
     top: int,
 ) -> list[tuple[Tensor, ...]]:
-    """M texts behind M rows of inputs, or behind a single one, with the likeliest tokens."""
+    """M texts after M rows of inputs, or after a single one, with the likeliest tokens."""
     shared = len(inputs) == 1
     states: dict[int, Tensor] = {}  # of the generator, where a batch begins
 

@@ -1,7 +1,7 @@
-"""Answers of your own behind vectors: how probable each is, beside other contexts.
+"""Answers of your own after vectors: how probable each is, beside other contexts.
 
 For data that is (context, question, answers), without a harness: cram the contexts, then compare
-what the model thinks of the answers behind the vectors, the text itself, its end, and nothing.
+what the model thinks of the answers after the vectors, the text itself, its end, and nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from memvec.vectors import MemVectors
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """An answer behind a context and the prompt."""
+    """An answer after a context and the prompt."""
 
     context: str  # 'vectors', 'text', 'nothing' or 'last n tokens' (of the text)
     answer: str
@@ -49,7 +49,7 @@ def score(
     passages: Sequence[int] | None = None,
     force: bool = False,
 ) -> list[AnswerScore]:
-    """How probable each answer is behind the prompt and each context, answer by answer.
+    """How probable each answer is after the prompt and each context, answer by answer.
 
     Contexts are those of the certificate of use: the text, nothing, its last K, 2 K, 4 K and 8 K
     tokens (K vectors stand for it; no more than it has) and the vectors. Files, `passages` and
@@ -78,7 +78,7 @@ def score(
         words = lm.tokenize(prompt + answer)
         n = len(words) - len(before)
         if n < 1:
-            raise MemvecError(f"the answer {answer!r:.60} has no token behind the prompt.")
+            raise MemvecError(f"the answer {answer!r:.60} has no token after the prompt.")
         inputs = max(len(ids) + 1, len(view.front) + rows.shape[1])
         check_room(lm, inputs, len(words), "use fewer passages, or a shorter prompt or answer")
         table = torch.tensor([words], device=lm.device)

@@ -38,7 +38,7 @@ class NeighbourPlaces(Rows):
 
     neighbours: Int[Tensor, "B M n"]  # indices, in their order, those in front first
     in_front: Int[Tensor, "B M"]  # number of neighbours in front of the passage
-    count: Int[Tensor, "B M"]  # number of neighbours in front and behind
+    count: Int[Tensor, "B M"]  # number of neighbours in front and after
 
 
 @dataclass
@@ -55,26 +55,26 @@ class Teacher(Rows):
 
 
 @torch.no_grad()
-def top_tokens_behind(
+def top_tokens_after(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], queries: Int[Tensor, "M L"], top: int
 ) -> TopTokens:
-    """The model's likeliest tokens at each token of the queries, behind some inputs (the text)."""
+    """The model's likeliest tokens at each token of the queries, after some inputs (the text)."""
     n, L = min(top, lm.vocab_size - 1), queries.shape[1]
     at_once = max(1, memory.LOGITS_AT_ONCE // (lm.vocab_size * L))
     chunks: list[TopTokens] = []
     for at in range(0, len(queries), at_once):
         rows = queries[at : at + at_once].to(lm.device)
-        states = states_behind(lm, inputs.expand(len(rows), -1, -1), rows)
+        states = states_after(lm, inputs.expand(len(rows), -1, -1), rows)
         chunks.append(likeliest(lm.head(states), n))
     return TopTokens(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-def states_behind(
+def states_after(
     lm: FrozenLM, inputs: Float[Tensor, "B N D"], ids: Int[Tensor, "B L"]
 ) -> Float[Tensor, "B L H"]:
-    """States that predict each token of `ids` behind some inputs."""
-    behind = torch.cat([inputs.to(lm.dtype), lm.embed(ids[:, :-1])], 1)
-    return lm.states_of(behind, keep=ids.shape[1])
+    """States that predict each token of `ids` after some inputs."""
+    after = torch.cat([inputs.to(lm.dtype), lm.embed(ids[:, :-1])], 1)
+    return lm.states_of(after, keep=ids.shape[1])
 
 
 def states_as_context(
@@ -89,11 +89,11 @@ def states_as_context(
     return lm.reading.states(lm, lm.context_scale * vectors, ids, rule)
 
 
-def log_p_behind(
+def log_p_after(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Int[Tensor, "M L"]
 ) -> Float[Tensor, "M L V"]:
-    """Log-probabilities of the whole vocabulary at each token of `ids`, all behind one input."""
-    return lm.head(states_behind(lm, inputs.expand(len(ids), -1, -1), ids)).log_softmax(-1)
+    """Log-probabilities of the whole vocabulary at each token of `ids`, all after one input."""
+    return lm.head(states_after(lm, inputs.expand(len(ids), -1, -1), ids)).log_softmax(-1)
 
 
 def divergence(
@@ -155,7 +155,7 @@ def no_neighbours(M: int, device: torch.device) -> NeighbourPlaces:
 
 
 def joined(teachers: Sequence[Teacher]) -> Teacher:
-    """The rows of several teachers, one behind the other."""
+    """The rows of several teachers, one after the other."""
     rows = teachers[0]
     for teacher in teachers[1:]:
         rows = rows.joined(teacher)

@@ -1,11 +1,11 @@
-"""The term `use`: the model behind the vectors predicts what the model behind the text predicts.
+"""The term `use`: the model after the vectors predicts what the model after the text predicts.
 
-    KL(model behind [text] || model behind [vectors]), mean over the tokens of a query, nats
+    KL(model after [text] || model after [vectors]), mean over the tokens of a query, nats
 
 The vectors have two modes. In decoding mode a trigger follows them, [vectors] BOS -> passage. In
-context mode a query follows them directly; this term is measured in context mode only. Behind keys
+context mode a query follows them directly; this term is measured in context mode only. After keys
 and values (memvec.spaces) the first token of a query is given. With neighbours, most queries are
-read behind a row of passages (memvec.usable.neighbours).
+read after a row of passages (memvec.usable.neighbours).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from memvec.usable.teacher import (
     joined,
     no_neighbours,
     states_as_context,
-    top_tokens_behind,
+    top_tokens_after,
 )
 from memvec.usable.turns import Turns
 from memvec.vectors import MemVectors
@@ -60,7 +60,7 @@ class Use(Term):
             raise MemvecError("vectors that are read in one step cannot stand in front of a query.")
         if start_rule != "bos":
             raise MemvecError(
-                "vectors that are to be used as context need a trigger behind which the passage "
+                "vectors that are to be used as context need a trigger after which the passage "
                 "comes: use the start rule 'bos', or a token as the trigger."
             )
         if recipe.query_tokens < 2 and not lm.reading.predicts:
@@ -75,7 +75,7 @@ class Use(Term):
             self.neighbours = neighbours_of(lm, recipe)
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
-        """The queries of each passage, with the predictions of the model behind the text."""
+        """The queries of each passage, with the predictions of the model after the text."""
         return joined([self._teacher(passage) for passage in passages])
 
     def measure(
@@ -133,7 +133,7 @@ class Use(Term):
         query: Int[Tensor, " B"],
         padding_rows: int,
     ) -> Float[Tensor, "N n H"]:
-        """States that predict a query behind the vectors, in a row where there are neighbours."""
+        """States that predict a query after the vectors, in a row where there are neighbours."""
         module, words = self.module, with_padding(ids, padding_rows)
         if self.neighbours is None:
             return states_as_context(module, vectors, words)
@@ -146,7 +146,7 @@ class Use(Term):
         )
         keep = inputs.shape[1] - self.K + 1  # the last of the vectors, where no neighbour is
         cache = module.reading.cache(module, vectors)
-        states = module.states_of(module.behind_front(inputs), keep, cache)
+        states = module.states_of(module.after_front(inputs), keep, cache)
         at = used[:, None] + torch.arange(words.shape[1], device=ids.device)
         return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
 
@@ -159,7 +159,7 @@ class Use(Term):
         else:
             drawn = queries_of(lm, ids, self.recipe)
             beside = no_neighbours(len(drawn.ids), lm.device)
-        top_tokens = drawn.teacher or top_tokens_behind(
+        top_tokens = drawn.teacher or top_tokens_after(
             lm, text_inputs(lm, ids), drawn.ids, self.recipe.teacher_top
         )
         queries, length = drawn.ids.to(lm.device), drawn.length.to(lm.device)

@@ -4,14 +4,14 @@ Passages are crammed for use in slots as usual, and the mean of their gradients 
 moves these.
 
     BOS front [vectors] trigger   -> the passage         front, vectors and trigger move
-    BOS front [vectors] anything  -> as behind the text  front and vectors move
+    BOS front [vectors] anything  -> as after the text  front and vectors move
 
-Behind BOS the vectors alone have to serve both modes. A trained trigger takes over part of the
+After BOS the vectors alone have to serve both modes. A trained trigger takes over part of the
 decoding mode, and soft tokens in front of the vectors help the model to read them, so that more of
 the vectors is left for the meaning of the text (docs/usable.md).
 
 Passages come in batches; each begins with new vectors and the trigger of the last one, and the file
-of the trigger is written behind each, so that an interrupted run continues with the next batch. The
+of the trigger is written after each, so that an interrupted run continues with the next batch. The
 trigger is for any passage: cramming does not change it, and no passage depends on another.
 """
 
@@ -53,7 +53,7 @@ class TriggerPlan:
     """
 
     rows: int = 4
-    """Soft tokens behind the vectors (R)."""
+    """Soft tokens after the vectors (R)."""
     front: int = 4
     """Soft tokens in front of them (P); 0: none."""
     vectors: int = 4
@@ -131,7 +131,7 @@ def first_rows(lm: FrozenLM, plan: TriggerPlan) -> Float[Tensor, "N D"]:
     """Soft tokens to begin with: the token that opens a text, of size (RMS) 1, and noise.
 
     Noise alone for a model without such a token. The trigger's rows come first; its last one,
-    behind which the passage comes, is the token itself.
+    after which the passage comes, is the token itself.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     noise = torch.randn(plan.rows + plan.front, lm.width, generator=generator)
@@ -156,7 +156,7 @@ def train_trigger(
 ) -> CrammedTrigger:
     """Train a trigger on passages (token ids; `plan.batches` x `plan.batch_size` of them).
 
-    `path` gets the trigger behind each batch, and a training of the same plan that finds it there
+    `path` gets the trigger after each batch, and a training of the same plan that finds it there
     continues from it. `recipe` crams the passages; its trigger is replaced by the trained one.
     `on_batch` and `on_progress` are called with the progress.
     Raises MemvecError for too few passages, a recipe without a second mode, another plan's file, a
@@ -170,7 +170,7 @@ def train_trigger(
             f"{len(passages)}."
         )
     length = max(1, recipe.settle)  # steps of a batch, whose passages all end together
-    # An encoder for use was trained behind another trigger, and has none to begin with here.
+    # An encoder for use was trained after another trigger, and has none to begin with here.
     start = "last-tokens" if recipe.start == "auto" else recipe.start
     recipe = replace(
         recipe,
@@ -206,7 +206,7 @@ def train_trigger(
 
 
 def _parts(table: Float[Tensor, "N D"], plan: TriggerPlan) -> CrammedTrigger:
-    """The soft tokens behind the vectors, and those in front."""
+    """The soft tokens after the vectors, and those in front."""
     front = table[plan.rows :] if plan.front else None
     return CrammedTrigger(table[: plan.rows], front=front)
 

@@ -8,7 +8,7 @@ has the length and the hash that the request names: a request that was cut short
 and the engine is not even imported.
 
 An engine is one file of this folder, with `version()` and a class `Engine(model, dtype, settings)`
-whose `generate(prompts)` gives the greedy token ids behind each prompt of a batch. Its settings are
+whose `generate(prompts)` gives the greedy token ids after each prompt of a batch. Its settings are
 those of the request and `longest`, the inputs and new tokens of the longest prompt. A file that
 raises RequestError refuses in one sentence.
 """

@@ -19,10 +19,10 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine reads of one request, and how many tokens it writes behind it.
+    """What the engine reads of one request, and how many tokens it writes after it.
 
     `inputs` (N, D) float32 are the first `vectors` rows, [mem] vectors, and the embeddings of
-    `tokens` behind them; None for a plain prompt, which is its `tokens` alone. `text` is the text
+    `tokens` after them; None for a plain prompt, which is its `tokens` alone. `text` is the text
     of the tokens, for an engine that is asked with text.
     """
 
@@ -34,7 +34,7 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Its inputs and the new tokens behind them."""
+        """Its inputs and the new tokens after them."""
         return self.vectors + len(self.tokens) + self.new_tokens
 
 

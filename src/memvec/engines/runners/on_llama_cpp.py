@@ -1,4 +1,4 @@
-"""llama.cpp: vectors through `llama_batch.embd`, token ids behind them through `llama_batch.token`.
+"""llama.cpp: vectors through `llama_batch.embd`, token ids after them through `llama_batch.token`.
 
 The model is a GGUF file, or a folder of which one is made (gguf_of.py). All sequences of a batch
 are decoded together, each with its own part of the cache. The cache is as precise as the model's
@@ -92,7 +92,7 @@ class Engine:
             raise RequestError(f"llama.cpp makes no context for {self.name}: {first_error()}")
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Greedy token ids behind each prompt."""
+        """Greedy token ids after each prompt."""
         self.make_room(prompts)
         ids: list[list[int]] = []
         for at in range(0, len(prompts), SEQUENCES):
@@ -115,8 +115,8 @@ class Engine:
                 logits = self.step([(i, at, row) for at, row in enumerate(rows)])
                 past[i] = len(rows)
             if prompt.tokens:
-                behind = [(i, past[i] + at, token) for at, token in enumerate(prompt.tokens)]
-                logits = self.step(behind)
+                after = [(i, past[i] + at, token) for at, token in enumerate(prompt.tokens)]
+                logits = self.step(after)
                 past[i] += len(prompt.tokens)
             written[i].append(int(logits[-1].argmax()))
         while True:
@@ -129,7 +129,7 @@ class Engine:
                 written[i].append(int(row.argmax()))
 
     def step(self, inputs: list[tuple[int, int, Any]]) -> Any:
-        """Logits (n, V) behind n inputs (sequence, position, token id or vector (D))."""
+        """Logits (n, V) after n inputs (sequence, position, token id or vector (D))."""
         vectors = not isinstance(inputs[0][2], int)
         batch = lib.llama_batch_init(len(inputs), self.width if vectors else 0, 1)
         try:

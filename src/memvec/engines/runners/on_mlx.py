@@ -31,11 +31,11 @@ class Engine:
         self.model.set_dtype(self.dtype)
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Greedy token ids behind each prompt, one prompt after the other."""
+        """Greedy token ids after each prompt, one prompt after the other."""
         return [self.generate_one(prompt) for prompt in prompts]
 
     def generate_one(self, prompt: Prompt) -> list[int]:
-        """Greedy token ids behind one prompt."""
+        """Greedy token ids after one prompt."""
         if prompt.inputs is None:
             return self.steps(mx.array(prompt.tokens), prompt.new_tokens)
         inputs = mx.array(prompt.inputs).astype(self.dtype)
@@ -71,7 +71,7 @@ class FixedEmbeddings:
 
 
 def looked_up(model: Any, inputs: Any, cache: Any) -> int:
-    """The first token behind inputs (N, D) of a model without `input_embeddings`."""
+    """The first token after inputs (N, D) of a model without `input_embeddings`."""
     table = model.model.embed_tokens
     model.model.embed_tokens = FixedEmbeddings(table, inputs)
     try:

@@ -1,4 +1,4 @@
-"""PEFT: the vectors are a prompt-tuning adapter, the tokens behind them its `input_ids`.
+"""PEFT: the vectors are a prompt-tuning adapter, the tokens after them its `input_ids`.
 
 A batch is run prompt by prompt: an adapter holds one passage's vectors. `use_cache=False` because
 PEFT 0.21 looks for the cache by the name that transformers gave it before 5.24.
@@ -27,11 +27,11 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Greedy token ids behind each prompt."""
+        """Greedy token ids after each prompt."""
         return [self.generate_one(prompt) for prompt in prompts]
 
     def generate_one(self, prompt: Prompt) -> list[int]:
-        """Greedy token ids behind one prompt."""
+        """Greedy token ids after one prompt."""
         prompt_ids = torch.tensor([prompt.tokens], dtype=torch.long)
         settings = {
             "input_ids": prompt_ids,

@@ -30,7 +30,7 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Greedy token ids behind each prompt."""
+        """Greedy token ids after each prompt."""
         inputs = [self.inputs(prompt) for prompt in prompts]
         ids: list[list[int]] = [[] for _ in prompts]
         for length in sorted({len(inputs_of_one) for inputs_of_one in inputs}):

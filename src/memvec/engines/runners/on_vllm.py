@@ -67,7 +67,7 @@ class Engine:
         cleanup_dist_env_and_memory()
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Greedy token ids behind each prompt."""
+        """Greedy token ids after each prompt."""
         params = [
             SamplingParams(
                 temperature=0, max_tokens=p.new_tokens, ignore_eos=True, detokenize=False

@@ -2,7 +2,7 @@
 
 A prompt goes to `/v1/completions` as `prompt_embeds`, all of a batch at the same time. With
 `settings["chat"]` it goes to `/v1/chat/completions` instead: a message of two parts, the vectors
-(`{"type": "prompt_embeds", "data": ...}`) and the text behind them, with a chat template that adds
+(`{"type": "prompt_embeds", "data": ...}`) and the text after them, with a chat template that adds
 nothing. `settings["prefix_caching"]` as offline.
 """
 
@@ -93,12 +93,12 @@ class Engine:
         self.post("/v1/completions", {"prompt": [0] * min(WARM_UP, self.room - 1), "max_tokens": 1})
 
     def generate(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Greedy token ids behind each prompt; all requests are under way together."""
+        """Greedy token ids after each prompt; all requests are under way together."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(self.generate_one, prompts))
 
     def generate_one(self, prompt: Prompt) -> list[int]:
-        """Greedy token ids behind one prompt. Raises RequestError with the server's refusal."""
+        """Greedy token ids after one prompt. Raises RequestError with the server's refusal."""
         body: dict[str, Any] = {
             "max_tokens": prompt.new_tokens,
             "temperature": 0,

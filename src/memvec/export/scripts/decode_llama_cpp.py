@@ -22,7 +22,7 @@ CACHE = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml's numbers for the t
 
 
 def step(context: Any, inputs: Any, start: int) -> Any:
-    """Logits behind vectors (n, D) or a list of token ids, at positions from `start`."""
+    """Logits after vectors (n, D) or a list of token ids, at positions from `start`."""
     vectors = isinstance(inputs, np.ndarray)
     batch = lib.llama_batch_init(len(inputs), inputs.shape[1] if vectors else 0, 1)
     batch.n_tokens = len(inputs)
@@ -71,7 +71,7 @@ def main(given: Path) -> None:
     params.n_ctx = params.n_batch = params.n_ubatch = max(512, longest)
     context = lib.llama_init_from_model(loaded(given), params)
 
-    def behind(path: Path, passage: dict[str, Any]) -> list[int]:
+    def after(path: Path, passage: dict[str, Any]) -> list[int]:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         vectors = np.load(path, allow_pickle=False)
         logits, n = step(context, vectors, 0), len(vectors)
@@ -86,7 +86,7 @@ def main(given: Path) -> None:
             ids.append(int(logits.argmax()))
         return ids
 
-    sys.exit(decode(behind))
+    sys.exit(decode(after))
 
 
 if __name__ == "__main__":

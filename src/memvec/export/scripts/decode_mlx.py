@@ -20,7 +20,7 @@ from passages import MANIFEST, decode, model_folder
 
 
 def written(model: Any, inputs: Any, new_tokens: int) -> list[int]:
-    """Greedy token ids behind inputs (N, D)."""
+    """Greedy token ids after inputs (N, D)."""
     if does_model_support_input_embeddings(model):
         options = {"max_tokens": new_tokens, "input_embeddings": inputs}
         return [int(t) for t, _ in generate_step(mx.array([], dtype=mx.int32), model, **options)]
@@ -60,11 +60,11 @@ def main(folder: Path) -> None:
     dtype = getattr(mx, MANIFEST["dtype"])
     model.set_dtype(dtype)
 
-    def behind(path: Path, passage: dict[str, Any]) -> list[int]:
+    def after(path: Path, passage: dict[str, Any]) -> list[int]:
         inputs = mx.load(str(path))["input_embeddings"].astype(dtype)
         return written(model, inputs, passage["new_tokens"])
 
-    sys.exit(decode(behind))
+    sys.exit(decode(after))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from transformers_model import loaded_model
 model, device = loaded_model()
 
 
-def behind(path: Path, passage: dict[str, Any]) -> list[int]:
-    """The new tokens behind the adapter of a passage and the tokens that it is given."""
+def after(path: Path, passage: dict[str, Any]) -> list[int]:
+    """The new tokens after the adapter of a passage and the tokens that it is given."""
     given = torch.tensor(
         [passage["given"]], dtype=torch.long, device=device
     )  # (1, 0) where nothing is given
@@ -37,4 +37,4 @@ def behind(path: Path, passage: dict[str, Any]) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(decode(behind))
+    sys.exit(decode(after))

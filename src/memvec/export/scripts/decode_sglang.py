@@ -17,7 +17,7 @@ from typing import Any
 from passages import decode
 
 
-def behind(path: Path, passage: dict[str, Any]) -> list[int]:
+def after(path: Path, passage: dict[str, Any]) -> list[int]:
     """The new tokens that the server answers a request body with."""
     request = urllib.request.Request(
         f"{sys.argv[1].rstrip('/')}/generate",
@@ -35,4 +35,4 @@ def behind(path: Path, passage: dict[str, Any]) -> list[int]:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not sys.argv[1].startswith(("http://", "https://")):
         sys.exit("name the server's address: python decode.py http://localhost:30000")
-    sys.exit(decode(behind))
+    sys.exit(decode(after))

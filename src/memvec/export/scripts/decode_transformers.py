@@ -18,8 +18,8 @@ from transformers_model import loaded_model
 model, device = loaded_model()
 
 
-def behind(path: Path, passage: dict[str, Any]) -> list[int]:
-    """The new tokens behind the inputs (1, N, D) of a passage."""
+def after(path: Path, passage: dict[str, Any]) -> list[int]:
+    """The new tokens after the inputs (1, N, D) of a passage."""
     inputs = load_file(path)["inputs_embeds"].to(device)
     new = model.generate(
         inputs_embeds=inputs, max_new_tokens=passage["new_tokens"], do_sample=False
@@ -29,4 +29,4 @@ def behind(path: Path, passage: dict[str, Any]) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(decode(behind))
+    sys.exit(decode(after))

@@ -53,14 +53,14 @@ def main(folder: Path) -> None:
     first = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
     llm.generate({"prompt_token_ids": [0] * min(WARM_UP, room - 1)}, first, use_tqdm=False)
 
-    def behind(path: Path, passage: dict[str, Any]) -> list[int]:
+    def after(path: Path, passage: dict[str, Any]) -> list[int]:
         params = SamplingParams(
             temperature=0, max_tokens=passage["new_tokens"], ignore_eos=True, detokenize=False
         )
         (output,) = llm.generate({"prompt_embeds": embeds_of(path)}, params, use_tqdm=False)
         return list(output.outputs[0].token_ids)
 
-    sys.exit(decode(behind))
+    sys.exit(decode(after))
 
 
 if __name__ == "__main__":

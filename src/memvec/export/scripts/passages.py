@@ -64,14 +64,14 @@ def refuse_width(model: str, width: int | None) -> None:
         sys.exit(f"{model} reads vectors of {width} numbers, and these have {MANIFEST['width']}.")
 
 
-def decode(behind: Callable[[Path, dict[str, Any]], list[int]]) -> int:
+def decode(after: Callable[[Path, dict[str, Any]], list[int]]) -> int:
     """Print the token ids of every passage; 0 if all have the hash of what was crammed, else 3.
 
-    `behind` gives the new tokens of an item and its entry in the manifest.
+    `after` gives the new tokens of an item and its entry in the manifest.
     """
     wrong = 0
     for passage in MANIFEST["passages"]:
-        new = behind(FOLDER / passage["file"], passage) if passage["new_tokens"] else []
+        new = after(FOLDER / passage["file"], passage) if passage["new_tokens"] else []
         ids = passage["starts_with"] + new
         print(ids, flush=True)
         digest = hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()

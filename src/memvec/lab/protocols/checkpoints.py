@@ -45,7 +45,7 @@ class Checkpoints(Exact):
         "run": "name of the training run, text",
         "family": "architecture of the run's model, text",
         "seed": "seed of the training run, number",
-        "step": "training steps that the checkpoint has behind it",
+        "step": "training steps of the checkpoint",
         "tokens": "tokens of text that it has read",
         "valid": "mean loss of a token of held-out text by the recipe that trained it, nats",
         "width": "D of an input vector, number",

@@ -37,7 +37,7 @@ from memvec.statistics import Mean, mean_interval
 
 
 class Context(Protocol):
-    """Bits of a passage behind real preceding tokens, beside those behind vectors."""
+    """Bits of a passage after real preceding tokens, beside those after vectors."""
 
     extras = {  # noqa: RUF012
         "after_context": "for each n: [bits of the passage, arg-max hits] after its n preceding "
@@ -105,7 +105,7 @@ class Context(Protocol):
                     line.append(("paper, bits", known))
                 lines.append(line)
         note = (
-            "Bits left: bits of the passage behind what is given, mean over n passages with its "
+            "Bits left: bits of the passage after what is given, mean over n passages with its "
             "95 % interval. Removed: share of the bits of the same passages with nothing given. "
             "Not every passage has so many tokens before it, so n may differ."
         )

@@ -37,7 +37,7 @@ BEFORE, BETWEEN = "text: ", "\nrepeat previous text: "
 
 
 class Copy(Protocol):
-    """Bits of a passage behind the same passage in context, beside those behind vectors."""
+    """Bits of a passage after the same passage in context, beside those after vectors."""
 
     extras = {  # noqa: RUF012
         "after_copy": "[bits of the passage, arg-max hits] after the same passage in context, no "

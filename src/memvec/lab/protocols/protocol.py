@@ -249,7 +249,7 @@ def own_bos(lm: FrozenLM, ids: Sequence[int], given: int) -> int:
 def bits_after(
     lm: FrozenLM, prefix: Sequence[int], ids: Sequence[int], given: int
 ) -> tuple[float, int]:
-    """(bits, arg-max hits) of the tokens ids[given:] behind [prefix, ids[:given]], no vectors.
+    """(bits, arg-max hits) of the tokens ids[given:] after [prefix, ids[:given]], no vectors.
 
     They are computed by the model's own forward without a BOS; one that the passage begins with is
     given, as in H_LM. Raises ValueError if no token precedes the first predicted one.

@@ -1,6 +1,6 @@
 """Which layers read the vectors: attention, knocked-out layers, the logit lens, and the path.
 
-Vectors are crammed by the default recipe with BOS behind them, so that every token is predicted at
+Vectors are crammed by the default recipe with BOS after them, so that every token is predicted at
 a position that has to attend to the vectors. The protocol measures for each passage the share of
 attention on the vectors in each layer, and the leading tokens that decode when attention to them is
 knocked out in one layer, or in a layer and all above it (`memvec.usable.knockout`). It also
@@ -44,7 +44,7 @@ class ReadingProtocol(Protocol):
     measures_horizon = True
     extras = {  # noqa: RUF012
         "attention": "for each layer, the share of attention on the vectors, mean over heads and "
-        "the positions behind them",
+        "the positions after them",
         "cut": "for attention to the vectors cut in a layer ('2'), in it and all above ('2+') and "
         "in none: [leading right tokens; mean margin, logits]",
         "lens": "for each layer, what its state makes of the first token at once: [-log2 p, bits; "
@@ -77,7 +77,7 @@ class ReadingProtocol(Protocol):
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         if start != "bos":
-            raise MemvecError("protocol 'reading' needs a BOS token behind the vectors.")
+            raise MemvecError("protocol 'reading' needs a BOS token after the vectors.")
         ids, vectors = sourced.passage.ids, outcome.vectors.float()
         layers, K = layer_count(lm), len(vectors)
         table = torch.tensor([ids], device=lm.device)

@@ -89,10 +89,10 @@ def tables(rows: pd.DataFrame) -> list[Table]:
             )
     note = (
         "Means over n passages with 95 % intervals (Student's t). Attention share: share of "
-        "attention on the vectors, mean over the positions behind them. Left: leading right tokens "
+        "attention on the vectors, mean over the positions after them. Left: leading right tokens "
         "with attention to the vectors knocked out in the layer, or in it and all above, divided "
         "by those with all layers. First token: its -log2 p when the final norm and the head are "
-        "applied to the layer's state behind BOS (logit lens); for the last layer this is the "
+        "applied to the layer's state after BOS (logit lens); for the last layer this is the "
         "model's prediction."
     )
     return [Table.of("reading", "Where the model reads the vectors", note, lines)]

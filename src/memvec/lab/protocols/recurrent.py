@@ -3,7 +3,7 @@
 A passage is a chain of segments. The vectors of the row are the whole chain crammed into K vectors,
 the upper bound of what K vectors hold. A recurrent encoder (memvec.encoders.recurrent) carries a
 memory of as many vectors over the chain; the newest segments are decoded freely from this memory,
-each behind the question of its lag. Each of these segments is also crammed alone into K vectors.
+each after the question of its lag. Each of these segments is also crammed alone into K vectors.
 
 `study check` reads the chain again with the encoder's file, one document at a time, and decodes
 again from the stored memory.

@@ -1,10 +1,10 @@
-"""Sentence by sentence: the bits of a sentence behind its predicted latent.
+"""Sentence by sentence: the bits of a sentence after its predicted latent.
 
 Each passage is a whole sentence (source `sentences`) and is crammed into K vectors, which are its
-latent; the bits behind this latent are the lower bound of the comparison. A latent model
+latent; the bits after this latent are the lower bound of the comparison. A latent model
 (`memvec lab sentences train`) predicts that latent from those of the `context` sentences before.
-The row has the bits of the sentence's tokens behind the prediction, behind the prediction written
-and encoded again, behind the text before, and behind nothing (memvec.lab.sentences.evaluate lists
+The row has the bits of the sentence's tokens after the prediction, after the prediction written
+and encoded again, after the text before, and after nothing (memvec.lab.sentences.evaluate lists
 all ways). `horizon` is the number of sentences that the latent model predicts ahead from its own
 predictions.
 """
@@ -48,7 +48,7 @@ RECOMPUTED = ("nothing", "latents", "predicted", "text", "full", "encoded")
 
 
 class Sentences(Protocol):
-    """Bits of a sentence behind its predicted latent, beside text and nothing."""
+    """Bits of a sentence after its predicted latent, beside text and nothing."""
 
     preset = "default"
     changes = {"start": "encoder"}  # noqa: RUF012
@@ -59,7 +59,7 @@ class Sentences(Protocol):
         "bits": "bits of the sentence's tokens, each way (memvec.lab.sentences.evaluate.WAYS)",
         "predicted": "the predicted latent, K x D numbers",
         "written": "token ids of the sentence that the predicted latent decodes to",
-        "continuous": "bits of the sentence's tokens behind its latent predicted 2, 3, ... "
+        "continuous": "bits of the sentence's tokens after its latent predicted 2, 3, ... "
         "sentences ahead, where the model reads its own predictions of those between",
         "discretised": "the same, with each prediction written and encoded again, bits",
         "before_exact": "for each of the sentences before: [1 if its encoded latent decodes "
@@ -81,7 +81,7 @@ class Sentences(Protocol):
 
     def problem(self, run: RunSpec) -> str | None:
         if run.recipe.get("start_rule", "vectors") != "vectors":
-            return "reads latents with nothing behind them, so start_rule is 'vectors'"
+            return "reads latents with nothing after them, so start_rule is 'vectors'"
         return None
 
     def crammed_besides(

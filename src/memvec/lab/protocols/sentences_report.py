@@ -106,7 +106,7 @@ def _ways(groups: list[Group]) -> Table:
     note = (
         "Bits per token of the true next sentence under the frozen model: sum of bits over sum of "
         "tokens, with the 95 % bootstrap interval over n sentences; perplexity: 2 to that power. "
-        "Saved: bits that a sentence costs less than behind the start token alone, mean with its "
+        "Saved: bits that a sentence costs less than after the start token alone, mean with its "
         "95 % interval (paired, Student's t); and the ratio of these bits to those that the text "
         "of the same sentences saves (bootstrap)."
     )
@@ -249,10 +249,10 @@ def _sentence(group: Group) -> str:
     over = paired_difference(group.bits["nothing"], group.bits["predicted"])
     return (
         f"{group.name}, n {len(group.tokens)}: a token of the next sentence costs "
-        f"{bits_per_token('alone')} bits behind nothing, {bits_per_token('predicted')} behind the "
+        f"{bits_per_token('alone')} bits after nothing, {bits_per_token('predicted')} after the "
         f"predicted latent, {bits_per_token('discretised')} when that is written and encoded "
-        f"again, {bits_per_token('text')} behind the text of the same sentences and "
-        f"{bits_per_token('full')} behind all that fits; the prediction from no sentence costs "
+        f"again, {bits_per_token('text')} after the text of the same sentences and "
+        f"{bits_per_token('full')} after all that fits; the prediction from no sentence costs "
         f"{bits_per_token('nothing')}, so that the sentences before save "
         f"{over.value:.1f} [{over.low:.1f}, {over.high:.1f}] bits of a sentence through latents. "
         "Intervals: 95 %."

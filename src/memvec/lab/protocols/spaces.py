@@ -7,7 +7,7 @@ protocol `exact`. In every space a BOS token follows the vectors (start rule 'bo
 same tokens are predicted.
 
 Each passage's vectors are also measured in context mode, on `texts` continuations that the model
-writes behind the text. The first word of each continuation is given, because keys and values alone
+writes after the text. The first word of each continuation is given, because keys and values alone
 predict no token. With `recipe = { preset = "usable", space = "prefix" }` the vectors are crammed
 for both modes.
 """
@@ -50,22 +50,22 @@ class Spaces(Protocol):
     extras = {  # noqa: RUF012
         "space": "where the trained numbers of a vector are read",
         "numbers": "numbers of the passage's vectors, all K together",
-        "words": "token ids of the held-out texts that were read behind each context",
-        "kl": "KL from the model behind the text, behind [the vectors, nothing]: mean over the "
+        "words": "token ids of the held-out texts that were read after each context",
+        "kl": "KL from the model after the text, after [the vectors, nothing]: mean over the "
         "words after the first, nats per token",
     }
 
     not_recomputed = ("words",)
 
     class Options(protocol.Options):
-        """The held-out texts that are read behind the vectors."""
+        """The held-out texts that are read after the vectors."""
 
         texts: int = Field(default=2, ge=1, description="held-out continuations of each passage")
         words: int = Field(default=24, ge=2, description="tokens of each continuation")
 
     def problem(self, run: RunSpec) -> str | None:
         if run.recipe.get("start_rule", "bos") != "bos":
-            return "compares spaces behind one start rule, so start_rule must be 'bos'"
+            return "compares spaces after one start rule, so start_rule must be 'bos'"
         if len(run.seeds) > 1:
             return "says how good the vectors of one start are: leave one of seeds"
         return None
@@ -98,9 +98,9 @@ class Spaces(Protocol):
         for row in words:
             whole = slow_use.context_ids(lm, ids, len(vectors))["text"]
             text = slow_use.log_probabilities(lm, None, [*whole, row[0]], row[1:])
-            behind = slow_use.log_probabilities(lm, vectors, row[:1], row[1:])
+            after = slow_use.log_probabilities(lm, vectors, row[:1], row[1:])
             alone = slow_use.log_probabilities(lm, None, [*bos, row[0]], row[1:])
-            for values, q in zip(again, (behind, alone), strict=True):
+            for values, q in zip(again, (after, alone), strict=True):
                 values.append(float((np.exp(text) * (text - q)).sum(1).mean()))
         kl = [sum(values) / len(values) for values in again]
         near = 2 * passage.bits_tolerance / len(passage.lm_bits)
@@ -137,7 +137,7 @@ def space_of(lm: FrozenLM) -> str:
 def divergences(
     lm: FrozenLM, vectors: Tensor, ids: Sequence[int], words: Tensor
 ) -> tuple[float, float]:
-    """KL from the model behind the text, nats per word: (behind the vectors, behind nothing).
+    """KL from the model after the text, nats per word: (after the vectors, after nothing).
 
     `vectors` (K, D), or as many numbers per vector as the space has; `words` are token ids of
     several texts of one length, each of whose first word is given.
@@ -145,11 +145,11 @@ def divergences(
     words = words.to(lm.device)
     M = len(words)
 
-    def behind(inputs: Tensor) -> Tensor:
+    def after(inputs: Tensor) -> Tensor:
         whole = torch.cat([inputs.expand(M, -1, -1).to(lm.dtype), lm.embed(words[:, :-1])], 1)
         return lm.head(lm.states_of(whole, keep=words.shape[1] - 1)).log_softmax(-1)
 
-    text, nothing = behind(text_inputs(lm, ids)), behind(text_inputs(lm, ()))
+    text, nothing = after(text_inputs(lm, ids)), after(text_inputs(lm, ()))
     rows = vectors[None].expand(M, -1, -1).to(lm.device)
     read = lm.head(lm.states(rows, words, "first-token")).log_softmax(-1)
     first, second = (float((text.exp() * (text - q)).sum(-1).mean()) for q in (read, nothing))

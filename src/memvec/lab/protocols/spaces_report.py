@@ -115,7 +115,7 @@ def tables(data: Data, rows: pd.DataFrame) -> list[Table]:
         "Means over n passages with 95 % intervals (Student's t). Bits are the information gain "
         "over the exact horizon. Censored passages decode whole: their space may hold more. Spent: "
         "forward-backward tokens per passage. KL / nothing: KL divergence of the vectors from the "
-        "model that has read the text, on words that it writes behind the text after a given first "
+        "model that has read the text, on words that it writes after the text after a given first "
         "one, divided by that of no context (bootstrap interval). Lines 'for use' were crammed for "
         "this too, all others for exact decoding only."
     )

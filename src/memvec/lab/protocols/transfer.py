@@ -77,7 +77,7 @@ class TransferProtocol(Protocol):
         if run.recipe.get("start", "noise") in ("encoder", "auto"):
             return "compares mapped vectors with another start, so start cannot be an encoder's"
         if run.recipe.get("start_rule", "vectors") != "vectors":
-            return "decodes mapped vectors with nothing behind them, so start_rule is 'vectors'"
+            return "decodes mapped vectors with nothing after them, so start_rule is 'vectors'"
         if len(run.seeds) > 1:
             return "maps the vectors of one start: leave one of seeds"
         return None

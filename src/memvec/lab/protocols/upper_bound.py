@@ -178,10 +178,10 @@ def _least_moved(lm: FrozenLM, ids: tuple[int, ...], given: int) -> float:
     """The paper's bound of a passage under the model alone, bits; the same positions as H_LM."""
     table = torch.tensor([ids], device=lm.device)
     given += own_bos(lm, ids, given)
-    behind_bos = lm.bos_id is not None and not given
-    if len(ids) == 1 and not behind_bos:  # no token is predicted from another
+    after_bos = lm.bos_id is not None and not given
+    if len(ids) == 1 and not after_bos:  # no token is predicted from another
         return 0.0
-    states = lm.states(None, table, "bos" if behind_bos else "first-token")
+    states = lm.states(None, table, "bos" if after_bos else "first-token")
     truth = table[0, len(ids) - states.shape[1] :]
     rows = max(1, memory.LOGITS_AT_ONCE // (4 * lm.vocab_size))  # doubles, and their sorted copy
     total = sum(
@@ -195,8 +195,8 @@ def _least_moved(lm: FrozenLM, ids: tuple[int, ...], given: int) -> float:
 def _slow_least_moved(passage: SlowPassage) -> float:
     """`least_moved_bits` of a passage by the slow path, lowering one token after the other."""
     lm, ids = passage.lm, passage.ids
-    behind_bos = lm.bos_id is not None and not passage.given and not passage.own_bos
-    head = [lm.bos_id] if behind_bos else []
+    after_bos = lm.bos_id is not None and not passage.given and not passage.own_bos
+    head = [lm.bos_id] if after_bos else []
     table = logits(lm, None, [*head, *ids])[:-1][passage.given - len(ids) :]
     total = 0.0
     for row, token in zip(table, ids[len(ids) - len(table) :], strict=True):

@@ -1,8 +1,8 @@
 """Exactness against use: exact tokens per vector, and the KL divergence of the vectors as context.
 
 A passage is crammed with both losses (recipe 'usable'). In decoding mode the passage is decoded
-behind the trigger. In context mode the vectors replace the passage: on texts that the model writes
-behind the passage, and that cramming did not use, they are compared with the text, with nothing,
+after the trigger. In context mode the vectors replace the passage: on texts that the model writes
+after the passage, and that cramming did not use, they are compared with the text, with nothing,
 and with the last K, 2 K, 4 K and 8 K tokens of the text. With the option `layers`, attention to the
 vectors is knocked out in both modes, in one layer at a time and in a layer with all above it
 (memvec.usable.knockout). With `directions`, the subspaces of both modes are compared
@@ -34,7 +34,7 @@ from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 from memvec.usable import directions
 from memvec.usable.certificate import SEED
-from memvec.usable.contexts import behind_each, contexts_of
+from memvec.usable.contexts import after_each, contexts_of
 from memvec.usable.knockout import knocked_out, layer_count
 from memvec.usable.modes import BothModes
 from memvec.usable.queries import queries_of
@@ -46,16 +46,16 @@ class Usable(Protocol):
     preset = "usable"
     changes = {"start_rule": "bos"}  # noqa: RUF012
     extras = {  # noqa: RUF012
-        "words": "token ids of the held-out texts that were read behind each context",
-        "contexts": "for each context: [KL from the model behind the text; NLL of the words], "
+        "words": "token ids of the held-out texts that were read after each context",
+        "contexts": "for each context: [KL from the model after the text; NLL of the words], "
         "means in nats per token",
         "rms": "root mean square of the vectors' numbers",
         "layers": "for attention to the vectors knocked out in a layer ('2'), in it and all above "
-        "('2+') and in none: [leading right tokens behind the trigger; mean margin of all, logits; "
+        "('2+') and in none: [leading right tokens after the trigger; mean margin of all, logits; "
         "KL as context, nats per token]; empty without the option `layers`",
         "directions": "share of the gradients of the passage's margins inside the span of those of "
         "held-out words ('text in use'), the reverse, and for the vectors whole, without either "
-        "span and without a random span as large: [leading right tokens behind the trigger; mean "
+        "span and without a random span as large: [leading right tokens after the trigger; mean "
         "margin, logits; KL as context, nats per token]; empty without the option `directions`",
     }
 
@@ -100,7 +100,7 @@ class Usable(Protocol):
             query_count=options["texts"], query_tokens=options["words"], seed=SEED
         )
         words = queries_of(lm, ids, query_recipe)[0]
-        measured = behind_each(lm, contexts_of(lm, vectors, ids, None), words)
+        measured = after_each(lm, contexts_of(lm, vectors, ids, None), words)
         return {
             "words": words.tolist(),
             "contexts": {name: list(figures) for name, figures in measured.items()},

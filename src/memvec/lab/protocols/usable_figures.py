@@ -82,8 +82,8 @@ def _ends(groups: list[Group]) -> list[Series]:
     ]
 
 
-def _ends_of_source(groups: list[Group], behind: str) -> list[Series]:
-    """The lines of one source, whose groups have different lengths; `behind` ends their names."""
+def _ends_of_source(groups: list[Group], after: str) -> list[Series]:
+    """The lines of one source, whose groups have different lengths; `after` ends their names."""
     lengths = sorted(groups, key=lambda g: g.length)
     names = dict.fromkeys(name for g in lengths for name in g.contexts() if name.startswith("last"))
     series = []
@@ -93,7 +93,7 @@ def _ends_of_source(groups: list[Group], behind: str) -> list[Series]:
         y = [g.score(name).ratio.value for g in having]
         if len(x) == 1:  # a short line, because one point would be invisible
             x, y = [0.9 * x[0], 1.1 * x[0]], y * 2
-        series.append(Series(name + behind, x, y, "dashed"))
+        series.append(Series(name + after, x, y, "dashed"))
     return series
 
 
@@ -120,7 +120,7 @@ def _layers(groups: list[Group]) -> Plot:
     for g in sorted(groups, key=lambda g: g.score(VECTORS).ratio.value):
         best.setdefault(g.model, g)
     caption = (
-        "Attention to the vectors is knocked out in one layer, for all positions behind them; 95 % "
+        "Attention to the vectors is knocked out in one layer, for all positions after them; 95 % "
         "intervals over passages. Mean margin: mean over the passage's tokens in decoding mode. "
         "Where the KL ratio is above 1, the vectors are a worse context without that layer. "
         + " ".join(_strongest(g) for g in best.values())

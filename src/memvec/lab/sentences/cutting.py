@@ -1,7 +1,7 @@
 """A text as sentences of at most so many tokens, and where a decoded sentence ends.
 
 Sentences end by the rule of `memvec.lab.sources.written.sentences`: a full stop, a question mark or
-an exclamation mark, and behind it white space and a capital or a digit. White space in a text is
+an exclamation mark, and after it white space and a capital or a digit. White space in a text is
 one space, and a sentence begins with the space in front of it, so that the tokens of a text are
 those of its sentences one after the other. A sentence longer than the limit is cut into parts of
 equal length. Each part counts as a sentence and is marked as a part.

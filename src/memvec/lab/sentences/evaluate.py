@@ -1,4 +1,4 @@
-"""Bits of a sentence's tokens behind text, latents and predictions.
+"""Bits of a sentence's tokens after text, latents and predictions.
 
 All ways score the same T tokens of the true sentence with the same frozen LM; they differ in the
 inputs in front of these tokens (WAYS). For a prediction h sentences ahead, the last h - 1 sentences
@@ -42,7 +42,7 @@ class Measured:
     """Measures of one sentence in all ways but `alone` and `own`, which cramming measures.
 
     `bits`: bits of all its tokens, by WAYS. `predicted`: the predicted latent (K, D). `written`:
-    the token ids that it decodes to. `continuous` and `discretised`: bits behind predictions 2, 3,
+    the token ids that it decodes to. `continuous` and `discretised`: bits after predictions 2, 3,
     ... sentences ahead. `before_exact`: for each of the sentences before, [1 if its encoded latent
     decodes exactly, 1 if its crammed one does]. `encoded_exact`: whether the encoded latent of the
     sentence decodes exactly.
@@ -58,16 +58,16 @@ class Measured:
 
 
 @torch.no_grad()
-def bits_behind(lm: FrozenLM, vectors: Float[Tensor, "N D"], ids: Ids) -> float:
-    """Bits of a sentence of token ids (T,) directly behind vectors, no trigger between them."""
+def bits_after(lm: FrozenLM, vectors: Float[Tensor, "N D"], ids: Ids) -> float:
+    """Bits of a sentence of token ids (T,) directly after vectors, no trigger between them."""
     table = torch.tensor([list(ids)], device=lm.device)
     rows = vectors[None].to(lm.device)
     return float(metrics.surprisal(lm.logits(rows, table), table).double().sum())
 
 
 @torch.no_grad()
-def bits_behind_text(lm: FrozenLM, before: Ids, ids: Ids) -> float:
-    """Bits of a sentence of token ids behind BOS, where the model has one, and a text.
+def bits_after_text(lm: FrozenLM, before: Ids, ids: Ids) -> float:
+    """Bits of a sentence of token ids after BOS, where the model has one, and a text.
 
     Raises ValueError if no token precedes the sentence.
     """
@@ -99,7 +99,7 @@ def measure(
     horizon: int,
     storage: torch.dtype = torch.float32,
 ) -> Measured:
-    """Measure a sentence `ids` behind the sentences `before`, and behind all `text` before it.
+    """Measure a sentence `ids` after the sentences `before`, and after all `text` before it.
 
     The latents of the sentences before are also crammed by `recipe` and rounded to `storage`.
     Raises MemvecError if the sentences do not fit the context, if there are fewer than `horizon`,
@@ -114,19 +114,19 @@ def measure(
     seen = [known[: S - ahead + 1] for ahead in aheads]
     rolled = [steps[-1] for steps in model.discretised(lm, seen, aheads)]
     continuous = [
-        bits_behind(lm, model.continuous(some[None], ahead)[-1][0], ids)
+        bits_after(lm, model.continuous(some[None], ahead)[-1][0], ids)
         for some, ahead in zip(seen, aheads, strict=True)
     ]
-    discretised = [bits_behind(lm, step.again, ids) for step in rolled]
+    discretised = [bits_after(lm, step.again, ids) for step in rolled]
     bits = {
-        "nothing": bits_behind(lm, model.predict(known[None, :0])[0], ids),
-        "latents": bits_behind(lm, known.flatten(0, 1), ids),
+        "nothing": bits_after(lm, model.predict(known[None, :0])[0], ids),
+        "latents": bits_after(lm, known.flatten(0, 1), ids),
         "discretised": discretised[0],
         "predicted": continuous[0],
-        "crammed": bits_behind(lm, model.predict(crammed.vectors[None])[0], ids),
-        "text": bits_behind_text(lm, [*itertools.chain(*before)], ids),
-        "full": bits_behind_text(lm, fitting(lm, text, len(ids)), ids),
-        "encoded": bits_behind(lm, own_latent, ids),
+        "crammed": bits_after(lm, model.predict(crammed.vectors[None])[0], ids),
+        "text": bits_after_text(lm, [*itertools.chain(*before)], ids),
+        "full": bits_after_text(lm, fitting(lm, text, len(ids)), ids),
+        "encoded": bits_after(lm, own_latent, ids),
     }
     return Measured(
         bits,

@@ -1,14 +1,14 @@
 """Floating-point operations of a sentence, computed from shapes.
 
 A multiply-add is two operations. A causal LM has `parameters` in its blocks, L layers, attention of
-width A = heads x head width, and an output head of H x V numbers. To read n inputs behind c others
+width A = heads x head width, and an output head of H x V numbers. To read n inputs after c others
 whose keys and values are cached, it needs
 
     2 n parameters + 4 L A (n c + n (n + 1) / 2),  and 2 H V for each token that it predicts.
 
 The attention's term counts its two products (queries with keys, weights with values) over the pairs
 of positions. Norms, activations and the softmax are left out, as usual; models without attention
-have A = 0. The same formula counts the latent model, which reads one input behind the others.
+have A = 0. The same formula counts the latent model, which reads one input after the others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from memvec.model.configuration import setting
 from memvec.model.lm import FrozenLM
 
 COSTS = {
-    "text": "token by token, behind all text before that fits",
-    "recent": "token by token, behind the text of the last sentences",
+    "text": "token by token, after all text before that fits",
+    "recent": "token by token, after the text of the last sentences",
     "continuous": "predicted latent, nothing written",
     "written": "predicted latent, written as a sentence",
     "discretised": "predicted latent, written and encoded again",
@@ -40,9 +40,9 @@ class Shape(NamedTuple):
     attention: int
     head: int
 
-    def reading(self, n: float | int, behind: float | int = 0, predicted: float | int = 0) -> float:
-        """Operations for n inputs behind `behind` others; `predicted` outputs become logits."""
-        pairs = n * behind + n * (n + 1) / 2
+    def reading(self, n: float | int, after: float | int = 0, predicted: float | int = 0) -> float:
+        """Operations for n inputs after `after` others; `predicted` outputs become logits."""
+        pairs = n * after + n * (n + 1) / 2
         products = 2 * n * self.parameters + 4 * self.layers * self.attention * pairs
         return float(products + 2 * self.head * predicted)
 

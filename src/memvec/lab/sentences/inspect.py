@@ -12,7 +12,7 @@ from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, check_minimum
 from memvec.lab.sentences import latents
 from memvec.lab.sentences.cutting import Sentence, cut_sentences, need_two
-from memvec.lab.sentences.evaluate import bits_behind, bits_behind_text, fitting
+from memvec.lab.sentences.evaluate import bits_after, bits_after_text, fitting
 from memvec.lab.sentences.latents import Latents
 from memvec.lab.sentences.model import LatentModel
 from memvec.model.lm import FrozenLM
@@ -22,9 +22,9 @@ from memvec.model.lm import FrozenLM
 class Shown:
     """One sentence of the text.
 
-    Bits per token of the true sentence: `alone` behind a start token, `text` behind the text of the
-    sentences that the latent model read, `predicted` behind its prediction, and `discretised`
-    behind the prediction, written and encoded again.
+    Bits per token of the true sentence: `alone` after a start token, `text` after the text of the
+    sentences that the latent model read, `predicted` after its prediction, and `discretised`
+    after the prediction, written and encoded again.
     """
 
     number: int
@@ -92,8 +92,8 @@ def _inspected(
         exact=known.exact[i],
         decoded=lm.text(decoded).strip(),
         predicted=lm.text(step.ids).strip(),
-        alone=bits_behind_text(lm, (), ids) / n,
-        text=bits_behind_text(lm, text, ids) / n,
-        predicted_bits=bits_behind(lm, step.predicted, ids) / n,
-        discretised_bits=bits_behind(lm, step.again, ids) / n,
+        alone=bits_after_text(lm, (), ids) / n,
+        text=bits_after_text(lm, text, ids) / n,
+        predicted_bits=bits_after(lm, step.predicted, ids) / n,
+        discretised_bits=bits_after(lm, step.again, ids) / n,
     )

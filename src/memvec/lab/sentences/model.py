@@ -3,7 +3,7 @@
 Its inputs are a learned start and the latents of the sentences before, and its output at sentence i
 is a prediction of the latent of sentence i + 1. Inputs and outputs are normalised number by number
 with the mean and the standard deviation of the training set. The frozen LM decodes a predicted
-latent to a sentence, or computes the probability of a given sentence behind it.
+latent to a sentence, or computes the probability of a given sentence after it.
 
 In the regime `continuous` the model predicts further from its own predictions, without text; in
 `discretised` each prediction is written as a sentence and encoded again. The names are those of

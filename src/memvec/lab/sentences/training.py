@@ -2,7 +2,7 @@
 
 The loss is one of two, or their sum:
 
-- `tokens`: cross-entropy of the next sentence's tokens behind the predicted latent, through the
+- `tokens`: cross-entropy of the next sentence's tokens after the predicted latent, through the
   frozen LM, per token. Its gradient goes through the LM into the prediction (Hwang et al. 2025:
   contextual embeddings);
 - `latents`: squared distance of the prediction to the next sentence's encoded latent, per number,
@@ -49,7 +49,7 @@ class LatentProgress:
 
     step: int
     steps: int
-    bits: float  # bits per token behind the predictions, mean of the last step; NaN for 'latents'
+    bits: float  # bits per token after the predictions, mean of the last step; NaN for 'latents'
     distance: float  # squared, per number, in units of the latents' standard deviation
     held_out: float | None  # bits per token of held-out sentences, at every checkpoint
     seconds: float
@@ -178,7 +178,7 @@ class LatentTraining(ResumableRun[LatentProgress, LatentModel]):
 
     @torch.no_grad()
     def held_out_bits(self) -> float:
-        """Bits per token of held-out sentences behind their predictions, the same every time."""
+        """Bits per token of held-out sentences after their predictions, the same every time."""
         rows, present = self._sequences(self._generator("held out", 0), held_out=True)
         known = self.latents[rows].to(self.lm.device)
         predicted = self.network.eval()(known[:, :-1])[present]

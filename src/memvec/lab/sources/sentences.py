@@ -77,13 +77,13 @@ class Sentences(Source):
         if count > len(drawn):
             raise MemvecError(
                 f"source '{self.name}' has {len(drawn)} whole sentences of {self.min_tokens} to "
-                f"{length} tokens behind {self.before} others: lower passages from {count}, or "
+                f"{length} tokens after {self.before} others: lower passages from {count}, or "
                 "give more text."
             )
         for number, (ids, (document, i)) in enumerate(drawn[:count]):
             sizes = tuple(len(s.ids) for s in cut[document][:i])
             text = [token for s in cut[document][:i] for token in s.ids]
-            # All that a model can read behind, so that no measure of it is of less.
+            # All that a model can read before, so that no measure of it is of less.
             kept = max(MAX_BEFORE, sum(sizes[i - self.before :]), lm.context or len(text))
             yield SentencePassage(
                 number,

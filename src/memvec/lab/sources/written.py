@@ -230,7 +230,7 @@ def _leading_ids(lm: FrozenLM, text: str, length: int) -> list[int]:
 
 
 def _ids_before(lm: FrozenLM, before: str) -> tuple[int, ...]:
-    """The last MAX_BEFORE token ids of the text before a passage, with the space behind it.
+    """The last MAX_BEFORE token ids of the text before a passage, with the space after it.
 
     The space is often a token of its own. So it is in the published context ablation, which joins
     token ids rather than texts: the passage must keep the tokens that it was crammed with.

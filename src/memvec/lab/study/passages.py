@@ -1,7 +1,7 @@
 """The passages of a study: name, token ids, the tokens before them, and their text.
 
 A passage is stored once under the hash of its token ids, and all cells share it. If the same tokens
-occur elsewhere too, behind other text or with the text of another tokenizer, the table `elsewhere`
+occur elsewhere too, after other text or with the text of another tokenizer, the table `elsewhere`
 keeps the name, the tokens before and the text for that row.
 """
 

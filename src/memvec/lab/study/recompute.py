@@ -56,7 +56,7 @@ def recompute(
     lm = triggered(lm, cell.to_recipe())
     given = int(start == "first-token")
     n, front = len(ids) - given, vectors.float()
-    behind = _with_vectors(lm, cell, front, ids, start)
+    after = _with_vectors(lm, cell, front, ids, start)
     lm_bits, lm_margin = _alone(lm, ids, start)
     passage = SlowPassage(
         lm,
@@ -74,26 +74,26 @@ def recompute(
     retries = _retries(margins, row["margin_asked"])
     between = len(lm.trigger) if start == "bos" else given
     return Slow(
-        columns=_columns(passage, behind, int(row["horizon"])),
+        columns=_columns(passage, after, int(row["horizon"])),
         steps=(retries, int(cell.recipe["steps"])),
         spent=_spent(
             cell,
             int(row["steps"]) - retries,
             n,
-            before=behind.further_inputs,
+            before=after.further_inputs,
             between=between,
             front=len(lm.front),
         ),
         margins=margins,
-        positions=np.stack([lm_bits, behind.bits, behind.margin, lm_margin]),
+        positions=np.stack([lm_bits, after.bits, after.margin, lm_margin]),
         passage=passage,
-        ties=int((np.abs(behind.margin) < tie).sum()),
+        ties=int((np.abs(after.margin) < tie).sum()),
         lm_ties=int((np.abs(lm_margin) < tie).sum()),
     )
 
 
 class _Decoded(NamedTuple):
-    """A passage behind its vectors, N predicted tokens."""
+    """A passage after its vectors, N predicted tokens."""
 
     bits: Floats  # (N,)
     margin: Floats  # (N,), logits
@@ -101,13 +101,13 @@ class _Decoded(NamedTuple):
     further_inputs: int  # inputs of a forward pass beyond one per predicted token
 
 
-def _columns(passage: SlowPassage, behind: _Decoded, horizon: int) -> dict[str, Any]:
+def _columns(passage: SlowPassage, after: _Decoded, horizon: int) -> dict[str, Any]:
     """The measured columns; gains over the stored `horizon`, so that a flipped tie counts once."""
-    ids, n, h = passage.ids, len(behind.decoded), horizon
-    pairs = zip(behind.decoded, ids[passage.given :], strict=True)
+    ids, n, h = passage.ids, len(after.decoded), horizon
+    pairs = zip(after.decoded, ids[passage.given :], strict=True)
     wrong = [i for i, (decoded, true) in enumerate(pairs) if decoded != true]
-    bits, lm_bits = behind.bits, passage.lm_bits
-    right, base = behind.margin > 0, passage.lm_margin > 0
+    bits, lm_bits = after.bits, passage.lm_bits
+    right, base = after.margin > 0, passage.lm_margin > 0
     return {
         "passage": hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),
         "tokens": len(ids),
@@ -116,7 +116,7 @@ def _columns(passage: SlowPassage, behind: _Decoded, horizon: int) -> dict[str, 
         "exact": not wrong,
         "horizon": wrong[0] if wrong else n,
         "accuracy": float(right.mean()),
-        "margin": float(behind.margin.min()),
+        "margin": float(after.margin.min()),
         "lm_bits": float(lm_bits.sum()),
         "mem_bits": float(bits.sum()),
         "information_gain": float(lm_bits.sum() - bits.sum()),
@@ -130,7 +130,7 @@ def _columns(passage: SlowPassage, behind: _Decoded, horizon: int) -> dict[str, 
 def _with_vectors(
     lm: FrozenLM, cell: Cell, front: Tensor, ids: tuple[int, ...], start: str
 ) -> _Decoded:
-    """Bits, margins and free decoding behind the vectors `front` (K, D)."""
+    """Bits, margins and free decoding after the vectors `front` (K, D)."""
     given = int(start == "first-token")
     n = len(ids) - given
     order = protocol_of(cell.protocol).inputs_at_once(n, cell.length, cell.options)

@@ -36,9 +36,9 @@ class Answers(BaseHTTPRequestHandler):
             vectors, text = body["messages"][0]["content"]
             data = base64.b64decode(vectors["data"], validate=True)
             ids = torch.tensor([int(word) for word in text["text"].split()])
-            behind = llm.model.get_input_embeddings()(ids)
+            after = llm.model.get_input_embeddings()(ids)
             tensor = torch.load(io.BytesIO(data), weights_only=True)
-            asked = {"prompt_embeds": torch.cat([tensor, behind.detach()])}
+            asked = {"prompt_embeds": torch.cat([tensor, after.detach()])}
         else:
             asked = {"prompt_token_ids": body["prompt"]}
         if body["max_tokens"] > 40:
