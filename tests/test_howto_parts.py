@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,23 @@ def test_the_page_has_every_kind_without_a_page_of_its_own():
     own = {"objective", "term", "schedule", "protocol", "preset"}
     headings = {name.lower() for name in re.findall(r"^## (.*)$", PAGE.read_text("utf-8"), re.M)}
     assert headings == set(registry.KINDS) - own
+
+
+@pytest.mark.slow
+def test_every_step_of_a_passage_is_recorded_up_to_its_outcome():
+    page = PAGE.with_name("record-steps.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    defined: dict[str, Any] = {"__name__": "of_the_page"}
+    exec(compile(code, "record-steps.md", "exec", dont_inherit=True), defined)
+    assert len(defined["outcomes"]) == 2
+    for outcome in defined["outcomes"]:
+        number = outcome.passage.document
+        rows = [row for row in defined["engine"].rows if row["passage"] == number]
+        # Vectors that meet their margin are found by a pass that moves nothing: it is no step more.
+        steps = [row["step"] for row in rows]
+        assert steps == sorted(steps)
+        assert set(steps) == set(range(1, outcome.steps + 1))
+        assert rows[-1]["spent"] == outcome.spent
+        assert rows[-1]["right"] == outcome.metrics.horizon == len(outcome.passage)
+        assert torch.equal(rows[-1]["vectors"], outcome.vectors)
+        assert [row["right"] for row in rows] == sorted(row["right"] for row in rows)
