@@ -2,15 +2,16 @@
 
 python benchmarks/engines.py --work DIR --environments DIR [--engines vllm mlx ...]
 
-A cell is one engine, model, dtype, K, start rule and way of asking: one prompt at a time, sixteen
-together, those with plain prompts among them, and for vLLM the cache of prefixes on, the server,
-and its chat. The passages are random tokens, and one of them holds the model's EOS. A cell of rule
-'use' has questions after usable vectors, and memvec's own answers. A cell passes if the engine's
-greedy tokens of every passage hash to what was crammed. `--environments` is a folder of virtual
-environments named after the engines; an engine without one is listed as not run.
+A cell (a combination on the page) is one engine, model, dtype, K, start rule and way of asking: one
+prompt at a time, sixteen together, those with plain prompts among them, and for vLLM the cache of
+prefixes on, the server, and its chat. The passages are random tokens, and one of them holds the
+model's EOS. A cell of rule 'use' has questions after usable vectors, and memvec's own answers. A
+cell passes if the engine's greedy tokens of every passage hash to what was crammed.
+`--environments` is a folder of virtual environments named after the engines; an engine without one
+is listed as not run.
 
 Vectors are crammed once and kept in `--work`, and so are the answers and the cells. The page is of
-all cells that are there: engines and models may be run in several starts, one after the other or
+all cells that are there: engines and models may be run by several commands, one after the other or
 side by side. `--resume` asks only for what has no answer yet, and `--engines` without a name for
 nothing: it writes the page.
 """

@@ -1,4 +1,4 @@
-"""docs/engines.md from the cells of benchmarks/engines.py."""
+"""docs/engines.md from the cells of benchmarks/engines.py, which the page calls combinations."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TIE = 0.3
 Row = dict[str, Any]
 HEAD = """# Engines
 
-Written by `make engines` (`benchmarks/engines.py`), from one start or several: each engine ran in
-its own environment, greedily, on the CPU ({machine}), and its token ids were compared with the
-hashes of what was crammed, or, after usable vectors, with memvec's own answers. **{exact} of
-{cells} cells are exact ({share:.1f} %)**, {passages}.
+Written by `make engines` (`benchmarks/engines.py`) from the results of all its runs so far. Each
+engine ran in its own environment, greedily, on the CPU ({machine}), and its token ids were compared
+with the hashes of what was crammed, or, for questions that follow usable vectors, with memvec's own
+answers. **{exact} of {cells} combinations are exact ({share:.1f} %)**, {passages}.
 
-A cell is one engine, model, dtype, number of vectors K, start rule and way of asking, with up to 16
-passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K: {Ks}. Start
-rules: {rules}; *use* is four questions after the usable vectors of each of four passages. A
-passage with the model's EOS is in {eos} of the {decoding} cells that decode passages. Only passages
-that memvec itself certified are asked for: {left_out} of {attempted} were not exact and are left
-out.
+A combination is one engine, model, dtype, number of vectors K, start rule and way of asking, with
+up to 16 passages. Models: {models}; all but `pocket`, the built-in one, are random and tiny. K:
+{Ks}. Start rules: {rules}; *use* is four questions after the usable vectors of each of four
+passages. A passage with the model's EOS is in {eos} of the {decoding} combinations that decode
+passages. Only passages that memvec itself certified are asked for: {left_out} of {attempted} were
+not exact and are left out.
 """
 
 
@@ -85,7 +85,7 @@ def _by_model(rows: list[Row]) -> str:
     lines = [
         "## Models",
         "",
-        "Cells that are exact, of both dtypes and all ways.",
+        "Combinations that are exact, of both dtypes and all ways.",
         "",
         f"| engine | {' | '.join(models)} |",
         f"|---|{'---|' * len(models)}",
@@ -106,7 +106,7 @@ def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
     for engine, ways in planned.items():
         cells = [row for row in rows if row["engine"] == engine]
         if not cells:
-            lines.append(f"- {engine}: no cell.")
+            lines.append(f"- {engine}: none.")
             continue
         wholes = {"model": models, "dtype": ["float32", "bfloat16"], "way": ways}
         lacks = [
@@ -117,7 +117,7 @@ def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
         ]
         if lacks:
             lines.append(f"- {engine}: {', '.join(lacks)}.")
-    return "\n".join(["No cell was run of", "", *lines, ""]) if lines else ""
+    return "\n".join(["Of these, no combination was run:", "", *lines, ""]) if lines else ""
 
 
 def _share(rows: Iterable[Row]) -> str:
@@ -151,8 +151,8 @@ def _not_exact(rows: list[Row]) -> str:
         what = f"{row['engine']}, {row['model']}, {row['dtype']}"
         what += f": {row['why']}" if row["why"] else _errors(row)
         seen[what] = seen.get(what, 0) + 1
-    lines = [f"- {what}" + (f" ({n} cells)" if n > 1 else "") for what, n in seen.items()]
-    return "\n".join(["## Cells that are not exact, and why", "", *lines, ""])
+    lines = [f"- {what}" + (f" ({n} combinations)" if n > 1 else "") for what, n in seen.items()]
+    return "\n".join(["## Combinations that are not exact, and why", "", *lines, ""])
 
 
 def _errors(row: Row) -> str:

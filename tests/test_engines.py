@@ -540,13 +540,13 @@ def test_the_page_counts_what_is_exact_and_names_the_rest(monkeypatch):
     rows += [row(why="mlx-lm takes none.", **failed)] * 2
     rows += [row(why="mlx did not generate: OSError: none", dtype="bfloat16", **failed)]
     text = page(rows, {"vllm": ["batch 1", "chat"], "mlx": ["batch 1"], "peft": ["batch 1"]})
-    assert "**1 of 6 cells are exact (16.7 %)**, 46 of 96 answers." in " ".join(text.split())
+    assert "**1 of 6 combinations are exact (16.7 %)**, 46 of 96 answers." in " ".join(text.split())
     assert "| vllm 7.1 | batch 1 | 1 of 1 | 0 of 2 | 46 of 48 |" in text
     assert "| mlx | batch 1 | refused | failed | 0 of 48 |" in text
     assert "by 0.020 standard deviations of the logits: bfloat16 rounds such ties" in text
     assert "by 0.900 standard deviations of the logits: this is no tie" in text
-    assert "- mlx, llama, float32: mlx-lm takes none. (2 cells)" in text
-    assert "- vllm: way chat.\n- peft: no cell." in text
+    assert "- mlx, llama, float32: mlx-lm takes none. (2 combinations)" in text
+    assert "- vllm: way chat.\n- peft: none." in text
 
 
 def test_cells_of_other_numbers_of_vectors_are_kept(monkeypatch, tmp_path):
