@@ -14,9 +14,9 @@ from memvec import codec
 from memvec.cramming.engine import Engine
 from memvec.decoding import decode_ids
 from memvec.errors import SlowPathWarning
-from memvec.lab.doctor import CACHE, checks
 from memvec.model.caching import KEEP_NONE, NAMES, cached_logits, find_cache
 from memvec.model.lm import WHOLE_MODEL, FrozenLM
+from memvec.model.probes import CACHE, checks
 from test_families import REFUSED, as_mem
 from test_lm import Wrong
 

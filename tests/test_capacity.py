@@ -218,10 +218,10 @@ def test_cosines_and_components() -> None:
     within, between = cosines(vectors, np.array([0, 0, 1, 1]))
     assert (len(within), len(between)) == (2, 4)
     assert within.min() > between.max()
-    where, share = principal_components(vectors, 2)
+    where, share = principal_components(vectors)
     covariance = np.linalg.eigvalsh(np.cov(vectors.T))[::-1]
-    assert share == pytest.approx(covariance[:2] / covariance.sum())
-    assert where.shape == (4, 2)
+    assert share == pytest.approx(covariance / covariance.sum())
+    assert where.shape == (4, 3)
 
 
 def test_published_bits_are_converted_nats() -> None:

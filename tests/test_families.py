@@ -27,10 +27,11 @@ from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError
 from memvec.header import DocumentRecord, Header, PassageRecord
-from memvec.lab.doctor import checks, round_trip
+from memvec.lab.doctor import round_trip
 from memvec.machine import environment
 from memvec.model.caching import cached_logits
 from memvec.model.lm import FrozenLM
+from memvec.model.probes import checks
 from memvec.model.reading import START_RULES
 from memvec.passages.passage import ids_hash
 from memvec.storage import STORAGES

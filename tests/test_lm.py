@@ -22,13 +22,14 @@ from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.errors import MemvecError, SlowPathWarning
-from memvec.lab.doctor import checks, examine, speed
+from memvec.lab.doctor import examine, speed
 from memvec.loading import load_lm
 from memvec.model.agreement import agree
 from memvec.model.configuration import context_length
 from memvec.model.fingerprint import fingerprint_of
 from memvec.model.heads import unwrapped
 from memvec.model.lm import FrozenLM
+from memvec.model.probes import checks
 from memvec.model.spread import logit_spread
 
 SMALL = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 300}

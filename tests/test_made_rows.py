@@ -256,7 +256,7 @@ def test_vectors_that_hold_nothing_have_a_report(smallest, store):
     data = made(store, spec, lambda cell, number: {"horizon": held[cell.vectors]})
     table = exact_scaling(data.of("vectors"))
     assert table["longest"].tolist() == [smallest, 6]
-    said = scaling_sentence("pocket", table, "longest")
+    said = scaling_sentence("pocket", table.assign(bits=table["longest"]))
     assert ("100 % of the line" in said) == (smallest == 3)
     for name in ("tables", "figures"):
         getattr(protocol_of("vectors"), name)(data, compare=False)

@@ -266,7 +266,7 @@ def test_groups_go_to_workers_whole() -> None:
 def test_group_means_and_factors() -> None:
     rows = pd.DataFrame({"cell": ["a"] * 4, "number": range(4), "accuracy": [1.0, 0.5, 1.0, 1.0]})
     assert group_means(rows, 2).tolist() == [0.75, 1.0]
-    timed = pd.DataFrame({"once": [1.0, 1.0], "steps": [3.0, 5.0]})
+    timed = pd.DataFrame({"once": [1.0, 1.0], "one_by_one": [3.0, 5.0]})
     assert times_faster(timed).value == 4
 
 
@@ -285,7 +285,7 @@ def test_the_caption_on_speed_follows_the_times(
 ) -> None:
     timed = OneStep._timed
     monkeypatch.setattr(
-        OneStep, "_timed", lambda self, data: timed(self, data).assign(once=once, steps=0.005)
+        OneStep, "_timed", lambda self, data: timed(self, data).assign(once=once, one_by_one=0.005)
     )
     with Store(study) as store:
         plots = {p.key: p for p in all_plots(read_data(store), compare=False)}

@@ -35,20 +35,20 @@ def export(
     from memvec.cli.display import say
     from memvec.lab.study.export import export_rows
 
-    if parquet is None and csv is None:
+    given = {"parquet": parquet, "csv": csv}
+    targets = {kind: file for kind, file in given.items() if file is not None}
+    if not targets:
         raise MemvecError("name a file: --csv rows.csv or --parquet rows.parquet.")
-    targets = ((parquet, ".parquet"), (csv, ".csv"))
-    for target, ending in targets:  # before anything is written
-        if target is not None and not target.parent.is_dir():
+    for kind, target in targets.items():  # before anything is written
+        if not target.parent.is_dir():
             raise MemvecError(f"there is no folder {target.parent} to write {target.name} in.")
-        if target is not None and target.suffix != ending:
-            raise MemvecError(f"--{ending[1:]} {target}: its name must end in {ending}.")
-        if target is not None and target.exists() and not Path(f"{target}.columns.json").exists():
+        if target.suffix != f".{kind}":
+            raise MemvecError(f"--{kind} {target}: its name must end in .{kind}.")
+        if target.exists() and not Path(f"{target}.columns.json").exists():
             raise MemvecError(f"{target} exists and is no export of rows: name another file.")
-    for target, _ in targets:
-        if target is not None:
-            n = export_rows(folder, target)
-            say(f"{target} has {n} rows; {target}.columns.json explains its columns.")
+    for target in targets.values():
+        n = export_rows(folder, target)
+        say(f"{target} has {n} rows; {target}.columns.json explains its columns.")
 
 
 @app.command(

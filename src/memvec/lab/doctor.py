@@ -13,10 +13,8 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
-from memvec.model.probes import CACHE, Check, checks, guarded, probe_ids
+from memvec.model.probes import Check, checks, guarded, probe_ids
 from memvec.passages.passage import Passage
-
-__all__ = ["CACHE", "Check", "checks", "examine", "round_trip", "speed"]
 
 
 def examine(

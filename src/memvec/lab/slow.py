@@ -117,6 +117,11 @@ def greedy(lm: FrozenLM, vectors: Tensor, prefix: Sequence[int | None], n: int) 
     return decoded
 
 
+def leading(decoded: Sequence[int], truth: Sequence[int]) -> int:
+    """Number of decoded tokens before the first wrong one."""
+    return int((np.asarray(decoded) == np.asarray(truth)).cumprod().sum())
+
+
 def bits_and_margins(table: Floats, ids: Sequence[int]) -> tuple[Floats, Floats]:
     """(-log2 p of the true token, bits; its logit minus the best other one), both (N,).
 

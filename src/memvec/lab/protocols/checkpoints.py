@@ -27,7 +27,7 @@ from memvec.errors import MemvecError
 from memvec.lab.protocols.exact import Exact
 from memvec.lab.protocols.protocol import Card, Compared, extra_of
 from memvec.lab.report.data import Data
-from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
@@ -116,9 +116,7 @@ class Checkpoints(Exact):
             ("tokens", "horizon"),
         ):
             series = [
-                line_of_means(
-                    name, _places(parts), [mean_interval(p[measure].tolist()) for p in parts]
-                )
+                estimates(name, _places(parts), [mean_interval(p[measure].tolist()) for p in parts])
                 for name, parts in _lines(stages)
             ]
             panels.append(Panel(f"exact {label}", "tokens read", label, series, log=True))

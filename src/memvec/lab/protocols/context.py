@@ -26,8 +26,8 @@ from memvec.lab.protocols.protocol import (
     extra_of,
 )
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_length, short
-from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.data import Data, by_length, place, short
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
@@ -89,10 +89,7 @@ class Context(Protocol):
                 m = mean_interval([left for left, _ in pairs])
                 base = mean_interval([base for _, base in pairs]).mean
                 line: TableLine = [
-                    ("model", short(model)),
-                    ("source", source),
-                    ("length", length),
-                    ("K", K),
+                    *place(model, source, length, K),
                     ("given", name),
                     *interval("bits left", m),
                     ("% removed", 100 * (1 - m.mean / base)),
@@ -118,7 +115,7 @@ class Context(Protocol):
             by_K = group.groupby("vectors", sort=False)
             _, same = next(iter(by_K))  # without vectors, K makes no difference
             means = _means_by_context(same)
-            series = [line_of_means("real preceding tokens", list(means), list(means.values()))]
+            series = [estimates("real preceding tokens", means, means.values())]
             for K, part in by_K:
                 level = mean_interval(part["mem_bits"].tolist()).mean
                 ends = [float(min(means)), float(max(means))]

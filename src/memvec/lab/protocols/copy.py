@@ -23,7 +23,7 @@ from memvec.lab.protocols.protocol import (
     extra_of,
     own_bos,
 )
-from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
+from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, place
 from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
@@ -66,7 +66,7 @@ class Copy(Protocol):
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         lines: list[TableLine] = []
-        for (model, source, length, K), everything in by_length(data.of(self.name)):
+        for key, everything in by_length(data.of(self.name)):
             copied = _with_copies(everything)
             accurate = copied[copied["accuracy"] >= MIN_ACCURACY]
             parts = {"all": copied, f"accuracy ≥ {MIN_ACCURACY}": accurate}
@@ -84,10 +84,7 @@ class Copy(Protocol):
                 )
                 lines.append(
                     [
-                        ("model", short(model)),
-                        ("source", source),
-                        ("length", length),
-                        ("K", K),
+                        *place(*key),
                         ("passages", name),
                         ("H, bits", float(group["lm_bits"].mean())),
                         *interval("removed by vectors", by_vectors),

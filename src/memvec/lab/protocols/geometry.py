@@ -14,14 +14,13 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from memvec.cramming.certify import positions
 from memvec.lab import slow
 from memvec.lab.protocols.protocol import Protocol
-from memvec.lab.report.data import Data, by_length, short
+from memvec.lab.report.data import Data, by_length, place, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine, with_sd
 from memvec.lab.study.spec import RunSpec
@@ -49,11 +48,15 @@ class Geometry(Protocol):
             return "draws lines between inputs, so space is 'inputs'"
         return None
 
+    @torch.no_grad()
     def between(
         self, lm: FrozenLM, passage: Passage, a: Tensor, b: Tensor, start: StartRule
     ) -> list[float]:
         """Teacher-forced accuracy at evenly spaced points from solution a to b, (K, D) each."""
-        return straight_line(lm, passage, a, b, start)
+        t = torch.linspace(0, 1, POINTS)[:, None, None]
+        line = (1 - t) * a.float() + t * b.float()
+        margin = positions(lm, line, [passage] * POINTS, start).margin
+        return [teacher_forced_accuracy(row > 0) for row in margin]
 
     def recompute_between(
         self, lm: FrozenLM, ids: tuple[int, ...], a: Tensor, b: Tensor, start: str, points: int
@@ -69,17 +72,14 @@ class Geometry(Protocol):
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         table_lines: list[TableLine] = []
-        for (model, source, length, K), group in by_length(data.restarts(self.name)):
+        for key, group in by_length(data.restarts(self.name)):
             vectors, labels = solutions(data, group)
             within, between = (mean_interval(c.tolist()) for c in cosines(vectors, labels))
             lines = list(paths(data, group))
             lowest = mean_interval([min(a) for a in lines])
             table_lines.append(
                 [
-                    ("model", short(model)),
-                    ("source", source),
-                    ("length", length),
-                    ("K", K),
+                    *place(*key),
                     *with_sd("cosine within", within),
                     *with_sd("cosine between", between),
                     ("lowest accuracy", lowest.mean),
@@ -153,30 +153,13 @@ def cosines(
 
 
 def principal_components(
-    vectors: NDArray[np.float64], n: int = 3
+    vectors: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(coordinates (N, n), share of variance of each component (n)) by an SVD."""
+    """(coordinates (N, n), share of variance of each component (n)) of the first n, at most 3."""
     centred = vectors - vectors.mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    n = min(n, len(s))
     total = float((s**2).sum()) or 1.0
-    return u[:, :n] * s[:n], s[:n] ** 2 / total
-
-
-@torch.no_grad()
-def straight_line(
-    lm: FrozenLM,
-    passage: Passage,
-    a: Float[Tensor, "K D"],
-    b: Float[Tensor, "K D"],
-    start: StartRule,
-    points: int = POINTS,
-) -> list[float]:
-    """Teacher-forced accuracy at evenly spaced points from solution a to solution b."""
-    t = torch.linspace(0, 1, points)[:, None, None]
-    line = (1 - t) * a.float()[None] + t * b.float()[None]
-    margin = positions(lm, line, [passage] * points, start).margin
-    return [teacher_forced_accuracy(row > 0) for row in margin]
+    return (u * s)[:, :3], (s**2 / total)[:3]
 
 
 def solutions(data: Data, group: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

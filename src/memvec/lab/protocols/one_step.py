@@ -25,7 +25,7 @@ from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.protocols.throughput import decode_seconds
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, averaged, by_series, short
-from memvec.lab.report.plot import Panel, Plot, line_of_means
+from memvec.lab.report.plot import Panel, Plot, estimates
 from memvec.lab.report.table import Table, TableLine, interval, with_sd
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
@@ -117,18 +117,18 @@ class OneStep(Protocol):
         timed = self._timed(data)
         for model, group in timed.groupby("model", sort=False):
             lines = []
-            for name, column in (("one forward pass", "once"), ("token by token", "steps")):
+            for name, column in (("one forward pass", "once"), ("token by token", "one_by_one")):
                 means = {
                     float(str(n)): mean_interval((part["tokens"] / part[column]).tolist())
                     for n, part in group.groupby("length")
                 }
-                lines.append(line_of_means(name, list(means), list(means.values())))
+                lines.append(estimates(name, means, means.values()))
             panels.append(Panel(short(str(model)), "tokens", "tokens per second", lines, log=True))
         caption = f"Mean over passages with 95 % interval, one passage at a time. {_faster(timed)}"
         return [Plot("one-step-speed", "Speed of one-step decoding", caption.strip(), panels)]
 
     def _timed(self, data: Data) -> pd.DataFrame:
-        """Timed passages, with columns `once` and `steps`: seconds of the two ways to decode.
+        """Timed passages, with columns `once` and `one_by_one`: seconds of the two ways to decode.
 
         Restarts are averaged. Stores of an earlier memvec have no times.
         """
@@ -136,9 +136,9 @@ class OneStep(Protocol):
         times = [json.loads(extra).get("decode_seconds") for extra in rows["extra"]]
         kept = [pair for pair in times if pair is not None]
         timed = rows[np.array([pair is not None for pair in times], dtype=bool)].assign(
-            once=[float(once) for once, _ in kept], token_by_token=[float(s) for _, s in kept]
+            once=[float(once) for once, _ in kept], one_by_one=[float(s) for _, s in kept]
         )
-        return averaged(timed).assign(steps=lambda part: part["token_by_token"])
+        return averaged(timed)
 
 
 def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
@@ -146,8 +146,8 @@ def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
     lines: list[TableLine] = []
     keys = ["model", "series", "length"]
     for (model, source, length), group in timed.groupby(keys, sort=False):
-        once, steps = (
-            mean_interval((group["tokens"] / group[c]).tolist()) for c in ("once", "steps")
+        once, one_by_one = (
+            mean_interval((group["tokens"] / group[c]).tolist()) for c in ("once", "one_by_one")
         )
         lines.append(
             [
@@ -155,7 +155,7 @@ def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
                 ("source", str(source)),
                 ("length", int(str(length))),
                 *with_sd("tokens / s, one pass", once),
-                *with_sd("tokens / s, token by token", steps),
+                *with_sd("tokens / s, token by token", one_by_one),
                 *interval("times faster", times_faster(group)),
                 ("n", len(group)),
             ]
@@ -172,7 +172,7 @@ def _speed_table(timed: pd.DataFrame, compare: bool) -> Table:
 
 def times_faster(timed: pd.DataFrame) -> Interval:
     """Seconds token by token over seconds in one forward pass, over the same passages."""
-    return ratio_of_means(timed["steps"].tolist(), timed["once"].tolist())
+    return ratio_of_means(timed["one_by_one"].tolist(), timed["once"].tolist())
 
 
 def _faster(timed: pd.DataFrame) -> str:
@@ -218,9 +218,9 @@ class OneStepResult:
     lengths: tuple[Length, ...]
 
 
-def one_step_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> OneStepResult:
+def one_step_result(rows: pd.DataFrame) -> OneStepResult:
     """Summary of the rows of one model and source, all lengths together."""
-    passed = rows[rows["accuracy"] >= threshold]
+    passed = rows[rows["accuracy"] >= THRESHOLD]
     lengths, always, unbroken = [], None, True
     for length, group in rows.groupby("length"):
         exact = int((group["exact"] == 1).sum())  # of restarts: all of them

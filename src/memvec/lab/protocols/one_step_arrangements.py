@@ -16,7 +16,7 @@ from memvec.lab.protocols.arrangements import FORMULAS, Arranged, Arrangement
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.plot import Panel, Plot, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.study.spec import RunSpec
 from memvec.statistics import mean_interval, share_interval
@@ -96,9 +96,8 @@ class OneStepArrangements(Protocol):
             lines.setdefault((model, source), {}).setdefault(kind, {})[length] = m
         panels, best = [], []
         for (model, source), kinds in lines.items():
-            series: list[Series] = [
-                line_of_means(FORMULAS[kind], list(means), list(means.values()))
-                for kind, means in kinds.items()
+            series = [
+                estimates(FORMULAS[kind], means, means.values()) for kind, means in kinds.items()
             ]
             panels.append(
                 Panel(f"{short(model)}, {source}", "tokens, N", "accuracy", series, log=True)

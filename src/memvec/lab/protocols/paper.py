@@ -14,14 +14,14 @@ Bits are bits, summed over the T - 1 predicted tokens; published figures are mea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Capacity, Gains, Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series, short
-from memvec.lab.report.plot import Panel, Plot, Series, boxes
+from memvec.lab.report.plot import Panel, Plot, Series, boxes, estimates
 from memvec.lab.report.table import Table, TableLine, mean_and_sd, with_sd
 from memvec.model.reading import StartRule
 from memvec.statistics import Mean, mean_interval
@@ -141,15 +141,9 @@ def _by_length(name: str, rows: pd.DataFrame) -> Series:
         float(str(length)): mean_interval(cell["accuracy"].tolist())
         for length, cell in rows.groupby("length")
     }
-    return Series(
-        name,
-        list(means),
-        [m.mean for m in means.values()],
-        "line",
-        [m.low for m in means.values()],
-        [min(m.high, 1.0) for m in means.values()],
-        [f"{length:.0f} tokens: {m.mean:.4f} (n {m.n})" for length, m in means.items()],
-    )
+    capped = [replace(m, high=min(m.high, 1.0)) for m in means.values()]
+    hover = [f"{length:.0f} tokens: {m.mean:.4f} (n {m.n})" for length, m in means.items()]
+    return estimates(name, means, capped, hover=hover)
 
 
 def spread(rows: pd.DataFrame) -> Plot:
@@ -191,25 +185,25 @@ class PaperResult:
     least_loss_gain: Mean | None  # bits, at the least loss; None where steps did not measure it
 
 
-def decoding_capacity(rows: pd.DataFrame, threshold: float = THRESHOLD) -> int | None:
+def decoding_capacity(rows: pd.DataFrame) -> int | None:
     """Longest length of the grid whose mean accuracy reaches the threshold."""
     accuracy = rows.groupby("length")["accuracy"].mean()
-    passed = accuracy[accuracy >= threshold]
+    passed = accuracy[accuracy >= THRESHOLD]
     return int(passed.index.max()) if len(passed) else None
 
 
-def paper_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> PaperResult:
+def paper_result(rows: pd.DataFrame) -> PaperResult:
     """Summary of the rows of one model, source and K, all lengths together."""
     # Passages of one length have equal token counts unless each drew a length.
     drawn = bool((rows.groupby("length")["tokens"].nunique() > 1).any())
     if drawn:
-        passed = rows[rows["accuracy"] >= threshold]
+        passed = rows[rows["accuracy"] >= THRESHOLD]
         # A BOS counts as one of the paper's tokens (`Paper.tokens`).
         lengths = passed["tokens"] + (passed["start_rule"] == "bos")
         longest = int(lengths.max()) if len(passed) else None
     else:
-        longest = decoding_capacity(rows, threshold)
-    full = unsaturated(rows, threshold)
+        longest = decoding_capacity(rows)
+    full = unsaturated(rows)
     at_least_loss = full["least_loss_gain"].dropna() if "least_loss_gain" in full else None
     return PaperResult(
         longest,
@@ -222,6 +216,6 @@ def paper_result(rows: pd.DataFrame, threshold: float = THRESHOLD) -> PaperResul
     )
 
 
-def unsaturated(rows: pd.DataFrame, threshold: float = THRESHOLD) -> pd.DataFrame:
+def unsaturated(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows whose passages did not fit their vectors; the paper averages gains over these."""
-    return rows[rows["accuracy"] <= threshold]
+    return rows[rows["accuracy"] <= THRESHOLD]

@@ -75,19 +75,18 @@ class Difference:
         return f"differs: {more} text holds more at 95 %"
 
 
-def fit_capacity(lm_bits: Floats, mem_bits: Floats, weights: Floats | None = None) -> float:
-    """C that minimises the (weighted) squared residuals of mem_bits = max(0, lm_bits - C).
+def fit_capacity(lm_bits: Floats, mem_bits: Floats) -> float:
+    """C that minimises the squared residuals of mem_bits = max(0, lm_bits - C).
 
-    `lm_bits`, `mem_bits` and `weights` have one entry per passage. The result is exact: between two
+    `lm_bits` and `mem_bits` have one entry per passage. The result is exact: between two
     neighbouring lm_bits the loss is a parabola in C, whose minimum follows from running sums.
     """
     order = np.argsort(lm_bits, kind="stable")
-    w = np.ones(len(order)) if weights is None else weights[order]
-    return _lowest(lm_bits[order], mem_bits[order], w)
+    return _lowest(lm_bits[order], mem_bits[order], np.ones(len(order)))
 
 
 def _lowest(x: Floats, y: Floats, w: Floats) -> float:
-    """`fit_capacity` for x in ascending order."""
+    """`fit_capacity` for x in ascending order, with a weight for each passage."""
     d = x - y  # the C that would put a point on the line
     below = np.concatenate([[0.0], np.cumsum(w * y**2)])  # of the first k points
     above = [np.concatenate([np.cumsum((w * d**p)[::-1])[::-1], [0.0]]) for p in range(3)]

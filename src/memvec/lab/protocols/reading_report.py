@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.protocol import extra_of
-from memvec.lab.report.data import by_length, short
-from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.data import by_length, place, short
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, mean_interval
 
@@ -67,17 +67,13 @@ def tables(rows: pd.DataFrame) -> list[Table]:
     """One table with a line for each layer."""
     lines: list[TableLine] = []
     for group in groups_of(rows):
-        model, series, length, K = group.key
         n = len(group.rows)
         shares, bits = group.shares(), group.bits()
         left, left_above = group.left(above=False), group.left(above=True)
         for i in range(group.layers):
             lines.append(
                 [
-                    ("model", short(model)),
-                    ("source", series),
-                    ("length", length),
-                    ("K", K),
+                    *place(*group.key),
                     ("layer", i),
                     *interval("attention share", shares[i]),
                     *interval("left without it", left[i]),
@@ -115,7 +111,7 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
         ("logit lens, first token", "-log2 p, bits", Group.bits),
     )
     panels = [
-        Panel(title, "layer", y, [_line(g.name, of(g)) for g in groups])
+        Panel(title, "layer", y, [estimates(g.name, range(g.layers), of(g)) for g in groups])
         for title, y, of in measures
     ]
     n = sum(len(group.rows) for group in groups)
@@ -125,10 +121,6 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
         "attention to the vectors."
     )
     return [Plot("reading", "Where the model reads the vectors", caption, panels), _paths(groups)]
-
-
-def _line(name: str, means: Sequence[Mean]) -> Series:
-    return line_of_means(name, list(range(len(means))), means)
 
 
 def _paths(groups: list[Group]) -> Plot:

@@ -143,7 +143,7 @@ class Recurrent(Protocol):
             truth = passage.ids[end - T : end]
             vectors = encoder.asked(memory.to(view.device), lag)[0].detach()
             decoded = slow.greedy(view, vectors, [], T)
-            back.append(float(next((i for i, t in enumerate(truth) if decoded[i] != t), T)))
+            back.append(float(slow.leading(decoded, truth)))
             _, margin = slow.teacher_forced(view, vectors, truth, "vectors")
             right.append(float((margin > 0).sum()))
             tied.append(float((abs(margin) < slow.TIE).sum()))

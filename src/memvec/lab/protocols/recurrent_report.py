@@ -9,7 +9,7 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import short
-from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
 
@@ -180,9 +180,9 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
         )
         n = [c.segments for c in same_memory]
         lines = [
-            line_of_means("carried", n, [c.carried for c in same_memory]),
-            line_of_means("crammed whole", n, [c.whole for c in same_memory]),
-            line_of_means("crammed alone, K a segment", n, [c.alone for c in same_memory]),
+            estimates("carried", n, [c.carried for c in same_memory]),
+            estimates("crammed whole", n, [c.whole for c in same_memory]),
+            estimates("crammed alone, K a segment", n, [c.alone for c in same_memory]),
         ]
         panels.append(Panel(title, "segments", "tokens per vector", lines))
     if not panels:
@@ -199,12 +199,5 @@ def figures(rows: pd.DataFrame) -> list[Plot]:
 
 def _by_lag(chain: Chain) -> Series:
     shares = [at.exact for at in chain.lags]
-    return Series(
-        f"after {chain.segments}",
-        [float(at.lag) for at in chain.lags],
-        [s.share for s in shares],
-        "line",
-        [s.low for s in shares],
-        [s.high for s in shares],
-        [f"{s}, n {chain.n}" for s in shares],
-    )
+    hover = [f"{share}, n {chain.n}" for share in shares]
+    return estimates(f"after {chain.segments}", range(len(shares)), shares, hover=hover)

@@ -71,17 +71,16 @@ def _with_shares(lines: list[dict[str, float | int]]) -> pd.DataFrame:
     return table
 
 
-def scaling_sentence(name: str, table: pd.DataFrame, measure: str = "bits") -> str:
-    """The values per vector at the smallest and largest K; '' for fewer than two K."""
-    known = table[table[measure].notna()]
+def scaling_sentence(name: str, table: pd.DataFrame) -> str:
+    """The bits per vector at the smallest and largest K; '' for fewer than two K."""
+    known = table[table["bits"].notna()]
     if len(known) < 2:
         return ""
     first, last = known.iloc[0], known.iloc[-1]
-    a, b = (float(line[measure] / line["K"]) for line in (first, last))
-    unit = "bits" if measure == "bits" else "tokens"
+    a, b = (float(line["bits"] / line["K"]) for line in (first, last))
     change = "the same" if math.isclose(a, b, rel_tol=0.005) else "fewer" if b < a else "more"
     share = f"{change}: {100 * b / a:.0f} % of the line" if a > 0 else change
     return (
-        f"{name}: {a:.1f} {unit} per vector at K = {int(first['K'])}, {b:.1f} at "
+        f"{name}: {a:.1f} bits per vector at K = {int(first['K'])}, {b:.1f} at "
         f"K = {int(last['K'])} ({share})."
     )

@@ -200,7 +200,7 @@ def _written(passage: SlowPassage, predicted: torch.Tensor, stored: Any) -> Comp
     """How many written tokens decode again; after a tie any number of them may differ."""
     token_ids = [int(token) for token in stored]
     decoded = slow.greedy(passage.lm, predicted, [], len(token_ids))
-    same = next((i for i, token in enumerate(token_ids) if decoded[i] != token), len(token_ids))
+    same = slow.leading(decoded, token_ids)
     _, margin = slow.teacher_forced(passage.lm, predicted, token_ids, "vectors")
     tied = bool((abs(margin) < slow.TIE).any())
     return Compared("written", [float(len(token_ids))], [float(same)], [math.inf if tied else 0.0])

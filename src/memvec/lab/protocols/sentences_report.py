@@ -10,7 +10,7 @@ import pandas as pd
 
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, averaged, short
-from memvec.lab.report.plot import Mark, Panel, Plot, Series
+from memvec.lab.report.plot import Mark, Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.sentences.cutting import last_sentences
 from memvec.lab.sentences.evaluate import WAYS
@@ -225,18 +225,13 @@ def figures(data: Data, protocol: str) -> list[Plot]:
 
 def _series(name: str, group: Group, bits: list[list[float]], mark: Mark) -> Series:
     """Bits per token with their intervals; x is the index in `bits`."""
-    values = [group.per_token(b) for b in bits]
-    x = [float(i) for i in range(len(values))]
-    low, high = [v.low for v in values], [v.high for v in values]
-    return Series(name, x, [v.value for v in values], mark, low, high)
+    return estimates(name, range(len(bits)), [group.per_token(b) for b in bits], mark)
 
 
 def _saved(group: Group) -> Series:
     """Bits of a sentence that each of SAVING saves, with intervals."""
     values = [paired_difference(group.bits["alone"], group.bits[way]) for way in SAVING]
-    x = [float(i) for i in range(len(values))]
-    low, high = [v.low for v in values], [v.high for v in values]
-    return Series(group.label, x, [v.value for v in values], "points", low, high)
+    return estimates(group.label, range(len(values)), values, "points")
 
 
 def _sentence(group: Group) -> str:

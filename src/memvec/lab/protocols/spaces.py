@@ -17,18 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from memvec.cramming.certify import Outcome
-from memvec.cramming.recipe import Recipe
 from memvec.lab import slow_use
 from memvec.lab.protocols import protocol, spaces_report
 from memvec.lab.protocols.exact import exact_result
 from memvec.lab.protocols.protocol import Capacity, Card, Compared, Protocol
+from memvec.lab.protocols.usable import held_out_words
 from memvec.lab.report.data import Data
 from memvec.lab.report.plot import Plot
 from memvec.lab.report.table import Table
@@ -37,8 +36,7 @@ from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.spec import RunSpec
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
-from memvec.usable.certificate import SEED
-from memvec.usable.queries import queries_of, text_inputs
+from memvec.usable.queries import text_inputs
 
 
 class Spaces(Protocol):
@@ -79,10 +77,7 @@ class Spaces(Protocol):
         options: Mapping[str, Any],
     ) -> dict[str, Any]:
         ids, vectors = sourced.passage.ids, outcome.vectors.float()
-        query_recipe = Recipe(
-            query_count=options["texts"], query_tokens=options["words"], seed=SEED
-        )
-        words = queries_of(lm, ids, query_recipe)[0]
+        words = held_out_words(lm, ids, options)
         return {
             "space": space_of(lm),
             "numbers": vectors.numel(),
@@ -94,15 +89,11 @@ class Spaces(Protocol):
         lm, ids, vectors = passage.lm, passage.ids, passage.vectors
         words = [[int(token) for token in row] for row in stored["words"]]
         bos = [] if lm.bos_id is None else [lm.bos_id]
-        again: tuple[list[float], list[float]] = ([], [])
-        for row in words:
-            whole = slow_use.context_ids(lm, ids, len(vectors))["text"]
-            text = slow_use.log_probabilities(lm, None, [*whole, row[0]], row[1:])
-            after = slow_use.log_probabilities(lm, vectors, row[:1], row[1:])
-            alone = slow_use.log_probabilities(lm, None, [*bos, row[0]], row[1:])
-            for values, q in zip(again, (after, alone), strict=True):
-                values.append(float((np.exp(text) * (text - q)).sum(1).mean()))
-        kl = [sum(values) / len(values) for values in again]
+        text = slow_use.context_ids(lm, ids, len(vectors))["text"]
+        kl = [
+            slow_use.divergence_and_nll(lm, front, before, text, words, given=1)[0]
+            for front, before in ((vectors, []), (None, bos))
+        ]
         near = 2 * passage.bits_tolerance / len(passage.lm_bits)
         numbers = float(vectors.numel())
         same = 0.0 if stored["space"] == space_of(lm) else 1.0

@@ -12,7 +12,7 @@ import pandas as pd
 from memvec.lab.protocols.exact import ExactResult, exact_result
 from memvec.lab.protocols.protocol import Card, extra_of
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Interval, Mean, mean_interval, ratio_of_means
 from memvec.storage import STORAGES
@@ -179,6 +179,4 @@ def _series(space: str, lines: list[Line], x: str, y: str) -> Series:
         f"K {line.K}, {line.storage}: {mean.mean:.3g} (n {mean.n})"
         for line, mean in zip(lines, means, strict=True)
     ]
-    at = [float(AXES[x](line)) for line in lines]
-    low, high = [m.low for m in means], [m.high for m in means]
-    return Series(space, at, [m.mean for m in means], "points", low, high, hover)
+    return estimates(space, [AXES[x](line) for line in lines], means, "points", hover)

@@ -15,9 +15,9 @@ from memvec.lab.protocols.plane import ACCURATE, MIN_ABOVE, Difference, Fit, com
 from memvec.lab.protocols.protocol import Protocol
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_recipe, panel_title, short
-from memvec.lab.report.plot import Panel, Plot, Series, cloud, line_of_means
+from memvec.lab.report.plot import Panel, Plot, Series, cloud, estimates
 from memvec.lab.report.table import Table, TableLine, interval
-from memvec.statistics import mean_interval, rank_correlation
+from memvec.statistics import Interval, mean_interval, rank_correlation
 
 MIN_RANKED = 3  # a rank correlation needs more models than this
 MAX_SENTENCES = 6  # planes that a caption describes
@@ -186,7 +186,7 @@ def per_token(rows: pd.DataFrame, compare: bool) -> Plot:
                     float(str(length)): mean_interval((cell[column] / cell["predicted"]).tolist())
                     for length, cell in part.groupby("length")
                 }
-                series.append(line_of_means(f"{source}, {name}", [*means], [*means.values()]))
+                series.append(estimates(f"{source}, {name}", means, means.values()))
         series += _published_per_token(str(model)) if compare else []
         panels.append(Panel(short(str(model)), "tokens", "bits per token", series, log=True))
     caption = (
@@ -239,7 +239,7 @@ def predictors(data: Data, fitted: list[Plane]) -> Plot:
     for i, label in enumerate(("width D", "bits per token without vectors")):
         if len(points) > 1:
             series = [
-                Series(name, [at[i]], [f.capacity], low=[f.low], high=[f.high])
+                estimates(name, [at[i]], [Interval(f.capacity, f.low, f.high)], "points")
                 for name, at, f in points
             ]
             panels.append(Panel("", label, "C, bits", series))

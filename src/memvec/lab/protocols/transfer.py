@@ -123,7 +123,7 @@ class TransferProtocol(Protocol):
         """Recompute what the mapped vectors decode to; fit and cramming are not repeated."""
         mapped, truth = torch.tensor(stored["mapped"], dtype=torch.float32), passage.ids
         decoded = slow.greedy(passage.lm, mapped, [], len(truth))
-        right = next((i for i, t in enumerate(truth) if decoded[i] != t), len(truth))
+        right = slow.leading(decoded, truth)
         _, margin = slow.teacher_forced(passage.lm, mapped, truth, "vectors")
         tied = bool((abs(margin) < slow.TIE).any())
         a, b = (v.flatten().double() for v in (mapped, passage.vectors))

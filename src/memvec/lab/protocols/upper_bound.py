@@ -27,7 +27,7 @@ from torch import Tensor
 from memvec.cramming.certify import Outcome
 from memvec.lab.protocols.protocol import Compared, Protocol, extra_of, own_bos
 from memvec.lab.report import published
-from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, short
+from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, place, short
 from memvec.lab.report.plot import Panel, Plot, Series, cloud
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage, logits
@@ -107,17 +107,14 @@ class UpperBound(Protocol):
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
         lines: list[TableLine] = []
-        for (model, source, length, K), everything in by_length(data.of(self.name)):
+        for key, everything in by_length(data.of(self.name)):
             group = _with_needed(everything)
             least, raised, removed = (
                 group[name].tolist() for name in ("least_moved", "raised_logit", "information_gain")
             )
             lines.append(
                 [
-                    ("model", short(model)),
-                    ("source", source),
-                    ("length", length),
-                    ("K", K),
+                    *place(*key),
                     ("H, bits", float(group["lm_bits"].mean())),
                     *interval("least moved", mean_interval(least)),
                     *interval("raised logit", mean_interval(raised)),

@@ -96,10 +96,7 @@ class Usable(Protocol):
                 "'usable' compares vectors with."
             )
         ids, vectors = sourced.passage.ids, outcome.vectors.float()
-        query_recipe = Recipe(
-            query_count=options["texts"], query_tokens=options["words"], seed=SEED
-        )
-        words = queries_of(lm, ids, query_recipe)[0]
+        words = held_out_words(lm, ids, options)
         measured = after_each(lm, contexts_of(lm, vectors, ids, None), words)
         return {
             "words": words.tolist(),
@@ -182,6 +179,12 @@ class Usable(Protocol):
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         return usable_figures.figures(data.of(self.name))
+
+
+def held_out_words(lm: FrozenLM, ids: Sequence[int], options: Mapping[str, Any]) -> Tensor:
+    """Token ids (texts, words) of the texts that the model writes after a passage."""
+    recipe = Recipe(query_count=options["texts"], query_tokens=options["words"], seed=SEED)
+    return queries_of(lm, ids, recipe)[0]
 
 
 def cases(layers: int) -> dict[str, list[int]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.usable_report import Group, groups_of, rise
 from memvec.lab.report.data import distinct_names, short
-from memvec.lab.report.plot import Panel, Plot, Series, line_of_means
-from memvec.statistics import Interval, mean_interval
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
+from memvec.statistics import mean_interval
 from memvec.usable.contexts import VECTORS
 
 DASHED = 2  # controls in a panel of the frontier: the last K and the last 2 K tokens
@@ -61,9 +60,8 @@ def _frontier(groups: list[Group]) -> Plot:
 
 def _points(name: str, groups: list[Group]) -> Series:
     ratios = [g.score(VECTORS).ratio for g in groups]
-    line = _line(name, [g.per_vector.mean for g in groups], ratios)
     hover = [f"{g.length} tokens, exact {g.exact}, n {len(g.rows)}" for g in groups]
-    return replace(line, hover=hover)
+    return estimates(name, [g.per_vector.mean for g in groups], ratios, hover=hover)
 
 
 def _ends(groups: list[Group]) -> list[Series]:
@@ -110,9 +108,9 @@ def _layers(groups: list[Group]) -> Plot:
             entries = g.measured("layers")
             names = ["none", *(name for name in entries[0] if name.isdigit())]
             means = [mean_interval([e[name][1] for e in entries]) for name in names]
-            margins.append(line_of_means(labels[g.series], range(len(names)), means))
+            margins.append(estimates(labels[g.series], range(len(names)), means))
             ratios = [rise(entries, name) for name in names]
-            divergence.append(_line(labels[g.series], range(len(names)), ratios))
+            divergence.append(estimates(labels[g.series], range(len(names)), ratios))
         title = f"{short(model)}, {length} tokens in {K}"
         panels.append(Panel(title, "without layer", "mean margin, logits", margins, names))
         panels.append(Panel(title, "without layer", "KL / KL with all layers", divergence, names))
@@ -142,18 +140,6 @@ def _strongest(g: Group) -> str:
         f"{without[1]:.2f} logits, {without[0]:.1f} of {whole[0]:.1f} leading tokens are left and "
         f"the KL is {cost[text]:.2f} times as large), context mode needs layer {use} most (KL "
         f"{cost[use]:.2f} times as large, {fewer[0]:.1f} tokens left)."
-    )
-
-
-def _line(name: str, x: Iterable[float | int], values: Sequence[Interval]) -> Series:
-    """Estimates with their intervals, joined by a line."""
-    return Series(
-        name,
-        [float(v) for v in x],
-        [r.value for r in values],
-        "line",
-        [r.low for r in values],
-        [r.high for r in values],
     )
 
 

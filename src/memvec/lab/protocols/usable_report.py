@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Card
-from memvec.lab.report.data import Data, by_length, short
+from memvec.lab.report.data import Data, by_length, place, short
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import (
     Interval,
@@ -126,10 +126,7 @@ def _trade(data: Data, groups: list[Group]) -> Table:
         score = g.score(VECTORS)
         lines.append(
             [
-                ("model", short(g.model)),
-                ("source", g.series),
-                ("length", g.length),
-                ("K", g.K),
+                *place(g.model, g.series, g.length, g.K),
                 ("weight", recipe["term_weight"] if recipe["term"] == "use" else 0.0),
                 ("trigger", recipe["trigger"]),
                 ("RMS", mean_interval([extra["rms"] for extra in g.extras]).mean),
@@ -160,10 +157,7 @@ def _contexts(groups: list[Group]) -> Table:
             score = g.score(name)
             lines.append(
                 [
-                    ("model", short(g.model)),
-                    ("source", g.series),
-                    ("length", g.length),
-                    ("K", g.K),
+                    *place(g.model, g.series, g.length, g.K),
                     ("context", name),
                     *interval("KL", score.kl),
                     *interval("kept", score.kept),
@@ -189,10 +183,7 @@ def _knocked(groups: list[Group]) -> Table:
             tokens, margin, kl = (mean_interval([e[name][i] for e in entries]) for i in range(3))
             lines.append(
                 [
-                    ("model", short(g.model)),
-                    ("source", g.series),
-                    ("length", g.length),
-                    ("K", g.K),
+                    *place(g.model, g.series, g.length, g.K),
                     ("without", name),
                     *interval("tokens", tokens),
                     *interval("margin", margin),
@@ -224,10 +215,7 @@ def _spans(data: Data, groups: list[Group]) -> Table:
                 continue  # earlier studies have no random span
             lines.append(
                 [
-                    ("model", short(g.model)),
-                    ("source", g.series),
-                    ("length", g.length),
-                    ("K", g.K),
+                    *place(g.model, g.series, g.length, g.K),
                     ("vectors", name),
                     *interval("tokens", mean_interval([d[name][0] for d in measured])),
                     *interval("KL", mean_interval([d[name][2] for d in measured])),

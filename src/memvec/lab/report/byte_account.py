@@ -8,8 +8,6 @@ import lzma
 import math
 import zlib
 from collections import Counter
-from collections.abc import Hashable
-from typing import Any
 
 import pandas as pd
 
@@ -40,7 +38,8 @@ def bytes_table(data: Data, *, compare: bool) -> Table:
     for (model, source, protocol, k), group in averaged(data.rows).groupby(keys, sort=False):
         longest = group[group["length"] == group["length"].max()].drop_duplicates("passage")
         longest = longest.head(MAX_PASSAGES)
-        every = [_text(data, row) for row in longest.to_dict("records")]
+        places = zip(longest["cell"], longest["number"], strict=True)
+        every = [data.store.passage(cell, number).text for cell, number in places]
         if None in every:
             continue
         came_back = longest["exact"] == 1
@@ -91,10 +90,6 @@ def _vectors(data: Data, rows: pd.DataFrame, protocol: str, K: int) -> int:
         return len(rows) * K
     groups = {(c, n // s) for c, n, s in zip(rows["cell"], rows["number"], sizes, strict=True)}
     return len(rows) * (K - 1) + len(groups)
-
-
-def _text(data: Data, row: dict[Hashable, Any]) -> bytes | None:
-    return data.store.passage(row["cell"], row["number"]).text
 
 
 def _huffman_bits(data: bytes) -> int:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import plane_of
+from memvec.lab.report.table import TableLine
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.store import Store
 from memvec.storage import STORAGES
@@ -96,6 +97,11 @@ def by_length(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int, int], p
     keys = ["model", "series", "length", "vectors"]
     for (model, series, length, K), group in rows.groupby(keys, sort=False):
         yield (str(model), str(series), int(str(length)), int(str(K))), group
+
+
+def place(model: str, source: str, length: int, K: int) -> TableLine:
+    """The columns with which a table's line begins, from a key of `by_length`."""
+    return [("model", short(model)), ("source", source), ("length", length), ("K", K)]
 
 
 def by_recipe(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, int, str], pd.DataFrame]]:

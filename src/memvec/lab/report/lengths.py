@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
 from memvec.lab.protocols.lookup import protocol_of
@@ -34,7 +36,7 @@ def lengths(data: Data, *, compare: bool) -> Plot:
             series += _published(models, rows_of_source, known)
     kept = sorted({int(x) for s in series for x in s.x})  # models with a capacity
     names = [short(str(models[i])) for i in kept]
-    moved = [_at(s, [float(kept.index(int(x))) for x in s.x]) for s in series]
+    moved = [replace(s, x=[float(kept.index(int(x))) for x in s.x]) for s in series]
     panels = [Panel("", "model", "tokens", moved, names)] if series else []
     caption = " ".join(filter(None, [CAPTION, _longest(moved, names), texts_sentence(data)]))
     return Plot("lengths", "Decoding capacity by model (Figure 1)", caption, panels)
@@ -98,7 +100,3 @@ def _published(models: list[str], rows: pd.DataFrame, name: str) -> list[Series]
     entries = [(i, published.table1(m, source, fewest.get(m, 1))) for i, m in enumerate(models)]
     known = [(float(i), float(entry["longest"])) for i, entry in entries if entry]
     return [Series(name, [i for i, _ in known], [v for _, v in known])] if known else []
-
-
-def _at(series: Series, x: list[float]) -> Series:
-    return Series(series.name, x, series.y, low=series.low, high=series.high, hover=series.hover)

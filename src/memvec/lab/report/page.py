@@ -39,17 +39,7 @@ def write_page(data: Data, tables: list[Table], plots: list[Plot], target: Path)
         "version": __version__,
         "overview": overview(data),
         "plots": [asdict(p) for p in plots],
-        "tables": [
-            {
-                "key": t.key,
-                "title": t.title,
-                "note": t.note,
-                "columns": t.columns,
-                "rows": t.rows,
-                "shown": t.shown(),
-            }
-            for t in tables
-        ],
+        "tables": [{**asdict(t), "shown": t.shown()} for t in tables],
         "cells": cell_rows(data),
         "passages": explored(data),
         "reproduce": reproduce(data),
@@ -164,9 +154,6 @@ def reproduce(data: Data) -> dict[str, Any]:
         names[name]: {k: v for k, v in d.items() if k not in ("probe", "name")}
         for name, d in data.models.items()
     }
-    environments = []
-    for record in data.environments:
-        environments.append({k: v for k, v in record.items() if k != "model"})
     return {
         "commands": [
             f"memvec study run {data.name}.toml{model}",
@@ -175,7 +162,9 @@ def reproduce(data: Data) -> dict[str, Any]:
         ],
         "spec": spec["toml"],
         "models": models,
-        "environments": environments,
+        "environments": [
+            {k: v for k, v in record.items() if k != "model"} for record in data.environments
+        ],
     }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from memvec.statistics import Mean
+from memvec.statistics import Difference, Interval, Mean, Share
 
 Mark = Literal["points", "line", "bars", "dashed", "boxes"]
 MAX_POINTS = 1500  # of a cloud: more cannot be told apart and make the page large
@@ -74,16 +74,17 @@ def diagonal(values: pd.Series) -> Series:
     return Series("y = x", ends, ends, "dashed")
 
 
-def line_of_means(name: str, x: Sequence[float | int], means: Sequence[Mean]) -> Series:
-    """Means with their 95 % intervals, joined by a line."""
-    return Series(
-        name,
-        [float(v) for v in x],
-        [m.mean for m in means],
-        "line",
-        [m.low for m in means],
-        [m.high for m in means],
-    )
+def estimates(
+    name: str,
+    x: Iterable[float | int],
+    values: Collection[Mean | Share | Interval | Difference],
+    mark: Mark = "line",
+    hover: list[str] | None = None,
+) -> Series:
+    """Estimates with their 95 % intervals."""
+    y = [v.mean if isinstance(v, Mean) else v[0] for v in values]
+    low, high = [v.low for v in values], [v.high for v in values]
+    return Series(name, [float(v) for v in x], y, mark, low, high, hover)
 
 
 def boxes(name: str, parts: Sequence[pd.Series]) -> Series:

@@ -15,7 +15,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.protocol import Gains
 from memvec.lab.report import published
 from memvec.lab.report.data import Data, short
-from memvec.lab.report.plot import Mark, Panel, Plot, Series
+from memvec.lab.report.plot import Panel, Plot, Series, estimates
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, clustered_mean
 
@@ -123,9 +123,9 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
         hover = [short(u.model) for u in of_series]
         theoretical = [u.theoretical for u in of_series]
         gains = [u.token_gain for u in of_series]
-        reached.append(_series(name, theoretical, gains, "points", hover))
-        share.append(_series(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
-        share.append(_series(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
+        reached.append(estimates(name, theoretical, gains, "points", hover))
+        share.append(estimates(f"{name}, tokens", x, [u.tokens for u in of_series], "bars"))
+        share.append(estimates(f"{name}, bits", x, [u.bits for u in of_series], "bars"))
     if compare:
         share += _published(models, list(selected.values()))
     limit = max([1.0, *(u.theoretical for u in selected.values())])
@@ -141,13 +141,6 @@ def utilisation_figure(data: Data, *, compare: bool) -> Plot:
         "with their 95 % intervals. " + _sentence([*selected.values()]),
         panels if selected else [],
     )
-
-
-def _series(
-    name: str, x: list[float], means: list[Mean], mark: Mark, hover: list[str] | None = None
-) -> Series:
-    low, high = [m.low for m in means], [m.high for m in means]
-    return Series(name, x, [m.mean for m in means], mark, low, high, hover)
 
 
 def _published(models: list[str], measured: list[Utilisation]) -> list[Series]:

@@ -116,9 +116,7 @@ def _unreadable(path: Path, reason: str) -> MemvecError:
 def _check_model(path: Path, metadata: dict[str, str], lm: FrozenLM) -> None:
     """Raise MemvecError if the file was made for another LM or another encoder."""
     record: dict[str, Any] = read_json(metadata["model"])
-    probe = tuple(map(float, record["probe"]))
-    trained_beside = Fingerprint(record["config"], record["weights"], probe, record["dtype"])
-    if not trained_beside.matches(lm.fingerprint):
+    if not Fingerprint.of_record(record).matches(lm.fingerprint):
         raise MemvecError(
             f"{path} was trained beside other weights (of {record.get('name')}) than those of "
             f"{lm.name}: train one for this model with memvec lab sentences train."

@@ -46,24 +46,13 @@ def price(planned: Sequence[Planned]) -> list[Price]:
     for model in dict.fromkeys(p.cell.model for p in planned):
         cells_of_model = [p for p in planned if p.cell.model == model]
         cells, passages = len(cells_of_model), sum(p.passages for p in cells_of_model)
-        facts = facts_of_name(model)
-        if facts is None:
-            prices.append(
-                Price(model, cells, passages, gpu_hours=None, cpu_hours=None, memory_gib=None)
-            )
-            continue
-        tokens = sum(max_tokens(p) * p.passages for p in cells_of_model)
-        gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
-        memory = max(_memory(p, facts) for p in cells_of_model)
+        gpu = cpu = memory = None
+        if (facts := facts_of_name(model)) is not None:
+            tokens = sum(max_tokens(p) * p.passages for p in cells_of_model)
+            gpu, cpu = (hours(facts, tokens, flops) for flops in (GPU_FLOPS, CPU_FLOPS))
+            memory = max(_memory(p, facts) for p in cells_of_model) / 2**30
         prices.append(
-            Price(
-                model,
-                cells,
-                passages,
-                gpu_hours=gpu,
-                cpu_hours=cpu,
-                memory_gib=memory / 2**30,
-            )
+            Price(model, cells, passages, gpu_hours=gpu, cpu_hours=cpu, memory_gib=memory)
         )
     return prices
 

@@ -104,8 +104,7 @@ class _Decoded(NamedTuple):
 def _columns(passage: SlowPassage, after: _Decoded, horizon: int) -> dict[str, Any]:
     """The measured columns; gains over the stored `horizon`, so that a flipped tie counts once."""
     ids, n, h = passage.ids, len(after.decoded), horizon
-    pairs = zip(after.decoded, ids[passage.given :], strict=True)
-    wrong = [i for i, (decoded, true) in enumerate(pairs) if decoded != true]
+    leading = slow.leading(after.decoded, ids[passage.given :])
     bits, lm_bits = after.bits, passage.lm_bits
     right, base = after.margin > 0, passage.lm_margin > 0
     return {
@@ -113,8 +112,8 @@ def _columns(passage: SlowPassage, after: _Decoded, horizon: int) -> dict[str, A
         "tokens": len(ids),
         "predicted": n,
         "start_rule": passage.start,
-        "exact": not wrong,
-        "horizon": wrong[0] if wrong else n,
+        "exact": leading == n,
+        "horizon": leading,
         "accuracy": float(right.mean()),
         "margin": float(after.margin.min()),
         "lm_bits": float(lm_bits.sum()),

@@ -103,9 +103,9 @@ def cram_cell(
     passages: Sequence[SourcedPassage],
     batch_size: int,
     *,
-    beside: Sequence[SourcedPassage] = (),
-    worker: str = "local",
-    on_progress: Callable[[Progress], None] | None = None,
+    beside: Sequence[SourcedPassage],
+    worker: str,
+    on_progress: Callable[[Progress], None] | None,
 ) -> Iterator[StoreEntry]:
     """Rows of a cell's passages, each as soon as it is certified.
 
