@@ -9,10 +9,12 @@ At run time this file does not import memvec.model, so that a model can hold an 
 from __future__ import annotations
 
 import itertools
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +25,8 @@ from memvec.errors import MemvecError
 if TYPE_CHECKING:
     from memvec.cramming.recipe import Recipe
     from memvec.model.lm import FrozenLM
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class OnePassEncoder(ABC):
@@ -101,6 +105,39 @@ class EncoderFile:
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+
+    def sizes(self, largest: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of the network, by the names of `largest`, which has their limits.
+
+        Raises MemvecError for a size below 1 or above its limit.
+        """
+        shape = json.loads(self.metadata["shape"])
+        sizes = {name: int(shape[name]) for name in largest}
+        for name, size in sizes.items():
+            if not 1 <= size <= largest[name]:
+                raise MemvecError(f"{self.path} claims {size} {name}: not an encoder of memvec's.")
+        return sizes
+
+    def refuse_claims(self, numbers: int) -> None:
+        """Raise MemvecError if a network of so many numbers is far larger than the tensors."""
+        if claims_too_much(numbers, self.tensors):
+            raise MemvecError(f"{self.path} claims more than it holds: the file is damaged.")
+
+    def load_into(self, make: Callable[[], Network], lm: FrozenLM) -> Network:
+        """The network that `make` builds, with the tensors of the file in float32.
+
+        It is built on the device `meta`, so it takes no more memory than the tensors. Raises
+        MemvecError if their names or shapes do not match.
+        """
+        try:
+            with torch.device("meta"):
+                network = make()
+            network.load_state_dict({k: v.float() for k, v in self.tensors.items()}, assign=True)
+        except (RuntimeError, ValueError, AssertionError):
+            raise MemvecError(
+                f"{self.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
+            ) from None
+        return network
 
 
 def claims_too_much(numbers: int, tensors: dict[str, Tensor]) -> bool:

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from memvec.companions.encoder import EncoderFile, TrainedEncoder
-from memvec.encoders.adapters import Adapters, called_maps, load_network
+from memvec.encoders.adapters import Adapters, called_maps
 from memvec.encoders.recurrent import state_width
 from memvec.encoders.summary import SummaryEncoder
-from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-LARGEST_SLOTS = 4096  # largest number of slots in a file
+LARGEST = {"slots": 4096}  # limit for a file
 
 
 class AdaptedNetwork(nn.Module):
@@ -115,15 +114,10 @@ def fresh(lm: FrozenLM, *, rank: int) -> AdaptedNetwork:
 def read(file: EncoderFile, lm: FrozenLM) -> AdaptedEncoder:
     """The adapted encoder in a file.
 
-    Raises MemvecError if its tensors do not fit the model. The tensors give the rank, so no file
-    makes memvec allocate more memory than its own tensors take.
+    Raises MemvecError if its tensors, which give the rank, do not fit the model.
     """
-    shape = json.loads(file.metadata["shape"])
-    modules, slots = [str(name) for name in shape["modules"]], int(shape["slots"])
-    if not 1 <= slots <= LARGEST_SLOTS:
-        raise MemvecError(f"{file.path} claims {slots} slots: not an encoder of memvec's.")
+    slots = file.sizes(LARGEST)["slots"]
+    modules = [str(name) for name in json.loads(file.metadata["shape"])["modules"]]
     states, rank = state_width(lm), len(file.tensors["adapters.down.0"])
-    with torch.device("meta"):  # without memory or random numbers: the file has the values
-        network = AdaptedNetwork(lm, modules, states=states, rank=rank)
-    load_network(network, file, lm)
+    network = file.load_into(lambda: AdaptedNetwork(lm, modules, states=states, rank=rank), lm)
     return AdaptedEncoder(network, slots, own_summary(lm))

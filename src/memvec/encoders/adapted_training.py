@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memvec.encoders.adapted import AdaptedEncoder, AdaptedNetwork, fresh, own_summary
 from memvec.encoders.adapter_training import AdapterPlan, AdapterTraining
-from memvec.encoders.training_run import FALL_BELOW, RISE_ABOVE, seeded
+from memvec.encoders.resumable import check_size
+from memvec.encoders.training_run import seeded
 from memvec.errors import MemvecError
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
@@ -39,8 +40,7 @@ class AdaptedPlan(AdapterPlan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.size < float("inf"):
-            raise MemvecError(f"size must be a number above 0, not {self.size}.")
+        check_size(self.size)
 
 
 class AdaptedTraining(AdapterTraining):
@@ -91,10 +91,8 @@ class AdaptedTraining(AdapterTraining):
         ids = self._windows(self.text, count, K * per_vector, draw)
         vectors = AdaptedEncoder(self.network, plan.slots).read(self.fast, ids, K)
         loss, accuracy = self._descend(vectors, ids)
-        if self.grows and per_vector > 0.8 * self.target and accuracy > RISE_ABOVE:
-            self.target = min(self.target * 1.02, float(plan.longest))
-        elif self.grows and per_vector < 1.2 * self.target and accuracy < FALL_BELOW:
-            self.target = max(self.target / 1.02, 1.0)
+        if self.grows:
+            self._follow(per_vector / self.target, accuracy, float(plan.longest))
         return loss, accuracy
 
     def _finished(self) -> AdaptedEncoder:

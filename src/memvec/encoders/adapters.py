@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from memvec.companions.encoder import EncoderFile
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -100,19 +99,6 @@ class Adapters(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def load_network(network: nn.Module, file: EncoderFile, lm: FrozenLM) -> None:
-    """Load the tensors of an encoder's file into a network, in float32.
-
-    The network may be on the device `meta`. Raises MemvecError if names or shapes do not match.
-    """
-    try:
-        network.load_state_dict({k: v.float() for k, v in file.tensors.items()}, assign=True)
-    except (RuntimeError, ValueError):
-        raise MemvecError(
-            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
-        ) from None
 
 
 def _added(down: Float[Tensor, "r in"], up: Float[Tensor, "out r"], thread: int) -> Any:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
@@ -87,8 +88,7 @@ def compare(
         )
     rows = tuple(_at_length(lm, passages[:, :T], recipe, batch_size) for T in sorted(set(lengths)))
     horizons = [
-        float(o.metrics.horizon)
-        for o in _cram(lm, passages, replace(recipe, start="encoder"), batch_size)
+        float(o.metrics.horizon) for o in _cram(lm, passages, recipe, "encoder", batch_size)
     ]
     crammed = mean_interval(horizons)
     return Comparison(
@@ -108,7 +108,7 @@ def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size
     leading = mean_interval(horizon(right).tolist())
     by_start: dict[str, Any] = {}
     for start in ("encoder", "noise"):
-        outcomes = _cram(lm, ids, replace(recipe, start=start), batch_size)  # type: ignore[arg-type]
+        outcomes = _cram(lm, ids, recipe, start, batch_size)
         exact = [o.exact for o in outcomes]
         steps = [o.steps if o.exact else recipe.steps for o in outcomes]
         by_start[f"{start}_exact"] = sum(exact) / n
@@ -123,6 +123,14 @@ def _at_length(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size
     )
 
 
-def _cram(lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, batch_size: int) -> list[Any]:
-    passages = [Passage(tuple(row.tolist()), i) for i, row in enumerate(ids)]
-    return list(Engine(lm, recipe, vectors=1, batch_size=batch_size).run(passages))
+def _cram(
+    lm: FrozenLM, ids: Int[Tensor, "n T"], recipe: Recipe, start: str, batch_size: int
+) -> list[Outcome]:
+    engine = Engine(lm, replace(recipe, start=start), vectors=1, batch_size=batch_size)
+    return crammed_in_order(engine, ids.tolist())
+
+
+def crammed_in_order(engine: Engine, passages: Sequence[Sequence[int]]) -> list[Outcome]:
+    """The outcome of each passage of token ids; an engine yields them as they become ready."""
+    numbered = [Passage(tuple(ids), number) for number, ids in enumerate(passages)]
+    return sorted(engine.run(numbered), key=lambda outcome: outcome.passage.document)

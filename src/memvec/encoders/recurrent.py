@@ -17,7 +17,6 @@ ordinary [mem] vectors and decode with the same code.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from memvec.companions.encoder import EncoderFile, TrainedEncoder, claims_too_much
+from memvec.companions.encoder import EncoderFile, TrainedEncoder
 from memvec.encoders.slots import position_codes, transformer
 from memvec.encoders.summary import SummaryEncoder
 from memvec.errors import MemvecError
@@ -238,24 +237,10 @@ def state_width(lm: FrozenLM) -> int:
 def read(file: EncoderFile, lm: FrozenLM) -> RecurrentEncoder:
     """The recurrent encoder in a file.
 
-    Raises MemvecError if its tensors do not fit its shape or the model. A shape that is too large
-    for the size of the file is refused before memory is allocated for it.
+    Raises MemvecError if its tensors do not fit its shape or the model.
     """
-    shape = {name: int(json.loads(file.metadata["shape"])[name]) for name in LARGEST}
-    for name, largest in LARGEST.items():
-        if not 1 <= shape[name] <= largest:
-            raise MemvecError(
-                f"{file.path} claims {shape[name]} {name}: not an encoder of memvec's."
-            )
-    claimed = shape["layers"] * 12 * shape["hidden"] ** 2
-    claimed += (2 * shape["slots"] + shape["lags"]) * lm.width
-    if claims_too_much(claimed, file.tensors):
-        raise MemvecError(f"{file.path} claims more than it holds: the file is damaged.")
-    try:
-        network = RecurrentNetwork(lm.width, state_width(lm), **shape)
-        network.load_state_dict({k: v.float() for k, v in file.tensors.items()})
-    except (RuntimeError, ValueError, AssertionError):
-        raise MemvecError(
-            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
-        ) from None
-    return RecurrentEncoder(network)
+    shape = file.sizes(LARGEST)
+    of_layers = shape["layers"] * 12 * shape["hidden"] ** 2
+    file.refuse_claims(of_layers + (2 * shape["slots"] + shape["lags"]) * lm.width)
+    states = state_width(lm)
+    return RecurrentEncoder(file.load_into(lambda: RecurrentNetwork(lm.width, states, **shape), lm))

@@ -19,12 +19,12 @@ from torch import Tensor
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
+from memvec.encoders.measure import crammed_in_order
 from memvec.encoders.recurrent import RecurrentEncoder, recurrent_of
 from memvec.errors import MemvecError, check_minimum
 from memvec.machine import plain_torch
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
-from memvec.passages.passage import Passage
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,4 @@ def crammed_leading(  # noqa: PLR0917 (what is crammed, and how)
     if recipe.start == "auto":
         recipe = replace(recipe, start="noise")
     engine = Engine(lm, recipe, vectors=K, batch_size=batch_size, storage=storage)
-    jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
-    horizon_of = {outcome.passage.document: outcome.metrics.horizon for outcome in engine.run(jobs)}
-    return [horizon_of[i] for i in range(len(jobs))]
+    return [outcome.metrics.horizon for outcome in crammed_in_order(engine, passages)]

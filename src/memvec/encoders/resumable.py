@@ -54,6 +54,12 @@ def check_heads(hidden: int, heads: int) -> None:
         raise MemvecError(f"hidden must be a multiple of {heads}, the heads, not {hidden}.")
 
 
+def check_size(size: float) -> None:
+    """Raise MemvecError for a size of vectors before training that is not a number above 0."""
+    if not 0 < size < float("inf"):
+        raise MemvecError(f"size must be a number above 0, not {size}.")
+
+
 class ResumableRun(ABC, Generic[Progress, Made]):
     """A training run that resumes from its last checkpoint as if it had not been stopped.
 

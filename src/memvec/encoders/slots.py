@@ -8,7 +8,6 @@ reconstruction through the frozen LM), with a small encoder in place of an adapt
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memvec.companions.encoder import EncoderFile, TrainedEncoder, claims_too_much
-from memvec.errors import MemvecError
+from memvec.companions.encoder import EncoderFile, TrainedEncoder
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -114,23 +112,8 @@ class SlotEncoder(TrainedEncoder):
 def read(file: EncoderFile, lm: FrozenLM) -> SlotEncoder:
     """The slot encoder in a file.
 
-    Raises MemvecError if its tensors do not fit its shape or the model. A shape that is too large
-    for the size of the file is refused before memory is allocated for it.
+    Raises MemvecError if its tensors do not fit its shape or the model.
     """
-    shape = {name: int(json.loads(file.metadata["shape"])[name]) for name in LARGEST}
-    for name, largest in LARGEST.items():
-        if not 1 <= shape[name] <= largest:
-            raise MemvecError(
-                f"{file.path} claims {shape[name]} {name}: not an encoder of memvec's."
-            )
-    claimed = shape["layers"] * 12 * shape["hidden"] ** 2
-    if claims_too_much(claimed, file.tensors):
-        raise MemvecError(f"{file.path} claims more than it holds: the file is damaged.")
-    try:
-        network = SlotNetwork(lm.width, **shape)
-        network.load_state_dict({k: v.float() for k, v in file.tensors.items()})
-    except (RuntimeError, ValueError, AssertionError):
-        raise MemvecError(
-            f"{file.path} does not fit {lm.name} (D {lm.width}): it was made for another model."
-        ) from None
-    return SlotEncoder(network)
+    shape = file.sizes(LARGEST)
+    file.refuse_claims(shape["layers"] * 12 * shape["hidden"] ** 2)
+    return SlotEncoder(file.load_into(lambda: SlotNetwork(lm.width, **shape), lm))

@@ -12,14 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
-from memvec.encoders.training_run import (
-    FALL_BELOW,
-    GRID,
-    RISE_ABOVE,
-    NetworkPlan,
-    TrainingRun,
-    seeded,
-)
+from memvec.encoders.training_run import GRID, NetworkPlan, TrainingRun, seeded
 from memvec.errors import MemvecError
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
@@ -69,10 +62,7 @@ class Training(TrainingRun):
         T = K * min(max(1, round(share * self.target)), self.longest)
         ids = self._windows(self.text, max(1, plan.positions // (T + K)), T, draw)
         loss, accuracy = self._descend(self.network(self.fast.embed(ids), K), ids)
-        if share > 0.8 and accuracy > RISE_ABOVE:
-            self.target = min(self.target * 1.02, float(self.longest))
-        elif share < 1.2 and accuracy < FALL_BELOW:
-            self.target = max(self.target / 1.02, 1.0)
+        self._follow(share, accuracy, float(self.longest))
         return loss, accuracy
 
     def _finished(self) -> SlotEncoder:

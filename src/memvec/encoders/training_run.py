@@ -24,7 +24,7 @@ from memvec.cramming.objectives import score
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
 from memvec.encoders.checkpoint import model_of
-from memvec.encoders.resumable import ResumableRun, RunPlan, check_heads
+from memvec.encoders.resumable import ResumableRun, RunPlan, check_heads, check_size
 from memvec.errors import MemvecError
 from memvec.metrics import horizon
 from memvec.model.lm import FrozenLM
@@ -32,6 +32,7 @@ from memvec.model.lm import FrozenLM
 CROSS_ENTROPY = Recipe(unit="logits", temperature=1.0, margin=0.0)
 HELD_OUT = 0.02  # share of the text, at its end, that is never trained on
 FEWEST_HELD_OUT = 68  # tokens
+MEASURED = 64  # held-out passages of each length that is measured
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # tokens per vector
 RISE_ABOVE, FALL_BELOW = 0.88, 0.7  # teacher-forced accuracies at which a target length changes
 
@@ -70,8 +71,7 @@ class NetworkPlan(TrainingPlan):
         super().__post_init__()
         self.at_least_1("hidden", "layers", "heads")
         check_heads(self.hidden, self.heads)
-        if not 0 < self.size < float("inf"):
-            raise MemvecError(f"size must be a number above 0, not {self.size}.")
+        check_size(self.size)
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,25 @@ class TrainingRun(ResumableRun[TrainingProgress, TrainedEncoder]):
         accuracy = float((scores.margin > 0).float().mean())
         return loss, accuracy, scores.gradient.to(states.dtype) / ids.numel()
 
+    def _follow(self, share: float, accuracy: float, longest: float) -> None:
+        """Move the target length after a step on passages of `share` times that length.
+
+        It rises by 2 %, to `longest` at most, after accurate long passages, and falls by as much
+        after inaccurate short ones.
+        """
+        if share > 0.8 and accuracy > RISE_ABOVE:
+            self.target = min(self.target * 1.02, longest)
+        elif share < 1.2 and accuracy < FALL_BELOW:
+            self.target = max(self.target / 1.02, 1.0)
+
     @torch.no_grad()
-    def best_length(self, encoder: OnePassEncoder, longest: int, n: int = 64) -> int:
+    def best_length(self, encoder: OnePassEncoder, longest: int) -> int:
         """The length (tokens) with the largest mean horizon after one pass.
 
-        Each length is measured on `n` held-out passages with one vector each. No length exceeds
+        Each length is measured on held-out passages with one vector each. No length exceeds
         `longest` or the number of held-out tokens.
         """
-        best, best_mean = 1, -1.0
+        n, best, best_mean = MEASURED, 1, -1.0
         for T in (t for t in GRID if t <= min(longest, len(self.held_out))):
             ids = self._windows(self.held_out, n, T, self._generator("length", T))
             vectors = encoder.encode(self.lm, ids, 1)

@@ -23,9 +23,9 @@ from torch import Tensor
 from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.encoders.measure import crammed_in_order
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
-from memvec.passages.passage import Passage
 
 Floats = NDArray[np.float64]
 PENALTIES = np.logspace(-6, 3, 19)  # as multiples of the mean squared singular value
@@ -116,10 +116,7 @@ def crammed(
     lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Crammed vectors (n, K · D) of n passages of token ids, and which (n) decode exactly."""
-    engine = Engine(lm, recipe, vectors=K)
-    jobs = [Passage(tuple(ids), i) for i, ids in enumerate(passages)]
-    outcome_of = {outcome.passage.document: outcome for outcome in engine.run(jobs)}
-    outcomes = [outcome_of[i] for i in range(len(jobs))]
+    outcomes = crammed_in_order(Engine(lm, recipe, vectors=K), passages)
     rows: Floats = np.stack([o.vectors.flatten().double().numpy() for o in outcomes])
     return rows, np.array([o.exact for o in outcomes])
 

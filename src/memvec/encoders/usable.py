@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from memvec.companions.encoder import EncoderFile, TrainedEncoder
 from memvec.encoders.adapted import own_summary
-from memvec.encoders.adapters import Adapters, called_maps, load_network
+from memvec.encoders.adapters import Adapters, called_maps
 from memvec.encoders.recurrent import state_width
 from memvec.usable.queries import after_bos
 from memvec.usable.starts import last_embeddings
@@ -105,15 +105,14 @@ def fresh(lm: FrozenLM, *, slots: int, rank: int) -> UsableNetwork:
 def read(file: EncoderFile, lm: FrozenLM) -> UsableEncoder:
     """The usable encoder in a file.
 
-    Raises MemvecError if its tensors do not fit the model. The tensors give slots and rank, so no
-    file makes memvec allocate more memory than its own tensors take.
+    Raises MemvecError if its tensors, which give slots and rank, do not fit the model.
     """
     shape = json.loads(file.metadata["shape"])
     modules, trigger = [str(name) for name in shape["modules"]], shape.get("trigger")
-    slots = len(file.tensors["summary"])
-    rank = len(file.tensors["adapters.down.0"])
-    states = state_width(lm)
-    with torch.device("meta"):  # without memory or random numbers: the file has the values
-        network = UsableNetwork(lm, modules, states=states, slots=slots, rank=rank)
-    load_network(network, file, lm)
+    sizes = {
+        "states": state_width(lm),
+        "slots": len(file.tensors["summary"]),
+        "rank": len(file.tensors["adapters.down.0"]),
+    }
+    network = file.load_into(lambda: UsableNetwork(lm, modules, **sizes), lm)
     return UsableEncoder(network, None if trigger is None else str(trigger))

@@ -19,11 +19,11 @@ from memvec.companions.encoder import OnePassEncoder
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
+from memvec.encoders.measure import crammed_in_order
 from memvec.errors import MemvecError
 from memvec.lab.sentences.cutting import first_sentence
 from memvec.model.lm import FrozenLM
 from memvec.model.precision import for_steps
-from memvec.passages.passage import Passage
 
 BATCH = 64  # sentences encoded or crammed together
 Ids = Sequence[int]
@@ -103,8 +103,7 @@ def crammed(
     engine = Engine(
         lm, replace(recipe, start="encoder"), vectors=K, batch_size=BATCH // 4, storage=storage
     )
-    passages = [Passage(ids, number) for number, ids in enumerate(distinct)]
-    by_ids = {distinct[o.passage.document]: o for o in engine.run(passages)}
+    by_ids = dict(zip(distinct, crammed_in_order(engine, distinct), strict=True))
     outcomes = [by_ids[tuple(ids)] for ids in sentences]
     return Latents(torch.stack([o.vectors.float() for o in outcomes]), [o.exact for o in outcomes])
 
