@@ -19,7 +19,7 @@ import torch
 import memvec
 from conftest import TRAINED_ON, reader
 from memvec import codec, registry
-from memvec.cli import display
+from memvec.cli import display, progress
 from memvec.cli.common import ModelChoice, loading_options, open_file
 from memvec.cli.expected import sentence
 from memvec.cli.options import Storage
@@ -671,8 +671,8 @@ BUSY = CramStatus(
 
 def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
-    with display.progress("it") as show:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.cram_progress("it") as show:
         show(replace(BUSY, stage="measuring"))
         now[0] = 9.0
         show(replace(BUSY, expected=TWO, done=20))  # 20 of an earlier run
@@ -693,7 +693,7 @@ def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):
 @pytest.mark.parametrize(("split", "some"), [(1, "1 passage."), (7, "7 passages."), (0, "")])
 def test_progress_ends_with_what_was_cut_in_half(capsys, split, some):
     """The cost of a result is that of its passages: those that were cut are in none of them."""
-    with display.progress("it") as show:
+    with progress.cram_progress("it") as show:
         show(BUSY)
         show(replace(BUSY, split=split))
     said = f"not exact: {some} The cost counts the halves only."
@@ -705,8 +705,8 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(display, "err", console)
-    with display.progress("notes[/b].txt") as show:  # a name is no markup
+    monkeypatch.setattr(progress, "err", console)
+    with progress.cram_progress("notes[/b].txt") as show:  # a name is no markup
         show(BUSY)
     assert "cramming 2 passages" in screen.getvalue()
     assert "40 %" in screen.getvalue()

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from transformers import Olmo2Config
 
 from conftest import passages, reader, tiny
+from memvec.cli.progress import study_progress
 from memvec.cli.study import ls, validate
-from memvec.cli.study_progress import study_progress
 from memvec.cli.study_results import check, export, vectors
 from memvec.cli.study_tables import print_prices
 from memvec.cramming.certify import positions
@@ -836,7 +836,7 @@ def test_a_persons_brackets_are_words_and_no_markup(
         check(tmp_path)
     assert words in capsys.readouterr().out
     terminal = Console(width=300, force_terminal=True, file=io.StringIO())
-    monkeypatch.setattr("memvec.cli.study_progress.err", terminal)
+    monkeypatch.setattr("memvec.cli.progress.err", terminal)
     with study_progress(words) as show:
         show(StudyStatus(0, 1, 0, 1, 0, 0.0, None, words, None))
     assert words in terminal.file.getvalue()  # type: ignore[attr-defined]

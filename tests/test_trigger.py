@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import memvec
 from conftest import build, passages, reader, tiny
 from memvec import codec, engines
-from memvec.cli import display
+from memvec.cli import progress
 from memvec.companions.around import (
     CrammedTrigger,
     front_rows,
@@ -631,7 +631,7 @@ def test_trained_and_taken_by_the_command(command, folder, tmp_path, monkeypatch
         "--batch-size",
         2,
     ]
-    monkeypatch.setattr(display, "PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
     words = ["trigger", "train", "--text", tmp_path / "books.txt", "-m", own, *sizes, *train]
     save = trigger_training.save_trigger
 

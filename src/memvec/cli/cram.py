@@ -16,7 +16,7 @@ from memvec.cli.expected import counted
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError, check_minimum
 from memvec.registry import BUILT_IN
-from memvec.writing import path_of
+from memvec.writing import path_of, pretty_json
 
 if TYPE_CHECKING:
     from memvec.journal import Journal
@@ -286,10 +286,10 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
 
 def _cram(request: _Request, lm: FrozenLM, document: Document, journal: Journal) -> MemVectors:
     from memvec import codec
-    from memvec.cli import display
+    from memvec.cli.progress import cram_progress
 
     title = f"{request.file} with {lm.name}"
-    with _workers(request, lm) as workers, display.progress(title) as show:
+    with _workers(request, lm) as workers, cram_progress(title) as show:
         return codec.cram(
             lm,
             [document],
@@ -337,7 +337,7 @@ def _report(mem: MemVectors, saved: Path, byte_counts: dict[str, int], json: boo
     from memvec.cli import display
 
     if json:
-        typer.echo(display.to_json({"file": str(saved), **mem.summary(), "bytes": byte_counts}))
+        typer.echo(pretty_json({"file": str(saved), **mem.summary(), "bytes": byte_counts}))
     else:
         display.summary(mem, saved, byte_counts)
     if not mem.exact:

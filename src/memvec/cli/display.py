@@ -1,49 +1,28 @@
-"""What a person sees: tables, one progress line, sentences. All but results go to stderr."""
+"""What a person sees: tables and sentences. All but results go to stderr."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from memvec.cli.expected import duration, number_of, sentence
+from memvec.cli.expected import number_of
 from memvec.errors import printable
 from memvec.vectors import MemVectors
-from memvec.writing import pretty_json as to_json
 
 if TYPE_CHECKING:
-    from memvec.cram_job import CramStatus, Expected
     from memvec.model.lm import FrozenLM
 
-PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 MAX_ROWS = 40  # passages that a certificate lists
 MAX_NAMES = 3  # documents that are named
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-__all__ = [
-    "certificate",
-    "doctor",
-    "duration",
-    "facts_table",
-    "failures",
-    "inspect",
-    "model",
-    "progress",
-    "safe",
-    "say",
-    "summary",
-    "to_json",
-]
 
 
 def say(sentence: str) -> None:
@@ -58,96 +37,6 @@ def model(lm: FrozenLM) -> None:
         f"{d['name']}: D {lm.width}, V {lm.vocab_size}, {d['dtype']} on {d['device']}, "
         f"{d['attention']} attention, one-pass encoder: {'yes' if lm.encoder else 'no'}"
     )
-
-
-@contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[CramStatus], None]]:
-    """Yields a function that shows a status: as a bar on a terminal, else a line every 10 s.
-
-    At the end it prints how many passages were cut in half, which no cost of the result counts.
-    """
-    split = 0
-    with _shown(title) as show:
-
-        def show_and_count(status: CramStatus) -> None:
-            nonlocal split
-            split = status.split
-            show(status)
-
-        yield show_and_count
-    if split:
-        some = number_of(split, "passage")
-        say(f"Cut in half because it was not exact: {some}. The cost counts the halves only.")
-
-
-@contextlib.contextmanager
-def _shown(title: str) -> Iterator[Callable[[CramStatus], None]]:
-    if not err.is_terminal:
-        yield _plain_lines(title)
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        task = bars.add_task(title, total=None)
-        say_expected = _say_once()
-
-        def show(status: CramStatus) -> None:
-            say_expected(status.expected)
-            bars.update(task, description=_line(status), completed=status.done, total=status.tokens)
-
-        yield show
-
-
-def _plain_lines(title: str) -> Callable[[CramStatus], None]:
-    """A function that prints a line every ten seconds, with the time left at the rate so far."""
-    last_line = time.monotonic()
-    cramming_since: float | None = None
-    done_before = 0  # tokens that an earlier run finished
-    say_expected = _say_once()
-
-    def show(status: CramStatus) -> None:
-        nonlocal last_line, cramming_since, done_before
-        say_expected(status.expected)
-        if cramming_since is None and status.stage == "cramming":  # before it, other work
-            cramming_since, done_before = time.monotonic(), status.done
-        now = time.monotonic()
-        if now - last_line < PLAIN_EVERY:
-            return
-        last_line, left = now, ""
-        done = status.done - done_before
-        if cramming_since is not None and done > 0:
-            seconds = (now - cramming_since) * (status.tokens - status.done) / done
-            left = f", about {seconds:.0f} s left"
-        say(f"{title}: {_line(status)}, {status.done}/{status.tokens} tokens{left}")
-
-    return show
-
-
-def _say_once() -> Callable[[Expected | None], None]:
-    """A function that prints what cramming will take, the first time that it is known."""
-    printed = False
-
-    def say_first(expected: Expected | None) -> None:
-        nonlocal printed
-        if expected and not printed:
-            printed = True
-            say(sentence(expected))
-
-    return say_first
-
-
-def _line(status: CramStatus) -> str:
-    if status.engine is None or status.stage != "cramming":
-        return status.stage
-    e = status.engine
-    split = f", {status.split} cut in half" if status.split else ""
-    cramming = f"cramming {number_of(e.in_slots, 'passage')}"
-    return f"{cramming} ({e.waiting} waiting{split}), mean horizon {e.horizon:.0f}"
 
 
 def summary(mem: MemVectors, path: Path, byte_counts: Mapping[str, int]) -> None:
@@ -216,10 +105,9 @@ def certificate(mem: MemVectors, figures: Mapping[str, Any], exact: list[bool]) 
 
     `figures` is the certificate of `certificate.certificate_of`, `exact` one flag per passage.
     """
-    table = Table(title=f"{sum(exact)} of {len(exact)} passages exact", title_justify="left")
     crammed = ("when crammed: margin, logits", "when crammed: gain, bits")
-    for column in ("passage", "tokens", "vectors", *crammed, "decodes"):
-        table.add_column(column, justify="right")
+    columns = ("passage", "tokens", "vectors", *crammed, "decodes")
+    table = columns_table(f"{sum(exact)} of {len(exact)} passages exact", columns)
     listed = list(range(len(exact)))
     if len(exact) > MAX_ROWS:
         listed = [i for i in listed if not exact[i]][:MAX_ROWS]
@@ -277,6 +165,14 @@ def facts_table(title: str) -> Table:
     )
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    return table
+
+
+def columns_table(title: str, columns: Iterable[str], left: str = "") -> Table:
+    """An empty table of numbers, which end at the right; `left` is a column of words."""
+    table = Table(title=safe(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == left else "right")
     return table
 
 

@@ -6,6 +6,7 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import loading_options
+from memvec.writing import pretty_json
 
 EXAMPLES = options.examples("memvec doctor", "memvec doctor --model EleutherAI/pythia-160m")
 
@@ -24,7 +25,7 @@ def doctor(
 
     report = examine(model, revision=revision, device=device, dtype=dtype, **loading_options(load))
     if json:
-        typer.echo(display.to_json(report))
+        typer.echo(pretty_json(report))
     else:
         display.doctor(report)
     if not report["can_be_crammed"]:

@@ -23,6 +23,7 @@ from memvec.cli.training_text import (
     token_stream,
 )
 from memvec.errors import MemvecError, check_minimum
+from memvec.writing import pretty_json
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -41,7 +42,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-REPORT_EVERY = 10.0  # seconds between lines of progress
 ONE_PASS_COLUMNS = ("tokens", "exact", "leading tokens")
 CRAMMED_COLUMNS = (  # in 80 characters with their intervals
     *("tokens", "exact from\nencoder", "steps from\nencoder"),
@@ -157,14 +157,13 @@ def _what_it_is(encoder: TrainedEncoder, choices: TrainingPlan, target: Path) ->
 def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
     """Prints a line every ten seconds, and one for the last step."""
     from memvec.cli.display import say
+    from memvec.cli.progress import timer
 
-    last_line = 0.0
+    due = timer()
 
     def show(now: TrainingProgress) -> None:
-        nonlocal last_line
-        if now.seconds - last_line < REPORT_EVERY and now.step < now.steps:
+        if not due() and now.step < now.steps:
             return
-        last_line = now.seconds
         left = now.seconds / now.step * (now.steps - now.step)
         say(
             f"step {now.step} of {now.steps}: {now.loss_bits:.2f} bits per token, "
@@ -271,10 +270,8 @@ def _show(
     measured: Comparison | SegmentComparison, json: bool, printed: Callable[[], None]
 ) -> None:
     """Print what was measured, as JSON or as tables."""
-    from memvec.cli.display import to_json
-
     if json:
-        typer.echo(to_json(measured.record()))
+        typer.echo(pretty_json(measured.record()))
     else:
         printed()
 
@@ -288,16 +285,11 @@ def _numbers(lengths: str) -> list[int]:
 
 
 def _print_comparison(name: str, comparison: Comparison) -> None:
-    from rich.table import Table
-
-    from memvec.cli.display import out
+    from memvec.cli.display import columns_table, out
 
     n = comparison.rows[0].n
-    one_pass = Table(title=f"What one pass gives back, {name}, n {n}", title_justify="left")
-    cramming = Table(title=f"Cramming from the encoder and from noise, n {n}", title_justify="left")
-    for table, columns in ((one_pass, ONE_PASS_COLUMNS), (cramming, CRAMMED_COLUMNS)):
-        for column in columns:
-            table.add_column(column, justify="right")
+    one_pass = columns_table(f"What one pass gives back, {name}, n {n}", ONE_PASS_COLUMNS)
+    cramming = columns_table(f"Cramming from the encoder and from noise, n {n}", CRAMMED_COLUMNS)
     for row in comparison.rows:
         one_pass.add_row(
             str(row.tokens),

@@ -17,17 +17,13 @@ CHAIN_COLUMNS = (
 
 def print_segments(name: str, comparison: SegmentComparison) -> None:
     """Two tables: the longest chain by lag, and what is left of each chain."""
-    from rich.table import Table
-
-    from memvec.cli.display import out
+    from memvec.cli.display import columns_table, out
 
     n, T, K = comparison.documents, comparison.segment, comparison.vectors
     longest = comparison.chains[-1].segments
     alone = _exact(comparison.alone, T)
     title = f"After {longest} segments of {T} tokens in {K} vectors, {name}, n {n}"
-    table = Table(title=title, title_justify="left")
-    for column in LAG_COLUMNS:
-        table.add_column(column, justify="right")
+    table = columns_table(title, LAG_COLUMNS)
     for row in (row for row in comparison.lags if row.segments == longest):
         table.add_row(
             str(row.lag),
@@ -37,9 +33,7 @@ def print_segments(name: str, comparison: SegmentComparison) -> None:
             alone,
         )
     out.print(table)
-    table = Table(title=f"What {K} vectors hold, n {n}", title_justify="left")
-    for column in CHAIN_COLUMNS:
-        table.add_column(column, justify="right")
+    table = columns_table(f"What {K} vectors hold, n {n}", CHAIN_COLUMNS)
     tokens_alone = _mean([(t if t == T else 0) / K for t in comparison.alone])
     for chain in comparison.chains:
         table.add_row(

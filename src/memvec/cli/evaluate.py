@@ -14,6 +14,7 @@ import typer
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, recipe_of, reporting_interrupt
 from memvec.errors import MemvecError, printable
+from memvec.writing import pretty_json
 
 if TYPE_CHECKING:
     from memvec.cram_job import CramStatus
@@ -111,14 +112,14 @@ def evaluate(
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[CramStatus], None]]:
     """The progress of cramming, from the moment that it begins: other columns have none."""
-    from memvec.cli import display
+    from memvec.cli.progress import cram_progress
 
     with contextlib.ExitStack() as stack:
         bars: list[Callable[[CramStatus], None]] = []
 
         def show(status: CramStatus) -> None:
             if not bars:
-                bars.append(stack.enter_context(display.progress(f"contexts with {name}")))
+                bars.append(stack.enter_context(cram_progress(f"contexts with {name}")))
             bars[0](status)
 
         yield show
@@ -141,10 +142,9 @@ def _rescored(folder: Path, json: bool) -> None:
 
 
 def _show(figures: Sequence[Figure], json: bool) -> None:
-    from memvec.cli import display
 
     if json:
-        typer.echo(display.to_json([figure.model_dump() for figure in figures]))
+        typer.echo(pretty_json([figure.model_dump() for figure in figures]))
     else:
         typer.echo("\n".join(_lines(figures)))
 

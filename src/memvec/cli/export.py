@@ -11,6 +11,7 @@ from memvec.cli import options
 from memvec.cli.common import ModelChoice, open_file
 from memvec.cli.expected import number_of
 from memvec.registry import BUILT_IN
+from memvec.writing import pretty_json
 
 EXAMPLES = options.examples(
     "memvec export letter.mem --to transformers",
@@ -60,7 +61,7 @@ def export(
     write = exporting.export_context if context else exporting.export
     manifest = write(lm, mem, target, folder, force=force)
     if json:
-        typer.echo(display.to_json({"folder": str(folder), **manifest}))
+        typer.echo(pretty_json({"folder": str(folder), **manifest}))
     elif context:
         use = manifest["use"]  # the vectors of several passages are read in a row
         kept = (use["in_a_row"] or use["held_out"])["contexts"]["vectors"]["kept"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from memvec.cli import options
+from memvec.writing import pretty_json
 
 EXAMPLES = options.examples("memvec inspect letter.mem", "memvec inspect letter.mem --json")
 
@@ -17,7 +18,7 @@ def inspect(file: options.VectorFile, json: options.Json = False) -> None:
 
     mem = MemVectors.load(file)
     if json:
-        typer.echo(display.to_json({**mem.summary(), **mem.header.model_dump(mode="json")}))
+        typer.echo(pretty_json({**mem.summary(), **mem.header.model_dump(mode="json")}))
     else:
         display.inspect(mem, file)
         if (use := stored_use(mem, file)) is not None:

@@ -11,6 +11,7 @@ from memvec.cli import options
 from memvec.cli.common import ModelChoice, check_seed, recipe_of, renamed_seats
 from memvec.cli.expected import duration, number_of
 from memvec.errors import MemvecError, check_minimum
+from memvec.writing import pretty_json
 
 if TYPE_CHECKING:
     from memvec.lab.plan import Plan
@@ -52,14 +53,14 @@ def plan(
     check_seed(seed)
     choice = ModelChoice.of(model, revision, device, dtype, load)
 
-    from memvec.cli import display
+    from memvec.cli.progress import cram_progress
     from memvec.lab.plan import plan as plan_document
     from memvec.passages.documents import peek, read_document
 
     peek(file, max_bytes)
     lm = choice.load()
     document = read_document(lm, file, encoding=encoding, largest=max_bytes)
-    with display.progress(f"a sample of {file} with {lm.name}") as show:
+    with cram_progress(f"a sample of {file} with {lm.name}") as show:
         planned = plan_document(
             lm,
             document,
@@ -73,7 +74,7 @@ def plan(
             on_status=show,
         )
     if json:
-        typer.echo(display.to_json({"file": file, "model": lm.name, **planned.record()}))
+        typer.echo(pretty_json({"file": file, "model": lm.name, **planned.record()}))
     else:
         _print_plan(planned, file, storage.value)
 

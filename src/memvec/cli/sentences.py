@@ -11,7 +11,6 @@ import typer
 
 from memvec.cli import options
 from memvec.cli.common import check_seed, check_target
-from memvec.cli.encoder import REPORT_EVERY
 from memvec.cli.training_text import Column, Texts, Where, checkpointed, texts_of, was_trained
 from memvec.errors import MemvecError
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from memvec.lab.sentences.inspect import Shown
     from memvec.lab.sentences.plan import LatentPlan
     from memvec.lab.sentences.training import LatentProgress
+    from memvec.lab.sources.text_readers import NamedText
+    from memvec.model.lm import FrozenLM
 
 lab = typer.Typer(
     name="lab",
@@ -81,25 +82,18 @@ def train(
     """
     from memvec.lab.sentences.plan import LatentPlan
 
-    plan = LatentPlan(
-        steps=steps,
-        vectors=vectors,
-        max_tokens=max_tokens,
-        window=window,
-        batch=batch,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        loss=loss,
-        lr=lr,
-        sentences=sentences,
-        seed=seed,
-    )
+    sizes = {"vectors": vectors, "max_tokens": max_tokens, "window": window, "batch": batch}
+    sizes |= {"hidden": hidden, "layers": layers, "heads": heads, "sentences": sentences}
+    plan = LatentPlan(steps=steps, **sizes, loss=loss, lr=lr, seed=seed)
     check_seed(seed)
     check_target(out, force)
     if out.exists() and not was_trained(out, "memvec-sentences"):
         raise MemvecError(f"{out} is no earlier latent model: name another file with -o.")
-    _train(plan, out, text, (column, where), (model, device, dtype, encoder))
+
+    from memvec.loading import load_lm
+
+    lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
+    _train(lm, texts_of(text, column, where), plan, out)
 
 
 @app.command(
@@ -167,26 +161,13 @@ def _print_steps(steps: Iterable[Shown]) -> None:
         )
 
 
-def _train(
-    plan: LatentPlan,
-    out: Path,
-    text: str,
-    table: tuple[str, list[str] | None],
-    model_choice: tuple[str, str, str, Path | None],
-) -> None:
-    """Read, train, save.
-
-    `table`: column and --where; `model_choice`: model, device, dtype, encoder.
-    """
+def _train(lm: FrozenLM, texts: list[NamedText], plan: LatentPlan, out: Path) -> None:
+    """Train on texts and write the latent model."""
     from memvec.cli.display import say
     from memvec.lab.sentences.cutting import cut_sentences, need_two, share_cut
     from memvec.lab.sentences.files import save_latent_model
     from memvec.lab.sentences.training import LatentTraining, of_each
-    from memvec.loading import load_lm
 
-    model, device, dtype, encoder = model_choice
-    lm = load_lm(model, device=device, dtype=dtype, encoder=encoder)
-    texts = texts_of(text, *table)
     share = of_each(plan.sentences, len(texts))
     documents = [cut_sentences(lm, content, plan.max_tokens, share) for _, content in texts]
     if len(documents) == 1:
@@ -207,16 +188,13 @@ def _train(
 
 def _encoding_lines() -> Callable[[int], None]:
     """Prints a line every ten seconds while sentences are encoded."""
-    import time
-
     from memvec.cli.display import say
+    from memvec.cli.progress import timer
 
-    last = time.monotonic()
+    due = timer()
 
     def show(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= REPORT_EVERY:
-            last = time.monotonic()
+        if due():
             say(f"{done} sentences encoded")
 
     return show
@@ -225,14 +203,13 @@ def _encoding_lines() -> Callable[[int], None]:
 def _progress_lines() -> Callable[[LatentProgress], None]:
     """Prints a line every ten seconds, and one for each check of held-out sentences."""
     from memvec.cli.display import say
+    from memvec.cli.progress import timer
 
-    last = 0.0
+    due = timer()
 
     def show(now: LatentProgress) -> None:
-        nonlocal last
-        if now.seconds - last < REPORT_EVERY and now.held_out is None:
+        if not due() and now.held_out is None:
             return
-        last = now.seconds
         left = now.seconds / now.step * (now.steps - now.step)
         bits = "" if now.bits != now.bits else f"{now.bits:.2f} bits per token, "
         which = "of training text (none is held out)" if now.of_training else "held out"

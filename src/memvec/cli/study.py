@@ -150,7 +150,7 @@ def _run(
 ) -> None:
     """Run `spec`, whose files are relative to `base`, into `folder`, which keeps `kept` of it."""
     from memvec.cli.display import say
-    from memvec.cli.study_progress import study_progress
+    from memvec.cli.progress import study_progress
     from memvec.lab.study.run import run_study
 
     sentence = f"What is finished is in {folder}; the same command goes on from there."

@@ -19,14 +19,11 @@ MAX_SENTENCES = 20  # disagreements that `check` lists
 
 def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) -> None:
     """The table of `study validate`: hours and memory of each model; then what prevents a run."""
-    from rich.table import Table
-
-    from memvec.cli.display import out, safe
+    from memvec.cli.display import columns_table, out, safe
     from memvec.lab.study.price import CPU_FLOPS, GPU_FLOPS
 
-    table = Table(title=safe(title), title_justify="left")
-    for column in ("model", "cells", "passages", "GPU-hours", "CPU-hours", "memory"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = ("model", "cells", "passages", "GPU-hours", "CPU-hours", "memory")
+    table = columns_table(title, columns, left="model")
     for p in prices:
         gpu, cpu, memory = (
             "?" if v is None else f"{v:,.2f}" for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,14 +141,13 @@ def _line_of_a_batch(batch: BatchReport) -> None:
 
 def _lines_within_a_batch(batches: int) -> Callable[[int, Progress, int], None]:
     """Prints a line every ten seconds. After a batch's steps comes one that only measures."""
-    from memvec.cli.display import PLAIN_EVERY, say
+    from memvec.cli.display import say
+    from memvec.cli.progress import timer
 
-    last_line = time.monotonic()
+    due = timer()
 
     def show(number: int, now: Progress, steps: int) -> None:
-        nonlocal last_line
-        if time.monotonic() - last_line >= PLAIN_EVERY:
-            last_line = time.monotonic()
+        if due():
             say(
                 f"batch {number} of {batches}, step {min(now.steps, steps)} of {steps}: horizon "
                 f"{now.horizon:.0f} tokens"

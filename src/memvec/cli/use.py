@@ -11,6 +11,7 @@ import typer
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, check_seed, open_file
 from memvec.errors import MemvecError, check_minimum
+from memvec.writing import pretty_json
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -80,7 +81,7 @@ def use(
     check_seed(seed)
     settings = _settings(max_new_tokens, sample or seed is not None, temperature, top_p)
     choice = ModelChoice.of(model, revision, device, dtype, load)
-    settings["force"] = force
+    settings |= {"force": force, "passages": passage}
     prompt_text = _text(prompt)
     first, lm = open_file(files[0], choice)
     mems = [first, *(MemVectors.load(file) for file in files[1:])]
@@ -89,9 +90,9 @@ def use(
     if passage and len(mems) > 1:
         raise MemvecError("--passage picks from one file: name a single FILE with it.")
     if json or compare:
-        _show_all(lm, mems, prompt_text, passage, seed, settings, json)
+        _show_all(lm, mems, prompt_text, seed, settings, json)
     else:
-        _stream(lm, mems, prompt_text, passage, seed, settings)
+        _stream(lm, mems, prompt_text, seed, settings)
 
 
 def _settings(
@@ -131,7 +132,6 @@ def _stream(
     lm: FrozenLM,
     mems: list[MemVectors],
     prompt: str,
-    passages: list[int] | None,
     seed: int | None,
     settings: dict[str, Any],
 ) -> None:
@@ -142,20 +142,18 @@ def _stream(
 
     _seed(seed)
     streamer = TextStreamer(lm.tokenizer, skip_special_tokens=True)
-    write(lm, mems, prompt, passages=passages, streamer=streamer, **settings)
+    write(lm, mems, prompt, streamer=streamer, **settings)
 
 
 def _show_all(
     lm: FrozenLM,
     mems: list[MemVectors],
     prompt: str,
-    passages: list[int] | None,
     seed: int | None,
     settings: dict[str, Any],
     json: bool,
 ) -> None:
     """Print the answers after the vectors, the text and nothing, one below the other."""
-    from memvec.cli import display
     from memvec.cli.use_tables import show_answers
     from memvec.usable import generate
 
@@ -163,10 +161,8 @@ def _show_all(
     answers: dict[str, str] = {}
     for context in contexts:
         _seed(seed)
-        answers[context] = generate.use(
-            lm, mems, prompt, passages=passages, context=context, **settings
-        )
+        answers[context] = generate.use(lm, mems, prompt, context=context, **settings)
     if json:
-        typer.echo(display.to_json({"prompt": prompt, **answers}))
+        typer.echo(pretty_json({"prompt": prompt, **answers}))
     else:
         show_answers(answers)

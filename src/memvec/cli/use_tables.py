@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from rich.table import Table
 
-from memvec.cli.display import facts_table, out, safe
+from memvec.cli.display import columns_table, facts_table, out, safe
 from memvec.errors import MemvecError
 
 if TYPE_CHECKING:
@@ -47,13 +46,12 @@ def show_use(use: Mapping[str, Any]) -> None:
         measured = use.get(key)
         if not measured:
             continue
-        table = Table(
-            title=f"{where}: {words} (n {measured['passages']}, {measured['queries']} x "
-            f"{measured['tokens']} tokens, {K} vectors for each passage)",
-            title_justify="left",
+        title = (
+            f"{where}: {words} (n {measured['passages']}, {measured['queries']} x "
+            f"{measured['tokens']} tokens, {K} vectors for each passage)"
         )
-        for column in ("context", "KL to the text, nats a token", "share of the gain kept"):
-            table.add_column(column, justify="left" if column == "context" else "right")
+        columns = ("context", "KL to the text, nats a token", "share of the gain kept")
+        table = columns_table(title, columns, left="context")
         for name, c in measured["contexts"].items():
             kl = _with_interval(c["kl"], c["kl_interval"], 3)
             some = f" (n {c['passages']})" if c.get("passages") else ""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from memvec.cli import options
 from memvec.cli.common import ModelChoice, open_file
-
-if TYPE_CHECKING:
-    from memvec.model.lm import FrozenLM
-    from memvec.vectors import MemVectors
+from memvec.errors import MemvecError
+from memvec.writing import pretty_json
 
 EXAMPLES = options.examples(
     "memvec verify letter.mem",
@@ -62,7 +60,7 @@ def verify(
     from memvec.certificate import certificate_of
     from memvec.cli import display
     from memvec.cli.use_tables import show_use
-    from memvec.usable.certificate import check_usable
+    from memvec.usable.certificate import certify_use, check_usable
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     if use:
@@ -72,17 +70,22 @@ def verify(
         decoded = mem.decode_passages(lm, force=force)
         certificate, exact = certificate_of(lm, mem, decoded)
     else:
-        version, decoded = _in_engine(engine, engine_python, engine_model, lm, mem)
+        from memvec.engines import decode_with
+
+        python = engine_python or sys.executable
+        version, decoded = decode_with(engine, lm, mem, model=engine_model, python=python)
         certificate, exact = certificate_of(lm, mem, decoded)
         # What else a certificate says is of the decoder here, which did not run.
         names = ("exact", "passages", "exact_passages", "decoded_in", "date")
         certificate = {"decoded_by": version, **{name: certificate[name] for name in names}}
     if certificate["exact"]:
         mem.restored(lm, decoded)  # the bytes too, not only the tokens
-    measured = _use_of(lm, mem, decoded) if use and certificate["exact"] else None
+    measured = None
+    if use and certificate["exact"]:
+        measured = certify_use(lm, mem, decoded).model_dump()
     if json:
         of_use = {} if measured is None else {"use": measured}
-        typer.echo(display.to_json({**certificate, "each": exact, **of_use}))
+        typer.echo(pretty_json({**certificate, "each": exact, **of_use}))
     else:
         display.certificate(mem, certificate, exact)
         if measured is not None:
@@ -91,26 +94,8 @@ def verify(
         raise typer.Exit(3)
 
 
-def _use_of(lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]) -> dict[str, Any]:
-    """The certificate of use. Raises MemvecError for vectors without a trigger."""
-    from memvec.usable.certificate import certify_use
-
-    return certify_use(lm, mem, decoded).model_dump()
-
-
 def _refuse_alone(python: Path | None, model: Path | None) -> None:
     """Raise MemvecError for options of an engine where there is none."""
-    from memvec.errors import MemvecError
-
     for given, option in ((python, "--engine-python"), (model, "--engine-model")):
         if given is not None:
             raise MemvecError(f"{option} is for an engine: name one with --engine.")
-
-
-def _in_engine(
-    engine: str, python: Path | None, model: Path | None, lm: FrozenLM, mem: MemVectors
-) -> tuple[str, list[list[int]]]:
-    """(engine and release, token ids of every passage). Raises MemvecError as `decode_with`."""
-    from memvec.engines import decode_with
-
-    return decode_with(engine, lm, mem, model=model, python=python or sys.executable)
