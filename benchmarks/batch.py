@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from common import arguments, median_and_spread, report, run
+from common import arguments, report, run
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import median_and_spread
 from texts import passages_of
 
 

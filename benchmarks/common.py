@@ -22,25 +22,7 @@ from rich.table import Table
 
 from memvec.errors import MemvecError
 from memvec.machine import environment
-from memvec.statistics import (
-    bootstrap_mean,
-    median_and_spread,
-    ratio_of_means,
-    ratio_of_separate_means,
-)
-
-__all__ = [
-    "arguments",
-    "clock",
-    "interleaved",
-    "median_and_spread",
-    "ratio_of_means",
-    "ratio_of_separate_means",
-    "report",
-    "run",
-    "save_figure",
-    "summary",
-]
+from memvec.statistics import bootstrap_mean, median_and_spread
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -76,7 +58,7 @@ def clock() -> float:
 
 
 def interleaved(
-    works: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1
+    works: dict[str, Callable[[], Any]], rounds: int, warmup: int
 ) -> dict[str, list[float]]:
     """Seconds of each function in each round; they take turns, so that drift affects all alike."""
     for _ in range(warmup):
@@ -107,6 +89,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
         "p10": tenth,
         "p90": ninetieth,
     }
+
+
+def with_ends(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
+    """An estimate and the ends of its interval, by the names of a RESULT line."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
 def save_figure(path: Path, draw: Callable[[Any], None], panels: int) -> None:

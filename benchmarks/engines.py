@@ -40,7 +40,7 @@ from engines_models import (
     plain_prompts,
 )
 from engines_page import is_exact, page
-from memvec.decoding import decode_ids
+from memvec.decoding import decode_ids, first_error
 from memvec.engines.folder import model_alone
 from memvec.engines.request import write_request
 from memvec.engines.run import Answer, answer_in, refuse_model
@@ -245,7 +245,7 @@ def difference(lm: FrozenLM, group: Group, at: int, row: list[int]) -> str:
     parts = [prompt.vectors, prompt.embedded]
     inputs = torch.cat([p for p in parts if p is not None]).to(lm.dtype)[None]
     right = decode_ids(lm, inputs, [prompt.new_tokens])[0]
-    first = next((j for j, pair in enumerate(zip(row, right, strict=True)) if len({*pair}) > 1), 0)
+    first = first_error(row, right) or 0
     by = lead(lm, prompt, right[: first + 1], row[first])
     return f"passage {at}, token {first}: the right token leads by {by:.3f}"
 

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, clock, median_and_spread, report, run
+from common import arguments, clock, report, run, with_ends
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.starts import start_vectors
@@ -50,8 +50,9 @@ from memvec.decoding import decode_ids
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import median_and_spread
 from models import SHAPES, random_model
-from texts import overlapping, passages_of, random_tokens
+from texts import overlapping, passages_of
 
 # Mean exact horizon, tokens: one vector from noise, 400 and 800 steps (docs/capacity.md).
 HORIZONS = {"pocket": 91, "r256": 23}
@@ -214,7 +215,7 @@ def result_of(comparisons: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         ("ratio_hard", worst["noise"]),
         ("ratio_hard_encoder", encoder),
     ):
-        result |= dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
+        result |= with_ends(name, value)
     return result
 
 
@@ -239,12 +240,11 @@ def main() -> None:
         if horizon is None:
             parser.error(f"no horizon is known for {name}: give --horizon, in tokens")
         lm = random_model(name) if name in SHAPES else load_lm(name)
-        texts = random_tokens if lm.tokenizer is None else passages_of
         shares = options.shares or (QUICK.get(name, QUICK["pocket"]) if options.quick else SHARES)
         comparisons[name] = []
         for share in sorted(shares):
             T = max(2, round(share * horizon))
-            both, comparison = at_length(lm, texts(lm, options.passages, T), options)
+            both, comparison = at_length(lm, passages_of(lm, options.passages, T), options)
             rows += [{"model": name, "tokens": T, "share_of_horizon": share, **r} for r in both]
             comparisons[name].append(comparison)
             if not comparison["finished"]:

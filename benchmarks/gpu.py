@@ -38,28 +38,19 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, interleaved, median_and_spread, report, run
+from common import arguments, interleaved, report, run
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
+from memvec.statistics import median_and_spread
 from models import SHAPES, random_model
-from step import occupied, operations
+from step import occupied, operations, product_rate
 from texts import random_tokens
 
 # Operators that are matrix products, or made of them; all others are what `outside` counts.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "attention", "convolution")
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of the square products that set the peak
-
-
-def peak_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
-    """Operations a second of the best square product."""
-    best = 0.0
-    for n in SIDES[device.type]:
-        a = torch.randn(n, n, device=device).to(dtype)
-        seconds = interleaved({"product": lambda a=a: a @ a}, rounds, warmup=2)["product"]
-        best = max(best, 2 * n**3 / min(seconds))
-    return best
 
 
 def step_operations(lm: FrozenLM, slots: int, T: int) -> float:
@@ -197,7 +188,10 @@ def main() -> None:
     for shape in shapes:
         lm = model_of(shape)
         dtype = occupied(lm, 1, 2, compute="auto").module.rounding
-        rate = rates.setdefault(dtype, peak_rate(lm.device, dtype))
+        if dtype not in rates:
+            sides = SIDES[lm.device.type]
+            rates[dtype] = max(product_rate(lm.device, dtype, n) for n in sides)
+        rate = rates[dtype]
         for n in slots:
             for T in tokens:
                 if why := left_out(lm, n, T, 0.5 * rate * options.longest):
@@ -206,7 +200,9 @@ def main() -> None:
                 rows.append(cell(lm, n, T, rounds, rate, options.graphs))
                 done = f"{lm.name}, {n} slots, {T} tokens: {rows[-1]['ms']:.0f} ms a step"
                 print(done, file=sys.stderr)
-        for graphs in [False, True][: options.graphs + 1] if options.crammed else []:
+        for graphs in (False, True) if options.graphs else (False,):
+            if not options.crammed:
+                continue
             rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed, graphs)
             print(
                 f"{lm.name}{', graphs' * graphs}: {rate_exact:.1f} exact passages a minute of "

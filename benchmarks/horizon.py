@@ -48,13 +48,14 @@ from pathlib import Path
 from typing import Any
 
 from at_costs import fixed, growing
-from common import arguments, ratio_of_means, report, run, save_figure, summary
+from common import arguments, report, run, save_figure, summary, with_ends
 from memvec.cli.common import recipe_of
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.large import layers_of
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import ratio_of_means
 from models import random_model
 from texts import passages_of, random_tokens, random_words
 
@@ -222,8 +223,7 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
         at = [row for row in counted if row[name] is not None]
         if at:
             worst = min(at, key=lambda row: float(row[name].value))
-            ratio, low, high = worst[name]
-            result |= {name: ratio, f"{name}_low": low, f"{name}_high": high}
+            result |= with_ends(name, worst[name])
             result[f"{name}_budget"] = worst["budget"]
     apart = [row["noise"]["low"] > row["published"]["high"] for row in counted]
     return result | {"apart": float(all(apart))}

@@ -22,7 +22,7 @@ from memvec.loading import load_lm
 from memvec.model.caching import cached_logits
 from memvec.model.lm import FrozenLM
 from models import SHAPES, random_model
-from texts import passages_of, random_tokens
+from texts import passages_of
 
 
 @torch.no_grad()
@@ -60,10 +60,9 @@ def main() -> None:
         return load_lm(options.model, dtype=dtype)
 
     lm = loaded("float32")
-    texts = random_tokens if lm.tokenizer is None else passages_of
     recipe = Recipe.of("default", margin=0.0, steps=200 if options.quick else 1000)
     engine = Engine(lm, recipe, batch_size=32)
-    done = [o for o in engine.run(texts(lm, n, options.tokens)) if o.exact]
+    done = [o for o in engine.run(passages_of(lm, n, options.tokens)) if o.exact]
     if not done:
         parser.error(f"no passage of {options.tokens} tokens became exact: fewer --tokens")
     vectors = torch.stack([o.vectors for o in done])

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, clock, ratio_of_means, report, run, summary
+from common import arguments, clock, report, run, summary, with_ends
 from exact import Trial, per_minute, ratio_of_rates
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
@@ -44,9 +44,10 @@ from memvec.decoding import decode_ids, first_error
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import ratio_of_means
 from models import SHAPES, random_model
 from peers_programs import Answer, by_progressive, by_seed
-from texts import overlapping, passages_of, random_tokens
+from texts import overlapping, passages_of
 
 SEED_RATES = (0.01, 0.1, 0.5)
 PROGRESSIVE_RATES = (0.1, 0.5)  # those of its publication
@@ -199,7 +200,7 @@ def result_of(fixed: list[Row], long: list[Row]) -> dict[str, float]:
         seconds = [sum(t.seconds for t in row.trials) for row in (best, long[0])]
         result["time_horizon"] = seconds[0] / seconds[1]
     for name, value in ratios.items():
-        result |= dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
+        result |= with_ends(name, value)
     return result
 
 
@@ -221,10 +222,9 @@ def main() -> None:
     if options.quick:
         options.passages, options.tokens, options.long, options.steps = 2, 8, 16, 60
     lm = random_model(options.shape) if options.shape else load_lm(options.model, dtype="float32")
-    texts = random_tokens if lm.tokenizer is None else passages_of
     both = []
     for measure, T in ((at_fixed_length, options.tokens), (at_horizon, options.long)):
-        selected = texts(lm, options.passages, T)
+        selected = passages_of(lm, options.passages, T)
         passages = [Passage(p.ids, i, p.offset) for i, p in enumerate(selected)]
         list(Engine(lm, Recipe(steps=2), batch_size=len(passages)).run(passages))  # first-use costs
         both.append((measure(lm, passages, options), passages))

@@ -16,12 +16,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import arguments, ratio_of_means, report, run
+from common import arguments, report, run, with_ends
 from memvec.cli.common import recipe_of
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
+from memvec.statistics import ratio_of_means
 from models import SHAPES, random_model
-from texts import overlapping, passages_of, random_tokens
+from texts import overlapping, passages_of
 from usable import crammed
 
 
@@ -48,10 +49,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     result: dict[str, float] = {}
     for T in sorted(options.tokens):
-        if lm.tokenizer is None:
-            texts = random_tokens(lm, options.passages, T)
-        else:
-            texts = passages_of(lm, options.passages, T, corpus=options.corpus)
+        texts = passages_of(lm, options.passages, T, corpus=options.corpus)
         passages = [Passage(text.ids, i) for i, text in enumerate(texts)]
         by_document = [
             crammed(lm, passages, r, options.vectors, len(passages)) for r in recipes.values()
@@ -76,7 +74,7 @@ def main() -> None:
             )
         rows[-1] |= {"ratio": ratio, "low": low, "high": high}
         rows[-2] |= {"ratio": 1.0, "low": 1.0, "high": 1.0}
-        result = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+        result = with_ends("ratio", (ratio, low, high))
         result["exact"] = min(exact) / len(passages)
     report("recipes", rows, options, **result)
 

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from common import arguments, interleaved, median_and_spread, report, run
+from common import arguments, interleaved, report, run
 from memory import peak_memory
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import median_and_spread
 from models import SHAPES, random_model
 
 WIDE = {"hidden_size": 256, "intermediate_size": 704}  # the tiny Llama of the sweep, widened
@@ -90,10 +91,10 @@ def waiting(lm: FrozenLM, n: int, batch_size: int = 16, T: int = 32) -> int:
     return peak_memory(work)
 
 
-def product_rate(lm: FrozenLM, n: int, rounds: int = 5) -> float:
-    """Operations per second of the best n × n matrix product in the model's dtype."""
-    a = torch.randn(n, n, device=lm.device).to(lm.dtype)
-    seconds = interleaved({"product": lambda: a @ a}, rounds, warmup=2)["product"]
+def product_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
+    """Operations per second of the best n × n matrix product."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    seconds = interleaved({"product": lambda: a @ a}, rounds=5, warmup=2)["product"]
     return 2 * n**3 / min(seconds)
 
 
@@ -154,7 +155,7 @@ def main() -> None:
     shapes = [(16, 32), (16, 64)]
     if not quick:
         shapes = [(1, 32), (4, 32), *shapes, (16, 128), (32, 64)]
-    rate = product_rate(lm, 1024 if lm.device.type == "cpu" else 8192)
+    rate = product_rate(lm.device, lm.dtype, 1024 if lm.device.type == "cpu" else 8192)
     rows: list[dict[str, Any]] = []
     overheads = []
     for batch_size, T in shapes:

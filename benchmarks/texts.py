@@ -29,8 +29,11 @@ def passages_of(
     The text is this project's own prose, which no model was trained on, or the held-out texts of a
     corpus as recipes/corpus.py has it: a parquet file with columns `text` and `split`. Passages
     share no token, but where the prose is too short for that: then stderr says how many do, and
-    `overlapping` counts them. A draw depends on n, T and seed only.
+    `overlapping` counts them. A draw depends on n, T and seed only. For a model without a tokenizer
+    the passages are random tokens.
     """
+    if lm.tokenizer is None:
+        return random_tokens(lm, n, T, seed)
     draw = random.Random(seed)
     if corpus is not None:
         pieces = _of_corpus(lm, n, T, draw, corpus)
@@ -154,16 +157,13 @@ def _excerpt(text: str, draw: random.Random, least: int = EXCERPT) -> tuple[int,
     return at, text[at : at + EXCERPT]
 
 
-def random_words(
-    lm: FrozenLM, n: int, T: int, seed: int = 0, words: Path | None = None
-) -> list[Passage]:
+def random_words(lm: FrozenLM, n: int, T: int, words: Path | None = None) -> list[Passage]:
     """n passages of T tokens of words drawn evenly from the 100 000 most frequent.
 
     `words` is a file of them, one a line: the same list as a file gives the same passages.
     """
     drawn = frequent_words() if words is None else read_words(str(words))
-    sourced = random_word_passages(lm, drawn, n, T, seed=seed)
-    return [item.passage for item in sourced]
+    return [item.passage for item in random_word_passages(lm, drawn, n, T, seed=0)]
 
 
 def random_tokens(lm: FrozenLM, n: int, T: int, seed: int = 0) -> list[Passage]:

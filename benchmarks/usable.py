@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, report, run, save_figure
+from common import arguments, report, run, save_figure, with_ends
 from memvec.cli.common import recipe_of
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine
@@ -62,7 +62,7 @@ from memvec.usable.contexts import (
 from memvec.usable.recipe_files import named_files
 from memvec.writing import write_atomically
 from models import SHAPES, random_model
-from texts import passages_of, random_tokens
+from texts import passages_of
 
 CONTINUATION = 48  # tokens after each passage
 EXACT_FROM_NOISE = Recipe(start="noise", start_rule="bos")
@@ -198,8 +198,8 @@ def setting(
         / from_noise,
     }
     if rival is not None:
-        result["over_truncation"] = rival.over_vectors
-        result["over_truncation_low"], result["over_truncation_high"] = rival.over_vectors_interval
+        over = (rival.over_vectors, *rival.over_vectors_interval)
+        result |= with_ends("over_truncation", over)
     return rows, result
 
 
@@ -284,10 +284,7 @@ def main() -> None:
     first: dict[str, float] = {}
     for T in options.tokens:
         length = T * options.in_a_row + CONTINUATION
-        if lm.tokenizer is None:
-            texts = random_tokens(lm, options.passages, length)
-        else:
-            texts = passages_of(lm, options.passages, length, corpus=options.corpus)
+        texts = passages_of(lm, options.passages, length, corpus=options.corpus)
         for K in options.vectors:
             more, result = setting(lm, texts[options.skip :], T, K, options)
             rows += more

@@ -18,15 +18,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from common import arguments, ratio_of_separate_means, report, run, save_figure, summary
+from common import arguments, report, run, save_figure, summary, with_ends
 from memvec.cli.common import recipe_of
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.statistics import ratio_of_separate_means
 from models import SHAPES, random_model
-from texts import overlapping, passages_of, random_tokens
+from texts import overlapping, passages_of
 
 FOREVER = 10**6
 
@@ -83,10 +84,9 @@ def main() -> None:
         print(f"{K} vectors with {options.tokens} tokens each do not fit {context} positions")
     if not fitting:
         parser.error("nothing fits the model's context: fewer --tokens")
-    texts = random_tokens if lm.tokenizer is None else passages_of
     for K in fitting:
         T = options.tokens * K
-        passages = texts(lm, options.passages, T)
+        passages = passages_of(lm, options.passages, T)
         for until, recipe in ways.items():
             per_vector[until, K] = horizons(lm, recipe, K, passages, options)
             rows.append(
@@ -104,9 +104,7 @@ def main() -> None:
     result: dict[str, float] = {}
     for until, name in zip(ways, ("per_vector_steps", "per_vector"), strict=True):
         at_largest, at_smallest = per_vector[until, max(fitting)], per_vector[until, min(fitting)]
-        result[name], result[f"{name}_low"], result[f"{name}_high"] = ratio_of_separate_means(
-            at_largest, at_smallest
-        )
+        result |= with_ends(name, ratio_of_separate_means(at_largest, at_smallest))
     if options.quick:
         print(f"--quick: {lm.name}, {max(fitting)} vectors at most, {options.steps} steps")
     report("vectors", rows, options, **result)

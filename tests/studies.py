@@ -114,7 +114,7 @@ def run(spec: Spec, base: Path, out: Path, text: str = "") -> StudyStatus:
     return run_study(spec, out, maker, base=base, toml=text)
 
 
-def maker(model: ModelSpec) -> Here:
+def maker(model: ModelSpec) -> LocalPool:
     """The tiny model under whatever name."""
     return LocalPool(reader())
 

@@ -212,7 +212,8 @@ def test_the_papers_horizon_is_paid_for_by_its_search():
 
 
 def test_ratios_and_intervals():
-    from common import ratio_of_means, ratio_of_separate_means, summary
+    from common import summary
+    from memvec.statistics import ratio_of_means, ratio_of_separate_means
 
     ours, theirs = [4.0, 6.0, 5.0, 5.0], [2.0, 3.0, 2.5, 2.5]
     assert ratio_of_means(ours, theirs) == pytest.approx((2, 2, 2))  # passage by passage
