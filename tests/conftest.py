@@ -102,6 +102,15 @@ UNLIMITED = {k: v for k, v in MODEL.items() if k != "max_position_embeddings"}
 GROUPED = MODEL | {"num_key_value_heads": 2, "head_dim": 8}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 SLIDING = {"sliding_window": 5}  # shorter than what is decoded
+EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+}
 
 # family -> (configuration class, its options)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -203,6 +212,7 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": (
         "DeepseekV3Config",
         UNLIMITED
+        | EXPERTS
         | {
             "max_position_embeddings": 128,
             "num_key_value_heads": 4,
@@ -211,13 +221,6 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_nope_head_dim": 8,
             "qk_rope_head_dim": 8,
             "v_head_dim": 8,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "moe_intermediate_size": 24,
         },
     ),
     "gpt-oss": (
@@ -236,16 +239,7 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3Config", GROUPED | SLIDING),
     "glm4-moe": (
         "Glm4MoeConfig",
-        GROUPED
-        | {
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "moe_intermediate_size": 24,
-        },
+        GROUPED | EXPERTS,
     ),
     "bitnet": ("BitNetConfig", GROUPED),
     "hunyuan": ("HunYuanDenseV1Config", GROUPED),
@@ -414,11 +408,10 @@ def byte_tokenizer(merges: int = 42) -> transformers.PreTrainedTokenizerFast:
 
 
 @functools.cache
-def word_tokenizer(lowercase: bool = True) -> transformers.PreTrainedTokenizerFast:
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Words only: lowers the case, drops white space, has no token for what it does not know."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    if lowercase:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(special_tokens=["[UNK]", *SPECIAL], show_progress=False)
     tokenizer.train_from_iterator([TRAINED_ON], trainer)

@@ -211,8 +211,8 @@ def test_a_rest_that_does_not_fit_the_passage_before_it_takes_tokens_of_it():
     assert [len(p) for p in Cutter(tiny(), tokens=10).cut(random_ids(21), min_tokens=2)] == [10, 11]
 
 
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
+def random_ids(n: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(2, 24, (n,), generator=generator).tolist()
 
 

@@ -68,23 +68,23 @@ def with_encoder(lm, seed: int = 0):
     return view
 
 
-def untrained(lm, window: int = 4, seed: int = 0) -> LatentModel:
-    torch.manual_seed(seed)
+def untrained(lm, window: int = 4) -> LatentModel:
+    torch.manual_seed(0)
     network = LatentNetwork(K * lm.width, **SHAPE).eval().requires_grad_(False)
     network.scaled(torch.randn(20, K * lm.width))
     return LatentModel(network, K, LIMIT, window, {})
 
 
-def latents_of(lm, B: int, S: int, seed: int = 1):
-    generator = torch.Generator().manual_seed(seed)
+def latents_of(lm, B: int, S: int):
+    generator = torch.Generator().manual_seed(1)
     return torch.randn(B, S, K, lm.width, generator=generator)
 
 
-def ids_of(count: int, seed: int = 0, vocabulary: int = 24) -> list[tuple[int, ...]]:
+def ids_of(count: int, seed: int = 0) -> list[tuple[int, ...]]:
     """Random sentences of 1 to 6 tokens."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 7, (count,), generator=generator).tolist()
-    return [tuple(torch.randint(2, vocabulary, (n,), generator=generator).tolist()) for n in sizes]
+    return [tuple(torch.randint(2, 24, (n,), generator=generator).tolist()) for n in sizes]
 
 
 # ---------------------------------------------------------------------- cutting

@@ -45,10 +45,11 @@ class Vectors(Protocol):
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         panels, sentences = [], []
-        exact = _by_text(data.of(self.name))
-        sweeps = [(0, [(*key, exact_scaling(rows)) for *key, rows in exact])]
-        sweeps.append((1, [(*key, published_scaling(rows)) for *key, rows in _sweeps(data)]))
-        for rule, tables in sweeps:
+        by_text = _by_text(data.of(self.name))
+        exact = [(model, source, exact_scaling(rows)) for model, source, rows in by_text]
+        paper = [(model, source, published_scaling(rows)) for model, source, rows in _sweeps(data)]
+        for rule, tables in enumerate((exact, paper)):
+            by = ("exact horizons", "the published rule")[rule]
             for measure, *labels, published_name in MEASURES:
                 series = []
                 for model, source, table in tables:
@@ -58,7 +59,6 @@ class Vectors(Protocol):
                 if series:
                     panels.append(Panel(labels[rule], "K, vectors", labels[rule], series, log=True))
             for model, source, table in tables:
-                by = "exact horizons" if rule == 0 else "the published rule"
                 sentences.append(scaling_sentence(f"{short(model)}, {source}, by {by}", table))
         caption = ["Dashed: the straight line from the smallest K.", *filter(None, sentences)]
         return [Plot("vectors", "More vectors (Figure 4)", " ".join(caption), panels)]

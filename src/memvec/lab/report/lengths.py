@@ -72,8 +72,8 @@ def _longest(series: list[Series], names: list[str]) -> str:
 def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
     """One protocol's capacity on one source: a point for each model that has one."""
     measured = rows[rows["protocol"] == protocol]
-    fewest = measured.groupby("model")["vectors"].transform("min")
-    measured = measured[measured["vectors"] == fewest]
+    smallest_K = measured.groupby("model")["vectors"].transform("min")
+    measured = measured[measured["vectors"] == smallest_K]
     points: dict[int, Capacity] = {}
     for i, model in enumerate(models):
         part = measured[measured["model"] == model]
@@ -95,8 +95,8 @@ def _capacities(rows: pd.DataFrame, protocol: str, models: list[str]) -> Series:
 def _published(models: list[str], rows: pd.DataFrame, name: str) -> list[Series]:
     """The published Max on the source of `rows`, for the K that is drawn of each model."""
     by_rule = rows[rows["protocol"] == "paper"]
-    fewest = (rows if by_rule.empty else by_rule).groupby("model")["vectors"].min().to_dict()
+    smallest_K = (rows if by_rule.empty else by_rule).groupby("model")["vectors"].min().to_dict()
     source = str(rows["source"].iloc[0])
-    entries = [(i, published.table1(m, source, fewest.get(m, 1))) for i, m in enumerate(models)]
+    entries = [(i, published.table1(m, source, smallest_K.get(m, 1))) for i, m in enumerate(models)]
     known = [(float(i), float(entry["longest"])) for i, entry in entries if entry]
     return [Series(name, [i for i, _ in known], [v for _, v in known])] if known else []

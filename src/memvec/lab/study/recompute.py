@@ -202,11 +202,11 @@ def _spent(
     schedule = cell.recipe["schedule"]
     steady = schedule == "growing" and not cell.recipe["narrow_after"]
     ahead = int(cell.recipe["look_ahead"]) * cell.vectors if steady else 1
-    fewest = n if schedule == "whole" else min(n, ahead)
+    min_positions = n if schedule == "whole" else min(n, ahead)
     beside = before + between
     if cell.recipe.get("term", "none") != "use":
-        return moves * (fewest + beside), moves * (n + beside)
+        return moves * (min_positions + beside), moves * (n + beside)
     query = before + int(cell.recipe["query_tokens"])
     passage_moves = -(-moves // int(cell.recipe.get("objective_every", 1)))
-    min_spent = moves * (query - front) + passage_moves * (fewest + beside - front)
+    min_spent = moves * (query - front) + passage_moves * (min_positions + beside - front)
     return min_spent, moves * (query + n + beside)
