@@ -200,9 +200,8 @@ def main() -> None:
                 rows.append(cell(lm, n, T, rounds, rate, options.graphs))
                 done = f"{lm.name}, {n} slots, {T} tokens: {rows[-1]['ms']:.0f} ms a step"
                 print(done, file=sys.stderr)
-        for graphs in (False, True) if options.graphs else (False,):
-            if not options.crammed:
-                continue
+        ways = (False, True) if options.graphs else (False,)
+        for graphs in ways if options.crammed else ():
             rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed, graphs)
             print(
                 f"{lm.name}{', graphs' * graphs}: {rate_exact:.1f} exact passages a minute of "
