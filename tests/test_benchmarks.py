@@ -106,7 +106,7 @@ def test_a_row_of_the_gpu_benchmark_has_replayed_steps_beside_the_others(monkeyp
     monkeypatch.setattr(Recorder, "made", [])
     lm = FrozenLM(build("llama"), name="tiny")
     engine, seconds = captured(lm, 2, 8)
-    assert list(engine.stepper.passed.captured) == [((2, 1, lm.width), (2, 8))]
+    assert list(engine.stepper.run_pass.captured) == [((2, 1, lm.width), (2, 8))]
     assert seconds > 0
     plain, both = cell(lm, 2, 8, 1, 1e9), cell(lm, 2, 8, 1, 1e9, graphs=True)
     assert both.keys() - plain.keys() == {"graphs ms", "graphs mfu", "times", "capture s"}

@@ -600,7 +600,7 @@ def test_a_passage_that_goes_on_takes_all_of_its_costs_along():
     finished = Job(passages(2)[0], 0.5, **costs).finished(torch.zeros(1, 4), "budget")
     assert {name: getattr(finished, name) for name in costs} == costs
     measured = PositionScores(*torch.ones(4, 2)).measures(2, 2)
-    job = Job.again(Outcome(**vars(finished), exact=False, metrics=measured), raised=20.0)
+    job = Job.with_raised_margin(Outcome(**vars(finished), exact=False, metrics=measured), 20.0)
     assert {name: getattr(job, name) for name in costs} == costs
     assert (job.margin, job.vectors.tolist()) == (1.0, [[0.0] * 4])
 

@@ -133,7 +133,7 @@ def test_certified_vectors_decode_in_every_way(family, dtype, tmp_path):
     for name, storage in STORAGES.items():
         engine = Engine(lm, QUICK, vectors=2, batch_size=2, storage=storage)
         for outcome in crammed:
-            engine.waiting.push(Job.again(outcome))  # on, through the rounding
+            engine.waiting.push(Job.from_outcome(outcome))  # on, through the rounding
         stored = [outcome for outcome in engine.run() if outcome.exact]
         assert stored, f"rounding to {name} may cost one of them, not more"
         as_mem(lm, stored, "vectors", name).save(tmp_path / "a.mem", force=True)

@@ -39,13 +39,13 @@ def recorded(monkeypatch):
 
 def watched(engine):
     """How often each shape is computed, while it goes on."""
-    shapes, passed = Counter(), engine.stepper.passed
+    shapes, passed = Counter(), engine.stepper.run_pass
 
     def counting(vectors, ids, temperature):
         shapes[vectors.shape, ids.shape] += 1
         return passed(vectors, ids, temperature)
 
-    engine.stepper.passed = counting
+    engine.stepper.run_pass = counting
     return shapes
 
 
@@ -91,7 +91,7 @@ def test_rounded_shapes_are_few_and_replayed_as_they_are_computed(poll):
     recipe = replace(ENDLESS, look_ahead=6, margin=0.0, steps=30)
     replayed = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
     plain = Engine(lm, recipe, batch_size=3, graphs=True, poll=poll)
-    plain.stepper.passed = plain.stepper.forward  # the same shapes, nothing captured
+    plain.stepper.run_pass = plain.stepper.forward  # the same shapes, nothing captured
     shapes = watched(replayed)
     assert outcomes(replayed, asked) == outcomes(plain, asked)
     assert {vectors[0] for vectors, _ in shapes} <= {1, 2, 3}
@@ -137,10 +137,10 @@ def test_an_output_that_is_kept_is_seen_to_be_overwritten():
     one = Engine(lm, ENDLESS, graphs=True).stepper
     vectors = torch.zeros(2, 1, lm.width, requires_grad=True)
     ids, temperature = torch.ones(2, 5, dtype=torch.long), torch.ones(2)
-    one.passed(vectors, ids, temperature)
-    _, first = one.passed(vectors, ids, temperature)
+    one.run_pass(vectors, ids, temperature)
+    _, first = one.run_pass(vectors, ids, temperature)
     kept, held = first.margin.clone(), first.gradient.clone()
-    _, second = one.passed(vectors + 1, ids, temperature)
+    _, second = one.run_pass(vectors + 1, ids, temperature)
     assert torch.equal(first.margin, kept)  # small ones are copies
     assert not torch.equal(first.margin, second.margin)
     assert not torch.equal(first.gradient, held)  # large ones hold until the next call
@@ -155,9 +155,9 @@ def test_as_many_graphs_are_kept_as_fit(monkeypatch):
     lm, asked = tiny(), passages(40, 33, 21, 5, seed=5)
     recipe = replace(ENDLESS, schedule="whole")
     engine = Engine(lm, recipe, batch_size=2, graphs=True)
-    replays, shapes = engine.stepper.passed, watched(engine)
+    replays, shapes = engine.stepper.run_pass, watched(engine)
     plain = Engine(lm, recipe, batch_size=2, graphs=True)
-    plain.stepper.passed = plain.stepper.forward
+    plain.stepper.run_pass = plain.stepper.forward
     assert outcomes(engine, asked) == outcomes(plain, asked)
     assert len(shapes) > 1
     assert len(replays.captured) == 1
@@ -208,7 +208,7 @@ def test_a_capture_that_finds_no_room_halves_the_slots_and_drops_the_graphs(monk
 def test_a_certification_that_finds_no_room_goes_on_in_halves_without_the_graphs(monkeypatch):
     lm, asked, captured = tiny(), passages(5, 4, 3, 5, seed=2), []
     engine = Engine(lm, QUICK, vectors=2, batch_size=4, graphs=True)
-    replays, certify = engine.stepper.passed, engine_module.certify
+    replays, certify = engine.stepper.run_pass, engine_module.certify
 
     def narrow(lm, finished, *others):
         captured.append(len(replays.captured))
@@ -236,7 +236,7 @@ def test_a_passage_that_cannot_be_decoded_alone_is_said(monkeypatch):
 
 def test_graphs_go_with_their_engine():
     engine = Engine(tiny(), ENDLESS, graphs=True)
-    replays = weakref.ref(engine.stepper.passed)
+    replays = weakref.ref(engine.stepper.run_pass)
     assert engine.poll == 8  # a look at the batch would cost as much as a step
     assert replays() in memory.HOLDERS
     del engine
@@ -406,14 +406,14 @@ def test_cuda_graphs_give_what_the_steps_give(family, dtype):
         ids = torch.randint(lm.vocab_size, (rows, columns), generator=generator).cuda()
         temperature = (0.5 + torch.rand(rows, generator=generator)).cuda()
         figures = []
-        for passed in (one.forward, one.passed):
+        for passed in (one.forward, one.run_pass):
             with torch.enable_grad():
                 states, scores = passed(vectors, ids, temperature)
             (gradient,) = torch.autograd.grad(states, vectors, scores.gradient)
             figures.append((scores.loss, scores.margin, gradient))
         for plain, replayed in zip(*figures, strict=True):
             torch.testing.assert_close(replayed, plain, rtol=1e-2, atol=1e-3 * float(plain.norm()))
-    assert len(one.passed.captured) == 2
+    assert len(one.run_pass.captured) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -421,6 +421,6 @@ def test_passages_are_exact_with_cuda_graphs():
     lm = FrozenLM(build("llama").cuda(), name="cuda-llama")
     engine = Engine(lm, QUICK, vectors=2, batch_size=2, graphs=True)
     assert [o.exact for o in engine.run(passages(5, 3, 4, 2, seed=3))] == [True] * 4
-    assert engine.stepper.passed.captured
+    assert engine.stepper.run_pass.captured
     memory.forget_freed_memory()
-    assert not engine.stepper.passed.captured
+    assert not engine.stepper.run_pass.captured

@@ -126,7 +126,7 @@ def test_what_counts_stays_until_all_of_it_is_right(after, K):
     slow_best, target, size, idle = [0] * 5, [4 * K] * 5, [4 * K] * 5, [0] * 5
     for gained in gains:
         stale = torch.where(gained > 0, 0, stale + 1)
-        schedule.look_further(state, gained=gained, stale=stale)
+        schedule.update_look_ahead(state, gained=gained, stale=stale)
         narrowest = min(narrowest, int(state.stage.min()))
         best += gained
         for i in range(5):

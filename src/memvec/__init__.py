@@ -1,7 +1,7 @@
 """memvec crams text into a few input vectors of a frozen language model and gets it back exactly.
 
-The public catalogue; everything else is reachable by its module. Nothing heavy is imported until a
-name is used.
+This module exports the public API. Import other names from their modules. The first use of a name
+imports its module, so `import memvec` does not load torch.
 
 Letters in shapes: B slots in the batch, K [mem] vectors, T tokens of a passage, D width of an input
 vector, H width of a hidden state, V vocabulary, N inputs of a forward pass, L layers, P passages of
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # a name 'as' itself is one that this package gives on
+if TYPE_CHECKING:  # `name as name` marks a re-export for type checkers
     from memvec.certification import certify as certify
     from memvec.codec import cram as cram
     from memvec.codec import decode as decode
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # a name 'as' itself is one that this package gives on
     from memvec.usable.score import score as score
     from memvec.vectors import MemVectors as MemVectors
 
-_WHERE = {
+_MODULES = {  # name -> the module that defines it
     "load_lm": "memvec.loading",
     "FrozenLM": "memvec.model.lm",
     "cram": "memvec.codec",
@@ -54,13 +54,13 @@ _WHERE = {
     "NotExactError": "memvec.errors",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'memvec' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m memvec`."""
+"""Run the command line with `python -m memvec`."""
 
 from memvec.cli import main
 

@@ -1,4 +1,4 @@
-"""Crammed vectors and their records put together as MemVectors."""
+"""Build MemVectors from crammed vectors and their records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def passage_record(
     start_rule: StartRule,
     corrections: Sequence[tuple[int, int]] = (),
 ) -> PassageRecord:
-    """The record of a passage in a file."""
+    """The record of a passage in a file, from its result."""
     return PassageRecord(
         **result.model_dump(include=set(PassageResult.model_fields)),
         sha256=ids_hash(passage.ids),
@@ -41,10 +41,11 @@ def assembled(
     storage: Storage,
     **known: Any,
 ) -> MemVectors:
-    """The vectors of each passage with a header, not yet certified.
+    """MemVectors of the passages' `vectors`, not yet certified.
 
-    `view` is the model as it reads the vectors: its layout, space, front and trigger are recorded.
-    `known` has the other fields of the header: `documents`, `passages`, `recipe`, `start_rule`.
+    `view` is the model view that reads the vectors; the header records its layout, space, front and
+    trigger. `known` holds the other fields of the header: `documents`, `passages`, `recipe` and
+    `start_rule`.
     """
     around, soft = recorded(view)
     reading = view.reading

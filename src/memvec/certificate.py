@@ -1,4 +1,4 @@
-"""The certificate: the result of decoding all stored vectors freely, as a user does it."""
+"""The certificate: the result of decoding a whole file freely from its stored vectors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from memvec.passages.passage import Passage, ids_hash
 from memvec.results import PassageResult
 from memvec.vectors import MemVectors
 
-COSTS = {"steps", "spent", "seconds"}  # of a record: not measured again
+COSTS = {"steps", "spent", "seconds"}  # fields of a record that are not measured again
 
 
 def verify(
     lm: FrozenLM, mem: MemVectors, *, force: bool = False
 ) -> tuple[dict[str, Any], list[bool]]:
-    """Decode freely as a user does; returns the certificate and whether each passage is exact.
+    """Decode all passages freely; returns a certificate, and for each passage whether it is exact.
 
-    Hashes of tokens are compared; `memvec.decode` compares the bytes of the texts, too. Raises
-    MemvecError for vectors of other weights (unless `force`) or of another width.
+    This compares the hashes of token ids; `memvec.decode` compares those of the texts' bytes, too.
+    Raises MemvecError for vectors of other weights (unless `force`) or of another width.
     """
     check_type("mem", mem, MemVectors, "MemVectors.load")
     return certificate_of(lm, mem, mem.decode_passages(lm, force=force))
@@ -36,17 +36,17 @@ def verify(
 def certificate_of(
     lm: FrozenLM, mem: MemVectors, decoded: list[list[int]]
 ) -> tuple[dict[str, Any], list[bool]]:
-    """The certificate of decoded token ids, and whether each passage is exact."""
+    """The certificate of `decoded` token ids, and for each passage whether it is exact."""
     exact = [ids_hash(ids) == p.sha256 for ids, p in zip(decoded, mem.passages, strict=True)]
-    device = lm.description()
+    model = lm.description()
     cache = lm.caching.argument or f"none: {lm.caching.reason}"
     cache = cache if mem.header.layout == "prefix" else "none: one forward pass gives all tokens"
     certificate = {
         "exact": all(exact),
         "passages": len(exact),
         "exact_passages": sum(exact),
-        "decoded_in": device["dtype"],
-        **{k: device[k] for k in ("device", "attention")},
+        "decoded_in": model["dtype"],
+        **{k: model[k] for k in ("device", "attention")},
         "batch": BATCH,
         "cache": cache,
         **{k: environment()[k] for k in ("torch", "transformers", "date")},
@@ -64,23 +64,23 @@ def measure(
     *,
     force: bool = False,
 ) -> list[PassageResult]:
-    """Measure the vectors again on the texts that were crammed, passage by passage, as stored.
+    """Measure the stored vectors again on the texts that were crammed; one result per passage.
 
-    As certification does it: bits and margins from one teacher-forced pass, `horizon` and `exact`
-    from free decoding, over the same positions; `steps`, `spent` and `seconds` are those of the
-    file. `force` measures vectors of another model of that width. Raises MemvecError if the vectors
-    are of another model or the texts are not those that were crammed.
+    Bits and margins come from one teacher-forced pass, `horizon` and `exact` from free decoding,
+    as in certification. `steps`, `spent` and `seconds` are those of the file. `force` measures
+    vectors that were made for another model of the same width. Raises MemvecError if the vectors
+    are of another model, or if the texts are not those that were crammed.
     """
     check_type("mem", mem, MemVectors, "MemVectors.load")
     mem.check_model(lm, force=force)
-    every = iter([token for document in documents_of(lm, texts) for token in document.ids])
+    tokens = iter([token for document in documents_of(lm, texts) for token in document.ids])
     results: list[PassageResult] = []
     view = mem.view(lm)
     for at in range(0, len(mem.passages), BATCH):
         records = mem.passages[at : at + BATCH]
         passages = []
         for i, record in enumerate(records, at):
-            ids = tuple(itertools.islice(every, record.tokens))
+            ids = tuple(itertools.islice(tokens, record.tokens))
             if not ids or ids_hash(ids) != record.sha256:
                 raise MemvecError(
                     f"passage {i} of these vectors is not in the texts: give the texts that were "
@@ -94,6 +94,6 @@ def measure(
         listed = [tuple((i, token) for i, token in r.corrections) for r in records]
         for outcome in certify(view, finished, mem.header.start_rule, mem.storage, listed):
             results.append(outcome.result)
-    if next(every, None) is not None:
+    if next(tokens, None) is not None:
         raise MemvecError("the texts go on after the last passage of these vectors.")
     return results

@@ -1,4 +1,4 @@
-"""Vectors that were changed by hand, measured and certified again."""
+"""Measure and certify vectors that were changed after cramming."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def certify(
     *,
     force: bool = False,
 ) -> MemVectors:
-    """The vectors with everything that the file says of them measured again, by this model.
+    """Measure and certify vectors again with this model; returns them with a new certificate.
 
-    For vectors that were made by `MemVectors.with_vectors`: rounded, averaged, noisy, or trained
-    elsewhere. `texts` are those that were crammed, whole and in order; they can be left out where
-    the vectors still give them back. `force` takes the vectors of another model of that width (one
-    that was tuned, say): the result is of `lm`. The costs of cramming stay; a certificate of use
-    is left out (`memvec.certify_use` measures it). Raises MemvecError as `memvec.measure`, and
-    NotExactError without texts if one does not come back.
+    For vectors from `MemVectors.with_vectors`, such as rounded, averaged or noisy ones, or vectors
+    that were trained elsewhere. `texts` are all texts that were crammed, in order; leave them out
+    if the vectors still give them back. `force` accepts vectors of another model of the same width,
+    such as the model before its fine-tuning. The costs of cramming are kept. A certificate of use
+    is removed; `memvec.certify_use` measures a new one. Raises MemvecError as `memvec.measure` does
+    and, without `texts`, NotExactError if a text is not exact.
     """
     if texts is None:
         decoded = mem.tokens(lm, force=force)

@@ -1,8 +1,8 @@
-"""The codec, end to end: texts in, [mem] vectors out, certified; and back.
+"""Encode texts into certified [mem] vectors (`cram`), and decode them (`decode`).
 
 texts -> documents -> passages (cut by information) -> engine -> outcomes
-      -> passages that did not fit are halved and crammed again
-      -> MemVectors -> one whole decode as a user will do it -> certificate
+      -> passages that are not exact are halved and crammed again
+      -> MemVectors -> all passages are decoded as a user decodes them -> certificate
 """
 
 from __future__ import annotations
@@ -43,27 +43,28 @@ def cram(
     workers: Workers | None = None,
     on_status: Callable[[CramStatus], None] | None = None,
 ) -> MemVectors:
-    """Cram texts into `vectors` [mem] vectors per passage; all passages share the engine's slots.
+    """Cram texts into `vectors` [mem] vectors (K) per passage; returns them with a certificate.
 
-    A `str`, `bytes` or Document alone is one text. `tokens` fixes the passage length; otherwise
-    passages are cut by information, so that they fit. `recipe` is how they are crammed (default:
-    `Recipe()`), `batch_size` how many passages at once (default: what the memory allows). `storage`
-    is how vectors are stored and certified (a name of memvec.storage.STORAGES). `keep_text` puts
-    the text in the file too. `journal` is the path of a file that keeps finished passages: after an
-    interruption, the same call goes on from there. Delete it once the vectors are saved. `workers`
-    (memvec.workers) cram the passages on other devices; `lm` then cuts the texts and makes the
+    A single `str`, `bytes` or Document is one text. `tokens` is the length of a passage; without
+    it, passages are cut by information, so that K vectors can hold them. `recipe` says how passages
+    are crammed (default: `Recipe()`). `batch_size` is the number of slots, that is, of passages
+    crammed at once (default: as many as memory allows). `storage` is the number format in which
+    vectors are stored and certified (a name in memvec.storage.STORAGES). `keep_text` stores the
+    text in the file, too. `journal` is the path of a file that keeps finished passages: after an
+    interruption, the same call continues from it; delete it once the vectors are saved. `workers`
+    (memvec.workers) cram the passages on other devices, while `lm` cuts the texts and makes the
     certificate. `on_status` is called with the progress.
 
-    `layout` 'prefix' puts the vectors in front of their passage. 'one-step' crams two vectors a
-    passage, from which one forward pass gives all tokens (model/reading.py; `vectors` is then not
-    used). With 'one-step-shared' all passages share one of the two: then they are crammed together,
-    depend on each other, and no journal is kept.
+    `layout` says how the model reads the vectors (memvec.model.reading). 'prefix' puts them in
+    front of their passage. 'one-step' uses two vectors per passage, from which one forward pass
+    gives all tokens; it ignores `vectors`. With 'one-step-shared', all passages share one of the
+    two, so they are crammed together, depend on each other, and have no journal.
 
-    A passage that does not become exact within the recipe's steps, patience and budget is halved
-    and crammed again, down to one token per vector; what still fails is in the result, with `exact`
-    false. With `halve` false it stays whole, with its horizon: to measure vectors at one length
-    (give `tokens`). Raises MemvecError for no text, an empty one, a setting that is out of range or
-    that the model does not support, and a passage that does not fit in memory.
+    A passage that is not exact within the recipe's steps, patience and budget is halved, and both
+    halves are crammed, down to one token per vector. A passage that still fails is in the result
+    with `exact` false. With `halve` false, passages are never halved: this measures vectors at one
+    length (set `tokens`). Raises MemvecError for no or an empty text, a setting that is out of range
+    or that the model does not support, and a passage that does not fit in memory.
     """
     recipe = Recipe() if recipe is None else recipe
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
@@ -90,10 +91,10 @@ def cram(
 
 
 def decode(lm: FrozenLM, mem: MemVectors, *, force: bool = False) -> list[str]:
-    """The texts that were crammed, exactly, as `str` whatever they were given as.
+    """Decode vectors into the texts that were crammed, as `str` even if they were given as `bytes`.
 
-    Raises NotExactError rather than return a wrong one, and MemvecError for vectors of other
-    weights (unless `force`) or of another width.
+    Raises NotExactError if a text is not exact, and MemvecError for vectors that were made for
+    other weights (unless `force`) or for another width.
     """
     check_type("mem", mem, MemVectors, "MemVectors.load")
     contents = zip(mem.documents(lm, force=force), mem.header.documents, strict=True)

@@ -1,4 +1,4 @@
-"""One call of `cram`: documents to passages, passages through the engine, outcomes to a result."""
+"""The work of one call of `cram`: cut documents into passages, cram them, certify the result."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from memvec.storage import Storage
 from memvec.vectors import MemVectors
 from memvec.workers import Batch, Crew, Workers, decode_passages
 
-FILL = 0.4  # share of a vector's measured bits to cut to: nearly full ones cost many steps.
-# A model's folder may know better (`fill` in memvec.json): an encoder makes short passages cheap.
-TRIAL = 8  # passages of the step that is timed before the start
-PROBED = 8  # passages on which an unknown model's bits per vector are estimated
+# Information of a passage, as a share of the bits that its vectors can hold: a nearly full vector
+# takes many steps. `fill` in the memvec.json of a model's folder replaces this value.
+FILL = 0.4
+TRIAL = 8  # passages in the step that is timed before cramming starts
+PROBED = 8  # passages on which the bits per vector are estimated for a model without measured facts
 PROBE_STEPS = 200
-PROBE_TOKENS = 128  # of each, for a vector; twice as many where all of them are given back
+PROBE_TOKENS = 128  # tokens per vector of such a passage; doubled while all passages are exact
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,32 @@ class Expected:
     """The memory and time that cramming is expected to need."""
 
     slots: int
-    tokens: int  # of the longest passage
+    tokens: int  # tokens of the longest passage
     memory: Estimate
-    step: float  # seconds of a step of all slots; 0: not tried, or there was too little memory
-    fills: float  # how many times the slots are filled
+    step: float  # seconds of a step with all slots; 0: not timed, or memory ran out
+    fills: float  # number of times that all slots are filled
 
 
 @dataclass(frozen=True)
 class CramStatus:
-    """The state of a cram of documents, for a progress display."""
+    """The progress of one call of `cram`, for a progress display."""
 
     stage: str  # 'preparing', 'measuring', 'cramming' or 'certifying'
     _: KW_ONLY
-    tokens: int  # of all documents
+    tokens: int  # tokens of all documents
     done: int  # tokens of finished passages
-    vectors: int  # vectors finished
-    split: int  # passages that did not fit and were halved
+    vectors: int  # vectors of finished passages
+    split: int  # passages that were halved, since they were not exact
     engine: Progress | None = None
-    expected: Expected | None = None  # once it is known
+    expected: Expected | None = None  # None until it is estimated
 
 
 class CramJob:
     """One call of `cram`: the documents, the engine and the outcomes so far.
 
-    `done` has the final outcomes by document and offset, `spent` the forward-backward tokens of
-    every passage that was tried, by document, offset and length.
+    `done` maps (document, offset) to a final outcome. `spent` maps (document, offset, length) to
+    the forward-backward tokens of every passage that was crammed, also of passages that were later
+    halved. `halve` False keeps passages that are not exact as they are.
     """
 
     def __init__(
@@ -85,22 +87,21 @@ class CramJob:
             recipe = lm.reading.crammer.without_parts(recipe)
         self.lm, self.documents, self.K, self.tokens = lm, documents, K, tokens
         self.recipe, self.storage, self._batch_size = recipe, storage, batch_size
-        self.halve = halve  # passages that do not fit; else they stay as they are
-        self.journal, self.on_status, self.workers = journal, on_status, workers
+        self.halve, self.journal, self.workers, self.on_status = halve, journal, workers, on_status
         self.total = sum(len(d.ids) for d in documents)
         self.done: dict[tuple[int, int], Outcome] = {}
         self.spent: dict[tuple[int, int, int], int] = {}
         self.split = 0
         self.expected: Expected | None = None
-        self._enter("preparing")  # coordinates may have a model's gradients to measure
+        self._enter("preparing")  # some coordinates first measure the model's gradients
         self.engine = Engine(lm, recipe, vectors=K, storage=storage, on_progress=self._report)
         self._enter("measuring")
 
     def run(self, keep_text: bool) -> MemVectors:
         """Cut the documents, cram the passages, and certify the result.
 
-        `keep_text` puts the texts in the header. Raises MemvecError as `make_cutter` does, and if a
-        passage does not fit in memory.
+        `keep_text` stores the texts in the header. Raises MemvecError as `make_cutter` does, and if
+        a passage does not fit in memory.
         """
         cutter, shortest = self.make_cutter()
         passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
@@ -112,9 +113,9 @@ class CramJob:
         return self.certified(keep_text)[0]
 
     def choose_batch_size(self, passages: Sequence[Passage]) -> None:
-        """Set the number of slots: the caller's, or as many as these passages allow.
+        """Set the number of slots: the caller's `batch_size`, else what memory allows.
 
-        The memory of a step is that of the model or copy that computes it, measured once.
+        Memory is measured for the module that computes the steps, on the longest of `passages`.
         """
         longest = max(map(len, passages))
         facts = facts_of(self.lm, longest, self.engine.module)
@@ -125,9 +126,9 @@ class CramJob:
         self._enter("cramming")
 
     def _expected(self, passages: Sequence[Passage], facts: Facts) -> Expected:
-        """Estimate memory from the model's facts, and the time of a step from a trial step.
+        """Estimate memory from the model's facts, and the seconds of a step from a trial step.
 
-        The number of steps is not estimated here (`memvec plan` does that, on a sample).
+        The number of steps is not estimated here; `memvec plan` does that on a sample.
         """
         slots, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         memory = estimate(facts, batch_size=slots, tokens=longest, vectors=self.K)
@@ -138,49 +139,50 @@ class CramJob:
         return Expected(slots, longest, memory, step, max(1.0, fills))
 
     def cram(self, passages: Iterable[Passage]) -> None:
-        """Cram passages, halved where they do not fit, into outcomes in `done`."""
-        todo = [part for passage in passages for part in self._unfinished(passage)]
+        """Cram passages, and halves of those that are not exact; `done` gets the outcomes."""
+        unfinished = [part for passage in passages for part in self._unfinished(passage)]
         engine = self.engine if self.workers is None else self._crew(self.workers)
-        self._record_all(engine.run(todo), engine)
+        self._record_all(engine.run(unfinished), engine)
 
     def _record_all(self, outcomes: Iterable[Outcome], engine: Engine | Crew) -> None:
-        """Add outcomes to `done` and the journal; queue the halves of passages that do not fit."""
+        """Add outcomes to `done` and the journal; queue the halves of passages not exact."""
         for outcome in outcomes:
             if self.journal is not None:
                 self.journal.put(outcome)
-            for passage in self._keep_or_halve(outcome):
-                for unknown in self._unfinished(passage):
-                    engine.push(unknown)
+            for half in self._keep_or_halve(outcome):
+                for part in self._unfinished(half):
+                    engine.push(part)
 
     def _crew(self, workers: Workers) -> Crew:
-        e = self.engine
-        how: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.layout}
-        batch = Batch((), self.recipe, vectors=self.K, batch_size=e.batch_size, **how)
+        slots = self.engine.batch_size
+        formats: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.layout}
+        batch = Batch((), self.recipe, vectors=self.K, batch_size=slots, **formats)
         return Crew(workers, batch, self._report)
 
     def _cram_sharing_a_vector(self, jobs: list[Job]) -> None:
-        """Cram all passages together, as they share m; again with halves of those that fail."""
+        """Cram all passages together, since they share m; repeat while a passage is halved."""
         while jobs:
             self.done.clear()
             options = {"batch_size": self.engine.batch_size, "storage": self.storage}
-            shared = self.lm.reading.crammer(
+            crammer = self.lm.reading.crammer(
                 self.lm, self.engine.recipe, on_progress=self._report, **options
             )
-            crammed, jobs, split = shared.run(jobs), [], self.split
-            for outcome in crammed:
+            outcomes, jobs, split_before = crammer.run(jobs), [], self.split
+            for outcome in outcomes:
                 halves = self._keep_or_halve(outcome)
-                jobs += [Job(h, self.engine.recipe.margin) for h in halves] or [Job.again(outcome)]
-            if self.split == split:
+                new = [Job(half, self.engine.recipe.margin) for half in halves]
+                jobs += new or [Job.from_outcome(outcome)]
+            if self.split == split_before:
                 return
 
     # ------------------------------------------------------------------ passages in
 
     def make_cutter(self) -> tuple[Cutter, int]:
-        """What cuts the documents, and the smallest number of tokens of a passage.
+        """The cutter of the documents, and the minimum number of tokens of a passage.
 
         For a model without measured facts, this crams a few passages to estimate the bits per
-        vector. Raises MemvecError if a document is shorter than that number, if the vectors leave
-        no room in the context, and as `Cutter` does.
+        vector. Raises MemvecError if a document has fewer tokens than the minimum, if the vectors
+        leave no room in the context, and as `Cutter` does.
         """
         shortest = self.engine.given + 1
         for d in self.documents:
@@ -200,9 +202,9 @@ class CramJob:
         return Cutter(self.lm, bits=bits, max_tokens=max_tokens), shortest
 
     def _bits_per_vector(self, max_tokens: int | None) -> float:
-        """Measured for the model (its folder's memvec.json), else estimated on these documents.
+        """Bits that one vector holds: from the model's memvec.json, or estimated on the documents.
 
-        Infinite where nothing has to be cut.
+        Infinite if the longest document is exact as one passage, so that nothing has to be cut.
         """
         table = self.lm.facts.get("bits_per_vector", {})
         known = [float(table[k]) for k in sorted(table, key=int) if int(k) <= self.K]
@@ -210,34 +212,43 @@ class CramJob:
             return known[-1]
         ids = max((d.ids for d in self.documents), key=len)
         limit, length = min(len(ids), max_tokens or len(ids)), PROBE_TOKENS * self.K
-        bits, whole = self._probed(ids, min(length, limit))
-        while whole and length < limit:
+        bits, all_exact = self._probed(ids, min(length, limit))
+        while all_exact and length < limit:
             length *= 2
-            bits, whole = self._probed(ids, min(length, limit))
-        return math.inf if whole else bits  # a document that fits as it is has no need to be cut
+            bits, all_exact = self._probed(ids, min(length, limit))
+        return math.inf if all_exact else bits
 
     def _probed(self, ids: Sequence[int], length: int) -> tuple[float, bool]:
-        """Bits per vector given back of passages of `length` tokens, and whether all of each is."""
-        room = len(ids) - length
-        starts = sorted({room * i // PROBED for i in range(PROBED)})
+        """Cram sample passages of `length` tokens: mean bits per vector, and if all are exact.
+
+        The bits are those of the tokens up to the horizon.
+        """
+        last_start = len(ids) - length
+        starts = sorted({last_start * i // PROBED for i in range(PROBED)})
         probes = [Passage(tuple(ids[at : at + length])) for at in starts]
         recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
         slots = min(len(probes), self._batch_size or default_batch_size(self.lm, length, self.K))
         engine = Engine(self.lm, recipe, vectors=self.K, batch_size=slots, storage=self.storage)
         outcomes = list(engine.run(p for p in probes if len(p) > engine.given))
-        back = [o.passage.ids[: max(o.metrics.horizon, 1)] for o in outcomes]
-        bits = math.fsum(float(surprisals(self.lm, ids).sum()) for ids in back)
-        return bits / len(back) / self.K, all(o.exact for o in outcomes)
+        decoded = [o.passage.ids[: max(o.metrics.horizon, 1)] for o in outcomes]
+        bits = math.fsum(float(surprisals(self.lm, ids).sum()) for ids in decoded)
+        return bits / len(decoded) / self.K, all(o.exact for o in outcomes)
 
     def _unfinished(self, passage: Passage) -> list[Passage]:
-        """Parts of a passage that the journal does not have: none, some, or the passage itself."""
+        """Parts of a passage that are not in the journal: the passage, some of its parts, or none.
+
+        Outcomes in the journal are kept in `done`.
+        """
         outcome = self.journal.get(passage) if self.journal is not None else None
         if outcome is None:
             return [passage]
-        return [left for part in self._keep_or_halve(outcome) for left in self._unfinished(part)]
+        return [part for half in self._keep_or_halve(outcome) for part in self._unfinished(half)]
 
     def _keep_or_halve(self, outcome: Outcome) -> list[Passage]:
-        """Keep an outcome that is final, or return the halves of a passage that did not fit."""
+        """Keep an outcome that is final, or return the two halves of a passage that is not exact.
+
+        An outcome is final if it is exact or if its passage may not be halved further.
+        """
         passage = outcome.passage
         self.spent[passage.document, passage.offset, len(passage)] = outcome.spent
         halves = passage.halves() if self.halve and len(passage) > 1 else ()
@@ -253,35 +264,43 @@ class CramJob:
     # ------------------------------------------------------------------ result out
 
     def certified(self, keep_text: bool) -> tuple[MemVectors, list[bool]]:
-        """The result, and whether each passage is exact when all are decoded as a user will: in the
-        same order and batches."""
+        """The certified result, and for each passage whether it is exact.
+
+        All passages are decoded in the order and batches in which a user decodes them.
+        """
         self._enter("certifying")
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
             decoded = decode_passages(self.lm, mem, self.workers)
             certificate, exact = certificate_of(self.lm, mem, decoded)
             pairs = zip(self._in_order(), exact, strict=True)
-            fallen = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
-            if not fallen or not attempts_left or self.recipe.if_not_exact == "stop":
+            disagreeing = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
+            if not disagreeing or not attempts_left or self.recipe.if_not_exact == "stop":
                 break
-            # Another batch shape flipped an arg-max: ask these passages for a larger margin.
-            self._cram_further(fallen)
+            # Another batch shape changed an arg-max, so these passages need a larger margin.
+            self._cram_further(disagreeing)
         mem = mem.with_certificate(certificate, exact)
         passages = [outcome.passage.ids for outcome in self._in_order()]
         return mem.with_use(self.engine.stepper.term.certificate(mem, passages)), exact
 
-    def _cram_further(self, fallen: list[Outcome]) -> None:
-        """Cram further, with a larger margin for the fallen passages (all, if they share m)."""
+    def _cram_further(self, disagreeing: list[Outcome]) -> None:
+        """Continue to cram passages whose decoding disagrees with certification.
+
+        Their margins are raised. Passages that share m continue together, the others' margins stay.
+        """
         if self.lm.reading.crammer:
-            fallen_ids, spread = {id(outcome) for outcome in fallen}, self.lm.logit_spread
-            raised = [(o, spread if id(o) in fallen_ids else None) for o in self._in_order()]
-            self._cram_sharing_a_vector([Job.again(outcome, raised=by) for outcome, by in raised])
+            keys, spread = {id(outcome) for outcome in disagreeing}, self.lm.logit_spread
+            jobs = [
+                Job.with_raised_margin(o, spread) if id(o) in keys else Job.from_outcome(o)
+                for o in self._in_order()
+            ]
+            self._cram_sharing_a_vector(jobs)
             return
-        for outcome in fallen:
+        for outcome in disagreeing:
             del self.done[outcome.passage.document, outcome.passage.offset]
             if outcome.status == "done":
                 self.engine.push_again(outcome)
-            else:  # no step is left in which its margin could rise
+            else:  # the recipe has no steps left to reach a larger margin
                 self._record_all([replace(outcome, exact=False)], self.engine)
         self._record_all(self.engine.run(), self.engine)
 
@@ -320,6 +339,6 @@ class CramJob:
     def _report(self, progress: Progress | None = None) -> None:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
-            now: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
-            now |= {"split": self.split, "engine": progress, "expected": self.expected}
-            self.on_status(CramStatus(self.stage, tokens=self.total, **now))
+            counts: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
+            counts |= {"split": self.split, "engine": progress, "expected": self.expected}
+            self.on_status(CramStatus(self.stage, tokens=self.total, **counts))

@@ -1,9 +1,9 @@
-"""Free-running greedy decoding from [mem] vectors, and what 'exact' means.
+"""Free-running greedy decoding from [mem] vectors; it decides what is exact.
 
-One code path for all callers: certification, `memvec decode` and `memvec verify` all call
-`decode_ids`. It runs the model's own forward with its cache, one token at a time, for a batch of
-passages. It takes the arg-max, stops at each passage's recorded length (an EOS inside a passage is
-a token like any other) and uses none of the model's generation settings.
+Certification, `memvec decode` and `memvec verify` all call `decode_ids`. It runs the model's own
+forward pass with its cache, one token at a time, for a batch of passages. It takes the arg-max and
+stops at the recorded length of each passage: an EOS inside a passage is a token like any other. The
+model's generation settings are not used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memvec.corrections import fixed_tokens
 from memvec.machine import plain_torch
-from memvec.model.caching import after, step
+from memvec.model.caching import cache_arguments, forward_with_cache
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 from memvec.model.reading import StartRule
@@ -38,24 +38,24 @@ def decode_ids(
     batch: int = BATCH,
     cached: bool = True,
 ) -> list[list[int]]:
-    """Decode P passages greedily; returns their token ids, `lengths[p]` of them each.
+    """Decode P passages greedily; returns `lengths[p]` token ids of each passage p.
 
-    `first` holds the given first tokens for the start rule 'first-token' (they are returned as
-    part of the passage). `corrections` lists (position, token id) for each passage: that token
-    replaces the model's own, and the model reads it next. `cached=False` is the slow
-    reference path: one whole forward per token; a model without a usable cache knows no other.
-    Where memory runs out, the batch is halved and decoding goes on. Raises MemvecError for the
-    start rule 'bos' without a BOS or trigger, and for one that the layout or space does not take.
+    `first` holds the given first tokens for the start rule 'first-token'; they are part of the
+    result. `corrections` lists (position, token id) pairs for each passage: this token replaces the
+    arg-max, and the model reads it next. `cached=False` is the slow reference path, one whole
+    forward pass per token; a model without a usable cache always uses it. When memory runs out, the
+    batch is halved and decoding continues. Raises MemvecError for the start rule 'bos' without a
+    BOS or trigger, and for a start rule that the layout or space does not support.
     """
     if not lm.reading.feeds_back:
-        in_one_pass = _decode_in_one_pass(lm, vectors, lengths, start, batch)
-        for ids, fixes in zip(in_one_pass, corrections or [], strict=False):
-            for position, token in fixes:
+        decoded_at_once = _decode_in_one_pass(lm, vectors, lengths, start, batch)
+        for ids, listed in zip(decoded_at_once, corrections or [], strict=False):
+            for position, token in listed:
                 ids[position] = token
-        return in_one_pass
+        return decoded_at_once
 
     def work(rows: slice) -> list[list[int]]:
-        # `start_ids` reads the ids only for 'first-token'; else they only give the number of rows.
+        # Only 'first-token' uses the values of `given`; otherwise its shape is the number of rows.
         given = torch.tensor([[t] for t in first[rows]] if first else [[0]] * len(lengths[rows]))
         start_tokens = lm.start_ids(given.to(lm.device), start)
         predicted = max(lengths[rows]) - (start == "first-token")
@@ -82,14 +82,13 @@ def _decode_in_one_pass(
     start: StartRule,
     batch: int,
 ) -> list[list[int]]:
-    """Token ids in one forward pass for each batch: no token is fed back, so a wrong token does not
-    change the next one."""
+    """Token ids of P passages from one forward pass per batch; no token is fed back."""
 
     def work(rows: slice) -> list[list[int]]:
         part = vectors[rows].to(lm.device)
         blank = torch.zeros(len(part), max(lengths[rows]), dtype=torch.long, device=lm.device)
         states = lm.states(part, blank, start)
-        # A passage at a time: logits of all (B, T, V) may not fit.
+        # One passage at a time, since the logits (B, T, V) of all may not fit in memory.
         own = (row[:n] for row, n in zip(states, lengths[rows], strict=True))
         return [lm.head(row).argmax(-1).tolist() for row in own]
 
@@ -97,12 +96,12 @@ def _decode_in_one_pass(
 
 
 def first_error(decoded: Sequence[int], truth: Sequence[int]) -> int | None:
-    """Position of the first wrong token, None if there is none."""
+    """The position of the first wrong token; None if all are right."""
     wrong = (i for i, pair in enumerate(zip(decoded, truth, strict=True)) if pair[0] != pair[1])
     return next(wrong, None)
 
 
-# (logits (B, V) of the next position, its number) -> its token ids (B)
+# (logits (B, V) of the next position, index of the position) -> token ids (B,)
 Choose = Callable[[Tensor, int], Tensor]
 
 
@@ -115,35 +114,36 @@ def free_running(
     cached: bool = True,
     cache: Callable[[], Any] = lambda: None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """The token ids that `choose` picks after free inputs, one position at a time.
+    """Yield the token ids (B,) that `choose` picks after `inputs`, for `tokens` positions in turn.
 
-    The model reads each picked token next, through its cache if it has one and `cached`. `cache`
-    makes a new cache of what stands before the inputs at each call; None: nothing does.
+    The model reads each picked token next. It uses its cache if it has one, unless `cached` is
+    False. Each call of `cache` returns a new cache of what precedes the inputs, or None if nothing
+    does.
     """
     steps = _cached_steps if cached and lm.has_cache else _uncached_steps
     return steps(lm, inputs.to(lm.dtype), tokens, choose, cache)
 
 
 def _cached_steps(
-    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, opened: Callable[[], Any]
+    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, make_cache: Callable[[], Any]
 ) -> Iterator[Tensor]:
     if tokens < 1:
         return
     argument = lm.caching.argument
     assert argument is not None, "a model without a cache is decoded without one"
-    logits, cache = step(lm.model, argument, opened(), inputs_embeds=inputs)
+    logits, cache = forward_with_cache(lm.model, argument, make_cache(), inputs_embeds=inputs)
     for i in range(tokens):
         ids = choose(logits, i)
         yield ids
         if i < tokens - 1:
-            logits, cache = step(lm.model, argument, cache, input_ids=ids[:, None])
+            logits, cache = forward_with_cache(lm.model, argument, cache, input_ids=ids[:, None])
 
 
 def _uncached_steps(
-    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, opened: Callable[[], Any]
+    lm: FrozenLM, inputs: Tensor, tokens: int, choose: Choose, make_cache: Callable[[], Any]
 ) -> Iterator[Tensor]:
     for i in range(tokens):
-        options = after(lm.caching.argument, opened())
+        options = cache_arguments(lm.caching.argument, make_cache())
         logits = lm.model(inputs_embeds=inputs, **options).logits[:, -1].float()
         ids = choose(logits, i)
         yield ids

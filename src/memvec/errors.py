@@ -1,4 +1,4 @@
-"""What memvec says when something is wrong: one sentence, and an exit code."""
+"""Errors and warnings: one sentence, and an exit code for the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 
 class MemvecError(Exception):
-    """Something a person can act on: what is wrong, where, and what to do. Exit code 2."""
+    """An error in one sentence that says what is wrong, where, and what to do. Exit code 2."""
 
     exit_code = 2
 
@@ -19,32 +19,33 @@ class MemvecError(Exception):
 
 
 class NotExactError(MemvecError):
-    """A text or an export did not come back as it was crammed. Exit code 3.
+    """A decoded text differs from the one that was crammed. Exit code 3.
 
-    `memvec.cram` does not raise it: what is not exact is in its result.
+    `memvec.cram` does not raise it; its result says which passages are not exact.
     """
 
     exit_code = 3
 
 
 class SlowPathWarning(UserWarning):
-    """A model is served by a slower path than the usual one; the message says why."""
+    """memvec uses a slower path than usual for a model; the message says why."""
 
 
 class UntestedVersionWarning(UserWarning):
-    """A library is newer than the newest release that memvec was tested with."""
+    """A library is newer or older than the releases that memvec was tested with."""
 
 
 def printable(text: str) -> str:
-    """Text from outside as one line: what a terminal would obey is written as its escape."""
+    """The text as one line, in which control characters are replaced by their escapes."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
 
 
 def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> None:
-    """Raise MemvecError, which names the argument, for a value below the minimum or no number.
+    """Raise MemvecError for an argument that is below the minimum or not a number.
 
-    None is one that was not given. With an `int` as the minimum, every value is a whole number.
+    None means that the argument was not given. If `minimum` is an `int`, values must be whole
+    numbers.
     """
     whole = isinstance(minimum, int)
     for name, value in arguments.items():
@@ -56,9 +57,9 @@ def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> N
 
 
 def check_type(name: str, value: object, kind: type, source: str) -> None:
-    """Raise MemvecError for an argument of another class; `source` makes one of the right class."""
+    """Raise MemvecError unless `value` is a `kind`; `source` names what returns one."""
     if not isinstance(value, kind):
-        shown = repr(value).splitlines()[0][:60]  # of a tensor or a model, no more
+        shown = repr(value).splitlines()[0][:60]  # the repr of a tensor or a model is long
         raise MemvecError(f"{name} is a memvec.{kind.__name__}, as {source} gives, not {shown}.")
 
 
@@ -68,7 +69,7 @@ def first_line(error: BaseException) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first field that pydantic refuses, and why: 'fill: Input should be a valid number'."""
+    """The first problem that pydantic found, such as 'fill: Input should be a valid number'."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'everything'}: {first['msg']}"
 

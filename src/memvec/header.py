@@ -1,4 +1,4 @@
-"""The header of a file of [mem] vectors: everything but the numbers, described and validated."""
+"""The header of a file of [mem] vectors: all fields but the numbers, documented and validated."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from memvec.storage import PackingName
 if TYPE_CHECKING:
     from typing import Self
 
-LONGEST = 1_000_000  # tokens of one passage; no model reads more, and a header cannot claim it
-
+LONGEST = 1_000_000  # maximum tokens of a passage in a header; no model reads more
 
 Position = Annotated[int, Field(ge=0, lt=LONGEST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class PassageRecord(PassageResult):
-    """One passage in a file: its result, its identity, and the tokens that are put in for it."""
+    """One passage in a file: its result, the hash of its tokens, and the tokens that are given."""
 
     tokens: int = Field(ge=1, le=LONGEST, description="tokens of the passage")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="hash of its token ids")
     first: int | None = Field(default=None, ge=0, description="given first token, if one is given")
     corrections: list[tuple[Position, TokenId]] = Field(
-        default_factory=list, description="positions, rising, and the token ids to put there"
+        default_factory=list, description="rising positions, and the token id at each"
     )
 
     @model_validator(mode="after")
@@ -41,10 +40,10 @@ class PassageRecord(PassageResult):
 
 
 class DocumentRecord(Record):
-    """One text: the passages it is made of, and what turns their tokens into its bytes.
+    """One text: its number of passages, and what restores its bytes from their tokens.
 
-    `edits` are (start, end, new), in order: characters start to end of the text that the tokenizer
-    gives back are replaced by `new` (memvec.passages.documents).
+    `edits` are (start, end, new) in order: `new` replaces the characters [start, end) of the text
+    that the tokenizer decodes (memvec.passages.documents).
     """
 
     name: str = Field(description="the text's file, 'standard input', or 'text' and its number")
@@ -57,7 +56,7 @@ class DocumentRecord(Record):
 
 
 class _Identity(BaseModel):
-    """The part of `Header.model` that is read again; the rest is for people."""
+    """The part of `Header.model` that memvec reads; the rest is information for the user."""
 
     name: str
     config: str
@@ -69,30 +68,30 @@ class _Identity(BaseModel):
 
 
 class SpaceRecord(Record):
-    """Where the numbers of a vector stand, if they are not inputs."""
+    """The space of the vectors, if they are not inputs."""
 
-    name: str = Field(description="of the registry's kind 'space'")
+    name: str = Field(description="name in the registry, of the kind 'space'")
     numbers: int = Field(ge=1, description="numbers of a vector (W)")
-    options: dict[str, Any] = Field(description="what makes the space again, with the model")
+    options: dict[str, Any] = Field(description="options with which the model builds the space")
 
 
 class Header(Record):
-    """Everything but the numbers; validation raises pydantic's ValidationError."""
+    """All fields of a file but the numbers. Raises pydantic's ValidationError for wrong fields."""
 
     format: Literal["memvec"] = "memvec"
     version: Literal[1] = 1
     model: dict[str, Any] = Field(description="FrozenLM.description()")
-    start_rule: Literal["vectors", "bos", "first-token"] = Field(description="follows the vectors")
+    start_rule: Literal["vectors", "bos", "first-token"] = Field(description="see Recipe")
     layout: Layout = Field(
         default="prefix",
         description="how the model reads the vectors: 'prefix', in front of the passage; "
         "'one-step', two as [e, m, ..., m]; 'one-step-shared', one m for all passages",
     )
     space: SpaceRecord | None = Field(
-        default=None, description="where the numbers of a vector stand; none: they are inputs"
+        default=None, description="the space of the vectors; none: they are inputs"
     )
     front: Literal["none", "bos"] = Field(
-        default="none", description="what stands in front of the vectors of a passage"
+        default="none", description="the token in front of the vectors of a passage"
     )
     trigger: int | None = Field(
         default=None,
@@ -102,21 +101,21 @@ class Header(Record):
     soft_trigger: int = Field(
         default=0,
         ge=0,
-        description="soft tokens that follow them instead, the rows of the tensor 'trigger'",
+        description="number of soft tokens that replace this token: rows of the tensor 'trigger'",
     )
     soft_front: int = Field(
-        default=0, ge=0, description="soft tokens in front of them, after `front`: tensor 'front'"
+        default=0, ge=0, description="number of soft tokens after `front`: rows of 'front'"
     )
     context_scale: float = Field(default=1.0, gt=0, description="factor of vectors as context")
     packing: PackingName | None = Field(
-        default=None, description="integers that the numbers are stored as; none: as they are"
+        default=None, description="integer format of the stored numbers; none: floating point"
     )
     recipe: dict[str, Any] = Field(description="Recipe.record(), with margins in logits")
     environment: dict[str, Any] = Field(description="versions and machine that made the file")
     documents: list[DocumentRecord] = Field(description="the texts, in order")
     passages: list[PassageRecord] = Field(description="the passages of all texts, in order")
     certificate: dict[str, Any] | None = Field(
-        default=None, description="result of the last whole decode of the stored vectors"
+        default=None, description="result of decoding the whole file from the stored vectors"
     )
     use: dict[str, Any] | None = Field(
         default=None,

@@ -1,8 +1,8 @@
-"""What is finished already: a crash-safe list of passages beside the file that is being made.
+"""The journal: a crash-safe list of finished passages, in an SQLite file.
 
-SQLite does the hard part. A row is written the moment a passage is certified, so a run that is
-killed loses only the passages in its slots. Rows are keyed by everything that decides a passage's
-vectors; a row from other settings or another text is simply never asked for, nor counted.
+A row is written when a passage is certified, so a run that is killed loses only the passages in its
+slots. The key of a row contains everything that decides the vectors of the passage. Rows of other
+settings or other texts are neither read nor counted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from memvec.passages.passage import Passage, ids_hash
 from memvec.results import Measures, PassageResult
 from memvec.storage import STORAGES
 
-FORMAT = 3  # of a row; rows in another format belong to other settings and are never asked for
+FORMAT = 3  # format of a row; it is part of the key, so rows in other formats are never read
 
 
 class Journal:
-    """Finished passages of one output file. `settings` is what else decides the vectors.
+    """The finished passages in a file. `settings` are all choices that decide the vectors.
 
-    Only one process may have it open. Raises MemvecError if another has, or if the file is damaged
-    or cannot be read or written; this holds for each method, too.
+    Only one process can open it. This class and each of its methods raise MemvecError if the file
+    is open in another process, is damaged, or cannot be read or written.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -46,11 +46,11 @@ class Journal:
                 "NOT NULL, vectors BLOB NOT NULL, record TEXT NOT NULL, digest TEXT NOT NULL, "
                 "PRIMARY KEY (settings, ids))"
             )
-            self._db.execute("BEGIN EXCLUSIVE")  # the lock stays with this process until it closes
+            self._db.execute("BEGIN EXCLUSIVE")  # this process keeps the lock until `close`
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                file = path.name.removesuffix(".partial")  # of a command: the file that it makes
+                file = path.name.removesuffix(".partial")  # the command's journal is FILE.partial
                 raise MemvecError(
                     f"another memvec is writing {file}: wait for it, or name another place to "
                     "write to."
@@ -64,7 +64,7 @@ class Journal:
         return int(self._execute(query, self._settings).fetchone()[0])
 
     def get(self, passage: Passage) -> Outcome | None:
-        """The outcome of this passage under these settings, without `scores`; None if unknown.
+        """The stored outcome of a passage, without `scores`; None if it is not in the journal.
 
         Raises MemvecError if its row was changed.
         """
@@ -93,7 +93,7 @@ class Journal:
         )
 
     def put(self, outcome: Outcome) -> None:
-        """Write an outcome; it is on disk when this returns. MemvecError on a full disk."""
+        """Write an outcome to disk before returning. Raises MemvecError if the disk is full."""
         record = {
             "result": outcome.result.model_dump(),
             "corrections": [list(pair) for pair in outcome.corrections],
@@ -110,7 +110,7 @@ class Journal:
         return hashlib.sha256(record.encode() + numbers).hexdigest()
 
     def close(self, *, delete: bool = False) -> None:
-        """Close; `delete` removes the file, once what it holds is safe elsewhere."""
+        """Close the file; `delete` also removes it."""
         self._db.close()
         if delete:
             for suffix in ("", "-wal", "-shm"):
@@ -120,7 +120,7 @@ class Journal:
         try:
             return self._db.execute(query, values)
         except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
-            # A full disk, above all; or the journal is closed, or of another thread.
+            # The disk is full, or the journal is closed or belongs to another thread.
             raise MemvecError(f"{self.path} cannot be written or read: {error}.") from None
         except sqlite3.DatabaseError as error:
             raise MemvecError(f"{self.path} is damaged ({error}): delete it.") from None

@@ -1,4 +1,4 @@
-"""What memvec asks of the system: versions, memory, and torch without what a caller has set."""
+"""System information (versions, memory), and torch with its default global settings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
-UNKNOWN = 4 * 2**30  # bytes that are taken to be free where the system does not say
-# Files of a control group, by which a container may have less memory than its machine: the limit,
-# what is used, and the row of memory.stat that counts cached files, which are given up first.
+UNKNOWN = 4 * 2**30  # free bytes to assume if the system does not report them
+# Files of a control group, which limits the memory of a container (versions 1 and 2): the limit,
+# the used memory, and the row in memory.stat of cached files, which the kernel can free.
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -28,9 +28,9 @@ LARGEST_INT = 2**31 - 1
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions, processor and threads of this process, for the record of what it makes.
+    """Versions, hardware, threads and date, for the records of results.
 
-    The GPU is the one that `device` names, else the first one.
+    `gpu` is the GPU that `device` names, else the first GPU, else None.
     """
     import torch
     import transformers
@@ -52,11 +52,11 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """Context manager and decorator that sets aside what a caller has set for all of torch.
+    """Context manager and decorator: torch with its default global settings, restored afterwards.
 
-    Inference mode leaves no gradients, autocast and float32 products of fewer bits round what is
-    measured and certified, and another default dtype or device makes tensors that do not go with
-    those of the model.
+    A caller may have set others, which memvec cannot use. Inference mode computes no gradients.
+    Autocast and TF32 change the rounding of what is measured and certified. Tensors of another
+    default dtype or device do not fit those of the model.
     """
     import torch
 
@@ -67,7 +67,7 @@ def plain_torch() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":  # else every call of torch would be slower
+        if torch.get_default_device().type != "cpu":  # a device context slows down every torch call
             stack.enter_context(torch.device("cpu"))
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
@@ -77,7 +77,7 @@ def plain_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _whole_products() -> Iterator[None]:
-    """Within, float32 products have all their bits: not TF32 of a GPU, nor bfloat16 of a CPU."""
+    """Context manager: float32 matrix products in full precision, without TF32 or bfloat16."""
     import torch
 
     backends: Any = torch.backends
@@ -87,7 +87,7 @@ def _whole_products() -> Iterator[None]:
         yield
         return
     older_name = "highest"
-    with contextlib.suppress(RuntimeError):  # where it is set by the newer names alone
+    with contextlib.suppress(RuntimeError):  # raised if only `fp32_precision` was set
         older_name = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -99,19 +99,19 @@ def _whole_products() -> Iterator[None]:
 
 
 def free_memory() -> int:
-    """Available main memory, bytes, within the limits of this process's control groups."""
+    """Available main memory (bytes), within the limits of this process's control groups."""
     free = []
     try:
         lines = (ROOT / "proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
         free += _left_in_groups()
-    except (OSError, ValueError):  # another system, or one that hides this
+    except (OSError, ValueError):  # not Linux, or not readable
         pass
     return max(0, min(free, default=UNKNOWN))
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Bytes that are left of each limit on the groups that this process is in."""
+    """Yield the bytes that remain within each memory limit on this process's control groups."""
     for line in (ROOT / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -119,7 +119,7 @@ def _left_in_groups() -> Iterator[int]:
         mounted = ROOT / "sys/fs/cgroup" / ("memory" if controllers else "")
         limit, used, cached = VERSION_1 if controllers else VERSION_2
         inside = PurePosixPath(path.lstrip("/"))
-        # A container sees its own group where it is mounted, whatever the path says.
+        # In a container, its own group may be mounted at a parent of this path.
         for folder in (mounted / part for part in (inside, *inside.parents)):
             try:
                 rows = (folder / "memory.stat").read_text().splitlines()

@@ -1,9 +1,9 @@
 """The metrics of cramming, as pure functions of tensors and numbers.
 
-Definitions follow Kuratov et al., "Cramming 1568 Tokens into a Single Vector and Back Again" (ACL
-2025), section 3, with two corrections: information is in bits (the published figures are nats),
-and every sum runs over the same positions with and without vectors. Letters: B passages, K [mem]
-vectors, T tokens, D width, V vocabulary.
+The definitions are those of Kuratov et al., "Cramming 1568 Tokens into a Single Vector and Back
+Again" (ACL 2025), section 3, with two corrections: information is in bits (the published figures
+are nats), and sums with and without vectors run over the same positions. Letters: B passages, K
+[mem] vectors, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 LN2 = math.log(2.0)
-SYNCHRONOUS_DEVICES = {"cpu"}  # whose values can be read without waiting
-TIED = float(torch.finfo(torch.float32).tiny)  # margin of a tie that the arg-max gets right
+SYNCHRONOUS_DEVICES = {"cpu"}  # devices whose values can be read without synchronisation
+TIED = float(torch.finfo(torch.float32).tiny)  # margin of a tie in which the arg-max is right
 
 
 def surprisal(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """-log2 p(t_i | ...), bits per token; the log-sum-exp is taken in float32 or wider."""
+    """-log2 p(t_i | ...) of each token, bits; computed in float32 or wider."""
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     true = logits.gather(-1, ids[..., None])[..., 0]
     return (logits.logsumexp(-1) - true) / LN2
 
 
 def margins(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Logit of the true token minus the best other logit; > 0 where the arg-max is right."""
+    """The logit of the true token minus the best other logit; > 0 where the arg-max is right."""
     true = logits.gather(-1, ids[..., None])
     others = logits.scatter(-1, ids[..., None], -torch.inf)
     margin = (true - others.amax(-1, keepdim=True))[..., 0]
@@ -39,10 +39,10 @@ def margins(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Te
 def first_of_ties(
     margin: Float[Tensor, "*shape"], logits: Float[Tensor, "*shape V"], ids: Int[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Margins in which a tie counts as the arg-max takes it: `TIED` if the true token comes first.
+    """Margins (logits) in which a tie is `TIED` if the arg-max is the true token, and 0 if not.
 
-    Logits in bfloat16 tie often. Greedy decoding, and the arg-max of the published accuracies, take
-    the first token of those that tie; every other tie stays 0, which is not right.
+    Logits in bfloat16 are often equal. Greedy decoding and the arg-max of the published accuracies
+    take the first of equal tokens.
     """
     tied = margin == 0
     if margin.device.type not in SYNCHRONOUS_DEVICES:
@@ -60,12 +60,12 @@ def horizon(right: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
 
 
 def teacher_forced_accuracy(right: Bool[Tensor, " T"]) -> float:
-    """Share of positions whose arg-max is right when the true earlier tokens are given."""
+    """The share of positions whose arg-max is right when the true earlier tokens are given."""
     return float(right.double().mean())
 
 
 def token_gain(right: Bool[Tensor, " T"], right_without: Bool[Tensor, " T"]) -> int:
-    """Positions right with the vectors minus positions right without them (section 3, eq. 3)."""
+    """Right positions with the vectors minus right positions without (section 3, eq. 3), tokens."""
     return int(right.sum() - right_without.sum())
 
 
@@ -75,7 +75,7 @@ def information_gain(bits: Float[Tensor, " T"], bits_without: Float[Tensor, " T"
 
 
 def theoretical_capacity(D: int, K: int, bits_per_number: float | int, V: int) -> float:
-    """Tokens that K vectors of D numbers could address: K D b / log2 V (section 3, eq. 5)."""
+    """K D b / log2 V, in tokens, for b bits per number (section 3, eq. 5)."""
     return K * D * bits_per_number / math.log2(V)
 
 
@@ -87,7 +87,7 @@ def token_utilisation(
 
 
 def bit_utilisation(gain_bits: float, D: int, K: int, bits_per_number: float | int) -> float:
-    """Information gain over the vectors' own bits: the stricter share, all in bits."""
+    """Information gain (bits) divided by the number of bits of the vectors."""
     return gain_bits / (K * D * bits_per_number)
 
 

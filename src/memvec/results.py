@@ -1,8 +1,8 @@
-"""What is measured of a crammed passage: every figure once, with its unit and its source.
+"""The measures of a crammed passage, each defined once, with its unit.
 
-The record of a passage in a file, the journal's rows and a study's rows are made of these classes,
-so a figure has one definition wherever it is shown. All sums of a passage run over the same
-positions: the tokens that had to come from the vectors. Formulas are those of Kuratov et al.
+The passage records of files, the rows of journals and the rows of studies consist of these classes,
+so each figure has the same definition everywhere. All sums of a passage run over the same
+positions: the tokens that must come from the vectors. The formulas are those of Kuratov et al.
 (ACL 2025), section 3.
 """
 
@@ -24,16 +24,15 @@ Status = Literal["done", "budget", "not-finite"]
 
 @dataclass(frozen=True)
 class Score:
-    """What one step measured: loss and margin (logits) of each position, and the gradient of each
-    position's loss at its state."""
+    """The results of a forward pass for each position."""
 
-    loss: Float[Tensor, "B T"]
-    margin: Float[Tensor, "B T"]
-    gradient: Float[Tensor, "B T H"]
+    loss: Float[Tensor, "B T"]  # logits, since the objective multiplies it by its temperature
+    margin: Float[Tensor, "B T"]  # logits
+    gradient: Float[Tensor, "B T H"]  # gradient of the position's loss at its hidden state
 
 
 class Record(BaseModel):
-    """A documented, immutable record. Its figures are not finite where a loss was not finite."""
+    """The base of immutable records; numbers may be NaN or infinite."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings"
@@ -41,7 +40,7 @@ class Record(BaseModel):
 
 
 class Measures(Record):
-    """What the stored vectors of one passage do, with teacher forcing and in free decoding."""
+    """The measures of one passage's stored vectors, with teacher forcing and in free decoding."""
 
     tokens: int = Field(ge=1, description="tokens of the passage")
     predicted: int = Field(ge=0, description="tokens that had to come from the vectors")
@@ -63,7 +62,7 @@ class Measures(Record):
 
 
 class PassageResult(Measures):
-    """The measures of a passage, how it was crammed, and what that cost."""
+    """The measures of a passage, its status, and the costs of cramming it."""
 
     status: Status = Field(
         description="why cramming ended: 'done' (every margin met), 'budget' (steps, patience or "
@@ -77,13 +76,13 @@ class PassageResult(Measures):
     )
     steps: int = Field(
         ge=0,
-        description="optimiser steps, and one for each time that certification failed and "
-        "cramming went on",
+        description="optimiser steps, plus one for each failed certification after which cramming "
+        "continued",
     )
     spent: int = Field(
         ge=0,
-        description="forward-backward tokens: in each of its steps the tokens that counted, the "
-        "inputs in front of them and those of a second loss; further columns are not charged",
+        description="forward-backward tokens: summed over its steps, the tokens that counted, the "
+        "inputs in front of them and those of a second loss; other columns are not charged",
     )
     seconds: float = Field(ge=0, description="share of the wall time of the batch, seconds")
 
@@ -92,9 +91,9 @@ class PassageResult(Measures):
 class PositionScores:
     """Bits and margins of predicted positions: with the vectors, and of the model alone.
 
-    Tensors are (N,) for one passage, or (B, N) for a batch whose shorter rows are right-padded;
-    padding holds no figures. Bits are surprisals -log2 p; margins are in logits; a position is a
-    hit where its margin is above 0.
+    Tensors have shape (N,) for one passage, or (B, N) for a batch; shorter rows are right-padded,
+    and values in the padding have no meaning. Bits are surprisals -log2 p; margins are in logits. A
+    position is a hit if its margin is above 0.
     """
 
     bits: Float[Tensor, "*B N"]
@@ -103,10 +102,7 @@ class PositionScores:
     lm_margin: Float[Tensor, "*B N"]
 
     def __getitem__(self, at: slice | tuple[int, slice]) -> PositionScores:
-        """Some of the scores, by the index of a tensor.
-
-        `scores[row, :n]` is a passage of n predicted positions, without its padding.
-        """
+        """The scores at a tensor index; `scores[row, :n]` is one passage without its padding."""
         return PositionScores(self.bits[at], self.margin[at], self.lm_bits[at], self.lm_margin[at])
 
     def information_gain(self) -> float:
@@ -118,10 +114,10 @@ class PositionScores:
         return metrics.token_gain(self.margin > 0, self.lm_margin > 0)
 
     def measures(self, tokens: int, horizon: int, corrected: Sequence[int] = ()) -> Measures:
-        """The figures of a passage of `tokens` tokens, from the scores (N,) of its N positions.
+        """The measures of a passage of `tokens` tokens, from the scores (N,) of its N positions.
 
-        `horizon` is what free decoding gave back, in tokens. The smallest margin leaves the
-        positions in `corrected` out; at least one position must be left.
+        `horizon` is that of free decoding, in tokens. `corrected` positions do not count in the
+        smallest margin; at least one other position must exist.
         """
         uncorrected = [i for i in range(len(self.margin)) if i not in set(corrected)]
         return Measures(
@@ -137,5 +133,5 @@ class PositionScores:
         )
 
     def stacked(self) -> Float[Tensor, "4 N"]:
-        """As a study store keeps them: bits without vectors, bits with, margin with, without."""
+        """The scores as a study stores them: LM bits, bits, margins, LM margins, a row each."""
         return torch.stack([self.lm_bits, self.bits, self.margin, self.lm_margin])

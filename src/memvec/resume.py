@@ -1,4 +1,4 @@
-"""Crash-safe cramming: the journal of a run, named by a path, under what decides its vectors."""
+"""Crash-safe cramming: open the journal of a run, under the settings that decide its vectors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from memvec.model.lm import FrozenLM
 from memvec.usable.recipe_files import named_files
 from memvec.writing import path_of
 
-BEGIN = b"SQLite format 3\0"
+SQLITE_MAGIC = b"SQLite format 3\0"  # first bytes of an SQLite file
 
 
 def settings_of(
     lm: FrozenLM, recipe: Recipe, *, vectors: int, storage: str, layout: str
 ) -> dict[str, Any]:
-    """What decides a passage's vectors: an interrupted run goes on only under the same.
+    """The settings that decide a passage's vectors; a run continues only under the same settings.
 
-    Raises MemvecError as `named_files`.
+    Raises MemvecError as `named_files` does.
     """
     return {
         "model": lm.description(),
@@ -40,10 +40,10 @@ def settings_of(
 def opened(
     journal: Journal | str | os.PathLike[str] | None, lm: FrozenLM, recipe: Recipe, **sizes: Any
 ) -> Iterator[Journal | None]:
-    """A journal as it is, or the one at a path, open within; `sizes` are those of `settings_of`.
+    """Context manager: opens the journal at a path; yields a Journal, or None, unchanged.
 
-    Raises MemvecError as `Journal` does, for what is neither, for a folder that is not there, and
-    for a file of another kind.
+    `sizes` are the keyword arguments of `settings_of`. Raises MemvecError as `Journal` does, for a
+    `journal` of another type, for a missing folder, and for a file that is no journal.
     """
     if journal is None or isinstance(journal, Journal):
         yield journal
@@ -55,7 +55,7 @@ def opened(
         raise MemvecError(f"there is no folder {path.parent} to keep {path.name} in.")
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(len(BEGIN)) not in (BEGIN, b""):
+            if file.read(len(SQLITE_MAGIC)) not in (SQLITE_MAGIC, b""):
                 raise MemvecError(f"{path} is no file of finished passages: name another one.")
     kept = Journal(path, settings_of(lm, recipe, **sizes))
     try:

@@ -1,10 +1,10 @@
-"""MemVectors: [mem] vectors with everything needed to decode and to believe them, in one file.
+"""MemVectors: [mem] vectors and a header with everything that decoding and verification need.
 
-The file is safetensors: the tensors of a storage (memvec.storage: `vectors` (P, K, D) as they are,
-or integer `codes` and `scales`), and a JSON header that memvec.header describes and validates.
-The text is not in it unless asked for. A digest over the header and the tensors' bytes finds every
-change; nothing is unpickled, and nothing is allocated that the file does not itself contain (4-bit
-codes take eight times their size once they are numbers).
+The file is in the safetensors format. It holds the tensors of a storage (memvec.storage: `vectors`
+(P, K, D), or integer `codes` and `scales`) and a JSON header, which memvec.header describes and
+validates. It holds the text only if the caller asks for it. A digest of the header and the tensors
+detects every change. Reading a file unpickles nothing, and allocates no more than the size of its
+tensors (4-bit codes take eight times their size as float32 numbers).
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ from memvec.writing import path_of
 
 
 class MemVectors:
-    """P sets of K [mem] vectors, `vectors` (P, K, D), and a header.
+    """The [mem] vectors of P passages, `vectors` (P, K, D), and a header.
 
-    `soft` has the soft tokens around them, if the header says that there are some: `trigger` (R, D)
-    after them, `front` (F, D) in front.
-
-    The vectors are in the dtype they are stored in; those stored as integers are float32 here, the
-    very numbers that the integers stand for. In another space a vector has W numbers, not D. Raises
-    MemvecError for vectors or soft tokens that do not fit the header.
+    `vectors` have the dtype in which they are stored; vectors stored as integers are float32, equal
+    to codes times scales. In another space than 'inputs' a vector has W numbers instead of D.
+    `soft` holds the soft tokens that the header names, in float32: `trigger` (R, D) after the
+    vectors, `front` (F, D) in front of them. Raises MemvecError for vectors or soft tokens that do
+    not fit the header.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class MemVectors:
 
     @property
     def exact(self) -> bool:
-        """True if every passage was decoded exactly from the stored vectors, as they are now."""
+        """True if every passage is exact, and the vectors were not changed since."""
         return all(p.exact for p in self.passages) and not self.changed
 
     @property
@@ -95,24 +94,24 @@ class MemVectors:
 
     @property
     def changed(self) -> bool:
-        """True if the certificate is of other vectors: these were changed after it was made."""
-        known = (self.header.certificate or {}).get("vectors_sha256")
-        return known is not None and bool(known != self.digest)
+        """True if the vectors were changed after they were certified."""
+        certified = (self.header.certificate or {}).get("vectors_sha256")
+        return certified is not None and bool(certified != self.digest)
 
     @property
     def size(self) -> int:
-        """Bytes of the vectors themselves as stored: packed codes and scales where there are."""
+        """Bytes of the vectors as stored: of codes and scales, if they are stored as integers."""
         rows = self.stored
         return self.storage.size(rows.shape[0] * rows.shape[1], rows.shape[2])
 
     @property
     def stored(self) -> Tensor:
-        """The rows (R, k, D) that a file holds: an m that all passages share is there once."""
+        """The rows (R, k, D) of the file, in which an m that all passages share is one row."""
         return reading_named(self.header.layout).rows(self.vectors)
 
     @property
     def storage(self) -> Storage:
-        """How the vectors are stored. Raises MemvecError for a dtype that no file holds."""
+        """The storage of the vectors. Raises MemvecError for a dtype without a storage."""
         name = self.header.packing or str(self.vectors.dtype).removeprefix("torch.")
         if name not in STORAGES:
             raise MemvecError(f"memvec does not store vectors as {name}.")
@@ -121,17 +120,18 @@ class MemVectors:
     def summary(self) -> dict[str, Any]:
         """The figures of the whole file, by name.
 
-        Names in `bits` are bits, in `bytes` bytes; `margin` is logits, `spent` forward-backward
-        tokens. `theoretical_capacity` (tokens) is that of the K vectors of one passage; both
-        utilisations are of all vectors. A vector that all passages share counts once.
+        Units: names with `bits` are in bits, names with `bytes` in bytes, `margin` in logits,
+        `spent` in forward-backward tokens, `seconds` in seconds. `theoretical_capacity` (tokens) is
+        that of the K vectors of one passage; both utilisations are those of all vectors. A vector
+        that all passages share counts once.
         """
         P, K, D = self.vectors.shape
         V = int(self.header.model.get("vocabulary", 2))
-        width = 8 * self.size / max(1, self.stored.numel())  # stored bits of a number
+        number_bits = 8 * self.size / max(1, self.stored.numel())  # stored bits per number
         gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
-        count = self.stored.shape[0] * self.stored.shape[1]  # vectors; a shared one counts once
-        per_vector = [p.tokens * P / max(1, count) for p in self.passages]
+        count = max(1, self.stored.shape[0] * self.stored.shape[1])  # number of distinct vectors
+        per_vector = [p.tokens * P / count for p in self.passages]
         mean, error = metrics.mean_and_error(per_vector)
         inserted = [new for d in self.header.documents for _, _, new in d.edits]
         return {
@@ -139,10 +139,10 @@ class MemVectors:
             "documents": len(self.header.documents),
             "passages": P,
             "vectors_per_passage": K,
-            "vectors": count,
+            "vectors": self.stored.shape[0] * self.stored.shape[1],
             "width": D,
             "storage": self.storage.name,
-            "bits_per_number": width,
+            "bits_per_number": number_bits,
             "start_rule": self.header.start_rule,
             "front": self.header.front,
             "layout": self.header.layout,
@@ -158,11 +158,11 @@ class MemVectors:
             "lm_bits": sum(p.lm_bits for p in self.passages),
             "information_gain_bits": gain,
             "token_gain": token_gain,
-            "bits_per_vector": gain / max(1, count),
-            "bits_per_dimension": metrics.bits_per_dimension(gain, D, max(1, count)),
-            "theoretical_capacity": metrics.theoretical_capacity(D, K, width, V),
-            "token_utilisation": metrics.token_utilisation(token_gain, D, max(1, count), width, V),
-            "bit_utilisation": metrics.bit_utilisation(gain, D, max(1, count), width),
+            "bits_per_vector": gain / count,
+            "bits_per_dimension": metrics.bits_per_dimension(gain, D, count),
+            "theoretical_capacity": metrics.theoretical_capacity(D, K, number_bits, V),
+            "token_utilisation": metrics.token_utilisation(token_gain, D, count, number_bits, V),
+            "bit_utilisation": metrics.bit_utilisation(gain, D, count, number_bits),
             "text_bytes": sum(d.size for d in self.header.documents),
             "vector_bytes": self.size,
             "trigger_bytes": sum(4 * rows.numel() for rows in self.soft.values()),
@@ -174,13 +174,13 @@ class MemVectors:
             "seconds": sum(p.seconds for p in self.passages),
         }
 
-    # ------------------------------------------------------------------ back to text
+    # ------------------------------------------------------------------ decoding
 
     def tokens(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
-        """Decode every passage freely and check it against its hash.
+        """The token ids of every passage: decode all freely, and compare each with its hash.
 
-        Raises MemvecError as `decode_passages` does, and NotExactError if a passage does not hash
-        to what was crammed: wrong text is never returned as if it were right.
+        Raises MemvecError as `decode_passages` does, and NotExactError if the hash of a passage
+        differs, so that wrong text is never returned.
         """
         decoded = self.decode_passages(lm, force=force)
         for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
@@ -193,7 +193,7 @@ class MemVectors:
         return decoded
 
     def decode_passages(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
-        """Token ids of every passage, decoded freely, right or wrong.
+        """Token ids of every passage, decoded freely and not checked.
 
         Raises MemvecError for vectors of another model (with `force`: of another width only), and
         for a passage that does not fit the model's context.
@@ -205,10 +205,10 @@ class MemVectors:
         inputs = longest + lm.inputs_before(self.vectors.shape[1], rule)
         if lm.context is not None and inputs > lm.context:
             raise MemvecError(f"a passage of {longest} tokens does not fit {lm.name}'s context.")
-        # A token that the model does not have (a forged file) is as wrong as any other.
-        last = lm.vocab_size - 1
-        first = [min(p.first or 0, last) for p in self.passages]
-        listed = [[(at, min(token, last)) for at, token in p.corrections] for p in self.passages]
+        # A forged file may name tokens that the model does not have. Any other token is as wrong.
+        last_id = lm.vocab_size - 1
+        first = [min(p.first or 0, last_id) for p in self.passages]
+        listed = [[(at, min(token, last_id)) for at, token in p.corrections] for p in self.passages]
         return decode_ids(
             lm,
             self.vectors.float(),
@@ -219,10 +219,10 @@ class MemVectors:
         )
 
     def view(self, lm: FrozenLM) -> FrozenLM:
-        """The model as it reads these vectors: layout, space, front, trigger and context scale.
+        """A view of the model with the header's layout, space, front, trigger and context scale.
 
-        The weights are not compared: see `check_model`. Raises MemvecError for a model that cannot
-        read vectors so.
+        The weights are not compared: see `check_model`. Raises MemvecError for a model that does
+        not support one of these.
         """
         header = self.header
         view = surrounded(self._in_space(lm), header.front, header.trigger, self.soft)
@@ -234,13 +234,13 @@ class MemVectors:
         return lm if space is None else in_space(lm, space.name, space.options)
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
-        """The bytes of every document. Raises like `tokens`."""
+        """The bytes of every document. Raises as `tokens` and `restored` do."""
         return self.restored(lm, self.tokens(lm, force=force))
 
     def restored(self, lm: FrozenLM, tokens: Sequence[list[int]]) -> list[bytes]:
-        """The bytes of every document from the passages' tokens.
+        """The bytes of every document, from the token ids of all passages.
 
-        Raises NotExactError if they do not hash to what was crammed.
+        Raises NotExactError if the hash of a document differs.
         """
         passages, contents = iter(tokens), []
         for d in self.header.documents:
@@ -249,7 +249,7 @@ class MemVectors:
         return contents
 
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
-        """Raise MemvecError if the vectors are not for this model (`force`: width only)."""
+        """Raise MemvecError for a model of other weights (unless `force`) or of another width."""
         check_type("lm", lm, FrozenLM, "memvec.load_lm")
         model = self.header.model
         made_for = " in ".join(filter(None, (model["name"], model.get("quantize"))))
@@ -267,10 +267,10 @@ class MemVectors:
     # ------------------------------------------------------------------ the file
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write the file: aside first, then fsync, then rename. Never leaves half a file.
+        """Write the file atomically (temporary file, fsync, rename); returns its path.
 
-        Raises MemvecError if it exists (unless `force`) or cannot be written, or if the vectors
-        were changed since they were certified or are not finite.
+        Raises MemvecError if the file exists (unless `force`) or cannot be written, and if the
+        vectors were changed after they were certified or are not finite.
         """
         if self.changed:
             raise MemvecError(
@@ -284,7 +284,7 @@ class MemVectors:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MemVectors:
-        """Read and check a file. Raises MemvecError: missing, truncated, foreign or changed."""
+        """Read a file. Raises MemvecError for one that is missing, damaged, foreign or changed."""
         header, vectors, soft = read_file(existing_path(path))
         return cls(reading_named(header.layout).vectors(vectors), header, soft)
 
@@ -294,7 +294,7 @@ class MemVectors:
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> MemVectors:
-        """Vectors from such a folder or from the Hub: see `memvec.hub.local_file`."""
+        """Vectors from a folder of `save_pretrained` or the Hub: see `memvec.hub.local_file`."""
         return cls.load(hub.local_file(name, **options))
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
@@ -302,11 +302,11 @@ class MemVectors:
         return hub.push_to_hub(self, repository, **options)
 
     def with_vectors(self, vectors: Tensor, storage: str | None = None) -> MemVectors:
-        """Other vectors (P, K, D) for the same passages, stored as these are or by `storage`.
+        """The same file with other vectors (P, K, D), stored as these ones or by `storage`.
 
-        Nothing is known of them: no passage is exact, and what was measured is NaN, until
-        `memvec.certify` measures them. Raises MemvecError for what is no tensor, another number of
-        passages, or an unknown storage.
+        Until `memvec.certify` measures them, no passage is exact and all measures are NaN or 0.
+        Raises MemvecError for a value that is not a tensor, for another number of passages, and for
+        an unknown storage.
         """
         if not isinstance(vectors, Tensor):
             shown = type(vectors).__name__
@@ -324,7 +324,7 @@ class MemVectors:
         return MemVectors(rounded, self.header.model_copy(update=update), self.soft)
 
     def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:
-        """The same vectors with the result of a whole decode of them."""
+        """The same vectors with a certificate, and for each passage whether it is `exact`."""
         passages = [
             p.model_copy(update={"exact": e}) for p, e in zip(self.passages, exact, strict=True)
         ]
@@ -338,7 +338,7 @@ class MemVectors:
 
 
 def _check_soft_tokens(soft: Mapping[str, Tensor], header: Header) -> None:
-    """Raise MemvecError unless these are the soft tokens of a header, rows of one width."""
+    """Raise MemvecError unless these are the soft tokens that the header names, of one width."""
     shapes = [tuple(rows.shape) for rows in soft.values()]
     if any(len(shape) != 2 for shape in shapes) or len({width for _, width in shapes}) > 1:
         raise MemvecError(f"soft tokens are rows (tokens, width) of one width, not {shapes}.")

@@ -1,7 +1,7 @@
-"""The file of [mem] vectors: safetensors that hold a header, a digest, and no pickle.
+"""Read and write the file of [mem] vectors: safetensors with a header and a digest.
 
-What is read is checked before it is believed: names and shapes against the header, the digest over
-header and tensors, and that every number is finite.
+Reading checks the names and shapes of tensors against the header, the digest of header and tensors,
+and that every number is finite.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from memvec.writing import path_of, write_atomically
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:
-    """The file a person means: `letter.mem` also finds `letter.mem.safetensors`.
+    """The path of an existing file; the suffix `.safetensors` may be left out.
 
     Raises MemvecError if there is no such file, if it is a folder, or if its name is not UTF-8.
     """
@@ -41,10 +41,10 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write a header and the tensors of a storage, and the soft tokens, if any, atomically.
+    """Write a header and tensors atomically: those of a storage, and soft tokens if there are any.
 
-    Raises MemvecError for tensors that `read_file` would refuse (numbers that are not finite, or
-    another number of rows than the header's passages have), and if the file cannot be written.
+    Raises MemvecError for tensors that `read_file` would refuse (numbers that are not finite, or a
+    number of rows that does not fit the header), and if the file cannot be written.
     """
     first = tensors["codes" if header.packing else "vectors"]
     rows = reading_named(header.layout).row_count(len(header.passages))
@@ -57,7 +57,7 @@ def write_file(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Non
 
 
 def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
-    """The header, the stored rows (R, k, D) as numbers, and the soft tokens, if any.
+    """Read a file: its header, its rows (R, k, D) as numbers, and its soft tokens by name.
 
     Raises MemvecError for a file that is truncated, foreign, damaged or changed.
     """
@@ -104,9 +104,9 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
 
 
 def digest_of(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 (hex) of a file's header as it is written, and of its tensors by name.
+    """The SHA-256 (hex) of a header's JSON text and of tensors by name.
 
-    Of each tensor it covers name, dtype, shape and bytes.
+    It covers the name, dtype, shape and bytes of each tensor.
     """
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):

@@ -1,7 +1,6 @@
 """The releases of torch and transformers that memvec was tested with.
 
-Both change what a model computes and how it is called. With a newer release memvec goes on and says
-so in one line; with an older one than it supports, too.
+Other releases may compute other numbers or need other calls. With them memvec warns and continues.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from packaging.version import Version
 
 from memvec.errors import UntestedVersionWarning
 
-# name -> (lowest, newest) release with which the whole suite passes: `make test-oldest`,
-# `make test-newest`. pyproject.toml allows the newest's minor release and nothing above.
+# name -> (oldest, newest) release with which all tests pass (`make test-oldest`,
+# `make test-newest`). pyproject.toml allows no minor release above the newest.
 TESTED = {"torch": ("2.11.0", "2.15.0"), "transformers": ("5.10.1", "5.24.0")}
 
 
 def warn_of_untested_versions() -> None:
-    """Warn once of each library that is newer or older than every release that was tested."""
-    for name, (lowest, newest) in TESTED.items():
+    """Issue an UntestedVersionWarning for each library that is newer or older than those tested."""
+    for name, (oldest, newest) in TESTED.items():
         installed = Version(version(name))
         public = Version(installed.public)
         if public > Version(newest):
             where = f"newer than {newest}, the newest that memvec was tested with"
-        elif public < Version(lowest):
-            where = f"older than {lowest}, the lowest that memvec was tested with"
+        elif public < Version(oldest):
+            where = f"older than {oldest}, the lowest that memvec was tested with"
         else:
             continue
         warnings.warn(f"{name} {public} is {where}.", UntestedVersionWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that every parser reads."""
+"""Write files atomically, and read and write JSON."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from memvec.errors import MemvecError
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """A path that a person wrote, with the home folder for '~'; an unknown ~NAME stays as it is.
+    """A path in which '~' is replaced by the home folder; an unknown ~NAME is not replaced.
 
-    Raises MemvecError for what is no path.
+    Raises MemvecError for another type than `str` and paths.
     """
     if not isinstance(path, str | os.PathLike):
         raise MemvecError(f"a path is a str or a Path, not {path!r:.60}.")
-    return Path(os.path.expanduser(path))  # noqa: PTH111 (that of Path raises for such a NAME)
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for ~NAME)
 
 
 def write_atomically(target: Path, data: bytes) -> None:
-    """Write aside, fsync, rename. Raises MemvecError with the reason, the target untouched."""
-    aside: str | None = None
+    """Write a temporary file, fsync, rename. On MemvecError, the target is unchanged."""
+    temporary: str | None = None
     try:
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(aside).chmod(0o666 & ~_umask())
-        Path(aside).replace(target)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(target)
     except OSError as error:
         raise MemvecError(f"{target} cannot be written: {error.strerror}.") from None
     finally:
-        if aside is not None:
-            with contextlib.suppress(OSError):  # the folder went away, or is read-only now
-                Path(aside).unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # renamed, or the folder is gone or read-only
+                Path(temporary).unlink()
 
 
 def _umask() -> int:
@@ -49,7 +49,7 @@ def _umask() -> int:
 
 
 def read_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for what is none, or is nested too deep."""
+    """The value of a JSON text. Raises ValueError for invalid or too deeply nested JSON."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -57,7 +57,7 @@ def read_json(text: str | bytes) -> Any:
 
 
 def pretty_json(value: Any) -> str:
-    """JSON for people and machines; NaN and infinities become null."""
+    """Indented JSON; NaN and infinities become null, so that every parser can read it."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False)
 
 

@@ -181,13 +181,14 @@ class Shared:
                     self.lm, finished[at : at + self.batch_size], "vectors", self.storage
                 )
             ]
-            wrong = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
+            disagreeing = [i for i, o in enumerate(outcomes) if o.status == "done" and not o.exact]
             out_of_steps = outcomes[0].steps - before >= self.recipe.steps
-            given_up = out_of_steps or raises == RAISES or self.recipe.if_not_exact == "stop"
-            if not wrong or given_up:
+            may_not_retry = out_of_steps or raises == RAISES or self.recipe.if_not_exact == "stop"
+            if not disagreeing or may_not_retry:
                 break
             jobs = [
-                Job.again(o, raised=spread if i in wrong else None) for i, o in enumerate(outcomes)
+                Job.with_raised_margin(o, spread) if i in disagreeing else Job.from_outcome(o)
+                for i, o in enumerate(outcomes)
             ]
         return outcomes
 

@@ -1,7 +1,7 @@
-"""Certification: stored vectors are reloaded, decoded and measured; this decides what is exact.
+"""Certification decides which passages are exact: it decodes and measures the stored vectors.
 
-Everything in an outcome's record is measured here, in one pass, on the vectors as they will be
-stored. Only the costs come from the optimisation, and the positions are not measured again later.
+All measures in the record of a passage are measured here, in one pass, from the vectors as they
+will be stored. Only the costs come from the optimisation.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ from memvec.storage import Storage
 
 @dataclass(frozen=True)
 class Finished:
-    """A passage that left its slot: 'done' (every margin met), 'budget' or 'not-finite'.
+    """A passage that has left its slot, with its vectors and costs.
 
-    `min_mem_bits` is the smallest H_mem of all its steps, bits, which need not be that of the
-    kept vectors; infinite where the loss of a step is not the cross-entropy of the whole passage.
+    `status` is 'done' (every margin is met), 'budget' or 'not-finite'. `min_mem_bits` is the
+    smallest H_mem of all steps, bits; that of the kept vectors may be larger. It is infinite if the
+    loss of a step is not the cross-entropy of the whole passage.
     """
 
     passage: Passage
     vectors: Tensor  # (K, D) float32, already rounded as they will be stored
     status: Status
-    margin_asked: float  # that certification requires, logits
+    margin_asked: float  # margin that certification requires, logits
     _: KW_ONLY
     steps: int
     spent: int  # forward-backward tokens
-    seconds: float  # its share of the wall time of the batch
+    seconds: float  # the passage's share of the wall time of the batch
     min_mem_bits: float = math.inf
 
 
 @dataclass(frozen=True)
 class Outcome(Finished):
-    """A finished passage with its measures; `exact` is decided by free-running decoding alone.
+    """A finished passage with its measures; free-running decoding alone decides `exact`.
 
-    `vectors` are in the dtype in which a file holds them. `metrics` are its measures, `scores` the
-    bits and margins of each position that they were computed from (None for an outcome that was
-    read from a journal). Decoding puts the listed `corrections` in their places; there are none
+    `vectors` have the dtype in which a file stores them. `metrics` are the measures of the passage,
+    computed from `scores`, the bits and margins of its positions (None if the outcome was read from
+    a journal). `corrections` are listed tokens that decoding puts in their places; there are none
     unless the recipe allows them.
     """
 
@@ -81,18 +82,18 @@ def certify(
     storage: Storage,
     corrections: int | Sequence[Corrections] = 0,
 ) -> Iterator[Outcome]:
-    """Decode and measure finished passages in a batch, from the vectors as stored, in their order.
+    """Decode and measure finished passages as one batch; yields their outcomes in order.
 
-    `corrections`: how many tokens of each passage may be listed (memvec.corrections chooses them),
-    or the lists themselves. Vectors that are not finite are not exact; zeros replace them.
+    The vectors are rounded as `storage` stores them. `corrections` is the maximum number of tokens
+    that may be listed for each passage (memvec.corrections chooses them), or the lists themselves.
+    Passages with vectors that are not finite are not exact; their vectors are replaced by zeros.
     """
     if not finished:
         return
-    # The same rounding as in a file: whoever reads the file gets these numbers.
     vectors = storage.rounded(torch.stack([f.vectors.float() for f in finished]))
     passages = [f.passage for f in finished]
-    usable = torch.isfinite(vectors).flatten(1).all(1)
-    vectors = torch.where(usable[:, None, None], vectors, 0.0)
+    finite = torch.isfinite(vectors).flatten(1).all(1)
+    vectors = torch.where(finite[:, None, None], vectors, 0.0)
     given = int(start == "first-token")
     batch = positions(lm, vectors, passages, start)
     scores = [batch[i, : len(f.passage) - given] for i, f in enumerate(finished)]
@@ -126,22 +127,22 @@ def certify(
 def positions(
     lm: FrozenLM, vectors: Float[Tensor, "B K D"], passages: Sequence[Passage], start: StartRule
 ) -> PositionScores:
-    """The scores (B, N) of every predicted position, teacher-forced, with the vectors and without.
+    """Teacher-forced scores (B, N) of every predicted position, with the vectors and without.
 
-    N is T of the longest passage, or T - 1 where the first token is given. Without vectors, a
-    passage whose first token is BOS is read as it is, not after a second BOS, and its first token
-    costs no bits: it is given, as in the published gains. For a model without a BOS, the first
-    token costs log2 V bits without vectors. Rows of shorter passages are right-padded; values in
-    the padding have no meaning.
+    N is T of the longest passage, or T - 1 if the first token is given. Without vectors, the model
+    reads a passage after BOS. A passage that begins with BOS gets no second one; this BOS counts as
+    given, at 0 bits, as in the published gains. For a model without a BOS, the first token costs
+    log2 V bits without vectors. Rows of shorter passages are right-padded, and values in the
+    padding have no meaning.
     """
     B, longest, given = len(passages), max(len(p) for p in passages), int(start == "first-token")
     ids = padded_ids(passages, longest).to(lm.device)
     states, measured = lm.states(vectors.to(lm.device), ids, start), (surprisal, margins)
     bits, margin = at_states(lm, states, ids[:, given:], *measured)
     if given or lm.bos_id is not None:
-        # Passages that begin with BOS; none where the first token is given: no id is -1. Their rows
-        # are shifted left by one, so that the model reads their own BOS, and their scores are
-        # shifted back, after those of the BOS itself: 0 bits, and a hit (a margin above 0).
+        # `bos` is true for passages that begin with BOS, and false for all if the first token is
+        # given (no id is -1). Rows with BOS are shifted left by one, so that the BOS in front is
+        # their own. Then their scores are shifted right, after those of BOS: 0 bits, margin 1.
         bos = ids[:, :1].eq(-1 if given else lm.bos_id or 0)
         read = torch.where(bos, ids.roll(-1, 1), ids)
         base = lm.states(None, read, "first-token" if given else "bos")
@@ -151,12 +152,12 @@ def positions(
             for x, first in zip(alone, (0.0, 1.0), strict=True)
         )
     else:
-        # No token starts a text for this model: the first token costs log2 V without vectors.
+        # This model has no token that starts a text: the first token costs log2 V bits.
         base_bits = base_margin = bits.new_empty(B, 0)
         if longest > 1:
             states = lm.states(None, ids, "first-token")
             base_bits, base_margin = at_states(lm, states, ids[:, 1:], *measured)
-        # A margin below 0 counts as a miss of the model alone.
+        # The margin -1 makes the first token a miss of the model alone.
         first = torch.full((B, 1), float(torch.tensor(float(lm.vocab_size)).log2()))
         base_bits = torch.cat([first, base_bits], dim=1)
         base_margin = torch.cat([torch.full_like(first, -1.0), base_margin], dim=1)

@@ -1,9 +1,9 @@
-"""What is moved: the numbers the optimiser sees, and how [mem] vectors come from them.
+"""Coordinates: the parameters that the optimiser moves, and how [mem] vectors come from them.
 
-Here the vectors themselves; `memvec.arms.principal` turns them, and `memvec.arms.low_dim` moves
-a few numbers and the matrix that makes vectors of them. The vectors that the model reads are always
-the ones that will be stored: rounded to the storage dtype, with gradients passed straight through
-the rounding, so that what is measured is what is kept.
+`Direct` moves the vectors themselves. `memvec.arms.principal` rotates them, and
+`memvec.arms.low_dim` moves a few coefficients and a matrix. The model always reads the vectors as
+they will be stored: rounded to the storage dtype. Gradients pass straight through the rounding
+(straight-through estimator), so the stored vectors are the measured ones.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from memvec.storage import Storage
 
 
 class Coordinates(Protocol):
-    """Parameters (B, ...) of B passages, and the vectors (B, K, D) they stand for.
+    """A map between parameters (B, ...) of B passages and their vectors (B, K, D).
 
-    Made from a recipe, K and a model. Coordinates need not reach every vector: what is measured and
-    kept is always what `vectors` gives. Those with `of_inputs` true are for vectors in the model's
-    input; in other spaces vectors are moved directly.
+    It is made from a recipe, K and a model. The map need not reach every vector: the result of
+    `vectors` is what is measured and stored. Coordinates with `of_inputs` true are for inputs of
+    the model only; in other spaces the vectors are moved directly.
     """
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None: ...
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Tensor:
-        """Parameters whose vectors are these, or the nearest that the coordinates reach."""
+        """Parameters of these vectors, or of the nearest vectors that the coordinates reach."""
 
     def vectors(self, parameters: Tensor) -> Float[Tensor, "B K D"]:
-        """The vectors of parameters, differentiable."""
+        """The vectors of parameters; differentiable."""
 
 
-def fitting(name: str, lm: FrozenLM) -> str:
-    """The name of the coordinates to use: `name`, or 'direct' where that is only for inputs.
+def supported_coordinates(name: str, lm: FrozenLM) -> str:
+    """`name`, or 'direct' if these coordinates are for inputs and the vectors are no inputs.
 
     Raises MemvecError for an unknown name.
     """
@@ -63,7 +63,7 @@ class Direct:
 
 
 class _Round(torch.autograd.Function):
-    """To what is stored and back, with the gradient passed straight through."""
+    """Rounding to the storage's numbers, with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, storage: Storage) -> Tensor:
@@ -75,7 +75,7 @@ class _Round(torch.autograd.Function):
 
 
 def as_stored(vectors: Float[Tensor, "*shape"], storage: Storage) -> Float[Tensor, "*shape"]:
-    """What a reader of the file will see: rounded as it is stored, in float32."""
+    """The vectors as a reader of the file gets them: rounded by `storage`, in float32."""
     if storage.name == "float32":
         return vectors
     rounded: Tensor = _Round.apply(vectors, storage)  # type: ignore[no-untyped-call]

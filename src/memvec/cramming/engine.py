@@ -1,19 +1,20 @@
-"""The engine: slots in which passages are crammed together, independent of each other.
+"""The engine crams many passages at once in slots; passages do not affect each other.
 
-    fill      waiting passages take the free slots
+    fill      free slots get waiting passages
     step      one step for all slots (memvec.cramming.step)
-    certify   stopped passages are decoded and measured from their stored vectors, in groups
-    retire    passages leave; one whose decoding disagrees with its margins waits again
+    retire    stopped passages leave their slots
+    certify   stopped passages are decoded and measured from their stored vectors, in groups;
+              a passage that met its margins and does not decode waits again
 
-A passage holds a slot until it is done or out of budget; then the next waiting passage takes the
-slot, so the batch stays full and no passage waits for the slowest one. Passages keep their slots
-until they are certified: a run that is killed loses only the passages in its slots.
+A passage holds a slot until it is done or out of budget. Then the next waiting passage gets the
+slot, so the batch stays full. A stopped passage counts as a slot until it is certified, so a run
+that is killed loses at most `batch_size` passages.
 
-Slots share nothing but a batch: losses are summed, moments and step counts are per slot, and seeds
-come from token ids. At a fixed batch shape and in the same slot a passage's vectors are bit-equal
-whatever its neighbours are. `fixed_shapes=True` keeps the shape until the end; otherwise empty
-slots and columns that count for no passage are left out. Another shape or slot changes rounding
-only, as do kernels of a GPU that add in any order.
+Slots are independent: losses are summed, each slot has its own moments and step count, and seeds
+come from token ids. At one batch shape and in one slot, the vectors of a passage are bit-equal
+whatever the other slots hold. `fixed_shapes=True` keeps the shape to the end; otherwise empty slots
+and unused columns are left out. Another shape or slot changes only the rounding, and so do GPU
+kernels that add in no fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from memvec import registry
 from memvec.cramming import starts
 from memvec.cramming.batch import BatchState, Job, Progress, Waiting, refuse_for_memory
 from memvec.cramming.certify import Finished, Outcome, certify
-from memvec.cramming.coordinates import fitting
+from memvec.cramming.coordinates import supported_coordinates
 from memvec.cramming.recipe import Recipe
 from memvec.cramming.step import Step
 from memvec.decoding import BATCH
@@ -48,16 +49,16 @@ __all__ = ["Engine", "Job", "Progress", "Waiting"]
 
 
 class Engine:
-    """Crams passages with K (`vectors`) vectors each, up to `batch_size` at once.
+    """Crams passages into `vectors` (K) vectors each, up to `batch_size` passages at once.
 
     `storage` is the number format in which vectors are certified and stored (memvec.storage).
     `graphs` replays steps on a GPU instead of launching each kernel (memvec.graphs); rows and
     columns are then rounded up to a few shapes. `poll` is the number of steps between checks for
-    finished passages: 8 with graphs, since a check makes the device wait, else 1, since most steps
-    do (transformers looks at positions). Raises MemvecError for settings that the model lacks.
+    finished passages: 8 with graphs, since a check synchronises with the device, else 1, since
+    transformers synchronises in most steps anyway. Raises MemvecError for unsupported settings.
     """
 
-    step_type: type[Step] | None = None  # instead of the term's
+    step_type: type[Step] | None = None  # overrides the `step_type` of the term
 
     def __init__(
         self,
@@ -79,13 +80,12 @@ class Engine:
         self.lm = lm = starts.triggered(lm, self.recipe)
         self.K, self.batch_size = vectors, batch_size
         self.module = for_steps(lm, self.recipe.compute)
-        # The recipe with the choices that were made here, for the record. Large steps are only for
-        # vectors in front of tokens.
+        # The record needs the choices made here. Only vectors in front of tokens are enlarged.
         self.recipe = replace(
             self.recipe,
             compute="model" if self.module is lm else "bfloat16",
             lr_large=self.recipe.lr_large if lm.reading.enlarges else 0.0,
-            coordinates=fitting(self.recipe.coordinates, lm),
+            coordinates=supported_coordinates(self.recipe.coordinates, lm),
         )
         self.storage = storage_of(storage)
         self.fixed_shapes, self.graphs, self.on_progress = fixed_shapes, graphs, on_progress
@@ -97,15 +97,15 @@ class Engine:
         step_type = self.step_type or registry.get("term", self.recipe.term).step_type or Step
         self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, **settings)
         self.schedule, self.waiting = self.stepper.schedule, Waiting()
-        self.jobs: list[Job] = []  # in the slots, in the order of the batch's rows
-        self.batch: BatchState | None = None  # None while no slot is taken
-        self.columns = 0  # predicted columns of the forward pass now
+        self.jobs: list[Job] = []  # jobs in the slots, in the order of the batch's rows
+        self.batch: BatchState | None = None  # None while all slots are free
+        self.columns = 0  # predicted columns of the next forward pass
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
 
-    # ------------------------------------------------------------------ what a caller uses
+    # ------------------------------------------------------------------ public methods
 
     def push(self, passage: Passage) -> None:
-        """Add a passage, also while `run` is under way. Raises MemvecError if it cannot fit."""
+        """Queue a passage, also while `run` is active. Raises MemvecError if it does not fit."""
         limit = self.max_tokens()
         if limit is not None and len(passage) > limit:
             raise MemvecError(
@@ -117,33 +117,33 @@ class Engine:
         self.waiting.push(Job(passage, self.recipe.margin))
 
     def push_again(self, outcome: Outcome) -> None:
-        """Queue a passage that was exact here and not elsewhere again, with twice the margin."""
-        job = Job.again(outcome, raised=self.lm.logit_spread)
-        job.steps += 1  # a retry is never free, so it cannot go on for ever
+        """Queue a passage whose decoding disagrees with its margins again, with a raised margin."""
+        job = Job.with_raised_margin(outcome, self.lm.logit_spread)
+        job.steps += 1  # a retry costs a step, so the number of retries is limited
         self.waiting.push(job)
 
     def max_tokens(self) -> int | None:
-        """Longest passage (tokens) that the model's context takes after the vectors; None: any."""
+        """Longest passage (tokens) that fits the context beside the vectors; None: no limit."""
         if self.lm.context is None:
             return None
         around = len(self.lm.front) + len(self.lm.trigger) * (self.start_rule == "bos")
         return self.lm.context - self.K - around
 
     def trial(self, tokens: int, batch_size: int) -> float:
-        """Seconds of a trial step of `batch_size` passages of `tokens` tokens; 0: no memory."""
-        once = functools.partial(self.stepper.rehearse, tokens, batch_size)
-        if not fits(once):  # the first one also warms up
+        """Seconds of a step with `batch_size` passages of `tokens` tokens; 0 if memory runs out."""
+        trial_step = functools.partial(self.stepper.rehearse, tokens, batch_size)
+        if not fits(trial_step):  # the first call is the warm-up
             forget_freed_memory()
-            return 0.0  # the run itself finds out how much fits
+            return 0.0  # `run` halves the batch until it fits
         began = time.perf_counter()
-        fits(once)
+        fits(trial_step)
         return time.perf_counter() - began
 
     def run(self, passages: Iterable[Passage] = ()) -> Iterator[Outcome]:
-        """Cram everything that waits; yields each outcome as soon as it is certified.
+        """Cram `passages` and all waiting ones; yields each outcome when it is certified.
 
-        A caller may `push` further passages (halves of one that did not fit) between yields. Raises
-        MemvecError as `push` does, or if memory is too small for one passage.
+        A caller may `push` further passages between yields. Raises MemvecError as `push` does, and
+        if one passage alone does not fit in memory.
         """
         for passage in passages:
             self.push(passage)
@@ -166,40 +166,40 @@ class Engine:
     # ------------------------------------------------------------------ fill
 
     def fill(self, slots: int) -> None:
-        """Fill up to `slots` slots with waiting passages; choose the columns of the next steps."""
+        """Fill up to `slots` slots with waiting passages; set the columns of the next steps."""
         free = min(slots - len(self.jobs), len(self.waiting))
-        newcomers = [self.waiting.pop() for _ in range(free)]
-        if newcomers and not fits(lambda: self._give_slots(newcomers)):
-            self._put_back(newcomers)
+        new_jobs = [self.waiting.pop() for _ in range(free)]
+        if new_jobs and not fits(lambda: self._give_slots(new_jobs)):
+            self._put_back(new_jobs)
             self.fill(self.batch_size)
         elif self.batch is not None:
             longest = self.batch.columns - self.given
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
             registry.checked("schedule", self.recipe.schedule, counted, self.batch.length.shape)
-            # Room for the tokens that may count before the next check. A passage that gets further
-            # waits for the check: each passage has the columns that it would have alone.
+            # Leave room for the tokens that may count before the next check. The room of a passage
+            # does not depend on the other slots, so a passage that needs more waits for the check.
             counted = counted + self.schedule.may_count(self.poll - 1)
             self.batch.room = whole_columns(counted)
-            need = int(self.batch.room.max().clamp_min(1))
-            columns = columns_for(need) if self.graphs else need
+            needed = int(self.batch.room.max().clamp_min(1))
+            columns = columns_for(needed) if self.graphs else needed
             self.columns = longest if self.fixed_shapes else min(longest, columns)
 
-    def _give_slots(self, newcomers: list[Job]) -> None:
-        """Give each of these jobs a slot."""
-        columns = max(len(job.passage) for job in newcomers)
-        if self.batch is not None:  # the slots may still be as wide as a passage that has left
+    def _give_slots(self, new_jobs: list[Job]) -> None:
+        """Put each of these jobs into a slot."""
+        columns = max(len(job.passage) for job in new_jobs)
+        if self.batch is not None:  # `ids` may be wider than every passage that is in a slot now
             columns = max(columns, self.batch.columns)
             self.batch.widen(columns)
-        rows = self._new_rows(newcomers, columns)
+        rows = self._new_rows(new_jobs, columns)
         self.batch = rows if self.batch is None else self.batch.joined(rows)
-        self.jobs = self.jobs + newcomers
+        self.jobs = self.jobs + new_jobs
 
-    def _put_back(self, newcomers: list[Job]) -> None:
-        """Let jobs wait that found no memory, with slots for half; MemvecError if that is none."""
-        self.batch_size = len(self.jobs) + len(newcomers) // 2
+    def _put_back(self, new_jobs: list[Job]) -> None:
+        """Queue jobs that did not fit again, and halve their slots; MemvecError if none is left."""
+        self.batch_size = len(self.jobs) + len(new_jobs) // 2
         if not self.batch_size:
-            refuse_for_memory(newcomers, self.lm.device)
-        for job in newcomers:
+            refuse_for_memory(new_jobs, self.lm.device)
+        for job in new_jobs:
             self.waiting.push(job)
         forget_freed_memory()
 
@@ -208,16 +208,16 @@ class Engine:
         device = self.lm.device
         vectors = self._first_vectors(jobs).to(device)
         length = torch.tensor([len(job.passage) - self.given for job in jobs], device=device)
-        crammed = [starts.continues(self.recipe) or job.vectors is not None for job in jobs]
-        again = torch.tensor(crammed, device=device)
+        continues = [starts.continues(self.recipe) or job.vectors is not None for job in jobs]
+        crammed_before = torch.tensor(continues, device=device)
         size = vectors.float().square().mean((1, 2)).sqrt()
-        # Small steps are for vectors that an encoder has placed near a solution. Vectors that were
-        # crammed before and have at least half the large size were enlarged when they were stuck.
-        was_large = again & (size >= self.recipe.lr_large / 2)
+        # Vectors take small steps only near an encoder's start. Vectors that were crammed before
+        # and have at least half of the large size were enlarged then, and stay large.
+        was_large = crammed_before & (size >= self.recipe.lr_large / 2)
         large = (length > starts.encoder_reach(self.lm, self.recipe, self.K)) | was_large
         parameters = self.stepper.coordinates.parameters(vectors.float())
         parameters = self.stepper.enlarged(parameters, large)
-        flag = torch.zeros(len(jobs), dtype=torch.bool, device=device)
+        false = torch.zeros(len(jobs), dtype=torch.bool, device=device)
         margin = torch.tensor([job.margin for job in jobs], device=device)
         return BatchState(
             ids=padded_ids([job.passage for job in jobs], columns).to(device),
@@ -231,9 +231,9 @@ class Engine:
             steps=torch.tensor([job.steps for job in jobs], device=device),
             spent=torch.tensor([job.spent for job in jobs], device=device),
             min_mem_bits=torch.tensor([job.min_mem_bits for job in jobs], device=device),
-            done=flag,
-            failed=flag.clone(),
-            stopped=flag.clone(),
+            done=false,
+            failed=false.clone(),
+            stopped=false.clone(),
             term_mean=torch.full_like(margin, torch.inf),
             term_mean_of_best=torch.full_like(margin, torch.inf),
             schedule=self.schedule.fresh(size, large),
@@ -242,16 +242,16 @@ class Engine:
         )
 
     def _first_vectors(self, jobs: list[Job]) -> Float[Tensor, "n K D"]:
-        """The vectors that jobs begin with: their own, or those of the recipe's start."""
+        """The first vectors of each job: its own, or those of the recipe's start."""
         new = [job.passage.ids for job in jobs if job.vectors is None]
         alone = self.fixed_shapes
-        begun = iter(starts.start_vectors(self.lm, new, self.K, self.recipe, alone=alone))
-        return torch.stack([next(begun) if job.vectors is None else job.vectors for job in jobs])
+        start = iter(starts.start_vectors(self.lm, new, self.K, self.recipe, alone=alone))
+        return torch.stack([next(start) if job.vectors is None else job.vectors for job in jobs])
 
     # ------------------------------------------------------------------ step
 
     def step(self) -> None:
-        """One step for all slots: measure, keep what is better, move the unfinished passages."""
+        """One step for all slots: measure, keep better vectors, move passages that are not done."""
         assert self.batch is not None, "no slot is taken"
         B, slots = len(self.jobs), self.batch_size
         rows = slots if self.fixed_shapes else rows_for(B, slots) if self.graphs else B
@@ -262,7 +262,7 @@ class Engine:
 
     def _share_time(self, began: float) -> None:
         assert self.batch is not None, "no slot is taken"
-        self.batch.stopped.tolist()  # waits for the device, whose time counts
+        self.batch.stopped.tolist()  # wait for the device, so that its time is included
         self.seconds += (seconds := time.perf_counter() - began)
         for job in self.jobs:
             job.seconds += seconds / len(self.jobs)
@@ -271,23 +271,22 @@ class Engine:
         if self.on_progress is not None:
             best = None if self.batch is None else self.batch.schedule.best
             horizon = 0.0 if best is None else float(best.clamp_min(0).float().mean())
-            costs: dict[str, Any] = {"steps": self.steps, "tokens": self.tokens}
-            costs["seconds"] = self.seconds
+            costs: dict[str, Any] = {n: getattr(self, n) for n in ("steps", "tokens", "seconds")}
             self.on_progress(Progress(len(self.jobs), len(self.waiting), horizon, **costs))
 
     # ------------------------------------------------------------------ certify
 
     def _final_outcomes(self, finished: list[Finished]) -> Iterator[Outcome]:
-        """Certify a group and yield final outcomes; the others wait again, with a larger margin."""
+        """Certify a group and yield final outcomes; the others wait again, with a raised margin."""
         for outcome in self._certified(finished):
-            wrong = outcome.status == "done" and not outcome.exact
-            if wrong and self._may_retry(outcome):
-                self.push_again(outcome)  # decoding disagrees with the margins
+            disagrees = outcome.status == "done" and not outcome.exact
+            if disagrees and self._may_retry(outcome):
+                self.push_again(outcome)
             else:
                 yield outcome
 
     def _certified(self, finished: list[Finished]) -> list[Outcome]:
-        """Certify together, or in halves where memory runs out."""
+        """Certify a group as one batch; when memory runs out, the batch is halved."""
         settings, n = (self.start_rule, self.storage, self.recipe.corrections), len(finished)
         try:
             return in_batches(lambda rows: list(certify(self.lm, finished[rows], *settings)), n, n)
@@ -308,23 +307,23 @@ class Engine:
     # ------------------------------------------------------------------ retire
 
     def retire_stopped(self) -> list[Finished]:
-        """Take the stopped passages out of their slots, with their best measured vectors."""
+        """Remove the stopped passages from their slots; returns them with their best vectors."""
         assert self.batch is not None, "no slot is taken"
         stopped = self.batch.stopped.tolist()
         if not any(stopped):
             return []
         finished = []
-        for i, gone in enumerate(stopped):
-            if gone:
+        for i, has_stopped in enumerate(stopped):
+            if has_stopped:
                 job = self.jobs[i]
                 self.batch.write_progress(i, job)
                 assert job.vectors is not None
                 finished.append(job.finished(job.vectors, self.batch.status(i)))
-        self._keep_rows([i for i, gone in enumerate(stopped) if not gone])
+        self._keep_rows([i for i, has_stopped in enumerate(stopped) if not has_stopped])
         return finished
 
     def _keep_rows(self, rows: list[int]) -> None:
-        """Keep only some rows of the batch."""
+        """Remove all rows of the batch but these."""
         assert self.batch is not None
         index = torch.tensor(rows, dtype=torch.long, device=self.lm.device)
         self.jobs = [self.jobs[i] for i in rows]
@@ -333,17 +332,14 @@ class Engine:
     # ------------------------------------------------------------------ too little memory
 
     def _halve_batch(self) -> None:
-        """Halve the number of slots; passages that lose theirs wait, and keep their vectors.
-
-        Raises MemvecError if a single passage does not fit.
-        """
+        """Halve the slots; passages that lose theirs wait again. MemvecError for a single slot."""
         if len(self.jobs) <= 1:
             refuse_for_memory(self.jobs, self.lm.device)
         assert self.batch is not None
-        self.batch_size = stay = len(self.jobs) // 2
+        self.batch_size = half = len(self.jobs) // 2
         self.batch.parameters = self.batch.parameters.detach()
-        for row in range(stay, len(self.jobs)):
+        for row in range(half, len(self.jobs)):
             self.batch.write_progress(row, self.jobs[row])
             self.waiting.push(self.jobs[row])
-        self.jobs, self.batch = self.jobs[:stay], self.batch.head(stay)
+        self.jobs, self.batch = self.jobs[:half], self.batch.head(half)
         forget_freed_memory()

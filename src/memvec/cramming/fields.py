@@ -1,4 +1,4 @@
-"""Which values the fields of a recipe can have, and how they are read from text."""
+"""The values that the fields of a recipe may have, and their conversion from text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UnitName = Literal["spread", "logits"]
 ComputeName = Literal["auto", "model", "bfloat16"]
 NotExactName = Literal["raise-margin", "stop"]
 
-# Fields whose values are names of the registry, and names that stand beside the registered ones.
+# Fields whose values are registered names, with the further names that each field accepts.
 REGISTERED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("objective", "coordinates", "space", "optimizer", "schedule", "term"), ()),
     "start": ("auto", "encoder"),
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compute": get_args(ComputeName),
     "if_not_exact": get_args(NotExactName),
 }
-# The smallest values of numbers.
+# The minimum of each number.
 MINIMUM: dict[str, float] = {
     "temperature": 1e-6,
     "context_scale": 1e-3,
@@ -38,12 +38,12 @@ MINIMUM: dict[str, float] = {
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The values that a field of names can have; registered ones included."""
+    """The names that a field accepts, registered ones included."""
     return (*REGISTERED[name], *registry.names(name)) if name in REGISTERED else CHOICES[name]
 
 
 def converted(name: str, value: Any, kind: type) -> Any:
-    """A value as a field's type. Raises MemvecError if it cannot be that."""
+    """A value, converted to the type of a field. Raises MemvecError if it cannot be converted."""
     try:
         cast = kind(value)
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and cast != value):

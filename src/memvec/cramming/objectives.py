@@ -1,15 +1,16 @@
-"""What is minimised: a loss per position, from its logits and its true token.
+"""Objectives: the loss of each position, from its logits and its true token.
 
-An objective says what a position costs (`loss`) and what it weighs in its passage (`weights`);
-chunking over memory is done once, in `score`. Each passage has its own weighted mean and passages
-are summed, so that no passage changes another's gradient. A new objective is one function,
+An objective defines the loss of a position (`loss`) and its weight in the loss of its passage
+(`weights`). `score` computes both in chunks that fit in memory. The loss of a passage is a weighted
+mean over its positions, and the losses of passages are summed, so a passage does not change the
+gradient of another one. A new objective is a function,
 
     @register("objective", "hinge")
     def hinge(logits, ids, temperature, recipe):        # (n, V), (n,), (n,) -> (n,)
         margin = metrics.margins(logits[None], ids[None])[0]
         return (recipe.margin - margin).clamp_min(0)
 
-or a subclass of `Objective` if it weighs positions in its own way or has a fast path.
+or a subclass of `Objective`, if it has its own weights or a fast path.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ FusedLoss = Callable[
     tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n V"]],
 ]
 
-# Smaller probabilities do not change a gradient; below exp(-87) they are denormal float32 numbers,
-# which make a CPU's products with the head so slow that a step takes twice as long (docs/log.md).
+# Log-probabilities are clamped to this minimum. Smaller probabilities do not change a gradient, and
+# below exp(-87) they are denormal float32 numbers: CPU matrix products with these are so slow that
+# a step takes twice as long (docs/log.md).
 SMALLEST_LOG = -60.0
 
 
 class Objective:
-    """What is minimised; made from a loss function, or a subclass with a loss of its own."""
+    """An objective: made from a loss function, or a subclass that defines `loss`."""
 
-    fused: FusedLoss | None = None  # a fast path that gives the same figures as autograd
+    fused: FusedLoss | None = None  # a fast path with the same results as autograd
 
     def __init__(self, loss: LossFunction | None = None) -> None:
         if loss is not None:
@@ -66,9 +68,9 @@ class Objective:
         margin: Float[Tensor, "B T"],
         target_margin: Float[Tensor, " B"],
     ) -> Float[Tensor, "B T"]:
-        """What each position weighs in its passage's loss; no gradient flows through it.
+        """The weight of each position in the loss of its passage; no gradient flows through it.
 
-        Here: equal weights that add up to 1 over the positions that count.
+        By default, the positions that count have equal weights with the sum 1.
         """
         return counted / counted.sum(-1, keepdim=True).clamp_min(1)
 
@@ -79,13 +81,13 @@ def cross_entropy(
     temperature: Float[Tensor, " n"],
     recipe: Recipe,
 ) -> Float[Tensor, " n"]:
-    """Cross-entropy of logits / T, times T so that gradients keep their size.
+    """Cross-entropy of logits / T, multiplied by T so that gradients keep their size.
 
-    T = 1 is the paper's loss (section 3). A smaller T stops paying for tokens that are already
-    safely right and leaves the vector free for the others (docs/log.md).
+    T is `temperature`, logits. T = 1 is the paper's loss (section 3). At a smaller T, tokens with a
+    large margin have almost no gradient, so the vector moves for the others (docs/log.md).
     """
-    divided = logits / temperature[:, None]
-    return torch.nn.functional.cross_entropy(divided, ids, reduction="none") * temperature
+    scaled = logits / temperature[:, None]
+    return torch.nn.functional.cross_entropy(scaled, ids, reduction="none") * temperature
 
 
 def fused_cross_entropy(
@@ -93,33 +95,33 @@ def fused_cross_entropy(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n V"]]:
     """Loss, margin, and the gradient of the loss at the logits, from one softmax.
 
-    The same figures as `cross_entropy` and `metrics.margins` give through autograd, with half of
-    the passes over a tensor of V columns; all work is in the place of one buffer.
+    The results are those of `cross_entropy` and `metrics.margins` through autograd. This takes half
+    as many passes over a tensor of V columns, and works in place in a single buffer.
     """
-    here = ids[:, None]
+    column = ids[:, None]
     buffer = torch.log_softmax(logits / temperature[:, None], dim=-1)
-    true = buffer.gather(-1, here)
-    best_other = buffer.scatter_(-1, here, -torch.inf).amax(-1, keepdim=True)
-    gradient = buffer.scatter_(-1, here, true).clamp_(min=SMALLEST_LOG).exp_()
-    gradient.scatter_add_(-1, here, torch.full_like(true, -1.0))
+    true = buffer.gather(-1, column)
+    best_other = buffer.scatter_(-1, column, -torch.inf).amax(-1, keepdim=True)
+    gradient = buffer.scatter_(-1, column, true).clamp_(min=SMALLEST_LOG).exp_()
+    gradient.scatter_add_(-1, column, torch.full_like(true, -1.0))
     return -true[:, 0] * temperature, (true - best_other)[:, 0] * temperature, gradient
 
 
 class CrossEntropy(Objective):
-    """`cross_entropy` with its fast path."""
+    """The objective `cross_entropy`, with its fast path."""
 
     fused = staticmethod(fused_cross_entropy)
     loss = staticmethod(cross_entropy)
 
 
 def objective_named(name: str) -> Objective:
-    """The objective of a name: from a registered class, or a registered loss function.
+    """The objective that is registered under a name, as a class or as a loss function.
 
     Raises MemvecError for an unknown name.
     """
     choice = registry.get("objective", name)
-    made: Objective = choice() if isinstance(choice, type) else Objective(choice)
-    return made
+    objective: Objective = choice() if isinstance(choice, type) else Objective(choice)
+    return objective
 
 
 def score(
@@ -134,11 +136,11 @@ def score(
 ) -> Score:
     """Losses, margins and gradients at the states of a batch, a few rows of logits at a time.
 
-    The head is frozen and the loss is a weighted sum over positions, so the gradient of each chunk
-    is known, but for its weight, as soon as its logits are: no (B, T, V) tensor outlives its chunk,
-    whatever V is, and the weights may depend on all margins. `temperature` (logits) is each
-    passage's, or the recipe's if it is not given. `V` saves a call of the head. `reference`
-    takes the slow path through autograd, to which the fused one must be equal.
+    `ids` are the true tokens. The gradients are those of each position's own loss, without weights:
+    the loss of a passage is a weighted sum over positions, so the caller can multiply the gradients
+    by weights that depend on all margins. So a (B, T, V) tensor of logits never exists.
+    `temperature` (logits) is that of each passage (None: the recipe's). `V`, if given, saves a call
+    of the head. `reference` uses autograd instead of the objective's fast path.
     """
     B, T, H = states.shape
     flat, truth = states.detach().reshape(B * T, H), ids.reshape(-1)
@@ -155,24 +157,24 @@ def score(
             V = int(head(flat[:1]).shape[-1])
     rows = max(1, memory.LOGITS_AT_ONCE // V)
 
-    def chunk(here: slice) -> None:
-        # A function of its own, so that nothing of one chunk is alive during the next.
+    def score_rows(span: slice) -> None:
+        # This is a function so that the tensors of one chunk are freed before the next one.
         with torch.enable_grad():
-            part = flat[here].requires_grad_()
+            part = flat[span].requires_grad_()
             logits = head(part).float()
             if fused is None:
-                loss = objective.loss(logits, truth[here], temperatures[here], recipe)
-                registry.checked("objective", recipe.objective, loss, truth[here].shape)
-                (gradient[here],) = torch.autograd.grad(loss.sum(), part)
-                margins = metrics.margins(logits.detach()[None], truth[here][None])[0]
+                loss = objective.loss(logits, truth[span], temperatures[span], recipe)
+                registry.checked("objective", recipe.objective, loss, truth[span].shape)
+                (gradient[span],) = torch.autograd.grad(loss.sum(), part)
+                margins = metrics.margins(logits.detach()[None], truth[span][None])[0]
             else:
-                loss, margins, slope = fused(logits.detach(), truth[here], temperatures[here])
-                (gradient[here],) = torch.autograd.grad(logits, part, slope)
-        if not recipe.margin:  # else a tie is not enough, whichever token comes first
-            margins = metrics.first_of_ties(margins, logits.detach(), truth[here])
-        losses[here] = loss.detach()
-        margin[here] = margins
+                loss, margins, slope = fused(logits.detach(), truth[span], temperatures[span])
+                (gradient[span],) = torch.autograd.grad(logits, part, slope)
+        if not recipe.margin:  # with a required margin, a tie never suffices
+            margins = metrics.first_of_ties(margins, logits.detach(), truth[span])
+        losses[span] = loss.detach()
+        margin[span] = margins
 
     for at in range(0, B * T, rows):
-        chunk(slice(at, at + rows))
+        score_rows(slice(at, at + rows))
     return Score(losses.reshape(B, T), margin.reshape(B, T), gradient.reshape(B, T, H))

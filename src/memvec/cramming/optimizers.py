@@ -1,11 +1,11 @@
 """Optimisers: Adam for B passages at once, each with its own moments and step count.
 
-The published recipes use `adamw`. The default recipe's optimiser (`memvec.arms.full_matrix`)
-rotates the step of `nadam`.
+The published recipes use `adamw`. The optimiser of the default recipe is in
+`memvec.arms.full_matrix`; it changes the direction of the step of `nadam`.
 
-With one stacked parameter and the *sum* of per-passage losses, one optimiser runs B separate ones.
-torch's optimisers lack a step count per passage (the bias correction of a new passage starts at 1
-while others are at 500) and moments that are removed with their passage; both are added here.
+One optimiser of a stacked parameter (B, ...), with the *sum* of the passages' losses, equals B
+separate optimisers. torch's optimisers cannot do this: they have one step count for all passages
+(a new passage needs its own for the bias correction), and cannot remove the moments of one passage.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from memvec.cramming.rows import Rows
 def learning_rate(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
     """The learning rate of each passage's next step, after `moved` steps.
 
-    It rises linearly from 0 over `warmup` steps, then falls along half a cosine to `lr_end` at step
-    `decay` (0: it stays constant), like transformers' cosine schedule with a minimum rate.
+    It rises linearly from 0 over `warmup` steps. Then it falls along half a cosine to `lr_end` at
+    step `decay` (0: it stays constant), like transformers' cosine schedule with a minimum rate.
     """
     rate = torch.full_like(moved, recipe.lr)
     if recipe.decay:
-        gone = (moved - recipe.warmup) / max(1, recipe.decay - recipe.warmup)
-        fall = 0.5 * (1 + torch.cos(torch.pi * gone.clamp(0, 1)))
-        rate = recipe.lr_end + (recipe.lr - recipe.lr_end) * fall
+        progress = (moved - recipe.warmup) / max(1, recipe.decay - recipe.warmup)
+        cosine = 0.5 * (1 + torch.cos(torch.pi * progress.clamp(0, 1)))
+        rate = recipe.lr_end + (recipe.lr - recipe.lr_end) * cosine
     return rate * (moved / max(1, recipe.warmup)).clamp_max(1) if recipe.warmup else rate
 
 
-RISE = 0.8  # factor of the growth of the mean gradient's window, see `first_decay`
+RISE = 0.8  # growth factor of the window of the mean gradient (see `first_decay`)
 
 
 def first_decay(moved: Float[Tensor, "*B"], recipe: Recipe) -> Float[Tensor, "*B"]:
     """beta1 of each passage's next step, after `moved` steps (t).
 
-    The mean gradient covers about 1 + 0.8 t^beta1_rise gradients: few while the vector moves far,
-    many later, when it balances many tokens (docs/log.md). The first mean is the first gradient.
+    With `beta1_rise`, the mean covers about 1 + 0.8 t^beta1_rise gradients: few at first, while the
+    vector moves far, and many later, when it balances many tokens (docs/log.md).
     """
     if not recipe.beta1_rise:
         return torch.full_like(moved, recipe.beta1)
@@ -60,8 +60,8 @@ class OptimizerState(Rows):
 class Adam:
     """Adam (Kingma & Ba 2015) for B passages that start and stop at different steps.
 
-    It has no weight decay (AdamW has); beta1 may rise from step to step. Gradients, means and
-    directions have the parameters' shape (B, ...), counts are (B).
+    It has no weight decay (see AdamW). beta1 may rise from step to step (`first_decay`). Gradients,
+    means and directions have the shape (B, ...) of the parameters; step counts have shape (B,).
     """
 
     decays = False
@@ -75,11 +75,11 @@ class Adam:
         return OptimizerState(mean, mean.clone(), count)
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
-        """The direction of a step, from the mean gradient, the newest gradient and beta1."""
+        """The direction of a step, from the mean gradient, the latest gradient and beta1."""
         return mean
 
     def change(self, mean: Tensor, scale: Tensor, state: OptimizerState) -> Tensor:
-        """The step at learning rate 1, from the direction and the root of the mean square."""
+        """The step at learning rate 1, from the direction and the root mean square (`scale`)."""
         return mean.div_(scale)
 
     @torch.no_grad()
@@ -100,11 +100,11 @@ class Adam:
         on = moving.reshape(shape)
         decay = first_decay(state.count, self.recipe).reshape(shape)
         state.count.add_(moving)
-        # lerp with weight 0 leaves the state of a passage that is not moving bit-identical.
+        # lerp with weight 0 keeps the state of a passage that does not move, bit for bit.
         state.mean.lerp_(gradient, (1 - decay) * on.to(gradient.dtype))
         state.square.lerp_(gradient.square(), (1 - beta2) * on.to(gradient.dtype))
         count = state.count.clamp_min(1).reshape(shape)
-        # With a beta1 that rises from 0, the zero start has no weight in the mean.
+        # A beta1 that rises from 0 needs no bias correction: the first mean is the first gradient.
         mean = state.mean / (1.0 if self.recipe.beta1_rise else 1 - beta1**count)
         mean = self.direction(mean, gradient, decay)
         change = self.change(mean, (state.square / (1 - beta2**count)).sqrt_().add_(1e-8), state)
@@ -116,11 +116,11 @@ class Adam:
 
 
 class NAdam(Adam):
-    """Adam with Nesterov's momentum, which looks one step ahead (Dozat 2016).
+    """Adam with Nesterov's momentum (Dozat 2016); the bias correction of the mean is Adam's.
 
-    The newest gradient counts twice: in the mean, and once more with the weight that it has there,
-    1 - beta1, beside beta1 times the mean. Steps are as large as the vectors, and this corrects an
-    overshoot one step earlier (gains: docs/log.md). The bias correction of the mean is Adam's.
+    The direction is beta1 times the mean plus 1 - beta1 times the latest gradient, which the mean
+    already contains. Steps are as large as the vectors, and Nesterov's momentum corrects an
+    overshoot one step earlier (docs/log.md has the gains).
     """
 
     def direction(self, mean: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
@@ -128,6 +128,6 @@ class NAdam(Adam):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), as the paper's code has it."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), as in the paper's code."""
 
     decays = True

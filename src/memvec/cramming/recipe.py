@@ -1,9 +1,9 @@
-"""A recipe: every choice that changes the vectors, in one frozen, validated, documented object.
+"""A recipe: every choice that changes the vectors, in one frozen, validated dataclass.
 
-The text under each field is the command line's help and the documentation. A preset is a function
-that returns a recipe, registered under a name: `Recipe()` is the default one, and
-`Recipe.of("paper", steps=100)` is another with changes. The published recipes are in
-`memvec.arms.presets`; one of your own is
+The text of each field is also the command line's help and the documentation. A preset is a function
+that is registered under a name and returns a recipe. `Recipe()` is the default preset, and
+`Recipe.of("paper", steps=100)` is the preset `paper` with one change. The published recipes are in
+`memvec.arms.presets`. A preset of your own:
 
     @register("preset", "mine")
     def mine():
@@ -30,13 +30,13 @@ from memvec.cramming.fields import (
 )
 from memvec.errors import MemvecError, did_you_mean
 
-# What is for the term 'use' only, and what it is without it.
+# Fields that only the term 'use' reads, with the value that they must have without it.
 FOR_USE: dict[str, Any] = {"objective_every": 1, "neighbours": "none", "term_rise": 0.0}
 FOR_USE["context_scale"] = 1.0
 
 
 def documented(default: Any, text: str) -> Any:
-    """A field with a default and the sentence that help texts show."""
+    """A dataclass field with a default value and a help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -44,20 +44,20 @@ def documented(default: Any, text: str) -> Any:
 class Recipe:
     """How passages are crammed. The defaults were the best in our measurements (docs/log.md).
 
-    Raises MemvecError for a value that its field cannot have.
+    Raises MemvecError for a value that its field does not accept.
     """
 
     objective: str = documented(
         "cross-entropy",
-        "the loss that is minimised: 'cross-entropy'; 'deficit', the same with each token weighted "
-        "by what its margin lacks; 'margin', which counts the best wrong token only",
+        "the loss that is minimised: 'cross-entropy'; 'deficit', cross-entropy in which a token's "
+        "weight is what its margin lacks; 'margin', which compares with the best wrong token only",
     )
-    temperature: float = documented(0.2, "what the loss divides logits by; the paper's: 1 logit")
+    temperature: float = documented(0.2, "the loss divides logits by this; 1 logit in the paper")
     margin: float = documented(0.28, "a token counts as right when its logit leads by this much")
     unit: UnitName = documented(
         "spread",
-        "what temperature and margin are counted in: 'spread', the standard deviation of the "
-        "model's logits over its vocabulary, so that one recipe fits all models; or 'logits'",
+        "the unit of temperature and margin: 'spread', the standard deviation of the model's "
+        "logits over its vocabulary, so that one recipe fits all models; or 'logits'",
     )
     term: str = documented(
         "none",
@@ -65,18 +65,17 @@ class Recipe:
         "vectors stand for it as context; 'alignment', the distance of the hidden states from "
         "those of the plain text; 'none'",
     )
-    term_weight: float = documented(4.0, "what the second loss weighs beside the objective")
+    term_weight: float = documented(4.0, "weight of the second loss; the objective has weight 1")
     term_rise: float = documented(
-        0.0,
-        "for 'use': share by which its weight rises after an exact step; 0: it is fixed",
+        0.0, "for 'use': relative rise of its weight after a step with all tokens right; 0: fixed"
     )
     context_scale: float = documented(
         1.0,
-        "for 'use': factor of the vectors in context mode; below 1, their size tells the modes "
-        "apart, and learning rates are those of the stored vectors, which are larger",
+        "for 'use': factor of the vectors in context mode; below 1, the model can tell the modes "
+        "apart by the size of the vectors, and the stored vectors and learning rates are larger",
     )
     objective_every: int = documented(
-        1, "for 'use': every how many steps the objective is computed, until step `settle`; 1: all"
+        1, "for 'use': steps from one objective to the next, until step `settle`; 1: every step"
     )
     align_layers: int = documented(4, "layers whose hidden states 'alignment' compares")
     queries: str = documented(
@@ -89,86 +88,85 @@ class Recipe:
         "none",
         "for 'use': a file of usable vectors to read beside the passage's in most queries",
     )
-    query_count: int = documented(16, "queries of each passage; a step takes one of them")
+    query_count: int = documented(16, "queries of each passage; a step uses one of them")
     query_tokens: int = documented(48, "tokens of a query, its answer included")
     teacher_top: int = documented(
-        256, "tokens of the model's distribution that are kept beside the mass of all others"
+        256, "likeliest tokens kept of each distribution; of the others, their sum is kept"
     )
     settle: int = documented(
         0,
-        "minimum number of steps of a passage; of the exact vectors in these steps, those with "
-        "the smallest second loss are kept; 0: the passage is done once it is exact",
+        "minimum number of steps of a passage; of the vectors with all tokens right in these "
+        "steps, those with the smallest second loss are kept; 0: the passage is done at the first",
     )
     schedule: str = documented(
         "growing",
-        "'growing': the leading right tokens and a look-ahead count; 'geometric': a number of "
-        "leading tokens that doubles when they are right; 'whole': all",
+        "tokens that count in the loss: 'growing', the leading right tokens and a look-ahead; "
+        "'geometric', a number of leading tokens that doubles when they are right; 'whole', all",
     )
     look_ahead: int = documented(
-        8, "tokens per vector that come to count together, once all that counted are right"
+        8, "tokens per vector that are added together when all tokens that count are right"
     )
     narrow_after: int = documented(
         12,
-        "steps without progress after which the look-ahead is halved, to widen again by a token "
-        "with each that comes right; 0: it stays",
+        "steps without progress after which the look-ahead is halved; it grows again when all "
+        "tokens that count are right; 0: it is never halved",
     )
     stuck_after: int = documented(
         20,
-        "steps without progress after which a passage is stuck: the temperature falls, to a third "
-        "at the lowest, until there is progress, and its vectors are large from then on; 0: never",
+        "steps without progress after which a passage is stuck: its temperature falls, at most to "
+        "a third, until there is progress, and its vectors become large and stay so; 0: never",
     )
     space: str = documented(
         "inputs",
-        "where the numbers of a vector stand: 'inputs', in the model's input; 'prefix', as a key "
-        "and a value in every layer; 'prefix-layer', in one layer; 'shared-basis', as `dimensions` "
-        "coefficients of an input",
+        "what the numbers of a vector are: 'inputs', an input of the model; 'prefix', a key and a "
+        "value in every layer; 'prefix-layer', a key and a value in one layer; 'shared-basis', "
+        "`dimensions` coefficients of an input",
     )
-    layer: int = documented(0, "the layer of 'prefix-layer', the first is 0")
+    layer: int = documented(0, "the layer of 'prefix-layer'; the first layer is 0")
     coordinates: str = documented(
         "direct",
-        "what is moved: 'direct', the numbers; 'whitened', these scaled along the model's main "
-        "directions, which saves a sixth of the forward-backward tokens and takes 4 D short passes "
-        "once for a model; 'principal', turned into these directions, for 'nadam'; 'low-dim', a "
-        "few coefficients and a matrix",
+        "the parameters that the optimizer moves: 'direct', the numbers; 'whitened', the numbers "
+        "scaled along the principal directions of the model's gradients, which saves a sixth of "
+        "the forward-backward tokens and takes 4 D short passes once for a model; 'principal', "
+        "coordinates along these directions, for 'nadam'; 'low-dim', coefficients and a matrix",
     )
     dimensions: int = documented(
         256, "coefficients per vector of 'low-dim' coordinates and of the space 'shared-basis'"
     )
     optimizer: str = documented(
         "full-matrix",
-        "how they are moved: 'full-matrix', Adam's step turned by the matrix of the passage's last "
-        "gradients; 'nadam', Adam with Nesterov's momentum; 'adam'; 'adamw'",
+        "the optimizer: 'full-matrix', Adam's step with its direction changed by the matrix of the "
+        "passage's last gradients; 'nadam', Adam with Nesterov's momentum; 'adam'; 'adamw'",
     )
     lr: float = documented(
         0.1,
-        "learning rate; with lr_large, only that of vectors that begin from an encoder, times "
+        "learning rate; with lr_large, only for vectors that begin from an encoder, multiplied by "
         "their size (RMS) where that is above 1; 0: 0.5 for GPT-NeoX (Pythia) and 0.1 for other "
-        "models, as progressive cramming was run",
+        "models, as in the published runs of progressive cramming",
     )
     lr_large: float = documented(
         12.8,
-        "learning rate and minimum size (RMS) of all other vectors, and of an encoder's once their "
-        "passage was stuck: a large vector needs fewer steps and holds more; 0: lr for all",
+        "learning rate and minimum size (RMS) of all other vectors, and of an encoder's after "
+        "their passage was stuck: a large vector needs fewer steps and holds more; 0: lr for all",
     )
-    warmup: int = documented(0, "moves over which the learning rate rises from 0")
+    warmup: int = documented(0, "moves in which the learning rate rises from 0")
     decay: int = documented(
-        0, "moves after which the rate has fallen, along a cosine, to lr_end; 0: it does not fall"
+        0, "moves after which the rate has fallen along a cosine to lr_end; 0: it does not fall"
     )
     lr_end: float = documented(1e-3, "learning rate after `decay` moves")
     beta1: float = documented(0.95, "decay of the mean gradient")
     beta1_rise: float = documented(
         0.4,
-        "after t moves the mean gradient's decay is 1 - 1 / (1 + 0.8 t^this), until it is beta1: "
-        "the first moves follow their own gradient; 0: beta1 from the first move",
+        "after t moves the decay of the mean gradient is 1 - 1 / (1 + 0.8 t^beta1_rise), at most "
+        "beta1, so that the first moves follow their own gradient; 0: beta1 from the first move",
     )
     beta2: float = documented(0.7, "decay of the mean squared gradient")
     weight_decay: float = documented(0.0, "decoupled weight decay (adamw)")
     start: str = documented(
         "auto",
-        "where vectors begin: 'encoder', 'noise', 'last-tokens', 'embeddings', 'uniform', 'normal' "
-        "or 'linear'; \"saved(file='FILE')\": in those of a file; 'auto': the model's one-pass "
-        "encoder for such vectors if it has one, else noise, or for 'use' the last tokens of the "
-        "passage",
+        "the first vectors: 'encoder', 'noise', 'last-tokens', 'embeddings', 'uniform', 'normal' "
+        "or 'linear'; \"saved(file='FILE')\": those of a file; 'auto': 'encoder' if the model has "
+        "a one-pass encoder for such vectors, else 'noise', or for 'use' 'last-tokens'",
     )
     start_rule: StartRuleName = documented(
         "vectors",
@@ -177,35 +175,35 @@ class Recipe:
     )
     front: FrontName = documented(
         "none",
-        "what stands in front of the vectors: 'none', as in the paper; 'bos', the model's BOS, as "
-        "in front of a text; 'auto': BOS, where the model has one and vectors are inputs",
+        "the inputs in front of the vectors: 'none', as in the paper; 'bos', the model's BOS, as "
+        "in front of a text; 'auto': BOS, if the model has one and vectors are inputs",
     )
     trigger: str = documented(
         "bos",
-        "what follows the vectors under the start rule 'bos', in front of the passage: 'bos', the "
-        "text of another token, its number as '#17', a file of 'memvec trigger train', or 'auto': "
-        "the one in the model's folder, if there is one (for inputs), else BOS",
+        "what is between the vectors and the passage under the start rule 'bos': 'bos', the text "
+        "of another token, its number as '#17', a file of 'memvec trigger train', or 'auto': the "
+        "trigger in the model's folder, if there is one and vectors are inputs, else BOS",
     )
     compute: ComputeName = documented(
         "auto",
-        "what steps are computed in: 'model', the model's own dtype; 'bfloat16', a rounded copy of "
-        "its weights; 'auto': bfloat16 for float32 models on a CPU with bfloat16 products. What is "
-        "exact is decided in the model's own dtype",
+        "the dtype of steps: 'model', the model's own; 'bfloat16', a rounded copy of its weights; "
+        "'auto': bfloat16 for float32 models on a CPU that multiplies bfloat16 matrices. "
+        "Certification always uses the model's own dtype",
     )
     steps: int = documented(1500, "maximum number of optimiser steps for a passage")
     patience: int = documented(300, "steps without progress after which a passage is given up")
     if_not_exact: NotExactName = documented(
         "raise-margin",
-        "'raise-margin': a passage that has its margins and does not decode is crammed on at twice "
-        "the margin; 'stop': it ends with the vectors that it has",
+        "for a passage that meets its margins and does not decode: 'raise-margin', cramming "
+        "continues with twice the margin; 'stop', it ends with the present vectors",
     )
     budget: int = documented(
         0, "maximum forward-backward tokens for a passage, checked after each step; 0: no limit"
     )
     corrections: int = documented(
-        0, "tokens of a passage that may be listed in the file where the vectors miss them"
+        0, "maximum number of tokens of a passage that the vectors may miss and the file then lists"
     )
-    seed: int = documented(0, "seed of what is drawn, together with each passage's token ids")
+    seed: int = documented(0, "seed of random numbers, together with each passage's token ids")
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -219,7 +217,7 @@ class Recipe:
                 raise MemvecError(
                     f"the recipe's {name} cannot be '{value}': it is one of {', '.join(allowed)}."
                 )
-        if plugins.plain(self.queries) in registry.names("queries"):  # else it is a file
+        if plugins.plain(self.queries) in registry.names("queries"):  # otherwise a path of a file
             object.__setattr__(self, "queries", registry.spelled("queries", self.queries))
         for name, minimum in MINIMUM.items():
             value = getattr(self, name)
@@ -236,7 +234,7 @@ class Recipe:
 
     @classmethod
     def of(cls, preset: str = "default", /, **changes: Any) -> Recipe:
-        """A preset by name, with fields changed. Raises MemvecError for unknown names or values."""
+        """A preset with changed fields. Raises MemvecError for an unknown name or a wrong value."""
         base = registry.get("preset", preset)()
         if not isinstance(base, Recipe):
             raise MemvecError(f"the preset '{preset}' gives no Recipe but {type(base).__name__}.")
@@ -253,19 +251,18 @@ class Recipe:
         """
         if self.unit == "logits":
             return self
-        return replace(
-            self, unit="logits", temperature=self.temperature * spread, margin=self.margin * spread
-        )
+        temperature, margin = self.temperature * spread, self.margin * spread
+        return replace(self, unit="logits", temperature=temperature, margin=margin)
 
     def for_family(self, family: str) -> Recipe:
-        """The same recipe with its rate for models of this `model_type`, where lr is 0."""
+        """The same recipe; an lr of 0 becomes the rate for models of this `model_type`."""
         return self if self.lr else replace(self, lr=0.5 if family == "gpt_neox" else 0.1)
 
     def record(self) -> dict[str, Any]:
-        """As a plain dictionary, for files and stores.
+        """The recipe as a plain dictionary, for files and stores.
 
-        Some fields are left out at their default: space, layer, front, and those for 'use' only.
-        So a recipe that does not use them has the same record as before they existed.
+        Space, layer, front and the fields for 'use' only are left out at their default. They are
+        newer than the first files, and a recipe without them still has the same record.
         """
         absent = {k for k, v in (FOR_USE | {"front": "none"}).items() if getattr(self, k) == v}
         absent |= {"space", "layer"} if self.space == "inputs" else set()

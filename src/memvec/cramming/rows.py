@@ -1,4 +1,4 @@
-"""Dataclasses of tensors that share their first axis: a row for each slot of the batch."""
+"""Dataclasses of tensors that share their first axis, with one row for each slot of the batch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ R = TypeVar("R", bound="Rows")
 
 @dataclass
 class Rows:
-    """What the batch, a schedule and an optimiser keep of each slot.
+    """The base of per-slot state: of the batch, a schedule, an optimiser or a term.
 
-    Every field is a tensor whose first axis is B, or another `Rows`. A subclass names its fields
-    and their shapes; taking rows out and putting rows in is done here, once.
+    A subclass is a dataclass. Each field is a tensor whose first axis is B, or another `Rows`. This
+    class selects and appends rows of all fields.
     """
 
     def take(self: R, index: Int[Tensor, " n"]) -> R:
-        """Copies of some rows, in the order of the index."""
-        return self._each(lambda tensor: tensor.index_select(0, index))
+        """Copies of the rows at `index`, in its order."""
+        return self._map(lambda tensor: tensor.index_select(0, index))
 
     def head(self: R, n: int) -> R:
         """Copies of the first n rows."""
-        return self._each(lambda tensor: tensor[:n].clone())
+        return self._map(lambda tensor: tensor[:n].clone())
 
     def joined(self: R, other: R) -> R:
-        """These rows with the other's after them."""
+        """The rows of `self`, then the rows of `other`."""
         values, other_values = self._fields(), other._fields()
         return type(self)(
             **{
@@ -40,8 +40,8 @@ class Rows:
             }
         )
 
-    def whole(self, B: int) -> bool:
-        """True if all that is kept is in the fields, B rows in each."""
+    def is_complete(self, B: int) -> bool:
+        """True if the object has no attributes but its fields, and B rows in each field."""
         values = self._fields()
         return vars(self).keys() == values.keys() and all(len(v) == B for v in values.values())
 
@@ -51,17 +51,17 @@ class Rows:
     def _fields(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
-    def _each(self: R, change: Any) -> R:
+    def _map(self: R, function: Any) -> R:
         return type(self)(
             **{
-                name: value._each(change) if isinstance(value, Rows) else change(value)
+                name: value._map(function) if isinstance(value, Rows) else function(value)
                 for name, value in self._fields().items()
             }
         )
 
 
 def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:
-    """Rows (B, ...) with `padding_rows` rows of one value after them."""
+    """Rows (B, ...) followed by `padding_rows` rows that are filled with `value`."""
     if not padding_rows:
         return rows
     return torch.cat([rows, rows.new_full((padding_rows, *rows.shape[1:]), value)])

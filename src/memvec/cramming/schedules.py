@@ -1,9 +1,9 @@
-"""Schedules: which tokens count now, and how soft the loss is, from each passage's progress.
+"""Schedules choose the tokens that count in the loss, and its temperature, from the progress.
 
-A schedule keeps a row of state for each slot and learns, at every step, how many tokens of each
-passage are right. From that follow the tokens that count in the loss, the temperature, whether a
-passage is out of patience, and whether its vectors are enlarged. `Schedule` holds what schedules
-have in common; a new one says which tokens count, in a dozen lines:
+A schedule keeps a row of state for each slot. Every step tells it how many tokens of each passage
+are right. From this it derives the tokens that count, the temperature, whether a passage is out of
+patience, and whether its vectors are enlarged. `Schedule` is the base class; a subclass only has to
+say which tokens count:
 
     import torch
     from memvec import register
@@ -29,8 +29,9 @@ from memvec.cramming.rows import Rows
 from memvec.errors import MemvecError
 
 HALVED_AFTER = 60  # stuck steps after which the temperature is half of the recipe's
-LOWEST_TEMPERATURE = 1 / 3  # of the recipe's temperature
-# Of the target margin: at a lower temperature the loss hardly falls towards such a margin.
+LOWEST_TEMPERATURE = 1 / 3  # lowest temperature, in multiples of the recipe's
+# Lowest temperature, in multiples of the target margin. Below it, the loss is almost flat before
+# the margin is reached.
 LOWEST_PER_MARGIN = 1 / 5
 
 
@@ -38,14 +39,14 @@ LOWEST_PER_MARGIN = 1 / 5
 class ScheduleState(Rows):
     """Progress of the passage in each slot."""
 
-    best: Int[Tensor, " B"]  # tokens reached so far; -1 before the first measurement
+    best: Int[Tensor, " B"]  # largest progress so far, tokens; -1 before the first measurement
     stale: Int[Tensor, " B"]  # steps since `best` rose
-    enlarged: Bool[Tensor, " B"]  # the vectors have been made large
-    lr_scale: Float[Tensor, " B"]  # learning rate, in multiples of the recipe's
+    enlarged: Bool[Tensor, " B"]  # the vectors are large (`Recipe.lr_large`)
+    lr_scale: Float[Tensor, " B"]  # learning rate, in multiples of `Recipe.lr`
 
 
 class Schedule:
-    """The common skeleton: progress, patience, temperature and enlargement."""
+    """The base of schedules: progress, patience, temperature and enlargement."""
 
     def __init__(self, recipe: Recipe, K: int) -> None:
         self.recipe, self.K = recipe, K
@@ -54,21 +55,21 @@ class Schedule:
     def fresh(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> ScheduleState:
         """State of passages that enter a slot.
 
-        `size` is the RMS of their vectors; `enlarged` is true where they are large already.
+        `size` is the RMS of their vectors; `enlarged` is true for vectors that are large already.
         """
         return ScheduleState(**self._common(size, enlarged))
 
     def reached(self, leading: Int[Tensor, " B"], hits: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The progress of each passage, tokens: here all that are right (`hits`).
+        """The progress of each passage, tokens: by default the number of right tokens (`hits`).
 
-        `leading` are those before the first wrong one.
+        `leading` is the number of tokens before the first wrong one.
         """
         return hits
 
     def record(
         self, state: ScheduleState, reached: Int[Tensor, " B"]
     ) -> tuple[Bool[Tensor, " B"], Int[Tensor, " B"]]:
-        """Record a measurement; returns which passages did better than ever, and by how much."""
+        """Record the progress of a step; returns the rows whose `best` rose, and by how much."""
         better = reached > state.best
         gained = (reached - state.best.clamp_min(0)).clamp_min(0)
         state.best = torch.where(better, reached, state.best)
@@ -76,7 +77,7 @@ class Schedule:
         return better, gained
 
     def advance(self, state: ScheduleState, gained: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-        """Update the state after the last measurement; returns the rows to enlarge now."""
+        """Update the state after `record`; returns the rows to enlarge now."""
         newly = ~state.enlarged & (state.stale >= self.recipe.stuck_after)
         newly = newly & bool(self.recipe.stuck_after)
         state.enlarged = state.enlarged | newly
@@ -84,13 +85,13 @@ class Schedule:
         return newly
 
     def counted(self, state: ScheduleState, length: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Leading tokens of each passage that count in the loss."""
+        """The number of leading tokens of each passage that count in the loss."""
         raise MemvecError(f"the schedule '{self.recipe.schedule}' has no method counted.")
 
     def may_count(self, steps: int) -> int:
-        """The largest number of tokens by which `counted` may rise within so many steps.
+        """The largest number of tokens by which `counted` may rise within `steps` steps.
 
-        The engine makes room for them, since on a GPU it checks the batch only every few steps.
+        The engine makes room for them, since it checks the batch only every few steps on a GPU.
         """
         return 0
 
@@ -101,7 +102,7 @@ class Schedule:
         return annealed_temperature(state.stale, target_margin, self.recipe)
 
     def out_of_patience(self, state: ScheduleState) -> Bool[Tensor, " B"]:
-        """Passages without progress for as many steps as the recipe's patience."""
+        """Rows without progress for `Recipe.patience` steps."""
         return state.stale >= self.recipe.patience
 
     def _common(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ class Whole(Schedule):
         self, state: ScheduleState, reached: Int[Tensor, " B"]
     ) -> tuple[Bool[Tensor, " B"], Int[Tensor, " B"]]:
         better, gained = super().record(state, reached)
-        # No right token is no progress, not even in the first step: the published loop counts so.
+        # As in the published loop, a first step without a right token is not progress.
         state.stale = torch.where(reached > 0, state.stale, state.stale.clamp_min(1))
         return better, gained
 
@@ -133,15 +134,15 @@ class Whole(Schedule):
 class GrowingState(ScheduleState):
     """Progress, and the stage of each passage."""
 
-    look_ahead: Int[Tensor, " B"]  # tokens after the horizon that count now
-    stage: Int[Tensor, " B"]  # tokens that are added once all that count are right
+    look_ahead: Int[Tensor, " B"]  # tokens that count beyond the leading right ones
+    stage: Int[Tensor, " B"]  # tokens that are added when all tokens that count are right
 
 
 class Growing(Schedule):
-    """The leading right tokens count, and what is left of a stage: the look-ahead.
+    """The leading right tokens count, and a look-ahead of tokens after them.
 
-    Errors then stay at the front of what counts instead of spreading over the whole passage, and
-    the reached length is the horizon (progressive cramming, Tarasov et al. 2026).
+    So wrong tokens are only in the look-ahead and not all over the passage, and the progress is the
+    number of leading right tokens (progressive cramming, Tarasov et al. 2026).
     """
 
     def fresh(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> GrowingState:
@@ -154,21 +155,21 @@ class Growing(Schedule):
 
     def advance(self, state: ScheduleState, gained: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
         assert isinstance(state, GrowingState)
-        # Small vectors are made large before their stages narrow.
+        # Small vectors are enlarged before their look-ahead is halved.
         stale = torch.where(state.enlarged, state.stale, 0) if self.recipe.lr_large else state.stale
-        self.look_further(state, gained=gained, stale=stale)
+        self.update_look_ahead(state, gained=gained, stale=stale)
         return super().advance(state, gained)
 
-    def look_further(
+    def update_look_ahead(
         self, state: GrowingState, *, gained: Int[Tensor, " B"], stale: Int[Tensor, " B"]
     ) -> None:
-        """Change the look-ahead and the size of the next stage, after `gained` more leading tokens.
+        """Update the look-ahead and the next stage, after `gained` more leading tokens.
 
-        What counts stays the same until all of it is right; then a stage more counts. Tokens that
-        have to come right together do so sooner than one after the other. After so many steps
-        without progress both are halved: where vectors are nearly full, tokens that they cannot
-        hold yet lead them astray (docs/log.md). A stage that is done makes the next one longer by a
-        token for each of the K vectors, up to the first one's size.
+        The number of tokens that count stays the same until all of them are right; then a stage of
+        new tokens is added. (Tokens that are added together become right in fewer steps than one by
+        one.) After every `narrow_after` steps without progress, look-ahead and stage are halved:
+        tokens that nearly full vectors cannot hold yet hinder the others (docs/log.md). Each
+        finished stage makes the next one K tokens longer, up to the size of the first.
         """
         left, stage = state.look_ahead - gained, state.stage
         if self.recipe.narrow_after:
@@ -190,10 +191,10 @@ class Growing(Schedule):
 def annealed_temperature(
     stale: Int[Tensor, " B"], target_margin: Float[Tensor, " B"], recipe: Recipe
 ) -> Float[Tensor, " B"]:
-    """Each passage's temperature: the recipe's, and lower while it is stuck (docs/log.md).
+    """The temperature of each passage (logits): the recipe's, or lower while the passage is stuck.
 
-    A high temperature spreads the loss over what is nearly right and moves vectors far; where a
-    vector is nearly full, only the worst tokens should move it.
+    At a high temperature, tokens that are nearly right have large gradients, too, and vectors move
+    far. Only the worst tokens should move a nearly full vector (docs/log.md).
     """
     temperature = torch.full(stale.shape, recipe.temperature, device=stale.device)
     if not recipe.stuck_after:

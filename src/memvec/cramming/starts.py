@@ -1,4 +1,7 @@
-"""First vectors of a passage; random ones depend only on its token ids and the recipe's seed."""
+"""Starts: the first vectors of each passage.
+
+Random vectors depend only on the passage's token ids and the recipe's seed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def passage_seed(ids: Sequence[int], seed: int) -> int:
-    """A seed from the passage's token ids and the recipe's seed; order and slot do not matter."""
+    """A seed from the passage's token ids and the recipe's seed, independent of order and slot."""
     digest = hashlib.sha256(f"{ids_hash(ids)} {seed}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -37,14 +40,15 @@ def noise(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Ten
 
 
 def encoder_of(lm: FrozenLM, recipe: Recipe) -> OnePassEncoder | None:
-    """The model's encoder, or its usable encoder for a recipe of usable vectors; None without."""
+    """The model's usable encoder for a recipe of usable vectors, else its encoder; None: none."""
     return lm.usable_encoder if recipe.term == "use" else lm.encoder
 
 
 def start_of(lm: FrozenLM, recipe: Recipe) -> str:
-    """The name of the start for this model: 'auto' is 'encoder' if it has an encoder that fits.
+    """The name of the recipe's start, where 'auto' is resolved for this model.
 
-    Otherwise 'auto' is 'noise', or 'last-tokens' (of the passage) for usable vectors.
+    'auto' is 'encoder' if the model has an encoder that fits, else 'last-tokens' for usable vectors
+    and 'noise' for others.
     """
     if recipe.start != "auto":
         return recipe.start
@@ -57,19 +61,19 @@ def start_of(lm: FrozenLM, recipe: Recipe) -> str:
 def start_vectors(
     lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, recipe: Recipe, *, alone: bool = False
 ) -> list[Float[Tensor, "K D"]]:
-    """First vectors of each passage under the recipe, float32 on the CPU.
+    """First vectors of each passage (token ids), float32 on the CPU.
 
-    The encoder reads passages of equal length as one batch, whose size changes the rounding of
-    products, or with `alone` each passage by itself; otherwise passages do not affect each other.
-    The vectors are divided by `context_scale`, so that in context mode, which multiplies by it, the
-    model reads what the start gives. Raises MemvecError without an encoder that fits.
+    An encoder reads passages of equal length as one batch, so the batch changes their rounding;
+    with `alone` it reads them one by one. The vectors are divided by `context_scale`, because
+    context mode multiplies by it. Raises MemvecError if the start is 'encoder' and the model has no
+    encoder that fits.
     """
     name = start_of(lm, recipe)
     if name != "encoder":
         start, shape = registry.get("start", name), (K, lm.width)
-        begun = [registry.checked("start", name, start(lm, i, K, recipe), shape) for i in passages]
-        begun = [lm.reading.begun_at(lm, vectors) for vectors in begun]
-        return [rows / recipe.context_scale for rows in begun]
+        rows = [registry.checked("start", name, start(lm, i, K, recipe), shape) for i in passages]
+        rows = [lm.reading.begun_at(lm, vectors) for vectors in rows]
+        return [vectors / recipe.context_scale for vectors in rows]
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")
         raise MemvecError(f"{lm.name} has no {kind} encoder for such vectors: use start '{other}'.")
@@ -78,17 +82,17 @@ def start_vectors(
     for i, ids in enumerate(passages):
         batches.setdefault(i if alone else len(ids), []).append(i)
     vectors: dict[int, Tensor] = {}
-    for alike in batches.values():
-        table = torch.tensor([list(passages[i]) for i in alike], device=lm.device)
-        vectors |= dict(zip(alike, encoder.encode(lm, table, K).cpu(), strict=True))
+    for indices in batches.values():
+        table = torch.tensor([list(passages[i]) for i in indices], device=lm.device)
+        vectors |= dict(zip(indices, encoder.encode(lm, table, K).cpu(), strict=True))
     return [vectors[i] / recipe.context_scale for i in range(len(passages))]
 
 
 def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
     """A view of the model with the recipe's space, context scale, front and trigger.
 
-    The defaults 'none' (front) and 'bos' (trigger) keep those of the model. Raises MemvecError if
-    the model does not support the recipe's choice.
+    The defaults, front 'none' and trigger 'bos', keep the front and trigger of `lm`. Raises
+    MemvecError if the model does not support one of the choices.
     """
     lm = as_context_at(in_space(lm, recipe.space, recipe.record()), recipe.context_scale)
     lm = lm if recipe.front == "none" else with_front(lm, recipe.front)
@@ -96,7 +100,7 @@ def triggered(lm: FrozenLM, recipe: Recipe) -> FrozenLM:
 
 
 def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
-    """The start rule for this model ('paper' depends on its tokenizer).
+    """The recipe's start rule, where 'paper' is resolved by the model's tokenizer.
 
     Raises MemvecError if the space or the model does not support the rule.
     """
@@ -114,24 +118,24 @@ def resolve_start_rule(lm: FrozenLM, recipe: Recipe) -> StartRule:
     return rule
 
 
-# An encoder's vectors are a close start for passages of up to this multiple of its length.
+# Passages of up to this multiple of an encoder's length start close to a solution.
 ENCODER_REACH = 2
 
 
 def continues(recipe: Recipe) -> bool:
-    """True if cramming goes on from vectors that were crammed before (memvec.arms.saved)."""
+    """True if cramming continues from vectors that were crammed before (memvec.arms.saved)."""
     return plugins.plain(recipe.start) == "saved"
 
 
 def encoder_reach(lm: FrozenLM, recipe: Recipe, K: int) -> float:
-    """Longest passage (tokens) for which the recipe's start is close to a solution.
+    """The longest passage (tokens) whose start is close to a solution.
 
-    0: no passage, infinite: all of them.
+    0 means that no passage is, and infinity that all are.
     """
     if continues(recipe):
         return math.inf
     encoder = encoder_of(lm, recipe)
     if encoder is None or start_of(lm, recipe) != "encoder" or not recipe.lr_large:
         return 0.0
-    # An encoder without a length is a close start at any length.
+    # An encoder with `tokens` 0 reads the whole passage, whatever its length.
     return float(ENCODER_REACH * encoder.tokens * K) or math.inf

@@ -1,18 +1,17 @@
 """One step for all slots: measure, decide, move.
 
-    measure   vectors -> states (gradients to the vectors only) -> loss and margin of each position
-    decide    vectors that did better than the best so far are kept; then it is decided which
-              tokens count, with which weights, and which passages are done, failed or out of budget
+    measure   vectors -> states -> loss and margin of each position; gradients reach vectors only
+    decide    keep vectors that are better than the best so far, choose the tokens that count and
+              their weights, and find passages that are done, failed or out of budget
     move      the optimiser moves the vectors of all other passages
 
-Vectors are measured before they are moved: those kept of a finished passage are the very vectors
-that were measured, already rounded to the storage dtype. `arms/reference.py` is the same loop for
-one passage with the paper's choices.
+Vectors are measured before they are moved, so the vectors that are kept are the measured ones,
+already rounded to the storage dtype. `arms/reference.py` is the same loop for one passage with the
+paper's choices.
 
-The loss is the objective's (`objectives.py`; the paper's is the mean cross-entropy of section 3),
-which tokens count is the schedule's, and the move is the optimizer's: what is new is registered
-there. The order of the three parts is what the design rules rest on (measure then save,
-independent passages): no value of another row may reach a passage here.
+The objective gives the loss, the schedule chooses the tokens that count, and the optimizer moves
+the vectors; each is registered by name. Two design rules depend on this file: vectors are measured
+before they are saved, and passages are independent. So no value of one row may reach another row.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ from memvec.model.reading import StartRule
 from memvec.results import Score
 from memvec.storage import Storage
 
-TERM_MEAN = 0.9  # decay of the running mean of a term, whose loss changes with each query
+TERM_MEAN = 0.9  # decay of the running mean of the second loss, which varies between queries
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one forward pass gave for B slots; N is B and the padding rows."""
+    """The results of one forward pass for B slots; N is B plus the padding rows."""
 
-    decoding: Bool[Tensor, " B"]  # read in decoding mode; of other rows no token counts as right
-    within: Bool[Tensor, "B T"]  # columns of the passage itself; others only serve its neighbours
+    decoding: Bool[Tensor, " B"]  # rows read in decoding mode; no token of the others is right
+    within: Bool[Tensor, "B T"]  # columns that the passage uses; longer passages use the others
     states: Float[Tensor, "N T H"]  # attached to the parameters
-    gradient: Float[Tensor, "N T H"]  # of each position's loss at its state
+    gradient: Float[Tensor, "N T H"]  # gradient of each position's loss at its state
     vectors: Float[Tensor, "B K D"]  # as stored
     loss: Float[Tensor, "B T"]
     margin: Float[Tensor, "B T"]
@@ -59,12 +58,12 @@ class Measurement:
 
 
 class Step:
-    """The parts of a recipe, made for one model; a call does one step for a batch.
+    """A callable that does one step of a batch with the parts that a recipe names.
 
     `module` computes the steps: the model itself, or a copy of its weights in a faster dtype. With
-    a copy, passages that seem done are confirmed in the model's own dtype. `fixed_shapes` keeps
-    margins from depending on how many passages are confirmed together. `graphs` replays steps
-    (memvec.graphs).
+    a copy, passages that seem done are confirmed in the model's own dtype. `fixed_shapes` confirms
+    all rows at once, so that rounding does not depend on how many seem done. `graphs` replays
+    forward and backward passes (memvec.graphs).
     """
 
     def __init__(
@@ -89,20 +88,20 @@ class Step:
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
         self.objective = objective_named(recipe.objective)
         self.term: Term = registry.get("term", recipe.term)(lm, module, recipe, K, start_rule)
-        self.passed: Pass = Graphs(self.forward, module, self.term) if graphs else self.forward
-        # True if the losses of a step add up to -ln p(passage | vectors), in the model's own dtype.
+        self.run_pass: Pass = Graphs(self.forward, module, self.term) if graphs else self.forward
+        # True if the losses of a step sum to -ln p(passage | vectors), in the model's own dtype.
         plain = (recipe.objective, recipe.schedule, recipe.temperature, recipe.stuck_after)
         measures_all = module is lm and recipe.objective_every == 1
         self.measures_passage = measures_all and plain == ("cross-entropy", "whole", 1.0, 0)
 
     def __call__(self, batch: BatchState, columns: int, padding_rows: int = 0) -> None:
-        """Measure all slots over so many predicted columns, keep what is better, move the rest.
+        """One step of all slots, over `columns` predicted columns; changes `batch` in place.
 
         `padding_rows` empty rows are computed too, so that the batch keeps its shape.
         """
         measured = self.measure(batch, columns, padding_rows)
         newly_enlarged = self._update_progress(batch, measured, padding_rows)
-        room = measured.within.sum(-1)  # tokens of a new stage beyond these wait for the next step
+        room = measured.within.sum(-1)  # columns beyond these were not measured in this step
         counted = self.schedule.counted(batch.schedule, batch.length).minimum(room).clamp_min(0)
         column = torch.arange(columns, device=counted.device)
         weight = self.objective.weights(
@@ -114,11 +113,13 @@ class Step:
     # ------------------------------------------------------------------ measure
 
     def measure(self, batch: BatchState, columns: int, padding_rows: int = 0) -> Measurement:
-        """One forward pass: losses, margins and gradients at the states, from the vectors as they
-        will be stored."""
+        """Losses, margins and gradients at the states, from one forward pass.
+
+        The model reads the vectors as they will be stored.
+        """
         B, decoding = len(batch), self.in_decoding_mode(batch)
-        # A batch has as many columns as its longest passage needs. Of these, only the columns count
-        # that a passage would have alone: else its vectors would depend on its neighbours.
+        # A batch has as many columns as its longest passage needs. A passage uses only the columns
+        # that it would have alone: otherwise its vectors would depend on the other slots.
         counted = self.schedule.counted(batch.schedule, batch.length)
         room = whole_columns(counted).minimum(batch.room).minimum(batch.length)
         within = torch.arange(columns, device=room.device) < room[:, None]
@@ -138,14 +139,14 @@ class Step:
         return Measurement(decoding, within, states, scores.gradient, stored, loss, margin, term)
 
     def vectors_of(self, parameters: Tensor) -> Float[Tensor, "B K D"]:
-        """The vectors that the coordinates make of the parameters, before they are rounded."""
+        """The vectors of parameters, before they are rounded."""
         shape = (len(parameters), self.K, self.lm.numbers)
         vectors: Tensor = self.coordinates.vectors(parameters)
         registry.checked("coordinates", self.recipe.coordinates, vectors, shape)
         return vectors
 
     def in_decoding_mode(self, batch: BatchState) -> Bool[Tensor, " B"]:
-        """Rows whose passage is decoded after the trigger in this step: here all of them."""
+        """Rows that this step measures in decoding mode: all rows, unless a subclass differs."""
         return torch.ones_like(batch.stopped)
 
     def score_of(
@@ -155,8 +156,8 @@ class Step:
         temperature: Float[Tensor, " N"],
         decoding: Bool[Tensor, " B"],
     ) -> tuple[Float[Tensor, "N T H"], Score]:
-        """The forward pass in decoding mode; rows that are not in it may be left out."""
-        return self.passed(vectors, ids, temperature)
+        """The forward pass in decoding mode; a subclass may leave out rows not in that mode."""
+        return self.run_pass(vectors, ids, temperature)
 
     def forward(
         self,
@@ -167,7 +168,7 @@ class Step:
     ) -> tuple[Float[Tensor, "N T H"], Score]:
         """The states that predict the tokens, and their losses, margins and gradients.
 
-        n is T, and one more where the first token is given. `lm` computes them (None: `module`).
+        n is T, or T + 1 if the first token is given. `lm` computes the pass (None: `module`).
         Raises MemvecError as `FrozenLM.states` does.
         """
         lm = lm or self.module
@@ -176,13 +177,13 @@ class Step:
         return states, score(lm.head, states, truth, self.recipe, temperature=temperature, V=V)
 
     def rehearse(self, tokens: int, batch_size: int) -> None:
-        """A forward and backward pass of `batch_size` passages of `tokens` tokens, dropped."""
+        """Run one forward and backward pass of `batch_size` passages of `tokens` tokens."""
         device = self.lm.device
         vectors = torch.zeros(batch_size, self.K, self.lm.numbers, device=device).requires_grad_()
         ids = torch.zeros(batch_size, tokens, dtype=torch.long, device=device)
         with torch.enable_grad():
             states, scores = self.forward(vectors, ids)
-        # .item() waits for the device
+        # .item() waits for the device.
         torch.autograd.grad(states, vectors, scores.gradient)[0].sum().item()
 
     # ------------------------------------------------------------------ decide
@@ -190,26 +191,28 @@ class Step:
     def _update_progress(
         self, batch: BatchState, measured: Measurement, padding_rows: int
     ) -> Bool[Tensor, " B"]:
-        """Keep the vectors that did better than ever, mark passages that are done, and advance the
-        schedule. Returns the rows whose vectors are to be enlarged now."""
+        """Keep better vectors, mark passages that are done, and advance the schedule.
+
+        Returns the rows whose vectors must be enlarged now.
+        """
         right = (measured.margin >= batch.target_margin[:, None]) & (measured.margin > 0)
         missed = (~right & measured.within).cumsum(-1)
         leading = ((missed <= batch.corrections[:, None]) & measured.within).sum(-1)
-        whole = leading >= batch.length
+        all_right = leading >= batch.length
         reached = self.schedule.reached(leading, (right & measured.within).sum(-1))
-        reached = torch.where(whole, batch.length, reached)  # listed corrections count as right
+        reached = torch.where(all_right, batch.length, reached)  # corrections count as right
         better, gained = self.schedule.record(batch.schedule, reached)
-        better = self._better_by_term(batch, measured.term.loss, better, whole)
+        better = self._better_by_term(batch, measured.term.loss, better, all_right)
         batch.vectors = torch.where(better[:, None, None], measured.vectors, batch.vectors)
         if self.measures_passage:
             bits = measured.loss.double().where(measured.within, 0).sum(-1) / LN2
             batch.min_mem_bits = torch.fmin(batch.min_mem_bits, bits.to(batch.min_mem_bits))
-        # With `settle` a passage is done after so many steps, if it was exact in one of them.
+        # With `settle`, a passage is done from that step on if all its tokens were right once.
         settled = (batch.schedule.best >= batch.length) & (batch.steps >= self.recipe.settle)
-        arrived = settled if self.recipe.settle else whole
+        seem_done = settled if self.recipe.settle else all_right
         if self.module.model is not self.lm.model:
-            arrived = self.confirmed(batch, arrived, padding_rows)
-        batch.done = batch.done | arrived
+            seem_done = self.confirmed(batch, seem_done, padding_rows)
+        batch.done = batch.done | seem_done
         return self.schedule.advance(batch.schedule, gained)
 
     def _better_by_term(
@@ -217,30 +220,31 @@ class Step:
         batch: BatchState,
         loss: Float[Tensor, " B"],
         better: Bool[Tensor, " B"],
-        whole: Bool[Tensor, " B"],
+        all_right: Bool[Tensor, " B"],
     ) -> Bool[Tensor, " B"]:
-        """Rows to keep: those with more right tokens than ever, and those with all tokens right and
-        a smaller second term. Updates the running mean of the term."""
+        """Rows whose vectors are the best so far; updates the running mean of the second loss.
+
+        These have more right tokens than before (`better`), or all tokens right and a smaller mean.
+        """
         mean = TERM_MEAN * batch.term_mean + (1 - TERM_MEAN) * loss
         batch.term_mean = torch.where(torch.isfinite(batch.term_mean), mean, loss)
-        better = better | (whole & (batch.term_mean < batch.term_mean_of_best))
+        better = better | (all_right & (batch.term_mean < batch.term_mean_of_best))
         batch.term_mean_of_best = torch.where(better, batch.term_mean, batch.term_mean_of_best)
         return better
 
     @torch.no_grad()
     def confirmed(
-        self, batch: BatchState, arrived: Bool[Tensor, " B"], padding_rows: int = 0
+        self, batch: BatchState, seem_done: Bool[Tensor, " B"], padding_rows: int = 0
     ) -> Bool[Tensor, " B"]:
-        """The arrived passages that also reach their margins in the model's own dtype.
+        """Of the rows that seem done, those that reach their margins in the model's own dtype.
 
-        The others continue from the same vectors, with a target margin that is higher by a little
-        more than they lacked.
+        The target margin of the others is raised by a little more than what they lack.
         """
-        rows = arrived.nonzero()[:, 0]
+        rows = seem_done.nonzero()[:, 0]
         if not len(rows):
-            return arrived
+            return seem_done
         if self.fixed_shapes:
-            rows = torch.arange(len(arrived), device=arrived.device)
+            rows = torch.arange(len(seem_done), device=seem_done.device)
         ids, length = with_padding(batch.ids[rows], padding_rows), batch.length[rows]
         vectors = with_padding(batch.vectors[rows], padding_rows)
         margin = self.forward(vectors, ids, lm=self.lm)[1].margin[: len(rows)]
@@ -248,15 +252,15 @@ class Step:
         ranked = margin.masked_fill(~within, torch.inf).sort(-1).values
         smallest = ranked.gather(1, batch.corrections[rows][:, None])[:, 0]
         required = batch.margin_asked[rows]
-        short = arrived[rows] & ~((smallest >= required) & (smallest > 0))
+        short = seem_done[rows] & ~((smallest >= required) & (smallest > 0))
         lacking = 1.25 * (required - smallest) + 0.01 * self.lm.logit_spread
         batch.target_margin[rows] += torch.where(short, lacking, 0.0)
         batch.schedule.best[rows] -= short.long()
-        return arrived.index_fill(0, rows[short], False)
+        return seem_done.index_fill(0, rows[short], False)
 
     def _stop(self, batch: BatchState, measured: Measurement, weight: Float[Tensor, "B T"]) -> None:
         """Mark the rows whose loss is not finite, and all rows whose slot can be freed."""
-        # Of a position without weight the loss may be infinite: its token may be padding.
+        # The loss of a position without weight may be infinite, since its token may be padding.
         loss = (measured.loss * weight).where(weight != 0, 0).sum(-1) + measured.term.loss
         batch.failed = batch.failed | ~torch.isfinite(loss)
         over = (batch.steps >= self.recipe.steps) | self.schedule.out_of_patience(batch.schedule)
@@ -279,21 +283,21 @@ class Step:
         """Move the passages that have not stopped, and charge them for the counted tokens."""
         moving = ~batch.stopped
         slope = measured.gradient.mul_(with_padding(weight, padding_rows)[..., None])
-        outputs, slopes = [measured.states], [slope]
-        rows = with_padding(self.term.weight(batch), padding_rows)
+        outputs, slopes = [measured.states], [slope]  # slopes: gradients of the loss at outputs
+        factor = with_padding(self.term.weight(batch), padding_rows)
         term_slopes = self.term.slopes(measured.term, counted, padding_rows)
         for output, grad in zip(measured.term.outputs, term_slopes, strict=True):
             outputs.append(output)
-            slopes.append(grad * rows.reshape(-1, *(1 for _ in grad.shape[1:])).to(grad.dtype))
+            slopes.append(grad * factor.reshape(-1, *(1 for _ in grad.shape[1:])).to(grad.dtype))
         gradient = self.gradient(outputs, batch, slopes)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
-        states = (batch.optimizer, moving, batch.schedule.lr_scale)
-        if self.optimizer.step(batch.parameters, gradient, *states) is not None:
+        arguments = (batch.optimizer, moving, batch.schedule.lr_scale)
+        if self.optimizer.step(batch.parameters, gradient, *arguments) is not None:
             raise MemvecError(
                 f"the optimizer '{self.recipe.optimizer}' returns something: its step has to "
                 "change the parameters in place and return nothing."
             )
-        # A passage is charged for its own counted tokens, not for the columns of its neighbours.
+        # A passage is charged for its own counted tokens, not for the columns of longer passages.
         batch.steps = batch.steps + moving
         before = self.module.inputs_before(self.K, self.start_rule)
         spent = (counted + before) * measured.decoding + self.term.inputs(counted)
@@ -302,16 +306,16 @@ class Step:
     def gradient(
         self, outputs: Sequence[Tensor], batch: BatchState, slopes: Sequence[Tensor]
     ) -> Tensor:
-        """The gradient (B, ...) of the slots' losses at their parameters, from those at outputs."""
+        """The gradient (B, ...) at the parameters, from the gradients at `outputs` (`slopes`)."""
         (gradient,) = torch.autograd.grad(outputs, batch.parameters, slopes)
         return gradient
 
     @torch.no_grad()
     def enlarged(self, parameters: Tensor, rows: Bool[Tensor, " B"]) -> Tensor:
-        """Parameters (B, ...) with the vectors of some rows as large as their steps will be.
+        """Parameters (B, ...) in which the vectors of `rows` have at least the size `lr_large`.
 
-        They grow along their own direction and keep what they hold (docs/log.md). Without a rate
-        for large vectors in the recipe nothing changes.
+        Only their length changes, and they still give back the same tokens (docs/log.md). Without
+        `lr_large` in the recipe, the parameters are returned unchanged.
         """
         if not self.recipe.lr_large:
             return parameters

@@ -1,10 +1,10 @@
-"""A second loss on the vectors, beside the objective.
+"""Terms: a second loss on the vectors, which is added to the objective.
 
-The objective makes the vectors give the passage back. A term adds a second aim, with a weight
-(`Recipe.term_weight`): the vectors stand for the text as context (`use`), or the hidden states
-after them resemble those of the plain text (`alignment`). A term keeps state for each slot (what
-was computed once for the passage), and returns, at each step, the loss of each slot and the
-gradient that goes back to the vectors.
+The objective makes the vectors give the passage back. A term has another aim, with the weight
+`Recipe.term_weight`: the vectors stand for the text as context (`use`), or the hidden states after
+them are similar to those of the plain text (`alignment`). A term keeps state for each slot that it
+computes once for the passage. At each step it returns the loss of each slot, and gradients for the
+backward pass to the vectors.
 
     from memvec import register
     from memvec.cramming.terms import Term, TermLoss
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
     from memvec.cramming.step import Step
     from memvec.vectors import MemVectors
 
-# Steps after `settle` after which the term has half its weight for a passage that is not exact.
+# Steps after `Recipe.settle` in which the weight of the term halves, for a passage not exact yet.
 YIELDS_AFTER = 40
 
 
 @dataclass
 class NoRows(Rows):
-    """A term that keeps nothing for a slot."""
+    """The state of a term that keeps nothing for a slot."""
 
 
 @dataclass(frozen=True)
 class TermLoss:
     """The loss of each slot in one step, and the gradients for the backward pass.
 
-    `outputs` are tensors that are attached to the parameters, with the slots (and padding rows) on
-    their first axis; `gradients` are the gradients of each row's loss at them.
+    `outputs` are tensors attached to the parameters; their first axis is N (slots and padding
+    rows). `gradients` are the gradients of each row's loss at the outputs.
     """
 
     loss: Float[Tensor, " B"]
@@ -62,7 +62,7 @@ class TermLoss:
 
 
 class Term:
-    """The common skeleton of a second loss; made once for an engine.
+    """The base of second losses; an engine makes one instance.
 
     `module` computes the steps: `lm` itself, or a copy of its weights in a faster dtype.
     `step_type` is a subclass of Step, for a term that changes what a step does.
@@ -77,48 +77,51 @@ class Term:
         self.start_rule = start_rule
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
-        """Rows of passages that enter a slot. They depend on each passage alone."""
+        """State of passages that enter a slot; a row may depend on its own passage only."""
         return NoRows()
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
-        """Entered around the forward pass of the objective, for a term that reads along."""
+        """Context manager around the forward pass of the objective, for a term that observes it."""
         return contextlib.nullcontext()
 
     @property
     def watches(self) -> bool:
-        """True for a term that reads along."""
+        """True for a term that observes the forward pass of the objective."""
         return type(self).watching is not Term.watching
 
     def measure(
         self, vectors: Float[Tensor, "N K D"], batch: BatchState, columns: int, padding_rows: int
     ) -> TermLoss:
-        """The loss of each slot at these vectors, attached to the parameters (N: B and padding)."""
+        """The loss of each slot at `vectors`, which are attached to the parameters.
+
+        N is B plus `padding_rows`; `columns` is the number of predicted columns of this step.
+        """
         raise MemvecError(f"the term '{self.recipe.term}' has no method measure.")
 
     def slopes(
         self, measured: TermLoss, counted: Int[Tensor, " B"], padding_rows: int
     ) -> tuple[Tensor, ...]:
-        """The gradients at the outputs; `counted` are the tokens of each passage that count."""
+        """The gradients at the outputs of `measure`; `counted` tokens of each passage count."""
         return measured.gradients
 
     def certificate(
         self, mem: MemVectors, passages: Sequence[Sequence[int]]
     ) -> dict[str, Any] | None:
-        """The certificate of the finished vectors for this term, as a file keeps it; None: nothing.
+        """The certificate of this term for finished vectors, as stored in a file; None: none.
 
         `passages` are the token ids that were crammed.
         """
         return None
 
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Inputs of forward and backward passes that a step of the term costs each passage."""
+        """Forward-backward tokens that a step of the term costs each passage."""
         return torch.zeros_like(counted)
 
     def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
-        """The weight of the term beside the objective, for each slot.
+        """The weight of the term for each slot; the objective has weight 1.
 
-        The recipe's weight, which falls with each step for a passage that is not exact after
-        `Recipe.settle` steps: exactness is required, the term is not.
+        It is the recipe's weight. After `Recipe.settle` steps it falls with each step of a passage
+        that is not exact, because a passage must be exact, and need not have a small second loss.
         """
         if not self.recipe.settle:
             return torch.full_like(batch.term_mean, self.recipe.term_weight)
@@ -128,7 +131,7 @@ class Term:
 
 
 class NoTerm(Term):
-    """None: the objective alone."""
+    """No second loss."""
 
     def measure(
         self, vectors: Float[Tensor, "N K D"], batch: BatchState, columns: int, padding_rows: int

@@ -27,7 +27,7 @@ from memvec.model.agreement import agree
 
 NAMES = ("cache", "past_key_values", "cache_params", "state")
 SLOW = "each decoded token repeats the whole forward"
-# Families in transformers without a cache that a caller can pass in again, by model type.
+# Model types of transformers without a cache that a caller can pass in, with the reason.
 KEEP_NONE = {
     "openai-gpt": "GPT keeps none",
     "recurrent_gemma": "RecurrentGemma keeps its states inside its own layers",
@@ -57,7 +57,7 @@ class Caching:
         return f"decodes without a cache ({self.reason}), so {SLOW}{blame}."
 
 
-def step(
+def forward_with_cache(
     model: nn.Module, argument: str, cache: Any = None, **inputs: Tensor
 ) -> tuple[Float[Tensor, "B V"], Any]:
     """One forward pass with the cache: float32 logits of the last position, and the new cache."""
@@ -67,7 +67,7 @@ def step(
     return out.logits[:, -1].float(), out.get(argument)
 
 
-def after(argument: str | None, cache: Any) -> dict[str, Any]:
+def cache_arguments(argument: str | None, cache: Any) -> dict[str, Any]:
     """Keyword arguments of a forward pass that continues from `cache` (None: without a cache)."""
     return {"use_cache": False} if cache is None else {"use_cache": True, str(argument): cache}
 
@@ -82,12 +82,12 @@ def cached_logits(
 ) -> Float[Tensor, "B T V"]:
     """Teacher-forced logits of `ids` after `vectors`, one token at a time with the cache.
 
-    `first` is the result of `step` for the vectors, if the caller has it already.
+    `first` is the result of `forward_with_cache` for the vectors, if the caller has it already.
     """
-    logits, cache = first or step(model, argument, inputs_embeds=vectors)
+    logits, cache = first or forward_with_cache(model, argument, inputs_embeds=vectors)
     steps = [logits]
     for t in range(ids.shape[1] - 1):
-        logits, cache = step(model, argument, cache, input_ids=ids[:, t : t + 1])
+        logits, cache = forward_with_cache(model, argument, cache, input_ids=ids[:, t : t + 1])
         steps.append(logits)
     return torch.stack(steps, dim=1)
 
@@ -111,12 +111,12 @@ def find_cache(
         if argument is None:
             return _without(config)
         two = embedding(ids[:, :2])
-        after_two = step(model, argument, inputs_embeds=two)
+        after_two = forward_with_cache(model, argument, inputs_embeds=two)
         if after_two[1] is None:
             return _without(config)
         ours = cached_logits(model, argument, two, ids[:, 2:], after_two)
         truth = model(inputs_embeds=embedding(ids[:, :-1]), use_cache=False).logits
-    except Exception as error:  # foreign code: any error means that its cache does not work
+    except Exception as error:  # a model's own code may raise any error: its cache does not work
         return Caching(None, f"its forward with a cache fails: {first_line(error)}")
     ok, detail = agree(ours, truth[:, 1:].float().to(ours.device), rounding)
     if not ok:

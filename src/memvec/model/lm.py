@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from memvec.errors import MemvecError, SlowPathWarning
 from memvec.machine import plain_torch
-from memvec.model.caching import after, find_cache
+from memvec.model.caching import cache_arguments, find_cache
 from memvec.model.configuration import context_length, start_token
 from memvec.model.fingerprint import Fingerprint, Unchanged, fingerprint_of, probe_logits
 from memvec.model.heads import split_head, unwrapped
@@ -241,7 +241,7 @@ class FrozenLM:
     ) -> Float[Tensor, "B keep H"]:
         """States at the last `keep` positions of free inputs, which continue from `cache`."""
         out: Tensor
-        options = after(self.caching.argument, cache)
+        options = cache_arguments(self.caching.argument, cache)
         with self._sparing():
             if self._body is not None:
                 out = self._body(inputs_embeds=inputs, **options)[0][:, -keep:]

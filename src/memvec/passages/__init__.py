@@ -1,4 +1,4 @@
-"""Passages, and the documents that they are cut from; memvec.lab.sources has those of studies."""
+"""Passages, and the documents that they are cut from (memvec.lab.sources: passages of studies)."""
 
 from memvec.passages.cutting import Cutter
 from memvec.passages.documents import Document, read_document

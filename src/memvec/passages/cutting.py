@@ -1,9 +1,9 @@
-"""Cut a document into passages by information, so that each one fits its vectors.
+"""Cut a document into passages by information, so that the vectors can hold each passage.
 
-A vector holds bits, not tokens: a dull page packs more tokens into it than a list of names. The
-cutter walks through the document, asks the frozen model how many bits each next token costs *from
-the start of the passage* (that is how it will be decoded), and ends the passage when the budget of
-its vectors is spent.
+A vector holds a number of bits, not of tokens: it holds more tokens of predictable text. From the
+start of a passage, the cutter sums the bits that each token costs under the frozen model. The
+passage ends before the sum exceeds the bits that its vectors can hold. The sum begins anew with
+each passage, because each passage is decoded without the text in front of it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Cutter:
-    """Cuts token ids into passages of at most `bits` bits, or of exactly `tokens` tokens.
+    """Cuts token ids into passages of at most `bits` bits, or of `tokens` tokens each.
 
-    A passage has at least one token, however many bits it costs, and the last passage of `tokens`
-    has those that are left. `max_tokens`: the largest number of tokens in a passage (the model's
-    context less the vectors). Raises ValueError unless one of `bits` and `tokens` is given, and
+    A passage has at least one token, whatever its bits, and the last passage may be shorter than
+    `tokens`. `max_tokens` is the maximum number of tokens of a passage (the model's context without
+    the vectors). Raises ValueError unless exactly one of `bits` and `tokens` is given, and
     MemvecError if `tokens` is below 1 or above `max_tokens`.
     """
 
@@ -49,10 +49,11 @@ class Cutter:
         self.max_tokens = max_tokens or 10**9
 
     def cut(self, ids: Sequence[int], document: int = 0, min_tokens: int = 1) -> Iterator[Passage]:
-        """The passages of a document, lazily, front to back.
+        """Yield the passages of a document, from front to back.
 
-        None is shorter than `min_tokens`, unless the document is: a shorter rest joins the passage
-        before it, or takes tokens of it where both together do not fit.
+        No passage is shorter than `min_tokens`, unless the document is. A shorter remainder is
+        appended to the passage before it; if the result is longer than `max_tokens`, the remainder
+        takes tokens from that passage instead.
         """
         start, window = 0, 64
         while start < len(ids):
@@ -61,13 +62,13 @@ class Cutter:
             else:
                 n, window = self._fitting(ids, start, window)
             n = max(n, min_tokens)
-            if 0 < (left := len(ids) - start) - n < min_tokens:
-                n = left if left <= self.max_tokens else left - min_tokens
+            if 0 < (remaining := len(ids) - start) - n < min_tokens:
+                n = remaining if remaining <= self.max_tokens else remaining - min_tokens
             yield Passage(tuple(ids[start : start + n]), document, start)
             start += n
 
     def _fitting(self, ids: Sequence[int], start: int, window: int) -> tuple[int, int]:
-        """How many tokens from `start` fit the budget of bits, and the next window (tokens)."""
+        """The number of tokens from `start` that fit into `bits`, and the next window (tokens)."""
         assert self.bits is not None
         while True:
             window = min(window, self.max_tokens)
@@ -81,9 +82,9 @@ class Cutter:
 
 @torch.no_grad()
 def surprisals(lm: FrozenLM, ids: Sequence[int]) -> torch.Tensor:
-    """Bits of each token of a text under the model alone, (T) float64; the first one follows BOS.
+    """Bits of each token of a text under the model alone, (T,) float64; the text is read after BOS.
 
-    For a model without a BOS the first token costs log2 V.
+    For a model without a BOS, the first token costs log2 V bits.
     """
     table = torch.tensor([list(ids)], device=lm.device)
     given = [] if lm.bos_id is not None else [math.log2(lm.vocab_size)]

@@ -1,9 +1,9 @@
-"""Documents: bytes in, token ids out, and the same bytes back.
+"""Documents: texts as token ids from which exactly the same bytes can be restored.
 
-Most tokenizers of today give a text back to the letter. Some do not: they normalise, add or drop a
-space, or have no token for a character. A document notices this by trying, and keeps the smallest
-list of edits that turns what the tokenizer gives back into the text. Edits are stored with the
-vectors and counted in their bytes.
+Most tokenizers decode their token ids into the same text. Some do not: they normalise, add or drop
+a space, or have no token for a character. So a document compares the decoded text with the original
+and keeps the edits that turn one into the other. The edits are stored with the vectors, and their
+bytes are counted.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from memvec.header import DocumentRecord
     from memvec.model.lm import FrozenLM
 
-LARGEST = 4_000_000  # bytes; more is a matter of days, so it has to be asked for
-CLOSE_LOOK = 4_000  # characters of a changed block that are compared one by one
+LARGEST = 4_000_000  # default maximum size, bytes: larger texts would take days
+CLOSE_LOOK = 4_000  # maximum length of a changed block that is compared character by character
 
-Edit = tuple[int, int, str]  # replace [start, end) of the tokenizer's text by this
+Edit = tuple[int, int, str]  # (start, end, new): `new` replaces [start, end) of the decoded text
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text as token ids, with what is needed to get its bytes back."""
+    """A text as token ids, with what is needed to restore its bytes."""
 
     ids: tuple[int, ...]
     name: str
@@ -44,10 +44,10 @@ class Document:
     def of(
         cls, lm: FrozenLM, text: str | bytes, *, name: str = "text", encoding: str = "utf-8"
     ) -> Document:
-        """A document from a text.
+        """Tokenize a text. `encoding` is that of `bytes`, and of the bytes to restore from a `str`.
 
-        Raises MemvecError for anything but `str` or `bytes`, for a text that is empty or not in
-        `encoding`, and for one of which the tokenizer makes no tokens.
+        Raises MemvecError for another type than `str` or `bytes`, for a text that is empty or not
+        in `encoding`, and for a text without tokens.
         """
         if not isinstance(text, str | bytes):
             raise MemvecError(f"{name} is no str or bytes but of the type {type(text).__name__}.")
@@ -62,17 +62,17 @@ class Document:
         return cls(tuple(ids), name, hashlib.sha256(data).hexdigest(), len(data), encoding, edits)
 
     def data(self, lm: FrozenLM) -> bytes:
-        """The text's bytes again, from tokens and edits. Raises NotExactError as `restore` does."""
+        """The text's bytes, from its tokens and edits. Raises NotExactError as `restore` does."""
         return restore(lm, self.ids, self)
 
 
 def documents_of(
     lm: FrozenLM, texts: str | bytes | Document | Iterable[str | bytes | Document]
 ) -> list[Document]:
-    """A document for each text, or for a single one. Raises MemvecError as `Document.of` does.
+    """A document for each text, or for a single text. Raises MemvecError as `Document.of` does.
 
-    A table is no list of texts, nor a row of one: they give the names of their columns. But a
-    dictionary without values is a set of texts in their order (`dict.fromkeys`).
+    A table or a row of a table is refused, because iterating over it yields the names of its
+    columns. A dictionary without values is accepted as an ordered set of texts (`dict.fromkeys`).
     """
     table = any(texts.values()) if isinstance(texts, Mapping) else hasattr(texts, "columns")
     if isinstance(texts, str | bytes | Document) or table or not isinstance(texts, Iterable):
@@ -84,14 +84,14 @@ def documents_of(
 
 
 def restore(lm: FrozenLM, ids: Sequence[int], document: Document | DocumentRecord) -> bytes:
-    """The document's bytes from its token ids; never anything else.
+    """The document's bytes, from its token ids.
 
-    Raises NotExactError if the bytes do not hash to what was crammed.
+    Raises NotExactError if the hash of the bytes is not that of the document.
     """
     text, encoding = apply_edits(lm.text(ids), document.edits), document.encoding
     try:
         data = text.encode(encoding, errors="surrogatepass" if encoding == "utf-8" else "strict")
-    except (ValueError, LookupError) as error:  # a name with a NUL is a ValueError
+    except (ValueError, LookupError) as error:  # an encoding's name with a NUL is a ValueError
         raise NotExactError(f"{document.name} cannot be written as {encoding}: {error}.") from None
     if hashlib.sha256(data).hexdigest() != document.sha256:
         raise NotExactError(
@@ -102,7 +102,7 @@ def restore(lm: FrozenLM, ids: Sequence[int], document: Document | DocumentRecor
 
 
 def edits_between(old: str, new: str) -> Iterator[Edit]:
-    """Edits that turn `old` into `new`, in order; none when they are equal."""
+    """Yield the edits that turn `old` into `new`, in order; none if they are equal."""
     if old == new:
         return
     a, b = old.splitlines(keepends=True), new.splitlines(keepends=True)
@@ -123,9 +123,9 @@ def edits_between(old: str, new: str) -> Iterator[Edit]:
 
 
 def apply_edits(text: str, edits: Sequence[Edit]) -> str:
-    """The text with edits made; positions are those of the text before any of them.
+    """The edited text; the positions of all edits are those in `text`.
 
-    Raises NotExactError for edits that overlap or lie outside the text.
+    Raises NotExactError for edits that overlap or are outside the text.
     """
     parts, at = [], 0
     for start, end, new in edits:
@@ -137,9 +137,9 @@ def apply_edits(text: str, edits: Sequence[Edit]) -> str:
 
 
 def peek(path: str | os.PathLike[str], largest: int = LARGEST) -> None:
-    """Raise MemvecError for a file that can be seen to be unusable without a model.
+    """Raise MemvecError for a file that is missing, empty, a folder, or above `largest` bytes.
 
-    `largest`: bytes that it may have.
+    This needs no model, so it can run before one is loaded.
     """
     if path == "-":
         return
@@ -157,7 +157,7 @@ def peek(path: str | os.PathLike[str], largest: int = LARGEST) -> None:
 def read_document(
     lm: FrozenLM, path: str | os.PathLike[str], *, encoding: str = "utf-8", largest: int = LARGEST
 ) -> Document:
-    """A document from a file, or from standard input for '-'.
+    """Read a document from a file, or from standard input if `path` is '-'.
 
     Raises MemvecError for a file that is missing, unreadable or larger than `largest` bytes, and as
     `Document.of` does.
@@ -168,7 +168,7 @@ def read_document(
         data, name = sys.stdin.buffer.read(largest + 1), "standard input"
     else:
         peek(path, largest)
-        name = os.fsencode(path).decode("utf-8", "replace")  # a record holds UTF-8 only
+        name = os.fsencode(path).decode("utf-8", "replace")  # records are UTF-8, a name may not be
         try:
             with path_of(path).open("rb") as stream:
                 data = stream.read(largest + 1)
@@ -205,7 +205,7 @@ def _decode(data: bytes, encoding: str, name: str) -> str:
             f"{name} is not {encoding} (byte {error.start}): name its encoding, or use "
             "encoding='latin-1', which takes any bytes."
         ) from None
-    except (LookupError, UnicodeError):  # or one that does not encode texts ('idna')
+    except (LookupError, UnicodeError):  # unknown, or not an encoding of texts ('idna')
         raise MemvecError(f"unknown encoding '{encoding}': try utf-8, latin-1 or utf-16.") from None
-    # utf-16 without a byte order mark, and the like
+    # Encoding the text again gives other bytes, as for utf-16 without a byte order mark.
     raise MemvecError(f"{name} does not survive the encoding {encoding}: use encoding='latin-1'.")

@@ -15,20 +15,17 @@ from memvec.errors import MemvecError
 
 
 def ids_hash(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as 32-bit little-endian integers: a passage's identity."""
+    """SHA-256 (hex) of token ids as 32-bit little-endian integers; it identifies a passage."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids, the document they are part of, and the position of the first one in it.
-
-    Raises MemvecError without a token.
-    """
+    """Consecutive token ids of a document. Raises MemvecError without a token."""
 
     ids: tuple[int, ...]
-    document: int = 0
-    offset: int = 0
+    document: int = 0  # index of the document
+    offset: int = 0  # position of the first token in the document
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -38,7 +35,7 @@ class Passage:
         return len(self.ids)
 
     def halves(self) -> tuple[Passage, Passage]:
-        """The passage in two, for when it does not fit its vectors."""
+        """The two halves of the passage; the second is longer if the length is odd."""
         middle = len(self.ids) // 2
         return (
             Passage(self.ids[:middle], self.document, self.offset),

@@ -27,7 +27,7 @@ from memvec.cramming.starts import passage_seed
 from memvec.decoding import BATCH, free_running
 from memvec.errors import MemvecError, did_you_mean
 from memvec.model import memory
-from memvec.model.caching import step
+from memvec.model.caching import forward_with_cache
 from memvec.model.lm import FrozenLM
 from memvec.usable.teacher import TopTokens, likeliest
 from memvec.writing import path_of
@@ -136,7 +136,8 @@ def _shared(
     """
     argument = lm.caching.argument
     if argument is not None and inputs.shape[1] > 1:
-        _, cache = step(lm.model, argument, inputs_embeds=inputs[:, :-1].to(lm.dtype))
+        prefix = inputs[:, :-1].to(lm.dtype)
+        _, cache = forward_with_cache(lm.model, argument, inputs_embeds=prefix)
         layers = [type(layer).__name__ for layer in getattr(cache, "layers", ())]
         if layers and set(layers) <= REPEATABLE:
             cache.batch_repeat_interleave(rows)
