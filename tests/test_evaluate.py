@@ -28,7 +28,7 @@ from memvec.usable import columns, receipts
 from memvec.usable import evaluate as evaluating
 from memvec.usable.answers import EmbeddedRequest, likelihoods, written
 from memvec.usable.columns import COLUMNS, Column, request_of, split_text
-from memvec.usable.evaluate import Evaluation, _changes, evaluate
+from memvec.usable.evaluate import Evaluation, _recipe_arguments, evaluate
 from memvec.usable.queries import text_inputs
 from memvec.usable.receipts import Answer, Receipt, score_figures, scores_of
 
@@ -192,7 +192,7 @@ def test_a_column_that_cannot_be_is_refused(arguments, sentence):
 def test_a_recipe_is_evaluated_as_it_is_asked_for(preset, changes):
     """Whatever it leaves as a recipe has it by default: the preset of the model lies below it."""
     recipe = Recipe.of(preset, **changes)
-    assert Recipe.of("usable", **_changes(recipe)) == recipe
+    assert Recipe.of("usable", **_recipe_arguments(recipe)) == recipe
 
 
 def test_answers_of_no_token_and_of_one_are_told_apart():

@@ -521,7 +521,7 @@ def test_a_text_with_a_bos_of_its_own_is_read_after_no_other():
 def test_a_row_fits_the_context_as_text_and_as_vectors(tokens, K):
     lm = triggered_view(tiny(), USABLE)
     asked = [[5] * tokens] * 100
-    n = certificate._fitting(lm, asked, K, 48)
+    n = certificate._passages_that_fit(lm, asked, K, 48)
     taken = [max(1 + m * tokens, len(lm.front) + m * K) + 48 for m in (n, n + 1)]
     assert taken[0] <= lm.context < taken[1]
 

@@ -1,7 +1,8 @@
-"""Models whose weights hardly fit: quantized, or spread over several devices (`memvec[big]`).
+"""Models with large weights: quantized, or distributed over several devices (`memvec[big]`).
 
-transformers loads them (`device_map`, quantization configurations); this file says how, and refuses
-what it would do in silence. Fewer kept activations: memvec.model.large.
+transformers loads them. This file makes the options for it (`device_map`, quantization), and
+refuses weights that it silently puts into main memory or on disk. (memvec.model.large saves memory
+of activations.)
 """
 
 from __future__ import annotations
@@ -83,20 +84,20 @@ def _need(package: str, option: str) -> None:
 
 
 def prepare(model: nn.Module, name: str) -> None:
-    """What a model that transformers loaded with these options needs before it is crammed.
+    """Prepare a model that was loaded with `loading_options` for cramming, in place.
 
-    Raises MemvecError as `refuse_spilled`.
+    Raises MemvecError as `refuse_spilled` does.
     """
     refuse_spilled(model, name)
     keep_few_bits(model)
 
 
 def keep_few_bits(model: nn.Module) -> None:
-    """Make autograd keep the quantized weights of linear layers, and not these in full.
+    """Make autograd keep the quantized weights of linear layers instead of dequantized copies.
 
-    torchao widens a weight at each product, and the backward pass needs the wide one: kept from the
-    forward pass on, those of all layers are as large as the model that was to be made smaller. They
-    are made again instead. bitsandbytes does so itself.
+    torchao dequantizes a weight for each product, and autograd keeps the result for the backward
+    pass: over all layers, these copies are as large as the unquantized model. Here the backward
+    pass dequantizes again. bitsandbytes does so itself.
     """
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
@@ -110,7 +111,7 @@ def keep_few_bits(model: nn.Module) -> None:
 
 
 def _product(forward: Callable[[Tensor], Tensor], wide: set[int], x: Tensor) -> Tensor:
-    """A product; of what autograd keeps of it, the tensors with these numbers are made again."""
+    """A product; of the tensors that autograd keeps, those numbered in `wide` are recomputed."""
     if not torch.is_grad_enabled():
         return forward(x)
     count, row = itertools.count(), (x.dtype, x.device, x.dim(), x.shape[-1])
@@ -129,7 +130,7 @@ def _product(forward: Callable[[Tensor], Tensor], wide: set[int], x: Tensor) -> 
 def _kept_of(
     forward: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device, dim: int, D: int
 ) -> list[Tensor]:
-    """What autograd keeps of a product with a single row."""
+    """The tensors that autograd keeps of a product with a single row."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:

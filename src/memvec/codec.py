@@ -63,8 +63,8 @@ def cram(
     A passage that is not exact within the recipe's steps, patience and budget is halved, and both
     halves are crammed, down to one token per vector. A passage that still fails is in the result
     with `exact` false. With `halve` false, passages are never halved: this measures vectors at one
-    length (set `tokens`). Raises MemvecError for no or an empty text, a setting that is out of range
-    or that the model does not support, and a passage that does not fit in memory.
+    length (set `tokens`). Raises MemvecError for no text or an empty one, a setting out of range or
+    that the model does not support, and a passage that does not fit in memory.
     """
     recipe = Recipe() if recipe is None else recipe
     check_type("lm", lm, FrozenLM, "memvec.load_lm")

@@ -50,8 +50,8 @@ def fixed_tokens(
 def size(passages: Sequence[Iterable[tuple[int, int]]]) -> int:
     """Bytes of the corrections of all passages, as variable-length integers (LEB128).
 
-    For each passage: v(count) + the sum over its corrections of v(positions since the last one)
-    + v(token id), where v(x) = ceil(bits of x / 7), at least 1. 0 if no passage has corrections.
+    For each passage: v(count) + the sum over its corrections of v(positions skipped since the last
+    one) + v(token id), where v(x) = ceil(bits of x / 7), at least 1. 0 if none has corrections.
     """
     lists = [list(listed) for listed in passages]
     if not any(lists):

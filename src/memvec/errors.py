@@ -37,8 +37,7 @@ class UntestedVersionWarning(UserWarning):
 
 def printable(text: str) -> str:
     """The text as one line, in which control characters are replaced by their escapes."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> None:

@@ -1,26 +1,26 @@
-"""Steps that a GPU replays instead of a launch for each kernel (CUDA graphs).
+"""CUDA graphs of the forward and backward passes of a step, which save the launch of each kernel.
 
-A step of few tokens makes thousands of short kernels, and telling a GPU about them takes longer
-than computing them (docs/log.md, "The engine on a GPU, as it is"). The first step of a shape (slots
-x columns) runs as it is, which warms up; the second is captured, and from then on replayed. A
-capture is used only if its first replay gives what the step itself gives.
+A step with few tokens consists of thousands of short kernels, whose launches take longer than their
+computation (docs/log.md, "The engine on a GPU, as it is"). The first step of a shape (slots x
+columns) runs normally, which is the warm-up. The second step captures the graphs. All further steps
+of this shape replay them. A capture is used only if its first replay gives the results of the step.
 
-Two graphs a shape, because the weights of positions depend on the margins that the forward pass
-measures:
+Each shape has two graphs, because the weights of positions depend on the margins that the forward
+pass measures:
 
-    forward     vectors, ids, temperature -> states, and what `score` says of them
-    backward    slope at the states -> gradient at the vectors
+    forward     vectors, ids, temperature -> states, and the results of `score`
+    backward    gradient at the states -> gradient at the vectors
 
-What lies between and after them (schedule, weights, optimiser, a second term) is a few kernels and
-stays as it is. `torch.cuda.make_graphed_callables` splits a pass in the same way. Around the states
-alone it would leave the head's losses outside, whose operators are more than those of the layers
-where there are many positions (docs/log.md); it warms up three times, which an engine's first step
-does anyway, and knows no device that a test could stand in for.
+The rest of a step (schedule, weights, optimiser, a second term) takes few kernels and is not
+captured. `torch.cuda.make_graphed_callables` also splits a pass in two. It is not used here for
+three reasons. A graph of the states alone leaves out the losses, which have more operators than the
+layers if there are many positions (docs/log.md). It warms up three times, although the first step
+is a warm-up. It cannot be tested without a GPU.
 
-Graphs read and write at fixed addresses. Inputs are therefore copied into tensors that stay, and
-what a replay leaves at its outputs holds until the next replay. All graphs of an engine share one
-pool of memory: a backward pass always follows its own forward pass, so that no graph needs what
-another one left there.
+Graphs read and write at fixed addresses. So inputs are copied into tensors that are kept, and the
+outputs of a replay are valid until the next replay. All graphs of an engine share one memory pool.
+This is safe because each backward pass follows its own forward pass, so no graph needs data that
+another graph may have overwritten.
 """
 
 from __future__ import annotations
@@ -49,21 +49,23 @@ Pass = Callable[
 ]
 Replay = Callable[[], None]
 
-MAX_SHAPES = 32  # whose graphs are kept; of more, the least recently used is dropped
-COLUMNS = 16  # the forward pass is as long as the longest counted part, rounded up to this
-TOLERANCE = 0.02  # of the size of a figure: kernels that add in any order differ by less
+MAX_SHAPES = 32  # maximum number of shapes with graphs; the least recently used is dropped
+COLUMNS = 16  # the number of columns of a forward pass is rounded up to a multiple of this
+TOLERANCE = 0.02  # allowed relative error of a replay, since kernels add in no fixed order
 
 
 class Backend(Protocol):
-    """What captures work on a device."""
+    """A device's way to capture and replay work."""
 
     def capture(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
-        """Do not compute, but note the work. Returns what repeats it, reading and writing at the
-        same addresses, and the tensors that it writes."""
+        """Record the kernels of `work` without computing them; returns a replay and the outputs.
+
+        The replay reads and writes at the same addresses; each call overwrites the outputs.
+        """
 
 
 class CudaGraphs:
-    """CUDA graphs in one pool of memory."""
+    """Captures CUDA graphs in one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -71,35 +73,39 @@ class CudaGraphs:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def capture(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Replay, tuple[Tensor, ...]]:
-        """See `Backend`. Other threads (of a loader, say) may go on meanwhile."""
+        """See `Backend`. Other threads, such as data loaders, may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
         options: dict[str, Any] = {"pool": self.pool, "stream": self.stream}
-        # torch.cuda.graph does not leave its stream when a capture is broken off.
+        # torch.cuda.graph does not leave its stream if a capture fails.
         current_stream = torch.cuda.stream(torch.cuda.current_stream(self.device))
         with current_stream, torch.cuda.graph(graph, capture_error_mode="thread_local", **options):
             outputs = work()
         return graph.replay, outputs
 
 
-# Device type -> what captures there, made for a device.
+# Device type -> constructor of the backend for a device.
 BACKENDS: dict[str, Callable[[torch.device], Backend]] = {"cuda": CudaGraphs}
 
 
 def whole_columns(need: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """`need` columns, rounded up to multiples of COLUMNS."""
+    """`need` columns, rounded up to a multiple of COLUMNS."""
     return -(-need // COLUMNS) * COLUMNS
 
 
 def columns_for(need: int) -> int:
-    """Columns of a forward pass in which `need` are predicted: multiples of COLUMNS, two lengths
-    an octave, so that few graphs serve a passage that grows."""
+    """Columns of a captured forward pass that needs `need` columns: 2^i or 3/4 of it.
+
+    They are multiples of COLUMNS. Few sizes mean few graphs while the counted tokens grow.
+    """
     power = max(COLUMNS, 1 << (need - 1).bit_length())
     return power * 3 // 4 if power > 2 * COLUMNS and need <= power * 3 // 4 else power
 
 
 def rows_for(taken: int, slots: int) -> int:
-    """Rows of a forward pass with so many slots taken of so many: the next power of two, so that
-    passages come and go within one shape."""
+    """Rows of a captured forward pass: `taken` rounded up to a power of two, at most `slots`.
+
+    So the shape rarely changes when passages enter and leave slots.
+    """
     return min(slots, 1 << (taken - 1).bit_length())
 
 
@@ -116,18 +122,18 @@ class Captured:
     gradient: Float[Tensor, "N K D"]
 
     def __call__(self, *inputs: Tensor) -> tuple[Float[Tensor, "N T H"], Score]:
-        """A `Pass`, replayed."""
+        """Replay the forward pass, with the signature of `Pass`."""
         states: Tensor = _Replayed.apply(*inputs, self)  # type: ignore[no-untyped-call]
         loss, margin = self.scores.loss.clone(), self.scores.margin.clone()
         return states, Score(loss, margin, self.scores.gradient)
 
 
 class Graphs:
-    """A `Pass` with the same figures as `work`, replayed wherever a shape comes again.
+    """A `Pass` with the results of `work`, which is captured and replayed for repeated shapes.
 
-    The states that it gives back serve as what a gradient is asked of, not as values: they, and
-    `Score.gradient`, hold until the next call. Raises MemvecError for a device, a model or a
-    second term that cannot be captured.
+    The returned states and `Score.gradient` are valid until the next call. Use the states only to
+    compute gradients. Raises MemvecError for a device, a model or a second term that cannot be
+    captured.
     """
 
     def __init__(self, work: Pass, module: FrozenLM, term: Term) -> None:
@@ -138,10 +144,10 @@ class Graphs:
         self.forget()
 
     def forget(self) -> None:
-        """Drop all graphs, and the memory that they hold."""
+        """Drop all graphs and free their memory."""
         self.captured: dict[Any, Captured] = {}
         self.seen: set[Any] = set()
-        self.backend: Backend | None = None  # made when something is captured
+        self.backend: Backend | None = None  # made at the first capture
 
     def __call__(
         self,
@@ -151,8 +157,8 @@ class Graphs:
     ) -> tuple[Float[Tensor, "N T H"], Score]:
         """States, attached to the vectors, and their scores.
 
-        Raises MemvecError if the model's code cannot be captured, torch.OutOfMemoryError if there
-        is no room for it.
+        Raises MemvecError if the model's code cannot be captured, and torch.OutOfMemoryError if
+        memory is too small for a capture.
         """
         inputs = (vectors, ids, temperature)
         shape = (vectors.shape, ids.shape)
@@ -162,14 +168,14 @@ class Graphs:
         if (captured := self.captured.pop(shape, None)) is None:
             captured = self._capture(*inputs)
             self._check(captured, *inputs)
-        self.captured[shape] = captured  # the newest at the end
+        self.captured[shape] = captured  # the most recently used shape is last
         if len(self.captured) > MAX_SHAPES:
             del self.captured[next(iter(self.captured))]
         return captured(*inputs)
 
     def _capture(self, *inputs: Tensor) -> Captured:
         """Both graphs for inputs of these shapes."""
-        # Zeros, so that the check below sees an input that is not copied.
+        # The buffers begin as zeros, so that `_check` detects an input that is not copied.
         buffers = tuple(torch.zeros_like(tensor.detach()) for tensor in inputs)
         if self.backend is None:
             self.backend = BACKENDS[self.module.device.type](self.module.device)
@@ -191,7 +197,7 @@ class Graphs:
         return Captured(buffers, replay, states.detach(), scores, slope, again, gradient)
 
     def _check(self, captured: Captured, vectors: Tensor, *fixed: Tensor) -> None:
-        """Raise MemvecError if a replay does not give what the work itself gives."""
+        """Raise MemvecError if a replay does not give the results of the work itself."""
         figures = []
         for run_pass in (self.work, captured):
             inputs = vectors.detach().requires_grad_()
@@ -208,11 +214,11 @@ class Graphs:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong in a capture, as what it is: too little memory, or code that waits."""
+        """Context manager that turns errors of a capture into OutOfMemoryError or MemvecError."""
         try:
             yield
         except RuntimeError as error:
-            # The end of a capture that ran out of memory fails in its turn.
+            # If memory runs out in a capture, ending the capture raises a second error.
             if any(memory.out_of_memory(e) for e in (error, error.__context__) if e is not None):
                 raise torch.OutOfMemoryError("no memory to capture a step") from error
             reason, name = first_line(error), self.module.name
@@ -233,7 +239,7 @@ class _Replayed(torch.autograd.Function):
             buffer.copy_(new)
         captured.forward()
         ctx.captured = captured
-        return captured.states.detach()  # a tensor of its own, at the same address
+        return captured.states.detach()  # a new tensor object at the same address
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -244,8 +250,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def why_not(module: FrozenLM, term: Term) -> str | None:
-    """Why the steps of a model, with a second term, cannot be captured; None if nothing is known
-    to be in the way."""
+    """The reason why steps of a model with a second term cannot be captured; None: no known one."""
     name, device = module.name, module.device.type
     if device not in BACKENDS:
         return f"they are CUDA graphs, and {name} is on the {device}"
@@ -264,20 +269,20 @@ def why_not(module: FrozenLM, term: Term) -> str | None:
 
 @contextlib.contextmanager
 def consecutive_positions() -> Iterator[None]:
-    """Within, transformers takes each row for one sequence, as it is, without looking.
+    """Context manager: transformers treats each row as one sequence, and does not check it.
 
-    It looks at positions for packed sequences, which makes the device wait; while a graph is
-    captured it cannot look, and would give every model a mask of all positions, with which
-    attention takes a slower kernel (`masking_utils.find_packed_sequence_indices`, 5.24).
+    It checks position ids for packed sequences, which synchronises with the device. During a
+    capture it cannot check, and would use a full attention mask, for which attention has only a
+    slower kernel (`masking_utils.find_packed_sequence_indices`, 5.24).
     """
     from transformers import masking_utils
 
-    looks = getattr(masking_utils, "find_packed_sequence_indices", None)
-    if looks is None:
+    original = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if original is None:
         yield
         return
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = looks
+        masking_utils.find_packed_sequence_indices = original

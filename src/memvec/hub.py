@@ -1,4 +1,4 @@
-"""[mem] vectors as a folder or a Hub repository: the file of vectors, and a model card.
+"""Write [mem] vectors as a folder or a Hub repository, and read them from there.
 
 vectors.mem.safetensors   the file that `MemVectors.save` writes
 README.md                 the card: base model and its licence, certificate, how to decode, and a
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FILE = "vectors.mem.safetensors"
 CARD = "README.md"
 HUB_ID = re.compile(r"\b[\w.-]+\b/\b[\w.-]+\b")  # no ./folder or ../folder
-# The error of the Hub's HTTP library without an answer; that library depends on the version.
+# The base class of errors of the Hub's HTTP library, which depends on the release.
 UNREACHABLE: type[Exception] = HfHubHTTPError.__bases__[0]
 WARNING = (
     "**These vectors contain the text.** Whoever has them and the base model reads it back word "
@@ -91,10 +91,10 @@ def save_pretrained(
 ) -> Path:
     """Write the vectors and their card into a folder, which is created if it does not exist.
 
-    Of the paths in the file's header, only the last parts are kept: the rest is private.
+    Paths in the file's header are replaced by their last parts, because the rest is private.
     `licence` is the licence of the vectors (an identifier of the Hub). `base_licence` is that of
-    the base model, needed if its card is not on this machine. Raises MemvecError if the folder
-    holds vectors or another card already (unless `force`), or cannot be written.
+    the base model; give it if the model's card is not on this machine. Raises MemvecError if the
+    folder already holds vectors or another card (unless `force`), or cannot be written.
     """
     place = path_of(folder)
     try:
@@ -112,7 +112,7 @@ def save_pretrained(
 
 
 def without_paths(mem: MemVectors) -> MemVectors:
-    """The same vectors, with a header in which files and folders have names without their paths."""
+    """The same vectors; in the header, paths of files and folders are replaced by their names."""
     header, recipe = mem.header, dict(mem.header.recipe)
     files = {"queries", "neighbours"}
     files |= {"trigger"} if str(recipe.get("trigger")).endswith(".safetensors") else set()
@@ -317,7 +317,7 @@ def _certificate(mem: MemVectors) -> str:
 
 
 def _shown(claim: object) -> str:
-    """What a file claims, without the signs that Markdown, HTML or a string in Python obey."""
+    """A text from a file; '_' replaces the special characters of Markdown, HTML and Python."""
     return re.sub(r'[`|<>"\\\[\]]', "_", printable(str(claim)))
 
 

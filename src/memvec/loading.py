@@ -1,4 +1,4 @@
-"""`load_lm`: a frozen model by name, with its one-pass encoder; every failure is one sentence."""
+"""`load_lm` loads a frozen model by name, with its encoders and its trigger."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-    BFLOAT16_AUTOCAST: torch.float32,  # of the weights
+    BFLOAT16_AUTOCAST: torch.float32,  # dtype of the weights
 }
-# What transformers says of a name that it cannot load, and what memvec says instead.
+# Parts of transformers' error messages for a name that it cannot load, and memvec's sentences.
 EXPLAINED = {
     ("couldn't connect", "offline", "Connection", "resolve"): "is not a folder here and the Hub "
     "could not be reached: check the name and the network, or give a local folder.",
@@ -44,12 +44,12 @@ POCKET = Path(__file__).parent / "pocket"
 
 
 class CuttingFacts(BaseModel):
-    """What a model's folder may say in its memvec.json about cutting texts; the rest is free."""
+    """The entries of a model's memvec.json about cutting texts; other entries are not checked."""
 
     fill: float = Field(1, gt=0, le=1)
-    """Share of a vector's bits to cut to."""
+    """Information of a passage, as a share of the bits that its vectors can hold."""
     bits_per_vector: dict[PositiveInt, PositiveFloat] = {}
-    """Bits that each of K vectors gives back, by K."""
+    """Bits that each vector can hold, by the number of vectors K."""
 
 
 @plain_torch()
@@ -67,22 +67,22 @@ def load_lm(
     checkpointing: bool = False,
     offload: bool = False,
 ) -> FrozenLM:
-    """Load a causal LM by Hub id, from a local folder, or the built-in 'pocket'.
+    """Load a causal LM from the Hub (by id), from a local folder, or the built-in 'pocket'.
 
     `revision` is a branch, tag or commit of the Hub. `device` 'auto' is the first GPU, else the
     CPU. `dtype` 'auto' is float32 on a CPU and bfloat16 on a GPU; 'bfloat16-autocast' is mixed
-    precision: float32 weights, products in bfloat16. `check` False skips the self-checks.
-    `attention` names a kernel of transformers ('sdpa', 'eager', 'flash_attention_2');
-    default: the model's, in float32 where a CPU's kernel for the dtype is slow (precision.py).
-    `encoder` is a file of `memvec encoder train`; default: those in the model's folder, if any.
+    precision: float32 weights, matrix products in bfloat16. `attention` names an attention
+    implementation of transformers ('sdpa', 'eager', 'flash_attention_2'); by default it is the
+    model's, on a CPU in float32, which is faster there. `encoder` is a file of `memvec encoder
+    train`; by default, the encoders in the model's folder. `check` False skips the self-checks.
 
-    For big models: `device_map` ('auto', or transformers' dictionary) spreads layers over devices;
-    `quantize` '8bit' or '4bit' keeps linear weights in few bits (vectors are then for exactly this
-    model, and decode with it only); `checkpointing` computes each layer twice instead of keeping
-    its activations, and `offload` keeps them in the computer's memory.
+    For big models: `device_map` ('auto', or transformers' dictionary) distributes layers over
+    devices. `quantize` '8bit' or '4bit' keeps linear weights in few bits; vectors then decode only
+    with the model quantized in the same way. `checkpointing` computes each layer twice instead of
+    keeping its activations. `offload` keeps activations in main memory.
 
-    Raises MemvecError, in one sentence: no such model, no network, no weights, not a causal LM, or
-    a causal LM that cannot be served exactly.
+    Raises MemvecError for no such model, network or weights, another model than a causal LM, and a
+    failed self-check.
     """
     warn_of_untested_versions()
     name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
@@ -102,7 +102,7 @@ def load_lm(
     local = local_folder(name)
     if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a revision.")
-    model, tokenizer = _weights(name, local, options, device=None if big else where)
+    model, tokenizer = _load_model(name, local, options, device=None if big else where)
     if big:
         prepare(model, name)
     if where.type == "cpu" and weights_dtype != torch.float32 and attention is None:
@@ -138,18 +138,18 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[auto if name == "auto" else name]
 
 
-def _weights(
+def _load_model(
     name: str, local: Path | None, options: dict[str, Any], *, device: torch.device | None
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer, as transformers loads them.
+    """The model and its tokenizer, loaded by transformers.
 
-    `options` are those of `from_pretrained`; `device` None: where they put the model.
+    `options` are those of `from_pretrained`. The model is moved to `device`, unless it is None.
     """
     source = str(local) if local is not None else name
-    # Without the second, transformers asks on standard input whether to run code of the folder.
+    # Without trust_remote_code=False, transformers asks on standard input whether to run code.
     safe = {"revision": options["revision"], "trust_remote_code": False}
     with _loading(name), _quiet():
-        # Two seconds of import that a wrong option or a missing folder should not cost.
+        # This import takes two seconds; wrong options and missing folders are refused before it.
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         config = AutoConfig.from_pretrained(source, **safe)
@@ -169,7 +169,7 @@ def _weights(
 
 
 def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | os.PathLike[str] | None) -> None:
-    """What a model's folder holds besides weights: measured facts, encoders, and a trigger."""
+    """Read what a model's folder holds besides weights: measured facts, a trigger, and encoders."""
     if local is not None and (facts := local / "memvec.json").is_file():
         try:
             lm.facts = dict(read_json(facts.read_text("utf-8")))
@@ -177,14 +177,14 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | os.PathLike[st
         except (ValueError, TypeError) as error:
             reason = first_problem(error) if isinstance(error, ValidationError) else error
             raise MemvecError(f"{facts} holds no measured facts ({reason}): delete it.") from None
-    # A quantized model has other weights than those that its folder's trigger was trained for.
+    # The trigger was trained for the weights in the folder, and a quantized model has others.
     if local is not None and not lm.quantize and (trigger := local / TRIGGER_FILE).is_file():
         lm.own_trigger = load_trigger(trigger, lm)
     read_encoders(lm, local, encoder)
 
 
 def local_folder(name: str) -> Path | None:
-    """The model's folder, or None for a Hub id. 'pocket' is a folder of the package.
+    """The folder of a model, or None for a Hub id. 'pocket' is a folder of this package.
 
     Raises MemvecError for a path without a model.
     """
@@ -210,13 +210,12 @@ def _refuse_other_tasks(name: str, config: Any) -> None:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Turn the many ways in which loading fails into one sentence each."""
+    """Context manager that turns the errors of loading into MemvecErrors of one sentence."""
     try:
         yield
     except MemvecError:
         raise
-    # A configuration goes into the constructor of its own class, which may raise anything.
-    except Exception as error:
+    except Exception as error:  # a model's own code may raise any error
         first = first_line(error)
         if out_of_memory(error):
             raise MemvecError(
@@ -233,10 +232,10 @@ def _loading(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no remarks while weights load; all put back afterwards.
+    """Context manager: no progress bars and no log messages while weights load.
 
-    What is wrong is raised. The remarks are those of packages that transformers imports because
-    they are there (torchao, on kernels for other machines), and its report on weights.
+    The messages are transformers' report on weights, and those of packages that transformers
+    imports if they are installed (torchao, about kernels for other machines). Exceptions pass.
     """
     from transformers.utils import logging as reports
 

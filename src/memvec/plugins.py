@@ -1,9 +1,9 @@
-"""What other packages add to the registry: their import, their arguments, and numbers of their own.
+"""Plug-ins: importing other packages, and names with arguments.
 
-A function or class that is registered may have keyword-only parameters with defaults. They are set
-in the name that chooses it, as in `hinge(factor=3.0)`: in a recipe, on the command line
-(`--set "objective=hinge(factor=3.0)"`) and in the spec of a study. So records, files and keys hold
-the values with the name.
+A registered function or class may have keyword-only parameters with defaults. The name that selects
+it sets them, as in `hinge(factor=3.0)`: in a recipe, on the command line
+(`--set "objective=hinge(factor=3.0)"`) and in the spec of a study. So records, files and keys
+contain the values as part of the name.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from memvec.writing import path_of
 
 GROUP = "memvec.plugins"
 FILES = "MEMVEC_PLUGINS"  # environment variable: Python files, separated as in PATH
-# Kinds whose names may have arguments: those that a recipe names, but a file names its space.
+# Kinds whose names may have arguments: those that a recipe names, except the space, whose options
+# are in the file of vectors.
 WITH_ARGUMENTS = {"preset", "objective", "term", "queries", "schedule", "coordinates", "optimizer"}
 WITH_ARGUMENTS |= {"start"}
-BESIDE = {"start": ("auto", "encoder")}  # names that stand for something else in a recipe
+RESERVED = {"start": ("auto", "encoder")}  # names with a meaning of their own in a recipe
 
 
 @functools.cache
 def load_plugins() -> None:
     """Import what installed packages declare as `memvec.plugins`, and the files of MEMVEC_PLUGINS.
 
-    Each is imported once. Raises MemvecError that names the package, or the file, if one cannot be
-    imported.
+    Each is imported once. Raises MemvecError, with the name of the package or file, if an import
+    fails.
     """
     files = [path_of(name) for name in os.environ.get(FILES, "").split(os.pathsep) if name]
     named = [(p.name, p.value, p.load) for p in entry_points(group=GROUP)]
@@ -46,14 +47,14 @@ def load_plugins() -> None:
     for name, where, load in named:
         try:
             load()
-        except Exception as error:  # another package's code may raise anything
+        except Exception as error:  # another package's code may raise any error
             raise MemvecError(
                 f"the plug-in '{name}' ({where}) cannot be imported: {error}"
             ) from error
 
 
 def _run_file(file: Path) -> None:
-    """Import a Python file by its path, under its own name unless a module has that name."""
+    """Import a Python file by its path, as `memvec_plugin_NAME` if a module NAME is imported."""
     name = file.stem if file.stem not in sys.modules else f"memvec_plugin_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -63,17 +64,17 @@ def _run_file(file: Path) -> None:
 
 
 def check_name(kind: str, name: str) -> None:
-    """Raise MemvecError for a name by which nothing could be chosen."""
+    """Raise MemvecError for a name that cannot be registered: empty, with brackets, or reserved."""
     if not isinstance(name, str) or not name.strip() or set(name) & set("()"):
         raise MemvecError(f"no {kind} can be called {name!r}: give it a name without brackets.")
-    if name in BESIDE.get(kind, ()):
+    if name in RESERVED.get(kind, ()):
         raise MemvecError(
             f"the name '{name}' is taken by another {kind}: register yours under another one."
         )
 
 
 def check_arguments(kind: str, name: str, choice: Any, described: str) -> None:
-    """Raise MemvecError for a choice that cannot be called as its kind is `described` to be."""
+    """Raise MemvecError unless `choice` takes the arguments in `described`, its kind's text."""
     call = re.match(r"(?:a class made from )?\((.*?)\)", described)
     if call is None or (kind == "objective" and isinstance(choice, type)):
         return
@@ -84,15 +85,15 @@ def check_arguments(kind: str, name: str, choice: Any, described: str) -> None:
 
 
 def plain(text: str) -> str:
-    """The name alone; a text whose bracket does not end it, such as `texts(1).txt`, is a name."""
+    """The name without arguments; `texts(1).txt` has none, since it does not end in a bracket."""
     return text.partition("(")[0] if text.endswith(")") else text
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments in `name(argument=value, ...)`; a plain name has none.
+    """The name and the arguments of `name(argument=value, ...)`; a plain name has none.
 
-    Values are finite numbers, strings in quotes, True or False, each argument once. Raises
-    MemvecError for anything else.
+    Values are finite numbers, quoted strings, True or False. Raises MemvecError for other values,
+    for an argument that is given twice, and for a text that is not of this form.
     """
     name, bracket, _ = text.partition("(")
     if not bracket:
@@ -107,7 +108,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
         for value in arguments.values():
             if not isinstance(value, int | float | str) or value in (math.inf, -math.inf):
                 raise ValueError
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: too deep
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: deep nesting
         raise MemvecError(
             f"'{text}' cannot be read: write it like {name}(factor=3.0, kind='soft')."
         ) from None
@@ -115,15 +116,15 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def spelled(name: str, arguments: Mapping[str, Any]) -> str:
-    """The one spelling of a name with its arguments: sorted, without needless spaces."""
+    """The canonical spelling of a name with arguments: sorted, with single spaces."""
     inner = ", ".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
     return f"{name}({inner})" if inner else name
 
 
 def without_folders(text: str, file: bool) -> str:
-    """A name with the last parts of those of its arguments that are absolute paths.
+    """A name in which arguments that are absolute paths are replaced by their last parts.
 
-    A `file` is a path itself, unless it is a name with arguments.
+    With `file`, a text that is not a name with arguments is itself a path, and is replaced, too.
     """
     name, arguments = plain(text), {}
     with contextlib.suppress(MemvecError):
@@ -137,7 +138,7 @@ def without_folders(text: str, file: bool) -> str:
 
 
 def bound(kind: str, name: str, choice: Any, arguments: Mapping[str, Any]) -> Any:
-    """The choice with its keyword-only parameters set; a class stays a class.
+    """The function or class with its keyword-only parameters set; a class stays a class.
 
     Raises MemvecError for an argument that it does not have.
     """
@@ -153,8 +154,8 @@ def bound(kind: str, name: str, choice: Any, arguments: Mapping[str, Any]) -> An
     if not isinstance(choice, type):
         return functools.partial(choice, **arguments)
 
-    # A partial of a class would hide what is read from the class itself: the `step_type` of a term,
-    # and that an objective is a class, which is then made, and not a function, which is the loss.
+    # A partial would hide the attributes of the class (`step_type` of a term), and that it is a
+    # class: an objective that is a class is instantiated, a function is the loss itself.
     class Bound(choice):  # type: ignore[misc]
         __doc__, __module__ = choice.__doc__, choice.__module__
         __init__ = functools.partialmethod(choice.__init__, **arguments)

@@ -1,4 +1,4 @@
-"""Fields of a recipe that were set and that nothing reads: a command or a study refuses them."""
+"""Refuse fields of a recipe that were set and have no effect in this recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 
-# Fields of a recipe that nothing reads while all of these others have one of these values.
+# field -> the values of other fields with which it has no effect (all of these fields must match).
 _FOR_USE = {"term": ("none", "alignment")}
 IDLE: dict[str, dict[str, tuple[Any, ...]]] = {
     "term_weight": {"term": ("none",)},
@@ -31,7 +31,7 @@ IDLE: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def check_effect(recipe: Recipe, changed: Iterable[str]) -> None:
-    """Raise MemvecError if a field that was changed does nothing in this recipe."""
+    """Raise MemvecError if one of the fields `changed` has no effect in this recipe."""
     for name in changed:
         others = IDLE.get(name, {})
         if others and all(getattr(recipe, owner) in idle for owner, idle in others.items()):

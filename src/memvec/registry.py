@@ -1,4 +1,4 @@
-"""What can be chosen by name, and how a package of your own adds to it.
+"""The registry of everything that can be chosen by name, and `register` to add to it.
 
     from memvec import register
 
@@ -6,11 +6,10 @@
     def hinge(logits, ids, temperature, recipe):
         ...
 
-A kind is one sort of choice (KINDS below says what each name means). Recipes, study specs,
-the command line's help and every "did you mean" come from here. The project's own choices are
-listed as `module:attribute` and imported when one is asked for, so that a list of names costs no
-import. A package that declares the entry-point group `memvec.plugins` is imported before a kind is
-listed:
+KINDS lists the kinds of choices. Recipes, study specs, help texts and "did you mean" hints use this
+registry. Built-in choices are listed as `module:attribute` and imported when they are used, so a
+list of names needs no imports. A package that declares the entry-point group `memvec.plugins` is
+imported before the names of a kind are listed:
 
     [project.entry-points."memvec.plugins"]
     mine = "my_package.objectives"
@@ -44,7 +43,7 @@ KINDS = {
     "encoder": "what reads a one-pass encoder from a file's tensors and metadata",
 }
 
-# kind -> name -> where it is
+# kind -> name -> module:attribute
 BUILT_IN: dict[str, dict[str, str]] = {
     "preset": {
         "default": "memvec.cramming.recipe:Recipe",
@@ -168,17 +167,17 @@ _ADDED: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
 def register(kind: str, name: str) -> Callable[[Choice], Choice]:
-    """Add a choice under a name; the decorated object is returned unchanged.
+    """Decorator that adds a function or class under a name, and returns it unchanged.
 
-    Raises MemvecError for an unknown kind, a name with brackets, one that stands for something else
-    already, or a function or class that cannot be called with the arguments that KINDS shows.
+    Raises MemvecError for an unknown kind, for a name that has brackets or is taken, and for a
+    function or class that cannot be called with the arguments that KINDS shows.
     """
     _check_kind(kind)
     plugins.check_name(kind, name)
 
     def add(choice: Choice) -> Choice:
         known = _ADDED[kind].get(name, choice)
-        # The same place is a module that is imported anew.
+        # A reloaded module registers the same function or class again, which is allowed.
         if name in BUILT_IN[kind] or _place(known) != _place(choice):
             raise MemvecError(
                 f"the name '{name}' is taken by another {kind}: register yours under another one."
@@ -191,7 +190,7 @@ def register(kind: str, name: str) -> Callable[[Choice], Choice]:
 
 
 def names(kind: str) -> list[str]:
-    """Every name of a kind, the project's own first.
+    """All names of a kind, the built-in ones first.
 
     Raises MemvecError for an unknown kind, and if a plug-in cannot be imported.
     """
@@ -201,9 +200,9 @@ def names(kind: str) -> list[str]:
 
 
 def get(kind: str, name: str) -> Any:
-    """What a name stands for, with the arguments that the name sets (memvec.plugins).
+    """The function or class of a name; arguments in the name are bound to it (memvec.plugins).
 
-    Raises MemvecError, with the nearest known name, for an unknown kind, name or argument, and if a
+    Raises MemvecError for an unknown kind, name or argument (with the nearest known one), and if a
     plug-in cannot be imported.
     """
     if "(" in name and not name.startswith("("):
@@ -218,13 +217,16 @@ def get(kind: str, name: str) -> Any:
 
 
 def spelled(kind: str, name: str) -> str:
-    """A known name, with its arguments in one spelling. Raises MemvecError as `get` does."""
+    """The canonical spelling of a name with arguments. Raises MemvecError as `get` does."""
     get(kind, name)
     return plugins.spelled(*plugins.split(name))
 
 
 def checked(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> Any:
-    """A tensor that a choice gave. Raises MemvecError, which names it, for any other shape."""
+    """Return `value` if it is a tensor of this shape; `kind` and `name` say what returned it.
+
+    Raises MemvecError otherwise.
+    """
     got = tuple(value.shape) if hasattr(value, "requires_grad") else type(value).__name__
     if got != shape:
         raise MemvecError(f"the {kind} '{name}' gives {got}, not a tensor of shape {tuple(shape)}.")

@@ -1,6 +1,7 @@
-"""A mean never travels alone: its interval, its spread and its n. All intervals are 95 %.
+"""Means, shares, differences and ratios with their 95 % intervals and their n.
 
-Student's t for means, Wilson's for shares, and the percentile bootstrap for ratios of means.
+Intervals are by Student's t for means, by Wilson for shares, and by the percentile bootstrap for
+ratios of means.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ def mean_interval(values: Sequence[float | int]) -> Mean:
 
 
 def clustered_mean(values: Sequence[float | int], clusters: Sequence[Hashable]) -> Mean:
-    """The mean of values with a 95 % interval over their clusters, of which it has the number.
+    """The mean of values that are not independent, with a 95 % interval over their clusters.
 
-    For values that are not independent, such as those of one text at several lengths. Student's t
-    with the variance of the clusters' sums of deviations (cluster-robust); `mean_interval` where
-    each value is a cluster of its own.
+    A cluster is, for example, the values of one text at several lengths; `n` is the number of
+    clusters. The interval is Student's t with the cluster-robust variance (that of the clusters'
+    sums of deviations). It equals `mean_interval` if each value is its own cluster.
     """
     m, sums = mean_interval(values), dict.fromkeys(clusters, 0.0)
     for value, cluster in zip(values, clusters, strict=True):
@@ -110,7 +111,7 @@ def clustered_mean(values: Sequence[float | int], clusters: Sequence[Hashable]) 
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Mean of first minus second over the same passages, by the paired t test."""
+    """The mean of first minus second over the same passages, by the paired t test."""
     gaps = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     m = mean_interval(gaps.tolist())
     if m.n < 2:
@@ -119,7 +120,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
 
 
 def separate_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Mean of first minus that of second, of different passages: Welch's t test."""
+    """The mean of first minus the mean of second, over different passages, by Welch's t test."""
     a, b = mean_interval(first), mean_interval(second)
     value = a.mean - b.mean
     if min(a.n, b.n) < 2:
@@ -131,14 +132,14 @@ def separate_difference(first: Sequence[float], second: Sequence[float]) -> Diff
 
 
 def _difference(value: float, error: float, freedom: float) -> Difference:
-    """From a difference, its standard error and the degrees of freedom."""
+    """A Difference from its value, its standard error and the degrees of freedom."""
     half = float(stdtrit(freedom, LEVEL)) * error
     p = 2 * float(stdtr(freedom, -abs(value) / error)) if error else math.nan
     return Difference(value, value - half, value + half, p)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks, ties sharing theirs; NaN where a side is constant."""
+    """Spearman's rank correlation, with mean ranks for ties; NaN if a side is constant."""
     a, b = (_ranks(np.asarray(side, dtype=float)) for side in (first, second))
     if a.std() == 0 or b.std() == 0:
         return math.nan
@@ -175,7 +176,7 @@ def median_and_spread(values: Sequence[float]) -> tuple[float, float, float]:
 def bootstrap_mean(values: Sequence[float]) -> Interval:
     """The mean with its percentile bootstrap interval, for values far from normal.
 
-    The interval is NaN for one value; without a value everything is.
+    The interval is NaN for one value. Without values, the mean is NaN, too.
     """
     data = np.asarray(values, dtype=float)
     if len(data) < 2:
@@ -185,10 +186,10 @@ def bootstrap_mean(values: Sequence[float]) -> Interval:
 
 
 def ratio_of_means(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Ratio of two means over the same passages, paired bootstrap; infinite over a mean of 0.
+    """The ratio of two means over the same passages, with its paired bootstrap interval.
 
-    0 over 0 is NaN, and counts as 1 in a resample. The interval is NaN for one passage; without a
-    passage everything is.
+    The ratio is infinite if the second mean is 0, and NaN if both are 0 (in a resample, this counts
+    as 1). The interval is NaN for one passage. Without passages, the ratio is NaN, too.
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     picks = _resamples(len(a))
@@ -196,14 +197,14 @@ def ratio_of_means(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 
 def ratio_of_separate_means(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """The same for means over different passages, drawn independently of each other."""
+    """`ratio_of_means` for means over different passages, which are resampled independently."""
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     return _ratio(a, b, a[_resamples(len(a))].mean(1), b[_resamples(len(b), seed=1)].mean(1))
 
 
 def _ratio(a: Floats, b: Floats, means_a: Floats, means_b: Floats) -> Interval:
     with np.errstate(divide="ignore", invalid="ignore"):
-        if min(len(a), len(b)) < 2:  # one value says nothing of the others
+        if min(len(a), len(b)) < 2:  # one value gives no interval
             return Interval(float(a.mean() / b.mean()), math.nan, math.nan)
         ratios = np.nan_to_num(means_a / means_b, nan=1.0, posinf=np.inf, neginf=-np.inf)
         low, high = np.percentile(ratios, [2.5, 97.5], method="nearest")

@@ -1,9 +1,9 @@
 """How the numbers of [mem] vectors are stored: float32, bfloat16, float16, int8 or int4.
 
 A storage defines the numbers that a reader of the file gets (`rounded`), the tensors of the file
-(`pack`, `unpack`) and their size in bytes (`size`). The engine optimises through `rounded`,
-certification decodes the result of `rounded`, and `unpack` of a file gives bit-identical numbers,
-so the stored vectors are the measured ones.
+(`pack`, `unpack`) and their size in bytes (`size`). The engine optimises and certification decodes
+the result of `rounded`. `unpack` returns bit-identical numbers from a file, so the stored vectors
+are the measured ones.
 
 Integers are symmetric, with one scale per vector: number = code x scale, codes in -L..L with L 127
 (int8) or 7 (int4, two codes per byte). The scale is the largest absolute number over L, rounded to
@@ -113,8 +113,7 @@ class Integers:
         self, vectors: Float[Tensor, "*shape D"]
     ) -> tuple[Float[Tensor, "*shape D"], Float[Tensor, "*shape 1"]]:
         """Codes and scales, both in float32. A vector with a non-finite number has scale NaN."""
-        scale = vectors.abs().amax(-1, keepdim=True) / self.largest
-        scale = scale.to(torch.bfloat16).float()
+        scale = (vectors.abs().amax(-1, keepdim=True) / self.largest).to(torch.bfloat16).float()
         scale = torch.where(scale < SMALLEST_SCALE, 0.0, scale)
         scale = torch.where(torch.isfinite(scale), scale, torch.nan)
         codes = torch.where(scale == 0, 0.0, (vectors / scale).round())

@@ -1,5 +1,5 @@
-"""Choices that the core does not import: those of published programs, their recipes, and the
-optimizer of the default recipe.
+"""Choices that the core does not import: the methods of other publications, and their recipes.
 
-Each is registered by name as any other, and loaded when a recipe names it.
+The optimizer of the default recipe is here, too. Each choice is registered by name, and is imported
+when a recipe names it.
 """

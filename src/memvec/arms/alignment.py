@@ -1,13 +1,13 @@
-"""Activation alignment: the hidden states after the vectors resemble those of the plain text.
+"""Activation alignment: a second loss that makes hidden states similar to those of the plain text.
 
-    alpha x sum over the first L layers of mean over the tokens that are read of
+    alpha x sum over the first L layers of the mean over the tokens that are read of
         1 - cos(hidden state with the vectors, hidden state without)
 
-This is the "hybrid" loss of Tarasov et al. (2026), their best one for an 8B model. Hidden
-states are taken at the positions of the passage's own tokens; those without vectors come from the
-model reading the text alone, once for a passage. Two details differ from the published program: the
-text is read after the model's BOS, if it has one (the program reads it as the tokenizer gives it);
-and the last token that counts is not read, so the mean is over one token less.
+This is the "hybrid" loss of Tarasov et al. (2026), their best loss for an 8B model. Hidden states
+are those at the passage's own tokens. Those without vectors are computed once for a passage, from
+the text alone. Two details differ from the published program. Here the text is read after the
+model's BOS, if it has one; the program reads it as the tokenizer returns it. Here the last token
+that counts is not read, so the mean is over one token less.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class PlainStates(Rows):
     states: Float[Tensor, "B t L H"]  # right-padded
 
     def joined(self, other: PlainStates) -> PlainStates:
-        """These rows with the other's after them, both as long as the longer ones."""
+        """The rows of `self`, then those of `other`, padded to the same length."""
         tokens = max(self.states.shape[1], other.states.shape[1])
         return PlainStates(torch.cat([self.at(tokens), other.at(tokens)]))
 
     def at(self, tokens: int) -> Float[Tensor, "B tokens L H"]:
-        """The states at so many tokens; 0 after those that were read."""
+        """The states of the first `tokens` tokens, padded with 0."""
         return torch.nn.functional.pad(self.states, (0, 0, 0, 0, 0, tokens - self.states.shape[1]))
 
 
 class Alignment(Term):
-    """Cosine distance of hidden states with the vectors from those without, in the first layers.
+    """The cosine distance of hidden states with and without the vectors, in the first layers.
 
-    Raises MemvecError for one-step vectors, for keys and values, and for more layers than there
-    are.
+    Raises MemvecError for one-step vectors, for keys and values, and for more layers than the model
+    has.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Alignment(Term):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep what the first layers give while the model runs."""
+        """Context manager that keeps the outputs of the first layers while the model runs."""
         self._seen = []
         hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
         try:
@@ -109,7 +109,7 @@ class Alignment(Term):
         return TermLoss(loss, (distance,), (torch.ones_like(distance),))
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
-        """The states that the text alone has, for as long as its passage is in a slot."""
+        """The hidden states of each passage's text without vectors."""
         ids = padded_ids(passages, max(2, *map(len, passages))).to(self.module.device)
         states = [layer.to(self.module.device) for layer in self._without_vectors(ids)]
         return PlainStates(torch.stack(states, dim=2))
@@ -117,8 +117,8 @@ class Alignment(Term):
     def _without_vectors(self, ids: Int[Tensor, "N T"]) -> list[Float[Tensor, "N t H"]]:
         """The states of each layer at the first t = T - 1 tokens, read after BOS.
 
-        A passage that begins with BOS is a text as it is (a source's `bos`): it gets no second one,
-        whatever its neighbours begin with.
+        A passage that begins with BOS (a source's `bos`) gets no second one, whatever the other
+        passages begin with.
         """
         bos, t = self.lm.bos_id, ids.shape[1] - 1
         with torch.no_grad(), self.watching():
@@ -141,7 +141,7 @@ class Alignment(Term):
         )
 
     def _share(self, predicted: Int[Tensor, " B"], tokens: int) -> Float[Tensor, "B T"]:
-        """Equal weights over the tokens that are read while so many are predicted."""
+        """Equal weights over the tokens that are read to predict `predicted` tokens."""
         read = predicted[:, None] + int(self.start_rule == "first-token") - 1
         within = torch.arange(tokens, device=predicted.device) < read
         return within / within.sum(-1, keepdim=True).clamp_min(1)

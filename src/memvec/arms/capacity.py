@@ -1,4 +1,4 @@
-"""The recipe for the most that vectors hold, whatever it takes (docs/capacity.md)."""
+"""The recipe for the largest capacity, at a high cost (docs/capacity.md)."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""Adam's step, turned by the matrix of the passage's last gradients instead of their squares alone.
+"""Full-matrix preconditioning: NAdam's step, with its direction changed by the last gradients.
 
-Adam divides each number of a vector by the root of its own mean square, and so knows nothing of how
-the numbers vary together. With the inverse root of the whole second-moment matrix of the last
-gradients, a passage that nearly fills its vectors takes two thirds of the steps (docs/log.md).
-Full-matrix adaptive regularisation over a window of gradients is by Agarwal et al. (2019, arXiv
-1806.02958); that the step keeps the length of Adam's is grafting (Agarwal et al. 2020, arXiv
-2002.11803), so a recipe's rates mean what they mean for Adam.
+Adam divides each number of the gradient by the root of its own mean square, so it ignores
+correlations between numbers. This optimizer multiplies by the inverse root of the second-moment
+matrix of the last gradients instead. A passage that nearly fills its vectors then takes two thirds
+of the steps (docs/log.md). Full-matrix adaptive regularisation over a window of gradients is by
+Agarwal et al. (2019, arXiv 1806.02958). The step keeps the length of Adam's step, so learning rates
+have the same meaning as for Adam; this is grafting (Agarwal et al. 2020, arXiv 2002.11803).
 
-No matrix of KD x KD is made, and no eigenvalues are computed: the inverse root is a sum of a few
-inverses (Hale, Higham & Trefethen 2008, doi 10.1137/070700607), each by the Cholesky factor of a
-matrix as large as the window, all in one call that a GPU need not wait for.
+The matrix (KD x KD) is never formed, and no eigenvalues are computed. The inverse root is a sum of
+a few inverses (Hale, Higham & Trefethen 2008, doi 10.1137/070700607). Each inverse needs the
+Cholesky factor of a matrix of the window's size. All are computed in one call without
+synchronisation with the device.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from torch import Tensor
 
 from memvec.cramming.optimizers import NAdam, OptimizerState
 
-WINDOW = 60  # gradients of a passage that are kept: WINDOW x K x D numbers
-DECAY = 0.98  # of what a gradient weighs in the matrix, at each move
-FLOOR = 1e-4  # added to the matrix's eigenvalues, in units of their sum
-SPIKE = 100  # times the median norm: no gradient of the window weighs more than such a one
-INVERSES = 4  # in the sum: the root is right to 0.6 % for all eigenvalues
+WINDOW = 60  # number of gradients kept of a passage (WINDOW x K x D numbers)
+DECAY = 0.98  # factor of a gradient's weight in the matrix at each later move
+FLOOR = 1e-4  # added to the eigenvalues of the matrix, in units of their sum
+SPIKE = 100  # longer gradients than this, in units of the median norm, are scaled down to it
+INVERSES = 4  # number of inverses in the sum: relative error of the root at most 0.6 %
 
 
 @dataclass
 class Window(OptimizerState):
-    """Adam's state, and the last gradients of each slot with their products with each other.
+    """Adam's state, the last W gradients of each slot, and their inner products.
 
-    Move m of a passage is in row m modulo W; rows of moves that have not been are 0.
+    The gradient of move m of a passage is in row m modulo W. Unused rows are 0.
     """
 
     gradients: Float[Tensor, "B W P"]  # P = K D, or the numbers of other parameters
@@ -44,10 +45,10 @@ class Window(OptimizerState):
 
 
 class FullMatrix(NAdam):
-    """NAdam whose mean gradient m is followed along (M + floor)^(-1/2) m, at Adam's length.
+    """NAdam with the direction (M + floor)^(-1/2) m of the mean gradient m, and Adam's step length.
 
-    M is the sum of g gᵀ over the last `WINDOW` gradients g of the passage, each with its decay,
-    and none of them longer than `SPIKE` times their median.
+    M is the sum of g gᵀ over the last `WINDOW` gradients g of the passage. Their weights decay, and
+    gradients longer than `SPIKE` times the median are scaled down.
     """
 
     def fresh(self, parameters: Tensor) -> Window:
@@ -66,7 +67,7 @@ class FullMatrix(NAdam):
         moving: Bool[Tensor, " B"],
         lr_scale: Float[Tensor, " B"] | None = None,
     ) -> None:
-        """As Adam's; the gradient takes the place of the oldest one of its passage's window."""
+        """As in Adam; the gradient first replaces the oldest one in its passage's window."""
         assert isinstance(state, Window)
         slots, row = torch.arange(len(moving), device=moving.device), state.count.long() % WINDOW
         oldest = state.gradients[slots, row]
@@ -87,13 +88,14 @@ def turned_by(
     count: Float[Tensor, " B"],
     vector: Float[Tensor, "B P"],
 ) -> Float[Tensor, "B P"]:
-    """(M + floor)^(-1/2) v up to a factor, after `count` moves; writes the newest `products`.
+    """(M + floor)^(-1/2) v up to a factor, after `count` moves; updates `products` in place.
 
-    The first gradients of a plain model can be thousands of times as long as those after them. The
-    floor would hide all others after one of these, so what one weighs is limited by the median.
+    The first gradients of some models are thousands of times as long as later ones. One of these
+    would raise the floor (a share of the eigenvalues' sum) above all other eigenvalues, so long
+    gradients are scaled down.
 
-    With the weighted gradients as rows of G, M = Gᵀ G, and each inverse in the sum is by Woodbury's
-    identity (M + s)^(-1) v = (v - Gᵀ (G Gᵀ + s)^(-1) G v) / s.
+    With the weighted gradients as rows of G, M = Gᵀ G. Each inverse of the sum is computed by
+    Woodbury's identity: (M + s)^(-1) v = (v - Gᵀ (G Gᵀ + s)^(-1) G v) / s.
     """
     B, W, _ = gradients.shape
     slots, newest = torch.arange(B, device=count.device), (count.long() - 1) % W
@@ -107,12 +109,12 @@ def turned_by(
     limit = (SPIKE * median / norm).nan_to_num(1, posinf=1).clamp_max(1)
     weight = DECAY ** (age / 2) * limit
     size = (products.diagonal(dim1=1, dim2=2) * weight.square()).sum(1, keepdim=True)
-    weight = weight / size.clamp_min(1e-30).sqrt()  # the eigenvalues' sum is 1 from here on
+    weight = weight / size.clamp_min(1e-30).sqrt()  # now the sum of the eigenvalues is 1
     matrix = products * weight[:, :, None] * weight[:, None, :]
     shift, share = inverses(FLOOR, INVERSES, count.device)
     shifted = matrix[:, None].repeat(1, len(shift), 1, 1)
     shifted.diagonal(dim1=2, dim2=3).add_(shift[:, None])
-    factor, _ = torch.linalg.cholesky_ex(shifted)  # without a check, which a GPU would wait for
+    factor, _ = torch.linalg.cholesky_ex(shifted)  # unlike `cholesky`, does not synchronise
     right = (weight * along)[:, None, :, None].expand(-1, len(shift), -1, -1)
     solved = torch.cholesky_solve(right, factor)[..., 0]
     back = weight * (solved * (share / shift)[:, None]).sum(1)
@@ -123,9 +125,9 @@ def turned_by(
 def product_of(
     left: Float[Tensor, "B M P"], right: Float[Tensor, "B P N"]
 ) -> Float[Tensor, "B M N"]:
-    """Products of B pairs; on a CPU one by one, so that one rounds alone as beside others.
+    """Products of B pairs of matrices; one by one on a CPU, so that rounding does not depend on B.
 
-    A single product of all rows rounds otherwise for three rows than for four on some processors.
+    On some processors, one batched product rounds differently for different B.
     """
     if left.device.type != "cpu":
         return left @ right
@@ -136,10 +138,11 @@ def product_of(
 def inverses(
     floor: float, N: int, device: torch.device
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Shifts s and shares c with (x + floor)^(-1/2) = sum of c / (x + s), for x from 0 to 1.
+    """N shifts s and shares c with (x + floor)^(-1/2) = sum of c / (x + s), for x from 0 to 1.
 
-    The midpoint rule for (2 / pi) times the integral of dt / (x + floor + t²), in the variable in
-    which it converges fastest: method 3 of the publication, by Jacobi's elliptic functions.
+    This is the midpoint rule for (2 / pi) times the integral of dt / (x + floor + t²), after a
+    substitution by Jacobi's elliptic functions that makes it converge fast (method 3 of Hale et
+    al.).
     """
     ratio = floor / (1 + floor)
     span = float(ellipkm1(ratio))

@@ -1,4 +1,4 @@
-"""Geometric growth (Tarasov et al. 2026): targets that double, and are bisected where they fail."""
+"""Geometric growth (Tarasov et al. 2026): the target length doubles, and is bisected on failure."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from torch import Tensor
 
 from memvec.cramming.schedules import Schedule, ScheduleState
 
-NO_FAILURE = 2**31  # no target has failed yet, tokens
+NO_FAILURE = 2**31  # value of `failed` while no target has failed
 
 
 @dataclass
 class GeometricState(ScheduleState):
-    """Progress, and the lengths between which the search is."""
+    """Progress, the present target, and the upper bound of the bisection."""
 
     target: Int[Tensor, " B"]  # leading tokens that count now
-    failed: Int[Tensor, " B"]  # the smallest target that was given up
+    failed: Int[Tensor, " B"]  # the smallest target that failed
 
 
 class Geometric(Schedule):
-    """The target doubles when it is reached; one that is not reached is halved back (bisected).
+    """The number of leading tokens that count (the target) doubles when all of them are right.
 
-    Geometric growth with bisecting back-off (Tarasov et al. 2026): fewer stages than a token each.
-    The first target is `look_ahead` tokens for each vector. A target is given up after
-    `narrow_after` steps without progress; the next one is half way between what is reached and it,
-    and above what is reached targets then grow half way towards the one that failed. Once nothing
-    lies between the two, a token more is tried, so that nothing is given up for good but by
-    patience.
+    This is geometric growth with bisecting back-off (Tarasov et al. 2026), with fewer stages than
+    one per token. The first target is `look_ahead` tokens per vector. A target fails after
+    `narrow_after` steps without progress. From then on, the next target is half way between the
+    reached length and the smallest failed target. If no length is between the two, the next target
+    is one token longer than the reached length, so only the recipe's patience ends the search.
     """
 
     def fresh(self, size: Float[Tensor, " B"], enlarged: Bool[Tensor, " B"]) -> GeometricState:
@@ -46,7 +45,7 @@ class Geometric(Schedule):
         wait = self.recipe.narrow_after
         stuck = (state.stale > 0) & (state.stale % max(wait, 1) == 0) & bool(wait)
         state.failed = torch.where(stuck, torch.minimum(state.failed, state.target), state.failed)
-        # What was thought out of reach and is reached, or lies next to it, is no bound any more.
+        # A failed target is no longer a bound if it is reached or the next length.
         state.failed = torch.where(state.failed <= best + 1, NO_FAILURE, state.failed)
         known = state.failed < NO_FAILURE
         between = torch.maximum(best + 1, (best + state.failed) // 2)

@@ -1,4 +1,4 @@
-"""Low-dimensional coordinates (Tarasov et al. 2026): few numbers, and a matrix that moves too."""
+"""Low-dimensional coordinates (Tarasov et al. 2026): coefficients, and a matrix that is trained."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from memvec.cramming.starts import passage_seed
 from memvec.errors import MemvecError
 from memvec.model.lm import FrozenLM
 
-MAX_DIMENSIONS = 512  # of small models, and more where an input has more: W moves as a whole
+MAX_DIMENSIONS = 512  # maximum d, or D if that is larger
 
 
 def basis(recipe: Recipe, K: int, D: int) -> tuple[Float[Tensor, "K d"], Float[Tensor, "d D"]]:
-    """First coefficients and matrix of `LowDim`, the same for all passages: uniform in [0, 0.02)
-    and in +-1/sqrt(d), which is how the published code and a fresh linear layer begin."""
+    """The first coefficients and matrix of `LowDim`, the same for all passages.
+
+    Coefficients are uniform in [0, 0.02) as in the published code. The matrix is uniform in
+    +-1/sqrt(d), as a new linear layer.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     d = recipe.dimensions
     z = 0.02 * torch.rand(K, d, generator=generator)
@@ -26,11 +29,11 @@ def basis(recipe: Recipe, K: int, D: int) -> tuple[Float[Tensor, "K d"], Float[T
 
 
 class LowDim:
-    """z W + b with d coefficients z per vector, where W and b of the passage move as well
-    (Tarasov et al. 2026): d D + K (d + D) numbers, a preconditioner rather than a smaller code.
+    """Vectors z W + b with d coefficients z per vector (Tarasov et al. 2026).
 
-    b is per vector, so that any vectors can be taken up; for one vector that is the publication's.
-    Raises MemvecError for more dimensions than an input has, and than MAX_DIMENSIONS.
+    z, W and b of each passage are trained: d D + K (d + D) numbers. So this is a preconditioner,
+    not a smaller code. Each vector has its own b, so that any vectors have parameters; for one
+    vector, this is the published form. Raises MemvecError for a d above both D and MAX_DIMENSIONS.
     """
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
@@ -44,7 +47,7 @@ class LowDim:
         self.sizes = [self.z.numel(), self.W.numel(), K * lm.numbers]
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B n"]:
-        """The common z and W, and the b that makes these vectors of them."""
+        """z and W as in `basis`, and the b with which z W + b are these vectors."""
         z, W = self.z.to(vectors.device), self.W.to(vectors.device)
         common = torch.cat([z.flatten(), W.flatten()]).expand(len(vectors), -1)
         return torch.cat([common, (vectors - z @ W).flatten(1)], dim=1)
@@ -58,7 +61,7 @@ class LowDim:
 
 
 def linear(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Where a fresh linear layer puts the first coefficients of low-dim coordinates."""
+    """The start that a new linear layer computes from the first coefficients of `LowDim`."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
     z, W = basis(recipe, K, lm.width)
     bias = 2 * torch.rand(K, lm.width, generator=generator) - 1

@@ -1,4 +1,4 @@
-"""Objectives that the default recipe was measured against."""
+"""Objectives other than cross-entropy."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ def margin(
     temperature: Float[Tensor, " n"],
     recipe: Recipe,
 ) -> Float[Tensor, " n"]:
-    """softplus((m - margin) / T) T with m = 2 x the recipe's margin + T: pays for the best wrong
-    token only."""
+    """softplus((m - margin) / T) T with m = 2 x the recipe's margin + T, logits.
+
+    Only the true token and the best other one have a gradient.
+    """
     missing = 2 * recipe.margin + temperature - metrics.margins(logits[None], ids[None])[0]
     return torch.nn.functional.softplus(missing / temperature) * temperature
 
 
 class Deficit(CrossEntropy):
-    """Cross-entropy in which a position weighs what its margin lacks of the target margin.
+    """Cross-entropy in which the weight of a position is what its margin lacks of the target.
 
-    The margin-aware loss of Tarasov et al. (2026): a token that leads by enough costs nothing.
+    This is the margin-aware loss of Tarasov et al. (2026). A token that reaches the target margin
+    has weight 0.
     """
 
     def weights(

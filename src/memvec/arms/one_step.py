@@ -1,11 +1,11 @@
-"""One forward pass for all tokens of a passage: Mezentsev & Oseledets, "Exploring the Latent
-Capacity of LLMs for One-Step Text Generation" (arXiv 2505.21189, EMNLP 2025).
+"""One-step decoding: one forward pass gives all tokens of a passage.
 
-The model reads [e, m, m, ..., m], as many inputs as the passage has tokens, and the output at
-position i is token i. Nothing is fed back, so nothing can be continued. In the published tables two
-vectors of a larger model hold about half of the tokens that one gives back token by token, by
-another criterion; those of Pythia-160M and 410M hold more. With a shared m, P passages are in P + 1
-vectors.
+Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation" (arXiv
+2505.21189, EMNLP 2025). The model reads [e, m, m, ..., m], as many inputs as the passage has
+tokens, and the output at position i is token i. No token is fed back, so the text cannot be
+continued. In the published tables, the two vectors of larger models hold about half as many tokens
+as one vector of autoregressive decoding (by another criterion); those of Pythia-160M and 410M hold
+more. With a shared m, P passages have P + 1 vectors in all.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class OneStepReading(Reading):
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """[e, m x (T - 1)]; without vectors as any model reads its tokens.
+        """[e, m x (T - 1)]; without vectors, the inputs of `Reading`.
 
-        No input depends on a token: `ids` says how many there are. Raises MemvecError for another
-        number of vectors or a start rule that gives tokens.
+        Of `ids`, only the number of columns T matters. Raises MemvecError for another number of
+        vectors than two, and for another start rule than 'vectors'.
         """
         if vectors is None:
             return super().inputs(lm, vectors, ids, start)
@@ -56,14 +56,14 @@ class OneStepReading(Reading):
         return torch.cat([vectors[:, :1], vectors[:, 1:].expand(-1, ids.shape[1] - 1, -1)], dim=1)
 
     def inputs_before(self, K: int, start: StartRule) -> int:
-        """None: each input predicts a token."""
+        """0: each input predicts a token."""
         return 0
 
     def context(self, lm: FrozenLM) -> int | None:
-        """Less than the model's own where every layer sees a sliding window.
+        """The largest number of inputs; smaller if all layers have a sliding window.
 
-        Past the last position that e reaches, every window holds copies of m only, and every
-        answer is the same.
+        Beyond the last position that e can reach through the layers, all windows hold copies of m
+        only, so all predictions are equal.
         """
         config: Any = lm.config.get_text_config()
         window = getattr(config, "sliding_window", None)
@@ -77,7 +77,7 @@ class OneStepReading(Reading):
 
 
 class OneStepSharedM(OneStepReading):
-    """The same with one m for all passages of a file, stored once: [m, e_1 ... e_P]."""
+    """One-step decoding with one m for all passages of a file, which is stored once."""
 
     layout: Layout = "one-step-shared"
     crammer = Shared
@@ -91,5 +91,5 @@ class OneStepSharedM(OneStepReading):
         return torch.cat([rows[1:], rows[:1].expand(len(rows) - 1, -1, -1)], dim=1).contiguous()
 
     def row_count(self, passages: int) -> int:
-        """One for each passage, and one for m."""
+        """P + 1: one row for each passage, and one for m."""
         return passages + 1

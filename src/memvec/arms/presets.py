@@ -1,8 +1,8 @@
-"""Published recipes, each under its preset's name.
+"""Published recipes, each registered as a preset.
 
-They are to the letter, except that the vectors kept are the measured ones and nothing is called
-exact before it decodes, and except for what `geometric` and `alignment` name here.
-tests/test_published.py checks each against its definition.
+They differ from the publications in two ways: the vectors that are kept are the measured ones, and
+a passage counts as exact only if it decodes. `geometric` and `alignment` list further differences.
+tests/test_published.py compares each recipe with its definition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from memvec.cramming.recipe import Recipe
 def paper() -> Recipe:
     """Kuratov et al. 2025, section 4 and the published train.py.
 
-    4999 steps: the published loop measures 5000 losses, the first one before any move.
+    The published loop measures 5000 losses, the first one before any move, so it has 4999 steps.
     """
     return Recipe(
         unit="logits",
@@ -42,7 +42,7 @@ def paper() -> Recipe:
 def one_step() -> Recipe:
     """Mezentsev & Oseledets 2025 (arXiv 2505.21189), section 4, for `--one-step`.
 
-    At most 5000 losses, as in `paper`.
+    It measures at most 5000 losses, as in `paper`.
     """
     return Recipe(
         unit="logits",
@@ -65,12 +65,12 @@ def one_step() -> Recipe:
 
 
 def progressive() -> Recipe:
-    """Tarasov et al. 2026: the paper, and the launcher of its progressive runs
-    (github.com/mrsndmn/compression_horizon).
+    """Progressive cramming of Tarasov et al. 2026 (github.com/mrsndmn/compression_horizon).
 
-    One more token a stage, at most 1000 steps for each and 10 000 in all; the first token is in the
-    loss, which is a tokenizer's BOS (a source's `bos`). In its sweep a rate of 0.5 or 1 is best for
-    three of four models.
+    Settings are those of the paper and of the launcher of its progressive runs. Each stage adds one
+    token, with at most 1000 steps per stage and 10 000 in all. The first token is in the loss; it
+    is BOS if the tokenizer adds one (a source's `bos`). In the paper's sweep, a learning rate of
+    0.5 or 1 is best for three of four models.
     """
     return Recipe(
         unit="logits",
@@ -98,7 +98,7 @@ def progressive() -> Recipe:
 
 
 def temperature() -> Recipe:
-    """`progressive` with a temperature T. Their loss is 1/T of ours: Adam's steps are the same."""
+    """`progressive` with a temperature T. The published loss is 1/T of ours, with equal steps."""
     return replace(progressive(), temperature=0.25)
 
 
@@ -108,30 +108,31 @@ def low_dim() -> Recipe:
 
 
 def margin_ce() -> Recipe:
-    """`progressive`, where a token is right from a margin on (their "CE")."""
+    """`progressive` with a margin from which a token is right (the paper's "CE")."""
     return replace(progressive(), margin=0.5)
 
 
 def margin() -> Recipe:
-    """`margin-ce`, where a token weighs what it lacks of the margin (their "+LM")."""
+    """`margin-ce` in which a token's weight is what its margin lacks (the paper's "+LM")."""
     return replace(margin_ce(), objective="deficit")
 
 
 def alignment() -> Recipe:
-    """`progressive`, and hidden states of the first layers near those of the plain text.
+    """`progressive` with activation alignment in the first layers.
 
-    Their "hybrid" with L = 4, which counts the embeddings; these are the same in both, so three
-    layers are left. (On their models but the 8B they report L = 8.) The text is read after the
-    model's BOS, and the last counted token is not in the mean (memvec.arms.alignment).
+    This is the paper's "hybrid" with L = 4. The paper counts the embeddings as a layer; they are
+    equal with and without vectors, so three layers remain. (For its models other than the 8B, the
+    paper reports L = 8.) Two details differ: see memvec.arms.alignment.
     """
     return replace(progressive(), term="alignment", term_weight=1.0, align_layers=3)
 
 
 def geometric() -> Recipe:
-    """`progressive` with targets that double, and are bisected after the steps that a stage has.
+    """`progressive` with targets that double, and are bisected when they fail.
 
-    The published program gives a target up after 1000 steps in all, here after 1000 without
-    progress; it ends when the bracket is closed, here one more token is tried until patience ends.
-    Vectors and moments go on from where they are; nothing is restored.
+    Three details differ from the published program. There a target fails after 1000 steps in all,
+    here after 1000 steps without progress. There the search ends when no length is left to try,
+    here one more token is tried until patience ends. Here vectors and moments continue after a
+    failed target; they are not restored.
     """
     return replace(progressive(), schedule="geometric", narrow_after=1000, patience=10_000)

@@ -1,13 +1,14 @@
-"""The vectors in coordinates of the model's own, in which fewer steps are needed.
+"""Coordinates along the principal directions of a model's gradients, which need fewer steps.
 
-Gradients at a model's input are long in some directions of its D and short in most, at whatever
-vectors and for whatever tokens. Adam scales each coordinate by itself: turned into these directions
-(`principal`), every coordinate has a size of its own, and vectors are there after about four fifths
-of the steps. An optimiser that follows a whole matrix does not feel a turn. Scaled as well
-(`whitened`), it knows the model's directions before a passage has shown any (docs/log.md).
+Gradients at a model's input are long in a few of D directions and short in most, for any vectors
+and tokens. `principal` rotates the coordinates to these directions. Adam then scales each direction
+separately, and needs about four fifths of the steps. A full-matrix optimizer does not depend on a
+rotation. `whitened` also scales the directions, so that such an optimizer knows them before it has
+seen gradients of the passage (docs/log.md).
 
-The directions are those of gradients at drawn vectors for drawn tokens: they are the model's, not a
-passage's, and take `ROWS` times D forward and backward passes of `TOKENS` tokens, once for a model.
+The directions are computed from gradients at random vectors for random tokens, so they belong to
+the model. This takes `ROWS` times D forward and backward passes of `TOKENS` tokens, once for a
+model.
 """
 
 from __future__ import annotations
@@ -29,34 +30,34 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.model.memory import in_batches
 
-TOKENS = 4  # drawn tokens after each drawn vector
-ROWS = 4  # gradients for each direction; with one, `principal` saves a sixth of the steps
-BATCH = 32  # directions whose gradients are computed in one pass
-MIN_SHARE = 1e-4  # added to every share, in units of their mean: none is scaled up without an end
+TOKENS = 4  # random tokens after each random vector
+ROWS = 4  # gradients per direction; with one, `principal` saves a sixth of the steps
+BATCH = 32  # gradients that are computed in one pass
+MIN_SHARE = 1e-4  # added to every share, in units of their mean, to limit the scale
 SPECTRA: WeakKeyDictionary[Fingerprint, Spectrum] = WeakKeyDictionary()
 
 
 class Spectrum(NamedTuple):
-    """Shares (D) of a model's gradients in its principal directions, the columns of (D, D)."""
+    """The principal directions of a model's gradients (columns), and the share of each."""
 
     shares: Float[Tensor, " D"]
     directions: Float[Tensor, "D D"]
 
 
 class Principal:
-    """The vectors, turned: parameters = vectors Q, whose columns are the principal directions.
+    """Rotated vectors: parameters = vectors Q, where the columns of Q are the directions.
 
     Raises MemvecError as `gradient_spectrum` does.
     """
 
-    of_inputs = True  # the directions that a model has are those of its inputs
+    of_inputs = True  # the directions are those of inputs
 
     def __init__(self, recipe: Recipe, K: int, lm: FrozenLM) -> None:
         self.to_parameters, self.to_vectors = self.maps(gradient_spectrum(lm))
 
     @staticmethod
     def maps(spectrum: Spectrum) -> tuple[Float[Tensor, "D D"], Float[Tensor, "D D"]]:
-        """What vectors, and what parameters, are multiplied by from the right: Q and Qᵀ."""
+        """The right factors Q (vectors to parameters) and Qᵀ (parameters to vectors)."""
         return spectrum.directions, spectrum.directions.T
 
     def parameters(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
@@ -69,12 +70,12 @@ class Principal:
 
 
 class Whitened(Principal):
-    """The vectors, turned, scaled and turned back: parameters = vectors W^(-1), W = C^(-1/4).
+    """Scaled vectors: parameters = vectors W^(-1), W = C^(-1/4).
 
-    C is the mean of g gᵀ / |g|² over the model's gradients g, in units of its mean eigenvalue.
-    Gradients at the parameters have C^(1/2) in its place: half of what makes some directions long
-    is gone, and the other half is for the passage's own gradients to tell. W is scaled so that a
-    step in any direction is on average as long in the vectors as in the parameters.
+    C is the mean of g gᵀ / |g|² over the model's gradients g, in units of its mean eigenvalue. At
+    the parameters, this mean is C^(1/2): directions are made half as unequal (in logarithms), and
+    the optimizer learns the rest from the passage's own gradients. W is scaled so that steps have
+    on average the same length in the vectors as in the parameters.
     """
 
     @staticmethod
@@ -87,15 +88,13 @@ class Whitened(Principal):
 
 
 def gradient_spectrum(lm: FrozenLM) -> Spectrum:
-    """What a model's gradients at its input are made of, computed once for a model.
+    """The spectrum of a model's gradients at its input, computed once for a model.
 
-    It is the model's own, whatever stands around vectors and however they are read: nothing that
-    was crammed before changes it.
-
-    The eigenvalues, rising, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times D
-    gradients g of the default recipe's loss, each at one vector of large normal numbers and
-    `TOKENS` drawn tokens; float32, on the model's device. Gradients that are not finite are left
-    out. Raises MemvecError if all are.
+    These are the eigenvalues, rising, and eigenvectors of the sum of g gᵀ / |g|² over `ROWS` times
+    D gradients g of the default recipe's loss, float32 on the model's device. Each gradient is at
+    one vector of large normal numbers, for `TOKENS` random tokens. The result does not depend on
+    the front, trigger or layout of the view `lm`. Gradients that are not finite are left out.
+    Raises MemvecError if none is finite.
     """
     if lm.fingerprint not in SPECTRA:
         lm = copy.copy(lm.read_as("prefix"))
@@ -117,7 +116,7 @@ def gradient_spectrum(lm: FrozenLM) -> Spectrum:
 
 
 def _gradients(lm: FrozenLM, seed: int, rows: slice) -> list[Float[Tensor, " D"]]:
-    """Gradients at drawn vectors; each row draws from its own seed, `seed` + row."""
+    """Gradients at random vectors; each row has its own seed, `seed` + row."""
     recipe = Recipe().in_logits(lm.logit_spread)
     vectors, ids = [], []
     for row in range(rows.start, rows.stop):

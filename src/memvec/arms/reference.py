@@ -1,12 +1,12 @@
-"""The paper's cramming of one passage, in plain PyTorch: read this first.
+"""The paper's cramming loop for one passage, in plain PyTorch: read this file first.
 
-Kuratov et al. (ACL 2025), section 3: K vectors in front of a passage are the only parameters; the
-model is frozen; the loss is the mean cross-entropy of the passage's tokens, each predicted from the
-vectors and the true tokens before it. The engine (memvec.cramming.engine) does this for many
-passages at once, and the tests hold it against this function.
+Kuratov et al. (ACL 2025), section 3: K vectors in front of a passage are the only parameters, and
+the model is frozen. The loss is the mean cross-entropy of the passage's tokens, each predicted from
+the vectors and the true tokens before it. The engine (memvec.cramming.engine) does this for many
+passages at once, and the tests compare it with this function.
 
-One thing differs from the published code: the vectors that are returned are the ones that were
-measured, not those after one more step.
+One detail differs from the published code: the returned vectors are the measured ones, not those
+after one more step.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ def cram_one(
     patience: int = 2000,
     lr: float = 0.01,
 ) -> tuple[Float[Tensor, "K D"], int, list[float]]:
-    """Cram T token ids into K vectors, beginning at `initial` (`starts.noise` is the paper's).
+    """Cram T token ids into K vectors, beginning at `initial` (in the paper, `starts.noise`).
 
-    Returns the best vectors, how many of the predicted tokens they get right with teacher forcing,
-    and the loss (nats per token) of every step. It stops when all tokens are right, after `steps`
-    moves (5000 losses in the published loop, the first one before any move), or after `patience`
-    measurements that get no more right than an earlier one, or none. `start` says what follows the
-    vectors: nothing, the model's BOS, or the passage's first token, which is then given.
+    Returns the best vectors (K, D), their number of right tokens with teacher forcing, and the loss
+    (nats per token) of every step. It stops when all tokens are right, after `steps` moves, or
+    after `patience` measurements without more right tokens than before. `start` says what follows
+    the vectors: nothing, the model's BOS, or the passage's first token, which is then given.
     """
     tokens = torch.tensor([ids], device=lm.device)  # (1, T)
     predicted = tokens[:, 1:] if start == "first-token" else tokens
@@ -44,9 +43,7 @@ def cram_one(
     optimizer = torch.optim.AdamW([vectors], lr=lr, betas=(0.9, 0.9), weight_decay=0.01)
     best, best_right, stale, losses = vectors.detach().clone(), -1, 0, []
     while True:
-        logits = lm.logits(
-            vectors, tokens, start
-        )  # (1, N, V): one row for each predicted token, N = T, or T - 1 if one is given
+        logits = lm.logits(vectors, tokens, start)  # (1, N, V); N = T, or T - 1 if one is given
         loss = cross_entropy(logits[0], predicted[0])
         right = int((logits.argmax(-1) == predicted).sum())
         losses.append(loss.item())

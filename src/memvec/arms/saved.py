@@ -1,7 +1,7 @@
-"""The start `saved(file='letter.mem.safetensors')`: vectors that were crammed before.
+"""The start `saved(file='letter.mem.safetensors')`: continue from vectors that were crammed before.
 
-For more steps, another margin, dtype or objective, or a model that was tuned since. Vectors go to
-passages by the hash of their token ids, so the text has to be cut as it was then.
+Use it for more steps, another margin, dtype or objective, or a model that was fine-tuned since. The
+hash of token ids identifies the passage of each vector, so the text must be cut as it was then.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from memvec.vectors_file import existing_path
 def saved(
     lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe, *, file: str = ""
 ) -> Float[Tensor, "K D"]:
-    """The vectors of a passage in a file, as they are there.
+    """The vectors of a passage in a file.
 
-    The weights of the model are not compared. Raises MemvecError without a file, for one that
-    cannot be read, holds no such vectors (K, D), is of another layout or space, or has no passage
-    with these token ids.
+    The weights of the model are not compared. Raises MemvecError without a file, and for a file
+    that cannot be read, holds vectors of another shape than (K, D), is of another layout or space,
+    or has no passage with these token ids.
     """
     if not file:
         raise MemvecError("the start 'saved' needs a file: saved(file='letter.mem.safetensors').")
@@ -50,6 +50,6 @@ def saved(
 
 @functools.lru_cache(maxsize=4)
 def _of_file(path: str, changed: int) -> tuple[MemVectors, dict[str, int]]:
-    """The vectors of a file, read once until it is `changed`, and the place of each passage."""
+    """The vectors of a file, and the index of each passage; `changed` is its time of change."""
     mem = MemVectors.load(path)
     return mem, {record.sha256: i for i, record in enumerate(mem.passages)}

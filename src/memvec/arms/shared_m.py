@@ -1,15 +1,15 @@
-"""One m for all passages of a file: P passages in P + 1 vectors, crammed together.
+"""Cram all passages of a file together, with one shared m: P passages have P + 1 vectors.
 
-The paper shares m among texts and keeps an e for each (Mezentsev & Oseledets, section 4.3: about
-half of the tokens for half of the vectors). Only here do passages depend on each other: m is moved
-by all of them, so each e depends on every other passage of the file, and none is finished before
-all are. The record says so (`layout` 'one-step-shared'). It has two consequences: an interrupted
-run starts from the beginning, and adding a passage changes every vector.
+In Mezentsev & Oseledets (section 4.3), texts share m, and each has its own e: about half of the
+tokens for half of the vectors. Only here do passages depend on each other. All of them move m, so
+each e depends on every passage of the file, and no passage is finished before all are. The record
+says so (`layout` 'one-step-shared'). An interrupted run starts from the beginning, and another
+passage changes every vector.
 
-All passages move in every step, a group of `slots` at a time; the gradient at m is the sum over all
-of them. It ends when every margin of every passage is met in the same step, or by the recipe's
-steps, patience and budget; then the vectors of the step that gave back the largest number of
-tokens are kept.
+All passages move in every step, `batch_size` of them in a forward pass; the gradient at m is the
+sum over all. Cramming ends when all margins of all passages are met in one step, or by the recipe's
+steps, patience and budget. The vectors of the step with the largest number of leading right tokens
+are kept.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ from memvec.passages.passage import padded_ids
 from memvec.results import Status
 from memvec.storage import Storage, storage_of
 
-Of = TypeVar("Of")
-Made = TypeVar("Made")
+Value = TypeVar("Value")
+Result = TypeVar("Result")
 
-RAISES = 4  # times that margins are raised because decoding disagrees with them
+RAISES = 4  # maximum number of times that margins are raised when decoding disagrees with them
 
 
 def without_parts(recipe: Recipe) -> Recipe:
-    """The recipe without what a shared m has no use for, so that a record says what was done.
+    """The recipe with the fields that a shared m cannot use at their neutral values, for records.
 
-    Steps are computed by the model itself, and no passage has its own enlargement, temperature or
-    look-ahead: m belongs to all.
+    The model itself computes the steps. No passage has its own enlargement, temperature or
+    look-ahead, because all share m.
     """
     return replace(recipe, compute="model", lr_large=0.0, stuck_after=0, narrow_after=0, settle=0)
 
 
 @dataclass
-class Pair(Generic[Of]):
-    """Something of the e of all P passages, and the same of the m that they share."""
+class Pair(Generic[Value]):
+    """A value for the e of all P passages, and one for the m that they share."""
 
-    e: Of
-    m: Of
+    e: Value
+    m: Value
 
-    def each(self, change: Callable[[Of], Made]) -> Pair[Made]:
-        """What a function makes of both."""
-        return Pair(change(self.e), change(self.m))
+    def map(self, function: Callable[[Value], Result]) -> Pair[Result]:
+        """A function applied to both values."""
+        return Pair(function(self.e), function(self.m))
 
 
 Tensors = Pair[Tensor]  # e (P, 1, D) and m (1, 1, D)
@@ -73,11 +73,11 @@ Tensors = Pair[Tensor]  # e (P, 1, D) and m (1, 1, D)
 
 @dataclass(frozen=True)
 class Task:
-    """What P passages have to reach, row by row."""
+    """The tokens of P passages, and the margins that they must reach."""
 
     ids: Int[Tensor, "P T"]
     length: Int[Tensor, " P"]
-    margin: Float[Tensor, " P"]  # that certification requires, logits
+    margin: Float[Tensor, " P"]  # margin that certification requires, logits
 
     @classmethod
     def of(cls, jobs: Sequence[Job], device: torch.device) -> Task:
@@ -93,34 +93,38 @@ class Task:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one pass over all passages, or over a group of them, gave (n passages)."""
+    """The results of one pass over n passages: all, or a group of them."""
 
     leading: Int[Tensor, " n"]  # leading right tokens
     counted: Int[Tensor, " n"]  # tokens that count in the loss
-    gradient: Tensors  # at the e of these passages, and their part of that at m
-    finite: bool  # the loss is
+    gradient: Tensors  # at the e of these passages, and their part of the gradient at m
+    finite: bool  # the loss is finite
 
 
 @dataclass
 class Best:
-    """The vectors of the step that gave back the largest number of tokens so far."""
+    """The vectors of the best step so far, which has the most leading right tokens."""
 
     vectors: Tensors
-    leading: Int[Tensor, " P"]  # of each passage, the largest number in any step
-    total: int = -1  # leading right tokens of all passages in that step
-    stale: int = 0  # steps since then
+    leading: Int[Tensor, " P"]  # largest number of leading right tokens of each passage so far
+    total: int = -1  # leading right tokens of all passages in the best step
+    stale: int = 0  # steps since the best step
 
     def update(self, vectors: Tensors, leading: Int[Tensor, " P"]) -> None:
-        """Take the vectors of a step that gave back more tokens than ever."""
+        """Record a step; its vectors are kept if it is the best so far."""
         self.leading = torch.maximum(self.leading, leading)
         if (total := int(leading.sum())) > self.total:
-            self.vectors, self.total, self.stale = vectors.each(torch.clone), total, 0
+            self.vectors, self.total, self.stale = vectors.map(torch.clone), total, 0
         else:
             self.stale += 1
 
 
 class Shared:
-    """Crams passages into an e each and one m. Raises MemvecError for what cannot be crammed so."""
+    """Crams passages into one e each and a shared m.
+
+    Raises MemvecError for a recipe with coordinates, corrections or a start rule that this cannot
+    use.
+    """
 
     without_parts = staticmethod(without_parts)
 
@@ -140,7 +144,7 @@ class Shared:
         if recipe.corrections:
             raise MemvecError("a shared m takes no corrections: leave them out.")
         self.lm, self.recipe, self.batch_size = lm, recipe, batch_size
-        # One of the two vectors is a passage's own.
+        # A passage has one vector of its own, so K is 1 for the schedule.
         self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, 1)
         self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
         self.objective = objective_named(recipe.objective)
@@ -149,11 +153,11 @@ class Shared:
         self.steps = self.tokens = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Cram the jobs' passages together; those with vectors go on from them.
+        """Cram the jobs' passages together; returns outcomes in the order of the jobs.
 
-        There must be at least one job; outcomes are in the order of the jobs. Where memory runs
-        out they start again, with half as many in a forward pass. Raises MemvecError if one alone
-        does not fit.
+        There must be at least one job. A job with vectors continues from them. When memory runs
+        out, all jobs start again with half as many passages in a forward pass. Raises MemvecError
+        if a single passage does not fit in memory.
         """
         while True:
             try:
@@ -198,9 +202,9 @@ class Shared:
         task = Task.of(jobs, self.lm.device)
         longest_first = task.length.argsort(descending=True, stable=True)
         groups = torch.split(longest_first, self.batch_size)
-        vectors = self._start(jobs).each(lambda rows: rows.to(self.lm.device))
-        moments = vectors.each(self.optimizer.fresh)
-        best = Best(vectors.each(torch.clone), torch.zeros_like(task.length))
+        vectors = self._start(jobs).map(lambda rows: rows.to(self.lm.device))
+        moments = vectors.map(self.optimizer.fresh)
+        best = Best(vectors.map(torch.clone), torch.zeros_like(task.length))
         spent = torch.tensor([job.spent for job in jobs], device=self.lm.device)
         steps = 0
         while True:
@@ -208,9 +212,9 @@ class Shared:
             best.update(vectors, measured.leading)
             self._report(measured.leading, len(jobs))
             status = self._status(measured, task)
-            over = bool(self.recipe.budget) and int(spent.max()) >= self.recipe.budget
-            gave_up = steps >= max_steps or best.stale >= self.recipe.patience or over
-            if status != "budget" or gave_up:
+            over_budget = bool(self.recipe.budget) and int(spent.max()) >= self.recipe.budget
+            given_up = steps >= max_steps or best.stale >= self.recipe.patience or over_budget
+            if status != "budget" or given_up:
                 break
             self._move(vectors, measured.gradient, moments)
             steps += 1
@@ -227,7 +231,7 @@ class Shared:
         return [j.finished(v.clone(), status) for j, v in zip(after, stored, strict=True)]
 
     def _status(self, measured: Measurement, task: Task) -> Status:
-        """How all passages would have stopped after this step: 'budget' if they may go on."""
+        """The status if cramming stops after this step; 'budget' if it may continue."""
         if not measured.finite:
             return "not-finite"
         return "done" if bool((measured.leading == task.length).all()) else "budget"
@@ -240,7 +244,7 @@ class Shared:
             self.optimizer.step(parameters, slope, state, moving)
 
     def _start(self, jobs: list[Job]) -> Tensors:
-        """First e of each passage and first m; the seed of m derives from all passages' ids."""
+        """The first e of each passage and the first m, whose seed derives from all token ids."""
         new = [job for job in jobs if job.vectors is None]
         starts = iter(start_vectors(self.lm, [job.passage.ids for job in new], 2, self.recipe))
         rows = [next(starts) if job.vectors is None else job.vectors for job in jobs]
@@ -256,9 +260,9 @@ class Shared:
     def _measure_all(
         self, groups: Sequence[Tensor], vectors: Tensors, task: Task, best: Int[Tensor, " P"]
     ) -> Measurement:
-        """One pass over all passages, a group of rows at a time; gradients at m are summed."""
+        """Measure all passages, one group of rows at a time; gradients at m are summed."""
         leading, counted = torch.zeros_like(task.length), torch.zeros_like(task.length)
-        gradient, finite = vectors.each(torch.zeros_like), True
+        gradient, finite = vectors.map(torch.zeros_like), True
         for rows in groups:
             group = self._measure(Pair(vectors.e[rows], vectors.m.clone()), task[rows], best[rows])
             leading[rows], counted[rows] = group.leading, group.counted
@@ -268,8 +272,8 @@ class Shared:
         return Measurement(leading, counted, gradient, finite)
 
     def _measure(self, vectors: Tensors, task: Task, best: Int[Tensor, " n"]) -> Measurement:
-        """One forward and backward pass of a group of n passages, whose horizons were `best`."""
-        # Each passage has the columns that it needs itself, whatever else is in its group.
+        """One forward and backward pass of n passages; `best` are their leading tokens so far."""
+        # The columns of a passage do not depend on the other passages of its group.
         room = whole_columns(self._counted(best, task.length)).minimum(task.length)
         width = int(room.max())
         e, m = vectors.e.requires_grad_(), vectors.m.requires_grad_()
@@ -290,7 +294,7 @@ class Shared:
         return Measurement(leading, counted, gradient, finite)
 
     def _counted(self, best: Tensor, length: Tensor) -> Tensor:
-        """Tokens that count after horizons that were reached; the look-ahead stays as it began."""
+        """Tokens that count if `best` leading tokens are right, with the schedule's first state."""
         size = torch.zeros(len(best), device=best.device)
         state = self.schedule.fresh(size, size > 0)
         state.best = best

@@ -1,6 +1,6 @@
-"""Other places to begin: those of published programs, and the passage's own embeddings.
+"""Further starts: those of published programs, and the embeddings of the passage's tokens.
 
-Those of low-dim coordinates are in `low_dim`.
+The start of low-dim coordinates is in `memvec.arms.low_dim`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from memvec.model.lm import FrozenLM
 
 
 def uniform(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Uniform in [0, 0.02), as progressive cramming was run (Tarasov et al. 2026, 'random0.02')."""
+    """Uniform in [0, 0.02), as in progressive cramming (Tarasov et al. 2026, 'random0.02')."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
     return 0.02 * torch.rand(K, lm.width, generator=generator)
 
 
 def normal(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Standard normal, as one-step decoding was run (Mezentsev & Oseledets 2025)."""
+    """Standard normal, as in one-step decoding (Mezentsev & Oseledets 2025)."""
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
     return torch.randn(K, lm.width, generator=generator)
 
 
 @torch.no_grad()
 def embeddings(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Mean embedding of each of K equal spans of the passage, plus a tenth of `noise`.
+    """The mean embedding of each of K equal spans of the passage, plus a tenth of `noise`.
 
-    The noise keeps the vectors of equal spans apart.
+    The noise makes the vectors of spans with equal tokens different.
     """
     rows = lm.embed(torch.tensor([list(ids)], device=lm.device))[0].float().cpu()
     bounds = [len(ids) * k // K for k in range(K + 1)]

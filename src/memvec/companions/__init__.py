@@ -1,9 +1,9 @@
-"""What a model brings with it: what stands around its vectors, and files beside its weights.
+"""Companions of a model: inputs around its vectors, and files of triggers and encoders.
 
-    around.py          in front of the vectors nothing or BOS, after them a trigger
-    triggers.py        triggers by name, and the file of a crammed one
-    encoder.py         what a one-pass encoder is
+    around.py          the front (inputs in front of the vectors) and the trigger (after them)
+    triggers.py        triggers by name, and the file of a crammed trigger
+    encoder.py         the interface of one-pass encoders
     encoder_files.py   the files of encoders, in the model's folder or elsewhere
 
-How triggers and encoders are trained is above this: `memvec.usable`, `memvec.encoders`.
+Training is elsewhere: of triggers in `memvec.usable`, of encoders in `memvec.encoders`.
 """

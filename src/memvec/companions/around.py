@@ -1,15 +1,15 @@
-"""What stands around the vectors: in front of them nothing or BOS, after them a trigger.
+"""The inputs around the vectors: the front is in front of them, and the trigger is after them.
 
-Models read every text after their BOS, and their attention falls on it where it has no other
-target (Xiao et al. 2023, arXiv 2309.17453). Vectors that come first have to be that attention sink,
-too; after BOS they need not be. All contexts that they are compared with begin with BOS.
+Models read every text after their BOS, and it is their attention sink (Xiao et al. 2023, arXiv
+2309.17453). The first vector of a sequence must serve as attention sink, too, unless BOS is in
+front of it. All contexts that vectors are compared with begin with BOS.
 
-The trigger is what follows the vectors under the start rule 'bos': BOS, another token, or R soft
-tokens that were trained for it, and with them P in front of the vectors, after BOS. Soft tokens
-are the same for all passages.
+Under the start rule 'bos', the trigger is between the vectors and the passage. It is BOS, another
+token, or R trained soft tokens. A crammed trigger may also have P soft tokens in front of the
+vectors, after BOS. Soft tokens are the same for all passages.
 
-The size of the vectors may separate the two modes, too: in context mode they are multiplied by
-`context_scale`, in decoding mode they are used as they are stored.
+The size of the vectors may distinguish the two modes, too: context mode multiplies them by
+`context_scale`, decoding mode uses them as stored.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MADE_BY = "memvec trigger train"
 
 @dataclass(frozen=True)
 class CrammedTrigger:
-    """Soft tokens, float32: R after the vectors, and P in front of them or none.
+    """The soft tokens of a trigger, float32: R after the vectors, and P or none in front of them.
 
-    `identity` is the hash of the file they came from, '' without one.
+    `identity` is the hash of the file from which it was loaded, '' without a file.
     """
 
     rows: Float[Tensor, "R D"]
@@ -46,15 +46,15 @@ class CrammedTrigger:
 
     @property
     def table(self) -> Float[Tensor, "N D"]:
-        """All of them, those after the vectors first (N = R + P)."""
+        """All soft tokens, those after the vectors first (N = R + P)."""
         return self.rows if self.front is None else torch.cat([self.rows, self.front])
 
 
 def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
-    """The model with nothing or BOS in front of the vectors; 'auto': BOS, where that can be.
+    """A view with nothing or BOS in front of the vectors; 'auto' is BOS if that is possible.
 
-    BOS can stand only in front of inputs that a passage follows, in a model that has a BOS. Soft
-    tokens in front of the vectors stay. Raises MemvecError for 'bos' where BOS cannot stand.
+    It is possible if the model has a BOS, and the vectors are inputs in front of a passage. Soft
+    tokens in front of the vectors are kept. Raises MemvecError for 'bos' if it is not possible.
     """
     fits = _takes_front(lm)
     if front == "bos" and lm.bos_id is None:
@@ -74,24 +74,25 @@ def with_front(lm: FrozenLM, front: FrontName) -> FrozenLM:
 
 @torch.no_grad()
 def front_rows(lm: FrozenLM) -> Float[Tensor, "F D"]:
-    """The inputs that stand in front of the vectors, in the model's dtype; none: (0, D)."""
+    """The inputs in front of the vectors, in the model's dtype; (0, D) if there are none."""
     return lm.after_front(torch.empty(1, 0, lm.width, device=lm.device))[0]
 
 
 def in_full(lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "N D"]:
-    """Vectors with the front before them and the soft tokens after them, float32 on the CPU.
+    """The front, the vectors and the soft tokens after them, float32 on the CPU.
 
-    `lm` is the view that reads them. Other software knows no soft tokens: to it all are vectors.
+    `lm` is the view that reads the vectors. Other software has no soft tokens, so it gets all rows
+    as vectors.
     """
     after = recorded(lm)[1].get("trigger", vectors[:0])
     return torch.cat([part.float().cpu() for part in (front_rows(lm), vectors, after)])
 
 
 def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM:
-    """The model with another token, or soft tokens, between the vectors and the passage; None: BOS.
+    """A view with another trigger: a token id, soft tokens, or BOS (None).
 
-    Soft tokens in front of the vectors are left out where nothing can stand there. Raises
-    MemvecError for a token that the model does not have, or rows of another width.
+    Soft tokens in front of the vectors are left out unless vectors are inputs in front of a
+    passage. Raises MemvecError for a token that the model does not have, or rows of another width.
     """
     if trigger is None and lm.other_trigger is None:
         return lm
@@ -110,7 +111,7 @@ def with_trigger(lm: FrozenLM, trigger: int | CrammedTrigger | None) -> FrozenLM
 
 
 def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], after: int) -> FrozenLM:
-    """The model with the first `after` rows as its trigger, the others in front of the vectors.
+    """A view whose trigger is the first `after` rows; the other rows are in front of the vectors.
 
     Gradients flow to the table. Raises MemvecError for rows of another width.
     """
@@ -128,9 +129,10 @@ def with_soft_tokens(lm: FrozenLM, table: Float[Tensor, "N D"], after: int) -> F
 
 
 def as_context_at(lm: FrozenLM, scale: float) -> FrozenLM:
-    """The model that multiplies vectors by `scale` where it reads them as context.
+    """A view that multiplies vectors by `scale` in context mode.
 
-    Raises MemvecError where vectors are no inputs: elsewhere their size is no scale.
+    Raises MemvecError for another scale than the present one if vectors are not inputs in front of
+    a passage.
     """
     if lm.context_scale == scale:
         return lm
@@ -147,9 +149,9 @@ def as_context_at(lm: FrozenLM, scale: float) -> FrozenLM:
 def surrounded(
     lm: FrozenLM, front: FrontName, token: int | None, soft: Mapping[str, Tensor]
 ) -> FrozenLM:
-    """The model with what a file says of the front, the trigger and soft tokens by name.
+    """A view with the front, the trigger's token and the soft tokens (by name) of a file.
 
-    Raises MemvecError as `with_front` and `with_trigger`.
+    Raises MemvecError as `with_front` and `with_trigger` do.
     """
     lm = with_front(lm, front)
     if not soft:
@@ -158,7 +160,7 @@ def surrounded(
 
 
 def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is around vectors as fields of a file's header, and the soft tokens by name."""
+    """The inputs around the vectors: as fields of a file's header, and the soft tokens by name."""
     other, after = lm.other_trigger, len(lm.trigger)
     soft = {} if lm.soft is None else {"trigger": lm.soft[:after], "front": lm.soft[after:]}
     soft = {name: rows for name, rows in soft.items() if len(rows)}
@@ -170,10 +172,10 @@ def recorded(lm: FrozenLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _takes_front(lm: FrozenLM) -> bool:
-    """True if something can stand in front of the vectors: they are inputs before a passage."""
+    """True if inputs can be in front of the vectors: these are inputs in front of a passage."""
     return lm.layout == "prefix" and lm.reading.space == "inputs"
 
 
 def _tokens(lm: FrozenLM) -> tuple[int, ...]:
-    """What stands in front of the vectors, without soft tokens."""
+    """The tokens in front of the vectors, without soft tokens."""
     return tuple(token for token in lm.front if token < first_soft_id(lm))

@@ -1,7 +1,7 @@
-"""One-pass encoders: they compute the K [mem] vectors of a passage in one forward pass.
+"""The interface of one-pass encoders, which compute the K [mem] vectors of a passage in one pass.
 
-An encoder provides starts for cramming, and is compared with it: Kuratov et al. 2025 (limitations)
-ask for encoders, and cramming is their upper bound.
+Encoders provide starts for cramming. Studies also compare them with cramming, which is their upper
+bound (Kuratov et al. 2025, limitations).
 
 At run time this file does not import memvec.model, so that a model can hold an encoder.
 """
@@ -32,16 +32,16 @@ Network = TypeVar("Network", bound=nn.Module)
 class OnePassEncoder(ABC):
     """Encodes passages of equal length T into K [mem] vectors each.
 
-    `tokens` is the number of leading tokens per vector that are encoded (0: the whole passage);
-    beyond the length that an encoder can give back, more tokens make a worse start. `max_vectors`
-    is the largest K of one forward pass; for more, the passage is encoded in equal parts, in order.
+    `tokens` is the number of leading tokens per vector that are encoded (0: the whole passage).
+    More tokens than an encoder can give back make a worse start. `max_vectors` is the maximum K of
+    one forward pass; for a larger K, the passage is encoded in equal parts, in order.
     """
 
     tokens: int = 0
     max_vectors: int = 1
-    beside: int = 1  # inputs that the LM reads beside a passage in a pass for one vector
+    beside: int = 1  # inputs of a pass for one vector, besides the passage
     for_use: bool = False  # True for an encoder of usable vectors
-    file: Path | None = None  # from which it was loaded
+    file: Path | None = None  # the file from which it was loaded
     identity: str = "in-memory"  # hash of its file, in records because starts change vectors
 
     def fits(self, lm: FrozenLM, recipe: Recipe) -> bool:
@@ -52,7 +52,7 @@ class OnePassEncoder(ABC):
         return True
 
     def refuse_unfit(self, lm: FrozenLM, recipe: Recipe) -> None:
-        """Raise MemvecError unless it fits: cramming from its vectors would take longer."""
+        """Raise MemvecError unless it fits; otherwise cramming from its vectors takes longer."""
         if not self.fits(lm, recipe):
             raise MemvecError(
                 f"the usable encoder of {lm.name} knows one trigger and front, and these are "
@@ -65,7 +65,7 @@ class OnePassEncoder(ABC):
 
     @abstractmethod
     def read(self, lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-        """K <= max_vectors vectors of whole passages; differentiable in the encoder."""
+        """K <= max_vectors vectors of whole passages; differentiable in the encoder's weights."""
 
     @torch.no_grad()
     def encode(
@@ -73,7 +73,7 @@ class OnePassEncoder(ABC):
     ) -> Float[Tensor, "B K D"]:
         """K vectors for each passage, in float32; one forward pass per `max_vectors` vectors.
 
-        `whole`: all of the passage is read, however many tokens make the best start.
+        `whole` encodes all tokens of the passage, also beyond `tokens` per vector.
         """
         parts = -(-K // self.max_vectors)
         bounds = [round(i * K / parts) for i in range(parts + 1)]
@@ -141,9 +141,9 @@ class EncoderFile:
 
 
 def claims_too_much(numbers: int, tensors: dict[str, Tensor]) -> bool:
-    """True if a file's shape asks for far more numbers than its tensors have.
+    """True if a file claims a network with far more numbers than its tensors have.
 
-    A reader asks before it allocates a network of that shape, which may be too large for memory.
+    Call this before allocating a network of the claimed shape, which may not fit in memory.
     """
-    held: int = sum(tensor.numel() for tensor in tensors.values())
-    return numbers > 2 * held + 1024
+    present: int = sum(tensor.numel() for tensor in tensors.values())
+    return numbers > 2 * present + 1024

@@ -31,18 +31,18 @@ from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
 from memvec.writing import path_of, read_json, write_atomically
 
-# In a model's folder: the encoder that it was trained with, a better one that was trained later for
-# the frozen model, and the encoder of usable vectors.
+# Files in a model's folder: the encoder that was trained together with the model, a better one that
+# was trained later for the frozen model, and the encoder of usable vectors.
 FILE_NAME = "encoder.safetensors"
 ADAPTED_FILE_NAME = "adapted-encoder.safetensors"
 USABLE_FILE_NAME = "usable-encoder.safetensors"
 
-# What reading metadata, or tensors of other shapes than expected, may raise.
+# Errors that reading metadata, or tensors of unexpected shapes, may raise.
 READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def read_encoders(lm: FrozenLM, folder: Path | None, file: str | os.PathLike[str] | None) -> None:
-    """Set the encoders of a model from its folder, and replace one of them by that of `file`.
+    """Set the encoders of a model from its folder; the encoder in `file` replaces one of its kind.
 
     A quantized model gets none from its folder, because they were trained for other weights. Raises
     MemvecError as `load_encoder` does.

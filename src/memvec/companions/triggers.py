@@ -1,7 +1,7 @@
 """Triggers by name: BOS, another token, or the file of a crammed one (docs/usable.md).
 
-The file is safetensors: `trigger` (R, D), `front` (P, D) if there are soft tokens in front of the
-vectors, and metadata that say how they were trained, and for which model.
+The file is in the safetensors format: `trigger` (R, D), `front` (P, D) if there are soft tokens in
+front of the vectors, and metadata about the training and the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE_NAME = "trigger.safetensors"  # in a model's folder
 
 
 def token_named(lm: FrozenLM, name: str) -> int:
-    """The id of a token given as its text, or as '#' and its number.
+    """The id of a token that is given as its text, or as '#' and its number.
 
     Raises MemvecError if the text is not one token.
     """
@@ -44,11 +44,11 @@ def token_named(lm: FrozenLM, name: str) -> int:
 
 
 def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
-    """The trigger of a recipe: 'bos' (None), 'auto', a token, or a file of a crammed trigger.
+    """The trigger of a recipe by name: 'bos' (None), 'auto', a token, or a file of soft tokens.
 
-    'auto' is the crammed trigger in the model's folder, if there is one, else BOS; in other spaces
-    than the inputs that preceded it in training, BOS. Raises
-    MemvecError for a text that is not one token, or a file that is no trigger of this model.
+    'auto' is the crammed trigger in the model's folder, if there is one and vectors are inputs
+    (it was trained after inputs), else BOS. Raises MemvecError for a text that is not one token,
+    and for a file that is no trigger of this model.
     """
     if name == "auto":
         return lm.own_trigger if lm.reading.space == "inputs" else None
@@ -59,7 +59,7 @@ def trigger_named(lm: FrozenLM, name: str) -> int | CrammedTrigger | None:
 
 
 def trigger_file(name: str) -> Path | None:
-    """The file that a trigger names; None for other names, which may begin with '~', too."""
+    """The path, if the name of a trigger is that of a file (.safetensors); None for a token."""
     return path_of(name) if Path(name).suffix == ".safetensors" else None
 
 

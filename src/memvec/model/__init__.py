@@ -1,1 +1,1 @@
-"""The frozen language model: loading, checking, and logits from free input vectors."""
+"""The frozen language model: self-checks, and logits from input vectors."""

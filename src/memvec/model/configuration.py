@@ -7,10 +7,10 @@ from typing import Any
 
 
 def setting(config: Any, name: str) -> Any:
-    """A value of a configuration of transformers; None if it has none.
+    """A value of a transformers configuration; None if it is not set.
 
-    The largest number where layers have values of their own, as those of Gemma 4 have: transformers
-    raises RuntimeError for such a value of the whole model.
+    If layers have different values (Gemma 4), transformers raises RuntimeError for the value of the
+    whole model; then this is the largest integer of the layers.
     """
     try:
         return getattr(config, name, None)
@@ -20,7 +20,7 @@ def setting(config: Any, name: str) -> Any:
 
 
 def context_length(config: Any) -> int | None:
-    """Longest input, in positions; None for models without a limit (Mamba)."""
+    """The longest input, in positions; None for models without a limit (Mamba)."""
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         length = setting(config, key)
         if isinstance(length, int) and 0 < length < 10**9:

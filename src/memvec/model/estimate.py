@@ -26,7 +26,7 @@ from memvec.model.memory import LOGITS_AT_ONCE
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
-LOGITS_COPIES = 3  # copies of a chunk of logits: from the head, divided, exponentiated
+LOGITS_COPIES = 3  # copies of a chunk of logits: head output, scaled logits, probabilities
 # Activations that transformers computes from elementary operations: tensors that autograd keeps.
 WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 3}
 BOTH_ENDS = ("gemma2", "gemma3", "gemma3_text")

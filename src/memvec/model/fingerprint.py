@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 VOLATILE = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
-@dataclass(frozen=True, eq=False)  # compared by `matches`; a key of what is made from a model
+@dataclass(frozen=True, eq=False)  # `matches` compares; hashed by identity as a key of caches
 class Fingerprint:
     """Identifies a model's weights, in whatever dtype they are loaded.
 
@@ -47,13 +47,14 @@ class Fingerprint:
         return cls(record["config"], record["weights"], probe, record["dtype"])
 
     def matches(self, other: Fingerprint) -> bool:
-        """True if both come from the same model.
+        """True if both are of the same model.
 
-        Its probe logits are within 2 % of their size + 0.1; where a model computes in fewer than 32
-        bits, the root mean square of the differences is at most a quarter of their spread + 0.1:
-        rounding adds up over layers (0.2 of the spread in 48 layers of bfloat16). Weights that were
-        converted to float16 round to other bfloat16 numbers, so the hash of the weights is not
-        compared if either model is in float16.
+        Configuration, hash of the weights and probe logits must agree. Each probe logit may differ
+        by 2 % of its size + 0.1. If either model computes in fewer than 32 bits, the root mean
+        square of the differences may instead be a quarter of the logits' standard deviation + 0.1,
+        because rounding errors add up over layers (0.2 of it in 48 layers of bfloat16). The hash of
+        the weights is not compared if either model is in float16, because weights converted to
+        float16 round to other bfloat16 numbers.
         """
         dtypes, n = {self.dtype, other.dtype}, len(self.probe)
         weights = self.weights == other.weights or "float16" in dtypes
@@ -96,10 +97,11 @@ def probe_logits(lm: FrozenLM) -> Float[Tensor, "8 V"]:
 
 
 class Unchanged:
-    """True while a model's parameters are those that it had when this was made.
+    """True as long as a model's parameters have not changed since this object was made.
 
-    PyTorch counts how often each one was changed in place (not through `.data`). It counts anew in
-    a deep copy and after pickling, and so does this; a model that was changed before stays so.
+    It compares PyTorch's count of in-place changes of each parameter (changes through `.data` are
+    not counted). A copy or pickle of this object counts from zero, because PyTorch does so for
+    copied parameters; if the model had changed before, the copy is False, too.
     """
 
     def __init__(self, model: nn.Module, so_far: bool = True) -> None:

@@ -1,10 +1,9 @@
-"""Models that hardly fit into memory: fewer kept activations.
+"""Save memory of activations at the cost of time: gradient checkpointing and offloading.
 
-Two ways save memory at the cost of time while cramming: gradient checkpointing, and offloading of
-activations to main memory. transformers' own switch for gradient checkpointing needs training mode,
-which would enable dropout, so the layers of a model in eval mode are wrapped here instead. Both
-give the same numbers as the plain path, up to the order of sums: an offloaded view of a larger
-tensor comes back contiguous. (memvec.big loads weights that hardly fit.)
+transformers' own gradient checkpointing works in training mode only, which would enable dropout. So
+this file wraps the layers of a model in eval mode. Offloading keeps activations in main memory.
+Both give the same numbers as the plain path up to the order of sums, because an offloaded view
+comes back as a contiguous tensor. (memvec.big loads models whose weights need too much memory.)
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             f"the layers of a {type(model).__name__} are not marked for checkpointing: use "
             "offload=True, or fewer slots."
         )
-    # accelerate gives some layers a `forward` of their own, which must be there again afterwards.
+    # accelerate sets `forward` on some layer objects; these must be restored afterwards.
     own_forwards = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
@@ -62,7 +61,7 @@ def _computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 def _weights(model: nn.Module) -> Callable[[Tensor], bool]:
-    """A function that tells whether a tensor is a weight or a view of one, which need no saving."""
+    """A predicate: is a tensor a weight, or a view of one? Autograd need not keep these."""
     # Quantized weights have no storage to compare; their type identifies them.
     places = {p.untyped_storage().data_ptr() for p in model.parameters() if _plain(p)}
     return lambda t: not _plain(t) or t.untyped_storage().data_ptr() in places
@@ -84,9 +83,9 @@ def offloaded(model: nn.Module, *, pin: bool) -> Iterator[None]:
     def keep(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
         if is_weight(tensor):
             return None, tensor
-        aside = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-        # The copy back waits on the device for this one: nothing here reads what is aside.
-        return tensor.device, aside.copy_(tensor, non_blocking=pin)
+        offloaded_copy = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+        # The CPU never reads the copy, and the copy back is ordered after this one on the device.
+        return tensor.device, offloaded_copy.copy_(tensor, non_blocking=pin)
 
     def give(stored: tuple[torch.device | None, Tensor]) -> Tensor:
         device, tensor = stored
@@ -106,7 +105,7 @@ def saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
     is_weight = _weights(model)
 
     def keep(tensor: Tensor) -> Tensor:
-        # Of the output of an operation: attached, it and what computed it would hold each other.
+        # An attached output and its autograd node would refer to each other and never be freed.
         tensor = tensor.detach()
         if not is_weight(tensor):
             storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)

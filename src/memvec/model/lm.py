@@ -48,19 +48,19 @@ WHOLE_MODEL = "gives no states apart from its logits: a step computes and keeps 
 class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
-    Build one with `load_lm`; the constructor takes a loaded model and tokenizer, for tests and for
-    models in memory. It freezes the model in place: all its parameters, adapters of PEFT too.
-    `tokenizer` may be None for token ids only. Raises MemvecError for a model that takes no vectors
-    or, unless `check` is False, fails a self-check.
+    `load_lm` makes one by name; the constructor takes a model and tokenizer that are in memory. It
+    freezes all parameters of the model in place, those of PEFT adapters included. `tokenizer` may
+    be None if only token ids are used. Raises MemvecError for a model that takes no vectors and,
+    unless `check` is False, for a model that fails a self-check.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id` (the
-    token that starts a text: BOS, else EOS; None without), `embedding_std` (of the embeddings'
-    numbers), `logit_spread` (standard deviation of its logits over the vocabulary, mean over a
-    fixed probe: the unit of a recipe's temperature and margin), `caching` (the name of the model's
-    cache argument, or why decoding uses no cache), `autocast` (the dtype of matrix products in
-    mixed precision, else None), `fingerprint`, `encoder` (for decoding mode; None for most models),
-    `usable_encoder` (for usable vectors), `facts` (the folder's memvec.json: measured bits per
-    vector), `reading` (how it reads vectors: see `read_as`).
+    token that starts a text: BOS, else EOS, else None), `embedding_std` (standard deviation of the
+    embeddings' numbers), `logit_spread` (standard deviation of its logits over the vocabulary, mean
+    over a fixed probe: the unit of a recipe's temperature and margin), `caching` (the name of the
+    model's cache argument, or why decoding uses no cache), `autocast` (dtype of matrix products in
+    mixed precision, else None), `fingerprint`, `encoder` and `usable_encoder` (one-pass encoders of
+    exact and of usable vectors, else None), `facts` (the memvec.json of its folder: measured bits
+    per vector), `reading` (how it reads vectors: see `read_as`).
     """
 
     @plain_torch()
@@ -79,11 +79,11 @@ class FrozenLM:
         self.quantize, self.checkpointing, self.offload = quantize, checkpointing, offload
         self.reading: Reading = IN_FRONT
         self.other_trigger: tuple[int, ...] | None = None  # replaces BOS (memvec.companions.around)
-        self.soft: Tensor | None = None  # (R, D) soft tokens of a crammed trigger
-        self.front: tuple[int, ...] = ()  # tokens in front of the vectors
-        self.own_trigger: CrammedTrigger | None = None  # from the model's folder
+        self.soft: Tensor | None = None  # soft tokens of trigger and front, a row for each
+        self.front: tuple[int, ...] = ()  # ids of the tokens in front of the vectors
+        self.own_trigger: CrammedTrigger | None = None  # the one in the model's folder
         self.context_scale = 1.0  # factor of vectors in context mode
-        self._original: FrozenLM | None = None  # for a view made by `read_as`: its model
+        self._original: FrozenLM | None = None  # the model of which `read_as` made this view
         self.model = model = unwrapped(model).eval().requires_grad_(False)
         self.tokenizer, self.name, self.revision = tokenizer, name, revision
         self.config: Any = model.config
@@ -97,7 +97,7 @@ class FrozenLM:
         self.width = int(weight.shape[1])  # D; not the hidden size where inputs are projected (OPT)
         self.context = context_length(text_config)
         self.bos_id = start_token(text_config, tokenizer, rows=len(weight))
-        with torch.no_grad():  # of the unscaled matrix; some models scale its rows (Gemma)
+        with torch.no_grad():  # the matrix is unscaled, though some models scale its rows (Gemma)
             self.embedding_std = embedding_std(weight)
         logits = probe_logits(self)
         self.vocab_size = int(logits.shape[-1])
@@ -124,7 +124,7 @@ class FrozenLM:
 
         Raises MemvecError for a token that the model does not have, and without a tokenizer.
         """
-        ids: list[int] = self._need_tokenizer()(
+        ids: list[int] = self._require_tokenizer()(
             text, add_special_tokens=False, verbose=False, return_attention_mask=False
         )["input_ids"]
         if max(ids, default=0) >= self.vocab_size:
@@ -136,13 +136,13 @@ class FrozenLM:
 
         Raises MemvecError without a tokenizer.
         """
-        decode = self._need_tokenizer().decode
+        decode = self._require_tokenizer().decode
         return str(decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @property
     def adds_bos(self) -> bool:
         """True if the tokenizer puts BOS in front of a text (Llama 3, OPT). Raises as `text`."""
-        ids = self._need_tokenizer()("a")["input_ids"]
+        ids = self._require_tokenizer()("a")["input_ids"]
         return bool(self.bos_id is not None and ids and ids[0] == self.bos_id)
 
     @property
@@ -160,7 +160,7 @@ class FrozenLM:
         """True if decoding uses the model's cache; False: each token repeats the whole forward."""
         return self.caching.argument is not None
 
-    def _need_tokenizer(self) -> Any:
+    def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise MemvecError(f"{self.name} was loaded without a tokenizer, and this needs one.")
         return self.tokenizer
@@ -168,7 +168,7 @@ class FrozenLM:
     # ------------------------------------------------------------------ vectors to logits
 
     def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
-        """Embeddings of token ids (soft tokens included), as the model gets them."""
+        """Embeddings of token ids, soft tokens included, as the first layer reads them."""
         if self.soft is not None:
             return embedded(self, ids)
         plain: Tensor = self.embedding(ids)
@@ -176,15 +176,15 @@ class FrozenLM:
 
     @property
     def layout(self) -> Layout:
-        """The name of the reading in files and records."""
+        """The name of the layout, as in files and records."""
         return self.reading.layout
 
     def read_as(self, layout: str | Reading) -> FrozenLM:
-        """A view of this model with another reading of its vectors; itself if that is its own.
+        """A view of this model that reads vectors in another way; the model itself if it does so.
 
-        `layout` is a reading or its name. The view shares the weights. With another reading than
-        'prefix' it has no encoder and no measured bits per vector, since those are for vectors in
-        front of a passage. Raises MemvecError for an unknown layout.
+        `layout` is the name of a layout or a Reading. The view shares the weights. With another
+        layout than 'prefix', it has no encoder and no measured bits per vector, because these are
+        for vectors in front of a passage. Raises MemvecError for an unknown layout.
         """
         reading = reading_named(layout) if isinstance(layout, str) else layout
         if reading is self.reading:
@@ -199,19 +199,19 @@ class FrozenLM:
 
     @property
     def numbers(self) -> int:
-        """How many numbers of a vector are trained and stored (W); D if they are inputs."""
+        """The number of trained and stored numbers per vector (W); D if vectors are inputs."""
         return self.reading.numbers(self)
 
     @property
     def trigger(self) -> tuple[int, ...]:
-        """The tokens that follow the vectors under the start rule 'bos': BOS, or a trigger."""
+        """The tokens after the vectors under the start rule 'bos': BOS, or another trigger."""
         bos = () if self.bos_id is None else (self.bos_id,)
         return bos if self.other_trigger is None else self.other_trigger
 
     def after_front(self, vectors: Float[Tensor, "B K D"]) -> Float[Tensor, "B N D"]:
-        """Vectors in the model's dtype, after the F tokens of its front (N = F + K)."""
-        ids = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # built there: no copy
-        front = [self.embed(token * ids) for token in self.front]
+        """The F embeddings of the front and then the vectors, in the model's dtype (N = F + K)."""
+        ones = vectors.new_ones(len(vectors), 1, dtype=torch.long)  # on the device, without a copy
+        front = [self.embed(token * ones) for token in self.front]
         return torch.cat([*front, vectors.to(self.dtype)], 1)
 
     def inputs(
@@ -220,7 +220,7 @@ class FrozenLM:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """The inputs that the model reads before each predicted token, by its reading."""
+        """The inputs of a teacher-forced pass; the last ones predict the tokens of `ids`."""
         return self.reading.inputs(self, vectors, ids, start)
 
     def states(
@@ -239,7 +239,7 @@ class FrozenLM:
     def states_of(
         self, inputs: Float[Tensor, "B N D"], keep: int, cache: Any = None
     ) -> Float[Tensor, "B keep H"]:
-        """States at the last `keep` positions of free inputs, which continue from `cache`."""
+        """States (see `states`) at the last `keep` positions of `inputs`, read after `cache`."""
         out: Tensor
         options = cache_arguments(self.caching.argument, cache)
         with self._sparing():
@@ -247,16 +247,16 @@ class FrozenLM:
                 out = self._body(inputs_embeds=inputs, **options)[0][:, -keep:]
             else:
                 out = self.model(inputs_embeds=inputs, **options).logits[:, -keep:]
-        return out.to(self.device)  # the last layer may be on another device
+        return out.to(self.device)  # a device_map may put the last layer on another device
 
     def inputs_before(self, K: int, start: StartRule) -> int:
         """Number of inputs of a forward pass besides one for each predicted token."""
-        longer = len(self.trigger) - 1 if start == "bos" else 0  # than with one start token
-        return len(self.front) + self.reading.inputs_before(K, start) + longer
+        further = len(self.trigger) - 1 if start == "bos" else 0  # the reading counts one token
+        return len(self.front) + self.reading.inputs_before(K, start) + further
 
     def head(self, states: Float[Tensor, "*shape H"]) -> Float[Tensor, "*shape V"]:
         """Logits in float32 from hidden states."""
-        return self._head(states).to(self.device).float()  # half of the bytes between devices
+        return self._head(states).to(self.device).float()  # copy first: fewer bytes than float32
 
     def logits(
         self,
@@ -297,18 +297,18 @@ class FrozenLM:
             yield
 
     def start_ids(self, ids: Int[Tensor, "B T"], start: StartRule) -> Int[Tensor, "B n"]:
-        """The tokens between vectors and first predicted token. Raises MemvecError without BOS."""
+        """Tokens between vectors and first predicted token. Raises MemvecError without BOS."""
         if start == "bos":
             if not self.trigger:
                 raise MemvecError(f"{self.name} has no BOS token: use the start rule 'vectors'.")
-            # Filled on the device: a copy from the CPU would make a GPU wait.
+            # `new_full` fills on the device: a copy from the CPU would make a GPU wait.
             return torch.cat([ids.new_full((len(ids), 1), token) for token in self.trigger], 1)
         return ids[:, : int(start == "first-token")]
 
     def computed_by(self, model: nn.Module) -> FrozenLM:
-        """This model with another module that computes everything; its identity stays.
+        """A view that computes with `model`, a copy of the weights in another dtype.
 
-        `model` is a copy of the weights in another dtype (memvec.model.precision).
+        The fingerprint and other facts stay those of this model (see memvec.model.precision).
         """
         other = copy.copy(self)
         other.model, other.embedding = model, model.get_input_embeddings()  # type: ignore[operator]
@@ -317,23 +317,23 @@ class FrozenLM:
         other._unchanged = Unchanged(model)
         return other
 
-    # ------------------------------------------------------------------ what identifies it
+    # ------------------------------------------------------------------ identity
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What identifies the weights; raises MemvecError as `check_unchanged` does."""
+        """The identity of the weights. Raises MemvecError as `check_unchanged` does."""
         self.check_unchanged()
         return self._fingerprint
 
     def check_unchanged(self) -> None:
-        """Raise MemvecError if the weights were changed in place (trained) since this was made."""
+        """Raise MemvecError if the weights were changed in place (trained) since construction."""
         if not self._unchanged:
             raise MemvecError(
                 f"the weights of {self.name} were changed after it was loaded: make a new FrozenLM."
             )
 
     def description(self) -> dict[str, Any]:
-        """Everything about the model that could change a number (design rule 6)."""
+        """Everything about the model that can change a result, for records."""
         return {
             "name": self.name,
             "revision": self.revision,

@@ -1,4 +1,4 @@
-"""What to do when memory runs out: notice it, do less at once, free what can be made again."""
+"""Handle lack of memory: detect it, retry with smaller batches, and free caches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 Result = TypeVar("Result")
 # Objects that cache what can be computed again; `forget()` frees their memory.
 HOLDERS: WeakSet[Any] = WeakSet()
-# What main memory, CUDA itself and its libraries say in a RuntimeError.
+# Parts of the RuntimeError messages of main memory, of CUDA and of its libraries.
 NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 # Logits computed at once: 64 MiB in float32, and a few copies of them while losses are computed.
 LOGITS_AT_ONCE = 2**24
@@ -25,7 +25,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def fits(work: Callable[[], None]) -> bool:
-    """Run `work`; False if memory ran out. Results that `work` had stored by then remain."""
+    """Run `work`; returns False if memory ran out. Changes that `work` made before that remain."""
     try:
         work()
     except (RuntimeError, MemoryError) as error:

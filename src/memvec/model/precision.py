@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
 
 ATTENTION = "memvec_float32"  # the name under which transformers knows `attention`
-MIN_PARAMETERS = 4_000_000  # in smaller models products are not what takes the time of a step
-LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # to the original, in logit spreads
-# For each model its rounded copy, or the reason why it is not used.
+MIN_PARAMETERS = 4_000_000  # in smaller models, matrix products are a small part of a step's time
+LARGEST_DIFFERENCE = TOLERANCE[torch.bfloat16]  # allowed difference of logits, in logit spreads
+# The rounded copy of each model, or the reason why it cannot be used.
 COPIES: WeakKeyDictionary[Fingerprint, nn.Module | str] = WeakKeyDictionary()
 
 
@@ -107,7 +107,7 @@ def _rounded(lm: FrozenLM) -> nn.Module | str:
             for parameter in lm.model.parameters()
         }
         model = copy.deepcopy(lm.model, rounded)
-        if lm.device.type == "cpu":  # whose kernels for bfloat16 are slow
+        if lm.device.type == "cpu":  # its bfloat16 kernels for attention and norms are slow
             widen_attention(model)
             join_norms(model)
         COPIES[lm.fingerprint] = _disagreement(lm, lm.computed_by(model)) or model

@@ -1,12 +1,12 @@
-"""How a model reads [mem] vectors: which inputs precede each predicted token, and how to decode.
+"""How a model reads [mem] vectors: the inputs of training, and the inputs of free decoding.
 
-`Reading`, the base of all, puts the vectors in front of the passage and decodes it token by token;
-memvec.arms has two readings that decode a passage in one forward pass.
+The base class `Reading` puts the vectors in front of the passage, which is decoded token by token.
+memvec.arms.one_step has two readings that decode a passage in one forward pass.
 
-A model has one reading (`FrozenLM.reading`); the engine, certification, metrics and files use it.
+Each FrozenLM has one reading (`FrozenLM.reading`). The engine, certification and files use it.
 
-A *space* defines which numbers of a vector are trained and stored: the D numbers of an input
-(`inputs`), or W other numbers from which a reading of memvec.spaces computes what the model reads.
+A *space* defines the numbers of a vector that are trained and stored: the D numbers of an input
+(`inputs`), or W other numbers, from which a reading of memvec.spaces computes what the model reads.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Reading:
     """[vectors, (BOS,) t_1 ... t_{T-1}]: the vectors in front of the passage (Kuratov et al.)."""
 
     layout: Layout = "prefix"
-    fixed_vectors: int | None = None  # the number of vectors it takes, None for any
-    feeds_back: bool = True  # each decoded token is an input for the next one
-    crammer: Any = None  # crams all passages together, if they share one vector
-    enlarges: bool = True  # recipes may make vectors large and move them in large steps
+    fixed_vectors: int | None = None  # required number of vectors; None: any
+    feeds_back: bool = True  # decoding feeds each token back as an input
+    crammer: Any = None  # class that crams all passages together, if they share one vector
+    enlarges: bool = True  # recipes may enlarge the vectors (`Recipe.lr_large`)
     predicts: bool = True  # the last vector predicts the token after it
     space: str = "inputs"  # the name of the space
-    start_rules: tuple[StartRule, ...] = START_RULES
-    options: Mapping[str, Any] = {}  # what a file stores to build the space again
+    start_rules: tuple[StartRule, ...] = START_RULES  # supported start rules
+    options: Mapping[str, Any] = {}  # options that a file stores, to build the space again
 
     def numbers(self, lm: FrozenLM) -> int:
-        """How many numbers of a vector are trained and stored (W)."""
+        """The number of trained and stored numbers per vector (W)."""
         return lm.width
 
     def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
-        """The numbers of this space for (or nearest to) input vectors: the start of a passage."""
+        """The start in this space: the numbers whose vectors are nearest to these input vectors."""
         return vectors
 
     def states(
@@ -63,15 +63,15 @@ class Reading:
         return lm.states_of(self.inputs(lm, vectors, ids, start), keep, cache)
 
     def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K W"] | None) -> Any:
-        """The model's cache before it reads the inputs; None: empty."""
+        """The model's cache in front of the inputs; None: an empty cache."""
         return None
 
     def opening(
         self, lm: FrozenLM, vectors: Float[Tensor, "B K W"], given: Int[Tensor, "B n"]
     ) -> tuple[Float[Tensor, "B N D"], Callable[[], Any]]:
-        """The first inputs of free decoding, and a function that makes the cache before them.
+        """The first inputs of free decoding, and a function that makes the cache in front of them.
 
-        The function returns None for an empty cache.
+        `given` are the tokens after the vectors. The function returns None for an empty cache.
         """
         inputs = torch.cat([lm.after_front(vectors.to(lm.device)), lm.embed(given)], dim=1)
         return inputs, lambda: self.cache(lm, vectors)
@@ -83,12 +83,12 @@ class Reading:
         ids: Int[Tensor, "B T"],
         start: StartRule = "vectors",
     ) -> Float[Tensor, "B N D"]:
-        """The inputs before each predicted token; the model's `front` precedes the vectors.
+        """The inputs of a teacher-forced pass: the model's front, the vectors, and tokens.
 
-        `start` is what follows the vectors: nothing ('vectors': the last vector predicts token 1),
-        BOS or the trigger that replaces it ('bos'), or the passage's first token ('first-token':
-        tokens 2 to T are predicted). Without vectors, use 'bos' or 'first-token'. Raises
-        MemvecError for 'bos' without a BOS token.
+        `start` says what is between the vectors and the first predicted token: nothing ('vectors':
+        the last vector predicts token 1), BOS or another trigger ('bos'), or the passage's first
+        token ('first-token': tokens 2 to T are predicted). Without vectors, use 'bos' or
+        'first-token'. Raises MemvecError for 'bos' without a BOS token.
         """
         parts = [] if vectors is None else [lm.after_front(vectors)]
         if start == "bos":
@@ -132,10 +132,11 @@ def in_front(lm: FrozenLM, options: Mapping[str, Any]) -> Reading:
 
 
 def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
-    """A view of a model that reads its vectors in a space of the registry.
+    """A view of a model that reads its vectors in a registered space.
 
-    `options` are a recipe's record, or those stored in a file. A view in this space with other
-    options is built anew. Raises MemvecError if the model or its layout does not support the space.
+    `options` are those of a recipe's record or of a file. If `lm` is in this space with the same
+    options, it is returned unchanged. Raises MemvecError if the model or its layout does not
+    support the space.
     """
     alike = all(options.get(key, value) == value for key, value in lm.reading.options.items())
     if name == "inputs" or (name == lm.reading.space and alike):

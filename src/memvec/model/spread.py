@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS_AT_ONCE = 20_000  # converted to wider numbers, of a matrix that is not in float32
-
-MASKED = -1e4  # logits at or below this value: tokens that the model never writes
+ROWS_AT_ONCE = 20_000  # rows of a matrix that are converted to wider numbers at once
+MASKED = -1e4  # logits at or below this value are masked: the model never writes these tokens
 
 
 def embedding_std(weight: Float[Tensor, "V D"]) -> float:
-    """Standard deviation of all entries of a matrix; one that is not float32 is read in parts."""
+    """The standard deviation of all entries of a matrix; other dtypes are converted in parts."""
     if weight.dtype == torch.float32 or len(weight) <= ROWS_AT_ONCE:
         return float(weight.float().std())
     parts, n = torch.split(weight, ROWS_AT_ONCE), weight.numel()
@@ -22,6 +21,6 @@ def embedding_std(weight: Float[Tensor, "V D"]) -> float:
 
 
 def logit_spread(logits: Float[Tensor, "n V"]) -> float:
-    """Mean over n positions of the standard deviation over the unmasked columns; 1 instead of 0."""
-    rows = [row[row > MASKED] for row in logits]  # an unfit model may have no finite logits
+    """The standard deviation over unmasked columns, averaged over n positions; 1 instead of 0."""
+    rows = [row[row > MASKED] for row in logits]  # may be empty, if no logit is finite
     return sum(float(row.std()) for row in rows if len(row) > 1) / len(rows) or 1.0

@@ -1,8 +1,8 @@
-"""Spaces other than the input space: other numbers that can be trained in place of an input's.
+"""Spaces other than `inputs`: other numbers that are trained in place of an input's D numbers.
 
-Each is a reading of a model (`memvec.model.reading`), registered by name under the kind `space`.
-It is built from a model and options, which come from a recipe's record or from a file. The core
-imports none of them; a recipe selects one by name. Your own space:
+A space is a reading of a model (`memvec.model.reading`), registered under the kind `space`. It is
+built from a model and options, which come from a recipe's record or from a file. The core imports
+no space; a recipe selects one by name. Your own space:
 
     from memvec import register
     from memvec.model.reading import Reading

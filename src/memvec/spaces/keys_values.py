@@ -11,9 +11,9 @@ values, that the model itself computes in each layer. One learning rate then fit
 one integer scale fits each vector. The file stores the units.
 
 With `prefix-layer`, the other layers hold at these K positions the keys and values of one token
-(BOS, or token 0) repeated K times. They are constants, the same for every passage, so all
-information about a passage passes through the one layer. Masking attention in the other layers
-instead would need one mask per layer, which few models accept.
+(BOS, or token 0) repeated K times. These are the same for every passage, so all information about a
+passage is in the one layer. Masking the positions in the other layers instead would need a mask per
+layer, which few models accept.
 """
 
 from __future__ import annotations
@@ -39,23 +39,26 @@ Layers = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries of a cache that a vector of W numbers holds: keys and values of some layers."""
+    """The layout of a vector of W numbers: the keys and values of some layers in a cache."""
 
     layers: list[int]
-    shapes: list[tuple[int, int]]  # (heads, width) of keys, of values, for each layer in turn
-    unit: Float[Tensor, " W"]  # what each number is multiplied by in the cache
+    shapes: list[tuple[int, int]]  # (heads, width) of the keys, then of the values, of each layer
+    unit: Float[Tensor, " W"]  # factor of each number in the cache
 
     @classmethod
     def of(cls, layers: list[int], tables: Sequence[Tensor], units: Sequence[int]) -> Entries:
-        """Of layers with these keys and values; `units` are exponents of two, one a table."""
+        """The entries of `layers`, from sample keys and values (`tables`, in turn).
+
+        `units` are exponents of two, one for each table.
+        """
         shapes = [(int(t.shape[1]), int(t.shape[3])) for t in tables]
         sizes = [heads * width for heads, width in shapes]
         scales = [torch.full((n,), 2.0**unit) for n, unit in zip(sizes, units, strict=True)]
-        # A copy to the device at each step would make a GPU wait.
+        # The units are on the device, because a copy at each step would make a GPU wait.
         return cls(layers, shapes, torch.cat(scales).to(tables[0].device))
 
     def vectors_of(self, cached: Layers) -> Float[Tensor, "K W"]:
-        """The vectors of the entries of K positions, in units."""
+        """The vectors of K cached positions, in units."""
         tables = [t[0] for layer in self.layers for t in cached[layer]]
         rows = torch.cat([t.transpose(0, 1).flatten(1).float() for t in tables], dim=-1)
         return rows / self.unit.to(rows.device)
@@ -63,7 +66,10 @@ class Entries:
     def cache(
         self, vectors: Float[Tensor, "B K W"], dtype: torch.dtype, constants: Layers | None = None
     ) -> Any:
-        """A DynamicCache with the entries of vectors, differentiable; `constants` elsewhere."""
+        """A DynamicCache with the keys and values of `vectors`, differentiable.
+
+        Other layers get `constants`, if given.
+        """
         from transformers import DynamicCache  # here, since this import takes two seconds
 
         scaled = (vectors * self.unit.to(vectors.device)).to(dtype)
@@ -89,9 +95,9 @@ class Entries:
 class KeysValues(Reading):
     """A key and a value of each key-value head in every layer.
 
-    `options` may hold `units`: for each layer in turn the exponents of two of the units of its keys
-    and of its values; without them the units are measured. Raises MemvecError for a model whose
-    cache holds no keys and values.
+    `options` may hold `units`: for each layer in turn, the exponents of two of the units of its
+    keys and of its values. Without them, the units are measured. Raises MemvecError for a model
+    whose cache holds no keys and values.
     """
 
     space = "prefix"
@@ -119,7 +125,7 @@ class KeysValues(Reading):
         return None
 
     def numbers(self, lm: FrozenLM) -> int:
-        """W: the sum over trained layers of 2 x key-value heads x head width (if equal)."""
+        """W: the sum over trained layers of the numbers of keys and values at one position."""
         return len(self.entries.unit)
 
     def inputs_before(self, K: int, start: StartRule) -> int:
@@ -128,7 +134,7 @@ class KeysValues(Reading):
 
     @torch.no_grad()
     def begun_at(self, lm: FrozenLM, vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K W"]:
-        """The keys and values, in units, that the model computes for input vectors."""
+        """The keys and values, in units, that the model computes for these input vectors."""
         layers = keys_values(self.lm, vectors[None].to(self.lm.device, self.lm.dtype))
         return self.entries.vectors_of(layers).cpu()
 
@@ -172,7 +178,7 @@ class KeysValues(Reading):
         """Raise MemvecError if the model's own keys and values, passed in, change its logits."""
         lm, ids = self.lm, probe_ids(self.lm, 7)
         tables = [table for layer in probe for table in layer]
-        # All layers, whatever is trained, and no units.
+        # All layers, whichever of them are trained, in units of 1.
         whole = Entries.of(list(range(len(probe))), tables, [0] * len(tables))
         two = [(keys[:, :, :2], values[:, :, :2]) for keys, values in probe]
         cache = whole.cache(whole.vectors_of(two)[None], lm.rounding)

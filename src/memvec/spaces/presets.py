@@ -1,8 +1,8 @@
 """Recipes for keys and values: the default recipe with other rates and BOS (docs/spaces.md).
 
-These numbers are in units near their own size, so they take a larger learning rate than small input
-vectors. They are never made large. The optimiser is `nadam`, for which the rate was chosen. BOS
-stands between the prefix and the passage, because a token has to predict token 1.
+Keys and values are in units near their own size, so they take a larger learning rate than small
+input vectors. They are never enlarged. The learning rate was chosen for the optimizer `nadam`. BOS
+is between the prefix and the passage, because token 1 must be predicted from a token.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from memvec.cramming.recipe import Recipe
 
 
 def prefix() -> Recipe:
-    """A key and a value in every layer, after which BOS stands."""
+    """A key and a value in every layer, followed by BOS."""
     return Recipe(space="prefix", start_rule="bos", lr=0.3, lr_large=0.0, optimizer="nadam")
 
 
 def prefix_layer() -> Recipe:
-    """A key and a value in one layer; `layer` says in which."""
+    """A key and a value in one layer, `Recipe.layer`, followed by BOS."""
     return Recipe(space="prefix-layer", start_rule="bos", lr=0.3, lr_large=0.0, optimizer="nadam")

@@ -41,7 +41,7 @@ class SharedBasis(Reading):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(lm.width, d, generator=generator, dtype=torch.float64)
         rows = torch.linalg.qr(drawn).Q.T * (lm.width / d) ** 0.5
-        self.basis = rows.float().to(lm.device)  # a copy at each step would make a GPU wait
+        self.basis = rows.float().to(lm.device)  # copying it at each step would make a GPU wait
 
     def numbers(self, lm: FrozenLM) -> int:
         """d, the number of coefficients of a vector."""

@@ -1,4 +1,4 @@
-"""Answers after contexts: their log-likelihoods, and what the model writes until a stop."""
+"""Answers after contexts: their log-likelihoods, and generation up to a stop string."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SHORTER = "use fewer examples, or another column"
 
 
 class Likelihood(NamedTuple):
-    """Of an answer: its log-likelihood in nats, and whether greedy decoding writes it."""
+    """The log-likelihood of an answer (nats), and whether greedy decoding generates it."""
 
     value: float
     greedy: bool
 
 
 class EmbeddedRequest(NamedTuple):
-    """Inputs that stand for a context, the question after them, and an answer."""
+    """A request whose context is given as inputs; question and answer are token ids."""
 
     inputs: Float[Tensor, "1 N D"]
     question: Ids
@@ -37,8 +37,9 @@ def likelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each answer after its context and question.
 
-    Answers that differ in their last token only (the letters of a multiple choice) share a forward
-    pass. Raises MemvecError for more inputs than the model's context holds.
+    `batch_size` is the number of forward passes in a batch. Answers that differ only in their last
+    token, such as the letters of a multiple choice, share a pass. Raises MemvecError if a request
+    does not fit the model's context.
     """
     shared: dict[tuple[int, Ids, int, Ids], list[int]] = {}
     for i, request in enumerate(requests):
@@ -55,14 +56,14 @@ def likelihoods(
 
 
 def _length(request: EmbeddedRequest) -> int:
-    """Inputs of the forward pass: everything but the answer's last token."""
+    """The number of inputs of the forward pass: all but the answer's last token."""
     return request.inputs.shape[1] + len(request.question) + max(0, len(request.answer) - 1)
 
 
 def _batch(
     lm: FrozenLM, requests: Sequence[EmbeddedRequest], groups: list[list[int]]
 ) -> dict[int, Likelihood]:
-    """Likelihoods by index; the answers of a group have the same inputs."""
+    """The likelihoods by request index; the requests of a group have the same inputs."""
     first = [requests[group[0]] for group in groups]
     lengths = [_length(request) for request in first]
     width = max(lengths)
@@ -70,7 +71,7 @@ def _batch(
     for row, request, length in zip(inputs, first, lengths, strict=True):
         after = torch.tensor([[*request.question, *request.answer[:-1]]], device=lm.device).long()
         row[:length] = torch.cat([request.inputs.to(lm.dtype), lm.embed(after)], 1)[0]
-    # Right padding without a mask: nothing that is read comes after it.
+    # Right padding needs no mask in a causal model.
     answers = [len(request.answer) for request in first]
     start = min(length - n for length, n in zip(lengths, answers, strict=True))
     states = lm.states_of(inputs, keep=width - start)
@@ -86,10 +87,11 @@ def _batch(
 
 
 def written(lm: FrozenLM, request: EmbeddedRequest, until: Sequence[str], **settings: Any) -> str:
-    """What the model writes after a context and a question, up to the first of `until`.
+    """The text that the model generates after a context and a question, up to the first of `until`.
 
-    `settings` go to the model's `generate`; `max_new_tokens` is required. Raises MemvecError for
-    more inputs and new tokens than the model's context holds, or a model that does not generate.
+    `settings` are passed to the model's `generate`; `max_new_tokens` is required. Raises
+    MemvecError if inputs and new tokens do not fit the model's context, or if the model has no
+    `generate`.
     """
     ids = torch.tensor([request.question], device=lm.device).long()
     inputs = torch.cat([request.inputs.to(lm.dtype), lm.embed(ids)], 1)

@@ -1,23 +1,23 @@
-"""The certificate of use: how well vectors stand for the text as context, beside other contexts.
+"""The certificate of use: how well vectors stand for their text as context, beside other contexts.
 
-For each passage, the model that has read the whole text is the reference. After each context (the
-vectors; nothing; the last K, 2 K, 4 K and 8 K tokens of the text; vectors that were crammed to be
-exact only) it reads the same words, and two figures say how far it is from the reference:
+The reference is the model that has read the text of a passage. The model reads the same queries
+after each context: the vectors; nothing; the last K, 2 K, 4 K and 8 K tokens of the text; and
+exact-only vectors. Two figures compare it with the reference:
 
-    KL     mean over tokens of KL(model after the text || model after the context), nats, over all
-           V tokens
-    kept   (NLL without context - NLL after the context) / (NLL without - NLL with the text): the
-           share of what the text tells about the words that follow; 0 no context, 1 the whole text
+    KL     KL(model after the text || model after the context) over all V tokens, nats, mean over
+           the tokens of the queries
+    kept   the share kept: (NLL after nothing - NLL after the context) / (NLL after nothing - NLL
+           after the text); 0 is no context, 1 is the whole text
 
-The words (tokens) are queries that cramming never saw: continuations of the text, sampled with
-another seed, and the true continuation of a passage, where the document goes on after it.
+The queries are not those of cramming: they are continuations of the text, sampled with another
+seed, and the true continuation of a passage, if the document is long enough.
 
-Texts of several passages are measured as a whole, too: their vectors one after the other, as
-`memvec.use` has them, beside the whole text. Each passage was crammed to stand alone, so a row of
-them is a worse context than its parts (docs/usable.md).
+Texts of several passages are also measured as a whole: the vectors of all passages in a row, as
+`memvec.use` reads them, are compared with the whole text. Each passage was crammed alone, so a row
+of them is a worse context than each one for its own text (docs/usable.md).
 
-Vectors that predict nothing (keys and values, memvec.spaces) have the first word given, which is
-then left out for every context.
+After vectors that predict nothing (keys and values, memvec.spaces), the first token of a query is
+given. It is then left out after every context.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from memvec.usable.contexts import (
 from memvec.usable.queries import continuations
 from memvec.vectors import MemVectors
 
-PASSAGES = 32  # at most so many passages are measured, evenly spread over the file
+PASSAGES = 32  # maximum number of measured passages, evenly spaced in the file
 QUERIES = 4  # held-out continuations of each passage
-TOKENS = 48  # of each, and of the true continuation; fewer where the context holds no more
-SEED = 7919  # added to the recipe's: other continuations than cramming saw
-ROWS = 8  # at most so many texts of several passages are measured whole
+TOKENS = 48  # maximum tokens of a query; fewer if the model's context is short
+SEED = 7919  # added to the recipe's seed, so that the queries are not those of cramming
+ROWS = 8  # maximum number of texts of several passages that are measured as a whole
 
 
 class ContextScore(Record):
@@ -65,43 +65,45 @@ class ContextScore(Record):
 
     kl: float = Field(description="KL from the model after the text, nats per token")
     kl_interval: tuple[float, float]
-    nll: float = Field(description="negative log-likelihood of the words, nats per token")
-    kept: float = Field(description="share of the text's gain that the context keeps")
+    nll: float = Field(description="negative log-likelihood of the queries, nats per token")
+    kept: float = Field(description="share kept: of the text's gain, what the context keeps")
     kept_interval: tuple[float, float]
     over_vectors: float = Field(description="KL of this context / KL of the vectors")
     over_vectors_interval: tuple[float, float]
-    passages: int | None = Field(default=None, ge=1, description="of how many passages; None: all")
+    passages: int | None = Field(
+        default=None, ge=1, description="number of passages with this context; None: all"
+    )
 
 
 class ScoreTable(Record):
-    """The scores of every context on the same words."""
+    """The scores of every context on the same queries."""
 
-    passages: int = Field(ge=1, description="passages, or rows of them, that were measured")
-    queries: int = Field(ge=1, description="texts for each")
-    tokens: int = Field(ge=1, description="tokens of each")
-    gain: float = Field(description="NLL without context - NLL with the text, nats per token")
+    passages: int = Field(ge=1, description="passages, or texts of several, that were measured")
+    queries: int = Field(ge=1, description="queries of each passage")
+    tokens: int = Field(ge=1, description="tokens of each query")
+    gain: float = Field(description="NLL after nothing - NLL after the text, nats per token")
     contexts: dict[str, ContextScore]
 
 
 class UseCertificate(Record):
     """How well the vectors of a file stand for their texts as context."""
 
-    trigger: str = Field(description="what precedes the passage: 'bos', an id, or 'crammed'")
+    trigger: str = Field(description="the trigger: 'bos', a token id, or 'crammed'")
     vectors: int = Field(ge=1, description="vectors of each passage (K)")
-    context_scale: float = Field(default=1.0, description="what they are multiplied by here")
+    context_scale: float = Field(default=1.0, description="factor of the vectors in context mode")
     held_out: ScoreTable
     continuation: ScoreTable | None = Field(
-        default=None, description="the same on the true continuations; none: no text goes on"
+        default=None, description="scores on the true continuations; none: no text is long enough"
     )
     in_a_row: ScoreTable | None = Field(
         default=None,
-        description="all vectors of a text, on sampled continuations of it; none: no text has "
+        description="scores of all vectors of a text on sampled continuations; none: no text has "
         "several passages that fit the model's context together",
     )
     environment: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """As a file's header has it: what is not finite is a word."""
+        """The certificate as JSON values for a header; numbers that are not finite are strings."""
         return dict(json.loads(self.model_dump_json()))
 
 
@@ -116,20 +118,20 @@ def certify_use(
 ) -> UseCertificate:
     """Measure how well vectors stand for their texts as context.
 
-    `token_ids` are those of every passage, where the caller has them; without them, the passages
-    are decoded (raises as `MemVectors.tokens`). `exact_only=False` leaves out the control that
-    has to be crammed; `force` measures the vectors of another model of that width. Raises
-    MemvecError for vectors of another model, token ids that are not the passages', vectors that
-    nothing can be read after (one-step, start rule 'vectors'), or passages too long for a query
-    in the model's context.
+    `token_ids` are those of every passage; without them, the passages are decoded (this raises as
+    `MemVectors.tokens` does). `exact_only=False` leaves out exact-only vectors, which must be
+    crammed for the comparison. `force` measures vectors of another model of the same width. Raises
+    MemvecError for vectors of another model, for token ids that are not those of the passages, for
+    vectors without a context mode (one-step, start rule 'vectors'), and for passages that leave no
+    room for a query in the model's context.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     check_usable(mem)
     mem.check_model(lm, force=force)
     view = mem.view(lm)
     ids = mem.tokens(lm, force=force) if token_ids is None else _checked(token_ids, mem)
-    chosen = _spread(len(ids), PASSAGES)
-    K, tokens = mem.vectors.shape[1], _room(view, mem, [ids[i] for i in chosen])
+    chosen = _evenly_spaced(len(ids), PASSAGES)
+    K, tokens = mem.vectors.shape[1], _query_tokens(view, mem, [ids[i] for i in chosen])
     controls: list[Tensor | None] = [None] * len(chosen)
     if exact_only:
         controls = exact_only_vectors(view, mem, [ids[i] for i in chosen])
@@ -137,7 +139,7 @@ def certify_use(
         contexts_of(view, mem.vectors[i].float(), ids[i], control)
         for i, control in zip(chosen, controls, strict=True)
     ]
-    seed = (SEED + int(mem.header.recipe.get("seed", 0))) % 2**62  # another than cramming had
+    seed = (SEED + int(mem.header.recipe.get("seed", 0))) % 2**62
     recipe = Recipe(query_count=QUERIES, query_tokens=tokens, seed=seed)
     held_out = [
         after_each(view, after, continuations(view, ids[i], recipe)[0])
@@ -161,7 +163,7 @@ def certify_use(
 
 
 def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
-    """Raise MemvecError if nothing but their passage can be read after vectors (`subject`)."""
+    """Raise MemvecError for vectors without a context mode; `subject` names them in the error."""
     check_type("mem", mem, MemVectors, "MemVectors.load")
     if mem.header.layout != "prefix" or mem.header.start_rule == "vectors":
         raise MemvecError(
@@ -171,7 +173,7 @@ def check_usable(mem: MemVectors, subject: str = "these vectors") -> None:
 
 
 def _checked(token_ids: Sequence[Sequence[int]], mem: MemVectors) -> Sequence[Sequence[int]]:
-    """Token ids that a caller has. Raises MemvecError unless they are those of the passages."""
+    """Return `token_ids`. Raises MemvecError unless they are those of the passages."""
     try:
         same = [ids_hash(ids) for ids in token_ids] == [p.sha256 for p in mem.passages]
     except (TypeError, ValueError, OverflowError):  # not sequences of 32-bit integers
@@ -184,15 +186,16 @@ def _checked(token_ids: Sequence[Sequence[int]], mem: MemVectors) -> Sequence[Se
     return token_ids
 
 
-def _spread(n: int, limit: int) -> list[int]:
+def _evenly_spaced(n: int, limit: int) -> list[int]:
+    """At most `limit` of the indices below n, evenly spaced."""
     return list(range(n)) if n <= limit else sorted({n * i // limit for i in range(limit)})
 
 
-def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> int:
-    """Tokens of a query after the longest of the passages, TOKENS at most."""
+def _query_tokens(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> int:
+    """Tokens of a query that fit the context after the longest of the passages, at most TOKENS."""
     text = int(lm.bos_id is not None) + max(map(len, passages))
     vectors = len(lm.front) + mem.vectors.shape[1] + int(lm.reading.space != "inputs")
-    # The last token of a query is not read.
+    # The last token of a query is predicted and not read.
     room = TOKENS if lm.context is None else lm.context - max(text, vectors) + 1
     if room < 2:
         raise MemvecError(
@@ -205,7 +208,7 @@ def _room(lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]) -> i
 def _following(
     mem: MemVectors, passages: Sequence[Sequence[int]], tokens: int
 ) -> dict[int, Sequence[int]]:
-    """So many tokens after each passage, where its document has them."""
+    """By passage, the next `tokens` tokens of its document; without passages that have fewer."""
     following: dict[int, Sequence[int]] = {}
     at = 0
     for document in mem.header.documents:
@@ -222,16 +225,19 @@ def _following(
 def _scores_in_a_row(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]], recipe: Recipe
 ) -> ScoreTable | None:
-    """Scores of the vectors of whole texts; of a long text, as many passages as fit the context."""
+    """Scores of the vectors of whole texts; of a long text, only the passages that fit the context.
+
+    None if no text has several passages that fit.
+    """
     rows: list[range] = []
     at = 0
     for document in mem.header.documents:
         texts = passages[at : at + document.passages]
-        n = _fitting(lm, texts, mem.vectors.shape[1], recipe.query_tokens)
+        n = _passages_that_fit(lm, texts, mem.vectors.shape[1], recipe.query_tokens)
         rows += [range(at, at + n)] if n > 1 else []
         at += document.passages
     measured = []
-    for i in _spread(len(rows), ROWS):
+    for i in _evenly_spaced(len(rows), ROWS):
         row = slice(rows[i].start, rows[i].stop)
         text = [token for ids in passages[row] for token in ids]
         contexts = contexts_of_row(lm, mem.vectors[row].float(), text)
@@ -239,8 +245,8 @@ def _scores_in_a_row(
     return score_table(measured, QUERIES, recipe.query_tokens) if measured else None
 
 
-def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: int) -> int:
-    """How many of the first passages fit the context as text and as vectors, with `tokens` more."""
+def _passages_that_fit(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: int) -> int:
+    """How many of the first passages fit the context with `tokens` more, as text and as vectors."""
     text, row = 1, len(lm.front)
     for n, ids in enumerate(passages):
         text, row = text + len(ids), row + K
@@ -252,13 +258,13 @@ def _fitting(lm: FrozenLM, passages: Sequence[Sequence[int]], K: int, tokens: in
 def exact_only_vectors(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[Sequence[int]]
 ) -> list[Tensor | None]:
-    """As many vectors (K, W) of each passage, crammed by the default recipe; None if not exact."""
-    space = lm.reading.space  # its own preset has the rates of its numbers
+    """Exact-only vectors (K, W) of each passage, K as in `mem`; None for a passage not exact."""
+    space = lm.reading.space  # a space has a preset of its own, if its learning rates differ
     recipe = Recipe.of(space if space in registry.names("preset") else "default")
     of_space = {k: v for k, v in lm.reading.options.items() if k in recipe.record()}
     storage: Storage = mem.storage
     engine = Engine(
-        lm,  # which has the trigger already: 'bos' leaves it as it is
+        lm,  # has the trigger of `mem` already, and trigger='bos' keeps it
         replace(recipe, space=space, start_rule=mem.header.start_rule, trigger="bos", **of_space),
         vectors=mem.vectors.shape[1],
         storage=storage,
@@ -270,9 +276,9 @@ def exact_only_vectors(
 
 
 def score_table(measured: Sequence[dict[str, Figures]], queries: int, tokens: int) -> ScoreTable:
-    """Means and intervals over the passages; a context that a passage lacks is left out there."""
-    fullest = sorted(measured, key=len, reverse=True)  # the order in which contexts are shown
-    names = dict.fromkeys(name for row in fullest for name in row if name != FULL)
+    """Means and intervals over the passages; each context is averaged over the passages with it."""
+    by_size = sorted(measured, key=len, reverse=True)  # contexts in the order of the longest row
+    names = dict.fromkeys(name for row in by_size for name in row if name != FULL)
     gain = [row[NONE].nll - row[FULL].nll for row in measured]
     scores = {}
     for name in names:

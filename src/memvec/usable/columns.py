@@ -1,13 +1,13 @@
-"""What stands in front of a question: the whole context, nothing, its end, or its vectors.
+"""Columns of an evaluation: the inputs that replace the context in front of a question.
 
-A request is a context (a passage, or worked examples) and a question after it. A comparison has
-columns, and each puts something else in the context's place:
+A request is a context (a passage, or worked examples) and a question after it. Each column replaces
+the context by other inputs:
 
     full       the model's start token and the context
     none       the start token
-    truncated  the start token and the last tokens of the context, one for each vector that the
-               context is crammed into: as many inputs, without cramming
-    crammed    the vectors of the context, passage by passage, one after the other
+    truncated  the start token and the last tokens of the context, one token for each vector of the
+               column `crammed`, so that both have the same number of inputs
+    crammed    the vectors of the context, passage by passage
 
 The question and the answer are the same token ids in every column.
 """
@@ -45,10 +45,10 @@ Ids = tuple[int, ...]
 
 
 class StandIn(NamedTuple):
-    """The inputs that take the place of one context.
+    """The inputs that replace one context.
 
-    `slots` counts the vectors, or the tokens of the context, without the start token in front;
-    `exact` says whether the vectors give the context back.
+    `slots` is the number of vectors or tokens, without the start token in front. `exact` says
+    whether the vectors give the context back.
     """
 
     inputs: Float[Tensor, "1 N D"]
@@ -57,7 +57,7 @@ class StandIn(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Token ids of a context, of the question after it and of an answer."""
+    """Token ids of a context, of the question after it, and of an answer."""
 
     context: Ids
     question: Ids
@@ -65,7 +65,7 @@ class Request(NamedTuple):
 
 
 def column_named(name: str) -> ColumnName:
-    """A column by name. Raises MemvecError for an unknown one."""
+    """The column of a name. Raises MemvecError for an unknown name."""
     for column in COLUMNS:
         if column == name:
             return column
@@ -73,10 +73,10 @@ def column_named(name: str) -> ColumnName:
 
 
 def split_text(text: str, split: str = SPLIT) -> tuple[str, str]:
-    """A prompt as context and question: at the last place where `split` occurs.
+    """Split a prompt into context and question, at the last occurrence of `split`.
 
-    White space at the front of `split` belongs to the context, the rest of it to the question;
-    without `split` in the prompt all of it is the question.
+    Leading white space of `split` belongs to the context, the rest of it to the question. A prompt
+    without `split` is a question without a context.
     """
     at = text.rstrip().rfind(split)
     if at < 0:
@@ -86,12 +86,12 @@ def split_text(text: str, split: str = SPLIT) -> tuple[str, str]:
 
 
 def request_of(lm: FrozenLM, prompt: str, answer: str = "", split: str = SPLIT) -> Request:
-    """A prompt and an answer as token ids, those of the whole text tokenized at once.
+    """A prompt and an answer as token ids; the whole text is tokenized at once.
 
-    The context is as many of the first tokens as the context alone has too: where a token crosses
-    the border, it is part of the question. White space at the end of a prompt goes to the answer,
-    as the harness has it, if there is an answer. A start token that a chat template wrote at the
-    front is left out: every column brings its own.
+    A token that crosses the border between context and question is part of the question: the
+    context is the common prefix of its own tokens and those of the prompt. If there is an answer,
+    white space at the end of the prompt belongs to it, as in the harness. A start token that a chat
+    template has added is removed, because every column adds one.
     """
     context, _ = split_text(prompt, split)
     stripped = prompt.rstrip() if answer else prompt
@@ -109,13 +109,13 @@ def request_of(lm: FrozenLM, prompt: str, answer: str = "", split: str = SPLIT) 
 
 
 class Column:
-    """One column of a comparison.
+    """One column of an evaluation.
 
-    A context is cut into equal passages of at most `tokens` tokens, with `vectors` (K) vectors
-    each, crammed by `recipe`. `cache` is a folder that keeps what is crammed, each passage from the
-    moment that it is done, under the model, the recipe and its token ids. `on_status` is called
-    with the progress of cramming. Raises MemvecError for an unknown column, sizes below 1, another
-    space than inputs, or a folder that cannot be written.
+    A context is cut into equal passages of at most `tokens` tokens. Each is crammed into `vectors`
+    (K) vectors by `recipe`, `batch_size` at once. `cache` is a folder that keeps crammed passages;
+    its key contains the model, the recipe and the token ids. `on_status` is called with the
+    progress of cramming. Raises MemvecError for an unknown column, sizes below 1, another space
+    than inputs, or a folder that cannot be written.
     """
 
     def __init__(
@@ -143,13 +143,13 @@ class Column:
         self._crammed: dict[Ids, list[Outcome]] = {}
 
     def pieces(self, ids: Ids) -> list[tuple[int, int]]:
-        """Start and end of each passage of a context: as equal as can be, none above `tokens`."""
+        """Start and end of each passage of a context; their lengths differ by at most one token."""
         n = -(-len(ids) // self.tokens)
         edges = [len(ids) * i // n for i in range(n + 1)] if n else []
         return list(itertools.pairwise(edges))
 
     def prepare(self, contexts: Iterable[Ids]) -> None:
-        """Cram all contexts that are not crammed yet, together. Raises MemvecError as Engine."""
+        """Cram all new contexts together. Raises MemvecError as Engine does."""
         if self.name != "crammed":
             return
         new = [ids for ids in dict.fromkeys(contexts) if ids and ids not in self._crammed]
@@ -157,7 +157,7 @@ class Column:
             self._cram(new)
 
     def stand_in(self, ids: Ids) -> StandIn:
-        """The inputs that take the place of a context in this column."""
+        """The inputs that replace a context in this column."""
         if self.name == "crammed" and ids:
             self.prepare([ids])
             outcomes = self._crammed[ids]
@@ -181,7 +181,7 @@ class Column:
             for i, ids in enumerate(contexts)
             for start, end in self.pieces(ids)
         ]
-        # An inexact passage stays, with as many vectors as the truncated context has tokens.
+        # halve=False: the column `truncated` has as many tokens as these passages have vectors.
         job = CramJob(
             self.lm,
             documents,
@@ -204,7 +204,7 @@ class Column:
             self._crammed.setdefault(contexts[document], []).append(outcome)
 
     def _journal(self, job: CramJob) -> Journal | None:
-        """The cache of this model, this recipe and these sizes; None without a folder."""
+        """The journal in the cache folder, under all settings that decide the vectors; or None."""
         if self.cache is None:
             return None
         try:

@@ -1,18 +1,16 @@
-"""Do vectors keep their text in some directions and its meaning in others?
+"""Directions of decoding mode and of context mode in the space of the vectors (K·D numbers).
 
-Every token of the passage has a direction of its own in the space of the vectors (K·D numbers):
-the gradient of its margin (the logit of the true token minus the best other one) after the
-trigger. So has every word that the model reads after the vectors as context: the gradient of its
-log-probability. Each set of n directions spans a subspace, and two figures say how far the
-subspaces coincide:
+The question is whether vectors store their text in other directions than its meaning. Each token of
+the passage has a direction for decoding mode: the gradient of its margin after the trigger. Each
+token of a query has a direction for context mode: the gradient of its log-probability after the
+vectors. n directions of one mode span a subspace. Two figures compare the subspaces of both modes:
 
-    overlap   mean over the directions of one set of the share of their squared length that lies in
-              the span of the other; n / (K·D) by chance, 1 if one span holds the other
-    without   what is lost of each mode when the vectors lose what they have in a span
+    overlap   the share of a direction's squared length in the subspace of the other mode, mean over
+              directions; n / (K·D) by chance, 1 if the other subspace contains this one
+    without   the loss in each mode when the component of the vectors in a subspace is removed
 
-Vectors lose a little in any span, so the same number of random directions is the control
-(`random_directions`). Directions are taken at the vectors, one gradient each; nothing is assumed
-of curvature.
+Removing any component changes vectors a little, so n random directions are the control
+(`random_directions`). Each direction is one gradient at the vectors, so this is a first-order view.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ Directions = Float[Tensor, "n KD"]
 def directions_of_text(
     lm: FrozenLM, vectors: Float[Tensor, "K D"], ids: Sequence[int]
 ) -> Directions:
-    """The gradient of each token's margin after the trigger at the vectors, a row for each."""
+    """The gradient of each token's margin (logits) in decoding mode at the vectors, one per row."""
     T = len(ids)
     table = torch.tensor([list(ids)], device=lm.device).expand(T, -1)
     with torch.enable_grad():
@@ -47,12 +45,15 @@ def directions_of_text(
 def directions_of_use(
     lm: FrozenLM,
     vectors: Float[Tensor, "K D"],
-    words: Int[Tensor, "M L"],
+    queries: Int[Tensor, "M L"],
     places: Sequence[tuple[int, int]],
 ) -> Directions:
-    """The gradient of the log-probability of words after the vectors, for (row, position) each."""
+    """The gradient of a token's log-probability in context mode, one row for each of `places`.
+
+    A place is the (row, position) of a token in `queries`.
+    """
     row, position = (torch.tensor(axis, device=lm.device) for axis in zip(*places, strict=True))
-    table = words.to(lm.device)[row]
+    table = queries.to(lm.device)[row]
     with torch.enable_grad():
         rows = vectors.to(lm.device).expand(len(places), -1, -1).detach().clone().requires_grad_()
         states = states_after(lm, lm.after_front(lm.context_scale * rows), table)
@@ -65,31 +66,31 @@ def directions_of_use(
 
 
 def random_directions(n: int, numbers: int, seed: int) -> Directions:
-    """n independent directions without preference among so many numbers (K·D)."""
+    """n random normal directions in the space of `numbers` (K·D) numbers."""
     return torch.randn(n, numbers, generator=torch.Generator().manual_seed(seed))
 
 
 def places_of(M: int, L: int, n: int) -> list[tuple[int, int]]:
-    """n (row, position) pairs, spread evenly over M texts of L words."""
+    """n (row, position) pairs, evenly spaced over M queries of L tokens."""
     return [divmod(M * L * i // n, L) for i in range(n)]
 
 
 def overlap(directions: Directions, others: Float[Tensor, "m KD"]) -> float:
-    """Mean share of the squared length of `directions` that lies in the span of `others`."""
+    """The mean share of the squared length of `directions` that is in the span of `others`."""
     inside = directions.double() @ _basis(others)
     return float((inside.square().sum(1) / directions.double().square().sum(1)).mean())
 
 
 def without(vectors: Float[Tensor, "K D"], directions: Directions) -> Float[Tensor, "K D"]:
-    """The vectors less what they have in the span of the directions."""
+    """The vectors without their component in the span of the directions."""
     basis, flat = _basis(directions), vectors.flatten().double().cpu()
     return (flat - basis @ (basis.T @ flat)).float().reshape(vectors.shape)
 
 
 def _basis(directions: Directions) -> Float[Tensor, "KD r"]:
-    """An orthonormal basis of the span, each direction at length 1 first.
+    """An orthonormal basis of the span of the directions, which are first scaled to length 1.
 
-    Of directions that depend on each other the span has fewer columns than there are directions.
+    r is below n if the directions are linearly dependent.
     """
     unit = directions.double() / directions.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
     basis, sizes, _ = torch.linalg.svd(unit.T, full_matrices=False)

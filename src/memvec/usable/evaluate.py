@@ -1,7 +1,7 @@
-"""One evaluation: tasks of lm-evaluation-harness, a column after the other, receipts, a table.
+"""Run an evaluation: tasks of lm-evaluation-harness, one column after the other.
 
-The harness builds the requests and asks the model (memvec.usable.harness); what was asked and
-answered becomes a receipt for each document, and the table comes from the receipts alone.
+The harness builds the requests and sends them to the model (memvec.usable.harness). The requests
+and answers of each document become a receipt. The table is computed from the receipts alone.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated and how; sizes and recipe as in memvec.usable.columns.
+    """The settings of an evaluation; sizes, recipe and cache are those of memvec.usable.columns.
 
-    `examples` are worked examples in front of each question (None: as the task has it), `limit` the
-    documents of each task, `tasks_folder` holds task files of one's own.
+    `examples` is the number of worked examples in front of each question (None: the task's own),
+    `limit` the maximum number of documents of each task (None: all), `tasks_folder` a folder with
+    task files of your own, and `receipts` the folder of receipts (None: they are not written).
     """
 
     tasks: tuple[str, ...]
@@ -76,7 +77,7 @@ class Evaluation:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise MemvecError for settings that cannot be evaluated with any model."""
+        """Raise MemvecError for settings that are wrong for any model; make the receipts folder."""
         if not self.tasks:
             raise MemvecError("there is no task to evaluate: name at least one.")
         if not self.columns:
@@ -109,20 +110,20 @@ def evaluate(
     on_column: Callable[[str], None] | None = None,
     on_status: Callable[[CramStatus], None] | None = None,
 ) -> list[Figure]:
-    """Evaluate, write the receipts if there is a folder for them, and return the table.
+    """Run an evaluation, write its receipts, and return the figures of the table.
 
     `on_column` is called with each column before it starts, `on_status` with the progress of
-    cramming. Raises MemvecError for unknown tasks or columns, a missing harness, a task that cannot
-    be loaded or has no context, requests that do not fit the model, or a folder with receipts of
-    another run.
+    cramming. Raises MemvecError for unknown tasks or columns, if the harness is not installed, for
+    a task that cannot be loaded or has no context, for requests that do not fit the model's
+    context, and for a folder with receipts of another run.
     """
     from memvec.usable.harness import MemvecLM
 
     evaluation.check()
     with _quiet():
-        manager = _manager(evaluation)  # made once: it reads thousands of task files
+        manager = _task_manager(evaluation)  # made once: it reads thousands of task files
         tasks = _tasks(evaluation, manager)
-        contents = {name: _content(task, evaluation.limit) for name, task in tasks.items()}
+        contents = {name: _content_hash(task, evaluation.limit) for name, task in tasks.items()}
         receipts: list[Receipt] = []
         results: dict[str, Any] = {}
         run = ""
@@ -138,9 +139,9 @@ def evaluate(
                 split=evaluation.split,
                 crammed_at_once=evaluation.batch_size,
                 on_status=on_status,
-                **_changes(evaluation.recipe),
+                **_recipe_arguments(evaluation.recipe),
             )
-            if not run:  # the same for every column
+            if not run:  # all columns have the same identity
                 run = _identity(_record(evaluation, model, contents, {}))
                 if evaluation.receipts is not None:
                     refuse_another_run(evaluation.receipts, run)
@@ -155,21 +156,21 @@ def evaluate(
     return score_figures(receipts)
 
 
-def _changes(recipe: Recipe | None) -> dict[str, Any]:
-    """All fields of a recipe, for the model's arguments: they lie over a preset's there."""
+def _recipe_arguments(recipe: Recipe | None) -> dict[str, Any]:
+    """All fields of a recipe as arguments of the model, where they replace those of its preset."""
     return {} if recipe is None else asdict(recipe)
 
 
 def _tasks(evaluation: Evaluation, manager: Any) -> dict[str, Any]:
-    """The harness's tasks by name, groups taken apart. Raises MemvecError for an unknown one."""
+    """The harness's tasks by name, those of groups included. MemvecError for an unknown task."""
     for name in evaluation.tasks:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)  # of thousands
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "'lm_eval ls tasks' lists them."
             raise MemvecError(f"the harness has no task '{name}': {hint}")
     try:
         loaded: dict[str, Any] = manager.load(list(evaluation.tasks))["tasks"]
-    except Exception as error:  # data of any kind, from anywhere
+    except Exception as error:  # loading data may raise any error
         raise MemvecError(
             f"the data of {', '.join(evaluation.tasks)} cannot be loaded: {first_line(error)}"
         ) from error
@@ -179,17 +180,17 @@ def _tasks(evaluation: Evaluation, manager: Any) -> dict[str, Any]:
     return loaded
 
 
-def _content(task: Any, limit: int | None) -> str:
-    """A hash of a task as its file has it, and of its documents up to the limit."""
+def _content_hash(task: Any, limit: int | None) -> str:
+    """A hash of a task's configuration, and of its documents up to the limit."""
     config = task.dump_config()
-    config.get("metadata", {}).pop("config_source", None)  # where the file lies
-    written = json.dumps([config, *islice(task.eval_docs, limit)], sort_keys=True, default=str)
-    in_any_process = re.sub(r" at 0x[0-9a-f]+", "", written)  # objects that have no other name
-    return hashlib.sha256(in_any_process.encode()).hexdigest()[:16]
+    config.get("metadata", {}).pop("config_source", None)  # the path of the file
+    text = json.dumps([config, *islice(task.eval_docs, limit)], sort_keys=True, default=str)
+    without_addresses = re.sub(r" at 0x[0-9a-f]+", "", text)  # these differ between processes
+    return hashlib.sha256(without_addresses.encode()).hexdigest()[:16]
 
 
-def _manager(evaluation: Evaluation) -> Any:
-    """What knows the tasks: of the folder alone if it has them all, for the harness's are many."""
+def _task_manager(evaluation: Evaluation) -> Any:
+    """A task manager; of `tasks_folder` alone if that is enough, since reading all takes long."""
     from lm_eval.tasks import TaskManager
 
     if evaluation.tasks_folder is None:
@@ -218,7 +219,7 @@ def _run(model: Any, tasks: Sequence[Any], manager: Any, evaluation: Evaluation)
             torch_random_seed=evaluation.seed,
             fewshot_random_seed=evaluation.seed,
         )
-    except ValueError as error:  # more examples than a task has, a field that its data lack
+    except ValueError as error:  # e.g. more examples than a task has, or a missing field
         raise MemvecError(
             f"the harness cannot run {', '.join(evaluation.tasks)}: {error}"
         ) from error
@@ -237,9 +238,9 @@ def _receipts(
     for name, rows in samples.items():
         task = tasks[name]
         kind = KINDS[task.OUTPUT_TYPE]
-        for row in {row["doc_id"]: row for row in rows}.values():  # once, whatever the filters
-            asked = traces[task.config.task, row["doc_id"]]
-            trace, exact = asked[0], [t.exact for t in asked if t.exact is not None]
+        for row in {row["doc_id"]: row for row in rows}.values():  # each filter logs a document
+            of_document = traces[task.config.task, row["doc_id"]]
+            trace, exact = of_document[0], [t.exact for t in of_document if t.exact is not None]
             choices = _choices(task, row["doc"]) if kind == "choice" else []
             answers = [
                 _answer(arguments, answers[0])
@@ -254,9 +255,9 @@ def _receipts(
                 context_sha256=ids_hash(trace.context),
                 context_tokens=len(trace.context),
                 slots=trace.slots,
-                exact=all(exact) if exact else None,  # of all its contexts, if there are several
+                exact=all(exact) if exact else None,  # a document may have several contexts
                 question=trace.question,
-                # With `acc_mutual_info` each choice is asked for without a context, too.
+                # With `acc_mutual_info`, further requests score each choice without a context.
                 answers=answers[: len(choices) or None],
                 choices=choices,
                 gold=_gold(task, row["doc"], kind),
@@ -266,7 +267,7 @@ def _receipts(
 
 
 def _arguments(row: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """The arguments of a document's requests, whose log has them by name or in a list."""
+    """The arguments of a document's requests; the harness logs them as a dictionary or a list."""
     arguments = row["arguments"]
     if isinstance(arguments, dict):
         return [tuple(request.values()) for request in arguments.values()]
@@ -285,11 +286,11 @@ def _choices(task: Any, doc: Any) -> list[str]:
 
 
 def _gold(task: Any, doc: Any, kind: Kind) -> Any:
-    """The right choices by number, -1 for a text that is none of them, or the right texts."""
+    """The right choices by number (-1 for a text that is not a choice), or the right texts."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if kind != "choice":
         if kind == "text" and task.config.doc_to_choice is not None:
-            gold = task.doc_to_choice(doc)[gold]  # written texts that are choices, by number
+            gold = task.doc_to_choice(doc)[gold]  # the right text is given by its choice's number
         return [str(g) for g in gold] if isinstance(gold, list) else str(gold)
     choices = task.doc_to_choice(doc)
     several = [
@@ -304,7 +305,7 @@ def _gold(task: Any, doc: Any, kind: Kind) -> Any:
 def _record(
     evaluation: Evaluation, model: Any, contents: dict[str, str], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a number of this run depends on, and the harness's own figures for comparison."""
+    """Everything that can change a number of this run, and the harness's figures for comparison."""
     import lm_eval
 
     info = model.get_model_info()
@@ -323,16 +324,15 @@ def _record(
 
 
 def _identity(record: dict[str, Any]) -> str:
-    """What tells a run from others: a hash of all that a number of it depends on."""
+    """A hash that identifies a run: of everything that can change its numbers, but the machine."""
     deciding = {k: v for k, v in record.items() if k not in ("environment", "harness_results")}
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
+    text = json.dumps(deciding, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the harness below errors, and restores the random generators that it seeds."""
+    """Context manager: no log messages of the harness below errors, random states are restored."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
     levels = [logger.level for logger in loggers]
     state, of_numpy = random.getstate(), np.random.get_state()

@@ -1,9 +1,9 @@
-"""The front read once: steps begin after the keys and values of what stands before the vectors.
+"""Read the front once: steps begin with a cache that holds its keys and values.
 
-BOS and soft tokens in front of the vectors are the same for all passages and at every step
-(memvec.companions.around). Nothing before them changes what the model computes for them, so their
-keys and values are computed once for an engine and stand in its cache, as a prefix does
-(memvec.spaces.keys_values). States are those of the whole input, up to rounding.
+The front (BOS and soft tokens in front of the vectors) is the same for all passages and steps
+(memvec.companions.around), and no input precedes it. So an engine computes its keys and values once
+and puts them into the cache, as for a prefix (memvec.spaces.keys_values). States equal those of the
+whole input, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 
 
 class AfterFront(Reading):
-    """Vectors in front of the passage, after the keys and values of the model's front.
+    """Vectors in front of the passage, after a cache with the keys and values of the front.
 
-    Raises MemvecError for a model without keys and values that could be handed in again.
+    Raises MemvecError for a model whose keys and values cannot be passed in.
     """
 
     def __init__(self, lm: FrozenLM) -> None:
-        self.held = KeysValues(lm, {})
-        self.front = self.held.begun_at(lm, front_rows(lm)).to(lm.device)
+        self.keys_values = KeysValues(lm, {})
+        self.front = self.keys_values.begun_at(lm, front_rows(lm)).to(lm.device)
 
     def cache(self, lm: FrozenLM, vectors: Float[Tensor, "B K D"] | None) -> Any:
-        """Keys and values of the front for each row; without vectors there is none."""
+        """A cache with the keys and values of the front for each row; None without vectors."""
         if vectors is None:
             return None
-        return self.held.cache(lm, self.front.expand(len(vectors), -1, -1))
+        return self.keys_values.cache(lm, self.front.expand(len(vectors), -1, -1))
 
 
 def with_front_read(lm: FrozenLM) -> FrozenLM:
-    """The model whose inputs begin after its front; the model itself where it has none to keep."""
+    """A view that reads its front from a cache; the model itself if this is not possible."""
     if not lm.front or type(lm.reading) is not Reading or lm.offload:
         return lm
     try:
         reading = AfterFront(lm)
-    except MemvecError:  # it keeps no keys and values, or reads them otherwise when handed in
+    except MemvecError:  # its keys and values cannot be passed in
         return lm
     view = copy.copy(lm)
     view.reading, view.front = reading, ()

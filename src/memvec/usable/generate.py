@@ -1,7 +1,7 @@
-"""Vectors in use: a prompt after them, and what the model writes.
+"""Use vectors as context: generate text after vectors and a prompt.
 
-The vectors of all passages stand in front, in their order, as the text would; the prompt follows,
-and the model's own `generate` writes on, with whatever generation settings it is given.
+The vectors of all passages, in order, replace the text in front of the prompt. The model's own
+`generate` continues after the prompt, with the settings of the caller.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from memvec.usable.queries import text_inputs
 from memvec.vectors import MemVectors
 
 Context = Literal["vectors", "text", "nothing"]
-NEW_TOKENS = 128  # generated at the most, unless the settings say otherwise
-# What `use` gives to `generate` itself, and what would make several texts of one.
+NEW_TOKENS = 128  # default of max_new_tokens
+# Settings of `generate` that `use` sets itself, or that generate several texts.
 ITS_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "generation_config"} | {
     "max_length",
     "num_return_sequences",
@@ -47,19 +47,20 @@ def use(
     force: bool = False,
     **settings: Any,
 ) -> str:
-    """What the model writes after vectors and a prompt.
+    """Generate text after vectors and a prompt; returns the text without the prompt.
 
-    Several files stand one after the other; `passages` takes some passages of a single file only.
-    `force` uses the vectors of another model of that width, such as one before its fine-tuning.
-    `context` puts the text itself in the vectors' place, or nothing, for comparison. `settings` go
-    to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...; greedy and 128
-    tokens without them, whatever the model's own generation config says); `streamer` is one of
-    transformers'. Raises MemvecError for vectors of another model, vectors without a trigger, files
-    of different spaces or fronts, no file, no passage or one that is not there, passages of several
-    files, a setting that is made here (ITS_OWN), an unknown context, a prompt that is no str (or
-    empty, where the model has nothing else to begin with), fewer than 1 new tokens, more inputs
-    than the model's context holds, or a model that does not generate; NotExactError if the text
-    itself is asked for and does not come back.
+    The vectors of several files are read in a row. `passages` selects passages of a single file by
+    number. `force` accepts vectors of another model of the same width, such as the model before its
+    fine-tuning. `context` 'text' or 'nothing' replaces the vectors, for comparison. `settings` are
+    passed to the model's `generate` (`max_new_tokens`, `do_sample`, `temperature` ...). The default
+    is greedy decoding of 128 tokens; the model's own generation config is not used. `streamer` is a
+    streamer of transformers.
+
+    Raises MemvecError for vectors of another model or without a trigger, files of different spaces
+    or fronts, no file, no or an unknown passage, `passages` of several files, a setting of ITS_OWN,
+    an unknown context, a prompt that is no `str` (or is empty without any other input), fewer than
+    1 new tokens, inputs that do not fit the model's context, and a model without `generate`. Raises
+    NotExactError if `context` is 'text' and the text is not exact.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     passages = passage_numbers(passages)
@@ -79,11 +80,11 @@ def use(
         ids: list[int] = []
         if context == "text":
             ids = tokens_in_a_row(lm, files, passages, force=force)
-        else:  # nothing: what is refused after the others is refused here, too
+        else:  # 'nothing': check the files as for the other contexts
             for file in files:
                 _chosen(lm, file, passages, force)
         context_ids = torch.tensor([ids], dtype=torch.long, device=lm.device)
-        # One BOS in front of everything, where the model has one.
+        # One BOS is in front of all, if the model has one.
         first = [text_inputs(lm, ())] if lm.bos_id is not None else []
         text = lm.embed(torch.cat([context_ids, prompt_ids], 1))
         inputs, cache = torch.cat([*first, text], 1), None
@@ -99,17 +100,17 @@ def write_after(
     streamer: Any = None,
     cache: Any = None,
 ) -> str:
-    """What the model writes after free inputs; `options` are those of its `generate`.
+    """Generate text after `inputs`; `options` are those of the model's `generate`.
 
-    `cache` holds what stands before the inputs, if anything. Raises MemvecError for a model that
-    does not generate.
+    `cache` holds the keys and values in front of the inputs, or is None. Raises MemvecError for a
+    model without `generate`.
     """
     ids, ends = _generated(lm, inputs, streamer, options, cache), set(end_ids(lm))
     return lm.text([token for token in ids if token not in ends])
 
 
 def _options(lm: FrozenLM, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `generate` with those that were not given.
+    """The options of `generate`: the caller's settings, and defaults for the others.
 
     Raises MemvecError for fewer than 1 new tokens, or a setting of ITS_OWN.
     """
@@ -122,13 +123,13 @@ def _options(lm: FrozenLM, settings: dict[str, Any]) -> dict[str, Any]:
     if options["max_new_tokens"] is None:
         options["max_new_tokens"] = NEW_TOKENS
     check_minimum(1, max_new_tokens=options["max_new_tokens"])
-    if "stop_strings" in settings:  # which `generate` finds in text
+    if "stop_strings" in settings:  # `generate` needs the tokenizer to find them
         options.setdefault("tokenizer", lm.tokenizer)
     return options
 
 
 def passage_numbers(passages: Iterable[int] | None) -> list[int] | None:
-    """The numbers of passages as a list; None: all. Raises MemvecError for anything else."""
+    """Passage numbers as a list of int; None (all) stays None. Raises MemvecError for others."""
     try:
         return None if passages is None else [operator.index(i) for i in passages]
     except TypeError:
@@ -139,7 +140,10 @@ def passage_numbers(passages: Iterable[int] | None) -> list[int] | None:
 def as_files(
     mem: MemVectors | Sequence[MemVectors], passages: Sequence[int] | None
 ) -> list[MemVectors]:
-    """One file or several, as a list. Raises MemvecError for none, or passages of several."""
+    """One or several files as a list.
+
+    Raises MemvecError for no file, no passage, and `passages` of several files.
+    """
     if isinstance(mem, str) or not isinstance(mem, Iterable):
         check_type("mem", mem, MemVectors, "MemVectors.load")
     files = [mem] if isinstance(mem, MemVectors) else list(mem)
@@ -157,10 +161,9 @@ def as_files(
 def _chosen(
     lm: FrozenLM, mem: MemVectors, passages: Sequence[int] | None, force: bool
 ) -> Sequence[int]:
-    """The passages of a file that stand in front of the prompt.
+    """The indices of the passages of a file to use.
 
-    Raises MemvecError for vectors of another model, vectors without a trigger, or a passage that is
-    not there.
+    Raises MemvecError for vectors of another model or without a trigger, or an unknown passage.
     """
     mem.check_model(lm, force=force)
     check_usable(mem)
@@ -178,10 +181,10 @@ def tokens_in_a_row(
     *,
     force: bool = False,
 ) -> list[int]:
-    """The token ids of the same passages as `in_a_row` takes.
+    """The token ids of the passages that `in_a_row` takes, decoded from their vectors.
 
-    Raises MemvecError as `in_a_row` does for a single file, and NotExactError for a text that does
-    not come back.
+    Raises MemvecError as `in_a_row` does for a single file, and NotExactError for a passage that is
+    not exact.
     """
     ids: list[int] = []
     for file in files:
@@ -197,11 +200,11 @@ def in_a_row(
     *,
     force: bool = False,
 ) -> tuple[FrozenLM, Float[Tensor, "1 N W"]]:
-    """The vectors of all files one after the other, as context, and the model that reads them.
+    """The view that reads the vectors, and the vectors of all files in a row, scaled as context.
 
-    `passages` takes some of a single file; `force` takes those of another model of that width.
-    Raises MemvecError if the vectors are not all in one space or after one front, are of another
-    model, have no trigger, or if a passage is not there.
+    `passages` selects passages of a single file; `force` accepts vectors of another model of the
+    same width. Raises MemvecError for files of different spaces or fronts, for vectors of another
+    model or without a trigger, and for an unknown passage.
     """
     chosen = [_chosen(lm, file, passages, force) for file in files]
     spaces = [mem.header.space for mem in files]
@@ -231,14 +234,14 @@ def context_inputs(
     *,
     force: bool = False,
 ) -> Float[Tensor, "N D"]:
-    """The inputs that put vectors in front of a prompt: what `memvec.use` hands to the model.
+    """The inputs in front of a prompt that make vectors its context, as in `memvec.use`.
 
-    What stands in front of the vectors (BOS, soft tokens), then the vectors of all files one after
-    the other, multiplied by their `context_scale`; in the model's dtype, on the CPU. Other software
-    continues after them with the embeddings of a prompt, without another BOS. `passages` takes
-    some of a single file; `force` takes the vectors of another model of that width. Raises
-    MemvecError for vectors of another model, vectors without a trigger, vectors that are no inputs,
-    files that cannot stand in one row, no passage, or passages of several files.
+    These are the front (BOS, soft tokens) and the vectors of all files in a row, multiplied by
+    their `context_scale`, in the model's dtype, on the CPU. In other software, append the
+    embeddings of a prompt without a BOS. `passages` selects passages of a single file; `force`
+    accepts vectors of another model of the same width. Raises MemvecError for vectors of another
+    model, without a trigger, or that are no inputs, for files of different fronts, for no or an
+    unknown passage, and for `passages` of several files.
     """
     passages = passage_numbers(passages)
     files = as_files(mem, passages)
@@ -254,10 +257,10 @@ def context_inputs(
 def _opened(
     lm: FrozenLM, rows: Float[Tensor, "1 N W"], prompt_ids: Int[Tensor, "1 n"]
 ) -> tuple[Float[Tensor, "1 m D"], Any]:
-    """Inputs for `generate` after vectors, and the cache that holds the vectors, if one does.
+    """Inputs for `generate`, and the cache with the vectors, if they are keys and values.
 
-    `generate` leaves out as many of its inputs as the cache has positions; so many zeros stand in
-    front. Raises MemvecError without a prompt where the vectors predict nothing.
+    `generate` skips as many inputs as the cache has positions, so this adds as many zeros in front.
+    Raises MemvecError for an empty prompt after vectors that predict nothing.
     """
     if not lm.reading.predicts and not prompt_ids.shape[1]:
         raise MemvecError(
@@ -272,7 +275,7 @@ def _opened(
 
 
 def check_room(lm: FrozenLM, inputs: int, answer: int, remedy: str) -> None:
-    """Raise MemvecError if inputs and the tokens of an answer are too many, or too few."""
+    """Raise MemvecError if there is no input, or if inputs and answer do not fit the context."""
     if inputs < 1:
         raise MemvecError(f"{lm.name} has no start token, so an answer needs a question.")
     if lm.context is not None and inputs + answer > lm.context:
@@ -299,7 +302,7 @@ def _generated(
     options.setdefault("use_cache", lm.has_cache)
     if cache is not None:
         options[str(lm.caching.argument)] = cache
-    # Only the ends of the model's own configuration: penalties in it are asked for by nobody.
+    # Of the model's generation config only the end tokens are used, and not, say, its penalties.
     config = GenerationConfig(eos_token_id=end_ids(lm) or None)
     with generating_by(lm, config):
         out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)

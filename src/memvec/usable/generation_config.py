@@ -1,4 +1,4 @@
-"""The generation config of a model, replaced for a while."""
+"""Replace the generation config of a model temporarily."""
 
 from __future__ import annotations
 

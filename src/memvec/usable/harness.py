@@ -1,10 +1,10 @@
-"""Vectors in lm-evaluation-harness: a model that puts something else in the context's place.
+"""A model for lm-evaluation-harness that replaces the context of a request, by vectors for example.
 
     lm_eval --model memvec --model_args pretrained=NAME,context=crammed,vectors=8,tokens=48 ...
 
-Releases of the harness that look for plug-ins know this model once memvec is installed (entry-point
-group `lm_eval.models`). With the others, `python -m memvec.usable.harness` is the harness's own
-command, with this model registered.
+Releases of the harness that load plug-ins find this model if memvec is installed (entry-point group
+`lm_eval.models`). For other releases, `python -m memvec.usable.harness` is the harness's command
+with this model registered.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ except ImportError as error:
         "pip install '.[eval]' in the repository."
     ) from error
 
-BATCH = 16  # requests of a forward pass, where the harness leaves it open
-NEW_TOKENS = 256  # written at the most, unless the task says otherwise: the harness's own figure
+BATCH = 16  # requests of a forward pass, if the harness sets no batch size
+NEW_TOKENS = 256  # default of max_new_tokens, as in the harness
 PRESET = "usable"
 
 
 class Trace(NamedTuple):
-    """What stood for the context of a request, by the task's name and the document's number."""
+    """The stand-in of a request's context, with the task's name and the document's number."""
 
     task: str | None
     document: int | None
@@ -52,18 +52,17 @@ class Trace(NamedTuple):
 
 @register_model("memvec")
 class MemvecLM(HFLM):  # type: ignore[misc]
-    """A frozen model that answers questions after what takes the place of their context.
+    """A frozen model that answers requests after a stand-in for their context.
 
-    `pretrained`: name of a model for memvec.load_lm, or a FrozenLM. `context`: a column, 'full',
-    'none', 'truncated' or 'crammed'. `vectors`, `tokens`: passages of at most so many tokens of the
-    context become so many vectors, `crammed_at_once` of them at a time (default: what the memory
-    allows; `batch_size` is of the answers). `cache`: a folder that keeps crammed contexts.
-    `on_status`: called with the progress of cramming. `split`: what the question begins with, or
-    the blank line in front of it. Every other argument is a field of the recipe, on top of
-    `preset`.
+    `pretrained` is a model's name for memvec.load_lm, or a FrozenLM. `context` is a column: 'full',
+    'none', 'truncated' or 'crammed'. Contexts are cut into passages of at most `tokens` tokens,
+    with `vectors` vectors each, and `crammed_at_once` passages are crammed at once (default: as
+    many as memory allows). `batch_size` is that of answers. `cache` is a folder that keeps crammed
+    passages. `on_status` is called with the progress of cramming. `split` is the text at which a
+    question begins. All other arguments are fields of the recipe, which replace those of `preset`.
 
-    `traces` says what stood for the context of each request, in order. Raises MemvecError for bad
-    arguments, or a model that cannot be loaded.
+    `traces` has the stand-in of each request, in order. Raises MemvecError for wrong arguments, or
+    a model that cannot be loaded.
     """
 
     def __init__(
@@ -116,9 +115,10 @@ class MemvecLM(HFLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, greedy decoding writes it) of each request's answer.
+        """(log-likelihood in nats, whether greedy decoding generates it) of each request's answer.
 
-        Raises MemvecError if no request of a task has a context, or one does not fit the model.
+        Raises MemvecError if no request of a task has a context, and if a request does not fit the
+        model's context.
         """
         split = [
             request_of(self.lm, request.args[0], request.args[1], self.split)
@@ -137,9 +137,9 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         return out
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes for each request, up to the first of the task's stops.
+        """The generated text of each request, up to the first of the task's stop strings.
 
-        Raises MemvecError as `loglikelihood`.
+        Raises MemvecError as `loglikelihood` does.
         """
         split = [request_of(self.lm, request.args[0], "", self.split) for request in requests]
         stand_ins = self._stand_ins(requests, split)
@@ -152,14 +152,14 @@ class MemvecLM(HFLM):  # type: ignore[misc]
         return out
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Raises MemvecError: a text whose every token is scored has no context."""
+        """Always raises MemvecError: these requests score a whole text, without a context."""
         raise MemvecError(
             "tasks that score whole texts (loglikelihood_rolling) have no context to replace: "
             "use the harness's model 'hf' for them."
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """Everything about the model and its column that could change a number."""
+        """Everything about the model and its column that can change a result."""
         return {
             "memvec": self.lm.description(),
             "context": self.column.name,
@@ -174,8 +174,8 @@ class MemvecLM(HFLM):  # type: ignore[misc]
     def _stand_ins(self, requests: Sequence[Any], split: Sequence[Request]) -> dict[Ids, StandIn]:
         """The stand-in of each context; all new contexts are crammed together.
 
-        Raises MemvecError if no request of a task has a context, so that every column would be the
-        same.
+        Raises MemvecError if no request of a task has a context, because all columns would then be
+        equal.
         """
         have = {q.task_name for q, r in zip(requests, split, strict=True) if r.context}
         lacking = next((q.task_name for q in requests if q.task_name not in have), None)
@@ -204,7 +204,7 @@ class MemvecLM(HFLM):  # type: ignore[misc]
 
 
 def _whole(name: str, value: Any) -> int:
-    """A number from the harness's arguments. Raises MemvecError for anything else."""
+    """An integer from an argument of the harness. Raises MemvecError for anything else."""
     try:
         return int(value)
     except ValueError:
@@ -212,14 +212,14 @@ def _whole(name: str, value: Any) -> int:
 
 
 def _device(requested: str | None) -> str:
-    """A device for load_lm; the harness names a GPU by default, even where there is none."""
+    """A device for load_lm; the harness requests a GPU by default, even if there is none."""
     if requested is None or (requested in ("cuda", "cuda:0") and not torch.cuda.is_available()):
         return "auto"
     return requested
 
 
 def _generation(task_settings: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The stops, and settings for the model's `generate`, of a task's generation settings."""
+    """A task's generation settings as stop strings, and settings of the model's `generate`."""
     settings = dict(task_settings)
     until = settings.pop("until", None) or []
     max_tokens = settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None)
@@ -231,7 +231,7 @@ def _generation(task_settings: dict[str, Any]) -> tuple[list[str], dict[str, Any
 
 
 def main() -> None:
-    """The harness's own command, with this model registered; a MemvecError is one sentence."""
+    """Run the harness's command with this model registered; a MemvecError prints one sentence."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,11 +1,11 @@
-"""The model with attention to the vectors knocked out in some of its layers: who reads them where?
+"""Knock out attention to the vectors in some layers, to learn in which layers they are read.
 
-In a layer that is knocked out, no position after the vectors sees the vectors' positions: a hook
-adds that to the attention mask which the layer would have used, and the shares of attention are
-those of the positions that are left. Attention at the vectors' own positions stays as it was, so
-their states in higher layers do not change. Gradients and decoding with a cache are not supported.
+In a knocked-out layer, positions after the vectors do not attend to the vectors: a hook masks these
+positions in the layer's attention mask, so the softmax runs over the other positions. Attention at
+the vectors' own positions does not change, so their states in higher layers stay the same.
+Gradients and decoding with a cache are not supported.
 
-Works for models whose layers have one attention module each that takes `attention_mask` and
+This works for models with one attention module per layer that takes `attention_mask` and
 `position_embeddings` (Llama, OLMo 2, Qwen, Mistral, Gemma, Phi and others), with the attention
 implementations 'sdpa' and 'eager'.
 """
@@ -31,7 +31,7 @@ KERNELS = ("sdpa", "eager")  # attention implementations that take any mask
 def attention_modules(lm: FrozenLM) -> list[nn.Module]:
     """The attention module of each layer, from the first layer to the last.
 
-    Raises MemvecError for a model that has others than Llama has.
+    Raises MemvecError for a model with other attention modules than those of Llama.
     """
     kernel = getattr(lm.config, "_attn_implementation", None)
     layers = int(getattr(lm.config.get_text_config(), "num_hidden_layers", 0))
@@ -43,20 +43,20 @@ def attention_modules(lm: FrozenLM) -> list[nn.Module]:
 
 @torch.no_grad()
 def layer_count(lm: FrozenLM) -> int:
-    """Layers in which attention can be knocked out.
+    """The number of layers in which attention can be knocked out.
 
-    Raises MemvecError as `attention_modules` does, and for a model that reads vectors otherwise
-    too (a hybrid with a recurrent state): then attention is not all there is to knock out.
+    Raises MemvecError as `attention_modules` does, and for a model that reads vectors not only by
+    attention (a hybrid with a recurrent state).
     """
     layers, token = len(attention_modules(lm)), lm.embed(torch.tensor([[2]], device=lm.device))
-    # Two vectors that differ, the same token after each.
+    # Two different vectors, each followed by the same token.
     inputs = lm.after_front(
         torch.stack([torch.cat([part, token[0]]) for part in (-token[0], 2 * token[0])])
     )
     try:
         with knocked_out(lm, range(layers), 1):
             first, second = lm.states_of(inputs, keep=1)
-    except RuntimeError as error:  # of shapes: alibi, linear attention
+    except RuntimeError as error:  # the mask's shape does not fit: alibi, linear attention
         if out_of_memory(error):
             raise
         raise _unfit(lm, "attention that takes no mask of other positions") from error
@@ -82,11 +82,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]:
-    """While this holds, positions after K vectors do not attend to them in these layers.
+    """Context manager: in these layers, positions after K vectors do not attend to the vectors.
 
-    They still attend to the inputs in front of the vectors.
-
-    Raises MemvecError as `attention_modules` does.
+    They still attend to the inputs in front of the vectors. Raises MemvecError as
+    `attention_modules` does.
     """
     modules, first = attention_modules(lm), len(lm.front)
 
@@ -105,11 +104,11 @@ def knocked_out(lm: FrozenLM, layers: Collection[int], K: int) -> Iterator[None]
 def _without(
     mask: Tensor | None, states: Float[Tensor, "B N D"], first: int, end: int
 ) -> Float[Tensor, "b 1 N N"]:
-    """The additive mask of a layer, with positions first to end hidden from all after them."""
+    """A layer's additive mask in which positions [first, end) are hidden from positions >= end."""
     N, lowest = states.shape[1], torch.finfo(states.dtype).min
     position = torch.arange(N, device=states.device)
     visible = position[None] <= position[:, None]
-    if mask is not None:  # a sliding window, say: what it hides stays hidden
+    if mask is not None:  # e.g. of a sliding window: positions that it hides stay hidden
         visible = mask if mask.dtype == torch.bool else mask > lowest / 2
     hidden = (position[None] >= first) & (position[None] < end)
     visible = visible & ~((position[:, None] >= end) & hidden)

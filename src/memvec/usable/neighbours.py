@@ -1,11 +1,10 @@
-"""Passages beside the one that is crammed, so that vectors can stand in a row (docs/usable.md).
+"""Neighbours: vectors of other passages beside the crammed ones in queries (docs/usable.md).
 
-Vectors that were crammed alone take what follows them for the words right after their text, and
-get in each other's way in a row. With neighbours, two of three queries are read after a row:
-vectors of another passage stand in front of those that are moved, or after them, and are compared
-with the model that has read both texts. The neighbours are the passages of a file of usable
-vectors. They stay as they are, and are the same for everybody; which of them stand beside a passage
-is drawn from its own token ids.
+After vectors that were crammed alone, the model expects the continuation of their text, so a row of
+such vectors is a worse context. With neighbours, two of three queries are read after a row: the
+vectors of another passage are in front of the trained vectors or after them, and the teacher reads
+both texts. Neighbours are the passages of a file of usable vectors, and their vectors are fixed.
+They are drawn for each passage with a seed from its own token ids.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ from memvec.usable.queries import Queries, continuations_after
 from memvec.usable.teacher import NeighbourPlaces
 from memvec.vectors import MemVectors
 
-MAX_BESIDE = 1  # neighbours beside a passage in one query; up to three were no better
-# How many stand in front and how many after, in the queries of a passage, in turn.
+MAX_BESIDE = 1  # maximum number of neighbours in a query; up to three gave no better results
+# (number in front, number after): the queries of a passage take these in turn.
 PLACES = tuple((front, n - front) for n in range(MAX_BESIDE + 1) for front in range(n, -1, -1))
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The passages that may stand beside others: their token ids, and their vectors as context."""
+    """The passages of the file: token ids, and vectors multiplied by their context scale."""
 
     ids: list[list[int]]
     vectors: Float[Tensor, "J k D"]
 
     @property
     def max_inputs(self) -> int:
-        """The largest number of inputs beside a passage."""
+        """The maximum number of inputs of the neighbours in a query."""
         return MAX_BESIDE * self.vectors.shape[1]
 
     def drawn(self, ids: Sequence[int], recipe: Recipe) -> NeighbourPlaces:
-        """The neighbours of a passage in each of its queries, and their places; never itself.
+        """Draw the neighbours of a passage in each of its queries; a passage is never its own.
 
-        Raises MemvecError if there is no other passage.
+        Raises MemvecError if the file has no other passage.
         """
         others = [j for j, passage in enumerate(self.ids) if passage != list(ids)]
         if not others:
@@ -65,7 +64,7 @@ class Neighbours:
     def queries(
         self, lm: FrozenLM, ids: Sequence[int], recipe: Recipe, beside: NeighbourPlaces
     ) -> Queries:
-        """A continuation of the text, with its neighbours around it, for each query.
+        """The queries of a passage: continuations of its text with the texts of its neighbours.
 
         Raises MemvecError if they do not fit the model's context.
         """
@@ -88,34 +87,35 @@ class Neighbours:
     def row(
         self,
         vectors: Float[Tensor, "N K D"],
-        words: Float[Tensor, "N W D"],
+        query: Float[Tensor, "N W D"],
         neighbours: Int[Tensor, "N n"],
         in_front: Int[Tensor, " N"],
         count: Int[Tensor, " N"],
     ) -> tuple[Float[Tensor, "N S D"], Int[Tensor, " N"]]:
-        """The inputs of each slot (S = K + n k + W), and how many of them are neighbours'.
+        """The inputs of each row (S = K + n k + W), and the number of neighbours' inputs in it.
 
-        They are the neighbours in front, the vectors, those after them, the words, and padding.
+        The order is: neighbours in front, the vectors, neighbours after them, the embedded query,
+        and padding. `count` is the number of neighbours of a row, `in_front` of them in front.
         """
-        K, k, W = vectors.shape[1], self.vectors.shape[1], words.shape[1]
+        K, k, W = vectors.shape[1], self.vectors.shape[1], query.shape[1]
         others = self.vectors[neighbours].flatten(1, 2).to(vectors.dtype)
-        source = torch.cat([vectors, others, words.to(vectors.dtype)], 1)
+        source = torch.cat([vectors, others, query.to(vectors.dtype)], 1)
         at = torch.arange(source.shape[1], device=vectors.device).expand(len(vectors), -1)
         front, used = (k * in_front)[:, None], (k * count)[:, None]
-        # Where in `source` each input comes from.
+        # `index` is the position in `source` of each input.
         index = torch.where(at < front, K + at, at - front)
         index = torch.where(at >= front + K, at, index)
-        word = at - K - used
-        index = torch.where(word >= 0, K + others.shape[1] + word.clamp_max(W - 1), index)
+        of_query = at - K - used
+        index = torch.where(of_query >= 0, K + others.shape[1] + of_query.clamp_max(W - 1), index)
         return source.gather(1, index[..., None].expand(-1, -1, vectors.shape[2])), used[:, 0]
 
 
 def neighbours_of(lm: FrozenLM, recipe: Recipe) -> Neighbours:
-    """The neighbours that a recipe names.
+    """Load the neighbours that a recipe names.
 
-    `lm` is the model with the front and the trigger that precede crammed passages. Raises
-    MemvecError for a file of another model, of vectors that are not exact, that have no trigger or
-    that were crammed after another front, and for a space or queries that take no neighbours.
+    `lm` is the view with the recipe's front and trigger. Raises MemvecError for a file of another
+    model, for vectors that are not exact, without a trigger or with another front, and for a space
+    or queries that do not support neighbours.
     """
     if lm.reading.space != "inputs":
         raise MemvecError(

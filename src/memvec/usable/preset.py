@@ -1,4 +1,4 @@
-"""The recipe whose vectors stand for their text as context, too (docs/usable.md)."""
+"""Presets of usable vectors, which also stand for their text as context (docs/usable.md)."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def usable() -> Recipe:
 def usable_quick() -> Recipe:
     """`usable` in a sixth of the steps, for a model with a usable encoder (docs/usable.md).
 
-    Beginning at an encoder's vectors, it is enough to compute the passage's own loss in every fifth
-    step. So few steps need few queries, and sampling these costs less than cramming a passage into
-    exact-only vectors.
+    From an encoder's vectors, the objective need only be computed in every fifth step. So few steps
+    need few queries, and sampling them costs less than cramming exact-only vectors.
     """
     return replace(
         usable(),
@@ -55,10 +54,10 @@ def usable_quick() -> Recipe:
 
 
 def usable_long() -> Recipe:
-    """`usable` for many tokens in each vector (24, say), in seven times the steps (docs/usable.md).
+    """`usable` for many tokens per vector (such as 24), in seven times the steps (docs/usable.md).
 
-    Context mode reads the vectors an eighth as large, so that their size tells the modes apart. The
-    rates are of the stored vectors and grow by as much.
+    Context mode multiplies the vectors by 1/8, so that their size distinguishes the modes. The
+    learning rates are those of the stored vectors, and are 8 times as large.
     """
     return replace(
         usable(),

@@ -1,13 +1,13 @@
-"""What the model reads after the vectors while they learn to stand for their text.
+"""Queries: the tokens that the model reads after usable vectors, and after the text, in training.
 
-A query is a row of token ids. The model that has read the text and the model that reads the vectors
-predict each of them, and the two are compared (memvec.usable.term). A source of queries is
+A query is a row of token ids. The predictions of each token after the vectors are compared with
+those after the text (memvec.usable.term). A source of queries is
 
     @register("queries", "mine")
     def mine(lm, ids, recipe):      # token ids of the passage -> Queries, or (M, L) and (M)
         ...
 
-Everything random comes from the passage's own token ids and the recipe's seed.
+Random numbers depend only on the passage's token ids and the recipe's seed.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from memvec.model.lm import FrozenLM
 from memvec.usable.teacher import TopTokens, likeliest
 from memvec.writing import path_of
 
-# From this vocabulary on a draw takes one random number for each row, not one for each token: the
-# CPU draws them, and at 128,000 tokens that takes longer than the model's own pass on a GPU.
+# From this vocabulary size on, sampling takes one random number per row instead of one per token.
+# The CPU draws them, and for 128,000 tokens this takes longer than the model's pass on a GPU.
 LARGE_VOCABULARY = 32_768
-# Layers of a cache that hold keys and values and nothing else; hybrids repeat only a part.
+# Cache layers that hold only keys and values, so that all of their state can be repeated for rows.
 REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 class Queries(NamedTuple):
-    """The queries of a passage: ids (M, L), right-padded with 0, and the tokens of each row (M).
+    """The queries of a passage: ids (M, L), right-padded with 0, and the length of each row (M,).
 
-    `teacher`: the model's `teacher_top` likeliest tokens after the text at each position; None
-    where the source did not sample the queries there and so does not have them.
+    `teacher` holds the model's `teacher_top` likeliest tokens after the text at each position. It
+    is None if the source did not compute them, because it did not sample after the text.
     """
 
     ids: Int[Tensor, "M L"]
@@ -52,10 +52,10 @@ class Queries(NamedTuple):
 
 
 def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
-    """What the model reads of a text as its context: BOS, if the model has one, and the text.
+    """The inputs of a text as context: BOS, if the model has one, and the tokens.
 
-    A text that begins with BOS gets no second one. No text for a model without BOS is the trigger
-    alone, or its first token where the trigger is crammed: a model has to read something.
+    A text that begins with BOS gets no second one. Without BOS, an empty text is replaced by the
+    trigger, or by token 0 if the trigger is crammed, because a model needs an input.
     """
     if not ids and lm.bos_id is None:
         ids = [0] if lm.soft is not None else list(lm.trigger)
@@ -64,16 +64,16 @@ def text_inputs(lm: FrozenLM, ids: Sequence[int]) -> Float[Tensor, "1 N D"]:
 
 
 def after_bos(lm: FrozenLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B N D"]:
-    """Texts of one length as the model reads them: BOS, if it has one, and their tokens."""
+    """The inputs of texts of one length: BOS, if the model has one, and the tokens."""
     bos = [] if lm.bos_id is None else [ids.new_full((len(ids), 1), lm.bos_id)]
     return lm.embed(torch.cat([*bos, ids], 1))
 
 
 @dataclass
 class Draws:
-    """Random numbers for some `rows` of a batch of `batch` rows.
+    """Samples tokens for some `rows` of a batch of `batch` rows.
 
-    They are drawn for the whole batch each time, so that a row gets the same numbers where memory
+    Random numbers are always drawn for the whole batch, so that a row gets the same ones if memory
     holds only a part of the batch.
     """
 
@@ -82,19 +82,19 @@ class Draws:
     rows: slice
 
     def of(self, shares: Float[Tensor, "R V"]) -> Int[Tensor, " R"]:
-        """One token of each row by its shares, drawn on the CPU: the same on every device.
+        """Sample one token of each row by its probabilities (`shares`), the same on every device.
 
-        As torch.multinomial draws it; for a large vocabulary, the token in whose part of the summed
-        shares one random number falls (inverse transform sampling).
+        The CPU draws the random numbers. The method is that of torch.multinomial, or inverse
+        transform sampling (one number per row) for a large vocabulary.
         """
         V = shares.shape[1]
         if V < LARGE_VOCABULARY:
             drawn = torch.empty(self.batch, V).exponential_(generator=self.generator)
             return (shares.cpu() / drawn[self.rows]).argmax(-1).to(shares.device)
-        number = torch.rand(self.batch, 1, dtype=torch.float64, generator=self.generator)
+        uniform = torch.rand(self.batch, 1, dtype=torch.float64, generator=self.generator)
         sums = shares.double().cumsum(-1)
-        place = number[self.rows].to(shares.device) * sums[:, -1:]
-        return torch.searchsorted(sums, place, right=True)[:, 0].clamp(max=V - 1)
+        sampled = uniform[self.rows].to(shares.device) * sums[:, -1:]
+        return torch.searchsorted(sums, sampled, right=True)[:, 0].clamp(max=V - 1)
 
 
 @torch.no_grad()
@@ -107,10 +107,11 @@ def continued(
     top: int = 0,
     rows: int = 1,
 ) -> tuple[Int[Tensor, "R n"], list[TopTokens]]:
-    """`tokens` tokens that the model writes after some inputs, and its likeliest tokens at each.
+    """Generate `tokens` tokens after `inputs`; returns them, and the likeliest tokens at each.
 
-    Sampled at temperature 1, or greedy without draws. The `top` likeliest tokens have one entry for
-    each position; none for top 0. Inputs of one row are read once for `rows` continuations.
+    Tokens are sampled at temperature 1 by `draws`, or greedily without it. The list has the `top`
+    likeliest tokens of each position; it is empty for top 0. With `rows` above 1, `inputs` is one
+    row, which is read once for this number of continuations.
     """
     top_tokens: list[TopTokens] = []
 
@@ -130,9 +131,9 @@ def continued(
 def _shared(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], rows: int
 ) -> tuple[Float[Tensor, "R n D"], Any]:
-    """The last of some inputs for each row, and a cache that holds the others, read once.
+    """For `rows` rows: the last of the inputs, and a cache of the others, which are read once.
 
-    For a cache whose rows cannot be repeated: all of the inputs for each row, and None.
+    If the rows of the model's cache cannot be repeated: all inputs, and None.
     """
     argument = lm.caching.argument
     if argument is not None and inputs.shape[1] > 1:
@@ -146,16 +147,16 @@ def _shared(
 
 
 def continuations(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
-    """Texts that the model itself writes after the passage, sampled at temperature 1."""
+    """Queries that the model samples after the passage, at temperature 1."""
     return _sampled(lm, text_inputs(lm, ids), ids, recipe, recipe.teacher_top)
 
 
 def continuations_after(
     lm: FrozenLM, texts: Sequence[Sequence[int]], ids: Sequence[int], recipe: Recipe
 ) -> Queries:
-    """One continuation of each of some texts around a passage `ids`, as `continuations` has them.
+    """Queries as in `continuations`, one sampled after each of `texts`.
 
-    Texts of one length are read together.
+    The passage (`ids`) seeds the sampling. Texts of equal length are read as one batch.
     """
     generator = torch.Generator().manual_seed(passage_seed(ids, recipe.seed))
     by_length: dict[int, list[int]] = {}
@@ -171,16 +172,16 @@ def continuations_after(
 
 
 def samples(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
-    """Texts that the model writes after BOS alone, without the passage.
+    """Queries that the model samples after BOS alone; the passage seeds the sampling.
 
-    A model without BOS begins with the passage's first token. The passage also seeds the sampling.
+    A model without BOS begins with the passage's first token.
     """
     bos = lm.bos_id if lm.bos_id is not None else ids[0]
     return _sampled(lm, lm.embed(torch.tensor([[bos]], device=lm.device)), ids, recipe)
 
 
 def answered(lm: FrozenLM, ids: Sequence[int], recipe: Recipe, questions: Sequence[str]) -> Queries:
-    """A person's own questions, each with the greedy answer of the model after the passage.
+    """The user's questions, each followed by the model's greedy answer after the passage.
 
     Raises MemvecError for a question that leaves no room for an answer in `query_tokens`.
     """
@@ -216,10 +217,10 @@ def questions_of(path: str | os.PathLike[str]) -> list[str]:
 
 
 def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
-    """The queries of a passage, as the recipe has them.
+    """The queries of a passage, from the recipe's source or file of questions.
 
-    Raises MemvecError for an unknown source, a file without questions or with too long ones, or
-    queries that do not fit the model's context after the text.
+    Raises MemvecError for an unknown source, for a file without questions or with one that is too
+    long, and for queries that do not fit the model's context after the text.
     """
     if lm.context is not None and len(ids) + 1 + recipe.query_tokens > lm.context:
         raise MemvecError(
@@ -240,10 +241,9 @@ def queries_of(lm: FrozenLM, ids: Sequence[int], recipe: Recipe) -> Queries:
 
 
 def _checked(made: Any, lm: FrozenLM, recipe: Recipe) -> Queries:
-    """The queries of a source, padded to `query_tokens`.
+    """The queries that a source returned (`made`), padded to `query_tokens` columns.
 
-    Raises MemvecError, which names the source, unless there are `query_count` rows of 1 to
-    `query_tokens` tokens of the model.
+    Raises MemvecError unless they are `query_count` rows of 1 to `query_tokens` token ids.
     """
     M, L = recipe.query_count, recipe.query_tokens
     try:
@@ -287,9 +287,12 @@ def _written(
     generator: torch.Generator,
     top: int,
 ) -> list[tuple[Tensor, ...]]:
-    """M texts after M rows of inputs, or after a single one, with the likeliest tokens."""
+    """M continuations of M rows of inputs, or of a single row.
+
+    A result has the token ids and, with `top`, the likeliest tokens (top, log_p, log_others).
+    """
     shared = len(inputs) == 1
-    states: dict[int, Tensor] = {}  # of the generator, where a batch begins
+    states: dict[int, Tensor] = {}  # state of the generator at the first row of each batch
 
     def work(rows: slice) -> list[tuple[Tensor, ...]]:
         part_inputs, n = (inputs, len(range(M)[rows])) if shared else (inputs[rows], 1)
@@ -307,7 +310,7 @@ def _written(
 
 
 def _as_queries(rows: Sequence[tuple[Tensor, ...]], recipe: Recipe) -> Queries:
-    """Queries of rows (ids, and top, log_p, log_others if they were kept)."""
+    """Queries from rows of (ids,) or (ids, top, log_p, log_others)."""
     written, *top_tokens = (torch.stack(part) for part in zip(*rows, strict=True))
     length = torch.full((len(written),), recipe.query_tokens)
     return Queries(written, length, TopTokens(*top_tokens) if top_tokens else None)

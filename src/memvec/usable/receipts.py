@@ -1,9 +1,8 @@
-"""Receipts of an evaluation: what was asked and answered, from which every score is computed.
+"""Receipts of an evaluation: the requests and answers from which every score is computed.
 
-A folder of receipts has one JSONL file for each column, with a line for each document, and
-`run.json`: the model, the recipe and everything else that could change a number. The scores are
-functions of the receipts alone (`scores_of`), so anybody can compute them again, and a table is
-made from receipts and from nothing else.
+A folder of receipts has one JSONL file per column, with one line per document, and `run.json` with
+the model, the recipe and everything else that can change a number. Scores are functions of the
+receipts alone (`scores_of`), so they can be computed again, and tables are made from receipts only.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from memvec.writing import path_of, read_json, write_atomically
 
 ALL = "all tasks"
 RUN = "run.json"
-PERCENT = {"acc", "acc_norm", "exact_match", "f1"}  # scores of a document between 0 and 1
+PERCENT = {"acc", "acc_norm", "exact_match", "f1"}  # scores from 0 to 1
 Kind = Literal["choice", "likelihood", "text"]
 
 
 class Answer(Record):
-    """An answer that was scored, or the text that was written."""
+    """An answer that was scored, or a generated text."""
 
     text: str
-    loglikelihood: float | None = Field(default=None, description="nats; none: it was written")
-    greedy: bool | None = Field(default=None, description="greedy decoding writes it")
+    loglikelihood: float | None = Field(default=None, description="nats; none: it was generated")
+    greedy: bool | None = Field(default=None, description="greedy decoding generates it")
 
 
 class Receipt(Record):
     """One document in one column."""
 
-    run: str = Field(default="", description="hash of what the run was: model, recipe, tasks")
+    run: str = Field(default="", description="hash that identifies the run: model, recipe, tasks")
     task: str
     document: int = Field(description="its number in the task")
     column: str
     kind: Kind
     context_sha256: str = Field(description="hash of the context's token ids")
     context_tokens: int = Field(ge=0)
-    slots: int = Field(ge=0, description="inputs that stand for the context")
+    slots: int = Field(ge=0, description="inputs that replace the context")
     exact: bool | None = Field(description="the vectors give the context back; none: no vectors")
     question: str
     answers: list[Answer] = Field(min_length=1)
@@ -77,22 +76,22 @@ class Figure(Record):
     )
     kept_interval: tuple[float, float] | None = None
     context_tokens: float = Field(description="mean tokens of a context")
-    slots: float = Field(description="mean inputs that stand for a context")
+    slots: float = Field(description="mean number of inputs that replace a context")
     exact: int = Field(ge=0, description="documents whose context the vectors give back")
 
 
 def scores_of(receipt: Receipt) -> dict[str, float]:
     """The scores of one document, from its receipt.
 
-    choice      `acc`: the choice with the largest log-likelihood is right; `acc_norm`: that with
-                the largest log-likelihood per character is
-    likelihood  `acc`: greedy decoding writes the answer (LAMBADA's way); `nll`: nats of the answer
-    text        `exact_match` and `f1` of words with the nearest right text, without articles,
-                punctuation and case (SQuAD's way)
+    choice      `acc`: the choice with the largest log-likelihood is right; `acc_norm`: the choice
+                with the largest log-likelihood per character is right
+    likelihood  `acc`: greedy decoding generates the answer (as in LAMBADA); `nll`: its NLL, nats
+    text        `exact_match` and word `f1` with the nearest right text, without articles,
+                punctuation and case (as in SQuAD)
     """
     values = [answer.loglikelihood for answer in receipt.answers]
     if receipt.kind == "text":
-        golds = [str(g) for g in _several(receipt.gold)] or [""]
+        golds = [str(g) for g in _as_list(receipt.gold)] or [""]
         text = receipt.answers[0].text
         return {
             "exact_match": max(float(_words(text) == _words(g)) for g in golds),
@@ -101,20 +100,20 @@ def scores_of(receipt: Receipt) -> dict[str, float]:
     likelihoods = [math.nan if value is None else value for value in values]
     if receipt.kind == "likelihood":
         return {"acc": float(bool(receipt.answers[0].greedy)), "nll": -likelihoods[0]}
-    right = set(_several(receipt.gold))
-    scores = {"acc": float(_largest(likelihoods) in right)}
+    right = set(_as_list(receipt.gold))
+    scores = {"acc": float(_argmax(likelihoods) in right)}
     lengths = [len(choice) for choice in receipt.choices]
     if len(lengths) == len(likelihoods) and min(lengths) > 0:
         by_length = [value / n for value, n in zip(likelihoods, lengths, strict=True)]
-        scores["acc_norm"] = float(_largest(by_length) in right)
+        scores["acc_norm"] = float(_argmax(by_length) in right)
     return scores
 
 
-def _several(gold: Any) -> list[Any]:
+def _as_list(gold: Any) -> list[Any]:
     return gold if isinstance(gold, list) else [gold]
 
 
-def _largest(values: Sequence[float]) -> int:
+def _argmax(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
@@ -136,10 +135,10 @@ def _f1(words: list[str], gold: list[str]) -> float:
 def write(folder: str | os.PathLike[str], column: str, receipts: Sequence[Receipt]) -> None:
     """Write the receipts of a column.
 
-    Raises MemvecError if the folder cannot be written, or has another column of other documents.
+    Raises MemvecError if the folder cannot be written, or has a column with other documents.
     """
     others = [path for c in COLUMNS if c != column and (path := _file(folder, c)).is_file()]
-    _refuse_mixed([*receipts, *(receipt for file in others for receipt in _of(file))])
+    _refuse_mixed([*receipts, *(receipt for file in others for receipt in _read_column(file))])
     lines = "".join(receipt.model_dump_json() + "\n" for receipt in receipts)
     make_folder(folder)
     write_atomically(_file(folder, column), lines.encode())
@@ -155,9 +154,10 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def refuse_another_run(folder: str | os.PathLike[str], run: str) -> None:
-    """Raise MemvecError if a folder has receipts that are not of this run."""
+    """Raise MemvecError if a folder has receipts of another run."""
     for column in COLUMNS:
-        if (file := _file(folder, column)).is_file() and any(r.run != run for r in _of(file)):
+        file = _file(folder, column)
+        if file.is_file() and any(r.run != run for r in _read_column(file)):
             raise MemvecError(
                 f"{file} is of another run (model, recipe, tasks or seed): name another folder "
                 "of receipts."
@@ -165,16 +165,16 @@ def refuse_another_run(folder: str | os.PathLike[str], run: str) -> None:
 
 
 def write_run(folder: str | os.PathLike[str], run: dict[str, Any]) -> None:
-    """Write what the run was. Raises MemvecError if the folder cannot be written."""
+    """Write `run.json`. Raises MemvecError if the folder cannot be written."""
     write_atomically(path_of(folder) / RUN, json.dumps(run, indent=2, default=str).encode())
 
 
 def earlier_results(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The harness's figures of the columns that a folder has receipts of, by column."""
+    """The harness's figures in `run.json` by column, for the columns with receipts."""
     try:
         results = read_json((path_of(folder) / RUN).read_text("utf-8"))["harness_results"]
         return {c: results[c] for c in COLUMNS if c in results and _file(folder, c).is_file()}
-    except (OSError, ValueError, KeyError, TypeError):  # of no run, or cut short
+    except (OSError, ValueError, KeyError, TypeError):  # run.json is missing or damaged
         return {}
 
 
@@ -183,14 +183,14 @@ def _file(folder: str | os.PathLike[str], column: str) -> Path:
 
 
 def read(folder: str | os.PathLike[str]) -> list[Receipt]:
-    """All receipts of a folder, their scores computed again.
+    """Read all receipts of a folder, and check their scores by computing them again.
 
-    Raises MemvecError for a folder without receipts, a damaged one, columns of several runs or of
-    other documents, or a score that is not that of its answers.
+    Raises MemvecError for a folder without receipts, a damaged receipt, columns of several runs or
+    of other documents, and a score that differs from that of the answers.
     """
     folder = path_of(folder)
     files = [path for column in COLUMNS if (path := _file(folder, column)).is_file()]
-    receipts = [receipt for file in files for receipt in _of(file)]
+    receipts = [receipt for file in files for receipt in _read_column(file)]
     if not receipts:
         raise MemvecError(f"there are no receipts in {folder}.")
     if len({receipt.run for receipt in receipts}) > 1:
@@ -212,14 +212,14 @@ def _refuse_mixed(receipts: Sequence[Receipt]) -> None:
             )
 
 
-def _of(file: Path) -> list[Receipt]:
-    """The receipts of a column, their scores computed again. Raises MemvecError as `read`."""
+def _read_column(file: Path) -> list[Receipt]:
+    """Read and check the receipts of a column. Raises MemvecError as `read` does."""
     receipts = []
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError:
         raise MemvecError(f"{file} is damaged: it is not UTF-8.") from None
-    # A line ends at a line feed alone: answers may hold Unicode's other line ends.
+    # Only a line feed ends a line: answers may contain other line separators of Unicode.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         try:
             receipt = Receipt.model_validate_json(line)
@@ -240,19 +240,18 @@ def _of(file: Path) -> list[Receipt]:
 
 
 def score_figures(receipts: Sequence[Receipt]) -> list[Figure]:
-    """Every score of every task and column.
+    """The figures of every task, score and column.
 
-    Several tasks that are all of one kind have rows over all their documents, too (`ALL`).
+    If there are several tasks of one kind, figures over all their documents follow (`ALL`).
     """
     tasks = list(dict.fromkeys(r.task for r in receipts))
-    rows = [
-        row for task in tasks for row in _of_task(task, [r for r in receipts if r.task == task])
-    ]
-    together = len(tasks) > 1 and len({r.kind for r in receipts}) == 1
-    return rows + (_of_task(ALL, receipts) if together else [])
+    by_task = {task: [r for r in receipts if r.task == task] for task in tasks}
+    if len(tasks) > 1 and len({r.kind for r in receipts}) == 1:
+        by_task[ALL] = list(receipts)
+    return [figure for task, rows in by_task.items() for figure in _task_figures(task, rows)]
 
 
-def _of_task(task: str, receipts: Sequence[Receipt]) -> list[Figure]:
+def _task_figures(task: str, receipts: Sequence[Receipt]) -> list[Figure]:
     names = list(dict.fromkeys(name for r in receipts for name in r.scores))
     columns = [c for c in COLUMNS if any(r.column == c for r in receipts)]
     return [
@@ -294,7 +293,10 @@ def _figure(task: str, name: str, column: str, receipts: Sequence[Receipt]) -> F
 def _kept(
     name: str, column: str, of_column: Sequence[Receipt], receipts: Sequence[Receipt]
 ) -> statistics.Interval | None:
-    """The share of the context's gain that a column keeps, paired over the documents."""
+    """The share of the context's gain that a column keeps, paired over the documents.
+
+    None for the columns 'full' and 'none', and if they are missing or have equal scores.
+    """
     full, none = (
         {(r.task, r.document): r.scores.get(name) for r in receipts if r.column == reference}
         for reference in ("full", "none")

@@ -1,4 +1,4 @@
-"""The files that a recipe names, by their hashes: a name does not identify what a file contains."""
+"""Hashes of the files that a recipe names, since a name does not identify a file's contents."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from memvec.writing import path_of
 
 
 def named_files(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the files that a recipe names: its questions, trigger, neighbours and start.
+    """SHA-256 of the files that a recipe names: questions, trigger, neighbours and start.
 
-    A name does not identify a file whose contents changed since. Raises MemvecError if
-    the file of neighbours or of the start is not there.
+    Raises MemvecError if the file of neighbours or of the start does not exist.
     """
     path = trigger_file(recipe.trigger)
     named = {} if path is None else {"trigger": path}
@@ -32,7 +31,7 @@ def named_files(recipe: Recipe) -> dict[str, str]:
 
 
 def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of each of these files, without those that are not there."""
+    """SHA-256 (hex) of each file that exists, by name."""
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in files.items()

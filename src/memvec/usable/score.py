@@ -1,7 +1,8 @@
-"""Answers of your own after vectors: how probable each is, beside other contexts.
+"""The probability of given answers after vectors, compared with other contexts.
 
-For data that is (context, question, answers), without a harness: cram the contexts, then compare
-what the model thinks of the answers after the vectors, the text itself, its end, and nothing.
+This is for data of the form (context, question, answers), without the evaluation harness: cram the
+contexts, then compare the probabilities of answers after the vectors, the text, its last tokens,
+and nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.usable.contexts import contexts_of
 from memvec.usable.generate import (
+    SHORTER,
     as_files,
     check_room,
     in_a_row,
@@ -29,13 +31,13 @@ from memvec.vectors import MemVectors
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """An answer after a context and the prompt."""
+    """The score of an answer after a context and the prompt."""
 
     context: str  # 'vectors', 'text', 'nothing' or 'last n tokens' (of the text)
     answer: str
     bits: float  # -log2 of the answer's probability, the sum over its tokens
     tokens: int
-    greedy: bool  # the model would write it: each token is the likeliest one
+    greedy: bool  # greedy decoding generates it: each token is the likeliest one
 
 
 @plain_torch()
@@ -49,14 +51,14 @@ def score(
     passages: Sequence[int] | None = None,
     force: bool = False,
 ) -> list[AnswerScore]:
-    """How probable each answer is after the prompt and each context, answer by answer.
+    """The scores of each answer after each context and the prompt, answer by answer.
 
     Contexts are those of the certificate of use: the text, nothing, its last K, 2 K, 4 K and 8 K
-    tokens (K vectors stand for it; no more than it has) and the vectors. Files, `passages` and
-    `force` are those of `memvec.use`. A prompt and an answer are read as one text; tokens that
-    begin in the prompt are its own. Raises MemvecError as `memvec.use`, and for no answer, an
-    answer without a token, or no prompt where the vectors predict nothing by themselves;
-    NotExactError if the text does not come back from its vectors.
+    tokens (for K vectors; only those shorter than the text) and the vectors. `mem`, `passages` and
+    `force` are as in `memvec.use`. Prompt and answer are tokenized as one text; a token that begins
+    in the prompt belongs to the prompt. Raises MemvecError as `memvec.use` does, for no answer, for
+    an answer without a token, and for an empty prompt after vectors that predict nothing. Raises
+    NotExactError if the text is not exact.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     if isinstance(answers, str) or not answers:
@@ -65,7 +67,7 @@ def score(
     files = as_files(mem, numbers)
     view, rows = in_a_row(lm, files, numbers, force=force)
     ids = tokens_in_a_row(lm, files, numbers, force=force)
-    # The rows are scaled already.
+    # `in_a_row` has already multiplied the rows by their context scale.
     contexts = contexts_of(as_context_at(view, 1.0), rows[0], ids, None)
     before = lm.tokenize(prompt)
     if not before and not view.reading.predicts:
@@ -75,13 +77,13 @@ def score(
         )
     scores = []
     for answer in answers:
-        words = lm.tokenize(prompt + answer)
-        n = len(words) - len(before)
+        ids_of_both = lm.tokenize(prompt + answer)
+        n = len(ids_of_both) - len(before)
         if n < 1:
             raise MemvecError(f"the answer {answer!r:.60} has no token after the prompt.")
         inputs = max(len(ids) + 1, len(view.front) + rows.shape[1])
-        check_room(lm, inputs, len(words), "use fewer passages, or a shorter prompt or answer")
-        table = torch.tensor([words], device=lm.device)
+        check_room(lm, inputs, len(ids_of_both), SHORTER)
+        table = torch.tensor([ids_of_both], device=lm.device)
         for name, context in contexts.items():
             log_p = context(table)[0, -n:]
             right = table[0, -n:]

@@ -1,7 +1,7 @@
-"""Where vectors that are to be used begin: the last tokens of their passage.
+"""The start of usable vectors: the embeddings of the last tokens of their passage.
 
-As context these are as good as the end of the text; noise is worse than nothing (docs/usable.md).
-An encoder that was trained for it begins from them, too, and adds to them (memvec.encoders.usable).
+As context they are as good as the end of the text, whereas noise is worse than nothing
+(docs/usable.md). A usable encoder also begins from them, and adds to them (memvec.encoders.usable).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from memvec.model.lm import FrozenLM
 
 @torch.no_grad()
 def last_tokens(lm: FrozenLM, ids: Sequence[int], K: int, recipe: Recipe) -> Float[Tensor, "K D"]:
-    """Embeddings of the last K tokens of the passage, each of size (RMS) 1.
+    """Embeddings of the last K tokens of the passage, each scaled to RMS 1.
 
-    A passage of fewer tokens repeats its first.
+    A passage with fewer tokens repeats its first one.
     """
     return last_embeddings(lm, torch.tensor([list(ids)], device=lm.device), K)[0].cpu()
 
 
 def last_embeddings(lm: FrozenLM, ids: Int[Tensor, "B T"], K: int) -> Float[Tensor, "B K D"]:
-    """The same for passages of one length, in float32 on the model's device."""
+    """`last_tokens` for passages of one length, in float32 on the model's device."""
     T = ids.shape[1]
     last = torch.arange(T - K, T, device=ids.device).clamp_min(0)
     rows = lm.embed(ids[:, last]).float()

@@ -1,8 +1,8 @@
-"""The predictions of the model that has read the text, at each position of a query: the teacher.
+"""The teacher: the model's predictions at each position of a query, after the text.
 
-They are computed once. Of each distribution the `top` most likely tokens are kept, and the total
-mass of all others. The divergence of another distribution from it is taken over these top + 1
-outcomes: a lower bound of the divergence over all V tokens, and equal to it for top >= V - 1.
+They are computed once for a passage. Of each distribution, the `top` likeliest tokens and the total
+probability of all others are kept. The KL divergence is computed over these top + 1 outcomes. It is
+a lower bound of the divergence over all V tokens, and equal to it for top >= V - 1.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from memvec.model.heads import Head
 from memvec.model.lm import FrozenLM
 from memvec.model.reading import StartRule
 
-SMALLEST_MASS = 1e-7  # of all tokens that are not kept, so that its logarithm is finite
+SMALLEST_MASS = 1e-7  # minimum of the others' total probability, so that its logarithm is finite
 
 
 class TopTokens(NamedTuple):
-    """A model's predictions at some positions: the n likeliest tokens, and the mass of others."""
+    """The n likeliest tokens at some positions, and the total probability of all others."""
 
     top: Int[Tensor, "*shape n"]  # token ids
     log_p: Float[Tensor, "*shape n"]  # their log-probabilities, nats
-    log_others: Float[Tensor, "*shape"]  # log of the mass of all others, nats
+    log_others: Float[Tensor, "*shape"]  # log of the others' total probability, nats
 
 
 @dataclass
 class NeighbourPlaces(Rows):
     """The neighbours of each passage in each of M queries (memvec.usable.neighbours), at most n."""
 
-    neighbours: Int[Tensor, "B M n"]  # indices, in their order, those in front first
+    neighbours: Int[Tensor, "B M n"]  # indices in reading order
     in_front: Int[Tensor, "B M"]  # number of neighbours in front of the passage
-    count: Int[Tensor, "B M"]  # number of neighbours in front and after
+    count: Int[Tensor, "B M"]  # total number of neighbours
 
 
 @dataclass
@@ -49,16 +49,16 @@ class Teacher(Rows):
     length: Int[Tensor, "B M"]  # tokens of each query
     top: Int[Tensor, "B M L n"]  # token ids
     log_p: Float[Tensor, "B M L n"]  # their log-probabilities, nats
-    log_others: Float[Tensor, "B M L"]  # log of the mass of all others, nats
+    log_others: Float[Tensor, "B M L"]  # log of the others' total probability, nats
     beside: NeighbourPlaces
-    weight: Float[Tensor, " B"]  # of the term, in multiples of the recipe's
+    weight: Float[Tensor, " B"]  # weight of the term, in multiples of the recipe's
 
 
 @torch.no_grad()
 def top_tokens_after(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], queries: Int[Tensor, "M L"], top: int
 ) -> TopTokens:
-    """The model's likeliest tokens at each token of the queries, after some inputs (the text)."""
+    """The model's likeliest tokens at each position of the queries, after `inputs` (the text)."""
     n, L = min(top, lm.vocab_size - 1), queries.shape[1]
     at_once = max(1, memory.LOGITS_AT_ONCE // (lm.vocab_size * L))
     chunks: list[TopTokens] = []
@@ -72,7 +72,7 @@ def top_tokens_after(
 def states_after(
     lm: FrozenLM, inputs: Float[Tensor, "B N D"], ids: Int[Tensor, "B L"]
 ) -> Float[Tensor, "B L H"]:
-    """States that predict each token of `ids` after some inputs."""
+    """Hidden states that predict each token of `ids` after `inputs`."""
     after = torch.cat([inputs.to(lm.dtype), lm.embed(ids[:, :-1])], 1)
     return lm.states_of(after, keep=ids.shape[1])
 
@@ -92,7 +92,7 @@ def states_as_context(
 def log_p_after(
     lm: FrozenLM, inputs: Float[Tensor, "1 N D"], ids: Int[Tensor, "M L"]
 ) -> Float[Tensor, "M L V"]:
-    """Log-probabilities of the whole vocabulary at each token of `ids`, all after one input."""
+    """Log-probabilities (nats) at each token of `ids`; all rows are read after the same inputs."""
     return lm.head(states_after(lm, inputs.expand(len(ids), -1, -1), ids)).log_softmax(-1)
 
 
@@ -102,7 +102,7 @@ def divergence(
     log_p: Float[Tensor, "*shape n"],
     log_others: Float[Tensor, "*shape"],
 ) -> Float[Tensor, "*shape"]:
-    """KL(kept distribution || softmax of the logits) at each position, nats."""
+    """KL(kept distribution || softmax of the logits) at each position over n + 1 outcomes, nats."""
     log_q = logits.log_softmax(-1)
     log_top = log_q.gather(-1, top.long())
     others = (1 - log_top.exp().sum(-1)).clamp_min(SMALLEST_MASS)
@@ -118,10 +118,10 @@ def divergence_at(
     *,
     V: int,
 ) -> tuple[Float[Tensor, " B"], Float[Tensor, "B L H"]]:
-    """Divergence of each passage, nats, and its gradient at the states.
+    """The divergence of each passage (nats), and its gradient at the states.
 
-    `teacher`: likeliest tokens of shape (B, L, n); `share`: the weight of each position. Logits
-    over the vocabulary exist for a few rows at a time.
+    The tensors of `teacher` have shape (B, L, n); `share` is the weight of each position. Logits
+    are computed for a few rows at a time.
     """
     B, L, H = states.shape
     flat = states.reshape(B * L, H)
@@ -144,12 +144,12 @@ def divergence_at(
 
 
 def answer_positions(length: Int[Tensor, " B"], columns: int) -> Bool[Tensor, "B L"]:
-    """Positions that a query has."""
+    """True at the positions of each query, False at its padding (L = `columns`)."""
     return torch.arange(columns, device=length.device) < length[:, None]
 
 
 def no_neighbours(M: int, device: torch.device) -> NeighbourPlaces:
-    """No neighbours in M queries of one passage."""
+    """The places of a passage without neighbours, in M queries."""
     none = torch.zeros(1, M, dtype=torch.long, device=device)
     return NeighbourPlaces(none[..., None][..., :0], none, none)
 
@@ -163,7 +163,7 @@ def joined(teachers: Sequence[Teacher]) -> Teacher:
 
 
 def likeliest(logits: Float[Tensor, "*shape V"], n: int) -> TopTokens:
-    """The n likeliest tokens of each distribution, and the mass of all others."""
+    """The n likeliest tokens of each distribution, and the total probability of all others."""
     log_p = logits.log_softmax(-1)
     values, ids = log_p.topk(n, dim=-1)
     others = (1 - values.exp().sum(-1)).clamp_min(SMALLEST_MASS)

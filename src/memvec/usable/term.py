@@ -1,10 +1,10 @@
-"""The term `use`: the model after the vectors predicts what the model after the text predicts.
+"""The term `use`: the KL of predictions after the vectors from predictions after the text.
 
     KL(model after [text] || model after [vectors]), mean over the tokens of a query, nats
 
-The vectors have two modes. In decoding mode a trigger follows them, [vectors] BOS -> passage. In
-context mode a query follows them directly; this term is measured in context mode only. After keys
-and values (memvec.spaces) the first token of a query is given. With neighbours, most queries are
+The vectors have two modes. In decoding mode, a trigger follows them: [vectors] BOS -> passage. In
+context mode, a query follows them directly. This term is measured in context mode only. After keys
+and values (memvec.spaces), the first token of a query is given. With neighbours, most queries are
 read after a row of passages (memvec.usable.neighbours).
 """
 
@@ -44,11 +44,10 @@ from memvec.vectors import MemVectors
 
 
 class Use(Term):
-    """Divergence from the model that has read the text, on one query of each passage at a step.
+    """The divergence from the model after the text; a step uses one query of each passage.
 
-    Raises MemvecError for vectors that are read in one step, another start rule than 'bos',
-    query_tokens below 2 where the first one is given, or neighbours that cannot be had
-    (memvec.usable.neighbours).
+    Raises MemvecError for one-step vectors, for another start rule than 'bos', for query_tokens
+    below 2 if the first token is given, and as `neighbours_of` does.
     """
 
     step_type = Turns
@@ -69,13 +68,13 @@ class Use(Term):
                 "query_tokens must be at least 2."
             )
         super().__init__(lm, module, recipe, K, start_rule)
-        self.given = int(not lm.reading.predicts)  # leading tokens of a query, not predicted
+        self.given = int(not lm.reading.predicts)  # leading tokens of a query not predicted
         self.neighbours: Neighbours | None = None
         if recipe.neighbours != "none":
             self.neighbours = neighbours_of(lm, recipe)
 
     def fresh(self, passages: Sequence[Passage]) -> Rows:
-        """The queries of each passage, with the predictions of the model after the text."""
+        """The queries of each passage, with the teacher's predictions."""
         return joined([self._teacher(passage) for passage in passages])
 
     def measure(
@@ -95,7 +94,7 @@ class Use(Term):
             states = self._states(vectors, ids, teacher.beside, query, padding_rows)
         counted = answer_positions(length, ids.shape[1])[:, self.given :]
         share = counted / counted.sum(-1, keepdim=True)
-        # Padding rows are computed as well: products keep their shape, and so their rounding.
+        # Padding rows are computed as well, so that products keep their shape and rounding.
         parts = [
             part[row, query, self.given :]
             for part in (teacher.top, teacher.log_p, teacher.log_others)
@@ -106,21 +105,21 @@ class Use(Term):
         return TermLoss(loss[:B], (states,), (gradient,))
 
     def weight(self, batch: BatchState) -> Float[Tensor, " B"]:
-        """The weight of every term, times the factor that `term_rise` gives the passage."""
+        """The weight as in `Term`, times the passage's factor by `term_rise`."""
         assert isinstance(batch.term, Teacher)
         return super().weight(batch) * batch.term.weight
 
     def inputs(self, counted: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The vectors, where they are inputs, and a query but for its last token."""
+        """Forward-backward tokens per step: the vectors, if they are inputs, and a query."""
         start: StartRule = "first-token" if self.given else "vectors"
         before = self.module.inputs_before(self.K, start) - self.given
-        before += self.neighbours.max_inputs if self.neighbours else 0  # rows are padded to these
+        before += self.neighbours.max_inputs if self.neighbours else 0  # all rows have this length
         return torch.full_like(counted, before + self.recipe.query_tokens)
 
     def certificate(
         self, mem: MemVectors, passages: Sequence[Sequence[int]]
     ) -> dict[str, Any] | None:
-        """The certificate of use; none for vectors that are not exact."""
+        """The certificate of use; None for vectors that are not exact."""
         if not mem.exact:
             return None
         return certify_use(self.lm, mem, passages).record()
@@ -133,41 +132,40 @@ class Use(Term):
         query: Int[Tensor, " B"],
         padding_rows: int,
     ) -> Float[Tensor, "N n H"]:
-        """States that predict a query after the vectors, in a row where there are neighbours."""
-        module, words = self.module, with_padding(ids, padding_rows)
+        """Hidden states that predict a query of each row, after its vectors and neighbours."""
+        module, queries = self.module, with_padding(ids, padding_rows)
         if self.neighbours is None:
-            return states_as_context(module, vectors, words)
+            return states_as_context(module, vectors, queries)
         row = torch.arange(len(ids), device=ids.device)
         parts = [part[row, query] for part in (beside.neighbours, beside.in_front, beside.count)]
         inputs, used = self.neighbours.row(
             module.context_scale * vectors,
-            module.embed(words[:, :-1]),
+            module.embed(queries[:, :-1]),
             *(with_padding(p, padding_rows) for p in parts),
         )
-        keep = inputs.shape[1] - self.K + 1  # the last of the vectors, where no neighbour is
+        keep = inputs.shape[1] - self.K + 1  # from the last vector of a row without neighbours on
         cache = module.reading.cache(module, vectors)
         states = module.states_of(module.after_front(inputs), keep, cache)
-        at = used[:, None] + torch.arange(words.shape[1], device=ids.device)
+        at = used[:, None] + torch.arange(queries.shape[1], device=ids.device)
         return states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
 
     def _teacher(self, passage: Passage) -> Teacher:
-        # One passage at a time, so that its numbers do not depend on its neighbours in the batch.
+        # One passage at a time, so that its numbers do not depend on the other slots.
         lm, ids = self.lm, passage.ids
         if self.neighbours is not None:
             beside = self.neighbours.drawn(ids, self.recipe)
-            drawn = self.neighbours.queries(lm, ids, self.recipe, beside)
+            queries = self.neighbours.queries(lm, ids, self.recipe, beside)
         else:
-            drawn = queries_of(lm, ids, self.recipe)
-            beside = no_neighbours(len(drawn.ids), lm.device)
-        top_tokens = drawn.teacher or top_tokens_after(
-            lm, text_inputs(lm, ids), drawn.ids, self.recipe.teacher_top
+            queries = queries_of(lm, ids, self.recipe)
+            beside = no_neighbours(len(queries.ids), lm.device)
+        top_tokens = queries.teacher or top_tokens_after(
+            lm, text_inputs(lm, ids), queries.ids, self.recipe.teacher_top
         )
-        queries, length = drawn.ids.to(lm.device), drawn.length.to(lm.device)
         top, log_p, log_others = (part[None] for part in top_tokens)
         weight = torch.ones(1, device=lm.device)
         return Teacher(
-            queries[None],
-            length[None],
+            queries.ids.to(lm.device)[None],
+            queries.length.to(lm.device)[None],
             top=top,
             log_p=log_p,
             log_others=log_others,

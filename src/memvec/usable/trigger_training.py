@@ -1,18 +1,18 @@
-"""Training of a crammed trigger: soft tokens that all passages share, once for a model.
+"""Train a crammed trigger: soft tokens that all passages share, trained once for a model.
 
-Passages are crammed for use in slots as usual, and the mean of their gradients at the soft tokens
-moves these.
+The engine crams usable vectors of many passages. The mean of the passages' gradients at the soft
+tokens moves these, too.
 
-    BOS front [vectors] trigger   -> the passage         front, vectors and trigger move
-    BOS front [vectors] anything  -> as after the text  front and vectors move
+    BOS front [vectors] trigger   -> the passage           moves front, vectors and trigger
+    BOS front [vectors] query     -> as after the text     moves front and vectors
 
-After BOS the vectors alone have to serve both modes. A trained trigger takes over part of the
-decoding mode, and soft tokens in front of the vectors help the model to read them, so that more of
-the vectors is left for the meaning of the text (docs/usable.md).
+With BOS as the trigger, the vectors alone must serve both modes. A trained trigger does part of the
+work of decoding mode, and trained soft tokens in front of the vectors help the model to read them,
+so that the vectors can hold more of the meaning of the text (docs/usable.md).
 
-Passages come in batches; each begins with new vectors and the trigger of the last one, and the file
-of the trigger is written after each, so that an interrupted run continues with the next batch. The
-trigger is for any passage: cramming does not change it, and no passage depends on another.
+Passages are trained in batches. Each batch begins with new vectors and the present trigger. The
+file of the trigger is written after each batch, so that an interrupted run continues with the next
+one. The trained trigger is for any passage: later cramming does not change it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from memvec.passages.passage import Passage
 from memvec.usable.recipe_files import named_files
 from memvec.writing import path_of
 
-LAST_RATE = 0.05  # share of the learning rate at the end
-NOISE = 0.3  # of the first soft tokens, beside the embedding that they begin as
+LAST_RATE = 0.05  # learning rate of the last step, as a share of the first
+NOISE = 0.3  # standard deviation of the noise on the first soft tokens, whose RMS is 1
 
 
 @dataclass(frozen=True)
 class TriggerPlan:
-    """The choices of a training, on passages in K vectors each.
+    """The settings of a training.
 
     Raises MemvecError for a choice out of range.
     """
@@ -55,11 +55,11 @@ class TriggerPlan:
     rows: int = 4
     """Soft tokens after the vectors (R)."""
     front: int = 4
-    """Soft tokens in front of them (P); 0: none."""
+    """Soft tokens in front of the vectors (P); 0: none."""
     vectors: int = 4
     """Vectors of each passage (K)."""
     tokens: int = 24
-    """Tokens of the passages, for the record: `train_trigger` is given the passages themselves."""
+    """Tokens of the passages; only for the record, since `train_trigger` gets the passages."""
     batches: int = 4
     batch_size: int = 16
     """Passages of a batch."""
@@ -76,7 +76,7 @@ class TriggerPlan:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """The result of a batch: passages that decode exactly, and their last KL, nats per token."""
+    """The result of a batch: its number of exact passages, and the last KL (nats per token)."""
 
     number: int
     batches: int
@@ -86,15 +86,15 @@ class BatchReport:
     seconds: float
 
 
-# The number of the batch, the progress of its passages, and its number of steps.
+# (number of the batch, progress of its passages, its number of steps)
 OnProgress = Callable[[int, Progress, int], None]
 
 
 class SharedStep(Step):
-    """A step whose slots also move the trigger of the model that they share."""
+    """A step that also moves the soft tokens, which all slots share."""
 
     optimizer_of_rows: torch.optim.Optimizer
-    rate: Callable[[int], float]  # share of the learning rate at a step of the batch
+    rate: Callable[[int], float]  # factor of the learning rate at a step of the batch
     taken: int = 0
     last_kl: float = math.nan
 
@@ -122,16 +122,16 @@ class SharedStep(Step):
 
 
 class TriggerEngine(Engine):
-    """An engine whose steps move the trigger, too."""
+    """An engine whose steps also move the soft tokens."""
 
     step_type = SharedStep
 
 
 def first_rows(lm: FrozenLM, plan: TriggerPlan) -> Float[Tensor, "N D"]:
-    """Soft tokens to begin with: the token that opens a text, of size (RMS) 1, and noise.
+    """The first soft tokens, those of the trigger first: the embedding of BOS (RMS 1) plus noise.
 
-    Noise alone for a model without such a token. The trigger's rows come first; its last one,
-    after which the passage comes, is the token itself.
+    The last one of the trigger, which precedes the passage, has no noise. For a model without BOS,
+    all are noise.
     """
     generator = torch.Generator().manual_seed(plan.seed)
     noise = torch.randn(plan.rows + plan.front, lm.width, generator=generator)
@@ -154,13 +154,14 @@ def train_trigger(
     on_batch: Callable[[BatchReport], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> CrammedTrigger:
-    """Train a trigger on passages (token ids; `plan.batches` x `plan.batch_size` of them).
+    """Train a trigger on `plan.batches` x `plan.batch_size` passages (token ids); returns it.
 
-    `path` gets the trigger after each batch, and a training of the same plan that finds it there
-    continues from it. `recipe` crams the passages; its trigger is replaced by the trained one.
-    `on_batch` and `on_progress` are called with the progress.
-    Raises MemvecError for too few passages, a recipe without a second mode, another plan's file, a
-    gradient that is not finite, or a file that cannot be written.
+    The trigger is written to `path` after each batch. If `path` holds the trigger of an interrupted
+    training with the same settings and passages, this call continues from it. `recipe` crams the
+    passages; the trained trigger replaces its own. `on_batch` and `on_progress` are called with the
+    progress. Raises MemvecError for too few passages, for a recipe without the term 'use', for a
+    file of another training, for a gradient that is not finite, and for a file that cannot be
+    written.
     """
     if recipe.term != "use":
         raise MemvecError("a trigger is trained by a recipe with the term 'use' (preset usable).")
@@ -169,8 +170,8 @@ def train_trigger(
             f"{plan.batches} batches of {plan.batch_size} need as many passages, and there are "
             f"{len(passages)}."
         )
-    length = max(1, recipe.settle)  # steps of a batch, whose passages all end together
-    # An encoder for use was trained after another trigger, and has none to begin with here.
+    length = max(1, recipe.settle)  # steps of a batch, at whose last all passages end
+    # A usable encoder belongs to another trigger, so 'auto' must not select it.
     start = "last-tokens" if recipe.start == "auto" else recipe.start
     recipe = replace(
         recipe,
@@ -180,8 +181,8 @@ def train_trigger(
         steps=length,
         patience=length,
         if_not_exact="stop",
-        objective_every=1,  # each step moves the trigger, too
-        term_rise=0.0,  # the weight would follow each passage alone
+        objective_every=1,  # every step must move the trigger
+        term_rise=0.0,  # it would change the weight of each passage separately
     )
     read = hashlib.sha256(repr([list(ids) for ids in passages]).encode()).hexdigest()
     identity = {"plan": asdict(plan), "recipe": recipe.record(), "passages": read}
@@ -221,7 +222,7 @@ def _crammed(
     recipe: Recipe,
     on_progress: OnProgress | None,
 ) -> tuple[Float[Tensor, "N D"], BatchReport]:
-    """New vectors for a batch of passages, and the trigger that they have moved."""
+    """Cram a batch of passages from new vectors; returns the moved soft tokens, and a report."""
 
     def progressed(now: Progress) -> None:
         if on_progress is not None:
