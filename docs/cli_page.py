@@ -83,7 +83,8 @@ def presets() -> list[str]:
     """Every preset by name, with its documentation."""
     rows = ["| preset | recipe |", "|---|---|"]
     for name in registry.BUILT_IN["preset"]:
-        rows.append(f"| `{name}` | {cell(inspect.getdoc(registry.get('preset', name)) or '')} |")
+        documented = inspect.getdoc(registry.get("preset", name)) or ""
+        rows.append(f"| `{name}` | {cell(documented.partition('Raises ')[0])} |")
     return [*rows, ""]
 
 

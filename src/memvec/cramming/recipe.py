@@ -42,7 +42,7 @@ def documented(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How passages are crammed. The defaults were the best in our measurements (docs/log.md).
+    """All choices that change the vectors. The defaults were the best in our measurements.
 
     Raises MemvecError for a value that its field does not accept.
     """
