@@ -36,10 +36,7 @@ def passage_record(
 
 
 def assembled(
-    view: FrozenLM,
-    vectors: Sequence[Float[Tensor, "K D"]],
-    storage: Storage,
-    **known: Any,
+    view: FrozenLM, vectors: Sequence[Float[Tensor, "K D"]], storage: Storage, **known: Any
 ) -> MemVectors:
     """MemVectors of the passages' `vectors`, not yet certified.
 

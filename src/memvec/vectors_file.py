@@ -21,7 +21,7 @@ from memvec.errors import MemvecError, first_problem
 from memvec.header import Header
 from memvec.model.reading import reading_named
 from memvec.storage import STORAGES
-from memvec.writing import path_of, write_atomically
+from memvec.writing import copied_tensors, path_of, write_atomically
 
 
 def existing_path(path: str | os.PathLike[str]) -> Path:
@@ -69,7 +69,7 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
             if "memvec" not in metadata or names not in ({"vectors"}, {"codes", "scales"}):
                 raise MemvecError(f"{file} is a safetensors file but not one of memvec's.")
             header = Header.model_validate_json(metadata["memvec"])
-            soft = {name: opened.get_tensor(name).clone() for name in sorted(held - names)}
+            soft = copied_tensors(opened, sorted(held - names))
             if (header.packing is None) != (names == {"vectors"}):
                 raise MemvecError(f"{file} claims the packing {header.packing}, but holds another.")
             first = "vectors" if header.packing is None else "codes"
@@ -80,7 +80,7 @@ def read_file(file: Path) -> tuple[Header, Tensor, dict[str, Tensor]]:
                     f"{file} claims {len(header.passages)} passages and holds vectors of shape "
                     f"{tuple(shape)}: it is damaged."
                 )
-            tensors = {name: opened.get_tensor(name).clone() for name in sorted(names)}
+            tensors = copied_tensors(opened, sorted(names))
     except ValidationError as error:
         wrong = first_problem(error)
         raise MemvecError(f"{file} has a damaged header, or a later memvec's ({wrong}).") from None

@@ -1,4 +1,4 @@
-"""Write files atomically, and read and write JSON."""
+"""Write files atomically, read and write JSON, and read tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def copied_tensors(opened: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Tensors of an open safetensors file, copied.
+
+    Without a copy their memory is the mapped file: if somebody writes to the file later, their
+    numbers change after they were checked, or the process ends with SIGBUS.
+    """
+    return {name: opened.get_tensor(name).clone() for name in names}
 
 
 def pretty_json(value: Any) -> str:

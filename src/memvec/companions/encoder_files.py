@@ -29,7 +29,7 @@ from memvec.errors import MemvecError, did_you_mean
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import path_of, read_json, write_atomically
+from memvec.writing import copied_tensors, path_of, read_json, write_atomically
 
 # Files in a model's folder: the encoder that was trained together with the model, a better one that
 # was trained later for the frozen model, and the encoder of usable vectors.
@@ -129,8 +129,7 @@ def _open(path: Path) -> EncoderFile:
         raise MemvecError(f"there is no encoder {path}: train one with memvec encoder train.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            return EncoderFile(path, tensors, file.metadata() or {})
+            return EncoderFile(path, copied_tensors(file, file.keys()), file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise MemvecError(f"{path} is not an encoder that memvec can read: {error}.") from error
 

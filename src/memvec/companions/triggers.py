@@ -22,7 +22,7 @@ from memvec.errors import MemvecError
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import path_of, read_json, write_atomically
+from memvec.writing import copied_tensors, path_of, read_json, write_atomically
 
 FILE_NAME = "trigger.safetensors"  # in a model's folder
 
@@ -103,7 +103,7 @@ def stored_trigger(
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             model, about = read_json(facts["model"]), read_json(facts["about"])
-            held = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            held = copied_tensors(file, file.keys())
         rows, front = held["trigger"], held.get("front")
         made_for = Fingerprint.of_record(model)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

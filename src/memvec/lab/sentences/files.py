@@ -19,7 +19,7 @@ from memvec.lab.sentences.latents import need_encoder
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
-from memvec.writing import path_of, read_json, write_atomically
+from memvec.writing import copied_tensors, path_of, read_json, write_atomically
 
 FORMAT = "memvec-sentences"
 MAX_SIZES = {"hidden": 16_384, "layers": 256, "heads": 512}  # of the shape in a file
@@ -97,8 +97,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+            tensors, metadata = copied_tensors(file, file.keys()), file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, str(error)) from None
     if metadata.get("format") != FORMAT:
