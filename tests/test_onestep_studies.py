@@ -127,7 +127,13 @@ def test_vectors_that_no_file_holds_are_left_out_of_the_files_of_a_study(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
-    written, left_out = export_vectors(study, tmp_path / "files")
+    told: list[tuple[int, int]] = []
+    written, left_out = export_vectors(
+        study, tmp_path / "files", on_file=lambda *now: told.append(now)
+    )
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert {cells for _, cells in told} == {len(written) + len(left_out)}
+    assert len(told) == len(written)
     assert {row["protocol"] for row in written} == {"one-step"}
     groups = [sentence for sentence in left_out if "a file has one group" in sentence]
     arranged = [sentence for sentence in left_out if "no name in a file" in sentence]

@@ -65,13 +65,22 @@ def vectors(
 ) -> None:
     """Write the vectors of each cell as a file, decoded again for its certificate."""
     from memvec.cli.display import say
+    from memvec.cli.progress import timer
     from memvec.lab.study.vector_files import export_vectors
 
-    written, left_out = export_vectors(folder, out, model=model, device=device)
+    due = timer()
+
+    def show(done: int, cells: int) -> None:
+        if due():
+            say(f"{done} of {cells} cells decoded")
+
+    written, left_out = export_vectors(folder, out, model=model, device=device, on_file=show)
     for sentence in left_out:
         say(f"left out: {sentence}")
-    if written:
-        print_rows(written, out)
+    if not written:
+        say(f"Nothing was written: {folder} has no finished cell whose vectors a file can hold.")
+        return
+    print_rows(written, out)
     say(f"{out} has {len(written)} files, named by the column 'cell' of an export.")
 
 

@@ -52,7 +52,9 @@ def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     if not rows:
         out.print(f"No studies in the folder {folder.resolve()}.", markup=False)
         return
-    table = Table(*rows[0])
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")  # a name of a file that is cut off is of no use
     for row in rows:
         table.add_row(*[safe(str(v)) for v in row.values()])
     out.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from memvec.assembly import assembled, passage_record
@@ -36,14 +37,16 @@ def export_vectors(
     *,
     model: str | None = None,
     device: str = "auto",
+    on_file: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Write the vectors of every cell of the last spec as TARGET/<cell>.mem.safetensors.
 
     A file has the passages of its cell by their numbers, each as a text of its own, and opens with
     `MemVectors.load`. All of them are decoded again for its certificate. Returns what the files
     are, one dictionary for each, and a sentence about each cell that no file can hold. `model`:
-    where the study's model is now. Raises MemvecError if that has other weights, or for a folder
-    that has something else in it.
+    where the study's model is now. `on_file` is called after each file with the number of cells
+    done and of all cells. Raises MemvecError if the model has other weights, or for a folder that
+    has something else in it.
     """
     target = path_of(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -52,7 +55,8 @@ def export_vectors(
     left_out: list[str] = []
     with Store(folder) as store:
         frame = read_rows(store)
-        for name, rows in frame[frame["planned"]].groupby("model", sort=False):
+        frame = frame[frame["planned"]]
+        for name, rows in frame.groupby("model", sort=False):
             lm: FrozenLM | None = None
             for key, group in rows.groupby("cell", sort=False):
                 description, cell = cell_of(store, str(key))
@@ -66,6 +70,8 @@ def export_vectors(
                 exact = f"{sum(p.exact for p in mem.passages)} of {len(mem.passages)}"
                 of_cell = {name: getattr(cell, name) for name in SHOWN}
                 written.append({"file": path.name, **of_cell, "exact": exact})
+                if on_file is not None:
+                    on_file(len(written) + len(left_out), frame["cell"].nunique())
     return written, left_out
 
 
