@@ -80,8 +80,8 @@ def vectors(
     if not written:
         say(f"Nothing was written: {folder} has no finished cell whose vectors a file can hold.")
         return
-    print_rows(written, out)
-    say(f"{out} has {len(written)} files, named by the column 'cell' of an export.")
+    print_rows([{k: v for k, v in row.items() if k != "file"} for row in written], out)
+    say(f"{out} has {len(written)} files, CELL.mem.safetensors. An export has the same cells.")
 
 
 @app.command(

@@ -54,7 +54,7 @@ def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
         return
     table = Table()
     for name in rows[0]:
-        table.add_column(name, overflow="fold")  # a name of a file that is cut off is of no use
+        table.add_column(name, overflow="fold")  # the key of a cell is of no use if it is cut off
     for row in rows:
         table.add_row(*[safe(str(v)) for v in row.values()])
     out.print(table)

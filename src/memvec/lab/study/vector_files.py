@@ -69,7 +69,7 @@ def export_vectors(
                 path = mem.save(target / f"{key}.mem.safetensors")
                 exact = f"{sum(p.exact for p in mem.passages)} of {len(mem.passages)}"
                 of_cell = {name: getattr(cell, name) for name in SHOWN}
-                written.append({"file": path.name, **of_cell, "exact": exact})
+                written.append({"cell": key, **of_cell, "exact": exact, "file": path.name})
                 if on_file is not None:
                     on_file(len(written) + len(left_out), frame["cell"].nunique())
     return written, left_out
