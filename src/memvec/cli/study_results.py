@@ -81,7 +81,10 @@ def vectors(
         say(f"Nothing was written: {folder} has no finished cell whose vectors a file can hold.")
         return
     print_rows([{k: v for k, v in row.items() if k != "file"} for row in written], out)
-    say(f"{out} has {len(written)} files, CELL.mem.safetensors. An export has the same cells.")
+    say(
+        f"{out} has {len(written)} files, CELL.mem.safetensors. The column 'cell' of memvec study "
+        "export names the same cells."
+    )
 
 
 @app.command(
