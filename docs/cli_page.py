@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from memvec import registry
-from memvec.cli import app
+from memvec.cli.app import app
 from memvec.cramming.recipe import Recipe
 
 PAGE = Path(__file__).parent / "cli.md"

@@ -17,7 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from memvec.cli import app
+from memvec.cli.app import app
 
 OPTIONS = {
     "slots": 4,

@@ -12,7 +12,7 @@ import typer
 import memvec
 from conftest import QUICK, reader
 from memvec import MemvecError, Recipe
-from memvec.cli import app
+from memvec.cli.app import app
 from memvec.cli.arguments import WRITTEN, as_options, options_of
 from memvec.encoders.usable_training import UsablePlan
 from memvec.usable.evaluate import Evaluation

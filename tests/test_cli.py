@@ -240,6 +240,21 @@ def test_interrupted_before_anything_is_finished_leaves_nothing(
     assert [p.name for p in letter.parent.iterdir()] == ["letter.txt"]
 
 
+def test_an_interrupt_while_the_command_line_is_imported_shows_no_traceback(monkeypatch):
+    import memvec.cli
+
+    class Interrupting:
+        def find_spec(self, name, *_):
+            if name == "memvec.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "memvec.cli.app", raising=False)
+    monkeypatch.setattr("sys.meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        memvec.cli.main()
+    assert end.value.code == 130
+
+
 def test_an_interrupted_verb_that_keeps_nothing_says_one_word(command, stored, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
