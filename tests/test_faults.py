@@ -169,7 +169,7 @@ def test_other_errors_of_the_device_are_not_memory(monkeypatch):
 # ---------------------------------------------------------------------- saving
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.open"])
 @pytest.mark.parametrize("before", [None, b"an older file"])
 def test_an_interrupt_during_save_leaves_the_old_file_or_none(tmp_path, monkeypatch, call, before):
     mem = codec.cram(reader(), ["the"], **OPTIONS)

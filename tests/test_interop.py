@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -293,11 +294,25 @@ def test_a_gguf_file_of_ones_own_takes_every_type_of_model(tmp_path):
         export(lm, crammed(lm), target_of("mlx"), tmp_path / "mlx")
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_export_may_be_read_by_whom_the_umask_says(tmp_path, umask):
+    lm = tiny("llama")
+    mem = crammed(lm)
+    before = os.umask(umask)
+    try:
+        for force in (False, True):
+            export(lm, mem, target_of("npy"), tmp_path / "out", force=force)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "out/manifest.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_manifest_says_what_was_exported_and_how(tmp_path):
     lm = FrozenLM(build("llama"), name="half", revision="a1b2c3")
     mem = crammed(lm)
     manifest = export(lm, mem, target_of("npy"), tmp_path / "out")
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755  # mkdtemp's are for one user
     model = lm.description()
     assert manifest["model"] == {k: model[k] for k in ("name", "revision", "config", "weights")}
     for ours, theirs in zip(manifest["documents"], mem.header.documents, strict=True):

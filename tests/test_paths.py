@@ -30,7 +30,7 @@ from memvec.usable.evaluate import Evaluation
 from memvec.usable.queries import questions_of
 from memvec.usable.recipe_files import named_files
 from memvec.usable.trigger_training import TriggerPlan, train_trigger
-from memvec.writing import path_of
+from memvec.writing import make_folder, path_of
 
 SPEC = """
 name = "none"
@@ -145,7 +145,7 @@ def test_what_is_written_is_where_the_path_says(home, path, mem):
     mem.save_pretrained(path("folder"), base_licence="mit")
     save_trigger(path("t.safetensors"), CrammedTrigger(mem.vectors[0].float()), lm, {})
     export(lm, mem, target("npy"), path("npy"))
-    receipts.make_folder(path("receipts"))
+    make_folder(path("receipts"))
     cram(lm, "a", recipe=QUICK, journal=path("journal"))
     Column(lm, "crammed", cache=path("cache"), tokens=4)
     with pytest.raises(MemvecError, match=r"a\.mem\.safetensors exists"):

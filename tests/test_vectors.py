@@ -185,7 +185,7 @@ def test_the_short_name_finds_the_file(mem, tmp_path):
 # ---------------------------------------------------------------------- written whole or not
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.open"])
 @pytest.mark.parametrize("before", [None, b"an older file"])
 def test_a_write_that_fails_leaves_everything_as_it_was(mem, tmp_path, monkeypatch, call, before):
     target = tmp_path / "a.mem"
@@ -195,9 +195,10 @@ def test_a_write_that_fails_leaves_everything_as_it_was(mem, tmp_path, monkeypat
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(call, full)
-    with pytest.raises(MemvecError, match=r"cannot be written: No space left on device\.$"):
-        mem.save(target, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(call, full)
+        with pytest.raises(MemvecError, match=r"cannot be written: No space left on device\.$"):
+            mem.save(target, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["a.mem"])
     assert before is None or target.read_bytes() == before
 

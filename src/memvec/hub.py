@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from memvec import plugins
 from memvec.errors import MemvecError, first_line, printable
 from memvec.loading import POCKET
-from memvec.writing import path_of, write_atomically
+from memvec.writing import make_folder, path_of, write_atomically
 
 if TYPE_CHECKING:
     from memvec.vectors import MemVectors
@@ -96,11 +96,7 @@ def save_pretrained(
     the base model; give it if the model's card is not on this machine. Raises MemvecError if the
     folder already holds vectors or another card (unless `force`), or cannot be written.
     """
-    place = path_of(folder)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MemvecError(f"{place} cannot be made: {error.strerror}.") from None
+    place = make_folder(folder)
     if not force and (place / CARD).exists() and not _is_ours(place / CARD):
         raise MemvecError(
             f"{place / CARD} is not a card of vectors: name another folder, or use force."

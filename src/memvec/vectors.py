@@ -131,8 +131,7 @@ class MemVectors:
         gain = sum(p.information_gain for p in self.passages)
         token_gain = sum(p.token_gain for p in self.passages)
         count = max(1, self.stored.shape[0] * self.stored.shape[1])  # number of distinct vectors
-        per_vector = [p.tokens * P / count for p in self.passages]
-        mean, error = metrics.mean_and_error(per_vector)
+        mean, error = metrics.mean_and_error([p.tokens * P / count for p in self.passages])
         inserted = [new for d in self.header.documents for _, _, new in d.edits]
         return {
             "model": self.header.model.get("name"),
@@ -333,8 +332,7 @@ class MemVectors:
 
     def with_use(self, use: dict[str, Any] | None) -> MemVectors:
         """The same vectors with a certificate of use."""
-        header = self.header.model_copy(update={"use": use})
-        return MemVectors(self.vectors, header, self.soft)
+        return MemVectors(self.vectors, self.header.model_copy(update={"use": use}), self.soft)
 
 
 def _check_soft_tokens(soft: Mapping[str, Tensor], header: Header) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,27 +26,33 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 
 def write_atomically(target: Path, data: bytes) -> None:
     """Write a temporary file, fsync, rename. On MemvecError, the target is unchanged."""
-    temporary: str | None = None
+    temporary = temporary_name(target)
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
+        temporary.replace(target)
     except OSError as error:
         raise MemvecError(f"{target} cannot be written: {error.strerror}.") from None
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # renamed, or the folder is gone or read-only
-                Path(temporary).unlink()
+        with contextlib.suppress(OSError):  # renamed, or the folder is gone or read-only
+            temporary.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def temporary_name(target: Path) -> Path:
+    """A hidden name in the same folder, for what is renamed to `target` once it is complete."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder and its parents, if it does not exist. Raises MemvecError if that fails."""
+    made = path_of(folder)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemvecError(f"the folder {made} cannot be made: {error.strerror}.") from None
+    return made
 
 
 def read_json(text: str | bytes) -> Any:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from memvec.header import PassageRecord
 from memvec.machine import environment, plain_torch
 from memvec.passages.passage import ids_hash
 from memvec.vectors import MemVectors
-from memvec.writing import path_of, pretty_json, read_json
+from memvec.writing import path_of, pretty_json, read_json, temporary_name
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -80,9 +79,9 @@ def write_folder(
     hashes are added; `programs` are files to copy, by their names there. Raises MemvecError if
     writing fails. No files remain after an error.
     """
-    aside: Path | None = None
+    aside = temporary_name(output)
     try:
-        aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        aside.mkdir()
         manifest = fill(aside)
         manifest["files"] = _hashes(aside)
         whole = json.dumps(manifest, sort_keys=True)  # to detect changes of the manifest
@@ -90,13 +89,11 @@ def write_folder(
         (aside / MANIFEST).write_text(pretty_json(manifest) + "\n", encoding="utf-8")
         for name, program in programs.items():
             shutil.copyfile(program, aside / name)
-        aside.chmod(0o755)
         _put_in_place(aside, output)
     except OSError as error:
         raise MemvecError(f"{output} cannot be written: {error.strerror}.") from None
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
@@ -105,7 +102,7 @@ def _put_in_place(finished: Path, output: Path) -> None:
     if not output.exists():
         finished.replace(output)
         return
-    earlier = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.")) / "earlier"
+    earlier = temporary_name(output)
     try:
         output.replace(earlier)
         finished.replace(output)
@@ -115,7 +112,7 @@ def _put_in_place(finished: Path, output: Path) -> None:
         raise
     finally:
         if output.exists():  # else the earlier one is the only one
-            shutil.rmtree(earlier.parent, ignore_errors=True)
+            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def check(mem: MemVectors, lm: FrozenLM, target: Target, output: Path, force: bool) -> None:

@@ -35,7 +35,7 @@ from memvec.passages.passage import Passage, ids_hash
 from memvec.storage import storage_of
 from memvec.usable.queries import text_inputs
 from memvec.usable.recipe_files import named_files
-from memvec.writing import path_of
+from memvec.writing import make_folder, path_of
 
 ColumnName = Literal["full", "none", "truncated", "crammed"]
 COLUMNS: tuple[ColumnName, ...] = get_args(ColumnName)
@@ -207,10 +207,7 @@ class Column:
         """The journal in the cache folder, under all settings that decide the vectors; or None."""
         if self.cache is None:
             return None
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MemvecError(f"{self.cache} cannot be written: {error.strerror}.") from None
+        make_folder(self.cache)
         settings = {
             "model": self.lm.description(),
             "recipe": job.engine.recipe.record(),

@@ -37,14 +37,13 @@ from memvec.usable.receipts import (
     Kind,
     Receipt,
     earlier_results,
-    make_folder,
     refuse_another_run,
     score_figures,
     scores_of,
     write,
     write_run,
 )
-from memvec.writing import path_of
+from memvec.writing import make_folder, path_of
 
 KINDS: dict[str, Kind] = {
     "multiple_choice": "choice",

@@ -23,7 +23,7 @@ from memvec import statistics
 from memvec.errors import MemvecError
 from memvec.results import Record
 from memvec.usable.columns import COLUMNS
-from memvec.writing import path_of, read_json, write_atomically
+from memvec.writing import make_folder, path_of, read_json, write_atomically
 
 ALL = "all tasks"
 RUN = "run.json"
@@ -142,15 +142,6 @@ def write(folder: str | os.PathLike[str], column: str, receipts: Sequence[Receip
     lines = "".join(receipt.model_dump_json() + "\n" for receipt in receipts)
     make_folder(folder)
     write_atomically(_file(folder, column), lines.encode())
-
-
-def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the folder. Raises MemvecError if it cannot be made."""
-    folder = path_of(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MemvecError(f"{folder} cannot be written: {error.strerror}.") from None
 
 
 def refuse_another_run(folder: str | os.PathLike[str], run: str) -> None:

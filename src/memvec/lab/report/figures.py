@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from memvec.lab.report.plot import Panel, Plot, Series
+from memvec.writing import make_folder
 
 COLOURS = (
     *("#3264c8", "#d9622b", "#2a9d6f", "#8e44ad", "#c0a000", "#c03a56", "#4a9fb5", "#7a7a7a"),
@@ -28,7 +29,7 @@ def draw_all(plots: list[Plot], folder: Path) -> None:
 
     # Text as text is smaller and searchable in an SVG.
     with mpl.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for plot in plots:
             plot_data(plot).to_csv(folder / f"{plot.key}.csv", index=False)
             figure = draw(plot)

@@ -14,7 +14,7 @@ from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import write_page
 from memvec.lab.report.table import Table
 from memvec.lab.study.store import Store
-from memvec.writing import path_of, read_json, write_atomically
+from memvec.writing import make_folder, path_of, read_json, write_atomically
 
 FILES = "files.json"  # names of the tables and figures of a report, beside its page
 SUFFIXES = ("csv", "tex", "md", "pdf", "svg", "png")
@@ -45,8 +45,7 @@ def write_report(
         data = read_data(store)
         tables = all_tables(data, compare=compare)
         plots = all_plots(data, compare=compare)
-        where = out / "tables"
-        where.mkdir(parents=True, exist_ok=True)
+        where = make_folder(out / "tables")
         for table in tables:
             (where / f"{table.key}.csv").write_text(table.csv(), "utf-8")
             (where / f"{table.key}.tex").write_text(table.latex(), "utf-8")

@@ -36,7 +36,7 @@ from memvec.lab.study.row import StoreEntry, Text
 from memvec.lab.study.schema import COLUMNS, SCHEMA
 from memvec.lab.study.sql import insert
 from memvec.model.fingerprint import Fingerprint
-from memvec.writing import path_of
+from memvec.writing import make_folder, path_of
 
 # Columns of the table `cells` that are fields of a cell.
 OF_CELL = ("protocol", "model", "source", "length", "vectors", "seed", "storage")
@@ -52,10 +52,7 @@ class Store:
         self._open: dict[str, IO[bytes]] = {}
         self._environment = ""
         if write:
-            try:
-                self.vectors.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise MemvecError(f"{folder} cannot be made: {error.strerror}.") from None
+            make_folder(self.vectors)
             self._take_lock()
         elif not self.file.is_file():
             raise MemvecError(f"there is no study in {folder}.")

@@ -25,7 +25,7 @@ from memvec.passages.passage import Passage
 from memvec.results import PassageResult
 from memvec.storage import storage_of
 from memvec.vectors import MemVectors
-from memvec.writing import path_of
+from memvec.writing import make_folder, path_of
 
 SHOWN = ("protocol", "model", "source", "length", "vectors", "seed")  # of a cell, beside its file
 
@@ -65,7 +65,7 @@ def export_vectors(
                     continue
                 lm = lm or model_of(description, str(name), model=model, device=device)
                 mem = vectors_of_cell(lm, store, cell, group.to_dict("records"))
-                target.mkdir(parents=True, exist_ok=True)
+                make_folder(target)
                 path = mem.save(target / f"{key}.mem.safetensors")
                 exact = f"{sum(p.exact for p in mem.passages)} of {len(mem.passages)}"
                 of_cell = {name: getattr(cell, name) for name in SHOWN}
