@@ -199,7 +199,7 @@ def test_the_objectives_of_the_documentation(plugins):
         ("hinge(fator=1)", "the objective 'hinge' has no 'fator': did you mean 'factor'?"),
         ("hinge(recipe=1)", "the objective 'hinge' has no 'recipe': known: factor."),
         ("margin(x=1)", "the objective 'margin' has no arguments of its own: leave out 'x'."),
-        ("hinge(2)", "'hinge(2)' cannot be read: write it like hinge(factor=3.0, kind='soft')."),
+        ("hinge(2)", "NAME=VALUE, with text in quotes, as in hinge(factor=3.0, kind='soft')."),
         ("hinge(factor=[1])", "'hinge(factor=[1])' cannot be read"),
         ("hinge(factor=__import__('os'))", "cannot be read"),
         ("hinge(**{'factor': 1})", "cannot be read"),

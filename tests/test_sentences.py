@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import QUICK, reader, tiny
 from memvec import metrics
 from memvec.cli import sentences as command_line
-from memvec.cli.sentences import _progress_lines
+from memvec.cli.sentences import _print_steps, _progress_lines
 from memvec.cli.training_text import alone_at, texts_of
 from memvec.companions.encoder_files import save_encoder
 from memvec.decoding import decode_ids
@@ -33,7 +33,7 @@ from memvec.lab.sentences import evaluate, latents
 from memvec.lab.sentences.cutting import Sentence, cut_sentences, first_sentence
 from memvec.lab.sentences.files import load_latent_model, model_of, save_latent_model
 from memvec.lab.sentences.flops import Shape, costs, encoding, shape_of
-from memvec.lab.sentences.inspect import look
+from memvec.lab.sentences.inspect import Shown, look
 from memvec.lab.sentences.model import LatentModel, LatentNetwork
 from memvec.lab.sentences.plan import LatentPlan
 from memvec.lab.sentences.training import LatentTraining, _parted
@@ -294,6 +294,14 @@ def test_rows_are_chosen_of_a_table_at_home(tmp_path, monkeypatch):
 def documents(n: int = 40) -> list[list[Sentence]]:
     """Two texts that say four sentences again and again."""
     return [[Sentence(ids) for ids in (ids_of(4, seed) * n)[:n]] for seed in (1, 2)]
+
+
+def test_text_of_a_model_cannot_control_the_terminal(capsys):
+    wild = "\x1b]0;title\x07[red]a"
+    _print_steps([Shown(1, wild, 2, True, False, wild, wild, 1.0, 1.0, 1.0, 1.0)])
+    shown = capsys.readouterr().out
+    assert shown.count(r"\x1b]0;title\x07[red]a") == 3
+    assert shown.replace("\n", "").isprintable()
 
 
 @pytest.mark.slow

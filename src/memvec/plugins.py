@@ -110,7 +110,8 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
                 raise ValueError
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: deep nesting
         raise MemvecError(
-            f"'{text}' cannot be read: write it like {name}(factor=3.0, kind='soft')."
+            f"'{text}' cannot be read: an argument is NAME=VALUE, with text in quotes, as in "
+            f"{name}(factor=3.0, kind='soft')."
         ) from None
     return name, arguments
 

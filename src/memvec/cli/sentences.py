@@ -142,18 +142,14 @@ def show(
 
 
 def _print_steps(steps: Iterable[Shown]) -> None:
-    from rich.markup import escape
-
-    from memvec.cli.display import out
+    from memvec.cli.display import out, safe
 
     for step in steps:
         part = "" if step.whole else ", a part of a longer sentence"
-        exact = "[green]exact[/green]" if step.exact else f"[red]{escape(step.decoded)}[/red]"
-        out.print(
-            f"[bold]{step.number}[/bold] {escape(step.sentence)} ({step.tokens} tokens{part})"
-        )
+        exact = "[green]exact[/green]" if step.exact else f"[red]{safe(step.decoded)}[/red]"
+        out.print(f"[bold]{step.number}[/bold] {safe(step.sentence)} ({step.tokens} tokens{part})")
         out.print(f"  its latent:   {exact}")
-        out.print(f"  predicted:    {escape(step.predicted)}")
+        out.print(f"  predicted:    {safe(step.predicted)}")
         out.print(
             f"  bits a token: {step.predicted_bits:.2f} after the prediction, "
             f"{step.discretised_bits:.2f} after it written and encoded again, {step.text:.2f} "
