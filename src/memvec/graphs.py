@@ -1,9 +1,10 @@
 """CUDA graphs of the forward and backward passes of a step, which save the launch of each kernel.
 
 A step with few tokens consists of thousands of short kernels, whose launches take longer than their
-computation (docs/log.md, "The engine on a GPU, as it is"). The first step of a shape (slots x
-columns) runs normally, which is the warm-up. The second step captures the graphs. All further steps
-of this shape replay them. A capture is used only if its first replay gives the results of the step.
+computation (docs/log.md, 2026-11-27, "On a GPU, small steps wait for kernel launches"). The first
+step of a shape (slots x columns) runs normally, which is the warm-up. The second step captures the
+graphs. All further steps of this shape replay them. A capture is used only if its first replay
+gives the results of the step.
 
 Each shape has two graphs, because the weights of positions depend on the margins that the forward
 pass measures:
