@@ -1,16 +1,31 @@
-"""How few stored bits hold a text: vectors of every storage, with and without corrections.
+"""How few stored bits hold a text? Vectors in every storage format, with and without corrections.
 
     python benchmarks/bits.py --quick
 
-Passages longer than anything that fits are crammed for a fixed number of steps; the leading tokens
-that free-running decoding gives back from the stored vectors (with the corrections among them) are
-what is held. Bytes are those of the file: packed numbers, scales, corrections as variable-length
-integers; text bytes are those of the tokens held. Beside them, for the same passages (`length`
-tokens; four vectors have passages of four times the length): xz and zstd of all of them joined,
-arithmetic coding with the same model (H_LM / 8), and corrections alone (the model decodes after
-its BOS, and every token that it misses is listed). Rows carry the mean over n passages and its
-standard error; `overlap` counts the passages that share tokens with another one. RESULT names the
-cheapest mix of vectors and corrections.
+Passages that are longer than any vector can hold are crammed for a fixed number of steps. Held
+tokens are the leading ones that free-running decoding gives back from the stored vectors; the
+corrections among them count as given back. A row of the table is a mean over n passages with its
+standard error (`_error`):
+
+- `stored_bits`: bits of a stored vector, scales included;
+- `tokens`: held tokens per vector;
+- `bits_held`: what the model alone needs for the held tokens (H_LM), corrections excluded, in bits
+  per vector; `share_of_bits` is this divided by `stored_bits`;
+- `bytes_per_text_byte`: bytes of the file (packed numbers, scales, and corrections as
+  variable-length integers) divided by the bytes of the text of the held tokens;
+- `length`: tokens of a passage; `overlap`: passages that share tokens with another one.
+
+Further rows have the bytes of whole passages without vectors: xz and zstd of all passages joined,
+arithmetic coding with the same model (H_LM / 8), and corrections alone (the model decodes after its
+BOS, and every token that it misses is listed). Passages for four vectors are four times as long.
+
+RESULT has held tokens per vector (`tokens_float32`, ...) and bytes per text byte (`bytes_float32`,
+...) of single vectors without corrections, the combination of vectors and corrections with the
+fewest bytes per text byte (`bytes_cheapest`, and its stored bits per vector, its corrections and
+its passage length), and bytes per text byte without vectors for passages of that length (`xz`,
+`zstd`, `arithmetic`, `corrections_alone`).
+
+`--quick` has 4 passages of 40 tokens, 60 steps and one vector.
 """
 
 from __future__ import annotations
@@ -41,113 +56,136 @@ def text_bytes(lm: FrozenLM, ids: Sequence[int]) -> int:
 
 
 def held(lm: FrozenLM, outcomes: list[Outcome], storage: str, K: int) -> dict[str, Any]:
-    """What the vectors of one storage hold, and at what price."""
-    tokens, bits, price = [], [], []
+    """What the vectors of one storage format hold, and their bytes per byte of text.
+
+    Means over the passages, with standard errors.
+    """
+    tokens, bits, prices = [], [], []
     vector_bytes = STORAGES[storage].size(K, lm.width)
-    for o in outcomes:
-        h = o.metrics.horizon
-        within = [(position, token) for position, token in o.corrections if position < h]
-        surprise = surprisals(lm, o.passage.ids[:h]).double() if h else torch.zeros(1)
-        listed = sum(float(surprise[position]) for position, _ in within)
-        tokens.append(h / K)
-        bits.append((float(surprise.sum()) - listed) / K)
-        price.append((vector_bytes + size([within])) / max(1, text_bytes(lm, o.passage.ids[:h])))
+    for outcome in outcomes:
+        horizon = outcome.metrics.horizon
+        counted = [
+            (position, token) for position, token in outcome.corrections if position < horizon
+        ]
+        surprise = (
+            surprisals(lm, outcome.passage.ids[:horizon]).double() if horizon else torch.zeros(1)
+        )
+        corrected_bits = sum(float(surprise[position]) for position, _ in counted)
+        tokens.append(horizon / K)
+        bits.append((float(surprise.sum()) - corrected_bits) / K)
+        prices.append(
+            (vector_bytes + size([counted])) / max(1, text_bytes(lm, outcome.passage.ids[:horizon]))
+        )
     row: dict[str, Any] = {"stored_bits": 8.0 * vector_bytes / K}
-    for name, values in (("tokens", tokens), ("bits_held", bits), ("bytes_per_text_byte", price)):
+    for name, values in (("tokens", tokens), ("bits_held", bits), ("bytes_per_text_byte", prices)):
         row[name], row[f"{name}_error"] = metrics.mean_and_error(values)
     return row | {"share_of_bits": row["bits_held"] / row["stored_bits"]}
 
 
-def beside(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[float, float]]:
-    """Bytes per text byte (mean, standard error) of what needs no vectors."""
-    lm_bits = [float(surprisals(lm, p.ids).double().sum()) for p in passages]
-    texts = [lm.text(list(p.ids)).encode() for p in passages]
+def without_vectors(lm: FrozenLM, passages: list[Passage]) -> dict[str, tuple[float, float]]:
+    """Bytes per byte of text of methods without vectors: (mean, standard error).
+
+    The standard error is NaN for xz and zstd, which compress all passages joined.
+    """
+    lm_bits = [float(surprisals(lm, passage.ids).double().sum()) for passage in passages]
+    texts = [lm.text(list(passage.ids)).encode() for passage in passages]
     joined = byte_account(b"".join(texts), 0, sum(lm_bits))
-    nothing = torch.zeros(len(passages), 1, lm.width)
-    margin = positions(lm, nothing, passages, "vectors").lm_margin
-    alone = []
-    for p, row, text in zip(passages, margin, texts, strict=True):
-        missed = [(i, t) for i, t in enumerate(p.ids) if not row[i] > 0]
-        alone.append(size([missed]) / len(text))
-    each = [bits / 8 / len(text) for bits, text in zip(lm_bits, texts, strict=True)]
-    whole = sum(map(len, texts))
+    no_vectors = torch.zeros(len(passages), 1, lm.width)
+    margin = positions(lm, no_vectors, passages, "vectors").lm_margin
+    corrections_alone = []
+    for passage, margins, text in zip(passages, margin, texts, strict=True):
+        missed = [(i, t) for i, t in enumerate(passage.ids) if not margins[i] > 0]
+        corrections_alone.append(size([missed]) / len(text))
+    arithmetic = [bits / 8 / len(text) for bits, text in zip(lm_bits, texts, strict=True)]
+    text_size = sum(map(len, texts))
     return {
-        "xz": (joined["xz"] / whole, float("nan")),
-        "zstd": (joined["zstd"] / whole, float("nan")),
-        "arithmetic": metrics.mean_and_error(each),
-        "corrections-alone": metrics.mean_and_error(alone),
+        "xz": (joined["xz"] / text_size, float("nan")),
+        "zstd": (joined["zstd"] / text_size, float("nan")),
+        "arithmetic": metrics.mean_and_error(arithmetic),
+        "corrections-alone": metrics.mean_and_error(corrections_alone),
     }
 
 
 def measured(
-    lm: FrozenLM, mixes: list[tuple[str, int, int]], texts: dict[int, list[Passage]], steps: int
+    lm: FrozenLM,
+    combinations: list[tuple[str, int, int]],
+    texts: dict[int, list[Passage]],
+    steps: int,
 ) -> list[dict[str, Any]]:
-    """A row for each mix (storage, K, corrections) on the passages of its K, and of those beside.
+    """A row for each combination (storage, K, corrections), and for each method without vectors.
 
     `texts`: the passages for each K.
     """
     rows: list[dict[str, Any]] = []
 
-    def of(K: int) -> dict[str, Any]:
-        shared = overlapping(texts[K])
-        return {"length": len(texts[K][0]), "n": len(texts[K]), "overlap": shared}
+    def columns_of_passages(K: int) -> dict[str, Any]:
+        overlap = overlapping(texts[K])
+        return {"length": len(texts[K][0]), "n": len(texts[K]), "overlap": overlap}
 
-    for storage, K, corrections in mixes:
+    for storage, K, corrections in combinations:
         recipe = Recipe.of("default", steps=steps, corrections=corrections)
         engine = Engine(lm, recipe, vectors=K, batch_size=min(len(texts[K]), 16), storage=storage)
         outcomes = list(engine.run(texts[K]))
-        what = {"storage": storage, "vectors": K, "corrections": corrections} | of(K)
-        rows.append(what | held(lm, outcomes, storage, K))
+        columns = {
+            "storage": storage,
+            "vectors": K,
+            "corrections": corrections,
+        } | columns_of_passages(K)
+        rows.append(columns | held(lm, outcomes, storage, K))
     for K, passages in texts.items():
-        for name, (price, error) in beside(lm, passages).items():
-            row = dict.fromkeys(rows[0], "") | {"storage": name} | of(K)
+        for name, (price, error) in without_vectors(lm, passages).items():
+            row = dict.fromkeys(rows[0], "") | {"storage": name} | columns_of_passages(K)
             row |= {"bytes_per_text_byte": price, "bytes_per_text_byte_error": error}
             rows.append(row)
     return rows
 
 
 def result_of(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The RESULT line: the cheapest mix, and what needs no vectors on the passages of that mix."""
-    priced = [row for row in rows if row["vectors"]]
-    best = min(priced, key=lambda row: row["bytes_per_text_byte"])
-    plain = {
-        row["storage"]: row for row in priced if (row["vectors"], row["corrections"]) == (1, 0)
+    """The RESULT line: the cheapest combination, and methods without vectors for its passages."""
+    with_vectors = [row for row in rows if row["vectors"]]
+    best = min(with_vectors, key=lambda row: row["bytes_per_text_byte"])
+    uncorrected = {
+        row["storage"]: row
+        for row in with_vectors
+        if (row["vectors"], row["corrections"]) == (1, 0)
     }
-    others = {
+    methods = {
         row["storage"]: row["bytes_per_text_byte"]
         for row in rows
         if not row["vectors"] and row["length"] == best["length"]
     }
     return {
-        "tokens_float32": plain["float32"]["tokens"],
-        "tokens_int8": plain["int8"]["tokens"],
-        "tokens_int4": plain["int4"]["tokens"],
-        "bytes_float32": plain["float32"]["bytes_per_text_byte"],
-        "bytes_int4": plain["int4"]["bytes_per_text_byte"],
+        "tokens_float32": uncorrected["float32"]["tokens"],
+        "tokens_int8": uncorrected["int8"]["tokens"],
+        "tokens_int4": uncorrected["int4"]["tokens"],
+        "bytes_float32": uncorrected["float32"]["bytes_per_text_byte"],
+        "bytes_int4": uncorrected["int4"]["bytes_per_text_byte"],
         "bytes_cheapest": best["bytes_per_text_byte"],
         "cheapest_bits": best["stored_bits"],
         "cheapest_corrections": best["corrections"],
         "cheapest_length": best["length"],
-        **{name.replace("-", "_"): price for name, price in others.items()},
+        **{name.replace("-", "_"): bytes_per_byte for name, bytes_per_byte in methods.items()},
     }
 
 
 def main() -> None:
-    """Cram every storage without corrections, the smallest one with them; compare the bytes."""
+    """Cram with every storage format, and with corrections for the smallest; compare the bytes."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--passages", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=72)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--passages", type=int, default=32, help="of each K")
+    parser.add_argument("--tokens", type=int, default=72, help="of a passage, per vector")
+    parser.add_argument("--steps", type=int, default=400, help="of each passage")
     options = parser.parse_args()
     n, T, steps = (
         (4, 40, 60) if options.quick else (options.passages, options.tokens, options.steps)
     )
     lm = load_lm(options.model, dtype="float32")
-    mixes = [(name, 1, 0) for name in STORAGES]
-    mixes += [("int4", 1, N) for N in ((6,) if options.quick else (1, 2, 4, 8, 16))]
+    combinations = [(name, 1, 0) for name in STORAGES]
+    combinations += [("int4", 1, N) for N in ((6,) if options.quick else (1, 2, 4, 8, 16))]
     if not options.quick:
-        mixes += [(name, 4, 0) for name in STORAGES] + [("int4", 4, N) for N in (4, 16)]
-    rows = measured(lm, mixes, {K: passages_of(lm, n, K * T) for _, K, _ in mixes}, steps)
+        combinations += [(name, 4, 0) for name in STORAGES] + [("int4", 4, N) for N in (4, 16)]
+    rows = measured(
+        lm, combinations, {K: passages_of(lm, n, K * T) for _, K, _ in combinations}, steps
+    )
     report("bits", rows, options, **result_of(rows))
 
 

@@ -1,15 +1,22 @@
-"""Memory and time of `memvec cram` over a long text: short and long parts, one worker and more.
+"""Memory and time of `memvec cram` for short and long parts of a text, and for several workers.
 
     python benchmarks/book.py --quick                      # of examples/harbour.txt
     python benchmarks/book.py --text book.txt --bytes 20000 320000
     python benchmarks/book.py --text book.txt --bytes 25000 250000 --tokens 8    # many passages
     python benchmarks/book.py --text book.txt --bytes 1000000 --workers 1 2      # memvec[ray]
 
-Each part is crammed by the command in a process of its own, at the same number of slots, decoded,
-and compared byte for byte. RESULT peak_ratio is the peak of the longest part over that of the
-shortest; text_ratio how many times as long the text is. With --workers the longest part alone is
-crammed, by so many Ray workers on this machine, and speedup is the time with the fewest workers
-over that with the most; loading and starting the workers count (`seconds` has no other part).
+Each part begins at the start of the text. The command crams and decodes it in processes of its own,
+with the same number of slots for every part, and the decoded text is compared byte for byte. The
+table has a row for each part: bytes of text, tokens, passages, bytes of the vectors, seconds of
+cramming (wall clock, loading included) and the peak memory of the process (`peak_mib`, MiB).
+
+RESULT `peak_ratio` is the peak memory of the longest part divided by that of the shortest, and
+`text_ratio` is how many times as long the text is. With --workers only the longest part is crammed,
+once for each number of Ray workers on this machine: `speedup` is the seconds with the fewest
+workers divided by those with the most, with the start of the workers and the loading of their
+models. The memory of workers is not measured.
+
+`--quick` crams 1000 and 4000 bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from common import arguments, report, run
+from memvec.errors import MemvecError
 from memvec.vectors import MemVectors
 from texts import PROSE
 
@@ -32,25 +40,31 @@ def crammed(text: bytes, options: argparse.Namespace, workers: int = 0) -> dict[
     """Cram and decode a text in separate processes; sizes, seconds and peak memory of cramming.
 
     The peak is that of the largest child process so far, so call this with texts of rising size.
-    The memory of Ray's workers is not measured.
+    The memory of Ray's workers is not measured. Raises MemvecError if the text does not come back.
     """
     model = options.model
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "text.txt"), Path(folder, "text.mem")
         source.write_bytes(text)
         memvec = [sys.executable, "-c", "from memvec.cli import main; main()"]
-        flags = ["--model", model, "--batch-size", str(options.batch_size), "--output", str(target)]
-        flags += ["--max-bytes", str(len(text)), "--workers", str(workers)]
-        flags += [] if options.tokens is None else ["--tokens", str(options.tokens)]
-        began = time.perf_counter()
-        subprocess.run([*memvec, "cram", str(source), *flags], check=True, capture_output=True)
-        seconds = time.perf_counter() - began
+        options_of_cram = [
+            "--model",
+            model,
+            "--batch-size",
+            str(options.batch_size),
+            "--output",
+            str(target),
+        ]
+        options_of_cram += ["--max-bytes", str(len(text)), "--workers", str(workers)]
+        options_of_cram += [] if options.tokens is None else ["--tokens", str(options.tokens)]
+        start = time.perf_counter()
+        _output([*memvec, "cram", str(source), *options_of_cram])
+        seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        decode = [*memvec, "decode", str(target), "--model", model]
-        decoded = subprocess.run(decode, check=True, capture_output=True).stdout
+        decoded = _output([*memvec, "decode", str(target), "--model", model])
         mem = MemVectors.load(target)
     if decoded != text:
-        raise SystemExit(f"{len(text)} bytes did not come back.")
+        raise MemvecError(f"{len(text)} bytes of text did not come back from their vectors.")
     return {
         "bytes": len(text),
         "tokens": sum(p.tokens for p in mem.passages),
@@ -62,28 +76,51 @@ def crammed(text: bytes, options: argparse.Namespace, workers: int = 0) -> dict[
     }
 
 
+def _output(command: list[str]) -> bytes:
+    """What a command of memvec prints; a MemvecError with its last line if it fails."""
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise MemvecError(lines[-1].removeprefix("memvec: "))
+    return done.stdout
+
+
 def main() -> None:
-    """Parts from the start of the text, shortest first."""
+    """Cram the parts, the shortest first, or the longest part with each number of workers."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--text", type=Path, default=PROSE)
-    parser.add_argument("--bytes", type=int, nargs="+", default=[2000, 10_000])
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--text", type=Path, default=PROSE, help="file of UTF-8 text")
+    parser.add_argument(
+        "--bytes",
+        type=int,
+        nargs="+",
+        default=[2000, 10_000],
+        help="length of each part, in characters of the text (bytes, if it is ASCII)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="slots of a batch")
     parser.add_argument(
         "--tokens", type=int, help="of each passage; default: as 'memvec cram' does"
     )
-    parser.add_argument("--workers", type=int, nargs="+", default=[], help="Ray workers, rising")
+    parser.add_argument("--workers", type=int, nargs="+", default=[], help="numbers of Ray workers")
     options = parser.parse_args()
-    whole = options.text.read_text(encoding="utf-8")
+    try:
+        full_text = options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MemvecError(f"--text {options.text}: {error}; name a file of UTF-8 text.") from None
     sizes = [1000, 4000] if options.quick else sorted(options.bytes)
+    if len(full_text) < sizes[-1]:
+        raise MemvecError(
+            f"--text {options.text} has {len(full_text)} characters, fewer than {sizes[-1]}: "
+            "name a longer text, or lower --bytes."
+        )
     if options.workers:
-        text = whole[: sizes[-1]].encode()
+        text = full_text[: sizes[-1]].encode()
         rows = [crammed(text, options, workers) for workers in sorted(options.workers)]
         speedup = rows[0]["seconds"] / rows[-1]["seconds"]
         report("book", rows, options, speedup=speedup, workers=rows[-1]["workers"])
         return
     if len(sizes) < 2:
         parser.error("--bytes takes at least two sizes.")
-    rows = [crammed(whole[:size].encode(), options) for size in sizes]
+    rows = [crammed(full_text[:size].encode(), options) for size in sizes]
     first, last = rows[0], rows[-1]
     report(
         "book",

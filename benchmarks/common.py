@@ -1,7 +1,8 @@
-"""What the benchmarks share: side-by-side timing, a long CSV with the machine in each row, a table.
+"""What the benchmarks share: options, side-by-side timing, a table, a CSV file and the RESULT line.
 
-Every benchmark is a program: `--quick` ends in under 50 seconds on two cores, `--json` prints the
-rows for machines, and the last line is `RESULT name=value ...`.
+Every benchmark is a program. `--quick` ends in under 50 seconds on two idle cores. The program
+prints a table, writes its rows to OUT/NAME.csv with the machine and the versions in each row, and
+prints a last line `RESULT name=value ...`. `--json` prints the rows as JSON instead of the table.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import platform
 import sys
 import time
@@ -27,18 +29,36 @@ from memvec.statistics import bootstrap_mean, median_and_spread
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="under 50 seconds on two cores")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--model", default="pocket", help="Hub id, folder or 'pocket'")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+class HelpWithDefaults(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Keeps the lines of the description, and adds the default to the help of an option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, [], ()) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def arguments(description: str, *, model: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; --model only with `model`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpWithDefaults)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small run (see above), under 50 seconds on two idle cores",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the rows as JSON instead of the table"
+    )
+    if model:
+        parser.add_argument("--model", default="pocket", help="Hub id, folder or 'pocket'")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     return parser
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; what memvec refuses is one sentence and exit code 2, as in the command."""
+    """Run a benchmark. A MemvecError is printed as one sentence and ends with exit code 2."""
     try:
         main()
     except MemvecError as error:
@@ -47,10 +67,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def clock() -> float:
-    """A clock for differences, in seconds.
+    """Seconds of a clock; only the difference of two calls has a meaning.
 
-    Where a CPU computes in one thread (OMP_NUM_THREADS=1), it is the processor time of this
-    process, so that other processes do not count; elsewhere it is the wall clock.
+    If a CPU computes in one thread (OMP_NUM_THREADS=1), the clock is the processor time of this
+    process, so that the time of other processes does not count. Otherwise it is the wall clock.
     """
     if torch.cuda.is_available() or torch.get_num_threads() > 1:
         return time.perf_counter()
@@ -60,7 +80,10 @@ def clock() -> float:
 def interleaved(
     works: dict[str, Callable[[], Any]], rounds: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round; they take turns, so that drift affects all alike."""
+    """Seconds of each function in each of `rounds` rounds, after `warmup` calls that do not count.
+
+    The functions take turns, so that a slow change of the machine's speed affects all equally.
+    """
     for _ in range(warmup):
         for work in works.values():
             work()
@@ -77,7 +100,7 @@ def interleaved(
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """n, mean with its 95 % interval (percentile bootstrap), median, 10th and 90th percentile."""
+    """n, mean, ends of its 95 % interval (percentile bootstrap), median, 10th, 90th percentile."""
     mean, low, high = bootstrap_mean(values)
     median, tenth, ninetieth = median_and_spread(values)
     return {
@@ -92,12 +115,15 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def with_ends(name: str, interval: tuple[float, float, float]) -> dict[str, float]:
-    """An estimate and the ends of its interval, by the names of a RESULT line."""
+    """An estimate and the two ends of its interval, by their names in the RESULT line."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
 def save_figure(path: Path, draw: Callable[[Any], None], panels: int) -> None:
-    """A row of panels as SVG and PNG; `draw` gets the axes. Ends the program without matplotlib."""
+    """Write a row of `panels` panels as SVG and PNG; `draw` gets their axes.
+
+    Ends the program if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -123,14 +149,15 @@ def report(
 ) -> None:
     """Print `table_rows` (default: `rows`) as a table, write `rows` as CSV, and print RESULT.
 
-    With --json all `rows` are printed as JSON instead of the table.
+    With --json all `rows` are printed as JSON instead of the table. A figure that is not a number
+    (NaN) is a dash in the table, empty in the CSV, null in JSON, and left out of RESULT.
     """
     where = environment()
     machine = {
         "machine": where["gpu"] or platform.processor() or where["machine"],
         **{key: where[key] for key in ("threads", "torch", "transformers", "memvec", "date")},
     }
-    full = [{"benchmark": name, **row, **machine} for row in rows]
+    full = [{"benchmark": name, **_without_nan(row), **machine} for row in rows]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}.csv"
     with path.open("w", newline="") as file:
@@ -138,7 +165,12 @@ def report(
         writer.writeheader()
         writer.writerows(full)
     if options.json:
-        print(json.dumps(full, indent=1))
+        # JSON has no infinite numbers.
+        finite = [
+            {key: None if value in (math.inf, -math.inf) else value for key, value in row.items()}
+            for row in full
+        ]
+        print(json.dumps(finite, indent=1, allow_nan=False))
     else:
         table = Table(title=name, title_justify="left")
         table_rows = rows if table_rows is None else table_rows
@@ -148,10 +180,18 @@ def report(
             table.add_row(*(_cell(value) for value in row.values()))
         Console(width=140).print(table)
         print(f"{path.name} has {len(full)} rows: {machine}", file=sys.stderr)
-    print("RESULT " + " ".join(f"{key}={value:.4g}" for key, value in result.items()))
+    print("RESULT " + " ".join(f"{k}={v:.4g}" for k, v in result.items() if not math.isnan(v)))
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with None in the place of NaN, which JSON does not have."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 def _cell(value: Any) -> str:
+    """The text of a value in the table."""
+    if value is None or value != value:
+        return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

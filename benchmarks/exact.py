@@ -1,34 +1,43 @@
-"""Exact passages per minute at fixed lengths, against the paper's recipe as its code runs it.
+"""Exact passages per minute at fixed lengths: memvec, and the paper's recipe in its published loop.
 
     python benchmarks/exact.py --quick
 
-Both sides are timed end to end, certification by free-running decoding included: by the wall clock,
-or where a CPU computes in one thread (OMP_NUM_THREADS=1) by the processor's, so that other work
-does not count.
+Both sides are timed from the start of cramming to the end of free-running decoding, which certifies
+a passage. The time is that of the wall clock, or processor time if a CPU computes in one thread
+(OMP_NUM_THREADS=1), so that other processes do not count.
 
-Ours: all passages through one engine under the default recipe, first token counted, its margin;
-from noise, as in the paper, and from the model's one-pass encoder where it has one. Theirs: the
-recipe of Kuratov et al. one passage at a time in the plain loop of its publication (whole logits,
-torch's AdamW, loss and accuracy fetched at each step, first token handed over); loading the model
-twice for each passage, which that code does as well, is left out. Both compute in the model's own
-dtype. On their side only `--theirs` passages are crammed; their rate is the exact passages per
-minute over these.
+*Our side* (`ours`) crams all passages in one engine with the default recipe and its margin; the
+first token counts. It runs from noise, as the paper does, and from the model's one-pass encoder
+where the model has one. The *paper's side* (`paper`) crams one passage at a time by the recipe of
+Kuratov et al. in the plain loop of their code: logits of all positions, torch's AdamW, loss and
+accuracy fetched at each step, and the first token given. Their code also loads the model twice for
+each passage; that is not timed. Both compute in the model's own dtype. The paper's side crams only
+`--theirs` of the passages.
 
-Their side runs at each learning rate of a sweep (`--lr`; the paper's is 0.01), and each run is read
-at several step limits: what it would have been had every passage been given up after so many
-steps. Its best rate and limit at each length, seen afterwards, are what ours is compared with; ours
-has its default limit.
+The paper's side runs at each learning rate of `--lr` (the paper's is 0.01). Each run is evaluated
+at several step limits: a passage that is not exact within the limit counts as given up there. Our
+side, with its default limit, is compared with the rate and limit that are best at this length,
+which are chosen afterwards.
 
-The models are `pocket` with running prose and R256, random weights with random tokens; `--model` or
-`--shape` takes another one alone. Lengths are 30, 60 and 90 % of the model's mean exact horizon
-(`--horizon`). RESULT compares ours from noise with their best: `ratio`, the smallest ratio of rates
-over all lengths at which they finish anything; `ratio_hard`, the smallest over the models of that
-at the longest length at which they finish an eighth of their passages and at least two; each with
-its 95 % bootstrap interval over passages (`_low`, `_high`), and `ratio_hard_finished`, the passages
-that their side rests on there. `ratio_hard_encoder` is the same for ours from the encoder. Lengths
-that they never finish are named, and have no ratio.
+The models are `pocket` with prose, and `r256`, which has random weights and random tokens;
+`--model` or `--shape` names another one instead. Lengths are 30, 60 and 90 % of the model's mean
+exact horizon (`--horizon`).
 
-`--quick` takes short lengths, and 160 steps for theirs instead of 5000.
+The table has a row for each side, start, rate and limit: exact passages of n, exact passages per
+minute, the median steps, the median seconds of a passage with the 10th and 90th percentile
+(`low_s`, `high_s`), and for our side the ratio to the paper's best rate with its 95 % interval
+(bootstrap over passages). `overlap` counts passages that share tokens.
+
+RESULT compares our side from noise with the best of the paper's side, as ratios of exact passages
+per minute with their 95 % intervals (`_low`, `_high`): `ratio` is the smallest ratio over all
+lengths at which the paper's side finishes a passage. `ratio_hard` takes of each model the longest
+length at which the paper's side finishes at least two passages and an eighth of them, and is the
+smaller ratio over the models; `ratio_hard_finished` is the number of these passages.
+`ratio_hard_encoder` is the same for our side from the encoder. Lengths that the paper's side never
+finishes are named and have no ratio.
+
+`--quick` has one short length of each model, 16 passages, 3 of them on the paper's side, and 160
+steps for these instead of 5000. Without it the paper's side takes hours on two cores.
 """
 
 from __future__ import annotations
@@ -54,22 +63,23 @@ from memvec.statistics import median_and_spread
 from models import SHAPES, random_model
 from texts import overlapping, passages_of
 
-# Mean exact horizon, tokens: one vector from noise, 400 and 800 steps (docs/capacity.md).
+# Mean exact horizon in tokens of one vector from noise: pocket after 400 steps, r256 after 800
+# (docs/capacity.md).
 HORIZONS = {"pocket": 91, "r256": 23}
-SHARES = (0.3, 0.6, 0.9)
-QUICK = {"pocket": (0.2,), "r256": (0.5,)}  # shares
-QUICK_STEPS, QUICK_PASSAGES = 160, 3  # of theirs
+SHARES = (0.3, 0.6, 0.9)  # lengths as shares of the horizon
+QUICK = {"pocket": (0.2,), "r256": (0.5,)}  # shares of the horizon with --quick
+QUICK_STEPS, QUICK_PASSAGES = 160, 3  # of the paper's side
 PAPER = Recipe.of("paper")
 RATES = (PAPER.lr, 0.1, 0.5)
-LIMITS = (40, 160, 600, 2000, PAPER.steps)  # steps after which their passages may be given up
-DRAWS = 4000
+LIMITS = (40, 160, 600, 2000, PAPER.steps)  # steps after which the paper's side may give up
+DRAWS = 4000  # resamples of a bootstrap
 
 
 @dataclass(frozen=True)
 class Trial:
     """One passage of either side: whether it is exact, its steps, and its seconds with decoding.
 
-    `marks`: seconds until each of LIMITS that it passed.
+    `marks`: step limit → seconds until that step, for each of LIMITS that was reached.
     """
 
     exact: bool
@@ -78,24 +88,24 @@ class Trial:
     marks: dict[int, float]
 
     def given_up_after(self, limit: int) -> Trial:
-        """The same trial with at most `limit` steps."""
+        """The trial as it would have been with at most `limit` steps: longer ones are not exact."""
         if self.steps <= limit:
             return self
         return Trial(False, limit, self.marks[limit], {})
 
 
 def as_published(lm: FrozenLM, passage: Passage, lr: float, steps: int) -> Trial:
-    """One passage by the published loop at a learning rate."""
-    began, marks = clock(), {}
+    """Cram one passage by the paper's recipe in its published loop, at a learning rate."""
+    beginning, seconds_at = clock(), {}
     ids = torch.tensor([passage.ids], device=lm.device)
     (start,) = start_vectors(lm, [passage.ids], 1, PAPER)
     memory = torch.nn.Parameter(start.to(lm.device))
     optimizer = torch.optim.AdamW(
         [memory], lr=lr, betas=(PAPER.beta1, PAPER.beta2), weight_decay=PAPER.weight_decay
     )
-    best, kept, stale, taken = 0.0, memory.detach().clone(), 0, 0
-    while taken < steps and best < 1.0 and stale < PAPER.patience:
-        taken += 1
+    best, best_memory, steps_without_gain, steps_done = 0.0, memory.detach().clone(), 0, 0
+    while steps_done < steps and best < 1.0 and steps_without_gain < PAPER.patience:
+        steps_done += 1
         inputs = torch.cat([memory[None].to(lm.dtype), lm.embed(ids)], dim=1)
         logits = lm.model(inputs_embeds=inputs, use_cache=False).logits[:, 1:-1].float()
         loss = cross_entropy(logits.flatten(0, 1), ids[0, 1:])
@@ -105,15 +115,15 @@ def as_published(lm: FrozenLM, passage: Passage, lr: float, steps: int) -> Trial
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-        stale += 1
+        steps_without_gain += 1
         if accuracy > best:
-            best, kept, stale = accuracy, measured, 0
-        if taken in LIMITS:
-            marks[taken] = clock() - began
+            best, best_memory, steps_without_gain = accuracy, measured, 0
+        if steps_done in LIMITS:
+            seconds_at[steps_done] = clock() - beginning
     (decoded,) = decode_ids(
-        lm, kept[None], [len(passage)], start="first-token", first=[passage.ids[0]]
+        lm, best_memory[None], [len(passage)], start="first-token", first=[passage.ids[0]]
     )
-    return Trial(tuple(decoded) == passage.ids, taken, clock() - began, marks)
+    return Trial(tuple(decoded) == passage.ids, steps_done, clock() - beginning, seconds_at)
 
 
 def engine_for(lm: FrozenLM, passages: list[Passage], **changes: Any) -> Engine:
@@ -122,22 +132,32 @@ def engine_for(lm: FrozenLM, passages: list[Passage], **changes: Any) -> Engine:
 
 
 def by_engine(lm: FrozenLM, passages: list[Passage], start: str) -> list[Trial]:
-    """All passages through one engine; its time is divided in proportion to the engine's counts."""
+    """Cram all passages in one engine.
+
+    The time of the run is divided among the passages in proportion to the seconds that the engine
+    counts for each.
+    """
     engine = engine_for(lm, passages, start=start)
     began = clock()
     outcomes = list(engine.run(passages))
     seconds = clock() - began
-    counted = sum(outcome.seconds for outcome in outcomes)
-    return [Trial(o.exact, o.steps, o.seconds * seconds / counted, {}) for o in outcomes]
+    counted_seconds = sum(outcome.seconds for outcome in outcomes)
+    return [
+        Trial(outcome.exact, outcome.steps, outcome.seconds * seconds / counted_seconds, {})
+        for outcome in outcomes
+    ]
 
 
 def per_minute(trials: list[Trial]) -> float:
     """Exact passages per minute of the trials."""
-    return 60 * sum(t.exact for t in trials) / sum(t.seconds for t in trials)
+    return 60 * sum(trial.exact for trial in trials) / sum(trial.seconds for trial in trials)
 
 
 def ratio_of_rates(ours: list[Trial], published: list[Trial]) -> tuple[float, float, float]:
-    """Ratio of exact passages per minute, 95 % bootstrap over the passages of both sides."""
+    """Ratio of exact passages per minute with its 95 % interval (lower end, upper end).
+
+    The interval is a bootstrap over the passages of both sides.
+    """
     draws = []
     for seed, trials in enumerate((ours, published)):
         picks = np.random.default_rng(seed).integers(len(trials), size=(DRAWS, len(trials)))
@@ -150,7 +170,7 @@ def ratio_of_rates(ours: list[Trial], published: list[Trial]) -> tuple[float, fl
 
 
 def row_of(side: str, start: str, lr: float, limit: int, trials: list[Trial]) -> dict[str, Any]:
-    """A row of the table."""
+    """A row of the table for one side, start, learning rate and step limit."""
     seconds = median_and_spread([t.seconds for t in trials])
     return {
         "side": side,
@@ -168,24 +188,30 @@ def row_of(side: str, start: str, lr: float, limit: int, trials: list[Trial]) ->
 def at_length(
     lm: FrozenLM, passages: list[Passage], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of both sides over the same passages, and how ours compare with the best of theirs."""
+    """(rows of both sides over the same passages, our rates divided by the paper's best rate)."""
     list(engine_for(lm, passages, steps=2).run(passages))
-    as_published(lm, passages[-1], PAPER.lr, 2)  # first use of kernels, not timed
+    # The first use of a kernel takes longer, so neither side is timed here.
+    as_published(lm, passages[-1], PAPER.lr, 2)
     ours = {"noise": by_engine(lm, passages, "noise")}
     if lm.encoder is not None:
         ours["encoder"] = by_engine(lm, passages, "encoder")
     recipe = Recipe()
-    rows = [row_of("ours", start, recipe.lr_large, recipe.steps, t) for start, t in ours.items()]
+    rows = [
+        row_of("ours", start, recipe.lr_large, recipe.steps, trials)
+        for start, trials in ours.items()
+    ]
     best: list[Trial] = []
     for lr in options.lr:
-        whole = [as_published(lm, p, lr, options.steps) for p in passages[: options.theirs]]
+        full_trials = [
+            as_published(lm, passage, lr, options.steps) for passage in passages[: options.theirs]
+        ]
         for limit in (*[limit for limit in LIMITS if limit < options.steps], options.steps):
-            trials = [t.given_up_after(limit) for t in whole]
+            trials = [trial.given_up_after(limit) for trial in full_trials]
             rows.append(row_of("paper", "noise", lr, limit, trials))
             if not best or per_minute(trials) > per_minute(best):
                 best, chosen = trials, rows[-1]
     chosen["side"] = "paper, best"
-    finished = sum(t.exact for t in best)
+    finished = sum(trial.exact for trial in best)
     comparison: dict[str, Any] = {"finished": finished, "n": len(best)}
     if finished:
         comparison |= {start: ratio_of_rates(trials, best) for start, trials in ours.items()}
@@ -197,18 +223,34 @@ def at_length(
 
 
 def result_of(comparisons: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """The RESULT line, from the comparisons of each model in the order of length."""
-    every = [c["noise"] for each in comparisons.values() for c in each if c["finished"]]
-    # The longest length at which their rate rests on more than one passage.
-    hard = [
-        finishing[-1]
-        for each in comparisons.values()
-        if (finishing := [c for c in each if c["finished"] >= max(2, c["n"] / 8)])
+    """The RESULT line, from the comparisons of each model in the order of their lengths."""
+    noise_ratios = [
+        comparison["noise"]
+        for of_lengths in comparisons.values()
+        for comparison in of_lengths
+        if comparison["finished"]
     ]
-    nothing = (math.nan,) * 3
-    ratio = min(every, default=nothing)
-    worst = min(hard, key=lambda c: float(c["noise"][0]), default={"noise": nothing})
-    encoder = min((c["encoder"] for c in hard if "encoder" in c), default=nothing)
+    # The longest length of each model at which more than one passage decides the paper's rate.
+    hardest = [
+        with_rate[-1]
+        for of_lengths in comparisons.values()
+        if (
+            with_rate := [
+                comparison
+                for comparison in of_lengths
+                if comparison["finished"] >= max(2, comparison["n"] / 8)
+            ]
+        )
+    ]
+    no_ratio = (math.nan,) * 3
+    ratio = min(noise_ratios, default=no_ratio)
+    worst = min(
+        hardest, key=lambda comparison: float(comparison["noise"][0]), default={"noise": no_ratio}
+    )
+    encoder = min(
+        (comparison["encoder"] for comparison in hardest if "encoder" in comparison),
+        default=no_ratio,
+    )
     result = {"ratio_hard_finished": float(worst.get("finished", 0))}
     for name, value in (
         ("ratio", ratio),
@@ -220,22 +262,30 @@ def result_of(comparisons: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Both sides at each length of each model."""
+    """Run both sides at each length of each model."""
     parser = arguments(__doc__ or "")
     parser.set_defaults(model=None)
-    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model")
-    parser.add_argument("--horizon", type=float, help="of another model: its mean, in tokens")
-    parser.add_argument("--shares", type=float, nargs="+", help="lengths as shares of the horizon")
-    parser.add_argument("--passages", type=int, default=64)
-    parser.add_argument("--theirs", type=int, default=16, help="passages on the paper's side")
-    parser.add_argument("--lr", type=float, nargs="+", default=RATES, help="rates of the paper's")
-    parser.add_argument("--steps", type=int, default=PAPER.steps, help="most steps of the paper's")
+    parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of the two")
+    parser.add_argument(
+        "--horizon", type=float, help="mean exact horizon of another model, in tokens"
+    )
+    parser.add_argument("--shares", type=float, nargs="+", help="lengths as shares of it")
+    parser.add_argument("--passages", type=int, default=64, help="of each length, our side")
+    parser.add_argument("--theirs", type=int, default=16, help="passages of the paper's side")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=RATES, help="learning rates of the paper's side"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=PAPER.steps, help="step limit of the paper's side"
+    )
     options = parser.parse_args()
     if options.quick:
         options.passages, options.steps, options.theirs = 16, QUICK_STEPS, QUICK_PASSAGES
     rows: list[dict[str, Any]] = []
     comparisons: dict[str, list[dict[str, Any]]] = {}
-    for name in [m for m in (options.model, options.shape) if m] or list(HORIZONS):
+    for name in [
+        name_or_none for name_or_none in (options.model, options.shape) if name_or_none
+    ] or list(HORIZONS):
         horizon = options.horizon or HORIZONS.get(name)
         if horizon is None:
             parser.error(f"no horizon is known for {name}: give --horizon, in tokens")
@@ -244,8 +294,13 @@ def main() -> None:
         comparisons[name] = []
         for share in sorted(shares):
             T = max(2, round(share * horizon))
-            both, comparison = at_length(lm, passages_of(lm, options.passages, T), options)
-            rows += [{"model": name, "tokens": T, "share_of_horizon": share, **r} for r in both]
+            rows_of_length, comparison = at_length(
+                lm, passages_of(lm, options.passages, T), options
+            )
+            rows += [
+                {"model": name, "tokens": T, "share_of_horizon": share, **row}
+                for row in rows_of_length
+            ]
             comparisons[name].append(comparison)
             if not comparison["finished"]:
                 print(f"{name}, {T} tokens: the paper's recipe finishes none of {comparison['n']}")

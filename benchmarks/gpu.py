@@ -1,30 +1,39 @@
-"""How near a step is to the machine's limit, and how it spends the rest of its time; any device.
+"""How much of the device's speed does a step use, and where is the rest of the time spent?
 
     python benchmarks/gpu.py                   # on a GPU: the shapes of Llama 3.2 1B and 3.1 8B
-    python benchmarks/gpu.py --graphs          # each step also replayed from CUDA graphs
+    python benchmarks/gpu.py --graphs          # also with steps that are replayed from CUDA graphs
     python benchmarks/gpu.py --quick
     python benchmarks/gpu.py --shapes pocket pythia-160m --slots 1 8 32 --tokens 16 64 256
 
-For each shape x slots x tokens, an engine step with every slot taken and every position counted, in
-the dtype that steps really use, beside a bare forward and backward to the vectors of the same
-module (autograd through the whole cross-entropy, nothing else), turn by turn:
+The program runs on any device. For each combination of shape, slots and tokens it times a step of
+the engine with every slot taken and every position counted, in the dtype that steps really use, and
+by turns the *bare pass*: forward and backward to the vectors of the same module, with autograd
+through the whole cross-entropy and nothing else. A row of the table:
 
-- `mfu`: operations of the step over its time, as a share of the best square product of this machine
-  in that dtype, measured at the start. Operations: 4 for each weight and token (2 forward, 2
-  backward to the input; weights get no gradient), and 6 T for each token, layer and number of the
-  attention (causal, forward and backward).
-- `overhead`: the engine's median time over the bare one's.
-- `outside`: share of the operators' own time that is neither a matrix product nor attention.
-- `launch`: share of the time in which a GPU computes nothing, waiting for kernels.
-- with `--graphs`, turn by turn with both: `graphs ms`, `graphs mfu`, how many `times` faster than
-  the engine without, and the seconds of the step that captures (`capture s`).
-- `passages`: exact passages a minute, all slots filled twice with `--crammed` random tokens for one
-  vector, from noise; 0 leaves it out.
+- `ms`, `p10`, `p90`: median, 10th and 90th percentile of the step's time over `n` rounds;
+- `tokens/s`: slots times tokens, divided by the median time;
+- `GFLOP/s`: operations of the step per second: 4 for each weight and token (2 forward, 2 backward
+  to the input; weights get no gradient), and 6 T for each token, layer and number of the
+  attention's width (causal, forward and backward);
+- `mfu` (model FLOPs utilisation): these operations as a share of the best product of square
+  matrices on this machine in the same dtype, measured at the start;
+- `overhead`: the median time of the engine's step divided by that of the bare pass;
+- `outside`: the share of the operators' own time that is neither in matrix products nor in
+  attention;
+- `launch`: the share of the time in which a GPU computes nothing, waiting for kernels;
+- with `--graphs`, for replayed steps: `graphs ms`, `graphs mfu`, how many `times` faster they are
+  than the engine's ordinary step, and the seconds of the step that captures the graph (`capture
+  s`).
 
-A cell that does not fit the model's context, or whose step would take longer than `--longest`
-seconds at half of the machine's rate, is left out, and a line says so. Weights are random, so every
+Afterwards a line for each shape says how many passages a minute become exact: all slots are filled
+twice with `--crammed` random tokens for one vector, from noise (0 leaves this out).
+
+A combination is left out, and a line says so, if it does not fit the model's context or if its step
+would take longer than `--longest` seconds at half of the machine's rate. Weights are random: every
 shape is made in memory, on the device.
-RESULT: the smallest MFU, the largest overhead; with `--graphs` how many times faster, at least.
+
+RESULT has the smallest `mfu` and the largest `overhead` of the rows, and with `--graphs` the
+smallest `times`. `--quick` has one tiny shape.
 """
 
 from __future__ import annotations
@@ -41,6 +50,7 @@ from torch.nn.functional import cross_entropy
 from common import arguments, interleaved, report, run
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.statistics import median_and_spread
@@ -48,58 +58,64 @@ from models import SHAPES, random_model
 from step import occupied, operations, product_rate
 from texts import random_tokens
 
-# Operators that are matrix products, or made of them; all others are what `outside` counts.
+# Operators that are matrix products or consist of them. `outside` counts all others.
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "attention", "convolution")
-SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of the square products that set the peak
+# Sides of the square matrices whose product measures the best rate of the device.
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 
 
 def step_operations(lm: FrozenLM, slots: int, T: int) -> float:
-    """Operations of a forward and a backward to the input of so many rows (see the top)."""
+    """Operations of a forward and a backward to the input, for `slots` passages of T tokens."""
     config = lm.config.get_text_config()
     attention = 6 * T * int(config.hidden_size) * int(config.num_hidden_layers)
     return float(slots * T * (operations(lm) + attention))
 
 
 def shares(work: Any, device: torch.device) -> tuple[float, float | None]:
-    """`outside`, and `launch` on a GPU, of one call."""
+    """(`outside`, `launch`) of one call of `work`; `launch` is None on a CPU."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        wall = time.perf_counter() - began
+        wall_time = time.perf_counter() - start
     on_gpu = device.type == "cuda"
     operator_times = {
         event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
         for event in profile.key_averages()
         if event.key.startswith("aten::")
     }
-    total = sum(operator_times.values())
-    products = sum(t for key, t in operator_times.items() if any(part in key for part in PRODUCTS))
-    outside = 1 - products / total if total else 0.0
-    return outside, max(0.0, 1 - total * 1e-6 / wall) if on_gpu else None
+    operator_time = sum(operator_times.values())
+    product_time = sum(
+        t for key, t in operator_times.items() if any(part in key for part in PRODUCTS)
+    )
+    outside = 1 - product_time / operator_time if operator_time else 0.0
+    return outside, max(0.0, 1 - operator_time * 1e-6 / wall_time) if on_gpu else None
 
 
 def model_of(name: str) -> FrozenLM:
-    """A shape with random weights, made on the device; or a model by name."""
+    """The shape `name` with random weights, made on the device, or else the model of that name."""
     return random_model(name, on_device=True) if name in SHAPES else load_lm(name)
 
 
 def captured(lm: FrozenLM, slots: int, T: int) -> tuple[Engine, float]:
     """An engine whose next step is a replay, and the seconds of the step that captured it."""
     engine = occupied(lm, slots, T, compute="auto", graphs=True)
-    engine.step()  # as it is
+    engine.step()  # the first step is not captured
     return engine, interleaved({"capture": engine.step}, rounds=1, warmup=0)["capture"][0]
 
 
 def cell(
     lm: FrozenLM, slots: int, T: int, rounds: int, rate: float, graphs: bool = False
 ) -> dict[str, Any]:
-    """One row: the times of a step, and the shares of the engine's time."""
+    """A row of the table: the times of a step, and shares of its time.
+
+    `rate`: the best operations per second of this machine in the dtype of steps.
+    """
     engine = occupied(lm, slots, T, compute="auto")
     module = engine.module
     ids, vectors = engine.batch.ids, engine.batch.vectors.clone().requires_grad_()
@@ -110,11 +126,11 @@ def cell(
         loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
         torch.autograd.grad(loss, vectors)
 
-    works, capture = {"engine": engine.step, "bare": bare}, 0.0
+    passes, capture = {"engine": engine.step, "bare": bare}, 0.0
     if graphs:
         replayed, capture = captured(lm, slots, T)
-        works["graphs"] = replayed.step
-    seconds = interleaved(works, rounds, warmup=1)
+        passes["graphs"] = replayed.step
+    seconds = interleaved(passes, rounds, warmup=1)
     median, low, high = median_and_spread(seconds["engine"])
     outside, launch = shares(engine.step, lm.device)
     row = {
@@ -134,14 +150,14 @@ def cell(
         "launch": "" if launch is None else launch,
     }
     if graphs:
-        again = statistics.median(seconds["graphs"])
-        row |= {"graphs ms": 1e3 * again, "graphs mfu": row["mfu"] * median / again}
-        row |= {"times": median / again, "capture s": capture}
+        graph_median = statistics.median(seconds["graphs"])
+        row |= {"graphs ms": 1e3 * graph_median, "graphs mfu": row["mfu"] * median / graph_median}
+        row |= {"times": median / graph_median, "capture s": capture}
     return row
 
 
 def left_out(lm: FrozenLM, slots: int, T: int, max_operations: float) -> str | None:
-    """Why a cell is left out, or None; a step may have `max_operations` operations."""
+    """Why a combination is left out, or None; a step may have `max_operations` operations."""
     if lm.context is not None and lm.context <= T:
         return f"its context is {lm.context}"
     return "a step takes too long" if step_operations(lm, slots, T) > max_operations else None
@@ -150,7 +166,7 @@ def left_out(lm: FrozenLM, slots: int, T: int, max_operations: float) -> str | N
 def passages_a_minute(
     lm: FrozenLM, slots: int, tokens: int, graphs: bool = False
 ) -> tuple[float, int]:
-    """Exact passages a minute, and how many of all were exact; decoding that certifies is in it."""
+    """(exact passages a minute, number of exact passages); the time includes certification."""
     passages = random_tokens(lm, 2 * slots, tokens)
     engine = Engine(lm, Recipe(start="noise", steps=400), batch_size=slots, graphs=graphs)
     began = time.perf_counter()
@@ -159,7 +175,7 @@ def passages_a_minute(
 
 
 def chosen(options: argparse.Namespace) -> tuple[list[str], list[int], list[int], int]:
-    """Shapes, slots, tokens and rounds: those of the options, or defaults for the device."""
+    """(shapes, slots, tokens, rounds): those of the options, or the defaults for the device."""
     gpu = torch.cuda.is_available()
     shapes = ["llama-3.2-1b", "llama-3.1-8b"] if gpu else ["pocket", "pythia-160m", "llama-3.2-1b"]
     slots, tokens = ([8, 32, 128], [32, 128, 512]) if gpu else ([1, 8, 32], [16, 64, 256, 512])
@@ -170,18 +186,22 @@ def chosen(options: argparse.Namespace) -> tuple[list[str], list[int], list[int]
 
 
 def main() -> None:
-    """The grid, then passages a minute of each shape at the most slots."""
+    """Measure every combination, then exact passages a minute of each shape at the most slots."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--shapes", nargs="+", help=f"of {', '.join(SHAPES)}, or models")
-    parser.add_argument("--slots", nargs="+", type=int)
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--longest", type=float, default=20.0)
-    parser.add_argument("--crammed", type=int, default=4)
-    parser.add_argument("--graphs", action="store_true", help="also replayed steps; CUDA only")
+    parser.add_argument("--shapes", nargs="+", help=f"{', '.join(SHAPES)}, or a model")
+    parser.add_argument("--slots", nargs="+", type=int, help="passages in the batch")
+    parser.add_argument("--tokens", nargs="+", type=int, help="of each passage")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps")
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds that a step may take")
+    parser.add_argument(
+        "--crammed", type=int, default=4, help="tokens of the passages that are crammed; 0: none"
+    )
+    parser.add_argument(
+        "--graphs", action="store_true", help="also time steps from CUDA graphs (needs CUDA)"
+    )
     options = parser.parse_args()
     if options.graphs and not torch.cuda.is_available():
-        raise SystemExit("--graphs replays CUDA graphs, and there is no GPU here: leave it out.")
+        raise MemvecError("--graphs replays CUDA graphs, and there is no GPU here: leave it out.")
     shapes, slots, tokens, rounds = chosen(options)
     rows: list[dict[str, Any]] = []
     rates: dict[torch.dtype, float] = {}
@@ -194,14 +214,14 @@ def main() -> None:
         rate = rates[dtype]
         for n in slots:
             for T in tokens:
-                if why := left_out(lm, n, T, 0.5 * rate * options.longest):
-                    print(f"left out: {lm.name}, {n} slots, {T} tokens: {why}.")
+                if reason := left_out(lm, n, T, 0.5 * rate * options.longest):
+                    print(f"left out: {lm.name}, {n} slots, {T} tokens: {reason}.")
                     continue
                 rows.append(cell(lm, n, T, rounds, rate, options.graphs))
-                done = f"{lm.name}, {n} slots, {T} tokens: {rows[-1]['ms']:.0f} ms a step"
-                print(done, file=sys.stderr)
-        ways = (False, True) if options.graphs else (False,)
-        for graphs in ways if options.crammed else ():
+                line = f"{lm.name}, {n} slots, {T} tokens: {rows[-1]['ms']:.0f} ms a step"
+                print(line, file=sys.stderr)
+        graph_modes = (False, True) if options.graphs else (False,)
+        for graphs in graph_modes if options.crammed else ():
             rate_exact, exact = passages_a_minute(lm, max(slots), options.crammed, graphs)
             print(
                 f"{lm.name}{', graphs' * graphs}: {rate_exact:.1f} exact passages a minute of "
@@ -209,7 +229,7 @@ def main() -> None:
                 f"{max(slots)} slots)"
             )
     if not rows:
-        raise SystemExit("every cell was left out: raise --longest.")
+        raise MemvecError("every combination was left out, for the reasons above.")
     for dtype, rate in rates.items():
         print(f"best square product in {dtype}: {rate / 1e9:.0f} GFLOP/s")
     report(

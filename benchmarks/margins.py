@@ -1,13 +1,21 @@
-"""How large must a margin be? Arg-max flips against the measured margin, per way to decode.
+"""How large must a margin be? Changes of margins when vectors are decoded in another way.
 
     python benchmarks/margins.py --quick
 
-Passages are crammed until every margin is just above 0. Then the margin of every position is
-computed again in other ways in which the same vectors may be decoded: bfloat16 instead of float32,
-one passage at a time instead of 32, with the cache one token at a time instead of all at once. The
-change of a margin from one way to another is what a margin must cover. RESULT gives the largest
-change for float32 and for bfloat16 in logits, the default recipe's margin, and the largest share of
-positions that flip in any way at that margin (`flips`) and at half a logit (`flips_at_half`).
+Passages are crammed until the margin of every token is above 0. Then the margin of every position
+is computed again in the other ways in which the same vectors may be decoded: in bfloat16 instead of
+float32, one passage at a time instead of 32 (`batch`), and one token at a time with the cache
+instead of all tokens at once (`cached`). A recipe's margin must be larger than the change of a
+margin from one way to another.
+
+The table has a row for each way, over all positions of the exact passages: the median, the 99th
+percentile and the largest absolute change of a margin in logits, and the share of positions whose
+arg-max would flip if every margin were at least 0, 0.1, 0.25, 0.5 or 1 logits, or the default
+recipe's margin (`default_margin`, logits).
+
+RESULT has the largest change in logits of the rows in float32 and of those in bfloat16, the default
+recipe's margin in logits, and the largest share of flips of any row at that margin (`flips`) and at
+half a logit (`flips_at_half`). `--quick` has 32 passages instead of 64, and 200 steps.
 """
 
 from __future__ import annotations
@@ -34,23 +42,26 @@ def margins(
     `batch` passages are computed at once; `cached` computes one token at a time with the cache.
     """
     parts = []
-    for at in range(0, len(ids), batch):
-        v, t = vectors[at : at + batch].to(lm.device), ids[at : at + batch].to(lm.device)
-        logits = (
-            cached_logits(lm.model, lm.caching.argument, v.to(lm.dtype), t)
-            if cached
-            else lm.logits(v, t)
+    for first in range(0, len(ids), batch):
+        part_vectors, part_ids = (
+            vectors[first : first + batch].to(lm.device),
+            ids[first : first + batch].to(lm.device),
         )
-        parts.append(metrics.margins(logits, t).cpu())
+        logits = (
+            cached_logits(lm.model, lm.caching.argument, part_vectors.to(lm.dtype), part_ids)
+            if cached
+            else lm.logits(part_vectors, part_ids)
+        )
+        parts.append(metrics.margins(logits, part_ids).cpu())
     return torch.cat(parts)
 
 
 def main() -> None:
-    """Cram, then compare the ways."""
+    """Cram, then compute the margins in every way."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
-    parser.add_argument("--passages", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--passages", type=int, default=64, help="to cram")
+    parser.add_argument("--tokens", type=int, default=12, help="of each passage")
     options = parser.parse_args()
     n = 32 if options.quick else options.passages
 
@@ -62,36 +73,47 @@ def main() -> None:
     lm = loaded("float32")
     recipe = Recipe.of("default", margin=0.0, steps=200 if options.quick else 1000)
     engine = Engine(lm, recipe, batch_size=32)
-    done = [o for o in engine.run(passages_of(lm, n, options.tokens)) if o.exact]
-    if not done:
+    exact_outcomes = [
+        outcome for outcome in engine.run(passages_of(lm, n, options.tokens)) if outcome.exact
+    ]
+    if not exact_outcomes:
         parser.error(f"no passage of {options.tokens} tokens became exact: fewer --tokens")
-    vectors = torch.stack([o.vectors for o in done])
-    ids = torch.tensor([o.passage.ids for o in done])
-    base = margins(lm, vectors, ids, 32, cached=False)
-    default = Recipe().in_logits(lm.logit_spread).margin
+    vectors = torch.stack([outcome.vectors for outcome in exact_outcomes])
+    ids = torch.tensor([outcome.passage.ids for outcome in exact_outcomes])
+    base_margins = margins(lm, vectors, ids, 32, cached=False)
+    default_margin = Recipe().in_logits(lm.logit_spread).margin
     rows, largest = [], {}
     for dtype in ("float32", "bfloat16"):
-        other = lm if dtype == "float32" else loaded(dtype)
+        model_of_dtype = lm if dtype == "float32" else loaded(dtype)
         for batch in (1, 32):
             for cached in (False, True):
-                change = (margins(other, vectors, ids, batch, cached) - base).abs().flatten()
+                change = (
+                    (margins(model_of_dtype, vectors, ids, batch, cached) - base_margins)
+                    .abs()
+                    .flatten()
+                )
                 flips = {
-                    m: float((change >= base.flatten().clamp_min(m)).float().mean())
-                    for m in (0.0, 0.1, 0.25, 0.5, 1.0, default)
+                    min_margin: float(
+                        (change >= base_margins.flatten().clamp_min(min_margin)).float().mean()
+                    )
+                    for min_margin in (0.0, 0.1, 0.25, 0.5, 1.0, default_margin)
                 }
                 rows.append(
                     {
                         "dtype": dtype,
                         "batch": batch,
                         "cached": cached,
-                        "passages": len(done),
+                        "passages": len(exact_outcomes),
                         "positions": len(change),
                         "median_change": float(change.median()),
                         "p99_change": float(change.quantile(0.99)),
                         "largest_change": float(change.max()),
-                        **{f"flips_at_{m:g}": flips[m] for m in (0.0, 0.1, 0.25, 0.5, 1.0)},
-                        "default_margin": default,
-                        "flips_at_default": flips[default],
+                        **{
+                            f"flips_at_{min_margin:g}": flips[min_margin]
+                            for min_margin in (0.0, 0.1, 0.25, 0.5, 1.0)
+                        },
+                        "default_margin": default_margin,
+                        "flips_at_default": flips[default_margin],
                     }
                 )
                 largest[dtype] = max(largest.get(dtype, 0.0), float(change.max()))
@@ -101,7 +123,7 @@ def main() -> None:
         options,
         float32=largest["float32"],
         bfloat16=largest["bfloat16"],
-        default_margin=default,
+        default_margin=default_margin,
         flips=max(row["flips_at_default"] for row in rows),
         flips_at_half=max(row["flips_at_0.5"] for row in rows),
     )

@@ -1,7 +1,7 @@
-"""Models made in memory, with random weights: shapes of published models, and tiny ones.
+"""Models with random weights, made in memory: shapes of published models, and tiny ones.
 
-A random-weight model can be crammed (docs/log.md) if its weights are large enough for a vector to
-move the logits: all matrices are normal with standard deviation 1/sqrt(D).
+A model with random weights can be crammed (docs/log.md) if its weights are so large that a vector
+changes the logits: all matrices are normal with standard deviation 1/sqrt(D).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import transformers
 from memvec.machine import keep_freed_memory
 from memvec.model.lm import FrozenLM
 
-# name -> (configuration class, its options)
+# name → (configuration class of transformers, its options)
 SHAPES = {
     "pythia-160m": (
         "GPTNeoXConfig",
@@ -65,7 +65,7 @@ SHAPES = {
             "max_position_embeddings": 8192,
         },
     ),
-    "r256": (  # untrained, it holds about one bit per dimension (docs/capacity.md)
+    "r256": (  # one vector of this untrained model holds a bit per dimension (docs/capacity.md)
         "LlamaConfig",
         {
             "vocab_size": 4096,
@@ -116,25 +116,28 @@ def random_model(
     on_device: bool = False,
     **changes: int,
 ) -> FrozenLM:
-    """A model of that shape, its weights from the seed; bfloat16 on a GPU, float32 on a CPU.
+    """A model of the shape `name` with random weights drawn from the seed.
 
-    `dtype` may be torch's or its name. `on_device` draws the weights there and in that dtype: other
-    weights than on a CPU, but no second copy of a model that hardly fits.
+    `dtype` is torch's or its name; by default bfloat16 on a GPU and float32 on a CPU. `changes`
+    replace options of the shape. With `on_device` the weights are drawn on the device and in the
+    dtype: they differ from those that a CPU draws, but no second copy of a large model is needed.
     """
-    kind, options = SHAPES[name]
+    config_class, options = SHAPES[name]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     keep_freed_memory()
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    config = getattr(transformers, kind)(**(special | options | changes))
+    token_ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    config = getattr(transformers, config_class)(**(token_ids | options | changes))
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
     elif isinstance(dtype, str):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     torch.manual_seed(seed)
-    where, drawn = (torch.device(device), dtype) if on_device else (torch.device("cpu"), None)
-    with where:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=drawn)
+    draw_device, draw_dtype = (
+        (torch.device(device), dtype) if on_device else (torch.device("cpu"), None)
+    )
+    with draw_device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=draw_dtype)
     std = model.get_input_embeddings().weight.shape[1] ** -0.5
     with torch.no_grad():
         for parameter in model.parameters():

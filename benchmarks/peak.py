@@ -1,14 +1,17 @@
-"""Is the estimate of memory right? Measured peak of a step, part by part, over what was estimated.
+"""Is the estimate of memory right? The measured peak of each part of a step over the estimated one.
 
     python benchmarks/peak.py --quick
 
-Three parts of one step at several shapes, each measured alone: the model's forward pass and the
-gradient back to the vectors (`activations`), losses and gradients at the states (`logits`), and the
-whole step of an engine with filled slots (`step`). The comparison is of bytes of tensors, as torch
-counts them; `process_MiB` is the growth of the process, which is larger on a CPU, because its
-allocator keeps memory for the next step. RESULT has the smallest and the largest ratio of measured
-to estimated bytes of a part, over all shapes, and the largest ratio of process to tensors for whole
-steps.
+Three parts of a step are measured at several shapes, each alone, with and without checkpointing of
+activations: the model's forward pass and the gradient back to the vectors (`activations`), the
+losses and their gradients at the hidden states (`logits`), and a whole step of an engine with every
+slot taken (`step`). The table has the estimated bytes, the peak bytes of tensors as torch counts
+them, and their `ratio`, which compares the two. `process_MiB` is the growth of the process; on a
+CPU it is larger, because the allocator keeps memory for the next step.
+
+RESULT has the smallest and the largest ratio of measured to estimated bytes over all rows, and the
+largest ratio of process to tensors for whole steps (`process`). `--quick` leaves out the larger
+shape and Pythia-160m.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 
 
 def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]:
-    """The parts of a step, each to be measured alone."""
+    """The parts of a step as functions, each of which is measured alone."""
     engine = occupied(lm, batch_size, T)
     ids, vectors = engine.batch.ids, engine.batch.vectors.clone().requires_grad_()
     states = lm.states(vectors, ids, engine.start_rule).detach()
@@ -48,23 +51,23 @@ def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], Any]]
     }
 
 
-def guesses(lm: FrozenLM, batch_size: int, T: int) -> dict[str, float]:
-    """The estimate for each part, in bytes."""
+def estimates(lm: FrozenLM, batch_size: int, T: int) -> dict[str, float]:
+    """The estimated peak of each part, in bytes."""
     sizes = {"batch_size": batch_size, "tokens": T}
-    guess = estimate(facts_of(lm, T), **sizes)
+    memory = estimate(facts_of(lm, T), **sizes)
     return {
-        "activations": guess.activations + guess.passing,
-        "logits": guess.logits,
-        "step": guess.step,
+        "activations": memory.activations + memory.passing,
+        "logits": memory.logits,
+        "step": memory.step,
     }
 
 
 def main() -> None:
-    """Every shape, with and without checkpointing."""
+    """Measure every shape, with and without checkpointing."""
     parser = arguments(__doc__ or "")
     options = parser.parse_args()
     lms = {
-        "pocket": lambda: load_lm(options.model),
+        options.model: lambda: load_lm(options.model),
         "llama, V 32k": lambda: random_model("tiny-llama", vocab_size=32_768, **WIDE),
         "pythia-160m": lambda: random_model("pythia-160m"),
     }
@@ -78,9 +81,9 @@ def main() -> None:
         for checkpointing in (False, True):
             lm.checkpointing = checkpointing
             for batch_size, T in shapes:
-                guess = guesses(lm, batch_size, T)
+                estimated = estimates(lm, batch_size, T)
                 for part, work in works(lm, batch_size, T).items():
-                    work()  # the first call also sets up, not measured
+                    work()  # the first call needs more memory, so it is not measured
                     tensors, process = peak_tensors(work), peak_memory(work)
                     rows.append(
                         {
@@ -89,9 +92,9 @@ def main() -> None:
                             "batch_size": batch_size,
                             "tokens": T,
                             "part": part,
-                            "estimated_MiB": guess[part] / 2**20,
+                            "estimated_MiB": estimated[part] / 2**20,
                             "tensors_MiB": tensors / 2**20,
-                            "ratio": tensors / guess[part],
+                            "ratio": tensors / estimated[part],
                             "process_MiB": process / 2**20,
                         }
                     )

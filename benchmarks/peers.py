@@ -3,27 +3,38 @@
     python benchmarks/peers.py --seed hidden_capacity --progressive progressive_cramming
 
 `--seed` is a checkout of github.com/yurakuratov/hidden_capacity (Kuratov et al.), `--progressive`
-one of github.com/FusionBrainLab/progressive_cramming (Tarasov et al.). Either can be left out.
-`peers_programs.py` runs their code from there. The programs get token ids instead of texts, and a
-loaded model instead of a name to load (hidden_capacity loads it twice for each passage): both save
-them time. Each program runs with its own defaults and float32 weights on one device (ours computes
-steps in bfloat16 on a CPU that is fast in it, and confirms in float32), with at most `--steps`
-steps a passage: theirs at each learning rate of a sweep, ours from noise and, where the
-model has one, from its one-pass encoder. Ours crams all passages in one batch, hidden_capacity one
-at a time, and progressive_cramming runs in both ways. Times are of the wall clock, or with
-OMP_NUM_THREADS=1 on a CPU of the processor.
+is one of github.com/FusionBrainLab/progressive_cramming (Tarasov et al.). Either can be left out.
+`peers_programs.py` runs the code in these checkouts. The programs get token ids instead of texts,
+and a loaded model instead of a name to load (hidden_capacity loads its model twice for each
+passage): both save them time.
 
-There are two measurements. *Fixed length* (`--tokens`): exact passages per minute. Exact is decided
-by our free-running decoding from the vectors that each program returns. `complete` counts the
-passages that are complete by the program's own teacher-forced measure. hidden_capacity is given the
-first token, as in its code. *Horizon* (`--long`): the leading tokens that decode freely, beside
-`reached`, the number by the program's own measure. hidden_capacity has no growing length, so it has
-no horizon. On both sides the whole passage is decoded, also beyond what was reached.
+Each program runs with its own defaults and float32 weights on one device. On a CPU that is fast in
+bfloat16, memvec computes steps in bfloat16 and certifies in float32. A passage has at most
+`--steps` steps. The published programs run at each of several learning rates, memvec from noise
+and, where the model has one, from its one-pass encoder. memvec crams all passages in one batch,
+hidden_capacity one at a time, and progressive_cramming runs in both ways. Times are those of the
+wall clock, or processor time on a CPU with OMP_NUM_THREADS=1.
 
-RESULT compares ours from noise with the best row of each program, chosen afterwards: `ratio_seed`
-and `ratio_progressive` are ratios of exact passages per minute, `ratio_horizon` is our horizon over
-theirs, each with its 95 % bootstrap interval (`_low`, `_high`). `time_horizon` is their seconds per
-passage in the horizon measurement over ours. `--quick` takes 2 short passages and few steps.
+There are two measurements, with a row of the table for each program and setting:
+
+- *Fixed length* (`--tokens`): `exact` counts the passages that free-running decoding of memvec
+  gives back from the vectors that the program returns, and `exact_per_minute` is their rate.
+  `complete` counts the passages that are complete by the program's own teacher-forced measure.
+  hidden_capacity is given the first token, as in its code.
+- *Horizon* (`--long`): the mean number of leading tokens that decode freely, with its 95 % interval
+  (`low`, `high`, bootstrap over n passages), and `reached`, the mean number by the program's own
+  measure. The whole passage is decoded, also beyond what was reached. hidden_capacity has no
+  horizon, because it crams fixed lengths.
+
+`s_a_passage` is the mean seconds of a passage, and `overlap` counts passages that share tokens.
+
+RESULT compares memvec from noise with the best row of each program, chosen afterwards: `ratio_seed`
+and `ratio_progressive` are ratios of exact passages per minute at the fixed length, `ratio_horizon`
+is the horizon of memvec over that of progressive_cramming, each with its 95 % bootstrap interval
+(`_low`, `_high`). `time_horizon` is the seconds per passage of progressive_cramming in the horizon
+measurement over those of memvec. A program that is left out has no ratio.
+
+`--quick` has 2 short passages and 60 steps.
 """
 
 from __future__ import annotations
@@ -54,14 +65,14 @@ PROGRESSIVE_RATES = (0.1, 0.5)  # those of its publication
 
 
 def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given: int) -> list[int]:
-    """Number of leading tokens of each passage that decode freely from its answer.
+    """The horizon of each passage, in tokens, from the vectors of its answer.
 
-    With `given` the first token is given.
+    `given` is 1 if decoding starts with the passage's first token, else 0.
     """
-    stack = torch.stack([answer.vectors.to(lm.device) for answer in answers])
+    vectors = torch.stack([answer.vectors.to(lm.device) for answer in answers])
     first = [p.ids[0] for p in passages] if given else None
     start = "first-token" if given else "vectors"
-    decoded = decode_ids(lm, stack, [len(p) for p in passages], start=start, first=first)
+    decoded = decode_ids(lm, vectors, [len(p) for p in passages], start=start, first=first)
     errors = [first_error(ids, p.ids) for ids, p in zip(decoded, passages, strict=True)]
     return [len(p) if error is None else error for p, error in zip(passages, errors, strict=True)]
 
@@ -69,7 +80,7 @@ def horizons(lm: FrozenLM, passages: list[Passage], answers: list[Answer], given
 def by_us(
     lm: FrozenLM, passages: list[Passage], start: str, steps: int
 ) -> tuple[list[Answer], list[int]]:
-    """Answers of our default recipe, and their horizons, which the engine decodes."""
+    """(answers of the default recipe of memvec, their horizons in tokens)."""
     engine = Engine(lm, Recipe(start=start, steps=steps), batch_size=len(passages))
     began = clock()
     outcomes = sorted(engine.run(passages), key=lambda outcome: outcome.passage.document)
@@ -80,7 +91,10 @@ def by_us(
 
 @dataclass(frozen=True)
 class Row:
-    """Results of one program with its settings, for all passages of a measurement."""
+    """Results of one program with its settings, for all passages of a measurement.
+
+    `horizon` and `reached` are numbers of tokens, one for each passage.
+    """
 
     program: str
     settings: str
@@ -112,7 +126,7 @@ class Row:
 def row_of(
     program: str, settings: str, passages: list[Passage], answers: list[Answer], decoded: list[int]
 ) -> Row:
-    """Make a row of answers and their decoded horizons, and print it in short."""
+    """Make a row of answers and their decoded horizons, and print it on one line of stderr."""
     trials = [
         Trial(h >= len(p), a.steps, a.seconds, {})
         for p, a, h in zip(passages, answers, decoded, strict=True)
@@ -124,7 +138,7 @@ def row_of(
 
 
 def our_rows(lm: FrozenLM, passages: list[Passage], steps: int) -> list[Row]:
-    """Our rows: from noise first, then from the encoder if there is one."""
+    """The rows of memvec: from noise, and then from the encoder if the model has one."""
     starts = ["noise"] + (["encoder"] if lm.encoder is not None else [])
     return [
         row_of("memvec", start, passages, *by_us(lm, passages, start, steps)) for start in starts
@@ -161,9 +175,9 @@ def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespac
     """Rows of the programs whose length grows, for passages longer than any program reaches."""
     rows = our_rows(lm, passages, min(Recipe().steps, options.steps))
     low_dim = {"low_dim_projection": True, "low_dim_size": 256}
-    arms: tuple[tuple[str, dict[str, Any]], ...] = (("", {}), (", low-dim 256", low_dim))
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (("", {}), (", low-dim 256", low_dim))
     for lr in PROGRESSIVE_RATES if options.progressive else ():
-        for name, changes in arms:
+        for name, changes in variants:
             answers = by_progressive(
                 lm,
                 passages,
@@ -175,7 +189,7 @@ def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespac
                 max_optimization_steps_per_sample=options.steps,
                 **changes,
             )
-            # The whole passage, as for ours: what decodes beyond `reached` counts on both sides.
+            # The whole passage is decoded, as for memvec: tokens beyond `reached` count, too.
             decoded = horizons(lm, passages, answers, given=0)
             settings = f"progressive, lr {lr:g}{name}"
             rows.append(row_of("progressive_cramming", settings, passages, answers, decoded))
@@ -183,7 +197,7 @@ def at_horizon(lm: FrozenLM, passages: list[Passage], options: argparse.Namespac
 
 
 def result_of(fixed: list[Row], long: list[Row]) -> dict[str, float]:
-    """The numbers of the RESULT line: ours from noise against the best row of each program."""
+    """The numbers of the RESULT line: memvec from noise and the best row of each program."""
     ratios: dict[str, tuple[float, float, float]] = {}
     for name, program in (("seed", "hidden_capacity"), ("progressive", "progressive_cramming")):
         rows = [row for row in fixed if row.program == program]
@@ -191,9 +205,9 @@ def result_of(fixed: list[Row], long: list[Row]) -> dict[str, float]:
             best = max(rows, key=lambda row: per_minute(row.trials))
             ratios[f"ratio_{name}"] = ratio_of_rates(fixed[0].trials, best.trials)
     result: dict[str, float] = {}
-    grown = [row for row in long if row.program != "memvec"]
-    if grown:
-        best = max(grown, key=lambda row: sum(row.horizon))
+    growing_rows = [row for row in long if row.program != "memvec"]
+    if growing_rows:
+        best = max(growing_rows, key=lambda row: sum(row.horizon))
         ratios["ratio_horizon"] = ratio_of_means(
             *([float(h) for h in row.horizon] for row in (long[0], best))
         )
@@ -210,10 +224,15 @@ def main() -> None:
     parser.add_argument("--seed", type=Path, help="checkout of hidden_capacity")
     parser.add_argument("--progressive", type=Path, help="checkout of progressive_cramming")
     parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
-    parser.add_argument("--passages", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32, help="the fixed length")
-    parser.add_argument("--long", type=int, default=96, help="longer than anybody gets")
-    parser.add_argument("--steps", type=int, default=10_000, help="most steps a passage")
+    parser.add_argument("--passages", type=int, default=8, help="of each measurement")
+    parser.add_argument("--tokens", type=int, default=32, help="length of the first measurement")
+    parser.add_argument(
+        "--long",
+        type=int,
+        default=96,
+        help="tokens of the second one, more than any program reaches",
+    )
+    parser.add_argument("--steps", type=int, default=10_000, help="step limit of a passage")
     options = parser.parse_args()
     for name, path in (("seed", "train.py"), ("progressive", "src/progressive_cramming")):
         folder = getattr(options, name)
@@ -226,7 +245,8 @@ def main() -> None:
     for measure, T in ((at_fixed_length, options.tokens), (at_horizon, options.long)):
         selected = passages_of(lm, options.passages, T)
         passages = [Passage(p.ids, i, p.offset) for i, p in enumerate(selected)]
-        list(Engine(lm, Recipe(steps=2), batch_size=len(passages)).run(passages))  # first-use costs
+        # The first use of a kernel takes longer, so it is not timed.
+        list(Engine(lm, Recipe(steps=2), batch_size=len(passages)).run(passages))
         both.append((measure(lm, passages, options), passages))
     rows = [row.record(passages) for measured, passages in both for row in measured]
     report("peers", rows, options, **result_of(both[0][0], both[1][0]))

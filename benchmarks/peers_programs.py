@@ -1,7 +1,7 @@
 """Run the two published programs that benchmarks/peers.py compares with, from their checkouts.
 
-Modules that the programs import and do not use here (nltk, scikit-learn, TensorBoard) are replaced
-by empty ones where they are missing.
+The programs import nltk, scikit-learn and TensorBoard, which they do not use here. Where one of
+these is missing, an empty module replaces it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class Answer:
 
 @contextlib.contextmanager
 def foreign(folder: Path, **stand_ins: dict[str, Any]) -> Iterator[None]:
-    """A context that imports from a checkout, prints nothing, and undoes its imports at the end.
+    """A context in which modules are imported from a checkout and nothing is printed.
 
-    `stand_ins`: names of modules → what is in them, for those that are missing.
+    It removes these modules at the end. `stand_ins`: name of a module → its content, which is used
+    if the module is missing.
     """
-    kept, path, quiet = dict(sys.modules), list(sys.path), io.StringIO()
+    modules_before, path_before, output = dict(sys.modules), list(sys.path), io.StringIO()
     for name, content in stand_ins.items():
         try:
             importlib.import_module(name)
@@ -53,19 +54,19 @@ def foreign(folder: Path, **stand_ins: dict[str, Any]) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     try:
         with (
-            contextlib.redirect_stdout(quiet),
-            contextlib.redirect_stderr(quiet),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        sys.path[:] = path
-        for name in set(sys.modules) - set(kept):
+        sys.path[:] = path_before
+        for name in set(sys.modules) - set(modules_before):
             if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
                 del sys.modules[name]
         for name in stand_ins:
-            if name not in kept:
+            if name not in modules_before:
                 sys.modules.pop(name, None)
 
 
@@ -77,7 +78,7 @@ def by_seed(
     with foreign(folder, nltk={"sent_tokenize": lambda text: [text]}):
         program: Any = importlib.import_module("train")
         program.sent_tokenize = lambda text: [text]
-        # The model is frozen by its code as by ours: one serves both of its loads.
+        # Its code freezes the model as memvec does, so both of its loads may return the same one.
         program.AutoModelForCausalLM = types.SimpleNamespace(
             from_pretrained=lambda *_, **__: lm.model
         )
@@ -124,7 +125,7 @@ def by_progressive(
             embedding_init_method="random0.02",
             warmup_steps=100,
             dtype="float32",
-            loss_type="cross_entropy",  # without it hidden states are kept that nothing uses
+            loss_type="cross_entropy",  # otherwise it stores hidden states that nothing uses
             full_cramming_convergence_threshold=1.0,
             per_device_train_batch_size=batch,
             report_to=[],
@@ -160,8 +161,8 @@ def _answer(rows: list[dict[str, Any]], seconds: float) -> Answer:
     """
     staged = "stage_seq_len" in rows[0]
     complete = [row for row in rows if row["final_convergence"] >= 1.0]
-    kept = (complete or rows)[-1]
-    length = kept["stage_seq_len"] if staged else kept["num_input_tokens"]
-    reached = length if complete else int(kept["final_convergence"] * length)
-    steps = rows[-1]["steps_taken"] if staged else kept["convergence_after_steps"]
-    return Answer(torch.tensor(kept["embedding"]), reached, steps, seconds)
+    last = (complete or rows)[-1]
+    length = last["stage_seq_len"] if staged else last["num_input_tokens"]
+    reached = length if complete else int(last["final_convergence"] * length)
+    steps = rows[-1]["steps_taken"] if staged else last["convergence_after_steps"]
+    return Answer(torch.tensor(last["embedding"]), reached, steps, seconds)

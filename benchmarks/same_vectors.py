@@ -1,12 +1,16 @@
-"""Are the vectors of a cram bit for bit the same as before a change of the code?
+"""Are the vectors of a cram bit for bit the same after a change of the code?
 
-    python benchmarks/same_vectors.py --write before.json     # with the code before a change
+    python benchmarks/same_vectors.py --write before.json     # with the code before the change
     python benchmarks/same_vectors.py --against before.json   # with the code after it
 
-A fixed list of texts, models and recipes is crammed on one thread through the public API, and each
-result's vectors, steps and exactness are hashed. A change that should only move code leaves every
-hash as it was. `RESULT same=20 of=20` counts the cases; the exit code is 1 if one differs. Hashes
-depend on the machine and on the releases of torch and transformers: make both runs on one machine.
+Three short texts are crammed on one thread through the public API, with each of a fixed list of
+models and recipes (a case). The vectors, steps, forward-backward tokens and exactness of a case are
+hashed. A change that only moves code leaves every hash as it was. Hashes depend on the machine and
+on the releases of torch and transformers: make both runs on one machine.
+
+A line for each case has the first digits of its hash and the number of exact passages. RESULT
+`same` is the number of cases whose hash is that of the file, `of` the number of all cases. The exit
+code is 1 if a case differs.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ TINY = {
     "pad_token_id": None,
 }
 SHORT = {"steps": 60, "patience": 60}
-# name -> (model, preset, changes of the recipe, options of memvec.cram)
+# name → (model, preset, changes of the recipe, options of memvec.cram)
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "pocket": ("pocket", "default", {}, {}),
     "pocket, no encoder": ("pocket", "default", {"start": "noise", **SHORT}, {}),
@@ -67,7 +71,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def folder_of(config: str, place: Path) -> Path:
+def folder_of(config: str, parent: Path) -> Path:
     """A tiny random model of a family, saved with pocket's tokenizer."""
     torch.manual_seed(0)
     options = {k: v for k, v in TINY.items() if config != "MambaConfig" or "max_pos" not in k}
@@ -76,20 +80,20 @@ def folder_of(config: str, place: Path) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, 0.2)
-    folder = place / config
+    folder = parent / config
     model.save_pretrained(folder)
     memvec.load_lm("pocket").tokenizer.save_pretrained(folder)
     return folder
 
 
 def hashes(names: list[str]) -> dict[str, str]:
-    """The hash of every case: vectors, steps, forward-backward tokens, exactness, in order."""
+    """Case → hash of its vectors and of steps, forward-backward tokens and exactness."""
     digests, models = {}, {"pocket": memvec.load_lm("pocket")}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             model, preset, changes, options = CASES[name]
             if model not in models:
-                models[model] = memvec.load_lm(str(folder_of(model, Path(place))))
+                models[model] = memvec.load_lm(str(folder_of(model, Path(temporary))))
             mem = memvec.cram(
                 models[model],
                 TEXTS,
@@ -108,20 +112,31 @@ def hashes(names: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Hash every case, and write the hashes or compare them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", type=Path, help="file to write the hashes to")
     parser.add_argument("--against", type=Path, help="file of hashes to compare with")
     arguments = parser.parse_args()
+    if arguments.write is None and arguments.against is None:
+        parser.error("give --write FILE, --against FILE, or both")
+    # Read first: a file that cannot be read ends the program before the cases are crammed.
+    before = None
+    if arguments.against is not None:
+        try:
+            before = json.loads(arguments.against.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--against {arguments.against}: {error}; name a file of --write")
     torch.set_num_threads(1)
     digests = hashes(list(CASES))
     if arguments.write is not None:
         arguments.write.write_text(json.dumps(digests, indent=1) + "\n")
-    before = json.loads(arguments.against.read_text()) if arguments.against else digests
-    differ = [name for name, value in digests.items() if before.get(name) != value]
-    for name in differ:
+    before = digests if before is None else before
+    different = [name for name, value in digests.items() if before.get(name) != value]
+    for name in different:
         print(f"differs: {name}")
-    print(f"RESULT same={len(digests) - len(differ)} of={len(digests)}")
-    sys.exit(1 if differ else 0)
+    print(f"RESULT same={len(digests) - len(different)} of={len(digests)}")
+    sys.exit(1 if different else 0)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
-"""One engine step against bare forward + backward-to-input at the same shapes: time and memory.
+"""Time and memory of one engine step, compared with the bare pass at the same shapes.
 
     python benchmarks/step.py --quick
 
-Bare (the plain path) means: the model's own forward on [vectors, tokens], cross-entropy of all
-positions through autograd, gradient at the vectors; no margins, no optimiser, no slots. Three
-parts, each with time and peak memory:
+The *bare pass* is the model's own forward on [vectors, tokens], the cross-entropy of all positions
+through autograd, and the gradient at the vectors. It has no margins, no optimiser and no slots.
+There are four parts:
 
-- the model itself at several slots × lengths. RESULT `overhead` is the ratio of median times at 16
-  slots, worst case over the lengths;
-- a random-weight model with vocabularies up to 128k at several slots × lengths (not with --quick);
-- V = 128k, T = 512, 4 slots: RESULT `memory_ratio` is the engine's peak over the plain path's;
-- 16 slots with 16 and with 16 384 passages in line: RESULT `waiting` is the ratio of the peaks.
+- the model at several numbers of slots and lengths. RESULT `overhead` is the median time of a step
+  divided by that of the bare pass at 16 slots, the largest over the lengths;
+- a random-weight model with vocabularies up to 131,072, in the same way (not with --quick);
+- vocabulary 131,072, 512 tokens, 4 slots: RESULT `memory_ratio` is the peak memory of the step
+  divided by that of the bare pass;
+- 16 slots with 16 and with 16,384 passages pushed into the engine: RESULT `waiting` is the peak
+  memory with many divided by that with few.
 
-`mfu` is the share of this machine's matrix-product rate that a step reaches: 4 operations per
-weight and token (2 forward, 2 backward to the input; the weights get no gradient), over the best
-rate of square products, measured at the start. Peak memory is that above the memory before.
+The table has a row for each shape, `engine` and `bare`: the median time over n calls with the 10th
+and the 90th percentile (`low_ms`, `high_ms`), tokens per second, `mfu`, and the peak memory above
+the memory in use before. `mfu` is the share of this machine's rate of matrix products: 4 operations
+for each weight and token (2 forward, 2 backward to the input; the weights get no gradient), over
+the best rate of a product of square matrices, measured at the start.
+
+`--quick` has fewer shapes, and 7 calls of each instead of 31.
 """
 
 from __future__ import annotations
@@ -36,9 +42,9 @@ from memvec.passages.passage import Passage
 from memvec.statistics import median_and_spread
 from models import SHAPES, random_model
 
-WIDE = {"hidden_size": 256, "intermediate_size": 704}  # the tiny Llama of the sweep, widened
+WIDE = {"hidden_size": 256, "intermediate_size": 704}  # sizes of the second part's model
 LARGE = (4, 512, 131_072)  # slots, tokens, vocabulary of memory_ratio
-LINES = (16, 16_384)  # passages in line, for `waiting`
+LINES = (16, 16_384)  # passages in the engine, for `waiting`
 
 
 def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
@@ -51,8 +57,11 @@ def passages(lm: FrozenLM, n: int, T: int) -> list[Passage]:
 def occupied(
     lm: FrozenLM, batch_size: int, T: int, compute: str = "model", graphs: bool = False
 ) -> Engine:
-    """An engine with every slot taken by T tokens, all of which count; `compute` as a recipe's."""
-    # A margin nobody reaches, so that all slots stay occupied.
+    """An engine with every slot taken by T tokens, all of which count.
+
+    `compute` is the field of the recipe with this name.
+    """
+    # No passage reaches the margin, so all slots stay occupied.
     recipe = Recipe(schedule="whole", margin=1e9, steps=10**9, patience=10**9, compute=compute)
     engine = Engine(lm, recipe, batch_size=batch_size, graphs=graphs)
     for passage in passages(lm, batch_size, T):
@@ -62,7 +71,7 @@ def occupied(
 
 
 def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], None]]:
-    """One engine step with every slot taken and every position counted, and the plain path."""
+    """An engine step with every slot taken and every position counted, and the bare pass."""
     engine = occupied(lm, batch_size, T)
     ids = engine.batch.ids
     vectors = engine.batch.vectors.clone().requires_grad_()
@@ -77,12 +86,12 @@ def works(lm: FrozenLM, batch_size: int, T: int) -> dict[str, Callable[[], None]
 
 
 def waiting(lm: FrozenLM, n: int, batch_size: int = 16, T: int = 32) -> int:
-    """Peak bytes of putting n passages in line, filling slots the first ones and three steps."""
-    line = passages(lm, n, T)
+    """Peak bytes while n passages are pushed into an engine, which fills its slots and steps."""
+    queue = passages(lm, n, T)
 
     def work() -> None:
         engine = Engine(lm, Recipe(compute="model"), batch_size=batch_size)
-        for passage in line:
+        for passage in queue:
             engine.push(passage)
         engine.fill(batch_size)
         for _ in range(3):
@@ -92,14 +101,14 @@ def waiting(lm: FrozenLM, n: int, batch_size: int = 16, T: int = 32) -> int:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
-    """Operations per second of the best n × n matrix product."""
-    a = torch.randn(n, n, device=device).to(dtype)
-    seconds = interleaved({"product": lambda: a @ a}, rounds=5, warmup=2)["product"]
+    """Operations per second of a product of two n × n matrices, the fastest of five."""
+    matrix = torch.randn(n, n, device=device).to(dtype)
+    seconds = interleaved({"product": lambda: matrix @ matrix}, rounds=5, warmup=2)["product"]
     return 2 * n**3 / min(seconds)
 
 
 def operations(lm: FrozenLM) -> int:
-    """Operations per token of forward and backward to the input: 4 per weight of a matrix.
+    """Operations for each token of a forward and a backward to the input: 4 for each weight.
 
     The embedding counts only where it is the output head as well.
     """
@@ -117,13 +126,16 @@ def measure(
     rows: list[dict[str, Any]],
     warmup: int = 2,
 ) -> dict[str, dict[str, float]]:
-    """Seconds and peak bytes of engine step and plain path at one shape; appends a row each."""
-    pair = works(lm, batch_size, T)
-    seconds = interleaved(pair, rounds, warmup=warmup)
+    """Seconds and peak bytes of the engine step and the bare pass at one shape.
+
+    Appends a row of each to `rows`. `rate`: the best operations per second of this machine.
+    """
+    passes = works(lm, batch_size, T)
+    seconds = interleaved(passes, rounds, warmup=warmup)
     measured = {}
     for name, values in seconds.items():
         median, low, high = median_and_spread(values)
-        measured[name] = {"seconds": median, "peak": peak_memory(pair[name])}
+        measured[name] = {"seconds": median, "peak": peak_memory(passes[name])}
         rows.append(
             {
                 "model": lm.name,
@@ -144,9 +156,9 @@ def measure(
 
 
 def main() -> None:
-    """Time both, side by side, for several shapes."""
+    """Measure the four parts."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=31, help="timed calls of each")
     parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
     options = parser.parse_args()
     began = time.perf_counter()

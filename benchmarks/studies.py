@@ -1,12 +1,16 @@
-"""Does a study stay as fast when it grows? Synthetic rows into a store, then a report.
+"""Does a study stay as fast when it grows? Synthetic rows are put into a store and reported.
 
     python benchmarks/studies.py 100 1000 10000 100000
-    python benchmarks/studies.py --quick               # under 50 seconds on two cores
+    python benchmarks/studies.py --quick
 
-One line per size: milliseconds a row takes to be on disk (median of all rows and of the last tenth:
-flat means equal), the part of it that is waiting for the disk, bytes per row, peak memory of the
-process so far, seconds until the page (tables and page, no matplotlib figures) is written, and the
-page's size. No model is loaded. The RESULT line compares the largest size with the smallest.
+No model is loaded. The table has a row for each size (number of rows; above 1000 it is rounded down
+to a multiple of 1000): the median milliseconds until a row is on the disk, of all rows and of the
+last tenth (equal medians mean that a row takes no longer in a larger study), the part of it that is
+waiting for the disk, processor time, bytes per row, seconds until the report is written (tables and
+page, without matplotlib figures), the size of the page, and the peak memory of the process so far.
+
+RESULT has the figures of the largest size, and `times_the_smallest`: the processor time of a row
+there divided by that at the smallest size. `--quick` has sizes up to 4000: ten seconds on one core.
 """
 
 import resource
@@ -18,6 +22,7 @@ import numpy as np
 import torch
 
 from common import arguments, report, run
+from memvec.errors import MemvecError
 from memvec.lab.report.report import write_report
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
@@ -26,7 +31,7 @@ from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
 from memvec.passages.passage import Passage
 
-D, T, PASSAGES = 64, 24, 250  # of a cell
+D, T, PASSAGES = 64, 24, 250  # width, tokens of a passage, largest number of passages of a cell
 SPEC = """
 name = "synthetic"
 [[models]]
@@ -49,9 +54,9 @@ passages = {passages}
 
 
 def row(cell, number, rng):
-    """A made-up row."""
+    """A row with random figures."""
     bits = rng.uniform(40, 300)
-    left = max(0.0, bits - 120) + rng.uniform(0, 3)
+    mem_bits = max(0.0, bits - 120) + rng.uniform(0, 3)
     horizon = int(rng.integers(1, T + 1))
     return StoreEntry(
         Row(
@@ -67,11 +72,11 @@ def row(cell, number, rng):
             margin=0.5,
             margin_asked=0.5,
             lm_bits=bits,
-            mem_bits=left,
-            information_gain=bits - left,
+            mem_bits=mem_bits,
+            information_gain=bits - mem_bits,
             token_gain=horizon,
             lm_right=0,
-            horizon_gain=bits - left,
+            horizon_gain=bits - mem_bits,
             horizon_token_gain=horizon,
             steps=100,
             spent=2400,
@@ -87,7 +92,12 @@ def row(cell, number, rng):
 
 
 def measure(size: int) -> dict[str, float]:
-    """Fill a store with `size` rows and report it."""
+    """Put about `size` rows into a store and report it: the row of the table.
+
+    Raises MemvecError if a size is smaller than the four cells.
+    """
+    if size < 4:
+        raise MemvecError(f"{size} rows are too few: give sizes of at least 4.")
     passages = min(size // 4, PASSAGES)
     seeds = list(range(size // (4 * passages)))
     planned = expand(parse_spec(SPEC.format(seeds=seeds, passages=passages), "synthetic"))
@@ -95,7 +105,7 @@ def measure(size: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder), write=True) as store:
         store.plan(planned, {"random-tokens"}, {"name": "synthetic"})
         store.set_environment({})
-        known = [
+        texts = [
             (
                 f"p{i}",
                 SourcedPassage(i, Passage((i + 1,) * T), "synthetic"),
@@ -103,30 +113,30 @@ def measure(size: int) -> dict[str, float]:
             )
             for i in range(passages)
         ]
-        store.put_passages(planned[0].cell.key, known)
+        store.put_passages(planned[0].cell.key, texts)
         description = {"weights": "w", "width": D, "vocabulary": 4096, "revision": None}
         times, waits = [], []
-        for p in planned:
-            store.describe(p.cell.key, description)
+        for planned_cell in planned:
+            store.describe(planned_cell.cell.key, description)
             for number in range(passages):
-                finished = row(p.cell.key, number, rng)
-                began, busy = time.perf_counter(), time.process_time()
+                finished = row(planned_cell.cell.key, number, rng)
+                start, cpu_start = time.perf_counter(), time.process_time()
                 store.put(finished)
-                times.append(time.perf_counter() - began)
-                waits.append(times[-1] - (time.process_time() - busy))
-        used = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-        began, busy = time.perf_counter(), time.process_time()
+                times.append(time.perf_counter() - start)
+                waits.append(times[-1] - (time.process_time() - cpu_start))
+        bytes_on_disk = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+        start, cpu_start = time.perf_counter(), time.process_time()
         page = write_report(Path(folder), Path(folder) / "report", figures=False).page
-        report_s, report_cpu_s = time.perf_counter() - began, time.process_time() - busy
-        last = slice(-max(1, len(times) // 10), None)
+        report_s, report_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
+        last_tenth = slice(-max(1, len(times) // 10), None)
         return {
             "rows": len(times),
             "cells": len(planned),
             "ms_per_row": 1e3 * float(np.median(times)),
-            "ms_last_tenth": 1e3 * float(np.median(times[last])),
+            "ms_last_tenth": 1e3 * float(np.median(times[last_tenth])),
             "ms_waiting": 1e3 * float(np.median(waits)),
             "cpu_ms_per_row": 1e3 * (sum(times) - sum(waits)) / len(times),
-            "bytes_per_row": used / len(times),
+            "bytes_per_row": bytes_on_disk / len(times),
             "report_s": report_s,
             "report_cpu_s": report_cpu_s,
             "page_kB": page.stat().st_size / 1000,
@@ -136,8 +146,13 @@ def measure(size: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure each size."""
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", type=int, help="rows; at least 4 each")
+    parser = arguments(__doc__ or "", model=False)
+    parser.add_argument(
+        "sizes",
+        nargs="*",
+        type=int,
+        help="numbers of rows, rising, at least 4; default: 100 1000 10000",
+    )
     options = parser.parse_args()
     sizes = options.sizes or ([100, 1000, 4000] if options.quick else [100, 1000, 10_000])
     rows = [measure(size) for size in sizes]

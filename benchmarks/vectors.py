@@ -1,16 +1,22 @@
-"""Do K vectors hold K times as much as one? Horizon per vector for K = 1 ... 16.
+"""Do K vectors hold K times as much as one? The exact horizon per vector for K = 1 to 16.
 
     python benchmarks/vectors.py --quick
 
-Passages that grow with K, longer than any horizon, under the default recipe; horizons are decoded
-freely from the vectors as stored. Each K runs twice: with an equal number of steps for every K, and
-until the passage has made no progress for `--patience` steps ('convergence'). RESULT `per_vector`
-is the horizon per vector at the largest K over that at K = 1 at convergence, `per_vector_steps` the
-same after equal steps, each with its 95 % bootstrap interval. The passages of different K are
-different ones of the same text, so the two means are resampled separately. K whose passages do not
-fit the model's context are left out, and named.
+Passages of K times `--tokens` tokens, longer than any horizon, are crammed by the default recipe.
+The horizon is decoded freely from the vectors as stored. Each K runs twice: with an equal number of
+steps for every K, and until a passage has made no progress for `--patience` steps ('convergence').
+K whose passages do not fit the model's context are left out, and a line says so.
 
-`--quick` is a tiny random-weight model with K = 1 and 16, and its RESULT is for that.
+The table has a row for each K and way to stop: the horizon per vector in tokens (mean over n
+passages with its 95 % bootstrap interval, median, 10th and 90th percentile), how many horizons end
+with the passage (`at_end`), and how many passages share tokens with another one (`overlap`).
+
+RESULT `per_vector` is the mean horizon per vector at the largest K divided by that at the smallest
+K, at convergence; `per_vector_steps` is the same after equal steps. Each has its 95 % bootstrap
+interval (`_low`, `_high`). Different K have different passages of the same text, so their means are
+resampled separately.
+
+`--quick` has a tiny model with random weights, K = 1 and 16, and 3 passages.
 """
 
 from __future__ import annotations
@@ -29,25 +35,32 @@ from memvec.statistics import ratio_of_separate_means
 from models import SHAPES, random_model
 from texts import overlapping, passages_of
 
-FOREVER = 10**6
+FOREVER = 10**6  # steps, or positions: more than any run has
 
 
 def horizons(
     lm: FrozenLM, recipe: Recipe, K: int, passages: list[Passage], options: Any
 ) -> list[float]:
-    """Horizon per vector of each passage."""
+    """Horizon per vector of each passage, in tokens."""
     engine = Engine(lm, recipe, vectors=K, batch_size=min(options.batch_size, options.passages))
     outcomes = list(engine.run(passages))
     return [outcome.metrics.horizon / K for outcome in outcomes]
 
 
 def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Horizon per vector against K."""
+    """Draw the horizon per vector against K."""
     for until in dict.fromkeys(row["until"] for row in rows):
-        line = [row for row in rows if row["until"] == until]
-        error = [[r["mean"] - r["low"] for r in line], [r["high"] - r["mean"] for r in line]]
+        points = [row for row in rows if row["until"] == until]
+        interval = [
+            [row["mean"] - row["low"] for row in points],
+            [row["high"] - row["mean"] for row in points],
+        ]
         axes[0].errorbar(
-            [r["vectors"] for r in line], [r["mean"] for r in line], error, marker="o", label=until
+            [row["vectors"] for row in points],
+            [row["mean"] for row in points],
+            interval,
+            marker="o",
+            label=until,
         )
     axes[0].set_xscale("log", base=2)
     axes[0].set_xlabel("vectors")
@@ -57,25 +70,27 @@ def draw(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Every K, both ways to stop."""
+    """Measure every K with both ways to stop."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--shape", choices=SHAPES, help="a random-weight model instead of --model")
-    parser.add_argument("--vectors", type=int, nargs="+", default=(1, 2, 4, 8, 16))
-    parser.add_argument("--tokens", type=int, default=120, help="passage length per vector")
-    parser.add_argument("--passages", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--patience", type=int, default=300)
-    parser.add_argument("--set", nargs="*", default=[], help="name=value: changes to the recipe")
+    parser.add_argument(
+        "--vectors", type=int, nargs="+", default=(1, 2, 4, 8, 16), help="numbers K"
+    )
+    parser.add_argument("--tokens", type=int, default=120, help="of a passage, per vector")
+    parser.add_argument("--passages", type=int, default=8, help="of each K")
+    parser.add_argument("--batch-size", type=int, default=8, help="slots of a batch")
+    parser.add_argument("--steps", type=int, default=400, help="of the runs with equal steps")
+    parser.add_argument("--patience", type=int, default=300, help="steps without progress")
+    parser.add_argument("--set", nargs="*", default=[], help="changes to the recipe, name=value")
     options = parser.parse_args()
     if options.quick:
         options.shape, options.vectors, options.tokens = "tiny-llama", (1, 16), 12
         options.passages, options.steps, options.patience = 3, 100, 100
     lm = random_model(options.shape) if options.shape else load_lm(options.model)
-    changed = recipe_of("default", options.set)
-    ways = {
-        f"{options.steps} steps": replace(changed, steps=options.steps, patience=FOREVER),
-        "convergence": replace(changed, steps=FOREVER, patience=options.patience),
+    changed_recipe = recipe_of("default", options.set)
+    recipes = {
+        f"{options.steps} steps": replace(changed_recipe, steps=options.steps, patience=FOREVER),
+        "convergence": replace(changed_recipe, steps=FOREVER, patience=options.patience),
     }
     rows, per_vector = [], {}
     context = lm.context or FOREVER
@@ -87,7 +102,7 @@ def main() -> None:
     for K in fitting:
         T = options.tokens * K
         passages = passages_of(lm, options.passages, T)
-        for until, recipe in ways.items():
+        for until, recipe in recipes.items():
             per_vector[until, K] = horizons(lm, recipe, K, passages, options)
             rows.append(
                 {
@@ -97,12 +112,12 @@ def main() -> None:
                     "tokens": T,
                     "overlap": overlapping(passages),
                     **summary(per_vector[until, K]),
-                    "at_end": sum(h * K >= T for h in per_vector[until, K]),
+                    "at_end": sum(horizon * K >= T for horizon in per_vector[until, K]),
                 }
             )
     save_figure(options.out / "vectors", lambda axes: draw(axes, rows), 1)
     result: dict[str, float] = {}
-    for until, name in zip(ways, ("per_vector_steps", "per_vector"), strict=True):
+    for until, name in zip(recipes, ("per_vector_steps", "per_vector"), strict=True):
         at_largest, at_smallest = per_vector[until, max(fitting)], per_vector[until, min(fitting)]
         result |= with_ends(name, ratio_of_separate_means(at_largest, at_smallest))
     if options.quick:

@@ -27,6 +27,7 @@ PROGRAMS = [
     "peers",
     "recipes",
     "step",
+    "studies",
     "usable",
     "vectors",
 ]
@@ -56,6 +57,10 @@ def test_each_says_what_it_does_and_takes_the_common_options(name, monkeypatch, 
         ("vectors", ["--quick", "--set", "margin=-1"], "margin must be at least"),
         ("usable", ["--quick", "--in-a-row", "0"], "at least 1"),
         ("step", ["--model", "nowhere/at-all"], "nowhere/at-all"),
+        ("studies", ["3"], "at least 4"),
+        ("book", ["--text", "nowhere.txt"], "name a file of UTF-8 text"),
+        ("book", ["--bytes", "10", "1000000"], "name a longer text"),
+        ("usable", ["--corpus", "nowhere.parquet"], "is not a parquet file of texts"),
     ],
 )
 def test_what_is_refused_is_one_sentence(name, words, sentence, monkeypatch, capsys, tmp_path):
@@ -67,6 +72,35 @@ def test_what_is_refused_is_one_sentence(name, words, sentence, monkeypatch, cap
     assert end.value.code == 2
     assert said.startswith("memvec: ")
     assert sentence in said
+
+
+def test_a_figure_that_is_not_a_number_is_valid_json_and_not_in_result(capsys, tmp_path):
+    import argparse
+    import json
+
+    from common import report
+
+    rows = [{"ratio": 2.0, "low": float("nan"), "high": float("inf")}]
+    for as_json in (False, True):
+        options = argparse.Namespace(out=tmp_path, json=as_json)
+        report("some", rows, options, ratio=2.0, low=float("nan"))
+        printed = capsys.readouterr().out
+        assert printed.splitlines()[-1] == "RESULT ratio=2"
+        assert "nan" not in printed.lower()
+    (row,) = json.loads(printed.rpartition("RESULT")[0])
+    assert (row["ratio"], row["low"], row["high"]) == (2, None, None)
+    assert ",2.0,,inf," in (tmp_path / "some.csv").read_text()
+
+
+def test_a_comparison_of_hashes_needs_a_file(monkeypatch, capsys):
+    import same_vectors
+
+    for words in ([], ["--against", "nowhere.json"]):
+        monkeypatch.setattr(sys, "argv", ["same_vectors.py", *words])
+        with pytest.raises(SystemExit) as end:
+            same_vectors.main()
+        assert end.value.code == 2
+        assert "--write" in capsys.readouterr().err
 
 
 def test_operations_and_shares_of_a_step_are_those_of_the_model(monkeypatch):

@@ -339,13 +339,13 @@ def test_a_step_takes_the_memory_that_was_estimated(kind, dtype, checkpointing, 
     """Whole steps of an engine, by torch's own count, from the loaded model and its options."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     from memory import peak_tensors
-    from peak import guesses, works
+    from peak import estimates, works
 
     model = transformers.AutoModelForCausalLM.from_config(sized(kind)).to(dtype).eval()
     lm = FrozenLM(model, name=kind, checkpointing=checkpointing)
     step = works(lm, batch_size=8, T=96)["step"]
     step()  # what the first one sets up is nobody's
-    assert guesses(lm, batch_size=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
+    assert estimates(lm, batch_size=8, T=96)["step"] == pytest.approx(peak_tensors(step), rel=0.15)
 
 
 def test_parameters_are_added_up():
