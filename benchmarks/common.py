@@ -179,7 +179,8 @@ def report(
         for row in table_rows:
             table.add_row(*(_cell(value) for value in row.values()))
         Console(width=140).print(table)
-        print(f"{path.name} has {len(full)} rows: {machine}", file=sys.stderr)
+        where_run = ", ".join(f"{key} {value}" for key, value in machine.items())
+        print(f"{path} has {len(full)} rows ({where_run})", file=sys.stderr)
     print("RESULT " + " ".join(f"{k}={v:.4g}" for k, v in result.items() if not math.isnan(v)))
 
 

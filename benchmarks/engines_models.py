@@ -1,4 +1,4 @@
-"""What benchmarks/engines.py asks for: tiny models, vectors crammed for them, and their prompts."""
+"""The models, vectors and prompts of benchmarks/engines.py."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ from memvec.vectors import MemVectors
 
 V, EOS = 64, 1
 LENGTHS = {1: 3, 2: 5, 8: 10}  # tokens of a passage, by K
-PASSAGES = 16
+PASSAGES = 16  # for each K and start rule
+# Start rules of decoding.
 RULES = ("vectors", "bos", "first-token")
+# Usable vectors: K, tokens of a passage, passages.
 USE_VECTORS, USE_TOKENS, USE_PASSAGES = 4, 8, 4
 QUESTION_TOKENS, ANSWER_TOKENS = 40, 8
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# In float32 the first questions are asked, whatever the answers; in bfloat16 those of many whose
-# answers have the largest leads, because rounding decides the others (docs/engines.md).
+# Questions after the vectors of each passage. In float32 they are the first ones of the candidates.
+# In bfloat16 they are those whose answers have the largest leads, because rounding decides the
+# others (docs/engines.md).
 QUESTIONS, CANDIDATES = 4, 128
-# Heads of 32: vLLM's CPU kernels know none that are smaller.
+# Heads have 32 dimensions, the fewest that the CPU kernels of vLLM support.
 SHAPE = {
     "vocab_size": V,
     "hidden_size": 64,
@@ -60,23 +63,22 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that make one cell with each way of asking: the ids that each must give, hashed.
+    """Prompts of one K and start rule, with the hashes of the expected answers.
 
-    `K` vectors and a start rule, or 'use'; `begins`: ids that each answer is put after before it
-    is hashed; `eos`: whether a passage with the model's EOS is among them.
+    Each way of asking for a group is one cell.
     """
 
     K: int
-    rule: str
+    rule: str  # a start rule, or 'use'
     prompts: list[Prompt]
-    begins: list[list[int]]
+    begins: list[list[int]]  # ids in front of each answer when it is hashed
     hashes: list[str]
-    eos: bool
-    leads: list[float]  # of the answers of 'use': the smallest lead of each
+    eos: bool  # whether a passage contains the model's EOS
+    leads: list[float]  # for 'use': the smallest lead of each expected answer
 
 
 def folder_of(family: str, work: Path) -> Path:
-    """A folder with a tiny random model of a family, or the built-in model's own."""
+    """The folder of a tiny random model of a family, which is made once, or of `pocket`."""
     if family == "pocket":
         return POCKET
     folder = work / f"tiny-{family}"
@@ -86,7 +88,7 @@ def folder_of(family: str, work: Path) -> Path:
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.dim() == 2:  # large: a vector must move the logits
+                if weight.dim() == 2:  # large weights, so that a vector changes the logits
                     weight.normal_(0, 0.2 if "embed" in name else 0.3)
         model.save_pretrained(folder)
     return folder
@@ -116,21 +118,25 @@ def passages_of(lm: FrozenLM, K: int) -> list[Passage]:
 def crammed(
     lm: FrozenLM, recipe: Recipe, K: int, passages: list[Passage], path: Path
 ) -> MemVectors:
-    """Vectors of the passages that became exact, crammed once and kept at `path`."""
+    """Vectors of the passages that became exact; they are crammed once and stored at `path`."""
     if path.is_file():
         mem = MemVectors.load(path)
         mem.check_model(lm)
         return mem
     dtype = str(lm.dtype).removeprefix("torch.")
     engine = Engine(lm, recipe, vectors=K, storage=STORAGES[dtype], batch_size=PASSAGES)
-    kept = [o for o in sorted(engine.run(passages), key=lambda o: o.passage.document) if o.exact]
+    exact_outcomes = [
+        outcome
+        for outcome in sorted(engine.run(passages), key=lambda outcome: outcome.passage.document)
+        if outcome.exact
+    ]
     records = [
         PassageRecord(
-            **o.result.model_dump(),
-            sha256=ids_hash(o.passage.ids),
-            first=o.passage.ids[0] if recipe.start_rule == "first-token" else None,
+            **outcome.result.model_dump(),
+            sha256=ids_hash(outcome.passage.ids),
+            first=outcome.passage.ids[0] if recipe.start_rule == "first-token" else None,
         )
-        for o in kept
+        for outcome in exact_outcomes
     ]
     empty = hashlib.sha256(b"").hexdigest()
     header = Header(
@@ -141,13 +147,13 @@ def crammed(
         documents=[DocumentRecord(name="ids", sha256=empty, size=1, passages=len(records))],
         passages=records,
     )
-    mem = MemVectors(torch.stack([o.vectors for o in kept]), header)
+    mem = MemVectors(torch.stack([outcome.vectors for outcome in exact_outcomes]), header)
     mem.save(path)
     return mem
 
 
 def groups_of(family: str, lm: FrozenLM, Ks: list[int], work: Path) -> list[Group]:
-    """The prompts of every K and start rule, and those of usable vectors."""
+    """The prompts of every K and start rule, and of usable vectors."""
     dtype = str(lm.dtype).removeprefix("torch.")
     groups = []
     for K in Ks:
@@ -163,7 +169,7 @@ def groups_of(family: str, lm: FrozenLM, Ks: list[int], work: Path) -> list[Grou
 
 
 def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
-    """Questions after usable vectors; the answers are those of memvec's own decoder."""
+    """Questions after usable vectors; the expected answers are those of memvec's own decoder."""
     dtype = str(lm.dtype).removeprefix("torch.")
     recipe = Recipe.of("usable", settle=100, steps=400, patience=400)
     generator = torch.Generator().manual_seed(0)
@@ -179,35 +185,37 @@ def use_group(family: str, lm: FrozenLM, work: Path) -> Group:
         for at in range(USE_PASSAGES)
     ]
     mem = crammed(lm, recipe, USE_VECTORS, passages, work / f"{family}-{dtype}-use.mem")
-    kept = work / f"{family}-{dtype}-use.json"
-    if not kept.is_file():
+    questions_file = work / f"{family}-{dtype}-use.json"
+    if not questions_file.is_file():
         random_ones = [random(QUESTION_TOKENS) for _ in range(CANDIDATES)]
         chosen = _chosen(lm, mem, _questions(lm) if has_text else random_ones, has_text)
-        kept.write_text(json.dumps(chosen), encoding="utf-8")
+        questions_file.write_text(json.dumps(chosen), encoding="utf-8")
     prompts, hashes, leads = [], [], []
-    for one in json.loads(kept.read_text(encoding="utf-8")):
-        cast = mem.vectors[one["passage"]].to(lm.dtype).float()
-        after = embedded(one["question"], lm).float()
-        prompts.append(Prompt(cast, one["question"], ANSWER_TOKENS, after, one["text"]))
-        hashes.append(ids_hash(one["answer"]))
-        leads.append(one["lead"])
+    for question in json.loads(questions_file.read_text(encoding="utf-8")):
+        vectors = mem.vectors[question["passage"]].to(lm.dtype).float()
+        after = embedded(question["question"], lm).float()
+        prompts.append(
+            Prompt(vectors, question["question"], ANSWER_TOKENS, after, question["text"])
+        )
+        hashes.append(ids_hash(question["answer"]))
+        leads.append(question["lead"])
     return Group(USE_VECTORS, "use", prompts, [[] for _ in prompts], hashes, False, leads)
 
 
 def _chosen(
     lm: FrozenLM, mem: MemVectors, questions: list[list[int]], has_text: bool
 ) -> list[dict[str, Any]]:
-    """The questions that are asked after each passage's vectors, and memvec's own answers."""
+    """The questions after each passage's vectors, with memvec's own answers and their leads."""
     chosen = []
     for i, vectors in enumerate(mem.vectors):
-        cast, selected = vectors.to(lm.dtype), questions[i * QUESTIONS :][:QUESTIONS]
+        vectors_in_dtype, selected = vectors.to(lm.dtype), questions[i * QUESTIONS :][:QUESTIONS]
         if lm.dtype != torch.float32:
-            _, leads = answered(lm, cast, questions)
+            _, leads = answered(lm, vectors_in_dtype, questions)
             best = sorted(range(len(questions)), key=lambda q: -leads[q])[:QUESTIONS]
             selected = [questions[q] for q in best]
         for tokens in selected:
-            # Alone, as `memvec.use` does: another batch shape rounds differently.
-            (answer,), (smallest_lead,) = answered(lm, cast, [tokens])
+            # One question at a time, as in `memvec.use`: another batch shape rounds differently.
+            (answer,), (smallest_lead,) = answered(lm, vectors_in_dtype, [tokens])
             text = lm.text(tokens) if has_text else None
             if text is not None:
                 _same_as_use(lm, mem, i, text, answer)
@@ -221,7 +229,7 @@ def _text() -> str:
 
 
 def _questions(lm: FrozenLM) -> list[list[int]]:
-    """Pieces of an example text whose text is tokenized to the same tokens again."""
+    """Pieces of an example text. The text of each is tokenized to the same tokens again."""
     ids = lm.tokenize(_text())[USE_TOKENS * USE_PASSAGES :]
     step = max(1, (len(ids) - QUESTION_TOKENS) // (2 * CANDIDATES))
     pieces = [ids[at : at + QUESTION_TOKENS] for at in range(0, len(ids) - QUESTION_TOKENS, step)]

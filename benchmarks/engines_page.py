@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NOTES = Path(__file__).parent / "engines_notes.md"
-# Below this lead, in standard deviations of the logits, bfloat16 has been seen to decide.
+# Below this lead, in standard deviations of the logits, rounding to bfloat16 has changed answers.
 TIE = 0.3
 Row = dict[str, Any]
 HEAD = """# Engines
@@ -30,7 +30,10 @@ not exact and are left out.
 
 
 def page(rows: list[Row], planned: dict[str, list[str]]) -> str:
-    """The page; `planned` are the ways of each engine, and what has no cell is listed."""
+    """The text of the page.
+
+    `planned`: engine → its ways of asking. Those without a cell are listed.
+    """
     parts = [_head(rows), _by_way(rows), _by_model(rows), _not_run(rows, planned), _not_exact(rows)]
     return "\n".join([*(part for part in parts if part), NOTES.read_text(encoding="utf-8")])
 
@@ -100,7 +103,7 @@ def _by_model(rows: list[Row]) -> str:
 
 
 def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
-    """What was planned and has no cell: engines, and the models and ways of the others."""
+    """The planned engines without a cell, and the models, dtypes and ways that others lack."""
     models = _distinct(row["model"] for row in rows)
     lines = []
     for engine, ways in planned.items():
@@ -108,15 +111,15 @@ def _not_run(rows: list[Row], planned: dict[str, list[str]]) -> str:
         if not cells:
             lines.append(f"- {engine}: none.")
             continue
-        wholes = {"model": models, "dtype": ["float32", "bfloat16"], "way": ways}
-        lacks = [
+        planned_values = {"model": models, "dtype": ["float32", "bfloat16"], "way": ways}
+        missing = [
             f"{kind} {value}"
-            for kind, values in wholes.items()
+            for kind, values in planned_values.items()
             for value in values
             if value not in {row[kind] for row in cells}
         ]
-        if lacks:
-            lines.append(f"- {engine}: {', '.join(lacks)}.")
+        if missing:
+            lines.append(f"- {engine}: {', '.join(missing)}.")
     return "\n".join(["Of these, no combination was run:", "", *lines, ""]) if lines else ""
 
 
@@ -143,27 +146,29 @@ def _version(rows: list[Row], engine: str) -> str:
 
 
 def _not_exact(rows: list[Row]) -> str:
-    wrong = [row for row in rows if not is_exact(row)]
-    if not wrong:
+    wrong_rows = [row for row in rows if not is_exact(row)]
+    if not wrong_rows:
         return ""
-    seen: dict[str, int] = {}
-    for row in wrong:
-        what = f"{row['engine']}, {row['model']}, {row['dtype']}"
-        what += f": {row['why']}" if row["why"] else _errors(row)
-        seen[what] = seen.get(what, 0) + 1
-    lines = [f"- {what}" + (f" ({n} combinations)" if n > 1 else "") for what, n in seen.items()]
+    counts: dict[str, int] = {}
+    for row in wrong_rows:
+        text = f"{row['engine']}, {row['model']}, {row['dtype']}"
+        text += f": {row['why']}" if row["why"] else _errors(row)
+        counts[text] = counts.get(text, 0) + 1
+    lines = [f"- {text}" + (f" ({n} combinations)" if n > 1 else "") for text, n in counts.items()]
     return "\n".join(["## Combinations that are not exact, and why", "", *lines, ""])
 
 
 def _errors(row: Row) -> str:
-    """What went wrong in a cell, and the cause as far as the leads of the right tokens tell it."""
+    """What is wrong in a cell, and the cause if the leads of the right tokens show it."""
     leads = [float(re.findall(r"by (-?[\d.]+)$", error)[0]) for error in row["errors"]]
-    what = f", K = {row['K']}, {row['rule']}, {row['way']}: {row['exact']} of {row['passages']}; "
-    between = " to ".join(dict.fromkeys(f"{lead:.3f}" for lead in (min(leads), max(leads))))
-    what += f"where they part, the right token leads by {between} standard deviations of the logits"
+    text = f", K = {row['K']}, {row['rule']}, {row['way']}: {row['exact']} of {row['passages']}; "
+    leads_text = " to ".join(dict.fromkeys(f"{lead:.3f}" for lead in (min(leads), max(leads))))
+    text += (
+        f"where they part, the right token leads by {leads_text} standard deviations of the logits"
+    )
     if row["dtype"] == "bfloat16" and max(leads) < TIE:
-        return f"{what}: bfloat16 rounds such ties otherwise in each engine."
-    return f"{what}: this is no tie, and the cause is not known."
+        return f"{text}: bfloat16 rounds such ties otherwise in each engine."
+    return f"{text}: this is no tie, and the cause is not known."
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ waiting for the disk, processor time, bytes per row, seconds until the report is
 page, without matplotlib figures), the size of the page, and the peak memory of the process so far.
 
 RESULT has the figures of the largest size, and `times_the_smallest`: the processor time of a row
-there divided by that at the smallest size. `--quick` has sizes up to 4000: ten seconds on one core.
+there divided by that at the smallest size. `--quick` has sizes up to 4000.
 """
 
 import resource
@@ -114,7 +114,8 @@ def measure(size: int) -> dict[str, float]:
             for i in range(passages)
         ]
         store.put_passages(planned[0].cell.key, texts)
-        description = {"weights": "w", "width": D, "vocabulary": 4096, "revision": None}
+        description = {"name": "synthetic", "revision": None, "config": "c", "weights": "w"}
+        description |= {"probe": [0.0], "dtype": "float32", "width": D, "vocabulary": 4096}
         times, waits = [], []
         for planned_cell in planned:
             store.describe(planned_cell.cell.key, description)

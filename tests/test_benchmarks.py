@@ -92,6 +92,15 @@ def test_a_figure_that_is_not_a_number_is_valid_json_and_not_in_result(capsys, t
     assert ",2.0,,inf," in (tmp_path / "some.csv").read_text()
 
 
+@pytest.mark.slow
+def test_synthetic_rows_are_stored_and_reported():
+    import studies
+
+    row = studies.measure(8)
+    assert (row["rows"], row["cells"]) == (8, 4)
+    assert row["page_kB"] > 0
+
+
 def test_a_comparison_of_hashes_needs_a_file(monkeypatch, capsys):
     import same_vectors
 
