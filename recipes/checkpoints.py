@@ -1,17 +1,17 @@
-"""Train small models and keep checkpoints, for the study of capacity over training.
+"""Train small models and store checkpoints, for the study of capacity during training.
 
     python recipes/checkpoints.py                          # all runs of checkpoints.toml
-    memvec study run studies/checkpoints.toml              # then measures every checkpoint
+    memvec study run studies/checkpoints.toml              # measures every checkpoint afterwards
 
 Notable:
-- runs are those of `shapes.py` (same text, same steps); here each one keeps what it is on the way,
-  as a folder that transformers loads, and nothing is crammed;
-- memvec.json in each folder says which run it is of, its seed, how much it has read and its loss on
-  held-out text: the protocol `checkpoints` reads that;
-- a run whose last checkpoint is there is not trained again, and one that was begun with other
-  options is refused. Folders appear whole or not at all.
+- a run is one of `shapes.py` (same text, same steps). Here nothing is crammed; each run stores its
+  model at several steps, as folders that transformers loads;
+- memvec.json in each folder has the name of the run, its seed, how much it has read and its loss on
+  held-out text. The protocol `checkpoints` reads this file;
+- a finished run is not trained again, and the program ends if a run was begun with other options. A
+  folder gets its name when it is complete.
 
-Writes --work/RUN-step-00000 and so on.
+Writes --work/RUN-step-00000 and so on. All 22 runs take half an hour on one core.
 """
 
 import json
@@ -29,51 +29,54 @@ from kept import refuse_others, write
 from shapes import Plan, Trained, read, save, trained_to, valid_loss
 
 
-def keep(trained: Trained, tokenizer, folder: Path, record: dict) -> None:
-    """A checkpoint with its record, under its name only once it is complete."""
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save(trained, tokenizer, aside)
-    (aside / "memvec.json").write_text(json.dumps({"training": record}, indent=1) + "\n")
+def write_checkpoint(trained: Trained, tokenizer, folder: Path, record: dict) -> None:
+    """Write a checkpoint with its record. The folder gets its name when it is complete."""
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save(trained, tokenizer, unfinished)
+    (unfinished / "memvec.json").write_text(json.dumps({"training": record}, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    unfinished.rename(folder)
 
 
 def run(name: str, plan: Plan, tokenizer, streams, args) -> None:
-    """One run with its checkpoints, unless it is finished."""
-    last, begun = (args.work / f"{name}.{what}" for what in ("finished", "begun"))
-    asked = {"scale": args.scale, **asdict(plan)}
-    if begun.exists():
+    """Train one run and write its checkpoints, unless it is finished."""
+    finished_file, begun_file = (args.work / f"{name}.{ending}" for ending in ("finished", "begun"))
+    options = {"scale": args.scale, **asdict(plan)}
+    if begun_file.exists():
         remedy = f"use another --work, or delete {name}.* and {name}-step-* in {args.work}"
-        refuse_others(f"{name} in {args.work}", json.loads(begun.read_text()), asked, remedy)
-    if last.exists():
+        refuse_others(f"{name} in {args.work}", json.loads(begun_file.read_text()), options, remedy)
+    if finished_file.exists():
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    write(begun, asked)
+    write(begun_file, options)
     for trained, reached in trained_to(plan, streams, args.scale):
         record = {"run": name, "family": trained.lm.config.model_type, "seed": plan.seed}
         record |= {key: reached[key] for key in ("step", "of", "tokens", "parameters")}
         record["valid"] = round(valid_loss(trained, streams["valid"]), 4)
-        keep(trained, tokenizer, args.work / f"{name}-step-{reached['step']:05d}", record)
+        write_checkpoint(
+            trained, tokenizer, args.work / f"{name}-step-{reached['step']:05d}", record
+        )
         print(json.dumps(record), flush=True)
-    last.touch()
+    finished_file.touch()
 
 
 def main():
-    """Train what the command line asks for."""
+    """Train the chosen runs."""
     parser = arguments(__doc__, Path(__file__))
-    parser.add_argument("--scale", type=float, default=1.0, help="of the text of each run")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the text of each run")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default: all"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()  # one for each checkpoint
-    plans = read(args.spec)
+    plans = {name: plan for name, plan in read(args.spec).items() if name != "base"}
     names = chosen_names(args, plans)
     tokenizer, streams = prepare(args.corpus, args.work, 2048)
     for name in names:
-        if name != "base":
-            run(name, plans[name], tokenizer, streams, args)
+        run(name, plans[name], tokenizer, streams, args)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """The corpus, its tokenizer, and the batches of token ids that a training step takes from it.
 
 Notable:
-- a corpus is a parquet file with a `text` column (`novel` and `split` are used when present) or a
-  folder of .txt files. Without `split`, one text in 16 is held out, by a hash of its name;
+- a corpus is a parquet file with a `text` column (the columns `novel` and `split` are used if they
+  exist), or a folder of .txt files. Without `split`, one text in 16 is held out, by a hash of its
+  name;
 - the tokenizer is byte-level BPE without normaliser, prefix space or added tokens, so that every
   UTF-8 text is decoded to the same bytes;
-- the batches of step n depend on (seed, n) only: a run that is stopped and resumed, and the plain
-  twin, read the same ordinary tokens in the same order.
+- the batches of step n depend on (seed, n) only. A run that is stopped and resumed, and the plain
+  twin (docs/concepts.md), read the same ordinary tokens in the same order.
 
-Used by `pocket.py` and `evaluate.py`; nothing to run here.
+Other programs import this module; it is not run.
 """
 
 import hashlib
@@ -28,10 +29,10 @@ VOCABULARY = "tokenizer.json"
 
 
 def read_texts(path: Path) -> pd.DataFrame:
-    """A table with one row per text: name, split ("train" or "valid"), text."""
+    """A table with a row for each text: name, split ("train" or "valid"), text."""
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
-        texts = [f.read_bytes().decode() for f in files]  # bytes: CRLF stays as it is
+        texts = [f.read_bytes().decode() for f in files]  # read_text would change CRLF
         frame = pd.DataFrame({"name": [f.stem for f in files], "text": texts})
     else:
         if not path.exists():
@@ -83,11 +84,11 @@ def tokenized(tokenizer: Tokenizer, texts) -> np.ndarray:
 
 
 def _made_of(corpus: Path, vocabulary: Path, vocab_size: int) -> dict:
-    """What decides the token streams."""
-    made = {"corpus": f"SHA-256 {digest(corpus)[:16]}", "vocab_size": vocab_size}
+    """Everything that the token streams depend on, as a record."""
+    record = {"corpus": f"SHA-256 {digest(corpus)[:16]}", "vocab_size": vocab_size}
     if vocabulary.exists():
-        made["tokenizer"] = f"SHA-256 {digest(vocabulary)[:16]}"
-    return made
+        record["tokenizer"] = f"SHA-256 {digest(vocabulary)[:16]}"
+    return record
 
 
 def _refuse_other_text(corpus: Path, work: Path, vocab_size: int) -> None:
@@ -101,33 +102,36 @@ def _refuse_other_text(corpus: Path, work: Path, vocab_size: int) -> None:
     if not corpus.exists():
         print(f"there is no {corpus}: using the text in {work}", file=sys.stderr)
         return
-    made, asked = json.loads(record.read_text()), _made_of(corpus, work / VOCABULARY, vocab_size)
-    refuse_others(f"the text in {work}", made, asked, "use another --work")
+    recorded, requested = (
+        json.loads(record.read_text()),
+        _made_of(corpus, work / VOCABULARY, vocab_size),
+    )
+    refuse_others(f"the text in {work}", recorded, requested, "use another --work")
 
 
 def prepare(corpus: Path, work: Path, vocab_size: int):
-    """Make the tokenizer and the token streams, or read them from `work` if they are there.
+    """Make the tokenizer and the token streams, or read them from `work` if they exist.
 
-    A tokenizer.json in `work` is used without training another one. text.json says what the
-    streams were made of; the program ends if that is something else than is asked for.
+    A tokenizer.json in `work` is used, and no other one is trained. text.json records of what the
+    streams were made; the program ends if they are not of this corpus and vocabulary size.
     Returns the tokenizer and {"train", "valid"}: ids (N,), with </s> after each text.
     """
     work.mkdir(parents=True, exist_ok=True)
     vocabulary, record = work / VOCABULARY, work / "text.json"
     streams = {split: work / f"{split}.npy" for split in ("train", "valid")}
-    whole = all(path.exists() for path in (vocabulary, *streams.values()))
-    if whole or record.exists():
+    complete = all(path.exists() for path in (vocabulary, *streams.values()))
+    if complete or record.exists():
         _refuse_other_text(corpus, work, vocab_size)
-    if not whole:
+    if not complete:
         frame = read_texts(corpus)
         if not vocabulary.exists():
             texts = frame[frame["split"] == "train"]["text"]
             train_tokenizer(texts, vocab_size).save(str(vocabulary))
         tokenizer = Tokenizer.from_file(str(vocabulary))
         for split, path in streams.items():
-            aside = path.with_suffix(".part.npy")
-            np.save(aside, tokenized(tokenizer, frame[frame["split"] == split]["text"]))
-            aside.replace(path)
+            unfinished = path.with_suffix(".part.npy")
+            np.save(unfinished, tokenized(tokenizer, frame[frame["split"] == split]["text"]))
+            unfinished.replace(path)
         write(record, _made_of(corpus, vocabulary, vocab_size))
     tokenizer = Tokenizer.from_file(str(vocabulary))
     return tokenizer, {
@@ -148,11 +152,11 @@ def windows(stream, count: int, length: int, rng) -> torch.Tensor:
 
 
 def ordinary_batch(stream, tokens: int, length: int, rng) -> torch.Tensor:
-    """Crops (B, length) with B·length ≈ tokens. About half of them start with <s>."""
+    """Crops (B, length) of ordinary text with B·length ≈ tokens. About half begin with <s>."""
     crops = windows(stream, tokens // length, length, rng)
-    started = torch.rand(len(crops), generator=rng) < 0.5
-    crops[started] = torch.cat(
-        (torch.full((int(started.sum()), 1), BOS), crops[started, :-1]), dim=1
+    with_bos = torch.rand(len(crops), generator=rng) < 0.5
+    crops[with_bos] = torch.cat(
+        (torch.full((int(with_bos.sum()), 1), BOS), crops[with_bos, :-1]), dim=1
     )
     return crops
 
@@ -160,15 +164,23 @@ def ordinary_batch(stream, tokens: int, length: int, rng) -> torch.Tensor:
 def passage_batch(stream, count: int, length: int, odd_share: float, vocab_size: int, rng):
     """Draw `count` passages of `length` tokens. Returns ids (B, T) and how many of them are odd.
 
-    The odd ones come last. They are there so that text unlike the corpus can be crammed, too: a
-    third has uniformly random tokens, a third has tokens of the corpus drawn one by one, and a
-    third is passages with their tokens shuffled.
+    Odd passages are not running text; they come last. The model learns from them to give back text
+    that is unlike the corpus. A third has uniformly random tokens, a third has tokens of the corpus
+    drawn one by one, and a third is passages with their tokens shuffled.
     """
     passages = windows(stream, count, length, rng)
-    odd = int(count * odd_share) // 3
-    first, second, third = count - 3 * odd, count - 2 * odd, count - odd
-    passages[first:second] = torch.randint(2, vocab_size, (odd, length), generator=rng)
-    passages[second:third] = stream[torch.randint(len(stream), (odd, length), generator=rng)]
-    order = torch.rand(odd, length, generator=rng).argsort(1)
-    passages[third:] = passages[third:].gather(1, order)
-    return passages, 3 * odd
+    third_size = int(count * odd_share) // 3
+    first_random, first_drawn, first_shuffled = (
+        count - 3 * third_size,
+        count - 2 * third_size,
+        count - third_size,
+    )
+    passages[first_random:first_drawn] = torch.randint(
+        2, vocab_size, (third_size, length), generator=rng
+    )
+    passages[first_drawn:first_shuffled] = stream[
+        torch.randint(len(stream), (third_size, length), generator=rng)
+    ]
+    order = torch.rand(third_size, length, generator=rng).argsort(1)
+    passages[first_shuffled:] = passages[first_shuffled:].gather(1, order)
+    return passages, 3 * third_size

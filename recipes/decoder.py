@@ -2,14 +2,14 @@
 
 Notable:
 - parameter names are those of transformers, which loads the `state_dict()`;
-- the model takes input vectors (B, S, D), not token ids, and returns hidden states (B, S, D): one
-  call encodes passages, and a second one decodes them;
+- the model takes input vectors (B, S, D), not token ids, and returns hidden states (B, S, D). One
+  call encodes passages, and a second one decodes them. S is the number of positions;
 - Llama normalises the input of attention and MLP (norm "before"). OLMo 2 normalises their output,
   and queries and keys as well (norm "after");
 - the model has only linear maps, norms, rotary positions and causal attention, which torch.compile
   fuses well on a CPU.
 
-Used by `pocket.py`; nothing to run here.
+`pocket.py` imports this module; it is not run.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,17 +21,26 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Shape:
-    """The architecture: fields of a transformers config, and `norm`, 'before' or 'after'."""
+    """The architecture: fields of a transformers configuration, and `norm`."""
 
     vocab_size: int = 2048
+    """Tokens of the vocabulary (V)."""
     hidden_size: int = 384
+    """Width of input vectors and hidden states (D)."""
     num_hidden_layers: int = 6
+    """Layers."""
     num_attention_heads: int = 6
+    """Attention heads of a layer."""
     intermediate_size: int = 1024
+    """Width of the gated MLP."""
     max_position_embeddings: int = 512
+    """Positions of the longest input."""
     rope_theta: float = 10000.0
+    """Base of the rotary positions."""
     rms_norm_eps: float = 1e-6
+    """Epsilon of the RMS norms."""
     norm: str = "after"
+    """'before' attention and MLP (Llama), or 'after' them (OLMo 2)."""
 
     def config(self):
         """The same shape as a transformers configuration: LlamaConfig or Olmo2Config."""
@@ -62,9 +71,9 @@ normalise = torch.compile(rms_norm, dynamic=True)
 
 
 @torch.compile(dynamic=True)
-def added(stream, part, weight, eps: float):
-    """The stream plus the RMS norm of a part."""
-    return stream + rms_norm(part, weight, eps)
+def added(residual, output, weight, eps: float):
+    """The residual stream plus the RMS norm of a layer's output."""
+    return residual + rms_norm(output, weight, eps)
 
 
 @torch.compile(dynamic=True)
@@ -85,13 +94,16 @@ class Norm(nn.Module):
         return normalise(x, self.weight, self.eps)
 
     def add(self, stream, part):
-        """The stream plus the norm of a part."""
+        """The residual stream plus the norm of a layer's output."""
         return added(stream, part, self.weight, self.eps)
 
 
 @torch.compile(dynamic=True)
 def rotate(x, cos, sin, scale: float):
-    """Rotary positions, halves convention of transformers. x (B, H, S, d), cos and sin (S, d/2)."""
+    """Rotary positions of x (B, heads, S, d) times `scale`; cos and sin (S, d/2).
+
+    The two halves of d form the pairs, as in transformers.
+    """
     a, b = (x * scale).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -1,6 +1,6 @@
 """The one-pass encoder: [mem] vectors from the hidden states of the model itself.
 
-Used by `pocket.py` and `shapes.py`; nothing to run here.
+`pocket.py` and `shapes.py` import this module; it is not run.
 """
 
 import torch
@@ -10,16 +10,17 @@ from torch import nn
 class Encoder(nn.Module):
     """Splits a passage into K equal parts and makes one [mem] vector from each.
 
-    Each part goes through the model alone, followed by the summary embedding, so that K > 1 uses
-    what K = 1 has learnt. (Reading K vectors after the whole passage was tried for 450 steps on
-    passages below 24 tokens: 39 % of 24 tokens were right with K = 4, and 37 % with K = 1.)
+    The model reads each part alone, followed by the summary embedding, and the hidden state there
+    becomes the vector. So K > 1 uses what K = 1 has learnt. (Another encoder, which made K vectors
+    after the whole passage, was trained for 450 steps on passages of fewer than 24 tokens: with
+    K = 4, 39 % of 24 tokens were right, and 37 % with K = 1.)
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.summary = nn.Parameter(0.05 * torch.randn(1, width))
         self.map = nn.Linear(width, width)
-        # a small output is close to an embedding at the start; training then sets its size
+        # At the start the output is small, as embeddings are; training then sets its size.
         nn.init.zeros_(self.map.bias)
         with torch.no_grad():
             self.map.weight.copy_(0.1 * torch.eye(width))

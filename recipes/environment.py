@@ -1,13 +1,13 @@
 """Environment variables that make training on a CPU faster.
 
-Used by `pocket.py` and the programs that train with it; nothing to run here.
+`pocket.py` and the programs that train with it import this module; it is not run.
 """
 
 import os
 import sys
 
 ENVIRONMENT = {
-    # OpenMP threads that spin at barriers slow each other down as soon as other processes run: a
+    # OpenMP threads that wait actively at barriers slow each other down when other processes run: a
     # product of two 384 x 384 matrices took 20 times as long beside one busy process
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "1000",
@@ -20,7 +20,7 @@ ENVIRONMENT = {
 
 
 def in_environment():
-    """Start this program again with ENVIRONMENT, unless each of its variables is set.
+    """Start this program again with the variables of ENVIRONMENT, unless all of them are set.
 
     OpenMP and glibc read these variables only when a process starts.
     """

@@ -1,25 +1,33 @@
-"""The numbers of the built-in model's card, on held-out novels.
+"""Measure the numbers of a model's card on held-out texts.
 
     python recipes/evaluate.py --corpus novels.parquet      # the built-in model
-    python recipes/evaluate.py --model .runs/pocket/twin --start noise    # after pocket.py
+    python recipes/evaluate.py --model .runs/pocket/twin --start noise    # after pocket.py --twin
 
 The texts are the held-out ones of --corpus, or those that `pocket.py` held out in --work.
 
-Notable:
-- losses: fixed crops of 512 tokens, half of them after <s>, float32;
-- one-pass encoder: passages given back by free-running greedy decoding from the encoder's vectors;
-- horizon: passages crammed by memvec under its default recipe but for the number of steps, then
-  decoded freely from the stored vectors. Passages are longer than anything that fits, so the
-  horizon is never cut off by the passage's end;
-- every mean comes with n and a 95 % interval (percentile bootstrap over passages; Wilson for the
-  share of exact passages).
+Parts (--parts):
+- loss: the cross-entropy of 128 fixed crops of 512 tokens, half of them after <s>, in float32: nats
+  per token and bits per byte;
+- context: by how many nats per token 24 tokens of context lower the loss of the 48 tokens after
+  them, over 512 places;
+- one-pass: 128 passages of several lengths, decoded freely and greedily from the vectors of the
+  encoder, without cramming: the share of tokens that are right, and of passages that are exact;
+- horizon: --passages passages are crammed by memvec's default recipe with the changes of --set, and
+  decoded freely from the stored vectors. They are longer than what vectors hold, so that the end of
+  a passage never limits the horizon. Per vector: tokens, text bits (what the model alone needs for
+  these tokens) and the information gain over them, in bits.
 
-Writes what it measured, one JSON line per row, to --log and prints it.
+Every mean has its n and a 95 % interval: a list of mean, lower end and upper end (percentile
+bootstrap over crops, places or passages; Wilson for shares of passages).
+
+Prints a JSON line for each measurement and appends it to --log. On one core the horizon of 16
+passages takes minutes; the other parts take less.
 """
 
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -33,12 +41,12 @@ from memvec.statistics import bootstrap_mean, share_interval
 
 
 def interval(values) -> tuple[float, float, float]:
-    """Mean of the values and its 95 % bootstrap interval (NaN for one value)."""
+    """(mean, ends of its 95 % bootstrap interval), rounded; the ends of one value are NaN."""
     return tuple(round(value, 3) for value in bootstrap_mean([float(value) for value in values]))
 
 
 def share(hits: int, n: int) -> tuple[float, float, float]:
-    """The share of hits and its 95 % Wilson interval, which is not empty at 0 and at 1."""
+    """(share of hits, ends of its 95 % Wilson interval), rounded."""
     return tuple(round(value, 3) for value in share_interval(hits, n))
 
 
@@ -72,20 +80,20 @@ def losses(lm, stream, crops: int) -> dict:
     nats = []
     for part in ids.split(8):
         logits = lm.model(part).logits[:, :-1].float()
-        true = part[:, 1:]
-        nats.append(F.cross_entropy(logits.transpose(1, 2), true, reduction="none").sum(1))
+        targets = part[:, 1:]
+        nats.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1))
     nats = torch.cat(nats).cpu()
-    size = sum(len(lm.text(row[1:].tolist()).encode()) for row in ids)
+    byte_count = sum(len(lm.text(row[1:].tolist()).encode()) for row in ids)
     return {
         "what": "loss",
         "n": crops,
         "nats_per_token": interval(nats / 511),
-        "bits_per_byte": round(nats.sum().item() / math.log(2) / size, 4),
+        "bits_per_byte": round(nats.sum().item() / math.log(2) / byte_count, 4),
     }
 
 
 def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
-    """The encoder alone, without any cramming."""
+    """Decode n passages of T tokens from K vectors of the encoder, without cramming."""
     from memvec.decoding import decode_ids
 
     ids = windows(stream, n, T, generator(0, f"one-pass {T}", 0))
@@ -104,13 +112,13 @@ def one_pass(lm, stream, K: int, T: int, n: int) -> dict:
 
 @torch.no_grad()
 def context_gain(lm, stream, T: int, C: int, n: int) -> dict:
-    """What T tokens tell about the C that follow them: nats per token without and with them."""
+    """By how much T tokens of context lower the loss of the C tokens after them, nats per token."""
     ids = windows(stream, n, T + C, generator(0, "context", 0)).to(lm.device)
-    start = ids.new_full((n, 1), lm.bos_id)
+    all_bos = ids.new_full((n, 1), lm.bos_id)
     gains = []
-    for part, first in zip(ids.split(64), start.split(64), strict=True):
-        with_text = lm.model(torch.cat((first, part[:, :-1]), 1)).logits[:, T:].float()
-        without = lm.model(torch.cat((first, part[:, T:-1]), 1)).logits.float()
+    for part, bos in zip(ids.split(64), all_bos.split(64), strict=True):
+        with_text = lm.model(torch.cat((bos, part[:, :-1]), 1)).logits[:, T:].float()
+        without = lm.model(torch.cat((bos, part[:, T:-1]), 1)).logits.float()
         nats = [
             F.cross_entropy(logits.transpose(1, 2), part[:, T:], reduction="none").mean(1)
             for logits in (without, with_text)
@@ -126,32 +134,34 @@ def context_gain(lm, stream, T: int, C: int, n: int) -> dict:
 
 
 def longest(lm, K: int) -> int:
-    """Tokens of a passage for K vectors: more than they hold, as far as the context has room."""
+    """Tokens of a passage for K vectors: more than they hold, if the context has room for them."""
     return min(200 * K, lm.context - K - 8)
 
 
 def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
-    """Cram n passages of T tokens; how many leading tokens decode from the stored vectors.
+    """Cram n passages of T tokens, and decode them freely from the stored vectors.
 
-    `bits` are those of these tokens under the model alone, `gain` the information gain over them
-    (bits less those that remain with the vectors, when the true tokens before are given).
+    Text bits are what the model alone needs for the tokens of the horizon. The information gain
+    over them is less: the bits that the model still needs with the vectors are subtracted.
     """
     from memvec.cramming.engine import Engine
     from memvec.passages.cutting import surprisals
     from memvec.passages.passage import Passage
 
     began = time.perf_counter()
-    # the longer passages begin with the shorter ones, so that K can be compared
+    # Longer passages begin with the shorter ones, so that different K can be compared.
     starts = torch.randint(len(stream) - 1024, (n, 1), generator=generator(0, "horizon", 0))
     rows = stream[starts.clamp_max(len(stream) - T) + torch.arange(T)]
     passages = [Passage(tuple(row.tolist())) for row in rows]
     engine = Engine(lm, recipe, vectors=K, batch_size=n)
-    reached, bits, gains = [], [], []
+    tokens_per_vector, bits, gains = [], [], []
     for outcome in engine.run(passages):
-        h = outcome.metrics.horizon
-        reached.append(h / K)
-        bits.append(float(surprisals(lm, outcome.passage.ids[:h]).sum()) / K if h else 0.0)
-        gains.append(outcome.scores[:h].information_gain() / K)
+        tokens = outcome.metrics.horizon
+        tokens_per_vector.append(tokens / K)
+        bits.append(
+            float(surprisals(lm, outcome.passage.ids[:tokens]).sum()) / K if tokens else 0.0
+        )
+        gains.append(outcome.scores[:tokens].information_gain() / K)
     return {
         "what": "horizon",
         "K": K,
@@ -161,17 +171,17 @@ def horizon(lm, stream, K: int, T: int, n: int, recipe) -> dict:
         "steps": recipe.steps,
         "temperature": recipe.temperature,
         "lr": recipe.lr,
-        "tokens_per_vector": interval(reached),
+        "tokens_per_vector": interval(tokens_per_vector),
         "bits_per_vector": interval(bits),
         "gain_per_vector": interval(gains),
-        "longest": max(reached) * K,
-        "shortest": min(reached) * K,
+        "longest": max(tokens_per_vector) * K,
+        "shortest": min(tokens_per_vector) * K,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
 def main():
-    """Measure what the command line asks for, and log it."""
+    """Measure the chosen parts, print them and log them."""
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,7 +192,7 @@ def main():
         "--work",
         type=Path,
         default=root / ".runs/pocket",
-        help="where pocket.py keeps the held-out token stream, for use without --corpus",
+        help="where pocket.py stores the held-out tokens, for use without --corpus",
     )
     parser.add_argument("--log", type=Path, help="default: evaluate.jsonl in --work")
     parser.add_argument(
@@ -190,28 +200,39 @@ def main():
         nargs="+",
         default=["loss", "context", "one-pass", "horizon"],
         choices=["loss", "context", "one-pass", "horizon"],
+        help="what to measure; default: all",
     )
-    parser.add_argument("--passages", type=int, default=16)
-    parser.add_argument("--tokens", type=int, help="of each passage whose horizon is measured")
-    parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--passages", type=int, default=16, help="of the horizon; default: 16")
+    parser.add_argument(
+        "--tokens", type=int, help="of each passage of the horizon; default: more than it holds"
+    )
+    parser.add_argument(
+        "--vectors", type=int, nargs="+", default=[1, 4], help="numbers K; default: 1 4"
+    )
     parser.add_argument("--encoder", type=Path, help="file of another one-pass encoder")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--start", default="auto", help="'encoder', 'noise' or 'auto'")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
+    parser.add_argument("--start", default="auto", help="encoder, noise or auto; default: auto")
     parser.add_argument(
         "--set",
         nargs="*",
         default=["steps=400"],
         metavar="NAME=VALUE",
-        help="changes to memvec's default recipe for the horizon",
+        help="changes to the default recipe for the horizon; default: steps=400",
     )
     args = parser.parse_args()
 
-    from memvec import load_lm
+    from memvec import MemvecError, load_lm
     from memvec.cli.common import recipe_of
 
-    lm = load_lm(args.model, device=args.device, encoder=args.encoder)
+    try:
+        recipe = recipe_of("default", args.set, start=args.start)
+        lm = load_lm(args.model, device=args.device, encoder=args.encoder)
+    except MemvecError as error:
+        print(f"memvec: {error}", file=sys.stderr)
+        sys.exit(2)
     stream = held_out(lm, args.corpus, args.work)
-    recipe = recipe_of("default", args.set, start=args.start)
+    if "one-pass" in args.parts and lm.encoder is None:
+        print(f"{lm.name} has no encoder, so the part one-pass is left out", file=sys.stderr)
 
     def rows():
         if "loss" in args.parts:

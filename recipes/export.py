@@ -2,10 +2,11 @@
 
 Notable:
 - all weights are bfloat16; float32 can represent them without loss;
-- the metadata of `encoder.safetensors` have the number of vectors that it makes at once (one; more
-  vectors take the passage in equal parts) and the number of tokens per vector that it gives back.
+- the metadata of `encoder.safetensors` have the number of vectors that it makes at once (one: for K
+  vectors, the passage is split into K equal parts) and the number of tokens per vector that it
+  gives back.
 
-Used by `pocket.py`; nothing to run here.
+`pocket.py` and `candidates.py` import this module; it is not run.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ def export(run, tokenizer, folder: Path) -> None:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
-    # more vectors: the passage in as many equal parts, each encoded alone
+    # for K vectors, the passage is split into K equal parts, each of which is encoded alone
     save_file(
         {k: v.cpu().bfloat16().contiguous() for k, v in run.encoder.state_dict().items()},
         folder / "encoder.safetensors",
@@ -41,4 +42,4 @@ def export(run, tokenizer, folder: Path) -> None:
         },
     )
     for file in folder.glob("*.*"):
-        file.chmod(0o644)  # safetensors writes for the owner alone; a wheel is for all
+        file.chmod(0o644)  # only the owner can read what safetensors writes

@@ -1,10 +1,10 @@
 """CUDA graphs, which a GPU replays instead of launching each kernel.
 
-A training step of a small model has thousands of short kernels. To launch them takes ten times as
-long as to compute them. One graph is captured for each shape of the inputs. On other devices the
+A training step of a small model has thousands of short kernels. Launching them takes ten times as
+long as computing them. One graph is captured for each shape of the inputs. On other devices the
 function is called without a graph.
 
-Used by `pocket.py`; nothing to run here.
+`pocket.py` imports this module; it is not run.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch
 
 
 class Graphs:
-    """Calls a function of tensors: directly the first time, later as a graph for its shapes.
+    """Calls a function of tensors: the first time directly, later by the graph of its input shapes.
 
     The function returns a tuple of tensors. It may read its inputs, parameters and buffers, and
     write to tensors that keep their address (gradients, weights, states of optimisers).
@@ -34,7 +34,7 @@ class Graphs:
         return torch.cuda.stream(self.stream) if self.on_gpu else contextlib.nullcontext()
 
     def __call__(self, name, work, *inputs):
-        """Return work(*inputs). Each `name` and shapes of the inputs have a graph of their own."""
+        """Return work(*inputs). Each combination of `name` and input shapes has its own graph."""
         key = (name, *(tuple(x.shape) for x in inputs))
         if not self.on_gpu or key not in self.seen:  # the first call also warms up
             self.seen.add(key)
@@ -50,7 +50,7 @@ class Graphs:
                 graph.capture_end()
             self.captured[key] = graph, fixed, outputs
         graph, fixed, outputs = self.captured[key]
-        for kept, given in zip(fixed, inputs, strict=True):
-            kept.copy_(given)
+        for fixed_input, new_input in zip(fixed, inputs, strict=True):
+            fixed_input.copy_(new_input)
         graph.replay()
         return tuple(x.clone() for x in outputs)  # the next replay writes over them

@@ -1,6 +1,7 @@
-"""With what the contents of --work were made: nothing made otherwise is joined to them.
+"""Records of the options with which the contents of --work were made.
 
-Used by the programs that keep something; nothing to run here.
+A program that finds contents of other options in --work ends, so that results of different options
+are never joined. Other programs import this module; it is not run.
 """
 
 import hashlib
@@ -13,26 +14,27 @@ def digest(path: Path) -> str:
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    both = hashlib.sha256()
+    folder_hash = hashlib.sha256()
     for file in sorted(path.rglob("*.txt")):
         name = str(file.relative_to(path))
-        both.update(f"{name} {digest(file)}\n".encode())
-    return both.hexdigest()
+        folder_hash.update(f"{name} {digest(file)}\n".encode())
+    return folder_hash.hexdigest()
 
 
-def write(path: Path, made: dict) -> None:
-    """Write a record under its name only once it is complete."""
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(made, indent=1) + "\n")
-    aside.replace(path)
+def write(path: Path, record: dict) -> None:
+    """Write a record as JSON. The file gets its name when it is complete."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
 
 
-def refuse_others(what: str, made: dict, asked: dict, remedy: str) -> None:
-    """End the program if something was made in another way than is asked for now.
+def refuse_others(what: str, record: dict, requested: dict, remedy: str) -> None:
+    """End the program if a field of `record` differs from that in `requested`.
 
-    A field that the record lacks is newer than it, and is not compared.
+    `what` names the recorded thing, and `remedy` says what to do. A field that the record lacks was
+    added to the program later, and is not compared.
     """
-    asked = json.loads(json.dumps(asked))
-    for name, value in asked.items():
-        if made.get(name, value) != value:
-            raise SystemExit(f"{what} has {name} {made[name]}, not {value}: {remedy}.")
+    requested = json.loads(json.dumps(requested))
+    for name, value in requested.items():
+        if record.get(name, value) != value:
+            raise SystemExit(f"{what} has {name} {record[name]}, not {value}: {remedy}.")

@@ -1,11 +1,11 @@
-"""The optimisers and their parameter groups. A GPU can replay their steps as a CUDA graph.
+"""The optimisers and their parameter groups; a GPU can replay their steps from a CUDA graph.
 
 Notable:
 - Muon (the formula of torch.optim.Muon, orthogonal updates of equal RMS) works on stacks of
-  matrices of one shape: a stack takes as many products as a single matrix;
-- a learning rate is a tensor on the device, so that a replayed step reads its present value.
+  matrices of one shape: a stack needs as many products as a single matrix;
+- a learning rate is a tensor on the device, so that a replayed step reads the present value.
 
-Used by `pocket.py`; nothing to run here.
+`pocket.py` imports this module; it is not run.
 """
 
 import torch
@@ -14,7 +14,7 @@ from decoder import Decoder
 from encoder import Encoder
 from recipe import Recipe
 
-# Newton-Schulz coefficients of Muon as torch has them
+# Newton-Schulz coefficients of torch.optim.Muon
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -24,13 +24,13 @@ def orthogonal(stack, steps: int = 5):
     Newton-Schulz iterations in bfloat16.
     """
     a, b, c = COEFFICIENTS
-    wide = stack.shape[1] <= stack.shape[2]
-    x = stack.bfloat16() if wide else stack.bfloat16().mT
+    is_wide = stack.shape[1] <= stack.shape[2]
+    x = stack.bfloat16() if is_wide else stack.bfloat16().mT
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
-    return x if wide else x.mT
+    return x if is_wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
             gradients = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]  # the stack's, kept with its first matrix
+            state = self.state[params[0]]  # the state of the stack belongs to its first matrix
             if not state:
                 state["mean"] = torch.zeros_like(gradients)
             mean = state["mean"].lerp_(gradients, 1 - group["momentum"])
@@ -69,10 +69,10 @@ def optimizers_of(model: Decoder, encoder: Encoder, recipe: Recipe, device: str)
         return torch.tensor(rate, device=device)
 
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
+    matrix_ids = {id(p) for p in matrices}
+    other_parameters = [p for p in model.parameters() if id(p) not in matrix_ids]
     groups = [
-        {"params": rest, "lr": tensor(recipe.lr_rest)},
+        {"params": other_parameters, "lr": tensor(recipe.lr_rest)},
         {"params": [encoder.summary], "lr": tensor(recipe.lr_rest)},
         {"params": list(encoder.map.parameters()), "lr": tensor(recipe.lr_encoder)},
     ]

@@ -1,14 +1,14 @@
-"""Train the recurrent encoder of docs/recurrent.md beside the built-in model.
+"""Train the recurrent encoder of docs/recurrent.md for the built-in model.
 
     python recipes/recurrent.py --text novels.parquet        # then:
     memvec study run studies/recurrent.toml
 
 Notable:
-- it is one command of memvec with the options that are here, and any of them can be changed after
-  it: `python recipes/recurrent.py --text books --where "" --steps 200`;
-- a run that is stopped goes on from its last checkpoint;
-- the model and its own one-pass encoder stay as they are: the recurrent encoder begins as a queue
-  of that encoder's vectors, and is a file beside the model.
+- the program runs `memvec encoder train --recurrent` with the options below, each of which can be
+  changed: `python recipes/recurrent.py --text books --where "" --steps 200`;
+- a run that is stopped continues from its last checkpoint;
+- the model and its own one-pass encoder do not change. The recurrent encoder begins as a queue of
+  that encoder's vectors, and is a file of its own.
 
 Writes --work/encoder.safetensors (9 MB).
 """
@@ -33,16 +33,24 @@ OPTIONS = {
 
 
 def command(argv: list[str]) -> list[str]:
-    """The words of `memvec` for what the command line of this recipe asks."""
+    """The arguments of `memvec` for the arguments of this program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", required=True, help="txt, jsonl, parquet, csv, or a folder")
-    parser.add_argument("--where", default="split=train", help="rows of a table; '': all")
-    parser.add_argument("--model", default="pocket")
-    parser.add_argument("--work", type=Path, default=Path(".runs/recurrent"))
+    parser.add_argument("--text", required=True, help="file (txt, jsonl, parquet, csv) or folder")
+    parser.add_argument(
+        "--where", default="split=train", help="rows of a table, default: split=train; '': all"
+    )
+    parser.add_argument("--model", default="pocket", help="default: pocket")
+    work = Path(".runs/recurrent")
+    parser.add_argument("--work", type=Path, default=work, help=f"folder; default: {work}")
     for name, value in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        parser.add_argument(
+            f"--{name}",
+            type=type(value),
+            default=value,
+            help=f"of 'memvec encoder train'; default: {value}",
+        )
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     words = ["encoder", "train", "--recurrent", "--model", args.model, "--text", args.text]

@@ -1,6 +1,6 @@
 """A training run: what a checkpoint holds, the learning rates of a step, and its gradients.
 
-Used by `pocket.py`; nothing to run here.
+`pocket.py` imports this module; it is not run.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lengths import Lengths
 from optimizers import optimizers_of
 from recipe import Recipe
 
-# Fields of a recipe with which a run may go on otherwise, and those that made its trunk.
+# Fields of a recipe that may change when a run is resumed, and fields that its trunk depends on.
 MAY_CHANGE = {"steps", "minutes", "decay_share", "checkpoint_every", "log_every"}
 OF_TRUNK = {"seed", "trunk_steps", "trunk_tokens"}
 
@@ -27,11 +27,13 @@ class StepRecord:
     """The losses of a step, still on the device, and the sizes of its passages."""
 
     values: dict = field(default_factory=dict)
-    """Name → tensor of one number."""
+    """Name of a loss, or of an accuracy → tensor of one number."""
     K: int = 0
+    """Vectors of a passage."""
     T: int = 0
+    """Tokens of a passage."""
     share: float = 0.0
-    """T over the target length."""
+    """T divided by the target length."""
     inner: bool = False
     """Whether the vectors took steps of descent."""
 
@@ -46,7 +48,7 @@ class Run:
 
     def __post_init__(self):
         torch.manual_seed(self.recipe.seed)
-        # initialised on the CPU, so that a seed gives the same weights on every device
+        # Weights are drawn on the CPU, so that a seed gives the same weights on every device.
         self.model = Decoder(self.shape).to(self.device)
         self.encoder = Encoder(self.shape.hidden_size).to(self.device)
         self.optimizers = optimizers_of(self.model, self.encoder, self.recipe, self.device)
@@ -62,7 +64,7 @@ class Run:
         self.unread = StepRecord()
 
     def save(self, path: Path):
-        """Write a checkpoint under its name only once it is complete."""
+        """Write a checkpoint. The file gets its name when it is complete."""
         lengths = self.lengths
         state = {
             "model": self.model.state_dict(),
@@ -78,9 +80,9 @@ class Run:
         aside.replace(path)
 
     def load(self, path: Path, trunk: bool = False):
-        """Go on from a checkpoint. Ends the program if it is of another shape or recipe.
+        """Continue from a checkpoint. Ends the program if it is of another shape or recipe.
 
-        After a trunk, the recipe may be another one.
+        With `trunk` only the fields that the trunk depends on must be the same.
         """
         state = torch.load(path, weights_only=True, map_location=self.device)
         recipe = dataclasses.asdict(self.recipe)
@@ -88,7 +90,7 @@ class Run:
         choices = dataclasses.asdict(self.shape) | {name: recipe[name] for name in fixed}
         made_with = state["shape"] | state["recipe"]
         for name, value in choices.items():
-            if made_with.get(name, value) != value:  # a field that is newer has its old meaning
+            if made_with.get(name, value) != value:  # fields added since then are not compared
                 raise SystemExit(
                     f"{path} was made with --{name.replace('_', '-')} {made_with[name]}, not "
                     f"{value}: use another --work."
@@ -107,7 +109,7 @@ class Run:
         lengths.inner_targets = state["inner_targets"]
 
     def begin_with(self, folder: Path):
-        """Take the weights of an exported folder. The optimisers start without a state."""
+        """Load the weights of an exported folder. The optimisers start without a state."""
         try:
             weights, encoder = (
                 load_file(folder / f"{name}.safetensors", device=self.device)
@@ -122,24 +124,24 @@ class Run:
             raise SystemExit(f"--begin {folder}: that model has another shape.") from error
 
     def half_width(self):
-        """A context with products in bfloat16; weights stay float32."""
+        """A context in which products are computed in bfloat16; weights stay float32."""
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
     @property
     def progress(self) -> float:
-        """Share of the plan that is done, by steps or by time, whichever is more."""
+        """Share of the training that is done, by steps or by time, the larger of the two."""
         recipe = self.recipe
         timed = self.seconds / (60 * recipe.minutes) if recipe.minutes else 0.0
         return max(self.step / recipe.steps, timed)
 
     def before(self, planned: int) -> bool:
-        """Whether the run is before step `planned` of a plan of `steps` steps."""
+        """Whether the run is before step `planned`, or with --minutes before its share of time."""
         return self.progress < planned / self.recipe.steps
 
     def set_rates(self) -> float:
         """Set the learning rates: linear warm-up, constant, linear decay to zero at the last step.
 
-        Returns the factor of this step on the recipe's rates.
+        Returns the factor by which the recipe's rates are multiplied in this step.
         """
         recipe = self.recipe
         left = max(0.0, 1 - self.progress) / recipe.decay_share
@@ -150,13 +152,14 @@ class Run:
         return factor
 
     def on_device(self, ids):
-        """Token ids (B, T) on the device, copied without waiting for it."""
+        """Token ids (B, T) on the device; the program does not wait for the copy."""
         return ids.pin_memory().to(self.device, non_blocking=True) if self.graphs.on_gpu else ids
 
     def add_gradients(self, name, losses, *inputs):
-        """Add the gradients of the first value of losses(*inputs). Returns all its values.
+        """Add the gradients of the first value of losses(*inputs). Returns all values.
 
-        `name` distinguishes graphs for inputs of the same shapes.
+        `name` is the name of the CUDA graph: different losses with inputs of the same shapes have
+        different graphs.
         """
 
         def work(*inputs):

@@ -1,19 +1,23 @@
-"""What shapes capacity: small models at equal training compute, crammed while they are trained.
+"""What does capacity depend on? Small models of equal training compute, crammed during training.
 
     python recipes/shapes.py                        # all of shapes.toml
-    python recipes/shapes.py --only base deep       # some
-    python recipes/shapes.py --table                # what is measured so far
+    python recipes/shapes.py --only base deep       # some of them
+    python recipes/shapes.py --table                # the table of what is measured so far
 
 Notable:
-- any family of transformers, from its configuration; every model gets the same floating-point
-  operations (6 x parameters x tokens), not the same steps;
-- crammed before training, at a tenth and three tenths of it and at its end, on the same held-out
-  passages: how far ordinary training takes capacity away, and what gives it back;
-- the memory task is that of `pocket.py` with one vector: a passage is read into an input vector by
-  the model itself and given back from it.
+- a model is of any family of transformers, from its configuration. All models get the same number
+  of floating-point operations (6 x parameters x tokens), and not the same number of steps;
+- each model is crammed before training, at a tenth and at three tenths of it, and at its end, on
+  the same held-out passages, so that the table shows how training lowers or raises capacity;
+- the memory task is that of `pocket.py` with one vector: the model encodes a passage into an input
+  vector and gives it back from there.
 
-Writes shapes.jsonl and shapes.md into --work; a model that is measured is not trained again.
-Rows of other options are refused, since the table could not tell them apart.
+The table has for each model the parameters, the width D, the tokens read, the loss at the end (nats
+per token), the horizon of one vector in tokens at each measurement, and at the end the text bits
+per dimension, the last two with 95 % bootstrap intervals over --passages passages.
+
+Writes shapes.jsonl and shapes.md into --work. A measured model is not trained again. The program
+ends if a row there was measured with other options, because the table could not distinguish them.
 """
 
 import json
@@ -36,12 +40,12 @@ from environment import in_environment
 from evaluate import horizon
 from kept import refuse_others
 
-MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # share of the training
+MEASURED_AT = (0.0, 0.1, 0.3, 1.0)  # shares of the training
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One model of the table; what the fields mean is said in shapes.toml."""
+    """One model of the table; shapes.toml says what the fields mean."""
 
     family: str
     flops: float
@@ -54,31 +58,32 @@ class Plan:
     memory_from: float
     seed: int
     config: dict = field(default_factory=dict)
-    tokens: int = 0  # of ordinary text; 0: as many as `flops` pay for
-    stops: tuple = MEASURED_AT
+    tokens: int = 0  # of ordinary text; 0: as many as `flops` allow
+    stops: tuple = MEASURED_AT  # shares of the training at which the model is measured
 
 
 def read(path: Path) -> dict[str, Plan]:
-    """Every model's plan, what it leaves out taken from [base]."""
+    """Name of each model → its plan; fields that a table does not have are those of [base]."""
     tables = tomllib.loads(path.read_text())
     base = tables["base"]
     plans = {}
     for name, table in tables.items():
         table_config = table.get("config", {})
         config = base["config"] | table_config
-        if table.get("family", "").startswith(("GPT2", "OPT")):  # other words for the same things
+        # These families have other names for the fields of [base].
+        if table.get("family", "").startswith(("GPT2", "OPT")):
             config = {"vocab_size": base["config"]["vocab_size"], **table_config}
         try:
             plans[name] = Plan(**{**base, **table, "config": config})
         except TypeError as error:
             raise SystemExit(f"{path.name}: [{name}]: {error}") from None
-        if plans[name].bos_share not in (0, 0.5):  # `ordinary_batch` draws half of them
+        if plans[name].bos_share not in (0, 0.5):  # `ordinary_batch` gives half of them <s>
             raise SystemExit(f"{path.name}: [{name}]: bos_share must be 0 or 0.5")
     return plans
 
 
 class Trained(nn.Module):
-    """A model of transformers with an encoder for the memory task."""
+    """A model of transformers, and an encoder for the memory task."""
 
     def __init__(self, plan: Plan):
         super().__init__()
@@ -98,10 +103,11 @@ class Trained(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
     def memory_loss(self, ids, noise: float, rng, odd: int = 0):
-        """Passages ids (B, T) through one vector and back: mean loss, share of tokens right.
+        """Encode passages ids (B, T) into one vector each and decode them, teacher-forced.
 
-        The last `odd` passages count for the loss only: they are harder than the others, and the
-        share decides how long the passages become (as in `steps.py`).
+        Returns (mean loss in nats per token, share of tokens that are right). The last `odd`
+        passages count only in the loss, as in `steps.py`: they are harder than the others, and the
+        share decides how long the passages become.
         """
         embedded = self.lm.get_input_embeddings()(ids)
         vectors = self.encoder(lambda x: self.lm.base_model(inputs_embeds=x)[0], embedded, K=1)
@@ -115,11 +121,11 @@ class Trained(nn.Module):
 
 
 def crops_of(stream, plan: Plan, tokens: int, rng) -> torch.Tensor:
-    """Ordinary crops (B, context), as the plan wants them."""
+    """Crops (B, context) of ordinary text, with <s> and copies as in the plan."""
     crops = ordinary_batch(stream, tokens, plan.context, rng)
     if plan.bos_share == 0:
-        begins = crops[:, 0] == 0
-        crops[begins, :-1] = crops[begins, 1:].clone()  # the last token is repeated
+        with_bos = crops[:, 0] == 0
+        crops[with_bos, :-1] = crops[with_bos, 1:].clone()  # the last token is repeated
     copied = torch.rand(len(crops), generator=rng) < plan.copy_share
     half = plan.context // 2
     crops[copied, half : 2 * half] = crops[copied, :half]
@@ -128,8 +134,9 @@ def crops_of(stream, plan: Plan, tokens: int, rng) -> torch.Tensor:
 
 @torch.no_grad()
 def valid_loss(trained: Trained, stream) -> float:
-    """Nats per token on fixed crops of held-out text, 128 tokens each."""
+    """Cross-entropy in nats per token on 64 fixed crops of held-out text of 128 tokens."""
     ids = ordinary_batch(stream, 64 * 128, 128, generator(0, "valid", 0))
+    # four parts of 16 crops
     return sum(trained.text_loss(part).item() for part in ids.split(16)) / 4
 
 
@@ -142,7 +149,7 @@ def save(trained: Trained, tokenizer, folder: Path) -> None:
 
 
 def measure(trained: Trained, tokenizer, stream, args) -> dict:
-    """Valid loss and the horizon of one vector, as the model is now."""
+    """The present valid loss of the model, and the horizon of one vector."""
     from memvec import load_lm
     from memvec.cramming.recipe import Recipe
 
@@ -161,28 +168,29 @@ def measure(trained: Trained, tokenizer, stream, args) -> dict:
 
 
 def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Trained, dict]]:
-    """Train one model; the model as it is at each of the plan's stops, and what it has read.
+    """Train one model. Yields the model at each stop of the plan, with a record of the training.
 
     Stops at the same step are merged. `scale` multiplies the tokens of the plan.
     """
     trained = Trained(plan)
-    N = sum(p.numel() for p in trained.lm.parameters())
-    read = plan.tokens or plan.flops / (6 * N)
-    steps = max(10, round(read * scale / plan.tokens_per_step))
-    opt = torch.optim.AdamW(
+    parameters = sum(p.numel() for p in trained.lm.parameters())
+    planned_tokens = plan.tokens or plan.flops / (6 * parameters)
+    steps = max(10, round(planned_tokens * scale / plan.tokens_per_step))
+    optimizer = torch.optim.AdamW(
         trained.parameters(), lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
+    # The constants of the memory task below are the defaults of recipe.py.
     tokens, target, accuracy = 0, 7.0, 0.0
     share_at = {round(share * steps): share for share in plan.stops}
     for step in range(steps + 1):
         if step in share_at:
-            row = {"step": step, "of": steps, "share": share_at[step], "tokens": tokens}
-            row |= {"parameters": N, "encoder_length": round(target, 1)}
-            yield trained, row | {"encoder_accuracy": round(accuracy, 3)}
+            record = {"step": step, "of": steps, "share": share_at[step], "tokens": tokens}
+            record |= {"parameters": parameters, "encoder_length": round(target, 1)}
+            yield trained, record | {"encoder_accuracy": round(accuracy, 3)}
         if step == steps:
             break
         rate = plan.lr * min((step + 1) / plan.warmup, 1.0, (steps - step) / (0.2 * steps))
-        for group in opt.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
         memory = step >= plan.memory_from * steps
         budget = plan.tokens_per_step // (2 if memory else 1)
@@ -194,12 +202,12 @@ def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Traine
             rng = generator(plan.seed, "memory", step)
             share = 0.5 + 2.5 * float(torch.rand((), generator=rng))
             T = min(max(round(share * target), 4), 64)
-            # encoder and decoder each go over the passage
-            ids, odd = passage_batch(
+            # The encoder and the decoder each read the passage.
+            ids, odd_count = passage_batch(
                 streams["train"], max(1, budget // (2 * T + 2)), T, 0.1, 2048, rng
             )
             with torch.autocast("cpu", torch.bfloat16):
-                loss, right = trained.memory_loss(ids, 0.04, rng, odd)
+                loss, right = trained.memory_loss(ids, 0.04, rng, odd_count)
             loss.backward()
             if share > 0.8 and right > 0.88:
                 target = min(target * 1.02, 64.0)
@@ -208,17 +216,17 @@ def trained_to(plan: Plan, streams, scale: float = 1.0) -> Iterator[tuple[Traine
             if 0.8 < share < 1.2:
                 accuracy += 0.2 * (right - accuracy)
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def options_of(args) -> dict:
-    """What the rows of all models depend on."""
+    """The options that the rows of all models depend on."""
     return {"n": args.passages, "cram_steps": args.cram_steps, "scale": args.scale}
 
 
 def refuse_other_rows(rows: list[dict], names: list[str], plans: dict[str, Plan], args) -> None:
-    """End the program if a row was measured otherwise: the table is of all of them."""
+    """End the program if a row of the table was measured with other options."""
     for row in rows:
         what, remedy = f"{row['model']} in shapes.jsonl", "use another --work"
         refuse_others(what, row, options_of(args), remedy)
@@ -227,7 +235,7 @@ def refuse_other_rows(rows: list[dict], names: list[str], plans: dict[str, Plan]
 
 
 def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
-    """Train one model, and measure it on the way."""
+    """Train one model, and measure it at its stops."""
     began, rows = time.monotonic(), []
     for trained, reached in trained_to(plan, streams, args.scale):
         row = {"model": name, **reached, **options_of(args), "plan": asdict(plan)}
@@ -238,7 +246,7 @@ def run(name: str, plan: Plan, tokenizer, streams, args) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """One line per model: horizons and text bits per dimension on the way, loss at the end."""
+    """The rows as a table in Markdown, with a line for each model."""
     shares = [f"{share:.0%}" for share in MEASURED_AT]
     lines = [
         "| model | parameters | D | tokens read | valid loss | "
@@ -260,29 +268,35 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
-    """Train and measure what the command line asks for."""
+    """Train and measure the chosen models, and write the table."""
     parser = arguments(__doc__, Path(__file__))
-    parser.add_argument("--scale", type=float, default=1.0, help="of the training compute")
-    parser.add_argument("--cram-steps", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the tokens of training")
     parser.add_argument(
-        "--table", action="store_true", help="print what is measured, train nothing"
+        "--cram-steps", type=int, default=200, help="of cramming a passage; default: 200"
     )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default: all"
+    )
+    parser.add_argument("--table", action="store_true", help="print the table, train nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     plans = read(args.spec)
     names = chosen_names(args, plans)
     tokenizer, streams = prepare(args.corpus, args.work, 2048)
-    done = args.work / "shapes.jsonl"
-    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    rows_file = args.work / "shapes.jsonl"
+    rows = (
+        [json.loads(line) for line in rows_file.read_text().splitlines()]
+        if rows_file.exists()
+        else []
+    )
     if not args.table:
         refuse_other_rows(rows, names, plans, args)
     measured = {row["model"] for row in rows}
     for name in [] if args.table else names:
         if name not in measured:
             rows += (new_rows := run(name, plans[name], tokenizer, streams, args))
-            with done.open("a") as file:
+            with rows_file.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in new_rows))
     (args.work / "shapes.md").write_text(table(rows))
     print(table(rows))

