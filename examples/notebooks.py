@@ -1,6 +1,6 @@
-"""Execute the notebooks of this folder and store their outputs, without Jupyter.
+"""Execute the notebooks of this folder and store their outputs; Jupyter is not needed.
 
-    python examples/notebooks.py                      # all of them
+    python examples/notebooks.py                      # all notebooks
     python examples/notebooks.py first-cram.ipynb
 
 Cells run in order in a copy of this folder. A cell's output is what it prints, and the value of its
@@ -24,14 +24,14 @@ from typing import Any
 FOLDER = Path(__file__).parent
 
 
-def execute(source: str, names: dict[str, Any], name: str) -> Any:
-    """Run the code of one cell; returns the value of its last expression, if it ends in one."""
+def execute(source: str, namespace: dict[str, Any], name: str) -> Any:
+    """Run the code of a cell. Returns the value of its last expression, or None without one."""
     tree = ast.parse(source, name)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), names)
+    exec(compile(tree, name, "exec"), namespace)
     if last is None:
         return None
-    return eval(compile(ast.Expression(last.value), name, "eval"), names)
+    return eval(compile(ast.Expression(last.value), name, "eval"), namespace)
 
 
 def output_of(value: Any) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def output_of(value: Any) -> dict[str, Any]:
 def run(path: Path, folder: Path) -> dict[str, Any]:
     """The notebook with fresh outputs; cells run with `folder` as the working directory."""
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    names: dict[str, Any] = {"__name__": "__main__"}
-    before = Path.cwd()
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    working_directory = Path.cwd()
     os.chdir(folder)
     try:
         count = 0
@@ -58,7 +58,7 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
             count += 1
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
-                value = execute("".join(cell["source"]), names, f"{path.name}, cell {count}")
+                value = execute("".join(cell["source"]), namespace, f"{path.name}, cell {count}")
             cell["execution_count"], cell["outputs"] = count, []
             if printed.getvalue():
                 text = printed.getvalue().splitlines(keepends=True)
@@ -73,12 +73,12 @@ def run(path: Path, folder: Path) -> dict[str, Any]:
                     }
                 )
     finally:
-        os.chdir(before)
+        os.chdir(working_directory)
     return notebook
 
 
 def main(names: list[str]) -> None:
-    """Execute and store the named notebooks, or all."""
+    """Execute the named notebooks, or all, and store their outputs."""
     os.environ.setdefault("MPLBACKEND", "agg")
     for path in [FOLDER / name for name in names] or sorted(FOLDER.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Passages with a word that comes back: the data of the tasks `cloze` and `cloze_choice`.
+"""The data of the tasks `cloze` and `cloze_choice`: passages and sentences to complete.
 
-Each document is a passage, a question that breaks off, and the word that it breaks off before,
-which occurs in the passage. For the choice, three words of the same kind from other passages stand
-beside it.
+Each document has a passage, an unfinished sentence (`question`), and the word that completes it,
+which occurs in the passage. In the task of the choice, three words of the same kind from other
+passages are the other choices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def documents(**_: Any) -> dict[str, datasets.Dataset]:
             if other["kind"] == row["kind"]
             and other["word"].lower() not in f"{row['passage']} {row['question']}".lower()
         ]
-        right = i % 4  # every place is right equally often
-        row["choices"] = [*others[:right], row["word"], *others[right:3]]
-        row["right"] = right
+        right_place = i % 4  # every place is right equally often
+        row["choices"] = [*others[:right_place], row["word"], *others[right_place:3]]
+        row["right"] = right_place
     return {"test": datasets.Dataset.from_list(rows)}
