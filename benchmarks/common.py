@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from memvec.errors import MemvecError
@@ -122,12 +123,13 @@ def with_ends(name: str, interval: tuple[float, float, float]) -> dict[str, floa
 def save_figure(path: Path, draw: Callable[[Any], None], panels: int) -> None:
     """Write a row of `panels` panels as SVG and PNG; `draw` gets their axes.
 
-    Ends the program if matplotlib is not installed.
+    Without matplotlib, a line on stderr says that there is no figure.
     """
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("figures need matplotlib: pip install '.[benchmarks]'.") from None
+        print("no figure: it needs matplotlib, pip install '.[benchmarks]'", file=sys.stderr)
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -178,7 +180,10 @@ def report(
             table.add_column(column, justify="right")
         for row in table_rows:
             table.add_row(*(_cell(value) for value in row.values()))
-        Console(width=140).print(table)
+        # As wide as the table, so that no name or figure is cut off.
+        wide = Console(width=10_000)
+        width = Measurement.get(wide, wide.options, table).maximum
+        Console(width=width).print(table)
         where_run = ", ".join(f"{key} {value}" for key, value in machine.items())
         print(f"{path} has {len(full)} rows ({where_run})", file=sys.stderr)
     print("RESULT " + " ".join(f"{k}={v:.4g}" for k, v in result.items() if not math.isnan(v)))

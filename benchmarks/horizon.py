@@ -1,4 +1,4 @@
-"""How long is the exact horizon for what a recipe spends? memvec beside published recipes.
+"""How long is the exact horizon for what a recipe spends? memvec and published recipes.
 
     python benchmarks/horizon.py --quick
     python benchmarks/horizon.py --cases pocket-natural --corpus novels.parquet

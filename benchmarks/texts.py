@@ -95,7 +95,7 @@ def places(N: int, n: int, T: int, draw: random.Random) -> list[int]:
     return [chosen[i] for i in range(n)]
 
 
-Piece = tuple[int, int, tuple[int, ...]]  # index of the text, character in it, token ids from there
+Piece = tuple[int, int, tuple[int, ...]]  # number of the text, first character, its token ids
 
 
 def _of_corpus(lm: FrozenLM, n: int, T: int, draw: random.Random, corpus: Path) -> list[Piece]:

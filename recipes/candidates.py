@@ -45,12 +45,20 @@ ONE_PASS = ((1, 8), (1, 16), (1, 24), (1, 32), (4, 32), (4, 64))
 SCALED = ("trunk_tokens", "text_tokens", "memory_tokens")
 
 
+def tables_of(path: Path) -> dict[str, dict]:
+    """The tables of a TOML file. Ends the program if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SystemExit(f"--spec {path}: {error}; name a TOML file of training runs") from None
+
+
 def read(path: Path, scale: float, minutes: float) -> dict[str, dict]:
     """Name of each candidate → its fields, with those of [base] and of the table in `same_as`.
 
     `scale` multiplies the tokens of a step, and `minutes` replaces the field if it is not 0.
     """
-    tables = tomllib.loads(path.read_text())
+    tables = tables_of(path)
     base = tables.pop("base", {})
 
     def fields_of(name: str) -> dict:

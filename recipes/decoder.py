@@ -42,6 +42,10 @@ class Shape:
     norm: str = "after"
     """'before' attention and MLP (Llama), or 'after' them (OLMo 2)."""
 
+    def __post_init__(self):
+        if self.norm not in ("before", "after"):
+            raise SystemExit(f"norm must be 'before' or 'after', not '{self.norm}'")
+
     def config(self):
         """The same shape as a transformers configuration: LlamaConfig or Olmo2Config."""
         from transformers import LlamaConfig, Olmo2Config

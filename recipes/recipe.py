@@ -23,7 +23,7 @@ class Recipe:
     trunk_tokens: int = 4096
     """Ordinary tokens per step in the trunk, where there is no memory task."""
     text_tokens: int = 2048
-    """Ordinary tokens per step beside the memory task."""
+    """Ordinary tokens per step after the trunk, in addition to the memory task."""
     memory_tokens: int = 4096
     """Positions per step of the memory task, encoder and decoder passes together."""
     lr_matrices: float = 2e-3

@@ -23,7 +23,6 @@ ends if a row there was measured with other options, because the table could not
 import json
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from candidates import arguments, chosen_names
+from candidates import arguments, chosen_names, tables_of
 from corpus import generator, ordinary_batch, passage_batch, prepare
 from encoder import Encoder
 from environment import in_environment
@@ -64,7 +63,9 @@ class Plan:
 
 def read(path: Path) -> dict[str, Plan]:
     """Name of each model → its plan; fields that a table does not have are those of [base]."""
-    tables = tomllib.loads(path.read_text())
+    tables = tables_of(path)
+    if "base" not in tables:
+        raise SystemExit(f"{path.name} has no table [base]")
     base = tables["base"]
     plans = {}
     for name, table in tables.items():

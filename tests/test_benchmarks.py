@@ -101,6 +101,27 @@ def test_synthetic_rows_are_stored_and_reported():
     assert row["page_kB"] > 0
 
 
+def test_without_matplotlib_a_line_says_that_there_is_no_figure(monkeypatch, capsys, tmp_path):
+    from common import save_figure
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    save_figure(tmp_path / "some", lambda axes: None, 1)
+    assert "needs matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_name_or_figure_of_a_table_is_cut_off(capsys, tmp_path):
+    import argparse
+
+    from common import report
+
+    row = {f"a_column_with_a_long_name_{i}": 123.4 for i in range(20)}
+    report("some", [row], argparse.Namespace(out=tmp_path, json=False), ratio=1.0)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in row)
+    assert printed.count("123.4") == len(row)
+
+
 def test_a_comparison_of_hashes_needs_a_file(monkeypatch, capsys):
     import same_vectors
 

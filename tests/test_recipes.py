@@ -616,6 +616,23 @@ def test_each_field_of_a_training_has_help():
         assert all(meanings.values())
 
 
+def test_what_is_no_spec_and_no_shape_is_refused(tmp_path):
+    import candidates
+    import shapes
+    from decoder import Shape
+
+    (tmp_path / "broken.toml").write_text("[one\n")
+    (tmp_path / "baseless.toml").write_text("[one]\nlr = 1.0\n")
+    for name in ("nowhere.toml", "broken.toml"):
+        for read in (lambda path: candidates.read(path, 1.0, 0.0), shapes.read):
+            with pytest.raises(SystemExit, match="name a TOML file of training runs"):
+                read(tmp_path / name)
+    with pytest.raises(SystemExit, match=r"no table \[base\]"):
+        shapes.read(tmp_path / "baseless.toml")
+    with pytest.raises(SystemExit, match="'before' or 'after'"):
+        Shape(norm="middle")
+
+
 def test_a_table_that_is_the_same_as_none_is_refused(tmp_path):
     import candidates
 
