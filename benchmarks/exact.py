@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument(
         "--horizon", type=float, help="mean exact horizon of another model, in tokens"
     )
-    parser.add_argument("--shares", type=float, nargs="+", help="lengths as shares of it")
+    parser.add_argument("--shares", type=float, nargs="+", help="lengths, as shares of the horizon")
     parser.add_argument("--passages", type=int, default=64, help="of each length, our side")
     parser.add_argument("--theirs", type=int, default=16, help="passages of the paper's side")
     parser.add_argument(

@@ -10,7 +10,8 @@ on the releases of torch and transformers: make both runs on one machine.
 
 A line for each case has the first digits of its hash and the number of exact passages. RESULT
 `same` is the number of cases whose hash is that of the file, `of` the number of all cases. The exit
-code is 1 if a case differs.
+code is 1 if a case differs. With --write alone nothing is compared, and all cases count as the
+same. A run takes one to two minutes on one core.
 """
 
 from __future__ import annotations
