@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
@@ -954,6 +956,28 @@ def test_penalties_of_the_models_own_configuration_are_asked_for_by_nobody(monke
     monkeypatch.setattr(lm.model, "generation_config", own)
     again = generate.write_after(lm, inputs, {"max_new_tokens": 12, "do_sample": False})
     assert again == plain
+    assert lm.model.generation_config is own
+
+
+def test_threads_that_generate_with_one_model_leave_it_as_it_was(monkeypatch):
+    """Two threads are in `generate` at the same time: the second begins before the first ends."""
+    lm, both, seen = reader(), threading.Barrier(2, timeout=60), []
+    inputs = lm.embed(torch.tensor([lm.tokenize("the cat sat on the mat")]))
+    own, generates = lm.model.generation_config, type(lm.model).generate
+
+    def meeting(model, **options):
+        both.wait()
+        seen.append((lm.model.generation_config is own, model.generation_config.eos_token_id))
+        return generates(model, **options)
+
+    monkeypatch.setattr(type(lm.model), "generate", meeting)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with ThreadPoolExecutor(2) as threads:
+        written = list(
+            threads.map(lambda _: generate.write_after(lm, inputs, dict(options)), range(2))
+        )
+    assert written[0] == written[1]
+    assert seen == [(True, generate.end_ids(lm))] * 2
     assert lm.model.generation_config is own
 
 

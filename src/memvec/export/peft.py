@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from memvec.errors import MemvecError, first_line
 from memvec.export.target import Item, Target, decoder, embedded
-from memvec.export.transformers import plain_generation
+from memvec.export.transformers import plainly_generating
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -75,11 +75,12 @@ class Peft(Target):
         from peft import PeftModel
 
         given = torch.tensor([list(item.given)], dtype=torch.long, device=lm.device)
-        with plain_generation(lm), _restored(lm.model), warnings.catch_warnings():
+        model = plainly_generating(lm)
+        with _restored(model), warnings.catch_warnings():
             for message in KNOWN_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             try:
-                adapted: Any = PeftModel.from_pretrained(lm.model, path)
+                adapted: Any = PeftModel.from_pretrained(model, path)
                 ids = adapted.generate(
                     input_ids=given,
                     attention_mask=torch.ones_like(given),

@@ -6,8 +6,6 @@ the embeddings of the start rule's tokens, if any. `generate` itself decodes for
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -56,28 +54,23 @@ def generated(lm: FrozenLM, inputs: Float[Tensor, "N D"], new_tokens: int) -> li
     """
     if not new_tokens:
         return []
-    model: Any = lm.model
-    with plain_generation(lm):
-        try:
-            ids = model.generate(
-                inputs_embeds=inputs[None].to(lm.device), max_new_tokens=new_tokens, do_sample=False
-            )
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()
-            raise MemvecError(
-                f"generate() of {lm.name} does not take inputs_embeds "
-                f"({reason[0] if reason else type(error).__name__})."
-            ) from error
+    try:
+        ids = plainly_generating(lm).generate(
+            inputs_embeds=inputs[None].to(lm.device), max_new_tokens=new_tokens, do_sample=False
+        )
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        raise MemvecError(
+            f"generate() of {lm.name} does not take inputs_embeds "
+            f"({reason[0] if reason else type(error).__name__})."
+        ) from error
     written: list[int] = ids[0].tolist()
     return written
 
 
-@contextlib.contextmanager
-def plain_generation(lm: FrozenLM) -> Iterator[None]:
-    """Context manager: `generate` is greedy, without penalties, and does not stop at EOS.
+def plainly_generating(lm: FrozenLM) -> Any:
+    """A shallow copy of the model that is greedy, without penalties, and does not stop at EOS.
 
-    A model's own generation config may set any of them, and `generate` uses it for arguments that
-    its caller does not pass. It is restored afterwards.
+    A model's own generation config may set any of them.
     """
-    with generating_by(lm, GenerationConfig(pad_token_id=0)):
-        yield
+    return generating_by(lm, GenerationConfig(pad_token_id=0))

@@ -294,8 +294,7 @@ def _generated(
 ) -> list[int]:
     from transformers import GenerationConfig
 
-    generate: Any = getattr(lm.model, "generate", None)
-    if generate is None:
+    if not hasattr(lm.model, "generate"):
         raise MemvecError(f"{lm.name} is no model that generates.")
     mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
     options.setdefault("pad_token_id", end_ids(lm)[0] if end_ids(lm) else 0)
@@ -304,9 +303,8 @@ def _generated(
         options[str(lm.caching.argument)] = cache
     # Of the model's generation config only the end tokens are used, and not, say, its penalties.
     config = GenerationConfig(eos_token_id=end_ids(lm) or None)
-    with generating_by(lm, config):
-        out = generate(inputs_embeds=inputs, attention_mask=mask, streamer=streamer, **options)
-    ids: list[int] = out[0].tolist()
+    options |= {"inputs_embeds": inputs, "attention_mask": mask, "streamer": streamer}
+    ids: list[int] = generating_by(lm, config).generate(**options)[0].tolist()
     return ids
 
 

@@ -1,9 +1,8 @@
-"""Replace the generation config of a model temporarily."""
+"""Generate with another generation config than the model's own."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from typing import TYPE_CHECKING, Any
 
 from memvec.model.lm import FrozenLM
@@ -12,13 +11,12 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 
-@contextlib.contextmanager
-def generating_by(lm: FrozenLM, config: GenerationConfig) -> Iterator[None]:
-    """Context manager that replaces the model's generation config and restores it afterwards."""
-    model: Any = lm.model
-    previous = model.generation_config
+def generating_by(lm: FrozenLM, config: GenerationConfig) -> Any:
+    """A shallow copy of the model, with the same weights, that has this generation config.
+
+    `generate` fills in what its caller does not pass from the model's own config. Threads may
+    generate with one model at the same time, so the config of the model itself is not replaced.
+    """
+    model: Any = copy.copy(lm.model)
     model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = previous
+    return model
