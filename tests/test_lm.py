@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import ALSO, build, byte_tokenizer, passages, reader, tiny
-from memvec.codec import cram, decode
+from memvec.codec import cram, decode, measure, verify
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.decoding import decode_ids
@@ -118,6 +118,22 @@ def test_a_model_that_is_trained_further_is_another_one(trained, monkeypatch):
             use()
     with pytest.raises(MemvecError, match="made for other weights"):
         decode(new, mem)
+
+
+def test_a_model_in_training_mode_is_refused():
+    """Its dropout would change every pass; evaluation mode is enough to go on."""
+    tokenizer = byte_tokenizer()
+    model = build("gpt2", vocab_size=len(tokenizer))
+    lm = FrozenLM(model.train(), tokenizer)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    mem = cram(lm, "abc", recipe=Recipe(steps=2))
+    model.train()
+    for use in (lambda: cram(lm, "abc"), lambda: measure(lm, mem, "abc"), lambda: verify(lm, mem)):
+        with pytest.raises(MemvecError, match="is in training mode, with dropout"):
+            use()
+    model.eval()
+    measure(lm, mem, "abc")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda lm: pickle.loads(pickle.dumps(lm))])

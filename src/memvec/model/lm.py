@@ -49,9 +49,10 @@ class FrozenLM:
     """A frozen causal LM and its tokenizer.
 
     `load_lm` makes one by name; the constructor takes a model and tokenizer that are in memory. It
-    freezes all parameters of the model in place, those of PEFT adapters included. `tokenizer` may
-    be None if only token ids are used. Raises MemvecError for a model that takes no vectors and,
-    unless `check` is False, for a model that fails a self-check.
+    changes the model in place: evaluation mode, and `requires_grad` False for all parameters, those
+    of PEFT adapters included. `tokenizer` may be None if only token ids are used. Raises
+    MemvecError for a model that takes no vectors and, unless `check` is False, for a model that
+    fails a self-check.
 
     Attributes: `width` (D), `vocab_size` (V), `context` (tokens, None if unlimited), `bos_id` (the
     token that starts a text: BOS, else EOS, else None), `embedding_std` (standard deviation of the
@@ -169,10 +170,8 @@ class FrozenLM:
 
     def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         """Embeddings of token ids, soft tokens included, as the first layer reads them."""
-        if self.soft is not None:
-            return embedded(self, ids)
-        plain: Tensor = self.embedding(ids)
-        return plain
+        rows: Tensor = self.embedding(ids) if self.soft is None else embedded(self, ids)
+        return rows
 
     @property
     def layout(self) -> Layout:
@@ -186,13 +185,12 @@ class FrozenLM:
         layout than 'prefix', it has no encoder and no measured bits per vector, because these are
         for vectors in front of a passage. Raises MemvecError for an unknown layout.
         """
-        reading = reading_named(layout) if isinstance(layout, str) else layout
+        reading = layout if isinstance(layout, Reading) else reading_named(layout)
         if reading is self.reading:
             return self
         if reading is IN_FRONT:
             return self._original or self
-        view = copy.copy(self)
-        original = self._original or self
+        view, original = copy.copy(self), self._original or self
         view.reading, view.context, view._original = reading, reading.context(original), original
         view.facts, view.encoder, view.usable_encoder = {}, None, None
         return view
@@ -326,11 +324,13 @@ class FrozenLM:
         return self._fingerprint
 
     def check_unchanged(self) -> None:
-        """Raise MemvecError if the weights were changed in place (trained) since construction."""
+        """Raise MemvecError if weights were changed in place since construction, or in train()."""
         if not self._unchanged:
             raise MemvecError(
                 f"the weights of {self.name} were changed after it was loaded: make a new FrozenLM."
             )
+        if self.model.training:
+            raise MemvecError(f"{self.name} is in training mode, with dropout: call model.eval().")
 
     def description(self) -> dict[str, Any]:
         """Everything about the model that can change a result, for records."""
