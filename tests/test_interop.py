@@ -112,6 +112,14 @@ def test_every_target_keeps_every_start_rule(target, rule, tmp_path):
     assert manifest["certificate"]["decoded_in"] == manifest["dtype"] == "bfloat16"
 
 
+def test_an_export_takes_the_name_of_its_target(tmp_path):
+    lm = in_dtype("llama", torch.float32)
+    mem = crammed(lm)
+    manifest = export(lm, mem, "npy", tmp_path / "out")
+    assert manifest["target"] == "npy"
+    assert (tmp_path / "out" / manifest["passages"][0]["file"]).is_file()
+
+
 def test_an_eos_in_a_passage_and_a_model_that_samples_change_nothing(tmp_path):
     lm = FrozenLM(build("llama"), name="sampler")
     own = GenerationConfig(do_sample=True, temperature=9.0, eos_token_id=1, max_length=3)
@@ -443,7 +451,7 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
         ran = command(*line.split()[1:])
         assert ran.code == 0, (line, ran.err)
     snippets = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     shown = []
     for code in snippets:
         printed = io.StringIO()
@@ -451,6 +459,8 @@ def test_what_the_page_shows_runs(command, tmp_path, monkeypatch, python):
             exec(compile(code, "docs/interop.md", "exec"), {})
         shown.append(printed.getvalue())
     answer = command("use", "usable.mem", "-p", " The next morning", "--max-new-tokens", 12)
+    written, *shown = shown  # the first one exports, and prints nothing
+    assert written == ""
     assert shown[0].strip() == answer.out.decode().strip()
     assert shown[1:3] == [letter, letter]
     assert re.fullmatch(r"\(\d+, 1, 384\)\n", shown[3])

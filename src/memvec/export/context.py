@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, check_type
 from memvec.export.folder import check, common_facts, write_folder
-from memvec.export.target import Item, Target, stock_attention
+from memvec.export.target import Item, Target, stock_attention, target_of
 from memvec.usable.certificate import certify_use
 from memvec.usable.generate import context_inputs
 from memvec.vectors import MemVectors
@@ -37,19 +37,22 @@ ROOM = 1  # inputs of the model's context to leave for a prompt
 def export_context(
     lm: FrozenLM,
     mem: MemVectors,
-    target: Target,
+    target: Target | str,
     folder: str | os.PathLike[str],
     *,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the vectors of `mem` for context mode in a target's format; returns the manifest.
 
-    `lm` must be in the dtype in which the target runs it (`target.dtype` if it has one). Raises
-    MemvecError for another model, vectors without a trigger, an existing folder (`force` replaces
-    an earlier export only), more vectors than the model's context holds, or a model that the target
-    does not support; NotExactError if the passages do not decode exactly in this dtype. No files
-    remain after an error.
+    `target` is the name of a target (`memvec.export.names()`), or a Target. `lm` must be in the
+    dtype in which the target runs it (`target.dtype` if it has one). Raises MemvecError for another
+    model, vectors without a trigger, an existing folder (`force` replaces an earlier export only),
+    more vectors than the model's context holds, or a model that the target does not support;
+    NotExactError if the passages do not decode exactly in this dtype. No files remain after an
+    error.
     """
+    target = target_of(target)
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     output = path_of(folder)
     check(mem, lm, target, output, force)
     inputs = context_inputs(lm, mem)

@@ -21,8 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memvec.companions.around import in_full
-from memvec.errors import MemvecError, NotExactError
-from memvec.export.target import Item, Target, refuse_other_weights, stock_attention
+from memvec.errors import MemvecError, NotExactError, check_type
+from memvec.export.target import (
+    Item,
+    Target,
+    refuse_other_weights,
+    stock_attention,
+    target_of,
+)
 from memvec.header import PassageRecord
 from memvec.machine import environment, plain_torch
 from memvec.passages.passage import ids_hash
@@ -41,19 +47,22 @@ MAX_NAMED = 5  # passages that an error message names
 def export(
     lm: FrozenLM,
     mem: MemVectors,
-    target: Target,
+    target: Target | str,
     folder: str | os.PathLike[str],
     *,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write `mem` for decoding mode in a target's format and certify it; returns the manifest.
 
-    `lm` must be in the dtype in which the target runs it (`target.dtype` if it has one). Raises
-    MemvecError for another model, an existing folder (`force` replaces an earlier export only), a
-    model that the target does not support, or vectors that it cannot decode (one-step, in a space,
-    with corrections); NotExactError, which names the passages, if they do not decode exactly in the
-    target's dtype. No files remain after an error.
+    `target` is the name of a target (`memvec.export.names()`), or a Target. `lm` must be in the
+    dtype in which the target runs it (`target.dtype` if it has one). Raises MemvecError for another
+    model, an existing folder (`force` replaces an earlier export only), a model that the target
+    does not support, or vectors that it cannot decode (one-step, in a space, with corrections);
+    NotExactError, which names the passages, if they do not decode exactly in the target's dtype. No
+    files remain after an error.
     """
+    target = target_of(target)
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     output = path_of(folder)
     check(mem, lm, target, output, force)
     items = [_item(mem, i, lm) for i in range(len(mem.passages))]

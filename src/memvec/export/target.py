@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memvec import __version__, registry
 from memvec.decoding import decode_ids
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, did_you_mean
 from memvec.model.precision import ATTENTION
 
 if TYPE_CHECKING:
@@ -133,3 +133,22 @@ def embedded(tokens: Sequence[int], lm: FrozenLM) -> Float[Tensor, "n D"]:
     """Embeddings of n token ids as the model gets them, on the CPU."""
     ids = torch.tensor(list(tokens), dtype=torch.long, device=lm.device)
     return lm.embed(ids).cpu() if tokens else torch.empty(0, lm.width, dtype=lm.dtype)
+
+
+def target_of(name: str | Target) -> Target:
+    """The target with a name; a Target is returned unchanged.
+
+    Raises MemvecError, with the nearest known name, for others.
+    """
+    if isinstance(name, Target):
+        return name
+    if name not in registry.names("export"):
+        raise MemvecError(
+            f"unknown target '{name}': {did_you_mean(name, registry.names('export'))}"
+        )
+    kind = registry.get("export", name)
+    if not (isinstance(kind, type) and issubclass(kind, Target)):
+        raise MemvecError(f"the export '{name}' is no class derived from memvec.export.Target.")
+    if lacking := [word for word in ("description", "suffix") if not hasattr(kind, word)]:
+        raise MemvecError(f"the export '{name}' has no {' and no '.join(lacking)}.")
+    return kind(name)
