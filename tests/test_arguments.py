@@ -15,6 +15,7 @@ from memvec import MemvecError, Recipe
 from memvec.cli.app import app
 from memvec.cli.arguments import WRITTEN, as_options, options_of
 from memvec.encoders.usable_training import UsablePlan
+from memvec.export import export
 from memvec.usable.evaluate import Evaluation
 
 ROOT = Path(memvec.__file__).parent
@@ -107,3 +108,26 @@ def test_a_command_prints_the_names_of_options(mem, tmp_path, command):
     ):
         ran = command(*words)
         assert (ran.code, sentence in ran.sentence) == (2, True), ran.sentence
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda lm, mem: memvec.cram(lm, "a", tokens=True), "tokens must be a whole number"),
+        (lambda lm, mem: memvec.cram(lm, "a", layout=5), "unknown layout '5'"),
+        (lambda lm, mem: memvec.cram(lm, "a", layout=None), "unknown layout 'None'"),
+        (lambda lm, mem: Recipe.of(None), "unknown preset 'None'"),
+        (lambda lm, mem: memvec.Engine(lm, poll=-1), "poll must be at least 1"),
+        (lambda lm, mem: memvec.certify(lm, [mem], "a"), "mem is a memvec.MemVectors"),
+        (lambda lm, mem: memvec.FrozenLM("pocket"), "a model of transformers is needed, not a str"),
+        (lambda lm, mem: memvec.score(lm, mem, None, [" a"]), "the prompt is no str"),
+        (lambda lm, mem: memvec.score(lm, mem, "a", b"b"), "answers is a list of at least one"),
+        (lambda lm, mem: memvec.score(lm, mem, "a", [5]), "answers is a list of at least one"),
+        (lambda lm, mem: export(lm, mem, None, "out"), "unknown target 'None'"),
+        (lambda lm, mem: export(lm, [mem], "npy", "out"), "mem is a memvec.MemVectors"),
+    ],
+)
+def test_a_python_caller_gets_one_sentence_for_a_wrong_argument(mem, call, sentence):
+    with pytest.raises(MemvecError, match=f"^{re.escape(sentence)}"):
+        call(reader(), mem)

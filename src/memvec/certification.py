@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from memvec.certificate import certificate_of, measure
+from memvec.errors import check_type
 from memvec.machine import plain_torch
 from memvec.model.lm import FrozenLM
 from memvec.passages.documents import Document
@@ -28,6 +29,7 @@ def certify(
     is removed; `memvec.certify_use` measures a new one. Raises MemvecError as `memvec.measure` does
     and, without `texts`, NotExactError if a text is not exact.
     """
+    check_type("mem", mem, MemVectors, "MemVectors.load")
     if texts is None:
         decoded = mem.tokens(lm, force=force)
         texts = mem.restored(lm, decoded)

@@ -46,11 +46,10 @@ def check_minimum(minimum: int | float, /, **arguments: int | float | None) -> N
     None means that the argument was not given. If `minimum` is an `int`, values must be whole
     numbers.
     """
-    whole = isinstance(minimum, int)
+    kind, words = (Integral, "a whole number") if isinstance(minimum, int) else (Real, "a number")
     for name, value in arguments.items():
-        if value is not None and not isinstance(value, Integral if whole else Real):
-            kind = "a whole number" if whole else "a number"
-            raise MemvecError(f"{name} must be {kind}, not {value!r:.60}.")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise MemvecError(f"{name} must be {words}, not {value!r:.60}.")
         if value is not None and not value >= minimum:
             raise MemvecError(f"{name} must be at least {minimum:g}, not {value!r}.")
 

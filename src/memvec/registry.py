@@ -205,7 +205,7 @@ def get(kind: str, name: str) -> Any:
     Raises MemvecError for an unknown kind, name or argument (with the nearest known one), and if a
     plug-in cannot be imported.
     """
-    if "(" in name and not name.startswith("("):
+    if "(" in (name := str(name)) and not name.startswith("("):
         name, arguments = plugins.split(name)
         return plugins.bound(kind, name, get(kind, name), arguments)
     if name not in names(kind):

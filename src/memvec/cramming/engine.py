@@ -73,7 +73,7 @@ class Engine:
         poll: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        check_minimum(1, vectors=vectors, batch_size=batch_size)
+        check_minimum(1, vectors=vectors, batch_size=batch_size, poll=poll)
         lm.check_unchanged()
         recipe = (recipe or Recipe()).in_logits(lm.logit_spread)
         self.recipe = recipe.for_family(str(lm.config.model_type))

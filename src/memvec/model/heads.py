@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from memvec.errors import MemvecError
 from memvec.model import memory
 
 if TYPE_CHECKING:
@@ -26,9 +27,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of torch.compile and PEFT, which hide body, head and cache.
 
     Steps differ in shape, and a compiled model would be compiled for each. PEFT's adapters are in
-    the module inside; its virtual tokens are not, so a model with these stays as it is.
+    the module inside; its virtual tokens are not, so a model with these stays as it is. Raises
+    MemvecError for another object than a module of PyTorch.
     """
     model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise MemvecError(f"a model of transformers is needed, not a {type(model).__name__}.")
     tuned: Any = getattr(model, "peft_config", {})
     inside: Any = getattr(model, "get_base_model", None)
     if inside is None or any(config.is_prompt_learning for config in tuned.values()):

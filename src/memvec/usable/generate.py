@@ -65,8 +65,7 @@ def use(
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
     passages = passage_numbers(passages)
     files = as_files(mem, passages)
-    if not isinstance(prompt, str):
-        raise MemvecError(f"the prompt is no str but of the type {type(prompt).__name__}.")
+    check_prompt(prompt)
     if context not in get_args(Context):
         raise MemvecError(f"context is one of {', '.join(get_args(Context))}, not '{context}'.")
     prompt_ids = torch.tensor([lm.tokenize(prompt)], dtype=torch.long, device=lm.device)
@@ -126,6 +125,12 @@ def _options(lm: FrozenLM, settings: dict[str, Any]) -> dict[str, Any]:
     if "stop_strings" in settings:  # `generate` needs the tokenizer to find them
         options.setdefault("tokenizer", lm.tokenizer)
     return options
+
+
+def check_prompt(prompt: object) -> None:
+    """Raise MemvecError for a prompt of another type than `str`."""
+    if not isinstance(prompt, str):
+        raise MemvecError(f"the prompt is no str but of the type {type(prompt).__name__}.")
 
 
 def passage_numbers(passages: Iterable[int] | None) -> list[int] | None:

@@ -8,7 +8,7 @@ and nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from memvec.usable.contexts import contexts_of
 from memvec.usable.generate import (
     SHORTER,
     as_files,
+    check_prompt,
     check_room,
     in_a_row,
     passage_numbers,
@@ -61,7 +62,9 @@ def score(
     NotExactError if the text is not exact.
     """
     check_type("lm", lm, FrozenLM, "memvec.load_lm")
-    if isinstance(answers, str) or not answers:
+    check_prompt(prompt)
+    answers = [] if isinstance(answers, str) or not isinstance(answers, Iterable) else list(answers)
+    if not answers or not all(isinstance(answer, str) for answer in answers):
         raise MemvecError("answers is a list of at least one text, such as [' yes', ' no'].")
     numbers = passage_numbers(passages)
     files = as_files(mem, numbers)
