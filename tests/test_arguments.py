@@ -120,6 +120,8 @@ def test_a_command_prints_the_names_of_options(mem, tmp_path, command):
         (lambda lm, mem: Recipe.of(None), "unknown preset 'None'"),
         (lambda lm, mem: memvec.Engine(lm, poll=-1), "poll must be at least 1"),
         (lambda lm, mem: memvec.certify(lm, [mem], "a"), "mem is a memvec.MemVectors"),
+        (lambda lm, mem: memvec.load_lm(None), "a path is a str or a Path, not None"),
+        (lambda lm, mem: memvec.load_lm(b"pocket"), "a path is a str or a Path, not b'pocket'"),
         (lambda lm, mem: memvec.FrozenLM("pocket"), "a model of transformers is needed, not a str"),
         (lambda lm, mem: memvec.score(lm, mem, None, [" a"]), "the prompt is no str"),
         (lambda lm, mem: memvec.score(lm, mem, "a", b"b"), "answers is a list of at least one"),

@@ -81,11 +81,11 @@ def load_lm(
     with the model quantized in the same way. `checkpointing` computes each layer twice instead of
     keeping its activations. `offload` keeps activations in main memory.
 
-    Raises MemvecError for no such model, network or weights, another model than a causal LM, and a
-    failed self-check.
+    Raises MemvecError for no such model, network or weights, no causal LM, a failed self-check.
     """
     warn_of_untested_versions()
-    name = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
+    path_of(name)  # refuses a name of another type, for which the Hub would be asked
+    name = os.fspath(name)
     dtype = str(dtype).removeprefix("torch.")
     where = _device(str(device))
     weights_dtype = _dtype(dtype, where)
