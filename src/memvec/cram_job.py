@@ -196,8 +196,7 @@ class CramJob:
             )
         if self.tokens is not None:
             return Cutter(self.lm, tokens=self.tokens, max_tokens=max_tokens), shortest
-        share = float(self.lm.facts.get("fill", FILL))
-        share = share / 2 if self.lm.reading.crammer else share
+        share = float(self.lm.facts.get("fill", FILL)) / (2 if self.lm.reading.crammer else 1)
         bits = share * self.K * self._bits_per_vector(max_tokens)
         return Cutter(self.lm, bits=bits, max_tokens=max_tokens), shortest
 

@@ -81,11 +81,11 @@ def load_lm(
     with the model quantized in the same way. `checkpointing` computes each layer twice instead of
     keeping its activations. `offload` keeps activations in main memory.
 
-    Raises MemvecError for no such model, network or weights, no causal LM, a failed self-check.
+    Raises MemvecError if there is no such model, no network or no weights, for a model that is no
+    causal LM, and for a failed self-check.
     """
     warn_of_untested_versions()
-    path_of(name)  # refuses a name of another type, for which the Hub would be asked
-    name = os.fspath(name)
+    local, name = local_folder(name), os.fspath(name)
     dtype = str(dtype).removeprefix("torch.")
     where = _device(str(device))
     weights_dtype = _dtype(dtype, where)
@@ -99,7 +99,6 @@ def load_lm(
 
         with _quiet():
             options |= loading_options(device_map, quantize, weights_dtype, where)
-    local = local_folder(name)
     if local is not None and revision is not None:
         raise MemvecError(f"{name} is a folder here: only models of the Hub have a revision.")
     model, tokenizer = _load_model(name, local, options, device=None if big else where)
@@ -183,13 +182,14 @@ def _read_extras(lm: FrozenLM, local: Path | None, encoder: str | os.PathLike[st
     read_encoders(lm, local, encoder)
 
 
-def local_folder(name: str) -> Path | None:
+def local_folder(name: str | os.PathLike[str]) -> Path | None:
     """The folder of a model, or None for a Hub id. 'pocket' is a folder of this package.
 
-    Raises MemvecError for a path without a model.
+    Raises MemvecError for a path without a model, and for another type than `str` and paths.
     """
     folder = POCKET if name == "pocket" else path_of(name)
-    if not (name == "pocket" or name.startswith((".", "/", "~")) or folder.exists()):
+    local = name == "pocket" or os.fspath(name).startswith((".", "/", "~"))
+    if not (local or folder.exists()):
         return None
     if not (folder / "config.json").is_file():
         raise MemvecError(f"no model in {folder}: there is no config.json.")

@@ -228,8 +228,7 @@ class MemVectors:
         return as_context_at(view, header.context_scale)
 
     def _in_space(self, lm: FrozenLM) -> FrozenLM:
-        lm = lm.read_as(self.header.layout)
-        space = self.header.space
+        lm, space = lm.read_as(self.header.layout), self.header.space
         return lm if space is None else in_space(lm, space.name, space.options)
 
     def documents(self, lm: FrozenLM, *, force: bool = False) -> list[bytes]:
