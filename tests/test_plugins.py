@@ -375,7 +375,50 @@ class Uncounted(Schedule):
         state.mine = torch.zeros(len(size))
         return state
 
+def square(vectors):
+    return vectors.square().mean((1, 2))
+
+def measured(loss):
+    return of(Term, measure=lambda self, vectors, *_: loss(square(vectors)))
+
+def schedule(**members):
+    return of(Schedule, counted=counted, **members)
+
+def halved(logits, ids, temperature, recipe):
+    return margins(logits.div_(2), ids)
+
+CrossEntropy = memvec.cramming.objectives.CrossEntropy
+Direct = memvec.cramming.coordinates.Direct
+
 CASES = {
+    "no-gradient": ("objective", lambda logits, ids, *_: margins(logits.detach(), ids)),
+    "in-place": ("objective", halved),
+    "own-class": ("objective", type("Own", (), {"loss": margins})),
+    "short-loss": ("objective", of(CrossEntropy, loss=lambda self, logits, ids: None)),
+    "wide-weights": ("objective", of(CrossEntropy, weights=lambda *_: torch.ones(2, 1))),
+    "one-fast-loss": ("objective", of(CrossEntropy, fused=lambda self, logits, ids, temperature:
+                                      (margins(logits, ids).mean(), None, logits))),
+    "one-for-all": ("schedule", schedule(out_of_patience=lambda self, state: False)),
+    "a-temperature": ("schedule", schedule(temperature=lambda self, state, margin: 1.0)),
+    "no-progress": ("schedule", schedule(reached=lambda self, leading, hits: hits.sum())),
+    "not-enlarged": ("schedule", schedule(advance=lambda self, state, gained: None)),
+    "no-state": ("schedule", schedule(fresh=lambda self, size, enlarged: size)),
+    "no-length": ("schedule", of(Schedule, counted=lambda self, state: state.best)),
+    "no-rate": ("optimizer", of(Adam, step=lambda self, parameters, gradient, state, moving: None)),
+    "one-parameter": ("coordinates", of(Direct, parameters=lambda self, vectors: vectors[:1])),
+    "whole-numbers": ("coordinates", of(Direct, parameters=lambda self, vectors: vectors.long())),
+    "detached": ("coordinates", of(Direct, vectors=lambda self, parameters: parameters.detach())),
+    "one-way": ("coordinates", type("Own", (), {"__init__": lambda *_: None,
+                                                "parameters": lambda self, vectors: vectors})),
+    "moves-nothing": ("term", measured(TermLoss)),
+    "no-outputs": ("term", measured(lambda loss: TermLoss(loss.detach(), (loss.detach(),)))),
+    "summed-outputs": ("term", measured(lambda loss: TermLoss(loss.detach(), (loss.sum(),)))),
+    "no-slopes": ("term", measured(lambda loss: TermLoss(loss.detach(), (loss,)))),
+    "one-slope": ("term", measured(lambda loss: TermLoss(loss.detach(), (loss,), (loss[:1],)))),
+    "a-function": ("term", lambda lm, module, recipe, K, start_rule: None),
+    "too-wide": ("space", type("Own", (Reading,), {"space": "too-wide", "options": {},
+                                                   "__init__": lambda self, lm, options: None,
+                                                   "numbers": lambda self, lm: 5})),
     "mean": ("objective", lambda logits, ids, temperature, recipe: margins(logits, ids).mean()),
     "column": ("objective", lambda logits, ids, temperature, recipe: margins(logits, ids)[:, None]),
     "nothing": ("objective", lambda logits, ids, temperature, recipe: None),
@@ -415,7 +458,47 @@ ROWS = (
     "field and no more."
 )
 LOSS = "is called with (logits, ids, temperature, recipe)"
+ATTACHED = (
+    "gives other outputs than a tuple of tensors that are attached to the vectors, with a row for "
+    "each row of these."
+)
 SAID = {
+    "no-gradient": "the objective 'no-gradient' gives losses without a gradient: compute them from "
+    r"the logits, without no_grad, detach or a comparison\.",
+    "in-place": r"the objective 'in-place' changes its logits: write to a copy of them\.",
+    "own-class": "the objective 'own-class' is no class derived from "
+    r"memvec\.cramming\.objectives\.Objective\.",
+    "short-loss": r"the objective 'short-loss' is called with loss\(logits, ids, temperature, "
+    r"recipe\): too many positional arguments\.",
+    "wide-weights": r"the objective 'wide-weights' gives \(2, 1\), not a tensor of shape "
+    r"\(2, 4\)\.",
+    "one-fast-loss": r"the objective 'one-fast-loss' gives \(\), not a tensor of shape \(8,\)\.",
+    "one-for-all": r"the schedule 'one-for-all' gives bool, not a tensor of shape \(2,\)\.",
+    "a-temperature": r"the schedule 'a-temperature' gives float, not a tensor of shape \(2,\)\.",
+    "no-progress": r"the schedule 'no-progress' gives \(\), not a tensor of shape \(2,\)\.",
+    "not-enlarged": r"the schedule 'not-enlarged' gives NoneType, not a tensor of shape \(2,\)\.",
+    "no-state": "the schedule 'no-state' keeps Tensor: a dataclass derived from "
+    r"memvec\.cramming\.schedules\.ScheduleState is needed\.",
+    "no-length": r"the schedule 'no-length' is called with counted\(state, length\): .*",
+    "no-rate": r"the optimizer 'no-rate' is called with step\(parameters, gradient, state, moving, "
+    r"lr_scale\): too many positional arguments\.",
+    "one-parameter": r"the coordinates 'one-parameter' gives \(1, 2, 32\), not a tensor of shape "
+    r"\(2, 2, 32\)\.",
+    "whole-numbers": r"the coordinates 'whole-numbers' gives parameters of torch\.int64\.",
+    "detached": "the coordinates 'detached' gives vectors without a gradient: compute them from "
+    r"the parameters, without no_grad or detach\.",
+    "one-way": r"the coordinates 'one-way' has no method vectors\.",
+    "moves-nothing": "the term 'moves-nothing' gives no outputs, so its loss would move nothing: "
+    r"TermLoss\(loss\.detach\(\), outputs, gradients\)\.",
+    "no-outputs": re.escape(f"the term 'no-outputs' {ATTACHED}"),
+    "summed-outputs": re.escape(f"the term 'summed-outputs' {ATTACHED}"),
+    "no-slopes": r"the term 'no-slopes' gives gradients of shapes \[\] at outputs of shapes "
+    r"\[\(2,\)\]: each output needs a gradient of its shape\.",
+    "one-slope": r"the term 'one-slope' gives gradients of shapes \[\(1,\)\] at outputs of shapes "
+    r"\[\(2,\)\]: each output needs a gradient of its shape\.",
+    "a-function": "the term 'a-function' is no class derived from "
+    r"memvec\.cramming\.terms\.Term\.",
+    "too-wide": r"the space 'too-wide' gives \(2, 32\), not a tensor of shape \(2, 5\)\.",
     "mean": r"the objective 'mean' gives \(\), not a tensor of shape \(\d+,\)\.",
     "column": r"the objective 'column' gives \((\d+), 1\), not a tensor of shape \(\1,\)\.",
     "nothing": r"the objective 'nothing' gives NoneType, not a tensor of shape \(\d+,\)\.",
@@ -481,3 +564,18 @@ def test_a_schedule_may_count_nothing_for_a_while(plugins):
         outcomes = crammed(recipe, poll=3)
         assert [o.exact for o in outcomes] == [True] * 3
         assert sorted(len(o.passage) for o in outcomes) == [2, 3, 4]
+
+
+def test_a_position_that_does_not_count_has_no_weight(plugins):
+    """It may be padding, whose loss depends on how long the other passages are."""
+
+    @memvec.register("objective", "all-positions")
+    class All(objectives.CrossEntropy):
+        def weights(self, counted, margin, target_margin):
+            return torch.ones_like(margin)
+
+    counted = torch.tensor([[True, True, False], [True, False, False]])
+    weights = objectives.objective_named("all-positions").weights(
+        counted, torch.zeros(2, 3), torch.zeros(2)
+    )
+    assert weights.tolist() == counted.float().tolist()

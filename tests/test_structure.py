@@ -32,11 +32,12 @@ BESIDE = (
     "machine",
     "versions",
     "plugins",
+    "part_checks",
     "journal",
     "resume",
     "cli",
 )
-BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins")
+BELOW_THE_MODEL = ("errors", "registry", "versions", "machine", "plugins", "part_checks")
 # What the core asks for: what stands around vectors, the encoder or trigger of a model's folder,
 # graphs, workers, the Hub, the operating system, releases of libraries, other packages, the journal
 # and what it keeps.
@@ -51,6 +52,7 @@ ON_REQUEST = {
     "memvec.machine",
     "memvec.versions",
     "memvec.plugins",
+    "memvec.part_checks",
     "memvec.journal",
     "memvec.resume",
 }

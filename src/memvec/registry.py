@@ -21,7 +21,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from memvec import plugins
+from memvec import part_checks, plugins
 from memvec.errors import MemvecError, did_you_mean
 
 Choice = TypeVar("Choice")
@@ -222,15 +222,21 @@ def spelled(kind: str, name: str) -> str:
     return plugins.spelled(*plugins.split(name))
 
 
-def checked(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> Any:
-    """Return `value` if it is a tensor of this shape; `kind` and `name` say what returned it.
+def made(kind: str, name: str, *arguments: Any) -> Any:
+    """What a name makes from these arguments, checked as `guarded` does."""
+    return guarded(kind, name, get(kind, name)(*arguments))
 
-    Raises MemvecError otherwise.
+
+def guarded(kind: str, name: str, part: Any) -> Any:
+    """`part`, which `name` made; a registered one is checked wherever it is used.
+
+    Raises MemvecError, then or later, if it is not what its kind has to be (memvec.part_checks).
     """
-    got = tuple(value.shape) if hasattr(value, "requires_grad") else type(value).__name__
-    if got != shape:
-        raise MemvecError(f"the {kind} '{name}' gives {got}, not a tensor of shape {tuple(shape)}.")
-    return value
+    added = plugins.plain(name) in _ADDED[kind]
+    return part_checks.guarded(kind, plugins.plain(name), part) if added else part
+
+
+checked = part_checks.check_tensor
 
 
 def _check_kind(kind: str) -> None:

@@ -145,8 +145,8 @@ class Shared:
             raise MemvecError("a shared m takes no corrections: leave them out.")
         self.lm, self.recipe, self.batch_size = lm, recipe, batch_size
         # A passage has one vector of its own, so K is 1 for the schedule.
-        self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, 1)
-        self.optimizer: Adam = registry.get("optimizer", recipe.optimizer)(recipe)
+        self.schedule: Schedule = registry.made("schedule", recipe.schedule, recipe, 1)
+        self.optimizer: Adam = registry.made("optimizer", recipe.optimizer, recipe)
         self.objective = objective_named(recipe.objective)
         self.storage = storage_of(storage)
         self.on_progress = on_progress

@@ -94,7 +94,8 @@ class Engine:
         self.poll = poll or (8 if graphs else 1)
         settings: dict[str, Any] = {"start_rule": self.start_rule, "storage": self.storage}
         settings |= {"fixed_shapes": fixed_shapes, "graphs": graphs}
-        step_type = self.step_type or registry.get("term", self.recipe.term).step_type or Step
+        term = registry.get("term", self.recipe.term)
+        step_type = self.step_type or getattr(term, "step_type", None) or Step
         self.stepper: Step = step_type(lm, self.module, self.recipe, vectors, **settings)
         self.schedule, self.waiting = self.stepper.schedule, Waiting()
         self.jobs: list[Job] = []  # jobs in the slots, in the order of the batch's rows
@@ -175,7 +176,6 @@ class Engine:
         elif self.batch is not None:
             longest = self.batch.columns - self.given
             counted = self.schedule.counted(self.batch.schedule, self.batch.length)
-            registry.checked("schedule", self.recipe.schedule, counted, self.batch.length.shape)
             # Leave room for the tokens that may count before the next check. The room of a passage
             # does not depend on the other slots, so a passage that needs more waits for the check.
             counted = counted + self.schedule.may_count(self.poll - 1)

@@ -120,7 +120,8 @@ def objective_named(name: str) -> Objective:
     Raises MemvecError for an unknown name.
     """
     choice = registry.get("objective", name)
-    objective: Objective = choice() if isinstance(choice, type) else Objective(choice)
+    made = choice() if isinstance(choice, type) else Objective(choice)
+    objective: Objective = registry.guarded("objective", name, made)
     return objective
 
 
@@ -164,7 +165,6 @@ def score(
             logits = head(part).float()
             if fused is None:
                 loss = objective.loss(logits, truth[span], temperatures[span], recipe)
-                registry.checked("objective", recipe.objective, loss, truth[span].shape)
                 (gradient[span],) = torch.autograd.grad(loss.sum(), part)
                 margins = metrics.margins(logits.detach()[None], truth[span][None])[0]
             else:

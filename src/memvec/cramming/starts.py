@@ -72,7 +72,8 @@ def start_vectors(
     if name != "encoder":
         start, shape = registry.get("start", name), (K, lm.width)
         rows = [registry.checked("start", name, start(lm, i, K, recipe), shape) for i in passages]
-        rows = [lm.reading.begun_at(lm, vectors) for vectors in rows]
+        space, numbers = lm.reading.space, (K, lm.numbers)
+        rows = [registry.checked("space", space, lm.reading.begun_at(lm, r), numbers) for r in rows]
         return [vectors / recipe.context_scale for vectors in rows]
     if (encoder := encoder_of(lm, recipe)) is None:
         kind, other = ("usable", "last-tokens") if recipe.term == "use" else ("one-pass", "noise")

@@ -32,7 +32,6 @@ from memvec.cramming.recipe import Recipe
 from memvec.cramming.rows import with_padding
 from memvec.cramming.schedules import Schedule
 from memvec.cramming.terms import Term, TermLoss
-from memvec.errors import MemvecError
 from memvec.graphs import Graphs, Pass, whole_columns
 from memvec.metrics import LN2
 from memvec.model.lm import FrozenLM
@@ -82,12 +81,12 @@ class Step:
         self.lm, self.module, self.recipe, self.K = lm, module, recipe, K
         self.start_rule, self.storage = start_rule, storage
         self.given = int(start_rule == "first-token")  # leading tokens that are not predicted
-        coordinates = registry.get("coordinates", recipe.coordinates)
-        self.coordinates: Coordinates = coordinates(recipe, K, lm)
-        self.optimizer: Any = registry.get("optimizer", recipe.optimizer)(recipe)
-        self.schedule: Schedule = registry.get("schedule", recipe.schedule)(recipe, K)
+        made = registry.made
+        self.coordinates: Coordinates = made("coordinates", recipe.coordinates, recipe, K, lm)
+        self.optimizer: Any = made("optimizer", recipe.optimizer, recipe)
+        self.schedule: Schedule = made("schedule", recipe.schedule, recipe, K)
         self.objective = objective_named(recipe.objective)
-        self.term: Term = registry.get("term", recipe.term)(lm, module, recipe, K, start_rule)
+        self.term: Term = made("term", recipe.term, lm, module, recipe, K, start_rule)
         self.run_pass: Pass = Graphs(self.forward, module, self.term) if graphs else self.forward
         # True if the losses of a step sum to -ln p(passage | vectors), in the model's own dtype.
         plain = (recipe.objective, recipe.schedule, recipe.temperature, recipe.stuck_after)
@@ -133,7 +132,6 @@ class Step:
             with self.term.watching():
                 states, scores = self.score_of(rows, ids, temperature, decoding)
             term = self.term.measure(rows, batch, columns, padding_rows)
-            registry.checked("term", self.recipe.term, getattr(term, "loss", None), (B,))
         margin = scores.margin[:B].masked_fill(~decoding[:, None], -torch.inf)
         stored, loss = vectors.detach(), scores.loss[:B]
         return Measurement(decoding, within, states, scores.gradient, stored, loss, margin, term)
@@ -292,11 +290,7 @@ class Step:
         gradient = self.gradient(outputs, batch, slopes)
         batch.parameters = self.enlarged(batch.parameters.detach(), newly_enlarged)
         arguments = (batch.optimizer, moving, batch.schedule.lr_scale)
-        if self.optimizer.step(batch.parameters, gradient, *arguments) is not None:
-            raise MemvecError(
-                f"the optimizer '{self.recipe.optimizer}' returns something: its step has to "
-                "change the parameters in place and return nothing."
-            )
+        self.optimizer.step(batch.parameters, gradient, *arguments)
         # A passage is charged for its own counted tokens, not for the columns of longer passages.
         batch.steps = batch.steps + moving
         before = self.module.inputs_before(self.K, self.start_rule)
