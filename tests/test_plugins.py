@@ -579,3 +579,29 @@ def test_a_position_that_does_not_count_has_no_weight(plugins):
         counted, torch.zeros(2, 3), torch.zeros(2)
     )
     assert weights.tolist() == counted.float().tolist()
+
+
+@pytest.mark.slow
+def test_a_file_that_a_script_imports_too_is_run_once(tmp_path, python):
+    """Also if the script itself is the file, so that its workers know its parts."""
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "using.py").write_text("import mine, memvec\nmemvec.Recipe(objective='plugged-in')")
+    (tmp_path / "itself.py").write_text(PLUGIN + "memvec.Recipe(objective='plugged-in')")
+    source = {**os.environ, "PYTHONPATH": str(Path(memvec.__file__).parent.parent)}
+    for script, file in (("using.py", "mine.py"), ("itself.py", "itself.py")):
+        ran = subprocess.run(
+            [python, script],
+            cwd=tmp_path,
+            env={**source, "MEMVEC_PLUGINS": file},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_an_unknown_part_may_be_one_of_a_plugin():
+    hint = "; if it is a plug-in's, install it or name its file in MEMVEC_PLUGINS."
+    with pytest.raises(MemvecError, match=re.escape(f"vectors{hint}")):
+        registry.get("protocol", "zzz")
+    with pytest.raises(MemvecError, match=re.escape(f"deficit{hint}")):
+        Recipe(objective="zzz")

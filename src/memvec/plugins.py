@@ -17,7 +17,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from memvec.writing import path_of
 
 GROUP = "memvec.plugins"
 FILES = "MEMVEC_PLUGINS"  # environment variable: Python files, separated as in PATH
+# The end of a sentence that lists the known names of a kind.
+ADD = "; if it is a plug-in's, install it or name its file in MEMVEC_PLUGINS."
 # Kinds whose names may have arguments: those that a recipe names, except the space, whose options
 # are in the file of vectors.
 WITH_ARGUMENTS = {"preset", "objective", "term", "queries", "schedule", "coordinates", "optimizer"}
@@ -54,13 +56,38 @@ def load_plugins() -> None:
 
 
 def _run_file(file: Path) -> None:
-    """Import a Python file by its path, as `memvec_plugin_NAME` if a module NAME is imported."""
+    """Import a Python file by its path, as `memvec_plugin_NAME` if a module NAME is imported.
+
+    Nothing is done if a module is that file: a script or its import has registered the parts.
+    """
+    if any(_is_file(module, file) for module in list(sys.modules.values())):
+        return
     name = file.stem if file.stem not in sys.modules else f"memvec_plugin_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("it is no Python file (NAME.py).")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+
+def _is_file(module: Any, file: Path) -> bool:
+    """True if a module was made from this file."""
+    place = getattr(module, "__file__", None)
+    return isinstance(place, str) and Path(place).name == file.name and _same(Path(place), file)
+
+
+def _same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return one.samefile(other)
+    return False
+
+
+def known(word: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown part: the nearest name, or all and how to add more."""
+    end = did_you_mean(word, names)
+    if end.endswith("?"):
+        return end
+    return end[:-1] + ADD
 
 
 def check_name(kind: str, name: str) -> None:

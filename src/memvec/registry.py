@@ -209,7 +209,7 @@ def get(kind: str, name: str) -> Any:
         name, arguments = plugins.split(name)
         return plugins.bound(kind, name, get(kind, name), arguments)
     if name not in names(kind):
-        raise MemvecError(f"unknown {kind} '{name}': {did_you_mean(name, names(kind))}")
+        raise MemvecError(f"unknown {kind} '{name}': {plugins.known(name, names(kind))}")
     if name in _ADDED[kind]:
         return _ADDED[kind][name]
     module, _, attribute = BUILT_IN[kind][name].partition(":")

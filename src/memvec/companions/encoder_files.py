@@ -23,9 +23,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from memvec import registry
+from memvec import plugins, registry
 from memvec.companions.encoder import EncoderFile, OnePassEncoder, TrainedEncoder
-from memvec.errors import MemvecError, did_you_mean
+from memvec.errors import MemvecError
 from memvec.machine import environment
 from memvec.model.fingerprint import Fingerprint
 from memvec.model.lm import FrozenLM
@@ -71,7 +71,7 @@ def load_encoder(path: str | os.PathLike[str], lm: FrozenLM) -> OnePassEncoder:
     file = _open(path)
     kind = file.metadata.get("kind", "summary")
     if kind not in registry.names("encoder"):
-        hint = did_you_mean(kind, registry.names("encoder"))
+        hint = plugins.known(kind, registry.names("encoder"))
         raise MemvecError(f"{path} has an encoder of the unknown kind '{kind}': {hint}")
     try:
         tokens = int(file.metadata.get("tokens", 0))

@@ -214,8 +214,10 @@ class Recipe:
             if name in REGISTERED and value.partition("(")[0] in registry.names(name):
                 object.__setattr__(self, name, registry.spelled(name, value))
             elif value not in allowed:
+                end = plugins.ADD if name in REGISTERED else "."
                 raise MemvecError(
-                    f"the recipe's {name} cannot be '{value}': it is one of {', '.join(allowed)}."
+                    f"the recipe's {name} cannot be '{value}': it is one of "
+                    f"{', '.join(allowed)}{end}"
                 )
         if plugins.plain(self.queries) in registry.names("queries"):  # otherwise a path of a file
             object.__setattr__(self, "queries", registry.spelled("queries", self.queries))

@@ -256,7 +256,7 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
             raise ValueError
         compared = maker.recompute(slow.passage, extra)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = f" ({type(error).__name__}: {error})" if str(error) else ""
+        why = f", or its recompute fails ({type(error).__name__}: {error})" if str(error) else ""
         return [f"extra is stored as {stored}, which protocol '{protocol}' does not write{why}."]
     for c in compared:
         pairs = zip(c.stored, c.recomputed, strict=False)

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from memvec import plugins
 from memvec.errors import MemvecError, did_you_mean
 from memvec.header import LONGEST
 from memvec.lab.protocols.lookup import protocol_names, protocol_of
@@ -203,7 +204,7 @@ def _take_options(data: dict[str, Any], where: str) -> None:
         if not isinstance(name, str):
             continue  # pydantic reports it
         if name not in protocol_names():
-            hint = did_you_mean(name, protocol_names())
+            hint = plugins.known(name, protocol_names())
             raise MemvecError(f"{where}: unknown protocol '{name}' in runs [{i}]: {hint}")
         option_names = protocol_of(name).Options.model_fields
         beside = {key: run.pop(key) for key in list(run) if key in option_names}
@@ -235,7 +236,7 @@ def _sentence(error: ValidationError, data: dict[str, Any]) -> str:
         kind = data["sources"][int(loc[1])].get("kind")
         if kind is None:
             return f"{where} needs a kind: one of {', '.join(SOURCES)}."
-        return f"unknown kind '{kind}' in {where}: {did_you_mean(str(kind), SOURCES)}"
+        return f"unknown kind '{kind}' in {where}: {plugins.known(str(kind), SOURCES)}"
     if first["type"] == "missing" and isinstance(loc[-1], str):
         return f"{place_of(loc[:-1])} needs '{loc[-1]}'."
     if first["type"] == "tuple_type" and isinstance(first["input"], dict):
