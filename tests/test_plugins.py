@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +163,11 @@ def test_a_part_has_arguments_of_its_own_in_its_name(plugins):
             super().__init__(replace(recipe, lr=recipe.lr * by, lr_large=recipe.lr_large * by))
             seen["slow"] = by
 
+    @memvec.register("objective", "frozen")
+    @dataclass(frozen=True)
+    class Frozen(Scaled):
+        factor: float = 1.0
+
     recipe = Recipe.of(objective="hinge(soft=True,factor = 3.0)", optimizer="slow(by=.5)", steps=2)
     assert recipe.objective == "hinge(factor=3.0, soft=True)"  # one spelling
     assert recipe.record()["optimizer"] == "slow(by=0.5)"
@@ -170,7 +175,7 @@ def test_a_part_has_arguments_of_its_own_in_its_name(plugins):
     crammed(recipe)
     assert seen == {"hinge": (3.0, True), "slow": 0.5}
     assert Recipe.of(objective="hinge()").objective == "hinge"
-    for name, factor in (("scaled", 1.0), ("scaled(factor=4)", 4)):
+    for name, factor in (("scaled", 1.0), ("scaled(factor=4)", 4), ("frozen", 1.0)):
         made = objectives.objective_named(name)
         assert isinstance(made, Scaled)
         assert made.factor == factor

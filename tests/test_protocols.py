@@ -109,6 +109,11 @@ def test_a_protocol_without_a_recomputation_is_named(
     shown = capsys.readouterr().out
     assert "protocol 'hits' has no recompute: the values of hits were not computed again." in shown
     assert "columns agree" in shown
+    for given, why in ((list, "compares nothing"), (lambda: [1.0], "other values"), (int, "int")):
+        monkeypatch.setattr(Hits, "recompute", lambda *_, given=given: given())
+        wrong = check_study(tmp_path / "out")["wrong"]
+        assert wrong
+        assert all("its recompute fails" in sentence and why in sentence for sentence in wrong)
 
 
 @pytest.fixture

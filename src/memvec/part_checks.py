@@ -98,7 +98,8 @@ def _check_method(kind: str, name: str, part: Any, method: str, arguments: str) 
 
 def _wrap(part: Any, method: str, check: Callable[..., Any]) -> None:
     """Replace a method by one that returns `check(original, *arguments)`."""
-    setattr(part, method, functools.partial(check, getattr(part, method)))
+    # Not setattr: a frozen dataclass refuses it.
+    object.__setattr__(part, method, functools.partial(check, getattr(part, method)))
 
 
 def _check_rows(kind: str, name: str, method: Callable[..., Any], *arguments: Any) -> Any:

@@ -29,7 +29,7 @@ import torch
 from memvec.cramming.starts import triggered
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
-from memvec.lab.protocols.protocol import Protocol
+from memvec.lab.protocols.protocol import Compared, Protocol
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.export import read_rows
 from memvec.lab.study.recompute import SPREAD, Slow, recompute, start_rule
@@ -85,7 +85,7 @@ def check_study(
 def _unchecked(name: str) -> list[str]:
     """A sentence about the columns that a protocol adds and does not compute again."""
     protocol = protocol_of(name)
-    if protocol.extras and type(protocol).recompute is Protocol.recompute:
+    if protocol.extras and not _is_recomputed(protocol):
         columns = ", ".join(protocol.extras)
         reason = f"protocol '{name}' has no recompute"
     elif protocol.not_recomputed:
@@ -94,6 +94,11 @@ def _unchecked(name: str) -> list[str]:
     else:
         return []
     return [f"{reason}: the values of {columns} were not computed again."]
+
+
+def _is_recomputed(protocol: Protocol) -> bool:
+    """True if the protocol computes columns of its own again."""
+    return type(protocol).recompute is not Protocol.recompute
 
 
 def _sampled(store: Store, sample: int) -> pd.DataFrame:
@@ -254,7 +259,13 @@ def _extra(protocol: str, stored: str, slow: Slow, worst: dict[str, float]) -> l
         extra = read_json(stored)
         if not isinstance(extra, dict) or extra.keys() != maker.extras.keys():
             raise ValueError
-        compared = maker.recompute(slow.passage, extra)
+        compared = list(maker.recompute(slow.passage, extra))
+        if not all(isinstance(c, Compared) for c in compared):
+            raise TypeError("it gives other values than Compared")
+        repeated = [value for name, value in extra.items() if name not in maker.not_recomputed]
+        measured = [value for value in repeated if value not in (None, [], {})]
+        if measured and not compared and _is_recomputed(maker):
+            raise ValueError("it compares nothing")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f", or its recompute fails ({type(error).__name__}: {error})" if str(error) else ""
         return [f"extra is stored as {stored}, which protocol '{protocol}' does not write{why}."]
