@@ -19,7 +19,6 @@ import functools
 import inspect
 import types
 import typing
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +26,13 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 Check = Callable[..., Any]
+config = jaxtyping.config
 checking = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 one_call = functools.partial(jaxtyping.jaxtyped, "context")  # what letters mean in it
 # By the identity of a function's code, which is kept: two functions may have equal code.
 known: dict[int, tuple[types.CodeType, Check, Check, bool]] = {}
 FIRST, EVERY = 32, 16
-calls: Counter[int] = Counter()  # by the same identity, since the test began (tests/conftest.py)
+calls: dict[int, int] = {}  # by the same identity, since the test began (tests/conftest.py)
 
 
 def jaxtyped(*, typechecker: object) -> Callable[[Any], Any]:
@@ -47,18 +47,19 @@ def checked(what: Any) -> Any:
             what.__init__ = checked(what.__init__)
         return what
     code = what.__code__
+    key = id(code)
 
     @functools.wraps(what)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable:
+        if config.jaxtyping_disable:
             return what(*args, **kwargs)
-        calls[id(code)] += 1
-        if calls[id(code)] > FIRST and calls[id(code)] % EVERY:
+        calls[key] = number = calls.get(key, 0) + 1
+        if number > FIRST and number % EVERY:  # nearly all calls end here, so it is short
             return what(*args, **kwargs)
-        if id(code) not in known:
-            known[id(code)] = (code, *checks_of(what))
-        _, takes, gives, has_letters = known[id(code)]
+        if key not in known:
+            known[key] = (code, *checks_of(what))
+        _, takes, gives, has_letters = known[key]
         if not has_letters:
             takes(*args, **kwargs)
             return gives(what(*args, **kwargs))
