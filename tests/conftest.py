@@ -18,6 +18,7 @@ import jaxtyping
 import pytest
 import torch
 import transformers
+import typer
 from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -30,6 +31,7 @@ from memvec.cramming.recipe import Recipe
 from memvec.errors import SlowPathWarning
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.usable import certificate
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -448,6 +450,17 @@ def every_protocol(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.fixture(scope="module")
+def few_words() -> Iterator[None]:
+    """Certificates of use ask 4 words, not 48: for files about anything else than their figures.
+
+    All tests of a file name it, so that each is the same alone and after the others.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "TOKENS", 4)
+        yield
+
+
 @pytest.fixture
 def untyped() -> Iterator[None]:
     """As in daily use: no signature is checked, so that memvec's own sentences are heard."""
@@ -468,6 +481,9 @@ def python() -> str:
 # ---------------------------------------------------------------------- the command line
 
 
+command_of = functools.cache(typer.main.get_command)
+
+
 class Ran:
     """What a run of the command left: exit code, standard output and error."""
 
@@ -484,8 +500,13 @@ class Ran:
 def command(
     monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> Iterator[Callable[..., Ran]]:
-    """Run `memvec` in this process, through its own entry point."""
+    """Run `memvec` in this process, through its own entry point.
+
+    What typer makes of the verbs is made once: it takes longer than what many of them do.
+    """
     from memvec import cli
+
+    monkeypatch.setattr("typer.main.get_command", command_of)
 
     def run(*words: object) -> Ran:
         capfdbinary.readouterr()

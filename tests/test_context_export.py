@@ -25,28 +25,32 @@ from memvec.export import export_context, names
 from memvec.export import target as target_of
 from memvec.export.target import Item, embedded
 from memvec.export.transformers import generated
-from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.vectors import MemVectors
 
+SCALE = 0.5
+pytestmark = pytest.mark.usefixtures("few_words")
 RECIPE = Recipe.of(
     "usable", settle=8, decay=8, steps=300, query_count=3, query_tokens=5, compute="model"
 )
+RECIPE = replace(RECIPE, context_scale=SCALE)
 TEXT = "the cat sat on the mat and the dog"
 PROMPT = " the"
 
 
 @functools.cache
-def crammed(tmp: Path, soft: bool, scale: float, front: str = "auto") -> MemVectors:
-    """Usable vectors of a text of several passages, exact, with each thing around them or not."""
-    lm = reader("words")
-    recipe = replace(RECIPE, context_scale=scale, front=front)
+def crammed(tmp: Path, soft: bool) -> MemVectors:
+    """Usable vectors of a text of several passages, exact, with soft tokens around them or not."""
+    lm, recipe = reader("words"), RECIPE
     if soft:
         rows = torch.randn(5, lm.width, generator=torch.Generator().manual_seed(1))
         file = tmp / "trigger.safetensors"
         save_trigger(file, CrammedTrigger(rows[:2], front=rows[2:]), lm, {})
         recipe = replace(recipe, trigger=str(file))
-    return codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=recipe)
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=recipe)
+    assert mem.exact
+    assert (mem.header.front, mem.header.context_scale) == ("bos", SCALE)
+    return mem
 
 
 @functools.cache
@@ -71,11 +75,14 @@ def slow_inputs(lm: FrozenLM, mem: MemVectors, scale: float, front: str) -> torc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("front", ["auto", "none"])
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("front", ["bos", "none"])
+@pytest.mark.parametrize("scale", [1.0, SCALE])
 @pytest.mark.parametrize("soft", [False, True])
 def test_context_inputs_are_what_use_reads(soft, scale, front, tmp):
-    lm, mem = reader("words"), crammed(tmp, soft, scale, front)
+    """Of vectors that are read with what their header says, whatever they were crammed with."""
+    lm, mem = reader("words"), crammed(tmp, soft)
+    header = mem.header.model_copy(update={"context_scale": scale, "front": front})
+    mem = MemVectors(mem.vectors, header, mem.soft)
     inputs = memvec.context_inputs(lm, mem)
     assert torch.allclose(inputs, slow_inputs(lm, mem, scale, front), rtol=1e-6)
     both = memvec.context_inputs(lm, [mem, mem])
@@ -91,7 +98,7 @@ def test_context_inputs_are_what_use_reads(soft, scale, front, tmp):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("to", names())
 def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
-    mem, target = crammed(tmp, soft, 0.5), target_of(to)
+    mem, target = crammed(tmp, soft), target_of(to)
     lm = in_dtype(target.dtype)
     manifest = export_context(lm, mem, target, tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -102,7 +109,7 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
     inputs = memvec.context_inputs(lm, mem)
     item = Item(inputs, (), 0)
     assert torch.equal(target.read(tmp_path / "out" / kept["file"], item, lm), inputs)
-    assert (kept["mode"], kept["inputs"], kept["context_scale"]) == ("context", len(inputs), 0.5)
+    assert (kept["mode"], kept["inputs"], kept["context_scale"]) == ("context", len(inputs), SCALE)
     assert kept["front_vectors"] == (4 if soft else 1)
     assert set(kept["use"]["held_out"]["contexts"]) >= {"vectors", "nothing"}
     # That control would have to be crammed.
@@ -112,7 +119,7 @@ def test_every_target_holds_the_same_inputs(to, soft, tmp, tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
-    lm, mem = reader("words"), crammed(tmp, False, 1.0)
+    lm, mem = reader("words"), crammed(tmp, False)
     export_context(lm, mem, target_of("npy"), tmp_path / "out")
     with pytest.raises(MemvecError, match="exists: use force=True"):
         export_context(lm, mem, target_of("npy"), tmp_path / "out")
@@ -135,29 +142,29 @@ def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
 @pytest.mark.slow
 def test_vectors_that_are_no_inputs_are_refused():
     lm = reader("words")
-    mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=replace(RECIPE, space="prefix"))
+    recipe = replace(RECIPE, context_scale=1.0, space="prefix")
+    mem = codec.cram(lm, [TEXT], vectors=2, tokens=3, recipe=recipe)
     with pytest.raises(MemvecError, match="in the space 'prefix' are no inputs"):
         memvec.context_inputs(lm, mem)
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_context(command, tmp_path):
-    file = tmp_path / "bus.mem"
-    text = tmp_path / "bus.txt"
-    text.write_text("The bus was late. Nobody was surprised.")
-    crammed = ["cram", str(text), "--usable", "--preset", "usable-quick", "-o", str(file)]
-    small = ["--vectors", "2", "--tokens", "6", "--set", "settle=5", "--set", "decay=5"]
-    assert command(*crammed, *small).code == 0
-    exported = command("export", file, "--to", "transformers", "--context")
-    assert exported.code == 0, exported
+def test_the_command_writes_a_context(command, tmp, tmp_path):
+    lm, mem = reader("words"), crammed(tmp, False)
+    for part in (lm.model, lm.tokenizer):
+        part.save_pretrained(tmp_path / "words")
+    file = mem.save(tmp_path / "cat.mem")
+    folder = tmp_path / "cat.transformers-context"
+    exported = command(
+        "export", file, "-m", tmp_path / "words", "--to", "transformers", "--context"
+    )
+    assert exported.code == 0, exported.err
     assert "inputs for transformers, to put in front of a prompt" in exported.err
-    use = json.loads((tmp_path / "bus.transformers-context/manifest.json").read_text())["use"]
+    use = json.loads((folder / "manifest.json").read_text())["use"]
     kept = use["in_a_row"]["contexts"]["vectors"]["kept"]  # as they are exported, not one by one
     words = f"vectors keep {kept:.2f} of" if kept >= 0 else f"none ({kept:.2f} of"
     assert words in exported.sentence
-    folder = tmp_path / "bus.transformers-context"
     inputs = load_file(folder / "context.safetensors")["inputs_embeds"][0]
-    lm, mem = load_lm("pocket"), MemVectors.load(file)
     assert torch.equal(inputs, memvec.context_inputs(lm, mem))
 
 

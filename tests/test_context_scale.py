@@ -30,6 +30,7 @@ from memvec.usable.neighbours import neighbours_of
 from memvec.vectors import MemVectors
 from studies import HEAD, USABLE, run, spec_in
 
+pytestmark = pytest.mark.usefixtures("few_words")
 RECIPE = Recipe.of(
     "usable", settle=20, decay=20, steps=400, query_count=3, query_tokens=5, compute="model"
 )

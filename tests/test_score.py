@@ -12,6 +12,7 @@ from conftest import reader
 from memvec import Recipe
 from memvec.errors import MemvecError
 
+pytestmark = pytest.mark.usefixtures("few_words")
 TEXTS = ["the cat sat on the mat", "a dog ran over the fox"]
 
 
@@ -21,6 +22,7 @@ def usable(request):
     recipe = Recipe.of("usable", front=request.param, settle=10, decay=10, steps=500, query_count=4)
     mem = memvec.cram(lm, TEXTS, vectors=2, tokens=6, recipe=recipe)
     assert mem.exact
+    assert mem.header.front == request.param
     return lm, mem
 
 

@@ -53,6 +53,7 @@ from memvec.usable.teacher import log_p_after
 from memvec.usable.trigger_training import TriggerEngine, TriggerPlan, first_rows, train_trigger
 from memvec.vectors import MemVectors
 
+pytestmark = pytest.mark.usefixtures("few_words")
 USABLE = Recipe.of(
     "usable", settle=20, decay=20, steps=400, query_count=3, query_tokens=5, compute="model"
 )
@@ -73,18 +74,23 @@ def soft_for(lm: FrozenLM, R: int, P: int = 0) -> CrammedTrigger:
     return CrammedTrigger(rows_for(lm, R), front=rows_for(lm, P, seed=1) if P else None)
 
 
-@pytest.fixture
-def trigger_file(tmp_path: Path) -> Path:
+def trigger_in(folder: Path) -> Path:
     """Three soft tokens after and two in front for the tiny reader."""
     lm = reader("words")
-    save_trigger(tmp_path / "trigger.safetensors", soft_for(lm, 3, 2), lm, {"plan": "none"})
-    return tmp_path / "trigger.safetensors"
+    save_trigger(folder / "trigger.safetensors", soft_for(lm, 3, 2), lm, {"plan": "none"})
+    return folder / "trigger.safetensors"
 
 
 @pytest.fixture
-def mem(trigger_file: Path) -> MemVectors:
-    """A text in usable vectors after that trigger."""
-    recipe = replace(USABLE, trigger=str(trigger_file))
+def trigger_file(tmp_path: Path) -> Path:
+    """A file that a test may change."""
+    return trigger_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mem(tmp_path_factory: pytest.TempPathFactory) -> MemVectors:
+    """A text in usable vectors after that trigger; tests look at it and do not change it."""
+    recipe = replace(USABLE, trigger=str(trigger_in(tmp_path_factory.mktemp("trigger"))))
     return codec.cram(reader("words"), [TEXT], vectors=2, tokens=4, recipe=recipe)
 
 
@@ -438,8 +444,8 @@ def test_the_triggers_gradient_is_the_mean_of_each_passages_own(family):
 @pytest.mark.slow
 def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
     lm, whole, parts = tiny(), tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
-    reports = []
-    soft = train_trigger(lm, ASKED, PLAN, USABLE, whole, on_batch=reports.append)
+    reports, quick = [], replace(USABLE, settle=8, decay=8)
+    soft = train_trigger(lm, ASKED, PLAN, quick, whole, on_batch=reports.append)
     moved = soft.table != first_rows(lm, PLAN)
     assert (soft.table.shape, soft.front.shape) == ((3, lm.width), (1, lm.width))
     assert moved.all()
@@ -449,12 +455,12 @@ def test_training_moves_it_and_a_killed_one_goes_on(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_trigger(lm, ASKED, PLAN, USABLE, parts, on_batch=killed)
+        train_trigger(lm, ASKED, PLAN, quick, parts, on_batch=killed)
     assert stored_trigger(parts, lm)[1]["batches_done"] == 1
-    again = train_trigger(lm, ASKED, PLAN, USABLE, parts)
+    again = train_trigger(lm, ASKED, PLAN, quick, parts)
     assert torch.equal(again.table, soft.table)
     assert torch.equal(load_trigger(parts, lm).table, soft.table)
-    again = train_trigger(lm, ASKED, PLAN, USABLE, parts)  # nothing is left to do
+    again = train_trigger(lm, ASKED, PLAN, quick, parts)  # nothing is left to do
     assert torch.equal(again.table, soft.table)
 
 
