@@ -95,13 +95,12 @@ def test_json_for_machines(command, folder, letter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["checkpointing", "offload=true", "device_map=cpu"])
-def test_loading_options_change_the_way_not_the_vectors(command, folder, letter, option):
+def test_loading_options_change_the_way_not_the_vectors(command, folder, letter, stored, option):
     if option.startswith("device_map"):
         pytest.importorskip("accelerate")
-    one = ["cram", letter, "-m", folder, *FAST, "-o"]
-    assert command(*one, "plain.mem").code == 0
-    assert command(*one, "big.mem", "--load", option).code == 0
-    plain, big = (memvec.MemVectors.load(f"{name}.mem") for name in ("plain", "big"))
+    one = ["cram", letter, "-m", folder, *FAST, "-o", "big.mem", "--load", option]
+    assert command(*one).code == 0
+    plain, big = (memvec.MemVectors.load(path) for path in (stored, "big.mem"))
     assert torch.allclose(plain.vectors, big.vectors, atol=1e-4)
     assert command("decode", "big.mem", "--load", option).out == TEXT.encode()
     assert command("doctor", "-m", folder, "--load", option).code == 0

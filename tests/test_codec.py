@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -106,7 +107,7 @@ def test_a_text_that_fits_as_it_is_is_not_cut(monkeypatch, text, whole):
 
     monkeypatch.setattr(cram_job.CramJob, "_probed", seen)
     monkeypatch.setattr(cram_job, "PROBE_TOKENS", 1)
-    mem = codec.cram(lm, [text], vectors=2, recipe=QUICK)
+    mem = codec.cram(lm, [text], vectors=2, recipe=replace(QUICK, steps=200, patience=60))
     n = len(lm.tokenize(text))
     assert probed == [min(2 * 2**i, n) for i in range(len(probed))]
     assert (probed[-1] == n) == whole == (len(mem.passages) == 1)
@@ -426,6 +427,11 @@ def journal(path: Path, **changes) -> Journal:
     return Journal(path, {"vectors": 2} | changes)
 
 
+@functools.cache
+def uninterrupted(tokens: int) -> MemVectors:
+    return codec.cram(reader(), [TEXT], vectors=2, tokens=tokens, recipe=HASTY, batch_size=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])
 @pytest.mark.parametrize("tokens", [2, 8])
@@ -433,7 +439,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after, 
     """Same vectors; what was finished is not crammed again, splits included."""
     lm, path = reader(), tmp_path / "j"
     options = {"vectors": 2, "tokens": tokens, "recipe": HASTY, "batch_size": 1}
-    whole = codec.cram(lm, [TEXT], **options)
+    whole = uninterrupted(tokens)
     record = journal(path)
 
     def interrupt(_: CramStatus):
@@ -476,7 +482,7 @@ def test_a_path_keeps_what_an_interrupted_call_has_finished(tmp_path, monkeypatc
 
     with pytest.raises(KeyboardInterrupt):
         codec.cram(lm, [TEXT], on_status=interrupt, **options)
-    whole = codec.cram(lm, [TEXT], **options | {"journal": None})
+    whole = uninterrupted(8)
     crammed.clear()
     for journal, fewer in ((str(path), 0), (path, len(whole.passages))):
         before = len(crammed)
