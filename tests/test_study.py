@@ -644,7 +644,7 @@ def test_asking_for_fewer_after_a_kill_makes_all_that_is_asked(
 ) -> None:
     """Rows come in the order in which passages finish, not in that of their numbers."""
     run_ = f'[[runs]]\nprotocol = "{protocol}"\nsources = ["random-tokens"]\nseeds = {seeds}\n'
-    run_ += "lengths = [4]\nrecipe = { lr = 0.1, steps = 300 }\n"
+    run_ += "lengths = [4]\nrecipe = { lr = 0.1, steps = 100 }\n"
     head = HEAD.replace("batch_size = 3", "batch_size = 8")
     many, few = (spec_in(tmp_path, f"{head}{run_}passages = {n}\n") for n in (8, 4))
     with pytest.raises(KeyboardInterrupt):
