@@ -28,6 +28,7 @@ from memvec.export import target as target_of
 from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
 from memvec.vectors import MemVectors
+from properties import moves, paths
 from test_engine import Guess
 from test_families import as_mem
 
@@ -100,11 +101,12 @@ def test_no_input_depends_on_a_token_and_none_is_spent_before_the_first():
 
 def test_slots_are_independent_here_too():
     lm, recipe = one_step(tiny()), replace(QUICK, steps=10, margin=1e3)  # nobody is done
-    together = {o.passage: o for o in Engine(lm, recipe, vectors=2, batch_size=4).run(ASKED)}
+    recipe = replace(recipe, lr=0.01, lr_large=0.0)
+    together = paths(Engine(lm, recipe, vectors=2, batch_size=4), ASKED)
     for passage in ASKED[:2]:
-        (alone,) = Engine(lm, recipe, vectors=2, batch_size=1).run([passage])
-        assert alone.steps == together[passage].steps == 10
-        torch.testing.assert_close(alone.vectors, together[passage].vectors, rtol=0, atol=1e-4)
+        alone = paths(Engine(lm, recipe, vectors=2, batch_size=1), [passage])[passage]
+        assert moves(alone)
+        torch.testing.assert_close(alone, together[passage], rtol=0, atol=1e-4)
 
 
 def test_the_figures_without_vectors_are_the_same_as_ever():
@@ -321,7 +323,15 @@ def test_a_shared_m_stops_where_decoding_disagrees_if_asked(monkeypatch):
     assert len(seen) == 2  # each once
 
 
-def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots():
+def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots(monkeypatch):
+    """Not in any step: the vectors of an outcome are those of the best one."""
+    update, seen = shared_m.Best.update, []
+
+    def recorded(best, vectors, leading):
+        seen.append(vectors.map(torch.clone))
+        update(best, vectors, leading)
+
+    monkeypatch.setattr(shared_m.Best, "update", recorded)
     recipe = shared_m.without_parts(Recipe.of("one-step", steps=8, lr=0.1, schedule="growing"))
     recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3)
     lm, jobs = one_step(tiny()), [Job(p, 1e3) for p in passages(40, 12, 30)]
@@ -329,8 +339,11 @@ def test_what_counts_of_a_shared_m_does_not_depend_on_the_slots():
         Shared(lm, recipe, batch_size=n, storage="float32").run(list(jobs)) for n in (1, 3)
     )
     assert [o.spent for o in one] == [o.spent for o in all_]
-    for a, b in zip(one, all_, strict=True):
-        torch.testing.assert_close(a.vectors, b.vectors, atol=1e-4, rtol=1e-4)
+    assert len(seen) == 2 * (recipe.steps + 1)
+    for alone, beside in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+        torch.testing.assert_close(alone.e, beside.e, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(alone.m, beside.m, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(seen[0].m, seen[-1].m, atol=0.1)
 
 
 def test_what_a_shared_m_reaches_at_once_counts_from_the_next_step(monkeypatch):

@@ -13,7 +13,7 @@ from memvec.companions.around import with_front
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
-from properties import alone_as_beside_others, exact_as_measured
+from properties import alone_as_beside_others, exact_as_measured, moves, paths
 
 TURNED = replace(QUICK, coordinates="principal", compute="model")
 WHITENED = replace(TURNED, coordinates="whitened", optimizer="full-matrix")
@@ -61,8 +61,8 @@ def test_what_was_crammed_before_changes_no_direction(recipe, monkeypatch):
         monkeypatch.setattr(principal, "SPECTRA", {})
         vectors = {}
         for one in order:
-            (outcome,) = Engine(lm, one).run([passage])
-            vectors[one.front] = outcome.vectors
+            vectors[one.front] = paths(Engine(lm, one), [passage])[passage]
+            assert moves(vectors[one.front])
         found.append(vectors)
     for front in ("none", "bos"):
         assert torch.equal(found[0][front], found[1][front])

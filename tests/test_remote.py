@@ -278,7 +278,7 @@ def test_a_document_over_two_real_workers(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["prefix", "one-step"])
 def test_a_workers_batch_is_crammed_as_one_engine_does_it(layout, storage):
     """Same vectors in the same storage, each under its own key, and what is left is left."""
-    lm, recipe = tiny(), replace(QUICK, steps=8, margin=1e3)
+    lm, recipe = tiny(), replace(QUICK, steps=40)
     asked = tuple(
         Passage(p.ids, d, 5 * o)
         for d, o, p in zip([0, 0, 1, 1], [0, 1, 0, 1], passages(4, 3, 4, 2, seed=8), strict=True)

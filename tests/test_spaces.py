@@ -33,6 +33,7 @@ from memvec.usable.contexts import after_each, contexts_of
 from memvec.usable.generate import use
 from memvec.usable.queries import queries_of
 from memvec.vectors import MemVectors
+from properties import moves, paths
 from studies import HEAD, run, spec_in
 
 pytestmark = pytest.mark.usefixtures("few_words")
@@ -107,11 +108,11 @@ def test_passages_never_touch(recipe, family):
     """Bit-equal at one shape of the batch, whoever is beside; the same to rounding at another."""
     lm, few = tiny(family), replace(recipe, steps=8, margin=1e3)
     options = {"vectors": 2, "batch_size": 3, "fixed_shapes": True}
-    together = {o.passage: o for o in Engine(lm, few, **options).run(ASKED)}
-    (beside,) = (o for o in Engine(lm, few, **options).run(ASKED[:2]) if o.passage == ASKED[0])
-    torch.testing.assert_close(beside.vectors, together[ASKED[0]].vectors, atol=0, rtol=0)
-    (alone,) = Engine(lm, few, vectors=2, batch_size=1).run(ASKED[:1])
-    torch.testing.assert_close(alone.vectors, together[ASKED[0]].vectors, atol=2e-2, rtol=2e-2)
+    together = paths(Engine(lm, few, **options), ASKED)[ASKED[0]]
+    assert moves(together)
+    assert torch.equal(paths(Engine(lm, few, **options), ASKED[:2])[ASKED[0]], together)
+    alone = paths(Engine(lm, few, vectors=2, batch_size=1), ASKED[:1])[ASKED[0]]
+    torch.testing.assert_close(alone, together, atol=2e-2, rtol=2e-2)
 
 
 USED = {"term": "use", "query_count": 3, "query_tokens": 5, "settle": 12, "lr_large": 0.0}
