@@ -64,6 +64,13 @@ def test_every_translated_argument_is_in_a_sentence_and_every_option_in_a_verb()
         assert option.split()[0] in OPTIONS
 
 
+def test_every_argument_with_a_value_in_a_sentence_is_translated():
+    value = re.compile(r"(?<![\w'])[a-z_]+=(?:True|False|[A-Z]+|'[^']+')(?![\w'])")
+    named = {found for path in LIBRARY for s in sentences(path) for found in value.findall(s)}
+    of_parts = {"kind='soft'", "file='letter.mem.safetensors'"}  # that a recipe names
+    assert named - WRITTEN.keys() == of_parts
+
+
 @pytest.mark.parametrize(
     ("sentence", "printed"),
     [

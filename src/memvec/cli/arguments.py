@@ -21,6 +21,7 @@ WRITTEN = {
     "largest=BYTES": "--max-bytes BYTES",
     "model=FILE": "--engine-model FILE",
     "model=FOLDER": "--engine-model FOLDER",
+    "offload=True": "--load offload",
     "quantize='4bit'": "--load quantize=4bit",
     "split=TEXT": "--split TEXT",
 }
