@@ -171,7 +171,10 @@ def _progress_lines(reached: str) -> Callable[[TrainingProgress], None]:
             f"{left / 60:.0f} min left"
         )
         if now.step == now.steps:
-            say("The last step is done. An encoder with a best passage length measures it now.")
+            say(
+                "The last step is done. For some kinds of encoders, the best passage length is "
+                "measured now."
+            )
 
     return show
 
