@@ -16,6 +16,7 @@ from memvec import registry
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.export import export, target
+from memvec.export.target import Target, prompt
 from memvec.usable.queries import queries_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "add-part.md"
@@ -121,6 +122,37 @@ def test_the_export_is_certified_from_its_files(part, tmp_path):
     assert manifest["certificate"]["exact"]
     written = json.loads((tmp_path / "out" / "passage-0000.json").read_text())
     assert torch.equal(torch.tensor(written["inputs"]), mem.vectors[0])
+
+
+class Wrong(Target):
+    description, suffix = "a target with a fault", ".bin"
+
+    def write(self, path, item, lm):
+        path.write_bytes(b"")
+
+    def read(self, path, item, lm):
+        return prompt(item, lm)
+
+
+WRONG = {
+    "writes no passage-0000.bin: its method write gets the whole path, with its suffix.": (
+        "write",
+        lambda self, path, item, lm: path.with_suffix(".npz").write_bytes(b""),
+    ),
+    "has to return a list of token ids from decode.": ("decode", lambda *_: None),
+    "gives NoneType, not a tensor of shape (2, 64).": ("read", lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_an_export_with_a_fault_is_named(part, tmp_path, sentence):
+    faulty = type("Faulty", (Wrong,), dict([WRONG[sentence]]))
+    memvec.register("export", "faulty")(faulty)
+    lm = reader()
+    mem = memvec.cram(lm, TEXTS[1:], recipe=Recipe.of(steps=600, patience=600), vectors=2)
+    with pytest.raises(MemvecError, match=re.escape(f"the export 'faulty' {sentence}")):
+        export(lm, mem, "faulty", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_encoder_comes_back_from_its_file(part, tmp_path):

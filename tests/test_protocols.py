@@ -155,6 +155,23 @@ def test_a_protocol_of_another_package_runs_is_checked_and_reported(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "kind"), [("tables", "Table"), ("figures", "Plot"), ("cards", "Card")]
+)
+def test_a_protocol_that_reports_no_list_is_named_in_the_reports_of_its_rows_only(
+    plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: str
+) -> None:
+    monkeypatch.setattr("memvec.lab.study.stored_model.load_lm", lambda *_, **__: reader())
+    monkeypatch.setattr(registry.get("protocol", "hardest"), method, lambda *_, **__: None)
+    for protocol in ("hardest", "exact"):
+        spec = HEAD + HARDEST.replace("hardest", protocol).replace("scale = 2.0", "")
+        run(spec_in(tmp_path, spec), tmp_path, tmp_path / protocol)
+    with pytest.raises(MemvecError, match=f"'hardest' has to return a list of {kind} from"):
+        write_report(tmp_path / "hardest", tmp_path / "report")
+    assert write_report(tmp_path / "exact", tmp_path / "report").page.is_file()
+
+
 def test_specs_know_the_names_and_options_of_other_packages(plugin: None) -> None:
     with pytest.raises(MemvecError, match=r"protocol 'hardst' in runs .1.: did you mean 'hardest'"):
         parse_spec(HEAD + HARDEST.replace("hardest", "hardst"), "spec")

@@ -21,7 +21,7 @@ import torch
 
 from memvec.errors import MemvecError, check_type
 from memvec.export.folder import check, common_facts, write_folder
-from memvec.export.target import Item, Target, stock_attention, target_of
+from memvec.export.target import Item, Target, inputs_read, stock_attention, target_of, written
 from memvec.usable.certificate import certify_use
 from memvec.usable.generate import context_inputs
 from memvec.vectors import MemVectors
@@ -64,8 +64,8 @@ def export_context(
     item, name = Item(inputs, (), NEW_TOKENS), f"context{target.suffix}"
 
     def fill(aside: Path) -> dict[str, Any]:
-        target.write(aside / name, item, lm)
-        read = target.read(aside / name, item, lm).to(lm.dtype).cpu()
+        written(target, aside / name, item, lm)
+        read = inputs_read(target, aside / name, item, lm).to(lm.dtype).cpu()
         if not torch.equal(read, inputs):
             raise MemvecError(
                 f"{target.name} reads other numbers than were written in {lm.dtype}: use another "

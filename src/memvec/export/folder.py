@@ -25,9 +25,11 @@ from memvec.errors import MemvecError, NotExactError, check_type
 from memvec.export.target import (
     Item,
     Target,
+    ids_decoded,
     refuse_other_weights,
     stock_attention,
     target_of,
+    written,
 )
 from memvec.header import PassageRecord
 from memvec.machine import environment, plain_torch
@@ -71,7 +73,7 @@ def export(
 
     def fill(aside: Path) -> dict[str, Any]:
         for name, item in zip(names, items, strict=True):
-            target.write(aside / name, item, lm)
+            written(target, aside / name, item, lm)
         with stock_attention(lm):
             _certify(mem, lm, target, [aside / name for name in names], items)
             return _manifest(mem, lm, target, names, items)
@@ -203,7 +205,7 @@ def _certify(
     for i, (path, item, record) in enumerate(zip(paths, items, mem.passages, strict=True)):
         ids = _given_of_passage(record)
         if item.new_tokens:
-            ids = ids + target.decode(path, item, lm)
+            ids = ids + ids_decoded(target, path, item, lm)
         if ids_hash(ids) != record.sha256:
             wrong.append(f"passage {i} ({record.tokens} tokens)")
     if not wrong:

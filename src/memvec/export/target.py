@@ -112,14 +112,39 @@ class Target:
         By default memvec's decoder on the inputs of `read`; a target may run its own software, and
         raises MemvecError if that cannot generate with the model.
         """
-        inputs = self.read(path, item, lm)
-        shape = (len(item.vectors) + len(item.given), lm.width)
-        inputs = registry.checked("export", self.name, inputs, shape).to(lm.device)
+        inputs = inputs_read(self, path, item, lm).to(lm.device)
         return decode_ids(lm, inputs[None], [item.new_tokens])[0]
 
     def certified_by(self) -> str:
         """The name and version of the program that `decode` runs, for the certificate."""
         return f"memvec {__version__}"
+
+
+def written(target: Target, path: Path, item: Item, lm: FrozenLM) -> None:
+    """Write an item. Raises MemvecError if there is nothing at `path` afterwards."""
+    target.write(path, item, lm)
+    if not path.exists():
+        raise MemvecError(
+            f"the export '{target.name}' writes no {path.name}: its method write gets the whole "
+            "path, with its suffix."
+        )
+
+
+def inputs_read(target: Target, path: Path, item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:
+    """What a target reads of an item. Raises MemvecError for a tensor of another shape, or none."""
+    shape = (len(item.vectors) + len(item.given), lm.width)
+    inputs: Tensor = registry.checked("export", target.name, target.read(path, item, lm), shape)
+    return inputs
+
+
+def ids_decoded(target: Target, path: Path, item: Item, lm: FrozenLM) -> list[int]:
+    """The token ids that a target generates. Raises MemvecError if it gives something else."""
+    ids = target.decode(path, item, lm)
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise MemvecError(
+            f"the export '{target.name}' has to return a list of token ids from decode."
+        )
+    return ids
 
 
 def prompt(item: Item, lm: FrozenLM) -> Float[Tensor, "N D"]:

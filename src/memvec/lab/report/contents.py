@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from memvec.lab.protocols.lookup import protocol_names, protocol_of
+from typing import Any
+
+from memvec.errors import MemvecError
+from memvec.lab.protocols.lookup import plane_of, protocol_names, protocol_of
 from memvec.lab.protocols.protocol import Card
 from memvec.lab.report.byte_account import bytes_table
 from memvec.lab.report.cost import cost_table
@@ -19,8 +22,7 @@ from memvec.lab.report.utilisation import utilisation_figure, utilisation_table
 
 def all_tables(data: Data, *, compare: bool) -> list[Table]:
     """Every table the study has rows for. `compare`: the paper's values in extra columns."""
-    protocols = [protocol_of(name) for name in protocol_names()]
-    tables = [table for p in protocols for table in p.tables(data, compare=compare)]
+    tables = _of_protocols(data, "tables", Table, compare=compare)
     tables += [texts_table(data), recipes_table(data), seeds_table(data)]
     tables += [utilisation_table(data), positions_table(data)]
     tables += [bytes_table(data, compare=compare), cost_table(data)]
@@ -29,13 +31,32 @@ def all_tables(data: Data, *, compare: bool) -> list[Table]:
 
 def all_plots(data: Data, *, compare: bool) -> list[Plot]:
     """Every figure the study has rows for. `compare`: the paper's values as extra series."""
-    protocols = [protocol_of(name) for name in protocol_names()]
-    plots = [lengths(data, compare=compare)]
-    plots += [plot for p in protocols for plot in p.figures(data, compare=compare)]
+    plots = [lengths(data, compare=compare), *_of_protocols(data, "figures", Plot, compare=compare)]
     plots += [utilisation_figure(data, compare=compare), positions_figure(data)]
     return [plot for plot in plots if plot.panels]
 
 
 def all_cards(data: Data) -> list[Card]:
     """The first numbers of the page, by protocol."""
-    return [card for name in data.protocols() for card in protocol_of(name).cards(data)]
+    return [card for name in data.protocols() for card in _given(data, name, "cards", Card)]
+
+
+def _of_protocols(data: Data, method: str, kind: type, **compare: bool) -> list[Any]:
+    """What this method gives for each protocol that has rows in its plane, in one list.
+
+    A protocol of another study's package is left out, so that it cannot change this report.
+    """
+    planes = {plane_of(name) for name in data.protocols()}
+    names = [name for name in protocol_names() if plane_of(name) in planes]
+    return [item for name in names for item in _given(data, name, method, kind, **compare)]
+
+
+def _given(data: Data, name: str, method: str, kind: type, **compare: bool) -> list[Any]:
+    """What a protocol's method gives. Raises MemvecError unless it is a list of `kind`."""
+    given = getattr(protocol_of(name), method)(data, **compare)
+    if not isinstance(given, list) or not all(isinstance(item, kind) for item in given):
+        raise MemvecError(
+            f"the protocol '{name}' has to return a list of {kind.__name__} from {method}, which "
+            "may be empty."
+        )
+    return given
