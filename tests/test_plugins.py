@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -373,6 +374,9 @@ def counted(self, state, length):
 def returned(self, parameters, gradient, state, moving, lr_scale=None):
     return parameters - gradient
 
+def rebound(self, parameters, gradient, state, moving, lr_scale=None):
+    parameters = parameters - gradient
+
 class Uncounted(Schedule):
     counted = counted
     def fresh(self, size, enlarged):
@@ -388,6 +392,12 @@ def measured(loss):
 
 def schedule(**members):
     return of(Schedule, counted=counted, **members)
+
+def space(name, **members):
+    given = {m: getattr(Reading, m) if f is None else f for m, f in members.items()}
+    given = {m: (lambda *a, f=f: f(*a)) for m, f in given.items()}
+    return of(Reading, space=name, __init__=lambda self, lm, options: None,
+              numbers=lambda self, lm: 5, **given)
 
 def halved(logits, ids, temperature, recipe):
     return margins(logits.div_(2), ids)
@@ -421,9 +431,13 @@ CASES = {
     "no-slopes": ("term", measured(lambda loss: TermLoss(loss.detach(), (loss,)))),
     "one-slope": ("term", measured(lambda loss: TermLoss(loss.detach(), (loss,), (loss[:1],)))),
     "a-function": ("term", lambda lm, module, recipe, K, start_rule: None),
-    "too-wide": ("space", type("Own", (Reading,), {"space": "too-wide", "options": {},
-                                                   "__init__": lambda self, lm, options: None,
-                                                   "numbers": lambda self, lm: 5})),
+    "too-wide": ("space", space("too-wide", inputs=None, opening=None)),
+    "numbers-alone": ("space", space("numbers-alone")),
+    "no-opening": ("space", space("no-opening", inputs=lambda self, lm, vectors, ids, start: ids)),
+    "no-reading": ("space", lambda lm, options: object()),
+    "rebound": ("optimizer", of(Adam, step=rebound)),
+    "below-zero": ("schedule", schedule(temperature=lambda self, state, margin: -margin)),
+    "complex": ("start", lambda lm, ids, K, recipe: torch.ones(K, lm.width) * 1j),
     "mean": ("objective", lambda logits, ids, temperature, recipe: margins(logits, ids).mean()),
     "column": ("objective", lambda logits, ids, temperature, recipe: margins(logits, ids)[:, None]),
     "nothing": ("objective", lambda logits, ids, temperature, recipe: None),
@@ -450,7 +464,7 @@ said = {}
 for name, (kind, choice) in CASES.items():
     try:
         memvec.register(kind, name)(choice)
-        recipe = Recipe.of(name) if kind == "preset" else Recipe.of(**{kind: name}, steps=3)
+        recipe = Recipe.of(name) if kind == "preset" else Recipe.of(**{kind: name}, steps=30)
         list(Engine(tiny(), recipe, vectors=2, batch_size=2).run(passages(3, 4, seed=1)))
     except MemvecError as error:
         said[name] = str(error)
@@ -504,6 +518,16 @@ SAID = {
     "a-function": "the term 'a-function' is no class derived from "
     r"memvec\.cramming\.terms\.Term\.",
     "too-wide": r"the space 'too-wide' gives \(2, 32\), not a tensor of shape \(2, 5\)\.",
+    "numbers-alone": "the space 'numbers-alone' has numbers of its own, so it needs the methods "
+    r"inputs and opening, too, which make inputs of them\.",
+    "no-opening": "the space 'no-opening' has numbers of its own, so it needs the methods inputs "
+    r"and opening, too, which make inputs of them\.",
+    "no-reading": "the space 'no-reading' is no class derived from "
+    r"memvec\.model\.reading\.Reading\.",
+    "rebound": r"the optimizer 'rebound' changed no parameters in 20 steps: write into them, as "
+    r"parameters\.sub_\(change\) does\.",
+    "below-zero": r"the schedule 'below-zero' gives a temperature that is not above 0\.",
+    "complex": r"the start 'complex' gives complex numbers: return their real part\.",
     "mean": r"the objective 'mean' gives \(\), not a tensor of shape \(\d+,\)\.",
     "column": r"the objective 'column' gives \((\d+), 1\), not a tensor of shape \(\1,\)\.",
     "nothing": r"the objective 'nothing' gives NoneType, not a tensor of shape \(\d+,\)\.",
@@ -546,6 +570,68 @@ def sentences() -> dict[str, str]:
 @pytest.mark.parametrize("name", SAID)
 def test_a_wrong_plugin_is_named_in_one_sentence(sentences, name):
     assert re.fullmatch(SAID[name], sentences[name]), sentences[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled:
+    """Coordinates of a frozen dataclass with slots; the numbers are half of the vectors."""
+
+    recipe: Recipe
+    K: int
+    lm: object
+    factor: float = 2.0
+    of_inputs = True
+
+    def parameters(self, vectors):
+        return vectors / self.factor
+
+    def vectors(self, parameters):
+        return parameters * self.factor
+
+
+def test_a_part_may_have_slots_and_a_copy_of_it_calls_its_own_methods(plugins):
+    memvec.register("coordinates", "doubled")(Doubled)
+    assert [o.exact for o in crammed(Recipe.of(coordinates="doubled", steps=600, patience=600))]
+    made = registry.made("coordinates", "doubled", Recipe(), 2, None)
+    other = copy(made)
+    object.__setattr__(other, "factor", 3.0)
+    assert other.vectors(torch.ones(1, 2, 4)).max() == 3.0
+    assert made.vectors(torch.ones(1, 2, 4)).max() == 2.0
+    assert isinstance(made, Doubled)
+    object.__setattr__(made, "factor", torch.ones(3, 1, 1))
+    with pytest.raises(MemvecError, match=r"the coordinates 'doubled' gives \(3, 2, 4\), not a"):
+        made.parameters(torch.ones(1, 2, 4))
+
+
+def test_a_part_may_call_its_own_methods_with_keywords(plugins):
+    @memvec.register("schedule", "halved")
+    class Halved(Schedule):
+        def counted(self, state, length):
+            return length
+
+        def temperature(self, state, target_margin):
+            return super().temperature(state=state, target_margin=target_margin)
+
+        def out_of_patience(self, state):
+            return self.counted(state=state, length=state.best) < 0
+
+    made = registry.made("schedule", "halved", Recipe(), 2)
+    state = made.fresh(torch.ones(3), torch.zeros(3, dtype=torch.bool))
+    assert made.out_of_patience(state).shape == (3,)
+
+
+def test_an_optimizer_may_gather_gradients_before_it_moves(plugins):
+    @memvec.register("optimizer", "every-fourth")
+    class EveryFourth(NAdam):
+        calls = 0
+
+        def step(self, parameters, gradient, state, moving, lr_scale=None):
+            self.calls += 1
+            if self.calls % 4 == 0:
+                super().step(parameters, gradient, state, moving, lr_scale)
+
+    recipe = Recipe.of(optimizer="every-fourth", steps=600, patience=600)
+    assert [o.exact for o in crammed(recipe)] == [True] * 3
 
 
 def test_a_schedule_may_count_nothing_for_a_while(plugins):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from memvec.errors import MemvecError
 # The class from which a part is derived; optimizers and coordinates need the methods only.
 BASES = {
     "objective": "memvec.cramming.objectives.Objective",
+    "space": "memvec.model.reading.Reading",
     "schedule": "memvec.cramming.schedules.Schedule",
     "term": "memvec.cramming.terms.Term",
 }
@@ -48,6 +50,12 @@ METHODS = {
         "weight": "batch",
         "inputs": "counted",
     },
+    "space": {
+        "numbers": "lm",
+        "begun_at": "lm, vectors",
+        "inputs": "lm, vectors, ids, start",
+        "opening": "lm, vectors, given",
+    },
 }
 # Methods whose result has a row for each slot; their last argument has one, too.
 PER_SLOT = {
@@ -56,23 +64,29 @@ PER_SLOT = {
 }
 
 
+UNMOVED_STEPS = 20  # an optimizer may gather the gradients of a few steps before it moves
+
+
 def guarded(kind: str, name: str, part: Any) -> Any:
-    """`part`, whose methods are replaced by ones that check their results.
+    """`part` with a class whose methods check their results.
 
     Raises MemvecError if it lacks the base class or a method of its kind, or if a method cannot be
     called with memvec's arguments. The methods raise it for a result that memvec cannot use.
     """
     base = BASES.get(kind)
-    lineage = [f"{c.__module__}.{c.__qualname__}" for c in type(part).__mro__]
+    lineage = {f"{c.__module__}.{c.__qualname__}": c for c in type(part).__mro__}
     if base is not None and base not in lineage:
         raise MemvecError(f"the {kind} '{name}' is no class derived from {base}.")
     for method, arguments in METHODS[kind].items():
         _check_method(kind, name, part, method, arguments)
+    if kind == "space":
+        _check_space(name, type(part), lineage[BASES[kind]])
     for method in PER_SLOT.get(kind, ()):
         _wrap(part, method, functools.partial(_check_rows, kind, name))
     for method, check in RESULTS.get(kind, {}).items():
         if getattr(part, method) is not None:  # an objective without a fast path
-            _wrap(part, method, functools.partial(check, name))
+            named = check(name) if isinstance(check, type) else functools.partial(check, name)
+            _wrap(part, method, named)
     return part
 
 
@@ -81,6 +95,8 @@ def check_tensor(kind: str, name: str, value: Any, shape: tuple[int, ...]) -> An
     got = tuple(value.shape) if hasattr(value, "requires_grad") else type(value).__name__
     if got != tuple(shape):
         raise MemvecError(f"the {kind} '{name}' gives {got}, not a tensor of shape {tuple(shape)}.")
+    if value.is_complex():
+        raise MemvecError(f"the {kind} '{name}' gives complex numbers: return their real part.")
     return value
 
 
@@ -96,10 +112,41 @@ def _check_method(kind: str, name: str, part: Any, method: str, arguments: str) 
         ) from why
 
 
+def _check_space(name: str, own: type, base: type) -> None:
+    """Raise MemvecError for a space with other numbers that the model would read as inputs."""
+    same = {m for m in ("numbers", "states", "inputs", "opening") if _is_same(own, base, m)}
+    if "numbers" not in same and ("opening" in same or {"states", "inputs"} <= same):
+        raise MemvecError(
+            f"the space '{name}' has numbers of its own, so it needs the methods inputs and "
+            "opening, too, which make inputs of them."
+        )
+
+
+def _is_same(own: type, base: type, method: str) -> bool:
+    return getattr(own, method) is getattr(base, method)
+
+
 def _wrap(part: Any, method: str, check: Callable[..., Any]) -> None:
-    """Replace a method by one that returns `check(original, *arguments)`."""
+    """Replace a method by one that returns `check(original, *arguments)`.
+
+    It is a method of a new class, so that a copy of the part calls its own methods, and so that the
+    part's class may have `__slots__`. Calls with keywords are the part's own, and are not checked.
+    """
+    own = type(part)
     # Not setattr: a frozen dataclass refuses it.
-    object.__setattr__(part, method, functools.partial(check, getattr(part, method)))
+    if method in getattr(part, "__dict__", {}):  # the part set it in __init__
+        checked = functools.partial(check, getattr(part, method))
+        object.__setattr__(part, method, checked)
+        return
+
+    def inherited(self: Any, *arguments: Any, **named: Any) -> Any:
+        original = getattr(super(with_check, self), method)
+        return original(*arguments, **named) if named else check(original, *arguments)
+
+    members = {"__slots__": (), "__module__": own.__module__, "__qualname__": own.__qualname__}
+    fill = {**members, method: inherited}
+    with_check = types.new_class(own.__name__, (own,), exec_body=lambda space: space.update(fill))
+    object.__setattr__(part, "__class__", with_check)
 
 
 def _check_rows(kind: str, name: str, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -112,7 +159,7 @@ def _loss(name: str, method: Callable[..., Any], logits: Any, ids: Any, *argumen
     loss = check_tensor("objective", name, method(logits, ids, *arguments), ids.shape)
     if logits._version != version:
         raise MemvecError(f"the objective '{name}' changes its logits: write to a copy of them.")
-    if not loss.requires_grad or loss.is_complex():
+    if not loss.requires_grad:
         raise MemvecError(
             f"the objective '{name}' gives losses without a gradient: compute them from the "
             "logits, without no_grad, detach or a comparison."
@@ -144,6 +191,13 @@ def _fresh(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
     return state
 
 
+def _temperature(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    temperature = method(*arguments)
+    if not (temperature > 0).all():
+        raise MemvecError(f"the schedule '{name}' gives a temperature that is not above 0.")
+    return temperature
+
+
 def _parameters(name: str, method: Callable[..., Any], vectors: Any) -> Any:
     parameters = method(vectors)
     shape = getattr(parameters, "shape", ())
@@ -163,12 +217,31 @@ def _vectors(name: str, method: Callable[..., Any], parameters: Any) -> Any:
     return vectors
 
 
-def _step(name: str, method: Callable[..., Any], *arguments: Any) -> None:
-    if method(*arguments) is not None:
-        raise MemvecError(
-            f"the optimizer '{name}' returns something: its step has to change the parameters in "
-            "place and return nothing."
-        )
+class _Step:
+    """The check of an optimizer's step; it counts the steps after which nothing had moved."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.unmoved = name, 0
+
+    def __call__(
+        self, method: Callable[..., Any], parameters: Any, gradient: Any, state: Any, *rest: Any
+    ) -> None:
+        before, version = parameters.clone(), parameters._version
+        if method(parameters, gradient, state, *rest) is not None:
+            raise MemvecError(
+                f"the optimizer '{self.name}' returns something: its step has to change the "
+                "parameters in place and return nothing."
+            )
+        moving = rest[0]
+        if parameters._version != version or not moving.any() or not parameters.equal(before):
+            self.unmoved = 0
+            return
+        self.unmoved += 1
+        if self.unmoved == UNMOVED_STEPS:
+            raise MemvecError(
+                f"the optimizer '{self.name}' changed no parameters in {UNMOVED_STEPS} steps: "
+                "write into them, as parameters.sub_(change) does."
+            )
 
 
 def _measure(name: str, method: Callable[..., Any], vectors: Any, batch: Any, *rest: Any) -> Any:
@@ -208,8 +281,8 @@ def _slopes(name: str, method: Callable[..., Any], measured: Any, *arguments: An
 # What is checked of the results of the other methods.
 RESULTS: dict[str, dict[str, Callable[..., Any]]] = {
     "objective": {"loss": _loss, "fused": _fused, "weights": _weights},
-    "schedule": {"fresh": _fresh},
+    "schedule": {"fresh": _fresh, "temperature": _temperature},
     "coordinates": {"parameters": _parameters, "vectors": _vectors},
-    "optimizer": {"step": _step},
+    "optimizer": {"step": _Step},
     "term": {"measure": _measure, "slopes": _slopes},
 }

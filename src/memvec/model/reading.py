@@ -143,7 +143,7 @@ def in_space(lm: FrozenLM, name: str, options: Mapping[str, Any]) -> FrozenLM:
         return lm
     if lm.layout != "prefix":
         raise MemvecError(f"vectors read in one step are inputs: leave out the space '{name}'.")
-    reading = registry.get("space", name)(lm.read_as(IN_FRONT), options)
+    reading = registry.made("space", name, lm.read_as(IN_FRONT), options)
     if not isinstance(reading, Reading) or reading.space != name:
         raise MemvecError(
             f"the space '{name}' gives {type(reading).__name__}, not a Reading with this space."
