@@ -194,6 +194,23 @@ def test_a_name_with_markup_is_a_name(command, folder, letter):
     assert b"a[/b] [red]x" in shown.replace(b"\n", b"")
 
 
+def test_inspect_shows_what_differs_from_the_default_recipe_and_how_weights_were_loaded(
+    command, stored, tmp_path
+):
+    mem = MemVectors.load(stored)
+    recipe = Recipe.of(optimizer="nadam", start="noise", unit="logits").record()
+    header = mem.header.model_copy(
+        update={"recipe": recipe | {"mine": 1}, "model": mem.header.model | {"quantize": "4bit"}}
+    )
+    changed = MemVectors(mem.vectors, header).save(tmp_path / "changed.mem")
+    shown = b" ".join(command("inspect", changed).out.split()).decode()
+    assert ", quantized to 4bit)" in shown
+    assert (
+        "recipe objective cross-entropy, temperature 0.2 logits, margin 0.28 logits, schedule "
+        "growing, lr 0.1, optimizer nadam, start noise made with"
+    ) in shown
+
+
 def test_not_exact_is_exit_code_3(command, folder, letter):
     ran = command("cram", letter, "-m", folder, "--tokens", 6, "--steps", 0)
     assert ran.code == 3

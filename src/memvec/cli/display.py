@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from memvec.cli.expected import number_of
+from memvec.cramming.recipe import Recipe
 from memvec.errors import printable
 from memvec.vectors import MemVectors
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40  # passages that a certificate lists
 MAX_NAMES = 3  # documents that are named
+ALWAYS_SHOWN = ("objective", "temperature", "margin", "schedule", "lr")  # fields of a recipe
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -53,8 +56,9 @@ def inspect(mem: MemVectors, file: str) -> None:
     """Print what a file holds. Strings of the file are printed without their markup."""
     s, header, made_by = mem.summary(), mem.header, mem.header.model
     table = facts_table(file)
-    revision = f", revision {r}" if (r := made_by.get("revision")) is not None else ""
-    table.add_row("model", safe(f"{made_by.get('name')} ({made_by.get('dtype')}{revision})"))
+    how = f", revision {r}" if (r := made_by.get("revision")) is not None else ""
+    how += f", quantized to {bits}" if (bits := made_by.get("quantize")) is not None else ""
+    table.add_row("model", safe(f"{made_by.get('name')} ({made_by.get('dtype')}{how})"))
     table.add_row("weights", safe(made_by.get("weights"))[:16])
     names = ", ".join(d.name for d in header.documents[:MAX_NAMES])
     more = " ..." if len(header.documents) > MAX_NAMES else ""
@@ -76,14 +80,20 @@ def inspect(mem: MemVectors, file: str) -> None:
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    """The fields of a recipe that say most about it; a temperature with its unit."""
+    """The fields of a recipe that say most about it, and all others that are not the default's.
+
+    Temperature and margin have their unit.
+    """
+    defaults = {field.name: field.default for field in fields(Recipe)}
     parts = []
-    for name in ("objective", "temperature", "schedule", "lr"):
-        if (value := recipe.get(name)) is not None:
-            in_logits = name == "temperature" and recipe.get("unit") == "logits"
-            if in_logits and isinstance(value, float):  # a file may claim anything
-                value = f"{value:.3g} logits"
-            parts.append(f"{name} {value}")
+    for name in (*ALWAYS_SHOWN, *sorted(defaults.keys() - {*ALWAYS_SHOWN, "unit"})):
+        value = recipe.get(name)
+        if value is None or (name not in ALWAYS_SHOWN and value == defaults[name]):
+            continue
+        in_logits = name in ("temperature", "margin") and recipe.get("unit") == "logits"
+        if in_logits and isinstance(value, float):  # a file may claim anything
+            value = f"{value:.3g} logits"
+        parts.append(f"{name} {value}")
     return ", ".join(parts)
 
 
