@@ -13,6 +13,7 @@ import torch
 import memvec
 from conftest import reader, tiny
 from memvec import registry
+from memvec.cramming.optimizers import NAdam
 from memvec.cramming.recipe import Recipe
 from memvec.errors import MemvecError
 from memvec.export import export, target
@@ -66,6 +67,41 @@ def test_the_queries_are_of_every_length(part):
     queries = queries_of(tiny(), (5, 6, 7, 8), recipe)
     assert queries.ids.tolist() == [[8, 0, 0], [7, 8, 0], [6, 7, 8], [8, 0, 0], [7, 8, 0]]
     assert queries.length.tolist() == [1, 2, 3, 1, 2]
+
+
+@pytest.fixture
+def independence(monkeypatch):
+    """Runs the check of the page of objectives for a recipe with these fields."""
+    monkeypatch.setattr(registry, "_ADDED", {kind: {} for kind in registry.KINDS})
+    page = PAGE.with_name("add-objective.md").read_text("utf-8")
+    section = page.split("\n## Check that passages stay independent\n")[1]
+    hinge, check = (re.search(r"```python\n(.*?)```", t, re.DOTALL)[1] for t in (page, section))
+
+    def run(fields: str) -> None:
+        code = check.replace('objective="hinge"', fields)
+        assert fields in code
+        exec(
+            compile(hinge + code, "add-objective.md", "exec", dont_inherit=True),
+            {"__name__": "of_the_page"},
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_check_of_independence_accepts_the_objective_of_the_page(independence):
+    independence('objective="hinge"')
+
+
+@pytest.mark.slow
+def test_the_check_of_independence_sees_an_optimizer_that_mixes_passages(independence):
+    @memvec.register("optimizer", "mixed")
+    class Mixed(NAdam):
+        def step(self, parameters, gradient, state, moving, lr_scale=None):
+            super().step(parameters, gradient - gradient.mean(0), state, moving, lr_scale)
+
+    with pytest.raises(AssertionError):
+        independence('optimizer="mixed"')
 
 
 ROW, TWO = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
