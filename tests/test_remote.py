@@ -19,7 +19,7 @@ from conftest import QUICK, passages, reader, tiny
 from memvec import codec
 from memvec.cramming.engine import Engine, Progress
 from memvec.cramming.recipe import Recipe
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, SlowPathWarning
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import expand
 from memvec.lab.study.pool import StudyUnit, in_units
@@ -31,6 +31,8 @@ from memvec.workers import Batch, Crew, Decoding, Loading, Workers, combined, de
 from memvec.workers.pool import Member
 from studies import HEAD
 from test_report import alike
+
+pytestmark = pytest.mark.filterwarnings("ignore:a worker died")
 
 
 class DiedError(Exception):
@@ -119,7 +121,8 @@ def units(n: int, size: int) -> list[StudyUnit]:
 def test_a_dead_workers_passages_come_from_another(end: str, rows: int) -> None:
     healthy = Actor(99, "done")
     made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
-    numbers = [f.row.number for f in made.stream(one_by_one(units(11, 3)), None)]
+    with pytest.warns(SlowPathWarning, match=r"does what is left of its work; 1 of at most 6"):
+        numbers = [f.row.number for f in made.stream(one_by_one(units(11, 3)), None)]
     assert sorted(numbers) == list(range(11))
 
 

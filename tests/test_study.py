@@ -1047,6 +1047,7 @@ def test_two_ray_workers_one_killed_give_the_same_rows(killed: Path) -> None:
     said = (killed / "ray.log").read_text()
     assert process.wait(30) == 0, said
     assert struck, "no worker was caught at work"
+    assert "a worker died" in said
     same = everything(killed / "ray")
     assert same.keys() == whole.keys()
     for key, row in whole.items():

@@ -28,7 +28,7 @@ class NotExactError(MemvecError):
 
 
 class SlowPathWarning(UserWarning):
-    """memvec uses a slower path than usual for a model; the message says why."""
+    """Something takes a slower way than usual; the message says why."""
 
 
 class UntestedVersionWarning(UserWarning):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from memvec.cramming.engine import Progress
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, SlowPathWarning
 from memvec.workers.actor import REPORT_EVERY, Loading, OnProgress, ProgressBoard, Unit, Worker
 
 MAX_DEATHS = 3  # mean per worker; with more, the run ends
@@ -178,6 +179,12 @@ class Workers:
                 f"{deaths} workers died, the last one with: {reason}; what is done is kept, the "
                 "same command goes on."
             )
+        warnings.warn(
+            f"a worker died ({reason.rstrip('.')}): another one takes its place and does what is "
+            f"left of its work; {deaths} of at most {MAX_DEATHS * self.count} deaths.",
+            SlowPathWarning,
+            stacklevel=3,
+        )
         unfinished = member.unfinished()
         if unfinished is not None:
             returned.append(unfinished)
