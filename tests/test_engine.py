@@ -500,6 +500,71 @@ def test_a_decode_that_always_disagrees_comes_to_an_end(monkeypatch):
     assert outcome.margin_asked > Recipe().margin * lm.logit_spread
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_passage_without_budget_is_not_tried_again(monkeypatch, more):
+    """Its decoding disagrees at the step that spends the whole budget, or all of it but a token."""
+    lm, (passage,) = tiny(), passages(2, seed=15)
+    monkeypatch.setattr(certify_module, "decode_ids", lambda *_, **__: [[0, 0]])
+    (once,) = Engine(lm, replace(QUICK, if_not_exact="stop"), vectors=2).run([passage])
+    assert (once.status, once.exact) == ("done", False)
+    recipe = replace(QUICK, steps=60, budget=once.spent + more)
+    (outcome,) = Engine(lm, recipe, vectors=2).run([passage])
+    assert (outcome.steps > once.steps) == bool(more)
+    assert (outcome.spent > once.spent) == bool(more)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_passages_that_wait_for_certification_count_as_slots(batch_size):
+    """So no more than `batch_size` passages are begun and not certified, and half are in slots."""
+    asked, certified, begun = passages(*[2, 3] * 4, seed=7), [], []
+    engine = Engine(tiny(), QUICK, vectors=2, batch_size=batch_size)
+    step = engine.step
+
+    def watched():
+        if engine.waiting:
+            assert 2 * len(engine.jobs) >= batch_size
+        begun.append(len(asked) - len(engine.waiting) - len(certified))
+        assert len(engine.jobs) <= begun[-1] <= batch_size
+        step()
+
+    engine.step = watched
+    for outcome in engine.run(asked):
+        certified.append(outcome)
+    assert {o.passage for o in certified} == set(asked)
+    assert max(begun) == batch_size
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "full-matrix"])
+def test_passages_that_keep_their_slots_feel_nothing_of_the_others_that_lose_theirs(optimizer):
+    """Where memory runs out: the first half goes on with all of its state."""
+    recipe = replace(ENDLESS, optimizer=optimizer, lr=0.01, lr_large=0.0)
+    found = []
+    for halved in (False, True):
+        engine = Engine(tiny(), recipe, batch_size=4)
+        for passage in passages(5, 5, 5, 5, seed=6):
+            engine.push(passage)
+        engine.fill(4)
+        for step in range(8):
+            if halved and step == 4:
+                engine._halve_batch()
+            engine.step()
+        found.append(engine.batch.parameters[:2].detach())
+    assert [job.passage for job in engine.jobs] == passages(5, 5, 5, 5, seed=6)[:2]
+    assert [job.passage for job in engine.waiting.jobs()] == passages(5, 5, 5, 5, seed=6)[2:]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+
+
+def test_the_tokens_of_an_engine_are_those_of_its_passages():
+    """Passages of one length that all count: their steps, and the last one, which moves nothing."""
+    seen = []
+    recipe = replace(ENDLESS, schedule="whole", start_rule="bos")
+    engine = Engine(tiny(), recipe, vectors=2, batch_size=5, on_progress=seen.append)
+    spent = [o.spent for o in engine.run(passages(4, 4, seed=3))]
+    each = 4 + 2 + 1 - 1  # tokens, vectors and BOS, but for the last input
+    assert spent == [recipe.steps * each] * 2
+    assert engine.tokens == seen[-1].tokens == sum(spent) + 2 * each
+
+
 def test_waiting_passages_hold_no_tensors():
     lm, engine = tiny(), None
     rows = []

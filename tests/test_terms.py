@@ -97,6 +97,25 @@ def test_aligned_passages_are_exact_and_nearer_to_the_text(family):
     assert reached[1.0] < reached[0.0]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_second_loss_that_is_not_finite_fails_its_own_passage_only(number):
+    """At once, before a step moves its vectors."""
+    _, engine = slots(ALIGNED, passages(5, 5, seed=2))
+    term = engine.stepper.term
+    measure = term.measure
+
+    def measured(*given):
+        found = measure(*given)
+        return replace(found, loss=found.loss.index_fill(0, torch.tensor([0]), number))
+
+    term.measure = measured
+    before = engine.batch.parameters.detach().clone()
+    engine.step()
+    assert engine.batch.failed.tolist() == [True, False]
+    assert torch.equal(engine.batch.parameters[0], before[0])
+    assert not torch.equal(engine.batch.parameters[1], before[1])
+
+
 def test_a_passage_of_one_token_has_nothing_to_align():
     _, engine = slots(ALIGNED, passages(1, seed=1))
     (outcome,) = engine.run()
