@@ -69,6 +69,16 @@ def test_the_same_vectors_are_measured_as_cramming_measured_them(crammed, storag
         assert memvec.certify(lm, again).passages == known.passages, "the texts can be left out"
 
 
+def test_a_certificate_of_use_is_of_the_vectors_that_were_measured(crammed):
+    """Neither other vectors nor a new certificate of decoding keep it."""
+    lm, mem = crammed
+    used = mem.with_use({"trigger": "bos"})
+    assert used.header.use == {"trigger": "bos"}
+    assert used.with_certificate(mem.header.certificate, [True] * len(mem.passages)).header.use
+    assert used.with_vectors(mem.vectors).header.use is None
+    assert memvec.certify(lm, used).header.use is None
+
+
 def test_noise_that_breaks_passages_is_reported(crammed):
     lm, mem = crammed
     noise = torch.randn(mem.vectors.shape, generator=torch.Generator().manual_seed(0))

@@ -512,6 +512,9 @@ def test_a_journal_is_of_all_that_decides_the_vectors(tmp_path, monkeypatch):
     found.append(settings_of(reader(), replace(recipe, seed=1), **sizes))
     trigger.write_bytes(b"2")
     found.append(settings_of(reader(), recipe, **sizes))
+    with monkeypatch.context() as patch:
+        patch.setattr("memvec.resume.__version__", "0")
+        found.append(settings_of(reader(), recipe, **sizes))
     assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -835,7 +838,7 @@ def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K,
 @pytest.mark.parametrize("K", [1, 2, 3])
 @pytest.mark.parametrize("length", [2, 3])
 def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
-    """Mean over the probes, for one vector; up to the first error where a probe is not exact."""
+    """Mean over the probes, for one vector."""
     lm = reader()
     document = Document.of(lm, "the fox and the dog sat")
     options = {"recipe": QUICK, "batch_size": 4, "storage": storage_of("float32")}
@@ -845,6 +848,29 @@ def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
     starts = {room * i // cram_job.PROBED for i in range(cram_job.PROBED)}
     each = [float(surprisals(lm, document.ids[at : at + length]).sum()) for at in starts]
     assert whole
+    assert bits == pytest.approx(sum(each) / len(each) / K, rel=1e-5)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_the_bits_of_probes_that_are_not_exact_end_at_their_first_error(K, monkeypatch):
+    """Of probes of which 0, 1, 2 ... tokens come back; at least one token of each counts."""
+    lm, given = reader(), []
+    document = Document.of(lm, TEXT * 2)
+    options = {"batch_size": 4, "storage": storage_of("float32")}
+    job = CramJob(lm, [document], K, tokens=None, recipe=Recipe(steps=1), **options)
+    run = Engine.run
+
+    def reaching(engine, asked):
+        for outcome in run(engine, asked):
+            measures = outcome.metrics.model_copy(update={"horizon": len(given) % 4})
+            given.append(outcome.passage.ids[: max(1, measures.horizon)])
+            yield replace(outcome, metrics=measures, exact=False)
+
+    monkeypatch.setattr(Engine, "run", reaching)
+    bits, whole = job._probed(document.ids, 6)
+    assert not whole
+    assert {len(ids) for ids in given} == {1, 2, 3}
+    each = [float(surprisals(lm, ids).sum()) for ids in given]
     assert bits == pytest.approx(sum(each) / len(each) / K, rel=1e-5)
 
 

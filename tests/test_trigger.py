@@ -310,6 +310,18 @@ def test_files_after_different_fronts_do_not_stand_in_one_row(mem):
 
 @pytest.mark.parametrize("changed", ["trigger", "front"])
 @pytest.mark.slow
+def test_vectors_with_other_soft_tokens_are_not_exact_and_not_saved(mem, tmp_path, changed):
+    """The certificate is of both: the vectors are read between these rows."""
+    same = MemVectors(mem.vectors, mem.header, dict(mem.soft))
+    assert (same.exact, same.changed) == (True, False)
+    other = MemVectors(mem.vectors, mem.header, {**mem.soft, changed: mem.soft[changed] + 1e-3})
+    assert (other.exact, other.changed) == (False, True)
+    with pytest.raises(MemvecError, match="changed after they were certified"):
+        other.save(tmp_path / "a.mem")
+
+
+@pytest.mark.parametrize("changed", ["trigger", "front"])
+@pytest.mark.slow
 def test_vectors_without_their_trigger_are_refused(mem, tmp_path, changed):
     with pytest.raises(MemvecError, match="trigger of 3 soft tokens"):
         MemVectors(mem.vectors, mem.header)

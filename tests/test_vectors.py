@@ -93,6 +93,23 @@ def test_the_digest_covers_what_the_numbers_are(mem, tmp_path):
         MemVectors.load(file)
 
 
+def test_the_digest_covers_the_header_and_names_shapes_types_and_bytes():
+    """Soft tokens in front of vectors are others than the same ones after them."""
+    rows = torch.ones(2, 3)
+    tensors = [
+        {"trigger": rows},
+        {"front": rows},
+        {"trigger": rows, "front": rows},
+        {"trigger": rows.T},
+        {"trigger": rows.int()},
+        {"trigger": -rows},
+    ]
+    found = {digest_of(header, given) for header in ("", "{}") for given in tensors}
+    assert len(found) == 2 * len(tensors)
+    turned = {"front": rows, "trigger": -rows}
+    assert digest_of("", turned) == digest_of("", dict(reversed(turned.items())))
+
+
 def test_the_digest_covers_a_type_of_the_same_size(mem, tmp_path):
     file, stored = tmp_path / "a.mem", mem.vectors.bfloat16()
     metadata = {"memvec": mem.header.model_dump_json()}
