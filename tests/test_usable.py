@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from memvec.companions.around import as_context_at
 from memvec.companions.triggers import token_named
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.cramming.starts import passage_seed
 from memvec.cramming.starts import triggered as triggered_view
 from memvec.decoding import BATCH, decode_ids
 from memvec.errors import MemvecError
@@ -495,6 +496,43 @@ def test_a_context_that_a_passage_lacks_is_left_out_there_alone(capsys):
     assert "last 4 tokens (n 2)" in shown
 
 
+def test_a_context_is_compared_on_the_passages_that_have_it():
+    """By hand, for a passage without the context and two that differ."""
+    last, whole = "last 4 tokens", []
+    for kl, nll, nothing in ((None, None, 9.0), (0.4, 1.5, 2.0), (0.8, 3.0, 5.0)):
+        own = {FULL: Figures(0.0, 1.0), NONE: Figures(1.0, nothing), VECTORS: Figures(0.2, 1.0)}
+        whole.append(own if kl is None else own | {last: Figures(kl, nll)})
+    whole[2][VECTORS] = Figures(0.4, 2.0)
+    table = score_table(whole, 4, 48)
+    found, vectors = table.contexts[last], table.contexts[VECTORS]
+    assert (found.passages, vectors.passages, table.passages) == (2, None, 3)
+    assert found.kl == pytest.approx((0.4 + 0.8) / 2)
+    assert found.nll == pytest.approx((1.5 + 3.0) / 2)
+    assert found.kept == pytest.approx((0.5 + 2.0) / (1.0 + 4.0))
+    assert found.over_vectors == pytest.approx((0.4 + 0.8) / (0.2 + 0.4))
+    assert vectors.nll == pytest.approx((1.0 + 2.0 + 1.0) / 3)
+    assert vectors.kept == pytest.approx((1.0 + 3.0 + 8.0) / (1.0 + 4.0 + 8.0))
+    assert table.gain == pytest.approx((1.0 + 4.0 + 8.0) / 3)
+
+
+@pytest.mark.parametrize(("n", "limit"), [(1, 8), (8, 8), (9, 8), (100, 8), (1000, 32)])
+def test_the_measured_passages_lie_all_over_the_file(n, limit):
+    found = certificate._evenly_spaced(n, limit)
+    assert len(found) == min(n, limit)
+    ends = [*found, n]
+    assert found[0] == 0
+    assert {b - a for a, b in pairwise(ends)} <= {n // len(found), -(-n // len(found))}
+
+
+def test_the_last_passage_of_a_row_is_read_alone():
+    lm, words = triggered_view(tiny(), USABLE), torch.tensor([[5, 6, 7]])
+    vectors = torch.randn(3, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    of_row = contexts.contexts_of_row(lm, vectors, [4, 5, 6])
+    last = contexts.contexts_of(lm, vectors[2], [4, 5, 6], None)
+    assert torch.equal(of_row[contexts.LAST_PASSAGE](words), last[VECTORS](words))
+    assert contexts.LAST_PASSAGE not in contexts.contexts_of_row(lm, vectors[:1], [4, 5, 6])
+
+
 def test_a_control_is_read_as_it_was_crammed_whatever_the_scale_of_the_vectors():
     lm, ids, words = triggered_view(tiny(), USABLE), passages(5, 1, seed=4)[0].ids, [[5, 6, 7]]
     vectors, control = torch.randn(2, 2, lm.width, generator=torch.Generator().manual_seed(1))
@@ -720,7 +758,33 @@ def test_questions_of_a_person_are_queries(tmp_path):
     assert rows.shape == (2, USABLE.query_tokens)
     assert said is None  # a question is not sampled
     assert length.tolist() == [USABLE.query_tokens] * 2
-    assert rows[0, :2].tolist() == lm.tokenize("the cat")
+    for row, question in zip(rows.tolist(), ("the cat", "fox"), strict=True):
+        ids = [lm.bos_id, *lm.tokenize("a dog"), *lm.tokenize(question)]
+        while len(ids) < 1 + len(lm.tokenize("a dog")) + USABLE.query_tokens:
+            ids.append(int(lm.own_logits(torch.tensor([ids]))[0, -1].argmax()))
+        assert row == ids[-USABLE.query_tokens :]  # the question, and the greedy answer
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_samples_are_what_the_model_writes_without_the_passage(bos):
+    """After BOS, or after the passage's first token; the passage is in the seed."""
+    lm, recipe = copy(tiny()), replace(USABLE, queries="samples", query_count=4)
+    if not bos:
+        lm.bos_id = None
+    found = []
+    for passage in passages(5, 5, seed=3):
+        words, length, said = queries.queries_of(lm, passage.ids, recipe)
+        assert (words.shape, said) == ((4, recipe.query_tokens), None)
+        assert length.tolist() == [recipe.query_tokens] * 4
+        draw = torch.Generator().manual_seed(passage_seed(passage.ids, recipe.seed))
+        rows = torch.tensor([[lm.bos_id if bos else passage.ids[0]]] * 4)
+        for _ in range(recipe.query_tokens):
+            shares = lm.own_logits(rows)[:, -1].softmax(-1)
+            drawn = torch.multinomial(shares, 1, generator=draw)
+            rows = torch.cat([rows, drawn], 1)
+        assert words.tolist() == rows[:, 1:].tolist()
+        found.append(words)
+    assert not torch.equal(*found)
 
 
 def test_a_model_without_bos_needs_a_trigger(untyped):
