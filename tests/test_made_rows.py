@@ -19,7 +19,7 @@ from memvec.lab.protocols.lookup import protocol_of
 from memvec.lab.protocols.paper import paper_result
 from memvec.lab.protocols.recurrent_report import chains_of
 from memvec.lab.protocols.scaling import exact_scaling, published_scaling, scaling_sentence
-from memvec.lab.report.byte_account import bytes_table
+from memvec.lab.report.byte_account import _huffman_bits, bytes_table
 from memvec.lab.report.cost import cost_table
 from memvec.lab.report.data import MAX_NAME, Data, distinct_names, read_data
 from memvec.lab.report.figures import draw_all
@@ -31,6 +31,7 @@ from memvec.lab.sentences import evaluate
 from memvec.lab.sentences.flops import COSTS
 from memvec.lab.sources import SourcedPassage
 from memvec.lab.study.cells import Cell, expand
+from memvec.lab.study.check import _sampled
 from memvec.lab.study.row import Row, StoreEntry, Text
 from memvec.lab.study.spec import parse_spec
 from memvec.lab.study.store import Store
@@ -156,6 +157,40 @@ def test_a_given_token_is_not_free_for_the_coder(given, store):
     at = table.columns.index("arithmetic")
     size = table.rows[0][table.columns.index("text bytes")]
     assert table.rows[0][at] == pytest.approx(size / (bits / 8))
+
+
+def test_huffmans_code_has_one_bit_for_the_most_frequent_byte(store):
+    """Of three texts of eight words: 24 times 1 bit and 24 times 2, and 2 for each line's end."""
+    spec = '[[runs]]\nprotocol = "paper"\nlengths = [8]\npassages = 3\n'
+    table = bytes_table(made(store, spec, lambda cell, number: {}), compare=False)
+    (line,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert line["text bytes"] == 3 * len("w " * 8)
+    assert line["huffman"] == pytest.approx(3 * 16 / ((24 * 1 + 24 * 2 + 2 * 2) / 8))
+    assert [_huffman_bits(text) for text in (b"", b"aaaa", b"aaaabbc")] == [1, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("sample", "numbers"), [(0, range(9)), (1, [0]), (3, [0, 4, 8]), (9, range(9)), (99, range(9))]
+)
+def test_rows_that_are_checked_are_spread_over_the_study(sample, numbers, store):
+    made(store, spec_of("paper", [4], 9), lambda cell, number: {})
+    assert _sampled(store, sample)["number"].tolist() == [*numbers]
+
+
+def test_a_cost_is_the_sum_over_all_cells_and_passages_of_a_protocol(store):
+    spec = spec_of("paper", [4, 8], 3) + spec_of("exact", [4], 2)
+
+    def row_of(cell, number):
+        return {"steps": cell.length + number, "spent": 100 * cell.length, "seconds": 0.5}
+
+    table = cost_table(made(store, spec, row_of))
+    found = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert found == [
+        {"model": "pocket", "protocol": "paper", "cells": 2, "passages": 6}
+        | {"steps": 4 + 5 + 6 + 8 + 9 + 10, "tokens": 3 * 400 + 3 * 800, "seconds": 3.0},
+        {"model": "pocket", "protocol": "exact", "cells": 1, "passages": 2}
+        | {"steps": 4 + 5, "tokens": 2 * 400, "seconds": 1.0},
+    ]
 
 
 @pytest.mark.parametrize("start", ["vectors", "bos"])

@@ -605,6 +605,8 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         "UPDATE passages SET text = CAST('another' AS BLOB)": "text is not that of its tokens",
         "UPDATE cells SET length = 77": "length is stored as 77",
         "UPDATE cells SET settings = replace(settings, ': 5', ': 6')": "settings are those of",
+        "UPDATE rows SET least_loss_gain = information_gain - 3": "least_loss_gain is stored as",
+        "UPDATE rows SET status = 'done' WHERE margin < margin_asked - 1": "stored as done and",
     }
     for i, (change, sentence) in enumerate(falsified.items()):
         shutil.copytree(two_rows, tmp_path / str(i))
@@ -618,13 +620,15 @@ def test_the_check_sees_falsified_tensors_texts_lines_and_cells(
         db.execute("UPDATE cells SET planned = 0 WHERE protocol = 'geometry'")
         db.commit()
     assert check_study(tmp_path / "0")["wrong"] == []
-    for at, sentence in ((0, "does not hold the vectors"), (-8, "positions (margin without)")):
-        shutil.copytree(two_rows, tmp_path / sentence)
-        file = next((tmp_path / sentence / "vectors").glob("*.bin"))
+    kinds = ("bits without vectors", "bits with", "margin with", "margin without")
+    places = {f"positions ({name}) differ": 4 * 4 * (i - 4) for i, name in enumerate(kinds)}
+    for sentence, at in {"does not hold the vectors": 0, **places}.items():
+        shutil.copytree(two_rows, tmp_path / f"at {at}")
+        file = next((tmp_path / f"at {at}" / "vectors").glob("*.bin"))
         data = bytearray(file.read_bytes())
-        data[at : at + 4] = b"\x00\x00\x00\x41"  # 8.0
+        data[at : at + 4] = b"\x00\x00\x00\x41"  # 8.0; each kind has four positions
         file.write_bytes(data)
-        assert any(sentence in s for s in check_study(tmp_path / sentence)["wrong"]), sentence
+        assert any(sentence in s for s in check_study(tmp_path / f"at {at}")["wrong"]), sentence
 
 
 class DiesAfter(LocalPool):
