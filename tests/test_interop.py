@@ -320,7 +320,14 @@ def test_an_export_may_be_read_by_whom_the_umask_says(tmp_path, umask):
 def test_a_manifest_says_what_was_exported_and_how(tmp_path):
     lm = FrozenLM(build("llama"), name="half", revision="a1b2c3")
     mem = crammed(lm)
+    (whole,) = mem.header.documents
+    documents = [whole.model_copy(update={"name": f"{n}", "passages": n}) for n in (1, 2)]
+    header = mem.header.model_copy(update={"documents": documents})
+    mem = MemVectors(mem.vectors, header)
     manifest = export(lm, mem, target_of("npy"), tmp_path / "out")
+    names = [f"passage-000{i}.npy" for i in range(3)]
+    assert [passage["file"] for passage in manifest["passages"]] == names
+    assert manifest["files"].keys() == {*names}
     model = lm.description()
     assert manifest["model"] == {k: model[k] for k in ("name", "revision", "config", "weights")}
     for ours, theirs in zip(manifest["documents"], mem.header.documents, strict=True):

@@ -24,6 +24,7 @@ from memvec.lab import slow, slow_use
 from memvec.lab.report.report import write_report
 from memvec.lab.study.check import check_study
 from memvec.lab.study.spec import read_spec
+from memvec.model.reading import in_space
 from memvec.spaces import keys_values
 from memvec.spaces.keys_values import _unit
 from memvec.spaces.presets import prefix
@@ -268,7 +269,19 @@ def test_a_view_in_a_space_is_read_with_the_options_that_are_asked(name: str, va
     again, alone = (triggered(v, other).reading for v in (view, lm))
     assert again.options == alone.options
     assert torch.equal(again.basis, alone.basis)
+    assert not torch.equal(again.basis, view.reading.basis)
     assert mem.decode_passages(view) == mem.decode_passages(lm)
+
+
+def test_what_other_layers_hold_is_in_the_options_that_a_file_keeps():
+    """Also where it is not the default, BOS."""
+    lm, ids = tiny(), torch.tensor([[5, 6, 7]])
+    view = in_space(lm, "prefix-layer", {"layer": 1, "filler": 4})
+    vectors = torch.randn(1, 2, view.numbers, generator=torch.Generator().manual_seed(0))
+    again = in_space(lm, "prefix-layer", dict(view.reading.options))
+    assert torch.equal(again.logits(vectors, ids, "bos"), view.logits(vectors, ids, "bos"))
+    plain = in_space(lm, "prefix-layer", {**view.reading.options, "filler": lm.bos_id})
+    assert not torch.equal(plain.logits(vectors, ids, "bos"), view.logits(vectors, ids, "bos"))
 
 
 def test_a_shared_basis_begins_at_the_nearest_vectors():

@@ -25,6 +25,7 @@ from memvec.vectors_file import digest_of, existing_path
 from memvec.writing import pretty_json
 
 TEXTS = ["the fox\r\n", "Zürich 👍"]
+SPACE = {"name": "shared-basis", "numbers": 32, "options": {"dimensions": 32, "seed": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -330,12 +331,38 @@ def test_foreign_files_are_refused(tmp_path, mem, good):
         {"model__vocabulary": "many"},
         {"model__name": None},
         {"recipe": None},
+        {"layout": "one-step", "start_rule": "bos"},
+        {"layout": "one-step", "space": SPACE},
+        {"layout": "one-step", "front": "bos"},
+        {"front": "bos", "space": SPACE},
+        {"soft_front": 1, "soft_trigger": 1, "start_rule": "bos", "space": SPACE},
+        {"soft_trigger": 1},
+        {"soft_trigger": 1, "start_rule": "bos", "trigger": 3},
+        {"soft_front": 1, "start_rule": "bos"},
     ],
     ids=str,
 )
 def test_a_header_that_says_too_much_is_refused(mem, tmp_path, changes):
     with pytest.raises(MemvecError, match="damaged header"):
         MemVectors.load(forged(mem, tmp_path / "a.mem", **changes))
+
+
+@pytest.mark.parametrize(
+    ("rule", "front", "around"), [("vectors", "none", 0), ("bos", "none", 1), ("bos", "bos", 2)]
+)
+def test_a_passage_that_is_longer_than_the_context_is_not_decoded(mem, rule, front, around):
+    """With all that stands around its vectors; the last token is not read."""
+    lm, (first, *others) = reader(), mem.passages
+    fits = lm.context - 2 - around + 1
+    for tokens in (fits, fits + 1):
+        update = {"passages": [first.model_copy(update={"tokens": tokens}), *others]}
+        update |= {"start_rule": rule, "front": front}
+        forged = MemVectors(mem.vectors, mem.header.model_copy(update=update))
+        if tokens == fits:
+            assert len(forged.decode_passages(lm)[0]) == fits
+        else:
+            with pytest.raises(MemvecError, match=f"a passage of {tokens} tokens does not fit"):
+                forged.decode_passages(lm)
 
 
 @pytest.mark.parametrize(
