@@ -26,6 +26,8 @@ from memvec.export import target as target_of
 from memvec.export.target import Item, embedded
 from memvec.export.transformers import generated
 from memvec.model.lm import FrozenLM
+from memvec.model.precision import widen_attention
+from memvec.usable.certificate import certify_use
 from memvec.vectors import MemVectors
 
 SCALE = 0.5
@@ -137,6 +139,41 @@ def test_a_folder_in_the_way_and_what_is_no_context(tmp, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(MemvecError, match="no vectors to use"):
         memvec.context_inputs(lm, [])
+
+
+@pytest.mark.slow
+def test_a_context_that_would_be_read_as_other_numbers_is_not_written(tmp, tmp_path):
+    """By a bit of one number, as a loader of the target gives it."""
+    lm, mem, target = reader("words"), crammed(tmp, False), target_of("npy")
+    read = target.read
+
+    def other(*given):
+        numbers = read(*given).clone()
+        numbers[-1, -1] = torch.nextafter(numbers[-1, -1], torch.tensor(torch.inf))
+        return numbers
+
+    target.read = other
+    with pytest.raises(MemvecError, match="npy reads other numbers than were written in"):
+        export_context(lm, mem, target, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_context_is_certified_under_the_attention_that_others_run(tmp, tmp_path, monkeypatch):
+    lm, mem, under = reader("words"), crammed(tmp, False), []
+    half = FrozenLM(deepcopy(lm.model).to(torch.bfloat16), lm.tokenizer, name=lm.name)
+    widen_attention(half.model)
+    ours = half.config._attn_implementation
+
+    def recorded(lm, mem, **options):
+        under.append(lm.config._attn_implementation)
+        return certify_use(reader("words"), mem, **options)
+
+    monkeypatch.setattr("memvec.export.context.certify_use", recorded)
+    monkeypatch.setattr(MemVectors, "check_model", lambda *_, **__: None)
+    export_context(half, mem, target_of("npy"), tmp_path / "out")
+    assert under == ["sdpa"]
+    assert half.config._attn_implementation == ours != "sdpa"
 
 
 @pytest.mark.slow
