@@ -26,7 +26,9 @@ from memvec.lab.report.figures import draw_all
 from memvec.lab.report.page import reproduce
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.recipes import recipes_table
+from memvec.lab.report.seeds import seeds_table
 from memvec.lab.report.texts import comparisons
+from memvec.lab.report.utilisation import utilisation_figure
 from memvec.lab.sentences import evaluate
 from memvec.lab.sentences.flops import COSTS
 from memvec.lab.sources import SourcedPassage
@@ -169,12 +171,78 @@ def test_huffmans_code_has_one_bit_for_the_most_frequent_byte(store):
     assert [_huffman_bits(text) for text in (b"", b"aaaa", b"aaaabbc")] == [1, 4, 10]
 
 
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_passage_counts_as_cut_if_one_of_its_restarts_was(cut, store):
+    spec = spec_of("paper", [8], 3, "seeds = [0, 1]")
+
+    def row_of(cell, number):
+        status = "budget" if cell.seed == cut else "done"
+        exact = cell.seed != cut
+        return {"steps": 5 + 2 * cell.seed, "status": status, "exact": exact, "horizon": 6 + exact}
+
+    rows = made(store, spec, row_of).of("paper")
+    assert rows["number"].tolist() == [0, 1, 2]
+    assert rows["steps"].tolist() == [7] * 3
+    assert rows["status"].tolist() == ["budget"] * 3
+    assert rows["exact"].tolist() == [0.5] * 3
+    assert rows["horizon"].tolist() == [6.5] * 3
+
+
+def test_seeds_are_compared_at_the_lengths_that_all_of_them_have(store):
+    spec = spec_of("paper", [8], 3, "seeds = [0, 1]") + spec_of("paper", [16], 3, "seeds = [0]")
+    (row,) = seeds_table(made(store, spec, lambda cell, number: {})).rows
+    assert row[3:5] == [2, "8, 8"]
+    store.db.execute("UPDATE cells SET planned = 0 WHERE length = 8 AND seed = 1")
+    assert not seeds_table(read_data(store)).rows
+
+
+def test_the_figure_of_utilisation_is_that_of_the_fewest_vectors(store):
+    """Of 5 bits for a token, which may be one of 64, the share of bits is smaller; of 7 it is not.
+
+    A vector has 8 numbers of 16 bits.
+    """
+    more = "vectors = [2, 1, 4]\nsources = ['random-tokens', 'b', 'c']\n"
+    sources = "".join(
+        f'[[sources]]\nname = "{name}"\nkind = "random-tokens"\nseed = {seed}\n'
+        for seed, name in enumerate("bc", 1)
+    )
+
+    def row_of(cell, number):
+        bits = 7.0 if cell.source == "c" else 5.0
+        right = 2 * cell.vectors
+        return {"horizon": right, "horizon_gain": bits * right, "information_gain": bits * right}
+
+    plot = utilisation_figure(
+        made(store, sources + spec_of("exact", [16], 3, more), row_of), compare=False
+    )
+    reached, shares = plot.panels
+    of_sources = reached.series[:3]
+    assert [series.x for series in of_sources] == [[pytest.approx(8 * 16 / 6)]] * 3
+    assert [series.y for series in of_sources] == [[2.0]] * 3
+    found = {series.name: series.y for series in shares.series}
+    expected = {"tokens": 100 * 2 / (8 * 16 / 6), "bits": 100 * 10 / (8 * 16)}
+    assert found["b, tokens"] == [pytest.approx(expected["tokens"])]
+    assert found["b, bits"] == [pytest.approx(expected["bits"])]
+    assert found["c, bits"] == [pytest.approx(100 * 14 / (8 * 16))]
+    assert "the share of bits is the smaller one in 2 of 3 cases" in plot.caption
+
+
 @pytest.mark.parametrize(
     ("sample", "numbers"), [(0, range(9)), (1, [0]), (3, [0, 4, 8]), (9, range(9)), (99, range(9))]
 )
 def test_rows_that_are_checked_are_spread_over_the_study(sample, numbers, store):
     made(store, spec_of("paper", [4], 9), lambda cell, number: {})
     assert _sampled(store, sample)["number"].tolist() == [*numbers]
+
+
+def test_a_passage_that_occurs_again_is_stored_once(store):
+    """A compressor would store its text once, too."""
+    spec = '[[runs]]\nprotocol = "paper"\nlengths = [8]\npassages = 3\n'
+    made(store, spec, lambda cell, number: {})
+    store.db.execute("UPDATE rows SET passage = '0 of 8' WHERE number = 2")
+    table = bytes_table(read_data(store), compare=False)
+    (line,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert (line["passages"], line["text bytes"]) == (2, 2 * len("w " * 8))
 
 
 def test_a_cost_is_the_sum_over_all_cells_and_passages_of_a_protocol(store):
