@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_answers_are_as_probable_as_the_models_own_forward_says(usable, passages
             if one.context == "vectors"
         ]
         assert own.greedy
+
+
+@pytest.mark.slow
+def test_the_text_has_to_fit_the_context_with_prompt_and_answer(usable):
+    """It is longer than its vectors; BOS is in front of it."""
+    lm, mem = usable
+    small, words = copy(lm), len(lm.tokenize("the dog ran"))
+    small.context = 1 + sum(record.tokens for record in mem.passages) + words
+    assert memvec.score(small, mem, "the dog", [" ran"])
+    small.context -= 1
+    with pytest.raises(MemvecError, match=f"an answer of {words} tokens do not fit the con"):
+        memvec.score(small, mem, "the dog", [" ran"])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,37 @@ def test_aligned_passages_are_exact_and_nearer_to_the_text(family):
         reached[weight] = float(again.stepper.measure(again.batch, 4).term.loss.sum())
         assert lm is engine.lm
     assert reached[1.0] < reached[0.0]
+
+
+def test_of_vectors_that_are_all_right_those_with_the_smallest_mean_second_loss_are_best():
+    """Or those with more right tokens, whatever their loss: against a loop over slots and steps."""
+    _, engine = slots(ALIGNED, passages(5, 5, 5, seed=2))
+    draw = torch.Generator().manual_seed(0)
+    mean, best, by_loss = [math.nan] * 3, [math.inf] * 3, 0
+    for _ in range(60):
+        loss, *drawn = torch.rand(3, 3, generator=draw)
+        more, all_right = drawn[0] > 0.9, drawn[1] > 0.5
+        found = engine.stepper._better_by_term(engine.batch, loss, more, all_right)
+        for i, value in enumerate(loss.tolist()):
+            mean[i] = value if math.isnan(mean[i]) else 0.9 * mean[i] + 0.1 * value
+            expected = bool(more[i]) or (bool(all_right[i]) and mean[i] < best[i])
+            by_loss += expected and not more[i]
+            best[i] = mean[i] if expected else best[i]
+            assert bool(found[i]) == expected
+    assert by_loss > 10
+
+
+def test_a_passage_that_was_right_once_is_done_when_it_has_settled():
+    """Although not all of its tokens are right in that step; and no step earlier."""
+    _, engine = slots(replace(ALIGNED, settle=5), passages(5, 5, 5, seed=2))
+    batch = engine.batch
+    batch.steps = torch.tensor([4, 5, 5])
+    batch.schedule.best = batch.length - torch.tensor([0, 0, 1])
+    before = batch.parameters.detach().clone()
+    engine.step()
+    assert batch.done.tolist() == [False, True, False]
+    assert torch.equal(batch.parameters[1], before[1])
+    assert engine.stepper.measure(batch, engine.columns).margin.amin(-1).max() < 0
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

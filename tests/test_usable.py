@@ -1076,11 +1076,13 @@ def test_what_follows_a_passage_is_of_its_own_text(tokens):
 def test_the_exact_only_control_is_exact_after_the_same_trigger(vectors, trigger):
     lm = reader("words")
     recipe = replace(USABLE, settle=2, trigger=trigger)
-    mem = codec.cram(lm, "the cat sat on the mat", vectors=vectors, tokens=3, recipe=recipe)
+    options = {"vectors": vectors, "tokens": 3, "storage": "int8"}
+    mem = codec.cram(lm, "the cat sat on the mat", recipe=recipe, **options)
     view, passages = mem.view(lm), mem.tokens(lm)
     found = exact_only_vectors(view, mem, passages)
     assert any(rows is not None for rows in found)
     for rows, ids in zip(found, passages, strict=True):
         if rows is not None:
             assert rows.shape == mem.vectors.shape[1:]
+            assert torch.equal(mem.storage.rounded(rows), rows)  # as many bits as the others
             assert decode_ids(view, rows[None], [len(ids)], start="bos") == [list(ids)]
