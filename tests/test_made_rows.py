@@ -188,6 +188,19 @@ def test_a_passage_counts_as_cut_if_one_of_its_restarts_was(cut, store):
     assert rows["horizon"].tolist() == [6.5] * 3
 
 
+def test_a_report_names_the_models_and_machines_of_its_rows_alone(store):
+    spec = '[[models]]\nname = "other"\n' + ONE + "models = ['pocket', 'other']\n"
+    data = made(store, spec, lambda cell, number: {})
+    assert [*data.models] == ["pocket", "other"]
+    assert data.environments == [{"gpu": None}]
+    store.set_environment({"gpu": "H200"})  # of no row
+    store.db.execute("UPDATE cells SET planned = 0 WHERE model = 'pocket'")
+    data = read_data(store)
+    assert [*data.models] == ["other"]
+    assert data.environments == [{"gpu": None}]
+    assert (len(data.rows), data.planned) == (1, 1)
+
+
 def test_seeds_are_compared_at_the_lengths_that_all_of_them_have(store):
     spec = spec_of("paper", [8], 3, "seeds = [0, 1]") + spec_of("paper", [16], 3, "seeds = [0]")
     (row,) = seeds_table(made(store, spec, lambda cell, number: {})).rows

@@ -431,11 +431,17 @@ def test_asking_for_more_goes_on_from_what_is_there(tmp_path: Path) -> None:
     text = HEAD + RUN.replace("[8]", "[4]") + "recipe = { steps = 6 }\npassages = 2\n"
     run(spec_in(tmp_path, text), tmp_path, tmp_path / "out")
     before = everything(tmp_path / "out")
+    files = sorted((tmp_path / "out" / "vectors").glob("*.bin"))
+    for file in files:  # as a process leaves it that is killed between numbers and row
+        file.write_bytes(file.read_bytes() + b"torn")
     more = text.replace("passages = 2", "passages = 5")
     status = run(spec_in(tmp_path, more), tmp_path, tmp_path / "out")
     after = everything(tmp_path / "out")
     assert status.rows_now == 6
     assert {key: after[key] for key in before} == before
+    with Store(tmp_path / "out") as store:
+        sizes = dict(store.db.execute("SELECT cell, sum(size) FROM rows GROUP BY cell").fetchall())
+    assert {file.stem: file.stat().st_size for file in files} == sizes
 
 
 def test_rows_of_an_earlier_spec_stay_and_are_not_counted(
