@@ -206,8 +206,8 @@ def test_inspect_shows_what_differs_from_the_default_recipe_and_how_weights_were
     shown = b" ".join(command("inspect", changed).out.split()).decode()
     assert ", quantized to 4bit)" in shown
     assert (
-        "recipe objective cross-entropy, temperature 0.2 logits, margin 0.28 logits, schedule "
-        "growing, lr 0.1, optimizer nadam, start noise made with"
+        "recipe objective cross-entropy, temperature 0.2 logits, schedule growing, lr 0.1, margin "
+        "0.28 logits, optimizer nadam, start noise made with"
     ) in shown
 
 

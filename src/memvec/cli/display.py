@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40  # passages that a certificate lists
 MAX_NAMES = 3  # documents that are named
-ALWAYS_SHOWN = ("objective", "temperature", "margin", "schedule", "lr")  # fields of a recipe
+ALWAYS_SHOWN = ("objective", "temperature", "schedule", "lr", "margin")  # fields of a recipe
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

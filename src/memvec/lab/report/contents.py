@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from memvec import registry
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import plane_of, protocol_names, protocol_of
 from memvec.lab.protocols.protocol import Card
@@ -42,12 +43,14 @@ def all_cards(data: Data) -> list[Card]:
 
 
 def _of_protocols(data: Data, method: str, kind: type, **compare: bool) -> list[Any]:
-    """What this method gives for each protocol that has rows in its plane, in one list.
+    """What this method gives for each protocol, in one list.
 
-    A protocol of another study's package is left out, so that it cannot change this report.
+    A protocol of another package is left out if it has no rows in its plane, so that it cannot
+    change the report of another study.
     """
     planes = {plane_of(name) for name in data.protocols()}
-    names = [name for name in protocol_names() if plane_of(name) in planes]
+    built_in = registry.BUILT_IN["protocol"]
+    names = [name for name in protocol_names() if name in built_in or plane_of(name) in planes]
     return [item for name in names for item in _given(data, name, method, kind, **compare)]
 
 
