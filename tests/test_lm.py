@@ -70,6 +70,7 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(folder, dtype):
     assert reader().fingerprint.matches(lm.fingerprint)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_of_a_deep_model_does_not_depend_on_the_dtype_either():
     """Rounding adds up over layers: such a model was refused in another dtype."""
     sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 48}

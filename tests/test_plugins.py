@@ -186,6 +186,7 @@ def test_a_part_has_arguments_of_its_own_in_its_name(plugins):
         assert not torch.equal(plain.vectors, slower.vectors)
 
 
+@pytest.mark.slow
 def test_the_objectives_of_the_documentation(plugins):
     """The page's examples, as they stand there."""
     page = Path(__file__).parent.parent / "docs" / "howto" / "add-objective.md"
