@@ -62,8 +62,6 @@ PER_SLOT = {
     "schedule": ("counted", "reached", "temperature", "advance", "out_of_patience"),
     "term": ("weight", "inputs"),
 }
-
-
 UNMOVED_STEPS = 20  # an optimizer may gather the gradients of a few steps before it moves
 
 
