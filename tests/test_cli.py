@@ -731,6 +731,35 @@ def test_progress_ends_with_what_was_cut_in_half(capsys, split, some):
     assert (said in capsys.readouterr().err) == bool(split)
 
 
+def test_progress_of_cutting_and_certifying_is_a_share():
+    lines = [progress._cram_line(replace(BUSY, stage=s, share=0.25)) for s in ("cutting", "x")]
+    assert lines == ["cutting (25%)", "x"]
+
+
+def test_decoding_shows_its_share_and_the_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.decoding_progress("it") as show:
+        show(0.1)
+        assert capsys.readouterr().err == ""
+        now[0] = 12.0
+        show(0.25)
+        assert capsys.readouterr().err == "it: decoding (25%), about 36 s left\n"
+        show(0.5)
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("verb", ["decode", "verify"])
+def test_decode_and_verify_show_progress_apart_from_their_result(
+    command, stored, monkeypatch, verb
+):
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    shown = command(verb, stored)
+    line = f"{stored}: decoding (100%), about 0 s left"
+    assert line in " ".join(shown.err.split())
+    assert b"decoding" not in shown.out
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     from rich.console import Console
 
@@ -739,8 +768,12 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(progress, "err", console)
     with progress.cram_progress("notes[/b].txt") as show:  # a name is no markup
         show(BUSY)
+    with progress.decoding_progress("notes[/b].txt") as decoded:
+        decoded(0.7)
     assert "cramming 2 passages" in screen.getvalue()
     assert "40 %" in screen.getvalue()
+    assert "notes[/b].txt: decoding" in screen.getvalue()
+    assert "70 %" in screen.getvalue()
 
 
 def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):

@@ -124,7 +124,7 @@ def test_a_passage_that_does_not_fit_is_halved_until_it_does():
     assert sum(p.tokens for p in mem.passages) == len(ids)
     assert seen[-1].split > 0
     stages = list(dict.fromkeys(status.stage for status in seen))
-    assert stages == ["preparing", "measuring", "cramming", "certifying"]
+    assert stages == ["preparing", "measuring", "cutting", "cramming", "certifying"]
     assert seen[-1].done == seen[-1].tokens == len(ids)
 
 
@@ -761,6 +761,25 @@ def test_a_text_alone_is_one_text():
     lm = reader()
     assert decode(lm, cram(lm, "abc", recipe=QUICK, vectors=2)) == ["abc"]
     assert decode(lm, cram(lm, b"abc", recipe=QUICK, vectors=2)) == ["abc"]
+
+
+def test_cutting_and_certifying_say_how_much_of_them_is_done():
+    """Both take minutes for a book, in which no passage is finished."""
+    told = []
+    options = {"recipe": replace(HASTY, steps=2), "halve": False, "on_status": told.append}
+    lm = copy(reader("words"))
+    lm.facts = {"bits_per_vector": {"1": 20.0}}
+    mem = codec.cram(lm, [TEXT * 3, TEXT * 6], **options)
+    cut = [status.share for status in told if status.stage == "cutting"]
+    assert len(cut) == 1 + len(mem.passages)
+    second = [p for p, d in enumerate(mem.header.documents) for _ in range(d.passages)].index(1)
+    assert cut[1 + second] == 0.5
+    certified = [status.share for status in told if status.stage == "certifying"]
+    assert certified[-1] == 1
+    assert len(certified) == 1 + -(-len(mem.passages) // 32)
+    for shares in (cut, certified):
+        assert sorted(shares) == shares
+        assert shares[0] == 0
 
 
 @pytest.mark.parametrize("workers", [False, True])

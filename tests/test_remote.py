@@ -202,12 +202,16 @@ def test_the_horizon_of_all_workers_is_shown() -> None:
     assert combined(both) == Progress(4, 4, 5.0, steps=12, tokens=120)
 
 
-def test_passages_that_share_a_vector_are_decoded_where_it_is(monkeypatch):
-    """Parts of them would be sent without the rows of the others."""
-    monkeypatch.setattr(MemVectors, "decode_passages", lambda mem, lm: [[7]])
-    workers, mem = pool(spare=lambda: Actor(0, "done")), object.__new__(MemVectors)
+def test_passages_that_share_a_vector_are_decoded_without_workers():
+    recipe = Recipe(steps=3, if_not_exact="stop")
+    options = {"layout": "one-step-shared", "tokens": 2, "recipe": recipe, "halve": False}
+    lm = reader("words")
+    mem = codec.cram(lm, ["the cat sat on the mat " * 12], **options)
+    workers = pool(spare=lambda: Actor(0, "done"))  # such an actor does no work
     workers.gpu = False
-    assert decode_passages(tiny().read_as("one-step-shared"), mem, workers) == [[7]]
+    assert len(mem.passages) > 32
+    decoded = decode_passages(mem.view(lm), mem, workers)
+    assert decoded == mem.decode_passages(lm) == decode_passages(lm, mem)
 
 
 @pytest.mark.parametrize(("rows", "end"), [(99, "done"), (1, "error"), (0, "silence")])
@@ -238,9 +242,9 @@ def test_workers_decode_what_one_process_decodes(
     batches: list[int] = []
     plain = MemVectors.decode_passages
 
-    def counted(mem: MemVectors, lm: Any) -> list[list[int]]:
+    def counted(mem: MemVectors, lm: Any, force: bool = False) -> list[list[int]]:
         batches.append(len(mem.passages))
-        return plain(mem, lm)
+        return plain(mem, lm, force=force)
 
     recipe = Recipe(steps=20, if_not_exact="stop")  # what does not fit decodes wrong alike
     mem = codec.cram(lm, ["the cat sat on the mat " * 25], vectors=2, tokens=2, recipe=recipe)
@@ -250,12 +254,16 @@ def test_workers_decode_what_one_process_decodes(
     made = pool(healthy, Actor(rows, end), spare=lambda: healthy)
     made.gpu = False
     assert decode_passages(lm, mem, made) == expected
-    assert sorted(batches) == sorted([32] * (len(expected) // 32) + [len(expected) % 32])
+    each_once = [32] * (len(expected) // 32) + [len(expected) % 32]
+    assert sorted(batches) == sorted(each_once)
     batches.clear()
+    made.members.clear()
     made.gpu = True  # their certificate would be of another device
     assert decode_passages(lm, mem, made) == expected
-    assert decode_passages(lm, mem, None) == expected
-    assert batches == [len(expected)] * 2
+    shares: list[float] = []
+    assert decode_passages(lm, mem, on_share=shares.append) == expected
+    assert batches == 2 * each_once
+    assert shares == [sum(each_once[: i + 1]) / len(expected) for i in range(len(each_once))]
 
 
 @pytest.mark.slow

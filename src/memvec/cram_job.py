@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
 from memvec.assembly import assembled, passage_record
@@ -49,12 +50,13 @@ class Expected:
 class CramStatus:
     """The progress of one call of `cram`, for a progress display."""
 
-    stage: str  # 'preparing', 'measuring', 'cramming' or 'certifying'
+    stage: str  # 'preparing', 'measuring', 'cutting', 'cramming' or 'certifying'
     _: KW_ONLY
     tokens: int  # tokens of all documents
     done: int  # tokens of finished passages
     vectors: int  # vectors of finished passages
     split: int  # passages that were halved, since they were not exact
+    share: float = 0.0  # of the work of 'cutting' or 'certifying' that is done
     engine: Progress | None = None
     expected: Expected | None = None  # None until it is estimated
 
@@ -104,7 +106,12 @@ class CramJob:
         a passage does not fit in memory.
         """
         cutter, shortest = self.make_cutter()
-        passages = [p for i, d in enumerate(self.documents) for p in cutter.cut(d.ids, i, shortest)]
+        self._enter("cutting")
+        passages: list[Passage] = []
+        for i, d in enumerate(self.documents):
+            for passage in cutter.cut(d.ids, i, shortest):
+                passages.append(passage)
+                self._report(share=(i + passage.offset / len(d.ids)) / len(self.documents))
         self.choose_batch_size(passages)
         if self.lm.reading.crammer:
             self._cram_sharing_a_vector([Job(p, self.engine.recipe.margin) for p in passages])
@@ -154,19 +161,17 @@ class CramJob:
                     engine.push(part)
 
     def _crew(self, workers: Workers) -> Crew:
-        slots = self.engine.batch_size
         formats: dict[str, Any] = {"storage": self.storage.name, "layout": self.lm.layout}
-        batch = Batch((), self.recipe, vectors=self.K, batch_size=slots, **formats)
+        batch = Batch((), self.recipe, vectors=self.K, batch_size=self.engine.batch_size, **formats)
         return Crew(workers, batch, self._report)
 
     def _cram_sharing_a_vector(self, jobs: list[Job]) -> None:
         """Cram all passages together, since they share m; repeat while a passage is halved."""
         while jobs:
             self.done.clear()
-            options = {"batch_size": self.engine.batch_size, "storage": self.storage}
-            crammer = self.lm.reading.crammer(
-                self.lm, self.engine.recipe, on_progress=self._report, **options
-            )
+            slots, recipe = self.engine.batch_size, self.engine.recipe
+            options = {"storage": self.storage, "on_progress": self._report}
+            crammer = self.lm.reading.crammer(self.lm, recipe, batch_size=slots, **options)
             outcomes, jobs, split_before = crammer.run(jobs), [], self.split
             for outcome in outcomes:
                 halves = self._keep_or_halve(outcome)
@@ -270,7 +275,9 @@ class CramJob:
         self._enter("certifying")
         for attempts_left in (3, 2, 1, 0):
             mem = self._result(keep_text)
-            decoded = decode_passages(self.lm, mem, self.workers)
+            decoded = decode_passages(
+                self.lm, mem, self.workers, on_share=partial(self._report, None)
+            )
             certificate, exact = certificate_of(self.lm, mem, decoded)
             pairs = zip(self._in_order(), exact, strict=True)
             disagreeing = [outcome for outcome, decodes in pairs if outcome.exact and not decodes]
@@ -335,9 +342,9 @@ class CramJob:
         self.stage = stage
         self._report()
 
-    def _report(self, progress: Progress | None = None) -> None:
+    def _report(self, progress: Progress | None = None, share: float = 0.0) -> None:
         if self.on_status is not None:
             done = sum(len(o.passage) for o in self.done.values())
             counts: dict[str, Any] = {"done": done, "vectors": self.K * len(self.done)}
             counts |= {"split": self.split, "engine": progress, "expected": self.expected}
-            self.on_status(CramStatus(self.stage, tokens=self.total, **counts))
+            self.on_status(CramStatus(self.stage, tokens=self.total, share=share, **counts))

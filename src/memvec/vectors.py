@@ -178,10 +178,15 @@ class MemVectors:
     def tokens(self, lm: FrozenLM, *, force: bool = False) -> list[list[int]]:
         """The token ids of every passage: decode all freely, and compare each with its hash.
 
-        Raises MemvecError as `decode_passages` does, and NotExactError if the hash of a passage
-        differs, so that wrong text is never returned.
+        Raises MemvecError as `decode_passages` does, and NotExactError as `checked` does.
         """
-        decoded = self.decode_passages(lm, force=force)
+        return self.checked(self.decode_passages(lm, force=force))
+
+    def checked(self, decoded: list[list[int]]) -> list[list[int]]:
+        """`decoded`, the token ids of every passage.
+
+        Raises NotExactError if the hash of a passage differs, so that wrong text is never returned.
+        """
         for i, (ids, record) in enumerate(zip(decoded, self.passages, strict=True)):
             if ids_hash(ids) != record.sha256:
                 raise NotExactError(
@@ -240,11 +245,11 @@ class MemVectors:
 
         Raises NotExactError if the hash of a document differs.
         """
-        passages, contents = iter(tokens), []
-        for d in self.header.documents:
-            ids = [token for _ in range(d.passages) for token in next(passages)]
-            contents.append(restore(lm, ids, d))
-        return contents
+        passages = iter(tokens)
+        return [
+            restore(lm, [token for _ in range(d.passages) for token in next(passages)], d)
+            for d in self.header.documents
+        ]
 
     def check_model(self, lm: FrozenLM, *, force: bool = False) -> None:
         """Raise MemvecError for a model of other weights (unless `force`) or of another width."""
@@ -312,20 +317,15 @@ class MemVectors:
         stored = self.storage if storage is None else storage_of(storage)
         names = ("accuracy", "margin", "mem_bits", "information_gain")
         unknown = {"exact": False, "horizon": 0, "token_gain": 0, **dict.fromkeys(names, math.nan)}
-        update = {
-            "passages": [p.model_copy(update=unknown) for p in self.passages],
-            "packing": stored.packing,
-            "certificate": None,
-            "use": None,
-        }
+        passages = [p.model_copy(update=unknown) for p in self.passages]
+        update = {"passages": passages, "packing": stored.packing, "certificate": None, "use": None}
         rounded = stored.rounded(vectors.detach().cpu().float()).to(stored.dtype)
         return MemVectors(rounded, self.header.model_copy(update=update), self.soft)
 
     def with_certificate(self, certificate: dict[str, Any], exact: Sequence[bool]) -> MemVectors:
         """The same vectors with a certificate, and for each passage whether it is `exact`."""
-        passages = [
-            p.model_copy(update={"exact": e}) for p, e in zip(self.passages, exact, strict=True)
-        ]
+        each = zip(self.passages, exact, strict=True)
+        passages = [p.model_copy(update={"exact": e}) for p, e in each]
         header = self.header.model_copy(update={"certificate": certificate, "passages": passages})
         return MemVectors(self.vectors, header, self.soft)
 

@@ -23,7 +23,12 @@ def decode(
     """Write the crammed bytes to standard output; if they are not exact, only an error."""
     if sys.stdout is None:
         raise MemvecError("standard output is closed: there is nowhere to write the text.")
+    from memvec.cli.progress import decoding_progress
+    from memvec.workers import decode_passages
+
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
-    for data in mem.documents(lm, force=force):
+    with decoding_progress(str(file)) as show:
+        decoded = decode_passages(lm, mem, force=force, on_share=show)
+    for data in mem.restored(lm, mem.checked(decoded)):
         sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()

@@ -98,12 +98,39 @@ def _plain_lines(title: str) -> Callable[[CramStatus], None]:
 
 
 def _cram_line(status: CramStatus) -> str:
+    if status.stage in ("cutting", "certifying"):
+        return f"{status.stage} ({status.share:.0%})"
     if status.engine is None or status.stage != "cramming":
         return status.stage
     e = status.engine
     split = f", {status.split} cut in half" if status.split else ""
     cramming = f"cramming {number_of(e.in_slots, 'passage')}"
     return f"{cramming} ({e.waiting} waiting{split}), mean horizon {e.horizon:.0f}"
+
+
+@contextlib.contextmanager
+def decoding_progress(title: str) -> Iterator[Callable[[float], None]]:
+    """Yields a function that shows the share of the passages that is decoded."""
+    if err.is_terminal:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=err, transient=True) as bars:
+            task = bars.add_task(f"{title}: decoding", total=1.0)
+            yield lambda share: bars.update(task, completed=share)
+        return
+    due, began = timer(), time.monotonic()
+
+    def plain(share: float) -> None:
+        if due():
+            left = (time.monotonic() - began) * (1 - share) / share
+            say(f"{title}: decoding ({share:.0%}), about {left:.0f} s left")
+
+    yield plain
 
 
 @contextlib.contextmanager

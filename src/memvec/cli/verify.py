@@ -59,15 +59,18 @@ def verify(
     """Decode a file freely; compare each passage with its hash. Exit 0 only if all are exact."""
     from memvec.certificate import certificate_of
     from memvec.cli import display
+    from memvec.cli.progress import decoding_progress
     from memvec.cli.use_tables import show_use
     from memvec.usable.certificate import certify_use, check_usable
+    from memvec.workers import decode_passages
 
     mem, lm = open_file(file, ModelChoice.of(model, revision, device, dtype, load))
     if use:
         check_usable(mem)  # before minutes of decoding
     if engine is None:
         _refuse_alone(engine_python, engine_model)
-        decoded = mem.decode_passages(lm, force=force)
+        with decoding_progress(str(file)) as show:
+            decoded = decode_passages(lm, mem, force=force, on_share=show)
         certificate, exact = certificate_of(lm, mem, decoded)
     else:
         from memvec.engines import decode_with

@@ -30,15 +30,12 @@ class Rows:
 
     def joined(self: R, other: R) -> R:
         """The rows of `self`, then the rows of `other`."""
-        values, other_values = self._fields(), other._fields()
-        return type(self)(
-            **{
-                name: value.joined(other_values[name])
-                if isinstance(value, Rows)
-                else torch.cat([value, other_values[name]])
-                for name, value in values.items()
-            }
-        )
+        pairs = {name: (own, getattr(other, name)) for name, own in self._fields().items()}
+        joined = {
+            name: own.joined(new) if isinstance(own, Rows) else torch.cat([own, new])
+            for name, (own, new) in pairs.items()
+        }
+        return type(self)(**joined)
 
     def is_complete(self, B: int) -> bool:
         """True if the object has no attributes but its fields, and B rows in each field."""
@@ -52,12 +49,11 @@ class Rows:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
     def _map(self: R, function: Any) -> R:
-        return type(self)(
-            **{
-                name: value._map(function) if isinstance(value, Rows) else function(value)
-                for name, value in self._fields().items()
-            }
-        )
+        mapped = {
+            name: value._map(function) if isinstance(value, Rows) else function(value)
+            for name, value in self._fields().items()
+        }
+        return type(self)(**mapped)
 
 
 def with_padding(rows: Tensor, padding_rows: int, value: float = 0.0) -> Tensor:

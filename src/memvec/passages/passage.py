@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,10 +37,8 @@ class Passage:
     def halves(self) -> tuple[Passage, Passage]:
         """The two halves of the passage; the second is longer if the length is odd."""
         middle = len(self.ids) // 2
-        return (
-            Passage(self.ids[:middle], self.document, self.offset),
-            Passage(self.ids[middle:], self.document, self.offset + middle),
-        )
+        first = replace(self, ids=self.ids[:middle])
+        return first, replace(self, ids=self.ids[middle:], offset=self.offset + middle)
 
 
 def padded_ids(passages: Sequence[Passage], columns: int) -> Int[Tensor, "B T"]:

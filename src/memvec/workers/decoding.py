@@ -1,13 +1,12 @@
-"""The decoding that certifies a result, divided among the workers that crammed it.
+"""The decoding of many passages, batch after batch, in this process or divided among workers.
 
-Each worker decodes whole batches, with the same passages in the same rows as
-`MemVectors.decode_passages` has them. The token ids are therefore those of a single process, and
-the time is divided by the number of workers.
+Whole batches are decoded, with the same passages in the same rows as `MemVectors.decode_passages`
+has them. The token ids are therefore the same, and on workers the time is divided by their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
 from memvec.decoding import BATCH
@@ -26,6 +25,7 @@ class Decoding:
     mem: MemVectors
     first: int
     done: frozenset[Hashable] = field(default_factory=frozenset)
+    force: bool = False  # as in `MemVectors.decode_passages`
 
     def keys(self) -> set[Hashable]:
         """The number of the first passage of each batch that is not done."""
@@ -44,7 +44,7 @@ class Decoding:
             number = self.first + at
             if number not in self.done:
                 part = passages_of(self.mem, at, at + BATCH)
-                yield number, (number, part.decode_passages(lm))
+                yield number, (number, part.decode_passages(lm, force=self.force))
 
 
 def passages_of(mem: MemVectors, first: int, end: int) -> MemVectors:
@@ -53,17 +53,38 @@ def passages_of(mem: MemVectors, first: int, end: int) -> MemVectors:
     return MemVectors(mem.vectors[first:end].clone(), header, mem.soft)
 
 
-def decode_passages(lm: FrozenLM, mem: MemVectors, workers: Workers | None) -> list[list[int]]:
-    """Token ids of every passage, from free-running decoding on the workers or in this process.
+def decode_passages(
+    lm: FrozenLM,
+    mem: MemVectors,
+    workers: Workers | None = None,
+    *,
+    force: bool = False,
+    on_share: Callable[[float], None] | None = None,
+) -> list[list[int]]:
+    """Token ids of every passage, decoded freely; as `mem.decode_passages`, with progress.
 
-    This process decodes without workers, for passages that share a vector, and if the workers use
-    another kind of device than `lm`, because the certificate names the device.
+    `on_share` is called after each batch with the share of the passages that is decoded. Workers
+    decode, unless the passages share a vector, or their devices are of another kind than that of
+    `lm`, which the certificate names. Raises MemvecError as `MemVectors.decode_passages` does.
     """
+    mem.check_model(lm, force=force)
+    decoded: dict[int, list[list[int]]] = {}
+    for number, ids in _batches(lm, mem, workers, force):
+        decoded[number] = ids
+        if on_share is not None:
+            on_share(sum(map(len, decoded.values())) / len(mem.passages))
+    return [ids for number in sorted(decoded) for ids in decoded[number]]
+
+
+def _batches(
+    lm: FrozenLM, mem: MemVectors, workers: Workers | None, force: bool
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """(number of the first passage, token ids) of each batch, as soon as it is decoded."""
     device_type = "cuda" if workers is not None and workers.gpu else "cpu"
     if workers is None or lm.device.type != device_type or lm.reading.crammer:
-        return mem.decode_passages(lm)
+        yield from (batch for _, batch in Decoding(mem, 0, force=force).work(lm, "", None))
+        return
     P = len(mem.passages)
     size = BATCH * -(-P // (BATCH * UNITS * workers.count))  # whole batches
-    units = (Decoding(passages_of(mem, at, at + size), at) for at in range(0, P, size))
-    decoded = dict(workers.stream(lambda: next(units, None), None))
-    return [ids for number in sorted(decoded) for ids in decoded[number]]
+    units = (Decoding(passages_of(mem, at, at + size), at, force=force) for at in range(0, P, size))
+    yield from workers.stream(lambda: next(units, None), None)
