@@ -607,3 +607,10 @@ def test_wrappers_are_opened_to_the_last_and_virtual_tokens_are_kept():
     assert unwrapped(Adapted("lora")) is inside
     both = Adapted("lora", "virtual")
     assert unwrapped(both) is both
+
+
+def test_an_unknown_start_rule_is_refused(untyped):
+    """It would be read as 'vectors', and the logits would be those of other inputs."""
+    lm, ids = tiny(), torch.tensor([[2, 3, 4]])
+    with pytest.raises(MemvecError, match="unknown start rule 'box': did you mean 'bos'"):
+        lm.logits(lm.embed(ids), ids, "box")

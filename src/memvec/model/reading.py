@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memvec import registry
-from memvec.errors import MemvecError
+from memvec.errors import MemvecError, did_you_mean
 
 if TYPE_CHECKING:
     from memvec.model.lm import FrozenLM
@@ -88,8 +88,10 @@ class Reading:
         `start` says what is between the vectors and the first predicted token: nothing ('vectors':
         the last vector predicts token 1), BOS or another trigger ('bos'), or the passage's first
         token ('first-token': tokens 2 to T are predicted). Without vectors, use 'bos' or
-        'first-token'. Raises MemvecError for 'bos' without a BOS token.
+        'first-token'. Raises MemvecError for 'bos' without a BOS token and for an unknown rule.
         """
+        if start not in START_RULES:
+            raise MemvecError(f"unknown start rule '{start}': {did_you_mean(start, START_RULES)}")
         parts = [] if vectors is None else [lm.after_front(vectors)]
         if start == "bos":
             if vectors is not None:
