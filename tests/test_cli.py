@@ -736,6 +736,11 @@ def test_progress_of_cutting_and_certifying_is_a_share():
     assert lines == ["cutting (25%)", "x"]
 
 
+def test_what_is_crammed_to_measure_a_model_is_shown():
+    line = progress._cram_line(replace(BUSY, stage="measuring", split=0))
+    assert line == "measuring 2 passages (5 waiting), mean horizon 7"
+
+
 def test_decoding_shows_its_share_and_the_time_left(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

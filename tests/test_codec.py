@@ -858,11 +858,13 @@ def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K,
 @pytest.mark.parametrize("length", [2, 3])
 def test_an_unknown_models_bits_are_what_its_vectors_gave_back(length, K):
     """Mean over the probes, for one vector."""
-    lm = reader()
+    lm, told = reader(), []
     document = Document.of(lm, "the fox and the dog sat")
     options = {"recipe": QUICK, "batch_size": 4, "storage": storage_of("float32")}
-    job = cram_job.CramJob(lm, [document], K, tokens=None, **options)
+    job = cram_job.CramJob(lm, [document], K, tokens=None, on_status=told.append, **options)
     bits, whole = job._probed(document.ids, length)
+    assert told[-1].stage == "measuring"
+    assert told[-1].engine.steps > 0
     room = len(document.ids) - length
     starts = {room * i // cram_job.PROBED for i in range(cram_job.PROBED)}
     each = [float(surprisals(lm, document.ids[at : at + length]).sum()) for at in starts]

@@ -227,12 +227,12 @@ class CramJob:
 
         The bits are those of the tokens up to the horizon.
         """
-        last_start = len(ids) - length
-        starts = sorted({last_start * i // PROBED for i in range(PROBED)})
+        starts = sorted({(len(ids) - length) * i // PROBED for i in range(PROBED)})
         probes = [Passage(tuple(ids[at : at + length])) for at in starts]
         recipe = replace(self.recipe, steps=min(PROBE_STEPS, self.recipe.steps), schedule="growing")
         slots = min(len(probes), self._batch_size or default_batch_size(self.lm, length, self.K))
-        engine = Engine(self.lm, recipe, vectors=self.K, batch_size=slots, storage=self.storage)
+        options: dict[str, Any] = {"storage": self.storage, "on_progress": self._report}
+        engine = Engine(self.lm, recipe, vectors=self.K, batch_size=slots, **options)
         outcomes = list(engine.run(p for p in probes if len(p) > engine.given))
         decoded = [o.passage.ids[: max(o.metrics.horizon, 1)] for o in outcomes]
         bits = math.fsum(float(surprisals(self.lm, ids).sum()) for ids in decoded)

@@ -100,12 +100,13 @@ def _plain_lines(title: str) -> Callable[[CramStatus], None]:
 def _cram_line(status: CramStatus) -> str:
     if status.stage in ("cutting", "certifying"):
         return f"{status.stage} ({status.share:.0%})"
-    if status.engine is None or status.stage != "cramming":
-        return status.stage
     e = status.engine
+    if e is None or status.stage not in ("measuring", "cramming"):
+        return status.stage
     split = f", {status.split} cut in half" if status.split else ""
-    cramming = f"cramming {number_of(e.in_slots, 'passage')}"
-    return f"{cramming} ({e.waiting} waiting{split}), mean horizon {e.horizon:.0f}"
+    passages = number_of(e.in_slots, "passage")
+    waiting = f"({e.waiting} waiting{split})"
+    return f"{status.stage} {passages} {waiting}, mean horizon {e.horizon:.0f}"
 
 
 @contextlib.contextmanager
