@@ -204,6 +204,29 @@ def test_published_values_are_those_of_as_many_vectors(tmp_path: Path) -> None:
     assert not [s for s in plots["utilisation"].panels[1].series if "published" in s.name]
 
 
+def test_horizons_of_progressive_cramming_stand_beside_exact_ones(tmp_path: Path) -> None:
+    """Those of the row's own method, of plain progressive cramming for another, and of one K."""
+    head = SPEC.split("[[runs]]")[0].replace(MODEL, "EleutherAI/pythia-1.4b")
+    run = '[[runs]]\nprotocol = "exact"\nsources = ["{}"]\nlengths = [8]\npassages = 2\n'
+    recipes = ["", "recipe = { preset = 'low-dim' }\n", "recipe = { preset = 'alignment' }\n"]
+    recipes += ["vectors = [2]\n"]
+    text = head + "".join(run.format("pg19") + more for more in recipes) + run.format("fanfics")
+    tables, _ = report(tmp_path, text=text)
+    table = tables["exact"]
+    theirs = [row[table.columns.index("published recipe") :] for row in table.rows]
+    assert theirs == [
+        ["progressive", "430.4 ± 64.9", "1639 ± 188", 50],
+        ["low-dim", "500.2 ± 74.8", "1874 ± 283", 50],
+        ["alignment", "397.7 ± 57.0", "1513 ± 163", 50],
+        [None] * 4,
+        [None] * 4,
+    ]
+    assert "which was not decoded" in table.note
+    tables, _ = report(tmp_path / "none", text=head + run.format("fanfics"))
+    assert "published n" not in tables["exact"].columns
+    assert "Published" not in tables["exact"].note
+
+
 def test_gains_are_those_of_passages_that_filled_their_vectors(
     whole: tuple[dict[str, Table], dict[str, Plot]],
 ) -> None:

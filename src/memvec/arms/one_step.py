@@ -1,6 +1,6 @@
 """One-step decoding: one forward pass gives all tokens of a passage.
 
-Mezentsev & Oseledets, "Exploring the Latent Capacity of LLMs for One-Step Text Generation" (arXiv
+Mezentsev & Oseledets, "Exploring the Hidden Capacity of LLMs for One-Step Text Generation" (arXiv
 2505.21189, EMNLP 2025). The model reads [e, m, m, ..., m], as many inputs as the passage has
 tokens, and the output at position i is token i. No token is fed back, so the text cannot be
 continued. In the published tables, the two vectors of larger models hold about half as many tokens

@@ -9,15 +9,24 @@ decodes whole is censored: a longer one might have been exact too.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from memvec.lab.protocols.protocol import Capacity, Card, Protocol
+from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_series, short
 from memvec.lab.report.plot import Panel, Plot, Series
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.statistics import Mean, Share, mean_interval, share_interval
+
+PUBLISHED = (
+    "Published: progressive cramming of one vector (Tarasov et al., ICML 2026), with the recipe "
+    "named, of other passages of PG-19: the longest prefix whose teacher-forced accuracy is 1, "
+    "which was not decoded, and its information gain without the first token; means with the "
+    "printed spread, whose kind is not named."
+)
 
 
 class Exact(Protocol):
@@ -48,31 +57,29 @@ class Exact(Protocol):
         return cards
 
     def tables(self, data: Data, *, compare: bool) -> list[Table]:
+        groups = list(by_series(data.of(self.name)))
+        theirs = [_published(data, group) if compare else None for _, group in groups]
         lines: list[TableLine] = []
-        for (model, source, K), group in by_series(data.of(self.name)):
+        for ((model, source, K), group), known in zip(groups, theirs, strict=True):
             r = exact_result(group)
-            lines.append(
-                [
-                    ("model", short(model)),
-                    ("source", source),
-                    ("K", K),
-                    *interval("exact tokens", r.horizon),
-                    ("n", r.horizon.n),
-                    *interval("bits", r.bits),
-                    ("censored", str(r.censored)),
-                    ("spent", r.spent.mean),
-                ]
-            )
-        return [
-            Table.of(
-                "exact",
-                "Exact horizon: leading tokens that free-running decoding gives back",
-                "Means over n passages with 95 % intervals. Bits: information gain over the exact "
-                "horizon. Censored: share of passages that decode whole, where a longer one might "
-                "have been exact too. Spent: forward-backward tokens per passage.",
-                lines,
-            )
-        ]
+            line: TableLine = [
+                ("model", short(model)),
+                ("source", source),
+                ("K", K),
+                *interval("exact tokens", r.horizon),
+                ("n", r.horizon.n),
+                *interval("bits", r.bits),
+                ("censored", str(r.censored)),
+                ("spent", r.spent.mean),
+            ]
+            lines.append(line + _published_columns(known) if any(theirs) else line)
+        note = (
+            "Means over n passages with 95 % intervals. Bits: information gain over the exact "
+            "horizon. Censored: share of passages that decode whole, where a longer one might "
+            "have been exact too. Spent: forward-backward tokens per passage."
+        )
+        title = "Exact horizon: leading tokens that free-running decoding gives back"
+        return [Table.of("exact", title, f"{note} {PUBLISHED}" if any(theirs) else note, lines)]
 
     def figures(self, data: Data, *, compare: bool) -> list[Plot]:
         panels = []
@@ -96,6 +103,24 @@ class Exact(Protocol):
                 panels,
             )
         ]
+
+
+def _published(data: Data, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The published horizon of these rows' model, for one vector and PG-19."""
+    first = rows.iloc[0]
+    if (str(first["source"]), int(first["vectors"])) != ("pg19", 1):
+        return None
+    return published.progressive(str(first["model"]), data.recipe_of(str(first["cell"])))
+
+
+def _published_columns(known: dict[str, Any] | None) -> TableLine:
+    """The columns of a published horizon, empty where there is none."""
+    names = ("published recipe", "published tokens", "published bits", "published n")
+    if known is None:
+        return [(name, None) for name in names]
+    (tokens, spread), (bits, bits_spread) = known["tokens"], known["gain_bits"]
+    cells = (known["arm"], f"{tokens} ± {spread}", f"{bits:.0f} ± {bits_spread:.0f}", known["n"])
+    return list(zip(names, cells, strict=True))
 
 
 @dataclass(frozen=True)

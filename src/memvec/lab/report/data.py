@@ -68,6 +68,14 @@ class Data:
         values = {c: json.loads(settings[c])["options"] for c in set(rows["cell"])}
         return rows["cell"].map(values)
 
+    def recipe_of(self, cell: str) -> dict[str, Any]:
+        """All fields of the recipe of a cell."""
+        (settings,) = self.store.db.execute(
+            "SELECT settings FROM cells WHERE cell=?", (cell,)
+        ).fetchone()
+        recipe: dict[str, Any] = json.loads(settings)["recipe"]
+        return recipe
+
     def width(self, row: pd.Series) -> int:
         """Numbers of a vector of a row: the model's D, or those of the recipe's space."""
         cell = str(row["cell"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -35,6 +36,21 @@ def table1(model: str, source: str, K: int = 1) -> dict[str, Any] | None:
     if entry is None:
         return None
     return _with_bits(entry["longest"], tuple(entry["token_gain"]), tuple(entry["gain_nats"]))
+
+
+def progressive(model: str, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Progressive cramming of a model by Tarasov et al.: tokens and gain_bits (mean, spread), n.
+
+    `arm` names the preset whose values they are. It is the method that `recipe` (fields of a
+    Recipe) has too, or plain progressive cramming if theirs has no result with it.
+    """
+    arms = published()["progressive"]["values"].get(model)
+    if arms is None:
+        return None
+    own = ("alignment", recipe.get("term")), ("low-dim", recipe.get("coordinates"))
+    arm = " ".join(name for name, value in own if value == name)
+    arm = arm if arm in arms else "progressive"
+    return {"arm": arm, **arms[arm]}
 
 
 def _figure4(model: str, K: int) -> dict[str, Any] | None:
