@@ -5,6 +5,7 @@ Only the standard library is used for links, so that they are checked wherever t
 """
 
 import html
+import json
 import pkgutil
 import re
 import runpy
@@ -17,6 +18,7 @@ DOCS = ROOT / "docs"
 STUDY = DOCS / "pocket-full"  # the report of a study, written by memvec
 WRITTEN = sorted(page for page in DOCS.rglob("*.md") if STUDY not in page.parents)
 PAGES = [ROOT / "README.md", *WRITTEN]
+ARMS = ("progressive", "low-dim", "alignment")  # of Tarasov et al., columns of docs/related.md
 LINK = re.compile(r"(?<!\\)\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 
 
@@ -125,6 +127,23 @@ def test_the_sentences_of_the_errors_page_are_those_of_the_code():
             if len(piece) > 14 and piece not in source:
                 missing.append((sentence, piece))
     assert not missing
+
+
+def test_the_published_lengths_are_those_of_the_package():
+    data = json.loads((ROOT / "src/memvec/lab/report/published.json").read_text("utf-8"))
+    names = {name.split("/")[-1].lower(): name for name in data["progressive"]["values"]}
+    text = (DOCS / "related.md").read_text("utf-8")
+    table = text.split("<!-- lengths: ")[1].split("<!-- end of lengths -->")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 9
+    for model, *cells in rows:
+        name = names[model.strip().lower()]
+        seed = data["table1"]["values"].get(name, {}).get("pg19", {}).get("longest")
+        arms = data["progressive"]["values"][name]
+        means = [arms.get(arm, {}).get("tokens", [None])[0] for arm in ARMS]
+        one_step = data["one_step"]["values"]["longest"].get(name, {}).get("pg19", {}).get("own_m")
+        shown = [None if cell.strip() == "–" else float(cell) for cell in cells]
+        assert shown == [seed, *means, one_step], model
 
 
 def test_nothing_is_installed_by_a_name_that_no_index_has():
