@@ -13,6 +13,8 @@ standard error (`_error`):
   per vector; `share_of_bits` is this divided by `stored_bits`;
 - `bytes_per_text_byte`: bytes of the file (packed numbers, scales, and corrections as
   variable-length integers) divided by the bytes of the text of the held tokens;
+- `at_end`: passages that come back whole, corrections included: where it is not 0, a longer passage
+  might have had more held tokens;
 - `length`: tokens of a passage; `overlap`: passages that share tokens with another one.
 
 Further rows have the bytes of whole passages without vectors: xz and zstd of all passages joined,
@@ -25,7 +27,7 @@ fewest bytes per text byte (`bytes_cheapest`, and its stored bits per vector, it
 its passage length), and bytes per text byte without vectors for passages of that length (`xz`,
 `zstd`, `arithmetic`, `corrections_alone`).
 
-`--quick` has 4 passages of 40 tokens, 60 steps and one vector.
+`--quick` has 4 passages of 72 tokens, 60 steps and one vector.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ def held(lm: FrozenLM, outcomes: list[Outcome], storage: str, K: int) -> dict[st
             (vector_bytes + size([counted])) / max(1, text_bytes(lm, outcome.passage.ids[:horizon]))
         )
     row: dict[str, Any] = {"stored_bits": 8.0 * vector_bytes / K}
+    row["at_end"] = sum(o.metrics.horizon == len(o.passage.ids) for o in outcomes)
     for name, values in (("tokens", tokens), ("bits_held", bits), ("bytes_per_text_byte", prices)):
         row[name], row[f"{name}_error"] = metrics.mean_and_error(values)
     return row | {"share_of_bits": row["bits_held"] / row["stored_bits"]}
@@ -172,11 +175,11 @@ def main() -> None:
     """Cram with every storage format, and with corrections for the smallest; compare the bytes."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--passages", type=int, default=32, help="of each K")
-    parser.add_argument("--tokens", type=int, default=72, help="of a passage, per vector")
+    parser.add_argument("--tokens", type=int, default=120, help="of a passage, per vector")
     parser.add_argument("--steps", type=int, default=400, help="of each passage")
     options = parser.parse_args()
     n, T, steps = (
-        (4, 40, 60) if options.quick else (options.passages, options.tokens, options.steps)
+        (4, 72, 60) if options.quick else (options.passages, options.tokens, options.steps)
     )
     lm = load_lm(options.model, dtype="float32")
     combinations = [(name, 1, 0) for name in STORAGES]

@@ -665,7 +665,7 @@ def test_corrections_after_the_horizon_cost_and_hold_nothing(monkeypatch):
         metrics=SimpleNamespace(horizon=4), corrections=[(1, 7), (5, 9)], passage=passage
     )
     row = bits.held(lm, [outcome], "float32", 2)
-    assert (row["tokens"], row["bits_held"]) == (2, (4 - 1) * 2 / 2)
+    assert (row["tokens"], row["bits_held"], row["at_end"]) == (2, (4 - 1) * 2 / 2, 0)
     stored = STORAGES["float32"].size(2, lm.width) + size([[(1, 7)]])
     assert row["bytes_per_text_byte"] == stored / 20
 
