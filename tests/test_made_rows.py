@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -624,6 +625,33 @@ def test_the_table_of_copies_tells_the_vectors_from_the_copy(tmp_path):
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert (row["accuracy, vectors"], row["accuracy, copy"]) == (1.0, 0.25)
     assert (row["removed by vectors"], row["removed by copy"]) == (20.0, 18.0)
+
+
+def test_published_copies_and_contexts_are_those_of_the_same_text(store, monkeypatch):
+    """The copies are of random words, the contexts of PG-19; nats are converted to bits."""
+    head = HEAD.replace("pocket", "EleutherAI/pythia-410m").replace("random-tokens", "pg19")
+    monkeypatch.setattr(
+        sys.modules[__name__], "HEAD", f'{head}[[sources]]\nkind = "random-words"\n'
+    )
+    run = '[[runs]]\nprotocol = "{}"\nlengths = [64]\npassages = 2\nsources = ["{}"]\n'
+    spec = "".join(
+        run.format(name, text) for name in ("copy", "context") for text in ("pg19", "random-words")
+    )
+    extras = {"copy": {"after_copy": [2.0, 1]}, "context": {"after_context": {"64": [20.0, 3]}}}
+    data = made(store, spec, lambda cell, number: {"extra": extras[cell.protocol]})
+    (table,) = protocol_of("context").tables(data, compare=True)
+    theirs = {(row[1], row[4]): row[-1] for row in table.rows}
+    assert theirs["pg19", "64 tokens"] == pytest.approx(206.5 / math.log(2))
+    assert theirs["pg19", "1 vector"] == pytest.approx(15.4 / math.log(2))
+    assert {theirs[key] for key in theirs if key[0] == "random-words"} == {None}
+    ((panel,),) = (plot.panels for plot in protocol_of("copy").figures(data, compare=True))
+    series = {line.name: line for line in panel.series}
+    vector, copy = series["vector, published"], series["copy in context, published"]
+    assert vector.x == copy.x
+    bits = [n / math.log(2) for n in (126.1, 115.1, 109.0)]
+    assert [vector.x[0], vector.y[0], copy.y[0]] == pytest.approx(bits)
+    ((panel,),) = (plot.panels for plot in protocol_of("copy").figures(data, compare=False))
+    assert not [line.name for line in panel.series if "published" in line.name]
 
 
 def test_the_table_of_the_documentation_has_a_mean_over_passages(store, monkeypatch):

@@ -98,7 +98,8 @@ class Context(Protocol):
                 if compare:
                     key = {"none": "0", vector: "vector"}.get(name, name.split()[0])
                     comparable = key != "vector" or K == 1
-                    known = _published(model, length, key) if comparable else None
+                    text = str(group["source"].iloc[0])
+                    known = _published(model, text, length, key) if comparable else None
                     line.append(("paper, bits", known))
                 lines.append(line)
         note = (
@@ -160,9 +161,11 @@ def _means_by_context(rows: pd.DataFrame) -> dict[int, Mean]:
     return {n: mean_interval(values) for n, values in sorted(left.items())}
 
 
-def _published(model: str, length: int, key: str) -> float | None:
-    """Bits left in the paper's Table 2; None if it lacks this model, length or context."""
+def _published(model: str, source: str, length: int, key: str) -> float | None:
+    """Bits left in the paper's Table 2; None if it lacks this model, text, length or context."""
     known = published.published()["context"]["values"].get(model)
-    if known is None or known["length"] != length or key not in known["nats"]:
+    if source != "pg19" or known is None:
+        return None
+    if known["length"] != length or key not in known["nats"]:
         return None
     return published.bits(known["nats"][key])

@@ -23,8 +23,9 @@ from memvec.lab.protocols.protocol import (
     extra_of,
     own_bos,
 )
+from memvec.lab.report import published
 from memvec.lab.report.data import Data, by_length, by_recipe, panel_title, place
-from memvec.lab.report.plot import Panel, Plot, cloud, diagonal
+from memvec.lab.report.plot import Panel, Plot, Series, cloud, diagonal
 from memvec.lab.report.table import Table, TableLine, interval
 from memvec.lab.slow import SlowPassage
 from memvec.lab.sources import SourcedPassage
@@ -113,10 +114,25 @@ class Copy(Protocol):
                 cloud("copy in context", group, "lm_bits", "copy_gain"),
                 diagonal(group["lm_bits"]),
             ]
+            if compare and K == 1 and "random-words" in set(group["source"]):
+                series += _published(model)
             title = panel_title(model, K, recipe)
             panels.append(Panel(title, "bits without either, H", "bits removed", series))
         caption = "One point per passage. On the dashed line all bits of the passage are removed."
         return [Plot("copy", "A vector against the text itself in context", caption, panels)]
+
+
+def _published(model: str) -> list[Series]:
+    """The paper's eight random passages of this model, nats converted to bits."""
+    known = published.published()["copy"]["values"].get(model)
+    if known is None:
+        return []
+    H, *removed = (
+        [published.bits(nats) for nats in known[key]]
+        for key in ("nats", "removed_by_vector", "removed_by_copy")
+    )
+    names = ("vector, published", "copy in context, published")
+    return [Series(name, H, values) for name, values in zip(names, removed, strict=True)]
 
 
 def _prefix(lm: FrozenLM, ids: tuple[int, ...]) -> list[int]:
