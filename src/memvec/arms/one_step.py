@@ -3,9 +3,9 @@
 Mezentsev & Oseledets, "Exploring the Hidden Capacity of LLMs for One-Step Text Generation" (arXiv
 2505.21189, EMNLP 2025). The model reads [e, m, m, ..., m], as many inputs as the passage has
 tokens, and the output at position i is token i. No token is fed back, so the text cannot be
-continued. In the published tables, the two vectors of larger models hold about half as many tokens
-as one vector of autoregressive decoding (by another criterion); those of Pythia-160M and 410M hold
-more. With a shared m, P passages have P + 1 vectors in all.
+continued. In the published tables, the two vectors of larger models hold 0.5 to 0.8 times as many
+tokens as one vector of autoregressive decoding (by another criterion); those of Pythia-160M and
+410M hold more. With a shared m, P passages have P + 1 vectors in all.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Cram all passages of a file together, with one shared m: P passages have P + 1 vectors.
 
-In Mezentsev & Oseledets (section 4.3), texts share m, and each has its own e: about half of the
-tokens for half of the vectors. Only here do passages depend on each other. All of them move m, so
-each e depends on every passage of the file, and no passage is finished before all are. The record
-says so (`layout` 'one-step-shared'). An interrupted run starts from the beginning, and another
-passage changes every vector.
+In Mezentsev & Oseledets (section 4.3), texts share m, and each has its own e. For half of the
+vectors, their Llama models hold half of the tokens, and Pythia a fifth to a half. Only here do
+passages depend on each other. All of them move m, so each e depends on every passage of the file,
+and no passage is finished before all are. The record says so (`layout` 'one-step-shared'). An
+interrupted run starts from the beginning, and another passage changes every vector.
 
 All passages move in every step, `batch_size` of them in a forward pass; the gradient at m is the
 sum over all. Cramming ends when all margins of all passages are met in one step, or by the recipe's
