@@ -46,7 +46,8 @@ def test_the_pretence_refuses_tensors_of_two_devices_and_counts_waits():
 
 
 def test_no_recipe_makes_a_gpu_wait_between_polls():
-    """Nor do its tensors meet those of another device, from the first step to the certificate."""
+    """Nor do its tensors meet those of another device, from the first step to the certificate, and
+    no kernel is called that CUDA refuses under deterministic algorithms or leaves to MAGMA."""
     for name, said in said_by("cram").items():
         ours = [w for w in said["waits"] if not any(words in w for words in OF_TRANSFORMERS)]
         assert ours == [], name

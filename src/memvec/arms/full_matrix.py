@@ -105,7 +105,9 @@ def turned_by(
     products[slots, :, newest] = product
     age = (newest[:, None] - torch.arange(W, device=count.device)) % W
     norm = products.diagonal(dim1=1, dim2=2).sqrt()
-    median = norm.where(norm > 0, torch.nan).nanmedian(1, keepdim=True).values
+    # The median by sorting: `nanmedian` raises on CUDA under deterministic algorithms.
+    ranked, used = norm.where(norm > 0, torch.inf).sort(1).values, (norm > 0).sum(1, keepdim=True)
+    median = ranked.gather(1, (used - 1).clamp_min(0) // 2)
     limit = (SPIKE * median / norm).nan_to_num(1, posinf=1).clamp_max(1)
     weight = DECAY ** (age / 2) * limit
     size = (products.diagonal(dim1=1, dim2=2) * weight.square()).sum(1, keepdim=True)
@@ -116,7 +118,10 @@ def turned_by(
     shifted.diagonal(dim1=2, dim2=3).add_(shift[:, None])
     factor, _ = torch.linalg.cholesky_ex(shifted)  # unlike `cholesky`, does not synchronise
     right = (weight * along)[:, None, :, None].expand(-1, len(shift), -1, -1)
-    solved = torch.cholesky_solve(right, factor)[..., 0]
+    # `cholesky_solve` gives the same numbers. On CUDA it makes a queue of MAGMA and page-locked
+    # arrays in each call (BatchLinearAlgebra.cpp of PyTorch).
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
     back = weight * (solved * (share / shift)[:, None]).sum(1)
     turned: Tensor = (share / shift).sum() * vector - product_of(back[:, None], gradients)[:, 0]
     return turned
