@@ -841,6 +841,22 @@ def test_a_trial_that_runs_out_of_memory_is_no_error(monkeypatch):
     assert engine.trial(4, 2) == 0.0
 
 
+@pytest.mark.parametrize(("device", "timed"), [("cpu", 8), ("cuda", 40)])
+def test_a_gpu_is_timed_with_all_slots(device, timed, monkeypatch):
+    """A step of 32 slots may take as long as one of 8 there; on a CPU it takes four times that."""
+    job = cram_job.CramJob(
+        copy(reader()), [], 1, tokens=3, recipe=QUICK, batch_size=40, storage=storage_of("float32")
+    )
+    monkeypatch.setattr(job.engine, "trial", lambda tokens, slots: slots / 100)
+    facts, asked = facts_of(job.lm, 3), [Passage((1, 2, 3))] * 40
+    job.engine.batch_size, job.lm.device = 40, torch.device(device)
+    assert job._expected(asked, facts).step == pytest.approx(0.4)
+    tried = []
+    monkeypatch.setattr(job.engine, "trial", lambda tokens, slots: tried.append(slots) or 1.0)
+    assert job._expected(asked, facts).step == 40 / timed
+    assert tried == [timed]
+
+
 @pytest.mark.parametrize("K", [1, 2, 3, 8, 10, 40])
 def test_the_bits_of_a_model_are_those_of_the_largest_known_number_of_vectors(K, monkeypatch):
     """By number: '16' is more than '2'."""

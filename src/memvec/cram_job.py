@@ -29,7 +29,7 @@ from memvec.workers import Batch, Crew, Workers, decode_passages
 # Information of a passage, as a share of the bits that its vectors can hold: a nearly full vector
 # takes many steps. `fill` in the memvec.json of a model's folder replaces this value.
 FILL = 0.4
-TRIAL = 8  # passages in the step that is timed before cramming starts
+TRIAL = 8  # passages in the step that is timed before cramming starts on a CPU
 PROBED = 8  # passages on which the bits per vector are estimated for a model without measured facts
 PROBE_STEPS = 200
 PROBE_TOKENS = 128  # tokens per vector of such a passage; doubled while all passages are exact
@@ -141,7 +141,9 @@ class CramJob:
         memory = estimate(facts, batch_size=slots, tokens=longest, vectors=self.K)
         step = 0.0
         if self.workers is None and not self.lm.reading.crammer:
-            step = self.engine.trial(longest, min(slots, TRIAL)) * max(1.0, slots / TRIAL)
+            # The time of a GPU is not proportional to the slots: it waits for kernel launches.
+            timed = min(slots, TRIAL) if self.lm.device.type == "cpu" else slots
+            step = self.engine.trial(longest, timed) * slots / timed
         fills = sum(map(len, passages)) / longest / slots
         return Expected(slots, longest, memory, step, max(1.0, fills))
 
