@@ -35,6 +35,15 @@ from test_report import alike
 pytestmark = pytest.mark.filterwarnings("ignore:a worker died")
 
 
+# What Ray says of a worker that raised an error: the traceback, and the error's lines.
+FAULTS = {
+    "fault": "ray::Worker.stream() (pid=7)\n  File actor.py, line 120\ntorch.AcceleratorError: "
+    "CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECCUncorrectable'.",
+    "full": "ray::Worker.stream() (pid=7)\nRuntimeError: CUDA error: out of memory\nSearch it.",
+    "other": "ray::Worker.stream() (pid=7)\nValueError: not CUDA's",
+}
+
+
 class DiedError(Exception):
     """Stands for Ray's RayActorError."""
 
@@ -75,6 +84,8 @@ class Actor:
                 yield (item.document, item.offset), item
         if self.end == "error" and self.rows < len(unit.passages):
             yield DiedError("killed")
+        if self.end in FAULTS and self.rows < len(unit.passages):
+            yield ZeroDivisionError(FAULTS[self.end])
 
 
 def get(item: Any) -> Any:
@@ -93,7 +104,7 @@ def pool(*actors: Actor, spare: Callable[[], Actor]) -> Workers:
     )
     made.count = len(actors)
     made.members = [Member(f"ray-{i}", actor) for i, actor in enumerate(actors)]
-    made._hired, made._board_request = 0, None
+    made._hired, made._board_request, made.gpu = 0, None, False
     latest = {
         f"ray-{i}": Progress(2, i, 3.0 + 4 * i, steps=10, tokens=100) for i in range(len(actors))
     }
@@ -126,6 +137,36 @@ def test_a_dead_workers_passages_come_from_another(end: str, rows: int) -> None:
     assert sorted(numbers) == list(range(11))
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_a_worker_whose_gpu_fails_is_ended_and_replaced(rows: int) -> None:
+    """After such an error every call of its process to the GPU fails; the others go on."""
+    healthy, broken, killed = Actor(99, "done"), Actor(rows, "fault"), []
+    made = pool(healthy, broken, spare=lambda: healthy)
+    made.ray.kill = killed.append
+    said = r"\(CUDA error: uncorrectable ECC error encountered\): .* 1 of at most 6"
+    with pytest.warns(SlowPathWarning, match=said):
+        numbers = [f.row.number for f in made.stream(one_by_one(units(11, 3)), None)]
+    assert sorted(numbers) == list(range(11))
+    assert killed == [broken]
+
+
+@pytest.mark.parametrize("end", ["full", "other"])
+def test_another_error_of_a_worker_ends_the_run(end: str) -> None:
+    made = pool(Actor(0, end), spare=lambda: Actor(99, "done"))
+    with pytest.raises(ZeroDivisionError):
+        list(made.stream(one_by_one(units(4, 3)), None))
+
+
+def test_units_of_gpus_fill_their_slots() -> None:
+    """So that no GPU computes steps of a few slots while passages wait."""
+    made = pool(*[Actor(99, "done")] * 8, spare=lambda: Actor(99, "done"))
+    sizes = {}
+    for made.gpu in (False, True):
+        sizes[made.gpu] = [made.share(waiting, 100) for waiting in (1, 40, 800, 1600, 3200, 10_000)]
+    assert sizes[False] == [1, 3, 50, 100, 200, 400]
+    assert sizes[True] == [1, 5, 100, 100, 200, 400]
+
+
 def test_a_worker_that_dies_while_a_unit_is_being_made_loses_nothing() -> None:
     healthy = Actor(99, "done")
     made = pool(Actor(0, "error"), spare=lambda: healthy)
@@ -155,6 +196,27 @@ def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     loading = Loading("pocket", None, "float32", None, {})
     with pytest.raises(MemvecError, match="3 workers need a GPU each, and Ray has 2 here"):
         Workers(loading, workers=3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "device"),
+    [(2, "auto", "cuda"), (2, "cuda", "cuda"), (2, "cpu", "cpu"), (0, "auto", "auto")],
+)
+def test_workers_with_a_gpu_compute_on_it(
+    gpus: int, asked: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose torch cannot use its GPU says so, instead of computing on the CPU."""
+    hired: list[Any] = []
+    actor = SimpleNamespace(remote=lambda *given: hired.append(given))
+    here = SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 4.0, "GPU": float(gpus)},
+        remote=lambda **_: lambda _: actor,
+    )
+    monkeypatch.setattr("memvec.workers.pool._start_ray", lambda *_: here)
+    loading = Loading("pocket", None, "float32", None, {})
+    made = Workers(loading, workers=2, device=asked)
+    assert made.gpu == (device == "cuda")
+    assert [given[1] for given in hired if given] == [device] * 2
 
 
 def test_workers_on_one_numbered_gpu_are_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from memvec.cramming.engine import Progress
 from memvec.errors import MemvecError, SlowPathWarning
+from memvec.model.memory import out_of_memory
 from memvec.workers.actor import REPORT_EVERY, Loading, OnProgress, ProgressBoard, Unit, Worker
 
 MAX_DEATHS = 3  # mean per worker; with more, the run ends
@@ -78,8 +79,9 @@ class Workers:
                 f"{self.count} workers need a GPU each, and Ray has {gpus} here: ask for fewer "
                 "workers, or for the device 'cpu'."
             )
-        self.loading, self.device = loading, device
-        self.gpu = gpus > 0
+        self.loading, self.gpu = loading, gpus > 0
+        # By name, so that a worker whose torch cannot use its GPU does not compute on the CPU.
+        self.device = "cuda" if self.gpu else device
         # torch's number respects affinity and OMP_NUM_THREADS.
         self.threads = 0 if self.gpu else max(1, torch.get_num_threads() // self.count)
         self._hired = 0
@@ -108,9 +110,12 @@ class Workers:
     def share(self, waiting: int, batch_size: int) -> int:
         """Number of passages for the next unit, at least 1.
 
-        Enough to refill slots, and few enough that all workers finish at about the same time.
+        Enough to refill slots, and few enough that all workers finish at about the same time. On
+        GPUs it fills the slots if it can: a step of few slots takes nearly as long as one of all.
         """
         share = -(-waiting // (2 * self.count))
+        if self.gpu:
+            share = max(share, min(batch_size, -(-waiting // self.count)))
         return max(1, min(REFILLS * batch_size, share))
 
     def stream(
@@ -119,8 +124,9 @@ class Workers:
         """Yields the results of all units, each as soon as it arrives.
 
         `next_unit` is called whenever a worker is free, and returns None while there is no work.
-        The stream ends when it returns None and every worker is idle. Raises MemvecError if a
-        worker does, and after more than three deaths per worker on average.
+        The stream ends when it returns None and every worker is idle. A worker whose GPU fails is
+        replaced like a dead one. Raises MemvecError if a worker does, and after more than three
+        deaths per worker on average.
         """
         returned, deaths = deque[Unit](), 0
         while True:
@@ -145,7 +151,11 @@ class Workers:
                     deaths += 1
                     self._bury(member, deaths, _why_it_died(error), returned)
                 except self.ray.exceptions.RayTaskError as error:
-                    raise _cause(error) from None
+                    if not (reason := _device_fault(error)):
+                        raise _cause(error) from None
+                    self.ray.kill(member.actor)  # its process can use the GPU no more
+                    deaths += 1
+                    self._bury(member, deaths, reason, returned)
                 else:
                     member.received.add(key)
                     yield result
@@ -250,6 +260,15 @@ def _why_it_died(error: Any) -> str:
     if getattr(error, "actor_init_failed", False):
         raise MemvecError(f"a worker cannot begin: {reason.split('MemvecError: ')[-1]}")
     return reason
+
+
+def _device_fault(error: Any) -> str:
+    """The CUDA error that a worker raised, after which its process must end; '' for another error.
+
+    Lack of memory is none: the engine handles it.
+    """
+    fault = next((line for line in reversed(_lines(error)) if "CUDA error: " in line), "")
+    return "" if out_of_memory(RuntimeError(fault)) else fault[fault.find("CUDA error: ") :].strip()
 
 
 def _cause(error: Any) -> BaseException:
