@@ -133,10 +133,7 @@ class CramJob:
         self._enter("cramming")
 
     def _expected(self, passages: Sequence[Passage], facts: Facts) -> Expected:
-        """Estimate memory from the model's facts, and the seconds of a step from a trial step.
-
-        The number of steps is not estimated here; `memvec plan` does that on a sample.
-        """
+        """Estimate memory from the model's facts, and the seconds of a step from a trial step."""
         slots, longest = min(self.engine.batch_size, len(passages)), max(map(len, passages))
         memory = estimate(facts, batch_size=slots, tokens=longest, vectors=self.K)
         step = 0.0
