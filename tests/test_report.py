@@ -310,6 +310,10 @@ def test_tables_are_written_four_ways(capsys: pytest.CaptureFixture[str], study:
     assert r"T \& t" in table.latex()
     assert r"\begin{table}" + "\n\\centering\n" in table.latex()
     assert r"\toprule" in table.latex()
+    assert r"\begin{tabular}{lr}" in table.latex()
+    below = Table("k", "T", "", ["a-b", "c"], [["x-y", -0.5], ["-1", 2]])
+    assert r"x-y & $-$0.500 \\" in below.latex()
+    assert r"-1 & 2 \\" in below.latex()
     signs = Table("k", "T", "", ["low", "low"], [["x|y", "1 ± 2 \\ {~} #$^"]])
     assert re.search(r"\| x\\\|y\s+\| 1 ± 2", signs.markdown())
     tex = r"1 $\pm$ 2 \textbackslash{} \{\textasciitilde{}\} \#\$\textasciicircum{}"
@@ -432,6 +436,22 @@ def test_all_passages_alike_still_make_a_report(tmp_path: Path) -> None:
         cards = [card["label"] for card in overview(data) if card["label"].startswith("exact")]
     assert len(cards) == 2
     assert all("; n 1, 23 bits" in card and "nan" not in card for card in cards)
+
+
+def test_axes_show_no_half_of_a_token_and_no_share_above_one():
+    panels = [
+        Panel(
+            "whole", "tokens", "share of passages", [Series("a", [0.0, 12.0], [1.0, 1.0], "line")]
+        ),
+        Panel(
+            "few", "tokens", "share of passages", [Series("a", [0.0, 1.0, 2.0], [1.0, 1.0, 0.25])]
+        ),
+    ]
+    whole, few = draw(Plot("key", "title", "caption", panels)).axes
+    assert all(tick <= 1 for tick in whole.get_yticks() if tick <= whole.get_ylim()[1])
+    assert whole.get_ylim()[0] == 0
+    assert whole.get_ylim()[1] > 1
+    assert all(float(tick).is_integer() for tick in few.get_xticks())
 
 
 def alike(cell: str, number: int, K: int, protocol: str) -> StoreEntry:

@@ -127,11 +127,18 @@ def _panel(ax: Any, panel: Panel, below: list[str]) -> None:
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if not below and any(s.name and s.mark != "boxes" for s in panel.series):
-        # The legend is transparent, so that the curves under it stay visible.
-        ax.legend(fontsize=7, framealpha=0.6, edgecolor="none", loc="best")
+        # The legend is transparent, so that the curves under it stay visible. Its edge keeps its
+        # marks apart from the data's.
+        ax.legend(fontsize=7, framealpha=0.6, edgecolor="0.8", loc="best")
     heights = [v for s in panel.series for v in s.y if np.isfinite(v)]
     if panel.names and heights and min(heights) >= 0 and panel.series[0].mark != "boxes":
         ax.set_ylim(0, ax.get_ylim()[1] * (1.3 if bars and not below else 1.0))
+    elif heights and not panel.log_y and min(heights) == max(heights) > 0:
+        # By itself, the axis of a constant share has ticks above 1.
+        ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    whole = all(float(v).is_integer() for s in panel.series for v in s.x)
+    if whole and not panel.names and not panel.log:
+        ax.xaxis.get_major_locator().set_params(integer=True)  # there is no half of a token
 
 
 def _boxes(ax: Any, s: Series, colour: str) -> None:

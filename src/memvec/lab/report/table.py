@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import pandas as pd
 
@@ -74,16 +75,20 @@ class Table:
         return f"### {self.title}\n\n{body}\n\n{self.note}\n"
 
     def latex(self) -> str:
-        """A booktabs table."""
+        """A table in LaTeX, for the package booktabs; columns of numbers end at the right."""
         columns = [_tex(name) for name in self.columns]
-        rows = [[_tex(cell) for cell in row] for row in self.shown()]
+        rows = [
+            [_tex(show(c).replace("-", "−") if _number(c) else show(c)) for c in row]
+            for row in self.rows
+        ]
         frame = pd.DataFrame(rows, columns=columns, dtype=object)
+        sides = ["r" if all(_number(r[i]) for r in self.rows) else "l" for i in range(len(columns))]
         text = frame.to_latex(
             index=False,
             escape=False,  # pandas leaves the caption and signs such as ± as they are
             caption=_tex(f"{self.title}. {self.note}"),
             label=f"tab:{self.key}",
-            column_format="l" * len(columns),
+            column_format="".join(sides),
         )
         return str(text).replace("\\begin{table}", "\\begin{table}\n\\centering", 1)
 
@@ -126,6 +131,11 @@ def mean_and_sd(pair: tuple[float, float | None] | None) -> str | None:
         return None
     mean, sd = pair
     return f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
+
+
+def _number(cell: TableCell) -> bool:
+    """True for a number, and for what is missing."""
+    return cell is None or isinstance(cell, Real)
 
 
 def _tex(text: str) -> str:
