@@ -19,6 +19,7 @@ import torch
 import memvec
 from conftest import TRAINED_ON, reader
 from memvec import codec, registry
+from memvec.cli import app as app_module
 from memvec.cli import display, progress
 from memvec.cli.common import ModelChoice, loading_options, open_file
 from memvec.cli.expected import sentence
@@ -511,6 +512,22 @@ def test_vectors_of_another_model(command, folder, letter, stored, tmp_path):
     assert (ran.code, ran.out) == (3, b"")
 
 
+def test_an_error_of_the_system_is_one_sentence(monkeypatch, capsys):
+    def fails():
+        raise OSError(*reason)
+
+    monkeypatch.setattr(app_module, "app", fails)
+    for reason, name in (
+        ((errno.ENOSPC, "No space left on device"), "a file or standard output"),
+        ((errno.EIO, "Input/output error", "a.txt"), "a.txt"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            app_module.run()
+        assert ended.value.code == 2
+        said = f"memvec: {name} cannot be read or written: {reason[1]}.\n"
+        assert capsys.readouterr().err == said
+
+
 def test_a_full_disk_keeps_what_is_finished(command, folder, letter, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -797,6 +814,13 @@ def test_a_file_is_shown_in_words(monkeypatch, capsys, stored):
     assert "temperature 0.412 logits, schedule growing" in shown
     assert f"{mem.vectors.shape[1]} vectors each, D " in shown
     assert "None" not in shown
+    costs = {"steps": 1, "spent": 1, "seconds": 0.25}
+    for passage in mem.header.passages[1:]:
+        costs = {name: total - getattr(passage, name) for name, total in costs.items()}
+    first = mem.header.passages[0].model_copy(update=costs)
+    lone = mem.header.model_copy(update={"passages": [first, *mem.header.passages[1:]]})
+    display.inspect(MemVectors(mem.stored, lone), "x")
+    assert "1 step, 1 forward-backward token, 0.2 s" in capsys.readouterr().out
     assert "when crammed: margin, logits ┃ when crammed: gain, bits" in shown
     assert "(sdpa attention, with a cache, torch 2)" in shown
     assert "(sdpa attention, without a cache (it has no cache), torch 2)" in shown

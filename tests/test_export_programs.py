@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -174,8 +175,14 @@ def test_the_command_says_how(command, folder, tmp_path):
     codec.cram(reader(), ["the fox"], vectors=2, tokens=2, recipe=QUICK).save(tmp_path / "a.mem")
     words = ["export", tmp_path / "a.mem", "--model", folder]
     for target in ("transformers", "npy"):
-        out = tmp_path / f"a.{target}"
-        ran = command(*words, "--to", target)
+        out = tmp_path / f"of {target}"
+        ran = command(*words, "--to", target, "-o", out)
         assert ran.code == 0, ran.err
-        said = f"python {out}/decode.py MODEL_FOLDER" in ran.err
+        # A shell reads the printed line as the words that it means.
+        program = ["python", f"{out}/decode.py", "MODEL_FOLDER"]
+        said = any(
+            shlex.split(line)[-3:] == program
+            for line in ran.err.splitlines()
+            if "Decode it" in line
+        )
         assert said == (out / "decode.py").exists() == (target == "transformers")

@@ -149,10 +149,14 @@ def test_what_a_run_would_refuse_is_refused_before() -> None:
 def test_a_model_of_which_nothing_is_known_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     print_prices(
         "x",
-        [Price("nosuch", 1, 2, gpu_hours=None, cpu_hours=None, memory_gib=None)],
+        [
+            Price("nosuch", 1, 2, gpu_hours=None, cpu_hours=None, memory_gib=None),
+            Price("small", 1, 2, gpu_hours=0.0, cpu_hours=0.004, memory_gib=0.005),
+        ],
         ["x is missing."],
     )
     printed = capsys.readouterr().out
+    assert re.search(r"small .* 0\.00 .* < 0\.01 .* 0\.01 GiB", printed)
     assert "no folder is called nosuch; the run looks for it on the Hub." in printed
     assert "problem: x is missing." in printed
 

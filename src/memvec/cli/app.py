@@ -111,7 +111,8 @@ def run() -> None:
     except OverflowError:
         _end("a number is too large: whole numbers have at most 64 bits.")
     except OSError as error:  # a name that is too long, a disk that went away
-        _end(f"{error.filename or 'a file or standard output'}: {error.strerror or error}.")
+        name = error.filename or "a file or standard output"
+        _end(f"{name} cannot be read or written: {error.strerror or error}.")
 
 
 def _end(sentence: str, code: int = 2) -> NoReturn:

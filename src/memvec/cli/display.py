@@ -217,7 +217,9 @@ def _add_figures(table: Table, s: Mapping[str, Any]) -> None:
     read += f", soft tokens of {s['trigger_bytes']} bytes" if s["trigger_bytes"] else ""
     table.add_row("smallest margin", f"{s['margin']:.2f} logits; {read}")
     table.add_row(
-        "cost", f"{s['steps']} steps, {s['spent']} forward-backward tokens, {s['seconds']:.1f} s"
+        "cost",
+        f"{number_of(s['steps'], 'step')}, {number_of(s['spent'], 'forward-backward token')}, "
+        f"{s['seconds']:.1f} s",
     )
 
 

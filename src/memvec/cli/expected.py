@@ -32,7 +32,7 @@ def memory(estimate: Estimate) -> str:
     total, weights, activations, more = (f"{part / unit:.{digits}f}" for part in parts)
     return (
         f"about {total} {name} at the peak: weights {weights}, activations {activations}, "
-        f"logits or gradients, and optimiser {more}"
+        f"the rest (logits or gradients, optimiser) {more}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,8 @@ def export(
             f"{target.description}, exact in {manifest['dtype']}."
         )
         if target.argument:
-            display.say(f"Decode it there: python {folder}/decode.py {target.argument}")
+            program = shlex.quote(str(folder / "decode.py"))
+            display.say(f"Decode it there: python {program} {target.argument}")
 
 
 def _kept_gain(kept: float) -> str:

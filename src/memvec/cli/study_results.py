@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from memvec.cli import options
+from memvec.cli.expected import number_of
 from memvec.cli.study_tables import FORMATS, print_check, print_report_table, print_rows
 from memvec.errors import MemvecError, check_minimum, did_you_mean
 
@@ -48,7 +49,7 @@ def export(
             raise MemvecError(f"{target} exists and is no export of rows: name another file.")
     for target in targets.values():
         n = export_rows(folder, target)
-        say(f"{target} has {n} rows; {target}.columns.json explains its columns.")
+        say(f"{target} has {number_of(n, 'row')}; {target}.columns.json explains its columns.")
 
 
 @app.command(
@@ -82,8 +83,8 @@ def vectors(
         return
     print_rows([{k: v for k, v in row.items() if k != "file"} for row in written], out)
     say(
-        f"{out} has {len(written)} files, CELL.mem.safetensors. The column 'cell' of memvec study "
-        "export names the same cells."
+        f"{out} has {number_of(len(written), 'file')}, CELL.mem.safetensors. The column 'cell' of "
+        "memvec study export names the same cells."
     )
 
 

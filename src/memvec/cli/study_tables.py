@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from memvec.cli.expected import number_of
+
 if TYPE_CHECKING:
     from memvec.lab.report.table import Table as ReportTable
     from memvec.lab.study.price import Price
@@ -26,7 +28,7 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
     table = columns_table(title, columns, left="model")
     for p in prices:
         gpu, cpu, memory = (
-            "?" if v is None else f"{v:,.2f}" for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
+            "?" if v is None else _amount(v) for v in (p.gpu_hours, p.cpu_hours, p.memory_gib)
         )
         table.add_row(safe(p.model), str(p.cells), str(p.passages), gpu, cpu, f"{memory} GiB")
     out.print(table)
@@ -41,6 +43,11 @@ def print_prices(title: str, prices: Sequence[Price], missing: Sequence[str]) ->
         out.print(f"?: no folder is called {names}; the run looks for it on the Hub.")
     for sentence in missing:
         out.print(f"[red]problem:[/red] {safe(sentence)}")
+
+
+def _amount(number: float) -> str:
+    """With two decimals; what they would show as 0 is below 0.01."""
+    return f"{number:,.2f}" if number == 0 or number >= 0.005 else "< 0.01"
 
 
 def print_rows(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -65,7 +72,7 @@ def print_check(checked: dict[str, Any]) -> None:
 
     from memvec.cli.display import out, safe
 
-    out.print(f"{checked['rows']} rows recomputed; largest differences:")
+    out.print(f"{number_of(checked['rows'], 'row')} recomputed; largest differences:")
     for name, difference in checked["worst"].items():
         out.print(f"  {name:20} {difference:.3g}")
     for sentence in checked["unchecked"]:
