@@ -313,6 +313,7 @@ BAD = [
     ),
     (["cram", "letter.txt", "-m", "pocket", "--revision", "v1"], "only models of the Hub"),
     (["cram", "letter.txt", "-m", "nobody-at-all/nothing"], "could not be reached|neither"),
+    (["cram", "letter.txt", "-m", "pocket", "--seed", 1], "seed 1 changes nothing"),
     (["cram", "letter.txt", "-m", "."], "no config.json"),
     (["cram", "letter.txt", "--vectors", 0], "--vectors must be at least 1"),
     (["cram", "letter.txt", "--vectors", 500], "500 vectors leave no room"),

@@ -188,10 +188,13 @@ class _Request:
             raise MemvecError(f"{self.target} is the text itself: name another file with -o.")
         check_target(self.target, self.force)
 
-    def check_encoder(self, lm: FrozenLM) -> None:
-        """Raise MemvecError for the file of an encoder that these vectors do not begin from."""
+    def check_start(self, lm: FrozenLM) -> None:
+        """Raise MemvecError for a seed or for the file of an encoder that changes no vector."""
         from memvec.cramming.starts import encoder_of
+        from memvec.lab.seeds import refuse_idle_seed
 
+        without = "whatever the seed: leave it out, or add --start noise."
+        refuse_idle_seed(lm.read_as(self.layout), self.recipe, without)
         file, encoder = self.choice.encoder, encoder_of(lm, self.recipe)
         if file is None:
             return
@@ -253,7 +256,7 @@ def _run(request: _Request) -> tuple[MemVectors, Path, dict[str, int]]:
     from memvec.resume import settings_of
 
     lm = request.choice.load()
-    request.check_encoder(lm)
+    request.check_start(lm)
     document = read_document(lm, request.file, **request.reading)
     partial = request.target.with_name(request.target.name + ".partial")
     settings = settings_of(

@@ -17,10 +17,10 @@ from typing import Any
 from memvec.arms.shared_m import Shared, without_parts
 from memvec.cramming.certify import Outcome
 from memvec.cramming.engine import Engine, Job, Progress
-from memvec.cramming.recipe import Recipe
-from memvec.cramming.starts import resolve_start_rule, start_of, triggered
+from memvec.cramming.starts import resolve_start_rule, triggered
 from memvec.errors import MemvecError
 from memvec.lab.protocols.lookup import protocol_of
+from memvec.lab.seeds import refuse_idle_seed
 from memvec.lab.sources import Source, SourcedPassage
 from memvec.lab.study.cells import Cell
 from memvec.lab.study.row import Row, StoreEntry
@@ -38,11 +38,8 @@ def find_passages(
     as the source, and for a seed other than 0 on which nothing depends.
     """
     recipe = cell.to_recipe()
-    if cell.seed and _same_for_every_seed(lm, recipe):
-        raise MemvecError(
-            f"seed {cell.seed} changes nothing: passages start from the encoder of {lm.name}, so "
-            "all restarts are the same one. Write start = 'noise' in the run's recipe."
-        )
+    same = "so all restarts are the same one. Write start = 'noise' in the run's recipe."
+    refuse_idle_seed(lm, recipe, same)
     start = resolve_start_rule(lm, recipe)
     tokens = protocol_of(cell.protocol).tokens(cell.length, cell.vectors, start)
     shortest = 1 + (start == "first-token") + source.bos
@@ -65,13 +62,6 @@ def find_passages(
     for number, sourced in enumerate(drawn):
         _check_drawn(f"source '{cell.source}'", sourced, number, asked, lm)
     return [replace(p, passage=replace(p.passage, ids=(*head, *p.passage.ids))) for p in drawn]
-
-
-def _same_for_every_seed(lm: FrozenLM, recipe: Recipe) -> bool:
-    """True if nothing is drawn: vectors start from the encoder, and no part draws numbers."""
-    parts = (recipe.space, recipe.term, recipe.coordinates)
-    nothing_drawn = parts in {("inputs", "none", c) for c in ("direct", "whitened", "principal")}
-    return nothing_drawn and start_of(lm, recipe) == "encoder"
 
 
 def _check_drawn(source: str, sourced: Any, number: int, longest: int, lm: FrozenLM) -> None:
