@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,29 @@ OF_TRANSFORMERS = (
 )
 
 
-def said_by(part: str) -> dict[str, Any]:
+@pytest.fixture
+def said_by(python: str) -> Callable[[str], dict[str, Any]]:
+    """What a part of the program says, which begins with torch already imported."""
     program = Path(__file__).with_name("pretended_gpu.py")
-    ran = subprocess.run(
-        [sys.executable, program, part], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout)
+
+    def run(part: str) -> dict[str, Any]:
+        ran = subprocess.run(
+            [python, program, part], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return json.loads(ran.stdout)
+
+    return run
 
 
-def test_the_pretence_refuses_tensors_of_two_devices_and_counts_waits():
+def test_the_pretence_refuses_tensors_of_two_devices_and_counts_waits(said_by):
     said = said_by("mixed")
     assert said["refused"] == ["Expected all tensors to be on the same device"] * 2
     assert said["total"] == 6.0
     assert said["waits"] == 1
 
 
-def test_no_recipe_makes_a_gpu_wait_between_polls():
+def test_no_recipe_makes_a_gpu_wait_between_polls(said_by):
     """Nor do its tensors meet those of another device, from the first step to the certificate, and
     no kernel is called that CUDA refuses under deterministic algorithms or leaves to MAGMA."""
     for name, said in said_by("cram").items():
@@ -54,7 +60,7 @@ def test_no_recipe_makes_a_gpu_wait_between_polls():
         assert said["outcomes"] == 3, name
 
 
-def test_every_training_runs_and_is_measured_on_a_gpu():
+def test_every_training_runs_and_is_measured_on_a_gpu(said_by):
     """Also where it begins with the model's own encoder, which is on the GPU already."""
     assert said_by("train") == {
         "slots": "SlotEncoder",
@@ -66,7 +72,7 @@ def test_every_training_runs_and_is_measured_on_a_gpu():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
-def test_an_untied_head_on_another_gpu_is_still_computed_apart():
+def test_an_untied_head_on_another_gpu_is_still_computed_apart(said_by):
     """Else each step would compute and keep the logits of every token of the vocabulary; those that
     come back from there are in the model's dtype, not in float32."""
     told = {"head": True, "states": [1, 5, 32], "device": "gpu:0", "crossed": ["bfloat16"]}

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -554,14 +553,12 @@ SAID = {
 
 
 @pytest.fixture(scope="module")
-def sentences() -> dict[str, str]:
+def sentences(python: str) -> dict[str, str]:
     """What a wrong plug-in of each sort leads to, in a process without the tests' type checks."""
     here = Path(__file__).parent
     paths = [str(here), str(Path(memvec.__file__).parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    ran = subprocess.run(
-        [sys.executable, "-c", WRONG], env=environment, capture_output=True, text=True
-    )
+    ran = subprocess.run([python, "-c", WRONG], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     said: dict[str, str] = json.loads(ran.stdout.splitlines()[-1])
     return said
