@@ -469,7 +469,7 @@ def test_usable_measures_that_are_kept_are_not_made_again(tmp_path, monkeypatch)
     lm = tiny()
     ids = torch.randint(2, lm.vocab_size, (2, 4 + usable.CONTINUATION)).tolist()
     texts = [Passage(tuple(row), i) for i, row in enumerate(ids)]
-    recipe = Recipe.of("usable", settle=60, decay=60, query_tokens=4, query_count=2)
+    recipe = Recipe.of("usable", settle=10, decay=10, query_tokens=4, query_count=2)
     options = SimpleNamespace(recipe=recipe, batch_size=2, in_a_row=1, keep=tmp_path, encoder=None)
     _, second = usable.setting(lm, texts[1:], 4, 2, options)
     assert len(list(tmp_path.iterdir())) == 1

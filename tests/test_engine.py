@@ -163,12 +163,12 @@ def test_a_passage_sees_no_columns_but_its_own(schedule, shapes):
 @pytest.mark.parametrize("schedule", ["growing", "whole"])
 def test_padding_that_a_model_masks_fails_no_passage(schedule):
     """The loss at the padding (token 0) of a short passage is infinite then."""
-    lm = copy(tiny())
+    lm, recipe = copy(tiny()), replace(QUICK, schedule=schedule, steps=60)
     head = lm._head
     lm._head = lambda states: head(states).index_fill(-1, torch.tensor([0]), -torch.inf)
     long, short = passages(12, 3, seed=4)
-    both = {o.passage: o for o in Engine(lm, replace(QUICK, schedule=schedule)).run([long, short])}
-    (alone,) = Engine(lm, replace(QUICK, schedule=schedule)).run([short])
+    both = {o.passage: o for o in Engine(lm, recipe).run([long, short])}
+    (alone,) = Engine(lm, recipe).run([short])
     assert alone.status == both[short].status != "not-finite"
     assert (alone.steps, alone.spent) == (both[short].steps, both[short].spent)
 
