@@ -671,6 +671,20 @@ def test_the_embedding_start_is_the_mean_of_each_part(vectors):
         torch.testing.assert_close(found[k], torch.stack(rows).mean(0))
 
 
+@pytest.mark.parametrize(("tokens", "vectors"), [(2, 5), (7, 3), (5, 4), (1, 3)])
+def test_parts_of_the_embedding_start_cover_the_passage_whatever_its_length(tokens, vectors):
+    """Each token is in one part; with fewer tokens than vectors, a part has one token."""
+    lm, ids = tiny(), passages(tokens, seed=19)[0].ids
+    (noise,) = start_vectors(lm, [ids], vectors, Recipe(start="noise"))
+    found = start_vectors(lm, [ids], vectors, Recipe(start="embeddings"))[0] - 0.1 * noise
+    first = [tokens * k // vectors for k in range(vectors)]
+    end = [max(a + 1, b) for a, b in zip(first, [*first[1:], tokens], strict=True)]
+    for k in range(vectors):
+        rows = lm.embedding.weight[list(ids[first[k] : end[k]])]
+        torch.testing.assert_close(found[k], rows.mean(0))
+    assert end[-1] == tokens
+
+
 def test_a_passage_that_goes_on_takes_all_of_its_costs_along():
     """From a job to its end, and from its outcome to the job that continues."""
     costs = {"steps": 3, "spent": 5, "min_mem_bits": 7.0, "seconds": 11.0}

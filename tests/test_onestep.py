@@ -27,6 +27,7 @@ from memvec.export import export, names
 from memvec.export import target as target_of
 from memvec.header import Header
 from memvec.lab.protocols.one_step import one_step_result
+from memvec.results import PositionScores
 from memvec.vectors import MemVectors
 from properties import moves, paths
 from test_engine import Guess
@@ -382,6 +383,103 @@ def test_a_shared_m_keeps_its_limit_where_decoding_disagrees(monkeypatch, limit)
     outcomes = Shared(lm, recipe, batch_size=4, storage="float32").run(jobs)
     assert next(wrong) >= 2  # it was asked again
     assert all(0 < outcome.steps <= limit for outcome in outcomes)
+
+
+def moving(**changes) -> tuple[Shared, list[Job]]:
+    """Shared with margins that no step reaches, and jobs that already had costs."""
+    recipe = shared_m.without_parts(Recipe.of("one-step", steps=9, lr=0.1, schedule="growing"))
+    recipe = replace(recipe, look_ahead=8, start="noise", margin=1e3, **changes)
+    asked = passages(40, 12, 30)
+    jobs = [Job(p, 1e3, steps=3, spent=5 + i, seconds=2.0) for i, p in enumerate(asked)]
+    return Shared(one_step(tiny()), recipe, batch_size=3, storage="float32"), jobs
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({}, 9), ({"patience": 4}, 4), ({"budget": 23}, 2), ({"budget": 24}, 3)],
+)
+def test_a_shared_m_ends_by_its_limits_and_adds_to_earlier_costs(changes, steps):
+    """Each step costs 8 tokens here, for each passage; the budget is that of one passage."""
+    shared, jobs = moving(**changes)
+    for i, finished in enumerate(shared._cram(jobs, 9)):
+        assert (finished.status, finished.steps) == ("budget", 3 + steps)
+        assert finished.spent == 5 + i + 8 * steps
+        assert finished.seconds > 2.0
+    assert (shared.steps, shared.tokens) == (steps, 3 * 8 * steps)
+
+
+def test_the_best_step_of_a_shared_m_is_the_first_with_the_most_tokens():
+    made = [shared_m.Pair(torch.full((2, 1, 3), v), torch.full((1, 1, 3), v)) for v in (1.0, 2, 3)]
+    best = shared_m.Best(made[0], torch.zeros(2, dtype=torch.long))
+    for vectors, leading in zip(made, ([1, 4], [3, 2], [2, 2]), strict=True):
+        best.update(vectors, torch.tensor(leading))
+        vectors.e.zero_()  # the optimiser moves them in place
+    assert (best.total, best.stale) == (5, 2)
+    assert best.leading.tolist() == [3, 4]
+    assert best.vectors.e.eq(1).all()
+    assert best.vectors.m.eq(1).all()
+
+
+@pytest.mark.parametrize("spoilt", [None, 0, 1, 2])
+def test_groups_of_a_shared_m_are_measured_as_one(spoilt):
+    """Each passage counts from its own best length; any loss that is not finite is seen."""
+    shared, jobs = moving()
+    task, vectors = shared_m.Task.of(jobs, shared.lm.device), shared._start(jobs)
+    if spoilt is not None:
+        vectors.e[spoilt] = torch.nan
+    best = torch.tensor([20, 5, 9])
+    measured = [
+        shared._measure_all(groups, vectors, task, best)
+        for groups in ([torch.tensor([i]) for i in (0, 2, 1)], [torch.tensor([0, 2, 1])])
+    ]
+    for each in measured:
+        assert each.counted.tolist() == [28, 12, 17]
+        assert each.finite == (spoilt is None)
+    if spoilt is None:
+        alone, together = (each.gradient for each in measured)
+        torch.testing.assert_close(alone.e, together.e, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone.m, together.m, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [2, 99])
+def test_margins_are_raised_where_decoding_disagrees_and_only_there(monkeypatch, limit):
+    """At most four times, while steps are left; earlier steps of the passages do not count."""
+    shared, jobs = moving(steps=limit)
+    rounds: list[list[Job]] = []
+
+    def crammed(jobs, max_steps):
+        rounds.append(jobs)
+        rows = [torch.full((2, shared.lm.width), float(len(rounds)))] * len(jobs)
+        after = [replace(job, steps=job.steps + 1) for job in jobs]
+        return [job.finished(row, "done") for job, row in zip(after, rows, strict=True)]
+
+    def disagreeing(lm, finished, *_):
+        measures = PositionScores(*torch.ones(4, 2)).measures(2, 2)
+        for f in finished:
+            yield Outcome(**vars(f), exact=f.passage.document != 1, metrics=measures)
+
+    monkeypatch.setattr(shared, "_cram", crammed)
+    monkeypatch.setattr(shared_m, "certify", disagreeing)
+    outcomes = shared.run([replace(job, steps=limit, margin=1.0) for job in jobs])
+    assert len(rounds) == min(limit, 1 + shared_m.RAISES)
+    assert {o.steps for o in outcomes} == {limit + len(rounds)}
+    for number, asked in enumerate(rounds):
+        assert [job.margin for job in asked] == [1.0, 2.0**number, 1.0]
+        if number:  # they continue from the vectors of the round before
+            assert all(job.vectors.eq(number).all() for job in asked)
+
+
+def test_passages_that_share_an_m_continue_from_the_m_that_they_had():
+    """Also those that come in new, of which a half has no vectors yet."""
+    shared, jobs = moving()
+    had = torch.arange(2.0 * shared.lm.width).reshape(2, -1)
+    fresh = shared._start(jobs)
+    continued = shared._start([jobs[0], replace(jobs[1], vectors=had), jobs[2]])
+    assert torch.equal(continued.m[0, 0], had[1])
+    assert torch.equal(continued.e[1, 0], had[0])
+    assert torch.equal(continued.e[[0, 2]], fresh.e[[0, 2]])
+    other = shared._start([jobs[0], jobs[2]])  # the first m depends on all passages
+    assert not torch.allclose(fresh.m, other.m, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["one-step", "one-step-shared"])

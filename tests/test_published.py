@@ -250,3 +250,23 @@ def test_where_published_recipes_begin():
     (linear,) = start_vectors(lm, [passage.ids], 64, Recipe.of("low-dim"))
     assert float(linear.std()) == pytest.approx((1 / 256 / 3 + 1e-4 / 9) ** 0.5, rel=0.2)
     assert float(linear.mean()) == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("start", ["uniform", "normal", "linear"])
+def test_their_starts_depend_on_the_passage_and_the_seed_only(start):
+    lm, recipe = tiny(), Recipe(start=start, dimensions=8)
+    a, b = passages(5, 5, seed=31)
+    first, again, other = start_vectors(lm, [a.ids, a.ids, b.ids], 2, recipe)
+    (seeded,) = start_vectors(lm, [a.ids], 2, replace(recipe, seed=recipe.seed + 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+    assert not torch.allclose(first, seeded, atol=1e-3)
+
+
+def test_low_dim_begins_as_a_new_linear_layer_over_small_coefficients():
+    """Of many numbers each: uniform in [0, 0.02), and in +-1/sqrt(d) as torch.nn.Linear's."""
+    z, W = basis(Recipe(dimensions=16), 64, 64)
+    assert (z.shape, W.shape) == ((64, 16), (16, 64))
+    assert 0 <= float(z.min()) < 0.001 < 0.019 < float(z.max()) < 0.02
+    assert -0.25 <= float(W.min()) < -0.24 < 0.24 < float(W.max()) <= 0.25
+    assert float(W.mean()) == pytest.approx(0, abs=0.02)

@@ -27,7 +27,17 @@ from memvec.lab.study.spec import parse_spec
 from memvec.loading import load_lm
 from memvec.passages.passage import Passage
 from memvec.vectors import MemVectors
-from memvec.workers import Batch, Crew, Decoding, Loading, Workers, combined, decode_passages
+from memvec.workers import (
+    Batch,
+    Crew,
+    Decoding,
+    Loading,
+    Worker,
+    Workers,
+    combined,
+    decode_passages,
+    decoding,
+)
 from memvec.workers.pool import Member
 from studies import HEAD
 from test_report import alike
@@ -380,6 +390,174 @@ def test_a_unit_with_numbers_of_an_earlier_one_is_lost_to_no_death(end):
     found = list(made.stream(one_by_one([first, second]), None))
     assert len(found) == 2 + 4
     assert sorted(f.row.number for f in found) == [0, 1, 2, 2, 3, 3]
+
+
+GPUS = {"CPU": 4.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "device", "count", "gpu"),
+    [
+        ({"CPU": 4.0}, 0, "auto", 4, False),
+        ({"CPU": 4.0}, 4, "auto", 4, False),
+        ({}, 0, "auto", 1, False),
+        (GPUS, 0, "auto", 2, True),
+        (GPUS, 2, "cuda", 2, True),
+        (GPUS, 1, "auto", 1, True),
+        (GPUS, 3, "cpu", 3, False),
+    ],
+)
+def test_workers_share_what_ray_has(resources, asked, device, count, gpu, monkeypatch):
+    """One for each GPU, else for each CPU; threads of the CPU are divided among them."""
+    hired: list[SimpleNamespace] = []
+
+    def remote(**options):
+        def made(kind):
+            def hire(*arguments):
+                hired.append(SimpleNamespace(kind=kind, options=options, arguments=arguments))
+                return hired[-1]
+
+            return SimpleNamespace(remote=hire)
+
+        return made
+
+    ray = SimpleNamespace(cluster_resources=lambda: resources, remote=remote)
+    monkeypatch.setattr("memvec.workers.pool._start_ray", lambda *_: ray)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10)
+    loading = Loading("pocket", None, "float32", None, {})
+    workers = Workers(loading, workers=asked, device=device)
+    board, *actors = hired
+    assert (workers.count, workers.gpu) == (count, gpu)
+    assert board.options == {"num_cpus": 0}
+    assert [actor.options for actor in actors] == [
+        {"max_restarts": 0, "num_gpus": int(gpu), "num_cpus": 1}
+    ] * count
+    threads = 0 if gpu else max(1, 10 // count)
+    assert [actor.arguments for actor in actors] == [
+        (loading, device, threads, f"ray-{i}", board) for i in range(1, count + 1)
+    ]
+
+
+def answering(answer: Any) -> Any:
+    """An actor that answers every call, with an error if `answer` is one."""
+    return SimpleNamespace(call=SimpleNamespace(remote=lambda function, *args: answer))
+
+
+def test_a_call_asks_an_idle_worker_and_replaces_it_if_it_died():
+    """A busy one that died is left to the stream, which has its unit."""
+    made = pool(answering("busy"), answering("idle"), spare=lambda: answering("spare"))
+    made.members[0].unit = units(1, 1)[0]
+    assert made.call(str) == "idle"
+    made.members[1].actor = answering(DiedError("killed"))
+    assert made.call(str) == "spare"
+    assert [member.name for member in made.members] == ["ray-0", "spare"]
+    made = pool(answering(DiedError("killed")), spare=lambda: answering("spare"))
+    made.members[0].unit = units(1, 1)[0]
+    with pytest.raises(MemvecError, match="workers die at start: killed"):
+        made.call(str)
+    assert [member.name for member in made.members] == ["ray-0"]
+
+
+@pytest.mark.parametrize("cause", [MemvecError("bad input"), ValueError("a fault"), None])
+def test_the_error_of_a_workers_function_is_that_of_the_call(cause):
+    """A sentence for the user is raised as it is; anything else keeps Ray's account of it."""
+    error = ZeroDivisionError("Ray's account")  # RayTaskError in this pool
+    error.cause = cause  # type: ignore[attr-defined]
+    with pytest.raises((MemvecError, ZeroDivisionError)) as raised:
+        pool(answering(error), spare=lambda: answering("spare")).call(str)
+    assert raised.value is (cause if isinstance(cause, MemvecError) else error)
+
+
+def test_what_dead_workers_left_is_done_before_anything_new():
+    healthy = Actor(99, "done")
+    made = pool(Actor(0, "error"), spare=lambda: healthy)
+    found = [f.row.number for f in made.stream(one_by_one(units(9, 3)), None)]
+    assert found == list(range(9))
+
+
+def test_a_worker_reports_once_a_second_and_the_seconds_of_all_are_added(monkeypatch):
+    reported: list[Any] = []
+    board = SimpleNamespace(report=SimpleNamespace(remote=lambda *each: reported.append(each)))
+    clock = iter([10.0, 10.0, 10.5, 11.5, 11.5, 12.0])  # a report reads it twice
+    monkeypatch.setattr("memvec.workers.actor.time.monotonic", clock.__next__)
+    worker = object.__new__(Worker)
+    worker.name, worker.board, worker._last_report = "one", board, 0.0
+    states = [Progress(1, 0, 2.0, steps=i, tokens=i, seconds=1.0 + i) for i in range(4)]
+    for state in states:
+        worker._report(state)
+    assert reported == [("one", states[0]), ("one", states[2])]
+    assert combined(states[:3]).seconds == 6.0
+
+
+def test_batches_of_a_result_are_decoded_once_and_put_in_order(monkeypatch):
+    """Whatever the order in which workers finish them, and also if a unit is continued twice."""
+    rows = property(lambda mem: list(getattr(mem, "rows", range(9))))
+
+    def part(mem, first, end):
+        made = object.__new__(MemVectors)
+        made.rows = mem.passages[first:end]
+        return made
+
+    monkeypatch.setattr(decoding, "BATCH", 2)
+    monkeypatch.setattr(decoding, "UNITS", 2)
+    monkeypatch.setattr(decoding, "passages_of", part)
+    monkeypatch.setattr(MemVectors, "passages", rows)
+    monkeypatch.setattr(MemVectors, "decode_passages", lambda mem, lm: [[n] for n in mem.passages])
+    lm, mem = tiny(), object.__new__(MemVectors)
+    unit = Decoding(part(mem, 4, 9), 4)
+    found = dict(unit.work(lm, "one", None))
+    assert found == {4: (4, [[4], [5]]), 6: (6, [[6], [7]]), 8: (8, [[8]])}
+    assert unit.keys() == found.keys()
+    left = unit.without({6}).without({4})
+    assert left.keys() == dict(left.work(lm, "two", None)).keys() == {8}
+
+    def backwards(next_unit, on_progress):
+        given = iter(next_unit, None)
+        return reversed([result for unit in given for _, result in unit.work(lm, "one", None)])
+
+    workers = pool(Actor(0, "done"), spare=lambda: Actor(0, "done"))
+    workers.gpu, workers.stream = False, backwards
+    assert decode_passages(lm, mem, workers) == [[n] for n in range(9)]
+
+
+def test_a_unit_of_a_crew_refills_the_slots_of_its_worker():
+    """At most four passages for each slot, and the longest first."""
+    batch = Batch((), Recipe(), vectors=1, batch_size=3, storage="float32", layout="prefix")
+    crew = Crew(pool(*[Actor(0, "done")] * 2, spare=lambda: Actor(0, "done")), batch)
+    for n in range(100):
+        crew.push(Passage((2,) * (1 + n % 50), 0, n))
+    taken = [len(crew._next_batch().passages) for _ in range(2)]
+    assert taken == [12, 12]
+    assert max(len(job.passage) for job in crew.waiting.jobs()) == 38
+    for _ in range(70):
+        crew.waiting.pop()
+    assert len(crew._next_batch().passages) == 2  # of six: the other worker gets some, too
+
+
+def test_progress_is_asked_for_again_after_each_answer():
+    """The board's newest answer is shown; a board that died is not asked any more."""
+    made = pool(Actor(0, "error"), spare=lambda: Actor(0, "error"))
+    made.members[0].unit = units(1, 1)[0]
+    answers: list[Any] = [{"ray-0": Progress(1, 0, 2.0, steps=i, tokens=i)} for i in (3, 4)]
+    answers.append(DiedError("killed"))
+    made.board = SimpleNamespace(all=SimpleNamespace(remote=iter(answers).__next__))
+    assert [made._progress().steps for _ in range(2)] == [3, 4]
+    assert made._progress() is None
+    assert (made.board, made._progress()) == (None, None)
+
+
+def test_a_worker_loads_the_model_as_it_was_asked(monkeypatch):
+    asked: list[Any] = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return tiny()
+
+    monkeypatch.setattr("memvec.workers.actor.load_lm", load)
+    loading = Loading("some", "v2", "bfloat16", Path("an.encoder"), {"offload": True})
+    assert loading.load("cuda") is tiny()
+    names = {"revision": "v2", "dtype": "bfloat16", "encoder": Path("an.encoder")}
+    assert asked == [(("some",), {**names, "device": "cuda", "offload": True})]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

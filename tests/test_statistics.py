@@ -17,7 +17,26 @@ from memvec.statistics import (
     median_and_spread,
     ratio_of_means,
     ratio_of_separate_means,
+    share_interval,
 )
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [0, 0, 7, -3], [5.0, 0.0]])
+def test_the_interval_of_a_mean_is_that_of_scipy_and_0_is_a_value(values):
+    theirs = stats.ttest_1samp(values, 0.0).confidence_interval()
+    found = mean_interval(values)
+    assert (found.n, found.mean) == (len(values), pytest.approx(np.mean(values)))
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+    assert found.sd == pytest.approx(np.std(values, ddof=1))
+
+
+def test_the_interval_of_a_share_is_that_of_scipy_and_ends_at_0_and_1():
+    for n in range(1, 60):
+        for hits in {0, 1, n // 2, n}:
+            theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
+            assert share_interval(hits, n) == pytest.approx((hits / n, theirs.low, theirs.high))
+        assert share_interval(0, n).low == 0
+        assert share_interval(n, n).high == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 19, 20, 35])

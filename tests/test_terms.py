@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +210,33 @@ def test_a_longer_passage_takes_fewer_stages_than_tokens():
     seen, best, _ = targets(200, steps=60)
     assert best == 200
     assert len(seen) < 20
+
+
+@pytest.mark.parametrize("wait", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_targets_are_those_of_the_rule_written_out_for_one_passage(seed, wait):
+    """Of any progress: also more tokens than count, and passages that go on after a failure."""
+    schedule = Geometric(replace(GEOMETRIC, look_ahead=2, narrow_after=wait), K=2)
+    state = schedule.fresh(torch.ones(1), torch.zeros(1, dtype=torch.bool))
+    draw = random.Random(seed)
+    best, stale, target, failed = -1, 0, 4, math.inf
+    for _ in range(80):
+        assert int(schedule.counted(state, torch.tensor([10**6]))) == target
+        choices = [0, max(best, 0), best + 1, target - 1, target, target + 2]
+        reached = min(300, draw.choice(choices))
+        schedule.advance(state, schedule.record(state, torch.tensor([reached]))[1])
+        stale = 0 if reached > best else stale + 1
+        best = max(best, reached)
+        stuck = wait > 0 and stale > 0 and stale % wait == 0
+        failed = min(failed, target) if stuck else failed
+        if failed <= best + 1:
+            failed = math.inf
+        half_way = best + 1 if failed == math.inf else max(best + 1, int(best + failed) // 2)
+        if stuck:
+            target = half_way
+        elif best >= target:
+            target = 2 * best if failed == math.inf else half_way
+    assert best > 4
 
 
 @pytest.mark.parametrize("K", [2, 3])
