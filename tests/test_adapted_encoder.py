@@ -205,6 +205,18 @@ def test_the_gradient_is_that_of_the_cross_entropy_written_out(slots):
     assert_gradient_of(training, loss, found, rtol=2e-3, atol=2e-5)
 
 
+def test_a_step_has_about_the_positions_that_were_asked_for():
+    """The encoder and the model that decodes each read K vectors beside the tokens."""
+    training, seen = AdaptedTraining(tiny(), stream(tiny()), replace(SMALL, positions=300)), []
+    training._descend = lambda vectors, ids: seen.append((vectors, ids)) or (1.0, 0.8)
+    for training.step in range(12):
+        training._train_step()
+    for vectors, ids in seen:
+        passage = 2 * (vectors.shape[1] + ids.shape[1])
+        assert len(ids) == len(vectors) == 300 // passage
+    assert {vectors.shape[1] for vectors, _ in seen} == {1, 2}
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, own):
     lm = with_summary(tiny()) if own else tiny()

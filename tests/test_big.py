@@ -318,6 +318,21 @@ def sized(kind: str, layers: int = 6) -> transformers.PretrainedConfig:
 SIZED = ["llama", "qwen2", "qwen3", "olmo2", "gpt-neox", "gpt2"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "gemma3", "olmo2"])
+def test_channels_through_norms_are_those_of_a_layer(family):
+    """Of one token; families differ in the norms around attention and MLP, and inside attention."""
+    lm, seen = tiny(family), []
+    norms = [m for m in layers_of(lm.model)[0].modules() if type(m).__name__.endswith("Norm")]
+    hooks = [m.register_forward_hook(lambda *a: seen.append(a[-1].numel())) for m in norms]
+    try:
+        lm.own_logits(torch.tensor([[5]]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    facts = facts_of_config(lm.config, 4)
+    assert facts.norms + facts.normed == sum(seen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", SIZED)

@@ -22,7 +22,7 @@ from memvec import codec, registry
 from memvec.cli import app as app_module
 from memvec.cli import display, progress
 from memvec.cli.common import ModelChoice, loading_options, open_file
-from memvec.cli.expected import sentence
+from memvec.cli.expected import duration, memory, number_of, sentence
 from memvec.cli.options import Storage
 from memvec.cli.use import _settings as generation_settings
 from memvec.cram_job import CramStatus, Expected
@@ -716,6 +716,36 @@ BUSY = CramStatus(
     split=1,
     engine=Progress(2, 5, 7.0, steps=30, tokens=400),
 )
+
+
+def test_what_is_expected_is_the_time_of_ten_steps_of_every_passage():
+    """A step of all slots takes 3 s, and the slots are filled four times: 10 x 3 x 4 s."""
+    said = sentence(replace(TWO, step=3.0, fills=4.0))
+    assert said.startswith(sentence(TWO))
+    assert said.endswith(
+        "A step takes about 3 s; if passages need 10 steps on average, all of them take 2 min."
+    )
+
+
+@pytest.mark.parametrize(("unit", "name"), [(2.0**30, "GiB"), (2.0**20, "MiB")])
+def test_the_parts_of_memory_are_its_sum(unit, name):
+    """The last part is the larger one of logits and gradients, and the state of the slots."""
+    total = Estimate(512 * unit, 128 * unit, 32 * unit, 64 * unit, 8 * unit)
+    number = "{:.1f}" if name == "GiB" else "{:.0f}"
+    parts = (number.format(n) for n in (712.0, 512.0, 128.0, 72.0))
+    assert memory(total) == (
+        "about {} {n} at the peak: weights {}, activations {}, logits or gradients, and "
+        "optimiser {}".format(*parts, n=name)
+    )
+    assert memory(Estimate(2.0**30, 0.0, 0.0, 0.0, 0.0)).startswith("about 1.0 GiB at")
+
+
+def test_durations_are_in_the_unit_that_fits():
+    shown = {0.1234: "0.12 s", 9.4: "9.4 s", 9.96: "10 s", 10.0: "10 s", 99.4: "99 s"}
+    shown |= {100.0: "2 min", 5999.0: "100 min", 6000.0: "1.7 h", 36_000.0: "10.0 h"}
+    assert {seconds: duration(seconds) for seconds in shown} == shown
+    assert duration(float("nan")) == "?"
+    assert [number_of(n, "slot") for n in range(3)] == ["0 slots", "1 slot", "2 slots"]
 
 
 def test_progress_is_a_plain_line_now_and_then(monkeypatch, capsys):

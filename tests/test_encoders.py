@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import QUICK, build, byte_tokenizer, reader, tiny
 from memvec.cli.encoder import _print_comparison
 from memvec.cli.training_text import alone_at, drawn, token_stream
+from memvec.companions.encoder import OnePassEncoder
 from memvec.companions.encoder_files import (
     FILE_NAME,
     load_encoder,
@@ -22,17 +23,19 @@ from memvec.companions.encoder_files import (
     save_encoder,
     shape_of,
 )
+from memvec.cramming.certify import Finished, Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.checkpoint import _alike, model_of
-from memvec.encoders.measure import compare
+from memvec.encoders.measure import compare, crammed_in_order
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.training import GRID, SlotsPlan, Training
 from memvec.errors import MemvecError
 from memvec.loading import load_lm
 from memvec.model.lm import FrozenLM
 from memvec.passages.passage import Passage
+from memvec.results import PositionScores
 from trainings import assert_gradient_of, one_step, stopped_and_resumed, stream
 
 SMALL = SlotsPlan(steps=6, slots=2, hidden=16, layers=1, heads=2, positions=64, first_target=3.0)
@@ -297,6 +300,128 @@ def test_a_quantized_model_takes_no_encoder_from_its_folder(tmp_path):
     assert lm.encoder is None
     read_encoders(lm, tmp_path, tmp_path / FILE_NAME)
     assert lm.encoder is not None
+
+
+class Asked(OnePassEncoder):
+    """Vectors of zeros; it keeps the passages that it was asked for."""
+
+    def __init__(self):
+        self.tokens, self.max_vectors, self.seen = 0, 1, []
+
+    def to(self, device, dtype):
+        return self
+
+    def read(self, lm, ids, K):
+        self.seen.append(ids)
+        return torch.zeros(len(ids), K, lm.width)
+
+
+def test_the_held_out_end_of_a_text_is_measured_and_never_trained_on():
+    """Of lengths that are equally good, the shortest is the best one."""
+    lm, text = tiny(), stream(tiny(), n=4000)
+    run = Training(lm, text, SMALL)
+    assert torch.equal(run.text, text[:3920])
+    assert torch.equal(run.held_out, text[3920:])
+    run.text, run.held_out = torch.full((3920,), 2), torch.full((80,), 3)
+    encoder = Asked()
+    assert run.best_length(encoder, 4) == 1
+    assert [tuple(ids.shape) for ids in encoder.seen] == [(64, T) for T in (1, 2, 3, 4)]
+    assert all(bool((ids == 3).all()) for ids in encoder.seen)
+
+
+def test_windows_begin_at_every_place_of_a_text_and_nowhere_else():
+    run, draw = Training(tiny(), stream(tiny()), SMALL), torch.Generator().manual_seed(0)
+    found = run._windows(torch.arange(7), 200, 5, draw)
+    assert {tuple(row) for row in found.tolist()} == {tuple(range(a, a + 5)) for a in range(3)}
+    assert run._windows(torch.arange(7), 2, 7, draw).tolist() == [list(range(7))] * 2
+
+
+@pytest.mark.parametrize(
+    ("share", "accuracy", "target"),
+    [
+        (1.0, 0.9, 10.2),
+        (0.7, 0.9, 10.0),  # short passages say nothing about longer ones
+        (1.0, 0.8, 10.0),
+        (1.0, 0.6, 10 / 1.02),
+        (1.3, 0.6, 10.0),  # nor long ones about shorter ones
+    ],
+)
+def test_the_target_length_follows_passages_of_about_its_length(share, accuracy, target):
+    run = Training(tiny(), stream(tiny()), SMALL)
+    run.target = 10.0
+    run._follow(share, accuracy, 12.0)
+    assert run.target == pytest.approx(target)
+    for _ in range(200):
+        run._follow(share, accuracy, 12.0)
+    assert 1.0 <= run.target <= 12.0
+
+
+def test_steps_draw_every_number_of_vectors_and_lengths_about_the_target():
+    """From half of the target length to its double, in a batch of about `positions` positions."""
+    plan, seen = replace(SMALL, slots=3, positions=200), []
+    run = Training(tiny(), stream(tiny()), plan)
+
+    def descend(vectors, ids):
+        seen.append((vectors.shape[:2], ids.shape))
+        return 1.0, 0.8
+
+    run._descend = descend
+    for run.step in range(60):
+        run._train_step()
+    assert {K for (_, K), _ in seen} == {1, 2, 3}
+    assert {T / K for (_, K), (_, T) in seen} == {2, 3, 4, 5, 6}
+    for (rows, K), (count, T) in seen:
+        assert rows == count == 200 // (T + K)
+
+
+def test_gradients_have_at_most_length_1_and_none_is_left_for_the_next_step():
+    run, seen = Training(tiny(), stream(tiny()), SMALL), []
+    parameters = list(run.network.parameters())
+    numbers = sum(p.numel() for p in parameters)
+    run.optimizer.step = lambda: seen.append(sum(float(p.grad.square().sum()) for p in parameters))
+    for scale in (100.0, 1e-3, 1e-3):
+        run._move([scale * sum(p.sum() for p in parameters)])
+    assert seen == pytest.approx([1.0, 1e-6 * numbers, 1e-6 * numbers], rel=1e-3)
+    assert run.step == 3
+
+
+def test_what_a_step_says_is_bits_per_token_and_the_share_of_right_tokens():
+    lm = tiny()
+    run, ids = Training(lm, stream(lm), SMALL), stream(lm, 60).view(5, 12)
+    vectors = 3 * torch.randn(5, 2, lm.width, generator=torch.Generator().manual_seed(1))
+    logits = lm.logits(vectors, ids)
+    ids[:3, 4] = logits[:3, 4].argmax(-1)  # tokens that are right, which changes none before them
+    ids[:, 5:] = ids[:, 5:].flip(0)
+    logits = lm.logits(vectors, ids)
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    loss, accuracy, _ = run._scored(lm.states(vectors, ids, "vectors"), ids)
+    assert loss == pytest.approx(float(nats) / 0.6931472, rel=1e-4)
+    right = logits.argmax(-1) == ids
+    assert 3 <= int(right.sum()) < 60
+    assert accuracy == pytest.approx(float(right.float().mean()))
+
+
+def test_a_network_begins_by_the_seed_of_its_plan_alone():
+    lm, made = tiny(), []
+    for seed, other_draws in ((0, 1), (0, 2), (1, 2)):
+        torch.manual_seed(other_draws)
+        made.append(Training(lm, stream(lm), replace(SMALL, seed=seed)).network.slots)
+    assert torch.equal(made[0], made[1])
+    assert not torch.allclose(made[1], made[2], atol=1e-3)
+
+
+def test_outcomes_are_in_the_order_of_their_passages(monkeypatch):
+    measures = PositionScores(*torch.ones(4, 2)).measures(2, 2)
+    costs = {"steps": 0, "spent": 0, "seconds": 0.0}
+
+    def last_first(engine, numbered):
+        for passage in reversed(list(numbered)):
+            ended = Finished(passage, torch.zeros(1, 4), "done", 0.0, **costs)
+            yield Outcome(**vars(ended), exact=True, metrics=measures)
+
+    monkeypatch.setattr(Engine, "run", last_first)
+    found = crammed_in_order(object.__new__(Engine), [[5, 6], [7, 8], [9, 5]])
+    assert [outcome.passage.ids for outcome in found] == [(5, 6), (7, 8), (9, 5)]
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_tokens_that_it_needs():

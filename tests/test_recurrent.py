@@ -28,7 +28,7 @@ from memvec.encoders.recurrent import (
     recurrent_of,
     state_width,
 )
-from memvec.encoders.recurrent_measure import check_chain, compare_segments, crammed_leading
+from memvec.encoders.recurrent_measure import check_chain, compare_segments, crammed_leading, recall
 from memvec.encoders.recurrent_training import RecurrentPlan, RecurrentTraining
 from memvec.encoders.slots import SlotEncoder, SlotNetwork
 from memvec.encoders.summary import SummaryEncoder
@@ -212,6 +212,29 @@ def test_chains_grow_over_the_first_half_of_the_steps():
     assert longest == [1, 2, 3, 4, 4, 4, 4, 4]
 
 
+def test_a_step_has_about_the_positions_that_were_asked_for():
+    """Each segment is read between memory and slots, and asked for after memory and question."""
+    training = RecurrentTraining(tiny(), stream(tiny()), replace(SMALL, steps=8, positions=400))
+    seen: list[tuple[int, int, int]] = []
+    given = training._windows
+
+    def windows(text, count, tokens, draw):
+        seen.append((count, tokens // T, 0))
+        return given(text, count, tokens, draw)
+
+    def descend(vectors, ids):
+        seen[-1] = (*seen[-1][:2], len(ids) // seen[-1][0])
+        return 1.0, 0.5
+
+    training._windows, training._descend = windows, descend
+    for training.step in range(8):
+        training._train_step()
+    assert {lags for *_, lags in seen} == {1, 2}
+    for count, segments, lags in seen:
+        assert lags == min(segments, SMALL.lags)
+        assert count == 400 // (segments * (T + 4) + lags * (T + 3))
+
+
 def test_the_last_memory_is_noisy_in_training():
     """By the plan's share of its size."""
 
@@ -371,6 +394,20 @@ def test_what_is_measured_is_what_decodes():
         own = [at for at in found.lags if at.segments == chain.segments]
         exact = [sum(T for at in own if at.leading[row] == T) for row in range(2)]
         assert chain.exact_tokens == tuple(exact)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_lag_is_compared_with_its_own_segment(lag):
+    """Row 0 is what decodes there, row 1 differs from it in the last token."""
+    lm = with_encoder(tiny(), encoder_of(tiny()))
+    memory = recurrent_of(lm).memories(lm, stream(lm, 18, seed=3).view(2, 9), T)[-1]
+    decoded = torch.tensor(decode_ids(lm, recurrent_of(lm).asked(memory, lag), [T] * 2))
+    decoded[1, -1] = 2 if decoded[1, -1] != 2 else 3
+    ids = torch.where(decoded != 4, 4, 5).repeat(1, 3)  # segments that are wrong everywhere
+    ids[:, (2 - lag) * T : (3 - lag) * T] = decoded
+    found = recall(lm, memory, ids, lag)
+    assert (found.segments, found.lag) == (3, lag)
+    assert (found.leading, found.right) == ((T, T - 1), (T, T - 1))
 
 
 @pytest.fixture

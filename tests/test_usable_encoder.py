@@ -219,8 +219,9 @@ def test_the_gradient_is_that_of_both_losses_written_out(trigger):
     if trigger:
         rows = lm.embedding_std * torch.randn(5, lm.width)
         lm.own_trigger = CrammedTrigger(rows[:3], "of a test", front=rows[3:])
-    training = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0))
+    training = UsableTraining(lm, stream(lm), replace(SMALL, weight=3.0, positions=150))
     both, found = one_step(training)
+    assert len(both) > 1  # the mean is over passages, too
     ids, query = both[:, :-5], both[:, -5:]
     view = triggered(lm, Recipe.of("usable"))
     vectors = UsableEncoder(training.network).read(view, ids, SMALL.slots)
