@@ -217,6 +217,18 @@ def test_a_step_has_about_the_positions_that_were_asked_for():
     assert {vectors.shape[1] for vectors, _ in seen} == {1, 2}
 
 
+def test_the_target_follows_the_length_of_a_step_in_units_of_the_target():
+    training, seen = AdaptedTraining(tiny(), stream(tiny()), replace(SMALL, slots=1)), []
+    training._descend = lambda vectors, ids: seen.append(ids.shape[1]) or (1.0, 0.8)
+    training._follow = lambda share, *_: seen.append(share)
+    training.target = 3.0
+    for training.step in range(6):
+        training._train_step()
+    assert training.grows
+    assert seen[1::2] == pytest.approx([length / 3.0 for length in seen[::2]])
+    assert len(set(seen[::2])) > 1
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, own):
     lm = with_summary(tiny()) if own else tiny()

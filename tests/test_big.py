@@ -318,6 +318,13 @@ def sized(kind: str, layers: int = 6) -> transformers.PretrainedConfig:
 SIZED = ["llama", "qwen2", "qwen3", "olmo2", "gpt-neox", "gpt2"]
 
 
+def test_vectors_in_front_are_inputs_too():
+    """All but one: the last token is predicted, and not read."""
+    facts = replace(facts_of_config(tiny().config, 4), kept=10.0)
+    assert estimate(facts, batch_size=2, tokens=9, vectors=4).activations == 2 * 12 * 10
+    assert estimate(facts, batch_size=2, tokens=9).activations == 2 * 9 * 10
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "gemma3", "olmo2"])
 def test_channels_through_norms_are_those_of_a_layer(family):
     """Of one token; families differ in the norms around attention and MLP, and inside attention."""

@@ -656,6 +656,18 @@ def test_a_journal_of_other_settings_is_not_asked(tmp_path):
     other.close()
 
 
+def test_what_was_crammed_again_replaces_what_was_there(tmp_path):
+    """Certification of the whole file may cram a passage further; the journal counts it once."""
+    (outcome,) = engine_module.Engine(tiny(), HASTY, vectors=2).run(passages(4))
+    record = journal(tmp_path / "j")
+    record.put(outcome)
+    record.put(replace(outcome, vectors=outcome.vectors + 1, steps=outcome.steps + 1))
+    again = record.get(outcome.passage)
+    assert (len(record), again.steps) == (1, outcome.steps + 1)
+    assert torch.equal(again.vectors, outcome.vectors + 1)
+    record.close()
+
+
 def test_rows_of_another_format_are_not_asked(tmp_path, monkeypatch):
     record = journal(tmp_path / "j")
     codec.cram(reader(), ["the fox"], journal=record, **OPTIONS)

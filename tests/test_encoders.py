@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from copy import copy
 from dataclasses import replace
@@ -26,6 +27,7 @@ from memvec.companions.encoder_files import (
 from memvec.cramming.certify import Finished, Outcome
 from memvec.cramming.engine import Engine
 from memvec.cramming.recipe import Recipe
+from memvec.encoders import measure
 from memvec.encoders.adapted_training import AdaptedPlan, AdaptedTraining
 from memvec.encoders.checkpoint import _alike, model_of
 from memvec.encoders.measure import compare, crammed_in_order
@@ -422,6 +424,33 @@ def test_outcomes_are_in_the_order_of_their_passages(monkeypatch):
     monkeypatch.setattr(Engine, "run", last_first)
     found = crammed_in_order(object.__new__(Engine), [[5, 6], [7, 8], [9, 5]])
     assert [outcome.passage.ids for outcome in found] == [(5, 6), (7, 8), (9, 5)]
+
+
+def test_shares_are_of_passages_and_intervals_are_half_widths(monkeypatch):
+    measures = [PositionScores(*torch.ones(4, 2)).measures(2, n) for n in (2, 1, 2, 1)]
+    costs = {"steps": 0, "spent": 0, "seconds": 0.0}
+    ended = [
+        Outcome(Passage((5, 6), i), torch.zeros(1, 4), "done", 0.0, exact=True, metrics=m, **costs)
+        for i, m in enumerate(measures)
+    ]
+    monkeypatch.setattr(measure, "decode_ids", lambda *_: [[5, 6], [7, 2], [9, 5], [8, 2]])
+    monkeypatch.setattr(measure, "_cram", lambda *_: ended)
+    lm = copy(tiny())
+    lm.encoder = Asked()
+    found = compare(lm, torch.tensor([[5, 6], [7, 8], [9, 5], [8, 8]]), [2])
+    (row,) = found.rows
+    half = 3.182446 * math.sqrt(1 / 3) / 2  # of 2, 1, 2 and 1: Student's t, 3 degrees of freedom
+    assert (row.one_pass_exact, row.one_pass_horizon) == pytest.approx((0.5, 1.5))
+    assert (row.one_pass_interval, found.crammed_interval) == pytest.approx((half, half))
+    assert (found.one_pass_lossless, found.crammed_n) == (2, 4)
+
+
+def test_every_step_and_purpose_has_draws_of_its_own():
+    run = Training(tiny(), stream(tiny()), SMALL)
+    seeds = [
+        run._generator(name, n).initial_seed() for name in ("step", "length") for n in range(999)
+    ]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_tokens_that_it_needs():

@@ -98,6 +98,19 @@ def test_schedules(name):
         assert counted == min(n, reach)
 
 
+def test_stuck_vectors_are_enlarged_once_and_large_ones_never():
+    recipe = Recipe(schedule="growing", stuck_after=3, lr_large=2.0)
+    schedule = registry.get("schedule", "growing")(recipe, 1)
+    state = schedule.fresh(torch.ones(2), torch.tensor([False, True]))
+    newly = []
+    for _ in range(12):
+        _, gained = schedule.record(state, torch.zeros(2, dtype=torch.long))
+        newly.append(schedule.advance(state, gained).tolist())
+    assert [row for row, _ in newly] == [step == 3 for step in range(12)]
+    assert not any(row for _, row in newly)
+    assert state.enlarged.all()
+
+
 def test_a_schedule_notes_progress_and_runs_out_of_patience():
     schedule = registry.get("schedule", "whole")(Recipe(patience=3), 1)
     state = schedule.fresh(torch.ones(2), torch.zeros(2, dtype=torch.bool))

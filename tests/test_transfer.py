@@ -93,6 +93,17 @@ def test_a_map_that_knows_nothing_says_so():
     assert abs(fit.explained) < 0.1
 
 
+def test_the_map_is_the_ridge_solution_of_its_penalty():
+    draw = np.random.default_rng(5)
+    x, y = draw.normal(2, 1, (12, 6)), draw.normal(0, 3, (12, 4))
+    fitted = fit_linear(x, y)
+    assert fitted.penalty > 1  # noise alone: the map is pulled to the mean
+    a, b = x - x.mean(0), y - y.mean(0)
+    theirs = np.linalg.solve(a.T @ a + fitted.penalty * np.eye(6), a.T @ b)
+    np.testing.assert_allclose(fitted.weight, theirs, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(fitted(x).mean(0), y.mean(0))
+
+
 def test_too_few_pairs_have_no_map():
     with pytest.raises(MemvecError, match="needs at least 8 pairs, not 7"):
         fit_linear(np.zeros((7, 2)), np.zeros((7, 2)))
