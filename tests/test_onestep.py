@@ -469,6 +469,19 @@ def test_margins_are_raised_where_decoding_disagrees_and_only_there(monkeypatch,
             assert all(job.vectors.eq(number).all() for job in asked)
 
 
+def test_a_shared_m_is_measured_as_it_will_be_stored():
+    exact, jobs = moving()
+    rough = Shared(exact.lm, exact.recipe, batch_size=3, storage="bfloat16")
+    task, vectors, best = shared_m.Task.of(jobs, exact.lm.device), exact._start(jobs), [0, 0, 0]
+    stored = vectors.map(lambda rows: rows.bfloat16().float())
+    of_rough, of_stored, of_exact = (
+        each._measure(given.map(torch.clone), task, torch.tensor(best)).gradient
+        for each, given in ((rough, vectors), (exact, stored), (exact, vectors))
+    )
+    assert torch.equal(of_rough.m, of_stored.m)
+    assert not torch.equal(of_rough.m, of_exact.m)
+
+
 def test_passages_that_share_an_m_continue_from_the_m_that_they_had():
     """Also those that come in new, of which a half has no vectors yet."""
     shared, jobs = moving()
