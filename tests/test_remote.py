@@ -502,7 +502,10 @@ def test_batches_of_a_result_are_decoded_once_and_put_in_order(monkeypatch):
     monkeypatch.setattr(decoding, "UNITS", 2)
     monkeypatch.setattr(decoding, "passages_of", part)
     monkeypatch.setattr(MemVectors, "passages", rows)
-    monkeypatch.setattr(MemVectors, "decode_passages", lambda mem, lm: [[n] for n in mem.passages])
+    monkeypatch.setattr(MemVectors, "check_model", lambda mem, lm, force: None)
+    monkeypatch.setattr(
+        MemVectors, "decode_passages", lambda mem, lm, force: [[n] for n in mem.passages]
+    )
     lm, mem = tiny(), object.__new__(MemVectors)
     unit = Decoding(part(mem, 4, 9), 4)
     found = dict(unit.work(lm, "one", None))
