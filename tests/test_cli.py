@@ -734,8 +734,8 @@ def test_the_parts_of_memory_are_its_sum(unit, name):
     number = "{:.1f}" if name == "GiB" else "{:.0f}"
     parts = (number.format(n) for n in (712.0, 512.0, 128.0, 72.0))
     assert memory(total) == (
-        "about {} {n} at the peak: weights {}, activations {}, logits or gradients, and "
-        "optimiser {}".format(*parts, n=name)
+        "about {} {n} at the peak: weights {}, activations {}, the rest (logits or gradients, "
+        "optimiser) {}".format(*parts, n=name)
     )
     assert memory(Estimate(2.0**30, 0.0, 0.0, 0.0, 0.0)).startswith("about 1.0 GiB at")
 

@@ -408,7 +408,10 @@ GPUS = {"CPU": 4.0, "GPU": 2.0}
     ],
 )
 def test_workers_share_what_ray_has(resources, asked, device, count, gpu, monkeypatch):
-    """One for each GPU, else for each CPU; threads of the CPU are divided among them."""
+    """One for each GPU, else for each CPU; threads of the CPU are divided among them.
+
+    A worker that has a GPU computes on it or fails, and never on the CPU.
+    """
     hired: list[SimpleNamespace] = []
 
     def remote(**options):
@@ -434,7 +437,8 @@ def test_workers_share_what_ray_has(resources, asked, device, count, gpu, monkey
     ] * count
     threads = 0 if gpu else max(1, 10 // count)
     assert [actor.arguments for actor in actors] == [
-        (loading, device, threads, f"ray-{i}", board) for i in range(1, count + 1)
+        (loading, "cuda" if gpu else device, threads, f"ray-{i}", board)
+        for i in range(1, count + 1)
     ]
 
 
